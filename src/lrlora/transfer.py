@@ -1,0 +1,335 @@
+"""φ, the transfer function that every entry of the low-rank product passes through.
+
+    φ(z) = β(z) + ψ(clip(z, −I, I)),    ψ(z) = Σ_k a_k · sinc(ω_k (z − c_k)),    sinc(u) = sin(u) / u
+
+The N centres c_k are fixed and equally spaced on [−I, I], h apart. Amplitudes a and bandwidths ω are learned
+(arXiv:2606.04325). The backbone β is fixed, odd and of slope 1 at 0; `form` chooses it:
+
+    residual     β(z) = z         ψ is learned curvature on top of plain LoRA
+    saturating   β(z) = tanh(z)   ψ is learned curvature on top of a bounded update
+    sinc         β(z) = 0         the paper's literal form: ψ alone, not clipped, natural tails outside [−I, I]
+    sine         β(z) = sin(z)    ψ = 0: nothing learned, the fixed control
+
+What is stored and trained are two float32 vectors that start at zero, so that weight decay pulls to the start:
+
+    a = a⁰ + μ·amplitude        ω = 2·ω₀·σ(μ·bandwidth)        ω₀ = π/h, the Shannon rate of the grid
+
+μ is the learning-rate multiplier: under Adam, a step of size lr moves a by μ·lr, whoever drives the optimizer.
+The logistic σ keeps ω inside (0, 2·ω₀), which is what bounds the error of the table below. a⁰ is zero, except for
+"sinc", whose a⁰ is a least-squares fit of the identity: with amplitudes at zero there, B = 0 would be a saddle
+without any gradient.
+
+φ is a function of one variable, so `TransferTable` samples it once on a fine grid and reads every entry by
+interpolation: the cost per entry does not depend on N.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+FORMS = ("residual", "saturating", "sinc", "sine")
+
+
+@dataclass(frozen=True)
+class TransferSpec:
+    """All of φ that is not learned.
+
+    Args:
+        form: one of `FORMS`.
+        num_basis: N ≥ 2, the number of sinc terms.
+        interval: I > 0, the half-width of the grid of centres.
+        lr_multiplier: μ > 0, how much faster than A and B the amplitudes and bandwidths learn.
+
+    """
+
+    form: str = "residual"
+    num_basis: int = 50
+    interval: float = 3.0
+    lr_multiplier: float = 1.0
+
+    @property
+    def is_learned(self) -> bool:
+        return self.form != "sine"
+
+    @property
+    def is_clipped(self) -> bool:
+        return self.form != "sinc"
+
+    @property
+    def base_bandwidth(self) -> float:
+        """ω₀ = π/h."""
+        return math.pi * (self.num_basis - 1) / (2 * self.interval)
+
+    @property
+    def max_bandwidth(self) -> float:
+        """The open upper bound 2·ω₀ of every ω_k."""
+        return 2 * self.base_bandwidth
+
+    def centres(self, like: Tensor) -> Tensor:
+        """c, shape (N,), in the dtype and on the device of `like`."""
+        # Mirrored by hand: linspace is not exactly antisymmetric, and an odd φ relies on it.
+        grid = torch.linspace(-self.interval, self.interval, self.num_basis, dtype=like.dtype, device=like.device)
+        return (grid - grid.flip(0)) / 2
+
+    def amplitudes(self, amplitude: Tensor) -> Tensor:
+        """The stored `amplitude` (N,) → a (N,), float64."""
+        learned = self.lr_multiplier * amplitude.double()
+        if self.form != "sinc":
+            return learned
+        return learned + _identity_amplitudes(self.num_basis, self.interval).to(learned.device)
+
+    def bandwidths(self, bandwidth: Tensor) -> Tensor:
+        """The stored `bandwidth` (N,) → ω (N,), float64."""
+        return self.max_bandwidth * torch.sigmoid(self.lr_multiplier * bandwidth.double())
+
+    def backbone(self, z: Tensor) -> Tensor:
+        """β(z), of the shape and dtype of z."""
+        return _BACKBONES[self.form](z)
+
+    def backbone_slope(self, z: Tensor) -> Tensor:
+        """β′(z), of the shape and dtype of z."""
+        return _BACKBONE_SLOPES[self.form](z)
+
+    def series(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
+        """ψ(z) by its formula, float64, of the shape of z. Builds a tensor of numel(z) × N elements."""
+        z = z.double()
+        distance = z.unsqueeze(-1) - self.centres(z)
+        basis = torch.sinc(distance * (self.bandwidths(bandwidth) / math.pi))
+        a = self.amplitudes(amplitude)
+        # The same sum from both ends: an odd ψ is then exactly odd, and ψ(0) exactly 0, whatever the rounding.
+        return (basis @ a + basis.flip(-1) @ a.flip(-1)) / 2
+
+    def formula(self, z: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None) -> Tensor:
+        """φ(z) by its formula, differentiable, float64, of the shape of z. The parameters are None for "sine"."""
+        z = z.double()
+        if amplitude is None or bandwidth is None:
+            return self.backbone(z)
+        inside = z.clamp(-self.interval, self.interval) if self.is_clipped else z
+        return self.backbone(z) + self.series(inside, amplitude, bandwidth)
+
+
+_BACKBONES: dict[str, Callable[[Tensor], Tensor]] = {
+    "residual": lambda z: z,
+    "saturating": torch.tanh,
+    "sinc": torch.zeros_like,
+    "sine": torch.sin,
+}
+_BACKBONE_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "residual": torch.ones_like,
+    "saturating": lambda z: 1 - torch.tanh(z).square(),
+    "sinc": torch.zeros_like,
+    "sine": torch.cos,
+}
+
+
+@functools.cache
+def _identity_amplitudes(num_basis: int, interval: float) -> Tensor:
+    """a⁰ of the "sinc" form: φ(z) ≈ z with slope 1 at 0, exactly antisymmetric, shape (N,), float64.
+
+    A ridge least-squares fit at ω₀, weighted by a Gaussian of standard deviation I/4. Without the weight, the fit
+    spends its freedom on the jump at ±I and ripples at the band edge: its slope at 0 is 1.55 for N = 50 and 0.53 for
+    N = 9. With it, the slope is within 0.05 of 1 from N = 8 on, and φ within 0.01 of z on the inner half.
+    """
+    spec = TransferSpec("residual", num_basis, interval)
+    z = torch.linspace(-interval, interval, 40 * num_basis + 1, dtype=torch.float64)
+    weight = torch.exp(-(z / (interval / 4)).square() / 2)
+    basis = torch.sinc((z.unsqueeze(-1) - spec.centres(z)) * (spec.base_bandwidth / math.pi))
+    gram = basis.T @ (weight.unsqueeze(-1) * basis)
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(num_basis, dtype=torch.float64)
+    fitted = torch.linalg.solve(gram + ridge, basis.T @ (weight * z))
+    return (fitted - fitted.flip(0)) / 2
+
+
+class Transfer(nn.Module):
+    """φ with its learned parameters.
+
+    Attributes:
+        spec: everything about φ that is fixed.
+        amplitude, bandwidth: float32 parameters of shape (N,), zero at the start; absent for "sine".
+
+    """
+
+    amplitude: nn.Parameter | None
+    bandwidth: nn.Parameter | None
+
+    def __init__(self, spec: TransferSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        for name in ("amplitude", "bandwidth"):
+            parameter = nn.Parameter(torch.zeros(spec.num_basis)) if spec.is_learned else None
+            self.register_parameter(name, parameter)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """φ(z) by its formula, float64, of the shape of z: for inspection. Training reads φ from a table."""
+        return self.spec.formula(z, self.amplitude, self.bandwidth)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transfer:
+        # `.to(dtype)`, `.half()` and the like move φ to another device, but never out of float32: steps of the
+        # optimizer on ω and a are far smaller than half precision resolves.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"form={self.spec.form!r}, num_basis={self.spec.num_basis}, interval={self.spec.interval}"
+
+
+DEGREE = 5
+# Cells of the table per radian of the fastest sinc. At this density φ and φ′ both err by less than 1e-6 for unit
+# amplitudes at ω = 2·ω₀ and N = 50, where φ′ itself reaches 100 (tests/test_transfer.py). Degree 5 and not 3: for
+# the same accuracy of φ′ a cubic would take ten times the cells.
+CELLS_PER_RADIAN = 20
+# ψ has no frequency above 2·ω₀, so it need not be sampled at every cell: from samples 8 cells apart, interpolation
+# of degree 11 gives the knots between them to 1e-12, at an eighth of the cost.
+CELLS_PER_SAMPLE = 8
+SAMPLES_PER_STENCIL = 12
+
+
+@functools.cache
+def _interpolation_matrix() -> Tensor:
+    """12 neighbouring samples of ψ → the 6 coefficients of the quintics on the 8 cells in their middle, (6, 8, 12).
+
+    A cell's quintic, in 0 ≤ t ≤ 1, passes through its knots −2 … 3; these lie on the samples' common polynomial.
+    """
+    reach = SAMPLES_PER_STENCIL // 2
+    samples = torch.arange(1 - reach, reach + 1, dtype=torch.float64)
+    knots = torch.arange(-2, DEGREE - 1, dtype=torch.float64)
+    vandermonde = torch.stack([knots**power for power in range(DEGREE + 1)], dim=1)
+    # The inverse has exact multiples of 1/5!; exactness keeps ψ(0) = 0 exact.
+    to_coefficients = (torch.linalg.inv(vandermonde) * 120).round() / 120
+    position = (torch.arange(CELLS_PER_SAMPLE).unsqueeze(1) + knots) / CELLS_PER_SAMPLE
+    others = ~torch.eye(SAMPLES_PER_STENCIL, dtype=torch.bool)
+    lagrange = torch.stack(
+        [
+            (position.unsqueeze(-1) - samples[other]).prod(-1) / (sample - samples[other]).prod()
+            for sample, other in zip(samples, others, strict=True)
+        ],
+        dim=-1,
+    )
+    return torch.einsum("pk,jks->pjs", to_coefficients, lagrange)
+
+
+class TransferTable:
+    """φ of one layer, tabulated: piecewise quintic on a uniform grid with a knot at 0.
+
+    The series ψ is read from the table, the backbone β is computed. A clipped form needs ψ on [−I, I] only. The
+    literal form has tails that never end: its table covers twice the interval, and the rare entries beyond are
+    computed by the formula.
+
+    The gradient is the interpolant's own: `slope` is the derivative of what `value` returns, and `accumulate`
+    followed by `parameter_gradients` its exact adjoint.
+
+    Args:
+        spec, amplitude, bandwidth: φ; the parameters are None for "sine".
+        dtype: of the entries z it will be asked for (float32 or float64).
+
+    """
+
+    def __init__(
+        self, spec: TransferSpec, amplitude: Tensor | None, bandwidth: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.spec = spec
+        self.reach = spec.interval if spec.is_clipped else 2 * spec.interval
+        self._samples_per_side = math.ceil(self.reach * spec.max_bandwidth * CELLS_PER_RADIAN / CELLS_PER_SAMPLE)
+        self.cells_per_side = CELLS_PER_SAMPLE * self._samples_per_side
+        self.spacing = self.reach / self.cells_per_side
+        self._parameters = None if amplitude is None or bandwidth is None else (amplitude, bandwidth)
+        if self._parameters is not None:
+            with torch.no_grad():
+                self._coefficients = self._interpolate(*self._parameters).to(dtype)
+            self._moments = torch.zeros_like(self._coefficients, dtype=torch.float64)
+            self._beyond: list[tuple[Tensor, Tensor]] = []
+
+    def _interpolate(self, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
+        """Coefficients in t of every cell, shape (6, 2·cells_per_side), float64, differentiable."""
+        reach = self._samples_per_side + SAMPLES_PER_STENCIL // 2
+        index = torch.arange(1 - reach, reach, dtype=torch.float64, device=amplitude.device)
+        samples = self.spec.series(index * (CELLS_PER_SAMPLE * self.spacing), amplitude, bandwidth)
+        stencils = samples.unfold(0, SAMPLES_PER_STENCIL, 1)
+        matrix = _interpolation_matrix().to(samples.device)
+        return torch.einsum("pjs,cs->pcj", matrix, stencils).flatten(1)
+
+    def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Z → (index of its cell as int64, position t in [0, 1] inside it)."""
+        # Measured from 0 and not from −I: small entries, the most frequent ones, keep their relative precision.
+        u = (z * (1 / self.spacing)).clamp_(-self.cells_per_side, self.cells_per_side)
+        # A NaN entry gets a valid cell, and through t still a NaN value.
+        cell = u.floor().clamp_(max=self.cells_per_side - 1).nan_to_num_(0.0)
+        return (cell + self.cells_per_side).long(), u - cell
+
+    def value(self, z: Tensor) -> Tensor:
+        """φ(z), of the shape and dtype of z."""
+        backbone = self.spec.backbone(z)
+        if self._parameters is None:
+            return backbone
+        cell, t = self._locate(z.flatten())
+        psi = self._read(DEGREE, cell)
+        for power in reversed(range(DEGREE)):
+            psi = torch.addcmul(self._read(power, cell), psi, t)
+        psi = psi.view_as(z)
+        if not self.spec.is_clipped:
+            beyond = z.abs() > self.reach
+            if beyond.any():
+                psi[beyond] = self.spec.series(z[beyond], *self._parameters).to(z.dtype)
+        return backbone + psi
+
+    def slope(self, z: Tensor) -> Tensor:
+        """φ′(z), of the shape and dtype of z. At z = ±I, where clipping starts, the inner derivative."""
+        backbone = self.spec.backbone_slope(z)
+        if self._parameters is None:
+            return backbone
+        cell, t = self._locate(z.flatten())
+        psi = self._read(DEGREE, cell).mul_(DEGREE / self.spacing)
+        for power in reversed(range(1, DEGREE)):
+            psi = torch.add(psi.mul_(t), self._read(power, cell), alpha=power / self.spacing)
+        psi = psi.view_as(z)
+        beyond = z.abs() > self.reach
+        if self.spec.is_clipped:
+            return backbone + psi.masked_fill_(beyond, 0)
+        if beyond.any():
+            with torch.enable_grad():
+                z_beyond = z[beyond].detach().requires_grad_()
+                total = self.spec.series(z_beyond, *(p.detach() for p in self._parameters)).sum()
+            psi[beyond] = torch.autograd.grad(total, z_beyond)[0]
+        return backbone + psi
+
+    def accumulate(self, z: Tensor, grad: Tensor) -> None:
+        """Add one block of entries z with ∂L/∂φ(z) = `grad`, of the same shape, to the parameters' gradient."""
+        if self._parameters is None:
+            return
+        z, grad = z.flatten(), grad.flatten()
+        if not self.spec.is_clipped:
+            beyond = z.abs() > self.reach
+            if beyond.any():
+                self._beyond.append((z[beyond], grad[beyond]))
+                grad = grad.masked_fill(beyond, 0)
+        cell, t = self._locate(z)
+        moments = torch.zeros_like(self._coefficients)
+        for power in range(DEGREE + 1):
+            moments[power].scatter_add_(0, cell, grad)
+            grad = grad * t
+        self._moments += moments
+
+    def parameter_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """∂L/∂amplitude and ∂L/∂bandwidth of all accumulated blocks, in the parameters' dtype; None for "sine"."""
+        if self._parameters is None:
+            return None, None
+        with torch.enable_grad():
+            parameters = tuple(p.detach().requires_grad_() for p in self._parameters)
+            loss = (self._interpolate(*parameters) * self._moments).sum()
+            for z, grad in self._beyond:
+                loss = loss + (self.spec.series(z, *parameters) * grad).sum()
+        amplitude, bandwidth = torch.autograd.grad(loss, parameters)
+        return amplitude, bandwidth
+
+    def _read(self, power: int, cell: Tensor) -> Tensor:
+        return self._coefficients[power].index_select(0, cell)
