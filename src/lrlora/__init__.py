@@ -1,0 +1,9 @@
+"""Learnable-Rank LoRA: fine-tune transformers without guessing a rank (arXiv:2606.04325)."""
+
+__version__ = "0.1.0"
+
+from .rank import RankReport, rank_report
+from .training.callback import RankCallback
+from .tuner import LrLoraConfig, LrLoraModel
+
+__all__ = ["LrLoraConfig", "LrLoraModel", "RankCallback", "RankReport", "__version__", "rank_report"]

@@ -1,0 +1,258 @@
+"""Learned ranks: what they are, and the report over a model's layers.
+
+With σ₁ ≥ σ₂ ≥ … the singular values of an update ΔW:
+
+    stable rank      ‖ΔW‖²_F / σ₁²                                             (arXiv:2606.04325)
+    effective rank   exp(H(p)), p_i = σ_i / Σσ, H the Shannon entropy           (Roy & Vetterli, EUSIPCO 2007)
+    energy rank      the smallest k with σ₁² + … + σ_k² ≥ 90 % or 99 % of ‖ΔW‖²_F
+
+All are 0 where ΔW = 0. An algebraic rank is not reported: counted at any tiny tolerance it reads near full even
+where nothing has been learned.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEASURES = ("stable_rank", "effective_rank", "energy90_rank", "energy99_rank")
+CURVE_POINTS = 201
+
+
+def spectrum(delta: Tensor) -> Tensor:
+    """The squared singular values of `delta` (m, n), descending, shape (min(m, n),), float64.
+
+    From the eigenvalues of the smaller of ΔW ΔWᵀ and ΔWᵀ ΔW, several times cheaper than an SVD. Values below the
+    rounding error of the largest are returned as 0.
+    """
+    delta = delta.detach().double()
+    gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta
+    energies = torch.linalg.eigvalsh(gram).flip(0)
+    return torch.where(energies > len(energies) * torch.finfo(energies.dtype).eps * energies[0], energies, 0.0)
+
+
+def stable_rank(energies: Tensor) -> float:
+    """‖ΔW‖²_F / σ₁² from the squared singular values, descending."""
+    return (energies.sum() / energies[0]).item() if energies[0] > 0 else 0.0
+
+
+def effective_rank(energies: Tensor) -> float:
+    """Exp of the entropy of σ / Σσ from the squared singular values."""
+    sigma = energies.sqrt()
+    return torch.special.entr(sigma / sigma.sum()).sum().exp().item() if sigma.sum() > 0 else 0.0
+
+
+def energy_rank(energies: Tensor, fraction: float) -> int:
+    """The smallest number of leading directions that hold `fraction` of ‖ΔW‖²_F, from σ² descending."""
+    if energies[0] <= 0:
+        return 0
+    held = energies.cumsum(0) / energies.sum()
+    # A spectrum that ends exactly at the fraction must not need one more direction for the last bit.
+    return int((held < fraction - 1e-12).sum().item()) + 1
+
+
+def curvature(inputs: Tensor, outputs: Tensor) -> float:
+    """1 − R² of the best straight line through the points (inputs, outputs): 0 for a line, 0 if either is constant."""
+    x, y = inputs.detach().double().flatten(), outputs.detach().double().flatten()
+    x, y = x - x.mean(), y - y.mean()
+    scale = x.dot(x) * y.dot(y)
+    return max(0.0, 1 - (x.dot(y).square() / scale).item()) if scale > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One adapted module.
+
+    Attributes:
+        module: its path in the base model.
+        layer: index of the transformer layer it belongs to, None outside one.
+        type: its path within a layer, the same in all layers.
+        kind: "attention", "mlp" or "other".
+        m, n: outputs and inputs of the layer.
+        r: rank of the product BA.
+        stable_rank, effective_rank, energy90_rank, energy99_rank: of ΔW.
+        relative_norm: ‖ΔW‖_F / ‖W0‖_F; None where W0 is zero or not at hand.
+        phi_zero: φ(0), which adds a constant matrix to ΔW.
+        curvature: 1 − R² of the best straight line through φ over the entries it acts on.
+
+    """
+
+    module: str
+    layer: int | None
+    type: str
+    kind: str
+    m: int
+    n: int
+    r: int
+    stable_rank: float
+    effective_rank: float
+    energy90_rank: int
+    energy99_rank: int
+    relative_norm: float | None
+    phi_zero: float
+    curvature: float
+
+
+@dataclass
+class RankReport:
+    """The learned ranks of one adapter: a row per adapted module, and the curve of its φ.
+
+    Attributes:
+        rows: in the order of the model.
+        curves: module → (z, φ(z)), from the smallest to the largest entry that φ acts on; empty for plain LoRA.
+
+    """
+
+    rows: list[RankRow]
+    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a pandas frame. Needs `pip install lrlora[plots]`."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(RankRow)])
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write rows and curves as JSON; `from_json` reads them back."""
+        _write_whole(path, json.dumps({"rows": [asdict(row) for row in self.rows], "curves": self.curves}, indent=1))
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> RankReport:
+        """Read what `to_json` wrote."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        curves = {module: (z, phi) for module, (z, phi) in content["curves"].items()}
+        return cls([RankRow(**row) for row in content["rows"]], curves)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows as CSV."""
+        partial = Path(f"{path}.partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(RankRow)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.rows)
+        partial.replace(path)
+
+    def summary(self) -> dict[str, float]:
+        """Mean, smallest and largest of every measure, and the mean by kind, as flat scalars for a logger."""
+        values: dict[str, float] = {}
+        for measure in MEASURES:
+            all_ranks = [getattr(row, measure) for row in self.rows]
+            values[f"rank/{measure}_mean"] = sum(all_ranks) / len(all_ranks)
+            values[f"rank/{measure}_min"] = min(all_ranks)
+            values[f"rank/{measure}_max"] = max(all_ranks)
+            for kind in sorted({row.kind for row in self.rows}):
+                ranks = [getattr(row, measure) for row in self.rows if row.kind == kind]
+                values[f"rank/{measure}_{kind}"] = sum(ranks) / len(ranks)
+        values["rank/curvature_mean"] = sum(row.curvature for row in self.rows) / len(self.rows)
+        return values
+
+
+def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bool = False) -> RankReport:
+    """Measure the update of every adapted module of a PEFT model: LR-LoRA, plain LoRA, or any additive method.
+
+    Args:
+        model: a PEFT model, not merged.
+        adapter: name of the adapter; default: the active one.
+        progressbar: show one; a 4096 × 4096 layer takes several seconds on a CPU.
+
+    Raises:
+        ValueError: no module has an adapter of this name, or the adapter is merged into the base weights.
+
+    """
+    layers = [
+        (path.removeprefix("base_model.model."), module, adapter or module.active_adapters[0])
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight")
+    ]
+    measured = [(path, layer, name) for path, layer, name in layers if name in layer._get_available_adapters()]
+    if not measured:
+        known = sorted({name for _, layer, _ in layers for name in layer._get_available_adapters()})
+        raise ValueError(
+            f"No module has an adapter named {adapter!r}. Adapters there are: {', '.join(known) or 'none'}."
+        )
+    if any(layer.merged for _, layer, _ in measured):
+        raise ValueError("The adapter is merged, and rank_report needs the base weights: call unmerge_adapter() first.")
+    report = RankReport([])
+    for path, layer, name in tqdm(measured, desc="Measuring ranks", disable=not progressbar):
+        row, curve = _measure(path, layer, name)
+        report.rows.append(row)
+        if curve is not None:
+            report.curves[path] = curve
+    return report
+
+
+@torch.no_grad()
+def _measure(path: str, layer: Any, adapter: str) -> tuple[RankRow, tuple[list[float], list[float]] | None]:
+    delta = layer.get_delta_weight(adapter).flatten(1)
+    energies = spectrum(delta)
+    phi_zero, bend, curve = 0.0, 0.0, None
+    if adapter in getattr(layer, "lrlora_phi", {}):
+        phi = layer.lrlora_phi[adapter]
+        z = layer.get_transfer_input(adapter)
+        phi_zero, bend, curve = phi(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
+    weight_norm = layer.get_base_weight().double().norm().item()
+    row = RankRow(
+        module=path,
+        layer=_layer_index(path),
+        type=module_type(path),
+        kind=_kind(path),
+        m=layer.out_features,
+        n=layer.in_features,
+        r=layer.r[adapter],
+        stable_rank=stable_rank(energies),
+        effective_rank=effective_rank(energies),
+        energy90_rank=energy_rank(energies, 0.90),
+        energy99_rank=energy_rank(energies, 0.99),
+        relative_norm=energies.sum().sqrt().item() / weight_norm if weight_norm > 0 else None,
+        phi_zero=phi_zero,
+        curvature=bend,
+    )
+    return row, curve
+
+
+def _sample(phi: Callable[[Tensor], Tensor], z: Tensor) -> tuple[list[float], list[float]]:
+    """φ at equally spaced points between the smallest and the largest entry of z."""
+    grid = torch.linspace(z.min().item(), z.max().item(), CURVE_POINTS, device=z.device)
+    return grid.tolist(), phi(grid).tolist()
+
+
+def module_type(path: str) -> str:
+    """The place of a module in its layer, its path without the numbers: encoder.layer.3.mlp → encoder.layer.mlp"""
+    return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def _layer_index(path: str) -> int | None:
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+_ATTENTION = re.compile(r"att|(^|[._])(q|k|v|o|qkv|query|key|value|q_proj|k_proj|v_proj|o_proj)$", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|ff\.|feed_?forward|intermediate|experts?|densereludense|fc\d|\.output\.dense$", re.IGNORECASE
+)
+
+
+def _kind(path: str) -> str:
+    if _ATTENTION.search(path):
+        return "attention"
+    return "mlp" if _MLP.search(path) else "other"
+
+
+def _write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write under a temporary name and rename: a reader never sees half a file."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""Training with transformers' Trainer: real inputs, the rank history, the demo."""

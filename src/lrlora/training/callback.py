@@ -1,0 +1,106 @@
+"""Learned ranks over the course of training, through transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from ..rank import RankReport, RankRow, rank_report
+
+HISTORY_FILE = "rank_history.jsonl"
+
+
+class RankCallback(TrainerCallback):
+    """Records the learned ranks at the start, every `every` steps and at the end of training.
+
+    Each record is kept in `history`, appended to `rank_history.jsonl` in the output folder, and handed as scalars
+    named `rank/…` to the Trainer's log history and to every logger in `report_to`. A resumed run continues the file.
+
+    Args:
+        every: steps between records, ≥ 1.
+        adapter: the adapter to measure; default: the active one.
+
+    Attributes:
+        history: (step, report) in the order of training.
+
+    Raises:
+        ValueError: `every` is below 1.
+
+    """
+
+    def __init__(self, every: int = 50, adapter: str | None = None) -> None:
+        if every < 1:
+            raise ValueError(f"every must be a number of steps ≥ 1, and is {every!r}.")
+        self.every = every
+        self.adapter = adapter
+        self.history: list[tuple[int, RankReport]] = []
+        self._loggers: list[TrainerCallback] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        # A callback cannot reach the Trainer's own loggers. A second instance of each writes to the same run.
+        self._loggers = [logger() for logger in get_reporting_integration_callbacks(args.report_to)]
+        for logger in self._loggers:
+            logger.on_train_begin(args, state, control, **kwargs)
+        path = _history_path(args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.history = [record for record in read_history(path) if record[0] < state.global_step]
+        path.write_text("".join(map(_to_line, self.history)), encoding="utf-8")
+        self._record(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.global_step % self.every == 0:
+            self._record(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.history[-1][0] != state.global_step:
+            self._record(args, state, control, **kwargs)
+        for logger in self._loggers:
+            logger.on_train_end(args, state, control, **kwargs)
+
+    def _record(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        report = rank_report(model, self.adapter)
+        self.history.append((state.global_step, report))
+        with _history_path(args).open("a", encoding="utf-8") as file:
+            file.write(_to_line(self.history[-1]))
+        scalars = report.summary()
+        state.log_history.append({**scalars, "step": state.global_step})
+        for logger in self._loggers:
+            logger.on_log(args, state, control, logs=scalars, model=model, **kwargs)
+
+
+def _history_path(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".") / HISTORY_FILE
+
+
+def read_history(path: Path) -> list[tuple[int, RankReport]]:
+    """The records in a `rank_history.jsonl`, without the curves; empty if there is no such file."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the last line of a run that was killed while writing it
+        records.append((content["step"], RankReport([RankRow(**row) for row in content["rows"]])))
+    return records
+
+
+def _to_line(record: tuple[int, RankReport]) -> str:
+    step, report = record
+    return json.dumps({"step": step, "rows": [asdict(row) for row in report.rows]}) + "\n"

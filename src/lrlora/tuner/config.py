@@ -1,0 +1,137 @@
+"""`LrLoraConfig`: PEFT's LoRA fields under PEFT's names, plus those that shape φ."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftConfig, PeftType
+
+from ..transfer import FORMS, TransferSpec
+
+FORMAT_VERSION = 1
+SHARING = ("module", "type", "global")
+_REMEDIES = {
+    "init_lora_weights": "use `init_weights`",
+    "use_dora": "remove it, or use `peft.LoraConfig` for DoRA",
+    "lora_bias": "remove it, or train the layers' own biases with `bias='lora_only'`",
+}
+
+
+@dataclass
+class LrLoraConfig(PeftConfig):
+    """Configuration of an LR-LoRA adapter: ΔW = (s/g)·φ(g·BA), φ learned (arXiv:2606.04325).
+
+    Args:
+        r: rank of the product BA, ≥ 1. The rank of ΔW is learned and may exceed it.
+        lora_alpha: α; the scaling s is α/r, or α/√r with `use_rslora`.
+        lora_dropout: probability of dropout on the adapter's input. Anything above 0 takes the slow path in
+            training: a second matmul per layer.
+        use_rslora: rank-stabilised scaling.
+        bias: which biases of the base model are trained: "none", "all", or "lora_only" (those of adapted layers).
+        target_modules: names or regular expression of the modules to adapt, or "all-linear". Default: PEFT's choice
+            for LoRA on this architecture.
+        exclude_modules: names or regular expression of modules to leave alone.
+        layers_to_transform: indices of the layers to adapt (needs `target_modules` as a list).
+        layers_pattern: name of the `nn.ModuleList` these indices refer to.
+        rank_pattern: module name or regular expression → r, where it differs.
+        alpha_pattern: module name or regular expression → α, where it differs.
+        modules_to_save: modules trained in full and saved with the adapter, such as a new classification head.
+        fan_in_fan_out: kept for PEFT's sake; whether a weight is stored transposed is read off the layer.
+        init_weights: True starts at ΔW = 0. False starts B at random, for debugging.
+        num_basis: N ≥ 2, sinc terms of φ.
+        interval: I > 0, half-width of the grid of φ.
+        input_gain: g > 0, what scales the entries of BA to the structure of φ.
+        form: the fixed part of φ: "residual", "saturating", "sinc" or "sine" (see `lrlora.transfer`).
+        sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
+        phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ learn. At LoRA's learning rates,
+            1 leaves φ straight and the rank at r; 10 lets both move.
+        format_version: version of the saved format; written by lrlora, not to be set.
+
+    Raises:
+        ValueError: a value is out of range, or a field that only `peft.LoraConfig` has is given; the message names
+            the field, the value and what to do.
+
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the product BA."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    lora_alpha: float = field(default=8, metadata={"help": "Scaling is lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input (slow path)."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scaling is lora_alpha / sqrt(r)."})
+    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Which biases to train."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the ModuleList."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module → r."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module → lora_alpha."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored (fan_in, fan_out)."})
+    init_weights: bool = field(default=True, metadata={"help": "Start at ΔW = 0."})
+    num_basis: int = field(default=50, metadata={"help": "Sinc terms of φ."})
+    interval: float = field(default=3.0, metadata={"help": "Half-width of the grid of φ."})
+    input_gain: float = field(default=300.0, metadata={"help": "Gain on BA before φ, undone after it."})
+    form: Literal["residual", "saturating", "sinc", "sine"] = field(
+        default="residual", metadata={"help": "Fixed part of φ."}
+    )
+    sharing: Literal["module", "type", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
+    phi_lr_multiplier: float = field(default=10.0, metadata={"help": "Learning-rate multiplier of φ."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
+        """Refuse LoRA-only fields with a remedy, where the generated `__init__` would only call them unexpected."""
+        lora_only = {f.name for f in fields(LoraConfig)} - {f.name for f in fields(cls)}
+        given = sorted(lora_only & kwargs.keys())
+        if given:
+            advice = "; ".join(f"`{name}`: {_REMEDIES.get(name, 'remove it')}" for name in given)
+            raise ValueError(f"LrLoraConfig has no field {', '.join(given)}, which only LoRA has. {advice}.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("LRLORA")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self._check()
+        if self.lora_dropout > 0:
+            warnings.warn(
+                f"lora_dropout={self.lora_dropout} takes the slow path of LR-LoRA in training (a second matmul in "
+                "every adapted layer). Set it to 0 for full speed.",
+                stacklevel=3,
+            )
+
+    def _check(self) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This adapter was saved in format_version={self.format_version}; this lrlora reads up to "
+                f"{FORMAT_VERSION}. Upgrade it: pip install -U lrlora"
+            )
+        for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
+            _require(isinstance(r, int) and r >= 1, name, r, "an integer ≥ 1")
+        _require(isinstance(self.num_basis, int) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
+        for name in ("interval", "input_gain", "phi_lr_multiplier"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), name, value, "a finite number > 0")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        _require(self.form in FORMS, "form", self.form, f"one of {', '.join(FORMS)}")
+        _require(self.sharing in SHARING, "sharing", self.sharing, f"one of {', '.join(SHARING)}")
+        _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "one of none, all, lora_only")
+        _require(isinstance(self.init_weights, bool), "init_weights", self.init_weights, "True or False")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} works only with target_modules as a list of names, and it is the "
+                    f"string {self.target_modules!r}. Give a list, or select the layers in the regular expression."
+                )
+
+    @property
+    def transfer_spec(self) -> TransferSpec:
+        """The fixed part of φ that this configuration asks for."""
+        return TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier)
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, and is {value!r}.")

@@ -1,0 +1,71 @@
+"""Reading a saved adapter without running, or even having, its base model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import AutoModel
+
+_FACTOR_SUFFIXES = {"LRLORA": "lrlora_A.weight", "LORA": "lora_A.weight"}
+_PEFT_PREFIX = "base_model.model."
+
+
+def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool = False) -> PeftModel:
+    """Load a saved LR-LoRA or LoRA adapter onto a skeleton that has only the adapted linear layers.
+
+    The result can be measured with `rank_report`; it cannot run. The skeleton's weights are zeros that take no
+    memory, or the base model's own if asked for.
+
+    Args:
+        adapter: folder or hub name.
+        with_base_weights: load the base model that the adapter names and take its weights.
+
+    Raises:
+        ValueError: there is no adapter, or it is of another method.
+
+    """
+    name = os.fspath(adapter)
+    config = PeftConfig.from_pretrained(name)
+    if config.peft_type not in _FACTOR_SUFFIXES:
+        raise ValueError(f"{name} is an adapter of type {config.peft_type}; ranks are read from LRLORA and LORA ones.")
+    suffix = "." + _FACTOR_SUFFIXES[config.peft_type]
+    weights = load_peft_weights(name, device="cpu")
+    modules = {key.removesuffix(suffix).removeprefix(_PEFT_PREFIX): key for key in weights if key.endswith(suffix)}
+    if not modules:
+        raise ValueError(f"{name} holds no adapted linear layer.")
+
+    base = AutoModel.from_pretrained(config.base_model_name_or_path) if with_base_weights else None
+    skeleton = nn.Module()
+    for path, key in modules.items():
+        in_features, out_features = weights[key].shape[1], weights[key.replace("_A.", "_B.")].shape[0]
+        linear = nn.Linear(1, 1, bias=False)
+        linear.in_features, linear.out_features = in_features, out_features
+        weight = torch.zeros(()).expand(out_features, in_features) if base is None else _base_weight(base, path)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        _place(skeleton, path, linear)
+    # The skeleton has exactly the adapted layers: whatever selected them among others no longer applies.
+    config.target_modules = set(modules)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
+    config.task_type = None
+    config.fan_in_fan_out = False
+    return PeftModel.from_pretrained(skeleton, name, config=config)
+
+
+def _base_weight(base: nn.Module, path: str) -> torch.Tensor:
+    """The weight that the adapted module `path` has in the base model without its task head, as (m, n)."""
+    module: Any = base.get_submodule(path.removeprefix(f"{base.base_model_prefix}."))
+    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
