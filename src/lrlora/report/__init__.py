@@ -1,0 +1,1 @@
+"""What a person looks at: the rank table in a terminal and the pictures."""
