@@ -133,6 +133,7 @@ def _train(
             save_steps=50,
             save_total_limit=1,
             report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=settings.seed,
         ),
         train_dataset=data["train"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -31,9 +31,7 @@ class LrLoraModel(BaseTuner):
 
     prefix = "lrlora_"
     tuner_layer_cls = LrLoraLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {
-        name: list(t) for name, t in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()
-    }
+    target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:

@@ -1,0 +1,77 @@
+"""Bad configuration: one clear error that names the field, the value and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lrlora import LrLoraConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", -3),
+        ("r", 2.5),
+        ("num_basis", 1),
+        ("interval", 0.0),
+        ("interval", -1.0),
+        ("input_gain", 0.0),
+        ("input_gain", float("nan")),
+        ("phi_lr_multiplier", 0.0),
+        ("lora_dropout", 1.0),
+        ("form", "cubic"),
+        ("sharing", "layer"),
+        ("bias", "some"),
+        ("init_weights", "pissa"),
+    ],
+)
+def test_values_out_of_range_are_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field} must be .*, and is {value!r}"):
+        LrLoraConfig(**{field: value})
+
+
+def test_unknown_form_and_sharing_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="residual, saturating, sinc, sine"):
+        LrLoraConfig(form="cubic")
+    with pytest.raises(ValueError, match="module, type, global"):
+        LrLoraConfig(sharing="layer")
+
+
+def test_ranks_in_a_pattern_are_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"rank_pattern\['query'\] must be an integer ≥ 1, and is 0"):
+        LrLoraConfig(rank_pattern={"query": 0})
+
+
+@pytest.mark.parametrize(
+    ("field", "remedy"),
+    [("use_dora", "peft.LoraConfig"), ("init_lora_weights", "init_weights"), ("eva_config", "remove it")],
+)
+def test_fields_that_only_lora_has_are_refused_with_the_remedy(field: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"LrLoraConfig has no field {field}.*{remedy}"):
+        LrLoraConfig(**{field: True})
+
+
+def test_a_newer_format_asks_for_an_upgrade() -> None:
+    with pytest.raises(ValueError, match=r"format_version=99.*pip install -U lrlora"):
+        LrLoraConfig(format_version=99)
+
+
+@pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])
+def test_layer_selection_needs_a_list_of_targets(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field}=.*Give a list"):
+        LrLoraConfig(target_modules=".*query", **{field: [0]})
+
+
+def test_dropout_says_that_it_takes_the_slow_path() -> None:
+    with pytest.warns(UserWarning, match="slow path"):
+        LrLoraConfig(lora_dropout=0.1)
+
+
+def test_configuration_round_trips_through_a_file(tmp_path: Any) -> None:
+    config = LrLoraConfig(r=3, target_modules=["query"], form="saturating", sharing="type", rank_pattern={"key": 2})
+    config.save_pretrained(tmp_path)
+    loaded = LrLoraConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()

@@ -1,0 +1,367 @@
+"""The adapter as a PEFT user meets it: start, training, files, merging, several adapters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lrlora import LrLoraConfig
+from lrlora.tuner import Linear
+
+from ..conftest import TinyModel
+
+
+def adapt(tiny: TinyModel, **fields: Any) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(tiny.build(), LrLoraConfig(**{"r": 4, "target_modules": "all-linear", **fields})).eval()
+
+
+def trained(tiny: TinyModel, steps: int = 10, **fields: Any) -> PeftModel:
+    model = adapt(tiny, **fields)
+    tiny.train(model, steps)
+    return model
+
+
+def adapted_layers(model: nn.Module) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("form", ["residual", "saturating", "sinc", "sine"])
+def test_step_zero_equals_the_base_model_to_the_bit(tiny: TinyModel, form: str) -> None:
+    assert torch.equal(tiny.logits(adapt(tiny, form=form)), tiny.logits(tiny.build()))
+
+
+@pytest.mark.parametrize("form", ["residual", "sinc"])
+def test_every_trainable_tensor_moves_within_ten_steps(tiny: TinyModel, form: str) -> None:
+    model = adapt(tiny, form=form)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lrlora_" in name and ".default." in name for name in before)
+    tiny.train(model, 10)
+    assert [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])] == []
+
+
+def test_the_base_model_does_not_move(tiny: TinyModel) -> None:
+    model = trained(tiny)
+    assert not torch.equal(tiny.logits(model), tiny.logits(tiny.build()))
+    base = dict(tiny.build().named_parameters())
+    for name, parameter in model.unload().named_parameters():
+        assert torch.equal(parameter, base[name])
+
+
+def test_merge_and_unmerge(tiny: TinyModel) -> None:
+    model = trained(tiny)
+    expected, base = tiny.logits(model), tiny.build().state_dict()
+    model.merge_adapter()
+    assert relative(tiny.logits(model), expected) <= 1e-5
+    model.unmerge_adapter()
+    for name, tensor in model.unload().state_dict().items():
+        assert torch.equal(tensor, base[name])
+
+
+def test_merge_and_unload_gives_a_plain_model(tiny: TinyModel) -> None:
+    model = trained(tiny)
+    expected = tiny.logits(model)
+    merged = model.merge_and_unload()
+    assert adapted_layers(merged) == []
+    assert relative(tiny.logits(merged), expected) <= 1e-5
+
+
+def test_disabling_gives_the_base_model_also_when_merged(tiny: TinyModel) -> None:
+    model = trained(tiny)
+    base = tiny.logits(tiny.build())
+    with model.disable_adapter():
+        assert torch.equal(tiny.logits(model), base)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(tiny.logits(model), base)
+
+
+RELOAD = """
+import sys, torch
+from peft import PeftModel
+import lrlora
+from tests.conftest import TinyModel
+family, adapter, out = sys.argv[1:]
+tiny = TinyModel(family)
+torch.save(tiny.logits(PeftModel.from_pretrained(tiny.build(), adapter).eval()), out)
+"""
+
+
+def test_save_and_load_in_a_new_process_is_identical(tiny: TinyModel, tmp_path: Path) -> None:
+    model = trained(tiny)
+    model.save_pretrained(tmp_path / "adapter")
+    command = [sys.executable, "-c", RELOAD, tiny.family, str(tmp_path / "adapter"), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), tiny.logits(model))
+
+
+def test_saved_files_hold_names_without_the_adapter_and_a_format_version(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    adapt(tiny_bert).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    query = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    assert {n.removeprefix(query) for n in names if n.startswith(query)} == {
+        ".lrlora_A.weight",
+        ".lrlora_B.weight",
+        ".lrlora_phi.amplitude",
+        ".lrlora_phi.bandwidth",
+    }
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["format_version"]) == ("LRLORA", 1)
+
+
+def test_low_cpu_mem_usage_loads_the_same(tiny: TinyModel, tmp_path: Path) -> None:
+    model = trained(tiny)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+
+
+def test_several_adapters_switch_combine_and_delete(tiny: TinyModel) -> None:
+    model = trained(tiny)
+    first = tiny.logits(model)
+    model.add_adapter("other", LrLoraConfig(r=2, target_modules="all-linear", form="saturating"))
+    assert torch.equal(tiny.logits(model), first)
+    model.set_adapter("other")
+    assert torch.equal(tiny.logits(model), tiny.logits(tiny.build()))
+    tiny.train(model, 3)
+    model.base_model.set_adapter(["default", "other"])
+    both = tiny.logits(model)
+    model.merge_adapter(["default", "other"])
+    assert relative(tiny.logits(model), both) <= 1e-4
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(tiny.logits(model), first)
+
+
+def test_only_the_active_adapter_trains(tiny_bert: TinyModel) -> None:
+    model = adapt(tiny_bert)
+    model.add_adapter("other", LrLoraConfig(r=2, target_modules="all-linear"))
+    for active, frozen in (("default", "other"), ("other", "default")):
+        model.set_adapter(active)
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert any(f".{active}." in name for name in trainable)
+        assert not any(f".{frozen}." in name for name in trainable)
+
+
+@pytest.mark.parametrize(("sharing", "count"), [("module", 13), ("type", 7), ("global", 1)])
+def test_sharing_decides_how_many_phi_there_are(tiny_bert: TinyModel, tmp_path: Path, sharing: str, count: int) -> None:
+    model = trained(tiny_bert, sharing=sharing, task_type="SEQ_CLS")
+    assert len({id(layer.lrlora_phi["default"]) for layer in adapted_layers(model)}) == count
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert.build(), tmp_path).eval()
+    assert len({id(layer.lrlora_phi["default"]) for layer in adapted_layers(loaded)}) == count
+    assert torch.equal(tiny_bert.logits(loaded), tiny_bert.logits(model))
+
+
+def test_patterns_layers_and_exclusion_select_as_in_peft(tiny_bert: TinyModel) -> None:
+    model = adapt(
+        tiny_bert,
+        target_modules=["query", "key", "value"],
+        exclude_modules=["key"],
+        layers_to_transform=[1],
+        layers_pattern="layer",
+        rank_pattern={"value": 2},
+        alpha_pattern={"value": 32},
+    )
+    query, value = adapted_layers(model)
+    assert (query.r["default"], query.scaling["default"]) == (4, 2.0)
+    assert (value.r["default"], value.scaling["default"]) == (2, 16.0)
+
+
+def test_rslora_scaling_and_bias_training(tiny_bert: TinyModel) -> None:
+    model = adapt(tiny_bert, target_modules=["query"], use_rslora=True, bias="lora_only")
+    assert adapted_layers(model)[0].scaling["default"] == pytest.approx(8 / 2)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")}
+    assert len(trainable) == 2
+    assert all("query.base_layer.bias" in name for name in trainable)
+
+
+def test_modules_to_save_travel_with_the_adapter(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    model = trained(tiny_bert, target_modules=["query"], modules_to_save=["classifier"])
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert.build(), tmp_path).eval()
+    assert torch.equal(tiny_bert.logits(loaded), tiny_bert.logits(model))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_default_targets_are_those_peft_chooses_for_lora(family: str) -> None:
+    tiny = TinyModel(family)
+    lr_lora = get_peft_model(tiny.build(), LrLoraConfig(r=2))
+    lora = get_peft_model(tiny.build(), LoraConfig(r=2))
+    assert lr_lora.base_model.targeted_module_names == lora.base_model.targeted_module_names
+
+
+def test_peft_converts_it_to_plain_lora(tiny: TinyModel) -> None:
+    model = trained(tiny, num_basis=8)
+    expected = tiny.logits(model)
+    config, weights = convert_to_lora(model, rank=1.0)
+    lora = get_peft_model(tiny.build(), config)
+    inner = {
+        name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): w for name, w in weights.items()
+    }
+    missing, unexpected = lora.load_state_dict(
+        {name if name.startswith("base_model") else f"base_model.model.{name}": w for name, w in inner.items()},
+        strict=False,
+    )
+    assert unexpected == []
+    assert not any("lora_" in name for name in missing)
+    assert relative(tiny.logits(lora.eval()), expected) <= 1e-3
+
+
+def test_dropout_acts_in_training_only_and_keeps_the_base_output(tiny_bert: TinyModel) -> None:
+    with pytest.warns(UserWarning, match="slow path"):
+        model = trained(tiny_bert, target_modules=["query"], lora_dropout=0.5)
+    layer, x = adapted_layers(model)[0], torch.randn(3, 32)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.allclose(torch.stack([layer(x) for _ in range(4000)]).mean(0), layer.eval()(x), atol=0.02)
+
+
+class Doubling(nn.Linear):
+    """A base layer that does more than its weight says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_or_hook_of_the_base_layer_is_respected() -> None:
+    x = torch.randn(5, 12)
+    hooked = nn.Linear(12, 9)
+    hooked.register_forward_hook(lambda module, args, output: 2 * output)
+    for base in (Doubling(12, 9), hooked):
+        expected = base(x)
+        model = get_peft_model(nn.Sequential(base), LrLoraConfig(r=2, target_modules=["0"], init_weights=False))
+        layer = adapted_layers(model)[0]
+        delta = layer.get_delta_weight("default")
+        assert delta.norm() > 0
+        torch.testing.assert_close(model(x), expected + x @ delta.T)
+
+
+def test_an_offloaded_base_layer_is_respected() -> None:
+    from accelerate import cpu_offload
+
+    base, x = nn.Linear(12, 9), torch.randn(5, 12)
+    expected = base(x)
+    model = get_peft_model(nn.Sequential(base), LrLoraConfig(r=2, target_modules=["0"], init_weights=False))
+    delta = adapted_layers(model)[0].get_delta_weight("default")
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    assert base.weight.is_meta
+    torch.testing.assert_close(model(x), expected + x @ delta.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_half_precision_models_train_with_phi_in_float32(
+    tiny_bert: TinyModel, dtype: torch.dtype, autocast_adapter_dtype: bool
+) -> None:
+    config = LrLoraConfig(r=4, target_modules="all-linear")
+    model = get_peft_model(tiny_bert.build().to(dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    before = tiny_bert.logits(model)
+    tiny_bert.train(model, 3)
+    assert tiny_bert.logits(model).dtype == dtype
+    assert not torch.equal(tiny_bert.logits(model), before)
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if "lrlora_phi" in name:
+            assert parameter.dtype == torch.float32
+
+
+def test_autocast_computes_in_half_precision_and_gives_gradients(tiny_bert: TinyModel) -> None:
+    model = trained(tiny_bert)
+    expected = tiny_bert.logits(model)
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(input_ids=torch.full((2, 5), 7)).logits
+        assert relative(tiny_bert.logits(model.eval()).float(), expected) < 0.05
+    logits.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_bert: TinyModel) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = trained(tiny_bert)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model.zero_grad()
+        model(input_ids=torch.full((2, 5), 7)).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for without, with_checkpoints in zip(*gradients, strict=True):
+        torch.testing.assert_close(without, with_checkpoints)
+
+
+def test_injecting_into_a_model_without_a_peft_wrapper(tiny_bert: TinyModel) -> None:
+    model = inject_adapter_in_model(LrLoraConfig(r=2, target_modules=["query"]), tiny_bert.build()).eval()
+    assert len(adapted_layers(model)) == 2
+    assert torch.equal(tiny_bert.logits(model), tiny_bert.logits(tiny_bert.build()))
+
+
+def test_targets_that_match_nothing_say_what_there_is(tiny_bert: TinyModel) -> None:
+    with pytest.raises(ValueError, match=r"q_proj.*not found.*classifier, dense, key, query, value"):
+        adapt(tiny_bert, target_modules=["q_proj"])
+
+
+def test_an_unsupported_layer_kind_is_named(tiny_bert: TinyModel) -> None:
+    with pytest.raises(ValueError, match=r"matches 'bert.embeddings.word_embeddings', a Embedding.*exclude_modules"):
+        adapt(tiny_bert, target_modules=["word_embeddings"])
+
+
+def test_non_finite_weights_are_refused_at_merge_and_save(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    model = trained(tiny_bert)
+    layer = adapted_layers(model)[0]
+    weight = layer.base_layer.weight.detach().clone()
+    layer.lrlora_B["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="non-finite values into a base weight"):
+        model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight, weight)
+    with pytest.raises(ValueError, match=r"cannot be saved: .*lrlora_B.* NaN or infinite"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_non_finite_weights_are_refused_at_load(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    adapt(tiny_bert).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("lrlora_phi.amplitude"))
+    weights[name][0] = float("inf")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*lrlora_phi.amplitude holds NaN or infinite"):
+        PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
+
+
+def test_an_adapter_of_a_newer_format_is_refused(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    adapt(tiny_bert).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 2, "gates": True}))
+    with pytest.raises(ValueError, match=r"format_version=2.*Upgrade"), pytest.warns(UserWarning, match="gates"):
+        PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["residual", "saturating", "sinc", "sine"])
+def test_a_nan_in_training_stays_visible(tiny_bert: TinyModel, form: str) -> None:
+    layer = adapted_layers(adapt(tiny_bert, form=form))[0]
+    layer.lrlora_B["default"].weight.data[0, 0] = float("nan")
+    assert layer(torch.randn(3, 32)).isnan().any(dim=0).tolist() == [True] + [False] * 31
+
+
+def test_conv1d_delta_weight_has_the_layout_of_its_weight() -> None:
+    model = get_peft_model(nn.Sequential(Conv1D(6, 4)), LrLoraConfig(r=2, target_modules=["0"], init_weights=False))
+    assert adapted_layers(model)[0].get_delta_weight("default").shape == (4, 6)
