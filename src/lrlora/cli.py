@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# Piped into a file there is no terminal to fit.
+console = Console() if Console().is_terminal else Console(width=120)
 
 
 @contextmanager
@@ -60,37 +62,33 @@ def demo(
 ) -> None:
     """Fine-tune MiniLM on movie reviews with LR-LoRA and with LoRA, and show the ranks that were learned."""
     with _one_clear_error():
+        import transformers
+
         from .report.figure import save_rank_figure
         from .report.table import rank_table
         from .training.demo import DemoSettings, load_reports, run_demo
 
+        transformers.logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         settings = DemoSettings(steps=steps, r=r, learning_rate=learning_rate, seed=seed)
-        results = run_demo(output, settings, overwrite=overwrite)
+        results = run_demo(output, settings, overwrite=overwrite, announce=console.print)
         reports = load_reports(output)
         picture = output / "ranks.png"
         save_rank_figure(reports["lr-lora"], picture, title=f"LR-LoRA on movie reviews, {steps} steps")
         for method, report in reports.items():
             console.print(rank_table(report, f"Learned ranks, {method}"))
         table = Table(title="Movie-review sentiment, films held out", title_justify="left")
-        for heading in (
-            "method",
-            "accuracy",
-            "± s.e.",
-            "seconds",
-            "trainable parameters",
-            "modules with energy-99 rank > r",
-        ):
-            table.add_column(heading, justify="left" if heading == "method" else "right")
+        for heading in ("method", "accuracy", "± s.e.", "seconds", "trainable", "e-99 > r"):
+            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
         for method, result in results.items():
             rows = reports[method].rows
-            above = sum(row.energy99_rank > row.r for row in rows)
             table.add_row(
                 method,
                 f"{result.accuracy:.4f}",
                 f"{result.standard_error:.4f}",
                 f"{result.seconds:.0f}",
                 f"{result.trainable_parameters:,}",
-                f"{above} of {len(rows)}",
+                f"{sum(row.energy99_rank > row.r for row in rows)} of {len(rows)}",
             )
         console.print(table)
         console.print(f"Adapters, reports and history: {output}\nPicture: {picture}", highlight=False)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MEASURES = ("stable_rank", "effective_rank", "energy90_rank", "energy99_rank")
-CURVE_POINTS = 201
+CURVE_POINTS = 401
 
 
 def spectrum(delta: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class RankReport:
 
     Attributes:
         rows: in the order of the model.
-        curves: module → (z, φ(z)), from the smallest to the largest entry that φ acts on; empty for plain LoRA.
+        curves: module → (z, φ(z)) over the central 99 % of the entries that φ acts on; empty for plain LoRA.
 
     """
 
@@ -225,8 +225,10 @@ def _measure(path: str, layer: Any, adapter: str) -> tuple[RankRow, tuple[list[f
 
 
 def _sample(phi: Callable[[Tensor], Tensor], z: Tensor) -> tuple[list[float], list[float]]:
-    """φ at equally spaced points between the smallest and the largest entry of z."""
-    grid = torch.linspace(z.min().item(), z.max().item(), CURVE_POINTS, device=z.device)
+    """φ at equally spaced points over the central 99 % of the entries of z."""
+    some = z.flatten()[:: 1 + z.numel() // 2**15]
+    start, end = some.quantile(some.new_tensor([0.005, 0.995])).tolist()
+    grid = torch.linspace(start, end, CURVE_POINTS, device=z.device)
     return grid.tolist(), phi(grid).tolist()
 
 

@@ -10,6 +10,7 @@ from ..rank import MEASURES, RankReport, RankRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 _LABELS = {
     "stable_rank": "stable rank",
@@ -17,15 +18,12 @@ _LABELS = {
     "energy90_rank": "energy-90 rank",
     "energy99_rank": "energy-99 rank",
 }
-# Okabe and Ito's colours, told apart by line style as well.
-_KIND_COLOURS = {"attention": "#0072B2", "mlp": "#D55E00", "other": "#009E73"}
-_KIND_STYLES = {"attention": "-", "mlp": "--", "other": "-."}
 
 
 def save_rank_figure(
     report: RankReport, path: str | os.PathLike[str], *, measure: str = "energy99_rank", title: str = "Learned ranks"
 ) -> None:
-    """Draw layers × module types of `measure`, and below it φ of every module over the entries it acts on.
+    """Draw layers × module types of `measure`, and below it, by kind, how far φ of every module is from a line.
 
     The format follows the suffix of `path` (.png, .svg, .pdf). Needs `pip install lrlora[plots]`.
 
@@ -39,11 +37,12 @@ def save_rank_figure(
 
     types = list(dict.fromkeys(row.type for row in report.rows))
     layers = sorted({row.layer for row in report.rows}, key=lambda layer: (layer is None, layer))
-    figure = Figure(figsize=(max(8.0, 1.3 * len(layers) + 5), 0.45 * len(types) + 5.5), layout="constrained")
+    heat_height = 0.4 * len(types) + 1.2
+    figure = Figure(figsize=(max(10.0, 0.8 * len(layers) + 5), heat_height + 3.5), layout="constrained")
     figure.suptitle(title)
-    heat, curves = figure.subplots(2, 1, height_ratios=[0.45 * len(types) + 1, 4])
-    _draw_heat_map(heat, report.rows, types, layers, measure)
-    _draw_curves(curves, report)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[heat_height, 3])
+    _draw_heat_map(top.subplots(), report.rows, types, layers, measure)
+    _draw_curves(bottom, report)
     target = Path(path)
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
     figure.savefig(partial, dpi=150)
@@ -69,15 +68,19 @@ def _draw_heat_map(axes: Axes, rows: list[RankRow], types: list[str], layers: li
         axes.text(*position, text, ha="center", va="center", color="black" if value > threshold else "white")
 
 
-def _draw_curves(axes: Axes, report: RankReport) -> None:
-    kinds = {row.module: row.kind for row in report.rows}
-    for module, (z, phi) in report.curves.items():
-        kind = kinds[module]
-        axes.plot(z, phi, color=_KIND_COLOURS[kind], linestyle=_KIND_STYLES[kind], alpha=0.6, linewidth=1)
-    for kind in dict.fromkeys(kinds.values()):
-        axes.plot([], [], color=_KIND_COLOURS[kind], linestyle=_KIND_STYLES[kind], label=kind)
-    axes.axline((0, 0), slope=1, color="black", linewidth=0.8, linestyle=":", label="φ(z) = z, plain LoRA")
-    axes.set_xlabel("z, from the smallest to the largest entry of g·BA")
-    axes.set_ylabel("φ(z)")
-    axes.set_title("Learned φ, one curve per module", fontsize="medium")
-    axes.legend(loc="best", fontsize="small")
+def _draw_curves(figure: SubFigure, report: RankReport) -> None:
+    kinds = sorted({row.kind for row in report.rows if row.module in report.curves})
+    if not kinds:
+        figure.text(0.5, 0.5, "φ(z) = z everywhere: plain LoRA", ha="center")
+        return
+    figure.suptitle("Learned φ, one curve per module; 0 is plain LoRA", fontsize="medium")
+    for kind, axes in zip(kinds, figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], strict=True):
+        modules = [row.module for row in report.rows if row.kind == kind and row.module in report.curves]
+        for module in modules:
+            z, phi = report.curves[module]
+            bend = [value - point for point, value in zip(z, phi, strict=True)]
+            axes.plot(z, bend, color="#0072B2", alpha=0.35, linewidth=0.8)
+        axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(f"{kind}: {len(modules)}", fontsize="medium")
+    figure.supxlabel("z: the central 99 % of the entries of g·BA", fontsize="medium")
+    figure.supylabel("φ(z) − z", fontsize="medium")

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.table import Table
 
-from ..rank import RankReport
+from ..rank import RankReport, RankRow
 
 _COLUMNS = {
-    "stable_rank": "stable\nrank",
-    "effective_rank": "effective\nrank",
-    "energy90_rank": "energy-90\nrank",
-    "energy99_rank": "energy-99\nrank",
-    "relative_norm": "‖ΔW‖/‖W0‖\n%",
+    "r": "r",
+    "stable_rank": "stable",
+    "effective_rank": "effect.",
+    "energy90_rank": "e-90",
+    "energy99_rank": "e-99",
+    "relative_norm": "‖ΔW‖ %",
     "phi_zero": "φ(0)",
-    "curvature": "curvature",
+    "curvature": "curv.",
 }
+_CAPTION = (
+    "Ranks of ΔW: stable, effective, and how many directions hold 90 % and 99 % of its energy. ‖ΔW‖ in % of ‖W0‖. "
+    "curv.: share of φ that no straight line explains."
+)
 
 
 def rank_table(report: RankReport, title: str) -> Table:
-    """All rows of the report, then the mean by kind."""
-    table = Table(title=title, title_justify="left")
+    """All rows of the report, then the mean by kind. Readable from 80 columns on."""
+    table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
     table.add_column("module", overflow="fold")
-    table.add_column("kind")
-    table.add_column("m × n", justify="right")
-    table.add_column("r", justify="right")
+    table.add_column("kind", no_wrap=True)
     for heading in _COLUMNS.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        values = [_format(name, getattr(row, name)) for name in _COLUMNS]
-        table.add_row(row.module, row.kind, f"{row.m} × {row.n}", str(row.r), *values)
+        table.add_row(row.module, row.kind, *(_format(name, getattr(row, name)) for name in _COLUMNS))
     table.add_section()
     for kind in sorted({row.kind for row in report.rows}):
         rows = [row for row in report.rows if row.kind == kind]
-        values = []
-        for name in _COLUMNS:
-            known = [value for row in rows if (value := getattr(row, name)) is not None]
-            values.append(_format(name, sum(known) / len(known) if known else None))
-        table.add_row(f"mean of {len(rows)}", kind, "", "", *values)
+        table.add_row(f"mean of {len(rows)}", kind, *(_format(name, _mean(rows, name)) for name in _COLUMNS))
     return table
+
+
+def _mean(rows: list[RankRow], column: str) -> float | None:
+    known = [value for row in rows if (value := getattr(row, column)) is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _format(name: str, value: float | None) -> str:
@@ -46,5 +51,5 @@ def _format(name: str, value: float | None) -> str:
     if name == "relative_norm":
         return f"{100 * value:.2f}"
     if name in ("phi_zero", "curvature"):
-        return f"{value:.4f}"
+        return f"{value:.3f}"
     return f"{value:.1f}" if isinstance(value, float) else str(value)

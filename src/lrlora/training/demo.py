@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class DemoResult:
         method: "lr-lora" or "lora".
         accuracy: on the held-out films.
         standard_error: of that accuracy, from the number of snippets.
-        seconds: of training, without evaluation.
+        seconds: of training, without evaluation; of a resumed run, extrapolated from the steps it still had to do.
         trainable_parameters: adapter and classification head.
 
     """
@@ -73,12 +74,14 @@ class DemoResult:
     trainable_parameters: int
 
 
-def run_demo(output: Path, settings: DemoSettings, *, overwrite: bool = False) -> dict[str, DemoResult]:
+def run_demo(
+    output: Path, settings: DemoSettings, *, overwrite: bool = False, announce: Callable[[str], None] = print
+) -> dict[str, DemoResult]:
     """Fine-tune MiniLM-L6 on movie-review sentiment with LR-LoRA and with LoRA.
 
     Writes `<output>/<method>/` for each: the adapter, `ranks.json`, `ranks.csv` and the history of ranks; and
     `<output>/results.json`. Everything is written under `<output>.partial` and renamed at the end. An interrupted run
-    is resumed from there by calling again with the same settings.
+    is resumed from there by calling again with the same settings. `announce` is told what is being done.
 
     Raises:
         FileExistsError: `output` exists and `overwrite` is not set.
@@ -96,9 +99,13 @@ def run_demo(output: Path, settings: DemoSettings, *, overwrite: bool = False) -
     work.mkdir(parents=True, exist_ok=True)
     settings_file.write_text(json.dumps(asdict(settings)))
 
+    announce("Fetching MiniLM-L6 and the film reviews, unless they are in the cache …")
     tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
     data = tokenize(load_movie_reviews(), tokenizer)
-    results = {name: _train(name, work / name, settings, data, DataCollatorWithPadding(tokenizer)) for name in METHODS}
+    results = {}
+    for name in METHODS:
+        announce(f"Training with {name}: {settings.steps} steps of {settings.batch_size} snippets, r = {settings.r} …")
+        results[name] = _train(name, work / name, settings, data, DataCollatorWithPadding(tokenizer))
     (work / "results.json").write_text(json.dumps([asdict(result) for result in results.values()], indent=1))
     if output.exists():
         shutil.rmtree(output)
@@ -143,13 +150,14 @@ def _train(
         callbacks=[RankCallback(every=50)],
     )
     checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
+    first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     accuracy = trainer.evaluate()["eval_accuracy"]
     result = DemoResult(
         method=method,
         accuracy=accuracy,
         standard_error=math.sqrt(accuracy * (1 - accuracy) / len(data["test"])),
-        seconds=outcome.metrics["train_runtime"],
+        seconds=outcome.metrics["train_runtime"] * settings.steps / max(1, settings.steps - first_step),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     model.save_pretrained(str(folder))

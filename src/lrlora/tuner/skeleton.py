@@ -35,7 +35,8 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
         raise ValueError(f"{name} is an adapter of type {config.peft_type}; ranks are read from LRLORA and LORA ones.")
     suffix = "." + _FACTOR_SUFFIXES[config.peft_type]
     weights = load_peft_weights(name, device="cpu")
-    modules = {key.removesuffix(suffix).removeprefix(_PEFT_PREFIX): key for key in weights if key.endswith(suffix)}
+    factors = sorted((key for key in weights if key.endswith(suffix)), key=_natural_order)
+    modules = {key.removesuffix(suffix).removeprefix(_PEFT_PREFIX): key for key in factors}
     if not modules:
         raise ValueError(f"{name} holds no adapted linear layer.")
 
@@ -54,6 +55,11 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
     config.task_type = None
     config.fan_in_fan_out = False
     return PeftModel.from_pretrained(skeleton, name, config=config)
+
+
+def _natural_order(key: str) -> list[tuple[int, str]]:
+    """Sorts layer.2 before layer.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
 def _base_weight(base: nn.Module, path: str) -> torch.Tensor:

@@ -1,0 +1,41 @@
+"""The picture of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matplotlib import image
+from peft import LoraConfig, get_peft_model
+
+from lrlora import LrLoraConfig, rank_report
+from lrlora.report.figure import save_rank_figure
+
+from ..conftest import TinyModel
+
+
+def test_draws_a_heat_map_and_curves(tiny: TinyModel, tmp_path: Path) -> None:
+    model = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules="all-linear"))
+    tiny.train(model, 3)
+    save_rank_figure(rank_report(model), tmp_path / "ranks.png")
+    pixels = image.imread(tmp_path / "ranks.png")
+    assert pixels.shape[0] > 500
+    assert pixels.std() > 0.05
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks.png"]
+
+
+def test_text_of_an_svg_names_types_layers_and_measure(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    import matplotlib
+
+    model = get_peft_model(tiny_bert.build(), LoraConfig(r=2, target_modules=["query", "value"]))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        save_rank_figure(rank_report(model), tmp_path / "ranks.svg", measure="stable_rank", title="A title")
+    text = (tmp_path / "ranks.svg").read_text()
+    for expected in ("bert.encoder.layer.attention.self.query", "stable rank of ΔW", "r = 2", "A title"):
+        assert expected in text
+
+
+def test_unknown_measure_is_refused(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_bert.build(), LrLoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"measure must be one of stable_rank.*and is 'rank'"):
+        save_rank_figure(rank_report(model), tmp_path / "ranks.png", measure="rank")

@@ -1,0 +1,94 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner, Result
+
+from lrlora import LrLoraConfig, RankReport, __version__, rank_report
+from lrlora.cli import app
+
+from .conftest import TinyModel
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def adapter(tiny: TinyModel, tmp_path: Path) -> Path:
+    """A trained adapter of each family, saved beside its base model."""
+    base = tiny.build()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LrLoraConfig(r=3, target_modules="all-linear"))
+    tiny.train(model, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    rank_report(model).to_json(tmp_path / "expected.json")
+    return tmp_path / "adapter"
+
+
+def test_version() -> None:
+    assert run("--version").output.strip() == f"lrlora {__version__}"
+
+
+def test_ranks_of_a_saved_adapter_without_its_base_model(adapter: Path, tmp_path: Path) -> None:
+    result = run("ranks", adapter, "--json", tmp_path / "out.json", "--csv", tmp_path / "out.csv")
+    assert result.exit_code == 0, result.output
+    expected = {row.module: row for row in RankReport.from_json(tmp_path / "expected.json").rows}
+    rows = RankReport.from_json(tmp_path / "out.json").rows
+    assert {row.module for row in rows} == set(expected)
+    for row in rows:
+        assert row.module in result.output
+        assert row.stable_rank == pytest.approx(expected[row.module].stable_rank, rel=1e-4)
+        assert row.relative_norm is None
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == len(rows) + 1
+
+
+def test_ranks_with_base_weights(adapter: Path, tmp_path: Path) -> None:
+    result = run("ranks", adapter, "--with-base", "--json", tmp_path / "out.json", "--picture", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    expected = {row.module: row for row in RankReport.from_json(tmp_path / "expected.json").rows}
+    for row in RankReport.from_json(tmp_path / "out.json").rows:
+        assert row.relative_norm == pytest.approx(expected[row.module].relative_norm, rel=1e-4)
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_ranks_of_plain_lora(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_bert.build(), LoraConfig(r=3, target_modules=["query"], modules_to_save=["classifier"]))
+    tiny_bert.train(model, 3)
+    model.save_pretrained(tmp_path)
+    result = run("ranks", tmp_path, "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert [row.r for row in RankReport.from_json(tmp_path / "out.json").rows] == [3, 3]
+
+
+def test_ranks_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
+    result = run("ranks", tmp_path / "nothing-here")
+    assert result.exit_code == 1
+    assert "Error: " in result.output
+    assert "Traceback" not in result.output
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    result = run("ranks", tmp_path)
+    assert result.exit_code == 1
+    assert "is an adapter of type IA3; ranks are read from LRLORA and LORA" in " ".join(result.output.split())
+
+
+def test_demo_refuses_a_folder_in_use_before_anything_slow(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    result = run("demo", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "exists already" in result.output
+    assert "--overwrite" in result.output
+    assert (tmp_path / "adapter_config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--rank", "0"), ("--learning-rate", "-1")])
+def test_demo_checks_its_numbers(arguments: tuple[str, str]) -> None:
+    result = run("demo", *arguments)
+    assert result.exit_code == 2
+    assert arguments[0] in result.output

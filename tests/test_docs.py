@@ -1,0 +1,52 @@
+"""What the README promises runs, and its table is what was stored."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
+
+from .conftest import TinyModel
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_examples_run(tiny_bert: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, load = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    args = TrainingArguments(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)
+    data = [{"input_ids": [i + 3, 5, 6], "labels": i % 2} for i in range(16)]
+    names: dict[str, Any] = {"Trainer": Trainer, "model": tiny_bert.build(), "args": args, "data": data}
+    exec(train, names)
+    assert isinstance(names["model"], PeftModel)
+    names["model"].save_pretrained("adapter")
+    names["base_model"] = tiny_bert.build()
+    exec(load, names)
+    assert not isinstance(names["merged"], PeftModel)
+
+
+def test_there_are_exactly_two_setup_commands() -> None:
+    commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert len(commands) == 2
+    assert commands[0].strip().endswith("lrlora demo")
+    assert commands[1].strip().endswith("pytest")
+
+
+def test_table_and_picture_are_the_stored_ones() -> None:
+    subprocess.run([sys.executable, "docs/update_readme.py"], cwd=ROOT, check=True)
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == README
+    assert "docs/demo/ranks.png" in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/settings.md"])
+def test_links_within_the_repository_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []

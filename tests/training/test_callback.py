@@ -1,0 +1,67 @@
+"""The rank history through the real Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer, TrainingArguments
+
+from lrlora import LrLoraConfig, RankCallback
+from lrlora.training.callback import HISTORY_FILE, read_history
+
+from ..conftest import TinyModel
+
+
+def make_trainer(tiny: TinyModel, folder: Path, callback: RankCallback, **arguments: Any) -> Trainer:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    examples = [{"input_ids": [i % 90 + 3, 5, 6], "labels": i % 2} for i in range(64)]
+    settings = {"max_steps": 6, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    args = TrainingArguments(output_dir=str(folder), logging_steps=100, disable_tqdm=True, **{**settings, **arguments})
+    return Trainer(model=model, args=args, train_dataset=examples, callbacks=[callback])
+
+
+def test_records_start_every_k_steps_and_end(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    callback = RankCallback(every=4)
+    trainer = make_trainer(tiny_bert, tmp_path, callback)
+    trainer.train()
+    assert [step for step, _ in callback.history] == [0, 4, 6]
+    assert all(row.stable_rank == 0 for row in callback.history[0][1].rows)
+    assert all(row.stable_rank >= 1 for row in callback.history[-1][1].rows)
+    saved = read_history(tmp_path / HISTORY_FILE)
+    assert [(step, report.rows) for step, report in saved] == [(step, r.rows) for step, r in callback.history]
+    logged = [entry for entry in trainer.state.log_history if "rank/stable_rank_mean" in entry]
+    assert [entry["step"] for entry in logged] == [0, 4, 6]
+
+
+def test_hands_the_summary_to_report_to(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    make_trainer(tiny_bert, tmp_path, RankCallback(every=3), report_to="tensorboard").train()
+    steps: set[int] = set()
+    for folder in {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}:
+        events = EventAccumulator(str(folder)).Reload()
+        if "rank/stable_rank_mean" in events.Tags()["scalars"]:
+            steps |= {event.step for event in events.Scalars("rank/stable_rank_mean")}
+    assert steps == {0, 3, 6}
+
+
+def test_a_resumed_run_continues_the_history(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    whole, resumed = RankCallback(every=2), RankCallback(every=2)
+    make_trainer(tiny_bert, tmp_path / "whole", whole).train()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    make_trainer(tiny_bert, tmp_path / "resumed", RankCallback(every=2), **saving).train()
+    with (tmp_path / "resumed" / HISTORY_FILE).open("a") as file:
+        file.write('{"step": 8, "ro')  # killed while writing
+    checkpoint = str(tmp_path / "resumed" / "checkpoint-3")
+    make_trainer(tiny_bert, tmp_path / "resumed", resumed, **saving).train(resume_from_checkpoint=checkpoint)
+    assert [step for step, _ in resumed.history] == [0, 2, 3, 4, 6]
+    assert resumed.history[-1][1].rows == whole.history[-1][1].rows
+
+
+def test_every_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="every must be a number of steps ≥ 1, and is 0"):
+        RankCallback(every=0)

