@@ -44,8 +44,8 @@ def test_hands_the_summary_to_report_to(tiny_bert: TinyModel, tmp_path: Path) ->
     steps: set[int] = set()
     for folder in {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}:
         events = EventAccumulator(str(folder)).Reload()
-        if "rank/stable_rank_mean" in events.Tags()["scalars"]:
-            steps |= {event.step for event in events.Scalars("rank/stable_rank_mean")}
+        if "train/rank/stable_rank_mean" in events.Tags()["scalars"]:
+            steps |= {event.step for event in events.Scalars("train/rank/stable_rank_mean")}
     assert steps == {0, 3, 6}
 
 

@@ -40,9 +40,9 @@ def save_rank_figure(
     heat_height = 0.4 * len(types) + 1.2
     figure = Figure(figsize=(max(10.0, 0.8 * len(layers) + 5), heat_height + 3.5), layout="constrained")
     figure.suptitle(title)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[heat_height, 3])
-    _draw_heat_map(top.subplots(), report.rows, types, layers, measure)
-    _draw_curves(bottom, report)
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[heat_height, 3])
+    _draw_heat_map(parts[0, 0].subplots(), report.rows, types, layers, measure)
+    _draw_curves(parts[1, 0], report)
     target = Path(path)
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
     figure.savefig(partial, dpi=150)

@@ -19,7 +19,7 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
     """Load a saved LR-LoRA or LoRA adapter onto a skeleton that has only the adapted linear layers.
 
     The result can be measured with `rank_report`; it cannot run. The skeleton's weights are zeros that take no
-    memory, or the base model's own if asked for.
+    memory, or the base model's own if asked for and there (a task head is not).
 
     Args:
         adapter: folder or hub name.
@@ -32,7 +32,9 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
     name = os.fspath(adapter)
     config = PeftConfig.from_pretrained(name)
     if config.peft_type not in _FACTOR_SUFFIXES:
-        raise ValueError(f"{name} is an adapter of type {config.peft_type}; ranks are read from LRLORA and LORA ones.")
+        raise ValueError(
+            f"{name} is an adapter of type {config.peft_type.value}; ranks are read from LRLORA and LORA ones."
+        )
     suffix = "." + _FACTOR_SUFFIXES[config.peft_type]
     weights = load_peft_weights(name, device="cpu")
     factors = sorted((key for key in weights if key.endswith(suffix)), key=_natural_order)
@@ -40,13 +42,14 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
     if not modules:
         raise ValueError(f"{name} holds no adapted linear layer.")
 
-    base = AutoModel.from_pretrained(config.base_model_name_or_path) if with_base_weights else None
+    base = AutoModel.from_pretrained(config.base_model_name_or_path) if with_base_weights else nn.Module()
     skeleton = nn.Module()
     for path, key in modules.items():
         in_features, out_features = weights[key].shape[1], weights[key.replace("_A.", "_B.")].shape[0]
         linear = nn.Linear(1, 1, bias=False)
         linear.in_features, linear.out_features = in_features, out_features
-        weight = torch.zeros(()).expand(out_features, in_features) if base is None else _base_weight(base, path)
+        weight = _base_weight(base, path)
+        weight = torch.zeros(()).expand(out_features, in_features) if weight is None else weight
         linear.weight = nn.Parameter(weight, requires_grad=False)
         _place(skeleton, path, linear)
     # The skeleton has exactly the adapted layers: whatever selected them among others no longer applies.
@@ -62,9 +65,12 @@ def _natural_order(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
-def _base_weight(base: nn.Module, path: str) -> torch.Tensor:
-    """The weight that the adapted module `path` has in the base model without its task head, as (m, n)."""
-    module: Any = base.get_submodule(path.removeprefix(f"{base.base_model_prefix}."))
+def _base_weight(base: nn.Module, path: str) -> torch.Tensor | None:
+    """The weight (m, n) of the adapted module `path` in the base model; None where that lacks it, as a task head."""
+    prefix = getattr(base, "base_model_prefix", "")
+    module: Any = dict(base.named_modules()).get(path.removeprefix(f"{prefix}."))
+    if module is None:
+        return None
     return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
 
 
