@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -144,6 +147,25 @@ def test_parameters_stay_float32_and_exact_under_casts(cast) -> None:  # type: i
     cast(torch.nn.Sequential(transfer))
     for name, parameter in transfer.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+SCRIPT = """
+import torch
+from lrlora.transfer import Transfer, TransferSpec, TransferTable
+phi = Transfer(TransferSpec("sinc"))
+with {context}:
+    TransferTable(phi.spec, phi.amplitude, phi.bandwidth, torch.float32)
+z = torch.randn(10)
+table = TransferTable(phi.spec, phi.amplitude, phi.bandwidth, torch.float32)
+table.accumulate(z, torch.ones_like(z))
+print(all(g.isfinite().all() for g in table.parameter_gradients()))
+"""
+
+
+@pytest.mark.parametrize("context", ["torch.inference_mode()", "torch.no_grad()", "torch.autocast('cpu')"])
+def test_training_works_after_a_first_use_in_any_context(context: str) -> None:
+    output = subprocess.run([sys.executable, "-c", SCRIPT.format(context=context)], capture_output=True, text=True)
+    assert output.stdout.strip() == "True", output.stderr
 
 
 def test_nan_entries_stay_nan() -> None:

@@ -114,6 +114,17 @@ class TransferSpec:
         return self.backbone(z) + self.series(inside, amplitude, bandwidth)
 
 
+def _constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compute a tensor once, on the CPU and fit for autograd, whatever context asks for it first."""
+
+    @functools.cache
+    def compute(*arguments: float) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return function(*arguments)
+
+    return compute
+
+
 _BACKBONES: dict[str, Callable[[Tensor], Tensor]] = {
     "residual": lambda z: z,
     "saturating": torch.tanh,
@@ -128,7 +139,7 @@ _BACKBONE_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@functools.cache
+@_constant
 def _identity_amplitudes(num_basis: int, interval: float) -> Tensor:
     """a⁰ of the "sinc" form: φ(z) ≈ z with slope 1 at 0, exactly antisymmetric, shape (N,), float64.
 
@@ -194,7 +205,7 @@ CELLS_PER_SAMPLE = 8
 SAMPLES_PER_STENCIL = 12
 
 
-@functools.cache
+@_constant
 def _interpolation_matrix() -> Tensor:
     """12 neighbouring samples of ψ → the 6 coefficients of the quintics on the 8 cells in their middle, (6, 8, 12).
 

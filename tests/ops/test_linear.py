@@ -142,6 +142,18 @@ def test_gradients_against_finite_differences(form: str) -> None:
     assert torch.autograd.gradcheck(run, (case.x, case.A, case.B), eps=1e-7, atol=1e-4)
 
 
+def test_autocast_changes_nothing() -> None:
+    case = make_case(dtype=torch.float32)
+    y, expected = lean(case), gradients(lean(case), case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = lean(case)
+        actual = gradients(inside, case)
+        delta = delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN)
+    assert torch.equal(inside, y)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+    assert torch.equal(delta, delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
+
+
 def test_bias_and_base_weight_get_gradients_when_they_ask() -> None:
     case = make_case()
     weight, bias = case.weight.requires_grad_(), case.bias.requires_grad_()
@@ -195,7 +207,7 @@ def test_half_precision_keeps_the_update(dtype: torch.dtype) -> None:
     layer: Any = model.base_model.model[0]
     with torch.no_grad():
         layer.lrlora_B["default"].weight.normal_()
-        layer.lrlora_phi["default"].amplitude.normal_(0, 0.02)
+        layer.lrlora_phi["default"].amplitude.normal_(0, 0.002)
         gain, W0 = layer.input_gain["default"], base.weight.double()
         for _ in range(3):
             size = layer.get_delta_weight("default").double().norm()

@@ -94,6 +94,11 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return _AdaptedLinear._backward(ctx, grad_y)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, amplitude, bandwidth = ctx.saved_tensors
         update: _Update = ctx.update
         needs_x, needs_weight, needs_bias, *needs_update = ctx.needs_input_grad[:7]
@@ -144,7 +149,7 @@ def adapted_linear(
     the base layer's own output.
 
     Args:
-        x: (..., n), float64, float32, bfloat16 or float16.
+        x: (..., n), float64, float32, bfloat16 or float16; autocast does not change it.
         weight: W (m, n) in the dtype of x, float32 or float64; a transposed view is fine.
         bias: b (m,).
         A: (r, n).
@@ -160,7 +165,9 @@ def adapted_linear(
     dtype = _factor_dtype(x, A, B)
     update = _Update(transfer.spec, scaling, input_gain)
     phi = transfer.amplitude, transfer.bandwidth
-    return _AdaptedLinear.apply(x, weight, bias, A.to(dtype), B.to(dtype), *phi, update)
+    # The op chooses its own precision: autocast would form BA in half of it.
+    with torch.autocast(x.device.type, enabled=False):
+        return _AdaptedLinear.apply(x, weight, bias, A.to(dtype), B.to(dtype), *phi, update)
 
 
 @torch.no_grad()
@@ -170,5 +177,6 @@ def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, in
     A, B = A.to(dtype), B.to(dtype)
     out = A.new_empty(B.shape[0], A.shape[1])
     table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, dtype)
-    _write_weight(out, None, A, B, table, _Update(transfer.spec, scaling, input_gain))
+    with torch.autocast(A.device.type, enabled=False):
+        _write_weight(out, None, A, B, table, _Update(transfer.spec, scaling, input_gain))
     return out

@@ -133,9 +133,8 @@ class Linear(nn.Module, LrLoraLayer):
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.autocast(device_type, enabled=False):
-            for adapter in adapters:
-                result = result + self._update(self.lrlora_dropout[adapter](x), adapter).to(result.dtype)
+        for adapter in adapters:
+            result = result + self._update(self.lrlora_dropout[adapter](x), adapter).to(result.dtype)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
