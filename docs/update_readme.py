@@ -54,9 +54,13 @@ def render() -> str:
         row("trainable parameters", *(f"{r['trainable_parameters']:,}" for r in ordered(results))),
     ]
     for measure in MEASURES:
+        digits = 0 if measure.startswith("energy") else 1
         for kind in ("attention", "mlp"):
             ranks = ([getattr(r, measure) for r in rows if r.kind == kind] for rows in reports.values())
-            cells = (f"{min(values):.4g} / {sum(values) / len(values):.1f} / {max(values):.4g}" for values in ranks)
+            cells = (
+                f"{min(values):.{digits}f} / {sum(values) / len(values):.1f} / {max(values):.{digits}f}"
+                for values in ranks
+            )
             lines.append(row(f"{measure.replace('_', ' ')}, {kind}: min / mean / max", *cells))
     above = (f"{sum(r.energy99_rank > r.r for r in rows)} of {len(rows)}" for rows in reports.values())
     lines.append(row("modules with energy99 rank > r", *above))
@@ -73,13 +77,19 @@ def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def updated(readme: str) -> str:
+    """The README's text with the section between its markers rendered anew."""
+    if readme.count(START) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md must hold {START.strip()} and {END.strip()} once each.")
+    before, _, rest = readme.partition(START)
+    return before + START + render() + END + rest.partition(END)[2]
+
+
 def main() -> None:
     """Store the given run, if there is one, and rewrite the README between its markers."""
     if len(sys.argv) > 1:
         store(Path(sys.argv[1]))
-    before, _, rest = README.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    README.write_text(before + START + render() + END + after, encoding="utf-8")
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

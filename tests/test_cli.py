@@ -79,13 +79,42 @@ def test_ranks_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
     assert "is an adapter of type IA3; ranks are read from LRLORA and LORA" in " ".join(result.output.split())
 
 
-def test_demo_refuses_a_folder_in_use_before_anything_slow(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    result = run("demo", "--output", tmp_path)
+@pytest.mark.parametrize("config", ["{}", "not json", '{"peft_type": "NOPE"}', '{"peft_type": "LRLORA"}'])
+def test_ranks_of_a_damaged_adapter_is_one_clear_error(tmp_path: Path, config: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(config)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut off")
+    result = run("ranks", tmp_path)
     assert result.exit_code == 1
-    assert "exists already" in result.output
-    assert "--overwrite" in result.output
-    assert (tmp_path / "adapter_config.json").read_text() == "{}"
+    assert isinstance(result.exception, SystemExit)
+    assert "does not hold a readable adapter" in result.output
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--picture"])
+def test_ranks_checks_where_to_write_before_measuring(tmp_path: Path, option: str) -> None:
+    result = run("ranks", tmp_path, option, tmp_path / "nowhere" / "out.png")
+    assert result.exit_code == 1
+    assert "nowhere for out.png does not exist" in " ".join(result.output.split())
+
+
+def test_ranks_checks_the_kind_of_picture_before_measuring(tmp_path: Path) -> None:
+    result = run("ranks", tmp_path, "--picture", tmp_path / "out.foo")
+    assert result.exit_code == 1
+    assert "must end in one of" in result.output
+
+
+def test_demo_never_removes_what_it_did_not_write(tmp_path: Path) -> None:
+    output = tmp_path / "mine[1]"
+    for folder in (output, tmp_path / "mine[1].partial"):
+        folder.mkdir()
+        (folder / "letter.txt").write_text("dear")
+        for options in ((), ("--overwrite",)):
+            result = run("demo", "--output", output, *options)
+            assert result.exit_code == 1
+            assert "mine[1]" in result.output
+            assert "remove it yourself" in result.output if options else "--overwrite" in result.output
+        assert (folder / "letter.txt").read_text() == "dear"
+        (folder / "letter.txt").unlink()
+        folder.rmdir()
 
 
 @pytest.mark.parametrize("arguments", [("--steps", "0"), ("--rank", "0"), ("--learning-rate", "-1")])

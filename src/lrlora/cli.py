@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
@@ -29,7 +30,10 @@ def _one_clear_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False)
+        remedy = (
+            " Install what this command needs: pip install 'lrlora[demo]'" if isinstance(error, ImportError) else ""
+        )
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(f'{error}{remedy}')}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted. Run the same command again to resume.", highlight=False)
@@ -91,7 +95,7 @@ def demo(
                 f"{sum(row.energy99_rank > row.r for row in rows)} of {len(rows)}",
             )
         console.print(table)
-        console.print(f"Adapters, reports and history: {output}\nPicture: {picture}", highlight=False)
+        console.print(escape(f"Adapters, reports and history: {output}\nPicture: {picture}"), highlight=False)
 
 
 @app.command()
@@ -104,13 +108,19 @@ def ranks(
 ) -> None:
     """Print the learned ranks of a saved adapter. Its base model is not needed."""
     with _one_clear_error():
+        for path in (json, csv, picture):
+            if path and not path.parent.is_dir():
+                raise FileNotFoundError(f"The folder {path.parent} for {path.name} does not exist.")
+        if picture:
+            from .report.figure import check_picture, save_rank_figure
+
+            check_picture(picture)
         from .rank import rank_report
-        from .report.figure import save_rank_figure
         from .report.table import rank_table
         from .tuner.skeleton import load_on_skeleton
 
         report = rank_report(load_on_skeleton(adapter, with_base_weights=with_base), progressbar=True)
-        console.print(rank_table(report, f"Learned ranks, {adapter}"))
+        console.print(rank_table(report, escape(f"Learned ranks, {adapter}")))
         if json:
             report.to_json(json)
         if csv:

@@ -162,7 +162,7 @@ class RankReport:
 
 
 def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bool = False) -> RankReport:
-    """Measure the update of every adapted module of a PEFT model: LR-LoRA, plain LoRA, or any additive method.
+    """Measure the update of every module that LR-LoRA or plain LoRA adapts in a PEFT model.
 
     Args:
         model: a PEFT model, not merged.
@@ -170,20 +170,21 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
         progressbar: show one; a 4096 × 4096 layer takes several seconds on a CPU.
 
     Raises:
-        ValueError: no module has an adapter of this name, or the adapter is merged into the base weights.
+        ValueError: no module has an adapter of this name, the adapter is merged into the base weights, or an update
+            is not finite.
 
     """
     layers = [
         (path.removeprefix("base_model.model."), module, adapter or module.active_adapters[0])
         for path, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight")
+        if isinstance(module, BaseTunerLayer) and {"lrlora_A", "lora_A"} & set(module.adapter_layer_names)
     ]
     measured = [(path, layer, name) for path, layer, name in layers if name in layer._get_available_adapters()]
     if not measured:
         known = sorted({name for _, layer, _ in layers for name in layer._get_available_adapters()})
-        raise ValueError(
-            f"No module has an adapter named {adapter!r}. Adapters there are: {', '.join(known) or 'none'}."
-        )
+        if not known:
+            raise ValueError("The model has no LR-LoRA or LoRA adapter to measure.")
+        raise ValueError(f"No module has an adapter named {adapter!r}. Adapters there are: {', '.join(known)}.")
     if any(layer.merged for _, layer, _ in measured):
         raise ValueError("The adapter is merged, and rank_report needs the base weights: call unmerge_adapter() first.")
     report = RankReport([])
@@ -198,6 +199,11 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
 @torch.no_grad()
 def _measure(path: str, layer: Any, adapter: str) -> tuple[RankRow, tuple[list[float], list[float]] | None]:
     delta = layer.get_delta_weight(adapter).flatten(1)
+    if not torch.isfinite(delta).all():
+        raise ValueError(
+            f"The update of {path} holds NaN or infinite values. Training has diverged: go back to an earlier "
+            "checkpoint."
+        )
     energies = spectrum(delta)
     phi_zero, bend, curve = 0.0, 0.0, None
     if adapter in getattr(layer, "lrlora_phi", {}):
@@ -211,7 +217,7 @@ def _measure(path: str, layer: Any, adapter: str) -> tuple[RankRow, tuple[list[f
         type=module_type(path),
         kind=_kind(path),
         m=layer.out_features,
-        n=layer.in_features,
+        n=delta.numel() // layer.out_features,
         r=layer.r[adapter],
         stable_rank=stable_rank(energies),
         effective_rank=effective_rank(energies),

@@ -190,6 +190,12 @@ class Transfer(nn.Module):
         super()._apply(keep_dtype, recurse)
         return self
 
+    def restore_precision(self) -> None:
+        """Back to float32, where a library on top has cast `parameter.data` itself, as TRL does."""
+        for parameter in self.parameters():
+            if parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+
     def extra_repr(self) -> str:
         return f"form={self.spec.form!r}, num_basis={self.spec.num_basis}, interval={self.spec.interval}"
 
@@ -258,7 +264,7 @@ class TransferTable:
             with torch.no_grad():
                 self._coefficients = self._interpolate(*self._parameters).to(dtype)
             self._moments = torch.zeros_like(self._coefficients, dtype=torch.float64)
-            self._beyond: list[tuple[Tensor, Tensor]] = []
+            self._tail_gradients = [torch.zeros_like(p, dtype=torch.float64) for p in self._parameters]
 
     def _interpolate(self, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
         """Coefficients in t of every cell, shape (6, 2·cells_per_side), float64, differentiable."""
@@ -321,7 +327,7 @@ class TransferTable:
         if not self.spec.is_clipped:
             beyond = z.abs() > self.reach
             if beyond.any():
-                self._beyond.append((z[beyond], grad[beyond]))
+                self._accumulate_tails(z[beyond], grad[beyond])
                 grad = grad.masked_fill(beyond, 0)
         cell, t = self._locate(z)
         moments = torch.zeros_like(self._coefficients)
@@ -337,10 +343,17 @@ class TransferTable:
         with torch.enable_grad():
             parameters = tuple(p.detach().requires_grad_() for p in self._parameters)
             loss = (self._interpolate(*parameters) * self._moments).sum()
-            for z, grad in self._beyond:
-                loss = loss + (self.spec.series(z, *parameters) * grad).sum()
-        amplitude, bandwidth = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, parameters)
+        amplitude, bandwidth = (g + tail.to(g.dtype) for g, tail in zip(gradients, self._tail_gradients, strict=True))
         return amplitude, bandwidth
+
+    def _accumulate_tails(self, z: Tensor, grad: Tensor) -> None:
+        assert self._parameters is not None
+        with torch.enable_grad():
+            parameters = tuple(p.detach().requires_grad_() for p in self._parameters)
+            loss = (self.spec.series(z, *parameters) * grad).sum()
+        for total, part in zip(self._tail_gradients, torch.autograd.grad(loss, parameters), strict=True):
+            total += part
 
     def _read(self, power: int, cell: Tensor) -> Tensor:
         return self._coefficients[power].index_select(0, cell)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from matplotlib import image
 from peft import LoraConfig, get_peft_model
 
-from lrlora import LrLoraConfig, rank_report
+from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.report.figure import save_rank_figure
 
 from ..conftest import TinyModel
@@ -39,3 +40,18 @@ def test_unknown_measure_is_refused(tiny_bert: TinyModel, tmp_path: Path) -> Non
     model = get_peft_model(tiny_bert.build(), LrLoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(ValueError, match=r"measure must be one of stable_rank.*and is 'rank'"):
         save_rank_figure(rank_report(model), tmp_path / "ranks.png", measure="rank")
+
+
+def test_modules_that_share_a_cell_are_averaged(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    import matplotlib
+
+    rows = rank_report(get_peft_model(tiny_bert.build(), LrLoraConfig(r=2, target_modules=["query"]))).rows
+    shared = [
+        replace(rows[0], module="experts.0", stable_rank=2.0),
+        replace(rows[0], module="experts.1", stable_rank=5.0),
+    ]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        save_rank_figure(RankReport(shared), tmp_path / "ranks.svg", measure="stable_rank")
+    text = (tmp_path / "ranks.svg").read_text()
+    assert ">3.5<" in text
+    assert "mean where several modules share a cell" in text

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lrlora import LrLoraConfig, RankCallback
 from lrlora.training.callback import HISTORY_FILE, read_history
@@ -65,3 +65,19 @@ def test_a_resumed_run_continues_the_history(tiny_bert: TinyModel, tmp_path: Pat
 def test_every_must_be_positive() -> None:
     with pytest.raises(ValueError, match="every must be a number of steps ≥ 1, and is 0"):
         RankCallback(every=0)
+
+
+def test_a_diverged_run_goes_on_without_a_record(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    callback = RankCallback(every=2)
+    trainer = make_trainer(tiny_bert, tmp_path, callback)
+
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                next(p for n, p in model.named_parameters() if "lrlora_B" in n).data.fill_(float("nan"))
+
+    trainer.add_callback(Diverge)
+    with pytest.warns(UserWarning, match="Ranks at step 4 are not recorded: The update of .* holds NaN"):
+        trainer.train()
+    assert trainer.state.global_step == 6
+    assert [step for step, _ in callback.history] == [0, 2]

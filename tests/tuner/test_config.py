@@ -22,6 +22,9 @@ from lrlora import LrLoraConfig
         ("input_gain", float("nan")),
         ("phi_lr_multiplier", 0.0),
         ("lora_dropout", 1.0),
+        ("lora_alpha", 0),
+        ("lora_alpha", float("nan")),
+        ("interval", "3"),
         ("form", "cubic"),
         ("sharing", "layer"),
         ("bias", "some"),
@@ -63,6 +66,16 @@ def test_a_newer_format_asks_for_an_upgrade() -> None:
 def test_layer_selection_needs_a_list_of_targets(field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field}=.*Give a list"):
         LrLoraConfig(target_modules=".*query", **{field: [0]})
+
+
+def test_alphas_in_a_pattern_are_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"alpha_pattern\['query'\] must be a finite number > 0, and is 0"):
+        LrLoraConfig(alpha_pattern={"query": 0})
+
+
+def test_a_layers_pattern_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers_pattern='layer'.*Give layers_to_transform too"):
+        LrLoraConfig(target_modules=["query"], layers_pattern="layer")
 
 
 def test_dropout_says_that_it_takes_the_slow_path() -> None:

@@ -365,3 +365,46 @@ def test_a_nan_in_training_stays_visible(tiny_bert: TinyModel, form: str) -> Non
 def test_conv1d_delta_weight_has_the_layout_of_its_weight() -> None:
     model = get_peft_model(nn.Sequential(Conv1D(6, 4)), LrLoraConfig(r=2, target_modules=["0"], init_weights=False))
     assert adapted_layers(model)[0].get_delta_weight("default").shape == (4, 6)
+
+
+def test_an_adapter_for_each_sample_is_refused(tiny_bert: TinyModel) -> None:
+    model = adapt(tiny_bert)
+    with pytest.raises(NotImplementedError, match=r"adapter_names=.*set_adapter"):
+        model(input_ids=torch.full((2, 5), 7), adapter_names=["default", "__base__"])
+
+
+def test_phi_returns_to_float32_after_a_cast_of_its_data(tiny_bert: TinyModel) -> None:
+    model = trained(tiny_bert)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    tiny_bert.logits(model)
+    phi = [p for name, p in model.named_parameters() if "lrlora_phi" in name]
+    assert {p.dtype for p in phi} == {torch.float32}
+
+
+def test_non_finite_modules_to_save_are_refused_too(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    model = adapt(tiny_bert, target_modules=["query"], modules_to_save=["classifier"])
+    model.base_model.model.classifier.modules_to_save["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"cannot be saved: .*classifier"):
+        model.save_pretrained(tmp_path)
+
+
+def test_wrong_targets_of_a_second_adapter_list_the_model_and_not_its_adapters(tiny_bert: TinyModel) -> None:
+    model = adapt(tiny_bert)
+    with pytest.raises(ValueError, match=r"are named: classifier, dense, key, query, value\."):
+        model.add_adapter("other", LrLoraConfig(target_modules=["q_proj"]))
+
+
+def test_a_projection_that_is_never_called_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"matches 'self_attn.out_proj', a NonDynamicallyQuantizableLinear"):
+        get_peft_model(nn.TransformerEncoderLayer(16, 2), LrLoraConfig(target_modules=["out_proj"]))
+
+
+def test_injecting_the_same_name_again_starts_anew(tiny_bert: TinyModel) -> None:
+    config = {"r": 2, "target_modules": ["query"], "sharing": "global"}
+    model = inject_adapter_in_model(LrLoraConfig(**config), tiny_bert.build())
+    adapted_layers(model)[0].lrlora_phi["default"].amplitude.data.fill_(1.0)
+    model = inject_adapter_in_model(LrLoraConfig(**config, num_basis=8), model)
+    for layer in adapted_layers(model):
+        assert torch.equal(layer.lrlora_phi["default"].amplitude, torch.zeros(8))

@@ -11,6 +11,7 @@ Saved for backward are x, W (which is there anyway), A, B and the parameters of 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from ..transfer import Transfer, TransferSpec, TransferTable
 
-# Entries of ΔW handled at a time: elementwise temporaries of this size stay in a core's cache.
-BLOCK_ENTRIES = 2**16
+# Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
+# kernels, and 64 MB each.
+CPU_BLOCK_ENTRIES = 2**16
+ACCELERATOR_BLOCK_ENTRIES = 2**24
 
 
 class _Update(NamedTuple):
@@ -32,10 +35,18 @@ class _Update(NamedTuple):
     input_gain: float
 
 
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, BLOCK_ENTRIES // columns)
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    rows, columns = matrix.shape
+    entries = CPU_BLOCK_ENTRIES if matrix.device.type == "cpu" else ACCELERATOR_BLOCK_ENTRIES
+    step = max(1, entries // columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """The op chooses its own precision: autocast would form BA in half of it."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _is_transposed(matrix: Tensor) -> bool:
@@ -50,7 +61,7 @@ def _write_weight(
     left, right = B, A
     if _is_transposed(out):
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
-    for rows in _row_blocks(*out.shape):
+    for rows in _row_blocks(out):
         z = torch.mm(left[rows], right).mul_(update.input_gain)
         delta = table.value(z).mul_(update.scaling / update.input_gain)
         out[rows] = delta if weight is None else delta.add_(weight[rows])
@@ -62,7 +73,7 @@ def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, table: TransferTable, upd
         grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update)
         return grad_At.T, grad_Bt.T
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
-    for rows in _row_blocks(*G.shape):
+    for rows in _row_blocks(G):
         z = torch.mm(B[rows], A).mul_(update.input_gain)
         g = G[rows].to(A.dtype)
         table.accumulate(z, g * (update.scaling / update.input_gain))
@@ -94,7 +105,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_y.device.type, enabled=False):
+        with _without_autocast(grad_y):
             return _AdaptedLinear._backward(ctx, grad_y)
 
     @staticmethod
@@ -125,6 +136,14 @@ class _AdaptedLinear(torch.autograd.Function):
 def _empty_weight(x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
     # Laid out like W, also when W is a transposed view: then even the bits of the base layer's matmul are kept.
     return x.new_empty(B.shape[0], A.shape[1]) if weight is None else torch.empty_like(weight)
+
+
+def _parameters(transfer: Transfer, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Amplitude and bandwidth where the layer is: a φ shared by layers on several devices lives on one of them."""
+    amplitude, bandwidth = transfer.amplitude, transfer.bandwidth
+    if amplitude is None or bandwidth is None:
+        return None, None
+    return amplitude.to(device), bandwidth.to(device)
 
 
 def _factor_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -164,9 +183,8 @@ def adapted_linear(
     """
     dtype = _factor_dtype(x, A, B)
     update = _Update(transfer.spec, scaling, input_gain)
-    phi = transfer.amplitude, transfer.bandwidth
-    # The op chooses its own precision: autocast would form BA in half of it.
-    with torch.autocast(x.device.type, enabled=False):
+    phi = _parameters(transfer, A.device)
+    with _without_autocast(x):
         return _AdaptedLinear.apply(x, weight, bias, A.to(dtype), B.to(dtype), *phi, update)
 
 
@@ -176,7 +194,7 @@ def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, in
     dtype = _factor_dtype(A, B)
     A, B = A.to(dtype), B.to(dtype)
     out = A.new_empty(B.shape[0], A.shape[1])
-    table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, dtype)
-    with torch.autocast(A.device.type, enabled=False):
+    table = TransferTable(transfer.spec, *_parameters(transfer, A.device), dtype)
+    with _without_autocast(A):
         _write_weight(out, None, A, B, table, _Update(transfer.spec, scaling, input_gain))
     return out

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure, SubFigure
 
 from ..rank import MEASURES, RankReport, RankRow
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
 
 _LABELS = {
     "stable_rank": "stable rank",
@@ -33,8 +32,6 @@ def save_rank_figure(
     """
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, and is {measure!r}.")
-    from matplotlib.figure import Figure
-
     types = list(dict.fromkeys(row.type for row in report.rows))
     layers = sorted({row.layer for row in report.rows}, key=lambda layer: (layer is None, layer))
     heat_height = 0.4 * len(types) + 1.2
@@ -49,23 +46,32 @@ def save_rank_figure(
     partial.replace(target)
 
 
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise a ValueError unless the suffix of `path` is one that can be drawn."""
+    suffix = Path(path).suffix.removeprefix(".")
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if suffix not in known:
+        raise ValueError(f"A picture must end in one of .{', .'.join(known)}, and {path} does not.")
+
+
 def _draw_heat_map(axes: Axes, rows: list[RankRow], types: list[str], layers: list[int | None], measure: str) -> None:
-    values = [[float("nan")] * len(layers) for _ in types]
+    cells: dict[tuple[int, int], list[float]] = {}
     for row in rows:
-        values[types.index(row.type)][layers.index(row.layer)] = getattr(row, measure)
+        cells.setdefault((types.index(row.type), layers.index(row.layer)), []).append(getattr(row, measure))
+    means = {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
+    values = [[means.get((i, j), float("nan")) for j in range(len(layers))] for i in range(len(types))]
     image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0)
     axes.figure.colorbar(image, ax=axes, label=_LABELS[measure])
     axes.set_xticks(range(len(layers)), ["–" if layer is None else str(layer) for layer in layers])
     axes.set_yticks(range(len(types)), types)
     axes.set_xlabel("layer")
     ranks = sorted({row.r for row in rows})
-    axes.set_title(f"{_LABELS[measure]} of ΔW; rank of BA: r = {', '.join(map(str, ranks))}", fontsize="medium")
-    threshold = max(getattr(row, measure) for row in rows) / 2
-    for row in rows:
-        value = getattr(row, measure)
-        text = f"{value:.1f}" if isinstance(value, float) else str(value)
-        position = layers.index(row.layer), types.index(row.type)
-        axes.text(*position, text, ha="center", va="center", color="black" if value > threshold else "white")
+    title = f"{_LABELS[measure]} of ΔW; rank of BA: r = {', '.join(map(str, ranks))}"
+    averaged = any(len(several) > 1 for several in cells.values())
+    axes.set_title(title + "; mean where several modules share a cell" * averaged, fontsize="medium")
+    for (i, j), mean in means.items():
+        text = f"{mean:.0f}" if mean == int(mean) else f"{mean:.1f}"
+        axes.text(j, i, text, ha="center", va="center", color="black" if mean > max(means.values()) / 2 else "white")
 
 
 def _draw_curves(figure: SubFigure, report: RankReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class RankCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        if self.history[-1][0] != state.global_step:
+        if not self.history or self.history[-1][0] != state.global_step:
             self._record(args, state, control, **kwargs)
         for logger in self._loggers:
             logger.on_train_end(args, state, control, **kwargs)
@@ -73,7 +74,14 @@ class RankCallback(TrainerCallback):
     def _record(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
-        report = rank_report(model, self.adapter)
+        try:
+            report = rank_report(model, self.adapter)
+        except ValueError as error:
+            if state.global_step == 0:
+                raise
+            # What to do about a diverged run is the Trainer's business and the user's, not that of a measurement.
+            warnings.warn(f"Ranks at step {state.global_step} are not recorded: {error}", stacklevel=2)
+            return
         self.history.append((state.global_step, report))
         with _history_path(args).open("a", encoding="utf-8") as file:
             file.write(_to_line(self.history[-1]))

@@ -32,6 +32,7 @@ from .sentiment import LABELS, load_movie_reviews, tokenize
 
 METHODS = {"lr-lora": LrLoraConfig, "lora": LoraConfig}
 REPORT_FILE = "ranks.json"
+SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,17 @@ def run_demo(
     is resumed from there by calling again with the same settings. `announce` is told what is being done.
 
     Raises:
-        FileExistsError: `output` exists and `overwrite` is not set.
+        FileExistsError: `output` exists, or an unfinished run with other settings, and `overwrite` is not set; or
+            the folder to replace is not a demo's.
         RuntimeError: the model or the data could not be downloaded.
 
     """
-    if output.exists() and not overwrite:
-        raise FileExistsError(
-            f"The output folder {output} exists already. Give another one, or replace it with --overwrite."
-        )
     work = output.with_name(output.name + ".partial")
-    settings_file = work / "settings.json"
-    if work.exists() and (not settings_file.exists() or json.loads(settings_file.read_text()) != asdict(settings)):
+    settings_file = work / SETTINGS_FILE
+    if output.exists():
+        _require_replaceable(output, overwrite)
+    if work.exists() and not (settings_file.exists() and json.loads(settings_file.read_text()) == asdict(settings)):
+        _require_replaceable(work, overwrite)
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     settings_file.write_text(json.dumps(asdict(settings)))
@@ -111,6 +112,16 @@ def run_demo(
         shutil.rmtree(output)
     work.rename(output)
     return results
+
+
+def _require_replaceable(folder: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise FileExistsError(
+            f"The folder {folder} exists already and holds another run. Give another --output, or replace it with "
+            "--overwrite."
+        )
+    if any(folder.iterdir()) and not (folder / SETTINGS_FILE).exists():
+        raise FileExistsError(f"The folder {folder} was not written by the demo: remove it yourself, or give another.")
 
 
 def load_reports(output: Path) -> dict[str, RankReport]:
@@ -141,6 +152,7 @@ def _train(
             save_total_limit=1,
             report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),  # no other accelerator has the float64 that the table of φ needs
             seed=settings.seed,
         ),
         train_dataset=data["train"],

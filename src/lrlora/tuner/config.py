@@ -111,10 +111,13 @@ class LrLoraConfig(PeftConfig):
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             _require(isinstance(r, int) and r >= 1, name, r, "an integer ≥ 1")
         _require(isinstance(self.num_basis, int) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
-        for name in ("interval", "input_gain", "phi_lr_multiplier"):
-            value = getattr(self, name)
-            _require(0 < value < float("inf"), name, value, "a finite number > 0")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        positive = [
+            (name, getattr(self, name)) for name in ("lora_alpha", "interval", "input_gain", "phi_lr_multiplier")
+        ]
+        for name, value in [*positive, *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
+            _require(_is_number(value) and 0 < value < float("inf"), name, value, "a finite number > 0")
+        dropout = self.lora_dropout
+        _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
         _require(self.form in FORMS, "form", self.form, f"one of {', '.join(FORMS)}")
         _require(self.sharing in SHARING, "sharing", self.sharing, f"one of {', '.join(SHARING)}")
         _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "one of none, all, lora_only")
@@ -126,10 +129,20 @@ class LrLoraConfig(PeftConfig):
                     f"string {self.target_modules!r}. Give a list, or select the layers in the regular expression."
                 )
 
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and that is None. "
+                "Give layers_to_transform too, or neither."
+            )
+
     @property
     def transfer_spec(self) -> TransferSpec:
         """The fixed part of φ that this configuration asks for."""
         return TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:

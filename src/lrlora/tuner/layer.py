@@ -85,12 +85,14 @@ class Linear(nn.Module, LrLoraLayer):
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
         A, B, _ = self._factors(adapter)
-        z = self.input_gain[adapter] * (B @ A)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        z = self.input_gain[adapter] * (B.to(dtype) @ A.to(dtype))
         return z.T if self.is_conv1d else z
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
-        A, B, phi = self.lrlora_A[adapter], self.lrlora_B[adapter], self.lrlora_phi[adapter]
-        return cast(nn.Linear, A).weight, cast(nn.Linear, B).weight, cast(Transfer, phi)
+        phi = cast(Transfer, self.lrlora_phi[adapter])
+        phi.restore_precision()
+        return cast(nn.Linear, self.lrlora_A[adapter]).weight, cast(nn.Linear, self.lrlora_B[adapter]).weight, phi
 
     def _update(self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """X (W + ΔW)ᵀ + b, or x ΔWᵀ without a weight: (..., n) → (..., m)."""
@@ -114,7 +116,7 @@ class Linear(nn.Module, LrLoraLayer):
             and not weight.is_meta
             and weight.dtype == x.dtype
             and x.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not _autocasts(x)
             and not (self.training and getattr(self.lrlora_dropout[adapters[0]], "p", 0) > 0)
         )
 
@@ -130,9 +132,8 @@ class Linear(nn.Module, LrLoraLayer):
             return self._update(x, adapters[0], weight, self.base_layer.bias)
 
         result = self.base_layer(x, *args, **kwargs)
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))
+        if _autocasts(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for adapter in adapters:
             result = result + self._update(self.lrlora_dropout[adapter](x), adapter).to(result.dtype)
         return result
@@ -187,3 +188,7 @@ class Linear(nn.Module, LrLoraLayer):
 
     def __repr__(self) -> str:
         return "lrlora." + super().__repr__()
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)

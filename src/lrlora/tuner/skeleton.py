@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel
 
@@ -30,13 +33,14 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
 
     """
     name = os.fspath(adapter)
-    config = PeftConfig.from_pretrained(name)
-    if config.peft_type not in _FACTOR_SUFFIXES:
-        raise ValueError(
-            f"{name} is an adapter of type {config.peft_type.value}; ranks are read from LRLORA and LORA ones."
-        )
-    suffix = "." + _FACTOR_SUFFIXES[config.peft_type]
-    weights = load_peft_weights(name, device="cpu")
+    with _readable(name):
+        config = PeftConfig.from_pretrained(name)
+        method = config.peft_type.value
+    if method not in _FACTOR_SUFFIXES:
+        raise ValueError(f"{name} is an adapter of type {method}; ranks are read from LRLORA and LORA ones.")
+    with _readable(name):
+        weights = load_peft_weights(name, device="cpu")
+    suffix = "." + _FACTOR_SUFFIXES[method]
     factors = sorted((key for key in weights if key.endswith(suffix)), key=_natural_order)
     modules = {key.removesuffix(suffix).removeprefix(_PEFT_PREFIX): key for key in factors}
     if not modules:
@@ -58,6 +62,18 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
     config.task_type = None
     config.fan_in_fan_out = False
     return PeftModel.from_pretrained(skeleton, name, config=config)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Say of any way in which files can be missing or damaged what was expected."""
+    try:
+        yield
+    except (KeyError, AttributeError, TypeError, ValueError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{name} does not hold a readable adapter ({type(error).__name__}: {error}). Expected are the "
+            "adapter_config.json and adapter_model.safetensors that save_pretrained wrote."
+        ) from None
 
 
 def _natural_order(key: str) -> list[tuple[int, str]]:
