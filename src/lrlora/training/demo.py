@@ -151,6 +151,7 @@ def _train(
             save_steps=50,
             save_total_limit=1,
             report_to="none",
+            disable_tqdm=False,  # a progress bar at any log level
             dataloader_pin_memory=torch.cuda.is_available(),
             use_cpu=not torch.cuda.is_available(),  # no other accelerator has the float64 that the table of φ needs
             seed=settings.seed,
