@@ -197,7 +197,7 @@ def test_the_start_gives_a_usable_gradient(form: str) -> None:
 def test_half_precision_keeps_the_update(dtype: torch.dtype) -> None:
     """The layer's own update, before y is rounded to the dtype of the output, where ‖ΔW‖ is 1 % of ‖W0‖.
 
-    The output grid of bfloat16 is coarser than such an update: rounding the exact y alone changes it by some 10 %,
+    The output grid of bfloat16 is coarser than such an update: rounding the exact y alone changes it by 16 %,
     for plain LoRA as for anything else. So the update is measured as it is added, and the sum to a half-step of its
     dtype.
     """
