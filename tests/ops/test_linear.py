@@ -223,6 +223,9 @@ def test_half_precision_keeps_the_update(dtype: torch.dtype) -> None:
 
         y, y_base = layer(x), base(x)
         assert y.dtype == dtype
+        y_exact = F.linear(x.double(), W0, base.bias.double()) + exact
+        lost = (y.double() - y_base.double() - exact).norm()
+        assert lost <= 1.1 * (y_exact.to(dtype).double() - y_base.double() - exact).norm()
         assert ((y.double() - (y_base.double() + exact)).abs() <= 0.51 * _step(y) + 2e-2 * exact.abs().max()).all()
 
 

@@ -123,6 +123,15 @@ def test_saved_files_hold_names_without_the_adapter_and_a_format_version(tiny_be
     assert (config["peft_type"], config["format_version"]) == ("LRLORA", 1)
 
 
+def test_the_model_card_says_how_to_load_it_once(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    model = adapt(tiny_bert)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import lrlora\n") == 1
+    assert "KeyError: 'LRLORA'" in card
+
+
 def test_low_cpu_mem_usage_loads_the_same(tiny: TinyModel, tmp_path: Path) -> None:
     model = trained(tiny)
     model.save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftType
@@ -17,6 +18,19 @@ _REMEDIES = {
     "use_dora": "remove it, or use `peft.LoraConfig` for DoRA",
     "lora_bias": "remove it, or train the layers' own biases with `bias='lora_only'`",
 }
+
+_CARD_SECTION = """## Loading this LR-LoRA adapter
+
+The method is not part of PEFT: `pip install lrlora`, and `import lrlora` before loading. Without the import, PEFT stops
+with `KeyError: 'LRLORA'`.
+
+```python
+import lrlora
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder or hub name")
+```
+"""
 
 
 @dataclass
@@ -134,6 +148,13 @@ class LrLoraConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and that is None. "
                 "Give layers_to_transform too, or neither."
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and into the model card that PEFT put beside it how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.exists() and _CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(text.rstrip() + "\n\n" + _CARD_SECTION, encoding="utf-8")
 
     @property
     def transfer_spec(self) -> TransferSpec:
