@@ -68,6 +68,11 @@ def test_layer_selection_needs_a_list_of_targets(field: str) -> None:
         LrLoraConfig(target_modules=".*query", **{field: [0]})
 
 
+def test_patterns_may_be_none_as_in_peft() -> None:
+    config = LrLoraConfig(rank_pattern=None, alpha_pattern=None)
+    assert (config.rank_pattern, config.alpha_pattern) == ({}, {})
+
+
 def test_alphas_in_a_pattern_are_checked_too() -> None:
     with pytest.raises(ValueError, match=r"alpha_pattern\['query'\] must be a finite number > 0, and is 0"):
         LrLoraConfig(alpha_pattern={"query": 0})
