@@ -26,7 +26,7 @@ _CAPTION = (
 def rank_table(report: RankReport, title: str) -> Table:
     """All rows of the report, then the mean by kind. Readable from 80 columns on."""
     table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left", box=box.SIMPLE_HEAD)
-    table.padding = (0, 1, 0, 0)
+    table.padding, table.pad_edge = (0, 0), False
     table.add_column("module", overflow="fold")
     table.add_column("kind", no_wrap=True)
     for heading in _COLUMNS.values():
@@ -52,4 +52,4 @@ def _format(name: str, value: float | None) -> str:
         return f"{100 * value:.2f}"
     if name in ("phi_zero", "curvature"):
         return f"{value:.3f}"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return f"{value:.1f}" if isinstance(value, float) and not (name == "r" and value.is_integer()) else f"{value:.0f}"
