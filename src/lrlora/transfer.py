@@ -276,7 +276,7 @@ class TransferTable:
         return torch.einsum("pjs,cs->pcj", matrix, stencils).flatten(1)
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Z → (index of its cell as int64, position t in [0, 1] inside it)."""
+        """Locate z: (index of its cell as int64, position t in [0, 1] inside it)."""
         # Measured from 0 and not from −I: small entries, the most frequent ones, keep their relative precision.
         u = (z * (1 / self.spacing)).clamp_(-self.cells_per_side, self.cells_per_side)
         # A NaN entry gets a valid cell, and through t still a NaN value.

