@@ -164,8 +164,8 @@ def adapted_linear(
 ) -> Tensor:
     """Y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b where `weight` is None.
 
-    In half precision, adding ΔW to W and rounding loses part of the update, the more the smaller it is. There, call it without a weight and add
-    the base layer's own output.
+    In half precision, adding ΔW to W and rounding loses part of the update, the more the smaller it is. There, call it
+    without a weight and add the base layer's own output.
 
     Args:
         x: (..., n), float64, float32, bfloat16 or float16; autocast does not change it.
