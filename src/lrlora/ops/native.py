@@ -1,0 +1,137 @@
+"""The fused CPU kernels: compiled once on the user's machine, called through ctypes.
+
+`kernels.cpp` includes no header of torch or Python, so it compiles in a few seconds, fits any version of both, and
+needs no more than a C++ compiler with OpenMP. Where there is none, the PyTorch blocks of `linear.py` do the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..cache import cache_folder
+from ..transfer import DEGREE, TransferTable
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FORMS = {"residual": 0, "saturating": 1}
+_LINE, _MOMENTS = 8, 4
+# The kernel sums g·uᵖ, u = t − 1/2, to p = 2 only. φ's gradient in its parameters is smooth: over half a cell of 1/20
+# radian the cubic term is below 3e-6 of it, less than float32 loses in the sums. tᵖ = (1/2 + u)ᵖ, expanded:
+_TO_POWERS = torch.tensor(
+    [[math.comb(p, q) * 0.5 ** (p - q) if q < min(p + 1, 3) else 0.0 for q in range(_MOMENTS)] for p in range(DEGREE + 1)],
+    dtype=torch.float64,
+)
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# As PyTorch itself chooses at run time; a library compiled for more could meet, in a shared cache, a lesser CPU.
+_CPU_FLAGS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+
+
+class _Phi(ctypes.Structure):
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("side", ctypes.c_int32),
+        ("cells_per_unit", ctypes.c_float),
+        ("form", ctypes.c_int32),
+        ("gain", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+    )
+
+
+def is_native(table: TransferTable, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take this φ and these tensors. `LRLORA_KERNELS=0` in the environment turns them off."""
+    return (
+        table.spec.form in _FORMS
+        and all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+        and os.environ.get("LRLORA_KERNELS") != "0"
+        and _library() is not None
+    )
+
+
+def write_weight(
+    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+) -> None:
+    """Write weight + (s/g)·φ(g·BA) to `out` (m, n), contiguous; all tensors float32 on the CPU."""
+    A, B = A.contiguous(), B.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    phi, _keep = _phi(table, table.coefficients, scaling, gain)
+    pointer = None if weight is None else weight.data_ptr()
+    sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
+    _require_library().lrlora_effective_weight(
+        *_pointers(out), ctypes.c_void_p(pointer), *_pointers(A, B), *sizes, phi, torch.get_num_threads()
+    )
+
+
+def write_gradient(
+    H: Tensor, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+) -> None:
+    """Write s·φ′(g·BA) ∘ G to `H` (m, n), which may be G; add G to the gradient of φ's parameters in `table`."""
+    A, B = A.contiguous(), B.contiguous()
+    powers = torch.arange(1, DEGREE + 1).unsqueeze(1)
+    phi, _keep = _phi(table, table.coefficients[1:] * (powers / table.spacing), scaling, gain)
+    threads = torch.get_num_threads()
+    moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64)
+    sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
+    _require_library().lrlora_gradient(*_pointers(H, G, A, B), *sizes, phi, *_pointers(moments), threads)
+    table.add_moments(_TO_POWERS @ moments.sum(0).T)
+
+
+def _phi(table: TransferTable, coefficients: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
+    """What a kernel knows of φ, with ψ or ψ′ as polynomials (≤ 6, cells), and the tensor that it points into."""
+    lines = torch.zeros(2 * table.cells_per_side, _LINE)
+    lines[:, : len(coefficients)] = coefficients.T
+    form = _FORMS[table.spec.form]
+    return _Phi(lines.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain, scaling), lines
+
+
+def _pointers(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
+    return tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+
+
+def _require_library() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None, with one warning, where they cannot be had."""
+    try:
+        return ctypes.CDLL(str(_compile()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            "lrlora trains slower than it could on this CPU, because its kernels could not be compiled. Install a C++ "
+            f"compiler with OpenMP, or name one in the environment variable CXX. The reason: {reason.strip()[-500:]}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _compile() -> Path:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    flags = (*_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    fingerprint = hashlib.sha256(_SOURCE.read_bytes() + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
+    library = cache_folder() / f"kernels-{fingerprint}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            compiled = Path(scratch) / library.name
+            command = [compiler, *flags, str(_SOURCE), "-o", str(compiled)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            compiled.replace(library)
+    return library
