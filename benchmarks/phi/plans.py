@@ -101,4 +101,44 @@ def comparison(finished: dict[str, dict[str, Any]]) -> list[Run]:
     return tuned(cells, finished)
 
 
-PLANS: dict[str, Callable[[dict[str, dict[str, Any]]], list[Run]]] = {"lora": lora, "comparison": comparison}
+FROZEN = 1e-9  # as a multiplier of φ's learning rate
+
+
+def dynamics(finished: dict[str, dict[str, Any]]) -> list[Run]:
+    """One task, one seed, validation only: what the settings of φ do to rank and loss."""
+
+    def saturating(**options: Any) -> dict[str, Any]:
+        return {"form": "saturating", "input_gain": 300, "num_basis": 50, **options}
+
+    def residual(**options: Any) -> dict[str, Any]:
+        return {"form": "residual", "input_gain": 300, "num_basis": 50, **options}
+
+    at_both_rates = [
+        saturating(phi_lr_multiplier=FROZEN),
+        saturating(phi_lr_multiplier=10, num_basis=8),
+        residual(phi_lr_multiplier=10),
+    ]
+    others = [
+        saturating(phi_lr_multiplier=FROZEN, input_gain=100),
+        saturating(phi_lr_multiplier=FROZEN, input_gain=1000),
+        saturating(phi_lr_multiplier=1),
+        saturating(phi_lr_multiplier=10),
+        saturating(phi_lr_multiplier=1, num_basis=8),
+        residual(phi_lr_multiplier=1),
+        residual(phi_lr_multiplier=10, num_basis=8),
+        residual(phi_lr_multiplier=1, input_gain=1000),
+        residual(phi_lr_multiplier=10, input_gain=1000),
+        {"form": "sinc", "input_gain": 300, "num_basis": 50, "phi_lr_multiplier": 1},
+        {"form": "sine", "input_gain": 300},
+    ]
+    runs = [Run("20-newsgroups", "lora", 4, rate, watch_ranks=True) for rate in (4e-3, 8e-3)]
+    for options in at_both_rates:
+        runs += [Run("20-newsgroups", "lr-lora", 4, rate, options, watch_ranks=True) for rate in (4e-3, 8e-3)]
+    return runs + [Run("20-newsgroups", "lr-lora", 4, 4e-3, options, watch_ranks=True) for options in others]
+
+
+PLANS: dict[str, Callable[[dict[str, dict[str, Any]]], list[Run]]] = {
+    "dynamics": dynamics,
+    "lora": lora,
+    "comparison": comparison,
+}

@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from datasets.utils.logging import disable_progress_bar as disable_progress_bars
 from peft import LoraConfig, get_peft_model
-from plans import PLANS, Run, key
+from plans import PLANS, Run, key, key_of
 from sklearn.metrics import accuracy_score
 from transformers import (
     AutoModelForSequenceClassification,

@@ -65,12 +65,13 @@ SOURCES = (
     Source("minilm", "20-newsgroups", "sgd", 0.05, 200),
     Source("minilm", "movie-reviews", "adam", 2e-4, 200),
     Source("minilm", "movie-reviews", "sgd", 0.05, 200),
-    Source("minilm", "vitaminc", "adam", 2e-4, 200),
-    Source("minilm", "r8", "adam", 2e-4, 200),
-    Source("minilm", "20-newsgroups", "adam", 2e-4, 50),
-    Source("minilm", "20-newsgroups", "adam", 2e-4, 200, batch_size=4),
     Source("smollm2", "movie-reviews", "adam", 1e-4, 100, batch_size=8),
     Source("smollm2", "movie-reviews", "sgd", 0.02, 100, batch_size=8),
+    Source("minilm", "r8", "adam", 2e-4, 200),
+    Source("minilm", "vitaminc", "adam", 2e-4, 200),
+    Source("minilm", "20-newsgroups", "adam", 2e-4, 50),
+    Source("minilm", "20-newsgroups", "adam", 2e-5, 200),
+    Source("minilm", "20-newsgroups", "adam", 2e-4, 200, batch_size=4),
 )
 
 

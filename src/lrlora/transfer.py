@@ -379,8 +379,7 @@ class TransferTable:
             grad[place : place + len(part)] += part
         gradients = self.spec.series_gradients(self.sample_points, grad, self._sample_basis, *self._parameters)
         amplitude, bandwidth = (
-            (g + tail).to(p.dtype)
-            for g, tail, p in zip(gradients, self._tail_gradients, self._parameters, strict=True)
+            (g + tail).to(p.dtype) for g, tail, p in zip(gradients, self._tail_gradients, self._parameters, strict=True)
         )
         return amplitude, bandwidth
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,26 +15,16 @@ from lrlora import rank_report
 from lrlora.training import demo
 from lrlora.training.demo import DemoSettings, load_reports, run_demo
 from lrlora.training.inputs import MINILM, fetch
-from lrlora.training.sentiment import load_movie_reviews
+from lrlora.training.tasks import MOVIE_REVIEW_TASK
 
 pytestmark = pytest.mark.real
 
 
-def test_films_are_held_out_and_no_snippet_is_in_both() -> None:
-    data = load_movie_reviews()
-    train, test = data["train"].to_pandas(), data["test"].to_pandas()
-    assert len(train) + len(test) > 12_500
-    assert set(train["movie"]).isdisjoint(test["movie"])
-    assert set(train["text"]).isdisjoint(test["text"])
-    assert set(train["label"]) == set(test["label"]) == {0, 1}
-    assert 0.4 < test["label"].mean() < 0.7
-
-
 def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, output = DemoSettings(steps=3, r=4, batch_size=8), tmp_path / "demo"
-    small = load_movie_reviews()
+    small = MOVIE_REVIEW_TASK.load()
     small["test"] = small["test"].select(range(64))
-    monkeypatch.setattr(demo, "load_movie_reviews", lambda: small)
+    monkeypatch.setattr(demo, "MOVIE_REVIEW_TASK", replace(MOVIE_REVIEW_TASK, load=lambda: small))
 
     def interrupt(**fields: object) -> None:
         raise KeyboardInterrupt

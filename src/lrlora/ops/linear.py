@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
 from ..transfer import Transfer, TransferSpec, TransferTable
+from . import native
 
 # Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
 # kernels, and 64 MB each.
@@ -141,6 +141,26 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_amplitude, grad_bandwidth, None
 
 
+class _DeltaWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, update: _Update
+    ) -> Tensor:
+        ctx.save_for_backward(A, B, amplitude, bandwidth)
+        ctx.update = update
+        delta = A.new_empty(B.shape[0], A.shape[1])
+        _write_weight(delta, None, A, B, TransferTable(update.spec, amplitude, bandwidth, A.dtype), update)
+        return delta
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        A, B, amplitude, bandwidth = ctx.saved_tensors
+        table = TransferTable(ctx.update.spec, amplitude, bandwidth, A.dtype)
+        with _without_autocast(grad):
+            return *_factor_gradients(grad.contiguous(), A, B, table, ctx.update), *table.parameter_gradients(), None
+
+
 def _empty_weight(x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
     # Laid out like W, also when W is a transposed view: then even the bits of the base layer's matmul are kept.
     return x.new_empty(B.shape[0], A.shape[1]) if weight is None else torch.empty_like(weight)
@@ -196,13 +216,10 @@ def adapted_linear(
         return _AdaptedLinear.apply(x, weight, bias, A.to(dtype), B.to(dtype), *phi, update)
 
 
-@torch.no_grad()
 def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:
-    """ΔW = (s/g)·φ(g·BA), (m, n), float32 (float64 if A or B are), without gradient."""
+    """ΔW = (s/g)·φ(g·BA), (m, n), float32 (float64 if A or B are), differentiable; saves no m×n tensor."""
     dtype = _factor_dtype(A, B)
-    A, B = A.to(dtype), B.to(dtype)
-    out = A.new_empty(B.shape[0], A.shape[1])
-    table = TransferTable(transfer.spec, *_parameters(transfer, A.device), dtype)
     with _without_autocast(A):
-        _write_weight(out, None, A, B, table, _Update(transfer.spec, scaling, input_gain))
-    return out
+        return _DeltaWeight.apply(
+            A.to(dtype), B.to(dtype), *_parameters(transfer, A.device), _Update(transfer.spec, scaling, input_gain)
+        )

@@ -29,7 +29,10 @@ _LINE, _MOMENTS = 8, 4
 # The kernel sums g·uᵖ, u = t − 1/2, to p = 2 only. φ's gradient in its parameters is smooth: over half a cell of 1/20
 # radian the cubic term is below 3e-6 of it, less than float32 loses in the sums. tᵖ = (1/2 + u)ᵖ, expanded:
 _TO_POWERS = torch.tensor(
-    [[math.comb(p, q) * 0.5 ** (p - q) if q < min(p + 1, 3) else 0.0 for q in range(_MOMENTS)] for p in range(DEGREE + 1)],
+    [
+        [math.comb(p, q) * 0.5 ** (p - q) if q < min(p + 1, 3) else 0.0 for q in range(_MOMENTS)]
+        for p in range(DEGREE + 1)
+    ],
     dtype=torch.float64,
 )
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")

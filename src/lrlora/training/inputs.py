@@ -102,7 +102,7 @@ def _unpack(package: Path, member: str, folder: Path) -> None:
 
     if package.suffix == ".whl":
         with zipfile.ZipFile(package) as wheel:
-            wheel.extractall(folder, filter(is_wanted, wheel.namelist()))
+            wheel.extractall(folder, [name for name in wheel.namelist() if is_wanted(name)])
     else:
         with tarfile.open(package) as archive:
             archive.extractall(folder, (entry for entry in archive if is_wanted(entry.name)), filter="data")

