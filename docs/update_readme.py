@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from sections import row, with_section
+
 from lrlora import RankReport
 from lrlora.rank import MEASURES
 
@@ -17,7 +19,6 @@ DOCS = Path(__file__).parent
 STORED = DOCS / "demo"
 README = DOCS.parent / "README.md"
 METHODS = ("lr-lora", "lora")
-START, END = "<!-- demo -->\n", "<!-- /demo -->\n"
 
 
 def store(demo: Path) -> None:
@@ -72,17 +73,9 @@ def ordered(results: dict[str, dict[str, float]]) -> list[dict[str, float]]:
     return [results[method] for method in METHODS]
 
 
-def row(*cells: str) -> str:
-    """One row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
 def updated(readme: str) -> str:
-    """The README's text with the section between its markers rendered anew."""
-    if readme.count(START) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must hold {START.strip()} and {END.strip()} once each.")
-    before, _, rest = readme.partition(START)
-    return before + START + render() + END + rest.partition(END)[2]
+    """The README's text with its section rendered anew."""
+    return with_section(readme, "demo", render())
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ def test_there_are_exactly_two_setup_commands() -> None:
     assert commands[1].strip().endswith("pytest")
 
 
-def test_table_and_picture_are_the_stored_ones() -> None:
+def test_table_and_picture_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
     script = runpy.run_path(str(ROOT / "docs" / "update_readme.py"))
     assert script["updated"](README) == README
     assert "docs/demo/ranks.png" in README
