@@ -23,12 +23,13 @@ class Run:
     Args:
         task: a key of `lrlora.training.tasks.TASKS`.
         method: "lora", "lr-lora" or "full".
-        r: rank of BA; α = r.
+        r: rank of BA.
         learning_rate: peak.
         options: fields of `LrLoraConfig` beside these.
         steps, batch_size: of training.
         seed: of head, factors and data order.
         watch_ranks: record the ranks every 50 steps.
+        scaling: s = α/r.
 
     """
 
@@ -41,6 +42,7 @@ class Run:
     batch_size: int = 16
     seed: int = TUNING_SEED
     watch_ranks: bool = False
+    scaling: float = 1.0
 
     @property
     def is_tuning(self) -> bool:
@@ -54,7 +56,7 @@ def key(run: Run) -> str:
 
 def key_of(result: dict[str, Any]) -> str:
     """The key of the run that a finished record is of."""
-    return key(Run(**{name: result[name] for name in Run.__dataclass_fields__}))
+    return key(Run(**{name: result[name] for name in Run.__dataclass_fields__ if name in result}))
 
 
 def tuned(cells: Iterable[Run], finished: dict[str, dict[str, Any]]) -> list[Run]:
@@ -132,6 +134,12 @@ def dynamics(finished: dict[str, dict[str, Any]]) -> list[Run]:
         {"form": "sine", "input_gain": 300},
     ]
     runs = [Run("20-newsgroups", "lora", 4, rate, watch_ranks=True) for rate in (4e-3, 8e-3)]
+    # Does a bounded update help by itself, or by letting the new head learn fast? LoRA with a smaller scaling tells.
+    runs += [
+        Run("20-newsgroups", "lora", 4, rate, watch_ranks=True, scaling=scaling)
+        for rate, scaling in ((8e-3, 0.25), (16e-3, 0.25), (8e-3, 0.5))
+    ]
+    runs += [Run("20-newsgroups", "lr-lora", 4, 16e-3, at_both_rates[0], watch_ranks=True)]
     for options in at_both_rates:
         runs += [Run("20-newsgroups", "lr-lora", 4, rate, options, watch_ranks=True) for rate in (4e-3, 8e-3)]
     return runs + [Run("20-newsgroups", "lr-lora", 4, 4e-3, options, watch_ranks=True) for options in others]

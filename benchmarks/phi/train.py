@@ -75,7 +75,7 @@ def train(run: Run) -> dict[str, Any]:
         config = {"lora": LoraConfig, "lr-lora": LrLoraConfig}[run.method]
         model = get_peft_model(
             model,
-            config(r=run.r, lora_alpha=run.r, target_modules="all-linear", task_type="SEQ_CLS", **run.options),
+            config(r=run.r, lora_alpha=run.scaling * run.r, target_modules="all-linear", task_type="SEQ_CLS", **run.options),
         )
     with tempfile.TemporaryDirectory() as folder:
         ranks = RankCallback(every=50)
