@@ -75,8 +75,13 @@ def train(run: Run) -> dict[str, Any]:
         config = {"lora": LoraConfig, "lr-lora": LrLoraConfig}[run.method]
         model = get_peft_model(
             model,
-            config(r=run.r, lora_alpha=run.scaling * run.r, target_modules="all-linear", task_type="SEQ_CLS", **run.options),
+            config(
+                r=run.r, lora_alpha=run.scaling * run.r, target_modules="all-linear", task_type="SEQ_CLS", **run.options
+            ),
         )
+    head = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" in name]
+    body = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name]
+    groups = [{"params": body}, {"params": head, "lr": run.head_rate or run.learning_rate}]
     with tempfile.TemporaryDirectory() as folder:
         ranks = RankCallback(every=50)
         trainer = Trainer(
@@ -100,6 +105,7 @@ def train(run: Run) -> dict[str, Any]:
             train_dataset=data["train"],
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[ranks] if run.watch_ranks else [],
+            optimizers=(torch.optim.AdamW(groups, lr=run.learning_rate, weight_decay=0), None),
         )
         seconds = trainer.train().metrics["train_runtime"]
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
