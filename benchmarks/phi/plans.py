@@ -28,7 +28,7 @@ class Run:
         method: "lora", "lr-lora" or "full".
         r: rank of BA.
         learning_rate: peak.
-        options: fields of `LrLoraConfig` beside these.
+        options: fields of `LrLoraConfig` beside these, and `centred` (see variants.py).
         steps, batch_size: of training.
         seed: of head, factors and data order.
         watch_ranks: record the ranks every 50 steps.
@@ -94,17 +94,17 @@ def best_rate(trials: dict[float, dict[str, Any]]) -> float:
 
 
 def _cell(task: str, method: str, r: int, options: dict[str, Any] | None = None) -> Run:
-    return Run(task, method, r, learning_rate=0.0, options=options or {})
+    return Run(task, method, r, learning_rate=0.0, options=options or {}, head_rate=HEAD_RATE)
 
 
 def lora(finished: dict[str, dict[str, Any]]) -> list[Run]:
     """LoRA at r and at 2r."""
-    return tuned([_cell(task, "lora", r) for r in (4, 8, 1, 2) for task in TASKS], finished)
+    return tuned([_cell(task, "lora", r) for task in TASKS for r in (1, 4, 8, 2)], finished)
 
 
 def comparison(finished: dict[str, dict[str, Any]]) -> list[Run]:
     """The candidates at r."""
-    cells = [_cell(task, "lr-lora", r, options) for r in (4, 1) for task in TASKS for options in CANDIDATES.values()]
+    cells = [_cell(task, "lr-lora", r, options) for task in TASKS for r in (1, 4) for options in CANDIDATES.values()]
     return tuned(cells, finished)
 
 
