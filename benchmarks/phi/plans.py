@@ -120,42 +120,47 @@ def dynamics(finished: dict[str, dict[str, Any]]) -> list[Run]:
     def residual(**options: Any) -> dict[str, Any]:
         return {"form": "residual", "input_gain": 300, "num_basis": 50, **options}
 
-    at_both_rates = [
+    forms = [
         saturating(phi_lr_multiplier=FROZEN),
         saturating(phi_lr_multiplier=10, num_basis=8),
         residual(phi_lr_multiplier=10),
     ]
-    others = [
-        saturating(phi_lr_multiplier=FROZEN, input_gain=100),
-        saturating(phi_lr_multiplier=FROZEN, input_gain=1000),
-        saturating(phi_lr_multiplier=1),
-        saturating(phi_lr_multiplier=10),
-        saturating(phi_lr_multiplier=1, num_basis=8),
-        residual(phi_lr_multiplier=1),
-        residual(phi_lr_multiplier=10, num_basis=8),
-        residual(phi_lr_multiplier=1, input_gain=1000),
-        residual(phi_lr_multiplier=10, input_gain=1000),
-        {"form": "sinc", "input_gain": 300, "num_basis": 50, "phi_lr_multiplier": 1},
-        {"form": "sine", "input_gain": 300},
-    ]
+    # At the rates of the first runs, adapter and head alike.
     runs = [Run("20-newsgroups", "lora", 4, rate, watch_ranks=True) for rate in (4e-3, 8e-3)]
+    runs += [Run("20-newsgroups", "lr-lora", 4, rate, forms[0], watch_ranks=True) for rate in (4e-3, 8e-3, 16e-3)]
+    runs += [Run("20-newsgroups", "lr-lora", 4, rate, forms[1], watch_ranks=True) for rate in (4e-3, 8e-3)]
     # Does a bounded update help by itself, or by letting the new head learn fast? LoRA with a smaller scaling tells.
     runs += [
         Run("20-newsgroups", "lora", 4, rate, watch_ranks=True, scaling=scaling)
         for rate, scaling in ((8e-3, 0.25), (16e-3, 0.25), (8e-3, 0.5))
     ]
-    runs += [Run("20-newsgroups", "lr-lora", 4, 16e-3, at_both_rates[0], watch_ranks=True)]
-    # So does a head with a rate of its own.
-    own_head = {"watch_ranks": True, "head_rate": HEAD_RATE}
+    # So does a head with a rate of its own, and from here on every head has it.
+    own_head: dict[str, Any] = {"watch_ranks": True, "head_rate": HEAD_RATE}
     runs += [Run("20-newsgroups", "lora", 4, rate, **own_head) for rate in (2e-3, 4e-3, 1e-3, 8e-3)]
     runs += [
         Run("20-newsgroups", "lr-lora", 4, rate, options, **own_head)
+        for options in forms
         for rate in (4e-3, 8e-3, 2e-3)
-        for options in at_both_rates
+        if not (rate == 8e-3 and options == forms[2])
     ]
-    for options in at_both_rates:
-        runs += [Run("20-newsgroups", "lr-lora", 4, rate, options, watch_ranks=True) for rate in (4e-3, 8e-3)]
-    return runs + [Run("20-newsgroups", "lr-lora", 4, 4e-3, options, watch_ranks=True) for options in others]
+    one = [forms[0], forms[1], residual(phi_lr_multiplier=1, num_basis=8)]
+    runs += [Run("20-newsgroups", "lora", 1, rate, **own_head) for rate in (4e-3, 8e-3)]
+    runs += [
+        Run("20-newsgroups", "lr-lora", 1, rate, options, **own_head) for rate in (4e-3, 8e-3) for options in one[:2]
+    ]
+    runs += [Run("20-newsgroups", "lr-lora", 1, 4e-3, one[2], **own_head)]
+    others = [
+        residual(phi_lr_multiplier=1, num_basis=8),
+        residual(phi_lr_multiplier=10, num_basis=8),
+        residual(phi_lr_multiplier=1),
+        saturating(phi_lr_multiplier=FROZEN, input_gain=100),
+        saturating(phi_lr_multiplier=FROZEN, input_gain=1000),
+        saturating(phi_lr_multiplier=10),
+        residual(phi_lr_multiplier=10, centred=True),
+        {"form": "sinc", "input_gain": 300, "num_basis": 50, "phi_lr_multiplier": 1},
+        {"form": "sine", "input_gain": 300},
+    ]
+    return runs + [Run("20-newsgroups", "lr-lora", 4, 4e-3, options, **own_head) for options in others]
 
 
 PLANS: dict[str, Callable[[dict[str, dict[str, Any]]], list[Run]]] = {
