@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from peft import get_peft_model
+from torch import Tensor, nn
 
+from lrlora import LrLoraConfig
 from lrlora.ops import adapted_linear, delta_weight, native
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.transfer import Transfer, TransferSpec
@@ -124,3 +126,16 @@ def test_the_start_leaves_every_bit() -> None:
     case = make_case(dtype=torch.float32)
     start = case._replace(B=torch.zeros(37, 3), transfer=Transfer(TransferSpec("saturating")))
     assert torch.equal(lean(start), torch.nn.functional.linear(case.x, case.weight, case.bias))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_computes_the_same() -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 16)), LrLoraConfig(r=2, target_modules=["0"], init_weights=False)
+    )
+    x = torch.randn(3, 16)
+    outputs = [model(x), torch.compile(model, backend="eager")(x)]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(y.square().sum(), trainable) for y in outputs]
+    assert torch.equal(*outputs)
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

@@ -71,13 +71,18 @@ def _write_weight(
         out[rows] = delta if weight is None else delta.add_(weight[rows])
 
 
-def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, table: TransferTable, update: _Update) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n); adds G to the gradient of the parameters of φ in `table`."""
+def _factor_gradients(
+    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, update: _Update, *, is_free: bool
+) -> tuple[Tensor, Tensor]:
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n); adds G to the gradient of the parameters of φ in `table`.
+
+    G may be overwritten if it `is_free`.
+    """
     if _is_transposed(G):
-        grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update)
+        grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update, is_free=is_free)
         return grad_At.T, grad_Bt.T
     if native.is_native(table, G, A, B):
-        H = torch.empty_like(G)
+        H = G if is_free else torch.empty_like(G)
         native.write_gradient(H, G, A, B, table, update.scaling, update.input_gain)
         return B.T @ H, H @ A.T
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
@@ -134,7 +139,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 torch.mm(flat_x.T, flat_y, out=buffer.T)
             else:
                 torch.mm(flat_y.T, flat_x, out=buffer)
-            grad_A, grad_B = _factor_gradients(buffer, A, B, table, update)
+            grad_A, grad_B = _factor_gradients(buffer, A, B, table, update, is_free=not needs_weight)
             grad_amplitude, grad_bandwidth = table.parameter_gradients()
             grad_weight = buffer if needs_weight else None
         grad_bias = flat_y.sum(0) if needs_bias else None
@@ -158,7 +163,8 @@ class _DeltaWeight(torch.autograd.Function):
         A, B, amplitude, bandwidth = ctx.saved_tensors
         table = TransferTable(ctx.update.spec, amplitude, bandwidth, A.dtype)
         with _without_autocast(grad):
-            return *_factor_gradients(grad.contiguous(), A, B, table, ctx.update), *table.parameter_gradients(), None
+            factors = _factor_gradients(grad.contiguous(), A, B, table, ctx.update, is_free=False)
+            return *factors, *table.parameter_gradients(), None
 
 
 def _empty_weight(x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
@@ -179,6 +185,8 @@ def _factor_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+# Dynamo cannot trace the compiled kernels: under torch.compile the op runs as it is, at the cost of a graph break.
+@torch.compiler.disable
 def adapted_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -216,6 +224,7 @@ def adapted_linear(
         return _AdaptedLinear.apply(x, weight, bias, A.to(dtype), B.to(dtype), *phi, update)
 
 
+@torch.compiler.disable
 def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:
     """ΔW = (s/g)·φ(g·BA), (m, n), float32 (float64 if A or B are), differentiable; saves no m×n tensor."""
     dtype = _factor_dtype(A, B)
