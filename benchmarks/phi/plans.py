@@ -143,21 +143,16 @@ def dynamics(finished: dict[str, dict[str, Any]]) -> list[Run]:
         for rate in (4e-3, 8e-3, 2e-3)
         if not (rate == 8e-3 and options == forms[2])
     ]
-    one = [forms[0], forms[1], residual(phi_lr_multiplier=1, num_basis=8)]
     runs += [Run("20-newsgroups", "lora", 1, rate, **own_head) for rate in (4e-3, 8e-3)]
-    runs += [
-        Run("20-newsgroups", "lr-lora", 1, rate, options, **own_head) for rate in (4e-3, 8e-3) for options in one[:2]
-    ]
-    runs += [Run("20-newsgroups", "lr-lora", 1, 4e-3, one[2], **own_head)]
+    runs += [Run("20-newsgroups", "lr-lora", 1, 4e-3, options, **own_head) for options in forms[:2]]
     others = [
         residual(phi_lr_multiplier=1, num_basis=8),
-        residual(phi_lr_multiplier=10, num_basis=8),
         residual(phi_lr_multiplier=1),
-        saturating(phi_lr_multiplier=FROZEN, input_gain=100),
-        saturating(phi_lr_multiplier=FROZEN, input_gain=1000),
-        saturating(phi_lr_multiplier=10),
+        residual(phi_lr_multiplier=10, num_basis=8),
         residual(phi_lr_multiplier=10, centred=True),
         {"form": "sinc", "input_gain": 300, "num_basis": 50, "phi_lr_multiplier": 1},
+        saturating(phi_lr_multiplier=FROZEN, input_gain=100),
+        saturating(phi_lr_multiplier=FROZEN, input_gain=1000),
         {"form": "sine", "input_gain": 300},
     ]
     return runs + [Run("20-newsgroups", "lr-lora", 4, 4e-3, options, **own_head) for options in others]

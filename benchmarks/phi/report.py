@@ -6,11 +6,12 @@ Rewrites the generated parts of `docs/phi.md` and the pictures in `docs/phi/`.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -20,6 +21,8 @@ import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from scipy.stats import bootstrap, permutation_test  # noqa: E402
 from sections import table, with_section  # noqa: E402
 
 Record = dict[str, Any]
@@ -88,7 +91,8 @@ MAIN_FORMS = ("tanh", "saturating N=8", "residual N=8", "residual N=50")
 def describe(source: Record) -> str:
     """A source in words."""
     model = {"minilm": "MiniLM", "smollm2": "SmolLM2, 10 layers"}[source["model"]]
-    return f"{model}, {source['task']}, {source['optimizer']} {source['learning_rate']:g}, {source['steps']} × {source['batch_size']}"
+    optimizer = f"{source['optimizer']} {source['learning_rate']:g}"
+    return f"{model}, {source['task']}, {optimizer}, {source['steps']} × {source['batch_size']}"
 
 
 def updates_table(fits: Fits) -> str:
@@ -207,6 +211,136 @@ def dynamics_table() -> str:
     return table(header, rows)
 
 
+# Layer 3: the comparison. Tuning runs have seed 0 and no test accuracy; the others are at the rate chosen for their cell.
+
+Cell = tuple[str, int, str]
+
+
+def comparison_runs() -> list[Record]:
+    """The runs of layer 3."""
+    return [run for run in read("runs.jsonl") if not run["watch_ranks"]]
+
+
+def cell(run: Record) -> Cell:
+    """(task, r, method and settings)."""
+    return run["task"], run["r"], label(run)
+
+
+def finals() -> dict[Cell, dict[int, Record]]:
+    """Cell → seed → run at the chosen rate."""
+    cells: dict[Cell, dict[int, Record]] = defaultdict(dict)
+    for run in comparison_runs():
+        if "test_accuracy" in run:
+            cells[cell(run)][run["seed"]] = run
+    return cells
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    return fmean(values), stdev(values) / math.sqrt(len(values))
+
+
+def comparison_table() -> str:
+    """Test accuracy of every cell, and the difference to LoRA at the same r, paired by seed."""
+    header = ["task", "r", "method", "rate", "seeds", "test accuracy", "difference to LoRA at r", "test loss"]
+    header += ["stable rank", "energy-90", "energy-99"]
+    rows, cells = [], finals()
+    for (task, r, method), runs in sorted(cells.items()):
+        if len(runs) < 2:
+            continue
+        accuracy, error = mean_and_error([run["test_accuracy"] for run in runs.values()])
+        lora = cells.get((task, r, "LoRA"), {})
+        differences = [run["test_accuracy"] - lora[seed]["test_accuracy"] for seed, run in runs.items() if seed in lora]
+        difference = ""
+        if method != "LoRA" and len(differences) > 1:
+            difference = "{:+.1f} ± {:.1f}".format(*(100 * value for value in mean_and_error(differences)))
+        rows.append(
+            [
+                task,
+                str(r),
+                method,
+                f"{next(iter(runs.values()))['learning_rate']:g}",
+                str(len(runs)),
+                f"{100 * accuracy:.1f} ± {100 * error:.1f}",
+                difference,
+                f"{fmean(run['test_loss'] for run in runs.values()):.3f}",
+                f"{fmean(module_mean(run, 'stable_rank') for run in runs.values()):.2f}",
+                f"{fmean(module_mean(run, 'energy90_rank') for run in runs.values()):.1f}",
+                f"{fmean(module_mean(run, 'energy99_rank') for run in runs.values()):.1f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def tuning_table() -> str:
+    """Validation accuracy (and loss) of every cell by learning rate, on the tuning seed."""
+    cells: dict[Cell, dict[float, Record]] = defaultdict(dict)
+    for run in comparison_runs():
+        if "test_accuracy" not in run:
+            cells[cell(run)][run["learning_rate"]] = run
+    rates = sorted({rate for runs in cells.values() for rate in runs})
+    rows = [
+        [
+            *map(str, name),
+            *(
+                f"{100 * runs[rate]['validation_accuracy']:.1f} ({runs[rate]['validation_loss']:.3f})"
+                if rate in runs
+                else ""
+                for rate in rates
+            ),
+        ]
+        for name, runs in sorted(cells.items())
+    ]
+    return table(["task", "r", "method", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def ranks_table_of(method: str) -> str:
+    """Whether ranks differ between modules and between attention and MLP: by task and r, over the seeds."""
+    header = [
+        "task",
+        "r",
+        "seeds",
+        "modules differ, p",
+        "attention − MLP, log stable rank",
+        "95 % interval",
+        "Cohen's d",
+    ]
+    rows = []
+    for (task, r, name), runs in sorted(finals().items()):
+        if name != method or len(runs) < 2:
+            continue
+        by_seed = np.log([[row["stable_rank"] for row in run["ranks"]] for run in runs.values()])
+        kinds = np.array([row["kind"] for row in next(iter(runs.values()))["ranks"]])
+        # Under the null hypothesis a module's rank says nothing about its rank under another seed.
+        p = permutation_test(
+            by_seed,
+            lambda *seeds: np.var(np.mean(seeds, axis=0)),
+            permutation_type="pairings",
+            alternative="greater",
+            vectorized=False,
+            n_resamples=2000,
+            rng=np.random.default_rng(0),
+        ).pvalue
+        attention, mlp = (by_seed.mean(0)[kinds == kind] for kind in ("attention", "mlp"))
+        interval = bootstrap(
+            (attention, mlp), lambda a, b: a.mean() - b.mean(), vectorized=False, rng=np.random.default_rng(0)
+        ).confidence_interval
+        d = (attention.mean() - mlp.mean()) / math.sqrt((attention.var(ddof=1) + mlp.var(ddof=1)) / 2)
+        difference = f"{attention.mean() - mlp.mean():+.2f}"
+        rows.append(
+            [
+                task,
+                str(r),
+                str(len(runs)),
+                f"{p:.4f}",
+                difference,
+                f"{interval.low:+.2f} … {interval.high:+.2f}",
+                f"{d:+.2f}",
+            ]
+        )
+    return table(header, rows)
+
+
 def sections() -> dict[str, str]:
     """Name of a generated section → its content."""
     fits = Fits()
@@ -216,6 +350,8 @@ def sections() -> dict[str, str]:
         "updates-by-type": types_table(fits, "residual N=50"),
         "updates-by-form": forms_table(fits),
         "dynamics": dynamics_table(),
+        "tuning": tuning_table(),
+        "comparison": comparison_table(),
     }
 
 
