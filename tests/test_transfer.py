@@ -173,3 +173,15 @@ def test_nan_entries_stay_nan() -> None:
         transfer = make_transfer(form)
         table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float32)
         assert table.value(torch.tensor([float("nan"), 1.0])).isnan().tolist() == [True, False]
+
+
+def test_a_vanishing_bandwidth_gives_no_nan() -> None:
+    spec = TransferSpec("residual", 8)
+    transfer = Transfer(spec)
+    with torch.no_grad():
+        transfer.amplitude.fill_(0.1)
+        transfer.bandwidth.fill_(-800.0)
+    table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64)
+    z = torch.linspace(-4, 4, 50, dtype=torch.float64)
+    table.accumulate(z, torch.ones_like(z))
+    assert all(gradient.isfinite().all() for gradient in table.parameter_gradients())

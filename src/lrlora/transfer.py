@@ -121,9 +121,9 @@ class TransferSpec:
         """
         omega = self.bandwidths(bandwidth)
         cosine = torch.cos((z.unsqueeze(-1) - self.centres(z)) * omega)
-        grad_omega = self.amplitudes(amplitude) * (grad @ (cosine - basis)) / omega
-        slope_of_omega = self.lr_multiplier * omega * (1 - omega / self.max_bandwidth)
-        return self.lr_multiplier * (grad @ basis), grad_omega * slope_of_omega
+        # dω/dρ = μ·ω·(1 − ω/(2ω₀)), and ω·∂sinc(ω d)/∂ω = cos(ω d) − sinc(ω d).
+        slope = self.lr_multiplier * (1 - omega / self.max_bandwidth) * self.amplitudes(amplitude)
+        return self.lr_multiplier * (grad @ basis), slope * (grad @ (cosine - basis))
 
     def formula(self, z: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None) -> Tensor:
         """φ(z) by its formula, differentiable, float64, of the shape of z. The parameters are None for "sine"."""

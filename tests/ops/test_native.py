@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,21 +108,61 @@ def test_trainable_base_weight(path: str) -> None:
         assert relative(got, want) <= 1e-4
 
 
-def test_without_a_compiler_it_says_so_once_and_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache folder, and nothing loaded yet."""
     monkeypatch.setenv("LRLORA_KERNELS", "1")
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
     native._library.cache_clear()
+    yield tmp_path
+    native._library.cache_clear()
+
+
+def test_without_a_compiler_it_says_so_once_and_works(monkeypatch: pytest.MonkeyPatch, fresh_library: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    case = make_case(dtype=torch.float32)
+    with pytest.warns(UserWarning, match=r"C\+\+ compiler .*CXX.*no-such-compiler"):
+        y = lean(case)
+    assert relative(y, formula(case)) <= 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lean(case)
+
+
+def test_without_a_home_it_works(monkeypatch: pytest.MonkeyPatch, fresh_library: Path) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LRLORA_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    case = make_case(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="LRLORA_CACHE"):
+        assert relative(lean(case), formula(case)) <= 1e-6
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+def test_a_damaged_library_is_compiled_anew(fresh_library: Path) -> None:
+    # Compiled by another process: what this one has loaded, it would not read again.
+    subprocess.run([sys.executable, "-c", "from lrlora.ops import native; native._library()"], check=True)
+    (library,) = fresh_library.glob("kernels-*.so")
+    library.write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native._library() is not None
+    assert library.stat().st_size > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torch_s_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
+    case = make_case(dtype=torch.float32)
+    expected = [lean(case), *gradients(lean(case), case)]
+    torch.set_default_dtype(dtype)
     try:
-        case = make_case(dtype=torch.float32)
-        with pytest.warns(UserWarning, match=r"Install a C\+\+ compiler .* CXX.*no-such-compiler"):
-            y = lean(case)
-        assert relative(y, formula(case)) <= 1e-6
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            lean(case)
+        with torch.device("meta"):
+            actual = [lean(case), *gradients(lean(case), case)]
     finally:
-        native._library.cache_clear()
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 def test_the_start_leaves_every_bit() -> None:

@@ -58,6 +58,7 @@ def test_an_unreachable_package_says_what_to_check(source: EmbeddedInput) -> Non
         fetch(replace(source, requirement="no-such-package==1.0"))
 
 
+@pytest.mark.real  # pip builds the metadata of a source archive with setuptools, which it downloads
 def test_reads_source_archives_and_nothing_outside_the_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "index" / "some_data-2.0.tar.gz"
     archive.parent.mkdir()

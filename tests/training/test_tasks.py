@@ -22,9 +22,8 @@ def test_splits_share_no_group_and_hold_every_label(name: str) -> None:
     assert len(train) + len(test) > SIZES.get(name, 54_000)
     assert set(train["label"]) == set(test["label"]) == set(range(len(task.labels)))
     assert not train.isna().any().any()
-    if name in ("movie-reviews", "vitaminc"):  # the others have official splits
-        assert set(train["group"]).isdisjoint(test["group"])
-        assert set(train["text"]).isdisjoint(test["text"])
+    assert set(train["group"]).isdisjoint(test["group"])
+    assert set(train["text"]).isdisjoint(test["text"])
 
 
 def test_tokenises_to_the_task_s_length() -> None:

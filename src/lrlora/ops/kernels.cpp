@@ -18,6 +18,9 @@ constexpr int64_t FLUSH_ENTRIES = 1 << 17;   // float32 sums of at most so many 
 
 typedef float Moments __attribute__((vector_size(MOMENTS * sizeof(float))));
 
+// std::fma is a slow library call where the CPU has no such instruction; the compiler contracts this where it has.
+inline float multiply_add(float a, float b, float c) { return a * b + c; }
+
 enum Form { RESIDUAL = 0, SATURATING = 1 };
 
 struct Phi {
@@ -32,15 +35,15 @@ struct Phi {
 // exp(x) for -80 <= x <= 0, to 2 units in the last place.
 inline float exponential(float x) {
     const float k = std::nearbyint(x * 1.44269504f);
-    const float f = std::fma(k, -1.42860677e-6f, std::fma(k, -0.693145752f, x));
+    const float f = multiply_add(k, -1.42860677e-6f, multiply_add(k, -0.693145752f, x));
     float p = 1.0f / 5040;
-    p = std::fma(p, f, 1.0f / 720);
-    p = std::fma(p, f, 1.0f / 120);
-    p = std::fma(p, f, 1.0f / 24);
-    p = std::fma(p, f, 1.0f / 6);
-    p = std::fma(p, f, 0.5f);
-    p = std::fma(p, f, 1.0f);
-    p = std::fma(p, f, 1.0f);
+    p = multiply_add(p, f, 1.0f / 720);
+    p = multiply_add(p, f, 1.0f / 120);
+    p = multiply_add(p, f, 1.0f / 24);
+    p = multiply_add(p, f, 1.0f / 6);
+    p = multiply_add(p, f, 0.5f);
+    p = multiply_add(p, f, 1.0f);
+    p = multiply_add(p, f, 1.0f);
     const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, sizeof power);
@@ -53,12 +56,12 @@ inline float hyperbolic_tangent(float z) {
     const float e = exponential(-2 * (a > 20.0f ? 20.0f : a));
     const float far = std::copysign((1 - e) / (1 + e), z);
     float p = 21844.0f / 6081075;
-    p = std::fma(p, q, -1382.0f / 155925);
-    p = std::fma(p, q, 62.0f / 2835);
-    p = std::fma(p, q, -17.0f / 315);
-    p = std::fma(p, q, 2.0f / 15);
-    p = std::fma(p, q, -1.0f / 3);
-    const float near = std::fma(p * q, z, z);
+    p = multiply_add(p, q, -1382.0f / 155925);
+    p = multiply_add(p, q, 62.0f / 2835);
+    p = multiply_add(p, q, -17.0f / 315);
+    p = multiply_add(p, q, 2.0f / 15);
+    p = multiply_add(p, q, -1.0f / 3);
+    const float near = multiply_add(p * q, z, z);
     return a < 0.35f ? near : far;
 }
 
@@ -68,7 +71,7 @@ inline void product(float* z, const float* b, const float* A, int64_t r, int64_t
     for (int64_t k = 0; k < r; ++k) {
         const float factor = b[k];
         const float* a = A + k * stride;
-        for (int64_t j = 0; j < count; ++j) z[j] = std::fma(factor, a[j], z[j]);
+        for (int64_t j = 0; j < count; ++j) z[j] = multiply_add(factor, a[j], z[j]);
     }
     for (int64_t j = 0; j < count; ++j) z[j] *= gain;
 }
@@ -90,11 +93,11 @@ inline void locate(int32_t* cell, float* t, const float* z, int64_t count, const
 
 inline float quintic(const float* c, float t) {
     float p = c[5];
-    p = std::fma(p, t, c[4]);
-    p = std::fma(p, t, c[3]);
-    p = std::fma(p, t, c[2]);
-    p = std::fma(p, t, c[1]);
-    return std::fma(p, t, c[0]);
+    p = multiply_add(p, t, c[4]);
+    p = multiply_add(p, t, c[3]);
+    p = multiply_add(p, t, c[2]);
+    p = multiply_add(p, t, c[1]);
+    return multiply_add(p, t, c[0]);
 }
 
 }  // namespace
@@ -119,7 +122,7 @@ void lrlora_effective_weight(float* out, const float* weight, const float* A, co
             float* o = out + i * n + start;
             if (weight) {
                 const float* w = weight + i * n + start;
-                for (int64_t j = 0; j < count; ++j) o[j] = std::fma(output_scale, z[j] + psi[j], w[j]);
+                for (int64_t j = 0; j < count; ++j) o[j] = multiply_add(output_scale, z[j] + psi[j], w[j]);
             } else {
                 for (int64_t j = 0; j < count; ++j) o[j] = output_scale * (z[j] + psi[j]);
             }
@@ -155,7 +158,7 @@ void lrlora_gradient(float* H, const float* G, const float* A, const float* B, i
                 if (phi.form == SATURATING) {
                     for (int64_t j = 0; j < count; ++j) {
                         const float tangent = hyperbolic_tangent(z[j]);
-                        h[j] += std::fma(-tangent, tangent, 1.0f);
+                        h[j] += multiply_add(-tangent, tangent, 1.0f);
                     }
                 } else {
                     for (int64_t j = 0; j < count; ++j) h[j] += 1.0f;

