@@ -11,7 +11,15 @@ def row(*cells: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A whole table."""
+    """A whole table.
+
+    Raises:
+        ValueError: a row has not as many cells as the header.
+
+    """
+    rows = list(rows)
+    if any(len(cells) != len(header) for cells in rows):
+        raise ValueError(f"Every row must have {len(header)} cells, as the header has.")
     return "\n".join([row(*header), "|" + "---|" * len(header), *(row(*cells) for cells in rows)]) + "\n"
 
 

@@ -130,7 +130,8 @@ def test_learning_rate_multiplier_scales_the_step_of_phi_under_adam(form: str) -
 
 @pytest.mark.parametrize("form", LEARNED_FORMS)
 def test_weight_decay_alone_pulls_back_to_the_start(form: str) -> None:
-    transfer, start = make_transfer(form), Transfer(TransferSpec(form))
+    transfer = make_transfer(form)
+    start = Transfer(transfer.spec)
     optimizer = torch.optim.SGD(transfer.parameters(), lr=0.1, weight_decay=1.0)
     for _ in range(200):
         for parameter in transfer.parameters():

@@ -9,9 +9,9 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median
 from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -22,12 +22,13 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-from scipy.stats import bootstrap, permutation_test  # noqa: E402
+from scipy.stats import bootstrap, permutation_test, sem, ttest_1samp  # noqa: E402
 from sections import table, with_section  # noqa: E402
 
 Record = dict[str, Any]
 PAGE = DOCS / "phi.md"
 STORED = DOCS / "phi"
+RANKS = (1, 2, 4, 8)
 TYPES = ("query", "key", "value", "attention output", "MLP up", "MLP down", "MLP gate")
 _PLACES = {
     **{f"self.{name}": name for name in ("query", "key", "value")},
@@ -67,18 +68,26 @@ class Fits:
         self.sources = {record["source"]: record for record in records if record["fit"] == "svd"}
         self.fits = [record for record in records if record["fit"] != "svd"]
 
-    def gains(self, source: str, fit: str) -> dict[str, float]:
-        """Module → energy kept by the fit beyond that of the best matrix of the same rank r."""
+    def gains(self, source: str, form: str, r: int = 4, sharing: str = "module") -> dict[str, float]:
+        """Module → energy kept beyond that of the best matrix of the same rank r, by the best of the starts."""
         svd = {module["module"]: module["svd"] for module in self.sources[source]["modules"]}
+        gains: dict[str, float] = {}
         for record in self.fits:
-            if (record["source"], record["fit"]) == (source, fit):
-                return {m["module"]: m["kept"] - svd[m["module"]][str(record["r"])] for m in record["modules"]}
-        return {}
+            if (record["source"], record["name"], record["r"], record["sharing"]) == (source, form, r, sharing):
+                for module in record["modules"]:
+                    name = module["module"]
+                    gain = module["kept"] - svd[name][str(r)]
+                    gains[name] = max(gain, gains.get(name, gain))
+        return gains
 
-    def gain(self, source: str, fit: str) -> str:
+    def gain(self, source: str, form: str, r: int = 4, sharing: str = "module") -> str:
         """The mean of `gains` in percentage points."""
-        gains = self.gains(source, fit)
+        gains = self.gains(source, form, r, sharing)
         return f"{100 * fmean(gains.values()):+.1f}" if gains else ""
+
+    def kurtosis(self, source: str) -> float:
+        """Median over the modules of the kurtosis of the update's entries; 3 for a normal variable."""
+        return median(module["kurtosis"] for module in self.sources[source]["modules"])
 
     def mean(self, source: str, value: Callable[[Record], float]) -> float:
         """Mean over the modules of an update."""
@@ -97,7 +106,7 @@ def describe(source: Record) -> str:
 
 def updates_table(fits: Fits) -> str:
     """Real updates, and what each form keeps of them at r = 4."""
-    header = ["full fine-tuning: model, task, optimizer and rate, steps × batch", "stable rank", "kurtosis"]
+    header = ["full fine-tuning: model, task, optimizer and rate, steps × batch", "stable rank", "kurtosis, median"]
     header += ["rank 4 keeps, %", "rank 8 adds", *(f"{form} adds" for form in MAIN_FORMS)]
     rows = []
     for name, source in fits.sources.items():
@@ -107,17 +116,17 @@ def updates_table(fits: Fits) -> str:
             f"{fits.mean(name, lambda m: m['kurtosis']):.1f}",
         ]
         numbers += [f"{100 * four:.1f}", f"{100 * (eight - four):+.1f}"]
-        rows.append([describe(source), *numbers, *(fits.gain(name, f"{form}, module, r=4") for form in MAIN_FORMS)])
+        rows.append([describe(source), *numbers, *(fits.gain(name, form) for form in MAIN_FORMS)])
     return table(header, rows)
 
 
 def ranks_table(fits: Fits) -> str:
-    """The same by r, where all were fitted."""
-    header = ["full fine-tuning", "form", *(f"r = {r}" for r in (1, 2, 4, 8))]
+    """The unbounded forms by r, where all were fitted."""
+    header = ["full fine-tuning", "form", *(f"r = {r}" for r in RANKS)]
     rows = []
     for name, source in fits.sources.items():
-        for form in MAIN_FORMS:
-            cells = [fits.gain(name, f"{form}, module, r={r}") for r in (1, 2, 4, 8)]
+        for form in ("residual N=8", "residual N=50"):
+            cells = [fits.gain(name, form, r) for r in RANKS]
             if all(cells):
                 rows.append([describe(source), form, *cells])
     return table(header, rows)
@@ -127,193 +136,162 @@ def types_table(fits: Fits, form: str) -> str:
     """The gain of one form at r = 4 by type of module."""
     rows = []
     for name, source in fits.sources.items():
-        gains = group_means((place(module), gain) for module, gain in fits.gains(name, f"{form}, module, r=4").items())
+        gains = group_means((place(module), gain) for module, gain in fits.gains(name, form).items())
         rows.append([describe(source), *(f"{100 * gains[t]:+.1f}" if t in gains else "" for t in TYPES)])
     return table(["full fine-tuning", *TYPES], rows)
 
 
 def forms_table(fits: Fits) -> str:
-    """All forms on the sources that had them all, r = 4."""
-    names = [record["fit"] for record in fits.fits if record["r"] == 4]
-    deep = [name for name in fits.sources if fits.gain(name, "sinc N=50, module, r=4")]
+    """All forms on the sources that had them all, r = 4, with a φ for each module and with one for all."""
+    deep = [name for name in fits.sources if fits.gain(name, "sinc N=50")]
+    forms = dict.fromkeys(record["name"] for record in fits.fits if record["source"] in deep)
     rows = [
-        [
-            name.replace(", module, r=4", "").replace(", global, r=4", ", one φ for all"),
-            *(fits.gain(s, name) for s in deep),
-        ]
-        for name in dict.fromkeys(names)
-        if any(fits.gain(s, name) for s in deep)
+        [form + words, *(fits.gain(source, form, sharing=sharing) for source in deep)]
+        for sharing, words in (("module", ""), ("global", ", one φ for all"))
+        for form in forms
+        if any(fits.gain(source, form, sharing=sharing) for source in deep)
     ]
-    return table(["form", *(describe(fits.sources[s]) for s in deep)], rows)
+    return table(["form", *(describe(fits.sources[source]) for source in deep)], rows)
 
 
 # Layers 2 and 3: training.
 
 
-def module_mean(run: Record, measure: str) -> float:
-    """Mean of a measure over the modules of a run."""
-    return fmean(row.get(measure) or 0.0 for row in run["ranks"])
+def module_mean(run: Record, measure: str, digits: int) -> str:
+    """Mean size of a measure over the modules of a run; a dash if the run diverged."""
+    if run["ranks"] is None:
+        return "–"
+    return f"{fmean(abs(row.get(measure) or 0.0) for row in run['ranks']):.{digits}f}"
 
 
 def label(run: Record) -> str:
     """Method and settings of a run, in words."""
-    if run["method"] == "lora":
-        return "LoRA" if run.get("scaling", 1.0) == 1.0 else f"LoRA, s = {run['scaling']:g}"
-    options = run["options"]
-    words = [options["form"], f"g = {options['input_gain']}"]
-    if options["form"] == "saturating" and options["phi_lr_multiplier"] < 1e-6:
-        words[0] = "tanh, fixed"
-    elif options["form"] != "sine":
-        words += [f"N = {options['num_basis']}", f"μ = {options['phi_lr_multiplier']:g}"]
+    words = ["LoRA"]
+    if run["method"] == "lr-lora":
+        options = run["options"]
+        words = [options["form"], f"g = {options['input_gain']}"]
+        if options["form"] == "saturating" and options["phi_lr_multiplier"] < 1e-6:
+            words[0] = "tanh, fixed"
+        elif options["form"] != "sine":
+            words += [f"N = {options['num_basis']}", f"μ = {options['phi_lr_multiplier']:g}"]
+        if options.get("centred"):
+            words.append("without φ(0)")
     if run.get("scaling", 1.0) != 1.0:
         words.append(f"s = {run['scaling']:g}")
     return ", ".join(words)
 
 
 def dynamics_runs() -> list[Record]:
-    """The runs of layer 2."""
-    return [run for run in read("runs.jsonl") if run["watch_ranks"]]
+    """The runs of layer 2, LoRA first."""
+    runs = [run for run in read("runs.jsonl") if run["watch_ranks"]]
+    return sorted(
+        runs,
+        key=lambda run: (
+            -run["r"],
+            run["method"] != "lora",
+            label(run),
+            run.get("head_rate") or 0,
+            run["learning_rate"],
+        ),
+    )
 
 
 def dynamics_table() -> str:
     """What settings do to loss and rank: one task, one seed."""
-    header = [
-        "method and settings",
-        "rate",
-        "accuracy",
-        "loss",
-        "training loss",
-        "stable rank",
-        "energy-90",
-        "energy-99",
+    header = ["method and settings", "r", "rate", "head's rate", "accuracy", "loss", "training loss", "stable rank"]
+    header += ["energy-90", "energy-99", "‖ΔW‖/‖W‖", "curvature", "outside ±I", "φ(0)"]
+    measures = {"stable_rank": 2, "energy90_rank": 1, "energy99_rank": 1, "relative_norm": 3, "curvature": 3}
+    measures |= {"outside": 3, "phi_zero": 2}
+    rows = [
+        [
+            label(run),
+            str(run["r"]),
+            f"{run['learning_rate']:g}",
+            f"{run.get('head_rate') or run['learning_rate']:g}",
+            f"{run['validation_accuracy']:.3f}",
+            f"{run['validation_loss']:.3f}",
+            f"{run['train_loss']:.3f}",
+            *(module_mean(run, measure, digits) for measure, digits in measures.items()),
+        ]
+        for run in dynamics_runs()
     ]
-    header += ["‖ΔW‖/‖W‖", "curvature", "outside ±I, %", "φ(0)"]
-    rows = []
-    order = lambda run: (run["method"] != "lora", label(run), run.get("head_rate") or 0, run["learning_rate"])  # noqa: E731
-    for run in sorted(dynamics_runs(), key=order):
-        rows.append(
-            [
-                label(run),
-                f"{run['learning_rate']:g}",
-                f"{run.get('head_rate') or run['learning_rate']:g}",
-                f"{run['validation_accuracy']:.3f}",
-                f"{run['validation_loss']:.3f}",
-                f"{run['train_loss']:.3f}",
-                f"{module_mean(run, 'stable_rank'):.2f}",
-                f"{module_mean(run, 'energy90_rank'):.1f}",
-                f"{module_mean(run, 'energy99_rank'):.1f}",
-                f"{module_mean(run, 'relative_norm'):.3f}",
-                f"{module_mean(run, 'curvature'):.3f}",
-                f"{100 * module_mean(run, 'outside'):.1f}",
-                f"{fmean(abs(row['phi_zero']) for row in run['ranks']):.2f}",
-            ]
-        )
     return table(header, rows)
 
 
-# Layer 3: the comparison. Tuning runs have seed 0 and no test accuracy; the others are at the rate chosen for their cell.
+# Layer 3: the comparison. Tuning runs have seed 0 and no test accuracy; the others are at the rate chosen for their
+# cell, which is a task, an r and a method with its settings.
 
 Cell = tuple[str, int, str]
 
 
-def comparison_runs() -> list[Record]:
-    """The runs of layer 3."""
-    return [run for run in read("runs.jsonl") if not run["watch_ranks"]]
+def cells(is_final: bool) -> dict[Cell, list[Record]]:
+    """The runs of layer 3 by cell: those at the chosen rate in the order of seeds, or those that chose it."""
+    groups: dict[Cell, list[Record]] = defaultdict(list)
+    runs = [run for run in read("runs.jsonl") if not run["watch_ranks"] and ("test_accuracy" in run) == is_final]
+    for run in sorted(runs, key=lambda run: (run["task"], run["r"], run["method"] != "lora", label(run), run["seed"])):
+        groups[run["task"], run["r"], label(run)].append(run)
+    return groups
 
 
-def cell(run: Record) -> Cell:
-    """(task, r, method and settings)."""
-    return run["task"], run["r"], label(run)
+def tuning_table() -> str:
+    """Validation accuracy (and loss) of every cell by learning rate, on the tuning seed."""
+    groups = {name: {run["learning_rate"]: run for run in runs} for name, runs in cells(is_final=False).items()}
+    rates = sorted({rate for runs in groups.values() for rate in runs})
+
+    def show(run: Record | None) -> str:
+        return f"{100 * run['validation_accuracy']:.1f} ({run['validation_loss']:.3f})" if run else ""
+
+    rows = [[*map(str, name), *(show(runs.get(rate)) for rate in rates)] for name, runs in groups.items()]
+    return table(["task", "r", "method", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def finals() -> dict[Cell, dict[int, Record]]:
-    """Cell → seed → run at the chosen rate."""
-    cells: dict[Cell, dict[int, Record]] = defaultdict(dict)
-    for run in comparison_runs():
-        if "test_accuracy" in run:
-            cells[cell(run)][run["seed"]] = run
-    return cells
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return fmean(values), stdev(values) / math.sqrt(len(values))
+def difference(runs: list[Record], others: list[Record]) -> str:
+    """Mean difference in test accuracy, in points, paired by seed, with standard error and p of the paired t-test."""
+    accuracy = {run["seed"]: run["test_accuracy"] for run in others}
+    values = [100 * (run["test_accuracy"] - accuracy[run["seed"]]) for run in runs if run["seed"] in accuracy]
+    if len(values) < 2:
+        return ""
+    return f"{fmean(values):+.1f} ± {sem(values):.1f} (p = {ttest_1samp(values, 0.0).pvalue:.2f})"
 
 
 def comparison_table() -> str:
-    """Test accuracy of every cell, and the difference to LoRA at the same r, paired by seed."""
-    header = ["task", "r", "method", "rate", "seeds", "test accuracy", "difference to LoRA at r", "test loss"]
+    """Test accuracy of every cell ± standard error over seeds, and the difference to LoRA at r and at 2r."""
+    header = ["task", "r", "method", "rate", "seeds", "test accuracy", "to LoRA at r", "to LoRA at 2r", "test loss"]
     header += ["stable rank", "energy-90", "energy-99"]
-    rows, cells = [], finals()
-    for (task, r, method), runs in sorted(cells.items()):
-        if len(runs) < 2:
-            continue
-        accuracy, error = mean_and_error([run["test_accuracy"] for run in runs.values()])
-        lora = cells.get((task, r, "LoRA"), {})
-        differences = [run["test_accuracy"] - lora[seed]["test_accuracy"] for seed, run in runs.items() if seed in lora]
-        difference = ""
-        if method != "LoRA" and len(differences) > 1:
-            difference = "{:+.1f} ± {:.1f}".format(*(100 * value for value in mean_and_error(differences)))
+    groups = cells(is_final=True)
+    rows = []
+    for (task, r, method), runs in groups.items():
+        accuracies = [100 * run["test_accuracy"] for run in runs]
+        references = [groups.get((task, k * r, "LoRA"), []) if method != "LoRA" else [] for k in (1, 2)]
+        ranks = {"stable_rank": 2, "energy90_rank": 1, "energy99_rank": 1}
         rows.append(
             [
                 task,
                 str(r),
                 method,
-                f"{next(iter(runs.values()))['learning_rate']:g}",
+                f"{runs[0]['learning_rate']:g}",
                 str(len(runs)),
-                f"{100 * accuracy:.1f} ± {100 * error:.1f}",
-                difference,
-                f"{fmean(run['test_loss'] for run in runs.values()):.3f}",
-                f"{fmean(module_mean(run, 'stable_rank') for run in runs.values()):.2f}",
-                f"{fmean(module_mean(run, 'energy90_rank') for run in runs.values()):.1f}",
-                f"{fmean(module_mean(run, 'energy99_rank') for run in runs.values()):.1f}",
+                f"{fmean(accuracies):.1f} ± {sem(accuracies):.1f}",
+                *(difference(runs, reference) for reference in references),
+                f"{fmean(run['test_loss'] for run in runs):.3f}",
+                *(module_mean(runs[0], measure, digits) for measure, digits in ranks.items()),
             ]
         )
     return table(header, rows)
 
 
-def tuning_table() -> str:
-    """Validation accuracy (and loss) of every cell by learning rate, on the tuning seed."""
-    cells: dict[Cell, dict[float, Record]] = defaultdict(dict)
-    for run in comparison_runs():
-        if "test_accuracy" not in run:
-            cells[cell(run)][run["learning_rate"]] = run
-    rates = sorted({rate for runs in cells.values() for rate in runs})
-    rows = [
-        [
-            *map(str, name),
-            *(
-                f"{100 * runs[rate]['validation_accuracy']:.1f} ({runs[rate]['validation_loss']:.3f})"
-                if rate in runs
-                else ""
-                for rate in rates
-            ),
-        ]
-        for name, runs in sorted(cells.items())
-    ]
-    return table(["task", "r", "method", *(f"{rate:g}" for rate in rates)], rows)
-
-
-def ranks_table_of(method: str) -> str:
-    """Whether ranks differ between modules and between attention and MLP: by task and r, over the seeds."""
-    header = [
-        "task",
-        "r",
-        "seeds",
-        "modules differ, p",
-        "attention − MLP, log stable rank",
-        "95 % interval",
-        "Cohen's d",
-    ]
+def learned_ranks_table() -> str:
+    """Whether stable ranks differ between modules, and between attention and MLP, over the seeds of a cell."""
+    header = ["task", "r", "method", "seeds", "modules differ: p", "attention − MLP, log", "95 % interval", "Cohen's d"]
     rows = []
-    for (task, r, name), runs in sorted(finals().items()):
-        if name != method or len(runs) < 2:
+    for name, runs in cells(is_final=True).items():
+        if len(runs) < 2 or any(run["ranks"] is None for run in runs):
             continue
-        by_seed = np.log([[row["stable_rank"] for row in run["ranks"]] for run in runs.values()])
-        kinds = np.array([row["kind"] for row in next(iter(runs.values()))["ranks"]])
-        # Under the null hypothesis a module's rank says nothing about its rank under another seed.
+        by_seed = np.log([[row["stable_rank"] for row in run["ranks"]] for run in runs])
+        kinds = np.array([row["kind"] for row in runs[0]["ranks"]])
+        # Under the null hypothesis a module's rank under one seed says nothing of its rank under another.
         p = permutation_test(
-            by_seed,
+            tuple(by_seed),
             lambda *seeds: np.var(np.mean(seeds, axis=0)),
             permutation_type="pairings",
             alternative="greater",
@@ -325,19 +303,10 @@ def ranks_table_of(method: str) -> str:
         interval = bootstrap(
             (attention, mlp), lambda a, b: a.mean() - b.mean(), vectorized=False, rng=np.random.default_rng(0)
         ).confidence_interval
-        d = (attention.mean() - mlp.mean()) / math.sqrt((attention.var(ddof=1) + mlp.var(ddof=1)) / 2)
-        difference = f"{attention.mean() - mlp.mean():+.2f}"
-        rows.append(
-            [
-                task,
-                str(r),
-                str(len(runs)),
-                f"{p:.4f}",
-                difference,
-                f"{interval.low:+.2f} … {interval.high:+.2f}",
-                f"{d:+.2f}",
-            ]
-        )
+        gap = attention.mean() - mlp.mean()
+        d = gap / math.sqrt((attention.var(ddof=1) + mlp.var(ddof=1)) / 2)
+        bounds = f"{interval.low:+.2f} … {interval.high:+.2f}"
+        rows.append([*map(str, name), str(len(runs)), f"{p:.4f}", f"{gap:+.2f}", bounds, f"{d:+.2f}"])
     return table(header, rows)
 
 
@@ -352,6 +321,7 @@ def sections() -> dict[str, str]:
         "dynamics": dynamics_table(),
         "tuning": tuning_table(),
         "comparison": comparison_table(),
+        "learned-ranks": learned_ranks_table(),
     }
 
 
@@ -359,7 +329,7 @@ def draw_dynamics() -> None:
     """Rank and loss over training, by setting."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for run in dynamics_runs():
-        if run["learning_rate"] != 4e-3 or run.get("scaling", 1.0) != 1.0:
+        if (run["learning_rate"], run["r"]) != (4e-3, 4) or not run.get("head_rate"):
             continue
         steps = [record["step"] for record in run["history"]]
         line = {"label": label(run), "linewidth": 2.5 if run["method"] == "lora" else 1.2}

@@ -72,15 +72,14 @@ def train(run: Run) -> dict[str, Any]:
     data, tokenizer = load(run.task), AutoTokenizer.from_pretrained(fetch(MINILM))
     set_seed(run.seed)
     model = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=len(TASKS[run.task].labels))
-    if run.method != "full":
-        config = {"lora": LoraConfig, "lr-lora": LrLoraConfig}[run.method]
-        options = {name: value for name, value in run.options.items() if name != "centred"}
-        alpha = run.scaling * run.r
-        model = get_peft_model(
-            model, config(r=run.r, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS", **options)
-        )
-        if run.options.get("centred"):
-            centre(model)
+    config = {"lora": LoraConfig, "lr-lora": LrLoraConfig}[run.method]
+    options = {name: value for name, value in run.options.items() if name != "centred"}
+    alpha = run.scaling * run.r
+    model = get_peft_model(
+        model, config(r=run.r, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS", **options)
+    )
+    if run.options.get("centred"):
+        centre(model)
     head = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" in name]
     body = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name]
     groups = [{"params": body}, {"params": head, "lr": run.head_rate or run.learning_rate}]
@@ -125,7 +124,7 @@ def train(run: Run) -> dict[str, Any]:
             result[f"{split}_loss"] = prediction.metrics["test_loss"]
             result[f"{split}_accuracy"] = accuracy_score(prediction.label_ids, prediction.predictions.argmax(-1))
     result["history"] = [{"step": step, **report.summary()} for step, report in ranks.history]
-    result["ranks"] = _ranks(model) if run.method != "full" else None
+    result["ranks"] = _ranks(model)
     return result
 
 

@@ -41,7 +41,7 @@ class Source:
         model: "minilm" (classification) or "smollm2" (its first 10 layers, causal language modelling).
         task: a key of `TASKS`.
         optimizer: "adam" or "sgd".
-        learning_rate: peak; 6 % warm-up, linear decay. A new head learns 10 times as fast, as in LoRA's runs.
+        learning_rate: peak; 6 % warm-up, linear decay. A new head learns 10 times as fast.
         steps: after which ΔW* is kept.
         batch_size: examples a step.
 

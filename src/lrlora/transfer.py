@@ -49,7 +49,7 @@ class TransferSpec:
     """
 
     form: str = "residual"
-    num_basis: int = 50
+    num_basis: int = 8
     interval: float = 3.0
     lr_multiplier: float = 1.0
 

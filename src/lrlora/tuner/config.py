@@ -83,7 +83,7 @@ class LrLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored (fan_in, fan_out)."})
     init_weights: bool = field(default=True, metadata={"help": "Start at ΔW = 0."})
-    num_basis: int = field(default=50, metadata={"help": "Sinc terms of φ."})
+    num_basis: int = field(default=8, metadata={"help": "Sinc terms of φ."})
     interval: float = field(default=3.0, metadata={"help": "Half-width of the grid of φ."})
     input_gain: float = field(default=300.0, metadata={"help": "Gain on BA before φ, undone after it."})
     form: Literal["residual", "saturating", "sinc", "sine"] = field(
