@@ -45,7 +45,13 @@ def test_table_and_picture_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch) 
     assert "docs/demo/ranks.png" in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/settings.md"])
+def test_the_study_s_tables_are_the_stored_ones() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "phi" / "report.py"))
+    page = (ROOT / "docs" / "phi.md").read_text(encoding="utf-8")
+    assert script["updated"](page) == page
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/settings.md", "docs/phi.md"])
 def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
