@@ -152,10 +152,10 @@ def dynamics(finished: dict[str, dict[str, Any]]) -> list[Run]:
         residual(phi_lr_multiplier=1),
         residual(phi_lr_multiplier=10, num_basis=8),
         residual(phi_lr_multiplier=10, centred=True),
-        {"form": "sinc", "input_gain": 300, "num_basis": 50, "phi_lr_multiplier": 1},
         saturating(phi_lr_multiplier=FROZEN, input_gain=100),
         saturating(phi_lr_multiplier=FROZEN, input_gain=1000),
         {"form": "sine", "input_gain": 300},
+        {"form": "sinc", "input_gain": 300, "num_basis": 50, "phi_lr_multiplier": 1},
     ]
     return runs + [Run("20-newsgroups", "lr-lora", 4, 4e-3, options, **own_head) for options in others]
 

@@ -182,3 +182,13 @@ def test_a_compiled_model_computes_the_same() -> None:
     gradients = [torch.autograd.grad(y.square().sum(), trainable) for y in outputs]
     assert torch.equal(*outputs)
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_export_is_refused_with_the_remedy() -> None:
+    config = LrLoraConfig(r=2, target_modules=["0"], init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
+    x = torch.randn(3, 16)
+    with pytest.raises(NotImplementedError, match="merge_and_unload"):
+        torch.export.export(model, (x,), strict=False)
+    expected, merged = model(x), model.merge_and_unload()
+    torch.testing.assert_close(torch.export.export(merged, (x,), strict=False).module()(x), expected)

@@ -216,7 +216,16 @@ def adapted_linear(
     Returns:
         (..., m) in the dtype of x.
 
+    Raises:
+        NotImplementedError: called by `torch.export`, whose trace would hold wrong values.
+
     """
+    # Dynamo never gets here, so it is torch.export.
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.export cannot trace an LR-LoRA layer. Merge the adapter first (`model.merge_and_unload()`) and "
+            "export the plain model."
+        )
     dtype = _factor_dtype(x, A, B)
     update = _Update(transfer.spec, scaling, input_gain)
     phi = _parameters(transfer, A.device)
