@@ -327,7 +327,7 @@ def sections() -> dict[str, str]:
 
 def draw_dynamics() -> None:
     """Rank and loss over training, by setting."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.2), constrained_layout=True)
     for run in dynamics_runs():
         if (run["learning_rate"], run["r"]) != (4e-3, 4) or not run.get("head_rate"):
             continue
@@ -337,7 +337,7 @@ def draw_dynamics() -> None:
             axis.plot(steps[1:], [record[f"rank/{measure}_mean"] for record in run["history"]][1:], **line)
     axes[0].set(title="stable rank, mean over modules", xlabel="step")
     axes[1].set(title="energy-99 rank, mean over modules", xlabel="step", yscale="log")
-    axes[1].legend(fontsize=6, loc="upper right")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right", fontsize=7)
     figure.savefig(STORED / "dynamics.png", dpi=130)
     plt.close(figure)
 
