@@ -200,6 +200,7 @@ def dynamics_table() -> str:
     """What settings do to loss and rank: one task, one seed."""
     header = ["method and settings", "r", "rate", "head's rate", "accuracy", "loss", "training loss", "stable rank"]
     header += ["energy-90", "energy-99", "‖ΔW‖/‖W‖", "curvature", "outside ±I", "φ(0)"]
+    header += ["modules with energy-99 > r"]
     measures = {"stable_rank": 2, "energy90_rank": 1, "energy99_rank": 1, "relative_norm": 3, "curvature": 3}
     measures |= {"outside": 3, "phi_zero": 2}
     rows = [
@@ -212,6 +213,7 @@ def dynamics_table() -> str:
             f"{run['validation_loss']:.3f}",
             f"{run['train_loss']:.3f}",
             *(module_mean(run, measure, digits) for measure, digits in measures.items()),
+            str(sum(row["energy99_rank"] > row["r"] for row in run["ranks"] or [])),
         ]
         for run in dynamics_runs()
     ]

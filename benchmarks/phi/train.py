@@ -41,7 +41,8 @@ from transformers.utils import logging as transformers_logging
 from variants import centre
 
 from lrlora import LrLoraConfig, RankCallback, rank_report
-from lrlora.training.inputs import MINILM, cache_folder, fetch
+from lrlora.cache import cache_folder
+from lrlora.training.inputs import MINILM, fetch
 from lrlora.training.tasks import TASKS, split_by_group, tokenize
 
 RUNS = Path(__file__).parents[2] / "docs" / "phi" / "runs.jsonl"

@@ -26,7 +26,8 @@ from transformers import (
     set_seed,
 )
 
-from lrlora.training.inputs import MINILM, SMOLLM2, cache_folder, fetch
+from lrlora.cache import cache_folder
+from lrlora.training.inputs import MINILM, SMOLLM2, fetch
 from lrlora.training.tasks import TASKS
 
 FOLDER = cache_folder() / "phi-study-updates"
