@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +23,20 @@ _TOKENS = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_i
 
 
 def _t5() -> nn.Module:
-    config = transformers.T5Config(
-        d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=100, decoder_start_token_id=0
-    )
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
     return transformers.T5ForConditionalGeneration(config)
+
+
+class Mlp(nn.Module):
+    """A model of the user's own, which transformers knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)))
 
 
 _BUILDERS: dict[str, Callable[[], nn.Module]] = {
@@ -34,20 +46,17 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
         transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **_TOKENS)
     ),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, **_TOKENS)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**_SMALL, **_TOKENS, num_key_value_heads=2, num_local_experts=4)
+    ),
     "t5": _t5,
     "vit": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(**_SMALL, image_size=32, patch_size=8)
     ),
+    "features": lambda: transformers.BertModel(transformers.BertConfig(**_SMALL, **_TOKENS), add_pooling_layer=False),
+    "mlp": Mlp,
 }
 FAMILIES = tuple(_BUILDERS)
-
-
-def _inputs(family: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if family == "vit":
-        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
-    tokens = torch.randint(3, 99, (2, 7), generator=generator)
-    return {"input_ids": tokens, "decoder_input_ids": tokens} if family == "t5" else {"input_ids": tokens}
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,36 @@ class TinyModel:
         torch.manual_seed(0)
         return _BUILDERS[self.family]().eval()
 
-    def logits(self, model: nn.Module) -> Tensor:
+    @property
+    def targets(self) -> dict[str, Any]:
+        """The fields of a configuration that adapts every linear layer, and every expert."""
+        special = {
+            "mlp": {"target_modules": ["first", "last"]},
+            "mixtral": {
+                "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"],
+                "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+            },
+        }
+        return special.get(self.family, {"target_modules": "all-linear"})
+
+    def inputs(self) -> dict[str, Tensor]:
+        """A batch of two samples."""
+        generator = torch.Generator().manual_seed(1)
+        if self.family == "mlp":
+            return {"x": torch.randn(2, 16, generator=generator)}
+        if self.family == "vit":
+            return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+        tokens = torch.randint(3, 99, (2, 7), generator=generator)
+        return {"input_ids": tokens, "decoder_input_ids": tokens} if self.family == "t5" else {"input_ids": tokens}
+
+    def output(self, model: nn.Module, **inputs: Any) -> Tensor:
+        """The model's main output, with a graph."""
+        output: Any = model(**{**self.inputs(), **inputs})
+        return getattr(output, "logits", getattr(output, "last_hidden_state", output))
+
+    def logits(self, model: nn.Module, **inputs: Any) -> Tensor:
         with torch.no_grad():
-            return model(**_inputs(self.family)).logits
+            return self.output(model, **inputs)
 
     def train(self, model: nn.Module, steps: int, lr: float = 1e-2) -> None:
         """AdamW steps on a loss that every module influences."""
@@ -70,7 +106,7 @@ class TinyModel:
         model.train()
         for _ in range(steps):
             optimizer.zero_grad()
-            model(**_inputs(self.family)).logits.square().mean().backward()
+            self.output(model).square().mean().backward()
             optimizer.step()
         model.eval()
 
@@ -84,3 +120,35 @@ def tiny(request: pytest.FixtureRequest) -> TinyModel:
 @pytest.fixture
 def tiny_bert() -> TinyModel:
     return TinyModel("bert")
+
+
+_OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--behaviours", metavar="FILE", help="write what the behaviour tests found, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_OUTCOMES] = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    report = (yield).get_result()
+    # The tests of tuner/test_behaviours.py are rows of the table in docs/compatibility.md.
+    if item.path.name != "test_behaviours.py" or not (report.when == "call" or report.skipped or report.failed):
+        return
+    passed = "refused" if item.get_closest_marker("refused") else "yes"
+    outcome = {"passed": passed, "skipped": "–", "failed": "FAILED"}[report.outcome]
+    family = item.callspec.params["tiny"]  # type: ignore[attr-defined]
+    row = item.config.stash[_OUTCOMES].setdefault(item.function.__doc__, {})  # type: ignore[attr-defined]
+    # A behaviour may have several tests (dtypes, modes): the worst counts.
+    order = ("FAILED", "refused", "yes", "–")
+    row[family] = min(row.get(family, "–"), outcome, key=order.index)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--behaviours")
+    if file:
+        Path(file).write_text(json.dumps(session.config.stash[_OUTCOMES], indent=1, ensure_ascii=False) + "\n")

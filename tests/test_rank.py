@@ -71,16 +71,23 @@ def trained(tiny: TinyModel, config: Any) -> Any:
     return model
 
 
+def weight_of(model: Any, path: str) -> torch.Tensor:
+    if "experts" in path:
+        path, _, expert = path.rpartition(".")
+        return model.get_parameter(path)[int(expert)].double()
+    return model.get_submodule(path).weight.double()
+
+
 def test_report_equals_the_svd_of_merged_minus_base(tiny: TinyModel) -> None:
-    model = trained(tiny, LrLoraConfig(r=3, target_modules="all-linear", form="saturating"))
+    model = trained(tiny, LrLoraConfig(r=3, **tiny.targets, form="saturating"))
     report = rank_report(model)
     base, merged = tiny.build(), model.merge_and_unload()
     for row in report.rows:
-        delta = merged.get_submodule(row.module).weight.double() - base.get_submodule(row.module).weight.double()
+        weight = weight_of(base, row.module)
+        delta = weight_of(merged, row.module) - weight
         sigma = torch.linalg.svdvals(delta)
         assert row.stable_rank == pytest.approx((sigma.square().sum() / sigma[0] ** 2).item(), rel=1e-3)
-        norm = base.get_submodule(row.module).weight.double().norm()
-        assert row.relative_norm == pytest.approx((delta.norm() / norm).item(), rel=1e-3)
+        assert row.relative_norm == pytest.approx((delta.norm() / weight.norm()).item(), rel=1e-3)
 
 
 def test_report_describes_every_adapted_module(tiny_bert: TinyModel) -> None:
@@ -135,7 +142,7 @@ def test_plain_lora_is_reported_by_the_same_measures(tiny_bert: TinyModel) -> No
 
 
 def test_report_at_the_start_is_defined(tiny: TinyModel) -> None:
-    model = get_peft_model(tiny.build(), LrLoraConfig(r=3, target_modules="all-linear"))
+    model = get_peft_model(tiny.build(), LrLoraConfig(r=3, **tiny.targets))
     for row in rank_report(model).rows:
         assert [getattr(row, measure) for measure in MEASURES] == [0, 0, 0, 0]
         assert (row.relative_norm, row.curvature, row.phi_zero) == (0, 0, 0)

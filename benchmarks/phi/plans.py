@@ -21,7 +21,7 @@ FROZEN = 1e-9  # as a multiplier of φ's learning rate
 # form that bears high rates, at r = 4.
 SMOOTH = {"form": "residual", "input_gain": 300, "num_basis": 8, "phi_lr_multiplier": 10}
 BOUNDED = {"form": "saturating", "input_gain": 300, "num_basis": 50, "phi_lr_multiplier": FROZEN}
-CANDIDATES = ((4, SMOOTH), (1, SMOOTH), (4, BOUNDED))
+_SMOOTH_4, _SMOOTH_1, _BOUNDED_4 = ("lr-lora", 4, SMOOTH), ("lr-lora", 1, SMOOTH), ("lr-lora", 4, BOUNDED)
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,13 @@ def _cell(task: str, method: str, r: int, options: dict[str, Any] | None = None)
     return Run(task, method, r, 0.0, options or {}, steps=STEPS[task], head_rate=HEAD_RATE)
 
 
-def lora(finished: dict[str, dict[str, Any]]) -> list[Run]:
-    """LoRA at r and at 2r."""
-    return tuned([_cell(task, "lora", r) for task in STEPS for r in (1, 4, 8, 2)], finished)
-
-
 def comparison(finished: dict[str, dict[str, Any]]) -> list[Run]:
-    """The candidates at r."""
-    cells = [_cell(task, "lr-lora", r, options) for task in STEPS for r, options in CANDIDATES]
+    """LoRA and the candidates at r, then LoRA at 2r, then the bounded form: what matters most comes first."""
+    tasks = [task for task in STEPS if task != "vitaminc"]
+    cells = [_cell(task, *method) for task in tasks for method in (("lora", 4), _SMOOTH_4, ("lora", 1), _SMOOTH_1)]
+    cells += [_cell("vitaminc", *method) for method in (("lora", 4), _SMOOTH_4)]
+    cells += [_cell(task, "lora", r) for task in tasks for r in (8, 2)]
+    cells += [_cell(task, *_BOUNDED_4) for task in tasks]
     return tuned(cells, finished)
 
 
@@ -162,6 +161,5 @@ def dynamics(finished: dict[str, dict[str, Any]]) -> list[Run]:
 
 PLANS: dict[str, Callable[[dict[str, dict[str, Any]]], list[Run]]] = {
     "dynamics": dynamics,
-    "lora": lora,
     "comparison": comparison,
 }

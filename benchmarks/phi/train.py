@@ -1,6 +1,6 @@
 """Training runs of the study of φ: one run per line of `docs/phi/runs.jsonl`, whatever order and process made it.
 
-    OMP_NUM_THREADS=1 python benchmarks/phi/train.py lora dynamics comparison
+    OMP_NUM_THREADS=1 python benchmarks/phi/train.py dynamics comparison
 
 runs what is still missing of the named plans, one run at a time. Start it once per core: workers share the work through
 lock files. Interrupt at will; a run that was cut is done again, a finished one never.

@@ -16,7 +16,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,11 +79,11 @@ class RankRow:
     """One adapted module.
 
     Attributes:
-        module: its path in the base model.
+        module: its path in the base model; for one of several stacked experts, with its index at the end.
         layer: index of the transformer layer it belongs to, None outside one.
         type: its path within a layer, the same in all layers.
         kind: "attention", "mlp" or "other".
-        m, n: outputs and inputs of the layer.
+        m, n: outputs and inputs of the layer; tokens and width of an embedding.
         r: rank of the product BA.
         stable_rank, effective_rank, energy90_rank, energy99_rank: of ΔW.
         relative_norm: ‖ΔW‖_F / ‖W0‖_F; None where W0 is zero or not at hand.
@@ -189,45 +190,59 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
         raise ValueError("The adapter is merged, and rank_report needs the base weights: call unmerge_adapter() first.")
     report = RankReport([])
     for path, layer, name in tqdm(measured, desc="Measuring ranks", disable=not progressbar):
-        row, curve = _measure(path, layer, name)
-        report.rows.append(row)
-        if curve is not None:
-            report.curves[path] = curve
+        for row, curve in _measure(path, layer, name):
+            report.rows.append(row)
+            if curve is not None:
+                report.curves[row.module] = curve
     return report
 
 
 @torch.no_grad()
-def _measure(path: str, layer: Any, adapter: str) -> tuple[RankRow, tuple[list[float], list[float]] | None]:
-    delta = layer.get_delta_weight(adapter).flatten(1)
-    if not torch.isfinite(delta).all():
-        raise ValueError(
-            f"The update of {path} holds NaN or infinite values. Training has diverged: go back to an earlier "
-            "checkpoint."
+def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tuple[list[float], list[float]] | None]]:
+    """Row and curve of each matrix of a layer: one, or one for each of its stacked experts."""
+    is_learned = adapter in getattr(layer, "lrlora_phi", {})
+    deltas = layer.get_delta_weight(adapter)
+    inputs = layer.get_transfer_input(adapter) if is_learned else deltas
+    if (parameter := getattr(layer, "parameter_name", None)) is not None:
+        path = f"{path.replace('.base_layer', '')}.{parameter}"  # wrappers of parameters are nested
+        weights = layer.get_param().data
+    else:
+        weights = layer.get_base_weight()
+    if parameter is not None and deltas.dim() == 3:
+        names = [f"{path}.{expert}" for expert in range(len(deltas))]
+    else:
+        names, (deltas, weights, inputs) = [path], (t.unsqueeze(0) for t in (deltas, weights, inputs))
+    for name, delta, weight, z in zip(names, deltas, weights, inputs, strict=True):
+        delta = delta.flatten(1)
+        if not torch.isfinite(delta).all():
+            raise ValueError(
+                f"The update of {name} holds NaN or infinite values. Training has diverged: go back to an earlier "
+                "checkpoint."
+            )
+        energies = spectrum(delta)
+        phi_zero, bend, curve = 0.0, 0.0, None
+        if is_learned:
+            phi = layer.lrlora_phi[adapter]
+            phi_zero, bend, curve = phi(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
+        weight_norm = weight.double().norm().item()
+        n, m = delta.shape if isinstance(layer.get_base_layer(), Conv1D) else delta.T.shape
+        row = RankRow(
+            module=name,
+            layer=_layer_index(name),
+            type=module_type(name),
+            kind=_kind(name),
+            m=m,
+            n=n,
+            r=layer.r[adapter],
+            stable_rank=stable_rank(energies),
+            effective_rank=effective_rank(energies),
+            energy90_rank=energy_rank(energies, 0.90),
+            energy99_rank=energy_rank(energies, 0.99),
+            relative_norm=energies.sum().sqrt().item() / weight_norm if weight_norm > 0 else None,
+            phi_zero=phi_zero,
+            curvature=bend,
         )
-    energies = spectrum(delta)
-    phi_zero, bend, curve = 0.0, 0.0, None
-    if adapter in getattr(layer, "lrlora_phi", {}):
-        phi = layer.lrlora_phi[adapter]
-        z = layer.get_transfer_input(adapter)
-        phi_zero, bend, curve = phi(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
-    weight_norm = layer.get_base_weight().double().norm().item()
-    row = RankRow(
-        module=path,
-        layer=_layer_index(path),
-        type=module_type(path),
-        kind=_kind(path),
-        m=layer.out_features,
-        n=delta.numel() // layer.out_features,
-        r=layer.r[adapter],
-        stable_rank=stable_rank(energies),
-        effective_rank=effective_rank(energies),
-        energy90_rank=energy_rank(energies, 0.90),
-        energy99_rank=energy_rank(energies, 0.99),
-        relative_norm=energies.sum().sqrt().item() / weight_norm if weight_norm > 0 else None,
-        phi_zero=phi_zero,
-        curvature=bend,
-    )
-    return row, curve
+        yield row, curve
 
 
 def _sample(phi: Callable[[Tensor], Tensor], z: Tensor) -> tuple[list[float], list[float]]:

@@ -28,12 +28,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 FORMS = ("residual", "saturating", "sinc", "sine")
+_SPECS: dict[str, TransferSpec] = {}
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,24 @@ class TransferSpec:
 
     """
 
+    key: ClassVar[str]
     form: str = "residual"
     num_basis: int = 8
     interval: float = 3.0
     lr_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", repr(self))
+        _SPECS[self.key] = self
+
+    def __reduce__(self) -> tuple[type[TransferSpec], tuple[Any, ...]]:
+        # A copy that comes out of a file has to register too.
+        return type(self), astuple(self)
+
+    @classmethod
+    def of(cls, key: str) -> TransferSpec:
+        """The specification with this `key`, which stands for it where only a string can be passed."""
+        return _SPECS[key]
 
     @property
     def is_learned(self) -> bool:
@@ -124,6 +140,12 @@ class TransferSpec:
         # dω/dρ = μ·ω·(1 − ω/(2ω₀)), and ω·∂sinc(ω d)/∂ω = cos(ω d) − sinc(ω d).
         slope = self.lr_multiplier * (1 - omega / self.max_bandwidth) * self.amplitudes(amplitude)
         return self.lr_multiplier * (grad @ basis), slope * (grad @ (cosine - basis))
+
+    def tail_slope(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
+        """ψ′(z) by its formula, float64, of the shape of z, where |z| > I: away from every centre."""
+        distance = z.double().unsqueeze(-1) - self.centres(z.double())
+        cosine = torch.cos(distance * self.bandwidths(bandwidth))
+        return ((cosine - self.basis(z, bandwidth)) / distance) @ self.amplitudes(amplitude)
 
     def formula(self, z: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None) -> Tensor:
         """φ(z) by its formula, differentiable, float64, of the shape of z. The parameters are None for "sine"."""
@@ -341,10 +363,7 @@ class TransferTable:
         if self.spec.is_clipped:
             return backbone + psi.masked_fill_(beyond, 0)
         if beyond.any():
-            with torch.enable_grad():
-                z_beyond = z[beyond].detach().requires_grad_()
-                total = self.spec.series(z_beyond, *(p.detach() for p in self._parameters)).sum()
-            psi[beyond] = torch.autograd.grad(total, z_beyond)[0]
+            psi[beyond] = self.spec.tail_slope(z[beyond], *self._parameters).to(z.dtype)
         return backbone + psi
 
     def accumulate(self, z: Tensor, grad: Tensor) -> None:
@@ -385,10 +404,9 @@ class TransferTable:
 
     def _accumulate_tails(self, z: Tensor, grad: Tensor) -> None:
         assert self._parameters is not None
-        with torch.enable_grad():
-            parameters = tuple(p.detach().requires_grad_() for p in self._parameters)
-            loss = (self.spec.series(z, *parameters) * grad).sum()
-        for total, part in zip(self._tail_gradients, torch.autograd.grad(loss, parameters), strict=True):
+        z, basis = z.double(), self.spec.basis(z, self._parameters[1])
+        parts = self.spec.series_gradients(z, grad.double(), basis, *self._parameters)
+        for total, part in zip(self._tail_gradients, parts, strict=True):
             total += part
 
     def _read(self, power: int, cell: Tensor) -> Tensor:

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrlora import LrLoraConfig
 from lrlora.ops import adapted_linear, delta_weight, native
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.transfer import Transfer, TransferSpec
@@ -169,26 +167,3 @@ def test_the_start_leaves_every_bit() -> None:
     case = make_case(dtype=torch.float32)
     start = case._replace(B=torch.zeros(37, 3), transfer=Transfer(TransferSpec("saturating")))
     assert torch.equal(lean(start), torch.nn.functional.linear(case.x, case.weight, case.bias))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_computes_the_same() -> None:
-    model = get_peft_model(
-        nn.Sequential(nn.Linear(16, 16)), LrLoraConfig(r=2, target_modules=["0"], init_weights=False)
-    )
-    x = torch.randn(3, 16)
-    outputs = [model(x), torch.compile(model, backend="eager")(x)]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    gradients = [torch.autograd.grad(y.square().sum(), trainable) for y in outputs]
-    assert torch.equal(*outputs)
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
-
-
-def test_export_is_refused_with_the_remedy() -> None:
-    config = LrLoraConfig(r=2, target_modules=["0"], init_weights=False)
-    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
-    x = torch.randn(3, 16)
-    with pytest.raises(NotImplementedError, match="merge_and_unload"):
-        torch.export.export(model, (x,), strict=False)
-    expected, merged = model(x), model.merge_and_unload()
-    torch.testing.assert_close(torch.export.export(merged, (x,), strict=False).module()(x), expected)

@@ -16,7 +16,7 @@ from ..conftest import TinyModel
 
 
 def test_draws_a_heat_map_and_curves(tiny: TinyModel, tmp_path: Path) -> None:
-    model = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(tiny.build(), LrLoraConfig(r=2, **tiny.targets))
     tiny.train(model, 3)
     save_rank_figure(rank_report(model), tmp_path / "ranks.png")
     pixels = image.imread(tmp_path / "ranks.png")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +21,7 @@ from ..conftest import TinyModel
 
 def adapt(tiny: TinyModel, **fields: Any) -> PeftModel:
     torch.manual_seed(1)
-    return get_peft_model(tiny.build(), LrLoraConfig(**{"r": 4, "target_modules": "all-linear", **fields})).eval()
+    return get_peft_model(tiny.build(), LrLoraConfig(**{"r": 4, **tiny.targets, **fields})).eval()
 
 
 def trained(tiny: TinyModel, steps: int = 10, **fields: Any) -> PeftModel:
@@ -40,73 +38,17 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("form", ["residual", "saturating", "sinc", "sine"])
-def test_step_zero_equals_the_base_model_to_the_bit(tiny: TinyModel, form: str) -> None:
-    assert torch.equal(tiny.logits(adapt(tiny, form=form)), tiny.logits(tiny.build()))
+@pytest.mark.parametrize("form", ["saturating", "sinc", "sine"])
+def test_step_zero_equals_the_base_model_to_the_bit(tiny_bert: TinyModel, form: str) -> None:
+    assert torch.equal(tiny_bert.logits(adapt(tiny_bert, form=form)), tiny_bert.logits(tiny_bert.build()))
 
 
-@pytest.mark.parametrize("form", ["residual", "sinc"])
-def test_every_trainable_tensor_moves_within_ten_steps(tiny: TinyModel, form: str) -> None:
-    model = adapt(tiny, form=form)
+def test_every_trainable_tensor_of_the_literal_form_moves(tiny_bert: TinyModel) -> None:
+    model = adapt(tiny_bert, form="sinc")
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert all("lrlora_" in name and ".default." in name for name in before)
-    tiny.train(model, 10)
+    tiny_bert.train(model, 10)
     assert [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])] == []
-
-
-def test_the_base_model_does_not_move(tiny: TinyModel) -> None:
-    model = trained(tiny)
-    assert not torch.equal(tiny.logits(model), tiny.logits(tiny.build()))
-    base = dict(tiny.build().named_parameters())
-    for name, parameter in model.unload().named_parameters():
-        assert torch.equal(parameter, base[name])
-
-
-def test_merge_and_unmerge(tiny: TinyModel) -> None:
-    model = trained(tiny)
-    expected, base = tiny.logits(model), tiny.build().state_dict()
-    model.merge_adapter()
-    assert relative(tiny.logits(model), expected) <= 1e-5
-    model.unmerge_adapter()
-    for name, tensor in model.unload().state_dict().items():
-        assert torch.equal(tensor, base[name])
-
-
-def test_merge_and_unload_gives_a_plain_model(tiny: TinyModel) -> None:
-    model = trained(tiny)
-    expected = tiny.logits(model)
-    merged = model.merge_and_unload()
-    assert adapted_layers(merged) == []
-    assert relative(tiny.logits(merged), expected) <= 1e-5
-
-
-def test_disabling_gives_the_base_model_also_when_merged(tiny: TinyModel) -> None:
-    model = trained(tiny)
-    base = tiny.logits(tiny.build())
-    with model.disable_adapter():
-        assert torch.equal(tiny.logits(model), base)
-    model.merge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(tiny.logits(model), base)
-
-
-RELOAD = """
-import sys, torch
-from peft import PeftModel
-import lrlora
-from tests.conftest import TinyModel
-family, adapter, out = sys.argv[1:]
-tiny = TinyModel(family)
-torch.save(tiny.logits(PeftModel.from_pretrained(tiny.build(), adapter).eval()), out)
-"""
-
-
-def test_save_and_load_in_a_new_process_is_identical(tiny: TinyModel, tmp_path: Path) -> None:
-    model = trained(tiny)
-    model.save_pretrained(tmp_path / "adapter")
-    command = [sys.executable, "-c", RELOAD, tiny.family, str(tmp_path / "adapter"), str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), tiny.logits(model))
 
 
 def test_saved_files_hold_names_without_the_adapter_and_a_format_version(tiny_bert: TinyModel, tmp_path: Path) -> None:
@@ -130,41 +72,6 @@ def test_the_model_card_says_how_to_load_it_once(tiny_bert: TinyModel, tmp_path:
     card = (tmp_path / "README.md").read_text()
     assert card.count("import lrlora\n") == 1
     assert "KeyError: 'LRLORA'" in card
-
-
-def test_low_cpu_mem_usage_loads_the_same(tiny: TinyModel, tmp_path: Path) -> None:
-    model = trained(tiny)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path, low_cpu_mem_usage=True).eval()
-    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
-
-
-def test_several_adapters_switch_combine_and_delete(tiny: TinyModel) -> None:
-    model = trained(tiny)
-    first = tiny.logits(model)
-    model.add_adapter("other", LrLoraConfig(r=2, target_modules="all-linear", form="saturating"))
-    assert torch.equal(tiny.logits(model), first)
-    model.set_adapter("other")
-    assert torch.equal(tiny.logits(model), tiny.logits(tiny.build()))
-    tiny.train(model, 3)
-    model.base_model.set_adapter(["default", "other"])
-    both = tiny.logits(model)
-    model.merge_adapter(["default", "other"])
-    assert relative(tiny.logits(model), both) <= 1e-4
-    model.unmerge_adapter()
-    model.set_adapter("default")
-    model.delete_adapter("other")
-    assert torch.equal(tiny.logits(model), first)
-
-
-def test_only_the_active_adapter_trains(tiny_bert: TinyModel) -> None:
-    model = adapt(tiny_bert)
-    model.add_adapter("other", LrLoraConfig(r=2, target_modules="all-linear"))
-    for active, frozen in (("default", "other"), ("other", "default")):
-        model.set_adapter(active)
-        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert any(f".{active}." in name for name in trainable)
-        assert not any(f".{frozen}." in name for name in trainable)
 
 
 @pytest.mark.parametrize(("sharing", "count"), [("module", 13), ("type", 7), ("global", 1)])
@@ -200,36 +107,12 @@ def test_rslora_scaling_and_bias_training(tiny_bert: TinyModel) -> None:
     assert all("query.base_layer.bias" in name for name in trainable)
 
 
-def test_modules_to_save_travel_with_the_adapter(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    model = trained(tiny_bert, target_modules=["query"], modules_to_save=["classifier"])
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_bert.build(), tmp_path).eval()
-    assert torch.equal(tiny_bert.logits(loaded), tiny_bert.logits(model))
-
-
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_default_targets_are_those_peft_chooses_for_lora(family: str) -> None:
     tiny = TinyModel(family)
     lr_lora = get_peft_model(tiny.build(), LrLoraConfig(r=2))
     lora = get_peft_model(tiny.build(), LoraConfig(r=2))
     assert lr_lora.base_model.targeted_module_names == lora.base_model.targeted_module_names
-
-
-def test_peft_converts_it_to_plain_lora(tiny: TinyModel) -> None:
-    model = trained(tiny, num_basis=8)
-    expected = tiny.logits(model)
-    config, weights = convert_to_lora(model, rank=1.0)
-    lora = get_peft_model(tiny.build(), config)
-    inner = {
-        name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"): w for name, w in weights.items()
-    }
-    missing, unexpected = lora.load_state_dict(
-        {name if name.startswith("base_model") else f"base_model.model.{name}": w for name, w in inner.items()},
-        strict=False,
-    )
-    assert unexpected == []
-    assert not any("lora_" in name for name in missing)
-    assert relative(tiny.logits(lora.eval()), expected) <= 1e-3
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_base_output(tiny_bert: TinyModel) -> None:
@@ -291,45 +174,14 @@ def test_half_precision_models_train_with_phi_in_float32(
             assert parameter.dtype == torch.float32
 
 
-def test_autocast_computes_in_half_precision_and_gives_gradients(tiny_bert: TinyModel) -> None:
-    model = trained(tiny_bert)
-    expected = tiny_bert.logits(model)
-    model.train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=torch.full((2, 5), 7)).logits
-        assert relative(tiny_bert.logits(model.eval()).float(), expected) < 0.05
-    logits.float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_bert: TinyModel) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = trained(tiny_bert)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        model.zero_grad()
-        model(input_ids=torch.full((2, 5), 7)).logits.square().mean().backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for without, with_checkpoints in zip(*gradients, strict=True):
-        torch.testing.assert_close(without, with_checkpoints)
-
-
-def test_injecting_into_a_model_without_a_peft_wrapper(tiny_bert: TinyModel) -> None:
-    model = inject_adapter_in_model(LrLoraConfig(r=2, target_modules=["query"]), tiny_bert.build()).eval()
-    assert len(adapted_layers(model)) == 2
-    assert torch.equal(tiny_bert.logits(model), tiny_bert.logits(tiny_bert.build()))
-
-
 def test_targets_that_match_nothing_say_what_there_is(tiny_bert: TinyModel) -> None:
     with pytest.raises(ValueError, match=r"q_proj.*not found.*classifier, dense, key, query, value"):
         adapt(tiny_bert, target_modules=["q_proj"])
 
 
 def test_an_unsupported_layer_kind_is_named(tiny_bert: TinyModel) -> None:
-    with pytest.raises(ValueError, match=r"matches 'bert.embeddings.word_embeddings', a Embedding.*exclude_modules"):
-        adapt(tiny_bert, target_modules=["word_embeddings"])
+    with pytest.raises(ValueError, match=r"matches 'bert.embeddings.LayerNorm', a LayerNorm.*exclude_modules"):
+        adapt(tiny_bert, target_modules=["LayerNorm"])
 
 
 def test_non_finite_weights_are_refused_at_merge_and_save(tiny_bert: TinyModel, tmp_path: Path) -> None:
@@ -374,12 +226,6 @@ def test_a_nan_in_training_stays_visible(tiny_bert: TinyModel, form: str) -> Non
 def test_conv1d_delta_weight_has_the_layout_of_its_weight() -> None:
     model = get_peft_model(nn.Sequential(Conv1D(6, 4)), LrLoraConfig(r=2, target_modules=["0"], init_weights=False))
     assert adapted_layers(model)[0].get_delta_weight("default").shape == (4, 6)
-
-
-def test_an_adapter_for_each_sample_is_refused(tiny_bert: TinyModel) -> None:
-    model = adapt(tiny_bert)
-    with pytest.raises(NotImplementedError, match=r"adapter_names=.*set_adapter"):
-        model(input_ids=torch.full((2, 5), 7), adapter_names=["default", "__base__"])
 
 
 def test_phi_returns_to_float32_after_a_cast_of_its_data(tiny_bert: TinyModel) -> None:

@@ -10,14 +10,13 @@ Saved for backward are x, W (which is there anyway), A, B and the parameters of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..transfer import Transfer, TransferSpec, TransferTable
 from . import native
@@ -80,7 +79,7 @@ def _factor_gradients(
     """
     if _is_transposed(G):
         grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update, is_free=is_free)
-        return grad_At.T, grad_Bt.T
+        return grad_At.T.contiguous(), grad_Bt.T.contiguous()
     if native.is_native(table, G, A, B):
         H = G if is_free else torch.empty_like(G)
         native.write_gradient(H, G, A, B, table, update.scaling, update.input_gain)
@@ -96,75 +95,198 @@ def _factor_gradients(
     return grad_A, grad_B
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        amplitude: Tensor | None,
-        bandwidth: Tensor | None,
-        update: _Update,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, A, B, amplitude, bandwidth)
-        ctx.update = update
+# Operators of their own, for torch.compile: it takes them into its graph as they are, where it could trace neither the
+# compiled kernels nor the table.
+
+
+@torch.library.custom_op(
+    "lrlora::adapted_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, "
+    "str spec, float scaling, float input_gain) -> Tensor",
+)
+def _adapted_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    amplitude: Tensor | None,
+    bandwidth: Tensor | None,
+    spec: str,
+    scaling: float,
+    input_gain: float,
+) -> Tensor:
+    update = _Update(TransferSpec.of(spec), scaling, input_gain)
+    with _without_autocast(x):
         effective = _empty_weight(x, weight, A, B)
         _write_weight(effective, weight, A, B, TransferTable(update.spec, amplitude, bandwidth, A.dtype), update)
-        return F.linear(x, effective, bias)
+        return F.linear(x, effective, bias).contiguous()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        with _without_autocast(grad_y):
-            return _AdaptedLinear._backward(ctx, grad_y)
 
-    @staticmethod
-    def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, amplitude, bandwidth = ctx.saved_tensors
-        update: _Update = ctx.update
-        needs_x, needs_weight, needs_bias, *needs_update = ctx.needs_input_grad[:7]
+@_adapted_linear.register_fake
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], B.shape[0])
+
+
+@torch.library.custom_op(
+    "lrlora::adapted_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad_y, bool[] needs, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? amplitude, "
+    "Tensor? bandwidth, str spec, float scaling, float input_gain) -> Tensor[]",
+)
+def _adapted_linear_backward(
+    grad_y: Tensor,
+    needs: Sequence[bool],
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    amplitude: Tensor | None,
+    bandwidth: Tensor | None,
+    spec: str,
+    scaling: float,
+    input_gain: float,
+) -> list[Tensor]:
+    """The gradients of the first seven inputs of `adapted_linear`, of those that `needs` names."""
+    update = _Update(TransferSpec.of(spec), scaling, input_gain)
+    needs_x, needs_weight, needs_bias, *needs_update = needs
+    gradients: list[Tensor | None] = [None] * len(needs)
+    with _without_autocast(grad_y):
         table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
         buffer = _empty_weight(x, weight, A, B)
         flat_y, flat_x = grad_y.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
-
-        grad_x = grad_weight = grad_A = grad_B = grad_amplitude = grad_bandwidth = None
         if needs_x:
             _write_weight(buffer, weight, A, B, table, update)
-            grad_x = (flat_y @ buffer).view_as(x)
+            gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
             if _is_transposed(buffer):
                 torch.mm(flat_x.T, flat_y, out=buffer.T)
             else:
                 torch.mm(flat_y.T, flat_x, out=buffer)
-            grad_A, grad_B = _factor_gradients(buffer, A, B, table, update, is_free=not needs_weight)
-            grad_amplitude, grad_bandwidth = table.parameter_gradients()
-            grad_weight = buffer if needs_weight else None
-        grad_bias = flat_y.sum(0) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_amplitude, grad_bandwidth, None
+            gradients[1] = buffer
+            gradients[3:5] = _factor_gradients(buffer, A, B, table, update, is_free=not needs_weight)
+            gradients[5:7] = table.parameter_gradients()
+        if needs_bias:
+            gradients[2] = flat_y.sum(0)
+    return _needed(needs, gradients)
 
 
-class _DeltaWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, update: _Update
-    ) -> Tensor:
-        ctx.save_for_backward(A, B, amplitude, bandwidth)
-        ctx.update = update
-        delta = A.new_empty(B.shape[0], A.shape[1])
-        _write_weight(delta, None, A, B, TransferTable(update.spec, amplitude, bandwidth, A.dtype), update)
+@_adapted_linear_backward.register_fake
+def _(
+    grad_y: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *phi: Any
+) -> list[Tensor]:
+    bias = grad_y.new_empty(B.shape[0])
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, *phi[:2])]
+    gradients[1] = None if weight is None else torch.empty_like(weight)  # in the layout of a transposed W
+    return _needed(needs, gradients)
+
+
+def _save_for_adapted_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, A, B, amplitude, bandwidth, *ctx.update = inputs
+    ctx.save_for_backward(x, weight, A, B, amplitude, bandwidth)
+
+
+def _differentiate_adapted_linear(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:7])
+    return _scattered(needs, _adapted_linear_backward(grad_y, needs, *ctx.saved_tensors, *ctx.update))
+
+
+_adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_save_for_adapted_linear)
+
+
+@torch.library.custom_op(
+    "lrlora::delta_weight",
+    mutates_args=(),
+    schema="(Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, str spec, float scaling, float input_gain) "
+    "-> Tensor",
+)
+def _delta_weight(
+    A: Tensor,
+    B: Tensor,
+    amplitude: Tensor | None,
+    bandwidth: Tensor | None,
+    spec: str,
+    scaling: float,
+    input_gain: float,
+) -> Tensor:
+    update = _Update(TransferSpec.of(spec), scaling, input_gain)
+    with _without_autocast(A):
+        table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
+        delta = A.new_empty(*B.shape[:-1], A.shape[-1])
+        for out, left, right in _matrices(delta, A, B):
+            _write_weight(out, None, left, right, table, update)
         return delta
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        A, B, amplitude, bandwidth = ctx.saved_tensors
-        table = TransferTable(ctx.update.spec, amplitude, bandwidth, A.dtype)
-        with _without_autocast(grad):
-            factors = _factor_gradients(grad.contiguous(), A, B, table, ctx.update, is_free=False)
-            return *factors, *table.parameter_gradients(), None
+
+@_delta_weight.register_fake
+def _(A: Tensor, B: Tensor, *others: Any) -> Tensor:
+    return A.new_empty(*B.shape[:-1], A.shape[-1])
+
+
+@torch.library.custom_op(
+    "lrlora::delta_weight_backward",
+    mutates_args=(),
+    schema="(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, str spec, "
+    "float scaling, float input_gain) -> Tensor[]",
+)
+def _delta_weight_backward(
+    grad: Tensor,
+    needs: Sequence[bool],
+    A: Tensor,
+    B: Tensor,
+    amplitude: Tensor | None,
+    bandwidth: Tensor | None,
+    spec: str,
+    scaling: float,
+    input_gain: float,
+) -> list[Tensor]:
+    """The gradients of the first four inputs of `delta_weight`, of those that `needs` names."""
+    update = _Update(TransferSpec.of(spec), scaling, input_gain)
+    with _without_autocast(grad):
+        table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
+        parts = [
+            _factor_gradients(G, left, right, table, update, is_free=False)
+            for G, left, right in _matrices(grad.contiguous(), A, B)
+        ]
+        grad_A, grad_B = (
+            torch.stack(part).view(like.shape) for part, like in zip(zip(*parts, strict=True), (A, B), strict=True)
+        )
+        return _needed(needs, [grad_A, grad_B, *table.parameter_gradients()])
+
+
+@_delta_weight_backward.register_fake
+def _(grad: Tensor, needs: Sequence[bool], *tensors: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in _needed(needs, tensors[:4])]
+
+
+def _save_for_delta_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    A, B, amplitude, bandwidth, *ctx.update = inputs
+    ctx.save_for_backward(A, B, amplitude, bandwidth)
+
+
+def _differentiate_delta_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    return _scattered(needs, _delta_weight_backward(grad, needs, *ctx.saved_tensors, *ctx.update))
+
+
+_delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save_for_delta_weight)
+
+
+def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The matrices in the last two dimensions, side by side."""
+    return zip(*(tensor.reshape(-1, *tensor.shape[-2:]) for tensor in tensors), strict=True)
+
+
+def _needed(needs: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those of `tensors` that are needed."""
+    return [tensor for is_needed, tensor in zip(needs, tensors, strict=True) if is_needed and tensor is not None]
+
+
+def _scattered(needs: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """What `_needed` picked, back at its places; then None for spec, scaling and gain."""
+    remaining = iter(tensors)
+    return *(next(remaining) if is_needed else None for is_needed in needs), None, None, None
 
 
 def _empty_weight(x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
@@ -185,8 +307,6 @@ def _factor_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-# Dynamo cannot trace the compiled kernels: under torch.compile the op runs as it is, at the cost of a graph break.
-@torch.compiler.disable
 def adapted_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -216,28 +336,28 @@ def adapted_linear(
     Returns:
         (..., m) in the dtype of x.
 
-    Raises:
-        NotImplementedError: called by `torch.export`, whose trace would hold wrong values.
+    """
+    dtype = _factor_dtype(x, A, B)
+    phi = _parameters(transfer, A.device)
+    return _adapted_linear(
+        x, weight, bias, A.to(dtype), B.to(dtype), *phi, transfer.spec.key, float(scaling), float(input_gain)
+    )
+
+
+def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:
+    """ΔW = (s/g)·φ(g·BA), differentiable; saves no m×n tensor.
+
+    Args:
+        A: (..., r, n).
+        B: (..., m, r), with the same leading dimensions.
+        transfer: φ.
+        scaling: s.
+        input_gain: g > 0.
+
+    Returns:
+        (..., m, n), float32, or float64 if A or B are.
 
     """
-    # Dynamo never gets here, so it is torch.export.
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "torch.export cannot trace an LR-LoRA layer. Merge the adapter first (`model.merge_and_unload()`) and "
-            "export the plain model."
-        )
-    dtype = _factor_dtype(x, A, B)
-    update = _Update(transfer.spec, scaling, input_gain)
-    phi = _parameters(transfer, A.device)
-    with _without_autocast(x):
-        return _AdaptedLinear.apply(x, weight, bias, A.to(dtype), B.to(dtype), *phi, update)
-
-
-@torch.compiler.disable
-def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:
-    """ΔW = (s/g)·φ(g·BA), (m, n), float32 (float64 if A or B are), differentiable; saves no m×n tensor."""
     dtype = _factor_dtype(A, B)
-    with _without_autocast(A):
-        return _DeltaWeight.apply(
-            A.to(dtype), B.to(dtype), *_parameters(transfer, A.device), _Update(transfer.spec, scaling, input_gain)
-        )
+    phi = _parameters(transfer, A.device)
+    return _delta_weight(A.to(dtype), B.to(dtype), *phi, transfer.spec.key, float(scaling), float(input_gain))

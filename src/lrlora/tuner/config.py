@@ -52,6 +52,9 @@ class LrLoraConfig(PeftConfig):
         rank_pattern: module name or regular expression → r, where it differs.
         alpha_pattern: module name or regular expression → α, where it differs.
         modules_to_save: modules trained in full and saved with the adapter, such as a new classification head.
+        target_parameters: names of parameters to adapt that no layer holds as its weight, such as the stacked experts
+            of a mixture, (experts, m, n).
+        trainable_token_indices: tokens of the embedding that are trained in full, or layer name → tokens.
         fan_in_fan_out: kept for PEFT's sake; whether a weight is stored transposed is read off the layer.
         init_weights: True starts at ΔW = 0. False starts B at random, for debugging.
         num_basis: N ≥ 2, sinc terms of φ.
@@ -81,6 +84,10 @@ class LrLoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module → r."})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module → lora_alpha."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens of the embedding to train in full."}
+    )
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored (fan_in, fan_out)."})
     init_weights: bool = field(default=True, metadata={"help": "Start at ΔW = 0."})
     num_basis: int = field(default=8, metadata={"help": "Sinc terms of φ."})

@@ -1,50 +1,54 @@
-"""The adapter on one linear layer."""
+"""The adapter on one layer: what all kinds share, and linear, embedding, convolution and stacked experts."""
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import adapted_linear, delta_weight
 from ..transfer import Transfer
 from .config import LrLoraConfig
 
-
-class LrLoraLayer(BaseTunerLayer):
-    """What every adapted layer holds, by adapter name."""
-
-    adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
-    other_param_names = ("r", "lora_alpha", "scaling", "input_gain", "lrlora_dropout")
-
-    lrlora_A: nn.ModuleDict
-    lrlora_B: nn.ModuleDict
-    lrlora_phi: nn.ModuleDict
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
 
-class Linear(nn.Module, LrLoraLayer):
-    """y = x (W + Σ (s/g)·φ(g·BA))ᵀ + b over the active adapters, on an `nn.Linear` or transformers' `Conv1D`.
+class LrLoraLayer(nn.Module, BaseTunerLayer):
+    """What every adapted layer holds, by adapter name: ΔW = (s/g)·φ(g·BA) for its weight, seen as a matrix (m, n).
 
     A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`.
     """
 
+    adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
+    other_param_names = ("r", "lora_alpha", "scaling", "unweighted_scaling", "input_gain", "lrlora_dropout")
+
     base_layer: Any
+    in_features: int
+    out_features: int
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, transfer: Transfer, r: int, alpha: float, config: LrLoraConfig
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        transfer: Transfer,
+        r: int,
+        alpha: float,
+        config: LrLoraConfig,
+        quantization_backend: QuantizationBackend | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.is_conv1d = isinstance(base_layer, Conv1D)
-        if self.is_conv1d:
-            self.in_features, self.out_features = self.base_layer.weight.shape
-        else:
-            self.in_features, self.out_features = self.base_layer.in_features, self.base_layer.out_features
+        self.quantization_backend = quantization_backend
         self.lrlora_A = nn.ModuleDict()
         self.lrlora_B = nn.ModuleDict()
         self.lrlora_phi = nn.ModuleDict()
@@ -52,20 +56,31 @@ class Linear(nn.Module, LrLoraLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.unweighted_scaling: dict[str, float] = {}
         self.input_gain: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._weight_before_merge: Tensor | None = None
+        # Until `unmerge`: the weight on the CPU, or, if it is quantised, a copy of the base layer.
+        self._before_merge: Tensor | nn.Module | None = None
         self._active_adapter = adapter_name
+        self.in_features, self.out_features = self._features()
         self.update_layer(adapter_name, transfer, r, alpha, config)
+
+    def _features(self) -> tuple[int, int]:
+        """(in_features, out_features) as PEFT counts them."""
+        raise NotImplementedError
+
+    def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
+        """(A, B), not initialised, of the shapes that the kind of layer wants."""
+        return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
 
     def update_layer(self, adapter_name: str, transfer: Transfer, r: int, alpha: float, config: LrLoraConfig) -> None:
         """Add an adapter, or replace the one of this name."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.unweighted_scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.scaling[adapter_name] = self.unweighted_scaling[adapter_name]
         self.input_gain[adapter_name] = config.input_gain
-        A = nn.Linear(self.in_features, r, bias=False)
-        B = nn.Linear(r, self.out_features, bias=False)
+        A, B = self._new_factors(r)
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         if config.init_weights:
             nn.init.zeros_(B.weight)
@@ -75,92 +90,151 @@ class Linear(nn.Module, LrLoraLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def set_weight(self, adapter: str, weight: float) -> None:
+        """Multiply ΔW of one adapter by `weight`, where several are combined; 1 is the adapter as trained."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = weight * self.unweighted_scaling[adapter]
+
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter in the layout of the base weight: (m, n), or (n, m) on a Conv1D; float32 or float64."""
-        delta = delta_weight(
-            *self._factors(adapter), scaling=self.scaling[adapter], input_gain=self.input_gain[adapter]
+        """ΔW of one adapter in the layout of the base weight, float32 or float64."""
+        return self._in_layout(
+            delta_weight(*self._factors(adapter), scaling=self.scaling[adapter], input_gain=self.input_gain[adapter])
         )
-        return delta.T if self.is_conv1d else delta
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
         A, B, _ = self._factors(adapter)
         dtype = torch.promote_types(A.dtype, torch.float32)
-        z = self.input_gain[adapter] * (B.to(dtype) @ A.to(dtype))
-        return z.T if self.is_conv1d else z
+        return self._in_layout(self.input_gain[adapter] * (B.to(dtype) @ A.to(dtype)))
+
+    def _in_layout(self, matrix: Tensor) -> Tensor:
+        """A matrix (m, n), seen in the layout of the base weight."""
+        return matrix
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
+        """(A, B, φ)."""
         phi = cast(Transfer, self.lrlora_phi[adapter])
         phi.restore_precision()
         return cast(nn.Linear, self.lrlora_A[adapter]).weight, cast(nn.Linear, self.lrlora_B[adapter]).weight, phi
 
-    def _update(self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """X (W + ΔW)ᵀ + b, or x ΔWᵀ without a weight: (..., n) → (..., m)."""
-        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        return adapted_linear(x, weight, bias, *self._factors(adapter), scaling=scaling, input_gain=gain)
+    def _update(self, x: Tensor, adapter: str) -> Tensor:
+        """What ΔW alone makes of the input: what is added to the base layer's output."""
+        raise NotImplementedError
 
-    def _takes_one_matmul(self, x: Tensor, adapters: list[str]) -> bool:
-        """Whether x (W + ΔW)ᵀ may be formed without calling the base layer.
+    def _adapted(self, x: Tensor, adapter: str) -> Tensor:
+        """What W + ΔW makes of the input, without a call of the base layer."""
+        raise NotImplementedError
+
+    # Kinds of base layers whose forward is known, so that `_adapted` may stand for it.
+    plain_types: tuple[type[nn.Module], ...] = ()
+
+    def _takes_one_pass(self, x: Tensor, adapters: list[str]) -> bool:
+        """Whether the output may be formed from W + ΔW without calling the base layer.
 
         Not so if the base layer does more than its weight says (a subclass, a hook, an offloaded or sharded weight),
         if the adapter sees another input than the base layer does (dropout), or in half precision, where rounding
         W + ΔW loses the update.
         """
-        base, weight = self.base_layer, self.base_layer.weight
+        base = self.base_layer
         return (
             len(adapters) == 1
-            and type(base) in (nn.Linear, Conv1D)
+            and type(base) in self.plain_types
             and "forward" not in vars(base)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and type(weight) in (nn.Parameter, Tensor)
-            and not weight.is_meta
-            and weight.dtype == x.dtype
+            and type(base.weight) in (nn.Parameter, Tensor)
+            and not base.weight.is_meta
+            and base.weight.dtype == x.dtype
             and x.dtype in (torch.float32, torch.float64)
             and not _autocasts(x)
             and not (self.training and getattr(self.lrlora_dropout[adapters[0]], "p", 0) > 0)
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., n) → (..., m), in the dtype of the base layer's output."""
+    def _adapters_at_work(self) -> list[str]:
+        """The adapters that the forward applies to the base weight as it is."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [name for name in self.active_adapters if name in self.lrlora_A]
-        if self.disable_adapters or self.merged or not adapters:
-            return self.base_layer(x, *args, **kwargs)
-        if self._takes_one_matmul(x, adapters):
-            weight = self.base_layer.weight.T if self.is_conv1d else self.base_layer.weight
-            return self._update(x, adapters[0], weight, self.base_layer.bias)
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.lrlora_A]
 
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output with ΔW of the active adapters, or of one adapter for each sample, added to W.
+
+        Args:
+            x: as for the base layer.
+            adapter_names: an adapter for each sample of the batch, "__base__" for none; default: the active ones.
+            *args: of the base layer.
+            **kwargs: of the base layer.
+
+        Returns:
+            In shape and dtype the base layer's output.
+
+        """
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        adapters = self._adapters_at_work()
+        if adapters and self._takes_one_pass(x, adapters):
+            return self._adapted(x, adapters[0])
         result = self.base_layer(x, *args, **kwargs)
+        if adapters and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
         if _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for adapter in adapters:
             result = result + self._update(self.lrlora_dropout[adapter](x), adapter).to(result.dtype)
         return result
 
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"adapter_names must name one adapter for each of the {len(x)} samples of the batch, and names "
+                f"{len(adapter_names)}."
+            )
+        if self.merged:
+            raise ValueError(
+                f"adapter_names={adapter_names} asks for an adapter of each sample's own, and "
+                f"{', '.join(self.merged_adapters)} is merged into the base weights: call unmerge_adapter() first."
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        if _autocasts(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        for adapter in sorted(set(adapter_names) & set(self.lrlora_A)):
+            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
+            result = result.index_add(0, rows, self._update(x[rows], adapter).to(result.dtype))
+        return result
+
+    def _weight(self) -> Tensor:
+        """The base weight as a plain floating-point tensor."""
+        return self.get_base_weight()
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given adapters (default: the active ones) to the base weight.
 
-        ΔW is added in float32 and the sum rounded to the dtype of the weight once. The weight from before is kept on
-        the CPU, so that `unmerge` restores it to the bit. Non-finite results are refused with or without
-        `safe_merge`, before the base weight is touched.
+        ΔW is added in float32 and the sum rounded to the dtype of the weight once; a quantised weight is dequantised
+        before and quantised again after. What was there before is kept, a plain weight on the CPU, so that `unmerge`
+        restores it to the bit. Non-finite results are refused with or without `safe_merge`, before the base weight
+        is touched.
 
         Raises:
             ValueError: the merged weight would not be finite.
-            NotImplementedError: the base weight is quantised.
+            NotImplementedError: the base weight is quantised in a way that does not allow it.
 
         """
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lrlora_A]
         if not adapters:
             return
-        weight = self.base_layer.weight
-        if not weight.is_floating_point():
+        backend = self.quantization_backend
+        weight = self._weight() if backend is None or backend.supports_merge else None
+        if weight is None or not weight.is_floating_point():
+            kind = backend.backend_name if backend is not None else str(self.base_layer.weight.dtype)
             raise NotImplementedError(
-                f"Cannot merge into a weight of dtype {weight.dtype}: the base layer is quantised. Load the base "
-                "model unquantised and merge there, or keep the adapter unmerged."
+                f"Cannot merge into a base layer quantised as {kind}. Load the base model unquantised and merge there, "
+                "or keep the adapter unmerged."
             )
-        merged = weight.data.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for adapter in adapters:
             merged += self.get_delta_weight(adapter).to(merged.device)
         merged = merged.to(weight.dtype)
@@ -169,27 +243,199 @@ class Linear(nn.Module, LrLoraLayer):
                 f"Merging {', '.join(adapters)} would put non-finite values into a base weight; nothing was merged "
                 "into this layer. Training has diverged: go back to an earlier checkpoint."
             )
-        if self._weight_before_merge is None:
-            self._weight_before_merge = weight.data.to("cpu", copy=True)
-        weight.data.copy_(merged)
+        if backend is None:
+            if self._before_merge is None:
+                self._before_merge = weight.data.to("cpu", copy=True)
+            weight.data.copy_(merged)
+        else:
+            if self._before_merge is None:
+                self._before_merge = copy.deepcopy(self.base_layer)
+            self.set_base_weight(merged)
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
         """Restore the base weight to the bit."""
-        if self._weight_before_merge is None:
+        if self._before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer.weight.data.copy_(self._weight_before_merge)
-        self._weight_before_merge = None
+        if isinstance(self._before_merge, nn.Module):
+            self.base_layer = self._before_merge
+        else:
+            self._weight().data.copy_(self._before_merge)
+        self._before_merge = None
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's `convert_to_lora` may factorise ΔW."""
-        return True
+        """Whether PEFT's `convert_to_lora` can factorise ΔW: it handles linear layers."""
+        return False
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "lrlora." + super().__repr__()
 
 
+class Linear(LrLoraLayer):
+    """y = x (W + Σ (s/g)·φ(g·BA))ᵀ + b over the active adapters: `nn.Linear`, quantised ones, transformers' `Conv1D`.
+
+    Forward: (..., n) → (..., m).
+    """
+
+    plain_types = (nn.Linear, Conv1D)
+
+    def _features(self) -> tuple[int, int]:
+        if isinstance(self.base_layer, Conv1D):
+            n, m = self.base_layer.weight.shape
+            return n, m
+        return self.base_layer.in_features, self.base_layer.out_features
+
+    def _in_layout(self, matrix: Tensor) -> Tensor:
+        return matrix.T if isinstance(self.base_layer, Conv1D) else matrix
+
+    def _update(self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+        return adapted_linear(x, weight, bias, *self._factors(adapter), scaling=scaling, input_gain=gain)
+
+    def _adapted(self, x: Tensor, adapter: str) -> Tensor:
+        return self._update(x, adapter, self._in_layout(self.base_layer.weight), self.base_layer.bias)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Embedding(LrLoraLayer):
+    """Row i of W + ΔW for token i of an `nn.Embedding` with the weight W (m tokens, n).
+
+    Only the rows that a batch uses are formed: T·n entries for T tokens. Forward: (...) → (..., n).
+    """
+
+    def _features(self) -> tuple[int, int]:
+        return self.base_layer.num_embeddings, self.base_layer.embedding_dim
+
+    def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
+        return nn.Linear(self.out_features, r, bias=False), nn.Linear(r, self.in_features, bias=False)
+
+    def _update(self, x: Tensor, adapter: str) -> Tensor:
+        A, B, phi = self._factors(adapter)
+        tokens, padding = x.flatten(), self.base_layer.padding_idx
+        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+        delta = delta_weight(A, F.embedding(tokens, B), phi, scaling=scaling, input_gain=gain)
+        if padding is not None:
+            delta = torch.where((tokens == padding).unsqueeze(-1), delta.detach(), delta)  # padding is never trained
+        scale = self._get_embed_scale()
+        delta = delta if scale is None else delta * scale
+        return delta.view(*x.shape, self.out_features)
+
+
+class Conv(LrLoraLayer):
+    """A convolution of 1 to 3 dimensions with W + ΔW; W (m, n/groups, k, …) is flattened to (m, n/groups·k·…)."""
+
+    plain_types = _CONVOLUTIONS
+
+    def _features(self) -> tuple[int, int]:
+        return self.base_layer.weight[0].numel(), self.base_layer.out_channels
+
+    def _in_layout(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.base_layer.weight.shape)
+
+    def _delta(self, adapter: str) -> Tensor:
+        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+        return self._in_layout(delta_weight(*self._factors(adapter), scaling=scaling, input_gain=gain))
+
+    def _update(self, x: Tensor, adapter: str) -> Tensor:
+        return self.base_layer._conv_forward(x, self._delta(adapter).to(x.dtype), None)
+
+    def _adapted(self, x: Tensor, adapter: str) -> Tensor:
+        base = self.base_layer
+        return base._conv_forward(x, base.weight + self._delta(adapter).to(base.weight.dtype), base.bias)
+
+
+# PEFT finds the wrapper of an earlier adapter by the name of this class.
+class ParamWrapper(LrLoraLayer):
+    """A module with ΔW added to one of its parameters: a matrix (m, n), or experts stacked as (experts, m, n).
+
+    Every expert has an A and B of its own; they share φ. W + ΔW is formed whole and handed to the module in place of
+    the parameter, in the parameter's dtype: in half precision, rounding the sum loses part of a small update. Several
+    parameters of one module give nested wrappers.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.parameter_name = parameter_name
+        super().__init__(base_layer, *args, **kwargs)
+
+    def _features(self) -> tuple[int, int]:
+        shape = self.get_param().shape
+        if len(shape) not in (2, 3):
+            raise ValueError(
+                f"target_parameters matches {self.parameter_name!r} of shape {tuple(shape)}. LR-LoRA adapts matrices "
+                "(m, n) and stacks of them (experts, m, n)."
+            )
+        self.num_experts = shape[0] if len(shape) == 3 else 1
+        m, n = shape[-2:]
+        return (m, n) if self._is_transposed else (n, m)
+
+    @property
+    def _is_transposed(self) -> bool:
+        # As transformers marks experts that are stored as (experts, in, out).
+        return self.get_param().dim() == 3 and getattr(self.get_base_layer(), "is_transposed", False)
+
+    def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
+        experts = self.num_experts
+        return nn.Linear(self.in_features, experts * r, bias=False), nn.Linear(
+            r, experts * self.out_features, bias=False
+        )
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
+        A, B, phi = super()._factors(adapter)
+        return A.unflatten(0, (self.num_experts, -1)), B.unflatten(0, (self.num_experts, -1)), phi
+
+    def _in_layout(self, matrix: Tensor) -> Tensor:
+        matrix = matrix.mT if self._is_transposed else matrix
+        return matrix.reshape(self.get_param().shape)
+
+    def get_param(self) -> nn.Parameter:
+        """The parameter of the base layer."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    def get_base_weight(self) -> Tensor:
+        return self.get_param().data
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_param().device)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The innermost module, with all wrappers around it merged if asked: PEFT's hook for special modules."""
+        module: Any = self
+        while isinstance(module, ParamWrapper):
+            if merge:
+                module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            module = module.base_layer
+        return module
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """What the module makes of its inputs with W + ΔW in place of the parameter."""
+        if adapter_names is not None:
+            raise NotImplementedError(
+                "adapter_names= (another adapter for each sample of a batch) does not work with target_parameters: "
+                "experts mix the samples. Run the samples of each adapter in a batch of their own, after set_adapter."
+            )
+        weight: Tensor = self.get_param()
+        adapters = self._adapters_at_work()
+        for adapter in adapters:
+            scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+            delta = delta_weight(*self._factors(adapter), scaling=scaling, input_gain=gain)
+            weight = weight + self._in_layout(delta).to(weight.dtype)
+        if not adapters:
+            return self.base_layer(*args, **kwargs)
+        path, module = self.parameter_name, self.base_layer
+        while module is not self.get_base_layer():
+            path, module = f"base_layer.{path}", module.base_layer
+        return functional_call(self.base_layer, {path: weight}, args, kwargs)
+
+
 def _autocasts(x: Tensor) -> bool:
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    return x.is_floating_point() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

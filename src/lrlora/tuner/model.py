@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.quantization_utils import (
+    QuantizationBackend,
+    TorchaoBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..rank import module_type
 from ..transfer import Transfer
 from .config import LrLoraConfig
-from .layer import Linear, LrLoraLayer
+from .layer import BASE_MODEL, Conv, Embedding, Linear, LrLoraLayer, ParamWrapper
 
 
 class LrLoraModel(BaseTuner):
@@ -47,14 +54,113 @@ class LrLoraModel(BaseTuner):
                 f"{error} The linear layers of this model are named: {', '.join(names) or '(it has none)'}."
             ) from None
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        # Without this PEFT would take the argument, drop it, and run every sample through the active adapter.
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "adapter_names= (another adapter for each sample of a batch) is not supported by LR-LoRA. Run the "
-                "samples of each adapter in a batch of their own, after set_adapter."
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            known = self.target_module_mapping.get(model_config["model_type"])
+            peft_config.target_modules = set(known or ())
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            wanted, there = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
+            if wanted and there and wanted != there:
+                raise ValueError(
+                    f"target_parameters={sorted(wanted)} must be those of the adapter {name!r} on the same model, "
+                    f"{sorted(there)}: PEFT nests the wrappers of parameters in one order for all adapters."
+                )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT wraps forward and generate of the whole model in this: what is asked for each sample has to reach every
+        # adapted layer.
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        beams = kwargs.get("num_beams") or 1
+        # Beam search repeats every sample, except for an encoder, which runs before that.
+        encoder = (
+            self.model.get_encoder() if beams > 1 and getattr(self.model.config, "is_encoder_decoder", False) else None
+        )
+        within_encoder = set(encoder.modules()) if encoder is not None else set()
+        repeated = [name for name in names for _ in range(beams)]
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, names if module in within_encoder else repeated), with_kwargs=True
             )
-        return nullcontext()
+            for module in self.modules()
+            if isinstance(module, (LrLoraLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Any) -> None:
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(f"adapter_names must be a list of names, one for each sample, and is {names!r}.")
+        if self.training:
+            raise ValueError("adapter_names= is for inference: call model.eval() first.")
+        unknown = sorted(set(names) - set(self.peft_config) - {BASE_MODEL})
+        if unknown:
+            raise ValueError(
+                f"adapter_names names {', '.join(unknown)}, and the adapters of this model are "
+                f"{', '.join(self.peft_config)} (and {BASE_MODEL} for none)."
+            )
+
+    def combine_adapters(self, weights: Mapping[str, float]) -> None:
+        """Activate several adapters at once, each with a weight: W + Σ weight·ΔW, exactly.
+
+        `merge_and_unload` then gives a plain model with all of them. `set_adapter` goes back to a single adapter, but
+        keeps its weight: combine `{name: 1.0}` to have it as trained.
+
+        Raises:
+            ValueError: there is no adapter of a given name.
+
+        """
+        unknown = sorted(set(weights) - set(self.peft_config))
+        if unknown or not weights:
+            raise ValueError(
+                f"weights must map names of adapters to numbers, and is {dict(weights)}. Adapters of this model: "
+                f"{', '.join(self.peft_config)}."
+            )
+        self.set_adapter(list(weights))
+        for module in self.modules():
+            if isinstance(module, LrLoraLayer):
+                for name, weight in weights.items():
+                    module.set_weight(name, weight)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of LR-LoRA updates is not φ of any one product BA."""
+        raise NotImplementedError(
+            "A weighted sum of LR-LoRA adapters cannot be stored as one LR-LoRA adapter. Use "
+            "`model.combine_adapters({'first': 0.7, 'second': 0.3})`, which adds the updates exactly, and then, if "
+            "you want one model, `model.merge_and_unload()`."
+        )
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # Merging into a weight that another module uses too (tied embeddings) would change that module as well.
+        users: dict[int, set[int]] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(id(parameter), set()).add(id(module))
+        for module in self.model.modules():
+            if isinstance(module, LrLoraLayer) and not isinstance(module, ParamWrapper):
+                base = module.get_base_layer()
+                weight = getattr(base, "weight", None)
+                if isinstance(weight, nn.Parameter) and len(users[id(weight)]) > 1:
+                    base.weight = nn.Parameter(weight.data.clone(), requires_grad=weight.requires_grad)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ParamWrapper) and not isinstance(new_module, ParamWrapper):
+            setattr(parent, child_name, new_module)  # PEFT would look for a `weight`
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _create_and_replace(
         self,
@@ -66,22 +172,32 @@ class LrLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not _is_supported(target):
-            raise ValueError(
-                f"target_modules matches {current_key!r}, a {type(target).__name__}. LR-LoRA adapts torch.nn.Linear "
-                "and transformers' Conv1D: name only such modules, or add this one to exclude_modules."
-            )
         r_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
         r = peft_config.rank_pattern.get(r_key, peft_config.r)
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
-        transfer = self._transfer_of(peft_config, current_key)
-        if isinstance(target, Linear):
-            target.update_layer(adapter_name, transfer, r, alpha, peft_config)
+        adapter = (adapter_name, self._transfer_of(peft_config, current_key), r, alpha, peft_config)
+        if parameter_name is not None:
+            if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+                target.update_layer(*adapter)
+                return
+            if peft_config.lora_dropout:
+                raise ValueError(
+                    f"lora_dropout={peft_config.lora_dropout} cannot act on target_parameters, which see no input. "
+                    "Set it to 0."
+                )
+            adapted: LrLoraLayer = ParamWrapper(target, parameter_name, *adapter)
+        elif isinstance(target, LrLoraLayer) and not isinstance(target, ParamWrapper):
+            target.update_layer(*adapter)
             return
-        if peft_config.fan_in_fan_out and not isinstance(target, Conv1D):
-            warnings.warn(f"fan_in_fan_out=True is ignored for {current_key!r}, a torch.nn.Linear.", stacklevel=2)
-        adapted = Linear(target, adapter_name, transfer, r, alpha, peft_config)
+        else:
+            backend = _quantization_backend(target, self.model)
+            kind = _kind(target, backend)
+            if kind is None:
+                raise ValueError(_why_unsupported(target, current_key))
+            if peft_config.fan_in_fan_out and not isinstance(target, Conv1D):
+                warnings.warn(f"fan_in_fan_out=True is ignored for {current_key!r}, a torch.nn.Linear.", stacklevel=2)
+            adapted = kind(target, *adapter, backend)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
@@ -114,20 +230,60 @@ class LrLoraModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _is_supported(module: nn.Module) -> bool:
+def _pass_adapter_names(
+    names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _kind(module: nn.Module, backend: QuantizationBackend | None = None) -> type[LrLoraLayer] | None:
+    """The adapter for a module; None where there is none."""
     # nn.MultiheadAttention reads the weight of its output projection without ever calling the module.
-    return isinstance(module, (Linear, nn.Linear, Conv1D)) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(module, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear"):
+        return Linear
+    if isinstance(module, nn.Embedding):
+        return Embedding
+    return Conv if isinstance(module, Conv.plain_types) else None
+
+
+def _why_unsupported(module: nn.Module, key: str) -> str:
+    if isinstance(module, BaseTunerLayer):
+        return (
+            f"target_modules matches {key!r}, which {type(module).__module__.split('.')[2]} has already adapted. "
+            "LR-LoRA cannot be put on top of another method: merge that adapter first (merge_and_unload)."
+        )
+    return (
+        f"target_modules matches {key!r}, a {type(module).__name__}. LR-LoRA adapts torch.nn.Linear, Embedding and "
+        "Conv1d to Conv3d, quantised linear layers and transformers' Conv1D: name only such modules, or add this one "
+        "to exclude_modules."
+    )
+
+
+def _quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's way to read and write the weight of a quantised module; None for one that is not."""
+    options = get_quantization_kwargs(model)
+    requantize = "get_apply_tensor_subclass"
+    backend = resolve_quantization_backend(module, **{requantize: _unknown, **options})
+    if isinstance(backend, TorchaoBackend) and requantize not in options:
+        backend.supports_merge = False  # quantised by hand: the model cannot say how to quantise a merged weight again
+    return backend
+
+
+def _unknown() -> None:
+    """Stands for torchao's way to quantise, where the model does not know it."""
 
 
 def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every layer that can be adapted, without the insides of adapted ones."""
+    """Path and module of every linear layer that can be adapted, without the insides of adapted ones."""
     adapted: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path.startswith(adapted):
             continue
         if isinstance(module, BaseTunerLayer):
             adapted = (*adapted, f"{path}.")
-        if _is_supported(module):
+        if isinstance(module, Linear) or _kind(module) is Linear:
             yield path, module
 
 

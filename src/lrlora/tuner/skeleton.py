@@ -13,6 +13,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel
+from transformers.pytorch_utils import Conv1D
 
 _FACTOR_SUFFIXES = {"LRLORA": "lrlora_A.weight", "LORA": "lora_A.weight"}
 _PEFT_PREFIX = "base_model.model."
@@ -38,6 +39,11 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
         method = config.peft_type.value
     if method not in _FACTOR_SUFFIXES:
         raise ValueError(f"{name} is an adapter of type {method}; ranks are read from LRLORA and LORA ones.")
+    if getattr(config, "target_parameters", None):
+        raise ValueError(
+            f"{name} adapts parameters of modules ({', '.join(config.target_parameters)}), which cannot be told apart "
+            "without the base model. Load the adapter on it and call `rank_report(model)`."
+        )
     with _readable(name):
         weights = load_peft_weights(name, device="cpu")
     suffix = "." + _FACTOR_SUFFIXES[method]
@@ -87,7 +93,7 @@ def _base_weight(base: nn.Module, path: str) -> torch.Tensor | None:
     module: Any = dict(base.named_modules()).get(path.removeprefix(f"{prefix}."))
     if module is None:
         return None
-    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
+    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data.flatten(1)
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

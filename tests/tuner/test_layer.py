@@ -1,0 +1,169 @@
+"""Layers that are not linear, against the formula: embeddings, convolutions, stacked experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrlora import LrLoraConfig, rank_report
+from lrlora.ops.reference import reference_delta_weight
+
+
+class Experts(nn.Module):
+    """Stacked weights (experts, m, n), or (experts, n, m) if `is_transposed`, each used by its own samples."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn(3, 8, 6).mT.contiguous() if is_transposed else torch.randn(3, 8, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 8).mT.contiguous() if is_transposed else torch.randn(3, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (w if self.is_transposed else w.mT for w in (self.up, self.down))
+        return torch.relu(x @ up) @ down
+
+
+LAYERS: dict[str, tuple[Any, Tensor]] = {
+    "embedding": (nn.Embedding(11, 6, padding_idx=3), torch.randint(0, 11, (2, 5))),
+    "conv1d": (nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), torch.randn(2, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, 3, stride=2, groups=2), torch.randn(2, 4, 9, 7)),
+    "conv3d": (nn.Conv3d(2, 3, 2, dilation=2, bias=False), torch.randn(2, 2, 5, 5, 5)),
+}
+
+
+def adapt(layer: nn.Module, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = LrLoraConfig(**{"r": 3, "target_modules": ["0"], **fields})
+    model = get_peft_model(nn.Sequential(layer), config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lrlora_B" in name:
+                parameter.normal_(0, 0.01)
+            if "lrlora_phi" in name:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def reference(layer: Any) -> Tensor:
+    A, B, phi = (part["default"] for part in (layer.lrlora_A, layer.lrlora_B, layer.lrlora_phi))
+    gain = layer.input_gain["default"]
+    return reference_delta_weight(A.weight, B.weight, phi, scaling=layer.scaling["default"], input_gain=gain)
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_output_and_gradients_against_the_formula(kind: str, hooked: bool) -> None:
+    base, x = LAYERS[kind]
+    model = adapt(base)
+    layer = model.base_model.model[0]
+    weight = base.weight.double() + reference(layer).view(base.weight.shape)
+    others = {name: p.double() for name, p in base.named_parameters() if name != "weight"}
+    exact_x = x.double() if x.is_floating_point() else x
+    expected = functional_call(base, {"weight": weight, **others}, (exact_x,))
+    # A hook takes the layer to its slow path, which calls the base layer.
+    handle = base.register_forward_hook(lambda *_: None) if hooked else None
+    actual = model(x)
+    if handle is not None:
+        handle.remove()
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-5)
+    grad_y = torch.randn_like(actual)
+    pairs = zip(
+        torch.autograd.grad(actual, trainable(model), grad_y),
+        torch.autograd.grad(expected, trainable(model), grad_y.double()),
+        strict=True,
+    )
+    for got, want in pairs:
+        assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_update(kind: str, dtype: torch.dtype) -> None:
+    base, x = LAYERS[kind]
+    model = adapt(type(base)(**_arguments(base)), dtype)
+    layer = model.base_model.model[0]
+    x = x.to(dtype) if x.is_floating_point() else x
+    update = layer._update(x, "default").double()
+    delta = reference(layer).view(layer.base_layer.weight.shape)
+    exact = type(base)(**{**_arguments(base), **({} if kind == "embedding" else {"bias": False})}).double()
+    exact.weight.data = delta
+    want = exact(x.double() if x.is_floating_point() else x)
+    assert model(x).dtype == dtype
+    assert (update - want).norm() <= 2e-2 * want.norm()
+
+
+def _arguments(base: Any) -> dict[str, Any]:
+    if isinstance(base, nn.Embedding):
+        return {name: getattr(base, name) for name in ("num_embeddings", "embedding_dim", "padding_idx")}
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {**{name: getattr(base, name) for name in names}, "bias": base.bias is not None}
+
+
+def test_the_padding_token_of_an_embedding_is_not_trained() -> None:
+    base, _ = LAYERS["embedding"]
+    model = adapt(base)
+    model(torch.arange(11)).square().sum().backward()
+    grad = model.base_model.model[0].lrlora_B["default"].weight.grad
+    assert [i for i in range(11) if not grad[i].any()] == [3]
+
+
+def test_a_scaled_embedding_scales_the_update_too() -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    base, tokens = Gemma3TextScaledWordEmbedding(11, 6, 0, embed_scale=5.0), torch.randint(1, 11, (2, 5))
+    model = adapt(base)
+    expected = model(tokens)
+    torch.testing.assert_close(model.merge_and_unload()(tokens), expected)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_experts_against_the_formula(is_transposed: bool) -> None:
+    torch.manual_seed(0)
+    base, x = Experts(is_transposed), torch.randn(3, 5, 6)
+    plain = {name: p.detach().clone().double() for name, p in base.named_parameters()}
+    model = adapt(base, target_modules=[], target_parameters=["0.up", "0.down"])
+    layer, weights = model.base_model.model[0], {}
+    while hasattr(layer, "parameter_name"):
+        A, B, phi = layer._factors("default")
+        options = {"scaling": layer.scaling["default"], "input_gain": layer.input_gain["default"]}
+        delta = torch.stack([reference_delta_weight(a, b, phi, **options) for a, b in zip(A, B, strict=True)])
+        weights[layer.parameter_name] = plain[layer.parameter_name] + (delta.mT if is_transposed else delta)
+        layer = layer.base_layer
+    up, down = (weights[name] if is_transposed else weights[name].mT for name in ("up", "down"))
+    expected = torch.relu(x.double() @ up) @ down
+    actual = model(x)
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
+    for got, want in zip(
+        torch.autograd.grad(actual.sum(), trainable(model)),
+        torch.autograd.grad(expected.sum(), trainable(model)),
+        strict=True,
+    ):
+        assert (got - want).norm() <= 1e-3 * want.norm()
+    assert [row.module for row in rank_report(model).rows] == [f"0.{n}.{e}" for n in ("down", "up") for e in range(3)]
+    torch.testing.assert_close(model.merge_and_unload()(x), actual)
+
+
+def test_dropout_on_experts_is_refused() -> None:
+    with pytest.warns(UserWarning, match="slow path"):
+        config = LrLoraConfig(target_modules=[], target_parameters=["0.up"], lora_dropout=0.1)
+    with pytest.raises(ValueError, match=r"lora_dropout=0.1 cannot act on target_parameters.*Set it to 0"):
+        get_peft_model(nn.Sequential(Experts(False)), config)
+
+
+def test_dropout_acts_on_the_input_of_a_convolution() -> None:
+    base, x = LAYERS["conv2d"]
+    with pytest.warns(UserWarning, match="slow path"):
+        model = adapt(base, lora_dropout=0.5).train()
+    assert not torch.equal(model(x), model(x))
+    mean = torch.stack([model(x) for _ in range(3000)]).mean(0)
+    assert F.mse_loss(mean, model.eval()(x)).sqrt() < 0.02
