@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import runpy
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
-from .conftest import TinyModel
+from .conftest import FAMILIES, TinyModel
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,7 +53,26 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     assert script["updated"](page) == page
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/settings.md", "docs/phi.md"])
+def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    script = runpy.run_path(str(ROOT / "docs" / "update_compatibility.py"))
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert script["updated"](page) == page
+    results = json.loads(script["RESULTS"].read_text(encoding="utf-8"))
+    tests = vars(importlib.import_module("tests.tuner.test_behaviours"))
+    assert list(results) == [test.__doc__ for name, test in tests.items() if name.startswith("test_")]
+    assert tuple(script["FAMILIES"]) == FAMILIES
+    assert {found for row in results.values() for found in row.values()} == {"yes", "refused", "–"}
+
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("method", "settings", "phi", "compatibility")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]

@@ -29,7 +29,7 @@ CAUSAL = ("gpt2", "llama", "mixtral")
 GENERATING = (*CAUSAL, "t5")
 TEXT = (*GENERATING, "bert", "roberta", "features")
 TRANSFORMERS = (*TEXT, "vit")
-TIED = ("gpt2",)  # of the tiny models, those whose embedding and head share their weight
+TIED = ("gpt2", "t5")  # of the tiny models, those whose embedding and head share their weight
 # One layer that is trained in full beside the adapter.
 HEADS = {"bert": "classifier", "roberta": "classifier", "vit": "classifier", "mlp": "last"}
 
@@ -401,7 +401,7 @@ def test_bias(tiny: TinyModel, tmp_path: Path) -> None:
 def test_tied_weights(tiny: TinyModel) -> None:
     """tied embeddings: merging the head leaves the embedding alone"""
     only_for(tiny, TIED, "nothing tied")
-    model = trained(tiny, target_modules=["lm_head", "c_attn"])
+    model = trained(tiny, target_modules=["lm_head", "c_attn", "q"])
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     expected, embedding = tiny.logits(model), model.get_input_embeddings().weight.clone()
     merged = model.merge_and_unload()

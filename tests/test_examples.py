@@ -1,0 +1,86 @@
+"""The scripts in examples/: LR-LoRA below the libraries that people put on top of PEFT, on real small models."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str, path: Path | None = None) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({"PYTHONPATH": str(path)} if path else {})}
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["trainer.py", "accelerate_loop.py"])
+def test_trainer_and_accelerate(name: str) -> None:
+    output = run(name, "4")
+    assert "rank" in output or re.search(r"\d\.\d", output)
+
+
+@pytest.mark.real
+def test_trl_sft() -> None:
+    pytest.importorskip("trl")
+    assert "q_proj" in run("sft.py", "2")
+
+
+@pytest.mark.real
+def test_trl_dpo_with_a_new_and_with_a_trained_adapter() -> None:
+    pytest.importorskip("trl")
+    output = run("dpo.py", "2")
+    loss = re.search(r"second run: ([\d.]+)", output)
+    # Only if the reference is the trained adapter itself is the first loss log 2.
+    assert loss is not None
+    assert float(loss[1]) == pytest.approx(0.6931, abs=1e-4)
+    assert "adapters: default, ref" in output
+
+
+@pytest.mark.real
+def test_sentence_transformers() -> None:
+    pytest.importorskip("sentence_transformers")
+    difference = re.search(r"after loading: ([\d.e-]+)", run("sentence_embeddings.py", "2"))
+    assert difference is not None
+    assert float(difference[1]) == 0
+
+
+def assert_adapters_work(output: str) -> None:
+    assert output.count("True") == 3
+    assert "False" not in output
+
+
+@pytest.mark.real
+def test_adapters_of_transformers() -> None:
+    if version("transformers") >= "5.24" and version("peft") < "0.22":
+        pytest.skip("this transformers wants peft 0.22 for add_adapter; test_adapters_of_an_older_transformers runs it")
+    assert_adapters_work(run("transformers_adapters.py"))
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_adapters_of_an_older_transformers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    subprocess.run([*command, "transformers==5.23.0"], check=True)
+    assert_adapters_work(run("transformers_adapters.py", path=tmp_path))
+
+
+@pytest.mark.real
+def test_a_4_bit_base() -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("bitsandbytes")
+    output = run("quantized.py", "2")
+    assert "dtypes of φ: {torch.float32}" in output
+    same, adapted, plain = (float(x) for x in re.findall(r": ([\d.e-]+)$", output, re.MULTILINE))
+    assert same == 0
+    assert adapted <= 1.5 * plain  # no more than quantising the base model costs by itself
