@@ -387,6 +387,17 @@ class TransferTable:
         """Add ∂L/∂`coefficients`, of their shape, to the parameters' gradient."""
         self._moments += moments
 
+    def add_central_moments(self, moments: Tensor) -> None:
+        """Add to the parameters' gradient what the kernels sum per cell: ∂L/∂φ · uᵖ for p < 3, u = t − 1/2, (cells, 3).
+
+        φ's gradient in its parameters is smooth: over half a cell of 1/20 radian the cubic term is below 3e-6 of it,
+        less than float32 loses in the sums. tᵖ = (1/2 + u)ᵖ, expanded.
+        """
+        to_powers = moments.new_tensor(
+            [[math.comb(p, q) * 0.5 ** (p - q) if q <= p else 0.0 for q in range(3)] for p in range(DEGREE + 1)]
+        )
+        self.add_moments(to_powers @ moments.T)
+
     def parameter_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """∂L/∂amplitude and ∂L/∂bandwidth of all accumulated blocks, in the parameters' dtype; None for "sine"."""
         if self._parameters is None:

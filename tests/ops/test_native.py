@@ -1,7 +1,8 @@
-"""The compiled kernels against the formula in float64, and what happens where they cannot be compiled."""
+"""The C++ kernels: compiled at first use, and what happens where they cannot be."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -10,106 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from lrlora.ops import adapted_linear, delta_weight, native
-from lrlora.ops.reference import reference_delta_weight
-from lrlora.transfer import Transfer, TransferSpec
+from lrlora.ops import native
 
-from .test_linear import GAIN, SCALING, Case, assert_agrees, formula, gradients, lean, make_case, relative
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    HAS_COMPILER = native._library() is not None
-PATHS = [pytest.param("1", marks=pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")), "0"]
-FORMS = ("residual", "saturating")
-
-
-@pytest.fixture(params=PATHS, ids=lambda value: {"0": "blocks", "1": "kernels"}[value], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("LRLORA_KERNELS", request.param)
-    return request.param
-
-
-def update_error(case: Case) -> float:
-    delta = delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN)
-    return relative(delta, reference_delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("num_basis", [2, 8, 50])
-@pytest.mark.parametrize("shape", [(300, 700), (5, 3), (1, 257)])
-def test_float32_against_the_formula(form: str, num_basis: int, shape: tuple[int, int]) -> None:
-    case = make_case(form, num_basis, dtype=torch.float32, shape=(max(shape[0], 3), shape[1]))
-    assert_agrees(case, y=1e-6, gradient=1e-4)
-    assert update_error(case) <= 1e-5
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 30.0])
-def test_every_scale_of_the_entries(form: str, scale: float) -> None:
-    case = make_case(form, dtype=torch.float32)
-    case = case._replace(B=case.B * (scale / (GAIN * (case.B @ case.A).abs().max().item())), transfer=case.transfer)
-    assert update_error(case) <= 1e-5
-
-
-@pytest.mark.parametrize("transposed", [True, False])
-def test_thread_count_changes_rounding_only_and_repeats_are_equal(transposed: bool) -> None:
-    case = make_case(dtype=torch.float32, shape=(64, 48), transposed=transposed)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 2, 5):
-            torch.set_num_threads(threads)
-            results.append([lean(case), *gradients(lean(case), case)])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(*pair) for pair in zip(results[1], results[2], strict=True))
-    for other in (results[0], results[3]):
-        for got, expected in zip(other, results[1], strict=True):
-            assert relative(got, expected) <= 1e-5
-
-
-def test_delta_weight_is_differentiable() -> None:
-    case = make_case("saturating", dtype=torch.float32)
-    trainable = case.trainable()[1:]
-    weight = torch.randn(37, 53)
-
-    def loss(delta: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad((delta * weight).sum(), trainable))
-
-    actual = loss(delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
-    expected = loss(reference_delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
-    for got, want in zip(actual, expected, strict=True):
-        assert relative(got, want) <= 1e-4
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_nan_is_passed_on(form: str) -> None:
-    case = make_case(form, dtype=torch.float32)
-    B = case.B.detach().clone()
-    B[7, 1] = float("nan")
-    delta = delta_weight(case.A, B, case.transfer, scaling=SCALING, input_gain=GAIN)
-    assert delta[7].isnan().all()
-    assert delta[:7].isfinite().all()
-    y = adapted_linear(case.x, case.weight, case.bias, case.A, B, case.transfer, scaling=SCALING, input_gain=GAIN)
-    assert y[..., 7].isnan().all()
-
-
-def test_trainable_base_weight(path: str) -> None:
-    case = make_case(dtype=torch.float32)
-    weight = case.weight.requires_grad_()
-    inputs = [weight, *case.trainable()]
-    actual = torch.autograd.grad(lean(case), inputs, case.grad_y)
-    expected = torch.autograd.grad(formula(case), inputs, case.grad_y.double())
-    for got, want in zip(actual, expected, strict=True):
-        assert relative(got, want) <= 1e-4
+from .test_linear import formula, lean, make_case, relative
 
 
 @pytest.fixture
 def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing loaded yet."""
-    monkeypatch.setenv("LRLORA_KERNELS", "1")
+    monkeypatch.delenv("LRLORA_KERNELS", raising=False)
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path))
     native._library.cache_clear()
     yield tmp_path
@@ -138,7 +49,7 @@ def test_without_a_home_it_works(monkeypatch: pytest.MonkeyPatch, fresh_library:
         assert relative(lean(case), formula(case)) <= 1e-6
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_a_damaged_library_is_compiled_anew(fresh_library: Path) -> None:
     # Compiled by another process: what this one has loaded, it would not read again.
     subprocess.run([sys.executable, "-c", "from lrlora.ops import native; native._library()"], check=True)
@@ -148,22 +59,3 @@ def test_a_damaged_library_is_compiled_anew(fresh_library: Path) -> None:
         warnings.simplefilter("error")
         assert native._library() is not None
     assert library.stat().st_size > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_torch_s_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
-    case = make_case(dtype=torch.float32)
-    expected = [lean(case), *gradients(lean(case), case)]
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            actual = [lean(case), *gradients(lean(case), case)]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
-
-
-def test_the_start_leaves_every_bit() -> None:
-    case = make_case(dtype=torch.float32)
-    start = case._replace(B=torch.zeros(37, 3), transfer=Transfer(TransferSpec("saturating")))
-    assert torch.equal(lean(start), torch.nn.functional.linear(case.x, case.weight, case.bias))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..transfer import Transfer, TransferSpec, TransferTable
-from . import native
+from .kernels import pick
 
 # Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
 # kernels, and 64 MB each.
@@ -61,8 +61,9 @@ def _write_weight(
     left, right = B, A
     if _is_transposed(out):
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
-    if native.is_native(table, out, weight, A, B):
-        native.write_weight(out, weight, right, left, table, update.scaling, update.input_gain)
+    kernels = pick(table, out, weight, A, B)
+    if kernels is not None:
+        kernels.write_weight(out, weight, right, left, table, update.scaling, update.input_gain)
         return
     for rows in _row_blocks(out):
         z = torch.mm(left[rows], right).mul_(update.input_gain)
@@ -80,10 +81,11 @@ def _factor_gradients(
     if _is_transposed(G):
         grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update, is_free=is_free)
         return grad_At.T.contiguous(), grad_Bt.T.contiguous()
-    if native.is_native(table, G, A, B):
+    kernels = pick(table, G, A, B)
+    if kernels is not None:
         H = G if is_free else torch.empty_like(G)
-        native.write_gradient(H, G, A, B, table, update.scaling, update.input_gain)
-        return B.T @ H, H @ A.T
+        kernels.write_gradient(H, G, A, B, table, update.scaling, update.input_gain)
+        return B.T @ H.to(A.dtype), H.to(A.dtype) @ A.T
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
     for rows in _row_blocks(G):
         z = torch.mm(B[rows], A).mul_(update.input_gain)

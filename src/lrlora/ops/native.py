@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import shlex
@@ -31,16 +30,6 @@ _FORMS = {"residual": 0, "saturating": 1}
 _LINE, _MOMENTS = 8, 4
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
 _ENTRIES_PER_THREAD = 2**15
-# The kernel sums g·uᵖ, u = t − 1/2, to p = 2 only. φ's gradient in its parameters is smooth: over half a cell of 1/20
-# radian the cubic term is below 3e-6 of it, less than float32 loses in the sums. tᵖ = (1/2 + u)ᵖ, expanded:
-_TO_POWERS = torch.tensor(
-    [
-        [math.comb(p, q) * 0.5 ** (p - q) if q < min(p + 1, 3) else 0.0 for q in range(_MOMENTS)]
-        for p in range(DEGREE + 1)
-    ],
-    dtype=torch.float64,
-    device="cpu",
-)
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 # As PyTorch itself chooses at run time; a library compiled for more could meet, in a shared cache, a lesser CPU.
 _CPU_FLAGS = {
@@ -60,14 +49,9 @@ class _Phi(ctypes.Structure):
     )
 
 
-def is_native(table: TransferTable, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take this φ and these tensors. `LRLORA_KERNELS=0` in the environment turns them off."""
-    return (
-        table.spec.form in _FORMS
-        and all(t is None or _is_plain(t) for t in tensors)
-        and os.environ.get("LRLORA_KERNELS") != "0"
-        and _library() is not None
-    )
+def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take this φ and these tensors."""
+    return table.spec.form in _FORMS and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -105,7 +89,7 @@ def write_gradient(
     moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64, device="cpu")
     sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
     _require_library().lrlora_gradient(*_pointers(H, G, A, B), *sizes, phi, *_pointers(moments), threads)
-    table.add_moments(_TO_POWERS @ moments.sum(0).T)
+    table.add_central_moments(moments.sum(0)[:, :3])
 
 
 def _phi(table: TransferTable, coefficients: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:

@@ -1,0 +1,57 @@
+"""Which fused kernels do the work on the entries of ΔW, if any: those of the CPU, those of the GPU, or plain PyTorch.
+
+`LRLORA_KERNELS` in the environment overrides the choice: `native` (C++), `triton`, or `0` for plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Protocol
+
+from torch import Tensor
+
+from ..transfer import TransferTable
+from . import native
+
+
+class Kernels(Protocol):
+    """What a set of kernels offers; see `native` for the meaning."""
+
+    def takes(self, table: TransferTable, *tensors: Tensor | None) -> bool: ...
+
+    def write_weight(
+        self,
+        out: Tensor,
+        weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        table: TransferTable,
+        scaling: float,
+        gain: float,
+    ) -> None: ...
+
+    def write_gradient(
+        self, H: Tensor, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+    ) -> None: ...
+
+
+def pick(table: TransferTable, *tensors: Tensor | None) -> Kernels | None:
+    """The kernels for this φ and these tensors, the first of which is given; None for plain PyTorch."""
+    is_on_gpu = any(t is not None and t.is_cuda for t in tensors)
+    choice = os.environ.get("LRLORA_KERNELS") or ("triton" if is_on_gpu else "native")
+    kernels: Kernels | None = None
+    if choice == "triton":
+        kernels = _triton()
+    elif choice == "native":
+        kernels = native
+    return kernels if kernels is not None and kernels.takes(table, *tensors) else None
+
+
+@functools.cache
+def _triton() -> Kernels | None:
+    try:
+        return importlib.import_module(".gpu", __package__)
+    except ImportError:
+        return None  # PyTorch for CUDA brings Triton along; elsewhere it may be missing
