@@ -4,6 +4,6 @@ __version__ = "0.1.0"
 
 from .rank import RankReport, rank_report
 from .training.callback import RankCallback
-from .tuner import LrLoraConfig, LrLoraModel
+from .tuner import LrLoraConfig, LrLoraModel, cached_weights
 
-__all__ = ["LrLoraConfig", "LrLoraModel", "RankCallback", "RankReport", "__version__", "rank_report"]
+__all__ = ["LrLoraConfig", "LrLoraModel", "RankCallback", "RankReport", "__version__", "cached_weights", "rank_report"]

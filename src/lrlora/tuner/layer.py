@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -284,6 +286,10 @@ class Linear(LrLoraLayer):
 
     plain_types = (nn.Linear, Conv1D)
 
+    # Set by `cached_weights`; what is kept, and of which state of the parameters.
+    keeps_weight = False
+    _kept: tuple[object, Tensor] | None = None
+
     def _features(self) -> tuple[int, int]:
         if isinstance(self.base_layer, Conv1D):
             n, m = self.base_layer.weight.shape
@@ -299,6 +305,28 @@ class Linear(LrLoraLayer):
 
     def _adapted(self, x: Tensor, adapter: str) -> Tensor:
         return self._update(x, adapter, self._in_layout(self.base_layer.weight), self.base_layer.bias)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.keeps_weight and adapter_names is None and not torch.is_grad_enabled():
+            adapters = self._adapters_at_work()
+            if adapters:
+                return self._forward_with_kept_weight(x, adapters, *args, **kwargs)
+        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _forward_with_kept_weight(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        takes_one_pass = self._takes_one_pass(x, adapters[:1])
+        tensors = [self.base_layer.weight, *(p for name in adapters for f in self._factors(name) for p in _tensors(f))]
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        state = (x.dtype, takes_one_pass, tuple(adapters), tuple(self.scaling[name] for name in adapters), versions)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = None  # frees the old one before a new one is formed
+            delta = torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
+            self._kept = (state, delta.add_(self.base_layer.weight) if takes_one_pass else delta.to(x.dtype))
+        weight = self._in_layout(self._kept[1])
+        if takes_one_pass:
+            return F.linear(x, weight, self.base_layer.bias)
+        result = self.base_layer(x, *args, **kwargs)
+        return result + F.linear(x.to(weight.dtype), weight).to(result.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -434,6 +462,36 @@ class ParamWrapper(LrLoraLayer):
         while module is not self.get_base_layer():
             path, module = f"base_layer.{path}", module.base_layer
         return functional_call(self.base_layer, {path: weight}, args, kwargs)
+
+
+def _tensors(part: Tensor | Transfer) -> Iterator[Tensor]:
+    if isinstance(part, Transfer):
+        yield from part.parameters()
+    else:
+        yield part
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Form what adapted linear layers multiply with once, and keep it: for inference, above all `generate`.
+
+    Within the context, and only without gradients, a float32 layer then costs what its base layer costs. It keeps
+    W + ΔW, as large as W; in half precision and on a quantised base it keeps ΔW in the dtype of its input, so that no
+    rounding of the sum loses part of the update, and a second matmul stays. All is freed at the end.
+
+    Training steps, loading, switching and weighing adapters are noticed. Writes to `parameter.data` are not.
+
+        with torch.no_grad(), lrlora.cached_weights(model):
+            tokens = model.generate(**inputs)
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear) and not module.keeps_weight]
+    for layer in layers:
+        layer.keeps_weight = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keeps_weight, layer._kept = False, None
 
 
 def _autocasts(x: Tensor) -> bool:
