@@ -105,7 +105,7 @@ def _factor_gradients(
     "lrlora::adapted_linear",
     mutates_args=(),
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, "
-    "str spec, float scaling, float input_gain) -> Tensor",
+    "str spec, float scaling, float input_gain, int token_stride) -> Tensor",
 )
 def _adapted_linear(
     x: Tensor,
@@ -118,6 +118,7 @@ def _adapted_linear(
     spec: str,
     scaling: float,
     input_gain: float,
+    token_stride: int,
 ) -> Tensor:
     update = _Update(TransferSpec.of(spec), scaling, input_gain)
     with _without_autocast(x):
@@ -135,7 +136,7 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tenso
     "lrlora::adapted_linear_backward",
     mutates_args=(),
     schema="(Tensor grad_y, bool[] needs, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? amplitude, "
-    "Tensor? bandwidth, str spec, float scaling, float input_gain) -> Tensor[]",
+    "Tensor? bandwidth, str spec, float scaling, float input_gain, int token_stride) -> Tensor[]",
 )
 def _adapted_linear_backward(
     grad_y: Tensor,
@@ -149,6 +150,7 @@ def _adapted_linear_backward(
     spec: str,
     scaling: float,
     input_gain: float,
+    token_stride: int,
 ) -> list[Tensor]:
     """The gradients of the first seven inputs of `adapted_linear`, of those that `needs` names."""
     update = _Update(TransferSpec.of(spec), scaling, input_gain)
@@ -162,16 +164,42 @@ def _adapted_linear_backward(
             _write_weight(buffer, weight, A, B, table, update)
             gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
+            stride = 1 if needs_weight else min(token_stride, len(flat_x))
+            some_y, some_x = _every(stride, flat_y, flat_x)
             if _is_transposed(buffer):
-                torch.mm(flat_x.T, flat_y, out=buffer.T)
+                torch.mm(some_x.T, some_y, out=buffer.T)
             else:
-                torch.mm(flat_y.T, flat_x, out=buffer)
+                torch.mm(some_y.T, some_x, out=buffer)
+            if stride > 1:
+                buffer *= stride
             gradients[1] = buffer
-            gradients[3:5] = _factor_gradients(buffer, A, B, table, update, is_free=not needs_weight)
+            grad_A, grad_B = _factor_gradients(buffer, A, B, table, update, is_free=not needs_weight)
+            if stride > 1:
+                # G is an estimate. What the straight part of φ makes of it is replaced by the exact gradient, which is
+                # LoRA's own and cheap: only curvature is left to be estimated.
+                exact_A, exact_B = _straight_gradients(flat_y, flat_x, A, B, scaling)
+                estimated_A, estimated_B = _straight_gradients(some_y, some_x, A, B, scaling * stride)
+                grad_A += exact_A - estimated_A
+                grad_B += exact_B - estimated_B
+            gradients[3:5] = grad_A, grad_B
             gradients[5:7] = table.parameter_gradients()
         if needs_bias:
             gradients[2] = flat_y.sum(0)
     return _needed(needs, gradients)
+
+
+def _every(stride: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Every `stride`-th row of each tensor, from a random one of the first on."""
+    if stride == 1:
+        return tensors
+    start = int(torch.randint(stride, (), device="cpu"))
+    return tuple(tensor[start::stride] for tensor in tensors)
+
+
+def _straight_gradients(grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(∂L/∂A, ∂L/∂B) of y = s·x (BA)ᵀ, without forming a tensor of the weight's size."""
+    grad_y, x = grad_y.to(A.dtype), x.to(A.dtype)
+    return scaling * (grad_y @ B).T @ x, scaling * grad_y.T @ (x @ A.T)
 
 
 @_adapted_linear_backward.register_fake
@@ -191,7 +219,8 @@ def _save_for_adapted_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 def _differentiate_adapted_linear(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:7])
-    return _scattered(needs, _adapted_linear_backward(grad_y, needs, *ctx.saved_tensors, *ctx.update))
+    gradients = _scattered(needs, _adapted_linear_backward(grad_y, needs, *ctx.saved_tensors, *ctx.update))
+    return *gradients, *(None for _ in ctx.update)
 
 
 _adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_save_for_adapted_linear)
@@ -269,7 +298,8 @@ def _save_for_delta_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _differentiate_delta_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
-    return _scattered(needs, _delta_weight_backward(grad, needs, *ctx.saved_tensors, *ctx.update))
+    gradients = _scattered(needs, _delta_weight_backward(grad, needs, *ctx.saved_tensors, *ctx.update))
+    return *gradients, *(None for _ in ctx.update)
 
 
 _delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save_for_delta_weight)
@@ -286,9 +316,9 @@ def _needed(needs: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Ten
 
 
 def _scattered(needs: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """What `_needed` picked, back at its places; then None for spec, scaling and gain."""
+    """What `_needed` picked, back at its places."""
     remaining = iter(tensors)
-    return *(next(remaining) if is_needed else None for is_needed in needs), None, None, None
+    return tuple(next(remaining) if is_needed else None for is_needed in needs)
 
 
 def _empty_weight(x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
@@ -319,6 +349,7 @@ def adapted_linear(
     *,
     scaling: float,
     input_gain: float,
+    token_stride: int = 1,
 ) -> Tensor:
     """Y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b where `weight` is None.
 
@@ -334,6 +365,8 @@ def adapted_linear(
         transfer: φ.
         scaling: s.
         input_gain: g > 0.
+        token_stride: ≥ 1; in the backward, what φ's curvature adds to the gradients of A and B, and φ's own gradient,
+            are estimated, without bias, from every `token_stride`-th token.
 
     Returns:
         (..., m) in the dtype of x.
@@ -341,9 +374,8 @@ def adapted_linear(
     """
     dtype = _factor_dtype(x, A, B)
     phi = _parameters(transfer, A.device)
-    return _adapted_linear(
-        x, weight, bias, A.to(dtype), B.to(dtype), *phi, transfer.spec.key, float(scaling), float(input_gain)
-    )
+    settings = (transfer.spec.key, float(scaling), float(input_gain), token_stride)
+    return _adapted_linear(x, weight, bias, A.to(dtype), B.to(dtype), *phi, *settings)
 
 
 def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:
