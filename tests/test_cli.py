@@ -19,9 +19,10 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
-@pytest.fixture
-def adapter(tiny: TinyModel, tmp_path: Path) -> Path:
+@pytest.fixture(params=["bert", "roberta", "gpt2", "llama", "t5", "vit", "features"])
+def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A trained adapter of each family, saved beside its base model."""
+    tiny = TinyModel(request.param)
     base = tiny.build()
     base.save_pretrained(tmp_path / "base")
     base = type(base).from_pretrained(tmp_path / "base")
@@ -122,3 +123,27 @@ def test_demo_checks_its_numbers(arguments: tuple[str, str]) -> None:
     result = run("demo", *arguments)
     assert result.exit_code == 2
     assert arguments[0] in result.output
+
+
+def test_ranks_of_an_embedding_and_with_other_weights_in_the_file(tmp_path: Path) -> None:
+    tiny = TinyModel("llama")
+    for targets in (["embed_tokens", "q_proj"], ["lm_head", "q_proj"]):
+        model = get_peft_model(tiny.build(), LrLoraConfig(r=3, target_modules=targets))
+        tiny.train(model, 3)
+        model.save_pretrained(tmp_path)
+        result = run("ranks", tmp_path)
+        assert result.exit_code == 0, result.output
+        assert targets[0] in result.output
+    model = get_peft_model(
+        tiny.build(), LrLoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4]})
+    )
+    model.save_pretrained(tmp_path)
+    assert run("ranks", tmp_path).exit_code == 0
+
+
+def test_ranks_of_experts_need_the_base_model(tmp_path: Path) -> None:
+    tiny = TinyModel("mixtral")
+    get_peft_model(tiny.build(), LrLoraConfig(r=2, **tiny.targets)).save_pretrained(tmp_path)
+    result = run("ranks", tmp_path)
+    assert result.exit_code != 0
+    assert "rank_report(model)" in result.output

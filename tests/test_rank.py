@@ -203,3 +203,16 @@ def test_a_diverged_update_is_named(tiny_bert: TinyModel) -> None:
 def test_a_model_without_an_adapter_is_refused(tiny_bert: TinyModel) -> None:
     with pytest.raises(ValueError, match="has no LR-LoRA or LoRA adapter"):
         rank_report(tiny_bert.build())
+
+
+def test_a_base_weight_that_is_not_at_hand_leaves_the_relative_norm_open(tiny_bert: TinyModel) -> None:
+    model = trained(tiny_bert, LrLoraConfig(r=3, target_modules=["query"]))
+    model.base_model.model.bert.encoder.layer[0].attention.self.query.base_layer.to("meta")
+    assert [row.relative_norm is None for row in rank_report(model).rows] == [True, False]
+
+
+def test_after_deleting_the_only_active_adapter_the_other_layers_are_left_out(tiny_bert: TinyModel) -> None:
+    model = trained(tiny_bert, LrLoraConfig(r=3, target_modules=["query"]))
+    model.add_adapter("other", LrLoraConfig(r=2, target_modules=["key"]))
+    model.delete_adapter("default")
+    assert {row.type.rpartition(".")[2] for row in rank_report(model, "other").rows} == {"key"}

@@ -33,7 +33,7 @@ class Run:
         method: "lora" or "lr-lora".
         r: rank of BA.
         learning_rate: peak.
-        options: fields of `LrLoraConfig` beside these, and `centred` (see variants.py).
+        options: fields of `LrLoraConfig` beside these.
         steps, batch_size: of training.
         seed: of head, factors and data order.
         watch_ranks: record the ranks every 50 steps.
@@ -150,7 +150,6 @@ def dynamics(finished: dict[str, dict[str, Any]]) -> list[Run]:
         residual(phi_lr_multiplier=1, num_basis=8),
         residual(phi_lr_multiplier=1),
         residual(phi_lr_multiplier=10, num_basis=8),
-        residual(phi_lr_multiplier=10, centred=True),
         saturating(phi_lr_multiplier=FROZEN, input_gain=100),
         saturating(phi_lr_multiplier=FROZEN, input_gain=1000),
         {"form": "sine", "input_gain": 300},

@@ -38,7 +38,6 @@ from transformers import (
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
-from variants import centre
 
 from lrlora import LrLoraConfig, RankCallback, rank_report
 from lrlora.cache import cache_folder
@@ -74,13 +73,10 @@ def train(run: Run) -> dict[str, Any]:
     set_seed(run.seed)
     model = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=len(TASKS[run.task].labels))
     config = {"lora": LoraConfig, "lr-lora": LrLoraConfig}[run.method]
-    options = {name: value for name, value in run.options.items() if name != "centred"}
     alpha = run.scaling * run.r
     model = get_peft_model(
-        model, config(r=run.r, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS", **options)
+        model, config(r=run.r, lora_alpha=alpha, target_modules="all-linear", task_type="SEQ_CLS", **run.options)
     )
-    if run.options.get("centred"):
-        centre(model)
     head = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" in name]
     body = [p for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name]
     groups = [{"params": body}, {"params": head, "lr": run.head_rate or run.learning_rate}]

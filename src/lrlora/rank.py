@@ -176,7 +176,7 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
 
     """
     layers = [
-        (path.removeprefix("base_model.model."), module, adapter or module.active_adapters[0])
+        (path.removeprefix("base_model.model."), module, adapter or next(iter(module.active_adapters), None))
         for path, module in model.named_modules()
         if isinstance(module, BaseTunerLayer) and {"lrlora_A", "lora_A"} & set(module.adapter_layer_names)
     ]
@@ -203,16 +203,16 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tup
     is_learned = adapter in getattr(layer, "lrlora_phi", {})
     deltas = layer.get_delta_weight(adapter)
     inputs = layer.get_transfer_input(adapter) if is_learned else deltas
-    if (parameter := getattr(layer, "parameter_name", None)) is not None:
+    weights = _base_weight(layer)
+    parameter = getattr(layer, "parameter_name", None)
+    if parameter is not None:
         path = f"{path.replace('.base_layer', '')}.{parameter}"  # wrappers of parameters are nested
-        weights = layer.get_param().data
-    else:
-        weights = layer.get_base_weight()
     if parameter is not None and deltas.dim() == 3:
         names = [f"{path}.{expert}" for expert in range(len(deltas))]
     else:
-        names, (deltas, weights, inputs) = [path], (t.unsqueeze(0) for t in (deltas, weights, inputs))
-    for name, delta, weight, z in zip(names, deltas, weights, inputs, strict=True):
+        names, deltas, inputs = [path], deltas.unsqueeze(0), inputs.unsqueeze(0)
+        weights = None if weights is None else weights.unsqueeze(0)
+    for index, (name, delta, z) in enumerate(zip(names, deltas, inputs, strict=True)):
         delta = delta.flatten(1)
         if not torch.isfinite(delta).all():
             raise ValueError(
@@ -224,7 +224,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tup
         if is_learned:
             phi = layer.lrlora_phi[adapter]
             phi_zero, bend, curve = phi(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
-        weight_norm = weight.double().norm().item()
+        weight_norm = 0.0 if weights is None else weights[index].double().norm().item()
         n, m = delta.shape if isinstance(layer.get_base_layer(), Conv1D) else delta.T.shape
         row = RankRow(
             module=name,
@@ -243,6 +243,15 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tup
             curvature=bend,
         )
         yield row, curve
+
+
+def _base_weight(layer: Any) -> Tensor | None:
+    """The base weight; None where it is offloaded, or quantised in a way that cannot be undone."""
+    try:
+        weight: Tensor = layer.get_param().data if hasattr(layer, "get_param") else layer.get_base_weight()
+    except (TypeError, NotImplementedError):
+        return None
+    return None if weight.is_meta else weight
 
 
 def _sample(phi: Callable[[Tensor], Tensor], z: Tensor) -> tuple[list[float], list[float]]:

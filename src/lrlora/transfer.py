@@ -28,14 +28,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 FORMS = ("residual", "saturating", "sinc", "sine")
-_SPECS: dict[str, TransferSpec] = {}
 
 
 @dataclass(frozen=True)
@@ -50,24 +48,10 @@ class TransferSpec:
 
     """
 
-    key: ClassVar[str]
     form: str = "residual"
     num_basis: int = 8
     interval: float = 3.0
     lr_multiplier: float = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", repr(self))
-        _SPECS[self.key] = self
-
-    def __reduce__(self) -> tuple[type[TransferSpec], tuple[Any, ...]]:
-        # A copy that comes out of a file has to register too.
-        return type(self), astuple(self)
-
-    @classmethod
-    def of(cls, key: str) -> TransferSpec:
-        """The specification with this `key`, which stands for it where only a string can be passed."""
-        return _SPECS[key]
 
     @property
     def is_learned(self) -> bool:

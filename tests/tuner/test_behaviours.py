@@ -173,12 +173,12 @@ def test_merge(tiny: TinyModel, dtype: torch.dtype, tolerance: float) -> None:
 def test_safe_merge(tiny: TinyModel) -> None:
     """a merge that would give NaN is refused, base weights untouched"""
     model = trained(tiny)
-    next(p for name, p in model.named_parameters() if "lrlora_B" in name).data.fill_(float("nan"))
+    [*(p for name, p in model.named_parameters() if "lrlora_B" in name)][-1].data[0, 0] = float("nan")
     base = base_state(model)
-    for safe in (True, False):
-        with pytest.raises(ValueError, match="non-finite"):
-            model.merge_adapter(safe_merge=safe)
-        model.unmerge_adapter()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        for safe in (True, False):
+            with pytest.raises(ValueError, match=r"non-finite.*nothing was merged"):
+                merge(safe_merge=safe)
     assert all(torch.equal(tensor, base[name]) for name, tensor in base_state(model).items())
 
 
@@ -249,22 +249,33 @@ def test_switch(tiny: TinyModel) -> None:
     assert relative(tiny.logits(model), both) <= 1e-4
 
 
-def test_combine(tiny: TinyModel) -> None:
+def test_combine(tiny: TinyModel, tmp_path: Path) -> None:
     """a weighted combination, exactly, through `combine_adapters`"""
     model, outputs = with_two_adapters(tiny)
+    layer = next(module for module in model.modules() if isinstance(module, LrLoraLayer))
+    base, deltas = layer.get_base_weight().clone(), {n: layer.get_delta_weight(n) for n in ("default", "other")}
     model.combine_adapters({"default": 1.0, "other": 0.0})
     assert relative(tiny.logits(model), outputs["default"]) <= 1e-6
     model.combine_adapters({"default": 0.7, "other": 0.3})
-    layer = next(module for module in model.modules() if isinstance(module, LrLoraLayer))
-    full = {
-        name: layer.get_delta_weight(name) * weight for name, weight in {"default": 1 / 0.7, "other": 1 / 0.3}.items()
-    }
-    expected, merged = tiny.logits(model), model.merge_and_unload()
-    assert relative(tiny.logits(merged), expected) <= 1e-4
-    alone, _ = with_two_adapters(tiny)
-    layer = next(module for module in alone.modules() if isinstance(module, LrLoraLayer))
-    for name, delta in full.items():
-        torch.testing.assert_close(layer.get_delta_weight(name), delta)
+    combined = tiny.logits(model)
+    # Each adapter by itself is still as trained: in files, in a batch of its own, and after a switch.
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "other").eval()
+    assert torch.equal(tiny.logits(loaded), outputs["other"])
+    assert torch.equal(layer.get_delta_weight("default"), deltas["default"])
+    model.merge_adapter(["default", "other"])
+    torch.testing.assert_close(layer.get_base_weight(), base + 0.7 * deltas["default"] + 0.3 * deltas["other"])
+    assert relative(tiny.logits(model), combined) <= 1e-4
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    assert torch.equal(tiny.logits(model), outputs["default"])
+    model.combine_adapters({"default": 0.5, "other": 0.3})
+    model.delete_adapter("default")
+    assert torch.equal(tiny.logits(model), outputs["other"])
+    for wrong in ({"nobody": 1.0}, {}, ["other"], {"other": float("nan")}, {"other": "much"}):
+        with pytest.raises(ValueError, match=r"weights must map names of adapters to finite numbers.*other"):
+            model.combine_adapters(wrong)
+    assert torch.equal(tiny.logits(model), outputs["other"])
 
 
 @pytest.mark.refused
@@ -309,13 +320,20 @@ def test_mixed_generation(tiny: TinyModel, beams: int) -> None:
     """generate with an adapter for each sample, with and without beams"""
     only_for(tiny, ("gpt2", "llama", "t5"), "does not generate, or has experts")
     model, _ = with_two_adapters(tiny)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lrlora_B" in name:
+            parameter.data.normal_(0, 0.5)  # the two adapters now say very different things
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": beams, "do_sample": False}
     ids = tiny.inputs()["input_ids"]
     mixed = model.generate(input_ids=ids, adapter_names=["default", "other"], **options)
-    for row, name in enumerate(["default", "other"]):
+    alone = {}
+    for name in ("default", "other"):
         model.set_adapter(name)
-        alone = model.generate(input_ids=ids[row : row + 1], **options)
-        assert torch.equal(mixed[row], alone[0])
+        alone[name] = [model.generate(input_ids=ids[row : row + 1], **options)[0] for row in range(2)]
+    assert not torch.equal(alone["default"][0], alone["other"][0])
+    for row, name in enumerate(["default", "other"]):
+        assert torch.equal(mixed[row], alone[name][row])
 
 
 def test_requires_grad(tiny: TinyModel) -> None:
@@ -360,8 +378,10 @@ def test_trainable_tokens(tiny: TinyModel, tmp_path: Path) -> None:
     moved = [i for i in range(100) if not torch.equal(after[i], before[i])]
     assert set(moved) == set(tokens)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path).eval()
-    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    loaded, expected = PeftModel.from_pretrained(tiny.build(), tmp_path).eval(), tiny.logits(model)
+    assert torch.equal(tiny.logits(loaded), expected)
+    assert relative(tiny.logits(model.merge_and_unload()), expected) <= 1e-5
+    assert torch.equal(tiny.logits(loaded.unload()), tiny.logits(tiny.build()))
 
 
 def test_layer_indexing(tiny: TinyModel) -> None:
@@ -404,6 +424,11 @@ def test_tied_weights(tiny: TinyModel) -> None:
     model = trained(tiny, target_modules=["lm_head", "c_attn", "q"])
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     expected, embedding = tiny.logits(model), model.get_input_embeddings().weight.clone()
+    model.merge_adapter()
+    assert relative(tiny.logits(model), expected) <= 1e-5
+    model.unmerge_adapter()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(tiny.logits(model), expected)
     merged = model.merge_and_unload()
     assert relative(tiny.logits(merged), expected) <= 1e-5
     assert torch.equal(merged.get_input_embeddings().weight, embedding)
@@ -417,12 +442,12 @@ def test_adapter_dtype(tiny: TinyModel, autocast: bool) -> None:
     model = get_peft_model(base, LrLoraConfig(r=4, **tiny.targets), autocast_adapter_dtype=autocast)
     dtypes = {name: p.dtype for name, p in model.named_parameters() if "lrlora_" in name}
     assert {dtype for name, dtype in dtypes.items() if "lrlora_phi" in name} == {torch.float32}
-    in_modules = {dtype for name, dtype in dtypes.items() if "lrlora_phi" not in name and "experts" not in name}
-    assert in_modules == {torch.float32 if autocast else torch.bfloat16}
+    assert {dtype for name, dtype in dtypes.items() if "lrlora_phi" not in name} == {
+        torch.float32 if autocast else torch.bfloat16
+    }
     inputs = {k: v.to(torch.bfloat16) for k, v in tiny.inputs().items() if v.is_floating_point()}
-    output = tiny.output(model, **inputs)
-    assert output.dtype == torch.bfloat16
-    output.float().square().mean().backward()
+    assert tiny.output(model, **inputs).dtype == torch.bfloat16
+    tiny.loss(model, **inputs).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
@@ -432,8 +457,8 @@ def test_autocast(tiny: TinyModel) -> None:
     expected = tiny.logits(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert relative(tiny.logits(model), expected) < 0.05
-        output = tiny.output(model.train())
-    output.float().square().mean().backward()
+        loss = tiny.loss(model.train())
+    loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
@@ -450,12 +475,12 @@ def test_gradient_checkpointing(tiny: TinyModel, reentrant: bool) -> None:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
-        tiny.output(
-            model.train(), **({"use_cache": False} if tiny.family in GENERATING else {})
-        ).square().mean().backward()
+        options = {"use_cache": False} if tiny.family in GENERATING else {}
+        tiny.loss(model.train(), **options).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for without, with_checkpoints in zip(*gradients, strict=True):
-        torch.testing.assert_close(without, with_checkpoints, rtol=1e-4, atol=1e-7)
+        assert without.norm() > 0
+        assert relative(with_checkpoints, without) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -468,6 +493,7 @@ def test_generate(tiny: TinyModel, dtype: torch.dtype) -> None:
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "do_sample": False}
         tokens = model.generate(input_ids=ids, **options)
         assert tokens.shape[1] == (6 if tiny.family == "t5" else 12)
+        assert torch.equal(model.generate(input_ids=ids, use_cache=False, **options), tokens)
     model = trained(tiny)
     expected = model.generate(input_ids=ids, **options)
     assert torch.equal(model.merge_and_unload().generate(input_ids=ids, **options), expected)
@@ -491,13 +517,14 @@ def test_compile(tiny: TinyModel, mode: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    with torch.set_grad_enabled(mode == "training"):
-        outputs = [tiny.output(candidate) for candidate in (model, compiled)]
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
-    if mode == "training":
-        gradients = [torch.autograd.grad(output.square().mean(), trainable) for output in outputs]
-        for actual, expected in zip(gradients[1], gradients[0], strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
+    if mode == "inference":
+        assert relative(tiny.logits(compiled), tiny.logits(model)) <= 1e-5
+        return
+    for actual, expected in zip(
+        *(torch.autograd.grad(tiny.loss(candidate), trainable) for candidate in (compiled, model)), strict=True
+    ):
+        assert expected.norm() > 0
+        assert relative(actual, expected) <= 1e-4
 
 
 def test_experts(tiny: TinyModel) -> None:
@@ -523,8 +550,7 @@ def test_embedding(tiny: TinyModel, tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(PeftModel.from_pretrained(tiny.build(), tmp_path).eval()), expected)
     with model.disable_adapter():
         assert torch.equal(tiny.logits(model), tiny.logits(tiny.build()))
-    if tiny.family not in ("gpt2", "t5"):
-        assert relative(tiny.logits(model.merge_and_unload()), expected) <= 1e-5
+    assert relative(tiny.logits(model.merge_and_unload()), expected) <= 1e-5
 
 
 def test_convolution(tiny: TinyModel, tmp_path: Path) -> None:
@@ -560,7 +586,9 @@ def test_inject(tiny: TinyModel) -> None:
 
 def test_convert_to_lora(tiny: TinyModel) -> None:
     """PEFT's `convert_to_lora`"""
-    model = trained(tiny, **({"target_parameters": None} if tiny.family == "mixtral" else {}))
+    if tiny.family == "mixtral":
+        pytest.skip("does not apply: refused with experts, in the row below")
+    model = trained(tiny)
     expected = tiny.logits(model)
     config, weights = convert_to_lora(model, rank=1.0)
     lora = get_peft_model(tiny.build(), config).eval()
@@ -569,6 +597,39 @@ def test_convert_to_lora(tiny: TinyModel) -> None:
         parameter = lora.get_parameter(path.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"))
         parameter.data.copy_(weight)
     assert relative(tiny.logits(lora), expected) <= 1e-3
+
+
+@pytest.mark.refused
+def test_convert_experts_to_lora(tiny: TinyModel) -> None:
+    """`convert_to_lora` with adapted experts"""
+    only_for(tiny, ("mixtral",), "no experts")
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*ParamWrapper"):
+        convert_to_lora(trained(tiny), rank=1.0)
+
+
+def test_export(tiny: TinyModel) -> None:
+    """`torch.export`, for use in the same process"""
+    model = trained(tiny, steps=1)
+    inputs: dict[str, Any] = {**tiny.inputs(), **({"use_cache": False} if tiny.family in GENERATING else {})}
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs, strict=False)
+        actual: Any = program.module()(**inputs)
+    actual = actual if isinstance(actual, Tensor) else actual.get("logits", actual.get("last_hidden_state"))
+    assert relative(actual, tiny.logits(model)) <= 1e-5
+
+
+@pytest.mark.refused
+def test_functorch(tiny: TinyModel) -> None:
+    """`torch.func` transforms"""
+    model = trained(tiny, steps=1)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        output: Any = torch.func.functional_call(model, parameters, (), tiny.inputs())
+        return getattr(output, "logits", getattr(output, "last_hidden_state", output)).square().mean()
+
+    with pytest.raises(NotImplementedError, match=r"torch.func transforms .*merge_and_unload"):
+        torch.func.grad(loss)(parameters)
 
 
 @pytest.mark.refused

@@ -160,6 +160,53 @@ def test_dropout_on_experts_is_refused() -> None:
         get_peft_model(nn.Sequential(Experts(False)), config)
 
 
+def test_a_weight_that_is_shared_stays_as_it_is_for_its_other_user() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embedding(tokens))
+
+    tokens = torch.arange(11)
+    for fields in ({"target_modules": ["head"]}, {"target_modules": [], "target_parameters": ["head.weight"]}):
+        torch.manual_seed(0)
+        model = get_peft_model(Tied(), LrLoraConfig(r=2, init_weights=False, **fields))
+        expected, shared = model(tokens), model.base_model.model.embedding.weight.clone()
+        model.merge_adapter()
+        torch.testing.assert_close(model(tokens), expected)
+        assert torch.equal(model.base_model.model.embedding.weight, shared)
+        model.unmerge_adapter()
+        layer = model.base_model.model.head.get_base_layer()
+        assert layer.weight is model.base_model.model.embedding.weight
+        torch.testing.assert_close(model.merge_and_unload()(tokens), expected)
+
+
+def test_parameters_that_cannot_learn_are_refused() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+    config = LrLoraConfig(target_modules=[], target_parameters=["0.codes"])
+    with pytest.raises(ValueError, match=r"'codes' of shape \(4, 4\) and dtype torch.uint8"):
+        get_peft_model(nn.Sequential(Packed()), config)
+
+
+def test_empty_batches() -> None:
+    assert adapt(LAYERS["embedding"][0])(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 6)
+    assert adapt(nn.Linear(4, 3))(torch.zeros(0, 4)).shape == (0, 3)
+
+
+def test_dropout_is_ignored_by_an_embedding() -> None:
+    base, tokens = LAYERS["embedding"]
+    with pytest.warns(UserWarning, match="slow path"):
+        model = adapt(base, lora_dropout=0.5)
+    assert torch.equal(model.train()(tokens), model.eval()(tokens))
+
+
 def test_dropout_acts_on_the_input_of_a_convolution() -> None:
     base, x = LAYERS["conv2d"]
     with pytest.warns(UserWarning, match="slow path"):

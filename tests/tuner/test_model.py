@@ -157,6 +157,15 @@ def test_an_offloaded_base_layer_is_respected() -> None:
     torch.testing.assert_close(model(x), expected + x @ delta.T)
 
 
+def test_an_offloaded_adapter_is_refused() -> None:
+    from accelerate import cpu_offload
+
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 9)), LrLoraConfig(r=2, target_modules=["0"]))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"'default' are on the meta device.*before adding the adapter"):
+        model(torch.randn(5, 12))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_half_precision_models_train_with_phi_in_float32(
@@ -189,7 +198,7 @@ def test_non_finite_weights_are_refused_at_merge_and_save(tiny_bert: TinyModel, 
     layer = adapted_layers(model)[0]
     weight = layer.base_layer.weight.detach().clone()
     layer.lrlora_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="non-finite values into a base weight"):
+    with pytest.raises(ValueError, match="non-finite values into the base weight of bert"):
         model.merge_adapter()
     assert torch.equal(layer.base_layer.weight, weight)
     with pytest.raises(ValueError, match=r"cannot be saved: .*lrlora_B.* NaN or infinite"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lrlora import LrLoraConfig, rank_report
@@ -102,6 +103,10 @@ def test_trains_saves_reports_and_merges(checkpoint: Path, tmp_path: Path, kind:
     # Merging quantises again: as much is lost as the quantisation of the base model lost.
     model.merge_adapter()
     assert relative(logits(model), trained) <= 2 * quantisation_error
+    model.save_pretrained(tmp_path / "merged")
+    assert {*load_file(tmp_path / "merged" / "adapter_model.safetensors")} == {
+        *load_file(tmp_path / "adapter_model.safetensors")
+    }
     model.unmerge_adapter()
     assert torch.equal(logits(model), trained)
     merged = model.merge_and_unload()
@@ -140,6 +145,20 @@ def test_after_prepare_model_for_kbit_training(checkpoint: Path) -> None:
     model.train()
     model(IDS, use_cache=False).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_bias_goes_on_training_after_merge_and_unmerge() -> None:
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    base = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=True, quant_type="nf4")).to("cpu")
+    model = get_peft_model(base, LrLoraConfig(r=2, target_modules=["0"], bias="lora_only"))
+    (bias,) = (p for name, p in model.named_parameters() if name.endswith("bias") and p.requires_grad)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert any(p is bias for p in model.parameters())
+    model(torch.randn(3, 64)).sum().backward()
+    assert bias.grad is not None
 
 
 def test_a_base_quantised_by_hand_trains_and_refuses_to_merge(checkpoint: Path) -> None:

@@ -28,11 +28,33 @@ ACCELERATOR_BLOCK_ENTRIES = 2**24
 
 
 class _Update(NamedTuple):
-    """What, besides tensors, defines ΔW = (scaling / input_gain) · φ(input_gain · BA)."""
+    """What, besides tensors, defines ΔW = (scaling / input_gain) · φ(input_gain · BA) and its gradient."""
 
     spec: TransferSpec
     scaling: float
     input_gain: float
+    token_stride: int
+
+    @classmethod
+    def of(
+        cls,
+        form: str,
+        num_basis: int,
+        interval: float,
+        lr_multiplier: float,
+        scaling: float,
+        input_gain: float,
+        token_stride: int,
+    ) -> _Update:
+        """From the plain values that an operator takes, in the order of `_SETTINGS`."""
+        return cls(TransferSpec(form, num_basis, interval, lr_multiplier), scaling, input_gain, token_stride)
+
+
+_SETTINGS = (
+    "str form, int num_basis, float interval, float lr_multiplier, float scaling, float input_gain, int token_stride"
+)
+# In the order of `_SETTINGS`.
+_Settings = tuple[str, int, float, float, float, float, int]
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -105,7 +127,7 @@ def _factor_gradients(
     "lrlora::adapted_linear",
     mutates_args=(),
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, "
-    "str spec, float scaling, float input_gain, int token_stride) -> Tensor",
+    f"{_SETTINGS}) -> Tensor",
 )
 def _adapted_linear(
     x: Tensor,
@@ -115,12 +137,9 @@ def _adapted_linear(
     B: Tensor,
     amplitude: Tensor | None,
     bandwidth: Tensor | None,
-    spec: str,
-    scaling: float,
-    input_gain: float,
-    token_stride: int,
+    *settings: Any,
 ) -> Tensor:
-    update = _Update(TransferSpec.of(spec), scaling, input_gain)
+    update = _Update.of(*settings)
     with _without_autocast(x):
         effective = _empty_weight(x, weight, A, B)
         _write_weight(effective, weight, A, B, TransferTable(update.spec, amplitude, bandwidth, A.dtype), update)
@@ -136,7 +155,7 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tenso
     "lrlora::adapted_linear_backward",
     mutates_args=(),
     schema="(Tensor grad_y, bool[] needs, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? amplitude, "
-    "Tensor? bandwidth, str spec, float scaling, float input_gain, int token_stride) -> Tensor[]",
+    f"Tensor? bandwidth, {_SETTINGS}) -> Tensor[]",
 )
 def _adapted_linear_backward(
     grad_y: Tensor,
@@ -147,13 +166,10 @@ def _adapted_linear_backward(
     B: Tensor,
     amplitude: Tensor | None,
     bandwidth: Tensor | None,
-    spec: str,
-    scaling: float,
-    input_gain: float,
-    token_stride: int,
+    *settings: Any,
 ) -> list[Tensor]:
     """The gradients of the first seven inputs of `adapted_linear`, of those that `needs` names."""
-    update = _Update(TransferSpec.of(spec), scaling, input_gain)
+    update = _Update.of(*settings)
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
     with _without_autocast(grad_y):
@@ -164,7 +180,7 @@ def _adapted_linear_backward(
             _write_weight(buffer, weight, A, B, table, update)
             gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
-            stride = 1 if needs_weight else min(token_stride, len(flat_x))
+            stride = 1 if needs_weight else max(1, min(update.token_stride, len(flat_x)))
             some_y, some_x = _every(stride, flat_y, flat_x)
             if _is_transposed(buffer):
                 torch.mm(some_x.T, some_y, out=buffer.T)
@@ -177,8 +193,8 @@ def _adapted_linear_backward(
             if stride > 1:
                 # G is an estimate. What the straight part of φ makes of it is replaced by the exact gradient, which is
                 # LoRA's own and cheap: only curvature is left to be estimated.
-                exact_A, exact_B = _straight_gradients(flat_y, flat_x, A, B, scaling)
-                estimated_A, estimated_B = _straight_gradients(some_y, some_x, A, B, scaling * stride)
+                exact_A, exact_B = _straight_gradients(flat_y, flat_x, A, B, update.scaling)
+                estimated_A, estimated_B = _straight_gradients(some_y, some_x, A, B, update.scaling * stride)
                 grad_A += exact_A - estimated_A
                 grad_B += exact_B - estimated_B
             gradients[3:5] = grad_A, grad_B
@@ -204,23 +220,24 @@ def _straight_gradients(grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling
 
 @_adapted_linear_backward.register_fake
 def _(
-    grad_y: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *phi: Any
+    grad_y: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *others: Any
 ) -> list[Tensor]:
+    amplitude, bandwidth = others[:2]
     bias = grad_y.new_empty(B.shape[0])
-    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, *phi[:2])]
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, amplitude, bandwidth)]
     gradients[1] = None if weight is None else torch.empty_like(weight)  # in the layout of a transposed W
     return _needed(needs, gradients)
 
 
 def _save_for_adapted_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, A, B, amplitude, bandwidth, *ctx.update = inputs
+    x, weight, _, A, B, amplitude, bandwidth, *ctx.settings = inputs
     ctx.save_for_backward(x, weight, A, B, amplitude, bandwidth)
 
 
 def _differentiate_adapted_linear(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:7])
-    gradients = _scattered(needs, _adapted_linear_backward(grad_y, needs, *ctx.saved_tensors, *ctx.update))
-    return *gradients, *(None for _ in ctx.update)
+    gradients = _scattered(needs, _adapted_linear_backward(grad_y, needs, *ctx.saved_tensors, *ctx.settings))
+    return *gradients, *(None for _ in ctx.settings)
 
 
 _adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_save_for_adapted_linear)
@@ -229,19 +246,10 @@ _adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_
 @torch.library.custom_op(
     "lrlora::delta_weight",
     mutates_args=(),
-    schema="(Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, str spec, float scaling, float input_gain) "
-    "-> Tensor",
+    schema=f"(Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, {_SETTINGS}) -> Tensor",
 )
-def _delta_weight(
-    A: Tensor,
-    B: Tensor,
-    amplitude: Tensor | None,
-    bandwidth: Tensor | None,
-    spec: str,
-    scaling: float,
-    input_gain: float,
-) -> Tensor:
-    update = _Update(TransferSpec.of(spec), scaling, input_gain)
+def _delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, *settings: Any) -> Tensor:
+    update = _Update.of(*settings)
     with _without_autocast(A):
         table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
         delta = A.new_empty(*B.shape[:-1], A.shape[-1])
@@ -258,8 +266,8 @@ def _(A: Tensor, B: Tensor, *others: Any) -> Tensor:
 @torch.library.custom_op(
     "lrlora::delta_weight_backward",
     mutates_args=(),
-    schema="(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, str spec, "
-    "float scaling, float input_gain) -> Tensor[]",
+    schema="(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, "
+    f"{_SETTINGS}) -> Tensor[]",
 )
 def _delta_weight_backward(
     grad: Tensor,
@@ -268,12 +276,10 @@ def _delta_weight_backward(
     B: Tensor,
     amplitude: Tensor | None,
     bandwidth: Tensor | None,
-    spec: str,
-    scaling: float,
-    input_gain: float,
+    *settings: Any,
 ) -> list[Tensor]:
     """The gradients of the first four inputs of `delta_weight`, of those that `needs` names."""
-    update = _Update(TransferSpec.of(spec), scaling, input_gain)
+    update = _Update.of(*settings)
     with _without_autocast(grad):
         table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
         parts = [
@@ -292,14 +298,14 @@ def _(grad: Tensor, needs: Sequence[bool], *tensors: Any) -> list[Tensor]:
 
 
 def _save_for_delta_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    A, B, amplitude, bandwidth, *ctx.update = inputs
+    A, B, amplitude, bandwidth, *ctx.settings = inputs
     ctx.save_for_backward(A, B, amplitude, bandwidth)
 
 
 def _differentiate_delta_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
-    gradients = _scattered(needs, _delta_weight_backward(grad, needs, *ctx.saved_tensors, *ctx.update))
-    return *gradients, *(None for _ in ctx.update)
+    gradients = _scattered(needs, _delta_weight_backward(grad, needs, *ctx.saved_tensors, *ctx.settings))
+    return *gradients, *(None for _ in ctx.settings)
 
 
 _delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save_for_delta_weight)
@@ -307,7 +313,7 @@ _delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save
 
 def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The matrices in the last two dimensions, side by side."""
-    return zip(*(tensor.reshape(-1, *tensor.shape[-2:]) for tensor in tensors), strict=True)
+    return zip(*(tensor.unsqueeze(0).flatten(0, -3) for tensor in tensors), strict=True)
 
 
 def _needed(needs: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -337,6 +343,17 @@ def _parameters(transfer: Transfer, device: torch.device) -> tuple[Tensor | None
 def _factor_dtype(*tensors: Tensor | None) -> torch.dtype:
     """ΔW is formed in float32 at least: in half precision its entries would drown in the rounding of BA."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _settings(spec: TransferSpec, scaling: float, input_gain: float, token_stride: int = 1) -> _Settings:
+    # The operators would pass through a forward-mode derivative as zero, without a word.
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.func transforms (grad, jvp, vmap, …) do not work through LR-LoRA layers. Use torch.autograd, or "
+            "merge the adapter first (`model.merge_and_unload()`)."
+        )
+    phi = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))
+    return *phi, float(scaling), float(input_gain), token_stride
 
 
 def adapted_linear(
@@ -374,7 +391,7 @@ def adapted_linear(
     """
     dtype = _factor_dtype(x, A, B)
     phi = _parameters(transfer, A.device)
-    settings = (transfer.spec.key, float(scaling), float(input_gain), token_stride)
+    settings = _settings(transfer.spec, scaling, input_gain, token_stride)
     return _adapted_linear(x, weight, bias, A.to(dtype), B.to(dtype), *phi, *settings)
 
 
@@ -394,4 +411,4 @@ def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, in
     """
     dtype = _factor_dtype(A, B)
     phi = _parameters(transfer, A.device)
-    return _delta_weight(A.to(dtype), B.to(dtype), *phi, transfer.spec.key, float(scaling), float(input_gain))
+    return _delta_weight(A.to(dtype), B.to(dtype), *phi, *_settings(transfer.spec, scaling, input_gain))

@@ -131,8 +131,8 @@ class LrLoraConfig(PeftConfig):
                 f"{FORMAT_VERSION}. Upgrade it: pip install -U lrlora"
             )
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            _require(isinstance(r, int) and r >= 1, name, r, "an integer ≥ 1")
-        _require(isinstance(self.num_basis, int) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
+            _require(_is_integer(r) and r >= 1, name, r, "an integer ≥ 1")
+        _require(_is_integer(self.num_basis) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
         positive = [
             (name, getattr(self, name)) for name in ("lora_alpha", "interval", "input_gain", "phi_lr_multiplier")
         ]
@@ -168,6 +168,10 @@ class LrLoraConfig(PeftConfig):
     def transfer_spec(self) -> TransferSpec:
         """The fixed part of φ that this configuration asks for."""
         return TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

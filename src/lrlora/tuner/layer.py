@@ -21,8 +21,7 @@ from ..ops import adapted_linear, delta_weight
 from ..transfer import Transfer
 from .config import LrLoraConfig
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
+_MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LrLoraLayer(nn.Module, BaseTunerLayer):
@@ -32,7 +31,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
-    other_param_names = ("r", "lora_alpha", "scaling", "unweighted_scaling", "input_gain", "lrlora_dropout")
+    other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "lrlora_dropout")
 
     base_layer: Any
     in_features: int
@@ -58,11 +57,14 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.unweighted_scaling: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
         self.input_gain: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        # Until `unmerge`: the weight on the CPU, or, if it is quantised, a copy of the base layer.
-        self._before_merge: Tensor | nn.Module | None = None
+        # Set by the model before a merge: another module uses the base weight too (tied embeddings).
+        self.shares_weight = False
+        # Until `unmerge`: the weight on the CPU, the parameter itself if it is shared, or a copy of a quantised base
+        # layer. In a tuple, so that it is not registered here as a parameter or module.
+        self._before_merge: tuple[Tensor | nn.Module] | None = None
         self._active_adapter = adapter_name
         self.in_features, self.out_features = self._features()
         self.update_layer(adapter_name, transfer, r, alpha, config)
@@ -79,8 +81,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or replace the one of this name."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
-        self.unweighted_scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        self.scaling[adapter_name] = self.unweighted_scaling[adapter_name]
+        self.scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.weights[adapter_name] = 1.0
         self.input_gain[adapter_name] = config.input_gain
         A, B = self._new_factors(r)
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
@@ -92,17 +94,15 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def set_weight(self, adapter: str, weight: float) -> None:
-        """Multiply ΔW of one adapter by `weight`, where several are combined; 1 is the adapter as trained."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = weight * self.unweighted_scaling[adapter]
-
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter in the layout of the base weight, float32 or float64."""
-        return self._in_layout(
-            delta_weight(*self._factors(adapter), scaling=self.scaling[adapter], input_gain=self.input_gain[adapter])
-        )
+        """ΔW of one adapter as trained, in the layout of the base weight, float32 or float64."""
+        return self._delta(adapter)
+
+    def _delta(self, adapter: str) -> Tensor:
+        """ΔW of one adapter in the layout of the base weight, differentiable."""
+        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+        return self._in_layout(delta_weight(*self._factors(adapter), scaling=scaling, input_gain=gain))
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
@@ -118,7 +118,14 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """(A, B, φ)."""
         phi = cast(Transfer, self.lrlora_phi[adapter])
         phi.restore_precision()
-        return cast(nn.Linear, self.lrlora_A[adapter]).weight, cast(nn.Linear, self.lrlora_B[adapter]).weight, phi
+        A, B = cast(nn.Linear, self.lrlora_A[adapter]).weight, cast(nn.Linear, self.lrlora_B[adapter]).weight
+        if A.is_meta or B.is_meta:
+            # An operator that meets a meta tensor returns uninitialised memory.
+            raise RuntimeError(
+                f"The weights of adapter {adapter!r} are on the meta device: they were offloaded, or never loaded. "
+                "Offload the base model before adding the adapter, which then stays on its device, or load the adapter."
+            )
+        return A, B, phi
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         """What ΔW alone makes of the input: what is added to the base layer's output."""
@@ -150,10 +157,11 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             and x.dtype in (torch.float32, torch.float64)
             and not _autocasts(x)
             and not (self.training and getattr(self.lrlora_dropout[adapters[0]], "p", 0) > 0)
+            and self.weights[adapters[0]] == 1.0
         )
 
-    def _adapters_at_work(self) -> list[str]:
-        """The adapters that the forward applies to the base weight as it is."""
+    def _adapters_to_apply(self) -> list[str]:
+        """The adapters that this forward adds to the base weight. As in PEFT, disabling undoes a merge first."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -175,23 +183,25 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        adapters = self._adapters_at_work()
+        adapters = self._adapters_to_apply()
         if adapters and self._takes_one_pass(x, adapters):
             return self._adapted(x, adapters[0])
         result = self.base_layer(x, *args, **kwargs)
-        if adapters and self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        if _autocasts(x):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = _as_autocast(x)
         for adapter in adapters:
-            result = result + self._update(self.lrlora_dropout[adapter](x), adapter).to(result.dtype)
+            update = self._update(self._dropped_out(x, adapter), adapter)
+            result = result + (self.weights[adapter] * update).to(result.dtype)
         return result
+
+    def _dropped_out(self, x: Tensor, adapter: str) -> Tensor:
+        # Token ids have no dropout: as in PEFT, an embedding ignores it.
+        return self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
                 f"adapter_names must name one adapter for each of the {len(x)} samples of the batch, and names "
-                f"{len(adapter_names)}."
+                f"{len(adapter_names)}. When generating, pass num_beams and num_return_sequences as arguments."
             )
         if self.merged:
             raise ValueError(
@@ -201,24 +211,21 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        if _autocasts(x):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = _as_autocast(x)
         for adapter in sorted(set(adapter_names) & set(self.lrlora_A)):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
             result = result.index_add(0, rows, self._update(x[rows], adapter).to(result.dtype))
         return result
 
-    def _weight(self) -> Tensor:
-        """The base weight as a plain floating-point tensor."""
-        return self.get_base_weight()
+    weight_name = "weight"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given adapters (default: the active ones) to the base weight.
 
         ΔW is added in float32 and the sum rounded to the dtype of the weight once; a quantised weight is dequantised
         before and quantised again after. What was there before is kept, a plain weight on the CPU, so that `unmerge`
-        restores it to the bit. Non-finite results are refused with or without `safe_merge`, before the base weight
-        is touched.
+        restores it to the bit. A weight that another module shares is left to it, and this layer gets one of its own.
+        Non-finite results are refused with or without `safe_merge`, before the base weight is touched.
 
         Raises:
             ValueError: the merged weight would not be finite.
@@ -229,30 +236,34 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if not adapters:
             return
         backend = self.quantization_backend
-        weight = self._weight() if backend is None or backend.supports_merge else None
-        if weight is None or not weight.is_floating_point():
-            kind = backend.backend_name if backend is not None else str(self.base_layer.weight.dtype)
+        can_merge = backend is None or backend.supports_merge
+        weight: Tensor = self.get_base_weight() if can_merge else torch.empty(())
+        if not can_merge or weight.dtype not in _MERGEABLE:
+            kind = backend.backend_name if backend is not None else weight.dtype
             raise NotImplementedError(
                 f"Cannot merge into a base layer quantised as {kind}. Load the base model unquantised and merge there, "
                 "or keep the adapter unmerged."
             )
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for adapter in adapters:
-            merged += self.get_delta_weight(adapter).to(merged.device)
+            merged += self.weights[adapter] * self.get_delta_weight(adapter).to(merged.device)
         merged = merged.to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(
                 f"Merging {', '.join(adapters)} would put non-finite values into a base weight; nothing was merged "
                 "into this layer. Training has diverged: go back to an earlier checkpoint."
             )
-        if backend is None:
-            if self._before_merge is None:
-                self._before_merge = weight.data.to("cpu", copy=True)
-            weight.data.copy_(merged)
-        else:
-            if self._before_merge is None:
-                self._before_merge = copy.deepcopy(self.base_layer)
+        base = self.get_base_layer()
+        if backend is not None:
+            self._before_merge = self._before_merge or (copy.deepcopy(base),)
             self.set_base_weight(merged)
+        elif self.shares_weight:
+            parameter = getattr(base, self.weight_name)
+            self._before_merge = self._before_merge or (parameter,)
+            setattr(base, self.weight_name, nn.Parameter(merged, requires_grad=parameter.requires_grad))
+        else:
+            self._before_merge = self._before_merge or (weight.data.to("cpu", copy=True),)
+            weight.data.copy_(merged)
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
@@ -260,10 +271,17 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if self._before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if isinstance(self._before_merge, nn.Module):
-            self.base_layer = self._before_merge
+        (before,), base = self._before_merge, self.get_base_layer()
+        if isinstance(before, nn.Module):
+            # The module itself stays, and with it a bias that is trained: an optimizer may hold it.
+            bias = getattr(base, "bias", None)
+            vars(base).update(vars(before))
+            if bias is not None:
+                base.bias = bias
+        elif isinstance(before, nn.Parameter):
+            setattr(base, self.weight_name, before)
         else:
-            self._weight().data.copy_(self._before_merge)
+            self.get_base_weight().copy_(before)
         self._before_merge = None
         self.merged_adapters.clear()
 
@@ -308,7 +326,7 @@ class Linear(LrLoraLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.keeps_weight and adapter_names is None and not torch.is_grad_enabled():
-            adapters = self._adapters_at_work()
+            adapters = self._adapters_to_apply()
             if adapters:
                 return self._forward_with_kept_weight(x, adapters, *args, **kwargs)
         return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
@@ -317,10 +335,10 @@ class Linear(LrLoraLayer):
         takes_one_pass = self._takes_one_pass(x, adapters[:1])
         tensors = [self.base_layer.weight, *(p for name in adapters for f in self._factors(name) for p in _tensors(f))]
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        state = (x.dtype, takes_one_pass, tuple(adapters), tuple(self.scaling[name] for name in adapters), versions)
+        state = (x.dtype, takes_one_pass, tuple((name, self.weights[name]) for name in adapters), versions)
         if self._kept is None or self._kept[0] != state:
             self._kept = None  # frees the old one before a new one is formed
-            delta = torch.stack([self.get_delta_weight(name) for name in adapters]).sum(0)
+            delta = torch.stack([self.weights[name] * self.get_delta_weight(name) for name in adapters]).sum(0)
             self._kept = (state, delta.add_(self.base_layer.weight) if takes_one_pass else delta.to(x.dtype))
         weight = self._in_layout(self._kept[1])
         if takes_one_pass:
@@ -335,7 +353,7 @@ class Linear(LrLoraLayer):
 class Embedding(LrLoraLayer):
     """Row i of W + ΔW for token i of an `nn.Embedding` with the weight W (m tokens, n).
 
-    Only the rows that a batch uses are formed: T·n entries for T tokens. Forward: (...) → (..., n).
+    Only the rows that a batch uses are formed: T·n entries for T tokens. Dropout is ignored. Forward: (...) → (..., n).
     """
 
     def _features(self) -> tuple[int, int]:
@@ -359,17 +377,13 @@ class Embedding(LrLoraLayer):
 class Conv(LrLoraLayer):
     """A convolution of 1 to 3 dimensions with W + ΔW; W (m, n/groups, k, …) is flattened to (m, n/groups·k·…)."""
 
-    plain_types = _CONVOLUTIONS
+    plain_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def _features(self) -> tuple[int, int]:
         return self.base_layer.weight[0].numel(), self.base_layer.out_channels
 
     def _in_layout(self, matrix: Tensor) -> Tensor:
         return matrix.view(self.base_layer.weight.shape)
-
-    def _delta(self, adapter: str) -> Tensor:
-        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        return self._in_layout(delta_weight(*self._factors(adapter), scaling=scaling, input_gain=gain))
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         return self.base_layer._conv_forward(x, self._delta(adapter).to(x.dtype), None)
@@ -389,15 +403,15 @@ class ParamWrapper(LrLoraLayer):
     """
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, *args: Any, **kwargs: Any) -> None:
-        self.parameter_name = parameter_name
+        self.parameter_name = self.weight_name = parameter_name
         super().__init__(base_layer, *args, **kwargs)
 
     def _features(self) -> tuple[int, int]:
-        shape = self.get_param().shape
-        if len(shape) not in (2, 3):
+        shape, dtype = self.get_param().shape, self.get_param().dtype
+        if len(shape) not in (2, 3) or not dtype.is_floating_point:
             raise ValueError(
-                f"target_parameters matches {self.parameter_name!r} of shape {tuple(shape)}. LR-LoRA adapts matrices "
-                "(m, n) and stacks of them (experts, m, n)."
+                f"target_parameters matches {self.parameter_name!r} of shape {tuple(shape)} and dtype {dtype}. LR-LoRA "
+                "adapts floating-point matrices (m, n) and stacks of them (experts, m, n)."
             )
         self.num_experts = shape[0] if len(shape) == 3 else 1
         m, n = shape[-2:]
@@ -429,8 +443,11 @@ class ParamWrapper(LrLoraLayer):
     def get_base_weight(self) -> Tensor:
         return self.get_param().data
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_param().device)
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return self.get_param().device, self.get_param().dtype
+
+    def extra_repr(self) -> str:
+        return f"parameter_name={self.parameter_name!r}"
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -451,11 +468,9 @@ class ParamWrapper(LrLoraLayer):
                 "experts mix the samples. Run the samples of each adapter in a batch of their own, after set_adapter."
             )
         weight: Tensor = self.get_param()
-        adapters = self._adapters_at_work()
+        adapters = self._adapters_to_apply()
         for adapter in adapters:
-            scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-            delta = delta_weight(*self._factors(adapter), scaling=scaling, input_gain=gain)
-            weight = weight + self._in_layout(delta).to(weight.dtype)
+            weight = weight + (self.weights[adapter] * self._delta(adapter)).to(weight.dtype)
         if not adapters:
             return self.base_layer(*args, **kwargs)
         path, module = self.parameter_name, self.base_layer
@@ -492,6 +507,11 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.keeps_weight, layer._kept = False, None
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """The input in the dtype that autocast gives to the base layer's matmul."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) else x
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ from transformers.pytorch_utils import Conv1D
 from ..rank import module_type
 from ..transfer import Transfer
 from .config import LrLoraConfig
-from .layer import BASE_MODEL, Conv, Embedding, Linear, LrLoraLayer, ParamWrapper
+from .layer import Conv, Embedding, Linear, LrLoraLayer, ParamWrapper
+
+BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
 
 class LrLoraModel(BaseTuner):
@@ -115,24 +118,37 @@ class LrLoraModel(BaseTuner):
     def combine_adapters(self, weights: Mapping[str, float]) -> None:
         """Activate several adapters at once, each with a weight: W + Σ weight·ΔW, exactly.
 
-        `merge_and_unload` then gives a plain model with all of them. `set_adapter` goes back to a single adapter, but
-        keeps its weight: combine `{name: 1.0}` to have it as trained.
+        `merge_and_unload` then gives a plain model with all of them. `set_adapter` goes back to adapters as trained;
+        what is saved, measured or converted is always the adapter as trained.
 
         Raises:
-            ValueError: there is no adapter of a given name.
+            ValueError: there is no adapter of a given name, or a weight is not a finite number.
 
         """
-        unknown = sorted(set(weights) - set(self.peft_config))
-        if unknown or not weights:
+        is_mapping = isinstance(weights, Mapping) and len(weights) > 0
+        if not is_mapping or not all(name in self.peft_config and _is_finite(w) for name, w in weights.items()):
             raise ValueError(
-                f"weights must map names of adapters to numbers, and is {dict(weights)}. Adapters of this model: "
-                f"{', '.join(self.peft_config)}."
+                f"weights must map names of adapters to finite numbers, as in {{'first': 0.7, 'second': 0.3}}, and is "
+                f"{weights!r}. Adapters of this model: {', '.join(self.peft_config)}."
             )
         self.set_adapter(list(weights))
-        for module in self.modules():
-            if isinstance(module, LrLoraLayer):
-                for name, weight in weights.items():
-                    module.set_weight(name, weight)
+        for layer in self._layers():
+            layer.weights.update({name: float(w) for name, w in weights.items() if name in layer.weights})
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._forget_weights()
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        for layer in self._layers():
+            layer.weights = dict.fromkeys(layer.weights, 1.0)
+
+    def _layers(self) -> Iterator[LrLoraLayer]:
+        return (module for module in self.model.modules() if isinstance(module, LrLoraLayer))
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of LR-LoRA updates is not φ of any one product BA."""
@@ -142,25 +158,41 @@ class LrLoraModel(BaseTuner):
             "you want one model, `model.merge_and_unload()`."
         )
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        # Merging into a weight that another module uses too (tied embeddings) would change that module as well.
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._prepare_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        self._prepare_merge(adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _prepare_merge(self, adapter_names: list[str] | None) -> None:
+        """Refuse broken adapters before any layer is merged, and find the weights that several modules use."""
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, LrLoraLayer):
+                for name in adapter_names or layer.active_adapters:
+                    parts = (getattr(layer, part) for part in layer.adapter_layer_names)
+                    parameters = (p for part in parts if name in part for p in part[name].parameters())
+                    if not all(torch.isfinite(p).all() for p in parameters):
+                        raise ValueError(
+                            f"Merging {name} would put non-finite values into the base weight of {path}; nothing was "
+                            "merged. Training has diverged: go back to an earlier checkpoint."
+                        )
         users: dict[int, set[int]] = {}
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
                 users.setdefault(id(parameter), set()).add(id(module))
-        for module in self.model.modules():
-            if isinstance(module, LrLoraLayer) and not isinstance(module, ParamWrapper):
-                base = module.get_base_layer()
-                weight = getattr(base, "weight", None)
-                if isinstance(weight, nn.Parameter) and len(users[id(weight)]) > 1:
-                    base.weight = nn.Parameter(weight.data.clone(), requires_grad=weight.requires_grad)
+        for layer in self._layers():
+            weight = getattr(layer.get_base_layer(), layer.weight_name, None)
+            layer.shares_weight = len(users.get(id(weight), ())) > 1
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ParamWrapper) and not isinstance(new_module, ParamWrapper):
-            setattr(parent, child_name, new_module)  # PEFT would look for a `weight`
-        else:
+        if isinstance(new_module, LrLoraLayer):
             super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)  # unloading; PEFT would also look for a `weight` in every wrapper
 
     def _create_and_replace(
         self,
@@ -217,7 +249,11 @@ class LrLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        in_full = {name: t for name, t in state_dict.items() if f".modules_to_save.{adapter_name}." in name}
+        in_full = {
+            name: t
+            for name, t in state_dict.items()
+            if f".modules_to_save.{adapter_name}." in name or f".trainable_tokens_delta.{adapter_name}" in name
+        }
         remedy = "Training has diverged: go back to an earlier checkpoint."
         _require_finite({**selected, **in_full}, "saved", remedy)
         return selected
@@ -236,23 +272,34 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": names}
 
 
+def _is_finite(weight: object) -> bool:
+    return isinstance(weight, (int, float)) and math.isfinite(weight)
+
+
 def _kind(module: nn.Module, backend: QuantizationBackend | None = None) -> type[LrLoraLayer] | None:
     """The adapter for a module; None where there is none."""
     # nn.MultiheadAttention reads the weight of its output projection without ever calling the module.
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None
-    if isinstance(module, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear"):
-        return Linear
     if isinstance(module, nn.Embedding):
         return Embedding
-    return Conv if isinstance(module, Conv.plain_types) else None
+    if isinstance(module, Conv.plain_types):
+        return Conv
+    is_linear = isinstance(module, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")
+    return Linear if is_linear else None
 
 
 def _why_unsupported(module: nn.Module, key: str) -> str:
-    if isinstance(module, BaseTunerLayer):
+    if isinstance(module, ParamWrapper):
         return (
-            f"target_modules matches {key!r}, which {type(module).__module__.split('.')[2]} has already adapted. "
-            "LR-LoRA cannot be put on top of another method: merge that adapter first (merge_and_unload)."
+            f"target_modules matches {key!r}, of which an earlier adapter has adapted {module.parameter_name!r} as one "
+            "of its target_parameters. Name the same target_parameters for this adapter."
+        )
+    if isinstance(module, BaseTunerLayer):
+        method = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
+        return (
+            f"target_modules matches {key!r}, which {method} has already adapted. LR-LoRA cannot be put on top of "
+            "another method: merge that adapter first (merge_and_unload)."
         )
     return (
         f"target_modules matches {key!r}, a {type(module).__name__}. LR-LoRA adapts torch.nn.Linear, Embedding and "
@@ -263,16 +310,13 @@ def _why_unsupported(module: nn.Module, key: str) -> str:
 
 def _quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBackend | None:
     """PEFT's way to read and write the weight of a quantised module; None for one that is not."""
-    options = get_quantization_kwargs(model)
-    requantize = "get_apply_tensor_subclass"
-    backend = resolve_quantization_backend(module, **{requantize: _unknown, **options})
-    if isinstance(backend, TorchaoBackend) and requantize not in options:
-        backend.supports_merge = False  # quantised by hand: the model cannot say how to quantise a merged weight again
+    # PEFT wants to know how torchao quantises, to do it again after a merge. A model that was quantised by hand cannot
+    # say: it may train, but not merge.
+    known = get_quantization_kwargs(model)
+    backend = resolve_quantization_backend(module, **{"get_apply_tensor_subclass": NotImplemented, **known})
+    if isinstance(backend, TorchaoBackend) and not known:
+        backend.supports_merge = False
     return backend
-
-
-def _unknown() -> None:
-    """Stands for torchao's way to quantise, where the model does not know it."""
 
 
 def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
@@ -66,8 +67,13 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
     config.target_modules = set(modules)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
     config.task_type = None
+    config.trainable_token_indices = None
     config.fan_in_fan_out = False
-    return PeftModel.from_pretrained(skeleton, name, config=config)
+    model = get_peft_model(skeleton, config)
+    # Files may also hold weights of the base model: embeddings, heads, biases.
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    set_peft_model_state_dict(model, {key: weight for key, weight in weights.items() if f".{prefix}" in key})
+    return model
 
 
 @contextmanager
