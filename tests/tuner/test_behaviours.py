@@ -608,7 +608,7 @@ def test_convert_experts_to_lora(tiny: TinyModel) -> None:
 
 
 def test_export(tiny: TinyModel) -> None:
-    """`torch.export`, for use in the same process"""
+    """`torch.export`"""
     model = trained(tiny, steps=1)
     inputs: dict[str, Any] = {**tiny.inputs(), **({"use_cache": False} if tiny.family in GENERATING else {})}
     with torch.no_grad():
