@@ -53,6 +53,12 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     assert script["updated"](page) == page
 
 
+def test_the_table_of_half_precision_is_the_stored_one() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "half_precision.py"))
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert script["updated"](page) == page
+
+
 def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs")
     script = runpy.run_path(str(ROOT / "docs" / "update_compatibility.py"))
