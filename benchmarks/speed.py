@@ -79,11 +79,13 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
         "LoHa": lambda: LoHaConfig(**common, alpha=R),
         "LR-LoRA": lambda: LrLoraConfig(**common, num_basis=50),
         "LR-LoRA, N = 8": lambda: LrLoraConfig(**common, num_basis=8),
+        "LR-LoRA, every 4th token": lambda: LrLoraConfig(**common, num_basis=50, token_stride=4),
     }
     return get_peft_model(model, configs[method]()).train()
 
 
-METHODS = ("LoRA", "frozen base", "LR-LoRA", "LR-LoRA, N = 8", "full fine-tuning", "DoRA", "HiRA", "LoHa")
+LR_LORA = ("LR-LoRA", "LR-LoRA, N = 8", "LR-LoRA, every 4th token")
+METHODS = ("LoRA", "frozen base", *LR_LORA, "full fine-tuning", "DoRA", "HiRA", "LoHa")
 
 
 def training_step(name: str, method: str, *, checkpointing: bool = False) -> Step:
@@ -226,11 +228,11 @@ def measure(rounds: int) -> list[Record]:
 
     for name in MODELS:
         add("model", name, alternate({method: training_step(name, method) for method in METHODS}, rounds), True)
-        some = ("LoRA", "LR-LoRA", "LR-LoRA, N = 8", "full fine-tuning")
+        some = ("LoRA", *LR_LORA, "full fine-tuning")
         steps = {method: training_step(name, method, checkpointing=True) for method in some}
         add("checkpointing", name, alternate(steps, rounds), True)
     for size in (1024, 2048, 4096, 8192):
-        some = ("LoRA", "frozen base", "LR-LoRA", "LR-LoRA, N = 8", "full fine-tuning")
+        some = ("LoRA", "frozen base", *LR_LORA, "full fine-tuning")
         count = rounds if size < 4096 else max(3, rounds // 3)
         add("layer", str(size), alternate({method: layer_step(size, method) for method in some}, count), False)
         add("elementwise", str(size), alternate({"matmul": matmul(size), "W + ΔW": elementwise(size)}, count), False)

@@ -273,7 +273,7 @@ def comparison_table() -> str:
                 method,
                 f"{runs[0]['learning_rate']:g}",
                 str(len(runs)),
-                f"{fmean(accuracies):.1f} ± {sem(accuracies):.1f}",
+                f"{fmean(accuracies):.1f} ± {sem(accuracies):.1f}" if len(runs) > 1 else f"{accuracies[0]:.1f}",
                 *(difference(runs, reference) for reference in references),
                 f"{fmean(run['test_loss'] for run in runs):.3f}",
                 *(module_mean(runs[0], measure, digits) for measure, digits in ranks.items()),

@@ -31,7 +31,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
-    other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "lrlora_dropout")
+    other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "token_stride", "lrlora_dropout")
 
     base_layer: Any
     in_features: int
@@ -59,6 +59,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.input_gain: dict[str, float] = {}
+        self.token_stride: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         # Set by the model before a merge: another module uses the base weight too (tied embeddings).
         self.shares_weight = False
@@ -84,6 +85,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.weights[adapter_name] = 1.0
         self.input_gain[adapter_name] = config.input_gain
+        self.token_stride[adapter_name] = config.token_stride
         A, B = self._new_factors(r)
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         if config.init_weights:
@@ -318,8 +320,15 @@ class Linear(LrLoraLayer):
         return matrix.T if isinstance(self.base_layer, Conv1D) else matrix
 
     def _update(self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        return adapted_linear(x, weight, bias, *self._factors(adapter), scaling=scaling, input_gain=gain)
+        return adapted_linear(
+            x,
+            weight,
+            bias,
+            *self._factors(adapter),
+            scaling=self.scaling[adapter],
+            input_gain=self.input_gain[adapter],
+            token_stride=self.token_stride[adapter],
+        )
 
     def _adapted(self, x: Tensor, adapter: str) -> Tensor:
         return self._update(x, adapter, self._in_layout(self.base_layer.weight), self.base_layer.bias)
