@@ -178,7 +178,7 @@ def elementwise(size: int) -> Step:
     def step() -> None:
         with torch.no_grad():
             tabulated = TransferTable(phi.spec, phi.amplitude, phi.bandwidth, torch.float32)
-            _write_weight(out, weight, A, B, tabulated, _Update(phi.spec, 1.0, 300.0))
+            _write_weight(out, weight, A, B, tabulated, _Update(phi.spec, 1.0, 300.0, 1))
 
     return step
 
