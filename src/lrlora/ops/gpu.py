@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ..transfer import DEGREE, TransferTable
+from ..transfer import TransferTable
 
 _FORMS = {"residual": 0, "saturating": 1}
-_LINE = 8
 _MOMENTS = 3
 _BLOCK_M, _BLOCK_N = 64, 64
 # A sum of 2²⁶ terms (a layer of 8192²), each at most 1 after scaling, stays below 2⁶³.
@@ -52,13 +51,11 @@ def _locate(z, side, cells_per_unit):
 
 
 @triton.jit
-def _quintic(table, cell, t):
-    p = tl.load(table + cell * 8 + 5)
-    p = p * t + tl.load(table + cell * 8 + 4)
-    p = p * t + tl.load(table + cell * 8 + 3)
-    p = p * t + tl.load(table + cell * 8 + 2)
-    p = p * t + tl.load(table + cell * 8 + 1)
-    return p * t + tl.load(table + cell * 8)
+def _cubic(table, cell, t):
+    p = tl.load(table + cell * 4 + 3)
+    p = p * t + tl.load(table + cell * 4 + 2)
+    p = p * t + tl.load(table + cell * 4 + 1)
+    return p * t + tl.load(table + cell * 4)
 
 
 @triton.jit
@@ -102,7 +99,7 @@ def _weight_kernel(
     place = rows[:, None] * n + columns[None, :]
     z = _transfer_input(A, B, rows, columns, m, n, r, PADDED_R, gain)
     cell, t = _locate(z, side, cells_per_unit)
-    psi = _quintic(table, cell, t)
+    psi = _cubic(table, cell, t)
     value = scale * ((_tanh(z) if IS_SATURATING else z) + psi)
     if HAS_WEIGHT:
         value += tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
@@ -137,7 +134,7 @@ def _gradient_kernel(
     z = _transfer_input(A, B, rows, columns, m, n, r, PADDED_R, gain)
     cell, t = _locate(z, side, cells_per_unit)
     g = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
-    slope = tl.where(tl.abs(z) * cells_per_unit <= side, _quintic(table, cell, t), 0.0)
+    slope = tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
     if IS_SATURATING:
         tangent = _tanh(z)
         slope += 1.0 - tangent * tangent
@@ -168,7 +165,7 @@ def write_weight(
         out if weight is None else weight.contiguous(),
         A.contiguous(),
         B.contiguous(),
-        _lines(table.coefficients),
+        table.cubics(derivative=False),
         m,
         n,
         float(table.cells_per_side),
@@ -189,7 +186,6 @@ def write_gradient(
 ) -> None:
     """Write s·φ′(g·BA) ∘ G to `H` (m, n), which may be G; add G to the gradient of φ's parameters in `table`."""
     m, n = G.shape
-    powers = torch.arange(1, DEGREE + 1, dtype=torch.float32, device=G.device).unsqueeze(1)
     largest = G.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
     moments = torch.zeros(2 * table.cells_per_side, _MOMENTS, dtype=torch.int64, device=G.device)
     grid = (triton.cdiv(m, _BLOCK_M), triton.cdiv(n, _BLOCK_N))
@@ -198,7 +194,7 @@ def write_gradient(
         G,
         A.contiguous(),
         B.contiguous(),
-        _lines(table.coefficients[1:] * (powers / table.spacing)),
+        table.cubics(derivative=True),
         moments,
         m,
         n,
@@ -215,10 +211,3 @@ def write_gradient(
     )
     unit = largest.double() * (scaling / gain * 2.0**-_FRACTION_BITS)
     table.add_central_moments(moments * unit)
-
-
-def _lines(coefficients: Tensor) -> Tensor:
-    """The polynomials of all cells, (≤ 6, cells) → (cells, 8): an entry reads one line."""
-    lines = coefficients.new_zeros(coefficients.shape[1], _LINE, dtype=torch.float32)
-    lines[:, : len(coefficients)] = coefficients.T
-    return lines

@@ -1,7 +1,6 @@
 // The two loops over the entries of ΔW, fused, for float32 on a CPU. See native.py for how they are called.
 //
-// A table of ψ or ψ' is read as lines of 8 floats, one per cell (6 coefficients of a quintic in t, 2 unused), so that an
-// entry touches one cache line. Rows are dealt to threads in contiguous shares: results do not depend on timing.
+// A table of ψ or ψ' is read as lines of 4 floats, one per cell: the coefficients of a cubic in t. Rows are dealt to threads in contiguous shares: results do not depend on timing.
 
 #include <algorithm>
 #include <cmath>
@@ -11,7 +10,7 @@
 
 namespace {
 
-constexpr int LINE = 8;
+constexpr int LINE = 4;
 constexpr int MOMENTS = 4;                   // 3 and one unused
 constexpr int64_t CHUNK = 256;               // entries of a row handled at a time, in the first-level cache
 constexpr int64_t FLUSH_ENTRIES = 1 << 17;   // float32 sums of at most so many terms are added up in float64
@@ -91,13 +90,8 @@ inline void locate(int32_t* cell, float* t, const float* z, int64_t count, const
     }
 }
 
-inline float quintic(const float* c, float t) {
-    float p = c[5];
-    p = multiply_add(p, t, c[4]);
-    p = multiply_add(p, t, c[3]);
-    p = multiply_add(p, t, c[2]);
-    p = multiply_add(p, t, c[1]);
-    return multiply_add(p, t, c[0]);
+inline float cubic(const float* c, float t) {
+    return multiply_add(multiply_add(multiply_add(c[3], t, c[2]), t, c[1]), t, c[0]);
 }
 
 }  // namespace
@@ -116,7 +110,7 @@ void lrlora_effective_weight(float* out, const float* weight, const float* A, co
             const int64_t count = std::min(CHUNK, n - start);
             product(z, B + i * r, A + start, r, n, count, phi.gain);
             locate(cell, t, z, count, phi);
-            for (int64_t j = 0; j < count; ++j) psi[j] = quintic(phi.table + cell[j], t[j]);
+            for (int64_t j = 0; j < count; ++j) psi[j] = cubic(phi.table + cell[j], t[j]);
             if (phi.form == SATURATING)
                 for (int64_t j = 0; j < count; ++j) z[j] = hyperbolic_tangent(z[j]);
             float* o = out + i * n + start;
@@ -153,7 +147,7 @@ void lrlora_gradient(float* H, const float* G, const float* A, const float* B, i
                 const float* g = G + i * n + start;
                 for (int64_t j = 0; j < count; ++j) {
                     const float inside = std::fabs(z[j]) * phi.cells_per_unit <= side ? 1.0f : 0.0f;
-                    h[j] = inside * quintic(phi.table + cell[j], t[j]);
+                    h[j] = inside * cubic(phi.table + cell[j], t[j]);
                 }
                 if (phi.form == SATURATING) {
                     for (int64_t j = 0; j < count; ++j) {

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import cache_folder
-from ..transfer import DEGREE, TransferTable
+from ..transfer import TransferTable
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FORMS = {"residual": 0, "saturating": 1}
-_LINE, _MOMENTS = 8, 4
+_MOMENTS = 4
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
 _ENTRIES_PER_THREAD = 2**15
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
@@ -70,7 +70,7 @@ def write_weight(
     """Write weight + (s/g)·φ(g·BA) to `out` (m, n), contiguous; all tensors float32 on the CPU."""
     A, B = A.contiguous(), B.contiguous()
     weight = None if weight is None else weight.contiguous()
-    phi, _keep = _phi(table, table.coefficients, scaling, gain)
+    phi, _keep = _phi(table, table.cubics(derivative=False), scaling, gain)
     pointer = None if weight is None else weight.data_ptr()
     sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
     _require_library().lrlora_effective_weight(
@@ -83,8 +83,7 @@ def write_gradient(
 ) -> None:
     """Write s·φ′(g·BA) ∘ G to `H` (m, n), which may be G; add G to the gradient of φ's parameters in `table`."""
     A, B = A.contiguous(), B.contiguous()
-    powers = torch.arange(1, DEGREE + 1, dtype=torch.float32, device="cpu").unsqueeze(1)
-    phi, _keep = _phi(table, table.coefficients[1:] * (powers / table.spacing), scaling, gain)
+    phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
     moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64, device="cpu")
     sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
@@ -92,12 +91,10 @@ def write_gradient(
     table.add_central_moments(moments.sum(0)[:, :3])
 
 
-def _phi(table: TransferTable, coefficients: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
-    """What a kernel knows of φ, with ψ or ψ′ as polynomials (≤ 6, cells), and the tensor that it points into."""
-    lines = coefficients.new_zeros(2 * table.cells_per_side, _LINE)
-    lines[:, : len(coefficients)] = coefficients.T
+def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
+    """What a kernel knows of φ, and the tensor (cells, 4) that it points into."""
     form = _FORMS[table.spec.form]
-    return _Phi(lines.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain, scaling), lines
+    return _Phi(cubics.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain, scaling), cubics
 
 
 def _pointers(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
