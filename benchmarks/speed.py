@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -207,11 +206,19 @@ def _memory_of(kind: str, name: str, method: str) -> float:
         "checkpointing": lambda: training_step(name, method, checkpointing=True),
         "own work": lambda: own_work(int(name), method),
     }
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kib()
     step = makers[kind]()
     step()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_peak_kib() - before) / 1024
+
+
+def _peak_kib() -> int:
+    """Peak resident memory of this program; `getrusage` would count what the parent process had, too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1])
+    raise RuntimeError("Peak memory is read from /proc/self/status, which this system does not have: use Linux.")
 
 
 def measure(rounds: int) -> list[Record]:
