@@ -290,6 +290,8 @@ def learned_ranks_table() -> str:
         if len(runs) < 2 or any(run["ranks"] is None for run in runs):
             continue
         by_seed = np.log([[row["stable_rank"] for row in run["ranks"]] for run in runs])
+        if np.ptp(by_seed) < 1e-6:
+            continue  # LoRA at r = 1
         kinds = np.array([row["kind"] for row in runs[0]["ranks"]])
         # Under the null hypothesis a module's rank under one seed says nothing of its rank under another.
         p = permutation_test(
