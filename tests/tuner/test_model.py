@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from lrlora import LrLoraConfig
@@ -272,3 +273,21 @@ def test_injecting_the_same_name_again_starts_anew(tiny_bert: TinyModel) -> None
     model = inject_adapter_in_model(LrLoraConfig(**config, num_basis=8), model)
     for layer in adapted_layers(model):
         assert torch.equal(layer.lrlora_phi["default"].amplitude, torch.zeros(8))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_an_adapter_for_each_sample_however_generate_is_told_to_repeat_them(family: str) -> None:
+    tiny = TinyModel(family)
+    model = adapt(tiny, init_weights=False)
+    ids, names = tiny.inputs()["input_ids"], ["default", "__base__"]
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    expected = model.generate(input_ids=ids, adapter_names=names, num_beams=2, **options)
+    config = GenerationConfig(num_beams=2, **options, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, generation_config=config), expected)
+    several = model.generate(input_ids=ids, adapter_names=names, num_beams=2, num_return_sequences=2, **options)
+    assert torch.equal(several[::2], expected)
+    torch.manual_seed(0)
+    sampled = model.generate(
+        input_ids=ids, adapter_names=names, num_return_sequences=3, do_sample=True, max_new_tokens=3
+    )
+    assert len(sampled) == 6

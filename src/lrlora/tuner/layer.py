@@ -33,6 +33,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
     other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "token_stride", "lrlora_dropout")
 
+    weight_name = "weight"  # of the base layer's parameter that is adapted
+
     base_layer: Any
     in_features: int
     out_features: int
@@ -129,6 +131,12 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             )
         return A, B, phi
 
+    def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
+        """A, B and the parameters of φ; nothing if this layer does not have the adapter."""
+        for part in self.adapter_layer_names:
+            if adapter in getattr(self, part):
+                yield from getattr(self, part)[adapter].parameters()
+
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         """What ΔW alone makes of the input: what is added to the base layer's output."""
         raise NotImplementedError
@@ -191,13 +199,10 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         x = _as_autocast(x)
         for adapter in adapters:
-            update = self._update(self._dropped_out(x, adapter), adapter)
-            result = result + (self.weights[adapter] * update).to(result.dtype)
+            # Token ids have no dropout: as in PEFT, an embedding ignores it.
+            seen = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
+            result = result + (self.weights[adapter] * self._update(seen, adapter)).to(result.dtype)
         return result
-
-    def _dropped_out(self, x: Tensor, adapter: str) -> Tensor:
-        # Token ids have no dropout: as in PEFT, an embedding ignores it.
-        return self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -218,8 +223,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
             result = result.index_add(0, rows, self._update(x[rows], adapter).to(result.dtype))
         return result
-
-    weight_name = "weight"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given adapters (default: the active ones) to the base weight.
@@ -342,7 +345,7 @@ class Linear(LrLoraLayer):
 
     def _forward_with_kept_weight(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         takes_one_pass = self._takes_one_pass(x, adapters[:1])
-        tensors = [self.base_layer.weight, *(p for name in adapters for f in self._factors(name) for p in _tensors(f))]
+        tensors = [self.base_layer.weight, *(p for name in adapters for p in self.adapter_parameters(name))]
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         state = (x.dtype, takes_one_pass, tuple((name, self.weights[name]) for name in adapters), versions)
         if self._kept is None or self._kept[0] != state:
@@ -432,10 +435,8 @@ class ParamWrapper(LrLoraLayer):
         return self.get_param().dim() == 3 and getattr(self.get_base_layer(), "is_transposed", False)
 
     def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
-        experts = self.num_experts
-        return nn.Linear(self.in_features, experts * r, bias=False), nn.Linear(
-            r, experts * self.out_features, bias=False
-        )
+        A = nn.Linear(self.in_features, self.num_experts * r, bias=False)
+        return A, nn.Linear(r, self.num_experts * self.out_features, bias=False)
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
         A, B, phi = super()._factors(adapter)
@@ -486,13 +487,6 @@ class ParamWrapper(LrLoraLayer):
         while module is not self.get_base_layer():
             path, module = f"base_layer.{path}", module.base_layer
         return functional_call(self.base_layer, {path: weight}, args, kwargs)
-
-
-def _tensors(part: Tensor | Transfer) -> Iterator[Tensor]:
-    if isinstance(part, Transfer):
-        yield from part.parameters()
-    else:
-        yield part
 
 
 @contextmanager

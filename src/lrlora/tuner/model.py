@@ -83,13 +83,12 @@ class LrLoraModel(BaseTuner):
             yield
             return
         self._check_adapter_names(names)
-        beams = kwargs.get("num_beams") or 1
-        # Beam search repeats every sample, except for an encoder, which runs before that.
-        encoder = (
-            self.model.get_encoder() if beams > 1 and getattr(self.model.config, "is_encoder_decoder", False) else None
-        )
-        within_encoder = set(encoder.modules()) if encoder is not None else set()
-        repeated = [name for name in names for _ in range(beams)]
+        # `generate` repeats every sample for beams or several sequences, except in an encoder, which runs before that.
+        settings = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
+        copies = max(each.get(name) or 1 for each in settings for name in ("num_beams", "num_return_sequences"))
+        has_encoder = copies > 1 and self.model.config.is_encoder_decoder
+        within_encoder = set(self.model.get_encoder().modules()) if has_encoder else set()
+        repeated = [name for name in names for _ in range(copies)]
         handles = [
             module.register_forward_pre_hook(
                 partial(_pass_adapter_names, names if module in within_encoder else repeated), with_kwargs=True
@@ -173,9 +172,7 @@ class LrLoraModel(BaseTuner):
         for path, layer in self.model.named_modules():
             if isinstance(layer, LrLoraLayer):
                 for name in adapter_names or layer.active_adapters:
-                    parts = (getattr(layer, part) for part in layer.adapter_layer_names)
-                    parameters = (p for part in parts if name in part for p in part[name].parameters())
-                    if not all(torch.isfinite(p).all() for p in parameters):
+                    if not all(torch.isfinite(p).all() for p in layer.adapter_parameters(name)):
                         raise ValueError(
                             f"Merging {name} would put non-finite values into the base weight of {path}; nothing was "
                             "merged. Training has diverged: go back to an earlier checkpoint."
