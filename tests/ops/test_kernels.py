@@ -126,3 +126,9 @@ def test_the_start_leaves_every_bit() -> None:
     case = make_case(dtype=torch.float32)
     start = case._replace(B=torch.zeros(37, 3), transfer=Transfer(TransferSpec("saturating")))
     assert torch.equal(lean(start), torch.nn.functional.linear(case.x, case.weight, case.bias))
+
+
+def test_an_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRLORA_KERNELS", "1")
+    with pytest.raises(ValueError, match=r"LRLORA_KERNELS must be one of native, triton, 0 .* is '1'"):
+        lean(make_case(dtype=torch.float32))

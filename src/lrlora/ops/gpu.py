@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..transfer import TransferTable
 
-_FORMS = {"residual": 0, "saturating": 1}
+_FORMS = ("residual", "saturating")
 _MOMENTS = 3
 _BLOCK_M, _BLOCK_N = 64, 64
 # A sum of 2²⁶ terms (a layer of 8192²), each at most 1 after scaling, stays below 2⁶³.
-_FRACTION_BITS = 36
+_ONE = tl.constexpr(2.0**36)
 
 
 def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
@@ -34,12 +34,15 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @triton.jit
-def _transfer_input(A, B, rows, columns, m, n, r: tl.constexpr, PADDED_R: tl.constexpr, gain):
-    """Z of a tile, float32: g · B[rows] A[:, columns]."""
+def _tile(A, B, m, n, gain, r: tl.constexpr, PADDED_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of this program's tile: the places of its entries in an m×n tensor, which exist, and Z = g·BA, float32."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, PADDED_R)
     b = tl.load(B + rows[:, None] * r + k[None, :], mask=(rows[:, None] < m) & (k[None, :] < r), other=0.0)
     a = tl.load(A + k[:, None] * n + columns[None, :], mask=(k[:, None] < r) & (columns[None, :] < n), other=0.0)
-    return gain * tl.dot(b, a, input_precision="ieee")
+    inside = (rows[:, None] < m) & (columns[None, :] < n)
+    return rows[:, None] * n + columns[None, :], inside, gain * tl.dot(b, a, input_precision="ieee")
 
 
 @triton.jit
@@ -93,11 +96,7 @@ def _weight_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (rows[:, None] < m) & (columns[None, :] < n)
-    place = rows[:, None] * n + columns[None, :]
-    z = _transfer_input(A, B, rows, columns, m, n, r, PADDED_R, gain)
+    place, inside, z = _tile(A, B, m, n, gain, r, PADDED_R, BLOCK_M, BLOCK_N)
     cell, t = _locate(z, side, cells_per_unit)
     psi = _cubic(table, cell, t)
     value = scale * ((_tanh(z) if IS_SATURATING else z) + psi)
@@ -127,11 +126,7 @@ def _gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (rows[:, None] < m) & (columns[None, :] < n)
-    place = rows[:, None] * n + columns[None, :]
-    z = _transfer_input(A, B, rows, columns, m, n, r, PADDED_R, gain)
+    place, inside, z = _tile(A, B, m, n, gain, r, PADDED_R, BLOCK_M, BLOCK_N)
     cell, t = _locate(z, side, cells_per_unit)
     g = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
     slope = tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
@@ -145,13 +140,8 @@ def _gradient_kernel(
     unit = g * tl.load(fixed_point)
     u = t - 0.5
     for power in tl.static_range(3):
-        tl.atomic_add(moments + cell * 3 + power, _to_fixed(unit), mask=inside)
+        tl.atomic_add(moments + cell * 3 + power, (unit.to(tl.float64) * _ONE).to(tl.int64), mask=inside)
         unit *= u
-
-
-@triton.jit
-def _to_fixed(x):
-    return (x.to(tl.float64) * 68719476736.0).to(tl.int64)  # 2³⁶
 
 
 def write_weight(
@@ -209,5 +199,5 @@ def write_gradient(
         BLOCK_M=_BLOCK_M,
         BLOCK_N=_BLOCK_N,
     )
-    unit = largest.double() * (scaling / gain * 2.0**-_FRACTION_BITS)
+    unit = largest.double() * (scaling / gain / _ONE.value)
     table.add_central_moments(moments * unit)

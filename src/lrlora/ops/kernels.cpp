@@ -1,6 +1,7 @@
 // The two loops over the entries of ΔW, fused, for float32 on a CPU. See native.py for how they are called.
 //
-// A table of ψ or ψ' is read as lines of 4 floats, one per cell: the coefficients of a cubic in t. Rows are dealt to threads in contiguous shares: results do not depend on timing.
+// A table of ψ or ψ' is read as lines of 4 floats, one per cell: the coefficients of a cubic in t. Rows are dealt to
+// threads in contiguous shares: results do not depend on timing.
 
 #include <algorithm>
 #include <cmath>

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -38,14 +39,17 @@ class Kernels(Protocol):
 
 
 def pick(table: TransferTable, *tensors: Tensor | None) -> Kernels | None:
-    """The kernels for this φ and these tensors, the first of which is given; None for plain PyTorch."""
+    """The kernels for this φ and these tensors; None for plain PyTorch.
+
+    Raises:
+        ValueError: `LRLORA_KERNELS` is none of the known values.
+
+    """
     is_on_gpu = any(t is not None and t.is_cuda for t in tensors)
     choice = os.environ.get("LRLORA_KERNELS") or ("triton" if is_on_gpu else "native")
-    kernels: Kernels | None = None
-    if choice == "triton":
-        kernels = _triton()
-    elif choice == "native":
-        kernels = native
+    if choice not in _CHOICES:
+        raise ValueError(f"LRLORA_KERNELS must be one of {', '.join(_CHOICES)} in the environment, and is {choice!r}.")
+    kernels = _CHOICES[choice]()
     return kernels if kernels is not None and kernels.takes(table, *tensors) else None
 
 
@@ -55,3 +59,6 @@ def _triton() -> Kernels | None:
         return importlib.import_module(".gpu", __package__)
     except ImportError:
         return None  # PyTorch for CUDA brings Triton along; elsewhere it may be missing
+
+
+_CHOICES: dict[str, Callable[[], Kernels | None]] = {"native": lambda: native, "triton": _triton, "0": lambda: None}
