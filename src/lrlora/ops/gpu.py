@@ -171,11 +171,12 @@ def write_weight(
     )
 
 
-def write_gradient(
-    H: Tensor, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
-) -> None:
-    """Write s·φ′(g·BA) ∘ G to `H` (m, n), which may be G; add G to the gradient of φ's parameters in `table`."""
+def factor_gradients(
+    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float, *, is_free: bool
+) -> tuple[Tensor, Tensor]:
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), overwritten if it `is_free`; adds G to φ's gradient in `table`."""
     m, n = G.shape
+    H = G if is_free else torch.empty_like(G)
     largest = G.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
     moments = torch.zeros(2 * table.cells_per_side, _MOMENTS, dtype=torch.int64, device=G.device)
     grid = (triton.cdiv(m, _BLOCK_M), triton.cdiv(n, _BLOCK_N))
@@ -201,3 +202,4 @@ def write_gradient(
     )
     unit = largest.double() * (scaling / gain / _ONE.value)
     table.add_central_moments(moments * unit)
+    return B.T @ H.to(A.dtype), H.to(A.dtype) @ A.T

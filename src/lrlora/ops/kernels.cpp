@@ -1,7 +1,8 @@
 // The two loops over the entries of ΔW, fused, for float32 on a CPU. See native.py for how they are called.
 //
-// A table of ψ or ψ' is read as lines of 4 floats, one per cell: the coefficients of a cubic in t. Rows are dealt to
-// threads in contiguous shares: results do not depend on timing.
+// A table of ψ or ψ' is read as lines of 4 floats, one per cell: the coefficients of a cubic in t. Sums of moments are
+// laid out like it, so that both are indexed alike. Rows are dealt to threads in contiguous shares: results do not depend
+// on timing.
 
 #include <algorithm>
 #include <cmath>
@@ -11,12 +12,34 @@
 
 namespace {
 
-constexpr int LINE = 4;
-constexpr int MOMENTS = 4;                   // 3 and one unused
+constexpr int LINE = 4;                      // floats per cell: coefficients of a cubic, or 3 moments and one unused
+constexpr int BANKS = 2;                     // of sums: neighbours often share a cell, and would wait for each other
 constexpr int64_t CHUNK = 256;               // entries of a row handled at a time, in the first-level cache
-constexpr int64_t FLUSH_ENTRIES = 1 << 17;   // float32 sums of at most so many terms are added up in float64
+constexpr int64_t FLUSH_ENTRIES = 1 << 18;   // float32 sums of at most so many terms are added up in float64
 
-typedef float Moments __attribute__((vector_size(MOMENTS * sizeof(float))));
+// Vectors that any float array can be read as. A CPU with wider or narrower ones splits or joins them.
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t Places __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Places{i, j, k, l})
+#endif
+
+inline Four& four(float* place) { return *reinterpret_cast<Four*>(place); }
+inline const Four& four(const float* place) { return *reinterpret_cast<const Four*>(place); }
+inline const Sixteen& sixteen(const float* place) { return *reinterpret_cast<const Sixteen*>(place); }
+
+inline void transpose(Four& a, Four& b, Four& c, Four& d) {
+    const Four ab01 = SHUFFLE(a, b, 0, 4, 1, 5), ab23 = SHUFFLE(a, b, 2, 6, 3, 7);
+    const Four cd01 = SHUFFLE(c, d, 0, 4, 1, 5), cd23 = SHUFFLE(c, d, 2, 6, 3, 7);
+    a = SHUFFLE(ab01, cd01, 0, 1, 4, 5);
+    b = SHUFFLE(ab01, cd01, 2, 3, 6, 7);
+    c = SHUFFLE(ab23, cd23, 0, 1, 4, 5);
+    d = SHUFFLE(ab23, cd23, 2, 3, 6, 7);
+}
 
 // std::fma is a slow library call where the CPU has no such instruction; the compiler contracts this where it has.
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
@@ -91,8 +114,50 @@ inline void locate(int32_t* cell, float* t, const float* z, int64_t count, const
     }
 }
 
-inline float cubic(const float* c, float t) {
-    return multiply_add(multiply_add(multiply_add(c[3], t, c[2]), t, c[1]), t, c[0]);
+// value[j] = the cubic of cell[j] at t[j]. Four lines are loaded and transposed, which beats gathering their parts.
+inline void read_table(float* value, const float* table, const int32_t* cell, const float* t, int64_t count) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        Four c0 = four(table + cell[j]), c1 = four(table + cell[j + 1]);
+        Four c2 = four(table + cell[j + 2]), c3 = four(table + cell[j + 3]);
+        transpose(c0, c1, c2, c3);
+        four(value + j) = ((c3 * four(t + j) + c2) * four(t + j) + c1) * four(t + j) + c0;
+    }
+    for (; j < count; ++j) {
+        const float* c = table + cell[j];
+        value[j] = multiply_add(multiply_add(multiply_add(c[3], t[j], c[2]), t[j], c[1]), t[j], c[0]);
+    }
+}
+
+// To the sums (LINE) of cell[j], in one of the banks, adds term * (1, u, u²) with term = scale * g[j], u = t[j] - 1/2.
+inline void add_moments(float* sums, int64_t bank, const int32_t* cell, const float* t, const float* g, int64_t count,
+                        float scale) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        const Four u = four(t + j) - 0.5f;
+        Four m0 = four(g + j) * scale, m1 = m0 * u, m2 = m1 * u, m3{};
+        transpose(m0, m1, m2, m3);
+        four(sums + cell[j]) += m0;
+        four(sums + bank + cell[j + 1]) += m1;
+        four(sums + cell[j + 2]) += m2;
+        four(sums + bank + cell[j + 3]) += m3;
+    }
+    for (; j < count; ++j) {
+        const float u = t[j] - 0.5f, term = scale * g[j];
+        four(sums + cell[j]) += Four{term, term * u, term * u * u, 0.0f};
+    }
+}
+
+// sum_j h[j] * a[j]; and out[j] += factor * h[j].
+inline float dot_and_add(float* out, const float* h, const float* a, float factor, int64_t count) {
+    Sixteen sums{};
+    int64_t j = 0;
+    for (; j + 16 <= count; j += 16) sums += sixteen(h + j) * sixteen(a + j);
+    float sum = 0;
+    for (int lane = 0; lane < 16; ++lane) sum += sums[lane];
+    for (; j < count; ++j) sum = multiply_add(h[j], a[j], sum);
+    for (j = 0; j < count; ++j) out[j] = multiply_add(factor, h[j], out[j]);
+    return sum;
 }
 
 }  // namespace
@@ -111,7 +176,7 @@ void lrlora_effective_weight(float* out, const float* weight, const float* A, co
             const int64_t count = std::min(CHUNK, n - start);
             product(z, B + i * r, A + start, r, n, count, phi.gain);
             locate(cell, t, z, count, phi);
-            for (int64_t j = 0; j < count; ++j) psi[j] = cubic(phi.table + cell[j], t[j]);
+            read_table(psi, phi.table, cell, t, count);
             if (phi.form == SATURATING)
                 for (int64_t j = 0; j < count; ++j) z[j] = hyperbolic_tangent(z[j]);
             float* o = out + i * n + start;
@@ -125,31 +190,33 @@ void lrlora_effective_weight(float* out, const float* weight, const float* A, co
     }
 }
 
-// H (m, n) = s * φ'(g * B A) ∘ G, in place of G if H == G. Adds to moments (threads, 2 * side, MOMENTS), per cell, the
-// sums of (s/g) * G * u^p, p = 0, 1, 2, where u = t - 1/2 is the distance from the middle of the cell.
-void lrlora_gradient(float* H, const float* G, const float* A, const float* B, int64_t m, int64_t n, int64_t r, Phi phi,
-                     double* moments, int32_t threads) {
-    const float output_scale = phi.scaling / phi.gain;
-    const int64_t cells = int64_t{2} * phi.side;
+// With H = s * φ'(g * B A) ∘ G: grad_B (m, r) = H Aᵀ, and grad_A (threads, r, n), zero before, is each thread's share of
+// Bᵀ H. Adds to moments (threads, 2 * side, LINE), per cell, the sums of (s/g) * G * u^p, p = 0, 1, 2, where
+// u = t - 1/2 is the distance from the middle of the cell.
+void lrlora_gradient(const float* G, const float* A, const float* B, float* grad_A, float* grad_B, double* moments,
+                     int64_t m, int64_t n, int64_t r, Phi phi, int32_t threads) {
+    const float side = static_cast<float>(phi.side);
+    const int64_t bins = int64_t{2} * phi.side * LINE;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int32_t thread = 0; thread < threads; ++thread) {
         const int64_t first = m * thread / threads, last = m * (thread + 1) / threads;
-        std::vector<Moments> sums(cells, Moments{});
-        double* total = moments + thread * cells * MOMENTS;
+        std::vector<float> sums(BANKS * bins);
+        double* total = moments + thread * bins;
         int64_t pending = 0;
-        for (int64_t i = first; i < last; ++i) {
-            float z[CHUNK], t[CHUNK], h[CHUNK];
-            int32_t cell[CHUNK];
-            for (int64_t start = 0; start < n; start += CHUNK) {
-                const int64_t count = std::min(CHUNK, n - start);
-                product(z, B + i * r, A + start, r, n, count, phi.gain);
-                locate(cell, t, z, count, phi);
-                const float side = static_cast<float>(phi.side);
+        // Columns outside, rows inside: A and grad_A of a chunk stay in the first-level cache.
+        for (int64_t start = 0; start < n; start += CHUNK) {
+            const int64_t count = std::min(CHUNK, n - start);
+            const float* a = A + start;
+            float* grad_a = grad_A + thread * r * n + start;
+            for (int64_t i = first; i < last; ++i) {
+                float z[CHUNK], t[CHUNK], h[CHUNK];
+                int32_t cell[CHUNK];
+                const float* b = B + i * r;
                 const float* g = G + i * n + start;
-                for (int64_t j = 0; j < count; ++j) {
-                    const float inside = std::fabs(z[j]) * phi.cells_per_unit <= side ? 1.0f : 0.0f;
-                    h[j] = inside * cubic(phi.table + cell[j], t[j]);
-                }
+                product(z, b, a, r, n, count, phi.gain);
+                locate(cell, t, z, count, phi);
+                read_table(h, phi.table, cell, t, count);
+                for (int64_t j = 0; j < count; ++j) h[j] = std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j];
                 if (phi.form == SATURATING) {
                     for (int64_t j = 0; j < count; ++j) {
                         const float tangent = hyperbolic_tangent(z[j]);
@@ -158,18 +225,18 @@ void lrlora_gradient(float* H, const float* G, const float* A, const float* B, i
                 } else {
                     for (int64_t j = 0; j < count; ++j) h[j] += 1.0f;
                 }
-                for (int64_t j = 0; j < count; ++j) {
-                    const float u = t[j] - 0.5f, term = output_scale * g[j];
-                    sums[cell[j] / LINE] += Moments{term, term * u, term * u * u, 0.0f};
+                for (int64_t j = 0; j < count; ++j) h[j] *= phi.scaling * g[j];
+                add_moments(sums.data(), bins, cell, t, g, count, phi.scaling / phi.gain);
+                for (int64_t k = 0; k < r; ++k) {
+                    const float part = dot_and_add(grad_a + k * n, h, a + k * n, b[k], count);
+                    grad_B[i * r + k] = start ? grad_B[i * r + k] + part : part;
                 }
-                float* out = H + i * n + start;
-                for (int64_t j = 0; j < count; ++j) out[j] = phi.scaling * h[j] * g[j];
-            }
-            pending += n;
-            if (pending >= FLUSH_ENTRIES || i + 1 == last) {
-                for (int64_t k = 0; k < cells * MOMENTS; ++k) total[k] += sums[k / MOMENTS][k % MOMENTS];
-                std::fill(sums.begin(), sums.end(), Moments{});
-                pending = 0;
+                pending += count;
+                if (pending >= FLUSH_ENTRIES || (i + 1 == last && start + count == n)) {
+                    for (int64_t k = 0; k < BANKS * bins; ++k) total[k % bins] += sums[k];
+                    std::fill(sums.begin(), sums.end(), 0.0f);
+                    pending = 0;
+                }
             }
         }
     }

@@ -33,9 +33,9 @@ class Kernels(Protocol):
         gain: float,
     ) -> None: ...
 
-    def write_gradient(
-        self, H: Tensor, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
-    ) -> None: ...
+    def factor_gradients(
+        self, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float, *, is_free: bool
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def pick(table: TransferTable, *tensors: Tensor | None) -> Kernels | None:

@@ -105,9 +105,7 @@ def _factor_gradients(
         return grad_At.T.contiguous(), grad_Bt.T.contiguous()
     kernels = pick(table, G, A, B)
     if kernels is not None:
-        H = G if is_free else torch.empty_like(G)
-        kernels.write_gradient(H, G, A, B, table, update.scaling, update.input_gain)
-        return B.T @ H.to(A.dtype), H.to(A.dtype) @ A.T
+        return kernels.factor_gradients(G, A, B, table, update.scaling, update.input_gain, is_free=is_free)
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
     for rows in _row_blocks(G):
         z = torch.mm(B[rows], A).mul_(update.input_gain)

@@ -78,17 +78,19 @@ def write_weight(
     )
 
 
-def write_gradient(
-    H: Tensor, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
-) -> None:
-    """Write s·φ′(g·BA) ∘ G to `H` (m, n), which may be G; add G to the gradient of φ's parameters in `table`."""
+def factor_gradients(
+    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float, *, is_free: bool
+) -> tuple[Tensor, Tensor]:
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), which is left alone; adds G to the gradient of φ in `table`."""
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
     moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64, device="cpu")
+    grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
     sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
-    _require_library().lrlora_gradient(*_pointers(H, G, A, B), *sizes, phi, *_pointers(moments), threads)
+    _require_library().lrlora_gradient(*_pointers(G, A, B, grad_A, grad_B, moments), *sizes, phi, threads)
     table.add_central_moments(moments.sum(0)[:, :3])
+    return grad_A.sum(0), grad_B
 
 
 def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
