@@ -17,6 +17,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,7 @@ from peft import HiraConfig, LoHaConfig, LoraConfig, get_peft_model  # noqa: E40
 from sections import table, with_section  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from lrlora import LrLoraConfig  # noqa: E402
+from lrlora import LrLoraConfig, cached_weights  # noqa: E402
 from lrlora.ops import delta_weight  # noqa: E402
 from lrlora.transfer import Transfer, TransferSpec  # noqa: E402
 
@@ -114,6 +115,29 @@ def training_step(name: str, method: str, *, checkpointing: bool = False) -> Ste
             optimizer.step()
             optimizer.zero_grad()
 
+    return step
+
+
+FORMING = "LR-LoRA, cached_weights opened for each call"
+_open_contexts = ExitStack()
+
+
+def generation(method: str) -> Step:
+    """64 new tokens for each of 2 prompts of 64, greedily, with the Llama shapes."""
+    torch.manual_seed(0)
+    model, _ = _llama()
+    if "base model" not in method:
+        model = adapt(model, "LR-LoRA")
+    model = model.eval()
+    prompt = torch.randint(0, 4096, (2, 64))
+    options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+
+    def step() -> None:
+        with torch.no_grad(), cached_weights(model) if method == FORMING else nullcontext():
+            model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+
+    if method == "LR-LoRA, cached_weights":
+        _open_contexts.enter_context(cached_weights(model))
     return step
 
 
@@ -243,6 +267,9 @@ def measure(rounds: int) -> list[Record]:
         count = rounds if size < 4096 else max(3, rounds // 3)
         add("layer", str(size), alternate({method: layer_step(size, method) for method in some}, count), False)
         add("elementwise", str(size), alternate({"matmul": matmul(size), "W + ΔW": elementwise(size)}, count), False)
+    # The base model again shows what two equal models differ by: decoding waits for memory, which varies.
+    some = ("base model", "base model, a second one", "LR-LoRA, cached_weights", FORMING, "LR-LoRA")
+    add("generate", "Llama shapes", alternate({method: generation(method) for method in some}, rounds), False)
     some = ("naive formula", "LR-LoRA")
     add("own work", "768", alternate({method: own_work(768, method) for method in some}, 3), True)
     return records
@@ -253,9 +280,10 @@ KINDS = {
     "checkpointing": "The same with gradient checkpointing",
     "layer": "One linear layer, size × size, forward and backward of 1,024 tokens",
     "elementwise": "Forming W + ΔW beside the layer's own matmul of 1,024 tokens",
+    "generate": "64 new tokens for each of 2 prompts of 64",
     "own work": "ΔW and its gradient alone, beside the formula written naively",
 }
-REFERENCES = {"elementwise": "matmul", "own work": "LR-LoRA"}
+REFERENCES = {"generate": "base model", "elementwise": "matmul", "own work": "LR-LoRA"}
 
 
 def render(records: list[Record]) -> str:

@@ -48,6 +48,19 @@ def test_float32_against_the_formula(form: str, num_basis: int, shape: tuple[int
     assert update_error(case) <= 1e-5
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+def test_every_element_is_written(transposed: bool) -> None:
+    case = make_case(dtype=torch.float32, shape=(65, 130), transposed=transposed)
+    expected = [lean(case), *gradients(lean(case), case)]
+    torch.use_deterministic_algorithms(True)  # memory that PyTorch does not initialise is then full of NaN
+    try:
+        assert torch.empty(1).isnan()
+        actual = [lean(case), *gradients(lean(case), case)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 30.0])
 def test_every_scale_of_the_entries(form: str, scale: float) -> None:

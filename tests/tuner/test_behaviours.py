@@ -462,6 +462,33 @@ def test_autocast(tiny: TinyModel) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+def test_grad_scaler(tiny: TinyModel) -> None:
+    """float16 `torch.autocast` with `GradScaler`: a step that overflows is skipped, the next ones train"""
+    model = trained(tiny).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+
+    def step(scaler: torch.amp.GradScaler) -> list[Tensor]:
+        """How far every parameter moved."""
+        before = [p.detach().clone() for p in parameters]
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = tiny.loss(model)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return [p.detach() - old for p, old in zip(parameters, before, strict=True)]
+
+    overflowing = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    assert not any(move.any() for move in step(overflowing))
+    assert overflowing.get_scale() == 2.0**59
+    tiny.loss(without_dropout(model)).backward()
+    expected = torch.cat([-0.1 * p.grad.flatten() for p in parameters])
+    optimizer.zero_grad()
+    moved = torch.cat([move.flatten() for move in step(torch.amp.GradScaler("cpu", init_scale=2.0**8))])
+    assert relative(moved, expected) <= 0.05
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(tiny: TinyModel, reentrant: bool) -> None:
     """gradient checkpointing, reentrant and not: the same gradients"""

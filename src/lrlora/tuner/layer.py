@@ -134,8 +134,10 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
         """A, B and the parameters of φ; nothing if this layer does not have the adapter."""
         for part in self.adapter_layer_names:
-            if adapter in getattr(self, part):
-                yield from getattr(self, part)[adapter].parameters()
+            modules = getattr(self, part)
+            if adapter in modules:
+                # `parameters()` looks for submodules too, which is slow enough to be felt at every generated token.
+                yield from (p for p in modules[adapter]._parameters.values() if p is not None)
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         """What ΔW alone makes of the input: what is added to the base layer's output."""
@@ -350,7 +352,9 @@ class Linear(LrLoraLayer):
         state = (x.dtype, takes_one_pass, tuple((name, self.weights[name]) for name in adapters), versions)
         if self._kept is None or self._kept[0] != state:
             self._kept = None  # frees the old one before a new one is formed
-            delta = torch.stack([self.weights[name] * self.get_delta_weight(name) for name in adapters]).sum(0)
+            delta = self.get_delta_weight(adapters[0]).mul_(self.weights[adapters[0]])
+            for name in adapters[1:]:
+                delta.add_(self.get_delta_weight(name), alpha=self.weights[name])
             self._kept = (state, delta.add_(self.base_layer.weight) if takes_one_pass else delta.to(x.dtype))
         weight = self._in_layout(self._kept[1])
         if takes_one_pass:
