@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
+from lrlora.training.config import TrainConfig
+
 from .conftest import FAMILIES, TinyModel
+from .training.small import reviews, save_encoder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,6 +35,17 @@ def test_python_examples_run(tiny_bert: TinyModel, tmp_path: Path, monkeypatch: 
     names["base_model"] = tiny_bert.build()
     exec(load, names)
     assert not isinstance(names["merged"], PeftModel)
+
+
+def test_training_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    TrainConfig.from_dict(yaml.safe_load(settings))
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    reviews().rename(columns={"review": "text", "verdict": "label"}).to_csv("reviews.csv", index=False)
+    exec(example, {"model_folder": save_encoder(tmp_path / "model")})
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
 def test_there_are_exactly_two_setup_commands() -> None:
@@ -75,7 +90,7 @@ def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.Mon
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("method", "settings", "phi", "compatibility")),
+    *(f"docs/{name}.md" for name in ("method", "settings", "phi", "compatibility", "speed", "train")),
 ]
 
 

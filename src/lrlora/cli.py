@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,9 +29,11 @@ def _one_clear_error() -> Iterator[None]:
     """Print what the user can act on as one message, without a traceback."""
     try:
         yield
+    except typer.Exit:
+        raise  # it is a RuntimeError
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         remedy = (
-            " Install what this command needs: pip install 'lrlora[demo]'" if isinstance(error, ImportError) else ""
+            " Install what this command needs: pip install 'lrlora[train]'" if isinstance(error, ImportError) else ""
         )
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(f'{error}{remedy}')}", highlight=False)
         raise typer.Exit(1) from None
@@ -127,3 +129,162 @@ def ranks(
             report.to_csv(csv)
         if picture:
             save_rank_figure(report, picture)
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with the same keys; options win over it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder or embedded:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
+    task: Annotated[str | None, typer.Option(help="classify, regress, multiple-choice or causal-lm.")] = None,
+    method: Annotated[str | None, typer.Option(help="lr-lora, lora, dora, adalora or full.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: what a column of the data holds.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Data to validate on.")] = None,
+    validation_share: Annotated[float | None, typer.Option(help="Else this part of training.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank r of BA.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step and device.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens at which examples are cut.")] = None,
+    early_stopping: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a field of the PEFT configuration.")] = None,
+    training: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a field of TrainingArguments.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+) -> None:
+    """Fine-tune your model on your data; save adapter, metrics and learned ranks."""
+    with _one_clear_error():
+        _quiet()
+        from .report.table import rank_table
+        from .training.config import TrainConfig, parse_assignments, read_run, read_yaml
+        from .training.train import Interrupted, rank_report_of, train
+
+        options = {
+            "model": model,
+            "data": data,
+            "task": task,
+            "method": method,
+            "output": None if output is None else str(output),
+            "validation": validation,
+            "validation_share": validation_share,
+            "max_length": max_length,
+            "early_stopping": early_stopping,
+            "seed": seed,
+        }
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        arguments = {
+            "learning_rate": learning_rate,
+            "num_train_epochs": epochs,
+            "max_steps": steps,
+            "per_device_train_batch_size": batch_size,
+        }
+        nested = {
+            "columns": parse_assignments(column or (), "--column"),
+            "adapter": parse_assignments(adapter or (), "--adapter")
+            | ({} if rank is None else {"target_r" if method == "adalora" else "r": rank}),
+            "training": parse_assignments(training or (), "--training")
+            | {name: value for name, value in arguments.items() if value is not None},
+        }
+        if resume is not None:
+            if config or given or any(nested.values()):
+                raise ValueError("--resume goes on with the settings of the run: give nothing else.")
+            content = read_run(resume)["config"] | {"output": str(resume)}
+        else:
+            content = read_yaml(config) if config else {}
+            content |= given
+            for name, values in nested.items():
+                if values:
+                    content[name] = {**(content.get(name) or {}), **values}
+        try:
+            result = train(
+                TrainConfig.from_dict(content), resume=resume is not None, overwrite=overwrite, announce=console.print
+            )
+        except Interrupted as stop:
+            Console(stderr=True).print(escape(str(stop)), highlight=False)
+            raise typer.Exit(130) from None
+        report = rank_report_of(result.output)
+        if report is not None:
+            console.print(rank_table(report, "Learned ranks"))
+        _print_metrics(result.metrics, "Validation, best checkpoint")
+        console.print(escape(f"Everything is in {result.output}"), highlight=False)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
+    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
+    split: Annotated[str | None, typer.Option(help="Of the data; default: test, else validation.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the metrics here.")] = None,
+) -> None:
+    """Metrics of a trained run on data."""
+    with _one_clear_error():
+        _quiet()
+        from .training.config import parse_assignments
+        from .training.inference import evaluate
+        from .training.train import write_json
+
+        columns = parse_assignments(column, "--column") if column else None
+        metrics = evaluate(run, data, split=split, columns=columns)
+        _print_metrics(metrics, f"{run} on {data}")
+        if json:
+            write_json(json, metrics)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
+    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    split: Annotated[str | None, typer.Option(help="Of the data; default: test, else validation.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """What a trained run makes of data, a line of JSON for each example."""
+    with _one_clear_error():
+        _quiet()
+        from .training.config import parse_assignments
+        from .training.inference import predict, write_predictions
+
+        if output.exists() and not overwrite:
+            raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
+        columns = parse_assignments(column, "--column") if column else None
+        count = write_predictions(output, predict(run, data, split=split, columns=columns))
+        console.print(escape(f"{count:,} predictions: {output}"), highlight=False)
+
+
+@app.command()
+def inputs() -> None:
+    """List the models and data that come with packages, for `embedded:NAME`."""
+    with _one_clear_error():
+        from .training.embedded import EMBEDDED_DATA, EMBEDDED_MODELS
+
+        table = Table(title="Models and data that need no model hub", title_justify="left")
+        for heading in ("name", "for", "what"):
+            table.add_column(heading, no_wrap=heading != "what")
+        for name, model in EMBEDDED_MODELS.items():
+            table.add_row(f"embedded:{name}", "--model", model.description)
+        for name, data in EMBEDDED_DATA.items():
+            table.add_row(f"embedded:{name}", f"--data, {data.task}", data.description)
+        console.print(table)
+
+
+def _quiet() -> None:
+    import transformers
+    from datasets.utils.logging import disable_progress_bar
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _print_metrics(metrics: dict[str, float], title: str) -> None:
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    for name, value in metrics.items():
+        if name != "epoch":
+            table.add_row(name, f"{value:.4f}")
+    console.print(table)

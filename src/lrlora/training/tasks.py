@@ -1,8 +1,10 @@
-"""Text-classification tasks whose data comes with packages: loaded, split and tokenised the same way every time."""
+"""Tasks whose data comes with packages: loaded, split and tokenised the same way every time."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +13,18 @@ from datasets import Dataset, DatasetDict
 from sklearn.model_selection import GroupShuffleSplit
 from transformers import PreTrainedTokenizerBase
 
-from .inputs import MOVIE_REVIEWS, NEWSGROUPS_TEST, NEWSGROUPS_TRAIN, R8_TEST, R8_TRAIN, VITAMINC, EmbeddedInput, fetch
+from .inputs import (
+    MOVIE_REVIEWS,
+    NEWSGROUPS_TEST,
+    NEWSGROUPS_TRAIN,
+    R8_TEST,
+    R8_TRAIN,
+    RATINGS,
+    SOCIAL_IQA,
+    VITAMINC,
+    EmbeddedInput,
+    fetch,
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,39 @@ def _load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, .
 
     training, testing = read(train), read(test)
     return _as_splits(training[~training["group"].isin(testing["group"])], testing)
+
+
+# Not the film reviews of this package: they overlap with those above.
+_RATED = ("tweets", "amazonReviewSnippets", "nytEditorialSnippets")
+
+
+def load_ratings() -> DatasetDict:
+    """Sentences with the mean of 20 ratings, −4 to 4: `text`, `label`, `group`; documents held out."""
+    parts = []
+    with tarfile.open(fetch(RATINGS)) as archive:
+        for source in _RATED:
+            file = archive.extractfile(f"hutto_ICWSM_2014/{source}_GroundTruth.txt")
+            assert file is not None
+            frame = pd.read_csv(file, sep="\t", names=["id", "label", "text"], quoting=3, dtype={"id": str})
+            document = frame["id"].str.partition("_")[0]
+            parts.append(
+                pd.DataFrame({"text": frame["text"], "label": frame["label"], "group": f"{source} " + document})
+            )
+    return _as_splits(*split_by_group(pd.concat(parts).dropna().drop_duplicates("text"), 0.25))
+
+
+def load_social_iqa() -> DatasetDict:
+    """Questions with 3 answers, shuffled: `question`, `choices`, `label`, `group`; situations held out."""
+    rows = []
+    for example in json.loads(fetch(SOCIAL_IQA).read_text(encoding="utf-8"))["examples"]:
+        scores = example["target_scores"]
+        # Shuffled by the text itself: the order of the file may give the answer away.
+        choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
+        label = choices.index(max(scores, key=scores.get))
+        situation = example["input"].partition(".")[0]
+        rows.append({"question": example["input"], "choices": choices, "label": label, "group": situation})
+    frame = pd.DataFrame(rows)
+    return _as_splits(*split_by_group(frame[frame["choices"].map(len) == 3], 0.25))
 
 
 MOVIE_REVIEW_TASK = TextTask(_MOVIE_LABELS, 48, _load_movie_reviews)

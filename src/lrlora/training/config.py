@@ -1,0 +1,180 @@
+"""What a training run is: its configuration, from Python, a YAML file or the command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+TASKS = ("classify", "regress", "multiple-choice", "causal-lm")
+METHODS = ("lr-lora", "lora", "dora", "adalora", "full")
+# Task → what a column holds, by what it is called unless `columns` says otherwise. Of the alternatives of causal-lm,
+# the first that the data has is taken.
+ROLES = {
+    "classify": ("text", "label"),
+    "regress": ("text", "label"),
+    "multiple-choice": ("question", "choices", "label"),
+    "causal-lm": ("messages", "prompt", "completion", "text"),
+}
+OPTIONAL_ROLES = ("text_pair", "group")
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. What is None is chosen from task, method and data, and printed before the start.
+
+    Args:
+        model: name on the hub, local folder, or `embedded:NAME` (see `lrlora inputs`).
+        data: name on the hub (`name` or `name:configuration`), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
+            such files or one written by `save_to_disk`, or `embedded:NAME`.
+        task: one of `TASKS`.
+        method: one of `METHODS`.
+        output: folder for adapter, tokenizer, model card, metrics and rank history.
+        columns: what a column holds → its name in the data, where they differ. Roles: text, text_pair and label for
+            "classify" and "regress"; question, choices (a list) and label (the index of the right choice) for
+            "multiple-choice"; messages, or prompt and completion, or text for "causal-lm"; group, for examples that
+            must not be split between training and validation.
+        validation: data to validate on, like `data`; default: the data's own validation split, or a part of training.
+        validation_share: that part, in (0, 1).
+        max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
+        early_stopping: stop after so many evaluations without a better metric; None: never.
+        rank_every: steps between records of the learned ranks.
+        seed: of head, factors, data order and dropout.
+        adapter: fields of the method's PEFT configuration.
+        training: fields of `transformers.TrainingArguments` (of TRL's `SFTConfig` for "causal-lm").
+
+    Raises:
+        ValueError: a value is not one of the known ones, or out of range.
+
+    """
+
+    model: str
+    data: str
+    task: str
+    method: str = "lr-lora"
+    output: str = "lrlora-run"
+    columns: dict[str, str] = field(default_factory=dict)
+    validation: str | None = None
+    validation_share: float = 0.1
+    max_length: int | None = None
+    early_stopping: int | None = None
+    rank_every: int = 50
+    seed: int = 0
+    adapter: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_known("task", self.task, TASKS)
+        require_known("method", self.method, METHODS)
+        for role in self.columns:
+            require_known("a key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
+        for name in ("max_length", "early_stopping", "rank_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be a whole number ≥ 1, and is {value!r}.")
+        for name in ("adapter", "training", "columns"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must map names to values, and is {getattr(self, name)!r}.")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
+        """From plain values, as they stand in a file.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value is wrong; the message names the nearest known key.
+
+        """
+        known = [f.name for f in fields(cls)]
+        for name in content:
+            require_known("a key of the configuration", name, known)
+        missing = [name for name in ("model", "data", "task") if not content.get(name)]
+        if missing:
+            raise ValueError(
+                f"The configuration says nothing of {', '.join(missing)}. Give --{' and --'.join(missing)}, or the "
+                "same as keys of the YAML file."
+            )
+        return cls(**content)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def with_values(self, **values: Any) -> TrainConfig:
+        """The same run but for these fields."""
+        return replace(self, **values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or not keys and values.
+
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values, such as `task: classify`, and does not.")
+    return content
+
+
+def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
+    """`name=value` → {name: value}, the value read as YAML: numbers, true, lists.
+
+    Raises:
+        ValueError: there is no `=`.
+
+    """
+    import yaml
+
+    values = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{option} takes name=value, and was given {assignment!r}.")
+        parsed = yaml.safe_load(value)
+        # YAML reads 1e-4 as text, for want of a point.
+        try:
+            values[name] = float(parsed) if isinstance(parsed, str) else parsed
+        except ValueError:
+            values[name] = parsed
+    return values
+
+
+def require_known(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise a ValueError that names the nearest of the `known` values, unless `value` is one of them."""
+    known = list(known)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, 1, 0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{value!r} is not {what}.{hint} Known: {', '.join(known)}.")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `train` recorded of the run in its output folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no run of `lrlora train`: there is no {RUN_FILE} in it. Give the folder that was its "
+            "--output."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

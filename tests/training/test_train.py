@@ -1,0 +1,455 @@
+"""`lrlora train`, `evaluate` and `predict` as a user types them, on tiny models and real files."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from typer.testing import CliRunner, Result
+
+from lrlora import LrLoraConfig
+from lrlora.cli import app
+from lrlora.training.callback import read_history
+
+from .small import BAD, GOOD, SIZES, reviews, save_decoder, save_encoder, tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_decoder(tmp_path_factory.mktemp("models") / "decoder")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    reviews().to_csv(tmp_path / "reviews.csv", index=False)
+    return str(tmp_path / "reviews.csv")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
+
+
+COLUMNS = ("--column", "text=review", "--column", "label=verdict")
+SMALL = ("--steps", 12, "--batch-size", 8, "--rank", 2)
+
+
+def train_reviews(encoder: str, table: str, output: Path, *options: object) -> Result:
+    return run(
+        *("train", "--model", encoder, "--data", table, "--task", "classify", "--output", output),
+        *(*COLUMNS, *SMALL, *options),
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = train_reviews(encoder, table, output, "--steps", 100, "--learning-rate", 0.01)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "100 steps of 8 examples" in said
+    assert "After 10 steps: about" in said
+    assert "to validate; 0 of the first are longer" in said
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["accuracy"] > 0.9
+    assert f"{metrics['accuracy']:.4f}" in result.output
+    base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    assert isinstance(PeftModel.from_pretrained(base, output).peft_config["default"], LrLoraConfig)
+    AutoTokenizer.from_pretrained(output)
+    assert "import lrlora" in (output / "README.md").read_text()
+    assert [step for step, _ in read_history(output / "rank_history.jsonl")] == [0, 50, 100]
+    record = json.loads((output / "run.json").read_text())
+    assert record["labels"] == ["fresh", "rotten"]
+    assert {"lrlora", "torch", "peft", "transformers"} <= set(record["versions"])
+    assert record["config"]["seed"] == 0
+    assert list(output.glob("checkpoint-*")) == []
+
+    result = run("evaluate", output, "--data", table, "--json", tmp_path / "metrics.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] > 0.9
+
+    texts = reviews().drop(columns="verdict")
+    texts.to_json(tmp_path / "texts.jsonl", orient="records", lines=True)
+    result = run("predict", output, "--data", tmp_path / "texts.jsonl", "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    predictions = lines(tmp_path / "out.jsonl")
+    assert [p["text"] for p in predictions] == list(texts["review"])
+    assert sum(p["prediction"] == v for p, v in zip(predictions, reviews()["verdict"], strict=True)) > 144
+    assert all(p["probabilities"][p["prediction"]] >= 0.5 for p in predictions)
+    result = run("predict", output, "--data", tmp_path / "texts.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "exists already" in result.output
+
+
+def test_options_win_over_the_file(encoder: str, table: str, tmp_path: Path) -> None:
+    content = {
+        "model": encoder,
+        "data": table,
+        "task": "classify",
+        "columns": {"text": "review", "label": "verdict"},
+        "output": str(tmp_path / "from-file"),
+        "adapter": {"r": 3, "num_basis": 5},
+        "training": {"max_steps": 4, "weight_decay": 0.5, "learning_rate": 1e-3},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    result = run(
+        "train", tmp_path / "run.yaml", "--steps", 2, "--adapter", "num_basis=6", "--training", "warmup_steps=1"
+    )
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "from-file" / "run.json").read_text())["config"]
+    assert config["adapter"] == {"r": 3, "num_basis": 6}
+    assert config["training"] == {"max_steps": 2, "weight_decay": 0.5, "learning_rate": 1e-3, "warmup_steps": 1}
+    saved = json.loads((tmp_path / "from-file" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["num_basis"]) == (3, 6)
+
+
+def losses(output: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((output / "log_history.json").read_text()) if "loss" in entry]
+
+
+def test_lora_gives_the_numbers_of_a_script_written_by_hand(encoder: str, table: str, tmp_path: Path) -> None:
+    frame = reviews()
+    train, validation = frame[:120], frame[120:]
+    for name, part in (("train", train), ("validation", validation)):
+        part.to_csv(tmp_path / f"{name}.csv", index=False)
+    result = run(
+        *("train", "--model", encoder, "--data", tmp_path / "train.csv", "--validation", tmp_path / "validation.csv"),
+        *("--task", "classify", "--method", "lora", "--output", tmp_path / "out", *COLUMNS, *SMALL),
+        *("--learning-rate", 0.01, "--training", "logging_steps=1", "--training", "load_best_model_at_end=false"),
+    )
+    assert result.exit_code == 0, result.output
+
+    words = AutoTokenizer.from_pretrained(encoder)
+
+    def encode(part: pd.DataFrame) -> Dataset:
+        tokens = words(list(part["review"]), truncation=True, max_length=48)
+        return Dataset.from_dict({**tokens, "labels": [["fresh", "rotten"].index(v) for v in part["verdict"]]})
+
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "by-hand"),
+        max_steps=12,
+        per_device_train_batch_size=8,
+        learning_rate=0.01,
+        warmup_steps=0.06,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        seed=0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=encode(train),
+        eval_dataset=encode(validation),
+        data_collator=DataCollatorWithPadding(words),
+    )
+    trainer.train()
+    by_hand = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses(tmp_path / "out") == by_hand
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_run_resumes_with_the_same_losses(
+    encoder: str, table: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    every = ("logging_steps=1", "eval_steps=75", "save_steps=75")
+    options = ("--steps", 150, *(option for field in every for option in ("--training", field)))
+    assert train_reviews(encoder, table, tmp_path / "whole", *options).exit_code == 0
+    command = ["train", "--model", encoder, "--data", table, "--task", "classify", "--output", tmp_path / "cut"]
+    command += [*COLUMNS, *SMALL, *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from lrlora.cli import app; app()", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    history, deadline = tmp_path / "cut" / "rank_history.jsonl", time.monotonic() + 120
+    while not (history.exists() and len(read_history(history)) > 1):  # step 50
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"lrlora train --resume {tmp_path / 'cut'}" in " ".join(output.split())
+    assert "Traceback" not in output
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    refused = run("evaluate", tmp_path / "cut", "--data", table)
+    assert "is not finished" in refused.output
+
+    result = run("train", "--resume", tmp_path / "cut")
+    assert result.exit_code == 0, result.output
+    assert "Resuming from step" in result.output
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert (tmp_path / "cut" / "metrics.json").read_text() == (tmp_path / "whole" / "metrics.json").read_text()
+    assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora", "full"])
+def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str) -> None:
+    options = () if method == "full" else ("--rank", 2)
+    result = run(
+        *("train", "--model", encoder, "--data", table, "--task", "classify", "--method", method, *COLUMNS, *options),
+        *("--output", tmp_path / "out", "--steps", 40, "--batch-size", 8, "--learning-rate", 5e-3),
+    )
+    assert result.exit_code == 0, result.output
+    if method == "full":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert model.config.id2label == {0: "fresh", 1: "rotten"}
+    else:
+        saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert saved["peft_type"] == {"dora": "LORA", "adalora": "ADALORA"}[method]
+        assert method != "adalora" or saved["rank_pattern"]  # ranks were reallocated
+    before = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert before["accuracy"] > 0.6
+    assert run("evaluate", tmp_path / "out", "--data", table).exit_code == 0
+
+
+def test_early_stopping(encoder: str, table: str, tmp_path: Path) -> None:
+    result = train_reviews(
+        *(encoder, table, tmp_path / "out", "--steps", 400, "--early-stopping", 2, "--learning-rate", 1e-9),
+        *("--training", "eval_steps=5", "--training", "save_steps=5"),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "log_history.json").read_text())[-1]["step"] == 15
+
+
+def test_regression(encoder: str, tmp_path: Path) -> None:
+    frame = reviews()
+    frame["stars"] = [
+        (4.5 if v == "fresh" else 1.5) + 0.1 * len(r) for v, r in zip(frame["verdict"], frame["review"], strict=True)
+    ]
+    frame.to_parquet(tmp_path / "stars.parquet")
+    columns = ("--column", "text=review", "--column", "label=stars")
+    result = run(
+        *("train", "--model", encoder, "--data", tmp_path / "stars.parquet", "--task", "regress", *columns, *SMALL),
+        *("--output", tmp_path / "out", "--steps", 200, "--learning-rate", 0.02),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pearson"] > 0.8
+    predicted = run(
+        "predict", tmp_path / "out", "--data", tmp_path / "stars.parquet", "--output", tmp_path / "out.jsonl"
+    )
+    assert predicted.exit_code == 0, predicted.output
+    values = [line["prediction"] for line in lines(tmp_path / "out.jsonl")]
+    assert pd.Series(values).corr(frame["stars"]) > 0.8
+
+
+def test_multiple_choice(encoder: str, tmp_path: Path) -> None:
+    chance, rows = random.Random(0), []
+    for _ in range(96):
+        choices = [chance.choice(GOOD), chance.choice(BAD), "film"]
+        chance.shuffle(choices)
+        label = next(i for i, choice in enumerate(choices) if choice in GOOD)
+        rows.append({"question": "the good film is", "choices": choices, "label": label})
+    pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
+    result = run(
+        *("train", "--model", encoder, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice", *SMALL),
+        *("--output", tmp_path / "out", "--steps", 80, "--learning-rate", 0.01),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["accuracy"] > 0.9
+    for row in rows:
+        del row["label"]
+    pd.DataFrame(rows).to_json(tmp_path / "questions.jsonl", orient="records", lines=True)
+    result = run(
+        "predict", tmp_path / "out", "--data", tmp_path / "questions.jsonl", "--output", tmp_path / "out.jsonl"
+    )
+    assert result.exit_code == 0, result.output
+    right = [line["choices"][line["prediction"]] in GOOD for line in lines(tmp_path / "out.jsonl")]
+    assert sum(right) > 86
+
+
+@pytest.mark.parametrize("shape", ["prompt", "chat prompt", "messages", "text"])
+def test_causal_language_models(decoder: str, tmp_path: Path, shape: str) -> None:
+    rows: list[dict[str, Any]] = []
+    for review, verdict in reviews(64).itertuples(index=False):
+        answer = "good" if verdict == "fresh" else "bad"
+        prompt = [{"role": "user", "content": review}]
+        completion = [{"role": "assistant", "content": answer}]
+        rows.append(
+            {
+                "prompt": {"prompt": review, "completion": " " + answer},
+                "chat prompt": {"prompt": prompt, "completion": completion},
+                "messages": {"messages": prompt + completion},
+                "text": {"text": f"{review} {answer}"},
+            }[shape]
+        )
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(
+        *("train", "--model", decoder, "--data", tmp_path / "data.jsonl", "--task", "causal-lm", "--rank", 4),
+        *("--output", tmp_path / "out", "--steps", 150, "--batch-size", 8, "--learning-rate", 0.02),
+    )
+    assert result.exit_code == 0, result.output
+    history = json.loads((tmp_path / "out" / "log_history.json").read_text())
+    first, *_, last = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert last < first
+    result = run("evaluate", tmp_path / "out", "--data", tmp_path / "data.jsonl", "--json", tmp_path / "metrics.json")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["perplexity"] == pytest.approx(torch.tensor(metrics["loss"]).exp().item(), rel=1e-5)
+    assert ("exact_match" in metrics) == ("prompt" in shape)
+    if "prompt" in shape:
+        assert metrics["exact_match"] > 0.8  # the completion alone is learned, and the model knows where it ends
+        result = run("predict", tmp_path / "out", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out.jsonl")
+        assert result.exit_code == 0, result.output
+        assert {line["completion"].strip() for line in lines(tmp_path / "out.jsonl")} <= {"good", "bad"}
+    base = AutoModelForCausalLM.from_pretrained(decoder)
+    PeftModel.from_pretrained(base, tmp_path / "out")
+
+
+# Bad input: one clear error, before any weights are read; the folder that is given as the model has none.
+
+
+@pytest.fixture
+def no_weights(encoder: str, tmp_path: Path) -> str:
+    folder = tmp_path / "no-weights"
+    BertConfig(**SIZES, vocab_size=64, max_position_embeddings=48).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    said = " ".join(result.output.split())
+    assert said.startswith("Error:"), said
+    for word in words:
+        assert word in said
+
+
+BAD_TABLES: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
+    "empty": ({"text": [], "label": []}, ("empty",)),
+    "one class": ({"text": ["a"] * 30, "label": ["x"] * 30}, ("'x'", "nothing to learn")),
+    "no label": ({"text": ["a"] * 30, "stars": [1, 2] * 15}, ("'label'", "text, stars", "--column label=NAME")),
+    "missing label": ({"text": ["a"] * 3, "label": ["x", None, "y"]}, ("label must not be missing", "1 rows", "0: 1")),
+    "numbers as text": ({"text": [1, 2, 3], "label": ["x", "y", "x"]}, ("text must be text", "Row 0 holds 1")),
+    "empty text": ({"text": ["a", " ", "b"], "label": ["x", "y", "x"]}, ("text must be text", "counted from 0: 1")),
+    "fractions": ({"text": ["a"] * 4, "label": [0.5, 1.5, 2.0, 0.5]}, ("task regress",)),
+    "too few": ({"text": ["a"], "label": ["x"]}, ("nothing to learn",)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_tables(no_weights: str, tmp_path: Path, name: str) -> None:
+    columns, words = BAD_TABLES[name]
+    pd.DataFrame(columns).to_csv(tmp_path / "bad.csv", index=False)
+    output = tmp_path / "out"
+    result = run(
+        "train", "--model", no_weights, "--data", tmp_path / "bad.csv", "--task", "classify", "--output", output
+    )
+    assert_refused(result, *words)
+    assert not output.exists()
+
+
+def test_other_bad_data(no_weights: str, table: str, tmp_path: Path) -> None:
+    common = ("train", "--model", no_weights, "--task", "classify", "--output", tmp_path / "out")
+    assert_refused(run(*common, "--data", tmp_path / "nothing.csv"), "nothing.csv", "no file or folder")
+    assert_refused(run(*common, "--data", table, "--column", "text=reviw"), "'reviw'", "review, verdict")
+    assert_refused(run(*common, "--data", table, "--column", "texts=review"), "Did you mean text?")
+    assert_refused(run(*common, "--data", "embedded:movie-review"), "Did you mean movie-reviews?")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert_refused(run(*common, "--data", tmp_path / "notes.txt"), "notes.txt", ".csv")
+    (tmp_path / "broken.jsonl").write_text('{"text": ')
+    assert_refused(run(*common, "--data", tmp_path / "broken.jsonl"), "cannot be read")
+    other = reviews(20)
+    other.loc[3, "verdict"] = "mouldy"
+    other.to_csv(tmp_path / "other.csv", index=False)
+    options = ("--data", table, "--validation", tmp_path / "other.csv", *COLUMNS)
+    assert_refused(run(*common, *options), "training does not have: mouldy", "Known: fresh, rotten")
+    frame = reviews(20).assign(stars=1.0)
+    frame.loc[4, "stars"] = float("nan")
+    frame.to_csv(tmp_path / "stars.csv", index=False)
+    columns = ("--column", "text=review", "--column", "label=stars")
+    common = ("train", "--model", no_weights, "--task", "regress", "--output", tmp_path / "out")
+    assert_refused(run(*common, "--data", tmp_path / "stars.csv", *columns), "label must be a finite number", "0: 4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
+    common = ("train", "--model", no_weights, "--data", table, *COLUMNS, "--output", tmp_path / "out")
+    assert_refused(run(*common, "--task", "clasify"), "'clasify' is not task", "Did you mean classify?")
+    assert_refused(run(*common, "--task", "classify", "--method", "lrlora"), "Did you mean lr-lora?")
+    assert_refused(run(*common, "--task", "causal-lm", "--column", "text=review"), "'label'")
+    assert_refused(run(*common, "--task", "classify", "--training", "learning_rat=1"), "Did you mean learning_rate?")
+    assert_refused(run(*common, "--task", "classify", "--adapter", "num_bases=9"), "Did you mean num_basis?")
+    assert_refused(run(*common, "--task", "classify", "--adapter", "num_basis=1"), "num_basis must be an integer")
+    assert_refused(run(*common, "--task", "classify", "--max-length", 999), "max_length must be at most 48")
+    assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
+    assert_refused(run(*common), "says nothing of task", "--task")
+    assert_refused(run("train", tmp_path / "none.yaml"), "no configuration file")
+    (tmp_path / "bad.yaml").write_text("modle: x\n")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "'modle'", "Did you mean model?")
+    (tmp_path / "bad.yaml").write_text("model: [")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "not a YAML file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_models(decoder: str, table: str, tmp_path: Path) -> None:
+    common = ("train", "--data", table, *COLUMNS, "--output", tmp_path / "out")
+    assert_refused(run(*common, "--task", "classify", "--model", tmp_path / "none"), "no model folder")
+    assert_refused(run(*common, "--task", "classify", "--model", "embedded:minilmm"), "Did you mean minilm?")
+    options = ("--model", decoder, "--task", "multiple-choice", "--column", "question=review")
+    assert_refused(run("train", "--data", table, *options), "multiple-choice does not fit", "llama")
+
+
+def test_an_output_folder_in_use_is_left_alone(encoder: str, table: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "letter.txt").write_text("dear")
+    assert_refused(train_reviews(encoder, table, output, "--overwrite"), "in use", "remove it yourself")
+    assert (output / "letter.txt").read_text() == "dear"
+    (output / "letter.txt").unlink()
+    assert train_reviews(encoder, table, output).exit_code == 0
+    assert_refused(train_reviews(encoder, table, output), "in use", "--overwrite")
+    assert train_reviews(encoder, table, output, "--overwrite", "--seed", 1).exit_code == 0
+    assert json.loads((output / "run.json").read_text())["config"]["seed"] == 1
+
+
+def test_resume_takes_nothing_else_and_needs_a_run(tmp_path: Path) -> None:
+    assert_refused(run("train", "--resume", tmp_path, "--seed", 3), "give nothing else")
+    assert_refused(run("train", "--resume", tmp_path), "holds no run", "run.json")
+    assert_refused(run("evaluate", tmp_path, "--data", "x.csv"), "holds no run")
+
+
+def test_embedded_inputs_are_listed() -> None:
+    result = run("inputs")
+    assert result.exit_code == 0
+    for name in ("embedded:minilm", "embedded:smollm2", "embedded:movie-reviews", "embedded:ratings"):
+        assert name in result.output
