@@ -327,6 +327,7 @@ def test_causal_language_models(decoder: str, tmp_path: Path, shape: str) -> Non
     assert ("exact_match" in metrics) == ("prompt" in shape)
     if "prompt" in shape:
         assert metrics["exact_match"] > 0.8  # the completion alone is learned, and the model knows where it ends
+    if shape != "text":
         result = run("predict", tmp_path / "out", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out.jsonl")
         assert result.exit_code == 0, result.output
         assert {line["completion"].strip() for line in lines(tmp_path / "out.jsonl")} <= {"good", "bad"}

@@ -15,6 +15,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
 
+from ..tuner import cached_weights
 from .config import METRICS_FILE, TrainConfig, read_run, require_known
 from .data import check_examples, encode, load_splits, select_roles, with_class_ids
 from .metrics import logits, plain_metrics
@@ -130,20 +131,26 @@ class _LoadedRun:
 
     def answers(self, examples: Dataset) -> Iterator[str]:
         """The greedy continuation of every prompt, one by one."""
-        for example in tqdm(examples, desc="Generating"):
-            prompt = example["prompt"] if "prompt" in example else example.get("messages") or example["text"]
-            if not isinstance(prompt, str):
-                prompt = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
-            with torch.no_grad():
-                tokens = self.model.generate(
-                    **inputs,
-                    max_new_tokens=self.max_length,
-                    do_sample=False,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
-            answer = tokens[0, inputs["input_ids"].shape[1] :]
-            yield str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        with cached_weights(self.model):
+            for example in tqdm(examples, desc="Generating"):
+                inputs = self.tokenizer(self._prompt(example), return_tensors="pt").to(self.model.device)
+                with torch.no_grad():
+                    tokens = self.model.generate(
+                        **inputs,
+                        max_new_tokens=self.max_length,
+                        do_sample=False,
+                        pad_token_id=self.tokenizer.pad_token_id,
+                    )
+                answer = tokens[0, inputs["input_ids"].shape[1] :]
+                yield str(self.tokenizer.decode(answer, skip_special_tokens=True))
+
+    def _prompt(self, example: dict[str, Any]) -> str:
+        prompt = example.get("prompt") or example.get("messages") or example["text"]
+        if isinstance(prompt, str):
+            return prompt
+        if prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]  # the answer that is to be given anew
+        return str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
 
 def _content(completion: Any) -> str:
