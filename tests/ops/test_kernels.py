@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +48,21 @@ def test_float32_against_the_formula(form: str, num_basis: int, shape: tuple[int
     case = make_case(form, num_basis, dtype=torch.float32, shape=(max(shape[0], 3), shape[1]))
     assert_agrees(case, y=1e-6, gradient=1e-4)
     assert update_error(case) <= 1e-5
+
+
+def test_the_phi_of_a_real_run() -> None:
+    # All 37 of MiniLM, after 100 steps: lrlora train --model embedded:minilm --data embedded:ratings --task regress
+    # --steps 100 --learning-rate 2e-3 --rank 4 --seed 1
+    learned = json.loads(Path(__file__).with_name("learned_phi.json").read_text())
+    assert len(learned) == 37
+    for parameters in list(learned.values())[::4]:
+        transfer = Transfer(TransferSpec("residual", 8, 3.0, 10.0))
+        with torch.no_grad():
+            for name, values in parameters.items():
+                getattr(transfer, name).copy_(torch.tensor(values))
+        case = make_case(dtype=torch.float32, shape=(37, 53))._replace(transfer=transfer)
+        assert_agrees(case, y=1e-6, gradient=1e-4)
+        assert update_error(case) <= 1e-5
 
 
 @pytest.mark.parametrize("transposed", [True, False])
