@@ -159,8 +159,8 @@ def train(
     with _one_clear_error():
         _quiet()
         from .report.table import rank_table
-        from .training.config import TrainConfig, parse_assignments, read_run, read_yaml
-        from .training.train import Interrupted, rank_report_of, train
+        from .training.config import RUN_FILE, TrainConfig, parse_assignments, parse_pairs, read_run, read_yaml
+        from .training.train import Interrupted, rank_report_of, resume_hint, train
 
         options = {
             "model": model,
@@ -182,28 +182,30 @@ def train(
             "per_device_train_batch_size": batch_size,
         }
         nested = {
-            "columns": parse_assignments(column or (), "--column"),
-            "adapter": parse_assignments(adapter or (), "--adapter")
-            | ({} if rank is None else {"target_r" if method == "adalora" else "r": rank}),
+            "columns": parse_pairs(column or (), "--column"),
+            "adapter": parse_assignments(adapter or (), "--adapter"),
             "training": parse_assignments(training or (), "--training")
             | {name: value for name, value in arguments.items() if value is not None},
         }
         if resume is not None:
-            if config or given or any(nested.values()):
+            if config or given or rank is not None or any(nested.values()):
                 raise ValueError("--resume goes on with the settings of the run: give nothing else.")
             content = read_run(resume)["config"] | {"output": str(resume)}
         else:
             content = read_yaml(config) if config else {}
             content |= given
+            if rank is not None:
+                nested["adapter"]["target_r" if content.get("method") == "adalora" else "r"] = rank
             for name, values in nested.items():
                 if values:
                     content[name] = {**(content.get(name) or {}), **values}
+        run = TrainConfig.from_dict(content)
         try:
-            result = train(
-                TrainConfig.from_dict(content), resume=resume is not None, overwrite=overwrite, announce=console.print
-            )
-        except Interrupted as stop:
-            Console(stderr=True).print(escape(str(stop)), highlight=False)
+            result = train(run, resume=resume is not None, overwrite=overwrite, announce=_announce)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            folder = Path(run.output)
+            hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
+            Console(stderr=True).print(escape(str(stop) or f"Interrupted. {hint}"), highlight=False)
             raise typer.Exit(130) from None
         report = rank_report_of(result.output)
         if report is not None:
@@ -223,11 +225,11 @@ def evaluate(
     """Metrics of a trained run on data."""
     with _one_clear_error():
         _quiet()
-        from .training.config import parse_assignments
+        from .training.config import parse_pairs
         from .training.inference import evaluate
         from .training.train import write_json
 
-        columns = parse_assignments(column, "--column") if column else None
+        columns = parse_pairs(column, "--column") if column else None
         metrics = evaluate(run, data, split=split, columns=columns)
         _print_metrics(metrics, f"{run} on {data}")
         if json:
@@ -246,12 +248,12 @@ def predict(
     """What a trained run makes of data, a line of JSON for each example."""
     with _one_clear_error():
         _quiet()
-        from .training.config import parse_assignments
+        from .training.config import parse_pairs
         from .training.inference import predict, write_predictions
 
         if output.exists() and not overwrite:
             raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
-        columns = parse_assignments(column, "--column") if column else None
+        columns = parse_pairs(column, "--column") if column else None
         count = write_predictions(output, predict(run, data, split=split, columns=columns))
         console.print(escape(f"{count:,} predictions: {output}"), highlight=False)
 
@@ -270,6 +272,10 @@ def inputs() -> None:
         for name, data in EMBEDDED_DATA.items():
             table.add_row(f"embedded:{name}", f"--data, {data.task}", data.description)
         console.print(table)
+
+
+def _announce(line: str) -> None:
+    console.print(escape(line), highlight=False)
 
 
 def _quiet() -> None:

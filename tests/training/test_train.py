@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -117,9 +117,10 @@ def test_options_win_over_the_file(encoder: str, table: str, tmp_path: Path) -> 
         "columns": {"text": "review", "label": "verdict"},
         "output": str(tmp_path / "from-file"),
         "adapter": {"r": 3, "num_basis": 5},
-        "training": {"max_steps": 4, "weight_decay": 0.5, "learning_rate": 1e-3},
+        "training": {"max_steps": 4, "weight_decay": 0.5, "learning_rate": "rate"},
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    # As people write it, and as YAML itself would read it as text.
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content).replace("rate: rate", "rate: 1e-3"))
     result = run(
         "train", tmp_path / "run.yaml", "--steps", 2, "--adapter", "num_basis=6", "--training", "warmup_steps=1"
     )
@@ -186,7 +187,7 @@ def test_lora_gives_the_numbers_of_a_script_written_by_hand(encoder: str, table:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_an_interrupted_run_resumes_with_the_same_losses(
-    encoder: str, table: str, tmp_path: Path, number: signal.Signals
+    encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     every = ("logging_steps=1", "eval_steps=75", "save_steps=75")
     options = ("--steps", 150, *(option for field in every for option in ("--training", field)))
@@ -213,7 +214,8 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
     refused = run("evaluate", tmp_path / "cut", "--data", table)
     assert "is not finished" in refused.output
 
-    result = run("train", "--resume", tmp_path / "cut")
+    monkeypatch.chdir(tmp_path)
+    result = run("train", "--resume", "cut")  # by another name than it was given
     assert result.exit_code == 0, result.output
     assert "Resuming from step" in result.output
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -225,7 +227,21 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
 def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str) -> None:
     options = () if method == "full" else ("--rank", 2)
     result = run(
-        *("train", "--model", encoder, "--data", table, "--task", "classify", "--method", method, *COLUMNS, *options),
+        *(
+            "train",
+            "--model",
+            encoder,
+            "--data",
+            table,
+            "--validation",
+            table,
+            "--task",
+            "classify",
+            "--method",
+            method,
+            *COLUMNS,
+            *options,
+        ),
         *("--output", tmp_path / "out", "--steps", 40, "--batch-size", 8, "--learning-rate", 5e-3),
     )
     assert result.exit_code == 0, result.output
@@ -238,7 +254,34 @@ def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str
         assert method != "adalora" or saved["rank_pattern"]  # ranks were reallocated
     before = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert before["accuracy"] > 0.6
+    evaluated = run("evaluate", tmp_path / "out", "--data", table, "--json", tmp_path / "metrics.json")
+    assert evaluated.exit_code == 0, evaluated.output
+    after = json.loads((tmp_path / "metrics.json").read_text())
+    assert after["accuracy"] == before["accuracy"]
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-3)
+
+
+def test_adalora_keeps_a_best_checkpoint_from_before_its_ranks_were_cut(
+    encoder: str, table: str, tmp_path: Path
+) -> None:
+    result = train_reviews(
+        *(encoder, table, tmp_path / "out", "--method", "adalora", "--steps", 40, "--learning-rate", 1e-9),
+        *("--training", "metric_for_best_model=accuracy"),
+    )
+    assert result.exit_code == 0, result.output  # nothing is learned: the first evaluation is the best
     assert run("evaluate", tmp_path / "out", "--data", table).exit_code == 0
+
+
+def test_the_best_checkpoint_has_the_lowest_loss_where_that_is_asked_for(
+    encoder: str, table: str, tmp_path: Path
+) -> None:
+    options = ("--steps", 60, "--learning-rate", 0.01, "--training", "metric_for_best_model=loss")
+    assert train_reviews(encoder, table, tmp_path / "out", *options).exit_code == 0
+    history = json.loads((tmp_path / "out" / "log_history.json").read_text())
+    validated = [entry["eval_loss"] for entry in history if "eval_loss" in entry][:-1]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["loss"] == pytest.approx(
+        min(validated), rel=1e-5
+    )
 
 
 def test_early_stopping(encoder: str, table: str, tmp_path: Path) -> None:
@@ -335,6 +378,30 @@ def test_causal_language_models(decoder: str, tmp_path: Path, shape: str) -> Non
     PeftModel.from_pretrained(base, tmp_path / "out")
 
 
+def test_prompts_under_another_name_are_continued(decoder: str, tmp_path: Path) -> None:
+    frame = reviews(40).rename(columns={"review": "q", "verdict": "a"})
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    frame[["q"]].to_csv(tmp_path / "prompts.csv", index=False)
+    columns = ("--column", "prompt=q", "--column", "completion=a")
+    result = run(
+        *("train", "--model", decoder, "--data", tmp_path / "data.csv", "--task", "causal-lm", *columns, *SMALL),
+        *("--output", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    result = run("predict", tmp_path / "out", "--data", tmp_path / "prompts.csv", "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    assert [line["prompt"] for line in lines(tmp_path / "out.jsonl")] == list(frame["q"])
+
+
+def test_other_splits_are_not_guessed(encoder: str, table: str, tmp_path: Path) -> None:
+    assert train_reviews(encoder, table, tmp_path / "out").exit_code == 0
+    part = Dataset.from_pandas(reviews(8))
+    DatasetDict(train=part, validation_matched=part).save_to_disk(tmp_path / "splits")
+    assert_refused(run("evaluate", tmp_path / "out", "--data", tmp_path / "splits"), "validation_matched", "--split")
+    chosen = ("--split", "validation_matched")
+    assert run("evaluate", tmp_path / "out", "--data", tmp_path / "splits", *chosen).exit_code == 0
+
+
 # Bad input: one clear error, before any weights are read; the folder that is given as the model has none.
 
 
@@ -411,6 +478,10 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "classify", "--training", "learning_rat=1"), "Did you mean learning_rate?")
     assert_refused(run(*common, "--task", "classify", "--adapter", "num_bases=9"), "Did you mean num_basis?")
     assert_refused(run(*common, "--task", "classify", "--adapter", "num_basis=1"), "num_basis must be an integer")
+    assert_refused(run(*common, "--task", "classify", "--training", "metric_for_best_model=acuracy"), "mean accuracy?")
+    assert_refused(run(*common, "--task", "classify", "--training", "learning_rate=fast"), "must be a number", "'fast'")
+    assert_refused(run(*common, "--task", "classify", "--training", "seed=1"), "--seed")
+    assert_refused(run(*common, "--task", "classify", "--adapter", "target_modules=["), "--adapter is not YAML")
     assert_refused(run(*common, "--task", "classify", "--max-length", 999), "max_length must be at most 48")
     assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
     assert_refused(run(*common), "says nothing of task", "--task")
@@ -418,14 +489,18 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("modle: x\n")
     assert_refused(run("train", tmp_path / "bad.yaml"), "'modle'", "Did you mean model?")
     (tmp_path / "bad.yaml").write_text("model: [")
-    assert_refused(run("train", tmp_path / "bad.yaml"), "not a YAML file")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML")
+    (tmp_path / "bad.yaml").write_text("model: m\ndata: [a, b]\ntask: classify\ncolumns:\n")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "columns must map names to values")
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_models(decoder: str, table: str, tmp_path: Path) -> None:
+def test_bad_models(encoder: str, decoder: str, table: str, tmp_path: Path) -> None:
     common = ("train", "--data", table, *COLUMNS, "--output", tmp_path / "out")
     assert_refused(run(*common, "--task", "classify", "--model", tmp_path / "none"), "no model folder")
     assert_refused(run(*common, "--task", "classify", "--model", "embedded:minilmm"), "Did you mean minilm?")
+    options = ("--model", encoder, "--task", "causal-lm", "--column", "text=review")
+    assert_refused(run("train", "--data", table, *options), "causal-lm does not fit", "bert is an encoder")
     options = ("--model", decoder, "--task", "multiple-choice", "--column", "question=review")
     assert_refused(run("train", "--data", table, *options), "multiple-choice does not fit", "llama")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ ROLES = {
     "multiple-choice": ("question", "choices", "label"),
     "causal-lm": ("messages", "prompt", "completion", "text"),
 }
-OPTIONAL_ROLES = ("text_pair", "group")
+OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 
@@ -69,19 +70,22 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("adapter", "training", "columns"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must map names to values, and is {getattr(self, name)!r}.")
+        for name in ("model", "data", "output"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name or a path, and is {getattr(self, name)!r}.")
         require_known("task", self.task, TASKS)
         require_known("method", self.method, METHODS)
         for role in self.columns:
             require_known("a key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
-        if not 0 < self.validation_share < 1:
+        if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
-        for name in ("max_length", "early_stopping", "rank_every"):
+        for name, least in (("max_length", 1), ("early_stopping", 1), ("rank_every", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a whole number ≥ 1, and is {value!r}.")
-        for name in ("adapter", "training", "columns"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must map names to values, and is {getattr(self, name)!r}.")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} must be a whole number ≥ {least}, and is {value!r}.")
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
@@ -118,14 +122,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: it is not YAML, or not keys and values.
 
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {path}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {error}") from None
+    content = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, such as `task: classify`, and does not.")
     return content
@@ -138,20 +137,39 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
         ValueError: there is no `=`.
 
     """
-    import yaml
+    return {name: _parse(value, option) for name, value in parse_pairs(assignments, option).items()}
 
+
+def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
+    """`name=value` → {name: value}, as text.
+
+    Raises:
+        ValueError: there is no `=`.
+
+    """
     values = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise ValueError(f"{option} takes name=value, and was given {assignment!r}.")
-        parsed = yaml.safe_load(value)
-        # YAML reads 1e-4 as text, for want of a point.
-        try:
-            values[name] = float(parsed) if isinstance(parsed, str) else parsed
-        except ValueError:
-            values[name] = parsed
+        values[name] = value
     return values
+
+
+def _parse(text: str, where: str) -> Any:
+    """YAML, in which 1e-4 is a number, as it is everywhere else."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {error}") from None
 
 
 def require_known(what: str, value: object, known: Iterable[str]) -> None:

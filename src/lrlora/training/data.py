@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from .config import ROLES, TrainConfig, require_known
+from .config import OPTIONAL_ROLES, ROLES, TrainConfig, require_known
 from .embedded import EMBEDDED_DATA
 from .tasks import split_by_group
 
@@ -53,7 +54,9 @@ def load_splits(name: str) -> DatasetDict:
             builder = _BUILDERS.get(path.suffix)
             if builder is None:
                 raise ValueError(f"it ends in none of {', '.join(_BUILDERS)}")
-            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            # Words such as "None" are texts and labels like others; only nothing is missing.
+            options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+            options |= {"sep": "\t"} if path.suffix == ".tsv" else {}
             return load_dataset(builder, data_files={"train": str(path)}, **options)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = load_from_disk(str(path))
@@ -77,6 +80,21 @@ def load_splits(name: str) -> DatasetDict:
         ) from None
 
 
+def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
+    """The name of the first of the `preferred` splits, or of the only one there is.
+
+    Raises:
+        ValueError: there are several, and none is preferred.
+
+    """
+    for name in preferred:
+        if name in splits:
+            return name
+    if len(splits) > 1:
+        raise ValueError(f"{who} the splits {', '.join(splits)}, none of them {' or '.join(preferred)}: use {remedy}.")
+    return next(iter(splits))
+
+
 def load_task_data(config: TrainConfig) -> TaskData:
     """The examples of a run, checked, with a validation split.
 
@@ -90,7 +108,9 @@ def load_task_data(config: TrainConfig) -> TaskData:
         raise ValueError(f"{config.data} has no split `train`; it has {', '.join(splits)}.")
     if config.validation is not None:
         other = load_splits(config.validation)
-        splits["validation"] = other.get("validation", next(iter(other.values())))
+        splits["validation"] = other[
+            only_split(other, ("validation",), f"{config.validation} has", "a file of its own")
+        ]
     splits = DatasetDict(
         {
             name: select_roles(splits[name], config.task, config.columns)
@@ -118,12 +138,13 @@ def select_roles(data: Dataset, task: str, columns: dict[str, str], *, with_labe
     """
     there = data.column_names
     wanted = {role: columns.get(role, role) for role in ROLES[task]}
-    optional = {role: columns.get(role, role) for role in ("text_pair", "group")}
+    optional = {role: columns.get(role, role) for role in OPTIONAL_ROLES}
     for role, name in columns.items():
         if name not in there and (with_label or role != "label"):
             raise ValueError(f"columns: {role} is to be read from {name!r}, and the data has {', '.join(there)}.")
     if task == "causal-lm":
-        alternatives = (("messages",), ("prompt", "completion"), ("text",))
+        alternatives = [("messages",), ("prompt", "completion"), ("text",)]
+        alternatives.sort(key=lambda roles: not set(roles) & set(columns))  # what the user names comes first
         roles = next((roles for roles in alternatives if all(wanted[role] in there for role in roles)), None)
         if roles is None:
             raise ValueError(
@@ -167,7 +188,7 @@ def check_examples(data: Dataset, task: str, split: str, *, with_label: bool = T
                 f"label must be the index of one of the choices, from 0, in the split {split}",
             )
     elif task == "causal-lm":
-        for role in set(data.column_names) - {"group"}:
+        for role in set(data.column_names) - set(OPTIONAL_ROLES):
             if isinstance(data[0][role], str) or role == "text":
                 _require_text(data, role, split)
             else:
@@ -222,7 +243,13 @@ def _known_labels(data: Dataset, split: str) -> list[Any]:
     # In data sets of the hub, -1 stands for a label that is kept secret.
     unknown = -1 if isinstance(data.features["label"], ClassLabel) else None
     _require_rows(
-        (_is_known(value) and value != unknown for value in values), f"label must not be missing in the split {split}"
+        (_is_known(value) and value != unknown for value in values),
+        f"label must not be missing in the split {split} (--split names another)",
+    )
+    _require_rows(
+        (isinstance(value, (str, int, float)) for value in values),
+        f"label must be one class in the split {split}",
+        values,
     )
     return values
 
@@ -230,12 +257,14 @@ def _known_labels(data: Dataset, split: str) -> list[Any]:
 def _split(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """Training and validation, always the same, without a common group."""
     groups = train["group"] if "group" in train.column_names else range(len(train))
-    frame = pd.DataFrame({"group": groups[:], "row": range(len(train))})
+    _require_rows(map(_is_known, groups), "group must not be missing in the split train")
+    frame = pd.DataFrame({"group": list(map(str, groups)), "row": range(len(train))})
     try:
         first, second = split_by_group(frame, share)
     except ValueError:
         raise ValueError(
-            f"{len(train)} examples are too few to keep {share:.0%} of them for validation. Give more, or --validation."
+            f"{len(train)} examples in {frame['group'].nunique()} groups are too few to keep {share:.0%} of them for "
+            "validation. Give more, or --validation."
         ) from None
     return train.select(first["row"]), train.select(second["row"])
 
@@ -252,8 +281,12 @@ def _is_conversation(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and m.get("content") is not None for m in value)
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and _says_something(m) for m in value)
     )
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    return message.get("content") is not None or bool(message.get("tool_calls"))
 
 
 def _require_text(data: Dataset, role: str, split: str) -> None:
@@ -287,16 +320,31 @@ def token_counts(data: Dataset, task: str, tokenizer: PreTrainedTokenizerBase) -
     if task != "causal-lm":
         pairs = data["text_pair"][:] if "text_pair" in data.column_names else None
         return [len(ids) for ids in tokenizer(data["text"][:], pairs)["input_ids"]]
-    return [len(tokenizer(example_text(example, tokenizer))["input_ids"]) for example in data]
+    return [_language_tokens(example, tokenizer) for example in data]
 
 
-def example_text(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A causal-lm example as the model sees it."""
-    if "messages" in example:
-        return str(tokenizer.apply_chat_template(example["messages"], tokenize=False))
-    if "prompt" in example and not isinstance(example["prompt"], str):
-        return str(tokenizer.apply_chat_template(example["prompt"] + example["completion"], tokenize=False))
-    return example["text"] if "text" in example else example["prompt"] + example["completion"]
+def _language_tokens(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    if "messages" in example or ("prompt" in example and not isinstance(example["prompt"], str)):
+        chat = example["messages"] if "messages" in example else example["prompt"] + example["completion"]
+        return len(tokenizer(render_chat(tokenizer, chat, example), add_special_tokens=False)["input_ids"])
+    text = example["text"] if "text" in example else example["prompt"] + example["completion"]
+    return len(tokenizer(text)["input_ids"]) + 1  # TRL adds the end of the sequence
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], example: dict[str, Any], **options: Any
+) -> str:
+    """A chat in the words of the model's own template, with the example's tools.
+
+    Raises:
+        ValueError: the tokenizer has no template, or it refuses the chat.
+
+    """
+    options |= {"tools": example.get("tools"), **(example.get("chat_template_kwargs") or {})}
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+    except (jinja2.TemplateError, ValueError) as error:
+        raise ValueError(f"The model's chat template refuses the chat {str(chat)[:200]}: {error}") from None
 
 
 def choose_max_length(counts: list[int], limit: int) -> int:

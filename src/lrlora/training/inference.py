@@ -13,11 +13,19 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, Trainer
 
 from ..tuner import cached_weights
 from .config import METRICS_FILE, TrainConfig, read_run, require_known
-from .data import check_examples, encode, load_splits, select_roles, with_class_ids
+from .data import (
+    check_examples,
+    encode,
+    load_splits,
+    only_split,
+    render_chat,
+    select_roles,
+    with_class_ids,
+)
 from .metrics import logits, plain_metrics
 from .models import MODELS, load_model, make_trainer, model_source, training_arguments
 
@@ -30,7 +38,7 @@ def evaluate(
     Args:
         run: the output folder of `train`.
         data: as for `TrainConfig.data`.
-        split: of the data; default: `test`, else `validation`, else the only one.
+        split: of the data; default: `test`, else `validation`, else the only one there is.
         columns: as for `TrainConfig.columns`; default: those of the run.
 
     Raises:
@@ -97,7 +105,7 @@ class _LoadedRun:
         record = read_run(folder)
         if not (folder / METRICS_FILE).exists():
             raise ValueError(f"The run in {folder} is not finished. Go on with: lrlora train --resume {folder}")
-        config = TrainConfig.from_dict(record["config"])
+        config = TrainConfig.from_dict(record["config"] | {"output": str(folder)})  # it may have been moved
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if config.method == "full":
             model = MODELS[config.task][0].from_pretrained(folder)
@@ -105,19 +113,18 @@ class _LoadedRun:
             base = load_model(model_source(config.model), config, record["labels"], tokenizer)
             # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
             model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
-        return cls(config, record["labels"], record["max_length"], tokenizer, model.eval())
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return cls(config, record["labels"], record["max_length"], tokenizer, model)
 
     def examples(self, name: str, split: str | None, columns: dict[str, str] | None, *, with_label: bool) -> Dataset:
         splits = load_splits(name)
-        chosen = split or next((known for known in ("test", "validation") if known in splits), next(iter(splits)))
+        chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
         require_known(f"a split of {name}", chosen, splits)
         task = self.config.task
         columns = self.config.columns if columns is None else columns
-        if task == "causal-lm" and not with_label and "completion" not in splits[chosen].column_names:
-            # Completions are what is wanted.
-            part = splits[chosen].add_column("completion", [""] * len(splits[chosen]))
-        else:
-            part = splits[chosen]
+        part, completion = splits[chosen], columns.get("completion", "completion")
+        if task == "causal-lm" and not with_label and completion not in part.column_names:
+            part = part.add_column(completion, [""] * len(part))  # it is what is wanted
         examples = select_roles(part, task, columns, with_label=with_label)
         if task == "classify" and with_label:
             examples = with_class_ids(examples, self.labels, chosen)
@@ -131,26 +138,29 @@ class _LoadedRun:
 
     def answers(self, examples: Dataset) -> Iterator[str]:
         """The greedy continuation of every prompt, one by one."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
         with cached_weights(self.model):
             for example in tqdm(examples, desc="Generating"):
-                inputs = self.tokenizer(self._prompt(example), return_tensors="pt").to(self.model.device)
+                inputs = self._prompt(example).to(self.model.device)
+                room = max(1, limit - inputs["input_ids"].shape[1])
                 with torch.no_grad():
                     tokens = self.model.generate(
                         **inputs,
-                        max_new_tokens=self.max_length,
+                        max_new_tokens=min(self.max_length, room),
                         do_sample=False,
                         pad_token_id=self.tokenizer.pad_token_id,
                     )
                 answer = tokens[0, inputs["input_ids"].shape[1] :]
                 yield str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
-    def _prompt(self, example: dict[str, Any]) -> str:
-        prompt = example.get("prompt") or example.get("messages") or example["text"]
+    def _prompt(self, example: dict[str, Any]) -> BatchEncoding:
+        prompt = next(example[role] for role in ("prompt", "messages", "text") if role in example)
         if isinstance(prompt, str):
-            return prompt
+            return self.tokenizer(prompt, return_tensors="pt")
         if prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]  # the answer that is to be given anew
-        return str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        text = render_chat(self.tokenizer, prompt, example, add_generation_prompt=True)
+        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False)  # the template has them
 
 
 def _content(completion: Any) -> str:

@@ -58,10 +58,30 @@ def adapter_config(method: str, task: str, total_steps: int, options: dict[str, 
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Makes the call in the training loop that AdaLoRA needs, and that PEFT leaves to its users."""
+    """Makes the call in the training loop that AdaLoRA needs, and that PEFT leaves to its users.
+
+    The pattern of ranks stays out of the configuration until the end: with it, PEFT would save every checkpoint in the
+    shapes of its own step, and could not load the best one into the shapes of the last. Singular values that are masked
+    are exactly 0, so a checkpoint in full shapes says the same.
+    """
+
+    def __init__(self) -> None:
+        self._pattern: Any = None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Called before the gradients, which it reads, are zeroed; steps count from 0, as in PEFT's own example.
-        kwargs["model"].base_model.update_and_allocate(state.global_step)
+        tuner = kwargs["model"].base_model
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        config.rank_pattern = self._pattern
+        tuner.update_and_allocate(state.global_step)
+        self._pattern, config.rank_pattern = config.rank_pattern, None
+
+
+def set_rank_pattern(model: Any) -> None:
+    """Write into the configuration of an AdaLoRA model which singular values are left, so that only they are saved."""
+    tuner = model.base_model
+    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = {
+        name: (values != 0).flatten().tolist() for name, values in tuner.model.named_parameters() if ".lora_E." in name
+    }

@@ -12,13 +12,14 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_me
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
-# Task → the metric that chooses the best checkpoint, and whether more is better.
-BEST_METRIC = {
-    "classify": ("accuracy", True),
-    "regress": ("pearson", True),
-    "multiple-choice": ("accuracy", True),
-    "causal-lm": ("loss", False),
+# Task → its metrics, beside the loss; the first chooses the best checkpoint.
+METRIC_NAMES = {
+    "classify": ("accuracy", "macro_f1", "matthews", "loss"),
+    "regress": ("pearson", "spearman", "rmse", "loss"),
+    "multiple-choice": ("accuracy", "loss"),
+    "causal-lm": ("loss", "mean_token_accuracy", "entropy"),
 }
+LESS_IS_BETTER = ("loss", "rmse", "entropy")
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
@@ -32,7 +33,7 @@ from .config import TrainConfig, require_known
 from .data import PREFIX
 from .embedded import EMBEDDED_MODELS
 from .inputs import checkpoint
-from .metrics import BEST_METRIC, METRICS
+from .metrics import LESS_IS_BETTER, METRIC_NAMES, METRICS
 
 MODELS = {
     "classify": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
@@ -83,7 +84,26 @@ def check_model(source: str, config: TrainConfig) -> Any:
             f"The task {config.task} does not fit the model {config.model}: transformers has no such head for "
             f"{model_config.model_type}. Take another task or model."
         )
+    # transformers has causal heads for encoders too, which look ahead unless they are told that they are decoders.
+    looks_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", True)
+    if config.task == "causal-lm" and looks_ahead and not model_config.is_encoder_decoder:
+        raise ValueError(
+            f"The task causal-lm does not fit the model {config.model}: {model_config.model_type} is an encoder, which "
+            "sees the words that it is to predict. Take a decoder (Llama, Qwen, GPT-2, …)."
+        )
     return model_config
+
+
+# Their positions count from the padding token's number on.
+_SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "mpnet", "longformer")
+
+
+def max_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> int:
+    """The longest input that tokenizer and model allow."""
+    positions = getattr(model_config, "max_position_embeddings", None) or 10**9
+    if model_config.model_type in _SHIFTED:
+        positions -= model_config.pad_token_id + 1
+    return int(min(tokenizer.model_max_length, positions))
 
 
 def load_model(source: str, config: TrainConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -93,7 +113,9 @@ def load_model(source: str, config: TrainConfig, labels: list[str], tokenizer: P
         options = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     elif config.task == "regress":
         options = {"num_labels": 1, "problem_type": "regression"}
-    model = MODELS[config.task][0].from_pretrained(source, dtype="auto", **options)
+    # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
+    dtype = "auto" if config.task == "causal-lm" and config.method != "full" else torch.float32
+    model = MODELS[config.task][0].from_pretrained(source, dtype=dtype, **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -111,19 +133,36 @@ def training_arguments(config: TrainConfig, examples: int, max_length: int) -> T
     known = list(cls.__dataclass_fields__)
     for name in given:
         require_known(f"a field of {cls.__name__}", name, known)
-    batch = given.get("per_device_train_batch_size", 8 if config.task == "causal-lm" else 16)
-    accumulation = given.get("gradient_accumulation_steps", 1)
-    steps = given.get("max_steps", -1)
+    for name in ("output_dir", "seed"):
+        if name in given:
+            raise ValueError(
+                f"training: {name} is a setting of the run itself. Give it as --{name.removesuffix('_dir')}."
+            )
+    counts = {
+        "per_device_train_batch_size": 8 if config.task == "causal-lm" else 16,
+        "gradient_accumulation_steps": 1,
+        "max_steps": -1,
+        "num_train_epochs": 3,
+    }
+    counts |= {name: given.pop(name) for name in counts if name in given}
+    for name, value in [*counts.items(), ("learning_rate", given.get("learning_rate", 0.0))]:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"training: {name} must be a number, and is {value!r}.")
+    batch, accumulation, steps, epochs = counts.values()
     if steps < 0:
-        steps = math.ceil(math.ceil(examples / batch) / accumulation) * given.pop("num_train_epochs", 3)
+        # The Trainer spreads one process over all GPUs that it sees.
+        batches = math.ceil(examples / (batch * max(1, torch.cuda.device_count())))
+        steps = math.ceil(batches / accumulation) * epochs
     kind = "full" if config.method == "full" else "adapter"
     interval = max(1, round(steps / 10))
-    metric, more_is_better = BEST_METRIC[config.task]
+    metric = given.pop("metric_for_best_model", METRIC_NAMES[config.task][0]).removeprefix("eval_")
+    require_known(f"a metric of {config.task}", metric, METRIC_NAMES[config.task])
     defaults: dict[str, Any] = {
-        "output_dir": config.output,
+        "output_dir": str(Path(config.output).resolve()),  # checkpoints name the best of them by it
         "max_steps": math.ceil(steps),
         "learning_rate": _RATES[kind].get(config.task, _DEFAULT_RATE[kind]),
         "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
         "per_device_eval_batch_size": 4 * batch,
         "warmup_steps": 0.06,
         "logging_steps": max(1, round(steps / 50)),
@@ -134,7 +173,8 @@ def training_arguments(config: TrainConfig, examples: int, max_length: int) -> T
         "save_total_limit": 2,
         "load_best_model_at_end": True,
         "metric_for_best_model": metric,
-        "greater_is_better": more_is_better,
+        "greater_is_better": metric not in LESS_IS_BETTER,
+        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
         "report_to": "none",
         "disable_tqdm": True,  # `Progress` draws the bar
         "dataloader_pin_memory": torch.cuda.is_available(),

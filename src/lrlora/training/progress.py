@@ -68,7 +68,7 @@ class Progress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        ranks = next((r for r in reversed(state.log_history) if "rank/stable_rank_mean" in r), {})
+        ranks = next((r for r in reversed(state.log_history) if "rank/stable_rank_mean" in r and r["step"]), {})
         for name, key, source in (("loss", "loss", logs), ("stable rank", "rank/stable_rank_mean", ranks)):
             if key in source:
                 self.shown[name] = f"{source[key]:.4g}"

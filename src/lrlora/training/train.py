@@ -30,9 +30,9 @@ from ..rank import RankReport, rank_report
 from .callback import RankCallback
 from .config import METRICS_FILE, RUN_FILE, TrainConfig, read_run
 from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
-from .methods import AdaLoraCallback, adapter_config
+from .methods import AdaLoraCallback, adapter_config, set_rank_pattern
 from .metrics import plain_metrics
-from .models import check_model, load_model, make_trainer, model_source, training_arguments
+from .models import check_model, load_model, make_trainer, max_tokens, model_source, training_arguments
 from .progress import Announce, Progress, StopOnSignal
 
 REPORT_FILE = "ranks.json"
@@ -90,7 +90,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limit = min(tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None) or 10**9)
+    limit = max_tokens(tokenizer, model_config)
     counts = token_counts(data.splits["train"], config.task, tokenizer)
     max_length = config.max_length or choose_max_length(counts, limit)
     if max_length > limit:
@@ -104,11 +104,6 @@ def train(
     model = load_model(source, config, data.labels, tokenizer)
     if adapter is not None:
         model = get_peft_model(model, adapter)
-    if overwrite and output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / RUN_FILE, _record_of(config, data, max_length))
-
     for line in _plan(config, data, model, arguments, max_length, too_long):
         announce(line)
     stop = StopOnSignal()
@@ -123,18 +118,28 @@ def train(
     if config.task != "causal-lm":
         train_data, validation = (encode(part, config.task, tokenizer, max_length) for part in (train_data, validation))
     trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
+    # Only now, when all is known to work, is anything on disk touched.
+    if overwrite and output.exists():
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / RUN_FILE, _record_of(config, data, max_length))
     last = get_last_checkpoint(str(output)) if resume else None
     if last:
         announce(f"Resuming from step {last.rpartition('-')[2]}.")
     with stop.listening():
         trainer.train(resume_from_checkpoint=last)
-    if stop.signal is not None:
+    if stop.signal is not None and trainer.state.global_step < steps:
         raise Interrupted(
             f"Stopped by {stop.signal} after step {trainer.state.global_step} of {steps}; a checkpoint is in {output}. "
-            f"Go on with: lrlora train --resume {output}"
+            f"{resume_hint(output)}"
         )
     metrics = plain_metrics(trainer.evaluate(), "eval_")
     return _finish(trainer, config, tokenizer, output, metrics)
+
+
+def resume_hint(output: Path) -> str:
+    """How to go on with the run in a folder."""
+    return f"Go on with: lrlora train --resume {output}"
 
 
 def _plan(
@@ -159,6 +164,8 @@ def _finish(
     trainer: Trainer, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, output: Path, metrics: dict[str, float]
 ) -> TrainResult:
     model: Any = trainer.model
+    if config.method == "adalora":
+        set_rank_pattern(model)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     if config.method in _RANKED:
@@ -181,9 +188,15 @@ def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite:
     is_used = output.exists() and any(output.iterdir())
     if resume:
         record = read_run(output)
+        if config.method == "adalora":
+            raise ValueError(
+                "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
+            )
         if (output / METRICS_FILE).exists():
             raise FileExistsError(f"The run in {output} is finished: there is nothing to resume.")
-        if record["config"] != json.loads(json.dumps(config.to_dict())):
+        # The folder may have been moved, or be called by another name.
+        mine = json.loads(json.dumps(config.to_dict()))
+        if record["config"] | {"output": None} != mine | {"output": None}:
             raise ValueError(
                 f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
             )
