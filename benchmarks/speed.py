@@ -79,12 +79,11 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
         "LoHa": lambda: LoHaConfig(**common, alpha=R),
         "LR-LoRA": lambda: LrLoraConfig(**common, num_basis=50),
         "LR-LoRA, N = 8": lambda: LrLoraConfig(**common, num_basis=8),
-        "LR-LoRA, every 4th token": lambda: LrLoraConfig(**common, num_basis=50, token_stride=4),
     }
     return get_peft_model(model, configs[method]()).train()
 
 
-LR_LORA = ("LR-LoRA", "LR-LoRA, N = 8", "LR-LoRA, every 4th token")
+LR_LORA = ("LR-LoRA", "LR-LoRA, N = 8")
 METHODS = ("LoRA", "frozen base", *LR_LORA, "full fine-tuning", "DoRA", "HiRA", "LoHa")
 
 
@@ -201,7 +200,7 @@ def elementwise(size: int) -> Step:
     def step() -> None:
         with torch.no_grad():
             tabulated = TransferTable(phi.spec, phi.amplitude, phi.bandwidth, torch.float32)
-            _write_weight(out, weight, A, B, tabulated, _Update(phi.spec, 1.0, 300.0, 1))
+            _write_weight(out, weight, A, B, tabulated, _Update(phi.spec, 1.0, 300.0))
 
     return step
 
@@ -270,6 +269,7 @@ def measure(rounds: int) -> list[Record]:
     # The base model again shows what two equal models differ by: decoding waits for memory, which varies.
     some = ("base model", "base model, a second one", "LR-LoRA, cached_weights", FORMING, "LR-LoRA")
     add("generate", "Llama shapes", alternate({method: generation(method) for method in some}, rounds), False)
+    _open_contexts.close()
     some = ("naive formula", "LR-LoRA")
     add("own work", "768", alternate({method: own_work(768, method) for method in some}, 3), True)
     return records

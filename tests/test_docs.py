@@ -68,7 +68,7 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     assert script["updated"](page) == page
 
 
-@pytest.mark.parametrize("benchmark", ["speed", "half_precision", "token_stride"])
+@pytest.mark.parametrize("benchmark", ["speed", "half_precision"])
 def test_the_tables_of_speed_are_the_stored_ones(benchmark: str) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / f"{benchmark}.py"))
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")

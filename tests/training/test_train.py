@@ -242,7 +242,7 @@ def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str
             *COLUMNS,
             *options,
         ),
-        *("--output", tmp_path / "out", "--steps", 40, "--batch-size", 8, "--learning-rate", 5e-3),
+        *("--output", tmp_path / "out", "--steps", 80, "--batch-size", 8, "--learning-rate", 1e-2),
     )
     assert result.exit_code == 0, result.output
     if method == "full":

@@ -21,7 +21,6 @@ from lrlora import LrLoraConfig
         ("input_gain", 0.0),
         ("input_gain", float("nan")),
         ("phi_lr_multiplier", 0.0),
-        ("token_stride", 0),
         ("r", True),
         ("lora_dropout", 1.0),
         ("lora_alpha", 0),

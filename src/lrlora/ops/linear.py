@@ -33,7 +33,6 @@ class _Update(NamedTuple):
     spec: TransferSpec
     scaling: float
     input_gain: float
-    token_stride: int
 
     @classmethod
     def of(
@@ -44,17 +43,14 @@ class _Update(NamedTuple):
         lr_multiplier: float,
         scaling: float,
         input_gain: float,
-        token_stride: int,
     ) -> _Update:
         """From the plain values that an operator takes, in the order of `_SETTINGS`."""
-        return cls(TransferSpec(form, num_basis, interval, lr_multiplier), scaling, input_gain, token_stride)
+        return cls(TransferSpec(form, num_basis, interval, lr_multiplier), scaling, input_gain)
 
 
-_SETTINGS = (
-    "str form, int num_basis, float interval, float lr_multiplier, float scaling, float input_gain, int token_stride"
-)
+_SETTINGS = "str form, int num_basis, float interval, float lr_multiplier, float scaling, float input_gain"
 # In the order of `_SETTINGS`.
-_Settings = tuple[str, int, float, float, float, float, int]
+_Settings = tuple[str, int, float, float, float, float]
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -178,42 +174,16 @@ def _adapted_linear_backward(
             _write_weight(buffer, weight, A, B, table, update)
             gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
-            stride = 1 if needs_weight else max(1, min(update.token_stride, len(flat_x)))
-            some_y, some_x = _every(stride, flat_y, flat_x)
             if _is_transposed(buffer):
-                torch.mm(some_x.T, some_y, out=buffer.T)
+                torch.mm(flat_x.T, flat_y, out=buffer.T)
             else:
-                torch.mm(some_y.T, some_x, out=buffer)
-            if stride > 1:
-                buffer *= stride
+                torch.mm(flat_y.T, flat_x, out=buffer)
             gradients[1] = buffer
-            grad_A, grad_B = _factor_gradients(buffer, A, B, table, update, is_free=not needs_weight)
-            if stride > 1:
-                # G is an estimate. What the straight part of φ makes of it is replaced by the exact gradient, which is
-                # LoRA's own and cheap: only curvature is left to be estimated.
-                exact_A, exact_B = _straight_gradients(flat_y, flat_x, A, B, update.scaling)
-                estimated_A, estimated_B = _straight_gradients(some_y, some_x, A, B, update.scaling * stride)
-                grad_A += exact_A - estimated_A
-                grad_B += exact_B - estimated_B
-            gradients[3:5] = grad_A, grad_B
+            gradients[3:5] = _factor_gradients(buffer, A, B, table, update, is_free=not needs_weight)
             gradients[5:7] = table.parameter_gradients()
         if needs_bias:
             gradients[2] = flat_y.sum(0)
     return _needed(needs, gradients)
-
-
-def _every(stride: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Every `stride`-th row of each tensor, from a random one of the first on."""
-    if stride == 1:
-        return tensors
-    start = int(torch.randint(stride, (), device="cpu"))
-    return tuple(tensor[start::stride] for tensor in tensors)
-
-
-def _straight_gradients(grad_y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) of y = s·x (BA)ᵀ, without forming a tensor of the weight's size."""
-    grad_y, x = grad_y.to(A.dtype), x.to(A.dtype)
-    return scaling * (grad_y @ B).T @ x, scaling * grad_y.T @ (x @ A.T)
 
 
 @_adapted_linear_backward.register_fake
@@ -343,7 +313,7 @@ def _factor_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _settings(spec: TransferSpec, scaling: float, input_gain: float, token_stride: int = 1) -> _Settings:
+def _settings(spec: TransferSpec, scaling: float, input_gain: float) -> _Settings:
     # The operators would pass through a forward-mode derivative as zero, without a word.
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -351,7 +321,7 @@ def _settings(spec: TransferSpec, scaling: float, input_gain: float, token_strid
             "merge the adapter first (`model.merge_and_unload()`)."
         )
     phi = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))
-    return *phi, float(scaling), float(input_gain), token_stride
+    return *phi, float(scaling), float(input_gain)
 
 
 def adapted_linear(
@@ -364,7 +334,6 @@ def adapted_linear(
     *,
     scaling: float,
     input_gain: float,
-    token_stride: int = 1,
 ) -> Tensor:
     """Y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b where `weight` is None.
 
@@ -380,8 +349,6 @@ def adapted_linear(
         transfer: φ.
         scaling: s.
         input_gain: g > 0.
-        token_stride: ≥ 1; in the backward, what φ's curvature adds to the gradients of A and B, and φ's own gradient,
-            are estimated, without bias, from every `token_stride`-th token.
 
     Returns:
         (..., m) in the dtype of x.
@@ -389,7 +356,7 @@ def adapted_linear(
     """
     dtype = _factor_dtype(x, A, B)
     phi = _parameters(transfer, A.device)
-    settings = _settings(transfer.spec, scaling, input_gain, token_stride)
+    settings = _settings(transfer.spec, scaling, input_gain)
     return _adapted_linear(x, weight, bias, A.to(dtype), B.to(dtype), *phi, *settings)
 
 

@@ -64,8 +64,6 @@ class LrLoraConfig(PeftConfig):
         sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
         phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ learn. At LoRA's learning rates,
             1 leaves φ straight and the rank at r; 10 lets both move.
-        token_stride: ≥ 1. Above 1, linear layers estimate, without bias, what φ's curvature adds to the gradients from
-            every `token_stride`-th token of a batch: faster, noisier (docs/speed.md).
         format_version: version of the saved format; written by lrlora, not to be set.
 
     Raises:
@@ -100,7 +98,6 @@ class LrLoraConfig(PeftConfig):
     )
     sharing: Literal["module", "type", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
     phi_lr_multiplier: float = field(default=10.0, metadata={"help": "Learning-rate multiplier of φ."})
-    token_stride: int = field(default=1, metadata={"help": "Estimate curvature's gradient from every n-th token."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
@@ -135,12 +132,6 @@ class LrLoraConfig(PeftConfig):
             )
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             _require(_is_integer(r) and r >= 1, name, r, "an integer ≥ 1")
-        _require(
-            _is_integer(self.token_stride) and self.token_stride >= 1,
-            "token_stride",
-            self.token_stride,
-            "an integer ≥ 1",
-        )
         _require(_is_integer(self.num_basis) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
         positive = [
             (name, getattr(self, name)) for name in ("lora_alpha", "interval", "input_gain", "phi_lr_multiplier")

@@ -31,7 +31,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
-    other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "token_stride", "lrlora_dropout")
+    other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "lrlora_dropout")
 
     weight_name = "weight"  # of the base layer's parameter that is adapted
 
@@ -61,7 +61,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.input_gain: dict[str, float] = {}
-        self.token_stride: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         # Set by the model before a merge: another module uses the base weight too (tied embeddings).
         self.shares_weight = False
@@ -87,7 +86,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         self.weights[adapter_name] = 1.0
         self.input_gain[adapter_name] = config.input_gain
-        self.token_stride[adapter_name] = config.token_stride
         A, B = self._new_factors(r)
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         if config.init_weights:
@@ -332,7 +330,6 @@ class Linear(LrLoraLayer):
             *self._factors(adapter),
             scaling=self.scaling[adapter],
             input_gain=self.input_gain[adapter],
-            token_stride=self.token_stride[adapter],
         )
 
     def _adapted(self, x: Tensor, adapter: str) -> Tensor:
