@@ -85,11 +85,12 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains_saves_reports_and_merges(checkpoint: Path, tmp_path: Path, kind: str) -> None:
-    base = load(checkpoint, kind)
-    at_start = logits(base)
+    at_start = logits(load(checkpoint, kind))
     quantisation_error = relative(at_start, logits(load(checkpoint, None)))
-    model = adapt(base)
-    assert torch.equal(logits(model), at_start)
+    assert torch.equal(logits(adapt(load(checkpoint, kind))), at_start)
+    # A model of its own: on some CPUs, inference makes bitsandbytes pack 4-bit weights for good, and no gradient passes
+    # through them from then on, whatever the adapter.
+    model = adapt(load(checkpoint, kind))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train(model)
     assert [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])] == []
@@ -97,18 +98,20 @@ def test_trains_saves_reports_and_merges(checkpoint: Path, tmp_path: Path, kind:
     trained = logits(model)
     assert relative(trained, at_start) > 3 * quantisation_error
     assert all(row.relative_norm is not None and row.relative_norm > 0 for row in rank_report(model).rows)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(load(checkpoint, kind), tmp_path).eval()), trained)
 
     # Merging quantises again: as much is lost as the quantisation of the base model lost.
     model.merge_adapter()
     assert relative(logits(model), trained) <= 2 * quantisation_error
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(checkpoint, kind), tmp_path).eval()), trained)
+    model.merge_adapter()
     model.save_pretrained(tmp_path / "merged")
     assert {*load_file(tmp_path / "merged" / "adapter_model.safetensors")} == {
         *load_file(tmp_path / "adapter_model.safetensors")
     }
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), trained)
     merged = model.merge_and_unload()
     assert not any(isinstance(module, LrLoraLayer) for module in merged.modules())
     assert relative(logits(merged), trained) <= 2 * quantisation_error

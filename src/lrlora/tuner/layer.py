@@ -242,6 +242,12 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             return
         backend = self.quantization_backend
         can_merge = backend is None or backend.supports_merge
+        base = self.get_base_layer()
+        if backend is not None and can_merge:
+            quantised = self._before_merge or (copy.deepcopy(base),)
+            # On some CPUs, inference makes bitsandbytes pack 4-bit weights in a layout that dequantising, here and in
+            # PEFT, takes for the usual one. Asking for the state unpacks them.
+            base.state_dict()
         weight: Tensor = self.get_base_weight() if can_merge else torch.empty(())
         if not can_merge or weight.dtype not in _MERGEABLE:
             kind = backend.backend_name if backend is not None else weight.dtype
@@ -258,9 +264,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
                 f"Merging {', '.join(adapters)} would put non-finite values into a base weight; nothing was merged "
                 "into this layer. Training has diverged: go back to an earlier checkpoint."
             )
-        base = self.get_base_layer()
         if backend is not None:
-            self._before_merge = self._before_merge or (copy.deepcopy(base),)
+            self._before_merge = quantised
             self.set_base_weight(merged)
         elif self.shares_weight:
             parameter = getattr(base, self.weight_name)
