@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,6 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def with_values(self, **values: Any) -> TrainConfig:
-        """The same run but for these fields."""
-        return replace(self, **values)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

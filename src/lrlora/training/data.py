@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,8 +305,6 @@ def _require_rows(are_right: Any, rule: str, values: Any = None) -> None:
 
 
 # Encoding.
-
-Encoder = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
 
 def token_counts(data: Dataset, task: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -50,7 +50,7 @@ def evaluate(
     examples = loaded.examples(data, split, columns, with_label=True)
     if loaded.config.task == "causal-lm":
         trainer = loaded.trainer(examples)
-        metrics = plain_metrics(trainer.evaluate(), "eval_")
+        metrics = plain_metrics(trainer.evaluate())
         if "prompt" in examples.column_names:
             answers = list(loaded.answers(examples))
             wanted = [_content(example["completion"]) for example in examples]
@@ -58,7 +58,7 @@ def evaluate(
             metrics["exact_match"] = float(np.mean(matches))
         return metrics
     encoded = encode(examples, loaded.config.task, loaded.tokenizer, loaded.max_length)
-    return plain_metrics(loaded.trainer(encoded).evaluate(encoded), "eval_")
+    return plain_metrics(loaded.trainer(encoded).evaluate(encoded))
 
 
 def predict(

@@ -62,10 +62,10 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def plain_metrics(values: dict[str, float], prefix: str) -> dict[str, float]:
+def plain_metrics(values: dict[str, float]) -> dict[str, float]:
     """The metrics of an evaluation under their own names, without its timings."""
     left_out = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "model_preparation_time")
-    metrics = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    metrics = {name.removeprefix("eval_"): value for name, value in values.items() if name.startswith("eval_")}
     metrics = {name: value for name, value in metrics.items() if name not in left_out}
     if "accuracy" not in metrics and "pearson" not in metrics:
         metrics["perplexity"] = perplexity(metrics["loss"])

@@ -79,9 +79,7 @@ class Progress(TrainerCallback):
     ) -> None:
         if self.bar.disable:
             return  # the best checkpoint's, after training
-        values = ", ".join(
-            f"{name} {value:.4g}" for name, value in plain_metrics(metrics, "eval_").items() if name != "epoch"
-        )
+        values = ", ".join(f"{name} {value:.4g}" for name, value in plain_metrics(metrics).items() if name != "epoch")
         rank = f", stable rank {self.shown['stable rank']}" if "stable rank" in self.shown else ""
         self._say(f"Step {state.global_step}: {values}{rank}")
 

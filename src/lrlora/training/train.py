@@ -133,7 +133,7 @@ def train(
             f"Stopped by {stop.signal} after step {trainer.state.global_step} of {steps}; a checkpoint is in {output}. "
             f"{resume_hint(output)}"
         )
-    metrics = plain_metrics(trainer.evaluate(), "eval_")
+    metrics = plain_metrics(trainer.evaluate())
     return _finish(trainer, config, tokenizer, output, metrics)
 
 
