@@ -83,7 +83,7 @@ class TransferSpec:
         learned = self.lr_multiplier * amplitude.double()
         if self.form != "sinc":
             return learned
-        return learned + _identity_amplitudes(self.num_basis, self.interval).to(learned.device)
+        return learned + _identity_amplitudes(self.num_basis, self.interval, device=learned.device)
 
     def bandwidths(self, bandwidth: Tensor) -> Tensor:
         """The stored `bandwidth` (N,) → ω (N,), float64."""
@@ -142,14 +142,19 @@ class TransferSpec:
 
 
 def _constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compute a tensor once, on the CPU and fit for autograd, whatever context asks for it first."""
+    """Compute a tensor once on the CPU, fit for autograd, whatever context asks for it first; keep it per device."""
 
     @functools.cache
     def compute(*arguments: float) -> Tensor:
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return function(*arguments)
 
-    return compute
+    @functools.cache
+    def fetch(*arguments: float, device: torch.device) -> Tensor:
+        with torch.inference_mode(False):
+            return compute(*arguments).to(device)
+
+    return fetch
 
 
 _BACKBONES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -238,9 +243,54 @@ CELLS_PER_SAMPLE = 8
 SAMPLES_PER_STENCIL = 12
 
 
+def num_chebyshev_points(radians: float) -> int:
+    """How many Chebyshev points on [−1, 1] determine functions of no frequency above `radians` to 1e-12; odd.
+
+    Chebyshev coefficients of a sine of that frequency are Bessel functions, which die away beyond it within a few
+    times its cube root.
+    """
+    return 2 * math.ceil((radians + 10 * radians ** (1 / 3) + 4) / 2) + 1
+
+
 @_constant
-def _interpolation_matrix() -> Tensor:
-    """12 neighbouring samples of ψ → the 6 coefficients of the quintics on the 8 cells in their middle, (6, 8, 12).
+def _chebyshev_points(count: int) -> Tensor:
+    """The Chebyshev points (of the second kind) on [−1, 1], shape (count,), float64; the middle one is exactly 0."""
+    points = torch.cos(torch.arange(count, dtype=torch.float64) * (math.pi / (count - 1)))
+    return (points - points.flip(0)) / 2
+
+
+@_constant
+def _chebyshev_to_samples(count: int, num_samples: int) -> Tensor:
+    """Values at the Chebyshev points → values at equally spaced samples on [−1, 1], (num_samples, count), float64.
+
+    The barycentric formula (Berrut & Trefethen 2004). The sample at 0 is a point itself, so that ψ(0) stays exact.
+    """
+    points = _chebyshev_points(count, device=torch.device("cpu"))
+    samples = torch.arange(1 - num_samples, num_samples, 2, dtype=torch.float64) / (num_samples - 1)
+    weight = 1 - 2 * (torch.arange(count, dtype=torch.float64) % 2)
+    weight[0] /= 2
+    weight[-1] /= 2
+    distance = samples.unsqueeze(1) - points
+    matrix = weight / distance
+    matrix /= matrix.sum(1, keepdim=True)
+    is_hit = (distance == 0).any(1)
+    matrix[is_hit] = (distance[is_hit] == 0).double()
+    return matrix
+
+
+@_constant
+def _chebyshev_coefficients(count: int) -> Tensor:
+    """Values at the Chebyshev points → coefficients of T₀ … T₍count−1₎, shape (count, count), float64."""
+    index = torch.arange(count, dtype=torch.float64)
+    halves = torch.ones(count, dtype=torch.float64)
+    halves[0] = halves[-1] = 0.5
+    cosines = torch.cos(index.unsqueeze(1) * index * (math.pi / (count - 1)))
+    return halves.unsqueeze(1) * cosines * halves * (2 / (count - 1))
+
+
+@_constant
+def _samples_to_quintics() -> Tensor:
+    """12 neighbouring samples of ψ → the coefficients of the quintics on the 8 cells in their middle, (8, 6, 12).
 
     A cell's quintic, in 0 ≤ t ≤ 1, passes through its knots −2 … 3; these lie on the samples' common polynomial.
     """
@@ -259,7 +309,28 @@ def _interpolation_matrix() -> Tensor:
         ],
         dim=-1,
     )
-    return torch.einsum("pk,jks->pjs", to_coefficients, lagrange)
+    return torch.einsum("pk,jks->jps", to_coefficients, lagrange)
+
+
+@_constant
+def _samples_to_cubics(derivative: bool) -> Tensor:
+    """12 samples of ψ → cubics with the knot values and slopes of the quintics or their derivative, (8, 4, 12).
+
+    At this density within h⁴/384 < 2e-8 of them, for unit amplitude and the fastest sinc.
+    """
+    c = _samples_to_quintics(device=torch.device("cpu"))
+    if derivative:
+        c = F.pad(c[:, 1:] * torch.arange(1, DEGREE + 1).unsqueeze(1), (0, 0, 0, 1))
+    return torch.stack([c[:, 0], c[:, 1], c[:, 2] - c[:, 4] - 2 * c[:, 5], c[:, 3] + 2 * c[:, 4] + 3 * c[:, 5]], dim=1)
+
+
+@_constant
+def _samples_to_central_moments() -> Tensor:
+    """12 samples of ψ → the quintics to the second power of u = t − 1/2, (8, 3, 12): tᵖ = (1/2 + u)ᵖ, expanded."""
+    powers = [[math.comb(p, q) * 0.5 ** (p - q) if q <= p else 0.0 for p in range(DEGREE + 1)] for q in range(3)]
+    return torch.einsum(
+        "qp,jps->jqs", torch.tensor(powers, dtype=torch.float64), _samples_to_quintics(device=torch.device("cpu"))
+    )
 
 
 class TransferTable:
@@ -269,16 +340,18 @@ class TransferTable:
     literal form has tails that never end: its table covers twice the interval, and the rare entries beyond are
     computed by the formula.
 
-    The gradient is the interpolant's own: `slope` is the derivative of what `value` returns, and `accumulate`
-    followed by `parameter_gradients` its exact adjoint.
+    The table is linear in the values of ψ at a few Chebyshev points, where alone the formula is evaluated. The
+    gradient is the interpolant's own: `slope` is the derivative of what `value` returns, and `accumulate` followed by
+    `parameter_gradients` its exact adjoint.
 
     Args:
         spec, amplitude, bandwidth: φ; the parameters are None for "sine".
         dtype: of the entries z it will be asked for (float32 or float64).
 
     Attributes:
-        coefficients: of the quintic in t of every cell, shape (6, 2·cells_per_side); absent for "sine".
+        reach: ψ is tabulated on [−reach, reach].
         cells_per_side, spacing: the grid; cell i covers z = (i − cells_per_side + t)·spacing for 0 ≤ t ≤ 1.
+        points: the Chebyshev points, float64; absent for "sine".
 
     """
 
@@ -287,28 +360,52 @@ class TransferTable:
     ) -> None:
         self.spec = spec
         self.reach = spec.interval if spec.is_clipped else 2 * spec.interval
-        self._samples_per_side = math.ceil(self.reach * spec.max_bandwidth * CELLS_PER_RADIAN / CELLS_PER_SAMPLE)
-        self.cells_per_side = CELLS_PER_SAMPLE * self._samples_per_side
+        self._dtype = dtype
+        samples_per_side = math.ceil(self.reach * spec.max_bandwidth * CELLS_PER_RADIAN / CELLS_PER_SAMPLE)
+        self.cells_per_side = CELLS_PER_SAMPLE * samples_per_side
         self.spacing = self.reach / self.cells_per_side
         self._parameters = None if amplitude is None or bandwidth is None else (amplitude, bandwidth)
         if self._parameters is not None:
+            # The outermost stencils reach five samples beyond the cells.
+            samples_per_side += SAMPLES_PER_STENCIL // 2 - 1
+            self._num_samples = 2 * samples_per_side + 1
+            self._sampled_reach = samples_per_side * CELLS_PER_SAMPLE * self.spacing
+            self._num_points = num_chebyshev_points(self._sampled_reach * spec.max_bandwidth)
             with torch.no_grad():
-                reach = self._samples_per_side + SAMPLES_PER_STENCIL // 2
-                index = torch.arange(1 - reach, reach, dtype=torch.float64, device=self._parameters[0].device)
-                self.sample_points = index * (CELLS_PER_SAMPLE * self.spacing)
-                self._sample_basis = spec.basis(self.sample_points, self._parameters[1])
-                samples = spec.sum(self._sample_basis, self._parameters[0])
-                self.coefficients = self.interpolate(samples).to(dtype)
-            self._moments = torch.zeros_like(self.coefficients, dtype=torch.float64)
+                self.points = self._sampled_reach * self._constant(_chebyshev_points, self._num_points)
+                self._basis = spec.basis(self.points, self._parameters[1])
+                self._values = spec.sum(self._basis, self._parameters[0])
+            self._grad_values = torch.zeros_like(self._values)
             self._tail_gradients = [torch.zeros_like(p, dtype=torch.float64) for p in self._parameters]
 
-    def interpolate(self, samples: Tensor) -> Tensor:
-        """ψ at `sample_points` → the coefficients (6, 2·cells_per_side), float64, differentiable."""
-        stencils = samples.unfold(0, SAMPLES_PER_STENCIL, 1)
-        return torch.einsum("pjs,cs->pcj", self._matrix(), stencils).flatten(1)
+    def _constant(self, matrix: Callable[..., Tensor], *arguments: float) -> Tensor:
+        assert self._parameters is not None
+        return matrix(*arguments, device=self._parameters[0].device)
 
-    def _matrix(self) -> Tensor:
-        return _interpolation_matrix().to(self.sample_points.device)
+    def _to_samples(self) -> Tensor:
+        return self._constant(_chebyshev_to_samples, self._num_points, self._num_samples)
+
+    def _interpolate(self, values: Tensor, matrix: Tensor) -> Tensor:
+        """ψ at `points` → what `matrix` (8, K, 12) makes of the samples around each cell, (cells, K)."""
+        stencils = (self._to_samples() @ values).unfold(0, SAMPLES_PER_STENCIL, 1)
+        return torch.einsum("jps,cs->cjp", matrix, stencils).flatten(0, 1)
+
+    def _add_adjoint(self, matrix: Tensor, grad: Tensor) -> None:
+        """Add to the gradient of ψ at `points` that of what `_interpolate` made with this matrix, (cells, K)."""
+        to_stencils = torch.einsum("jps,cjp->sc", matrix, grad.unflatten(0, (-1, CELLS_PER_SAMPLE)))
+        grad_samples = grad.new_zeros(self._num_samples)
+        for place, part in enumerate(to_stencils):
+            grad_samples[place : place + len(part)] += part
+        self._grad_values += grad_samples @ self._to_samples()
+
+    def interpolate(self, values: Tensor) -> Tensor:
+        """ψ at `points` → the coefficients of the quintic in t of every cell, (2·cells_per_side, 6), float64."""
+        return self._interpolate(values, self._constant(_samples_to_quintics))
+
+    @functools.cached_property
+    def _coefficients(self) -> Tensor:
+        """(6, cells), in the dtype of the entries."""
+        return self.interpolate(self._values).to(self._dtype).T.contiguous()
 
     def _locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Locate z: (index of its cell as int64, position t in [0, 1] inside it)."""
@@ -362,49 +459,30 @@ class TransferTable:
                 self._accumulate_tails(z[beyond], grad[beyond])
                 grad = grad.masked_fill(beyond, 0)
         cell, t = self._locate(z)
-        moments = torch.zeros_like(self.coefficients)
+        moments = torch.zeros_like(self._coefficients)
         for power in range(DEGREE + 1):
             moments[power].scatter_add_(0, cell, grad)
             grad = grad * t
-        self.add_moments(moments)
-
-    def add_moments(self, moments: Tensor) -> None:
-        """Add ∂L/∂`coefficients`, of their shape, to the parameters' gradient."""
-        self._moments += moments
+        self._add_adjoint(self._constant(_samples_to_quintics), moments.T.double())
 
     def cubics(self, derivative: bool) -> Tensor:
-        """ψ, or ψ′, as cubics with the same values and slopes at the knots: coefficients in t (cells, 4).
-
-        What the kernels read: half as much as the quintics, and at this density within h⁴/384 < 2e-8 of them, for unit
-        amplitude and the fastest sinc.
-        """
-        c = self.coefficients
-        if derivative:
-            powers = torch.arange(1, DEGREE + 1, dtype=c.dtype, device=c.device).unsqueeze(1)
-            c = F.pad(c[1:] * (powers / self.spacing), (0, 0, 0, 1))
-        return torch.stack([c[0], c[1], c[2] - c[4] - 2 * c[5], c[3] + 2 * c[4] + 3 * c[5]], dim=1).contiguous()
+        """ψ, or ψ′, as cubics: coefficients in t, (cells, 4). What the kernels read: half as much as the quintics."""
+        cubics = self._interpolate(self._values, self._constant(_samples_to_cubics, derivative))
+        return (cubics / self.spacing if derivative else cubics).to(self._dtype)
 
     def add_central_moments(self, moments: Tensor) -> None:
-        """Add to the parameters' gradient what the kernels sum per cell: ∂L/∂φ · uᵖ for p < 3, u = t − 1/2, (cells, 3).
+        """Add to the parameters' gradient Σ ∂L/∂φ · uᵖ of each cell, for p < 3 and u = t − 1/2: (cells, 3), float64.
 
         φ's gradient in its parameters is smooth: over half a cell of 1/20 radian the cubic term is below 3e-6 of it,
-        less than float32 loses in the sums. tᵖ = (1/2 + u)ᵖ, expanded.
+        less than float32 loses in the sums.
         """
-        to_powers = moments.new_tensor(
-            [[math.comb(p, q) * 0.5 ** (p - q) if q <= p else 0.0 for q in range(3)] for p in range(DEGREE + 1)]
-        )
-        self.add_moments(to_powers @ moments.T)
+        self._add_adjoint(self._constant(_samples_to_central_moments), moments)
 
     def parameter_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """∂L/∂amplitude and ∂L/∂bandwidth of all accumulated blocks, in the parameters' dtype; None for "sine"."""
         if self._parameters is None:
             return None, None
-        moments = self._moments.unflatten(1, (-1, CELLS_PER_SAMPLE))
-        to_stencils = torch.einsum("pjs,pcj->sc", self._matrix(), moments)
-        grad = torch.zeros_like(self.sample_points)
-        for place, part in enumerate(to_stencils):
-            grad[place : place + len(part)] += part
-        gradients = self.spec.series_gradients(self.sample_points, grad, self._sample_basis, *self._parameters)
+        gradients = self.spec.series_gradients(self.points, self._grad_values, self._basis, *self._parameters)
         amplitude, bandwidth = (
             (g + tail).to(p.dtype) for g, tail, p in zip(gradients, self._tail_gradients, self._parameters, strict=True)
         )
@@ -418,4 +496,4 @@ class TransferTable:
             total += part
 
     def _read(self, power: int, cell: Tensor) -> Tensor:
-        return self.coefficients[power].index_select(0, cell)
+        return self._coefficients[power].index_select(0, cell)

@@ -80,11 +80,10 @@ def interpolated(case: Case) -> Tensor:
     if not spec.is_learned:
         return formula(case)
     table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64)
-    samples = spec.series(table.sample_points, transfer.amplitude, transfer.bandwidth)
-    coefficients = table.interpolate(samples)
+    coefficients = table.interpolate(spec.series(table.points, transfer.amplitude, transfer.bandwidth))
     u = z.clamp(-table.reach, table.reach) / table.spacing
     cell = u.detach().floor().clamp(max=table.cells_per_side - 1)
-    psi = sum(coefficients[p][(cell + table.cells_per_side).long()] * (u - cell) ** p for p in range(6))
+    psi = sum(coefficients[(cell + table.cells_per_side).long(), p] * (u - cell) ** p for p in range(6))
     if not spec.is_clipped:
         psi = torch.where(z.abs() > table.reach, spec.series(z, transfer.amplitude, transfer.bandwidth), psi)
     phi = spec.backbone(z) + psi
