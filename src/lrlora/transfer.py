@@ -351,7 +351,7 @@ class TransferTable:
     Attributes:
         reach: ψ is tabulated on [−reach, reach].
         cells_per_side, spacing: the grid; cell i covers z = (i − cells_per_side + t)·spacing for 0 ≤ t ≤ 1.
-        points: the Chebyshev points, float64; absent for "sine".
+        points: the Chebyshev points on [−points_reach, points_reach], (num_points,), float64; absent for "sine".
 
     """
 
@@ -369,10 +369,10 @@ class TransferTable:
             # The outermost stencils reach five samples beyond the cells.
             samples_per_side += SAMPLES_PER_STENCIL // 2 - 1
             self._num_samples = 2 * samples_per_side + 1
-            self._sampled_reach = samples_per_side * CELLS_PER_SAMPLE * self.spacing
-            self._num_points = num_chebyshev_points(self._sampled_reach * spec.max_bandwidth)
+            self.points_reach = samples_per_side * CELLS_PER_SAMPLE * self.spacing
+            self.num_points = num_chebyshev_points(self.points_reach * spec.max_bandwidth)
             with torch.no_grad():
-                self.points = self._sampled_reach * self._constant(_chebyshev_points, self._num_points)
+                self.points = self.points_reach * self._constant(_chebyshev_points, self.num_points)
                 self._basis = spec.basis(self.points, self._parameters[1])
                 self._values = spec.sum(self._basis, self._parameters[0])
             self._grad_values = torch.zeros_like(self._values)
@@ -383,7 +383,7 @@ class TransferTable:
         return matrix(*arguments, device=self._parameters[0].device)
 
     def _to_samples(self) -> Tensor:
-        return self._constant(_chebyshev_to_samples, self._num_points, self._num_samples)
+        return self._constant(_chebyshev_to_samples, self.num_points, self._num_samples)
 
     def _interpolate(self, values: Tensor, matrix: Tensor) -> Tensor:
         """ψ at `points` → what `matrix` (8, K, 12) makes of the samples around each cell, (cells, K)."""
@@ -477,6 +477,10 @@ class TransferTable:
         less than float32 loses in the sums.
         """
         self._add_adjoint(self._constant(_samples_to_central_moments), moments)
+
+    def add_chebyshev_moments(self, moments: Tensor) -> None:
+        """Add to the parameters' gradient Σ ∂L/∂φ · T_p(clip(z) / points_reach), p < num_points, float64."""
+        self._grad_values += moments @ self._constant(_chebyshev_coefficients, self.num_points)
 
     def parameter_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """∂L/∂amplitude and ∂L/∂bandwidth of all accumulated blocks, in the parameters' dtype; None for "sine"."""

@@ -32,7 +32,6 @@ FORMS = ("residual", "saturating")
 @pytest.fixture(params=PATHS, ids=lambda value: {"0": "blocks"}.get(value, value), autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("LRLORA_KERNELS", request.param)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     return request.param
 
 

@@ -1,10 +1,12 @@
 """The fused GPU kernels, in Triton: the same two loops over the entries of ΔW as `kernels.cpp`.
 
-A tile of Z = g·BA is formed in float32, φ is read from the table, and what leaves the chip is one m×n tensor: the
-effective weight, or H = s·φ′(Z) ∘ G in place of G. The gradient of φ is summed per cell of the table in 64-bit fixed
-point: integers add up to the same bits in any order, so that a run can be repeated exactly, atomics or not.
+A tile of Z = g·BA is formed in float32 and φ read from its table. Forward writes W + ΔW. Backward multiplies its tile
+of G = (∂L/∂y)ᵀ x itself, and what leaves the chip are sums over the tile: its share of ∂L/∂A and ∂L/∂B, and the moments
+Σ G·T_p(z) with the Chebyshev polynomials, from which the gradient of φ follows. A GPU has no cheap way to scatter
+entries over the cells of a table, as the CPU does: nearly all fall on a few cells, whose atomic sums would wait for
+each other. All sums are added up in a fixed order: a run can be repeated to the bit.
 
-`TRITON_INTERPRET=1` runs the kernels on a CPU, for tests.
+`TRITON_INTERPRET=1`, set before Triton is imported, runs the kernels on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 from ..transfer import TransferTable
 
 _FORMS = ("residual", "saturating")
-_MOMENTS = 3
-_BLOCK_M, _BLOCK_N = 64, 64
-# A sum of 2²⁶ terms (a layer of 8192²), each at most 1 after scaling, stays below 2⁶³.
-_ONE = tl.constexpr(2.0**36)
+# A tile's entries, its tokens at a time, and the warps that share it: the backward holds five values of every entry in
+# registers.
+_BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 128, 64, 32, 8
+# Bytes for the tiles' shares of ∂L/∂A and ∂L/∂B; a layer that needs more is walked over in strips of columns.
+_SHARES = 2**26
 
 
 def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
@@ -34,15 +37,14 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @triton.jit
-def _tile(A, B, m, n, gain, r: tl.constexpr, PADDED_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of this program's tile: the places of its entries in an m×n tensor, which exist, and Z = g·BA, float32."""
+def _tile(A, B, m, n, strip, r: tl.constexpr, PADDED_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of this program's tile, counted from the first of its strip, and their parts of B and A."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = (strip + tl.program_id(1)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, PADDED_R)
     b = tl.load(B + rows[:, None] * r + k[None, :], mask=(rows[:, None] < m) & (k[None, :] < r), other=0.0)
     a = tl.load(A + k[:, None] * n + columns[None, :], mask=(k[:, None] < r) & (columns[None, :] < n), other=0.0)
-    inside = (rows[:, None] < m) & (columns[None, :] < n)
-    return rows[:, None] * n + columns[None, :], inside, gain * tl.dot(b, a, input_precision="ieee")
+    return rows, columns, b, a
 
 
 @triton.jit
@@ -96,7 +98,9 @@ def _weight_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    place, inside, z = _tile(A, B, m, n, gain, r, PADDED_R, BLOCK_M, BLOCK_N)
+    rows, columns, b, a = _tile(A, B, m, n, 0, r, PADDED_R, BLOCK_M, BLOCK_N)
+    place, inside = rows[:, None] * n + columns[None, :], (rows[:, None] < m) & (columns[None, :] < n)
+    z = gain * tl.dot(b, a, input_precision="ieee")
     cell, t = _locate(z, side, cells_per_unit)
     psi = _cubic(table, cell, t)
     value = scale * ((_tanh(z) if IS_SATURATING else z) + psi)
@@ -107,41 +111,78 @@ def _weight_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    H,
-    G,
+    grad_A,
+    grad_B,
+    moments,
+    Y,
+    X,
     A,
     B,
     table,
-    moments,
     m,
     n,
+    tokens,
+    strip,
     side,
     cells_per_unit,
+    points_per_unit,
+    num_moments,
     gain,
     scaling,
-    fixed_point,
     r: tl.constexpr,
     PADDED_R: tl.constexpr,
     IS_SATURATING: tl.constexpr,
+    HAS_PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    place, inside, z = _tile(A, B, m, n, gain, r, PADDED_R, BLOCK_M, BLOCK_N)
+    rows, columns, b, a = _tile(A, B, m, n, strip, r, PADDED_R, BLOCK_M, BLOCK_N)
+    has_row, has_column = rows < m, columns < n
+    if HAS_PRODUCT:
+        g = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+        for start in range(0, tokens, BLOCK_T):
+            token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            is_token = token < tokens
+            y = tl.load(Y + token[None, :] * m + rows[:, None], mask=is_token[None, :] & has_row[:, None], other=0.0)
+            x = tl.load(X + token[:, None] * n + columns[None, :], mask=is_token[:, None] & has_column, other=0.0)
+            g = tl.dot(y, x, g, input_precision=PRECISION)
+    else:
+        inside = has_row[:, None] & has_column[None, :]
+        g = tl.load(Y + rows[:, None] * n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+
+    z = gain * tl.dot(b, a, input_precision="ieee")
     cell, t = _locate(z, side, cells_per_unit)
-    g = tl.load(G + place, mask=inside, other=0.0).to(tl.float32)
     slope = tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
     if IS_SATURATING:
         tangent = _tanh(z)
         slope += 1.0 - tangent * tangent
     else:
         slope += 1.0
-    tl.store(H + place, (scaling * slope * g).to(H.dtype.element_ty), mask=inside)
-    # Only φ's parameters learn from these, and g is scaled to at most 1 in size: fixed point loses 2⁻³⁶ of the largest.
-    unit = g * tl.load(fixed_point)
-    u = t - 0.5
-    for power in tl.static_range(3):
-        tl.atomic_add(moments + cell * 3 + power, (unit.to(tl.float64) * _ONE).to(tl.int64), mask=inside)
-        unit *= u
+    h = scaling * slope * g
+    k = tl.arange(0, PADDED_R)
+    tl.store(
+        grad_B + (tl.program_id(1) * m + rows[:, None]) * r + k[None, :],
+        tl.dot(h, tl.trans(a), input_precision="ieee"),
+        mask=has_row[:, None] & (k[None, :] < r),
+    )
+    within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    width = tl.num_programs(1) * BLOCK_N
+    tl.store(
+        grad_A + (tl.program_id(0).to(tl.int64) * r + k[:, None]) * width + within[None, :],
+        tl.dot(tl.trans(b), h, input_precision="ieee"),
+        mask=k[:, None] < r,
+    )
+
+    limit = side / cells_per_unit
+    x = tl.minimum(tl.maximum(z, -limit), limit) * points_per_unit
+    previous, current = x, tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
+    moments += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * num_moments
+    for degree in range(num_moments):
+        tl.store(moments + degree, tl.sum(g * current))
+        following = 2.0 * x * current - previous
+        previous, current = current, following
 
 
 def write_weight(
@@ -168,38 +209,71 @@ def write_weight(
         HAS_WEIGHT=weight is not None,
         BLOCK_M=_BLOCK_M,
         BLOCK_N=_BLOCK_N,
+        num_warps=_WARPS,
     )
 
 
 def factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float, *, is_free: bool
+    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), overwritten if it `is_free`; adds G to φ's gradient in `table`."""
-    m, n = G.shape
-    H = G if is_free else torch.empty_like(G)
-    largest = G.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
-    moments = torch.zeros(2 * table.cells_per_side, _MOMENTS, dtype=torch.int64, device=G.device)
-    grid = (triton.cdiv(m, _BLOCK_M), triton.cdiv(n, _BLOCK_N))
-    _gradient_kernel[grid](
-        H,
-        G,
-        A.contiguous(),
-        B.contiguous(),
-        table.cubics(derivative=True),
-        moments,
-        m,
-        n,
-        float(table.cells_per_side),
-        1 / table.spacing,
-        gain,
-        scaling,
-        largest.reciprocal(),
-        r=A.shape[0],
-        PADDED_R=max(16, triton.next_power_of_2(A.shape[0])),
-        IS_SATURATING=table.spec.form == "saturating",
-        BLOCK_M=_BLOCK_M,
-        BLOCK_N=_BLOCK_N,
-    )
-    unit = largest.double() * (scaling / gain / _ONE.value)
-    table.add_central_moments(moments * unit)
-    return B.T @ H.to(A.dtype), H.to(A.dtype) @ A.T
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to φ's gradient in `table`."""
+    return _gradients(G, None, A, B, table, scaling, gain)
+
+
+def product_gradients(
+    Y: Tensor, X: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+) -> tuple[Tensor, Tensor]:
+    """The same for G = YᵀX, which is never formed, from Y = ∂L/∂y (tokens, m) and X (tokens, n)."""
+    return _gradients(Y.contiguous(), X.contiguous(), A, B, table, scaling, gain)
+
+
+def _gradients(
+    Y: Tensor, X: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+) -> tuple[Tensor, Tensor]:
+    A, B = A.contiguous(), B.contiguous()
+    (r, n), m = A.shape, B.shape[0]
+    blocks_m, blocks_n = triton.cdiv(m, _BLOCK_M), triton.cdiv(n, _BLOCK_N)
+    strip_blocks = max(1, min(blocks_n, _SHARES // (8 * m * r)))
+    cubics = table.cubics(derivative=True)
+    grad_A, grad_B = torch.empty_like(A), torch.zeros_like(B)
+    moments = torch.zeros(table.num_points, dtype=torch.float64, device=A.device)
+    for strip in range(0, blocks_n, strip_blocks):
+        blocks = min(strip_blocks, blocks_n - strip)
+        shares_A = A.new_empty(blocks_m, r, blocks * _BLOCK_N)
+        shares_B = B.new_empty(blocks, m, r)
+        shares_of_moments = A.new_empty(blocks_m * blocks, table.num_points)
+        _gradient_kernel[(blocks_m, blocks)](
+            shares_A,
+            shares_B,
+            shares_of_moments,
+            Y,
+            Y if X is None else X,
+            A,
+            B,
+            cubics,
+            m,
+            n,
+            Y.shape[0],
+            strip,
+            float(table.cells_per_side),
+            1 / table.spacing,
+            1 / table.points_reach,
+            table.num_points,
+            gain,
+            scaling,
+            r=r,
+            PADDED_R=max(16, triton.next_power_of_2(r)),
+            IS_SATURATING=table.spec.form == "saturating",
+            HAS_PRODUCT=X is not None,
+            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            BLOCK_M=_BLOCK_M,
+            BLOCK_N=_BLOCK_N,
+            BLOCK_T=_BLOCK_T,
+            num_warps=_WARPS,
+        )
+        columns = slice(strip * _BLOCK_N, min((strip + blocks) * _BLOCK_N, n))
+        grad_A[:, columns] = shares_A.sum(0)[:, : columns.stop - columns.start]
+        grad_B += shares_B.sum(0)
+        moments += shares_of_moments.sum(0, dtype=torch.float64)
+    table.add_chebyshev_moments(moments * (scaling / gain))
+    return grad_A, grad_B

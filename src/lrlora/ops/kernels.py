@@ -18,7 +18,7 @@ from . import native
 
 
 class Kernels(Protocol):
-    """What a set of kernels offers; see `native` for the meaning."""
+    """What a set of kernels offers; see `native` for the meaning, and `gpu` for `product_gradients`."""
 
     def takes(self, table: TransferTable, *tensors: Tensor | None) -> bool: ...
 
@@ -34,8 +34,11 @@ class Kernels(Protocol):
     ) -> None: ...
 
     def factor_gradients(
-        self, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float, *, is_free: bool
+        self, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
     ) -> tuple[Tensor, Tensor]: ...
+
+    @property
+    def product_gradients(self) -> Callable[..., tuple[Tensor, Tensor]] | None: ...
 
 
 def pick(table: TransferTable, *tensors: Tensor | None) -> Kernels | None:

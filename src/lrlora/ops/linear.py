@@ -89,19 +89,14 @@ def _write_weight(
         out[rows] = delta if weight is None else delta.add_(weight[rows])
 
 
-def _factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, update: _Update, *, is_free: bool
-) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n); adds G to the gradient of the parameters of φ in `table`.
-
-    G may be overwritten if it `is_free`.
-    """
+def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, table: TransferTable, update: _Update) -> tuple[Tensor, Tensor]:
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n); adds G to the gradient of the parameters of φ in `table`."""
     if _is_transposed(G):
-        grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update, is_free=is_free)
+        grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update)
         return grad_At.T.contiguous(), grad_Bt.T.contiguous()
     kernels = pick(table, G, A, B)
     if kernels is not None:
-        return kernels.factor_gradients(G, A, B, table, update.scaling, update.input_gain, is_free=is_free)
+        return kernels.factor_gradients(G, A, B, table, update.scaling, update.input_gain)
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
     for rows in _row_blocks(G):
         z = torch.mm(B[rows], A).mul_(update.input_gain)
@@ -174,12 +169,18 @@ def _adapted_linear_backward(
             _write_weight(buffer, weight, A, B, table, update)
             gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
-            if _is_transposed(buffer):
-                torch.mm(flat_x.T, flat_y, out=buffer.T)
+            kernels = pick(table, flat_y, flat_x, A, B)
+            if kernels is not None and kernels.product_gradients is not None and not needs_weight:
+                gradients[3:5] = kernels.product_gradients(
+                    flat_y, flat_x, A, B, table, update.scaling, update.input_gain
+                )
             else:
-                torch.mm(flat_y.T, flat_x, out=buffer)
-            gradients[1] = buffer
-            gradients[3:5] = _factor_gradients(buffer, A, B, table, update, is_free=not needs_weight)
+                if _is_transposed(buffer):
+                    torch.mm(flat_x.T, flat_y, out=buffer.T)
+                else:
+                    torch.mm(flat_y.T, flat_x, out=buffer)
+                gradients[1] = buffer
+                gradients[3:5] = _factor_gradients(buffer, A, B, table, update)
             gradients[5:7] = table.parameter_gradients()
         if needs_bias:
             gradients[2] = flat_y.sum(0)
@@ -251,8 +252,7 @@ def _delta_weight_backward(
     with _without_autocast(grad):
         table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
         parts = [
-            _factor_gradients(G, left, right, table, update, is_free=False)
-            for G, left, right in _matrices(grad.contiguous(), A, B)
+            _factor_gradients(G, left, right, table, update) for G, left, right in _matrices(grad.contiguous(), A, B)
         ]
         grad_A, grad_B = (
             torch.stack(part).view(like.shape) for part, like in zip(zip(*parts, strict=True), (A, B), strict=True)

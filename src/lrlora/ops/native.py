@@ -79,9 +79,9 @@ def write_weight(
 
 
 def factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float, *, is_free: bool
+    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), which is left alone; adds G to the gradient of φ in `table`."""
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to the gradient of φ in `table`."""
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
@@ -91,6 +91,10 @@ def factor_gradients(
     _require_library().lrlora_gradient(*_pointers(G, A, B, grad_A, grad_B, moments), *sizes, phi, threads)
     table.add_central_moments(moments.sum(0)[:, :3])
     return grad_A.sum(0), grad_B
+
+
+# On a CPU nothing multiplies faster than the matmul library, and G fits in the buffer of W + ΔW.
+product_gradients = None
 
 
 def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:

@@ -1,0 +1,48 @@
+"""What is particular to Triton's kernels, in its interpreter."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+
+from lrlora.ops import adapted_linear
+
+from .test_linear import GAIN, SCALING, assert_agrees, formula, gradients, lean, make_case, relative
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("LRLORA_KERNELS", "triton")
+    return importlib.import_module("lrlora.ops.gpu")
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_more_tokens_than_a_tile_takes_at_a_time(transposed: bool) -> None:
+    assert_agrees(
+        make_case(dtype=torch.float32, shape=(130, 70), batch=(3, 25), transposed=transposed), y=1e-6, gradient=1e-4
+    )
+
+
+def test_a_layer_walked_over_in_strips(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(dtype=torch.float32, shape=(40, 300))
+    expected = gradients(lean(case), case)
+    monkeypatch.setattr(gpu, "_SHARES", 8 * 40 * 3 * 2)  # two blocks of columns at a time, of five
+    for got, want in zip(gradients(lean(case), case), expected, strict=True):
+        assert relative(got, want) <= 1e-6
+
+
+def test_gradients_of_half_precision_activations() -> None:
+    # Float16 alone: of bfloat16 the interpreter multiplies the integers that hold its bits.
+    case = make_case(dtype=torch.float32, shape=(40, 70), bias=False)
+    case = case._replace(x=case.x.detach().half().requires_grad_(), weight=torch.zeros(40, 70))
+    y = adapted_linear(case.x, None, None, *case[3:6], scaling=SCALING, input_gain=GAIN)
+    # No gradient of the weight's size is rounded on the way: only what comes in is.
+    grad_y = case.grad_y.half()
+    actual = torch.autograd.grad(y, case.trainable()[1:], grad_y)
+    expected = torch.autograd.grad(formula(case), case.trainable()[1:], grad_y.double())
+    for got, want in zip(actual, expected, strict=True):
+        assert relative(got, want) <= 1e-4
