@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import AutoConfig, AutoModel
 from typer.testing import CliRunner, Result
 
 from lrlora import LrLoraConfig, RankReport, __version__, rank_report
@@ -67,6 +69,63 @@ def test_ranks_of_plain_lora(tiny_bert: TinyModel, tmp_path: Path) -> None:
     result = run("ranks", tmp_path, "--json", tmp_path / "out.json")
     assert result.exit_code == 0, result.output
     assert [row.r for row in RankReport.from_json(tmp_path / "out.json").rows] == [3, 3]
+
+
+def test_export_merge_and_rank_pattern(adapter: Path, tmp_path: Path) -> None:
+    result = run("export", adapter, "--energy", "0.99", "--out", tmp_path / "lora")
+    assert result.exit_code == 0, result.output
+    assert "of the adapter's effect on the last hidden state is lost" in result.output
+    config = PeftConfig.from_pretrained(tmp_path / "lora")
+    assert config.peft_type.value == "LORA"
+    for module in config.target_modules:
+        assert module in result.output
+    result = run("merge", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    AutoModel.from_pretrained(tmp_path / "merged")
+    result = run("rank-pattern", adapter, "--budget", "r2", "--json", tmp_path / "ranks.json")
+    assert result.exit_code == 0, result.output
+    lora = LoraConfig(**json.loads((tmp_path / "ranks.json").read_text()))
+    (architecture,) = AutoConfig.from_pretrained(tmp_path / "base").architectures
+    plain = get_peft_model(getattr(transformers, architecture).from_pretrained(tmp_path / "base"), lora)
+    assert any("lora_A" in name for name, _ in plain.named_parameters())
+
+
+def test_rank_pattern_prints_json_alone_beside_its_table(adapter: Path) -> None:
+    result = run("rank-pattern", adapter, "--max-rank", "2")
+    assert LoraConfig(**json.loads(result.output[result.output.index("{") :])).r == 2
+
+
+def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        ((adapter,), "either energy or budget"),
+        ((adapter, "--budget", "many"), "--budget must be like 250000, 250k, 1.5M or r4, and is 'many'"),
+        ((adapter, "--energy", "2"), "energy must be a share in"),
+        ((adapter, "--energy", "0.9", "--dtype", "int8"), "dtype"),
+        ((tmp_path / "nothing", "--energy", "0.9"), "does not hold a readable adapter"),
+    ):
+        result = run("export", *arguments, "--out", tmp_path / "lora")
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+        assert "Traceback" not in result.output
+    assert not (tmp_path / "lora").exists()
+
+
+def test_export_compares_with_the_base_model_first(tmp_path: Path) -> None:
+    base = TinyModel("bert").build()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LrLoraConfig(r=3, target_modules=["word_embeddings"]))
+    TinyModel("bert").train(model, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = ("export", tmp_path / "adapter", "--energy", "0.9", "--out", tmp_path / "lora")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "word_embeddings is a Embedding" in " ".join(result.output.split())
+    (tmp_path / "base").rename(tmp_path / "moved")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "--no-check" in result.output
+    assert not (tmp_path / "lora").exists()
 
 
 def test_ranks_of_something_else_is_one_clear_error(tmp_path: Path) -> None:

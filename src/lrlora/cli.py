@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -258,6 +261,138 @@ def predict(
         console.print(escape(f"{count:,} predictions: {output}"), highlight=False)
 
 
+_ADAPTER = Annotated[str, typer.Argument(help="Folder or hub name of a saved LR-LoRA adapter.")]
+_ENERGY = Annotated[float | None, typer.Option(help="Keep this share of each module's ‖ΔW‖², in (0, 1].")]
+_BUDGET = Annotated[
+    str | None, typer.Option(help="Parameters in all: 250000, 250k, 1.5M, or r4 for those of LoRA of rank 4.")
+]
+_MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Of any module.")]
+_DROP_BELOW = Annotated[float, typer.Option(help="Leave out modules with less than this share of all ‖ΔW‖².")]
+_OUTPUT = Annotated[Path, typer.Option("--output", "--out", help="Folder to write; must be empty or not exist.")]
+
+
+@app.command()
+def export(
+    adapter: _ADAPTER,
+    output: _OUTPUT,
+    energy: _ENERGY = None,
+    budget: _BUDGET = None,
+    max_rank: _MAX_RANK = None,
+    drop_below: _DROP_BELOW = 0.0,
+    dtype: Annotated[str, typer.Option(help="Of the factors: float32, bfloat16 or float16.")] = "float32",
+    pad: Annotated[bool, typer.Option("--pad", help="One rank for all, padded with zeros (llama.cpp).")] = False,
+    check: Annotated[bool, typer.Option(help="Load the base model and measure what the export changes.")] = True,
+) -> None:
+    """Turn a learned update into a plain LoRA adapter that anything can serve."""
+    with _one_clear_error():
+        _quiet()
+        from .export import factorize, output_difference, save_as_lora
+        from .export.files import check_output
+        from .export.loading import check_base
+        from .report.table import factors_table
+        from .tuner.skeleton import load_on_skeleton
+
+        precision = _dtype(dtype)
+        check_output(output)
+        model = load_on_skeleton(adapter)
+        wish = _wish(model, energy, budget, max_rank, drop_below)
+        if check:
+            check_base(adapter, model)
+        factors = factorize(model, **wish, progressbar=True)
+        console.print(factors_table(factors, escape(f"LoRA for {adapter}")))
+        save_as_lora(factors, adapter, output, dtype=precision, pad=pad)
+        size = sum(file.stat().st_size for file in output.iterdir())
+        console.print(escape(f"LoRA adapter: {output}, {size / 2**20:.2f} MiB"), highlight=False)
+        if check:
+            difference = output_difference(adapter, output)
+            largest = "" if difference.largest is None else f"; largest difference of a logit: {difference.largest:.2g}"
+            console.print(
+                f"On random inputs {difference.relative:.2%} of the adapter's effect on the last hidden state is "
+                f"lost{largest}",
+                highlight=False,
+            )
+
+
+@app.command(name="rank-pattern")
+def rank_pattern(
+    adapter: _ADAPTER,
+    energy: _ENERGY = None,
+    budget: _BUDGET = None,
+    max_rank: _MAX_RANK = None,
+    drop_below: _DROP_BELOW = 0.0,
+    json: Annotated[Path | None, typer.Option(help="Write the fields here, for LoraConfig(**fields).")] = None,
+) -> None:
+    """The peft.LoraConfig for training plain LoRA at the ranks that LR-LoRA learned."""
+    with _one_clear_error():
+        _quiet()
+        from .export import factorize, lora_config
+        from .report.table import factors_table
+        from .tuner.skeleton import load_on_skeleton
+
+        if json and not json.parent.is_dir():
+            raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")
+        model = load_on_skeleton(adapter)
+        factors = factorize(model, **_wish(model, energy, budget, max_rank, drop_below), progressbar=True)
+        config = lora_config(factors, model.peft_config["default"], keep_scaling=True)
+        names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+        fields = {name: getattr(config, name) for name in names}
+        fields["target_modules"] = sorted(fields["target_modules"])
+        text = dumps(fields, indent=2)
+        console.print(factors_table(factors, escape(f"Ranks for plain LoRA, from {adapter}")))
+        if json:
+            json.write_text(text + "\n", encoding="utf-8")
+            console.print(escape(f"LoraConfig(**json.load(open({str(json)!r})))"), highlight=False)
+        else:
+            typer.echo(text)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder or hub name of a saved adapter.")],
+    output: _OUTPUT,
+    dtype: Annotated[str | None, typer.Option(help="Of the model; default: that of the base model's files.")] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Of a base model that is stored quantised.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
+) -> None:
+    """Add the update to the base model, and write a full model that needs no adapter."""
+    with _one_clear_error():
+        _quiet()
+        from .export import merge_adapter
+
+        precision = None if dtype is None else _dtype(dtype)
+        merge_adapter(
+            adapter, output, dtype=precision, dequantize=dequantize, max_shard_size=max_shard_size, progressbar=True
+        )
+        size = sum(file.stat().st_size for file in output.iterdir())
+        console.print(escape(f"Model: {output}, {size / 2**20:.1f} MiB"), highlight=False)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    from .training.config import require_known
+
+    require_known("dtype", name, ("float32", "bfloat16", "float16"))
+    return getattr(torch, name)
+
+
+def _wish(
+    model: Any, energy: float | None, budget: str | None, max_rank: int | None, drop_below: float
+) -> dict[str, Any]:
+    """The arguments of `factorize` that the options ask for."""
+    from .export.factorize import check_wish, parameters_of_rank
+
+    wish: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "drop_below": drop_below}
+    if budget is not None:
+        match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]?)", budget)
+        if match is None or (match[1] and (match[3] or "." in match[2])):
+            raise ValueError(f"--budget must be like 250000, 250k, 1.5M or r4, and is {budget!r}.")
+        number = float(match[2]) * {"": 1, "k": 1e3, "M": 1e6}[match[3]]
+        wish["budget"] = parameters_of_rank(model, int(number)) if match[1] else int(number)
+    check_wish(**wish)
+    return wish
+
+
 @app.command()
 def inputs() -> None:
     """List the models and data that come with packages, for `embedded:NAME`."""
@@ -280,11 +415,13 @@ def _announce(line: str) -> None:
 
 def _quiet() -> None:
     import transformers
-    from datasets.utils.logging import disable_progress_bar
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    disable_progress_bar()
+    if importlib.util.find_spec("datasets"):
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 

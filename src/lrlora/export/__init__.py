@@ -1,0 +1,15 @@
+"""From a learned rank to what everything can serve: a plain LoRA adapter, a LoRA configuration, a merged model."""
+
+from .adapter import OutputDifference, lora_config, output_difference, save_as_lora
+from .factorize import Factors, factorize
+from .merge import merge_adapter
+
+__all__ = [
+    "Factors",
+    "OutputDifference",
+    "factorize",
+    "lora_config",
+    "merge_adapter",
+    "output_difference",
+    "save_as_lora",
+]

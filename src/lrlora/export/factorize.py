@@ -1,0 +1,270 @@
+"""ΔW ≈ BA: the best plain LoRA for a learned update, at the rank that each module really uses.
+
+By the Eckart-Young theorem the leading k singular triples of ΔW are the best approximation of rank k, and keep
+(σ₁² + … + σ_k²) / ‖ΔW‖²_F of its energy. What remains is to choose the k of every module:
+
+    energy     the smallest k that keeps a share of the module's energy
+    budget     the singular values of all modules compete: the best σ² / (m + n) are taken, one rank of an m × n module
+               costing m + n parameters, as long as the sum fits. That keeps the most energy for its parameters; where
+               all modules have one shape, it is a common threshold on σ.
+    max_rank   never more than this, alone or with either of them
+
+Small matrices get a full SVD, large ones a randomised one (Halko, Martinsson & Tropp 2011) that grows until it reaches
+far enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..rank import module_type
+from ..tuner import LrLoraLayer
+
+# A randomised SVD costs a few products with ΔW; from a quarter of the full rank on, the full one is no dearer.
+_FULL_SVD_SIZE = 256
+_FULL_SVD_SHARE = 4
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 2
+_FIRST_RANK = 32
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What stands for the update of one module.
+
+    Attributes:
+        module: its path in the base model.
+        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 where the module is left out.
+        r: rank of the product BA that was trained.
+        energy: ‖ΔW‖²_F, exact.
+        stable_rank: of ΔW.
+        kept: the share of `energy` that BA keeps.
+
+    """
+
+    module: str
+    A: Tensor
+    B: Tensor
+    r: int
+    energy: float
+    stable_rank: float
+    kept: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    @property
+    def parameters(self) -> int:
+        return self.A.numel() + self.B.numel()
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return self.A.shape[1] + self.B.shape[0]
+
+
+class _Svd:
+    """The leading singular triples of one update, as many as were asked for so far.
+
+    Attributes:
+        sigma: descending, float64, without those that are nothing but rounding.
+        is_complete: whether these are all.
+
+    """
+
+    def __init__(self, name: str, layer: LrLoraLayer, adapter: str) -> None:
+        self.name, self.layer, self._adapter = name, layer, adapter
+        delta = self._delta()
+        if not torch.isfinite(delta).all():
+            raise ValueError(
+                f"The update of {name} holds NaN or infinite values. Training has diverged: go back to an earlier "
+                "checkpoint."
+            )
+        self.shape = m, n = delta.shape
+        self.energy = delta.double().square().sum().item()
+        self._compute(delta, _FIRST_RANK)
+        self.stable_rank = self.energy / self.sigma[0].item() ** 2 if len(self.sigma) else 0.0
+        self.parameters_per_rank = m + n
+
+    def _delta(self) -> Tensor:
+        """ΔW as (m, n), float32, where the adapter is."""
+        delta = self.layer.get_delta_weight(self._adapter).float()
+        return delta.T if isinstance(self.layer.get_base_layer(), Conv1D) else delta
+
+    def reach(self, rank: int) -> None:
+        """Have at least `rank` triples, or all."""
+        if not self.is_complete and len(self.sigma) < rank:
+            self._compute(self._delta(), rank)
+
+    def _compute(self, delta: Tensor, rank: int) -> None:
+        smaller = min(delta.shape)
+        if smaller <= _FULL_SVD_SIZE or rank >= smaller // _FULL_SVD_SHARE:
+            U, sigma, Vh = torch.linalg.svd(delta, full_matrices=False)
+            V, self.is_complete = Vh.T, True
+        else:
+            with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
+                torch.manual_seed(0)
+                U, sigma, V = torch.svd_lowrank(delta, rank + _OVERSAMPLING, _POWER_ITERATIONS)
+            U, sigma, V = U[:, :rank], sigma[:rank], V[:, :rank]
+            self.is_complete = False
+        is_real = sigma > smaller * torch.finfo(sigma.dtype).eps * sigma[0]
+        self.is_complete = self.is_complete or not bool(is_real.all())
+        self._U, self._V, self.sigma = U[:, is_real], V[:, is_real], sigma[is_real].double()
+
+    def held(self) -> Tensor:
+        """The share of the energy that the leading 1, 2, … triples keep."""
+        energies = self.sigma.square()
+        # The rounding of a float32 SVD, some 1e-7 of the energy, must not stand for singular values of that size.
+        return energies.cumsum(0) / (energies.sum() if self.is_complete else self.energy)
+
+    def factors(self, rank: int) -> Factors:
+        # σ goes to both sides alike: its root keeps them within the range of half precision.
+        root = self.sigma[:rank].sqrt().float()
+        return Factors(
+            module=self.name,
+            A=(self._V[:, :rank] * root).T.contiguous(),
+            B=(self._U[:, :rank] * root).contiguous(),
+            r=self.layer.r[self._adapter],
+            energy=self.energy,
+            stable_rank=self.stable_rank,
+            kept=min(1.0, self.held()[rank - 1].item()) if rank else 0.0,
+        )
+
+
+def kept_energy(factors: Sequence[Factors]) -> float:
+    """The share of the energy of all updates together that the factors keep."""
+    return sum(part.kept * part.energy for part in factors) / sum(part.energy for part in factors)
+
+
+def parameters_of_rank(model: nn.Module, rank: int) -> int:
+    """What plain LoRA of this rank takes on the modules that LR-LoRA adapts in a PEFT model: a budget to compare at."""
+    layers = (module for module in model.modules() if isinstance(module, LrLoraLayer))
+    return rank * sum(layer.in_features + layer.out_features for layer in layers)
+
+
+@torch.no_grad()
+def factorize(
+    model: nn.Module,
+    *,
+    energy: float | None = None,
+    budget: int | None = None,
+    max_rank: int | None = None,
+    drop_below: float = 0.0,
+    adapter: str | None = None,
+    progressbar: bool = False,
+) -> list[Factors]:
+    """Factors for every module that LR-LoRA adapts in a PEFT model, in the order of the model.
+
+    Args:
+        model: a PEFT model, not merged, or what `load_on_skeleton` returns.
+        energy: share of each module's ‖ΔW‖²_F to keep, in (0, 1].
+        budget: parameters of all factors together.
+        max_rank: of any module.
+        drop_below: leave out modules whose ‖ΔW‖²_F is less than this share of all modules' sum.
+        adapter: its name; default: the active one.
+        progressbar: show one.
+
+    Raises:
+        ValueError: none or both of energy and budget are given, and no max_rank; a value is out of range; there is
+            nothing to factorise; a module is not linear; an update is not finite.
+
+    """
+    check_wish(energy=energy, budget=budget, max_rank=max_rank, drop_below=drop_below)
+    layers = _linear_layers(model, adapter)
+    updates = [_Svd(*layer) for layer in tqdm(layers, desc="Decomposing updates", disable=not progressbar)]
+    total = sum(update.energy for update in updates)
+    if total == 0:
+        raise ValueError("Every update is zero: the adapter has not been trained, and there is nothing to export.")
+    eligible = [update for update in updates if update.energy > 0 and update.energy >= drop_below * total]
+    if not eligible:
+        raise ValueError(f"drop_below={drop_below} leaves out every module. Give a smaller share.")
+    limit = max_rank or max(min(update.shape) for update in eligible)
+    if budget is not None:
+        ranks = _within_budget(eligible, budget, limit)
+    else:
+        ranks = [_for_energy(update, 1.0 if energy is None else energy, limit) for update in eligible]
+    chosen = dict(zip((update.name for update in eligible), ranks, strict=True))
+    return [update.factors(chosen.get(update.name, 0)) for update in updates]
+
+
+def check_wish(
+    *, energy: float | None = None, budget: int | None = None, max_rank: int | None = None, drop_below: float = 0.0
+) -> None:
+    """Raise the ValueError that `factorize` would raise of its arguments, without a model."""
+    if (energy is None) == (budget is None) and not (energy is None and max_rank is not None):
+        given = "both" if energy is not None else "none"
+        raise ValueError(
+            f"Give either energy or budget, or max_rank alone to say what to keep; given: {given} of them."
+        )
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be a share in (0, 1], and is {energy!r}.")
+    for name, value in (("budget", budget), ("max_rank", max_rank)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be a whole number ≥ 1, and is {value!r}.")
+    if not 0 <= drop_below < 1:
+        raise ValueError(f"drop_below must be a share in [0, 1), and is {drop_below!r}.")
+
+
+def _linear_layers(model: nn.Module, adapter: str | None) -> list[tuple[str, LrLoraLayer, str]]:
+    layers = []
+    for path, module in model.named_modules():
+        if not isinstance(module, LrLoraLayer):
+            continue
+        name = adapter or module.active_adapters[0]
+        if name in module.lrlora_A:
+            layers.append((path.removeprefix("base_model.model."), module, name))
+    if not layers:
+        raise ValueError("The model has no LR-LoRA adapter" + (f" named {adapter!r}." if adapter else "."))
+    if any(layer.merged for _, layer, _ in layers):
+        raise ValueError("The adapter is merged into the base weights: call unmerge_adapter() first.")
+    others = sorted({module_type(path) for path, layer, name in layers if not layer.supports_lora_conversion(name)})
+    if others:
+        raise ValueError(
+            f"Only linear layers can be exported as LoRA, and this adapter also adapts {', '.join(others)}. Merge it "
+            "into its base model instead."
+        )
+    return layers
+
+
+def _for_energy(update: _Svd, energy: float, limit: int) -> int:
+    while True:
+        held = update.held()
+        # As in `rank.energy_rank`: the last bit of a share must not cost a rank.
+        rank = int((held < energy - 1e-12).sum().item()) + 1
+        if rank >= limit or rank <= len(held) or update.is_complete:
+            update.reach(min(rank, limit))
+            return min(rank, limit, len(update.sigma))
+        update.reach(min(2 * len(held), limit))
+
+
+def _within_budget(updates: list[_Svd], budget: int, limit: int) -> list[int]:
+    cheapest = min(update.parameters_per_rank for update in updates)
+    if budget < cheapest:
+        raise ValueError(f"budget={budget:,} is less than one rank of the smallest module, {cheapest:,} parameters.")
+    while True:
+        ranks = _best_per_parameter(updates, budget, limit)
+        # A module all of whose known singular values were taken might have had more to offer.
+        short = [
+            update
+            for update, rank in zip(updates, ranks, strict=True)
+            if rank == len(update.sigma) < limit and not update.is_complete
+        ]
+        if not short:
+            return ranks
+        for update in short:
+            update.reach(min(2 * len(update.sigma), limit))
+
+
+def _best_per_parameter(updates: list[_Svd], budget: int, limit: int) -> list[int]:
+    worth = [(update.sigma[:limit].square() / update.parameters_per_rank) for update in updates]
+    owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
+    cost = torch.tensor([update.parameters_per_rank for update in updates])[owner]
+    order = torch.cat(worth).argsort(descending=True, stable=True)
+    taken = order[cost[order].cumsum(0) <= budget]
+    return torch.bincount(owner[taken], minlength=len(updates)).tolist()

@@ -1,0 +1,69 @@
+"""The learned update added to the base model: a full model that needs no adapter."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from transformers import AutoProcessor, AutoTokenizer
+
+from .files import check_output, written_whole
+from .loading import load_adapted
+
+
+def merge_adapter(
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    dequantize: bool = False,
+    max_shard_size: str = "5GB",
+    progressbar: bool = False,
+) -> None:
+    """Write the base model with the adapter merged into it, and the tokenizer, as `from_pretrained` loads them.
+
+    One layer is merged at a time: beside the model there is never more than one layer's update in memory.
+
+    Args:
+        adapter: folder or hub name of a saved adapter.
+        output: folder to write; it must be empty or not exist. It is there whole or not at all.
+        dtype: of the model; default: that of the base model's files.
+        dequantize: undo the quantisation of a base model that is stored quantised. It cannot be merged otherwise.
+        max_shard_size: of a file of weights.
+        progressbar: show one.
+
+    Raises:
+        FileExistsError: the output folder is not empty.
+        FileNotFoundError: the base model is not there.
+        ValueError: the adapter does not fit it, it is quantised, or the merged weights would not be finite.
+
+    """
+    folder = check_output(output)
+    model = load_adapted(adapter, dtype=dtype or "auto")
+    if getattr(model.config, "quantization_config", None) is not None:
+        if not dequantize:
+            raise ValueError(
+                f"The base model {model.config.name_or_path} is stored quantised. Ask for it to be dequantised "
+                "(dequantize=True, --dequantize), or name its unquantised original in adapter_config.json."
+            )
+        model.get_base_model().dequantize()
+    merged = model.merge_and_unload(progressbar=progressbar)
+    with written_whole(folder) as partial:
+        merged.save_pretrained(partial, max_shard_size=max_shard_size)
+        _save_preprocessing(os.fspath(adapter), partial)
+
+
+def _save_preprocessing(adapter: str, folder: Path) -> None:
+    """Tokenizer or processor: the adapter's own, else the base model's."""
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    for source in (adapter, base):
+        for loader in (AutoProcessor, AutoTokenizer):
+            try:
+                loader.from_pretrained(source).save_pretrained(folder)
+            except (OSError, ValueError, ImportError, AttributeError, KeyError):
+                continue
+            return
+    warnings.warn(f"Neither {adapter} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=3)
