@@ -89,6 +89,7 @@ class RankRow:
         relative_norm: ‖ΔW‖_F / ‖W0‖_F; None where W0 is zero or not at hand.
         phi_zero: φ(0), which adds a constant matrix to ΔW.
         curvature: 1 − R² of the best straight line through φ over the entries it acts on.
+        active_factors: how many of the r factors no gate has closed; None in reports from before there were gates.
 
     """
 
@@ -106,6 +107,7 @@ class RankRow:
     relative_norm: float | None
     phi_zero: float
     curvature: float
+    active_factors: int | None = None
 
 
 @dataclass
@@ -204,6 +206,8 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tup
     deltas = layer.get_delta_weight(adapter)
     inputs = layer.get_transfer_input(adapter) if is_learned else deltas
     weights = _base_weight(layer)
+    r = layer.r[adapter]
+    active = layer.active_factors(adapter).view(-1, r).sum(1).tolist() if is_learned else [r] * len(deltas)
     parameter = getattr(layer, "parameter_name", None)
     if parameter is not None:
         path = f"{path.replace('.base_layer', '')}.{parameter}"  # wrappers of parameters are nested
@@ -233,7 +237,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tup
             kind=_kind(name),
             m=m,
             n=n,
-            r=layer.r[adapter],
+            r=r,
             stable_rank=stable_rank(energies),
             effective_rank=effective_rank(energies),
             energy90_rank=energy_rank(energies, 0.90),
@@ -241,6 +245,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tup
             relative_norm=energies.sum().sqrt().item() / weight_norm if weight_norm > 0 else None,
             phi_zero=phi_zero,
             curvature=bend,
+            active_factors=active[index],
         )
         yield row, curve
 

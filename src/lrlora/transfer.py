@@ -189,7 +189,27 @@ def _identity_amplitudes(num_basis: int, interval: float) -> Tensor:
     return (fitted - fitted.flip(0)) / 2
 
 
-class Transfer(nn.Module):
+class KeepsFloat32(nn.Module):
+    """A module whose parameters stay float32, whatever dtype the model around it is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
+        # `.to(dtype)`, `.half()` and the like move the parameters to another device, but never out of float32:
+        # steps of the optimizer on them are far smaller than half precision resolves.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def restore_precision(self) -> None:
+        """Back to float32, where a library on top has cast `parameter.data` itself, as TRL does."""
+        for parameter in self.parameters():
+            if parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+
+
+class Transfer(KeepsFloat32):
     """φ with its learned parameters.
 
     Attributes:
@@ -211,22 +231,6 @@ class Transfer(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """φ(z) by its formula, float64, of the shape of z: for inspection. Training reads φ from a table."""
         return self.spec.formula(z, self.amplitude, self.bandwidth)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transfer:
-        # `.to(dtype)`, `.half()` and the like move φ to another device, but never out of float32: steps of the
-        # optimizer on ω and a are far smaller than half precision resolves.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
-
-    def restore_precision(self) -> None:
-        """Back to float32, where a library on top has cast `parameter.data` itself, as TRL does."""
-        for parameter in self.parameters():
-            if parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
 
     def extra_repr(self) -> str:
         return f"form={self.spec.form!r}, num_basis={self.spec.num_basis}, interval={self.spec.interval}"

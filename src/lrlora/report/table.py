@@ -12,6 +12,7 @@ from ..rank import RankReport, RankRow
 
 _COLUMNS = {
     "r": "r",
+    "active_factors": "open",
     "stable_rank": "stable",
     "effective_rank": "effect.",
     "energy90_rank": "e-90",
@@ -24,22 +25,26 @@ _CAPTION = (
     "Ranks of ΔW: stable, effective, and how many directions hold 90 % and 99 % of its energy. ‖ΔW‖ in % of ‖W0‖. "
     "curv.: share of φ that no straight line explains."
 )
+_GATES = " open: factors that no gate has closed."
 
 
 def rank_table(report: RankReport, title: str) -> Table:
     """All rows of the report, then the mean by kind. Readable from 80 columns on."""
-    table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left", box=box.SIMPLE_HEAD)
+    has_gates = any(row.active_factors not in (None, row.r) for row in report.rows)
+    columns = {name: heading for name, heading in _COLUMNS.items() if has_gates or name != "active_factors"}
+    caption = _CAPTION + (_GATES if has_gates else "")
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 0), False
     table.add_column("module", overflow="fold")
     table.add_column("kind", no_wrap=True)
-    for heading in _COLUMNS.values():
+    for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        table.add_row(row.module, row.kind, *(_format(name, getattr(row, name)) for name in _COLUMNS))
+        table.add_row(row.module, row.kind, *(_format(name, getattr(row, name)) for name in columns))
     table.add_section()
     for kind in sorted({row.kind for row in report.rows}):
         rows = [row for row in report.rows if row.kind == kind]
-        table.add_row(f"mean of {len(rows)}", kind, *(_format(name, _mean(rows, name)) for name in _COLUMNS))
+        table.add_row(f"mean of {len(rows)}", kind, *(_format(name, _mean(rows, name)) for name in columns))
     return table
 
 

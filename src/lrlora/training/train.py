@@ -166,10 +166,12 @@ def _finish(
     model: Any = trainer.model
     if config.method == "adalora":
         set_rank_pattern(model)
+    if config.method in _RANKED:
+        rank_report(model).to_json(output / REPORT_FILE)  # which tells of closed factors too
+    if config.method == "lr-lora":
+        model.base_model.drop_inactive_factors()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    if config.method in _RANKED:
-        rank_report(model).to_json(output / REPORT_FILE)
     write_json(output / "log_history.json", trainer.state.log_history)
     # Last: a run with metrics is a finished one.
     write_json(output / METRICS_FILE, metrics)

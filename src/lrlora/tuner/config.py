@@ -64,6 +64,9 @@ class LrLoraConfig(PeftConfig):
         sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
         phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ learn. At LoRA's learning rates,
             1 leaves φ straight and the rank at r; 10 lets both move.
+        rank_penalty: λ ≥ 0. Above 0, every factor gets a gate, and those that the loss does not hold up are closed: a
+            factor of average size survives if more than this share of the optimizer's steps hold it (see
+            `lrlora.tuner.gate`). `model.base_model.drop_inactive_factors()` removes closed ones before saving.
         format_version: version of the saved format; written by lrlora, not to be set.
 
     Raises:
@@ -98,6 +101,7 @@ class LrLoraConfig(PeftConfig):
     )
     sharing: Literal["module", "type", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
     phi_lr_multiplier: float = field(default=10.0, metadata={"help": "Learning-rate multiplier of φ."})
+    rank_penalty: float = field(default=0.0, metadata={"help": "Above 0, gates close factors that do not help."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
@@ -138,6 +142,8 @@ class LrLoraConfig(PeftConfig):
         ]
         for name, value in [*positive, *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
             _require(_is_number(value) and 0 < value < float("inf"), name, value, "a finite number > 0")
+        penalty = self.rank_penalty
+        _require(_is_number(penalty) and 0 <= penalty < float("inf"), "rank_penalty", penalty, "a finite number ≥ 0")
         dropout = self.lora_dropout
         _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
         _require(self.form in FORMS, "form", self.form, f"one of {', '.join(FORMS)}")

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import adapted_linear, delta_weight
 from ..transfer import Transfer
 from .config import LrLoraConfig
+from .gate import Gate
 
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,10 +28,11 @@ _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class LrLoraLayer(nn.Module, BaseTunerLayer):
     """What every adapted layer holds, by adapter name: ΔW = (s/g)·φ(g·BA) for its weight, seen as a matrix (m, n).
 
-    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`.
+    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`, and
+    `lrlora_gate[adapter]`, if the adapter has a rank penalty, the gate that A goes through.
     """
 
-    adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
+    adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi", "lrlora_gate")
     other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "lrlora_dropout")
 
     weight_name = "weight"  # of the base layer's parameter that is adapted
@@ -55,6 +57,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.lrlora_A = nn.ModuleDict()
         self.lrlora_B = nn.ModuleDict()
         self.lrlora_phi = nn.ModuleDict()
+        self.lrlora_gate = nn.ModuleDict()
         self.lrlora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -92,6 +95,10 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(B.weight)
         self.lrlora_A[adapter_name], self.lrlora_B[adapter_name] = A, B
         self.lrlora_phi[adapter_name] = transfer
+        if config.rank_penalty:
+            self.lrlora_gate[adapter_name] = Gate(A, B, config.rank_penalty)
+        elif adapter_name in self.lrlora_gate:
+            del self.lrlora_gate[adapter_name]
         self.lrlora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -117,7 +124,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         return matrix
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
-        """(A, B, φ)."""
+        """(diag(γ) A, B, φ)."""
         phi = cast(Transfer, self.lrlora_phi[adapter])
         phi.restore_precision()
         A, B = cast(nn.Linear, self.lrlora_A[adapter]).weight, cast(nn.Linear, self.lrlora_B[adapter]).weight
@@ -127,7 +134,40 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
                 f"The weights of adapter {adapter!r} are on the meta device: they were offloaded, or never loaded. "
                 "Offload the base model before adding the adapter, which then stays on its device, or load the adapter."
             )
+        if adapter in self.lrlora_gate:
+            gate = cast(Gate, self.lrlora_gate[adapter])
+            gate.restore_precision()
+            A = gate(A)
         return A, B, phi
+
+    def active_factors(self, adapter: str) -> Tensor:
+        """Which of the factors have not been closed by a gate: bool, (r,), or (experts·r,)."""
+        if adapter in self.lrlora_gate:
+            return cast(Gate, self.lrlora_gate[adapter]).values().detach() > 0
+        A = cast(nn.Linear, self.lrlora_A[adapter]).weight
+        return torch.ones(len(A), dtype=torch.bool, device=A.device)
+
+    @torch.no_grad()
+    def drop_inactive_factors(self, adapter: str) -> None:
+        """Make the factors that gates have closed vanish, and the gates with them; the update stays as it is.
+
+        At least one factor is left, as r must be.
+        """
+        if adapter not in self.lrlora_gate:
+            return
+        A, B = cast(nn.Linear, self.lrlora_A[adapter]), cast(nn.Linear, self.lrlora_B[adapter])
+        left = self._factors_to_keep(adapter)
+        gated = cast(Gate, self.lrlora_gate[adapter])(A.weight).to(A.weight.dtype)
+        trainable = A.weight.requires_grad
+        self.r[adapter] = B.in_features = int(left.sum())
+        A.weight = nn.Parameter(gated[left.repeat(len(gated) // len(left))], requires_grad=trainable)
+        B.weight = nn.Parameter(B.weight[:, left].contiguous(), requires_grad=trainable)
+        A.out_features = len(A.weight)
+        del self.lrlora_gate[adapter]
+
+    def _factors_to_keep(self, adapter: str) -> Tensor:
+        active = self.active_factors(adapter)
+        return active if active.any() else torch.arange(len(active), device=active.device) == 0
 
     def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
         """A, B and the parameters of φ; nothing if this layer does not have the adapter."""
@@ -447,6 +487,10 @@ class ParamWrapper(LrLoraLayer):
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
         A, B, phi = super()._factors(adapter)
         return A.unflatten(0, (self.num_experts, -1)), B.unflatten(0, (self.num_experts, -1)), phi
+
+    def _factors_to_keep(self, adapter: str) -> Tensor:
+        # PEFT knows one rank for all parameters of a module: closed factors stay, as zeros.
+        return torch.ones(self.r[adapter], dtype=torch.bool, device=self.get_param().device)
 
     def _in_layout(self, matrix: Tensor) -> Tensor:
         matrix = matrix.mT if self._is_transposed else matrix

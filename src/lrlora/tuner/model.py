@@ -149,6 +149,34 @@ class LrLoraModel(BaseTuner):
     def _layers(self) -> Iterator[LrLoraLayer]:
         return (module for module in self.model.modules() if isinstance(module, LrLoraLayer))
 
+    def drop_inactive_factors(self, adapter_name: str = "default") -> None:
+        """Make the factors that the rank penalty has closed vanish from an adapter, before it is saved.
+
+        Its ranks then stand in `rank_pattern`, it has no gates any more, and its update is what it was. For the end of
+        training: an optimizer knows the parameters as they were before.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(
+                f"There is no adapter named {adapter_name!r}. Adapters of this model: {', '.join(self.peft_config)}."
+            )
+        config: Any = self.peft_config[adapter_name]
+        ranks, alphas = {}, {}
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, LrLoraLayer) and adapter_name in layer.lrlora_gate:
+                scaling, before = layer.scaling[adapter_name], layer.r[adapter_name]
+                layer.drop_inactive_factors(adapter_name)
+                r = layer.r[adapter_name]
+                if r != before:
+                    ranks[path], alphas[path] = r, scaling * (math.sqrt(r) if config.use_rslora else r)
+                    layer.lora_alpha[adapter_name] = alphas[path]
+        # The first pattern that matches counts.
+        config.rank_pattern, config.alpha_pattern = {**ranks, **config.rank_pattern}, {**alphas, **config.alpha_pattern}
+        config.rank_penalty = 0.0
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of LR-LoRA updates is not φ of any one product BA."""
         raise NotImplementedError(
