@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .factorize import Factors, kept_energy
 from .files import check_output, written_whole
-from .loading import load_adapted, sample_inputs
+from .loading import load_adapted, sample_inputs, save_preprocessing
 
 _PREFIX = "base_model.model."
 _CARD = """---
@@ -111,6 +111,7 @@ def save_as_lora(
     )
     with written_whole(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_preprocessing(partial, name)
         config.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
 

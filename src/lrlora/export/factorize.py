@@ -113,7 +113,7 @@ class _Svd:
                 U, sigma, V = torch.svd_lowrank(delta, rank + _OVERSAMPLING, _POWER_ITERATIONS)
             U, sigma, V = U[:, :rank], sigma[:rank], V[:, :rank]
             self.is_complete = False
-        is_real = sigma > smaller * torch.finfo(sigma.dtype).eps * sigma[0]
+        is_real = sigma > smaller**0.5 * torch.finfo(sigma.dtype).eps * sigma[0]
         self.is_complete = self.is_complete or not bool(is_real.all())
         self._U, self._V, self.sigma = U[:, is_real], V[:, is_real], sigma[is_real].double()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..training.config import RUN_FILE, read_run
@@ -48,7 +50,10 @@ def load_adapted(adapter: str | os.PathLike[str], **options: Any) -> Any:
     elif config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         options["num_labels"] = _num_labels(name, config)
     try:
-        return getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
+        with warnings.catch_warnings():
+            # PEFT looks for a tokenizer of the adapter's own, and is not sure that it found none.
+            warnings.filterwarnings("ignore", message="Unable to fetch remote file")
+            return getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"The base model of {name}, {config.base_model_name_or_path}, could not be loaded: "
@@ -109,6 +114,16 @@ def _num_labels(name: str, config: PeftConfig) -> int:
         if tensor.dim() == 2 and heads and key.endswith((*heads, "out_proj.weight"))
     ]
     return sizes[-1] if sizes else 2
+
+
+def save_preprocessing(folder: Path, source: str) -> bool:
+    """Put the tokenizer or processor of a model or adapter into a folder; False if it has none."""
+    for loader in (AutoProcessor, AutoTokenizer):
+        # What is not there, or not for this model, raises in many ways.
+        with contextlib.suppress(OSError, ValueError, ImportError, AttributeError, KeyError):
+            loader.from_pretrained(source).save_pretrained(folder)
+            return True
+    return False
 
 
 def sample_inputs(model: Any) -> dict[str, torch.Tensor]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from transformers import AutoProcessor, AutoTokenizer
 
 from .files import check_output, written_whole
-from .loading import load_adapted
+from .loading import load_adapted, save_preprocessing
 
 
 def merge_adapter(
@@ -41,8 +39,9 @@ def merge_adapter(
         ValueError: the adapter does not fit it, it is quantised, or the merged weights would not be finite.
 
     """
+    name = os.fspath(adapter)
     folder = check_output(output)
-    model = load_adapted(adapter, dtype=dtype or "auto")
+    model = load_adapted(name, dtype=dtype or "auto")
     if getattr(model.config, "quantization_config", None) is not None:
         if not dequantize:
             raise ValueError(
@@ -53,17 +52,8 @@ def merge_adapter(
     merged = model.merge_and_unload(progressbar=progressbar)
     with written_whole(folder) as partial:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
-        _save_preprocessing(os.fspath(adapter), partial)
-
-
-def _save_preprocessing(adapter: str, folder: Path) -> None:
-    """Tokenizer or processor: the adapter's own, else the base model's."""
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    for source in (adapter, base):
-        for loader in (AutoProcessor, AutoTokenizer):
-            try:
-                loader.from_pretrained(source).save_pretrained(folder)
-            except (OSError, ValueError, ImportError, AttributeError, KeyError):
-                continue
-            return
-    warnings.warn(f"Neither {adapter} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=3)
+        base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+        if not (save_preprocessing(partial, name) or save_preprocessing(partial, base)):
+            warnings.warn(
+                f"Neither {name} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=2
+            )

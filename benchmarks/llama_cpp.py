@@ -1,0 +1,110 @@
+"""The same answers from llama.cpp: an exported adapter of embedded:smollm2 on its original GGUF file.
+
+    lrlora export RUN --energy 0.99 --pad --out my-lora
+    pip install xllamacpp gguf
+    python benchmarks/llama_cpp.py RUN my-lora "What is the capital of Japan?" …
+
+Prints what PEFT with the LR-LoRA adapter, llama.cpp with the export, and llama.cpp without it answer, all greedily.
+llama.cpp computes with weights of 4 bits and activations of 8, PEFT with the same weights in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+import xllamacpp
+from peft import AutoPeftModelForCausalLM
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoTokenizer
+
+import lrlora
+from lrlora.training.inputs import SMOLLM2, fetch
+
+TOKENS = 24
+
+
+def write_gguf(adapter: Path, output: Path) -> None:
+    """A LoRA adapter of a Llama model in llama.cpp's format."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    config = AutoConfig.from_pretrained(settings["base_model_name_or_path"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(output, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", settings["lora_alpha"])
+    for key, value in load_file(adapter / "adapter_model.safetensors").items():
+        module, side = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
+        if side == "B" and module.endswith(("q_proj", "k_proj")):
+            # llama.cpp rotates neighbouring pairs, transformers the two halves of a head.
+            heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
+            value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        name = names.get_name(module + ".weight", try_suffixes=(".weight",))
+        writer.add_tensor(f"{name}.lora_{side.lower()}", np.ascontiguousarray(value, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp_answers(prompts: list[str], adapter: Path | None) -> list[str]:
+    """Greedy answers of llama.cpp."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(fetch(SMOLLM2))
+    params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 512, 1, torch.get_num_threads()
+    if adapter is not None:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(adapter), 1.0
+        params.lora_adapters = [lora]
+    server = xllamacpp.Server(params)
+    return [
+        server.handle_completions({"prompt": prompt, "max_tokens": TOKENS, "temperature": 0})["choices"][0]["text"]
+        for prompt in prompts
+    ]
+
+
+def peft_answers(run: Path, prompts: list[str], tokenizer: AutoTokenizer) -> list[str]:
+    """Greedy answers of PEFT with the LR-LoRA adapter."""
+    model = AutoPeftModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad(), lrlora.cached_weights(model):
+            tokens = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        answers.append(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+def main() -> None:
+    """Ask, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output folder of `lrlora train`")
+    parser.add_argument("export", type=Path, help="its export, with --pad")
+    parser.add_argument("question", nargs="+")
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.run)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        for q in arguments.question
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = Path(scratch) / "adapter.gguf"
+        write_gguf(arguments.export, adapter)
+        columns = {
+            "PEFT, LR-LoRA": peft_answers(arguments.run, prompts, tokenizer),
+            "llama.cpp, export": llama_cpp_answers(prompts, adapter),
+            "llama.cpp, base": llama_cpp_answers(prompts, None),
+        }
+    for index, question in enumerate(arguments.question):
+        print(f"\n{question}")
+        for name, answers in columns.items():
+            print(f"  {name:18} {answers[index]!r}")
+
+
+if __name__ == "__main__":
+    main()
