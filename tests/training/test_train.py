@@ -17,6 +17,7 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -223,7 +224,7 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
     assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
 
 
-@pytest.mark.parametrize("method", ["dora", "adalora", "full"])
+@pytest.mark.parametrize("method", ["dora", "adalora", "hira", "randlora", "full"])
 def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str) -> None:
     options = () if method == "full" else ("--rank", 2)
     result = run(
@@ -242,7 +243,8 @@ def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str
             *COLUMNS,
             *options,
         ),
-        *("--output", tmp_path / "out", "--steps", 80, "--batch-size", 8, "--learning-rate", 1e-2),
+        *("--output", tmp_path / "out", "--steps", 80, "--batch-size", 8),
+        *("--learning-rate", 3e-2 if method == "randlora" else 1e-2),
     )
     assert result.exit_code == 0, result.output
     if method == "full":
@@ -250,7 +252,7 @@ def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str
         assert model.config.id2label == {0: "fresh", 1: "rotten"}
     else:
         saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-        assert saved["peft_type"] == {"dora": "LORA", "adalora": "ADALORA"}[method]
+        assert saved["peft_type"] == {"dora": "LORA"}.get(method, method.upper())
         assert method != "adalora" or saved["rank_pattern"]  # ranks were reallocated
     before = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert before["accuracy"] > 0.6
@@ -282,6 +284,29 @@ def test_the_best_checkpoint_has_the_lowest_loss_where_that_is_asked_for(
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["loss"] == pytest.approx(
         min(validated), rel=1e-5
     )
+
+
+def test_a_head_with_a_rate_of_its_own(encoder: str, table: str, tmp_path: Path) -> None:
+    def head(folder: str, *options: object) -> torch.Tensor:
+        options = ("--training", "metric_for_best_model=loss", *options)
+        result = train_reviews(encoder, table, tmp_path / folder, "--learning-rate", 1e-9, *options)
+        assert result.exit_code == 0, result.output
+        weights = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert all(w.abs().max() < 1e-6 for name, w in weights.items() if "lrlora_B" in name)
+        return weights["base_model.model.classifier.weight"]
+
+    slow, fast = head("slow"), head("fast", "--head-learning-rate", 1e-2)
+    moved = (fast - slow).abs().mean()
+    assert 0.01 < moved < 0.12  # twelve steps of Adam, with warm-up and decay
+
+
+def test_fewer_examples(encoder: str, table: str, tmp_path: Path) -> None:
+    (tmp_path / "few.yaml").write_text("train_examples: 40\nvalidation_examples: 9\n")
+    result = run(
+        *("train", tmp_path / "few.yaml", "--model", encoder, "--data", table, "--task", "classify", *COLUMNS, *SMALL),
+        *("--output", tmp_path / "out"),
+    )
+    assert "40 examples to train on, 9 to validate" in " ".join(result.output.split())
 
 
 def test_early_stopping(encoder: str, table: str, tmp_path: Path) -> None:
@@ -483,6 +508,9 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "classify", "--training", "seed=1"), "--seed")
     assert_refused(run(*common, "--task", "classify", "--adapter", "target_modules=["), "--adapter is not YAML")
     assert_refused(run(*common, "--task", "classify", "--max-length", 999), "max_length must be at most 48")
+    assert_refused(run(*common, "--task", "classify", "--head-learning-rate", -1), "head_learning_rate must be")
+    rate = ("--head-learning-rate", 1)
+    assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "has none")
     assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
     assert_refused(run(*common), "says nothing of task", "--task")
     assert_refused(run("train", tmp_path / "none.yaml"), "no configuration file")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("classify", "regress", "multiple-choice", "causal-lm")
-METHODS = ("lr-lora", "lora", "dora", "adalora", "full")
+METHODS = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "full")
 # Task → what a column holds, by what it is called unless `columns` says otherwise. Of the alternatives of causal-lm,
 # the first that the data has is taken.
 ROLES = {
@@ -42,7 +42,10 @@ class TrainConfig:
             must not be split between training and validation.
         validation: data to validate on, like `data`; default: the data's own validation split, or a part of training.
         validation_share: that part, in (0, 1).
+        train_examples, validation_examples: use so many at most, drawn at random, always the same; None: all.
         max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
+        head_learning_rate: peak, of a new classification, regression or multiple-choice head; None: that of all else. A
+            new head wants a higher one than an adapter.
         early_stopping: stop after so many evaluations without a better metric; None: never.
         rank_every: steps between records of the learned ranks.
         seed: of head, factors, data order and dropout.
@@ -62,7 +65,10 @@ class TrainConfig:
     columns: dict[str, str] = field(default_factory=dict)
     validation: str | None = None
     validation_share: float = 0.1
+    train_examples: int | None = None
+    validation_examples: int | None = None
     max_length: int | None = None
+    head_learning_rate: float | None = None
     early_stopping: int | None = None
     rank_every: int = 50
     seed: int = 0
@@ -82,7 +88,16 @@ class TrainConfig:
             require_known("a key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
-        for name, least in (("max_length", 1), ("early_stopping", 1), ("rank_every", 1), ("seed", 0)):
+        rate = self.head_learning_rate
+        if rate is not None:
+            if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < float("inf"):
+                raise ValueError(f"head_learning_rate must be a number > 0, and is {rate!r}.")
+            if self.task == "causal-lm":
+                raise ValueError(
+                    f"head_learning_rate={rate!r} is for a new head, and causal-lm has none. Leave it out."
+                )
+        counts = ("max_length", "train_examples", "validation_examples", "early_stopping", "rank_every")
+        for name, least in (*((name, 1) for name in counts), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be a whole number ≥ {least}, and is {value!r}.")

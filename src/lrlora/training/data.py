@@ -125,7 +125,13 @@ def load_task_data(config: TrainConfig) -> TaskData:
         splits = DatasetDict({name: with_class_ids(part, labels, name) for name, part in splits.items()})
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split(splits["train"], config.validation_share)
-    return TaskData(splits, labels)
+    limits = {"train": config.train_examples, "validation": config.validation_examples}
+    return TaskData(DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()}), labels)
+
+
+def sampled(data: Dataset, limit: int | None) -> Dataset:
+    """So many of the examples at most, drawn at random, always the same ones."""
+    return data if limit is None or limit >= len(data) else data.shuffle(seed=0).select(range(limit))
 
 
 def select_roles(data: Dataset, task: str, columns: dict[str, str], *, with_label: bool = True) -> Dataset:

@@ -23,6 +23,7 @@ from .data import (
     load_splits,
     only_split,
     render_chat,
+    sampled,
     select_roles,
     with_class_ids,
 )
@@ -31,7 +32,12 @@ from .models import MODELS, load_model, make_trainer, model_source, training_arg
 
 
 def evaluate(
-    run: str | Path, data: str, *, split: str | None = None, columns: dict[str, str] | None = None
+    run: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
 ) -> dict[str, float]:
     """Metrics of a trained run on data.
 
@@ -40,6 +46,7 @@ def evaluate(
         data: as for `TrainConfig.data`.
         split: of the data; default: `test`, else `validation`, else the only one there is.
         columns: as for `TrainConfig.columns`; default: those of the run.
+        limit: use so many examples at most, drawn at random, always the same.
 
     Raises:
         FileNotFoundError: run or data is missing.
@@ -47,7 +54,7 @@ def evaluate(
 
     """
     loaded = _LoadedRun.read(Path(run))
-    examples = loaded.examples(data, split, columns, with_label=True)
+    examples = sampled(loaded.examples(data, split, columns, with_label=True), limit)
     if loaded.config.task == "causal-lm":
         trainer = loaded.trainer(examples)
         metrics = plain_metrics(trainer.evaluate())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from peft import AdaLoraConfig, HiraConfig, LoraConfig, PeftConfig, RandLoraConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner import LrLoraConfig
@@ -18,8 +18,12 @@ _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "lora": LoraConfig,
     "dora": lambda **options: LoraConfig(use_dora=True, **options),
     "adalora": AdaLoraConfig,
+    "hira": HiraConfig,
+    "randlora": RandLoraConfig,
 }
-_FIELDS = {"lr-lora": LrLoraConfig, "lora": LoraConfig, "dora": LoraConfig, "adalora": AdaLoraConfig}
+_FIELDS: dict[str, Any] = {name: LoraConfig if name == "dora" else config for name, config in _CONFIGS.items()}
+# What each calls α, which is r unless given; HiRA has none.
+_ALPHA = {"lr-lora": "lora_alpha", "lora": "lora_alpha", "dora": "lora_alpha", "randlora": "randlora_alpha"}
 DEFAULT_RANK = 8
 
 
@@ -53,7 +57,7 @@ def adapter_config(method: str, task: str, total_steps: int, options: dict[str, 
         defaults |= {"tinit": total_steps // 10, "tfinal": total_steps // 2}
     else:
         rank = options.get("r", DEFAULT_RANK)
-        defaults |= {"r": rank, "lora_alpha": rank}
+        defaults |= {"r": rank} | ({_ALPHA[method]: rank} if method in _ALPHA else {})
     return _CONFIGS[method](**{**defaults, **options})
 
 

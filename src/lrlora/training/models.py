@@ -208,4 +208,20 @@ def make_trainer(
         collator = DataCollatorForMultipleChoice if config.task == "multiple-choice" else DataCollatorWithPadding
         trainer = Trainer(data_collator=collator(tokenizer), compute_metrics=METRICS[config.task], **common)
     trainer.remove_callback(PrinterCallback)
+    if config.head_learning_rate is not None:
+        _give_head_its_rate(trainer, config.head_learning_rate)
     return trainer
+
+
+def _give_head_its_rate(trainer: Trainer, rate: float) -> None:
+    """Move what is trained outside the base model, the head, into groups of the optimizer with their own rate."""
+    model: Any = trainer.model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = (f"{inner.base_model_prefix}.", f"base_model.model.{inner.base_model_prefix}.")
+    head = {id(p) for name, p in model.named_parameters() if not name.startswith(body)}
+    optimizer = trainer.create_optimizer()
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in head]
+        if own:
+            group["params"] = [p for p in group["params"] if id(p) not in head]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})

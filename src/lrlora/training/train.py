@@ -197,8 +197,10 @@ def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite:
         if (output / METRICS_FILE).exists():
             raise FileExistsError(f"The run in {output} is finished: there is nothing to resume.")
         # The folder may have been moved, or be called by another name.
-        mine = json.loads(json.dumps(config.to_dict()))
-        if record["config"] | {"output": None} != mine | {"output": None}:
+        theirs, mine = (
+            TrainConfig.from_dict(c).to_dict() | {"output": None} for c in (record["config"], config.to_dict())
+        )
+        if json.dumps(theirs, sort_keys=True) != json.dumps(mine, sort_keys=True):
             raise ValueError(
                 f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
             )
