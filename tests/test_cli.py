@@ -110,6 +110,14 @@ def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Pa
     assert not (tmp_path / "lora").exists()
 
 
+def test_plain_lora_needs_no_export(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    get_peft_model(tiny_bert.build(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
+    for command in (("export", "--out", tmp_path / "out"), ("rank-pattern",)):
+        result = run(command[0], tmp_path / "lora", "--energy", 0.9, *command[1:])
+        assert result.exit_code == 1
+        assert "is an adapter of type LORA; only LR-LoRA's" in " ".join(result.output.split())
+
+
 def test_export_compares_with_the_base_model_first(tmp_path: Path) -> None:
     base = TinyModel("bert").build()
     base.save_pretrained(tmp_path / "base")
@@ -121,6 +129,9 @@ def test_export_compares_with_the_base_model_first(tmp_path: Path) -> None:
     result = run(*arguments)
     assert result.exit_code == 1
     assert "word_embeddings is a Embedding" in " ".join(result.output.split())
+    result = run(*arguments, "--no-check")
+    assert result.exit_code == 1
+    assert "is, by its name, no linear layer" in " ".join(result.output.split())
     (tmp_path / "base").rename(tmp_path / "moved")
     result = run(*arguments)
     assert result.exit_code == 1

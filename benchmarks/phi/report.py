@@ -6,7 +6,6 @@ Rewrites the generated parts of `docs/phi.md` and the pictures in `docs/phi/`.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -22,8 +21,10 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-from scipy.stats import bootstrap, permutation_test, sem, ttest_1samp  # noqa: E402
+from scipy.stats import sem  # noqa: E402
 from sections import table, with_section  # noqa: E402
+
+from lrlora.compare.statistics import gap, modules_differ, paired_difference  # noqa: E402
 
 Record = dict[str, Any]
 PAGE = DOCS / "phi.md"
@@ -250,10 +251,10 @@ def tuning_table() -> str:
 def difference(runs: list[Record], others: list[Record]) -> str:
     """Mean difference in test accuracy, in points, paired by seed, with standard error and p of the paired t-test."""
     accuracy = {run["seed"]: run["test_accuracy"] for run in others}
-    values = [100 * (run["test_accuracy"] - accuracy[run["seed"]]) for run in runs if run["seed"] in accuracy]
-    if len(values) < 2:
-        return ""
-    return f"{fmean(values):+.1f} ± {sem(values):.1f} (p = {ttest_1samp(values, 0.0).pvalue:.2f})"
+    paired = [run for run in runs if run["seed"] in accuracy]
+    values = [100 * run["test_accuracy"] for run in paired]
+    result = paired_difference(values, [100 * accuracy[run["seed"]] for run in paired])
+    return f"{result.mean:+.1f} ± {result.standard_error:.1f} (p = {result.p:.2f})" if result else ""
 
 
 def comparison_table() -> str:
@@ -293,24 +294,11 @@ def learned_ranks_table() -> str:
         if np.ptp(by_seed) < 1e-6:
             continue  # LoRA at r = 1
         kinds = np.array([row["kind"] for row in runs[0]["ranks"]])
-        # Under the null hypothesis a module's rank under one seed says nothing of its rank under another.
-        p = permutation_test(
-            tuple(by_seed),
-            lambda *seeds: np.var(np.mean(seeds, axis=0)),
-            permutation_type="pairings",
-            alternative="greater",
-            vectorized=False,
-            n_resamples=2000,
-            rng=np.random.default_rng(0),
-        ).pvalue
+        p = modules_differ(by_seed)
         attention, mlp = (by_seed.mean(0)[kinds == kind] for kind in ("attention", "mlp"))
-        interval = bootstrap(
-            (attention, mlp), lambda a, b: a.mean() - b.mean(), vectorized=False, rng=np.random.default_rng(0)
-        ).confidence_interval
-        gap = attention.mean() - mlp.mean()
-        d = gap / math.sqrt((attention.var(ddof=1) + mlp.var(ddof=1)) / 2)
-        bounds = f"{interval.low:+.2f} … {interval.high:+.2f}"
-        rows.append([*map(str, name), str(len(runs)), f"{p:.4f}", f"{gap:+.2f}", bounds, f"{d:+.2f}"])
+        g = gap(attention, mlp)
+        bounds = f"{g.low:+.2f} … {g.high:+.2f}"
+        rows.append([*map(str, name), str(len(runs)), f"{p:.4f}", f"{g.mean:+.2f}", bounds, f"{g.d:+.2f}"])
     return table(header, rows)
 
 

@@ -28,20 +28,21 @@ console = Console() if Console().is_terminal else Console(width=120)
 
 
 @contextmanager
-def _one_clear_error() -> Iterator[None]:
+def _one_clear_error(after_interrupt: str = "Run the same command again to resume.") -> Iterator[None]:
     """Print what the user can act on as one message, without a traceback."""
     try:
         yield
     except typer.Exit:
         raise  # it is a RuntimeError
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        remedy = (
-            " Install what this command needs: pip install 'lrlora[train]'" if isinstance(error, ImportError) else ""
-        )
+        remedy = ""
+        if isinstance(error, ImportError):
+            extra = "integrations" if re.search("bitsandbytes|torchao", str(error)) else "train"
+            remedy = f" Install what this command needs: pip install 'lrlora[{extra}]'"
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(f'{error}{remedy}')}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted. Run the same command again to resume.", highlight=False)
+        Console(stderr=True).print(f"Interrupted. {after_interrupt}", highlight=False)
         raise typer.Exit(130) from None
 
 
@@ -286,33 +287,44 @@ def export(
     check: Annotated[bool, typer.Option(help="Load the base model and measure what the export changes.")] = True,
 ) -> None:
     """Turn a learned update into a plain LoRA adapter that anything can serve."""
-    with _one_clear_error():
+    with _one_clear_error("Nothing was written."):
         _quiet()
-        from .export import factorize, output_difference, save_as_lora
+        from .export import factorize, save_as_lora
         from .export.files import check_output
-        from .export.loading import check_base
+        from .export.loading import check_base, check_names
         from .report.table import factors_table
-        from .tuner.skeleton import load_on_skeleton
 
         precision = _dtype(dtype)
         check_output(output)
-        model = load_on_skeleton(adapter)
+        model = _load_lr_lora(adapter)
         wish = _wish(model, energy, budget, max_rank, drop_below)
         if check:
             check_base(adapter, model)
+        else:
+            check_names(model)
         factors = factorize(model, **wish, progressbar=True)
         console.print(factors_table(factors, escape(f"LoRA for {adapter}")))
         save_as_lora(factors, adapter, output, dtype=precision, pad=pad)
         size = sum(file.stat().st_size for file in output.iterdir())
         console.print(escape(f"LoRA adapter: {output}, {size / 2**20:.2f} MiB"), highlight=False)
         if check:
-            difference = output_difference(adapter, output)
-            largest = "" if difference.largest is None else f"; largest difference of a logit: {difference.largest:.2g}"
-            console.print(
-                f"On random inputs {difference.relative:.2%} of the adapter's effect on the last hidden state is "
-                f"lost{largest}",
-                highlight=False,
-            )
+            _print_difference(adapter, output)
+
+
+def _print_difference(adapter: str, output: Path) -> None:
+    from .export import output_difference
+
+    try:
+        difference = output_difference(adapter, output)
+    except Exception as error:  # whatever a model may say of inputs that are not its own, the export is there
+        reason = " ".join(str(error).split()) or type(error).__name__
+        console.print(escape(f"What the export changes could not be measured: {reason}"), highlight=False)
+        return
+    largest = "" if difference.largest is None else f"; largest difference of a logit: {difference.largest:.2g}"
+    console.print(
+        f"On random inputs {difference.relative:.2%} of the adapter's effect on the last hidden state is lost{largest}",
+        highlight=False,
+    )
 
 
 @app.command(name="rank-pattern")
@@ -325,15 +337,14 @@ def rank_pattern(
     json: Annotated[Path | None, typer.Option(help="Write the fields here, for LoraConfig(**fields).")] = None,
 ) -> None:
     """The peft.LoraConfig for training plain LoRA at the ranks that LR-LoRA learned."""
-    with _one_clear_error():
+    with _one_clear_error("Nothing was written."):
         _quiet()
         from .export import factorize, lora_config
         from .report.table import factors_table
-        from .tuner.skeleton import load_on_skeleton
 
         if json and not json.parent.is_dir():
             raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")
-        model = load_on_skeleton(adapter)
+        model = _load_lr_lora(adapter)
         factors = factorize(model, **_wish(model, energy, budget, max_rank, drop_below), progressbar=True)
         config = lora_config(factors, model.peft_config["default"], keep_scaling=True)
         names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
@@ -357,7 +368,7 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
 ) -> None:
     """Add the update to the base model, and write a full model that needs no adapter."""
-    with _one_clear_error():
+    with _one_clear_error("Nothing was written."):
         _quiet()
         from .export import merge_adapter
 
@@ -378,6 +389,16 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
+def _load_lr_lora(adapter: str) -> Any:
+    from .tuner.skeleton import load_on_skeleton
+
+    model: Any = load_on_skeleton(adapter)
+    method = model.peft_config["default"].peft_type.value
+    if method != "LRLORA":
+        raise ValueError(f"{adapter} is an adapter of type {method}; only LR-LoRA's need to be exported.")
+    return model
+
+
 def _wish(
     model: Any, energy: float | None, budget: str | None, max_rank: int | None, drop_below: float
 ) -> dict[str, Any]:
@@ -393,6 +414,44 @@ def _wish(
         wish["budget"] = parameters_of_rank(model, int(number)) if match[1] else int(number)
     check_wish(**wish)
     return wish
+
+
+@app.command()
+def compare(
+    suite: Annotated[str, typer.Argument(help="offline-nlu, glue or smoke, or a YAML file with a suite.")],
+    methods: Annotated[str | None, typer.Option(help="Names with commas between; default: the main ones.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite with commas between; default: all.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Learning rates with commas between; default: each method's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method on each task.")] = 3,
+    rank: Annotated[int, typer.Option(min=1, help="Rank r of BA.")] = 4,
+    hours: Annotated[
+        float | None, typer.Option("--budget", min=0.0, help="Hours after which no job is started.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing: write the report of what is there.")] = False,
+) -> None:
+    """Compare methods on tasks: rates tuned, several seeds, tests. Start it again to go on, or once per GPU or core."""
+    with _one_clear_error():
+        from .compare import Comparison, run_comparison
+        from .compare.report import write_report
+
+        wish: dict[str, Any] = {"seeds": seeds, "rank": rank}
+        wish |= {
+            name: tuple(value.split(","))
+            for name, value in (("methods", methods), ("tasks", tasks))
+            if value is not None
+        }
+        if rates is not None:
+            wish["rates"] = tuple(float(rate) for rate in rates.split(","))
+        comparison = Comparison(suite, **wish)
+        folder = output or Path(f"lrlora-compare-{Path(suite).stem}")
+        left = [] if report else run_comparison(comparison, folder, hours=hours, announce=_announce)
+        path = write_report(comparison, folder)
+        if left:
+            console.print(f"{len(left)} jobs are left: run the same command again to go on.", highlight=False)
+        console.print(escape(f"Report: {path}"), highlight=False)
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,13 +15,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from lrlora import LrLoraConfig
 from lrlora.export import factorize, output_difference, save_as_lora
 from lrlora.export import files as export_files
 
 from ..conftest import TinyModel
+from ..training.small import tokenizer
 
 Train = Callable[..., tuple[Path, Any]]
 
@@ -171,3 +176,100 @@ def test_the_temporary_folder_is_on_the_same_disk(tmp_path: Path) -> None:
         (partial / "file").write_text("x")
         assert not (tmp_path / "a" / "b").exists()
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "file"]
+
+
+def test_a_trained_bias_of_a_module_that_is_left_out_stays(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("bert", target_modules=["query", "value"], bias="lora_only")
+    factors = [
+        dataclasses.replace(part, A=part.A[:0], B=part.B[:, :0]) if part.module.endswith("query") else part
+        for part in factorize(model, energy=1.0)
+    ]
+    save_as_lora(factors, adapter, tmp_path / "lora")
+    base = type(TinyModel("bert").build()).from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
+    path = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    torch.testing.assert_close(loaded.get_submodule(path).bias, model.get_submodule(path).base_layer.bias)
+
+
+def test_ranks_of_modules_of_which_one_ends_as_another(tmp_path: Path) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.inner = torch.nn.Linear(12, 12), torch.nn.ModuleDict({"fc": torch.nn.Linear(12, 12)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.inner["fc"](x))
+
+    torch.manual_seed(0)
+    base = Own()
+    model = peft.get_peft_model(copy.deepcopy(base), LrLoraConfig(r=4, target_modules=["fc"], form="sine"))
+    with torch.no_grad():
+        for module in (model.base_model.model.fc, model.base_model.model.inner.fc):
+            module.lrlora_B["default"].weight.normal_(0, 0.01)
+    model.save_pretrained(tmp_path / "adapter")
+    outer, inner = factorize(model, max_rank=4)
+    outer = dataclasses.replace(outer, A=outer.A[:2], B=outer.B[:, :2])
+    save_as_lora([outer, inner], tmp_path / "adapter", tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lora").base_model.model
+    for module, part in ((loaded.fc, outer), (loaded.inner.fc, inner)):
+        torch.testing.assert_close(module.get_delta_weight("default"), part.B @ part.A)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "choice"])
+def test_outputs_of_heads_that_want_inputs_of_their_own(kind: str, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
+    base: Any
+    if kind == "gpt2":  # has no padding token
+        base = transformers.GPT2ForSequenceClassification(
+            transformers.GPT2Config(**common, n_embd=32, n_layer=1, n_head=2, num_labels=3)
+        )
+    elif kind == "t5":  # looks at the end of the sequence
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "pad_token_id": 0}
+        config = transformers.T5Config(**{**common, "eos_token_id": 1}, **sizes, decoder_start_token_id=0, num_labels=3)
+        base = transformers.T5ForSequenceClassification(config)
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        base = transformers.BertForMultipleChoice(transformers.BertConfig(vocab_size=100, pad_token_id=0, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    if kind == "gpt2":
+        tokenizer().save_pretrained(tmp_path / "base")
+    task = {} if kind == "choice" else {"task_type": "SEQ_CLS"}
+    model = peft.get_peft_model(base, LrLoraConfig(r=2, target_modules="all-linear", **task))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lrlora_B" in name:
+                parameter.normal_(0, 0.01)
+    model.save_pretrained(tmp_path / "adapter")
+    save_as_lora(factorize(model, energy=1.0), tmp_path / "adapter", tmp_path / "lora")
+    assert output_difference(tmp_path / "adapter", tmp_path / "lora").relative < 1e-3
+
+
+def test_the_folder_may_be_the_current_one_or_behind_a_link(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, model = train("llama")
+    factors = factorize(model, max_rank=1)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "behind").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "behind")
+    save_as_lora(factors, adapter, tmp_path / "link")
+    assert (tmp_path / "behind" / "adapter_config.json").exists()
+    monkeypatch.chdir(tmp_path / "here")
+    save_as_lora(factors, adapter, ".")
+    assert (tmp_path / "here" / "adapter_config.json").exists()
+
+
+def test_no_space_for_the_tokenizer_is_no_success(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, model = train("llama")
+    tokenizer().save_pretrained(adapter)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_as_lora(factorize(model, max_rank=1), adapter, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

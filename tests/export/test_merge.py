@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from safetensors import safe_open
 
+from lrlora import LrLoraConfig
 from lrlora.export import merge_adapter
 
 from ..conftest import TinyModel
+from ..training.small import tokenizer
 
 Train = Callable[..., tuple[Path, Any]]
 CLASSES = {
@@ -92,3 +95,84 @@ def test_refuses_before_anything_is_written(train: Train, tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError, match="base model"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_model_that_is_stored_quantised(tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "full")
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4"
+    )
+    load = transformers.LlamaForCausalLM.from_pretrained
+    load(tmp_path / "full", quantization_config=quantization, device_map="cpu").save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base", device_map="cpu")
+    model = get_peft_model(base, LrLoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lrlora_B" in name:
+                parameter.normal_(0, 0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad(), model.disable_adapter():
+        before = model(input_ids=tokens).logits.float()
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits.float()
+    with pytest.raises(ValueError, match=r"stored quantised.*--dequantize"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", dequantize=True, dtype=torch.float32)
+    merged = load(tmp_path / "merged")
+    assert getattr(merged.config, "quantization_config", None) is None
+    with torch.no_grad():
+        actual = merged(input_ids=tokens).logits
+    assert (actual - expected).norm() <= 0.1 * (expected - before).norm()
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "bart"])
+def test_the_number_of_classes_is_that_of_the_head(architecture: str, tmp_path: Path) -> None:
+    base: Any
+    if architecture == "distilbert":  # whose head has two layers
+        config: Any = transformers.DistilBertConfig(vocab_size=100, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+        base, saved = transformers.DistilBertModel(config), ["pre_classifier", "classifier"]
+        base.save_pretrained(tmp_path / "base")
+        base = transformers.DistilBertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    else:  # whose head is not saved with the adapter: the base model has it
+        sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 64}
+        both = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sizes.items()}
+        config = transformers.BartConfig(
+            vocab_size=100, d_model=32, **both, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        )
+        base, saved = transformers.BartForSequenceClassification(config), None
+        base.save_pretrained(tmp_path / "base")
+        base = transformers.BartForSequenceClassification.from_pretrained(tmp_path / "base")
+    options: Any = {"modules_to_save": saved} if saved else {}
+    targets = ["q_lin" if architecture == "distilbert" else "q_proj"]
+    model = get_peft_model(base, LrLoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS", **options))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 3
+
+
+def test_a_merged_decoder_classifies_batches(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    transformers.GPT2Model(config).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    base = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LrLoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.pad_token_id == 0
+    assert merged(input_ids=torch.tensor([[5, 6, 0], [5, 6, 7]])).logits.shape == (2, 2)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(tokenizer())
+
+
+def test_no_tokenizer_is_made_up(train: Train, tmp_path: Path) -> None:
+    adapter, _ = train("gpt2")
+    with pytest.warns(UserWarning, match="has a tokenizer"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("*token*"))

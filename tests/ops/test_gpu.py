@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -18,6 +20,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("triton")
     monkeypatch.setenv("LRLORA_KERNELS", "triton")
     return importlib.import_module("lrlora.ops.gpu")
+
+
+TF32 = """
+import torch
+from torch.backends.cuda import matmul
+from lrlora.ops.gpu import _precision
+assert _precision() == "ieee"
+matmul.fp32_precision = "tf32"  # as transformers does for TrainingArguments(tf32=True); allow_tf32 then raises
+assert _precision() == "tf32"
+"""
+
+
+def test_tf32_by_the_newer_setting() -> None:
+    subprocess.run([sys.executable, "-c", TF32], check=True)
 
 
 @pytest.mark.parametrize("transposed", [True, False])

@@ -51,9 +51,9 @@ def save_decoder(folder: Path) -> str:
     return str(folder)
 
 
-def reviews(count: int = 160) -> pd.DataFrame:
+def reviews(count: int = 160, seed: int = 0) -> pd.DataFrame:
     """Sentences whose first word, at which the head looks, gives the verdict."""
-    chance = random.Random(0)
+    chance = random.Random(seed)
     rows = []
     for _ in range(count):
         verdict = chance.choice(("fresh", "rotten"))

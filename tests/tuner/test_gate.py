@@ -119,6 +119,29 @@ def test_a_step_that_the_grad_scaler_skips_closes_nothing() -> None:
     assert (gates(model)[0] == 1).all()
 
 
+def test_a_fused_optimizer_that_skips_its_step_itself_closes_nothing() -> None:
+    model = fit(0.3, steps=0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(model(torch.randn(8, 24)).square().sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert (gates(model)[0] == 1).all()
+
+
+def test_gates_of_an_adapter_that_is_not_trained_stay(tiny_bert: TinyModel) -> None:
+    model = adapted(tiny_bert, 0.5)
+    model.add_adapter("other", LrLoraConfig(r=R, rank_penalty=0.5, **tiny_bert.targets))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        tiny_bert.loss(model).backward()
+        optimizer.step()
+    weights = {name: p for name, p in model.named_parameters() if "lrlora_gate" in name}
+    assert all((p == 0).all() == ("other" in name) for name, p in weights.items())
+
+
 def test_the_penalty_follows_the_learning_rate_and_survives_a_copy() -> None:
     model = copy.deepcopy(fit(0.5, steps=0))
     (gate,) = (module for module in model.modules() if isinstance(module, Gate))

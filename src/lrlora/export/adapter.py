@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..tuner.config import pattern_of
 from .factorize import Factors, kept_energy
 from .files import check_output, written_whole
 from .loading import load_adapted, sample_inputs, save_preprocessing
@@ -54,7 +55,7 @@ def lora_config(factors: Sequence[Factors], like: PeftConfig, *, keep_scaling: b
     root = 0.5 if trained.use_rslora else 1
     scaling = trained.lora_alpha / trained.r**root if keep_scaling else 1
     largest = max(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != largest}
+    others = {pattern_of(module, ranks): rank for module, rank in ranks.items() if rank != largest}
     kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save", "bias")
     fields: dict[str, Any] = {name: getattr(trained, name) for name in (*kept, "trainable_token_indices")}
     fields["lora_alpha"] = scaling * largest
@@ -62,7 +63,7 @@ def lora_config(factors: Sequence[Factors], like: PeftConfig, *, keep_scaling: b
         r=largest,
         target_modules=list(ranks),
         rank_pattern=others,
-        alpha_pattern={module: scaling * rank for module, rank in others.items()},
+        alpha_pattern={key: scaling * rank for key, rank in others.items()},
         **fields,
     )
 
@@ -97,7 +98,13 @@ def save_as_lora(
     config.inference_mode = True
     if pad:
         config.rank_pattern, config.alpha_pattern = {}, {}
-    weights = {key: value for key, value in load_peft_weights(name, device="cpu").items() if ".lrlora_" not in key}
+    left_out = tuple(f"{_PREFIX}{part.module}.base_layer." for part in factors if not part.rank)
+    weights = {
+        # A module without an adapter of its own is not wrapped when this is loaded.
+        key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
+        for key, value in load_peft_weights(name, device="cpu").items()
+        if ".lrlora_" not in key
+    }
     for part in exported:
         rank = config.r if pad else part.rank
         weights[f"{_PREFIX}{part.module}.lora_A.weight"] = _padded(part.A.T, rank).T.to(dtype).contiguous()

@@ -117,6 +117,10 @@ class _Svd:
         self.is_complete = self.is_complete or not bool(is_real.all())
         self._U, self._V, self.sigma = U[:, is_real], V[:, is_real], sigma[is_real].double()
 
+    def truncate(self, rank: int) -> None:
+        """Forget all but the leading `rank` triples: the rest of a large layer's take much memory."""
+        self._U, self._V = self._U[:, :rank].clone(), self._V[:, :rank].clone()
+
     def held(self) -> Tensor:
         """The share of the energy that the leading 1, 2, … triples keep."""
         energies = self.sigma.square()
@@ -177,20 +181,23 @@ def factorize(
     """
     check_wish(energy=energy, budget=budget, max_rank=max_rank, drop_below=drop_below)
     layers = _linear_layers(model, adapter)
-    updates = [_Svd(*layer) for layer in tqdm(layers, desc="Decomposing updates", disable=not progressbar)]
+    updates, ranks = [], {}
+    for layer in tqdm(layers, desc="Decomposing updates", disable=not progressbar):
+        update = _Svd(*layer)
+        if budget is None:
+            ranks[update.name] = _for_energy(update, energy or 1.0, max_rank or min(update.shape))
+            update.truncate(ranks[update.name])
+        updates.append(update)
     total = sum(update.energy for update in updates)
     if total == 0:
         raise ValueError("Every update is zero: the adapter has not been trained, and there is nothing to export.")
     eligible = [update for update in updates if update.energy > 0 and update.energy >= drop_below * total]
     if not eligible:
         raise ValueError(f"drop_below={drop_below} leaves out every module. Give a smaller share.")
-    limit = max_rank or max(min(update.shape) for update in eligible)
     if budget is not None:
-        ranks = _within_budget(eligible, budget, limit)
-    else:
-        ranks = [_for_energy(update, 1.0 if energy is None else energy, limit) for update in eligible]
-    chosen = dict(zip((update.name for update in eligible), ranks, strict=True))
-    return [update.factors(chosen.get(update.name, 0)) for update in updates]
+        ranks = _within_budget(eligible, budget, max_rank or max(min(update.shape) for update in eligible))
+    kept = {update.name for update in eligible}
+    return [update.factors(ranks[update.name] if update.name in kept else 0) for update in updates]
 
 
 def check_wish(
@@ -243,7 +250,7 @@ def _for_energy(update: _Svd, energy: float, limit: int) -> int:
         update.reach(min(2 * len(held), limit))
 
 
-def _within_budget(updates: list[_Svd], budget: int, limit: int) -> list[int]:
+def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, int]:
     cheapest = min(update.parameters_per_rank for update in updates)
     if budget < cheapest:
         raise ValueError(f"budget={budget:,} is less than one rank of the smallest module, {cheapest:,} parameters.")
@@ -256,7 +263,7 @@ def _within_budget(updates: list[_Svd], budget: int, limit: int) -> list[int]:
             if rank == len(update.sigma) < limit and not update.is_complete
         ]
         if not short:
-            return ranks
+            return dict(zip((update.name for update in updates), ranks, strict=True))
         for update in short:
             update.reach(min(2 * len(update.sigma), limit))
 

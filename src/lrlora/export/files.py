@@ -17,7 +17,7 @@ def check_output(output: str | os.PathLike[str]) -> Path:
         FileExistsError: it exists and is not empty, or is a file.
 
     """
-    path = Path(output)
+    path = Path(output).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         kind = "is not empty" if path.is_dir() else "is a file"
         raise FileExistsError(f"The output folder {path} {kind}. Give another one, or remove it.")
@@ -31,7 +31,7 @@ def written_whole(output: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp's is for its user alone
+        partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its user alone
         for file in partial.rglob("*"):
             if file.is_file():
                 with file.open("rb") as written:
@@ -39,3 +39,9 @@ def written_whole(output: Path) -> Iterator[Path]:
         partial.replace(output)  # an empty folder may be there
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

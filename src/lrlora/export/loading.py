@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,14 @@ def load_adapted(adapter: str | os.PathLike[str], **options: Any) -> Any:
     if (Path(name) / RUN_FILE).exists() and (labels := read_run(Path(name))["labels"]):
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    elif config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        options["num_labels"] = _num_labels(name, config)
+    elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(name)) is not None:
+        options["num_labels"] = num_labels
+    model: Any
     try:
         with warnings.catch_warnings():
             # PEFT looks for a tokenizer of the adapter's own, and is not sure that it found none.
             warnings.filterwarnings("ignore", message="Unable to fetch remote file")
-            return getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
+            model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"The base model of {name}, {config.base_model_name_or_path}, could not be loaded: "
@@ -64,6 +66,10 @@ def load_adapted(adapter: str | os.PathLike[str], **options: Any) -> Any:
             f"The adapter {name} does not fit its base model {config.base_model_name_or_path}: "
             f"{' '.join(str(error).split())[:500]}"
         ) from None
+    if config.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
+        # A decoder looks for the last token before the padding, and trains with the tokenizer's.
+        model.config.pad_token_id = _pad_token(name, str(config.base_model_name_or_path))
+    return model
 
 
 def check_base(adapter: str | os.PathLike[str], model: PeftModel) -> None:
@@ -74,7 +80,12 @@ def check_base(adapter: str | os.PathLike[str], model: PeftModel) -> None:
         ValueError: an adapted module is no linear layer there, or one of another shape.
 
     """
-    name = str(PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path)
+    name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
+    if not name:
+        raise FileNotFoundError(
+            f"The adapter {adapter} does not say what its base model is. Set base_model_name_or_path in its "
+            "adapter_config.json, or leave out the check against it (--no-check)."
+        )
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -105,24 +116,59 @@ def check_base(adapter: str | os.PathLike[str], model: PeftModel) -> None:
             )
 
 
-def _num_labels(name: str, config: PeftConfig) -> int:
-    """How many classes the head that is saved with the adapter has; transformers' default where there is none."""
-    heads = tuple(f"{module}.weight" for module in getattr(config, "modules_to_save", None) or ())
-    sizes = [
-        tensor.shape[0]
-        for key, tensor in load_peft_weights(name, device="cpu").items()
-        if tensor.dim() == 2 and heads and key.endswith((*heads, "out_proj.weight"))
-    ]
-    return sizes[-1] if sizes else 2
+def check_names(model: PeftModel) -> None:
+    """The check against a base model that is not at hand: by names alone.
+
+    Raises:
+        ValueError: a module is likely no linear layer.
+
+    """
+    for path, layer in model.named_modules():
+        if isinstance(layer, LrLoraLayer) and _UNLIKELY.search(path):
+            raise ValueError(
+                f"{path.removeprefix('base_model.model.')} is, by its name, no linear layer, and only those can be "
+                "exported as LoRA. Export with the check against the base model, or merge the adapter into it."
+            )
+
+
+_UNLIKELY = re.compile(r"(embed\w*|wte|wpe|shared|conv\w*)$", re.IGNORECASE)
+# How transformers calls the layer, and in some models the part of it, that gives the classes.
+_HEADS = re.compile(r"\.(classifier|score|classification_head|logits_proj)(\.out_proj)?\.weight$")
+
+
+def _num_labels(name: str) -> int | None:
+    """How many classes the head that is saved with an adapter has; None where there is none, as the base model says."""
+    heads = [tensor for key, tensor in load_peft_weights(name, device="cpu").items() if _HEADS.search(key)]
+    return len(heads[-1]) if heads else None
+
+
+def _pad_token(name: str, base: str) -> int | None:
+    for source in (name, base):
+        with contextlib.suppress(*_NOT_THERE):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            if tokenizer.vocab_size > len(tokenizer.all_special_tokens):
+                return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return None
+
+
+# What is not there, or not for this model, raises in many ways.
+_NOT_THERE = (OSError, ValueError, ImportError, AttributeError, KeyError)
 
 
 def save_preprocessing(folder: Path, source: str) -> bool:
     """Put the tokenizer or processor of a model or adapter into a folder; False if it has none."""
     for loader in (AutoProcessor, AutoTokenizer):
-        # What is not there, or not for this model, raises in many ways.
-        with contextlib.suppress(OSError, ValueError, ImportError, AttributeError, KeyError):
-            loader.from_pretrained(source).save_pretrained(folder)
-            return True
+        try:
+            loaded = loader.from_pretrained(source)
+        except _NOT_THERE:
+            continue
+        # From a configuration alone transformers makes a tokenizer that knows no words.
+        if len(getattr(loaded, "all_special_tokens", ())) == getattr(loaded, "vocab_size", -1) or (
+            getattr(loaded, "vocab_size", 1) == 0
+        ):
+            continue
+        loaded.save_pretrained(folder)
+        return True
     return False
 
 
@@ -135,12 +181,21 @@ def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    if model.main_input_name == "pixel_values":
-        size = (config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(2, *size, generator=generator)}
+    size = getattr(config, "image_size", None)
+    if model.main_input_name == "pixel_values" and isinstance(size, int):
+        return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), size, size, generator=generator)}
     if model.main_input_name != "input_ids":
-        raise ValueError(f"There are no sample inputs for {type(model).__name__}, which takes {model.main_input_name}.")
-    vocabulary = config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (4, 32), generator=generator)
+        raise ValueError(f"there are no sample inputs for {type(model).__name__}, which takes {model.main_input_name}")
+    text = config.get_text_config()
+    tokens = torch.randint(text.vocab_size, (4, 32), generator=generator)
+    special = [text.pad_token_id, text.eos_token_id]
+    for token in special:
+        if isinstance(token, int):
+            tokens[tokens == token] = (token + 1) % text.vocab_size
+    if isinstance(text.eos_token_id, int):
+        tokens[:, -1] = text.eos_token_id  # some heads look at it
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        tokens = tokens.unsqueeze(0)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return inputs | {"decoder_input_ids": tokens} if config.is_encoder_decoder else inputs
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    return inputs | {"decoder_input_ids": tokens} if config.is_encoder_decoder and not is_classifier else inputs

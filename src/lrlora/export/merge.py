@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import Any
 
 import torch
 from peft import PeftConfig
 
+from ..tuner import LrLoraLayer
 from .files import check_output, written_whole
 from .loading import load_adapted, save_preprocessing
 
@@ -48,7 +50,7 @@ def merge_adapter(
                 f"The base model {model.config.name_or_path} is stored quantised. Ask for it to be dequantised "
                 "(dequantize=True, --dequantize), or name its unquantised original in adapter_config.json."
             )
-        model.get_base_model().dequantize()
+        _dequantize(model)
     merged = model.merge_and_unload(progressbar=progressbar)
     with written_whole(folder) as partial:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -57,3 +59,13 @@ def merge_adapter(
             warnings.warn(
                 f"Neither {name} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=2
             )
+
+
+def _dequantize(model: Any) -> None:
+    """Make the base model's layers plain ones, below the adapters."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LrLoraLayer)]
+    if not layers:
+        raise ValueError("Only LR-LoRA adapters can be merged into a base model that is stored quantised.")
+    model.get_base_model().dequantize()
+    for layer in layers:
+        layer.quantization_backend = None

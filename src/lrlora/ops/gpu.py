@@ -11,6 +11,8 @@ each other. All sums are added up in a fixed order: a run can be repeated to the
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from ..transfer import TransferTable
 _FORMS = ("residual", "saturating")
 # A tile's entries, its tokens at a time, and the warps that share it: the backward holds five values of every entry in
 # registers.
-_BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 128, 64, 32, 8
+_BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 64, 64, 32, 4
 # Bytes for the tiles' shares of ∂L/∂A and ∂L/∂B; a layer that needs more is walked over in strips of columns.
 _SHARES = 2**26
 
@@ -37,14 +39,17 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @triton.jit
-def _tile(A, B, m, n, strip, r: tl.constexpr, PADDED_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of this program's tile, counted from the first of its strip, and their parts of B and A."""
+def _tile(A, B, m, n, strip, r, gain, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of this program's tile, counted from the first of its strip, and Z = g·BA there, float32."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (strip + tl.program_id(1)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, PADDED_R)
-    b = tl.load(B + rows[:, None] * r + k[None, :], mask=(rows[:, None] < m) & (k[None, :] < r), other=0.0)
-    a = tl.load(A + k[:, None] * n + columns[None, :], mask=(k[:, None] < r) & (columns[None, :] < n), other=0.0)
-    return rows, columns, b, a
+    z = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    # Factor by factor: tensor cores would round to fewer bits, and a whole r in registers does not fit.
+    for k in range(r):
+        b = tl.load(B + rows * r + k, mask=rows < m, other=0.0)
+        a = tl.load(A + k * n + columns, mask=columns < n, other=0.0)
+        z += b[:, None] * a[None, :]
+    return rows, columns, gain * z
 
 
 @triton.jit
@@ -89,18 +94,16 @@ def _weight_kernel(
     n,
     side,
     cells_per_unit,
+    r,
     gain,
     scale,
-    r: tl.constexpr,
-    PADDED_R: tl.constexpr,
     IS_SATURATING: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows, columns, b, a = _tile(A, B, m, n, 0, r, PADDED_R, BLOCK_M, BLOCK_N)
+    rows, columns, z = _tile(A, B, m, n, 0, r, gain, BLOCK_M, BLOCK_N)
     place, inside = rows[:, None] * n + columns[None, :], (rows[:, None] < m) & (columns[None, :] < n)
-    z = gain * tl.dot(b, a, input_precision="ieee")
     cell, t = _locate(z, side, cells_per_unit)
     psi = _cubic(table, cell, t)
     value = scale * ((_tanh(z) if IS_SATURATING else z) + psi)
@@ -127,10 +130,9 @@ def _gradient_kernel(
     cells_per_unit,
     points_per_unit,
     num_moments,
+    r,
     gain,
     scaling,
-    r: tl.constexpr,
-    PADDED_R: tl.constexpr,
     IS_SATURATING: tl.constexpr,
     HAS_PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -138,7 +140,7 @@ def _gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    rows, columns, b, a = _tile(A, B, m, n, strip, r, PADDED_R, BLOCK_M, BLOCK_N)
+    rows, columns, z = _tile(A, B, m, n, strip, r, gain, BLOCK_M, BLOCK_N)
     has_row, has_column = rows < m, columns < n
     if HAS_PRODUCT:
         g = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
@@ -152,7 +154,6 @@ def _gradient_kernel(
         inside = has_row[:, None] & has_column[None, :]
         g = tl.load(Y + rows[:, None] * n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
-    z = gain * tl.dot(b, a, input_precision="ieee")
     cell, t = _locate(z, side, cells_per_unit)
     slope = tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
     if IS_SATURATING:
@@ -161,19 +162,15 @@ def _gradient_kernel(
     else:
         slope += 1.0
     h = scaling * slope * g
-    k = tl.arange(0, PADDED_R)
-    tl.store(
-        grad_B + (tl.program_id(1) * m + rows[:, None]) * r + k[None, :],
-        tl.dot(h, tl.trans(a), input_precision="ieee"),
-        mask=has_row[:, None] & (k[None, :] < r),
-    )
-    within = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Shares of ∂L/∂B, (column blocks, r, m), and of ∂L/∂A, (row blocks, r, columns of the strip).
+    grad_B += tl.program_id(1).to(tl.int64) * r * m
     width = tl.num_programs(1) * BLOCK_N
-    tl.store(
-        grad_A + (tl.program_id(0).to(tl.int64) * r + k[:, None]) * width + within[None, :],
-        tl.dot(tl.trans(b), h, input_precision="ieee"),
-        mask=k[:, None] < r,
-    )
+    grad_A += tl.program_id(0).to(tl.int64) * r * width + tl.program_id(1) * BLOCK_N
+    for k in range(r):
+        a = tl.load(A + k * n + columns, mask=has_column, other=0.0)
+        tl.store(grad_B + k * m + rows, tl.sum(h * a[None, :], axis=1), mask=has_row)
+        b = tl.load(B + rows * r + k, mask=has_row, other=0.0)
+        tl.store(grad_A + k * width + tl.arange(0, BLOCK_N), tl.sum(h * b[:, None], axis=0))
 
     limit = side / cells_per_unit
     x = tl.minimum(tl.maximum(z, -limit), limit) * points_per_unit
@@ -191,26 +188,26 @@ def write_weight(
     """Write weight + (s/g)·φ(g·BA) to `out` (m, n), rounded to its dtype once; A and B float32, all contiguous."""
     m, n = out.shape
     grid = (triton.cdiv(m, _BLOCK_M), triton.cdiv(n, _BLOCK_N))
-    _weight_kernel[grid](
-        out,
-        out if weight is None else weight.contiguous(),
-        A.contiguous(),
-        B.contiguous(),
-        table.cubics(derivative=False),
-        m,
-        n,
-        float(table.cells_per_side),
-        1 / table.spacing,
-        gain,
-        scaling / gain,
-        r=A.shape[0],
-        PADDED_R=max(16, triton.next_power_of_2(A.shape[0])),
-        IS_SATURATING=table.spec.form == "saturating",
-        HAS_WEIGHT=weight is not None,
-        BLOCK_M=_BLOCK_M,
-        BLOCK_N=_BLOCK_N,
-        num_warps=_WARPS,
-    )
+    with _on_device_of(out):
+        _weight_kernel[grid](
+            out,
+            out if weight is None else weight.contiguous(),
+            A.contiguous(),
+            B.contiguous(),
+            table.cubics(derivative=False),
+            m,
+            n,
+            float(table.cells_per_side),
+            1 / table.spacing,
+            A.shape[0],
+            gain,
+            scaling / gain,
+            IS_SATURATING=table.spec.form == "saturating",
+            HAS_WEIGHT=weight is not None,
+            BLOCK_M=_BLOCK_M,
+            BLOCK_N=_BLOCK_N,
+            num_warps=_WARPS,
+        )
 
 
 def factor_gradients(
@@ -227,6 +224,19 @@ def product_gradients(
     return _gradients(Y.contiguous(), X.contiguous(), A, B, table, scaling, gain)
 
 
+def _precision() -> str:
+    """As PyTorch is told to multiply float32 on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    # Where there is the newer of the two settings, reading the older raises once the newer was used.
+    is_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if is_tf32 else "ieee"
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the layer's."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
 def _gradients(
     Y: Tensor, X: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
@@ -240,40 +250,40 @@ def _gradients(
     for strip in range(0, blocks_n, strip_blocks):
         blocks = min(strip_blocks, blocks_n - strip)
         shares_A = A.new_empty(blocks_m, r, blocks * _BLOCK_N)
-        shares_B = B.new_empty(blocks, m, r)
+        shares_B = B.new_empty(blocks, r, m)
         shares_of_moments = A.new_empty(blocks_m * blocks, table.num_points)
-        _gradient_kernel[(blocks_m, blocks)](
-            shares_A,
-            shares_B,
-            shares_of_moments,
-            Y,
-            Y if X is None else X,
-            A,
-            B,
-            cubics,
-            m,
-            n,
-            Y.shape[0],
-            strip,
-            float(table.cells_per_side),
-            1 / table.spacing,
-            1 / table.points_reach,
-            table.num_points,
-            gain,
-            scaling,
-            r=r,
-            PADDED_R=max(16, triton.next_power_of_2(r)),
-            IS_SATURATING=table.spec.form == "saturating",
-            HAS_PRODUCT=X is not None,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-            BLOCK_M=_BLOCK_M,
-            BLOCK_N=_BLOCK_N,
-            BLOCK_T=_BLOCK_T,
-            num_warps=_WARPS,
-        )
+        with _on_device_of(A):
+            _gradient_kernel[(blocks_m, blocks)](
+                shares_A,
+                shares_B,
+                shares_of_moments,
+                Y,
+                Y if X is None else X,
+                A,
+                B,
+                cubics,
+                m,
+                n,
+                Y.shape[0],
+                strip,
+                float(table.cells_per_side),
+                1 / table.spacing,
+                1 / table.points_reach,
+                table.num_points,
+                r,
+                gain,
+                scaling,
+                IS_SATURATING=table.spec.form == "saturating",
+                HAS_PRODUCT=X is not None,
+                PRECISION=_precision(),
+                BLOCK_M=_BLOCK_M,
+                BLOCK_N=_BLOCK_N,
+                BLOCK_T=_BLOCK_T,
+                num_warps=_WARPS,
+            )
         columns = slice(strip * _BLOCK_N, min((strip + blocks) * _BLOCK_N, n))
         grad_A[:, columns] = shares_A.sum(0)[:, : columns.stop - columns.start]
-        grad_B += shares_B.sum(0)
+        grad_B += shares_B.sum(0).T
         moments += shares_of_moments.sum(0, dtype=torch.float64)
     table.add_chebyshev_moments(moments * (scaling / gain))
     return grad_A, grad_B

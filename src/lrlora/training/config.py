@@ -21,6 +21,7 @@ ROLES = {
     "causal-lm": ("messages", "prompt", "completion", "text"),
 }
 OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
+FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 
@@ -40,7 +41,8 @@ class TrainConfig:
             "classify" and "regress"; question, choices (a list) and label (the index of the right choice) for
             "multiple-choice"; messages, or prompt and completion, or text for "causal-lm"; group, for examples that
             must not be split between training and validation.
-        validation: data to validate on, like `data`; default: the data's own validation split, or a part of training.
+        validation: data to validate on, like `data`, or "train" for a part of training; default: the data's own
+            validation split, or a part of training.
         validation_share: that part, in (0, 1).
         train_examples, validation_examples: use so many at most, drawn at random, always the same; None: all.
         max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.

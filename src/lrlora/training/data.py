@@ -13,7 +13,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from .config import OPTIONAL_ROLES, ROLES, TrainConfig, require_known
+from .config import FROM_TRAIN, OPTIONAL_ROLES, ROLES, TrainConfig, require_known
 from .embedded import EMBEDDED_DATA
 from .tasks import split_by_group
 
@@ -105,7 +105,9 @@ def load_task_data(config: TrainConfig) -> TaskData:
     splits = DatasetDict(load_splits(config.data))
     if "train" not in splits:
         raise ValueError(f"{config.data} has no split `train`; it has {', '.join(splits)}.")
-    if config.validation is not None:
+    if config.validation == FROM_TRAIN:
+        splits.pop("validation", None)
+    elif config.validation is not None:
         other = load_splits(config.validation)
         splits["validation"] = other[
             only_split(other, ("validation",), f"{config.validation} has", "a file of its own")

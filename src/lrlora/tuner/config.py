@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -187,3 +188,8 @@ def _is_number(value: object) -> bool:
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, and is {value!r}.")
+
+
+def pattern_of(path: str, paths: Iterable[str]) -> str:
+    """The key of `rank_pattern` for one module of several, which PEFT would else apply to any that ends in its path."""
+    return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path

@@ -88,9 +88,13 @@ _GATES: weakref.WeakSet[Gate] = weakref.WeakSet()
 def _close_gates(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _GATES:
         return
+    # A fused optimizer is called for a step that GradScaler skips, and skips it itself.
+    overflow = getattr(optimizer, "found_inf", None)
+    if overflow is not None and bool(overflow):
+        return
     rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     for gate in _GATES:
-        if id(gate.weight) in rates:
+        if id(gate.weight) in rates and gate.weight.grad is not None:
             gate.close(rates[id(gate.weight)])
 
 

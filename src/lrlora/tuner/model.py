@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..rank import module_type
 from ..transfer import Transfer
-from .config import LrLoraConfig
+from .config import LrLoraConfig, pattern_of
 from .layer import Conv, Embedding, Linear, LrLoraLayer, ParamWrapper
 
 BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
@@ -165,14 +165,16 @@ class LrLoraModel(BaseTuner):
             )
         config: Any = self.peft_config[adapter_name]
         ranks, alphas = {}, {}
-        for path, layer in self.model.named_modules():
-            if isinstance(layer, LrLoraLayer) and adapter_name in layer.lrlora_gate:
+        layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, LrLoraLayer)}
+        for path, layer in layers.items():
+            if adapter_name in layer.lrlora_gate:
                 scaling, before = layer.scaling[adapter_name], layer.r[adapter_name]
                 layer.drop_inactive_factors(adapter_name)
                 r = layer.r[adapter_name]
                 if r != before:
-                    ranks[path], alphas[path] = r, scaling * (math.sqrt(r) if config.use_rslora else r)
-                    layer.lora_alpha[adapter_name] = alphas[path]
+                    layer.lora_alpha[adapter_name] = scaling * (math.sqrt(r) if config.use_rslora else r)
+                    key = pattern_of(path, layers)
+                    ranks[key], alphas[key] = r, layer.lora_alpha[adapter_name]
         # The first pattern that matches counts.
         config.rank_pattern, config.alpha_pattern = {**ranks, **config.rank_pattern}, {**alphas, **config.alpha_pattern}
         config.rank_penalty = 0.0

@@ -55,6 +55,7 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
 
     base = AutoModel.from_pretrained(config.base_model_name_or_path) if with_base_weights else nn.Module()
     skeleton = nn.Module()
+    skeleton.name_or_path = config.base_model_name_or_path  # PEFT writes it into the configuration
     for path, key in modules.items():
         in_features, out_features = weights[key].shape[1], weights[key.replace("_A.", "_B.")].shape[0]
         linear = nn.Linear(1, 1, bias=False)

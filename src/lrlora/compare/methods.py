@@ -1,0 +1,55 @@
+"""The methods of a comparison. A new one is an entry here: how `lrlora train` is called for it at rank r."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Learning rates that are tried first; the grid grows while the best is at its edge.
+_ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+_FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Args:
+        name: as it is called in tables.
+        train: `lrlora train`'s name for it.
+        options: fields of its PEFT configuration, beside the rank.
+        rank_factor: its rank is r times this; 0 for methods that have none.
+        rates: learning rates to try.
+
+    """
+
+    name: str
+    train: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rank_factor: int = 1
+    rates: tuple[float, ...] = _ADAPTER_RATES
+
+    def adapter(self, r: int) -> dict[str, Any]:
+        """The fields of its PEFT configuration at rank r."""
+        if not self.rank_factor:
+            return dict(self.options)
+        return {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
+
+
+METHODS = {
+    "full": Method("full fine-tuning", "full", rank_factor=0, rates=_FULL_RATES),
+    "lora": Method("LoRA", "lora"),
+    "lora-2r": Method("LoRA at 2r", "lora", rank_factor=2),
+    "lora-4r": Method("LoRA at 4r", "lora", rank_factor=4),
+    "rslora": Method("rsLoRA", "lora", {"use_rslora": True}),
+    "dora": Method("DoRA", "dora"),
+    "adalora": Method("AdaLoRA", "adalora"),
+    "pissa": Method("PiSSA", "lora", {"init_lora_weights": "pissa"}),
+    "hira": Method("HiRA", "hira"),
+    "randlora": Method("RandLoRA", "randlora"),
+    "sine": Method("fixed sine", "lr-lora", {"form": "sine"}),
+    "lr-lora": Method("LR-LoRA", "lr-lora"),
+    "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
+    "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
+    "lr-lora-gates": Method("LR-LoRA, gates λ = 0.5", "lr-lora", {"rank_penalty": 0.5}),
+}

@@ -1,0 +1,112 @@
+"""The report of a comparison: Markdown, CSV and pictures, made from the stored jobs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .jobs import TUNING_SEED, Comparison, Record, read_records
+from .methods import METHODS
+from .tables import learned_ranks, results, tidy, tuning, wins
+
+# Digits after the point; what is not here is written as it is.
+_DIGITS = {"mean": 1, "std": 1, "difference": 1, "standard error": 1, "p": 3, "time": 2, "memory": 2}
+_DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "mean place": 1, "modules differ: p": 4}
+_DIGITS |= {"attention − MLP, log": 2, "from": 2, "to": 2, "Cohen's d": 2}
+
+
+def write_report(comparison: Comparison, output: Path) -> Path:
+    """Write `report.md`, `results.csv`, `runs.jsonl` and pictures into the folder of a comparison.
+
+    Raises:
+        ValueError: no job is finished yet.
+
+    """
+    records = read_records(output)
+    if not records:
+        raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
+    tidy(records).to_json(output / "runs.jsonl", orient="records", lines=True)
+    table = results(comparison, records)
+    parts = [f"# {comparison.suite}: {comparison.definition.model}, r = {comparison.rank}\n"]
+    if len(table):
+        table.to_csv(output / "results.csv", index=False)
+        reference = METHODS[comparison.reference].name
+        parts += [
+            f"Test metric times 100 over seeds, each method at its own learning rate. `difference` ± `standard error` "
+            f"and p (paired by seed, corrected by Holm) are against {reference}, as are time and memory.\n",
+            markdown(table),
+            "\n## Who wins\n",
+            markdown(wins(table)),
+            "\n![Metric against trainable parameters](parameters.png)\n",
+        ]
+        _save_parameters(table, output / "parameters.png")
+    parts += ["\n## How much hangs on the learning rate\n", "Validation loss on the tuning seed.\n"]
+    parts += [markdown(tuning(comparison, records)), "\n![Validation loss by learning rate](rates.png)\n"]
+    _save_rates(comparison, records, output / "rates.png")
+    ranks = learned_ranks(comparison, records)
+    if len(ranks):
+        parts += ["\n## Learned ranks\n", markdown(ranks)]
+    failures = [record for record in records.values() if record.get("failure")]
+    if failures:
+        parts.append("\n## What failed\n")
+        parts += [f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures]
+    path = output / "report.md"
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A frame as a table."""
+
+    def show(name: object, value: object) -> str:
+        if isinstance(value, float):
+            if math.isnan(value):
+                return ""
+            return f"{value:.{_DIGITS[str(name)]}f}" if name in _DIGITS else f"{value:g}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    rows = [[show(name, value) for name, value in row.items()] for row in frame.to_dict("records")]
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _panels(tasks: list[str], xlabel: str) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a panel for each task."""
+    figure = Figure(figsize=(3.2 * len(tasks) + 2, 3), layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axis, task in zip(axes, tasks, strict=True):
+        axis.set(title=task, xscale="log", xlabel=xlabel)
+    return figure, dict(zip(tasks, axes, strict=True))
+
+
+def _save(figure: Figure, axes: dict[str, Axes], ylabel: str, path: Path) -> None:
+    panels = list(axes.values())
+    panels[0].set_ylabel(ylabel)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _save_parameters(table: pd.DataFrame, path: Path) -> None:
+    figure, axes = _panels(list(dict.fromkeys(table["task"])), "trainable parameters")
+    for row in table.to_dict("records"):
+        axes[row["task"]].errorbar(row["parameters"], row["mean"], yerr=row["std"], fmt="o", label=row["method"])
+    _save(figure, axes, "test metric × 100", path)
+
+
+def _save_rates(comparison: Comparison, records: Mapping[str, Record], path: Path) -> None:
+    trials = [r for r in records.values() if r["seed"] == TUNING_SEED and r.get("validation")]
+    tasks = [task for task in comparison.task_names if any(r["task"] == task for r in trials)]
+    if not tasks:
+        return
+    figure, axes = _panels(tasks, "learning rate")
+    for task in tasks:
+        for method in comparison.methods:
+            mine = [r for r in trials if r["task"] == task and r["method"] == method]
+            points = sorted((r["learning_rate"], r["validation"]["loss"]) for r in mine)
+            axes[task].plot([p[0] for p in points], [p[1] for p in points], marker="o", label=METHODS[method].name)
+    _save(figure, axes, "validation loss", path)

@@ -1,0 +1,145 @@
+"""The suites of a comparison: a model, and tasks with what all methods share on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..training.config import read_yaml, require_known
+
+# A new classification head wants a far higher rate than an adapter. With one rate for both, a method that only bears
+# high rates looks like a better adapter (docs/phi.md), so the head has its own, the same for all.
+_HEAD_RATE = 16e-3
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        data: as for `lrlora train --data`.
+        kind: as for `lrlora train --task`.
+        metric: what the table shows, larger is better: a metric of the kind, beside the loss.
+        steps, batch_size: of training.
+        test: split that the final runs are scored on, once.
+        columns: role → name, where they differ.
+        max_length: tokens.
+        train_examples, validation_examples, test_examples: at most; None: all.
+        head_learning_rate: of a new head.
+
+    """
+
+    data: str
+    kind: str
+    metric: str
+    steps: int
+    batch_size: int = 16
+    test: str = "test"
+    columns: dict[str, str] = field(default_factory=dict)
+    max_length: int | None = None
+    train_examples: int | None = None
+    validation_examples: int | None = 1_000
+    test_examples: int | None = None
+    head_learning_rate: float | None = _HEAD_RATE
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A model and the tasks it is fine-tuned on."""
+
+    model: str
+    tasks: dict[str, Task]
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Suite:
+        """From plain values: `model`, and `tasks` with the fields of `Task` by name.
+
+        Raises:
+            ValueError: a key is unknown or missing.
+
+        """
+        for name in content:
+            require_known("a key of a suite", name, ("model", "tasks"))
+        if not content.get("model") or not isinstance(content.get("tasks"), Mapping) or not content["tasks"]:
+            raise ValueError(f"A suite has a model, and tasks by name; given: {', '.join(content) or 'nothing'}.")
+        return cls(content["model"], {str(name): _task(name, task) for name, task in content["tasks"].items()})
+
+
+def _task(name: str, content: Any) -> Task:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"The task {name} must map names to values, and is {content!r}.")
+    for key in content:
+        require_known(f"a key of the task {name}", key, [f.name for f in fields(Task)])
+    try:
+        return Task(**content)
+    except TypeError as error:
+        raise ValueError(f"The task {name} is not complete: {error}") from None
+
+
+def load_suite(name: str) -> Suite:
+    """A suite of `SUITES`, or one of the user's own from a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such suite, or the file does not hold one.
+
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Suite.from_dict(read_yaml(Path(name)))
+    require_known("a suite", name, SUITES)
+    return SUITES[name]
+
+
+def _glue(name: str, metric: str, steps: int, test: str = "validation", **columns: str) -> Task:
+    # The labels of GLUE's tests are secret: its validation split is the test here, validation a part of training.
+    kind = "regress" if name == "stsb" else "classify"
+    return Task(f"nyu-mll/glue:{name}", kind, metric, steps, 32, test, columns, max_length=128, head_learning_rate=None)
+
+
+_PAIR = {"text": "sentence1", "text_pair": "sentence2"}
+SUITES = {
+    # Every method through everything, a few steps long.
+    "smoke": Suite(
+        "embedded:minilm",
+        {
+            "r8": Task(
+                "embedded:r8",
+                "classify",
+                "accuracy",
+                steps=4,
+                batch_size=4,
+                max_length=16,
+                train_examples=64,
+                validation_examples=64,
+                test_examples=64,
+            ),
+        },
+    ),
+    "offline-nlu": Suite(
+        "embedded:minilm",
+        {
+            "movie-reviews": Task("embedded:movie-reviews", "classify", "accuracy", 200),
+            "ratings": Task("embedded:ratings", "regress", "pearson", 200),
+            "r8": Task("embedded:r8", "classify", "accuracy", 200, max_length=64),
+            "20-newsgroups": Task("embedded:20-newsgroups", "classify", "accuracy", 300, max_length=48),
+            "vitaminc": Task(
+                "embedded:vitaminc", "classify", "accuracy", 1_000, train_examples=10_000, test_examples=2_000
+            ),
+        },
+    ),
+    "glue": Suite(
+        "FacebookAI/roberta-base",
+        {
+            "cola": _glue("cola", "matthews", 5_000, text="sentence"),
+            "mrpc": _glue("mrpc", "accuracy", 3_000, **_PAIR),
+            "qnli": _glue("qnli", "accuracy", 10_000, text="question", text_pair="sentence"),
+            "rte": _glue("rte", "accuracy", 3_000, **_PAIR),
+            "sst2": _glue("sst2", "accuracy", 10_000, text="sentence"),
+            "stsb": _glue("stsb", "pearson", 4_000, **_PAIR),
+            "mnli": _glue("mnli", "accuracy", 20_000, "validation_matched", text="premise", text_pair="hypothesis"),
+            "qqp": _glue("qqp", "accuracy", 20_000, text="question1", text_pair="question2"),
+        },
+    ),
+}

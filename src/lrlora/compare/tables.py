@@ -1,0 +1,153 @@
+"""The tables of a comparison, as pandas frames: tidy results, one row per cell, the tuning, and the learned ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .jobs import TUNING_SEED, Comparison, Record
+from .methods import METHODS
+from .statistics import gap, holm, modules_differ, paired_difference
+from .suites import Task
+
+
+def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
+    """Every finished job in one row, with its metrics in columns."""
+    rows = []
+    for record in records.values():
+        row = {name: value for name, value in record.items() if name not in ("validation", "test", "ranks")}
+        for split in ("validation", "test"):
+            row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def final_runs(comparison: Comparison, records: Mapping[str, Record]) -> dict[tuple[str, str], list[Record]]:
+    """(task, method) → its runs on test data, by seed; cells without any are left out."""
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for task in comparison.task_names:
+        for method in comparison.methods:
+            runs = [r for r in records.values() if r["task"] == task and r["method"] == method and r.get("test")]
+            if runs:
+                cells[task, method] = sorted(runs, key=lambda run: run["seed"])
+    return cells
+
+
+def score(run: Record, task: Task) -> float:
+    """The task's metric on test data, times 100."""
+    return 100 * run["test"][task.metric]
+
+
+def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
+    """One row per task and method: mean and standard deviation over seeds, and the difference to the reference.
+
+    p is of the paired t-test over seeds, and corrected for all comparisons of the table (Holm). Time and memory are
+    relative to the reference, of the medians.
+    """
+    cells, tasks, reference = final_runs(comparison, records), comparison.definition.tasks, comparison.reference
+    rows: list[dict[str, Any]] = []
+    for (name, method), runs in cells.items():
+        values = {run["seed"]: score(run, tasks[name]) for run in runs}
+        base = {run["seed"]: run for run in cells.get((name, reference), [])}
+        seeds = [seed for seed in values if seed in base]
+        difference = None
+        if method != reference:
+            others = [score(base[seed], tasks[name]) for seed in seeds]
+            difference = paired_difference([values[seed] for seed in seeds], others)
+        rows.append(
+            {
+                "task": name,
+                "method": METHODS[method].name,
+                "rate": runs[0]["learning_rate"],
+                "seeds": len(runs),
+                "metric": tasks[name].metric,
+                "mean": fmean(values.values()),
+                "std": stdev(values.values()) if len(values) > 1 else math.nan,
+                "difference": difference.mean if difference else math.nan,
+                "standard error": difference.standard_error if difference else math.nan,
+                "p": difference.p if difference else math.nan,
+                "parameters": runs[0]["trainable"],
+                "time": _ratio(runs, list(base.values()), "seconds"),
+                "memory": _ratio(runs, list(base.values()), "peak_mib"),
+                "stable rank": _mean_rank(runs, "stable_rank"),
+                "energy-99 rank": _mean_rank(runs, "energy99_rank"),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    if len(frame):
+        known = frame["p"].notna()
+        frame.loc[known, "p"] = holm(frame.loc[known, "p"].tolist())
+    return frame
+
+
+def _ratio(runs: Sequence[Record], others: Sequence[Record], name: str) -> float:
+    if not others:
+        return math.nan
+    return float(np.median([run[name] for run in runs]) / np.median([run[name] for run in others]))
+
+
+def _mean_rank(runs: Sequence[Record], measure: str) -> float:
+    values = [row[measure] for run in runs for row in run["ranks"] or []]
+    return fmean(values) if values else math.nan
+
+
+def wins(frame: pd.DataFrame) -> pd.DataFrame:
+    """On how many tasks each method has the best mean, and its mean place; tasks that all methods have."""
+    scores = frame.pivot(index="task", columns="method", values="mean").dropna()
+    places = scores.rank(axis=1, ascending=False)
+    best = scores.eq(scores.max(axis=1), axis=0).sum()
+    table = pd.DataFrame({"tasks": len(scores), "best on": best, "mean place": places.mean(), "mean": scores.mean()})
+    return table.sort_values("mean place").reset_index(names="method")
+
+
+def tuning(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
+    """Validation loss by learning rate, on the tuning seed: how much a method hangs on its rate."""
+    rows = [
+        {
+            "task": record["task"],
+            "method": METHODS[record["method"]].name,
+            "rate": record["learning_rate"],
+            "loss": record["validation"]["loss"] if record.get("validation") else math.nan,
+        }
+        for record in records.values()
+        if record["seed"] == TUNING_SEED
+        and record["method"] in comparison.methods
+        and record["task"] in comparison.task_names
+    ]
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows).pivot_table(index=["task", "method"], columns="rate", values="loss", sort=False)
+    return table.sort_index(axis=1).reset_index()
+
+
+def learned_ranks(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
+    """Do stable ranks differ between modules, and between attention and MLP, in the logarithm? By task and method."""
+    rows = []
+    for (task, method), runs in final_runs(comparison, records).items():
+        if len(runs) < 2 or any(not run["ranks"] for run in runs):
+            continue
+        stable = np.array([[row["stable_rank"] for row in run["ranks"]] for run in runs])
+        kinds = np.array([row["kind"] for row in runs[0]["ranks"]])
+        if (stable <= 0).any() or np.ptp(stable) < 1e-6 or min((kinds == k).sum() for k in ("attention", "mlp")) < 2:
+            continue
+        by_seed = np.log(stable)
+        attention, mlp = (by_seed.mean(0)[kinds == kind] for kind in ("attention", "mlp"))
+        difference = gap(attention, mlp)
+        rows.append(
+            {
+                "task": task,
+                "method": METHODS[method].name,
+                "seeds": len(runs),
+                "modules differ: p": modules_differ(by_seed),
+                "attention − MLP, log": difference.mean,
+                "from": difference.low,
+                "to": difference.high,
+                "Cohen's d": difference.d,
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,231 @@
+"""A comparison as a user runs it: small, on a model and a table of their own, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+from typer.testing import CliRunner
+
+from lrlora.cli import app
+from lrlora.compare import METHODS, SUITES, Comparison
+from lrlora.compare.jobs import Job, best_rate, prepare, read_records
+from lrlora.compare.statistics import gap, holm, modules_differ, paired_difference
+from lrlora.compare.tables import learned_ranks, results, wins
+
+from ..training.small import reviews, save_encoder
+
+COLUMNS = {"text": "review", "label": "verdict"}
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A suite of one task in a YAML file."""
+    (tmp_path / "data").mkdir()
+    for split, seed in (("train", 0), ("test", 1)):
+        reviews(120, seed).to_csv(tmp_path / "data" / f"{split}.csv", index=False)
+    task = {"data": str(tmp_path / "data"), "kind": "classify", "metric": "accuracy", "steps": 12, "batch_size": 8}
+    content = {"model": save_encoder(tmp_path / "model"), "tasks": {"reviews": {**task, "columns": COLUMNS}}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "suite.yaml"
+
+
+def command(suite: Path, output: Path, *options: object) -> list[str]:
+    return ["compare", str(suite), "--output", str(output), "--rank", "2", *map(str, options)]
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+
+
+def record(task: str, method: str, rate: float, seed: int, loss: float, accuracy: float | None = None) -> Any:
+    ranks = [
+        {"module": f"m{i}", "kind": kind, "stable_rank": value + seed / 100, "energy99_rank": 3}
+        for i, (kind, value) in enumerate([("attention", 2.0), ("mlp", 1.1), ("attention", 2.5), ("mlp", 1.3)])
+    ]
+    return {
+        **{"task": task, "method": method, "learning_rate": rate, "seed": seed, "trainable": 10, "peak_mib": 100.0},
+        **{"validation": {"loss": loss}, "test": None if accuracy is None else {"accuracy": accuracy}},
+        **{"ranks": ranks if method.startswith("l") else None, "seconds": 2.0 if method == "lr-lora" else 1.0},
+    }
+
+
+def filed(records: list[Any]) -> dict[str, Any]:
+    return {Job(r["task"], r["method"], r["learning_rate"], r["seed"]).name: r for r in records}
+
+
+def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2")
+    result = run(*command(suite, output, *options))
+    assert result.exit_code == 0, result.output
+    records = read_records(output)
+    comparison = Comparison(str(suite), ("lora", "lr-lora"), 2, 2, rates=(1e-3, 1e-2))
+    assert {job.name for job in comparison.plan(records)} == set(records)
+    for name in ("report.md", "results.csv", "runs.jsonl", "rates.png", "parameters.png"):
+        assert (output / name).stat().st_size > 0
+    table = pd.read_csv(output / "results.csv")
+    assert list(table["method"]) == ["LoRA", "LR-LoRA"]
+    for method, key in (("LoRA", "lora"), ("LR-LoRA", "lr-lora")):
+        final = [r for r in records.values() if r["method"] == key and r["seed"] > 0]
+        assert len(final) == 2
+        mean = 100 * np.mean([r["test"]["accuracy"] for r in final])
+        assert table.set_index("method").loc[method, "mean"] == pytest.approx(mean)
+        rates = {r["learning_rate"] for r in final}
+        assert rates == {best_rate([r for r in records.values() if r["method"] == key and r["seed"] == 0])}
+        assert all(r["test"] is None for r in records.values() if r["seed"] == 0)
+    stamps = {path: path.stat().st_mtime_ns for path in output.glob("jobs/*")}
+    again = run(*command(suite, output, *options))  # nothing is done twice, and the report is the same
+    assert again.exit_code == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in output.glob("jobs/*")}
+    changed = run("compare", suite, "--output", output, "--rank", 3)
+    assert changed.exit_code == 1
+    assert "holds another comparison" in " ".join(changed.output.split())
+
+
+def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_path: Path) -> None:
+    options = ("--methods", "lora", "--seeds", 2, "--rates", "1e-2")
+    script = [sys.executable, "-c", "from lrlora.cli import app; app()"]
+    for wait in (6, 9):
+        process = subprocess.Popen(
+            [*script, *command(suite, tmp_path / "cut", *options)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for folder in ("cut", "whole"):
+        result = run(*command(suite, tmp_path / folder, *options))
+        assert result.exit_code == 0, result.output
+    tables = [pd.read_csv(tmp_path / f / "results.csv").drop(columns=["time", "memory"]) for f in ("cut", "whole")]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path) -> None:
+    result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2", "--budget", 1e-4))
+    assert result.exit_code == 0, result.output
+    assert "3 jobs are left" in result.output
+    assert len(read_records(tmp_path / "out")) == 1
+    assert "Validation loss" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path) -> None:
+    comparison = Comparison("offline-nlu", ("lora",), 3, 4, ("r8",))
+    rates = METHODS["lora"].rates
+    losses = {rate: 1 / rate for rate in rates}  # the higher, the better
+    records = filed([record("r8", "lora", rate, 0, loss) for rate, loss in losses.items()])
+    assert [job.learning_rate for job in comparison.plan(records)] == [*rates, 2 * rates[-1]]
+    records |= filed([record("r8", "lora", 2 * rates[-1], 0, 1e9)])
+    final = [job for job in comparison.plan(records) if not job.is_tuning]
+    assert [(job.learning_rate, job.seed) for job in final] == [(rates[-1], seed) for seed in (1, 2, 3)]
+    steep = filed([record("r8", "lora", rate * 2**k, 0, 1 / rate / 2**k) for rate in rates for k in (0, 1, 2, 3)])
+    assert max(job.learning_rate for job in comparison.plan(steep)) <= 4 * rates[-1]  # it does not grow for ever
+
+
+def test_failed_trials_are_never_the_best() -> None:
+    assert best_rate([record("t", "lora", 1e-3, 0, 0.5), record("t", "lora", 1e-2, 0, math.nan)]) == 1e-3
+    assert best_rate([{"learning_rate": 1.0, "failure": "diverged"}]) is None
+
+
+def test_numbers_of_the_results() -> None:
+    comparison = Comparison("offline-nlu", ("lora", "lr-lora", "sine"), 3, 4, ("r8", "movie-reviews"))
+    accuracies = {
+        "lora": (0.80, 0.82, 0.81),
+        "lr-lora": (0.83, 0.84, 0.86),
+        "sine": (0.80, 0.83, 0.81),
+    }
+    records = filed(
+        [
+            record(task, method, 1e-3, seed, 0.5, value)
+            for task in ("r8", "movie-reviews")
+            for method, values in accuracies.items()
+            for seed, value in enumerate(values, start=1)
+        ]
+    )
+    table = results(comparison, records).set_index(["task", "method"])
+    row = table.loc["r8", "LR-LoRA"]
+    assert row["mean"] == pytest.approx(84.333, abs=1e-3)
+    assert row["difference"] == pytest.approx(10 / 3)
+    assert row["time"] == 2.0
+    raw = [ttest_rel(accuracies[m], accuracies["lora"]).pvalue for m in ("lr-lora", "sine")]
+    assert row["p"] == pytest.approx(min(1, 4 * raw[0]))  # the smallest of four comparisons, twice
+    assert math.isnan(table.loc["r8", "LoRA"]["p"])
+    best = wins(table.reset_index()).set_index("method")
+    assert best.loc["LR-LoRA", "best on"] == 2
+    ranks = learned_ranks(comparison, records)
+    assert (ranks["attention − MLP, log"] > 0.4).all()
+
+
+def test_statistics() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    assert paired_difference([1.0], [2.0]) is None
+    assert paired_difference([1.0, 2.0], [1.0, 2.0]).p == 1.0
+    chance = np.random.default_rng(0)
+    noise = chance.normal(size=(4, 30))
+    assert modules_differ(noise) > 0.05
+    assert modules_differ(noise / 10 + np.linspace(0, 1, 30)) < 0.01
+    found = gap(chance.normal(1, 1, 200), chance.normal(0, 1, 200))
+    assert found.low < 1 < found.high
+    assert found.d == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.refused
+def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (("compare", "offline-nlp"), "Did you mean offline-nlu?"),
+        (("compare", tmp_path / "none.yaml"), "no configuration file"),
+        (("compare", suite, "--methods", "lrlora"), "Did you mean lr-lora?"),
+        (("compare", suite, "--tasks", "review"), "Did you mean reviews?"),
+        (("compare", suite, "--rates", "0"), "rates must be numbers > 0"),
+        (("compare", suite, "--report"), "nothing to report"),
+    ):
+        result = run(*arguments, "--output", tmp_path / "out")
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(FileExistsError, match="no comparison"):
+        prepare(Comparison(str(suite)), tmp_path / "out")
+
+
+def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(suite.read_text())
+    content["tasks"]["reviews"]["columns"] = {"text": "nothing"}
+    suite.write_text(yaml.safe_dump(content))
+    result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
+    assert result.exit_code == 0, result.output
+    assert all("'nothing'" in r["failure"] for r in read_records(tmp_path / "out").values())
+    assert "What failed" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_every_method_runs(tmp_path: Path) -> None:
+    """A few steps of each on MiniLM; tuning and one final run."""
+    result = run("compare", "smoke", "--methods", ",".join(METHODS), "--seeds", 1, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    records = read_records(tmp_path / "out").values()
+    assert not [r["failure"] for r in records if r.get("failure")]
+    assert {r["method"] for r in records if r["seed"] == 1} == set(METHODS)
+
+
+def test_suites_name_what_there_is() -> None:
+    for name, suite in SUITES.items():
+        for task in suite.tasks.values():
+            assert task.kind in ("classify", "regress"), name
+            assert json.dumps(task.columns)
