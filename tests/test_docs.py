@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from lrlora import LrLoraConfig
+from lrlora.compare import Suite
 from lrlora.training.config import TrainConfig
 
 from .conftest import FAMILIES, TinyModel
@@ -48,6 +50,30 @@ def test_training_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_the_suite_of_the_comparison_page_is_one() -> None:
+    (suite,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert set(Suite.from_dict(yaml.safe_load(suite)).tasks) == {"reviews"}
+
+
+def test_export_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    tiny = TinyModel("llama")
+    tiny.build().save_pretrained("base")
+    model = get_peft_model(
+        type(tiny.build()).from_pretrained("base"), LrLoraConfig(task_type="CAUSAL_LM", **tiny.targets)
+    )
+    tiny.train(model, 3)
+    model.save_pretrained("adapter")
+    names: dict[str, Any] = {"model": model}
+    exec(example, names)
+    assert names["config"].r == 4
+    assert (tmp_path / "my-lora" / "adapter_config.json").exists()
+    assert (tmp_path / "my-model" / "config.json").exists()
+
+
 def test_there_are_exactly_two_setup_commands() -> None:
     commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert len(commands) == 2
@@ -68,10 +94,12 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     assert script["updated"](page) == page
 
 
-@pytest.mark.parametrize("benchmark", ["speed", "half_precision"])
-def test_the_tables_of_speed_are_the_stored_ones(benchmark: str) -> None:
+@pytest.mark.parametrize(
+    ("benchmark", "name"), [("speed", "speed.md"), ("half_precision", "speed.md"), ("export", "export.md")]
+)
+def test_the_tables_of_benchmarks_are_the_stored_ones(benchmark: str, name: str) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / f"{benchmark}.py"))
-    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert script["updated"](page) == page
 
 

@@ -23,7 +23,9 @@ from lrlora.cli import app
 from lrlora.compare import METHODS, SUITES, Comparison
 from lrlora.compare.jobs import Job, best_rate, prepare, read_records
 from lrlora.compare.statistics import gap, holm, modules_differ, paired_difference
+from lrlora.compare.suites import load_suite
 from lrlora.compare.tables import learned_ranks, results, wins
+from lrlora.compare.worker import run_job
 
 from ..training.small import reviews, save_encoder
 
@@ -213,11 +215,25 @@ def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_pat
     assert "What failed" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(suite: Path, method: str) -> None:
+    request = {"task": "reviews", "method": method, "learning_rate": 1e-3, "seed": 1, "rank": 2}
+    result = run_job(load_suite(str(suite)), request)
+    assert result["method"] == method
+    assert 0 <= result["test"]["accuracy"] <= 1
+    assert math.isfinite(result["validation"]["loss"])
+    assert result["trainable"] > 0
+    assert bool(result["ranks"]) == (METHODS[method].train in ("lora", "lr-lora"))
+
+
 @pytest.mark.real
 @pytest.mark.slow
-def test_every_method_runs(tmp_path: Path) -> None:
+def test_every_method_runs_on_a_real_model(tmp_path: Path) -> None:
     """A few steps of each on MiniLM; tuning and one final run."""
-    result = run("compare", "smoke", "--methods", ",".join(METHODS), "--seeds", 1, "--output", tmp_path / "out")
+    methods = ",".join(METHODS)
+    result = run(
+        "compare", "smoke", "--methods", methods, "--rates", "1e-3", "--seeds", 1, "--output", tmp_path / "out"
+    )
     assert result.exit_code == 0, result.output
     records = read_records(tmp_path / "out").values()
     assert not [r["failure"] for r in records if r.get("failure")]
