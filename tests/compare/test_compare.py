@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from lrlora.cli import app
 from lrlora.compare import METHODS, SUITES, Comparison
 from lrlora.compare.jobs import Job, best_rate, prepare, read_records
+from lrlora.compare.methods import find_method
 from lrlora.compare.statistics import gap, holm, modules_differ, paired_difference
 from lrlora.compare.suites import load_suite
 from lrlora.compare.tables import learned_ranks, results, wins
@@ -238,6 +239,15 @@ def test_every_method_runs_on_a_real_model(tmp_path: Path) -> None:
     records = read_records(tmp_path / "out").values()
     assert not [r["failure"] for r in records if r.get("failure")]
     assert {r["method"] for r in records if r["seed"] == 1} == set(METHODS)
+
+
+def test_methods_with_other_options() -> None:
+    method = find_method("lr-lora+num_basis=50+rank_penalty=0.3")
+    assert method.name == "LR-LoRA, num_basis=50, rank_penalty=0.3"
+    assert method.adapter(4) == {"r": 4, "num_basis": 50, "rank_penalty": 0.3}
+    assert find_method("lora+r=1").adapter(4) == {"r": 1}
+    with pytest.raises(ValueError, match="name=value"):
+        find_method("lora+r")
 
 
 def test_suites_name_what_there_is() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..training.config import require_known
-from .methods import METHODS
+from .methods import METHODS, find_method
 from .suites import Suite, load_suite
 
 TUNING_SEED = 0
@@ -57,7 +57,7 @@ class Comparison:
 
     Args:
         suite: a key of `SUITES`, or a YAML file with a suite.
-        methods: keys of `METHODS`; the first is what others are compared with if "lora" is not among them.
+        methods: keys as `find_method` takes them; what others are compared with is "lora", or else the first.
         seeds: final runs of each method on each task, at the rate that one more seed has chosen.
         rank: r.
         tasks: of the suite; default: all.
@@ -77,7 +77,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            require_known("a method", method, METHODS)
+            find_method(method)
         for task in self.tasks:
             require_known(f"a task of {self.suite}", task, self.definition.tasks)
         if not self.methods:
@@ -109,7 +109,7 @@ class Comparison:
         return [job for task in self.task_names for method in self.methods for job in self._of(task, method, finished)]
 
     def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
-        grid = sorted(self.rates or METHODS[method].rates)
+        grid = sorted(self.rates or find_method(method).rates)
         growth = 1 if self.rates else 2**_GRID_STEPS
         rates = list(grid)
         while True:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from ..training.config import parse_assignments, require_known
 
 # Learning rates that are tried first; the grid grows while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -53,3 +55,19 @@ METHODS = {
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
     "lr-lora-gates": Method("LR-LoRA, gates λ = 0.5", "lr-lora", {"rank_penalty": 0.5}),
 }
+
+
+def find_method(key: str) -> Method:
+    """A method of `METHODS`, or one with other options: `lr-lora+num_basis=50+rank_penalty=0.3`.
+
+    Raises:
+        ValueError: there is no such method, or an option is not name=value.
+
+    """
+    name, *assignments = key.split("+")
+    require_known("a method", name, METHODS)
+    options = parse_assignments(assignments, f"the method {key}")
+    if not options:
+        return METHODS[name]
+    method = METHODS[name]
+    return replace(method, name=", ".join([method.name, *assignments]), options={**method.options, **options})

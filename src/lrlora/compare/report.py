@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .jobs import TUNING_SEED, Comparison, Record, read_records
-from .methods import METHODS
+from .methods import find_method
 from .tables import learned_ranks, results, tidy, tuning, wins
 
 # Digits after the point; what is not here is written as it is.
@@ -35,7 +35,7 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     parts = [f"# {comparison.suite}: {comparison.definition.model}, r = {comparison.rank}\n"]
     if len(table):
         table.to_csv(output / "results.csv", index=False)
-        reference = METHODS[comparison.reference].name
+        reference = find_method(comparison.reference).name
         parts += [
             f"Test metric times 100 over seeds, each method at its own learning rate. `difference` ± `standard error` "
             f"and p (paired by seed, corrected by Holm) are against {reference}, as are time and memory.\n",
@@ -108,5 +108,5 @@ def _save_rates(comparison: Comparison, records: Mapping[str, Record], path: Pat
         for method in comparison.methods:
             mine = [r for r in trials if r["task"] == task and r["method"] == method]
             points = sorted((r["learning_rate"], r["validation"]["loss"]) for r in mine)
-            axes[task].plot([p[0] for p in points], [p[1] for p in points], marker="o", label=METHODS[method].name)
+            axes[task].plot([p[0] for p in points], [p[1] for p in points], marker="o", label=find_method(method).name)
     _save(figure, axes, "validation loss", path)

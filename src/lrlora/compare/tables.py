@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .jobs import TUNING_SEED, Comparison, Record
-from .methods import METHODS
+from .methods import find_method
 from .statistics import gap, holm, modules_differ, paired_difference
 from .suites import Task
 
@@ -62,7 +62,7 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
         rows.append(
             {
                 "task": name,
-                "method": METHODS[method].name,
+                "method": find_method(method).name,
                 "rate": runs[0]["learning_rate"],
                 "seeds": len(runs),
                 "metric": tasks[name].metric,
@@ -110,7 +110,7 @@ def tuning(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFram
     rows = [
         {
             "task": record["task"],
-            "method": METHODS[record["method"]].name,
+            "method": find_method(record["method"]).name,
             "rate": record["learning_rate"],
             "loss": record["validation"]["loss"] if record.get("validation") else math.nan,
         }
@@ -141,7 +141,7 @@ def learned_ranks(comparison: Comparison, records: Mapping[str, Record]) -> pd.D
         rows.append(
             {
                 "task": task,
-                "method": METHODS[method].name,
+                "method": find_method(method).name,
                 "seeds": len(runs),
                 "modules differ: p": modules_differ(by_seed),
                 "attention − MLP, log": difference.mean,

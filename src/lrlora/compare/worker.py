@@ -17,7 +17,7 @@ from ..training.config import FROM_TRAIN, TrainConfig
 from ..training.inference import evaluate
 from ..training.train import rank_report_of, train
 from .jobs import TUNING_SEED
-from .methods import METHODS
+from .methods import find_method
 from .suites import Suite
 
 
@@ -33,7 +33,7 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         `validation` and `test` metrics (None for a tuning run), and the learned `ranks` of methods that have them.
 
     """
-    method = METHODS[request["method"]]
+    method = find_method(request["method"])
     task = suite.tasks[request["task"]]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
