@@ -95,7 +95,14 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "name"), [("speed", "speed.md"), ("half_precision", "speed.md"), ("export", "export.md")]
+    ("benchmark", "name"),
+    [
+        ("speed", "speed.md"),
+        ("half_precision", "speed.md"),
+        ("export", "export.md"),
+        ("rank_pattern", "export.md"),
+        ("gates", "settings.md"),
+    ],
 )
 def test_the_tables_of_benchmarks_are_the_stored_ones(benchmark: str, name: str) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / f"{benchmark}.py"))

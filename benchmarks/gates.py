@@ -1,0 +1,97 @@
+"""Size against accuracy: factors closed by the rank penalty, beside LoRA at several ranks and AdaLoRA.
+
+    OMP_NUM_THREADS=1 python benchmarks/gates.py     # about an hour of one core; start it once per core
+    python benchmarks/gates.py --report              # only render docs/settings.md from the stored results
+
+Movie reviews, MiniLM, 200 steps of 16 at one learning rate, that which suits LoRA (docs/phi.md). Finished runs are not
+repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
+
+from sections import table, with_section  # noqa: E402
+
+from lrlora.compare import Comparison, run_comparison  # noqa: E402
+from lrlora.compare.jobs import TUNING_SEED, read_records  # noqa: E402
+from lrlora.compare.methods import find_method  # noqa: E402
+
+PAGE, STORED, WORK = DOCS / "settings.md", DOCS / "gates.jsonl", Path("lrlora-gates")
+TASK, METRIC = "movie-reviews", "accuracy"
+PENALTIES = (0.2, 0.5, 1.0)
+COMPARISON = Comparison(
+    "offline-nlu",
+    (
+        *("lora+r=1", "lora+r=2", "lora+r=4", "lora", "lora+r=16", "adalora", "lr-lora"),
+        *(f"lr-lora+rank_penalty={penalty}" for penalty in PENALTIES),
+    ),
+    seeds=2,
+    rank=8,
+    tasks=(TASK,),
+    rates=(2e-3,),
+)
+
+
+def store() -> None:
+    """Keep what the table needs of the finished runs; the tuning seed is one more, its test data unread."""
+    kept = []
+    for record in read_records(WORK).values():
+        if record["seed"] == TUNING_SEED or record.get("failure"):
+            continue
+        active = [row["active_factors"] for row in record.pop("ranks") or []]
+        kept.append(record | {"active": fmean(active) if active else None})
+    STORED.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def render() -> str:
+    """The table."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    if STORED.exists():
+        for line in STORED.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            runs.setdefault(record["method"], []).append(record)
+    rows = []
+    for method in COMPARISON.methods:
+        if len(mine := runs.get(method, [])) < 2:
+            continue
+        scores = [100 * run["test"][METRIC] for run in mine]
+        active = fmean(run["active"] for run in mine) if mine[0]["active"] is not None else None
+        rows.append(
+            [
+                find_method(method).name,
+                f"{fmean(run['trainable'] for run in mine):,.0f}",
+                "" if active is None else f"{active:.1f}",
+                f"{fmean(scores):.1f} ± {stdev(scores):.1f}",
+                f"{fmean(run['validation']['loss'] for run in mine):.3f}",
+            ]
+        )
+    header = ["", "parameters", "factors in a module", "test accuracy, %", "validation loss"]
+    return table(header, rows)
+
+
+def updated(page: str) -> str:
+    """The page with the table of the stored results."""
+    return with_section(page, "gates", render())
+
+
+def main() -> None:
+    """Measure, store, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="only render docs/settings.md from the stored results")
+    if not parser.parse_args().report:
+        run_comparison(COMPARISON, WORK)
+        store()
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Do the ranks that LR-LoRA learned help plain LoRA? At equal parameters, against LoRA with one rank everywhere.
+
+    OMP_NUM_THREADS=1 python benchmarks/rank_pattern.py r8 movie-reviews     # about 15 minutes a task on one core
+    python benchmarks/rank_pattern.py --report                               # only render docs/export.md
+
+For each task, LR-LoRA is trained once, with a seed of its own; its ranks are cut to the parameters of LoRA at r = 4,
+and LoRA is trained with them and with r = 4 everywhere, with three other seeds. All at the rate that suits LoRA
+(docs/phi.md). Finished runs are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
+
+from sections import table, with_section  # noqa: E402
+
+PAGE, STORED = DOCS / "export.md", DOCS / "export"
+SUITE, RANK, RATE, SEEDS = "offline-nlu", 4, 2e-3, (1, 2, 3)
+UNIFORM, PATTERN = "lora", "learned"
+
+
+def learn_ranks(task: str) -> dict[str, Any]:
+    """The fields of a LoRA configuration with the ranks that LR-LoRA learns on a task."""
+    from lrlora.compare import SUITES
+    from lrlora.export import factorize, lora_config
+    from lrlora.export.factorize import parameters_of_rank
+    from lrlora.training.config import TrainConfig
+    from lrlora.training.train import train
+
+    suite = SUITES[SUITE]
+    settings = suite.tasks[task]
+    with tempfile.TemporaryDirectory() as scratch:
+        run = train(
+            TrainConfig(
+                suite.model,
+                settings.data,
+                settings.kind,
+                output=f"{scratch}/run",
+                max_length=settings.max_length,
+                head_learning_rate=settings.head_learning_rate,
+                validation_examples=settings.validation_examples,
+                rank_every=settings.steps,
+                adapter={"r": 2 * RANK},
+                training={
+                    "max_steps": settings.steps,
+                    "learning_rate": RATE,
+                    "eval_strategy": "no",
+                    "save_strategy": "no",
+                    "load_best_model_at_end": False,
+                },
+            )
+        )
+        model: Any = run.model
+        factors = factorize(model, budget=parameters_of_rank(model, RANK))
+        config = lora_config(factors, model.peft_config["default"])
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    return {name: getattr(config, name) for name in names} | {"target_modules": sorted(config.target_modules)}
+
+
+def measure(task: str) -> None:
+    """Run what is missing of a task."""
+    from lrlora.compare import METHODS, SUITES, Method
+    from lrlora.compare.worker import run_job
+
+    path = STORED / f"rank_pattern-{task}.json"
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    if "ranks" not in stored:
+        stored["ranks"] = learn_ranks(task)
+        path.write_text(json.dumps(stored, indent=1) + "\n")
+    METHODS[PATTERN] = Method("LoRA, learned ranks", "lora", stored["ranks"])
+    for seed in SEEDS:
+        for method in (UNIFORM, PATTERN):
+            if any(run["method"] == method and run["seed"] == seed for run in stored["runs"]):
+                continue
+            request = {"task": task, "method": method, "learning_rate": RATE, "seed": seed, "rank": RANK}
+            result = run_job(SUITES[SUITE], request)
+            del result["ranks"], result["peak_mib"]
+            stored["runs"].append(result)
+            path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def render() -> str:
+    """The table."""
+    from lrlora.compare import SUITES
+    from lrlora.compare.statistics import paired_difference
+
+    rows = []
+    for path in sorted(STORED.glob("rank_pattern-*.json")):
+        stored, task = json.loads(path.read_text(encoding="utf-8")), path.stem.removeprefix("rank_pattern-")
+        metric = SUITES[SUITE].tasks[task].metric
+        scores = {
+            method: {run["seed"]: 100 * run["test"][metric] for run in stored["runs"] if run["method"] == method}
+            for method in (UNIFORM, PATTERN)
+        }
+        seeds = sorted(set(scores[UNIFORM]) & set(scores[PATTERN]))
+        uniform, learned = ([scores[method][seed] for seed in seeds] for method in (UNIFORM, PATTERN))
+        difference = paired_difference(learned, uniform)
+        given = stored["ranks"]
+        ranks = [given["rank_pattern"].get(module, given["r"]) for module in given["target_modules"]]
+        rows.append(
+            [
+                task,
+                f"{len(ranks)} modules, {min(ranks)} to {max(ranks)}",
+                f"{fmean(uniform):.1f}",
+                f"{fmean(learned):.1f}",
+                f"{difference.mean:+.1f} ± {difference.standard_error:.1f} (p = {difference.p:.2f})"
+                if difference
+                else "",
+            ]
+        )
+    return table(["task", "learned ranks", f"LoRA, r = {RANK}", "LoRA, learned ranks", "difference"], rows)
+
+
+def updated(page: str) -> str:
+    """The page with the table of the stored results."""
+    return with_section(page, "rank-pattern", render())
+
+
+def main() -> None:
+    """Measure, store, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", help=f"of the suite {SUITE}")
+    parser.add_argument("--report", action="store_true", help="only render docs/export.md from the stored results")
+    for task in parser.parse_args().tasks:
+        measure(task)
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
