@@ -430,25 +430,29 @@ def compare(
         float | None, typer.Option("--budget", min=0.0, help="Hours after which no job is started.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
-    report: Annotated[bool, typer.Option("--report", help="Run nothing: write the report of what is there.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
+    ] = False,
 ) -> None:
     """Compare methods on tasks: rates tuned, several seeds, tests. Start it again to go on, or once per GPU or core."""
     with _one_clear_error():
         from .compare import Comparison, run_comparison
+        from .compare.jobs import parse_rates, read_comparison, read_records
         from .compare.report import write_report
 
-        wish: dict[str, Any] = {"seeds": seeds, "rank": rank}
-        wish |= {
-            name: tuple(value.split(","))
-            for name, value in (("methods", methods), ("tasks", tasks))
-            if value is not None
-        }
-        if rates is not None:
-            wish["rates"] = tuple(float(rate) for rate in rates.split(","))
-        comparison = Comparison(suite, **wish)
         folder = output or Path(f"lrlora-compare-{Path(suite).stem}")
+        wish: dict[str, Any] = {"seeds": seeds, "rank": rank}
+        for name, value in (("methods", methods), ("tasks", tasks)):
+            if value is not None:
+                wish[name] = tuple(part.strip() for part in value.split(","))
+        if rates is not None:
+            wish["rates"] = parse_rates(rates)
+        comparison = read_comparison(suite, folder) if report else Comparison(suite, **wish)
         left = [] if report else run_comparison(comparison, folder, hours=hours, announce=_announce)
         path = write_report(comparison, folder)
+        failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
+        if failed:
+            console.print(f"{failed} jobs failed: the report says why.", highlight=False)
         if left:
             console.print(f"{len(left)} jobs are left: run the same command again to go on.", highlight=False)
         console.print(escape(f"Report: {path}"), highlight=False)

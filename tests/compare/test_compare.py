@@ -61,6 +61,7 @@ def record(task: str, method: str, rate: float, seed: int, loss: float, accuracy
     return {
         **{"task": task, "method": method, "learning_rate": rate, "seed": seed, "trainable": 10, "peak_mib": 100.0},
         **{"validation": {"loss": loss}, "test": None if accuracy is None else {"accuracy": accuracy}},
+        **{"criterion": loss, "wall": 3.0},
         **{"ranks": ranks if method.startswith("l") else None, "seconds": 2.0 if method == "lr-lora" else 1.0},
     }
 
@@ -93,6 +94,9 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     again = run(*command(suite, output, *options))  # nothing is done twice, and the report is the same
     assert again.exit_code == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in output.glob("jobs/*")}
+    (output / "report.md").unlink()
+    assert run("compare", suite, "--output", output, "--report").exit_code == 0
+    assert "LR-LoRA" in (output / "report.md").read_text()
     changed = run("compare", suite, "--output", output, "--rank", 3)
     assert changed.exit_code == 1
     assert "holds another comparison" in " ".join(changed.output.split())
@@ -126,6 +130,59 @@ def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path) -
     assert "Validation loss" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) -> None:
+    options = ("--methods", "lora", "--rates", "1e-2", "--seeds", 1)
+    data = tmp_path / "data"
+    data.rename(tmp_path / "away")
+    result = run(*command(suite, tmp_path / "out", *options))
+    assert "to be tried again" in " ".join(result.output.split())
+    assert read_records(tmp_path / "out") == {}
+    (tmp_path / "away").rename(data)
+    assert run(*command(suite, tmp_path / "out", *options)).exit_code == 0
+    assert len(read_records(tmp_path / "out")) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks the system for child processes")
+def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(suite.read_text())
+    content["tasks"]["reviews"]["steps"] = 10**6
+    suite.write_text(yaml.safe_dump(content))
+    script = "from lrlora.cli import app; app()"
+    arguments = command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2")
+    parent = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.DEVNULL)
+    workers: list[int] = []
+    try:
+        for _ in range(300):
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+            workers = [int(pid) for pid in children.read_text().split()]
+            if workers:
+                break
+            time.sleep(0.1)
+        assert workers
+    finally:
+        parent.kill()
+        parent.wait()
+    for _ in range(200):
+        if not any(Path(f"/proc/{pid}").exists() for pid in workers):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_runs_at_other_rates_are_no_part_of_a_cell() -> None:
+    comparison = Comparison("offline-nlu", ("lora",), 1, 4, ("r8",), rates=(1e-3,))
+    records = filed([record("r8", "lora", 1e-3, 0, 0.5), record("r8", "lora", 1e-3, 1, 0.5, 0.8)])
+    others = filed([record("r8", "lora", 1e-2, 1, 0.5, 0.1), record("r8", "lora", 1e-3, 2, 0.5, 0.1)])
+    assert comparison.select(records | others) == records
+
+
+def test_a_failed_final_run_leaves_no_mean() -> None:
+    comparison = Comparison("offline-nlu", ("lora", "lr-lora"), 2, 4, ("r8",))
+    good = [record("r8", method, 1e-3, seed, 0.5, 0.8) for method in ("lora", "lr-lora") for seed in (1, 2)]
+    bad = {"task": "r8", "method": "lora", "learning_rate": 1e-3, "seed": 2, "failure": "diverged"}
+    assert list(results(comparison, filed(good) | filed([bad]))["method"]) == ["LR-LoRA"]
+
+
 def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path) -> None:
     comparison = Comparison("offline-nlu", ("lora",), 3, 4, ("r8",))
     rates = METHODS["lora"].rates
@@ -140,7 +197,7 @@ def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path) -> None:
 
 
 def test_failed_trials_are_never_the_best() -> None:
-    assert best_rate([record("t", "lora", 1e-3, 0, 0.5), record("t", "lora", 1e-2, 0, math.nan)]) == 1e-3
+    assert best_rate([record("t", "lora", 1e-3, 0, 0.5), {"learning_rate": 1e-2, "failure": "diverged"}]) == 1e-3
     assert best_rate([{"learning_rate": 1.0, "failure": "diverged"}]) is None
 
 
@@ -169,7 +226,7 @@ def test_numbers_of_the_results() -> None:
     assert math.isnan(table.loc["r8", "LoRA"]["p"])
     best = wins(table.reset_index()).set_index("method")
     assert best.loc["LR-LoRA", "best on"] == 2
-    ranks = learned_ranks(comparison, records)
+    ranks = learned_ranks(records)
     assert (ranks["attention − MLP, log"] > 0.4).all()
 
 
@@ -177,7 +234,8 @@ def test_statistics() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
     assert paired_difference([1.0], [2.0]) is None
-    assert paired_difference([1.0, 2.0], [1.0, 2.0]).p == 1.0
+    for same in ([1.0, 2.0], [0.1, 1.1]):  # two equal differences are no certainty
+        assert math.isnan(paired_difference([1.1, 2.1], same).p)
     chance = np.random.default_rng(0)
     noise = chance.normal(size=(4, 30))
     assert modules_differ(noise) > 0.05
@@ -189,13 +247,25 @@ def test_statistics() -> None:
 
 @pytest.mark.refused
 def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
+    def wrong(name: str, value: object) -> Path:
+        content = yaml.safe_load(suite.read_text())
+        content["tasks"]["reviews"][name] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
     for arguments, message in (
         (("compare", "offline-nlp"), "Did you mean offline-nlu?"),
         (("compare", tmp_path / "none.yaml"), "no configuration file"),
         (("compare", suite, "--methods", "lrlora"), "Did you mean lr-lora?"),
         (("compare", suite, "--tasks", "review"), "Did you mean reviews?"),
         (("compare", suite, "--rates", "0"), "rates must be numbers > 0"),
-        (("compare", suite, "--report"), "nothing to report"),
+        (("compare", suite, "--rates", "1e-3,x"), "--rates takes numbers"),
+        (("compare", suite, "--report"), "There is no comparison in"),
+        (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
+        (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
+        (("compare", wrong("kind", "clasify")), "Did you mean classify?"),
+        (("compare", wrong("columns", None)), "columns must map names to values"),
     ):
         result = run(*arguments, "--output", tmp_path / "out")
         assert result.exit_code == 1
@@ -212,6 +282,7 @@ def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_pat
     suite.write_text(yaml.safe_dump(content))
     result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
     assert result.exit_code == 0, result.output
+    assert "1 jobs failed" in result.output
     assert all("'nothing'" in r["failure"] for r in read_records(tmp_path / "out").values())
     assert "What failed" in (tmp_path / "out" / "report.md").read_text()
 
@@ -224,7 +295,7 @@ def test_every_method_runs(suite: Path, method: str) -> None:
     assert 0 <= result["test"]["accuracy"] <= 1
     assert math.isfinite(result["validation"]["loss"])
     assert result["trainable"] > 0
-    assert bool(result["ranks"]) == (METHODS[method].train in ("lora", "lr-lora"))
+    assert bool(result["ranks"]) == METHODS[method].has_ranks
 
 
 @pytest.mark.real

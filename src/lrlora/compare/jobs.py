@@ -18,16 +18,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from ..training.config import require_known
-from .methods import METHODS, find_method
+from ..training.config import FROM_TRAIN, TrainConfig, require_known
+from ..training.methods import adapter_config
+from .methods import METHODS, Method, find_method
 from .suites import Suite, load_suite
 
 TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
+CALL_FILE = "call.json"  # what was asked for last
+FAILED = 3  # exit status of a worker whose job can never work
 _GRID_STEPS = 2  # times that the grid of rates may grow by a factor of 2 on either side
 Record = dict[str, Any]
 
@@ -48,7 +53,7 @@ class Job:
     @property
     def name(self) -> str:
         """The name of its files."""
-        return f"{self.task}--{self.method}--{self.learning_rate:g}--{self.seed}"
+        return quote(f"{self.task}--{self.method}--{self.learning_rate:g}--{self.seed}", safe="+=,")
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,10 @@ class Comparison:
         """
         return [job for task in self.task_names for method in self.methods for job in self._of(task, method, finished)]
 
+    def select(self, records: dict[str, Record]) -> dict[str, Record]:
+        """Of the finished jobs those that this comparison consists of: a folder may hold other rates and seeds."""
+        return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
+
     def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
         grid = sorted(self.rates or find_method(method).rates)
         growth = 1 if self.rates else 2**_GRID_STEPS
@@ -128,9 +137,22 @@ class Comparison:
 
 
 def best_rate(trials: list[Record]) -> float | None:
-    """The rate with the lowest validation loss, a steadier guide than accuracy; None if every trial failed."""
-    good = [trial for trial in trials if trial.get("validation") and math.isfinite(trial["validation"]["loss"])]
-    return min(good, key=lambda trial: trial["validation"]["loss"])["learning_rate"] if good else None
+    """The rate with the lowest validation criterion, a steadier guide than accuracy; None if every trial failed."""
+    good = [trial for trial in trials if not trial.get("failure")]
+    return min(good, key=lambda trial: trial["criterion"])["learning_rate"] if good else None
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Learning rates with commas between.
+
+    Raises:
+        ValueError: one is no number.
+
+    """
+    try:
+        return tuple(float(rate) for rate in text.split(","))
+    except ValueError:
+        raise ValueError(f"--rates takes numbers with commas between, and was given {text!r}.") from None
 
 
 def read_records(output: Path) -> dict[str, Record]:
@@ -138,34 +160,97 @@ def read_records(output: Path) -> dict[str, Record]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("jobs/*.json"))}
 
 
-def prepare(comparison: Comparison, output: Path) -> None:
-    """Make a folder for the results, or check that those in it are of the same suite and rank.
-
-    Raises:
-        FileExistsError: the folder holds something else.
-
-    """
-    settings = json.loads(json.dumps({"rank": comparison.rank, "suite": asdict(comparison.definition)}))
+def check_folder(comparison: Comparison, output: Path) -> None:
+    """Raise a FileExistsError unless the folder is free, or holds a comparison of the same suite and rank."""
     path = output / SETTINGS_FILE
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != settings:
+        if json.loads(path.read_text(encoding="utf-8")) != _settings(comparison):
             raise FileExistsError(
                 f"The folder {output} holds another comparison: another suite, rank or settings of its tasks. Give "
                 "another --output."
             )
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and any(path for path in output.iterdir() if path.suffix != ".partial"):
         raise FileExistsError(f"The folder {output} is not empty, and no comparison. Give another --output.")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        _write(path, settings)
-    for name in ("jobs", "locks", "logs"):
-        (output / name).mkdir(exist_ok=True)
+
+
+def prepare(comparison: Comparison, output: Path) -> None:
+    """Make a folder for the results, once all that is asked for is known to make sense.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: an option of a method or a setting of a task cannot be.
+
+    """
+    for task in comparison.task_names:
+        for method in comparison.methods:
+            settings = comparison.definition.tasks[task]
+            known = find_method(method)
+            train_config(comparison.definition, task, known, known.rates[0], 1, comparison.rank, output)
+            adapter_config(known.train, settings.kind, settings.steps, known.adapter(comparison.rank))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.parent / f".{output.name}.lock"):
+        check_folder(comparison, output)
+        for name in ("jobs", "locks", "logs"):
+            (output / name).mkdir(parents=True, exist_ok=True)
+        if not (output / SETTINGS_FILE).exists():
+            write_json(output / SETTINGS_FILE, _settings(comparison))
+        write_json(output / CALL_FILE, asdict(comparison))
+
+
+def read_comparison(suite: str, output: Path) -> Comparison:
+    """The comparison that was last asked for in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+
+    """
+    path = output / CALL_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"There is no comparison in {output}: run it first.")
+    call = json.loads(path.read_text(encoding="utf-8"))
+    lists = {name: tuple(value) for name, value in call.items() if isinstance(value, list)}
+    return Comparison(**{**call, **lists, "suite": suite})
+
+
+def _settings(comparison: Comparison) -> Any:
+    return json.loads(json.dumps({"rank": comparison.rank, "suite": asdict(comparison.definition)}))
+
+
+def train_config(
+    suite: Suite, task_name: str, method: Method, learning_rate: float, seed: int, rank: int, output: Path
+) -> TrainConfig:
+    """The training run that a job consists of."""
+    task = suite.tasks[task_name]
+    return TrainConfig(
+        model=suite.model,
+        data=task.data,
+        task=task.kind,
+        method=method.train,
+        output=str(output),
+        columns=task.columns,
+        validation=FROM_TRAIN,
+        train_examples=task.train_examples,
+        validation_examples=task.validation_examples,
+        max_length=task.max_length,
+        head_learning_rate=task.head_learning_rate,
+        rank_every=task.steps,
+        seed=seed,
+        adapter=method.adapter(rank),
+        training={
+            "max_steps": task.steps,
+            "per_device_train_batch_size": task.batch_size,
+            "learning_rate": learning_rate,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+        },
+    )
 
 
 def run_comparison(
     comparison: Comparison, output: Path, *, hours: float | None = None, announce: Callable[[str], None] = print
 ) -> list[Job]:
-    """Run what is missing; returns what is left when the time is up.
+    """Run what is missing; returns what is left: when the time is up, or because something outside it went wrong.
 
     Args:
         comparison: what is compared.
@@ -175,23 +260,29 @@ def run_comparison(
 
     Raises:
         FileExistsError: the folder holds something else.
-        RuntimeError: a job was killed from outside.
+        ValueError: an option of a method or a setting of a task cannot be.
 
     """
     prepare(comparison, output)
     started = time.monotonic()
+    given_up: set[str] = set()
     while True:
         finished = read_records(output)
         missing = [job for job in comparison.plan(finished) if job.name not in finished]
         is_over = hours is not None and time.monotonic() - started >= 3600 * hours
-        if not missing or is_over:
+        if is_over or all(job.name in given_up for job in missing):
             return missing
         for job in missing:
+            if job.name in given_up:
+                continue
             with _claimed(output, job) as is_mine:
                 if not is_mine or (output / "jobs" / f"{job.name}.json").exists():
                     continue
                 announce(f"{_progress(missing, finished)} · {job.name.replace('--', ' · ')}")
-                _run(job, comparison, output)
+                problem = _run(job, comparison, output)
+                if problem:
+                    given_up.add(job.name)
+                    announce(f"Not done, and to be tried again by the next call: {problem}")
                 break
         else:
             time.sleep(5)  # others are at work on all that is missing; more may follow from it
@@ -213,44 +304,44 @@ def _claimed(output: Path, job: Job) -> Iterator[bool]:
 
 def _progress(missing: list[Job], finished: dict[str, Record]) -> str:
     text = f"{len(finished)} jobs done, {len(missing)} known to be left"
-    seconds = [record["seconds"] for record in finished.values() if record.get("seconds")]
-    if not seconds:
-        return text
     by_kind: dict[tuple[str, str], list[float]] = {}
     for record in finished.values():
-        if record.get("seconds"):
-            by_kind.setdefault((record["task"], record["method"]), []).append(record["seconds"])
-    mean = sum(seconds) / len(seconds)
-    left = 0.0
-    for job in missing:
-        known = by_kind.get((job.task, job.method), [mean])
-        left += sum(known) / len(known)
-    return f"{text}, about {left / 3600:.1f} hours"
+        by_kind.setdefault((record["task"], record["method"]), []).append(record["wall"])
+    if not by_kind:
+        return text
+    mean = fmean(second for seconds in by_kind.values() for second in seconds)
+    left = sum(fmean(by_kind.get((job.task, job.method), [mean])) for job in missing)
+    return f"{text}, about {left / 3600:.1f} hours for one process"
 
 
-def _run(job: Job, comparison: Comparison, output: Path) -> None:
-    """Run a job in a process of its own and file its result; what the task cannot do is filed as a failure."""
+def _run(job: Job, comparison: Comparison, output: Path) -> str | None:
+    """Run a job in a process of its own and file its result; what went wrong outside it is returned, and not filed."""
     request = {**asdict(job), "rank": comparison.rank}
     log = output / "logs" / f"{job.name}.log"
-    with tempfile.TemporaryDirectory(dir=output / "locks") as scratch, log.open("w", encoding="utf-8") as written:
+    suite = json.dumps(asdict(comparison.definition))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch, log.open("w", encoding="utf-8") as written:
         result = Path(scratch) / "result.json"
-        suite = json.dumps(asdict(comparison.definition))
         command = [sys.executable, "-m", "lrlora.compare.worker", suite, json.dumps(request), str(result)]
-        process = subprocess.run(command, stdout=written, stderr=subprocess.STDOUT, check=False)
+        # The worker ends when its end of the pipe does: with this process, however that ends.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=written, stderr=subprocess.STDOUT) as process:
+            process.wait()
         if process.returncode == 0:
             record = json.loads(result.read_text(encoding="utf-8"))
-        elif process.returncode == 1:
-            lines = log.read_text(encoding="utf-8").strip().splitlines()
-            record = {**request, "failure": lines[-1] if lines else "no message"}
         else:
-            raise RuntimeError(
-                f"The job {job.name} was stopped from outside (exit status {process.returncode}); what it said is in "
-                f"{log}. Run the same command again to go on."
-            )
-    _write(output / "jobs" / f"{job.name}.json", record)
+            lines = log.read_text(encoding="utf-8").strip().splitlines()
+            said = lines[-1] if lines else "no message"
+            if process.returncode != FAILED:
+                return f"{job.name} ended with status {process.returncode} ({said}); see {log}"
+            record = {**request, "failure": said}
+    write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
+    return None
 
 
-def _write(path: Path, content: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(path)
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all, whoever else writes it."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".partial", delete=False, encoding="utf-8"
+    ) as partial:
+        json.dump(content, partial, indent=1)
+    Path(partial.name).replace(path)

@@ -31,6 +31,11 @@ class Method:
     rank_factor: int = 1
     rates: tuple[float, ...] = _ADAPTER_RATES
 
+    @property
+    def has_ranks(self) -> bool:
+        """Whether learned ranks can be told. PiSSA's product BA is not its update, but starts from part of W."""
+        return self.train in ("lora", "lr-lora") and "init_lora_weights" not in self.options
+
     def adapter(self, r: int) -> dict[str, Any]:
         """The fields of its PEFT configuration at rank r."""
         if not self.rank_factor:

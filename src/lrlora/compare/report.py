@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .jobs import TUNING_SEED, Comparison, Record, read_records
+from .jobs import Comparison, check_folder, read_records
 from .methods import find_method
 from .tables import learned_ranks, results, tidy, tuning, wins
 
@@ -24,10 +24,12 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     """Write `report.md`, `results.csv`, `runs.jsonl` and pictures into the folder of a comparison.
 
     Raises:
+        FileExistsError: the folder holds another comparison.
         ValueError: no job is finished yet.
 
     """
-    records = read_records(output)
+    check_folder(comparison, output)
+    records = comparison.select(read_records(output))
     if not records:
         raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
     tidy(records).to_json(output / "runs.jsonl", orient="records", lines=True)
@@ -45,18 +47,24 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             "\n![Metric against trainable parameters](parameters.png)\n",
         ]
         _save_parameters(table, output / "parameters.png")
-    parts += ["\n## How much hangs on the learning rate\n", "Validation loss on the tuning seed.\n"]
-    parts += [markdown(tuning(comparison, records)), "\n![Validation loss by learning rate](rates.png)\n"]
-    _save_rates(comparison, records, output / "rates.png")
-    ranks = learned_ranks(comparison, records)
+    if len(rates := tuning(records)):
+        parts += [
+            "\n## How much hangs on the learning rate\n",
+            "Validation loss on the tuning seed (of numbers, the root of the mean squared error).\n",
+            markdown(rates),
+            "\n![Validation loss by learning rate](rates.png)\n",
+        ]
+        _save_rates(rates, output / "rates.png")
+    ranks = learned_ranks(records)
     if len(ranks):
         parts += ["\n## Learned ranks\n", markdown(ranks)]
     failures = [record for record in records.values() if record.get("failure")]
     if failures:
-        parts.append("\n## What failed\n")
+        parts.append("\n## What failed\n\nA method on a task has no mean where a final run failed.\n")
         parts += [f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures]
-    path = output / "report.md"
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    path, partial = output / "report.md", output / f"report-{os.getpid()}.partial"
+    partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    partial.replace(path)
     return path
 
 
@@ -81,6 +89,7 @@ def _panels(tasks: list[str], xlabel: str) -> tuple[Figure, dict[str, Axes]]:
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axis, task in zip(axes, tasks, strict=True):
         axis.set(title=task, xscale="log", xlabel=xlabel)
+        axis.margins(x=0.2)
     return figure, dict(zip(tasks, axes, strict=True))
 
 
@@ -98,15 +107,9 @@ def _save_parameters(table: pd.DataFrame, path: Path) -> None:
     _save(figure, axes, "test metric × 100", path)
 
 
-def _save_rates(comparison: Comparison, records: Mapping[str, Record], path: Path) -> None:
-    trials = [r for r in records.values() if r["seed"] == TUNING_SEED and r.get("validation")]
-    tasks = [task for task in comparison.task_names if any(r["task"] == task for r in trials)]
-    if not tasks:
-        return
-    figure, axes = _panels(tasks, "learning rate")
-    for task in tasks:
-        for method in comparison.methods:
-            mine = [r for r in trials if r["task"] == task and r["method"] == method]
-            points = sorted((r["learning_rate"], r["validation"]["loss"]) for r in mine)
-            axes[task].plot([p[0] for p in points], [p[1] for p in points], marker="o", label=find_method(method).name)
+def _save_rates(rates: pd.DataFrame, path: Path) -> None:
+    figure, axes = _panels(list(dict.fromkeys(rates["task"])), "learning rate")
+    for row in rates.to_dict("records"):
+        points = [(rate, loss) for rate, loss in row.items() if isinstance(rate, float) and not math.isnan(loss)]
+        axes[row["task"]].plot([p[0] for p in points], [p[1] for p in points], marker="o", label=row["method"])
     _save(figure, axes, "validation loss", path)

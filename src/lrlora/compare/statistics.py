@@ -15,7 +15,7 @@ _RESAMPLES = 2_000
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference: its mean, standard error, and p of the paired t-test."""
+    """A paired difference: its mean, standard error, and p of the paired t-test; NaN if it has nothing to go by."""
 
     mean: float
     standard_error: float
@@ -27,8 +27,9 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Diffe
     differences = np.asarray(values) - np.asarray(others)
     if len(differences) < 2:
         return None
-    # Equal differences have no spread to test against.
-    p = float(ttest_1samp(differences, 0.0).pvalue) if np.ptp(differences) > 0 else float(differences[0] == 0)
+    # Two or three accuracies often differ by the same number of examples: that is no certainty.
+    has_spread = np.ptp(differences) > 1e-9 * max(1.0, np.abs(differences).max())
+    p = float(ttest_1samp(differences, 0.0).pvalue) if has_spread else math.nan
     return Difference(float(differences.mean()), float(sem(differences)), p)
 
 

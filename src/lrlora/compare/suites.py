@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..training.config import read_yaml, require_known
+from ..training.config import TASKS, read_yaml, require_known
+from ..training.metrics import LESS_IS_BETTER, METRIC_NAMES
 
 # A new classification head wants a far higher rate than an adapter. With one rate for both, a method that only bears
 # high rates looks like a better adapter (docs/phi.md), so the head has its own, the same for all.
-_HEAD_RATE = 16e-3
+_HEAD: dict[str, Any] = {"head_learning_rate": 16e-3}
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,16 @@ class Task:
     Args:
         data: as for `lrlora train --data`.
         kind: as for `lrlora train --task`.
-        metric: what the table shows, larger is better: a metric of the kind, beside the loss.
+        metric: what the table shows: a metric of the kind of which more is better.
         steps, batch_size: of training.
         test: split that the final runs are scored on, once.
         columns: role → name, where they differ.
         max_length: tokens.
         train_examples, validation_examples, test_examples: at most; None: all.
-        head_learning_rate: of a new head.
+        head_learning_rate: of a new head; None: that of the adapter.
+
+    Raises:
+        ValueError: kind or metric is unknown.
 
     """
 
@@ -42,7 +46,12 @@ class Task:
     train_examples: int | None = None
     validation_examples: int | None = 1_000
     test_examples: int | None = None
-    head_learning_rate: float | None = _HEAD_RATE
+    head_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        require_known("a kind of task", self.kind, TASKS)
+        known = [name for name in METRIC_NAMES[self.kind] if name not in LESS_IS_BETTER]
+        require_known(f"a metric of {self.kind} of which more is better", self.metric, known)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def load_suite(name: str) -> Suite:
 def _glue(name: str, metric: str, steps: int, test: str = "validation", **columns: str) -> Task:
     # The labels of GLUE's tests are secret: its validation split is the test here, validation a part of training.
     kind = "regress" if name == "stsb" else "classify"
-    return Task(f"nyu-mll/glue:{name}", kind, metric, steps, 32, test, columns, max_length=128, head_learning_rate=None)
+    return Task(f"nyu-mll/glue:{name}", kind, metric, steps, 32, test, columns, max_length=128)
 
 
 _PAIR = {"text": "sentence1", "text_pair": "sentence2"}
@@ -114,18 +123,19 @@ SUITES = {
                 train_examples=64,
                 validation_examples=64,
                 test_examples=64,
+                **_HEAD,
             ),
         },
     ),
     "offline-nlu": Suite(
         "embedded:minilm",
         {
-            "movie-reviews": Task("embedded:movie-reviews", "classify", "accuracy", 200),
-            "ratings": Task("embedded:ratings", "regress", "pearson", 200),
-            "r8": Task("embedded:r8", "classify", "accuracy", 200, max_length=64),
-            "20-newsgroups": Task("embedded:20-newsgroups", "classify", "accuracy", 300, max_length=48),
+            "movie-reviews": Task("embedded:movie-reviews", "classify", "accuracy", 200, **_HEAD),
+            "ratings": Task("embedded:ratings", "regress", "pearson", 200, **_HEAD),
+            "r8": Task("embedded:r8", "classify", "accuracy", 200, max_length=64, **_HEAD),
+            "20-newsgroups": Task("embedded:20-newsgroups", "classify", "accuracy", 300, max_length=48, **_HEAD),
             "vitaminc": Task(
-                "embedded:vitaminc", "classify", "accuracy", 1_000, train_examples=10_000, test_examples=2_000
+                "embedded:vitaminc", "classify", "accuracy", 1_000, train_examples=10_000, test_examples=2_000, **_HEAD
             ),
         },
     ),

@@ -27,15 +27,17 @@ def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def final_runs(comparison: Comparison, records: Mapping[str, Record]) -> dict[tuple[str, str], list[Record]]:
-    """(task, method) → its runs on test data, by seed; cells without any are left out."""
+def final_runs(records: Mapping[str, Record]) -> dict[tuple[str, str], list[Record]]:
+    """(task, method) → its runs on test data, by seed; without cells that have none, or of which a run has failed."""
     cells: dict[tuple[str, str], list[Record]] = {}
-    for task in comparison.task_names:
-        for method in comparison.methods:
-            runs = [r for r in records.values() if r["task"] == task and r["method"] == method and r.get("test")]
-            if runs:
-                cells[task, method] = sorted(runs, key=lambda run: run["seed"])
-    return cells
+    for record in records.values():
+        if record["seed"] != TUNING_SEED:
+            cells.setdefault((record["task"], record["method"]), []).append(record)
+    return {
+        cell: sorted(runs, key=lambda run: run["seed"])
+        for cell, runs in cells.items()
+        if not any(run.get("failure") for run in runs)
+    }
 
 
 def score(run: Record, task: Task) -> float:
@@ -49,7 +51,7 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
     p is of the paired t-test over seeds, and corrected for all comparisons of the table (Holm). Time and memory are
     relative to the reference, of the medians.
     """
-    cells, tasks, reference = final_runs(comparison, records), comparison.definition.tasks, comparison.reference
+    cells, tasks, reference = final_runs(records), comparison.definition.tasks, comparison.reference
     rows: list[dict[str, Any]] = []
     for (name, method), runs in cells.items():
         values = {run["seed"]: score(run, tasks[name]) for run in runs}
@@ -105,19 +107,17 @@ def wins(frame: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("mean place").reset_index(names="method")
 
 
-def tuning(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
-    """Validation loss by learning rate, on the tuning seed: how much a method hangs on its rate."""
+def tuning(records: Mapping[str, Record]) -> pd.DataFrame:
+    """The validation criterion by learning rate, on the tuning seed: how much a method hangs on its rate."""
     rows = [
         {
             "task": record["task"],
             "method": find_method(record["method"]).name,
             "rate": record["learning_rate"],
-            "loss": record["validation"]["loss"] if record.get("validation") else math.nan,
+            "loss": record.get("criterion", math.nan),
         }
         for record in records.values()
         if record["seed"] == TUNING_SEED
-        and record["method"] in comparison.methods
-        and record["task"] in comparison.task_names
     ]
     if not rows:
         return pd.DataFrame()
@@ -125,10 +125,10 @@ def tuning(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFram
     return table.sort_index(axis=1).reset_index()
 
 
-def learned_ranks(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
+def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
     """Do stable ranks differ between modules, and between attention and MLP, in the logarithm? By task and method."""
     rows = []
-    for (task, method), runs in final_runs(comparison, records).items():
+    for (task, method), runs in final_runs(records).items():
         if len(runs) < 2 or any(not run["ranks"] for run in runs):
             continue
         stable = np.array([[row["stable_rank"] for row in run["ranks"]] for run in runs])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ import torch
 import transformers
 
 from ..rank import RankReport
-from ..training.config import FROM_TRAIN, TrainConfig
 from ..training.inference import evaluate
-from ..training.train import rank_report_of, train
-from .jobs import TUNING_SEED
+from ..training.train import Interrupted, rank_report_of, train
+from .jobs import FAILED, TUNING_SEED, train_config
 from .methods import find_method
 from .suites import Suite
+
+# What chooses the learning rate: a loss that holds nothing but the task, of which less is better.
+_CRITERIA = {"classify": "log_loss", "regress": "rmse"}
 
 
 def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
@@ -29,52 +34,38 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         request: the fields of `Job`, and `rank`.
 
     Returns:
-        The request with what came out: `seconds` of training, `peak_mib` of the process, `trainable` parameters,
-        `validation` and `test` metrics (None for a tuning run), and the learned `ranks` of methods that have them.
+        The request with what came out: `seconds` of training, `peak_mib` of the process, `trainable` parameters (less
+        those of closed factors), `validation` and `test` metrics (None for a tuning run), the `criterion` of the
+        rate, and the learned `ranks` of methods that have them.
+
+    Raises:
+        ValueError: the job cannot work, or training diverged.
 
     """
-    method = find_method(request["method"])
-    task = suite.tasks[request["task"]]
+    method, task = find_method(request["method"]), suite.tasks[request["task"]]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        config = TrainConfig(
-            model=suite.model,
-            data=task.data,
-            task=task.kind,
-            method=method.train,
-            output=str(folder),
-            columns=task.columns,
-            validation=FROM_TRAIN,
-            train_examples=task.train_examples,
-            validation_examples=task.validation_examples,
-            max_length=task.max_length,
-            head_learning_rate=task.head_learning_rate,
-            rank_every=task.steps,
-            seed=request["seed"],
-            adapter=method.adapter(request["rank"]),
-            training={
-                "max_steps": task.steps,
-                "per_device_train_batch_size": task.batch_size,
-                "learning_rate": request["learning_rate"],
-                "eval_strategy": "no",
-                "save_strategy": "no",
-                "load_best_model_at_end": False,
-            },
+        config = train_config(
+            suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
         )
         result = train(config)
+        criterion = result.metrics[_CRITERIA.get(task.kind, "loss")]
+        if not math.isfinite(criterion):
+            raise ValueError("Training has diverged: the validation loss is not finite.")
         seconds = next(entry["train_runtime"] for entry in reversed(result.log_history) if "train_runtime" in entry)
-        test = None
-        if request["seed"] != TUNING_SEED:
-            test = evaluate(folder, task.data, split=task.test, limit=task.test_examples)
-        return {
+        record = {
             **request,
             "seconds": seconds,
             "peak_mib": _peak_mib(),
             "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
             "validation": result.metrics,
-            "test": test,
-            "ranks": _ranks(rank_report_of(folder)),
+            "criterion": criterion,
+            "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
+            "test": None,
         }
+        if request["seed"] != TUNING_SEED:
+            record["test"] = evaluate(folder, task.data, split=task.test, limit=task.test_examples)
+        return record
 
 
 def _peak_mib() -> float:
@@ -91,15 +82,24 @@ def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
     return [{name: getattr(row, name) for name in names} for row in report.rows]
 
 
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main() -> None:
-    """Read the request, write the result; what goes wrong is the last line that is printed."""
+    """Read the request, write the result. What can never work ends with the status `FAILED` and says why."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     transformers.logging.set_verbosity_error()
     suite, request, path = Suite.from_dict(json.loads(sys.argv[1])), json.loads(sys.argv[2]), Path(sys.argv[3])
     try:
         result = run_job(suite, request)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", flush=True)
-        raise SystemExit(1) from None
+    except ValueError as error:
+        print(f"{' '.join(str(error).split())}", flush=True)
+        raise SystemExit(FAILED) from None
+    except (Interrupted, KeyboardInterrupt):
+        print("Interrupted.", flush=True)
+        raise SystemExit(130) from None
     path.write_text(json.dumps(result), encoding="utf-8")
 
 

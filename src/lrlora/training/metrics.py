@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
 from transformers import EvalPrediction
@@ -14,21 +15,29 @@ from transformers.trainer_utils import PredictionOutput
 
 # Task → its metrics, beside the loss; the first chooses the best checkpoint.
 METRIC_NAMES = {
-    "classify": ("accuracy", "macro_f1", "matthews", "loss"),
+    "classify": ("accuracy", "macro_f1", "matthews", "log_loss", "loss"),
     "regress": ("pearson", "spearman", "rmse", "loss"),
     "multiple-choice": ("accuracy", "loss"),
     "causal-lm": ("loss", "mean_token_accuracy", "entropy"),
 }
-LESS_IS_BETTER = ("loss", "rmse", "entropy")
+LESS_IS_BETTER = ("loss", "log_loss", "rmse", "entropy")
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, macro-F1 and Matthews correlation of logits (examples, classes)."""
-    labels, predicted = prediction.label_ids, logits(prediction).argmax(-1)
+    """Accuracy, macro-F1, Matthews correlation and log loss of logits (examples, classes).
+
+    The log loss is the model's loss without what a method may add to it, as AdaLoRA does.
+    """
+    outputs = logits(prediction)
+    labels, predicted = prediction.label_ids, outputs.argmax(-1)
+    is_finite = bool(np.isfinite(outputs).all())
     return {
         "accuracy": float(accuracy_score(labels, predicted)),
         "macro_f1": float(f1_score(labels, predicted, average="macro")),
         "matthews": float(matthews_corrcoef(labels, predicted)),
+        "log_loss": float(-log_softmax(outputs, axis=-1)[np.arange(len(labels)), labels].mean())
+        if is_finite
+        else math.nan,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -208,17 +209,16 @@ def make_trainer(
         collator = DataCollatorForMultipleChoice if config.task == "multiple-choice" else DataCollatorWithPadding
         trainer = Trainer(data_collator=collator(tokenizer), compute_metrics=METRICS[config.task], **common)
     trainer.remove_callback(PrinterCallback)
-    if config.head_learning_rate is not None:
-        _give_head_its_rate(trainer, config.head_learning_rate)
     return trainer
 
 
-def _give_head_its_rate(trainer: Trainer, rate: float) -> None:
-    """Move what is trained outside the base model, the head, into groups of the optimizer with their own rate."""
+def give_head_its_rate(trainer: Trainer, rate: float) -> None:
+    """Move the new head, beside an adapter or on a model that is trained in full, into groups with their own rate."""
     model: Any = trainer.model
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body = (f"{inner.base_model_prefix}.", f"base_model.model.{inner.base_model_prefix}.")
-    head = {id(p) for name, p in model.named_parameters() if not name.startswith(body)}
+    if isinstance(model, PeftModel):
+        head = {id(p) for name, p in model.named_parameters() if ".modules_to_save." in name}
+    else:
+        head = {id(p) for name, p in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
     optimizer = trainer.create_optimizer()
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in head]

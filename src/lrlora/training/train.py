@@ -32,7 +32,15 @@ from .config import METRICS_FILE, RUN_FILE, TrainConfig, read_run
 from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
 from .methods import AdaLoraCallback, adapter_config, set_rank_pattern
 from .metrics import plain_metrics
-from .models import check_model, load_model, make_trainer, max_tokens, model_source, training_arguments
+from .models import (
+    check_model,
+    give_head_its_rate,
+    load_model,
+    make_trainer,
+    max_tokens,
+    model_source,
+    training_arguments,
+)
 from .progress import Announce, Progress, StopOnSignal
 
 REPORT_FILE = "ranks.json"
@@ -118,6 +126,8 @@ def train(
     if config.task != "causal-lm":
         train_data, validation = (encode(part, config.task, tokenizer, max_length) for part in (train_data, validation))
     trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
+    if config.head_learning_rate is not None:
+        give_head_its_rate(trainer, config.head_learning_rate)
     # Only now, when all is known to work, is anything on disk touched.
     if overwrite and output.exists():
         shutil.rmtree(output)
