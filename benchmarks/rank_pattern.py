@@ -101,8 +101,9 @@ def render() -> str:
             method: {run["seed"]: 100 * run["test"][metric] for run in stored["runs"] if run["method"] == method}
             for method in (UNIFORM, PATTERN)
         }
-        seeds = sorted(set(scores[UNIFORM]) & set(scores[PATTERN]))
-        uniform, learned = ([scores[method][seed] for seed in seeds] for method in (UNIFORM, PATTERN))
+        if any(set(by_seed) != set(SEEDS) for by_seed in scores.values()):
+            continue  # not finished
+        uniform, learned = ([scores[method][seed] for seed in SEEDS] for method in (UNIFORM, PATTERN))
         difference = paired_difference(learned, uniform)
         given = stored["ranks"]
         ranks = [given["rank_pattern"].get(module, given["r"]) for module in given["target_modules"]]
