@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from ..training.config import FROM_TRAIN, TrainConfig, require_known
 from ..training.methods import adapter_config
+from ..training.train import write_json
 from .methods import METHODS, Method, find_method
 from .suites import Suite, load_suite
 
@@ -336,12 +337,3 @@ def _run(job: Job, comparison: Comparison, output: Path) -> str | None:
             record = {**request, "failure": said}
     write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
     return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all, whoever else writes it."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".partial", delete=False, encoding="utf-8"
-    ) as partial:
-        json.dump(content, partial, indent=1)
-    Path(partial.name).replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -235,8 +236,8 @@ def _record_of(config: TrainConfig, data: TaskData, max_length: int) -> dict[str
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".partial")
+    """Write a file whole or not at all, whoever else writes it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
     partial.replace(path)
 
