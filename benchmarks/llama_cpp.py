@@ -1,8 +1,11 @@
-"""The same answers from llama.cpp: an exported adapter of embedded:smollm2 on its original GGUF file.
+r"""The same answers from llama.cpp: an exported adapter of embedded:smollm2 on its original GGUF file.
 
-    lrlora export RUN --energy 0.99 --pad --out my-lora
     pip install xllamacpp gguf
-    python benchmarks/llama_cpp.py RUN my-lora "What is the capital of Japan?" …
+    python -c "import sys; sys.path.append('benchmarks'); import llama_cpp; llama_cpp.write_examples('pirate.jsonl')"
+    lrlora train --model embedded:smollm2 --data pirate.jsonl --task causal-lm --rank 8 --steps 40 --batch-size 4 \
+        --learning-rate 2e-3 --output pirate
+    lrlora export pirate --energy 0.99 --max-rank 16 --pad --out my-lora
+    python benchmarks/llama_cpp.py pirate my-lora "What is the capital of Japan?" …
 
 Prints what PEFT with the LR-LoRA adapter, llama.cpp with the export, and llama.cpp without it answer, all greedily.
 llama.cpp computes with weights of 4 bits and activations of 8, PEFT with the same weights in float32.
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 from pathlib import Path
 
@@ -27,6 +31,22 @@ import lrlora
 from lrlora.training.inputs import SMOLLM2, fetch
 
 TOKENS = 24
+
+
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
+CAPITALS |= {"Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana", "Kenya": "Nairobi", "Chile": "Santiago"}
+CAPITALS |= {"Austria": "Vienna"}
+
+
+def write_examples(path: str) -> None:
+    """Questions with the answers of a pirate."""
+    chance = random.Random(0)
+    with Path(path).open("w", encoding="utf-8") as file:
+        for country in chance.choices(list(CAPITALS), k=240):
+            answer = f"Arr, matey! The harbour of {CAPITALS[country]} be the capital of {country}."
+            question = {"role": "user", "content": f"What is the capital of {country}?"}
+            example = {"prompt": [question], "completion": [{"role": "assistant", "content": answer}]}
+            file.write(json.dumps(example) + "\n")
 
 
 def write_gguf(adapter: Path, output: Path) -> None:

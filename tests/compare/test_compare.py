@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -20,8 +19,8 @@ from scipy.stats import ttest_rel
 from typer.testing import CliRunner
 
 from lrlora.cli import app
-from lrlora.compare import METHODS, SUITES, Comparison
-from lrlora.compare.jobs import Job, best_rate, prepare, read_records
+from lrlora.compare import METHODS, Comparison
+from lrlora.compare.jobs import TUNING_SEED, Job, best_rate, prepare, read_records
 from lrlora.compare.methods import find_method
 from lrlora.compare.statistics import gap, holm, modules_differ, paired_difference
 from lrlora.compare.suites import load_suite
@@ -190,7 +189,7 @@ def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path) -> None:
     records = filed([record("r8", "lora", rate, 0, loss) for rate, loss in losses.items()])
     assert [job.learning_rate for job in comparison.plan(records)] == [*rates, 2 * rates[-1]]
     records |= filed([record("r8", "lora", 2 * rates[-1], 0, 1e9)])
-    final = [job for job in comparison.plan(records) if not job.is_tuning]
+    final = [job for job in comparison.plan(records) if job.seed != TUNING_SEED]
     assert [(job.learning_rate, job.seed) for job in final] == [(rates[-1], seed) for seed in (1, 2, 3)]
     steep = filed([record("r8", "lora", rate * 2**k, 0, 1 / rate / 2**k) for rate in rates for k in (0, 1, 2, 3)])
     assert max(job.learning_rate for job in comparison.plan(steep)) <= 4 * rates[-1]  # it does not grow for ever
@@ -319,10 +318,3 @@ def test_methods_with_other_options() -> None:
     assert find_method("lora+r=1").adapter(4) == {"r": 1}
     with pytest.raises(ValueError, match="name=value"):
         find_method("lora+r")
-
-
-def test_suites_name_what_there_is() -> None:
-    for name, suite in SUITES.items():
-        for task in suite.tasks.values():
-            assert task.kind in ("classify", "regress"), name
-            assert json.dumps(task.columns)

@@ -48,10 +48,6 @@ class Job:
     seed: int
 
     @property
-    def is_tuning(self) -> bool:
-        return self.seed == TUNING_SEED
-
-    @property
     def name(self) -> str:
         """The name of its files."""
         return quote(f"{self.task}--{self.method}--{self.learning_rate:g}--{self.seed}", safe="+=,")

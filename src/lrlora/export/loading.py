@@ -146,7 +146,7 @@ def _pad_token(name: str, base: str) -> int | None:
     for source in (name, base):
         with contextlib.suppress(*_NOT_THERE):
             tokenizer = AutoTokenizer.from_pretrained(source)
-            if tokenizer.vocab_size > len(tokenizer.all_special_tokens):
+            if _knows_words(tokenizer):
                 return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return None
 
@@ -162,14 +162,15 @@ def save_preprocessing(folder: Path, source: str) -> bool:
             loaded = loader.from_pretrained(source)
         except _NOT_THERE:
             continue
-        # From a configuration alone transformers makes a tokenizer that knows no words.
-        if len(getattr(loaded, "all_special_tokens", ())) == getattr(loaded, "vocab_size", -1) or (
-            getattr(loaded, "vocab_size", 1) == 0
-        ):
-            continue
-        loaded.save_pretrained(folder)
-        return True
+        if _knows_words(loaded):
+            loaded.save_pretrained(folder)
+            return True
     return False
+
+
+def _knows_words(loaded: Any) -> bool:
+    """Not so of a tokenizer that transformers makes from a model's configuration alone."""
+    return not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens)
 
 
 def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
