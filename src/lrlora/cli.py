@@ -136,6 +136,34 @@ def ranks(
 
 
 @app.command()
+def report(
+    sources: Annotated[list[str], typer.Argument(metavar="ADAPTER|RUN_DIR...", help="One or several.")],
+    output: Annotated[Path, typer.Option("--output", "--out", help="The page to write.")] = Path("lrlora-report.html"),
+    pictures: Annotated[Path | None, typer.Option(help="Folder for pictures as SVG and PNG, for papers.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the pictures.")] = False,
+) -> None:
+    """Show what was learned, of one run or of several beside each other: one HTML page that needs no network."""
+    with _one_clear_error():
+        _quiet()
+        from .report.page import write_page
+        from .report.pictures import save_pictures
+        from .training.runs import load_runs
+
+        if output.exists() and not overwrite:
+            raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
+        if not output.absolute().parent.is_dir():
+            raise FileNotFoundError(f"The folder {output.parent} for {output.name} does not exist.")
+        if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
+            raise FileExistsError(f"The folder {pictures} is not empty. Give another one, or --overwrite.")
+        runs = load_runs(sources)
+        write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
+        console.print(escape(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB"), highlight=False)
+        if pictures:
+            save_pictures(runs, pictures)
+            console.print(escape(f"Pictures: {pictures}"), highlight=False)
+
+
+@app.command()
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file with the same keys; options win over it.")] = None,
     model: Annotated[str | None, typer.Option(help="Hub name, folder or embedded:NAME.")] = None,
@@ -292,7 +320,7 @@ def export(
         from .export import factorize, save_as_lora
         from .export.files import check_output
         from .export.loading import check_base, check_names
-        from .report.table import factors_table
+        from .export.table import factors_table
 
         precision = _dtype(dtype)
         check_output(output)
@@ -340,7 +368,7 @@ def rank_pattern(
     with _one_clear_error("Nothing was written."):
         _quiet()
         from .export import factorize, lora_config
-        from .report.table import factors_table
+        from .export.table import factors_table
 
         if json and not json.parent.is_dir():
             raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")

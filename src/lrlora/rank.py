@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,11 +28,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .transfer import Transfer
+
 if TYPE_CHECKING:
     import pandas as pd
 
 MEASURES = ("stable_rank", "effective_rank", "energy90_rank", "energy99_rank")
-CURVE_POINTS = 401
+CURVE_POINTS = 201
+SPECTRUM_POINTS = 64
+SMALLEST_SHARE = 1e-4
 
 
 def spectrum(delta: Tensor) -> Tensor:
@@ -110,18 +115,52 @@ class RankRow:
     active_factors: int | None = None
 
 
+class Curve(NamedTuple):
+    """φ of one module over the central 99 % of the entries it acts on.
+
+    Attributes:
+        z: equally spaced points.
+        phi: φ at them.
+        start: what φ was there before training.
+        entries: share of the entries between each point and the next, in all ≤ 1.
+
+    """
+
+    z: list[float]
+    phi: list[float]
+    start: Sequence[float] = ()
+    entries: Sequence[float] = ()
+
+
+class Spectrum(NamedTuple):
+    """Singular values of one module's update, in descending order, down to a ten-thousandth of the largest.
+
+    Attributes:
+        number: which ones, from 1: all of the first 32, then ever fewer.
+        sigma: of ΔW.
+        linear: of s·BA, what plain LoRA would make of the same factors, 1 to r; empty for plain LoRA.
+
+    """
+
+    number: list[int]
+    sigma: list[float]
+    linear: Sequence[float] = ()
+
+
 @dataclass
 class RankReport:
-    """The learned ranks of one adapter: a row per adapted module, and the curve of its φ.
+    """The learned ranks of one adapter: a row per adapted module, the curve of its φ, and its spectrum.
 
     Attributes:
         rows: in the order of the model.
-        curves: module → (z, φ(z)) over the central 99 % of the entries that φ acts on; empty for plain LoRA.
+        curves: module → its φ; empty for plain LoRA.
+        spectra: module → its singular values; no module whose update is 0.
 
     """
 
     rows: list[RankRow]
-    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a pandas frame. Needs `pip install lrlora[plots]`."""
@@ -130,15 +169,18 @@ class RankReport:
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(RankRow)])
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write rows and curves as JSON; `from_json` reads them back."""
-        _write_whole(path, json.dumps({"rows": [asdict(row) for row in self.rows], "curves": self.curves}, indent=1))
+        """Write all of it as JSON; `from_json` reads it back."""
+        rows = [asdict(row) for row in self.rows]
+        _write_whole(path, json.dumps({"rows": rows, "curves": self.curves, "spectra": self.spectra}))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> RankReport:
         """Read what `to_json` wrote."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        curves = {module: (z, phi) for module, (z, phi) in content["curves"].items()}
-        return cls([RankRow(**row) for row in content["rows"]], curves)
+        curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
+        # Reports from before there were spectra have none.
+        spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
+        return cls([RankRow(**row) for row in content["rows"]], curves, spectra)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows as CSV."""
@@ -192,16 +234,18 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
         raise ValueError("The adapter is merged, and rank_report needs the base weights: call unmerge_adapter() first.")
     report = RankReport([])
     for path, layer, name in tqdm(measured, desc="Measuring ranks", disable=not progressbar):
-        for row, curve in _measure(path, layer, name):
+        for row, curve, values in _measure(path, layer, name):
             report.rows.append(row)
             if curve is not None:
                 report.curves[row.module] = curve
+            if values.number:
+                report.spectra[row.module] = values
     return report
 
 
 @torch.no_grad()
-def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tuple[list[float], list[float]] | None]]:
-    """Row and curve of each matrix of a layer: one, or one for each of its stacked experts."""
+def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Curve | None, Spectrum]]:
+    """Row, curve and spectrum of each matrix of a layer: one, or one for each of its stacked experts."""
     is_learned = adapter in getattr(layer, "lrlora_phi", {})
     deltas = layer.get_delta_weight(adapter)
     inputs = layer.get_transfer_input(adapter) if is_learned else deltas
@@ -225,9 +269,12 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tup
             )
         energies = spectrum(delta)
         phi_zero, bend, curve = 0.0, 0.0, None
+        linear: list[float] = []
         if is_learned:
             phi = layer.lrlora_phi[adapter]
             phi_zero, bend, curve = phi(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
+            scale = layer.scaling[adapter] / layer.input_gain[adapter]
+            linear = _short(scale * _leading_singular_values(z.flatten(1), r))
         weight_norm = 0.0 if weights is None else weights[index].double().norm().item()
         n, m = delta.shape if isinstance(layer.get_base_layer(), Conv1D) else delta.T.shape
         row = RankRow(
@@ -247,7 +294,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, tup
             curvature=bend,
             active_factors=active[index],
         )
-        yield row, curve
+        yield row, curve, _thinned(energies.sqrt(), linear)
 
 
 def _base_weight(layer: Any) -> Tensor | None:
@@ -259,12 +306,35 @@ def _base_weight(layer: Any) -> Tensor | None:
     return None if weight.is_meta else weight
 
 
-def _sample(phi: Callable[[Tensor], Tensor], z: Tensor) -> tuple[list[float], list[float]]:
-    """φ at equally spaced points over the central 99 % of the entries of z."""
-    some = z.flatten()[:: 1 + z.numel() // 2**15]
+def _sample(phi: Transfer, z: Tensor) -> Curve:
+    """φ, learned and at the start, at equally spaced points over the central 99 % of the entries of z."""
+    some = z.flatten()[:: 1 + z.numel() // 2**15].float()
     start, end = some.quantile(some.new_tensor([0.005, 0.995])).tolist()
     grid = torch.linspace(start, end, CURVE_POINTS, device=z.device)
-    return grid.tolist(), phi(grid).tolist()
+    untrained = Transfer(phi.spec).to(z.device)
+    counts = torch.histc(some, CURVE_POINTS - 1, start, end) if end > start else grid.new_zeros(CURVE_POINTS - 1)
+    return Curve(_short(grid), _short(phi(grid)), _short(untrained(grid)), _short(counts / some.numel()))
+
+
+def _leading_singular_values(matrix: Tensor, rank: int) -> Tensor:
+    """All singular values of a matrix (m, n) of at most this rank, shape (rank,): by projection, not by an SVD."""
+    matrix = matrix.double()
+    generator = torch.Generator().manual_seed(0)  # of its own: to look at a model must not change its training
+    directions = torch.randn(matrix.shape[1], rank, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    return torch.linalg.svdvals(torch.linalg.qr(matrix @ directions).Q.T @ matrix)
+
+
+def _thinned(sigma: Tensor, linear: list[float]) -> Spectrum:
+    """Of descending singular values those that a logarithmic axis can tell apart."""
+    count = int((sigma > SMALLEST_SHARE * sigma[0]).sum())
+    some = torch.logspace(0, math.log10(max(count, 1)), SPECTRUM_POINTS).round().int().tolist()
+    index = [i for i in sorted({*range(1, 33), *some}) if i <= count]
+    return Spectrum(index, _short(sigma[[i - 1 for i in index]]), linear)
+
+
+def _short(values: Tensor) -> list[float]:
+    """Six digits are enough to draw, and a third of the file."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def module_type(path: str) -> str:

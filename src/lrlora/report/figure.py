@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from ..rank import MEASURES, RankReport, RankRow
 
-_LABELS = {
+LABELS = {
     "stable_rank": "stable rank",
     "effective_rank": "effective rank",
     "energy90_rank": "energy-90 rank",
@@ -40,6 +40,11 @@ def save_rank_figure(
     parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[heat_height, 3])
     _draw_heat_map(parts[0, 0].subplots(), report.rows, types, layers, measure)
     _draw_curves(parts[1, 0], report)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format of the suffix, whole or not at all."""
     target = Path(path)
     partial = target.with_name(f"{target.stem}.partial{target.suffix}")
     figure.savefig(partial, dpi=150)
@@ -61,12 +66,12 @@ def _draw_heat_map(axes: Axes, rows: list[RankRow], types: list[str], layers: li
     means = {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
     values = [[means.get((i, j), float("nan")) for j in range(len(layers))] for i in range(len(types))]
     image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0)
-    axes.figure.colorbar(image, ax=axes, label=_LABELS[measure])
+    axes.figure.colorbar(image, ax=axes, label=LABELS[measure])
     axes.set_xticks(range(len(layers)), ["–" if layer is None else str(layer) for layer in layers])
     axes.set_yticks(range(len(types)), types)
     axes.set_xlabel("layer")
     ranks = sorted({row.r for row in rows})
-    title = f"{_LABELS[measure]} of ΔW; rank of BA: r = {', '.join(map(str, ranks))}"
+    title = f"{LABELS[measure]} of ΔW; rank of BA: r = {', '.join(map(str, ranks))}"
     averaged = any(len(several) > 1 for several in cells.values())
     axes.set_title(title + "; mean where several modules share a cell" * averaged, fontsize="medium")
     for (i, j), mean in means.items():
@@ -83,9 +88,9 @@ def _draw_curves(figure: SubFigure, report: RankReport) -> None:
     for kind, axes in zip(kinds, figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], strict=True):
         modules = [row.module for row in report.rows if row.kind == kind and row.module in report.curves]
         for module in modules:
-            z, phi = report.curves[module]
-            bend = [value - point for point, value in zip(z, phi, strict=True)]
-            axes.plot(z, bend, color="#0072B2", alpha=0.35, linewidth=0.8)
+            curve = report.curves[module]
+            bend = [value - point for point, value in zip(curve.z, curve.phi, strict=True)]
+            axes.plot(curve.z, bend, color="#0072B2", alpha=0.35, linewidth=0.8)
         axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
         axes.set_title(f"{kind}: {len(modules)}", fontsize="medium")
     figure.supxlabel("z: the central 99 % of the entries of g·BA", fontsize="medium")

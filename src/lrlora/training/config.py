@@ -24,6 +24,8 @@ OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
 FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
+REPORT_FILE = "ranks.json"
+LOG_FILE = "log_history.json"
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..rank import RankReport, rank_report
 from ..tuner import LrLoraConfig
 from .callback import RankCallback
+from .config import LOG_FILE, METRICS_FILE, REPORT_FILE
 from .inputs import MINILM, fetch
 from .tasks import MOVIE_REVIEW_TASK, tokenize
 
 METHODS = {"lr-lora": LrLoraConfig, "lora": LoraConfig}
-REPORT_FILE = "ranks.json"
 SETTINGS_FILE = "settings.json"
 
 
@@ -80,9 +80,9 @@ def run_demo(
 ) -> dict[str, DemoResult]:
     """Fine-tune MiniLM-L6 on movie-review sentiment with LR-LoRA and with LoRA.
 
-    Writes `<output>/<method>/` for each: the adapter, `ranks.json`, `ranks.csv` and the history of ranks; and
-    `<output>/results.json`. Everything is written under `<output>.partial` and renamed at the end. An interrupted run
-    is resumed from there by calling again with the same settings. `announce` is told what is being done.
+    Writes `<output>/<method>/` for each: the adapter, `ranks.json`, `ranks.csv`, the histories of ranks and losses;
+    and `<output>/results.json`. Everything is written under `<output>.partial` and renamed at the end. An interrupted
+    run is resumed from there by calling again with the same settings. `announce` is told what is being done.
 
     Raises:
         FileExistsError: `output` exists, or an unfinished run with other settings, and `overwrite` is not set; or
@@ -179,6 +179,8 @@ def _train(
     report.to_csv(folder / "ranks.csv")
     for leftover in folder.glob("checkpoint-*"):
         shutil.rmtree(leftover)
+    (folder / LOG_FILE).write_text(json.dumps(trainer.state.log_history))
+    (folder / METRICS_FILE).write_text(json.dumps({"accuracy": accuracy}))
     finished.write_text(json.dumps(asdict(result)))
     return result
 

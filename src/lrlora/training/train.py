@@ -29,7 +29,7 @@ from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from .. import __version__
 from ..rank import RankReport, rank_report
 from .callback import RankCallback
-from .config import METRICS_FILE, RUN_FILE, TrainConfig, read_run
+from .config import LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, TrainConfig, read_run
 from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
 from .methods import AdaLoraCallback, adapter_config, set_rank_pattern
 from .metrics import plain_metrics
@@ -44,7 +44,6 @@ from .models import (
 )
 from .progress import Announce, Progress, StopOnSignal
 
-REPORT_FILE = "ranks.json"
 _RANKED = ("lr-lora", "lora")
 
 
@@ -183,7 +182,7 @@ def _finish(
         model.base_model.drop_inactive_factors()
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    write_json(output / "log_history.json", trainer.state.log_history)
+    write_json(output / LOG_FILE, trainer.state.log_history)
     # Last: a run with metrics is a finished one.
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):

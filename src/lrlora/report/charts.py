@@ -1,0 +1,174 @@
+"""The charts of the page, as Vega-Lite specifications with named, still empty data.
+
+The page's script fills the data in and changes them as its reader looks around. The colours are Okabe and Ito's, which
+the colour-blind tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+Chart = alt.Chart | alt.LayerChart | alt.FacetChart
+_DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
+
+
+def _of_run(runs: Sequence[str]) -> alt.Color:
+    """The same colour for a run in every chart; no legend for one run alone."""
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+    legend = alt.Legend(title=None, orient="top", labelLimit=360) if len(runs) > 1 else None
+    return alt.Color("run:N", scale=alt.Scale(domain=list(runs), range=colours), legend=legend)
+
+
+def _dash(field: str) -> alt.StrokeDash:
+    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeColor="gray", labelLimit=360)
+    return alt.StrokeDash(f"{field}:N", scale=alt.Scale(range=_DASHES), sort=None, legend=legend)
+
+
+def kinds(runs: Sequence[str]) -> Chart:
+    """One measure in attention, MLP and other modules: every module a point, with quartiles.
+
+    Data "modules": run, kind, module, value; place and centre, of a point and of its run beside the others, in [0, 1].
+    """
+    points = (
+        alt.Chart()
+        .mark_point(filled=True, size=28, opacity=0.55)
+        .encode(
+            x=alt.X("kind:N", title=None, axis=alt.Axis(labelAngle=0)),
+            xOffset=alt.XOffset("place:Q", scale=alt.Scale(domain=[0, 1])),
+            y=alt.Y("value:Q", title=None),
+            color=_of_run(runs),
+            tooltip=["run:N", "module:N", alt.Tooltip("value:Q", format=".3~f")],
+        )
+    )
+    medians = (
+        alt.Chart()
+        .mark_tick(thickness=3, size=36, orient="horizontal")
+        .encode(
+            x="kind:N",
+            xOffset=alt.XOffset("centre:Q", scale=alt.Scale(domain=[0, 1])),
+            y="median(value):Q",
+            color=_of_run(runs),
+        )
+    )
+    return alt.layer(points, medians, data=alt.NamedData("modules"))
+
+
+def history(runs: Sequence[str]) -> Chart:
+    """One measure over training: the mean of each kind, the chosen module, and a rule at the step that is shown.
+
+    Data "history": run, series, step, value; "now": step.
+    """
+    lines = (
+        alt.Chart(alt.NamedData("history"))
+        .mark_line(point=alt.OverlayMarkDef(size=20))
+        .encode(
+            x=alt.X("step:Q", title="step"),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=True)),
+            color=_of_run(runs),
+            strokeDash=_dash("series"),
+            tooltip=["run:N", "series:N", "step:Q", alt.Tooltip("value:Q", format=".3~f")],
+        )
+    )
+    rule = alt.Chart(alt.NamedData("now")).mark_rule(color="gray").encode(x="step:Q")
+    return alt.layer(lines, rule)
+
+
+def phi(runs: Sequence[str]) -> Chart:
+    """φ of one module, learned and at the start, over the histogram of the entries it acts on.
+
+    Data "curve": run, which, z, value; "entries": run, z, share.
+    """
+    bars = (
+        alt.Chart(alt.NamedData("entries"))
+        .mark_area(opacity=0.25, interpolate="step-after")
+        .encode(
+            x=alt.X("z:Q", title="z, an entry of g·BA"),
+            y=alt.Y("share:Q", stack=False, title="share of entries", axis=alt.Axis(format="%", grid=False)),
+            color=_of_run(runs),
+        )
+    )
+    lines = (
+        alt.Chart(alt.NamedData("curve"))
+        .mark_line(strokeWidth=2)
+        .encode(
+            x="z:Q",
+            y=alt.Y("value:Q", title="φ(z)"),
+            color=_of_run(runs),
+            strokeDash=_dash("which"),
+            tooltip=["run:N", "which:N", alt.Tooltip("z:Q", format=".3~g"), alt.Tooltip("value:Q", format=".3~g")],
+        )
+    )
+    return alt.layer(bars, lines).resolve_scale(y="independent")
+
+
+def bend(runs: Sequence[str]) -> Chart:
+    """What of φ was learned: the learned φ of one module less φ at the start.
+
+    Data "bend": run, z, value.
+    """
+    return (
+        alt.Chart(alt.NamedData("bend"))
+        .mark_line(strokeWidth=2)
+        .encode(
+            x=alt.X("z:Q", title="z, an entry of g·BA"),
+            y=alt.Y("value:Q", title="φ(z) − φ at the start"),
+            color=_of_run(runs),
+            tooltip=["run:N", alt.Tooltip("z:Q", format=".3~g"), alt.Tooltip("value:Q", format=".3~g")],
+        )
+    )
+
+
+def spectrum(runs: Sequence[str]) -> Chart:
+    """Singular values of one module's ΔW, and of s·BA, which is what LoRA would make of the same factors.
+
+    Data "spectrum": run, which, index, sigma.
+    """
+    return (
+        alt.Chart(alt.NamedData("spectrum"))
+        .mark_line(point=alt.OverlayMarkDef(size=16))
+        .encode(
+            x=alt.X("index:Q", title="which singular value", scale=alt.Scale(type="log")),
+            y=alt.Y("sigma:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
+            color=_of_run(runs),
+            strokeDash=_dash("which"),
+            tooltip=["run:N", "which:N", "index:Q", alt.Tooltip("sigma:Q", format=".3~g")],
+        )
+    )
+
+
+def training(runs: Sequence[str]) -> Chart:
+    """Loss and metrics over training.
+
+    Data "training": run, which, step, value.
+    """
+    return (
+        alt.Chart(alt.NamedData("training"))
+        .mark_line(point=alt.OverlayMarkDef(size=20))
+        .encode(
+            x=alt.X("step:Q", title="step"),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+            color=_of_run(runs),
+            strokeDash=_dash("which"),
+            tooltip=["run:N", "which:N", "step:Q", alt.Tooltip("value:Q", format=".4~g")],
+        )
+    )
+
+
+CHARTS = {
+    "kinds": kinds,
+    "history": history,
+    "phi": phi,
+    "bend": bend,
+    "spectrum": spectrum,
+    "training": training,
+}
+
+
+def specification(name: str, runs: Sequence[str]) -> dict[str, Any]:
+    """One of `CHARTS` for runs of these names, as Vega-Lite, as wide as what holds it."""
+    chart: Any = CHARTS[name](runs)
+    return chart.properties(width="container", height=260).to_dict()

@@ -1,0 +1,305 @@
+// State: which measure, at which step, of which module. `show` draws everything from it.
+const data = JSON.parse(document.getElementById("data").textContent);
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const { measures, runs, colours, shades } = data;
+const steps = [...new Set(runs.flatMap((run) => run.history.map((record) => record.step)))].sort((a, b) => a - b);
+const state = { measure: "stable_rank", step: steps.length - 1, module: null, sort: null, descending: true };
+const views = {}; // chart → promise of its view
+
+const $ = (id) => document.getElementById(id);
+const make = (tag, attributes = {}, ...children) => {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "style") element.style.cssText = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+};
+const measureOf = (key) => measures.find((measure) => measure.key === key);
+const written = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+const shown = (value, key) => written(value, Number.isInteger(value) && key !== "curvature" ? 0 : measureOf(key).digits);
+const atEnd = () => state.step >= steps.length - 1;
+
+// The rows of a run at the chosen step: those of its last record until then; at the end those of its final report.
+function rowsAt(run) {
+  if (atEnd() || !run.history.length) return run.modules;
+  const until = run.history.filter((record) => record.step <= steps[state.step]);
+  const { values } = until.length ? until[until.length - 1] : run.history[0];
+  return run.modules.map((row, i) => ({ ...row, ...Object.fromEntries(measures.map((m, j) => [m.key, values[i][j]])) }));
+}
+const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
+const known = (rows, key) => rows.map((row) => row[key]).filter((value) => value !== null);
+
+function showFacts() {
+  runs.forEach((run, i) => {
+    const list = make("dl");
+    for (const [name, value] of Object.entries(run.facts)) list.append(make("dt", {}, name), make("dd", {}, value));
+    $("runs").append(make("div", { style: `--run: ${colours[i % colours.length]}` }, make("h2", { style: "font-size:1rem;margin:0 0 .4rem" }, run.name), list));
+  });
+}
+
+// Heat maps: tables, so that a keyboard and a screen reader can walk them.
+function showMaps() {
+  const all = runs.map(rowsAt);
+  const key = state.measure;
+  const largest = Math.max(...runs.flatMap((run) => [run.modules, ...run.history.map((record) => run.modules.map((row, i) => ({ [key]: record.values[i][measures.indexOf(measureOf(key))] })))]).flatMap((rows) => known(rows, key)), 0);
+  const focused = document.activeElement?.dataset?.at;
+  $("maps").replaceChildren(...runs.map((run, i) => mapOf(run, all[i], key, largest, i)));
+  if (focused) document.querySelector(`[data-at="${focused}"]`)?.focus();
+}
+function shade(share) {
+  const at = share * (shades.length - 1), below = Math.floor(at), above = Math.min(below + 1, shades.length - 1);
+  return shades[below].map((part, i) => Math.round(part + (at - below) * (shades[above][i] - part)));
+}
+// WCAG 2: black on a colour is the better contrast above a luminance of 0.179, white below it.
+function luminance(colour) {
+  const [red, green, blue] = colour.map((part) => (part <= 10 ? part / 3294.6 : ((part / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+// Where a module is in its layer: its path from the layer's number on, without further numbers.
+const placeInLayer = ({ module, type, layer }) => (layer === null ? type : module.replace(/^.*?\.?\d+\./, "").replace(/\.\d+(?=\.|$)/g, ""));
+function mapOf(run, rows, key, largest, runIndex) {
+  const types = [...new Set(rows.map((row) => row.type))];
+  const layers = [...new Set(rows.map((row) => row.layer))].sort((a, b) => (a === null) - (b === null) || a - b);
+  const cells = new Map();
+  rows.forEach((row) => {
+    const at = `${types.indexOf(row.type)},${layers.indexOf(row.layer)}`;
+    cells.set(at, [...(cells.get(at) || []), row]);
+  });
+  const table = make("table", { class: "map", "aria-label": `${measureOf(key).label} of ${run.name}` });
+  table.append(make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "layer"), ...layers.map((layer) => make("th", { scope: "col" }, layer === null ? "–" : String(layer))))));
+  const body = make("tbody");
+  types.forEach((type, y) => {
+    const line = make("tr", {}, make("th", { scope: "row", title: type }, placeInLayer(rows.find((row) => row.type === type))));
+    layers.forEach((_, x) => {
+      const here = cells.get(`${y},${x}`);
+      if (!here) return line.append(make("td"));
+      const value = mean(known(here, key));
+      const [red, green, blue] = shade(value === null || !largest ? 0 : value / largest);
+      const ink = luminance([red, green, blue]) > 0.179 ? "#000" : "#fff";
+      const isChosen = here.some((row) => row.module === state.module);
+      const cell = make("button", {
+        type: "button", class: "cell", style: `background:rgb(${red},${green},${blue});color:${ink}`, tabindex: "-1",
+        "data-at": `${runIndex},${y},${x}`, "data-module": here[0].module, "aria-pressed": String(isChosen),
+        "aria-label": `${here.length > 1 ? `${here.length} modules ${type}, layer ${layers[x]}` : here[0].module}: ${measureOf(key).label} ${shown(value, key)}`,
+      }, shown(value, key));
+      cell.rows = here;
+      line.append(make("td", {}, cell));
+    });
+    body.append(line);
+  });
+  table.append(body);
+  (table.querySelector('[aria-pressed="true"]') || table.querySelector(".cell"))?.setAttribute("tabindex", "0");
+  const gradient = shades.map((parts) => `rgb(${parts})`).join(",");
+  const scale = make("div", { class: "scale", "aria-hidden": "true" }, "0", make("i", { style: `background:linear-gradient(90deg,${gradient})` }), shown(largest, key));
+  return make("div", {}, make("h3", {}, run.name), scale, make("div", { class: "scroll" }, table));
+}
+function choose(cell) {
+  const modules = cell.rows.map((row) => row.module);
+  // A second choice of a cell of several modules goes to the next of them.
+  state.module = modules[(modules.indexOf(state.module) + 1) % modules.length];
+  show();
+}
+function moveFocus(event) {
+  const cell = event.target.closest(".cell");
+  const move = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] }[event.key];
+  if (!cell || !move) return;
+  event.preventDefault();
+  let [run, y, x] = cell.dataset.at.split(",").map(Number);
+  for (let tries = 0; tries < 200; tries++) {
+    [x, y] = [x + move[0], y + move[1]];
+    const next = document.querySelector(`[data-at="${run},${y},${x}"]`);
+    if (next) {
+      cell.tabIndex = -1;
+      next.tabIndex = 0;
+      return next.focus();
+    }
+  }
+}
+function tip(event) {
+  const cell = event.target.closest?.(".cell");
+  $("tip").hidden = !cell || event.type === "mouseout" || event.type === "focusout";
+  if ($("tip").hidden) return;
+  $("tip").textContent = cell.rows.slice(0, 4).map((row) => [
+    row.module, `${row.m} × ${row.n}, r = ${row.r}`, ...measures.map(({ key, label }) => `${label}: ${shown(row[key], key)}`),
+  ].join("\n")).join("\n\n") + (cell.rows.length > 4 ? `\n\nand ${cell.rows.length - 4} more` : "");
+  const box = cell.getBoundingClientRect();
+  const left = Math.min(box.left, window.innerWidth - $("tip").offsetWidth - 8);
+  const below = box.bottom + 8 + $("tip").offsetHeight < window.innerHeight;
+  $("tip").style.left = `${Math.max(left, 8)}px`;
+  $("tip").style.top = `${below ? box.bottom + 8 : Math.max(box.top - 8 - $("tip").offsetHeight, 8)}px`;
+}
+
+function showModule() {
+  const found = runs.map((run) => rowsAt(run).find((row) => row.module === state.module));
+  const lines = runs.flatMap((run, i) => found[i] ? [make("div", { class: "numbers" },
+    ...(runs.length > 1 ? [make("span", {}, run.name)] : []),
+    make("span", {}, `${found[i].m} × ${found[i].n}, r = ${found[i].r}`),
+    ...measures.map(({ key, label }) => make("span", {}, `${label} `, make("b", { "data-key": key }, shown(found[i][key], key)))))] : []);
+  $("module-name").replaceChildren(make("h3", {}, state.module ?? ""), ...lines);
+  const curve = [], entries = [], bend = [], spectrum = [];
+  runs.forEach((run) => {
+    const phi = run.curves[state.module];
+    if (phi) {
+      const z = phi.phi.map((_, i) => phi.z[0] + ((phi.z[1] - phi.z[0]) * i) / (phi.phi.length - 1));
+      z.forEach((point, i) => {
+        curve.push({ run: run.name, which: "learned", z: point, value: phi.phi[i] });
+        if (phi.start.length) {
+          curve.push({ run: run.name, which: "start", z: point, value: phi.start[i] });
+          bend.push({ run: run.name, z: point, value: phi.phi[i] - phi.start[i] });
+        }
+      });
+      phi.entries.forEach((share, i) => entries.push({ run: run.name, z: z[i], share }));
+    }
+    const values = run.spectra[state.module];
+    if (values) {
+      values.number.forEach((index, i) => spectrum.push({ run: run.name, which: "ΔW", index, sigma: values.sigma[i] }));
+      values.linear.forEach((sigma, i) => sigma > 0 && spectrum.push({ run: run.name, which: "s·BA", index: i + 1, sigma }));
+    }
+  });
+  return Promise.all([fill("phi", { curve, entries }), fill("bend", { bend }), fill("spectrum", { spectrum })]);
+}
+
+function showKinds() {
+  const key = state.measure;
+  const modules = runs.flatMap((run, i) => rowsAt(run).filter((row) => row[key] !== null).map((row, j) => ({
+    run: run.name, kind: row.kind, module: row.module, value: row[key],
+    centre: (i + 0.5) / runs.length, place: (i + 0.2 + 0.6 * ((j * 0.618034) % 1)) / runs.length,
+  })));
+  const history = runs.flatMap((run) => run.history.flatMap(({ step, values }) => {
+    const column = measures.indexOf(measureOf(key));
+    const of = (test) => run.modules.flatMap((row, i) => (test(row) && values[i][column] !== null ? [values[i][column]] : []));
+    const series = [...new Set(run.modules.map((row) => row.kind))].map((kind) => [kind, (row) => row.kind === kind]);
+    if (state.module) series.push(["chosen module", (row) => row.module === state.module]);
+    return series.map(([name, test]) => ({ run: run.name, series: name, step, value: mean(of(test)) })).filter((point) => point.value !== null);
+  }));
+  return Promise.all([fill("kinds", { modules }), fill("history", { history, now: [{ step: steps[state.step] }] })]);
+}
+
+function showTraining() {
+  const which = $("curve").value;
+  const wanted = which === "loss" ? ["loss", "eval_loss"] : [which];
+  return fill("training", { training: runs.flatMap((run) => run.log.filter((point) => wanted.includes(point.which)).map((point) => ({ ...point, run: run.name }))) });
+}
+
+// The table, and what can be saved of it.
+const columns = [
+  ...(runs.length > 1 ? [["run", "run"]] : []), ["module", "module"], ["kind", "kind"], ["m", "m"], ["n", "n"], ["r", "r"],
+  ...measures.map(({ key, label }) => [key, label]), ["phi_zero", "φ(0)"],
+];
+const isText = (key) => ["run", "module", "kind"].includes(key);
+function tableRows() {
+  const rows = runs.flatMap((run) => rowsAt(run).map((row) => ({ run: run.name, ...row })));
+  if (!state.sort) return rows;
+  const direction = state.descending ? -1 : 1;
+  const compare = (a, b) => (a === null) - (b === null) || direction * (isText(state.sort) ? a.localeCompare(b, undefined, { numeric: true }) : a - b);
+  return rows.sort((a, b) => compare(a[state.sort], b[state.sort]));
+}
+function showTable() {
+  $("table").tHead.replaceChildren(make("tr", {}, ...columns.map(([key, label]) => {
+    const direction = state.sort !== key ? "none" : state.descending ? "descending" : "ascending";
+    const arrow = { none: "", descending: " ▾", ascending: " ▴" }[direction];
+    return make("th", { scope: "col", "aria-sort": direction, class: isText(key) ? "text" : "" }, make("button", { type: "button", "data-sort": key }, label + arrow));
+  })));
+  $("table").tBodies[0].replaceChildren(...tableRows().map((row) => make("tr", {}, ...columns.map(([key]) => {
+    if (key === "module") return make("td", { class: "text" }, make("button", { type: "button", "data-open": row.module }, row.module));
+    const text = isText(key) ? row[key] : key === "phi_zero" ? written(row[key], 3) : measureOf(key) ? shown(row[key], key) : String(row[key]);
+    return make("td", isText(key) ? { class: "text" } : {}, text);
+  }))));
+}
+function save(name, type, text) {
+  const link = make("a", { href: URL.createObjectURL(new Blob([text], { type })), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+const quoted = (value) => (value === null ? "" : /[",\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+const asCsv = () => [columns.map(([key]) => key), ...tableRows().map((row) => columns.map(([key]) => quoted(row[key])))].map((cells) => cells.join(",")).join("\n") + "\n";
+const asJson = () => JSON.stringify(tableRows().map((row) => Object.fromEntries(columns.map(([key]) => [key, row[key]]))), null, 1);
+
+function showSettings() {
+  runs.forEach((run) => Object.entries(run.settings).forEach(([name, content]) => {
+    const text = make("pre", { tabindex: "0" }, JSON.stringify(content, null, 2));
+    $("settings").append(make("details", {}, make("summary", {}, runs.length > 1 ? `${run.name}: ${name}` : name), text));
+  }));
+  $("settings").hidden = !runs.some((run) => Object.keys(run.settings).length);
+}
+
+// A chart is drawn when there is first something to draw, in the colours of the theme; then it only gets other data.
+function embed(chart, datasets) {
+  const style = getComputedStyle(document.body);
+  const text = style.color, line = style.getPropertyValue("--line");
+  const config = {
+    background: "transparent", font: "system-ui, sans-serif", view: { stroke: line },
+    axis: { labelColor: text, titleColor: text, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: "normal" },
+    legend: { labelColor: text, titleColor: text },
+  };
+  const actions = { export: true, source: false, compiled: false, editor: false };
+  const options = { renderer: "svg", config, actions, downloadFileName: `lrlora-${chart}` };
+  return vegaEmbed(`#${chart}`, { ...charts[chart], datasets }, options).then(({ view }) => {
+    $(chart).querySelector("summary")?.setAttribute("aria-label", "Save this chart as SVG or PNG");
+    return view;
+  });
+}
+async function fill(chart, datasets) {
+  const isEmpty = Object.values(datasets)[0].length === 0;
+  $(chart).closest("figure").hidden = isEmpty;
+  if (isEmpty) return;
+  views[chart] ??= embed(chart, datasets);
+  const view = await views[chart];
+  for (const [name, rows] of Object.entries(datasets)) view.data(name, rows);
+  await view.runAsync();
+}
+async function redraw() {
+  for (const [chart, view] of Object.entries(views)) {
+    delete views[chart];
+    (await view).finalize();
+  }
+  await Promise.all([show(), showTraining()]);
+}
+
+function show() {
+  const { label, about } = measureOf(state.measure);
+  $("about").textContent = `${label}: ${about}.`;
+  document.querySelectorAll(".measure-name").forEach((element) => { element.textContent = label; });
+  $("step-shown").textContent = steps.length ? (atEnd() ? `${steps[steps.length - 1]} (end)` : steps[state.step]) : "";
+  showMaps();
+  showTable();
+  return Promise.all([showModule(), showKinds()]);
+}
+
+async function start() {
+  for (const { key, label } of measures) $("measure").append(make("option", { value: key }, label));
+  const strongest = runs[0].modules.reduce((best, row) => (best && best.energy99_rank >= row.energy99_rank ? best : row), null);
+  state.module = strongest?.module ?? null;
+  $("time").hidden = steps.length < 2;
+  $("step").max = Math.max(steps.length - 1, 0);
+  $("step").value = state.step;
+  const curves = [...new Set(runs.flatMap((run) => run.log.map((point) => point.which)))].filter((which) => which !== "eval_loss" || !runs.some((run) => run.log.some((point) => point.which === "loss")));
+  for (const which of curves) $("curve").append(make("option", { value: which }, which === "loss" ? "loss, training and validation" : which));
+  $("course").hidden = !curves.length;
+  showFacts();
+  showSettings();
+  $("measure").addEventListener("change", () => { state.measure = $("measure").value; show(); });
+  $("step").addEventListener("input", () => { state.step = Number($("step").value); show(); });
+  $("curve").addEventListener("change", showTraining);
+  $("maps").addEventListener("click", (event) => { const cell = event.target.closest(".cell"); if (cell) choose(cell); });
+  $("maps").addEventListener("keydown", moveFocus);
+  for (const type of ["mouseover", "mouseout", "focusin", "focusout"]) $("maps").addEventListener(type, tip);
+  $("table").addEventListener("click", ({ target }) => {
+    const sort = target.closest("[data-sort]")?.dataset.sort;
+    if (sort) {
+      [state.sort, state.descending] = [sort, state.sort === sort ? !state.descending : !isText(sort)];
+      showTable();
+      document.querySelector(`[data-sort="${sort}"]`).focus();
+    }
+    const open = target.closest("[data-open]")?.dataset.open;
+    if (open) { state.module = open; show(); $("module").scrollIntoView({ block: "start" }); }
+  });
+  $("csv").addEventListener("click", () => save("ranks.csv", "text/csv", asCsv()));
+  $("json").addEventListener("click", () => save("ranks.json", "application/json", asJson()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  await Promise.all([show(), showTraining()]);
+  document.body.dataset.ready = "true";
+}
+start();

@@ -1,0 +1,146 @@
+"""The page of one or several runs: one HTML file that needs nothing else, neither network nor server."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import vl_convert
+from matplotlib import colormaps
+
+from ..rank import RankReport
+from .charts import CHARTS, COLOURS, specification
+
+# Key of a row → label, digits after the point, what it is.
+MEASURES = {
+    "stable_rank": ("stable rank", 1, "‖ΔW‖² / σ₁²: how many directions as strong as the strongest"),
+    "effective_rank": ("effective rank", 1, "exp of the entropy of the singular values"),
+    "energy90_rank": ("energy-90 rank", 0, "how many directions hold 90 % of ‖ΔW‖²"),
+    "energy99_rank": ("energy-99 rank", 0, "how many directions hold 99 % of ‖ΔW‖²"),
+    "relative_norm": ("size of the update, %", 2, "‖ΔW‖ in % of ‖W₀‖"),
+    "curvature": ("curvature of φ", 3, "share of φ that no straight line explains"),
+    "active_factors": ("open factors", 0, "factors that no gate has closed"),
+}
+_IN_PERCENT = ("relative_norm",)
+
+
+@dataclass
+class Run:
+    """What the page shows of one run; what is empty is left out.
+
+    Attributes:
+        name: short, unlike the other runs'.
+        report: the learned ranks at the end.
+        facts: what a reader wants to know first, such as base model, data and metrics.
+        settings: configurations by name.
+        history: (step, ranks) over training.
+        log: the Trainer's log history.
+
+    """
+
+    name: str
+    report: RankReport
+    facts: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    history: list[tuple[int, RankReport]] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Learned ranks") -> None:
+    """Write the page of one run, or of several beside each other.
+
+    Needs `pip install lrlora[plots]`.
+
+    Raises:
+        ValueError: there is no run, or two have the same name.
+
+    """
+    if not runs:
+        raise ValueError("runs is empty: there is nothing to show.")
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError(f"Every run needs a name of its own; they are {', '.join(run.name for run in runs)}.")
+    folder = Path(__file__).parent
+    parts = {
+        "title": html.escape(title),
+        "style": (folder / "page.css").read_text(encoding="utf-8"),
+        "vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+        "data": _in_script(_content(runs)),
+        "charts": _in_script({name: specification(name, [run.name for run in runs]) for name in CHARTS}),
+        "script": (folder / "page.js").read_text(encoding="utf-8"),
+    }
+    template = (folder / "page.html").read_text(encoding="utf-8")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(target)
+
+
+def _in_script(content: Any) -> str:
+    """JSON that no text in it can end the script element of."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _content(runs: Sequence[Run]) -> dict[str, Any]:
+    rows = [asdict(row) for run in runs for row in run.report.rows]
+    keys = [key for key in MEASURES if any(_is_told(row, key) for row in rows)]
+    measures = [{"key": key, **dict(zip(("label", "digits", "about"), MEASURES[key], strict=True))} for key in keys]
+    shades = (255 * colormaps["cividis"](np.linspace(0, 1, 17))[:, :3]).round().astype(int).tolist()
+    return {"measures": measures, "runs": [_run(run, keys) for run in runs], "colours": COLOURS, "shades": shades}
+
+
+def _run(run: Run, keys: list[str]) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "facts": run.facts,
+        "settings": run.settings,
+        "modules": _rows(run.report, [*keys, "phi_zero"]),
+        "curves": {
+            module: {"z": [curve.z[0], curve.z[-1]], "phi": curve.phi, "start": curve.start, "entries": curve.entries}
+            for module, curve in run.report.curves.items()
+        },
+        "spectra": {module: spectrum._asdict() for module, spectrum in run.report.spectra.items()},
+        "history": [
+            {"step": step, "values": _in_order(report, keys, [row.module for row in run.report.rows])}
+            for step, report in run.history
+        ],
+        "log": [
+            {"step": entry["step"], "which": name, "value": value}
+            for entry in run.log
+            if "step" in entry
+            for name, value in entry.items()
+            if name in ("loss", "learning_rate", "grad_norm") or name.startswith("eval_")
+            if isinstance(value, (int, float)) and not name.endswith(("_runtime", "_per_second"))
+        ],
+    }
+
+
+def _rows(report: RankReport, keys: list[str]) -> list[dict[str, Any]]:
+    fixed = ("module", "layer", "type", "kind", "m", "n", "r")
+    return [
+        {name: row[name] for name in fixed} | {key: _value(row, key) for key in keys}
+        for row in map(asdict, report.rows)
+    ]
+
+
+def _in_order(report: RankReport, keys: list[str], modules: list[str]) -> list[list[float | None]]:
+    """The values of some modules, in this order; None for a module that the report does not have."""
+    rows = {row["module"]: row for row in _rows(report, keys)}
+    return [[rows[module][key] if module in rows else None for key in keys] for module in modules]
+
+
+def _is_told(row: dict[str, Any], key: str) -> bool:
+    """Whether a value says something: that all factors are open says nothing."""
+    return row[key] is not None and not (key == "active_factors" and row[key] == row["r"])
+
+
+def _value(row: dict[str, Any], key: str) -> float | None:
+    value: float | None = row[key]
+    return None if value is None else float(f"{100 * value if key in _IN_PERCENT else value:.6g}")
