@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -50,6 +52,55 @@ def test_ranks_of_a_saved_adapter_without_its_base_model(adapter: Path, tmp_path
         assert row.stable_rank == pytest.approx(expected[row.module].stable_rank, rel=1e-4)
         assert row.relative_norm is None
     assert len((tmp_path / "out.csv").read_text().splitlines()) == len(rows) + 1
+
+
+def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
+    result = run("report", adapter, "--out", tmp_path / "page.html", "--pictures", tmp_path / "pictures")
+    assert result.exit_code == 0, result.output
+    (run_shown,) = shown(tmp_path / "page.html")
+    rows = RankReport.from_json(tmp_path / "expected.json").rows
+    assert {row["module"] for row in run_shown["modules"]} == {row.module for row in rows}
+    assert run_shown["curves"].keys() == {row.module for row in rows}
+    assert run_shown["spectra"].keys() == {row.module for row in rows if row.stable_rank > 0}
+    assert (tmp_path / "pictures" / "kinds.svg").exists()
+
+    before = (tmp_path / "page.html").read_bytes()
+    assert "exists already" in run("report", adapter, "--out", tmp_path / "page.html").output
+    twice = run("report", adapter, adapter, "--out", tmp_path / "page.html", "--overwrite")
+    assert twice.exit_code == 1
+    assert "is given twice" in twice.output
+    assert "is not empty" in run("report", adapter, "--out", tmp_path / "2.html", "--pictures", tmp_path).output
+    assert (tmp_path / "page.html").read_bytes() == before
+    assert not (tmp_path / "2.html").exists()
+
+
+def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    from .training.test_callback import RankCallback, make_trainer
+
+    for name in ("first", "second"):
+        saving = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+        make_trainer(tiny_bert, tmp_path / name / "out", RankCallback(every=2), **saving).train()
+    result = run("report", tmp_path / "first" / "out", tmp_path / "second" / "out", "--out", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    runs = shown(tmp_path / "page.html")
+    assert [run_shown["name"] for run_shown in runs] == [str(tmp_path / name / "out") for name in ("first", "second")]
+    for run_shown in runs:
+        assert [record["step"] for record in run_shown["history"]] == [0, 2, 4, 6]
+        assert {point["step"] for point in run_shown["log"] if point["which"] == "loss"} == {1, 2, 3, 4, 5, 6}
+
+
+def test_report_says_what_it_cannot_show(tmp_path: Path) -> None:
+    result = run("report", tmp_path, "--out", tmp_path / "page.html")
+    assert result.exit_code == 1
+    assert "Error" in result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def shown(page: Path) -> list[dict[str, Any]]:
+    """What the page holds of each run."""
+    (content,) = re.findall(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"))
+    return json.loads(content)["runs"]
 
 
 def test_ranks_with_base_weights(adapter: Path, tmp_path: Path) -> None:

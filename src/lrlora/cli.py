@@ -75,8 +75,10 @@ def demo(
         import transformers
 
         from .report.figure import save_rank_figure
+        from .report.page import write_page
         from .report.table import rank_table
         from .training.demo import DemoSettings, load_reports, run_demo
+        from .training.runs import load_runs
 
         transformers.logging.set_verbosity_error()
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -85,6 +87,8 @@ def demo(
         reports = load_reports(output)
         picture = output / "ranks.png"
         save_rank_figure(reports["lr-lora"], picture, title=f"LR-LoRA on movie reviews, {steps} steps")
+        page = output / "report.html"
+        write_page(load_runs([output]), page, title=f"Movie reviews, {steps} steps, r = {r}")
         for method, report in reports.items():
             console.print(rank_table(report, f"Learned ranks, {method}"))
         table = Table(title="Movie-review sentiment, films held out", title_justify="left")
@@ -101,7 +105,9 @@ def demo(
                 f"{sum(row.energy99_rank > row.r for row in rows)} of {len(rows)}",
             )
         console.print(table)
-        console.print(escape(f"Adapters, reports and history: {output}\nPicture: {picture}"), highlight=False)
+        console.print(
+            escape(f"Adapters, reports and history: {output}\nPicture: {picture}\nPage: {page}"), highlight=False
+        )
 
 
 @app.command()
@@ -246,6 +252,8 @@ def train(
             console.print(rank_table(report, "Learned ranks"))
         _print_metrics(result.metrics, "Validation, best checkpoint")
         console.print(escape(f"Everything is in {result.output}"), highlight=False)
+        if report is not None:
+            console.print(escape(f"To look at it: lrlora report {result.output}"), highlight=False)
 
 
 @app.command()

@@ -22,7 +22,8 @@ def make_trainer(tiny: TinyModel, folder: Path, callback: RankCallback, **argume
     model = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
     examples = [{"input_ids": [i % 90 + 3, 5, 6], "labels": i % 2} for i in range(64)]
     settings = {"max_steps": 6, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "use_cpu": True}
-    args = TrainingArguments(output_dir=str(folder), logging_steps=100, disable_tqdm=True, **{**settings, **arguments})
+    settings |= {"logging_steps": 100, "disable_tqdm": True}
+    args = TrainingArguments(output_dir=str(folder), **{**settings, **arguments})
     return Trainer(model=model, args=args, train_dataset=examples, callbacks=[callback])
 
 
@@ -42,11 +43,16 @@ def test_records_start_every_k_steps_and_end(tiny_bert: TinyModel, tmp_path: Pat
 def test_hands_the_summary_to_report_to(tiny_bert: TinyModel, tmp_path: Path) -> None:
     make_trainer(tiny_bert, tmp_path, RankCallback(every=3), report_to="tensorboard").train()
     steps: set[int] = set()
+    pictures: dict[int, bytes] = {}
     for folder in {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}:
         events = EventAccumulator(str(folder)).Reload()
         if "train/rank/stable_rank_mean" in events.Tags()["scalars"]:
             steps |= {event.step for event in events.Scalars("train/rank/stable_rank_mean")}
+        if "rank/energy99_rank" in events.Tags()["images"]:
+            pictures |= {event.step: event.encoded_image_string for event in events.Images("rank/energy99_rank")}
     assert steps == {0, 3, 6}
+    assert set(pictures) == {6}
+    assert pictures[6].startswith(b"\x89PNG")
 
 
 def test_a_resumed_run_continues_the_history(tiny_bert: TinyModel, tmp_path: Path) -> None:

@@ -86,7 +86,13 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     assert isinstance(PeftModel.from_pretrained(base, output).peft_config["default"], LrLoraConfig)
     AutoTokenizer.from_pretrained(output)
-    assert "import lrlora" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "import lrlora" in card
+    assert f"- accuracy, held out: {metrics['accuracy']:.4g}" in card
+    assert f"- data: {table}" in card
+    assert "| energy-99 rank | " in card
+    assert "![Learned ranks](ranks.png)" in card
+    assert (output / "ranks.png").stat().st_size > 1000
     assert [step for step, _ in read_history(output / "rank_history.jsonl")] == [0, 50, 100]
     record = json.loads((output / "run.json").read_text())
     assert record["labels"] == ["fresh", "rotten"]

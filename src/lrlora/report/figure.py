@@ -22,9 +22,19 @@ LABELS = {
 def save_rank_figure(
     report: RankReport, path: str | os.PathLike[str], *, measure: str = "energy99_rank", title: str = "Learned ranks"
 ) -> None:
-    """Draw layers × module types of `measure`, and below it, by kind, how far φ of every module is from a line.
+    """Write `rank_figure` in the format of the suffix of `path` (.png, .svg, .pdf).
 
-    The format follows the suffix of `path` (.png, .svg, .pdf). Needs `pip install lrlora[plots]`.
+    Raises:
+        ValueError: `measure` is not one of the ranks of a report.
+
+    """
+    save_figure(rank_figure(report, measure=measure, title=title), path)
+
+
+def rank_figure(report: RankReport, *, measure: str = "energy99_rank", title: str = "Learned ranks") -> Figure:
+    """Layers × module types of `measure`, and below it, by kind, how far φ of every module is from a line.
+
+    Needs `pip install lrlora[plots]`.
 
     Raises:
         ValueError: `measure` is not one of the ranks of a report.
@@ -40,7 +50,7 @@ def save_rank_figure(
     parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[heat_height, 3])
     _draw_heat_map(parts[0, 0].subplots(), report.rows, types, layers, measure)
     _draw_curves(parts[1, 0], report)
-    save_figure(figure, path)
+    return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ class RankCallback(TrainerCallback):
 
     Each record is kept in `history`, appended to `rank_history.jsonl` in the output folder, and handed as scalars
     named `rank/…` to the Trainer's log history and to every logger in `report_to`. A resumed run continues the file.
+    TensorBoard, W&B and MLflow also get the picture of the last record, if matplotlib is there
+    (`pip install lrlora[plots]`).
 
     Args:
         every: steps between records, ≥ 1.
@@ -69,6 +72,8 @@ class RankCallback(TrainerCallback):
         if not self.history or self.history[-1][0] != state.global_step:
             self._record(args, state, control, **kwargs)
         for logger in self._loggers:
+            if self.history and find_spec("matplotlib"):
+                _log_picture(logger, *self.history[-1])
             logger.on_train_end(args, state, control, **kwargs)
 
     def _record(
@@ -89,6 +94,19 @@ class RankCallback(TrainerCallback):
         state.log_history.append({**scalars, "step": state.global_step})
         for logger in self._loggers:
             logger.on_log(args, state, control, logs=scalars, model=model, **kwargs)
+
+
+def _log_picture(logger: Any, step: int, report: RankReport) -> None:
+    """Hand the picture to a logger that takes pictures; each of the three has a way of its own."""
+    from ..report.figure import rank_figure
+
+    name = "rank/energy99_rank"
+    if getattr(logger, "tb_writer", None) is not None:
+        logger.tb_writer.add_figure(name, rank_figure(report), step)
+    elif getattr(logger, "_wandb", None) is not None:
+        logger._wandb.log({name: logger._wandb.Image(rank_figure(report)), "train/global_step": step})
+    elif getattr(logger, "_ml_flow", None) is not None:
+        logger._ml_flow.log_figure(rank_figure(report), f"{name}.png")
 
 
 def _history_path(args: TrainingArguments) -> Path:

@@ -29,6 +29,7 @@ from ..tuner import LrLoraConfig
 from .callback import RankCallback
 from .config import LOG_FILE, METRICS_FILE, REPORT_FILE
 from .inputs import MINILM, fetch
+from .runs import complete_card
 from .tasks import MOVIE_REVIEW_TASK, tokenize
 
 METHODS = {"lr-lora": LrLoraConfig, "lora": LoraConfig}
@@ -181,6 +182,7 @@ def _train(
         shutil.rmtree(leftover)
     (folder / LOG_FILE).write_text(json.dumps(trainer.state.log_history))
     (folder / METRICS_FILE).write_text(json.dumps({"accuracy": accuracy}))
+    complete_card(folder)
     finished.write_text(json.dumps(asdict(result)))
     return result
 

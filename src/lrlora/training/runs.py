@@ -1,4 +1,4 @@
-"""Reading what training left on disk: runs of `lrlora train`, of the demo, of anyone's Trainer, or a bare adapter."""
+"""What training left on disk: runs of `lrlora train`, of the demo, of anyone's Trainer, or a bare adapter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..rank import RankReport, rank_report
+from ..report.card import card_section
+from ..report.figure import save_rank_figure
 from ..report.page import Run
 from ..tuner.skeleton import load_on_skeleton
 from .callback import HISTORY_FILE, read_history
@@ -19,6 +21,7 @@ from .config import LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE
 _ADAPTER_CONFIG = "adapter_config.json"
 _DEMO_METHODS = ("lr-lora", "lora")
 _TRAINER_STATE = "trainer_state.json"
+PICTURE_FILE = "ranks.png"
 
 
 def load_runs(sources: Iterable[str | os.PathLike[str]]) -> list[Run]:
@@ -46,6 +49,17 @@ def load_runs(sources: Iterable[str | os.PathLike[str]]) -> list[Run]:
         names |= found
     is_clear = len(set(names.values())) == len(names)
     return [_load(source, name if is_clear else source) for source, name in names.items()]
+
+
+def complete_card(folder: Path) -> None:
+    """Add what was trained, and with what result, to the model card of a finished run, with a picture of its ranks."""
+    (run,) = load_runs([folder])
+    save_rank_figure(run.report, folder / PICTURE_FILE, title=f"Learned ranks, {run.name}")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8").rstrip()
+    partial = card.with_name(f"{card.name}.partial")
+    partial.write_text(f"{text}\n\n{card_section(run, PICTURE_FILE)}", encoding="utf-8")
+    partial.replace(card)
 
 
 def _load(source: str, name: str) -> Run:

@@ -43,6 +43,7 @@ from .models import (
     training_arguments,
 )
 from .progress import Announce, Progress, StopOnSignal
+from .runs import complete_card
 
 _RANKED = ("lr-lora", "lora")
 
@@ -185,6 +186,8 @@ def _finish(
     write_json(output / LOG_FILE, trainer.state.log_history)
     # Last: a run with metrics is a finished one.
     write_json(output / METRICS_FILE, metrics)
+    if config.method in _RANKED:
+        complete_card(output)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
     return TrainResult(output, metrics, trainer.state.log_history, model)
