@@ -349,7 +349,9 @@ class TransferTable:
     `parameter_gradients` its exact adjoint.
 
     Args:
-        spec, amplitude, bandwidth: φ; the parameters are None for "sine".
+        spec: the fixed part of φ.
+        amplitude: a, shape (N,); None for "sine".
+        bandwidth: ρ, shape (N,); None for "sine".
         dtype: of the entries z it will be asked for (float32 or float64).
 
     Attributes:

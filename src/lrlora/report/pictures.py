@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,24 +18,25 @@ FORMATS = ("svg", "png")
 _LINES = ("-", "--", ":")
 
 
-def save_pictures(runs: Sequence[Run], folder: Path) -> None:
+def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
     """Write the heat map and φ of every run, its ranks by kind of module, and over training, where they were recorded.
 
     Needs `pip install lrlora[plots]`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
     for run in runs:
         name = re.sub(r"\W+", "-", run.name).strip("-")
         for measure in ("stable_rank", "energy99_rank"):
             for suffix in FORMATS:
-                path = folder / f"{name}-{measure.replace('_', '-')}.{suffix}"
+                path = target / f"{name}-{measure.replace('_', '-')}.{suffix}"
                 save_rank_figure(run.report, path, measure=measure, title=run.name)
     figures = {"kinds": _kinds(runs)}
     if any(run.history for run in runs):
         figures["history"] = _history(runs)
     for name, figure in figures.items():
         for suffix in FORMATS:
-            save_figure(figure, folder / f"{name}.{suffix}")
+            save_figure(figure, target / f"{name}.{suffix}")
 
 
 def _kinds(runs: Sequence[Run]) -> Figure:

@@ -46,7 +46,8 @@ class TrainConfig:
         validation: data to validate on, like `data`, or "train" for a part of training; default: the data's own
             validation split, or a part of training.
         validation_share: that part, in (0, 1).
-        train_examples, validation_examples: use so many at most, drawn at random, always the same; None: all.
+        train_examples: use so many to train at most, drawn at random, always the same; None: all.
+        validation_examples: the same for validation.
         max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
         head_learning_rate: peak, of a new classification, regression or multiple-choice head; None: that of all else. A
             new head wants a higher one than an adapter.

@@ -1,0 +1,36 @@
+"""What mkdocs does not know of itself: the README is the start page, and code lies outside docs/."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+CODE = [path.relative_to(ROOT) for folder in ("src", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the start page, and the code that pages link to, as text."""
+    files.append(File.generated(config, "index.md", content=_start_page()))
+    for path in CODE:
+        files.append(File.generated(config, f"code/{path}.txt", abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Let links to code lead to those copies, and a link to a folder to its `__init__.py`."""
+
+    def copy(match: re.Match[str]) -> str:
+        path = Path(match[1])
+        return f"](code/{path if path.suffix else path / '__init__.py'}.txt)"
+
+    return re.sub(r"\]\(\.\./((?:src|examples)/[^)]+?)/?\)", copy, markdown)
+
+
+def _start_page() -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\]\(docs/", "](", text)
+    return text.replace("](examples)", "](cookbook.md)")
