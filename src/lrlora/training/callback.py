@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ class RankCallback(TrainerCallback):
             self._record(args, state, control, **kwargs)
         for logger in self._loggers:
             if self.history and find_spec("matplotlib"):
-                _log_picture(logger, *self.history[-1])
+                try:
+                    _log_picture(logger, *self.history[-1])
+                except Exception as error:  # whatever a logger may say of a picture, the run is trained
+                    warnings.warn(f"The picture of the ranks was not logged: {error}", stacklevel=2)
             logger.on_train_end(args, state, control, **kwargs)
 
     def _record(
@@ -104,7 +108,11 @@ def _log_picture(logger: Any, step: int, report: RankReport) -> None:
     if getattr(logger, "tb_writer", None) is not None:
         logger.tb_writer.add_figure(name, rank_figure(report), step)
     elif getattr(logger, "_wandb", None) is not None:
-        logger._wandb.log({name: logger._wandb.Image(rank_figure(report)), "train/global_step": step})
+        from PIL import Image
+
+        png = BytesIO()
+        rank_figure(report).savefig(png, format="png")  # W&B takes a figure only from who has imported pyplot
+        logger._wandb.log({name: logger._wandb.Image(Image.open(png)), "train/global_step": step})
     elif getattr(logger, "_ml_flow", None) is not None:
         logger._ml_flow.log_figure(rank_figure(report), f"{name}.png")
 
