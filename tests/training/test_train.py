@@ -269,6 +269,19 @@ def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-3)
 
 
+def test_eva_moves_rank_before_training(encoder: str, table: str, tmp_path: Path) -> None:
+    eva = ("--method", "lora", "--adapter", "init_lora_weights=eva", "--head-learning-rate", 0.02)
+    result = train_reviews(encoder, table, tmp_path / "out", *eva, "--steps", 60, "--learning-rate", 0.01)
+    assert result.exit_code == 0, result.output
+    ranks = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"]
+    assert len(set(ranks.values())) > 1
+    before = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert before["accuracy"] > 0.8
+    evaluated = run("evaluate", tmp_path / "out", "--data", table, "--json", tmp_path / "metrics.json")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] > 0.8
+
+
 def test_adalora_keeps_a_best_checkpoint_from_before_its_ranks_were_cut(
     encoder: str, table: str, tmp_path: Path
 ) -> None:

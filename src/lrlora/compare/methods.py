@@ -34,7 +34,7 @@ class Method:
     @property
     def has_ranks(self) -> bool:
         """Whether learned ranks can be told. PiSSA's product BA is not its update, but starts from part of W."""
-        return self.train in ("lora", "lr-lora") and "init_lora_weights" not in self.options
+        return self.train in ("lora", "lr-lora") and self.options.get("init_lora_weights") != "pissa"
 
     def adapter(self, r: int) -> dict[str, Any]:
         """The fields of its PEFT configuration at rank r."""
@@ -52,6 +52,7 @@ METHODS = {
     "dora": Method("DoRA", "dora"),
     "adalora": Method("AdaLoRA", "adalora"),
     "pissa": Method("PiSSA", "lora", {"init_lora_weights": "pissa"}),
+    "eva": Method("EVA", "lora", {"init_lora_weights": "eva"}),
     "hira": Method("HiRA", "hira"),
     "randlora": Method("RandLoRA", "randlora"),
     "sine": Method("fixed sine", "lr-lora", {"form": "sine"}),

@@ -64,7 +64,7 @@ def history(runs: Sequence[str]) -> Chart:
     """
     lines = (
         alt.Chart(alt.NamedData("history"))
-        .mark_line(point=alt.OverlayMarkDef(size=20))
+        .mark_line(strokeWidth=2)
         .encode(
             x=alt.X("step:Q", title="step"),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=True)),
@@ -129,7 +129,7 @@ def spectrum(runs: Sequence[str]) -> Chart:
     """
     return (
         alt.Chart(alt.NamedData("spectrum"))
-        .mark_line(point=alt.OverlayMarkDef(size=16))
+        .mark_line(strokeWidth=2)
         .encode(
             x=alt.X("index:Q", title="which singular value", scale=alt.Scale(type="log")),
             y=alt.Y("sigma:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
@@ -147,7 +147,7 @@ def training(runs: Sequence[str]) -> Chart:
     """
     return (
         alt.Chart(alt.NamedData("training"))
-        .mark_line(point=alt.OverlayMarkDef(size=20))
+        .mark_line(strokeWidth=2)
         .encode(
             x=alt.X("step:Q", title="step"),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import islice
 from typing import Any
 
-from peft import AdaLoraConfig, HiraConfig, LoraConfig, PeftConfig, RandLoraConfig
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import (
+    AdaLoraConfig,
+    EvaConfig,
+    HiraConfig,
+    LoraConfig,
+    PeftConfig,
+    RandLoraConfig,
+    initialize_lora_eva_weights,
+)
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner import LrLoraConfig
 from .config import require_known
@@ -25,6 +35,8 @@ _FIELDS: dict[str, Any] = {name: LoraConfig if name == "dora" else config for na
 # What each calls α, which is r unless given; HiRA has none.
 _ALPHA = {"lr-lora": "lora_alpha", "lora": "lora_alpha", "dora": "lora_alpha", "randlora": "randlora_alpha"}
 DEFAULT_RANK = 8
+EVA = "eva"
+EVA_BATCHES = 64  # it usually needs fewer, and goes through them again if it needs more
 
 
 def adapter_config(method: str, task: str, total_steps: int, options: dict[str, Any]) -> PeftConfig | None:
@@ -58,7 +70,29 @@ def adapter_config(method: str, task: str, total_steps: int, options: dict[str, 
     else:
         rank = options.get("r", DEFAULT_RANK)
         defaults |= {"r": rank} | ({_ALPHA[method]: rank} if method in _ALPHA else {})
+    if options.get("init_lora_weights") == EVA:
+        # The default masks by the labels of every token, which only a language model has.
+        given = options.get("eva_config") or {}
+        options = {**options, "eva_config": EvaConfig(**{"use_label_mask": task == "causal-lm", **given})}
     return _CONFIGS[method](**{**defaults, **options})
+
+
+def start_from_data(trainer: Trainer, config: PeftConfig) -> None:
+    """Where a method starts from data, as EVA does, make its start: a call that PEFT leaves to its users.
+
+    EVA takes A from the inputs of each layer and moves rank to the layers whose inputs have most variance
+    (arXiv:2410.07170). The number of parameters changes with it a little.
+    """
+    if getattr(config, "init_lora_weights", None) == EVA:
+        batches = [dict(batch) for batch in islice(trainer.get_train_dataloader(), EVA_BATCHES)]
+        model: Any = trainer.model
+        initialize_lora_eva_weights(model, batches, prepare_layer_inputs_fn=_inputs_of_tokens, show_progress_bar=False)
+
+
+def _inputs_of_tokens(inputs: Any, tokens: Tensor, name: str) -> Tensor:
+    """The inputs of a layer at these tokens (count, 2), or at all examples, where it sees no tokens, as a pooler."""
+    values: Tensor = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
+    return values.contiguous() if values.dim() == 2 else values[tokens.T.unbind()]
 
 
 class AdaLoraCallback(TrainerCallback):

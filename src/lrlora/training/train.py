@@ -31,7 +31,7 @@ from ..rank import RankReport, rank_report
 from .callback import RankCallback
 from .config import LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, TrainConfig, read_run
 from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
-from .methods import AdaLoraCallback, adapter_config, set_rank_pattern
+from .methods import AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import (
     check_model,
@@ -127,6 +127,8 @@ def train(
     if config.task != "causal-lm":
         train_data, validation = (encode(part, config.task, tokenizer, max_length) for part in (train_data, validation))
     trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
+    if adapter is not None:
+        start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate)
     # Only now, when all is known to work, is anything on disk touched.
