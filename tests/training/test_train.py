@@ -26,6 +26,7 @@ from transformers import (
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
+    ViTConfig,
     set_seed,
 )
 from typer.testing import CliRunner, Result
@@ -33,6 +34,7 @@ from typer.testing import CliRunner, Result
 from lrlora import LrLoraConfig
 from lrlora.cli import app
 from lrlora.training.callback import read_history
+from lrlora.training.choices import collate_choices, encode_continuations, token_log_likelihoods
 
 from .small import BAD, GOOD, SIZES, reviews, save_decoder, save_encoder, tokenizer
 
@@ -358,7 +360,10 @@ def test_regression(encoder: str, tmp_path: Path) -> None:
     assert pd.Series(values).corr(frame["stars"]) > 0.8
 
 
-def test_multiple_choice(encoder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_multiple_choice(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    """By a head of its own, or by the likelihood of each choice."""
+    model = request.getfixturevalue(kind)
     chance, rows = random.Random(0), []
     for _ in range(96):
         choices = [chance.choice(GOOD), chance.choice(BAD), "film"]
@@ -367,7 +372,7 @@ def test_multiple_choice(encoder: str, tmp_path: Path) -> None:
         rows.append({"question": "the good film is", "choices": choices, "label": label})
     pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
     result = run(
-        *("train", "--model", encoder, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice", *SMALL),
+        *("train", "--model", model, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice", *SMALL),
         *("--output", tmp_path / "out", "--steps", 80, "--learning-rate", 0.01),
     )
     assert result.exit_code == 0, result.output
@@ -381,6 +386,32 @@ def test_multiple_choice(encoder: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     right = [line["choices"][line["prediction"]] in GOOD for line in lines(tmp_path / "out.jsonl")]
     assert sum(right) > 86
+    assert (tmp_path / "out" / "ranks.json").exists()
+
+
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(decoder: str) -> None:
+    model, words = AutoModelForCausalLM.from_pretrained(decoder).eval(), AutoTokenizer.from_pretrained(decoder)
+    rows = [
+        {"question": "a dull film", "choices": ["good", "is bad and tired"], "label": 1},
+        {"question": "is it a clever film with a plot ?", "choices": ["it is splendid", "bad"], "label": 0},
+    ]
+    batch = collate_choices(list(encode_continuations(Dataset.from_list(rows), words)))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        scores = token_log_likelihoods(model, {name: part.flatten(0, 1) for name, part in batch.items()}).sum(1)
+    expected = []
+    for row in rows:
+        for choice in row["choices"]:
+            question, answer = (words(text)["input_ids"] for text in (f"{row['question']}\nAnswer:", f" {choice}"))
+            with torch.no_grad():
+                logits = model(torch.tensor([question + answer])).logits[0].log_softmax(-1)
+            expected.append(sum(logits[len(question) + i - 1, token].item() for i, token in enumerate(answer)))
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+    assert labels.tolist() == [1, 0]
+
+    cut = collate_choices(list(encode_continuations(Dataset.from_list(rows), words, max_length=3)))
+    assert cut["input_ids"].shape == (2, 2, 3)
+    assert (cut["targets"][0, 1] != -100).sum() == 2  # a token of context is left, if nothing else
 
 
 @pytest.mark.parametrize("shape", ["prompt", "chat prompt", "messages", "text"])
@@ -548,8 +579,9 @@ def test_bad_models(encoder: str, decoder: str, table: str, tmp_path: Path) -> N
     assert_refused(run(*common, "--task", "classify", "--model", "embedded:minilmm"), "Did you mean minilm?")
     options = ("--model", encoder, "--task", "causal-lm", "--column", "text=review")
     assert_refused(run("train", "--data", table, *options), "causal-lm does not fit", "bert is an encoder")
-    options = ("--model", decoder, "--task", "multiple-choice", "--column", "question=review")
-    assert_refused(run("train", "--data", table, *options), "multiple-choice does not fit", "llama")
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    options = ("--model", tmp_path / "vit", "--task", "multiple-choice", "--column", "question=review")
+    assert_refused(run("train", "--data", table, *options), "multiple-choice does not fit", "vit")
 
 
 def test_an_output_folder_in_use_is_left_alone(encoder: str, table: str, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from .config import FROM_TRAIN, OPTIONAL_ROLES, ROLES, TrainConfig, require_known
+from .choices import encode_continuations
+from .config import CHOICE_LM, FROM_TRAIN, OPTIONAL_ROLES, ROLES, TrainConfig, require_known
 from .embedded import EMBEDDED_DATA
 from .tasks import split_by_group
 
@@ -315,14 +316,16 @@ def _require_rows(are_right: Any, rule: str, values: Any = None) -> None:
 # Encoding.
 
 
-def token_counts(data: Dataset, task: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def token_counts(data: Dataset, form: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """How long every example is, in tokens, before it is cut; of multiple choice, its longest choice."""
-    if task == "multiple-choice":
+    if form == CHOICE_LM:
+        return [max(map(len, rows)) for rows in encode_continuations(data, tokenizer)["input_ids"]]
+    if form == "multiple-choice":
         return [
             max(len(ids) for ids in tokenizer([q] * len(c), c)["input_ids"])
             for q, c in zip(data["question"], data["choices"], strict=True)
         ]
-    if task != "causal-lm":
+    if form != "causal-lm":
         pairs = data["text_pair"][:] if "text_pair" in data.column_names else None
         return [len(ids) for ids in tokenizer(data["text"][:], pairs)["input_ids"]]
     return [_language_tokens(example, tokenizer) for example in data]
@@ -357,8 +360,10 @@ def choose_max_length(counts: list[int], limit: int) -> int:
     return min(limit, 8 * math.ceil(np.quantile(counts, 0.99) / 8))
 
 
-def encode(data: Dataset, task: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Token ids, cut at `max_length`, and `labels`; for the tasks with a head."""
+def encode(data: Dataset, form: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Token ids, cut at `max_length`, and `labels`; for all forms of a task but causal-lm, which TRL encodes."""
+    if form == CHOICE_LM:
+        return encode_continuations(data, tokenizer, max_length)
 
     def encode_texts(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         return dict(tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length))
@@ -370,12 +375,12 @@ def encode(data: Dataset, task: str, tokenizer: PreTrainedTokenizerBase, max_len
         ]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    encoder = encode_choices if task == "multiple-choice" else encode_texts
+    encoder = encode_choices if form == "multiple-choice" else encode_texts
     drop = [name for name in data.column_names if name != "label"]
     encoded = data.map(encoder, batched=True, remove_columns=drop, desc="Tokenizing")
     if "label" not in encoded.column_names:
         return encoded
-    if task == "regress":
+    if form == "regress":
         targets = [float(value) for value in data["label"]]
         return encoded.remove_columns("label").add_column("labels", np.asarray(targets, dtype=np.float32))
     return encoded.rename_column("label", "labels")

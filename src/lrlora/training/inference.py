@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, Trainer
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, Trainer
 
 from ..tuner import cached_weights
 from .config import METRICS_FILE, TrainConfig, read_run, require_known
@@ -28,7 +28,7 @@ from .data import (
     with_class_ids,
 )
 from .metrics import logits, plain_metrics
-from .models import MODELS, load_model, make_trainer, model_source, training_arguments
+from .models import MODELS, form_of, load_model, make_trainer, model_source, training_arguments
 
 
 def evaluate(
@@ -64,7 +64,7 @@ def evaluate(
             matches = [got.strip() == want.strip() for got, want in zip(answers, wanted, strict=True)]
             metrics["exact_match"] = float(np.mean(matches))
         return metrics
-    encoded = encode(examples, loaded.config.task, loaded.tokenizer, loaded.max_length)
+    encoded = encode(examples, loaded.form, loaded.tokenizer, loaded.max_length)
     return plain_metrics(loaded.trainer(encoded).evaluate(encoded))
 
 
@@ -85,7 +85,7 @@ def predict(
         for example, answer in zip(examples, loaded.answers(examples), strict=True):
             yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
         return
-    encoded = encode(examples, task, loaded.tokenizer, loaded.max_length)
+    encoded = encode(examples, loaded.form, loaded.tokenizer, loaded.max_length)
     if task == "multiple-choice":
         encoded = encoded.add_column("labels", [0] * len(encoded))  # its collator wants some
     outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
@@ -115,13 +115,17 @@ class _LoadedRun:
         config = TrainConfig.from_dict(record["config"] | {"output": str(folder)})  # it may have been moved
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if config.method == "full":
-            model = MODELS[config.task][0].from_pretrained(folder)
+            model = MODELS[form_of(config.task, AutoConfig.from_pretrained(folder))][0].from_pretrained(folder)
         else:
             base = load_model(model_source(config.model), config, record["labels"], tokenizer)
             # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
             model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record["labels"], record["max_length"], tokenizer, model)
+
+    @property
+    def form(self) -> str:
+        return form_of(self.config.task, self.model.config)
 
     def examples(self, name: str, split: str | None, columns: dict[str, str] | None, *, with_label: bool) -> Dataset:
         splits = load_splits(name)

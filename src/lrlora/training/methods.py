@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner import LrLoraConfig
-from .config import require_known
+from .config import CHOICE_LM, require_known
 
-_PEFT_TASKS = {"classify": "SEQ_CLS", "regress": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+_PEFT_TASKS = {"classify": "SEQ_CLS", "regress": "SEQ_CLS", "causal-lm": "CAUSAL_LM", CHOICE_LM: "CAUSAL_LM"}
 _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "lr-lora": LrLoraConfig,
     "lora": LoraConfig,
@@ -39,12 +39,12 @@ EVA = "eva"
 EVA_BATCHES = 64  # it usually needs fewer, and goes through them again if it needs more
 
 
-def adapter_config(method: str, task: str, total_steps: int, options: dict[str, Any]) -> PeftConfig | None:
+def adapter_config(method: str, form: str, total_steps: int, options: dict[str, Any]) -> PeftConfig | None:
     """The PEFT configuration of a method; None for full fine-tuning.
 
     Args:
         method: one of `lrlora.training.config.METHODS`.
-        task: one of `lrlora.training.config.TASKS`.
+        form: of the task, as `lrlora.training.models.form_of` gives it.
         total_steps: of training; AdaLoRA plans with it.
         options: fields of the configuration; by default r = 8, α = r, and all linear layers.
 
@@ -60,7 +60,7 @@ def adapter_config(method: str, task: str, total_steps: int, options: dict[str, 
     for name in options:
         require_known(f"a field of {_FIELDS[method].__name__}", name, known)
     # The head of a new multiple-choice model is not known to PEFT.
-    head = {"modules_to_save": ["classifier"]} if task == "multiple-choice" else {"task_type": _PEFT_TASKS[task]}
+    head = {"task_type": _PEFT_TASKS[form]} if form in _PEFT_TASKS else {"modules_to_save": ["classifier"]}
     defaults: dict[str, Any] = {"target_modules": "all-linear", **head}
     if method == "adalora":
         rank = options.get("target_r", DEFAULT_RANK)
@@ -73,7 +73,7 @@ def adapter_config(method: str, task: str, total_steps: int, options: dict[str, 
     if options.get("init_lora_weights") == EVA:
         # The default masks by the labels of every token, which only a language model has.
         given = options.get("eva_config") or {}
-        options = {**options, "eva_config": EvaConfig(**{"use_label_mask": task == "causal-lm", **given})}
+        options = {**options, "eva_config": EvaConfig(**{"use_label_mask": form == "causal-lm", **given})}
     return _CONFIGS[method](**{**defaults, **options})
 
 

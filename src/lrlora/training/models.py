@@ -30,7 +30,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from .config import TrainConfig, require_known
+from .choices import ChoiceTrainer
+from .config import CHOICE_LM, TrainConfig, require_known
 from .data import PREFIX
 from .embedded import EMBEDDED_MODELS
 from .inputs import checkpoint
@@ -41,6 +42,7 @@ MODELS = {
     "regress": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
     "multiple-choice": (AutoModelForMultipleChoice, MODEL_FOR_MULTIPLE_CHOICE_MAPPING),
     "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    CHOICE_LM: (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
 }
 # Peak learning rates: adapters bear more than whole models, small heads more than language models.
 _RATES = {"adapter": {"causal-lm": 5e-4}, "full": {"causal-lm": 2e-5}}
@@ -79,8 +81,7 @@ def check_model(source: str, config: TrainConfig) -> Any:
         raise FileNotFoundError(
             f"{config.model} is no folder with a model, and could not be had from the hub: {str(error).splitlines()[0]}"
         ) from None
-    mapping = MODELS[config.task][1]
-    if type(model_config) not in mapping:
+    if type(model_config) not in MODELS[form_of(config.task, model_config)][1]:
         raise ValueError(
             f"The task {config.task} does not fit the model {config.model}: transformers has no such head for "
             f"{model_config.model_type}. Take another task or model."
@@ -93,6 +94,13 @@ def check_model(source: str, config: TrainConfig) -> Any:
             "sees the words that it is to predict. Take a decoder (Llama, Qwen, GPT-2, …)."
         )
     return model_config
+
+
+def form_of(task: str, model_config: Any) -> str:
+    """The task, but for multiple choice by a decoder, which has no head for it and compares likelihoods."""
+    is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    has_head = type(model_config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+    return CHOICE_LM if task == "multiple-choice" and is_decoder and not has_head else task
 
 
 # Their positions count from the padding token's number on.
@@ -115,8 +123,9 @@ def load_model(source: str, config: TrainConfig, labels: list[str], tokenizer: P
     elif config.task == "regress":
         options = {"num_labels": 1, "problem_type": "regression"}
     # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
-    dtype = "auto" if config.task == "causal-lm" and config.method != "full" else torch.float32
-    model = MODELS[config.task][0].from_pretrained(source, dtype=dtype, **options)
+    form = form_of(config.task, AutoConfig.from_pretrained(source))
+    dtype = "auto" if form in ("causal-lm", CHOICE_LM) and config.method != "full" else torch.float32
+    model = MODELS[form][0].from_pretrained(source, dtype=dtype, **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -202,9 +211,12 @@ def make_trainer(
     """The Trainer of a task, on encoded examples; TRL's, which encodes them itself, for "causal-lm"."""
     common: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer, "callbacks": callbacks}
     common |= {"train_dataset": train_data, "eval_dataset": validation}
-    if config.task == "causal-lm":
-        trl = importlib.import_module("trl")
-        trainer: Trainer = trl.SFTTrainer(**common)
+    form = form_of(config.task, model.config)
+    trainer: Trainer
+    if form == "causal-lm":
+        trainer = importlib.import_module("trl").SFTTrainer(**common)
+    elif form == CHOICE_LM:
+        trainer = ChoiceTrainer(compute_metrics=METRICS[config.task], **common)
     else:
         collator = DataCollatorForMultipleChoice if config.task == "multiple-choice" else DataCollatorWithPadding
         trainer = Trainer(data_collator=collator(tokenizer), compute_metrics=METRICS[config.task], **common)

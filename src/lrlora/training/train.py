@@ -35,6 +35,7 @@ from .methods import AdaLoraCallback, adapter_config, set_rank_pattern, start_fr
 from .metrics import plain_metrics
 from .models import (
     check_model,
+    form_of,
     give_head_its_rate,
     load_model,
     make_trainer,
@@ -100,7 +101,8 @@ def train(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     limit = max_tokens(tokenizer, model_config)
-    counts = token_counts(data.splits["train"], config.task, tokenizer)
+    form = form_of(config.task, model_config)
+    counts = token_counts(data.splits["train"], form, tokenizer)
     max_length = config.max_length or choose_max_length(counts, limit)
     if max_length > limit:
         raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
@@ -108,7 +110,7 @@ def train(
 
     arguments = training_arguments(config, len(data.splits["train"]), max_length)
     steps = arguments.max_steps
-    adapter = adapter_config(config.method, config.task, steps, config.adapter)
+    adapter = adapter_config(config.method, form, steps, config.adapter)
     set_seed(config.seed)
     model = load_model(source, config, data.labels, tokenizer)
     if adapter is not None:
@@ -125,7 +127,7 @@ def train(
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
     train_data, validation = data.splits["train"], data.splits["validation"]
     if config.task != "causal-lm":
-        train_data, validation = (encode(part, config.task, tokenizer, max_length) for part in (train_data, validation))
+        train_data, validation = (encode(part, form, tokenizer, max_length) for part in (train_data, validation))
     trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
     if adapter is not None:
         start_from_data(trainer, adapter)

@@ -1,0 +1,112 @@
+"""Multiple choice by a language model: the answer is the choice that it finds most likely after the question.
+
+A decoder has no head for multiple choice and needs none. It is trained on the right choices as continuations, and its
+logits are log-likelihoods, as in EleutherAI's lm-evaluation-harness: log p(choice | question) = Σ log p(token | all
+before).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+_IGNORED = -100  # as a target: not to be predicted
+
+
+def question_prompt(question: str) -> str:
+    """What the model reads before a choice."""
+    return f"{question}\nAnswer:"
+
+
+def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = sys.maxsize) -> Dataset:
+    """Token ids of question and choice, for every choice of every example, and how many of them are the choice's.
+
+    What is longer than `max_length` loses the beginning of the question.
+    """
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows: dict[str, list[Any]] = {"input_ids": [], "choice_tokens": []}
+        for question, choices in zip(batch["question"], batch["choices"], strict=True):
+            prompt = tokenizer(question_prompt(question))["input_ids"]
+            answers = [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in choices]
+            rows["input_ids"].append([(prompt + answer)[-max_length:] for answer in answers])
+            rows["choice_tokens"].append([min(len(answer), max_length - 1) for answer in answers])
+        return rows
+
+    drop = [name for name in data.column_names if name != "label"]
+    encoded = data.map(encode, batched=True, remove_columns=drop, desc="Tokenizing")
+    return encoded.rename_column("label", "labels") if "label" in encoded.column_names else encoded
+
+
+def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Examples with equally many choices as one batch.
+
+    Returns:
+        `input_ids`, `attention_mask` and `targets` of shape (examples, choices, tokens), int64, the last −100 outside
+        of the choices; `labels` (examples,).
+
+    """
+    choices = len(examples[0]["input_ids"])
+    rows = [torch.tensor(ids) for example in examples for ids in example["input_ids"]]
+    counts = [count for example in examples for count in example["choice_tokens"]]
+    targets = [
+        F.pad(ids[-count:], (len(ids) - count, 0), value=_IGNORED) for ids, count in zip(rows, counts, strict=True)
+    ]
+
+    def batched(parts: list[Tensor], value: int) -> Tensor:
+        padded = pad_sequence(parts, batch_first=True, padding_value=value)
+        return padded.view(len(examples), choices, -1)
+
+    return {
+        "input_ids": batched(rows, 0),
+        "attention_mask": batched([torch.ones_like(ids) for ids in rows], 0),
+        "targets": batched(targets, _IGNORED),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
+
+
+def token_log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Log p of every target token given all before it, 0 where there is none, (sequences, tokens − 1), float32.
+
+    Args:
+        model: a causal language model.
+        batch: `input_ids`, `attention_mask` and `targets`, each (sequences, tokens).
+
+    """
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    return -F.cross_entropy(logits.transpose(1, 2), batch["targets"][:, 1:], reduction="none", ignore_index=_IGNORED)
+
+
+class ChoiceTrainer(Trainer):
+    """Trains the right choice as a continuation, per token, and evaluates the log-likelihood of every choice."""
+
+    def __init__(self, args: TrainingArguments, **arguments: Any) -> None:
+        args.remove_unused_columns = False  # the collator reads what the model does not
+        super().__init__(args=args, data_collator=collate_choices, **arguments)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: the Trainer is to average it over accumulation
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs["labels"]
+        shape = inputs["input_ids"].shape
+        rows = torch.arange(len(labels), device=labels.device) * shape[1] + labels
+        flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "targets")}
+        if not return_outputs:
+            flat = {name: values[rows] for name, values in flat.items()}
+        scores = token_log_likelihoods(model, flat)
+        right = scores[rows] if return_outputs else scores
+        targets = flat["targets"][rows] if return_outputs else flat["targets"]
+        loss = -right.sum() / (targets[:, 1:] != _IGNORED).sum()
+        return (loss, {"logits": scores.sum(1).view(shape[:2])}) if return_outputs else loss
