@@ -454,7 +454,9 @@ def _wish(
 
 @app.command()
 def compare(
-    suite: Annotated[str, typer.Argument(help="offline-nlu, glue or smoke, or a YAML file with a suite.")],
+    suite: Annotated[
+        str, typer.Argument(help="offline-nlu, offline-commonsense, glue, commonsense or smoke, or a YAML file.")
+    ],
     methods: Annotated[str | None, typer.Option(help="Names with commas between; default: the main ones.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of the suite with commas between; default: all.")] = None,
     rates: Annotated[

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 from transformers import AutoTokenizer
 
+from lrlora.training.embedded import EMBEDDED_DATA
 from lrlora.training.inputs import MINILM, fetch
 from lrlora.training.tasks import TASKS, tokenize
 
@@ -31,3 +35,31 @@ def test_tokenises_to_the_task_s_length() -> None:
     tokens = tokenize(task.load(), AutoTokenizer.from_pretrained(fetch(MINILM)), task.max_tokens)
     assert set(tokens["train"].column_names) == {"label", "input_ids", "token_type_ids", "attention_mask"}
     assert max(map(len, tokens["train"]["input_ids"])) == task.max_tokens
+
+
+@pytest.mark.parametrize("name", ["movie-reviews", "ratings", "r8", "20-newsgroups"])
+def test_no_test_text_is_nearly_in_training(name: str) -> None:
+    data = EMBEDDED_DATA[name].load()
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"\w+", text.lower()))
+
+    train = [words(text) for text in data["train"]["text"]]
+    sample = random.Random(0).sample(data["test"]["text"][:], 150)
+    for text in map(words, sample):
+        if len(text) >= 8:
+            assert max(len(text & other) / len(text | other) for other in train) < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("social-iqa", 3), ("goal-step", 4), ("strategy-qa", 2), ("winowhy", 2)])
+def test_choices_are_whole_and_held_out(name: str, count: int) -> None:
+    data = EMBEDDED_DATA[name].load()
+    train, test = data["train"].to_pandas(), data["test"].to_pandas()
+    assert set(train["group"]).isdisjoint(test["group"])
+    assert set(train["question"]).isdisjoint(test["question"])
+    for split in (train, test):
+        assert set(split["choices"].map(len)) == {count}
+        assert set(split["label"]) == set(range(count))
+    # A model that always says the same is near chance.
+    assert test["label"].value_counts(normalize=True).max() < 1 / count + 0.1

@@ -135,8 +135,40 @@ SUITES = {
             "r8": Task("embedded:r8", "classify", "accuracy", 200, max_length=64, **_HEAD),
             "20-newsgroups": Task("embedded:20-newsgroups", "classify", "accuracy", 300, max_length=48, **_HEAD),
             "vitaminc": Task(
-                "embedded:vitaminc", "classify", "accuracy", 1_000, train_examples=10_000, test_examples=2_000, **_HEAD
+                "embedded:vitaminc",
+                "classify",
+                "accuracy",
+                1_000,
+                max_length=64,
+                train_examples=10_000,
+                test_examples=2_000,
+                **_HEAD,
             ),
+        },
+    ),
+    # Likelihoods of choices; the rates are those of adapters on a language model, which has no new head.
+    "offline-commonsense": Suite(
+        "embedded:smollm2",
+        {
+            name: Task(f"embedded:{name}", "multiple-choice", "accuracy", 200, 8, validation_examples=300)
+            for name in ("social-iqa", "goal-step", "strategy-qa", "winowhy")
+        },
+    ),
+    # The eight sets that fine-tuning of Llamas is compared on, each trained on its own.
+    "commonsense": Suite(
+        "meta-llama/Llama-3.2-1B",
+        {
+            name: Task(f"commonsense:{name}", "multiple-choice", "accuracy", steps, max_length=256, test_examples=2_000)
+            for name, steps in (
+                ("boolq", 600),
+                ("piqa", 1_000),
+                ("social-iqa", 2_000),
+                ("hellaswag", 2_000),
+                ("winogrande", 2_000),
+                ("arc-easy", 300),
+                ("arc-challenge", 200),
+                ("openbookqa", 500),
+            )
         },
     ),
     "glue": Suite(

@@ -14,11 +14,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_d
 from transformers import PreTrainedTokenizerBase
 
 from .choices import encode_continuations
+from .commonsense import COMMONSENSE, load_commonsense
 from .config import CHOICE_LM, FROM_TRAIN, OPTIONAL_ROLES, ROLES, TrainConfig, require_known
 from .embedded import EMBEDDED_DATA
 from .tasks import split_by_group
 
 PREFIX = "embedded:"
+COMMONSENSE_PREFIX = "commonsense"
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SHOWN_ROWS = 5
 
@@ -71,7 +73,11 @@ def load_splits(name: str) -> DatasetDict:
     if path.suffix in _BUILDERS or path.is_absolute() or name.startswith("."):
         raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
     repository, _, configuration = name.partition(":")
+    if repository == COMMONSENSE_PREFIX:
+        require_known("a commonsense set", configuration, COMMONSENSE)
     try:
+        if repository == COMMONSENSE_PREFIX:
+            return load_commonsense(configuration)
         return load_dataset(repository, configuration or None)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]

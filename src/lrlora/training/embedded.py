@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datasets import ClassLabel, DatasetDict
 
 from .inputs import MINILM, SMOLLM2, EmbeddedInput
-from .tasks import TASKS, load_ratings, load_social_iqa
+from .tasks import TASKS, load_goal_step, load_ratings, load_social_iqa, load_strategy_qa, load_winowhy
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,13 @@ EMBEDDED_DATA = {
     "ratings": EmbeddedData(
         "mean human rating of sentiment, from -4 to 4, of 4,200 tweets (vaderSentiment)", "regress", load_ratings
     ),
-    "social-iqa": EmbeddedData(
-        "which of 3 answers, 1,935 questions on everyday situations, 358 MB (bigbench: canary, use locally only)",
-        "multiple-choice",
-        load_social_iqa,
-    ),
+}
+EMBEDDED_DATA |= {
+    name: EmbeddedData(f"{description}, 358 MB (bigbench: canary, use locally only)", "multiple-choice", load)
+    for name, description, load in (
+        ("social-iqa", "which of 3 answers, 1,935 questions on everyday situations", load_social_iqa),
+        ("goal-step", "which of 4 steps or goals of a how-to, 3,950 questions", load_goal_step),
+        ("strategy-qa", "yes or no, 2,290 questions whose answer takes several facts", load_strategy_qa),
+        ("winowhy", "correct or incorrect, 2,860 reasons for what a pronoun refers to", load_winowhy),
+    )
 }

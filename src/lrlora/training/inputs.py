@@ -73,8 +73,12 @@ def _bigbench(task: str) -> EmbeddedInput:
     )
 
 
-# VitaminC fact verification, 54,668 claims with passages of Wikipedia; Social IQa, 1,935 questions with 3 answers.
-VITAMINC, SOCIAL_IQA = _bigbench("vitaminc_fact_verification"), _bigbench("social_iqa")
+# VitaminC fact verification: 54,668 claims with passages of Wikipedia.
+VITAMINC = _bigbench("vitaminc_fact_verification")
+# Questions with answers to choose from: everyday situations, what a how-to is about or consists of, facts that must be
+# put together, reasons for what a pronoun refers to.
+SOCIAL_IQA, STRATEGY_QA, WINOWHY = _bigbench("social_iqa"), _bigbench("strategyqa"), _bigbench("winowhy")
+GOAL_INFERENCE, STEP_INFERENCE = (_bigbench(f"goal_step_wikihow/{part}_inference") for part in ("goal", "step"))
 
 
 def _topics(name: str) -> EmbeddedInput:

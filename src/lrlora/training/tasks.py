@@ -8,12 +8,16 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupShuffleSplit
 from transformers import PreTrainedTokenizerBase
 
 from .inputs import (
+    GOAL_INFERENCE,
     MOVIE_REVIEWS,
     NEWSGROUPS_TEST,
     NEWSGROUPS_TRAIN,
@@ -21,7 +25,10 @@ from .inputs import (
     R8_TRAIN,
     RATINGS,
     SOCIAL_IQA,
+    STEP_INFERENCE,
+    STRATEGY_QA,
     VITAMINC,
+    WINOWHY,
     EmbeddedInput,
     fetch,
 )
@@ -61,7 +68,26 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_tokens: 
     return data.map(encode, batched=True, remove_columns=texts, desc="Tokenizing")
 
 
+_SHORT, _ALIKE, _AT_ONCE = 8, 0.9, 256
+
+
+def _near(train: pd.Series[str], test: pd.Series[str]) -> NDArray[np.bool_]:
+    """Which training texts share nine tenths of their words with a test text of 8 words or more (Jaccard index)."""
+    words = CountVectorizer(binary=True, token_pattern=r"\w+", dtype=np.float32)
+    known, asked = words.fit_transform(train), words.transform(test)
+    # Words that training does not have count too.
+    sizes = np.array([len(set(words.build_analyzer()(text))) for text in test])
+    counts, found = known.sum(1).A1, np.zeros(len(train), dtype=bool)
+    for start in range(0, len(test), _AT_ONCE):
+        size = sizes[start : start + _AT_ONCE, None]
+        shared = (asked[start : start + _AT_ONCE] @ known.T).toarray()
+        found |= ((shared >= _ALIKE * (size + counts - shared)) & (size >= _SHORT)).any(0)
+    return found
+
+
 def _as_splits(train: pd.DataFrame, test: pd.DataFrame) -> DatasetDict:
+    if "text" in train and "text_pair" not in train:
+        train = train[~_near(train["text"], test["text"])]
     return DatasetDict(
         train=Dataset.from_pandas(train, preserve_index=False), test=Dataset.from_pandas(test, preserve_index=False)
     )
@@ -133,18 +159,50 @@ def load_ratings() -> DatasetDict:
     return _as_splits(*split_by_group(pd.concat(parts).dropna().drop_duplicates("text"), 0.25))
 
 
-def load_social_iqa() -> DatasetDict:
-    """Questions with 3 answers, shuffled: `question`, `choices`, `label`, `group`; situations held out."""
+def _load_choices(*sources: EmbeddedInput, count: int, group: Callable[[str, str], str]) -> DatasetDict:
+    """Questions with `count` answers, shuffled: `question`, `choices`, `label`, `group`; groups held out.
+
+    Args:
+        sources: tasks of BIG-bench.
+        count: of answers; the few questions with more or fewer are left out.
+        group: of a question and its right answer.
+
+    """
     rows = []
-    for example in json.loads(fetch(SOCIAL_IQA).read_text(encoding="utf-8"))["examples"]:
-        scores = example["target_scores"]
-        # Shuffled by the text itself: the order of the file may give the answer away.
-        choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
-        label = choices.index(max(scores, key=scores.get))
-        situation = example["input"].partition(".")[0]
-        rows.append({"question": example["input"], "choices": choices, "label": label, "group": situation})
-    frame = pd.DataFrame(rows)
-    return _as_splits(*split_by_group(frame[frame["choices"].map(len) == 3], 0.25))
+    for source in sources:
+        for example in json.loads(fetch(source).read_text(encoding="utf-8"))["examples"]:
+            question, scores = example["input"].strip(), example["target_scores"]
+            right = max(scores, key=scores.get)
+            # Shuffled by the text itself: the order of the file may give the answer away.
+            choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
+            row = {"question": question, "choices": choices, "label": choices.index(right)}
+            rows.append(row | {"group": group(question, right)})
+    frame = pd.DataFrame(rows).drop_duplicates("question")
+    return _as_splits(*split_by_group(frame[frame["choices"].map(len) == count], 0.25))
+
+
+def load_social_iqa() -> DatasetDict:
+    """Which of 3 answers; situations held out."""
+    return _load_choices(SOCIAL_IQA, count=3, group=lambda question, right: question.partition(".")[0])
+
+
+def load_strategy_qa() -> DatasetDict:
+    """Yes or no; every question is its own group."""
+    return _load_choices(STRATEGY_QA, count=2, group=lambda question, right: question)
+
+
+def load_winowhy() -> DatasetDict:
+    """Is this the reason? Sentences held out with their twins, which begin with the same words."""
+    return _load_choices(WINOWHY, count=2, group=lambda question, right: " ".join(question.split()[:3]))
+
+
+def load_goal_step() -> DatasetDict:
+    """Which goal has this step, which step this goal? Goals held out."""
+
+    def goal(question: str, right: str) -> str:
+        return right if "reasonable goal of" in question else question.partition("'")[2].rpartition("'")[0]
+
+    return _load_choices(GOAL_INFERENCE, STEP_INFERENCE, count=4, group=goal)
 
 
 MOVIE_REVIEW_TASK = TextTask(_MOVIE_LABELS, 48, _load_movie_reviews)
