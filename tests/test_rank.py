@@ -170,6 +170,13 @@ def test_files_round_trip(tiny_bert: TinyModel, tmp_path: Path) -> None:
     frame = report.to_frame()
     assert frame["stable_rank"].tolist() == [row.stable_rank for row in report.rows]
     assert {path.name for path in tmp_path.iterdir()} == {"ranks.json", "ranks.csv"}
+    assert {name: curve.start for name, curve in loaded.curves.items()} == {
+        name: curve.start for name, curve in report.curves.items()
+    }
+    assert loaded.spectra == report.spectra
+    (tmp_path / "other.json").write_text('{"rows": [{"module": 1}]}')
+    with pytest.raises(ValueError, match=r"other\.json is no rank report"):
+        RankReport.from_json(tmp_path / "other.json")
     json.loads((tmp_path / "ranks.json").read_text(), parse_constant=lambda constant: pytest.fail(constant))
 
 

@@ -267,9 +267,9 @@ def evaluate(
     """Metrics of a trained run on data."""
     with _one_clear_error():
         _quiet()
+        from .files import write_json
         from .training.config import parse_pairs
         from .training.inference import evaluate
-        from .training.train import write_json
 
         columns = parse_pairs(column, "--column") if column else None
         metrics = evaluate(run, data, split=split, columns=columns)

@@ -13,6 +13,7 @@ where nothing has been learned.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .files import write_whole
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -171,25 +173,35 @@ class RankReport:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write all of it as JSON; `from_json` reads it back."""
         rows = [asdict(row) for row in self.rows]
-        _write_whole(path, json.dumps({"rows": rows, "curves": self.curves, "spectra": self.spectra}))
+        write_whole(path, json.dumps({"rows": rows, "curves": self.curves, "spectra": self.spectra}))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> RankReport:
-        """Read what `to_json` wrote."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
-        # Reports from before there were spectra have none.
-        spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
-        return cls([RankRow(**row) for row in content["rows"]], curves, spectra)
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
+            # Reports from before there were spectra have none.
+            spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
+            return cls([RankRow(**row) for row in content["rows"]], curves, spectra)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no rank report that this lrlora reads ({type(error).__name__}: {error}). Remove it, or "
+                "make it anew: lrlora ranks ADAPTER --json FILE"
+            ) from None
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows as CSV."""
-        partial = Path(f"{path}.partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(RankRow)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
-        partial.replace(path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [f.name for f in fields(RankRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        write_whole(path, text.getvalue())
 
     def summary(self) -> dict[str, float]:
         """Mean, smallest and largest of every measure, and the mean by kind, as flat scalars for a logger."""
@@ -274,7 +286,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
             phi = layer.lrlora_phi[adapter]
             phi_zero, bend, curve = phi(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
             scale = layer.scaling[adapter] / layer.input_gain[adapter]
-            linear = _short(scale * _leading_singular_values(z.flatten(1), r))
+            linear = _short(_of_note(scale * _leading_singular_values(z.flatten(1), r)))
         weight_norm = 0.0 if weights is None else weights[index].double().norm().item()
         n, m = delta.shape if isinstance(layer.get_base_layer(), Conv1D) else delta.T.shape
         row = RankRow(
@@ -324,9 +336,14 @@ def _leading_singular_values(matrix: Tensor, rank: int) -> Tensor:
     return torch.linalg.svdvals(torch.linalg.qr(matrix @ directions).Q.T @ matrix)
 
 
+def _of_note(sigma: Tensor) -> Tensor:
+    """Of descending singular values those above a ten-thousandth of the first."""
+    return sigma[: int((sigma > SMALLEST_SHARE * sigma[0]).sum())]
+
+
 def _thinned(sigma: Tensor, linear: list[float]) -> Spectrum:
     """Of descending singular values those that a logarithmic axis can tell apart."""
-    count = int((sigma > SMALLEST_SHARE * sigma[0]).sum())
+    count = len(_of_note(sigma))
     some = torch.logspace(0, math.log10(max(count, 1)), SPECTRUM_POINTS).round().int().tolist()
     index = [i for i in sorted({*range(1, 33), *some}) if i <= count]
     return Spectrum(index, _short(sigma[[i - 1 for i in index]]), linear)
@@ -356,10 +373,3 @@ def _kind(path: str) -> str:
     if _ATTENTION.search(path):
         return "attention"
     return "mlp" if _MLP.search(path) else "other"
-
-
-def _write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write under a temporary name and rename: a reader never sees half a file."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -68,12 +68,14 @@ def file(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(browser: Browser, file: Path) -> Iterator[Page]:
     """The page, opened; at the end nothing must have gone wrong or been asked of a network."""
     context = browser.new_context()
-    yield opened(context.new_page(), file)
-    context.close()
-
-
-def opened(page: Page, file: Path) -> Page:
     wrong: list[str] = []
+    yield opened(context.new_page(), file, wrong)
+    context.close()
+    assert wrong == []
+
+
+def opened(page: Page, file: Path, wrong: list[str] | None = None) -> Page:
+    wrong = [] if wrong is None else wrong
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on(
@@ -97,7 +99,7 @@ def row_of(report: RankReport, module: str) -> RankRow:
 @needs_browser
 def test_cells_show_the_measure_that_is_chosen(page: Page, runs: list[Run]) -> None:
     for measure, label in (("stable_rank", "stable rank"), ("energy99_rank", "energy-99 rank")):
-        page.get_by_label("Measure").select_option(label)
+        page.locator("#measure").select_option(label)
         for run in runs:
             for row in run.report.rows:
                 value = getattr(row, measure)
@@ -109,15 +111,18 @@ def test_cells_show_the_measure_that_is_chosen(page: Page, runs: list[Run]) -> N
 def test_the_slider_goes_back_in_training(page: Page, runs: list[Run]) -> None:
     module = runs[0].report.rows[0].module
     slider = page.get_by_label("Training step")
-    expect(page.locator("#step-shown")).to_have_text("10 (end)")
+    expect(page.locator("#step-shown")).to_have_text("as saved")
+    slider.press("ArrowLeft")
+    expect(page.locator("#step-shown")).to_have_text("10")
     slider.press("ArrowLeft")
     expect(page.locator("#step-shown")).to_have_text("5")
+    expect(slider).to_have_attribute("aria-valuetext", "5")
     expected = row_of(runs[0].history[1][1], module).stable_rank
     assert float(cell(page, "curved", module).inner_text()) == pytest.approx(expected, abs=0.051)
     slider.press("Home")
     expect(cell(page, "curved", module)).to_have_text("0")
     slider.press("End")
-    expect(page.locator("#step-shown")).to_have_text("10 (end)")
+    expect(page.locator("#step-shown")).to_have_text("as saved")
 
 
 @needs_browser
@@ -144,6 +149,10 @@ def test_hovering_tells_the_numbers(page: Page, runs: list[Run]) -> None:
     expect(tip).to_contain_text(row.module)
     expect(tip).to_contain_text(f"{row.m} × {row.n}, r = {row.r}")
     expect(tip).to_contain_text(f"energy-99 rank: {row.energy99_rank}")
+    page.keyboard.press("Escape")
+    expect(tip).to_be_hidden()
+    cell(page, "curved", runs[0].report.rows[1].module).hover()
+    expect(tip).to_contain_text(runs[0].report.rows[1].module)
     page.mouse.move(0, 0)
     expect(tip).to_be_hidden()
 
@@ -176,15 +185,19 @@ def test_the_table_sorts_opens_modules_and_is_saved(page: Page, runs: list[Run],
         page.get_by_role("button", name="Save as CSV").click()
     download.value.save_as(tmp_path / "ranks.csv")
     with (tmp_path / "ranks.csv").open(newline="", encoding="utf-8") as file:
-        saved = {(row["run"], row["module"]): float(row["effective_rank"]) for row in csv.DictReader(file)}
-    expected = {(run.name, row.module): row.effective_rank for run in runs for row in run.report.rows}
-    assert saved == pytest.approx(expected, rel=1e-5)
+        lines = list(csv.DictReader(file))
+    for measure in ("effective_rank", "relative_norm"):
+        saved = {(row["run"], row["module"]): float(row[measure]) for row in lines}
+        expected = {(run.name, row.module): getattr(row, measure) for run in runs for row in run.report.rows}
+        assert saved == pytest.approx(expected, rel=1e-5)
+    assert {row["at"] for row in lines} == {"as saved"}
     with page.expect_download() as download:
         page.get_by_role("button", name="Save as JSON").click()
     download.value.save_as(tmp_path / "ranks.json")
     assert len(json.loads((tmp_path / "ranks.json").read_text(encoding="utf-8"))) == len(rows)
     page.locator("#table tbody button").nth(2).click()
     expect(page.locator("#module-name h3")).to_have_text(modules.nth(2).inner_text())
+    expect(page.locator("#module-title")).to_be_focused()
 
 
 @needs_browser
@@ -200,6 +213,54 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_the_window(
     assert found == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
+
+
+@needs_browser
+def test_charts_follow_the_theme(page: Page) -> None:
+    colour = "getComputedStyle(document.querySelector('#kinds svg text')).fill"
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"document.querySelector('#kinds svg text') && {colour} !== '{light}'")
+    assert page.locator("#training svg.marks").count() == 1
+
+
+@needs_browser
+def test_what_overflows_long_histories_and_long_names(browser: Browser, runs: list[Run], tmp_path: Path) -> None:
+    report = runs[0].report
+    log = [
+        {"step": step, "loss": float("nan") if step % 3 else 1.0, "grad_norm": float("inf")} for step in range(2_000)
+    ]
+    long = Run("a-very-long-name/" * 12, report, history=[(step, report) for step in range(10_000)], log=log)
+    write_page([long, runs[1]], tmp_path / "long.html")
+    assert (tmp_path / "long.html").stat().st_size < 3e6
+    page = opened(browser.new_page(viewport={"width": 1280, "height": 800}), tmp_path / "long.html")
+    assert page.get_by_label("Curve").locator("option").all_inner_texts() == [
+        "loss, training and validation",
+        "eval_accuracy",
+    ]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    expect(page.locator("#step")).to_have_attribute("max", re.compile(r"^6\d$"))
+    page.close()
+
+
+@needs_browser
+def test_experts_of_a_cell_can_be_told_apart(browser: Browser, tmp_path: Path) -> None:
+    tiny = TinyModel("mixtral")
+    model = get_peft_model(tiny.build(), LrLoraConfig(r=2, **tiny.targets))
+    tiny.train(model, 2)
+    report = rank_report(model)
+    write_page([Run("experts", report)], tmp_path / "experts.html")
+    page = opened(browser.new_page(), tmp_path / "experts.html")
+    expected = [row for row in report.rows if row.layer == 0 and row.type.endswith("experts.gate_up_proj")]
+    shared = page.locator(f'#maps .cell[data-module="{expected[0].module}"]')
+    expect(shared).to_have_attribute("aria-label", re.compile("^mean of 4 modules"))
+    mean = sum(row.stable_rank for row in expected) / 4
+    assert float(shared.inner_text()) == pytest.approx(mean, abs=0.051)
+    shared.click()
+    page.get_by_label("Module of the cell").select_option(expected[2].module)
+    number = page.locator('#module-name [data-key="stable_rank"]').inner_text()
+    assert float(number) == pytest.approx(expected[2].stable_rank, abs=0.051)
+    page.close()
 
 
 @needs_browser
@@ -248,11 +309,21 @@ def test_text_of_a_run_cannot_become_part_of_the_page(file: Path) -> None:
     assert not re.search(r'(src|href)="(https?:)?//', text)
 
 
+def test_the_size_of_the_update_is_told_where_only_the_history_has_it(runs: list[Run], tmp_path: Path) -> None:
+    bare = RankReport([replace(row, relative_norm=None) for row in runs[0].report.rows])
+    write_page([replace(runs[0], report=bare)], tmp_path / "page.html")
+    assert '"key":"relative_norm"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_runs_without_names_of_their_own_are_refused(runs: list[Run], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Every run needs a name of its own; they are curved, curved"):
         write_page([runs[0], runs[0]], tmp_path / "page.html")
     with pytest.raises(ValueError, match="nothing to show"):
         write_page([], tmp_path / "page.html")
+    with pytest.raises(ValueError, match="nothing to show of empty"):
+        write_page([Run("empty", RankReport([]))], tmp_path / "page.html")
+    with pytest.raises(ValueError, match="6 runs apart at most, and was given 7"):
+        write_page([replace(runs[0], name=str(i)) for i in range(7)], tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,3 +333,23 @@ def test_pictures_are_written_as_svg_and_png(runs: list[Run], tmp_path: Path) ->
     names = ["curved-energy99-rank", "curved-stable-rank", "history", "kinds"]
     names += ["plain-script-b-energy99-rank", "plain-script-b-stable-rank"]
     assert written == sorted(f"{name}.{suffix}" for name in names for suffix in ("svg", "png"))
+
+
+def test_pictures_of_runs_that_differ(runs: list[Run], tmp_path: Path) -> None:
+    def attention(report: RankReport) -> RankReport:
+        return RankReport([row for row in report.rows if row.kind == "attention"])
+
+    first = replace(
+        runs[0],
+        name="a/b",
+        report=attention(runs[0].report),
+        history=[(step, attention(report)) for step, report in runs[0].history],
+    )
+    second = replace(runs[1], name="a-b", history=[])
+    save_pictures([first, second, replace(runs[1], name="third")], tmp_path)
+    assert {path.name for path in tmp_path.glob("*stable-rank.svg")} == {
+        "1-a-b-stable-rank.svg",
+        "2-a-b-stable-rank.svg",
+        "third-stable-rank.svg",
+    }
+    assert (tmp_path / "history.png").exists()

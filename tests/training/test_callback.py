@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lrlora import LrLoraConfig, RankCallback
+from lrlora import LrLoraConfig, RankCallback, rank_report
 from lrlora.training.callback import HISTORY_FILE, read_history
 
 from ..conftest import TinyModel
@@ -24,7 +24,7 @@ def make_trainer(tiny: TinyModel, folder: Path, callback: RankCallback, **argume
     settings = {"max_steps": 6, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no", "use_cpu": True}
     settings |= {"logging_steps": 100, "disable_tqdm": True}
     args = TrainingArguments(output_dir=str(folder), **{**settings, **arguments})
-    return Trainer(model=model, args=args, train_dataset=examples, callbacks=[callback])
+    return Trainer(model=model, args=args, train_dataset=examples, eval_dataset=examples, callbacks=[callback])
 
 
 def test_records_start_every_k_steps_and_end(tiny_bert: TinyModel, tmp_path: Path) -> None:
@@ -66,6 +66,20 @@ def test_a_resumed_run_continues_the_history(tiny_bert: TinyModel, tmp_path: Pat
     make_trainer(tiny_bert, tmp_path / "resumed", resumed, **saving).train(resume_from_checkpoint=checkpoint)
     assert [step for step, _ in resumed.history] == [0, 2, 3, 4, 6]
     assert resumed.history[-1][1].rows == whole.history[-1][1].rows
+
+
+def test_the_last_step_is_recorded_before_the_best_checkpoint_comes_back(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    callback = RankCallback(every=4)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
+    steps = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    trainer = make_trainer(tiny_bert, tmp_path, callback, **best, **steps)
+    trainer.compute_metrics = lambda prediction: {"step": float(trainer.state.global_step)}  # the first is the best
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert [step for step, _ in callback.history] == [0, 4, 6]
+    at_step_6 = PeftModel.from_pretrained(tiny_bert.build(), tmp_path / "checkpoint-6")
+    recorded = {row.module: row.stable_rank for row in callback.history[-1][1].rows}
+    assert {row.module: row.stable_rank for row in rank_report(at_step_6).rows} == pytest.approx(recorded, rel=1e-4)
 
 
 def test_every_must_be_positive() -> None:

@@ -24,9 +24,9 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
+from ..files import write_json
 from ..training.config import FROM_TRAIN, TrainConfig, require_known
 from ..training.methods import adapter_config
-from ..training.train import write_json
 from .methods import METHODS, Method, find_method
 from .suites import Suite, load_suite
 

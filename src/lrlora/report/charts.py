@@ -28,6 +28,12 @@ def _dash(field: str) -> alt.StrokeDash:
     return alt.StrokeDash(f"{field}:N", scale=alt.Scale(range=_DASHES), sort=None, legend=legend)
 
 
+def _lines(chart: alt.Chart, dash: str) -> Chart:
+    """Lines, dashed by a field, and small points on them: a series of one value would not be seen."""
+    points = chart.mark_point(filled=True, size=14, opacity=1)
+    return alt.layer(chart.mark_line(strokeWidth=2).encode(strokeDash=_dash(dash)), points)
+
+
 def kinds(runs: Sequence[str]) -> Chart:
     """One measure in attention, MLP and other modules: every module a point, with quartiles.
 
@@ -62,19 +68,14 @@ def history(runs: Sequence[str]) -> Chart:
 
     Data "history": run, series, step, value; "now": step.
     """
-    lines = (
-        alt.Chart(alt.NamedData("history"))
-        .mark_line(strokeWidth=2)
-        .encode(
-            x=alt.X("step:Q", title="step"),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=True)),
-            color=_of_run(runs),
-            strokeDash=_dash("series"),
-            tooltip=["run:N", "series:N", "step:Q", alt.Tooltip("value:Q", format=".3~f")],
-        )
+    chart = alt.Chart(alt.NamedData("history")).encode(
+        x=alt.X("step:Q", title="step"),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=True)),
+        color=_of_run(runs),
+        tooltip=["run:N", "series:N", "step:Q", alt.Tooltip("value:Q", format=".3~f")],
     )
     rule = alt.Chart(alt.NamedData("now")).mark_rule(color="gray").encode(x="step:Q")
-    return alt.layer(lines, rule)
+    return alt.layer(_lines(chart, "series"), rule)
 
 
 def phi(runs: Sequence[str]) -> Chart:
@@ -127,17 +128,13 @@ def spectrum(runs: Sequence[str]) -> Chart:
 
     Data "spectrum": run, which, index, sigma.
     """
-    return (
-        alt.Chart(alt.NamedData("spectrum"))
-        .mark_line(strokeWidth=2)
-        .encode(
-            x=alt.X("index:Q", title="which singular value", scale=alt.Scale(type="log")),
-            y=alt.Y("sigma:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
-            color=_of_run(runs),
-            strokeDash=_dash("which"),
-            tooltip=["run:N", "which:N", "index:Q", alt.Tooltip("sigma:Q", format=".3~g")],
-        )
+    chart = alt.Chart(alt.NamedData("spectrum")).encode(
+        x=alt.X("index:Q", title="which singular value", scale=alt.Scale(type="log")),
+        y=alt.Y("sigma:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
+        color=_of_run(runs),
+        tooltip=["run:N", "which:N", "index:Q", alt.Tooltip("sigma:Q", format=".3~g")],
     )
+    return _lines(chart, "which")
 
 
 def training(runs: Sequence[str]) -> Chart:
@@ -145,17 +142,13 @@ def training(runs: Sequence[str]) -> Chart:
 
     Data "training": run, which, step, value.
     """
-    return (
-        alt.Chart(alt.NamedData("training"))
-        .mark_line(strokeWidth=2)
-        .encode(
-            x=alt.X("step:Q", title="step"),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-            color=_of_run(runs),
-            strokeDash=_dash("which"),
-            tooltip=["run:N", "which:N", "step:Q", alt.Tooltip("value:Q", format=".4~g")],
-        )
+    chart = alt.Chart(alt.NamedData("training")).encode(
+        x=alt.X("step:Q", title="step"),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+        color=_of_run(runs),
+        tooltip=["run:N", "which:N", "step:Q", alt.Tooltip("value:Q", format=".4~g")],
     )
+    return _lines(chart, "which")
 
 
 CHARTS = {
@@ -171,4 +164,5 @@ CHARTS = {
 def specification(name: str, runs: Sequence[str]) -> dict[str, Any]:
     """One of `CHARTS` for runs of these names, as Vega-Lite, as wide as what holds it."""
     chart: Any = CHARTS[name](runs)
-    return chart.properties(width="container", height=260).to_dict()
+    about = (CHARTS[name].__doc__ or "").splitlines()[0]
+    return chart.properties(width="container", height=260, description=about).to_dict()

@@ -1,9 +1,10 @@
-// State: which measure, at which step, of which module. `show` draws everything from it.
+// State: which measure, at which place in time, of which module. `show` draws everything from it. The last place is the
+// adapter as it was saved, which need not be that of the last step: the best checkpoint may be back.
 const data = JSON.parse(document.getElementById("data").textContent);
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const { measures, runs, colours, shades } = data;
 const steps = [...new Set(runs.flatMap((run) => run.history.map((record) => record.step)))].sort((a, b) => a - b);
-const state = { measure: "stable_rank", step: steps.length - 1, module: null, sort: null, descending: true };
+const state = { beside: [], measure: "stable_rank", step: steps.length, module: null, sort: null, descending: true };
 const views = {}; // chart → promise of its view
 
 const $ = (id) => document.getElementById(id);
@@ -18,15 +19,21 @@ const make = (tag, attributes = {}, ...children) => {
 };
 const measureOf = (key) => measures.find((measure) => measure.key === key);
 const written = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
-const shown = (value, key) => written(value, Number.isInteger(value) && key !== "curvature" ? 0 : measureOf(key).digits);
-const atEnd = () => state.step >= steps.length - 1;
+const scaled = (value, key) => (value === null || value === undefined ? null : value * measureOf(key).factor);
+function shown(value, key) {
+  const { digits } = measureOf(key);
+  return written(scaled(value, key), Number.isInteger(value) && digits === 1 ? 0 : digits);
+}
+const asSaved = () => state.step >= steps.length;
+const placeInTime = () => (asSaved() ? "as saved" : String(steps[state.step]));
+const recorded = [...measures.map(({ key }) => key), "phi_zero"]; // the order of the values of a record
 
-// The rows of a run at the chosen step: those of its last record until then; at the end those of its final report.
+// The rows of a run at the chosen place in time: those of its last record until then.
 function rowsAt(run) {
-  if (atEnd() || !run.history.length) return run.modules;
+  if (asSaved() || !run.history.length) return run.modules;
   const until = run.history.filter((record) => record.step <= steps[state.step]);
   const { values } = until.length ? until[until.length - 1] : run.history[0];
-  return run.modules.map((row, i) => ({ ...row, ...Object.fromEntries(measures.map((m, j) => [m.key, values[i][j]])) }));
+  return run.modules.map((row, i) => ({ ...row, ...Object.fromEntries(recorded.map((key, j) => [key, values[i][j]])) }));
 }
 const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
 const known = (rows, key) => rows.map((row) => row[key]).filter((value) => value !== null);
@@ -43,10 +50,17 @@ function showFacts() {
 function showMaps() {
   const all = runs.map(rowsAt);
   const key = state.measure;
-  const largest = Math.max(...runs.flatMap((run) => [run.modules, ...run.history.map((record) => run.modules.map((row, i) => ({ [key]: record.values[i][measures.indexOf(measureOf(key))] })))]).flatMap((rows) => known(rows, key)), 0);
+  // One scale for all runs and all of time.
+  let largest = 0;
+  for (const run of runs) {
+    for (const row of run.modules) largest = Math.max(largest, row[key] ?? 0);
+    for (const { values } of run.history) for (const row of values) largest = Math.max(largest, row[recorded.indexOf(key)] ?? 0);
+  }
   const focused = document.activeElement?.dataset?.at;
+  const scrolled = [...$("maps").querySelectorAll(".scroll")].map((part) => part.scrollLeft);
   $("maps").replaceChildren(...runs.map((run, i) => mapOf(run, all[i], key, largest, i)));
-  if (focused) document.querySelector(`[data-at="${focused}"]`)?.focus();
+  $("maps").querySelectorAll(".scroll").forEach((part, i) => { part.scrollLeft = scrolled[i] ?? 0; });
+  if (focused) document.querySelector(`[data-at="${focused}"]`)?.focus({ preventScroll: true });
 }
 function shade(share) {
   const at = share * (shades.length - 1), below = Math.floor(at), above = Math.min(below + 1, shades.length - 1);
@@ -59,9 +73,15 @@ function luminance(colour) {
 }
 // Where a module is in its layer: its path from the layer's number on, without further numbers.
 const placeInLayer = ({ module, type, layer }) => (layer === null ? type : module.replace(/^.*?\.?\d+\./, "").replace(/\.\d+(?=\.|$)/g, ""));
+function labelsOf(rows, types) {
+  const labels = types.map((type) => placeInLayer(rows.find((row) => row.type === type)));
+  // An encoder and a decoder have the same places: there the whole path tells.
+  return types.map((type, i) => (labels.filter((label) => label === labels[i]).length > 1 ? type : labels[i]));
+}
 function mapOf(run, rows, key, largest, runIndex) {
   const types = [...new Set(rows.map((row) => row.type))];
   const layers = [...new Set(rows.map((row) => row.layer))].sort((a, b) => (a === null) - (b === null) || a - b);
+  const labels = labelsOf(rows, types);
   const cells = new Map();
   rows.forEach((row) => {
     const at = `${types.indexOf(row.type)},${layers.indexOf(row.layer)}`;
@@ -71,7 +91,7 @@ function mapOf(run, rows, key, largest, runIndex) {
   table.append(make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "layer"), ...layers.map((layer) => make("th", { scope: "col" }, layer === null ? "–" : String(layer))))));
   const body = make("tbody");
   types.forEach((type, y) => {
-    const line = make("tr", {}, make("th", { scope: "row", title: type }, placeInLayer(rows.find((row) => row.type === type))));
+    const line = make("tr", {}, make("th", { scope: "row", title: type }, labels[y]));
     layers.forEach((_, x) => {
       const here = cells.get(`${y},${x}`);
       if (!here) return line.append(make("td"));
@@ -82,7 +102,7 @@ function mapOf(run, rows, key, largest, runIndex) {
       const cell = make("button", {
         type: "button", class: "cell", style: `background:rgb(${red},${green},${blue});color:${ink}`, tabindex: "-1",
         "data-at": `${runIndex},${y},${x}`, "data-module": here[0].module, "aria-pressed": String(isChosen),
-        "aria-label": `${here.length > 1 ? `${here.length} modules ${type}, layer ${layers[x]}` : here[0].module}: ${measureOf(key).label} ${shown(value, key)}`,
+        "aria-label": `${here.length > 1 ? `mean of ${here.length} modules ${type}, layer ${layers[x]}` : here[0].module}: ${measureOf(key).label} ${shown(value, key)}`,
       }, shown(value, key));
       cell.rows = here;
       line.append(make("td", {}, cell));
@@ -96,9 +116,8 @@ function mapOf(run, rows, key, largest, runIndex) {
   return make("div", {}, make("h3", {}, run.name), scale, make("div", { class: "scroll" }, table));
 }
 function choose(cell) {
-  const modules = cell.rows.map((row) => row.module);
-  // A second choice of a cell of several modules goes to the next of them.
-  state.module = modules[(modules.indexOf(state.module) + 1) % modules.length];
+  state.module = cell.rows[0].module;
+  state.beside = cell.rows.map((row) => row.module);
   show();
 }
 function moveFocus(event) {
@@ -119,7 +138,7 @@ function moveFocus(event) {
 }
 function tip(event) {
   const cell = event.target.closest?.(".cell");
-  $("tip").hidden = !cell || event.type === "mouseout" || event.type === "focusout";
+  $("tip").hidden = !cell || ["mouseout", "focusout"].includes(event.type);
   if ($("tip").hidden) return;
   $("tip").textContent = cell.rows.slice(0, 4).map((row) => [
     row.module, `${row.m} × ${row.n}, r = ${row.r}`, ...measures.map(({ key, label }) => `${label}: ${shown(row[key], key)}`),
@@ -137,7 +156,14 @@ function showModule() {
     ...(runs.length > 1 ? [make("span", {}, run.name)] : []),
     make("span", {}, `${found[i].m} × ${found[i].n}, r = ${found[i].r}`),
     ...measures.map(({ key, label }) => make("span", {}, `${label} `, make("b", { "data-key": key }, shown(found[i][key], key)))))] : []);
-  $("module-name").replaceChildren(make("h3", {}, state.module ?? ""), ...lines);
+  const name = make("h3", {}, state.module ?? "");
+  if (state.beside.length > 1 && state.beside.includes(state.module)) {
+    // Experts share a cell.
+    const others = make("select", { "aria-label": "Module of the cell" }, ...state.beside.map((module) => make("option", module === state.module ? { selected: "" } : {}, module)));
+    others.addEventListener("change", () => { state.module = others.value; show(); });
+    name.replaceChildren(others);
+  }
+  $("module-name").replaceChildren(name, ...lines);
   const curve = [], entries = [], bend = [], spectrum = [];
   runs.forEach((run) => {
     const phi = run.curves[state.module];
@@ -164,17 +190,17 @@ function showModule() {
 function showKinds() {
   const key = state.measure;
   const modules = runs.flatMap((run, i) => rowsAt(run).filter((row) => row[key] !== null).map((row, j) => ({
-    run: run.name, kind: row.kind, module: row.module, value: row[key],
+    run: run.name, kind: row.kind, module: row.module, value: scaled(row[key], key),
     centre: (i + 0.5) / runs.length, place: (i + 0.2 + 0.6 * ((j * 0.618034) % 1)) / runs.length,
   })));
   const history = runs.flatMap((run) => run.history.flatMap(({ step, values }) => {
-    const column = measures.indexOf(measureOf(key));
-    const of = (test) => run.modules.flatMap((row, i) => (test(row) && values[i][column] !== null ? [values[i][column]] : []));
+    const column = recorded.indexOf(key);
+    const of = (test) => run.modules.flatMap((row, i) => (test(row) && values[i][column] !== null ? [scaled(values[i][column], key)] : []));
     const series = [...new Set(run.modules.map((row) => row.kind))].map((kind) => [kind, (row) => row.kind === kind]);
     if (state.module) series.push(["chosen module", (row) => row.module === state.module]);
     return series.map(([name, test]) => ({ run: run.name, series: name, step, value: mean(of(test)) })).filter((point) => point.value !== null);
   }));
-  return Promise.all([fill("kinds", { modules }), fill("history", { history, now: [{ step: steps[state.step] }] })]);
+  return Promise.all([fill("kinds", { modules }), fill("history", { history, now: [{ step: steps[Math.min(state.step, steps.length - 1)] }] })]);
 }
 
 function showTraining() {
@@ -214,8 +240,11 @@ function save(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 const quoted = (value) => (value === null ? "" : /[",\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
-const asCsv = () => [columns.map(([key]) => key), ...tableRows().map((row) => columns.map(([key]) => quoted(row[key])))].map((cells) => cells.join(",")).join("\n") + "\n";
-const asJson = () => JSON.stringify(tableRows().map((row) => Object.fromEntries(columns.map(([key]) => [key, row[key]]))), null, 1);
+// As `lrlora ranks --csv` writes them: shares as shares, not in percent.
+const saved = ["run", "at", "module", "layer", "type", "kind", "m", "n", "r", ...recorded];
+const savedRows = () => tableRows().map((row) => ({ ...row, at: placeInTime() }));
+const asCsv = () => [saved, ...savedRows().map((row) => saved.map((key) => quoted(row[key])))].map((cells) => cells.join(",")).join("\n") + "\n";
+const asJson = () => JSON.stringify(savedRows().map((row) => Object.fromEntries(saved.map((key) => [key, row[key]]))), null, 1);
 
 function showSettings() {
   runs.forEach((run) => Object.entries(run.settings).forEach(([name, content]) => {
@@ -230,7 +259,7 @@ function embed(chart, datasets) {
   const style = getComputedStyle(document.body);
   const text = style.color, line = style.getPropertyValue("--line");
   const config = {
-    background: "transparent", font: "system-ui, sans-serif", view: { stroke: line },
+    background: style.backgroundColor, font: "system-ui, sans-serif", view: { stroke: line },
     axis: { labelColor: text, titleColor: text, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: "normal" },
     legend: { labelColor: text, titleColor: text },
   };
@@ -262,7 +291,9 @@ function show() {
   const { label, about } = measureOf(state.measure);
   $("about").textContent = `${label}: ${about}.`;
   document.querySelectorAll(".measure-name").forEach((element) => { element.textContent = label; });
-  $("step-shown").textContent = steps.length ? (atEnd() ? `${steps[steps.length - 1]} (end)` : steps[state.step]) : "";
+  $("step-shown").textContent = placeInTime();
+  $("step").setAttribute("aria-valuetext", placeInTime());
+  $("tip").hidden = true;
   showMaps();
   showTable();
   return Promise.all([showModule(), showKinds()]);
@@ -273,7 +304,7 @@ async function start() {
   const strongest = runs[0].modules.reduce((best, row) => (best && best.energy99_rank >= row.energy99_rank ? best : row), null);
   state.module = strongest?.module ?? null;
   $("time").hidden = steps.length < 2;
-  $("step").max = Math.max(steps.length - 1, 0);
+  $("step").max = steps.length;
   $("step").value = state.step;
   const curves = [...new Set(runs.flatMap((run) => run.log.map((point) => point.which)))].filter((which) => which !== "eval_loss" || !runs.some((run) => run.log.some((point) => point.which === "loss")));
   for (const which of curves) $("curve").append(make("option", { value: which }, which === "loss" ? "loss, training and validation" : which));
@@ -285,6 +316,7 @@ async function start() {
   $("curve").addEventListener("change", showTraining);
   $("maps").addEventListener("click", (event) => { const cell = event.target.closest(".cell"); if (cell) choose(cell); });
   $("maps").addEventListener("keydown", moveFocus);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") $("tip").hidden = true; });
   for (const type of ["mouseover", "mouseout", "focusin", "focusout"]) $("maps").addEventListener(type, tip);
   $("table").addEventListener("click", ({ target }) => {
     const sort = target.closest("[data-sort]")?.dataset.sort;
@@ -294,7 +326,12 @@ async function start() {
       document.querySelector(`[data-sort="${sort}"]`).focus();
     }
     const open = target.closest("[data-open]")?.dataset.open;
-    if (open) { state.module = open; show(); $("module").scrollIntoView({ block: "start" }); }
+    if (open) {
+      [state.module, state.beside] = [open, []];
+      show();
+      $("module-title").focus({ preventScroll: true });
+      $("module-title").scrollIntoView({ block: "start" });
+    }
   });
   $("csv").addEventListener("click", () => save("ranks.csv", "text/csv", asCsv()));
   $("json").addEventListener("click", () => save("ranks.json", "application/json", asJson()));

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import vl_convert
 from matplotlib import colormaps
 
+from ..files import write_whole
 from ..rank import RankReport
 from .charts import CHARTS, COLOURS, specification
+from .figure import LABELS
 
 # Key of a row → label, digits after the point, what it is.
 MEASURES = {
-    "stable_rank": ("stable rank", 1, "‖ΔW‖² / σ₁²: how many directions as strong as the strongest"),
-    "effective_rank": ("effective rank", 1, "exp of the entropy of the singular values"),
-    "energy90_rank": ("energy-90 rank", 0, "how many directions hold 90 % of ‖ΔW‖²"),
-    "energy99_rank": ("energy-99 rank", 0, "how many directions hold 99 % of ‖ΔW‖²"),
+    "stable_rank": (LABELS["stable_rank"], 1, "‖ΔW‖² / σ₁²: how many directions as strong as the strongest"),
+    "effective_rank": (LABELS["effective_rank"], 1, "exp of the entropy of the singular values"),
+    "energy90_rank": (LABELS["energy90_rank"], 0, "how many directions hold 90 % of ‖ΔW‖²"),
+    "energy99_rank": (LABELS["energy99_rank"], 0, "how many directions hold 99 % of ‖ΔW‖²"),
     "relative_norm": ("size of the update, %", 2, "‖ΔW‖ in % of ‖W₀‖"),
     "curvature": ("curvature of φ", 3, "share of φ that no straight line explains"),
     "active_factors": ("open factors", 0, "factors that no gate has closed"),
 }
 _IN_PERCENT = ("relative_norm",)
+# Records over training, and points of a curve, that a page shows at most: more cannot be told apart, but weigh.
+MOST_RECORDS, MOST_POINTS = 60, 400
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -59,11 +65,15 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
     Needs `pip install lrlora[plots]`.
 
     Raises:
-        ValueError: there is no run, or two have the same name.
+        ValueError: there is no run, or more than there are colours; two have the same name; or one has no modules.
 
     """
     if not runs:
         raise ValueError("runs is empty: there is nothing to show.")
+    if len(runs) > len(COLOURS):
+        raise ValueError(f"A page tells {len(COLOURS)} runs apart at most, and was given {len(runs)}.")
+    if empty := [run.name for run in runs if not run.report.rows]:
+        raise ValueError(f"There is nothing to show of {', '.join(empty)}: the report has no modules.")
     if len({run.name for run in runs}) < len(runs):
         raise ValueError(f"Every run needs a name of its own; they are {', '.join(run.name for run in runs)}.")
     folder = Path(__file__).parent
@@ -77,57 +87,85 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
     }
     template = (folder / "page.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    write_whole(path, page)
 
 
 def _in_script(content: Any) -> str:
     """JSON that no text in it can end the script element of."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
-    rows = [asdict(row) for run in runs for row in run.report.rows]
+    rows = [asdict(row) for run in runs for report in _all_reports(run) for row in report.rows]
     keys = [key for key in MEASURES if any(_is_told(row, key) for row in rows)]
-    measures = [{"key": key, **dict(zip(("label", "digits", "about"), MEASURES[key], strict=True))} for key in keys]
+    measures = [
+        {"key": key, **dict(zip(("label", "digits", "about"), MEASURES[key], strict=True))}
+        | {"factor": 100 if key in _IN_PERCENT else 1}
+        for key in keys
+    ]
     shades = (255 * colormaps["cividis"](np.linspace(0, 1, 17))[:, :3]).round().astype(int).tolist()
     return {"measures": measures, "runs": [_run(run, keys) for run in runs], "colours": COLOURS, "shades": shades}
 
 
+def _all_reports(run: Run) -> list[RankReport]:
+    return [run.report, *(report for _, report in run.history)]
+
+
 def _run(run: Run, keys: list[str]) -> dict[str, Any]:
+    told = [*keys, "phi_zero"]  # in the order of the values of a record
+    modules = [row.module for row in run.report.rows]
     return {
         "name": run.name,
         "facts": run.facts,
         "settings": run.settings,
-        "modules": _rows(run.report, [*keys, "phi_zero"]),
+        "modules": _rows(run.report, told),
         "curves": {
             module: {"z": [curve.z[0], curve.z[-1]], "phi": curve.phi, "start": curve.start, "entries": curve.entries}
             for module, curve in run.report.curves.items()
         },
         "spectra": {module: spectrum._asdict() for module, spectrum in run.report.spectra.items()},
         "history": [
-            {"step": step, "values": _in_order(report, keys, [row.module for row in run.report.rows])}
-            for step, report in run.history
+            {"step": step, "values": _in_order(report, told, modules)}
+            for step, report in _thinned(run.history, MOST_RECORDS)
         ],
         "log": [
-            {"step": entry["step"], "which": name, "value": value}
-            for entry in run.log
-            if "step" in entry
-            for name, value in entry.items()
-            if name in ("loss", "learning_rate", "grad_norm") or name.startswith("eval_")
-            if isinstance(value, (int, float)) and not name.endswith(("_runtime", "_per_second"))
+            {"step": step, "which": name, "value": value}
+            for name, points in _curves(run.log).items()
+            for step, value in _thinned(points, MOST_POINTS)
         ],
     }
+
+
+def _curves(log: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
+    """Name → (step, value) of what training logged, without what is no number: losses and gradients may overflow."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in log:
+        for name, value in entry.items():
+            is_curve = name in ("loss", "learning_rate", "grad_norm") or name.startswith("eval_")
+            if "step" not in entry or not is_curve or name.endswith(("_runtime", "_per_second")):
+                continue
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                curves.setdefault(name, []).append((int(entry["step"]), value))
+    return curves
+
+
+def _thinned(points: Sequence[_T], most: int) -> list[_T]:
+    """So many of the points at most, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[i] for i in np.linspace(0, len(points) - 1, most).round().astype(int)]
 
 
 def _rows(report: RankReport, keys: list[str]) -> list[dict[str, Any]]:
     fixed = ("module", "layer", "type", "kind", "m", "n", "r")
     return [
-        {name: row[name] for name in fixed} | {key: _value(row, key) for key in keys}
+        {name: row[name] for name in fixed} | {key: _short(row[key]) for key in keys}
         for row in map(asdict, report.rows)
     ]
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _in_order(report: RankReport, keys: list[str], modules: list[str]) -> list[list[float | None]]:
@@ -139,8 +177,3 @@ def _in_order(report: RankReport, keys: list[str], modules: list[str]) -> list[l
 def _is_told(row: dict[str, Any], key: str) -> bool:
     """Whether a value says something: that all factors are open says nothing."""
     return row[key] is not None and not (key == "active_factors" and row[key] == row["r"])
-
-
-def _value(row: dict[str, Any], key: str) -> float | None:
-    value: float | None = row[key]
-    return None if value is None else float(f"{100 * value if key in _IN_PERCENT else value:.6g}")

@@ -25,8 +25,10 @@ def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        name = re.sub(r"\W+", "-", run.name).strip("-")
+    names = [re.sub(r"\W+", "-", run.name).strip("-") for run in runs]
+    for i, (run, name) in enumerate(zip(runs, names, strict=True), start=1):
+        if names.count(name) > 1:
+            name = f"{i}-{name}"
         for measure in ("stable_rank", "energy99_rank"):
             for suffix in FORMATS:
                 path = target / f"{name}-{measure.replace('_', '-')}.{suffix}"
@@ -67,15 +69,19 @@ def _history(runs: Sequence[Run]) -> Figure:
     for measure, axes in zip(MEASURES, figure.subplots(1, len(MEASURES)), strict=True):
         for i, run in enumerate(runs):
             for kind, line in zip(kinds, _LINES, strict=False):
-                means = [(step, _mean(report, kind, measure)) for step, report in run.history]
-                label = kind if len(runs) == 1 else f"{run.name}, {kind}"
-                axes.plot(*zip(*means, strict=True), line, color=COLOURS[i % len(COLOURS)], label=label)
+                means = [
+                    (step, mean) for step, report in run.history if (mean := _mean(report, kind, measure)) is not None
+                ]
+                if means:
+                    label = kind if len(runs) == 1 else f"{run.name}, {kind}"
+                    steps, values = zip(*means, strict=True)
+                    axes.plot(steps, values, linestyle=line, color=COLOURS[i % len(COLOURS)], label=label)
         axes.set_title(LABELS[measure], fontsize="medium")
         axes.set_xlabel("step")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def _mean(report: RankReport, kind: str, measure: str) -> float:
+def _mean(report: RankReport, kind: str, measure: str) -> float | None:
     ranks = [getattr(row, measure) for row in report.rows if row.kind == kind]
-    return sum(ranks) / len(ranks)
+    return sum(ranks) / len(ranks) if ranks else None

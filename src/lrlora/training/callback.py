@@ -19,7 +19,7 @@ HISTORY_FILE = "rank_history.jsonl"
 
 
 class RankCallback(TrainerCallback):
-    """Records the learned ranks at the start, every `every` steps and at the end of training.
+    """Records the learned ranks at the start, every `every` steps and at the last step of training.
 
     Each record is kept in `history`, appended to `rank_history.jsonl` in the output folder, and handed as scalars
     named `rank/…` to the Trainer's log history and to every logger in `report_to`. A resumed run continues the file.
@@ -62,23 +62,33 @@ class RankCallback(TrainerCallback):
         self._record(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and state.global_step % self.every == 0:
+        # The last step is recorded here: at the end of training the best checkpoint may be back in the model, and
+        # MLflow's run closed.
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if state.is_world_process_zero and (state.global_step % self.every == 0 or is_last):
             self._record(args, state, control, **kwargs)
+            if is_last:
+                self._log_picture()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
             return
-        if not self.history or self.history[-1][0] != state.global_step:
+        is_recorded = bool(self.history) and self.history[-1][0] == state.global_step
+        if not is_recorded and not args.load_best_model_at_end:
             self._record(args, state, control, **kwargs)
         for logger in self._loggers:
-            if self.history and find_spec("matplotlib"):
-                try:
-                    _log_picture(logger, *self.history[-1])
-                except Exception as error:  # whatever a logger may say of a picture, the run is trained
-                    warnings.warn(f"The picture of the ranks was not logged: {error}", stacklevel=2)
             logger.on_train_end(args, state, control, **kwargs)
+
+    def _log_picture(self) -> None:
+        if not self.history or not find_spec("matplotlib"):
+            return
+        for logger in self._loggers:
+            try:
+                _log_picture(logger, *self.history[-1])
+            except Exception as error:  # whatever a logger may say of a picture, training goes on
+                warnings.warn(f"The picture of the ranks was not logged: {error}", stacklevel=2)
 
     def _record(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any

@@ -24,12 +24,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..files import write_json
 from ..rank import RankReport, rank_report
 from ..tuner import LrLoraConfig
 from .callback import RankCallback
 from .config import LOG_FILE, METRICS_FILE, REPORT_FILE
 from .inputs import MINILM, fetch
-from .runs import complete_card
+from .runs import write_card
 from .tasks import MOVIE_REVIEW_TASK, tokenize
 
 METHODS = {"lr-lora": LrLoraConfig, "lora": LoraConfig}
@@ -180,10 +181,10 @@ def _train(
     report.to_csv(folder / "ranks.csv")
     for leftover in folder.glob("checkpoint-*"):
         shutil.rmtree(leftover)
-    (folder / LOG_FILE).write_text(json.dumps(trainer.state.log_history))
-    (folder / METRICS_FILE).write_text(json.dumps({"accuracy": accuracy}))
-    complete_card(folder)
-    finished.write_text(json.dumps(asdict(result)))
+    write_json(folder / LOG_FILE, trainer.state.log_history)
+    write_json(folder / METRICS_FILE, {"accuracy": accuracy})
+    write_card(folder)
+    write_json(finished, asdict(result))
     return result
 
 

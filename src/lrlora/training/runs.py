@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..files import write_whole
 from ..rank import RankReport, rank_report
-from ..report.card import card_section
+from ..report.card import model_card
 from ..report.figure import save_rank_figure
 from ..report.page import Run
 from ..tuner.skeleton import load_on_skeleton
@@ -44,40 +47,48 @@ def load_runs(sources: Iterable[str | os.PathLike[str]]) -> list[Run]:
             found = {source: folder.resolve().name if folder.is_dir() else source}
         else:
             found = {str(folder / method): f"{folder.resolve().name}: {method}" for method in methods}
-        if twice := names.keys() & found.keys():
+        if twice := {path for path in found if _same(path) in map(_same, names)}:
             raise ValueError(f"{', '.join(sorted(twice))} is given twice. Give every run once.")
         names |= found
     is_clear = len(set(names.values())) == len(names)
     return [_load(source, name if is_clear else source) for source, name in names.items()]
 
 
-def complete_card(folder: Path) -> None:
-    """Add what was trained, and with what result, to the model card of a finished run, with a picture of its ranks."""
-    (run,) = load_runs([folder])
+def _same(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
+    """Replace the text of a saved adapter's model card by what is known of the run, and draw its ranks.
+
+    Args:
+        folder: of the run, with the adapter and PEFT's card, whose header stays.
+        metrics: of the run, if they are not there as a file yet.
+
+    """
+    run = _load(str(folder), folder.resolve().name, metrics)
     save_rank_figure(run.report, folder / PICTURE_FILE, title=f"Learned ranks, {run.name}")
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8").rstrip()
-    partial = card.with_name(f"{card.name}.partial")
-    partial.write_text(f"{text}\n\n{card_section(run, PICTURE_FILE)}", encoding="utf-8")
-    partial.replace(card)
+    header = re.match(r"---\n.*?\n---\n", card.read_text(encoding="utf-8"), re.DOTALL)
+    write_whole(card, (header[0] if header else "") + model_card(run, PICTURE_FILE))
 
 
-def _load(source: str, name: str) -> Run:
+def _load(source: str, name: str, metrics: dict[str, float] | None = None) -> Run:
     folder = Path(source)
     checkpoint = get_last_checkpoint(source) if folder.is_dir() else None
-    is_saved = (folder / _ADAPTER_CONFIG).exists()
-    adapter = source if is_saved or checkpoint is None else checkpoint
+    adapter = _adapter_of(folder, checkpoint)
     if (folder / REPORT_FILE).exists():
         report = RankReport.from_json(folder / REPORT_FILE)
     else:
         report = rank_report(load_on_skeleton(adapter), progressbar=True)
     state = _read(Path(checkpoint or folder) / _TRAINER_STATE)
     log = _read(folder / LOG_FILE) or state.get("log_history", [])
-    adapter_config, run = _read(Path(adapter) / _ADAPTER_CONFIG), _read(folder / RUN_FILE)
+    adapter_config = json.loads(json.dumps(PeftConfig.from_pretrained(adapter).to_dict(), default=_plain))
+    run = _read(folder / RUN_FILE)
     result = Run(name, report, history=read_history(folder / HISTORY_FILE), log=log)
     config = run.get("config", {})
-    result.facts = {"method": _METHODS.get(adapter_config.get("peft_type", ""), "")} | {
-        label: str(value).replace(str(Path.home()), "~")
+    result.facts = {"method": _METHODS[adapter_config["peft_type"]]} | {
+        label: _without_home(str(value))
         for label, value in (
             ("base model", config.get("model") or adapter_config.get("base_model_name_or_path")),
             ("data", config.get("data")),
@@ -88,9 +99,11 @@ def _load(source: str, name: str) -> Run:
         )
         if value is not None
     }
+    # What `lrlora train` measures has chosen the checkpoint; the demo's test has chosen nothing.
+    where = "validation, best checkpoint" if run else "held out"
     result.facts |= {
-        f"{label.removeprefix('eval_')}, held out": f"{value:.4g}"
-        for label, value in _read(folder / METRICS_FILE).items()
+        f"{label}, {where}": f"{value:.4g}"
+        for label, value in (metrics or _read(folder / METRICS_FILE)).items()
         if label != "epoch"
     }
     settings = {"adapter": adapter_config, "training": run.get("config"), "versions": run.get("versions")}
@@ -99,6 +112,27 @@ def _load(source: str, name: str) -> Run:
 
 
 _METHODS = {"LRLORA": "LR-LoRA", "LORA": "LoRA"}
+
+
+def _adapter_of(folder: Path, checkpoint: str | None) -> str:
+    """Where the adapter of a run is: in its folder, else its last checkpoint, else in the only subfolder with one."""
+    if (folder / _ADAPTER_CONFIG).exists() or not folder.is_dir():
+        return str(folder)
+    if checkpoint is not None:
+        return checkpoint
+    below = sorted(path.parent for path in folder.glob(f"*/{_ADAPTER_CONFIG}"))
+    if len(below) > 1:
+        raise ValueError(f"{folder} holds several adapters: {', '.join(map(str, below))}. Give one of them.")
+    return str(below[0]) if below else str(folder)
+
+
+def _without_home(value: str) -> str:
+    home = f"{Path.home()}/"
+    return f"~/{value.removeprefix(home)}" if len(home) > 2 and value.startswith(home) else value
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _read(path: Path) -> Any:

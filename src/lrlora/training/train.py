@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from .. import __version__
+from ..files import write_json
 from ..rank import RankReport, rank_report
 from .callback import RankCallback
 from .config import LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, TrainConfig, read_run
@@ -44,7 +44,7 @@ from .models import (
     training_arguments,
 )
 from .progress import Announce, Progress, StopOnSignal
-from .runs import complete_card
+from .runs import write_card
 
 _RANKED = ("lr-lora", "lora")
 
@@ -188,10 +188,10 @@ def _finish(
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     write_json(output / LOG_FILE, trainer.state.log_history)
+    if config.method in _RANKED:
+        write_card(output, metrics)
     # Last: a run with metrics is a finished one.
     write_json(output / METRICS_FILE, metrics)
-    if config.method in _RANKED:
-        complete_card(output)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
     return TrainResult(output, metrics, trainer.state.log_history, model)
@@ -239,13 +239,6 @@ def _record_of(config: TrainConfig, data: TaskData, max_length: int) -> dict[str
         "max_length": max_length,
         "versions": versions | {module.__name__: module.__version__ for module in modules},
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all, whoever else writes it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(path)
 
 
 def _memory(model: nn.Module, batch: int, length: int) -> str:

@@ -20,7 +20,7 @@ _REMEDIES = {
     "lora_bias": "remove it, or train the layers' own biases with `bias='lora_only'`",
 }
 
-_CARD_SECTION = """## Loading this LR-LoRA adapter
+CARD_SECTION = """## Loading this LR-LoRA adapter
 
 The method is not part of PEFT: `pip install lrlora`, and `import lrlora` before loading. Without the import, PEFT stops
 with `KeyError: 'LRLORA'`.
@@ -168,8 +168,8 @@ class LrLoraConfig(PeftConfig):
         """Write `adapter_config.json`, and into the model card that PEFT put beside it how to load the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
-        if card.exists() and _CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
-            card.write_text(text.rstrip() + "\n\n" + _CARD_SECTION, encoding="utf-8")
+        if card.exists() and CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(text.rstrip() + "\n\n" + CARD_SECTION, encoding="utf-8")
 
     @property
     def transfer_spec(self) -> TransferSpec:
