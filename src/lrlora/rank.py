@@ -19,6 +19,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -221,6 +223,8 @@ class RankReport:
 def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bool = False) -> RankReport:
     """Measure the update of every module that LR-LoRA or plain LoRA adapts in a PEFT model.
 
+    Of a model that FSDP2 has sharded, one wrapped module at a time is gathered: all processes have to call it together.
+
     Args:
         model: a PEFT model, not merged.
         adapter: name of the adapter; default: the active one.
@@ -245,14 +249,38 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
     if any(layer.merged for _, layer, _ in measured):
         raise ValueError("The adapter is merged, and rank_report needs the base weights: call unmerge_adapter() first.")
     report = RankReport([])
+    owners = shard_owners(model)
     for path, layer, name in tqdm(measured, desc="Measuring ranks", disable=not progressbar):
-        for row, curve, values in _measure(path, layer, name):
+        with _gathered(owners.get(layer)):
+            parts = list(_measure(path, layer, name))
+        for row, curve, values in parts:
             report.rows.append(row)
             if curve is not None:
                 report.curves[row.module] = curve
             if values.number:
                 report.spectra[row.module] = values
     return report
+
+
+def shard_owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:
+    """Module → the innermost module that FSDP2 (`fully_shard`) has wrapped around it, where there is one."""
+    owners: dict[nn.Module, FSDPModule] = {}
+    for outer in model.modules():  # from outside to inside
+        if isinstance(outer, FSDPModule):
+            owners |= dict.fromkeys(outer.modules(), outer)
+    return owners
+
+
+@contextmanager
+def _gathered(owner: FSDPModule | None) -> Iterator[None]:
+    """For a while, the whole of the parameters that FSDP2 has sharded over processes; of one wrapped module only."""
+    if owner is not None:
+        owner.unshard()
+    try:
+        yield
+    finally:
+        if owner is not None:
+            owner.reshard()
 
 
 @torch.no_grad()

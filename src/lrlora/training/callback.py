@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from ..rank import RankReport, RankRow, rank_report
+from ..rank import RankReport, RankRow, rank_report, shard_owners
 
 HISTORY_FILE = "rank_history.jsonl"
 
@@ -50,6 +50,7 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero:
+            self._record(args, state, control, **kwargs)
             return
         # A callback cannot reach the Trainer's own loggers. A second instance of each writes to the same run.
         self._loggers = [logger() for logger in get_reporting_integration_callbacks(args.report_to)]
@@ -65,7 +66,7 @@ class RankCallback(TrainerCallback):
         # The last step is recorded here: at the end of training the best checkpoint may be back in the model, and
         # MLflow's run closed.
         is_last = state.global_step >= state.max_steps or control.should_training_stop
-        if state.is_world_process_zero and (state.global_step % self.every == 0 or is_last):
+        if state.global_step % self.every == 0 or is_last:
             self._record(args, state, control, **kwargs)
             if is_last:
                 self._log_picture()
@@ -73,8 +74,6 @@ class RankCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
         is_recorded = bool(self.history) and self.history[-1][0] == state.global_step
         if not is_recorded and not args.load_best_model_at_end:
             self._record(args, state, control, **kwargs)
@@ -93,6 +92,9 @@ class RankCallback(TrainerCallback):
     def _record(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
+        # Processes that hold parts of the model have to measure together; else the first does it alone.
+        if not state.is_world_process_zero and not shard_owners(model):
+            return
         try:
             report = rank_report(model, self.adapter)
         except ValueError as error:
@@ -102,6 +104,8 @@ class RankCallback(TrainerCallback):
             warnings.warn(f"Ranks at step {state.global_step} are not recorded: {error}", stacklevel=2)
             return
         self.history.append((state.global_step, report))
+        if not state.is_world_process_zero:
+            return
         with _history_path(args).open("a", encoding="utf-8") as file:
             file.write(_to_line(self.history[-1]))
         scalars = report.summary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,10 @@ def training_arguments(config: TrainConfig, examples: int, max_length: int) -> T
             raise ValueError(f"training: {name} must be a number, and is {value!r}.")
     batch, accumulation, steps, epochs = counts.values()
     if steps < 0:
-        # The Trainer spreads one process over all GPUs that it sees.
-        batches = math.ceil(examples / (batch * max(1, torch.cuda.device_count())))
+        # Of several processes each has a GPU; a single one is spread by the Trainer over all that it sees.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        devices = processes if processes > 1 else max(1, torch.cuda.device_count())
+        batches = math.ceil(examples / (batch * devices))
         steps = math.ceil(batches / accumulation) * epochs
     kind = "full" if config.method == "full" else "adapter"
     interval = max(1, round(steps / 10))
@@ -193,6 +196,10 @@ def training_arguments(config: TrainConfig, examples: int, max_length: int) -> T
     }
     if config.task == "causal-lm":
         defaults |= {"max_length": max_length, "bf16": False}
+    else:
+        # The Trainer multiplies the loss by the number of processes, for models that divide it by the tokens of all of
+        # them; a head's loss is a mean.
+        defaults["average_tokens_across_devices"] = False
     try:
         return cls(**{**defaults, **given})
     except (TypeError, ValueError) as error:

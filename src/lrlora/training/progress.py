@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -41,6 +42,11 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            # All processes end after the same step, or those that go on would wait for the others for ever.
+            name = torch.tensor(signal.Signals[self.signal] if self.signal else 0, device=args.device)
+            torch.distributed.all_reduce(name, torch.distributed.ReduceOp.MAX)
+            self.signal = signal.Signals(int(name)).name if name else None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
@@ -55,7 +61,13 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step")
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="Training",
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
         self.first, self.start = state.global_step, time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
@@ -109,7 +110,9 @@ def train(
     too_long = sum(count > max_length for count in counts)
 
     arguments = training_arguments(config, len(data.splits["train"]), max_length)
-    steps = arguments.max_steps
+    steps, is_main = arguments.max_steps, arguments.process_index == 0
+    if not is_main:
+        announce = _say_nothing
     adapter = adapter_config(config.method, form, steps, config.adapter)
     set_seed(config.seed)
     model = load_model(source, config, data.labels, tokenizer)
@@ -133,11 +136,14 @@ def train(
         start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate)
-    # Only now, when all is known to work, is anything on disk touched.
-    if overwrite and output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / RUN_FILE, _record_of(config, data, max_length))
+    # Only now, when all is known to work in every process, is anything on disk touched.
+    _wait_for_all(arguments)
+    if is_main:
+        if overwrite and output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / RUN_FILE, _record_of(config, data, max_length))
+    _wait_for_all(arguments)
     last = get_last_checkpoint(str(output)) if resume else None
     if last:
         announce(f"Resuming from step {last.rpartition('-')[2]}.")
@@ -152,6 +158,15 @@ def train(
     return _finish(trainer, config, tokenizer, output, metrics)
 
 
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _wait_for_all(arguments: TrainingArguments) -> None:
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
+
+
 def resume_hint(output: Path) -> str:
     """How to go on with the run in a folder."""
     return f"Go on with: lrlora train --resume {output}"
@@ -163,7 +178,7 @@ def _plan(
     """What is about to happen, in three lines."""
     batch = arguments.per_device_train_batch_size
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    examples = batch * arguments.gradient_accumulation_steps
+    examples = batch * arguments.gradient_accumulation_steps * arguments.world_size
     schedule = SchedulerType(arguments.lr_scheduler_type).value
     return [
         f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
@@ -179,8 +194,12 @@ def _finish(
     trainer: Trainer, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, output: Path, metrics: dict[str, float]
 ) -> TrainResult:
     model: Any = trainer.model
+    result = TrainResult(output, metrics, trainer.state.log_history, model)
     if config.method == "adalora":
         set_rank_pattern(model)
+    if not trainer.is_world_process_zero():
+        _wait_for_all(trainer.args)
+        return result
     if config.method in _RANKED:
         rank_report(model).to_json(output / REPORT_FILE)  # which tells of closed factors too
     if config.method == "lr-lora":
@@ -194,7 +213,8 @@ def _finish(
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    return TrainResult(output, metrics, trainer.state.log_history, model)
+    _wait_for_all(trainer.args)
+    return result
 
 
 def rank_report_of(output: Path) -> RankReport | None:

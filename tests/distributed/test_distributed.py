@@ -1,0 +1,78 @@
+"""Several processes on a CPU: DDP, FSDP2, and `lrlora train`, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import BertConfig, BertModel
+
+from lrlora import RankReport, rank_report
+
+from ..conftest import TinyModel
+from ..training.small import SIZES, reviews, tokenizer
+from .train_sharded import train
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(processes: int, *command: object) -> str:
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+            *map(str, command),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_several_processes_do_what_one_does(family: str, way: str, processes: int, tmp_path: Path) -> None:
+    torchrun(processes, ROOT / "tests" / "distributed" / "train_sharded.py", family, way, tmp_path)
+    alone, losses = train(family, None)
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-5)
+    # The adapter that was saved there loads here, and is the one that one process learns.
+    tiny = TinyModel(family)
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path)
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(alone.eval()), rtol=0, atol=1e-4)
+    # Its ranks were measured while it was sharded.
+    measured = {row.module: row.stable_rank for row in RankReport.from_json(tmp_path / "ranks.json").rows}
+    assert {row.module: row.stable_rank for row in rank_report(loaded).rows} == pytest.approx(measured, rel=1e-3)
+    assert max(row.relative_norm or 0 for row in RankReport.from_json(tmp_path / "ranks.json").rows) > 0
+
+
+def test_lrlora_train_in_two_processes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertModel(BertConfig(**SIZES, **dropouts, vocab_size=64, max_position_embeddings=48)).save_pretrained(
+        tmp_path / "m"
+    )
+    tokenizer().save_pretrained(tmp_path / "m")
+    reviews().rename(columns={"review": "text", "verdict": "label"}).to_csv(tmp_path / "reviews.csv", index=False)
+    command = ["-m", "lrlora", "train", "--model", tmp_path / "m", "--data", tmp_path / "reviews.csv"]
+    command += ["--task", "classify", "--epochs", 1, "--learning-rate", 1e-3, "--training", "logging_steps=1"]
+    torchrun(1, *command, "--batch-size", 8, "--output", tmp_path / "one")
+    said = torchrun(2, *command, "--batch-size", 4, "--output", tmp_path / "two")
+    assert said.count("Plan:") == 1
+    assert "18 steps of 8 examples" in said
+    logs = [json.loads((tmp_path / name / "log_history.json").read_text()) for name in ("one", "two")]
+    one, two = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
+    assert len(one) == 18
+    assert two == pytest.approx(one, abs=1e-4)
+    assert (tmp_path / "two" / "metrics.json").exists()
+    assert (tmp_path / "two" / "ranks.json").exists()
+    assert list((tmp_path / "two").glob("checkpoint-*")) == []

@@ -1,0 +1,83 @@
+"""One of several processes that train a tiny model together: train_sharded.py FAMILY WAY FOLDER; started by torchrun.
+
+WAY is ddp or fsdp. Writes losses, ranks and the adapter to FOLDER, from the first process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lrlora import LrLoraConfig, rank_report
+from tests.conftest import TinyModel
+
+STEPS, BATCH, RATE = 20, 4, 1e-3
+
+
+def train(family: str, way: str | None, rank: int = 0, world: int = 1) -> tuple[Any, list[float]]:
+    """The PEFT model after `STEPS` steps on batches that all processes share, and the loss of every step."""
+    tiny = TinyModel(family)
+    model: Any = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules="all-linear"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # or every process would draw its own
+    model.train()
+    network: Any = model
+    if way == "ddp":
+        network = DistributedDataParallel(model)
+    elif way == "fsdp":
+        mesh = init_device_mesh("cpu", (world,))
+        inner = model.base_model.model
+        for layer in inner.model.layers if family == "llama" else inner.bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=RATE)
+    generator, losses = torch.Generator().manual_seed(1), []
+    for _ in range(STEPS):
+        tokens = torch.randint(3, 99, (BATCH, 7), generator=generator)
+        mine = tokens[rank * BATCH // world : (rank + 1) * BATCH // world]
+        labels = mine if family == "llama" else mine[:, 0] % 2
+        loss = network(input_ids=mine, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(mean)
+        losses.append(mean.item() / world)
+    return model, losses
+
+
+def main() -> None:
+    """Train, then gather and write."""
+    family, way, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, losses = train(family, way, rank, world)
+    phis = [p.detach() for name, p in model.named_parameters() if "lrlora_phi" in name]
+    whole = [phi.full_tensor() if way == "fsdp" else phi for phi in phis]
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, [phi.tolist() for phi in whole])
+    assert all(theirs == everyone[0] for theirs in everyone), "φ differs between processes"
+    report = rank_report(model)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
+        report.to_json(folder / "ranks.json")
+        (folder / "losses.json").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
