@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertModel,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -282,6 +284,29 @@ def test_eva_moves_rank_before_training(encoder: str, table: str, tmp_path: Path
     evaluated = run("evaluate", tmp_path / "out", "--data", table, "--json", tmp_path / "metrics.json")
     assert evaluated.exit_code == 0, evaluated.output
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] > 0.8
+
+
+def test_a_diverged_run_ends_and_says_where(encoder: str, table: str, tmp_path: Path) -> None:
+    model = BertModel.from_pretrained(encoder)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "broken")
+    result = train_reviews(str(tmp_path / "broken"), table, tmp_path / "out")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert (
+        "Error: Training has diverged: at step 1 the weight base_model.model.bert.encoder.layer.1.output.dense" in said
+    )
+
+    result = train_reviews(
+        *(encoder, table, tmp_path / "late", "--learning-rate", 1e30, "--training", "optim=sgd"),
+        *("--training", "save_steps=1", "--training", "eval_steps=1", "--training", "max_grad_norm=0"),
+    )
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert re.search(r"Error: Training has diverged: at step [2-9] (the weight|\d+ of \d+ gradients)", said)
+    assert list((tmp_path / "late").glob("checkpoint-*"))
 
 
 def test_adalora_keeps_a_best_checkpoint_from_before_its_ranks_were_cut(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -51,12 +52,45 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class StopOnNonFinite(TrainerCallback):
+    """Ends a run whose gradients are no longer finite before they reach the weights, and says where and when."""
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if args.fp16:
+            return  # its loss scaler meets infinite gradients now and then, and skips those steps
+        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
+        if norms.isfinite().all():
+            return
+        wrong = [name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm)]
+        what = f"{len(wrong)} of {len(named)} gradients hold NaN or infinite values, first that of {wrong[0]}"
+        # A weight that does spoils all gradients: it is what should be told.
+        broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+        if broken is not None:
+            what = f"the weight {broken} holds NaN or infinite values"
+        raise ValueError(
+            f"Training has diverged: at step {state.global_step + 1} {what}. Lower the learning rate, or look for extreme "
+            f"values in the data. Checkpoints in {args.output_dir} are kept."
+        )
+
+
 class Progress(TrainerCallback):
     """A bar with loss, metric and mean learned rank; a line for every evaluation; the time after the first steps."""
 
     def __init__(self, announce: Announce) -> None:
         self.announce = announce
         self.shown: dict[str, str] = {}
+
+    @contextmanager
+    def closed_at_the_end(self) -> Iterator[None]:
+        """However the block ends, the bar does not stay open over what is printed next."""
+        try:
+            yield
+        finally:
+            if hasattr(self, "bar"):
+                self.bar.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,8 +132,3 @@ class Progress(TrainerCallback):
     def _say(self, line: str) -> None:
         with self.bar.external_write_mode():
             self.announce(line)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.close()

@@ -44,7 +44,7 @@ from .models import (
     model_source,
     training_arguments,
 )
-from .progress import Announce, Progress, StopOnSignal
+from .progress import Announce, Progress, StopOnNonFinite, StopOnSignal
 from .runs import write_card
 
 _RANKED = ("lr-lora", "lora")
@@ -120,8 +120,8 @@ def train(
         model = get_peft_model(model, adapter)
     for line in _plan(config, data, model, arguments, max_length, too_long):
         announce(line)
-    stop = StopOnSignal()
-    callbacks: list[TrainerCallback] = [Progress(announce), stop]
+    stop, progress = StopOnSignal(), Progress(announce)
+    callbacks: list[TrainerCallback] = [progress, stop, StopOnNonFinite()]
     if config.method in _RANKED:
         callbacks.insert(0, RankCallback(every=config.rank_every))
     if config.method == "adalora":
@@ -147,7 +147,7 @@ def train(
     last = get_last_checkpoint(str(output)) if resume else None
     if last:
         announce(f"Resuming from step {last.rpartition('-')[2]}.")
-    with stop.listening():
+    with stop.listening(), progress.closed_at_the_end():
         trainer.train(resume_from_checkpoint=last)
     if stop.signal is not None and trainer.state.global_step < steps:
         raise Interrupted(
