@@ -71,8 +71,8 @@ class StopOnNonFinite(TrainerCallback):
         if broken is not None:
             what = f"the weight {broken} holds NaN or infinite values"
         raise ValueError(
-            f"Training has diverged: at step {state.global_step + 1} {what}. Lower the learning rate, or look for extreme "
-            f"values in the data. Checkpoints in {args.output_dir} are kept."
+            f"Training has diverged: at step {state.global_step + 1} {what}. Lower the learning rate, or look for "
+            f"extreme values in the data. Checkpoints in {args.output_dir} are kept."
         )
 
 
