@@ -36,7 +36,7 @@ def model_card(run: Run, picture: str) -> str:
         lines.append(f"| {LABELS[measure]} | " + " | ".join(cells) + " |")
     parts = [
         f"# {run.name}",
-        f"A {method} adapter, trained with lrlora.",
+        f"An adapter of the method {method}, trained with lrlora.",
         "\n".join(f"- {name}: {value}" for name, value in run.facts.items()),
         "## Ranks of ΔW",
         "\n".join(lines),
