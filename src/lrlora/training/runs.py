@@ -99,13 +99,11 @@ def _load(source: str, name: str, metrics: dict[str, float] | None = None) -> Ru
         )
         if value is not None
     }
-    # What `lrlora train` measures has chosen the checkpoint; the demo's test has chosen nothing.
-    where = "validation, best checkpoint" if run else "held out"
-    result.facts |= {
-        f"{label}, {where}": f"{value:.4g}"
-        for label, value in (metrics or _read(folder / METRICS_FILE)).items()
-        if label != "epoch"
-    }
+    measured = {name: value for name, value in (metrics or _read(folder / METRICS_FILE)).items() if name != "epoch"}
+    if measured:
+        # What `lrlora train` measures has chosen the checkpoint; the demo's test has chosen nothing.
+        where = "validation, best checkpoint" if run else "test"
+        result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     settings = {"adapter": adapter_config, "training": run.get("config"), "versions": run.get("versions")}
     result.settings = {label: content for label, content in settings.items() if content}
     return result
