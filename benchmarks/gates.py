@@ -20,6 +20,7 @@ from typing import Any
 DOCS = Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS))
 
+from matplotlib.figure import Figure  # noqa: E402
 from sections import table, with_section  # noqa: E402
 
 from lrlora.compare import Comparison, run_comparison  # noqa: E402
@@ -27,6 +28,7 @@ from lrlora.compare.jobs import TUNING_SEED, read_records  # noqa: E402
 from lrlora.compare.methods import find_method  # noqa: E402
 
 PAGE, STORED, WORK = DOCS / "settings.md", DOCS / "gates.jsonl", Path("lrlora-gates")
+PICTURE = DOCS / "gates.png"
 TASK, METRIC = "movie-reviews", "accuracy"
 PENALTIES = (0.2, 0.5, 1.0)
 COMPARISON = Comparison(
@@ -58,17 +60,43 @@ def store() -> None:
     STORED.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
+def read_runs() -> dict[str, list[dict[str, Any]]]:
+    """The stored runs by method, those with two seeds."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for line in STORED.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        runs.setdefault(record["method"], []).append(record)
+    methods = (*COMPARISON.methods, *ADALORA.methods)
+    return {method: runs[method] for method in methods if len(runs.get(method, [])) >= 2}
+
+
+def draw() -> None:
+    """Accuracy against parameters, a line for LoRA at several ranks and one for the gates."""
+    runs = read_runs()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, colour, methods in (
+        ("LoRA, r = 1 to 16", "#0072B2", [m for m in runs if m.split("+")[0] == "lora"]),
+        ("LR-LoRA, r = 8, gates closed by λ = 0 to 1", "#D55E00", [m for m in runs if m.split("+")[0] == "lr-lora"]),
+        ("AdaLoRA, 12 to 8", "#009E73", list(ADALORA.methods)),
+    ):
+        points = sorted(
+            (fmean(run["trainable"] for run in runs[m]), [100 * run["test"][METRIC] for run in runs[m]])
+            for m in methods
+        )
+        sizes, means = [size for size, _ in points], [fmean(scores) for _, scores in points]
+        axes.errorbar(sizes, means, [stdev(s) for _, s in points], color=colour, marker="o", capsize=3, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters, with the head's")
+    axes.set_ylabel("test accuracy, %: mean ± std of two seeds")
+    axes.legend()
+    figure.savefig(PICTURE, dpi=110)
+
+
 def render() -> str:
     """The table."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    if STORED.exists():
-        for line in STORED.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            runs.setdefault(record["method"], []).append(record)
     rows = []
-    for method in (*COMPARISON.methods, *ADALORA.methods):
-        if len(mine := runs.get(method, [])) < 2:
-            continue
+    for method, mine in read_runs().items():
         scores = [100 * run["test"][METRIC] for run in mine]
         active = fmean(run["active"] for run in mine) if mine[0]["active"] is not None else None
         rows.append(
@@ -97,6 +125,7 @@ def main() -> None:
         for comparison in (COMPARISON, ADALORA):
             run_comparison(comparison, WORK)
         store()
+    draw()
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
