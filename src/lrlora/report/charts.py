@@ -19,7 +19,7 @@ _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 def _of_run(runs: Sequence[str]) -> alt.Color:
     """The same colour for a run in every chart; no legend for one run alone."""
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
-    legend = alt.Legend(title=None, orient="top", labelLimit=360) if len(runs) > 1 else None
+    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=360) if len(runs) > 1 else None
     return alt.Color("run:N", scale=alt.Scale(domain=list(runs), range=colours), legend=legend)
 
 
