@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -248,8 +247,8 @@ def train(
             hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
             Console(stderr=True).print(escape(str(stop) or f"Interrupted. {hint}"), highlight=False)
             raise typer.Exit(130) from None
-        if os.environ.get("RANK", "0") != "0":
-            return  # the first of several processes tells
+        if not result.is_first:
+            return
         report = rank_report_of(result.output)
         if report is not None:
             console.print(rank_table(report, "Learned ranks"))

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -36,6 +35,7 @@ from .transfer import Transfer
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch.distributed.fsdp import FSDPModule
 
 MEASURES = ("stable_rank", "effective_rank", "energy90_rank", "energy99_rank")
 CURVE_POINTS = 201
@@ -265,6 +265,10 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
 def shard_owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:
     """Module → the innermost module that FSDP2 (`fully_shard`) has wrapped around it, where there is one."""
     owners: dict[nn.Module, FSDPModule] = {}
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return owners
+    from torch.distributed.fsdp import FSDPModule
+
     for outer in model.modules():  # from outside to inside
         if isinstance(outer, FSDPModule):
             owners |= dict.fromkeys(outer.modules(), outer)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import re
 
+import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
 from lrlora.training.embedded import EMBEDDED_DATA
 from lrlora.training.inputs import MINILM, fetch
-from lrlora.training.tasks import TASKS, tokenize
+from lrlora.training.tasks import TASKS, _near, tokenize
 
 pytestmark = pytest.mark.real
 
@@ -35,6 +36,22 @@ def test_tokenises_to_the_task_s_length() -> None:
     tokens = tokenize(task.load(), AutoTokenizer.from_pretrained(fetch(MINILM)), task.max_tokens)
     assert set(tokens["train"].column_names) == {"label", "input_ids", "token_type_ids", "attention_mask"}
     assert max(map(len, tokens["train"]["input_ids"])) == task.max_tokens
+
+
+def test_near_duplicates_are_found() -> None:
+    words = [f"word{i}" for i in range(100)]
+    test = pd.Series([" ".join(words), "a short text", "quite another text that has eight words or more"])
+    train = pd.Series(
+        [
+            " ".join(words[:91]),
+            " ".join(words[:89]),
+            "a short text",  # too short to tell anything
+            " ".join(words[:95] + [f"new{i}" for i in range(5)]),  # 95 of 105
+            " ".join(words[:95] + [f"new{i}" for i in range(15)]),  # 95 of 115
+            "Quite another text, that has eight words or more!",
+        ]
+    )
+    assert _near(train, test).tolist() == [True, False, False, True, False, True]
 
 
 @pytest.mark.parametrize("name", ["movie-reviews", "ratings", "r8", "20-newsgroups"])

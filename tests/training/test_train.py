@@ -286,6 +286,32 @@ def test_eva_moves_rank_before_training(encoder: str, table: str, tmp_path: Path
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] > 0.8
 
 
+def test_eva_sees_enough_rows_at_a_time(encoder: str, decoder: str, table: str, tmp_path: Path) -> None:
+    eva = ("--method", "lora", "--adapter", "init_lora_weights=eva")
+    # A pooler sees one row of each of 4 texts, and twice the rank is wanted.
+    few = train_reviews(encoder, table, tmp_path / "few", *eva, "--rank", 8, "--batch-size", 4, "--steps", 2)
+    assert few.exit_code == 0, few.output
+    more = train_reviews(encoder, table, tmp_path / "more", *eva, "--rank", 200, "--steps", 2)
+    assert_refused_late(more, "EVA at r = 200 needs 400 examples")
+    rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
+    pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
+    for name, model in (("encoder", encoder), ("decoder", decoder)):
+        result = run(
+            *("train", "--model", model, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice", *eva),
+            *(*SMALL, "--output", tmp_path / name),
+        )
+        assert result.exit_code == 0, result.output
+
+
+def assert_refused_late(result: Result, *words: str) -> None:
+    """Refused by one error, after the plan was printed."""
+    assert result.exit_code == 1, result.output
+    said = " ".join(result.output.split())
+    assert said.count("Error:") == 1
+    for word in words:
+        assert word in said
+
+
 def test_a_diverged_run_ends_and_says_where(encoder: str, table: str, tmp_path: Path) -> None:
     model = BertModel.from_pretrained(encoder)
     with torch.no_grad():
@@ -437,6 +463,22 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(dec
     cut = collate_choices(list(encode_continuations(Dataset.from_list(rows), words, max_length=3)))
     assert cut["input_ids"].shape == (2, 2, 3)
     assert (cut["targets"][0, 1] != -100).sum() == 2  # a token of context is left, if nothing else
+
+
+def test_adalora_is_penalised_on_choices_too(decoder: str, tmp_path: Path) -> None:
+    rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
+    pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
+    first = {}
+    for method in ("lora", "adalora"):
+        result = run(
+            *("train", "--model", decoder, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice"),
+            *(*SMALL, "--method", method, "--output", tmp_path / method, "--training", "logging_steps=1"),
+        )
+        assert result.exit_code == 0, result.output
+        first[method] = losses(tmp_path / method)[0]
+    assert (
+        first["adalora"] > first["lora"] + 0.01
+    )  # the same model at the start, and how far its factors are from orthogonal
 
 
 @pytest.mark.parametrize("shape", ["prompt", "chat prompt", "messages", "text"])
@@ -605,6 +647,11 @@ def test_bad_models(encoder: str, decoder: str, table: str, tmp_path: Path) -> N
     options = ("--model", encoder, "--task", "causal-lm", "--column", "text=review")
     assert_refused(run("train", "--data", table, *options), "causal-lm does not fit", "bert is an encoder")
     ViTConfig().save_pretrained(tmp_path / "vit")
+    head = ("--task", "multiple-choice", "--head-learning-rate", 0.1, "--column", "question=review")
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text(json.dumps({"question": "a", "choices": ["b", "c"], "label": 0}) + "\n")
+    refused = run("train", "--data", choices, "--model", decoder, *head[:-2], "--output", tmp_path / "out")
+    assert_refused(refused, "answers multiple choice without one")
     options = ("--model", tmp_path / "vit", "--task", "multiple-choice", "--column", "question=review")
     assert_refused(run("train", "--data", table, *options), "multiple-choice does not fit", "vit")
 

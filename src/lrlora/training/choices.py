@@ -34,10 +34,11 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {"input_ids": [], "choice_tokens": []}
         for question, choices in zip(batch["question"], batch["choices"], strict=True):
-            prompt = tokenizer(question_prompt(question))["input_ids"]
-            answers = [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in choices]
-            rows["input_ids"].append([(prompt + answer)[-max_length:] for answer in answers])
-            rows["choice_tokens"].append([min(len(answer), max_length - 1) for answer in answers])
+            before = len(tokenizer(question_prompt(question))["input_ids"])
+            # Together, as some tokenizers begin every text with a space of their own.
+            whole = [tokenizer(f"{question_prompt(question)} {choice}")["input_ids"] for choice in choices]
+            rows["input_ids"].append([ids[-max_length:] for ids in whole])
+            rows["choice_tokens"].append([max(1, min(len(ids) - before, max_length - 1)) for ids in whole])
         return rows
 
     drop = [name for name in data.column_names if name != "label"]
@@ -57,7 +58,8 @@ def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     rows = [torch.tensor(ids) for example in examples for ids in example["input_ids"]]
     counts = [count for example in examples for count in example["choice_tokens"]]
     targets = [
-        F.pad(ids[-count:], (len(ids) - count, 0), value=_IGNORED) for ids, count in zip(rows, counts, strict=True)
+        F.pad(ids[len(ids) - count :], (len(ids) - count, 0), value=_IGNORED)
+        for ids, count in zip(rows, counts, strict=True)
     ]
 
     def batched(parts: list[Tensor], value: int) -> Tensor:
@@ -101,12 +103,14 @@ class ChoiceTrainer(Trainer):
     ) -> Any:
         labels = inputs["labels"]
         shape = inputs["input_ids"].shape
-        rows = torch.arange(len(labels), device=labels.device) * shape[1] + labels
+        right = torch.arange(len(labels), device=labels.device) * shape[1] + labels
         flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "targets")}
         if not return_outputs:
-            flat = {name: values[rows] for name, values in flat.items()}
+            wanted = {name: values[right] for name, values in flat.items()}
+            # The model's own loss: AdaLoRA adds its penalty to it.
+            return model(
+                input_ids=wanted["input_ids"], attention_mask=wanted["attention_mask"], labels=wanted["targets"]
+            ).loss
         scores = token_log_likelihoods(model, flat)
-        right = scores[rows] if return_outputs else scores
-        targets = flat["targets"][rows] if return_outputs else flat["targets"]
-        loss = -right.sum() / (targets[:, 1:] != _IGNORED).sum()
-        return (loss, {"logits": scores.sum(1).view(shape[:2])}) if return_outputs else loss
+        loss = -scores[right].sum() / (flat["targets"][right, 1:] != _IGNORED).sum()
+        return loss, {"logits": scores.sum(1).view(shape[:2])}

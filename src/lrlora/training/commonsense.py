@@ -20,6 +20,7 @@ class ChoiceSet:
         convert: gives `question`, `choices` and `label` of one of its examples.
         choices: how many; the few examples with more or fewer are left out.
         test: the split whose labels are public.
+        revision: of the repository, where its main one is a script, which `datasets` no longer runs.
 
     """
 
@@ -28,6 +29,7 @@ class ChoiceSet:
     convert: Callable[[Example], Example]
     choices: int
     test: str = "validation"
+    revision: str | None = None
 
 
 def _boolq(row: Example) -> Example:
@@ -65,10 +67,11 @@ def _example(question: str, choices: list[str], label: int) -> Example:
     return {"question": question, "choices": choices, "label": label}
 
 
+_PARQUET = "refs/convert/parquet"  # made by the hub of what a script would give
 COMMONSENSE = {
     "boolq": ChoiceSet("google/boolq", None, _boolq, 2),
-    "piqa": ChoiceSet("ybisk/piqa", None, _piqa, 2),
-    "social-iqa": ChoiceSet("allenai/social_i_qa", None, _social_iqa, 3),
+    "piqa": ChoiceSet("ybisk/piqa", None, _piqa, 2, revision=_PARQUET),
+    "social-iqa": ChoiceSet("allenai/social_i_qa", None, _social_iqa, 3, revision=_PARQUET),
     "hellaswag": ChoiceSet("Rowan/hellaswag", None, _hellaswag, 4),
     "winogrande": ChoiceSet("allenai/winogrande", "winogrande_xl", _winogrande, 2),
     "arc-easy": ChoiceSet("allenai/ai2_arc", "ARC-Easy", _lettered("question"), 4, "test"),
@@ -80,7 +83,7 @@ COMMONSENSE = {
 def load_commonsense(name: str) -> DatasetDict:
     """`train` and `test` of a set of `COMMONSENSE`, with the columns `question`, `choices` and `label`."""
     known = COMMONSENSE[name]
-    splits = load_dataset(known.repository, known.configuration)
+    splits = load_dataset(known.repository, known.configuration, revision=known.revision)
     return DatasetDict(train=as_choices(splits["train"], known), test=as_choices(splits[known.test], known))
 
 

@@ -188,8 +188,11 @@ def check_examples(data: Dataset, task: str, split: str, *, with_label: bool = T
         _require_text(data, "question", split)
         choices = data["choices"]
         _require_rows(
-            (isinstance(c, list) and len(c) > 1 and all(isinstance(choice, str) for choice in c) for c in choices),
-            f"choices must be lists of two texts or more in the split {split}",
+            (
+                isinstance(c, list) and len(c) > 1 and all(isinstance(choice, str) and choice.strip() for choice in c)
+                for c in choices
+            ),
+            f"choices must be lists of two texts or more, none empty, in the split {split}",
         )
         if len({len(c) for c in choices}) > 1:
             raise ValueError(f"All examples of the split {split} must have as many choices as the others.")

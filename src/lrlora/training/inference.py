@@ -144,7 +144,7 @@ class _LoadedRun:
         return examples
 
     def trainer(self, data: Dataset) -> Trainer:
-        arguments = training_arguments(self.config, 1, self.max_length)
+        arguments = training_arguments(self.config, self.form, 1, self.max_length)
         return make_trainer(self.config, self.model, self.tokenizer, arguments, data, data, [])
 
     def answers(self, examples: Dataset) -> Iterator[str]:

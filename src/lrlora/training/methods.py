@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import islice
 from typing import Any
 
+import torch
 from peft import (
     AdaLoraConfig,
     EvaConfig,
@@ -17,6 +19,7 @@ from peft import (
     initialize_lora_eva_weights,
 )
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner import LrLoraConfig
@@ -71,28 +74,58 @@ def adapter_config(method: str, form: str, total_steps: int, options: dict[str, 
         rank = options.get("r", DEFAULT_RANK)
         defaults |= {"r": rank} | ({_ALPHA[method]: rank} if method in _ALPHA else {})
     if options.get("init_lora_weights") == EVA:
-        # The default masks by the labels of every token, which only a language model has.
         given = options.get("eva_config") or {}
-        options = {**options, "eva_config": EvaConfig(**{"use_label_mask": form == "causal-lm", **given})}
+        for name in given:
+            require_known("a field of EvaConfig", name, [f.name for f in fields(EvaConfig)])
+        options = {**options, "eva_config": EvaConfig(**given)}
     return _CONFIGS[method](**{**defaults, **options})
 
 
-def start_from_data(trainer: Trainer, config: PeftConfig) -> None:
+def start_from_data(trainer: Trainer, config: Any) -> None:
     """Where a method starts from data, as EVA does, make its start: a call that PEFT leaves to its users.
 
     EVA takes A from the inputs of each layer and moves rank to the layers whose inputs have most variance
     (arXiv:2410.07170). The number of parameters changes with it a little.
+
+    Raises:
+        ValueError: there are fewer examples than EVA needs.
+
     """
-    if getattr(config, "init_lora_weights", None) == EVA:
-        batches = [dict(batch) for batch in islice(trainer.get_train_dataloader(), EVA_BATCHES)]
-        model: Any = trainer.model
-        initialize_lora_eva_weights(model, batches, prepare_layer_inputs_fn=_inputs_of_tokens, show_progress_bar=False)
+    if getattr(config, "init_lora_weights", None) != EVA:
+        return
+    model: Any = trainer.model
+    # PEFT waits for ever for a layer that sees fewer rows at a time, as a pooler may.
+    count = math.ceil(config.eva_config.rho * config.r)
+    sequences = (ids for batch in trainer.get_train_dataloader() for ids in _sequences(batch))
+    batches = list(islice(_batches(sequences, count, is_nested=config.task_type is None), EVA_BATCHES))
+    if not batches:
+        raise ValueError(f"EVA at r = {config.r} needs {count} examples to start from. Give more, or a lower rank.")
+    initialize_lora_eva_weights(model, batches, prepare_layer_inputs_fn=_inputs_of_tokens, show_progress_bar=False)
+
+
+def _sequences(batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The token sequences of a batch, those of every choice too, without padding."""
+    tokens = batch["input_ids"].flatten(0, -2)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten(0, -2)
+    for ids, is_token in zip(tokens, mask.bool(), strict=True):
+        yield ids[is_token]
+
+
+def _batches(sequences: Iterable[Tensor], count: int, *, is_nested: bool) -> Iterator[dict[str, Tensor]]:
+    """Batches of so many sequences, (count, tokens); (count, 1, tokens), one choice each, if a head wants choices."""
+    iterator = iter(sequences)
+    while len(some := list(islice(iterator, count))) == count:
+        batch = {
+            "input_ids": pad_sequence(some, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True),
+        }
+        yield {name: part.unsqueeze(1) for name, part in batch.items()} if is_nested else batch
 
 
 def _inputs_of_tokens(inputs: Any, tokens: Tensor, name: str) -> Tensor:
-    """The inputs of a layer at these tokens (count, 2), or at all examples, where it sees no tokens, as a pooler."""
+    """The inputs of a layer at these tokens (count, 2 or 3), or at all examples, where it sees none, as a pooler."""
     values: Tensor = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
-    return values.contiguous() if values.dim() == 2 else values[tokens.T.unbind()]
+    return values.contiguous() if values.dim() == 2 else values[tokens[:, 0], tokens[:, -1]]
 
 
 class AdaLoraCallback(TrainerCallback):

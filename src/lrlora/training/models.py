@@ -46,7 +46,10 @@ MODELS = {
     CHOICE_LM: (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
 }
 # Peak learning rates: adapters bear more than whole models, small heads more than language models.
-_RATES = {"adapter": {"causal-lm": 5e-4}, "full": {"causal-lm": 2e-5}}
+_RATES = {
+    "adapter": dict.fromkeys(("causal-lm", CHOICE_LM), 5e-4),
+    "full": dict.fromkeys(("causal-lm", CHOICE_LM), 2e-5),
+}
 _DEFAULT_RATE = {"adapter": 1e-3, "full": 5e-5}
 
 
@@ -99,7 +102,7 @@ def check_model(source: str, config: TrainConfig) -> Any:
 
 def form_of(task: str, model_config: Any) -> str:
     """The task, but for multiple choice by a decoder, which has no head for it and compares likelihoods."""
-    is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model_config.is_encoder_decoder
     has_head = type(model_config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
     return CHOICE_LM if task == "multiple-choice" and is_decoder and not has_head else task
 
@@ -138,8 +141,8 @@ def _arguments_class(task: str) -> type[TrainingArguments]:
     return importlib.import_module("trl").SFTConfig  # only here: TRL takes long to import
 
 
-def training_arguments(config: TrainConfig, examples: int, max_length: int) -> TrainingArguments:
-    """The Trainer's arguments: the defaults of the task, then what the user gives."""
+def training_arguments(config: TrainConfig, form: str, examples: int, max_length: int) -> TrainingArguments:
+    """The Trainer's arguments: the defaults of the form of the task, then what the user gives."""
     cls, given = _arguments_class(config.task), dict(config.training)
     known = list(cls.__dataclass_fields__)
     for name in given:
@@ -173,10 +176,11 @@ def training_arguments(config: TrainConfig, examples: int, max_length: int) -> T
     defaults: dict[str, Any] = {
         "output_dir": str(Path(config.output).resolve()),  # checkpoints name the best of them by it
         "max_steps": math.ceil(steps),
-        "learning_rate": _RATES[kind].get(config.task, _DEFAULT_RATE[kind]),
+        "learning_rate": _RATES[kind].get(form, _DEFAULT_RATE[kind]),
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
-        "per_device_eval_batch_size": 4 * batch,
+        # A language model gives numbers for its whole vocabulary, and for every choice.
+        "per_device_eval_batch_size": max(1, batch // 4) if form == CHOICE_LM else 4 * batch,
         "warmup_steps": 0.06,
         "logging_steps": max(1, round(steps / 50)),
         "eval_strategy": "steps",

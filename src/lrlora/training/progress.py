@@ -47,7 +47,10 @@ class StopOnSignal(TrainerCallback):
             # All processes end after the same step, or those that go on would wait for the others for ever.
             name = torch.tensor(signal.Signals[self.signal] if self.signal else 0, device=args.device)
             torch.distributed.all_reduce(name, torch.distributed.ReduceOp.MAX)
-            self.signal = signal.Signals(int(name)).name if name else None
+            if name:  # and if not, one may have come meanwhile: it counts at the next step
+                self.signal = signal.Signals(int(name)).name
+            else:
+                return
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 

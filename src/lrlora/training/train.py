@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from .. import __version__
 from ..files import write_json
 from ..rank import RankReport, rank_report
 from .callback import RankCallback
-from .config import LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, TrainConfig, read_run
+from .config import CHOICE_LM, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, TrainConfig, read_run
 from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
 from .methods import AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
@@ -63,6 +64,7 @@ class TrainResult:
         metrics: of the best checkpoint on the validation split.
         log_history: the Trainer's, with losses, metrics and mean learned ranks by step.
         model: the trained model.
+        is_first: whether this is the first of the processes that train together, which writes and tells.
 
     """
 
@@ -70,6 +72,7 @@ class TrainResult:
     metrics: dict[str, float]
     log_history: list[dict[str, float]]
     model: nn.Module
+    is_first: bool = True
 
 
 def train(
@@ -97,19 +100,29 @@ def train(
     _check_output(output, config, resume=resume, overwrite=overwrite)
     source = model_source(config.model)
     model_config = check_model(source, config)
+    form = form_of(config.task, model_config)
+    if form == CHOICE_LM and config.head_learning_rate is not None:
+        raise ValueError(
+            f"head_learning_rate={config.head_learning_rate!r} is for a new head, and {config.model} answers multiple "
+            "choice without one. Leave it out."
+        )
     data = load_task_data(config)
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     limit = max_tokens(tokenizer, model_config)
-    form = form_of(config.task, model_config)
     counts = token_counts(data.splits["train"], form, tokenizer)
     max_length = config.max_length or choose_max_length(counts, limit)
     if max_length > limit:
         raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
     too_long = sum(count > max_length for count in counts)
 
-    arguments = training_arguments(config, len(data.splits["train"]), max_length)
+    arguments = training_arguments(config, form, len(data.splits["train"]), max_length)
+    if arguments.fsdp or arguments.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "lrlora train does not shard a model over processes: leave out fsdp and deepspeed. In a script of your own "
+            "FSDP2 works."
+        )
     steps, is_main = arguments.max_steps, arguments.process_index == 0
     if not is_main:
         announce = _say_nothing
@@ -194,10 +207,10 @@ def _finish(
     trainer: Trainer, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, output: Path, metrics: dict[str, float]
 ) -> TrainResult:
     model: Any = trainer.model
-    result = TrainResult(output, metrics, trainer.state.log_history, model)
+    result = TrainResult(output, metrics, trainer.state.log_history, model, trainer.is_world_process_zero())
     if config.method == "adalora":
         set_rank_pattern(model)
-    if not trainer.is_world_process_zero():
+    if not result.is_first:
         _wait_for_all(trainer.args)
         return result
     if config.method in _RANKED:
