@@ -37,7 +37,8 @@ def _one_clear_error(after_interrupt: str = "Run the same command again to resum
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         remedy = ""
         if isinstance(error, ImportError):
-            extra = "integrations" if re.search("bitsandbytes|torchao", str(error)) else "train"
+            missing = {"altair|vl_convert|matplotlib|pandas": "plots", "bitsandbytes|torchao": "integrations"}
+            extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
             remedy = f" Install what this command needs: pip install 'lrlora[{extra}]'"
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(f'{error}{remedy}')}", highlight=False)
         raise typer.Exit(1) from None
