@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrlora import LrLoraConfig, RankCallback, rank_report
 from lrlora.training.callback import HISTORY_FILE, read_history
+from lrlora.training.progress import StepClock
 
 from ..conftest import TinyModel
 
@@ -80,6 +83,23 @@ def test_the_last_step_is_recorded_before_the_best_checkpoint_comes_back(tiny_be
     at_step_6 = PeftModel.from_pretrained(tiny_bert.build(), tmp_path / "checkpoint-6")
     recorded = {row.module: row.stable_rank for row in callback.history[-1][1].rows}
     assert {row.module: row.stable_rank for row in rank_report(at_step_6).rows} == pytest.approx(recorded, rel=1e-4)
+
+
+def test_the_clock_counts_steps_and_not_what_comes_between(tmp_path: Path) -> None:
+    def work(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    clock, state, control = StepClock(), TrainerState(), TrainerControl()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert math.isnan(clock.seconds_per_step)
+    for _ in range(2):
+        clock.on_step_begin(arguments, state, control)
+        work(0.02)
+        clock.on_step_end(arguments, state, control)
+        work(0.2)  # an evaluation, say
+    assert 0.02 <= clock.seconds_per_step < 0.2
 
 
 def test_every_must_be_positive() -> None:

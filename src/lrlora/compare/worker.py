@@ -34,9 +34,9 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         request: the fields of `Job`, and `rank`.
 
     Returns:
-        The request with what came out: `seconds` of training, `peak_mib` of the process, `trainable` parameters (less
-        those of closed factors), `validation` and `test` metrics (None for a tuning run), the `criterion` of the
-        rate, and the learned `ranks` of methods that have them.
+        The request with what came out: `seconds` of a training step (on a CPU, processor time), `peak_mib` of the
+        process, `trainable` parameters (less those of closed factors), `validation` and `test` metrics (None for a
+        tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
 
     Raises:
         ValueError: the job cannot work, or training diverged.
@@ -52,10 +52,9 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         criterion = result.metrics[_CRITERIA.get(task.kind, "loss")]
         if not math.isfinite(criterion):
             raise ValueError("Training has diverged: the validation loss is not finite.")
-        seconds = next(entry["train_runtime"] for entry in reversed(result.log_history) if "train_runtime" in entry)
         record = {
             **request,
-            "seconds": seconds,
+            "seconds": result.seconds_per_step,
             "peak_mib": _peak_mib(),
             "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
             "validation": result.metrics,

@@ -18,9 +18,8 @@ _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 
 def _of_run(runs: Sequence[str]) -> alt.Color:
     """The same colour for a run in every chart; no legend for one run alone."""
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
     legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=360) if len(runs) > 1 else None
-    return alt.Color("run:N", scale=alt.Scale(domain=list(runs), range=colours), legend=legend)
+    return alt.Color("run:N", scale=alt.Scale(domain=list(runs), range=list(COLOURS[: len(runs)])), legend=legend)
 
 
 def _dash(field: str) -> alt.StrokeDash:
@@ -35,7 +34,7 @@ def _lines(chart: alt.Chart, dash: str) -> Chart:
 
 
 def kinds(runs: Sequence[str]) -> Chart:
-    """One measure in attention, MLP and other modules: every module a point, with quartiles.
+    """One measure in attention, MLP and other modules: every module a point, with the median.
 
     Data "modules": run, kind, module, value; place and centre, of a point and of its run beside the others, in [0, 1].
     """

@@ -42,7 +42,7 @@ function showFacts() {
   runs.forEach((run, i) => {
     const list = make("dl");
     for (const [name, value] of Object.entries(run.facts)) list.append(make("dt", {}, name), make("dd", {}, value));
-    $("runs").append(make("div", { style: `--run: ${colours[i % colours.length]}` }, make("h2", { style: "font-size:1rem;margin:0 0 .4rem" }, run.name), list));
+    $("runs").append(make("div", { style: `--run: ${colours[i]}` }, make("h2", { style: "font-size:1rem;margin:0 0 .4rem" }, run.name), list));
   });
 }
 
