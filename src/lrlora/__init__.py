@@ -2,8 +2,18 @@
 
 __version__ = "0.1.0"
 
+from .distributed import fully_shard_phi
 from .rank import RankReport, rank_report
 from .training.callback import RankCallback
 from .tuner import LrLoraConfig, LrLoraModel, cached_weights
 
-__all__ = ["LrLoraConfig", "LrLoraModel", "RankCallback", "RankReport", "__version__", "cached_weights", "rank_report"]
+__all__ = [
+    "LrLoraConfig",
+    "LrLoraModel",
+    "RankCallback",
+    "RankReport",
+    "__version__",
+    "cached_weights",
+    "fully_shard_phi",
+    "rank_report",
+]

@@ -19,7 +19,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,12 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .distributed import gathered, shard_owners
 from .files import write_whole
 from .transfer import Transfer
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch.distributed.fsdp import FSDPModule
 
 MEASURES = ("stable_rank", "effective_rank", "energy90_rank", "energy99_rank")
 CURVE_POINTS = 201
@@ -251,7 +250,7 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
     report = RankReport([])
     owners = shard_owners(model)
     for path, layer, name in tqdm(measured, desc="Measuring ranks", disable=not progressbar):
-        with _gathered(owners.get(layer)):
+        with gathered(layer, owners):
             parts = list(_measure(path, layer, name))
         for row, curve, values in parts:
             report.rows.append(row)
@@ -260,31 +259,6 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
             if values.number:
                 report.spectra[row.module] = values
     return report
-
-
-def shard_owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:
-    """Module → the innermost module that FSDP2 (`fully_shard`) has wrapped around it, where there is one."""
-    owners: dict[nn.Module, FSDPModule] = {}
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return owners
-    from torch.distributed.fsdp import FSDPModule
-
-    for outer in model.modules():  # from outside to inside
-        if isinstance(outer, FSDPModule):
-            owners |= dict.fromkeys(outer.modules(), outer)
-    return owners
-
-
-@contextmanager
-def _gathered(owner: FSDPModule | None) -> Iterator[None]:
-    """For a while, the whole of the parameters that FSDP2 has sharded over processes; of one wrapped module only."""
-    if owner is not None:
-        owner.unshard()
-    try:
-        yield
-    finally:
-        if owner is not None:
-            owner.reshard()
 
 
 @torch.no_grad()
@@ -316,7 +290,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
         linear: list[float] = []
         if is_learned:
             phi = layer.lrlora_phi[adapter]
-            phi_zero, bend, curve = phi(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
+            phi_zero, bend, curve = phi.forward(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
             scale = layer.scaling[adapter] / layer.input_gain[adapter]
             linear = _short(_of_note(scale * _leading_singular_values(z.flatten(1), r)))
         weight_norm = 0.0 if weights is None else weights[index].double().norm().item()
@@ -352,12 +326,13 @@ def _base_weight(layer: Any) -> Tensor | None:
 
 def _sample(phi: Transfer, z: Tensor) -> Curve:
     """φ, learned and at the start, at equally spaced points over the central 99 % of the entries of z."""
+    # `phi.forward` and not `phi`: FSDP2 takes the first call of a module it has wrapped for the model's.
     some = z.flatten()[:: 1 + z.numel() // 2**15].float()
     start, end = some.quantile(some.new_tensor([0.005, 0.995])).tolist()
     grid = torch.linspace(start, end, CURVE_POINTS, device=z.device)
     untrained = Transfer(phi.spec).to(z.device)
     counts = torch.histc(some, CURVE_POINTS - 1, start, end) if end > start else grid.new_zeros(CURVE_POINTS - 1)
-    return Curve(_short(grid), _short(phi(grid)), _short(untrained(grid)), _short(counts / some.numel()))
+    return Curve(_short(grid), _short(phi.forward(grid)), _short(untrained(grid)), _short(counts / some.numel()))
 
 
 def _leading_singular_values(matrix: Tensor, rank: int) -> Tensor:

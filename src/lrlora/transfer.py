@@ -202,8 +202,33 @@ class KeepsFloat32(nn.Module):
         super()._apply(keep_dtype, recurse)
         return self
 
-    def restore_precision(self) -> None:
-        """Back to float32, where a library on top has cast `parameter.data` itself, as TRL does."""
+    def train(self, mode: bool = True) -> KeepsFloat32:
+        """As ever, and back in float32."""
+        self._restore_precision()
+        return super().train(mode)
+
+    def make_ready(self) -> None:
+        """Before a forward: back in float32, and whole, if FSDP2 has sharded this module.
+
+        Raises:
+            RuntimeError: several processes train together, and may no longer change a parameter's dtype.
+
+        """
+        if hasattr(self, "unshard"):
+            self.unshard()
+        if all(parameter.dtype == torch.float32 for parameter in self.parameters()):
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            given = next(parameter.dtype for parameter in self.parameters() if parameter.dtype != torch.float32)
+            raise RuntimeError(
+                f"Parameters of a {type(self).__name__} are {given}, and must be float32. If a library has cast them "
+                "(TRL does with a quantised model), call model.train() before training starts, which undoes it. Before "
+                "fully_shard in mixed precision, call lrlora.fully_shard_phi(model, mesh=mesh)."
+            )
+        self._restore_precision()
+
+    def _restore_precision(self) -> None:
+        # Where a library on top has cast `parameter.data` itself, as TRL does.
         for parameter in self.parameters():
             if parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()

@@ -1,6 +1,7 @@
 """One of several processes that train a tiny model together: train_sharded.py FAMILY WAY FOLDER; started by torchrun.
 
-WAY is ddp or fsdp. Writes losses, ranks and the adapter to FOLDER, from the first process.
+WAY is ddp, fsdp, or fsdp with groups of their own for φ: fsdp-bf16 in mixed precision, fsdp-shared with one φ for all
+layers. Writes losses, ranks and the adapter to FOLDER, from the first process.
 """
 
 from __future__ import annotations
@@ -15,32 +16,38 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lrlora import LrLoraConfig, rank_report
+from lrlora import LrLoraConfig, fully_shard_phi, rank_report
 from tests.conftest import TinyModel
 
 STEPS, BATCH, RATE = 20, 4, 1e-3
 
 
-def train(family: str, way: str | None, rank: int = 0, world: int = 1) -> tuple[Any, list[float]]:
+def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, list[float]]:
     """The PEFT model after `STEPS` steps on batches that all processes share, and the loss of every step."""
     tiny = TinyModel(family)
-    model: Any = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules="all-linear"))
+    sharing = "global" if way == "fsdp-shared" else "module"
+    model: Any = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules="all-linear", sharing=sharing))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # or every process would draw its own
     model.train()
     network: Any = model
-    if way == "ddp":
+    if world > 1 and way == "ddp":
         network = DistributedDataParallel(model)
-    elif way == "fsdp":
+    elif world > 1:
         mesh = init_device_mesh("cpu", (world,))
+        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = half if way == "fsdp-bf16" else MixedPrecisionPolicy()
+        if way != "fsdp":
+            fully_shard_phi(model, mesh=mesh)
         inner = model.base_model.model
         for layer in inner.model.layers if family == "llama" else inner.bert.encoder.layer:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        rank_report(model)  # as `RankCallback` does before the first step
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=RATE)
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(STEPS):
@@ -65,7 +72,8 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     model, losses = train(family, way, rank, world)
     phis = [p.detach() for name, p in model.named_parameters() if "lrlora_phi" in name]
-    whole = [phi.full_tensor() if way == "fsdp" else phi for phi in phis]
+    whole = [phi if way == "ddp" else phi.full_tensor() for phi in phis]
+    assert all(phi.dtype == torch.float32 and (phi != phi.bfloat16()).any() for phi in whole)
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, [phi.tolist() for phi in whole])
     assert all(theirs == everyone[0] for theirs in everyone), "φ differs between processes"

@@ -13,7 +13,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from ..rank import RankReport, RankRow, rank_report, shard_owners
+from ..distributed import shard_owners
+from ..files import readable, require_type, write_whole
+from ..rank import RankReport, RankRow, rank_report
+from ..saved import require_numbers
 
 HISTORY_FILE = "rank_history.jsonl"
 
@@ -59,7 +62,7 @@ class RankCallback(TrainerCallback):
         path = _history_path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.history = [record for record in read_history(path) if record[0] < state.global_step]
-        path.write_text("".join(map(_to_line, self.history)), encoding="utf-8")
+        write_whole(path, "".join(map(_to_line, self.history)))
         self._record(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -136,16 +139,23 @@ def _history_path(args: TrainingArguments) -> Path:
 
 
 def read_history(path: Path) -> list[tuple[int, RankReport]]:
-    """The records in a `rank_history.jsonl`, without the curves; empty if there is no such file."""
+    """The records in a `rank_history.jsonl`, without the curves; empty if there is no such file.
+
+    Raises:
+        ValueError: one cannot be read.
+
+    """
+    records: list[tuple[int, RankReport]] = []
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        return records
+    with readable(path, "Remove it, to go on without the records of the learned ranks."):
+        # What follows the last end of a line was being written when the run was killed.
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             content = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the last line of a run that was killed while writing it
-        records.append((content["step"], RankReport([RankRow(**row) for row in content["rows"]])))
+            report = RankReport([RankRow(**row) for row in content["rows"]])
+            require_type(content["step"], int, "step")
+            require_numbers(report)
+            records.append((content["step"], report))
     return records
 
 

@@ -126,7 +126,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
         """(diag(γ) A, B, φ)."""
         phi = cast(Transfer, self.lrlora_phi[adapter])
-        phi.restore_precision()
+        phi.make_ready()
         A, B = cast(nn.Linear, self.lrlora_A[adapter]).weight, cast(nn.Linear, self.lrlora_B[adapter]).weight
         if A.is_meta or B.is_meta:
             # An operator that meets a meta tensor returns uninitialised memory.
@@ -136,7 +136,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             )
         if adapter in self.lrlora_gate:
             gate = cast(Gate, self.lrlora_gate[adapter])
-            gate.restore_precision()
+            gate.make_ready()
             A = gate(A)
         return A, B, phi
 

@@ -1,0 +1,74 @@
+"""Models that FSDP2 (`fully_shard`) shards over processes: φ as a group of its own, and gathering what is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .transfer import Transfer
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+def fully_shard_phi(model: nn.Module, **options: Any) -> None:
+    """Shard every φ with FSDP2 as a group of its own, which stays float32 under mixed precision around it.
+
+    Called before `fully_shard` on the layers and the model, which then leave φ alone:
+
+        fully_shard_phi(model, mesh=mesh)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        fully_shard(model, mesh=mesh)
+
+    Also what lets layers share a φ, for FSDP2 does not know parameters that several of its groups have. As with every
+    group that FSDP2 does not reshard after the forward, make the optimizer before the first forward, or call
+    `module.reshard()` on the groups after it: it must get the sharded parameters.
+
+    Args:
+        model: with LR-LoRA adapters.
+        options: of `fully_shard`, such as `mesh`; not `mp_policy`, which is what φ has to be spared.
+
+    Raises:
+        ValueError: the model has no φ with learned parameters.
+
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    transfers = [module for module in model.modules() if isinstance(module, Transfer) and module.spec.is_learned]
+    if not transfers:
+        raise ValueError("The model has no φ to shard: add an LR-LoRA adapter with a learned φ before.")
+    for transfer in transfers:
+        # Its few numbers stay gathered from their first use to the end of the backward, which needs them again.
+        fully_shard(transfer, reshard_after_forward=False, **options)
+
+
+def shard_owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:
+    """Module → the innermost module that FSDP2 has wrapped around it, where there is one."""
+    owners: dict[nn.Module, FSDPModule] = {}
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return owners
+    from torch.distributed.fsdp import FSDPModule
+
+    for outer in model.modules():  # from outside to inside
+        if isinstance(outer, FSDPModule):
+            # A φ that layers share is met in all of them, and is nobody's but its own.
+            owners |= {m: outer for m in outer.modules() if m is outer or not isinstance(m, FSDPModule)}
+    return owners
+
+
+@contextmanager
+def gathered(layer: nn.Module, owners: dict[nn.Module, FSDPModule]) -> Iterator[None]:
+    """For a while, the whole of a layer's parameters, and of no more of the model than FSDP2 gathers with them."""
+    needed = dict.fromkeys(owners[module] for module in layer.modules() if module in owners)
+    for owner in needed:
+        owner.unshard()
+    try:
+        yield
+    finally:
+        for owner in needed:
+            owner.reshard()
