@@ -65,28 +65,40 @@ def test_mixed_precision_leaves_phi_in_float32(tmp_path: Path) -> None:
     assert found != pytest.approx(losses, abs=1e-5)
 
 
-def test_a_phi_in_half_precision_is_refused_among_processes(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import torch\n"
-        "from peft import get_peft_model\n"
-        "from lrlora import LrLoraConfig\n"
-        "torch.distributed.init_process_group('gloo')\n"
-        "torch.set_default_dtype(torch.bfloat16)\n"
-        "model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LrLoraConfig(target_modules=['0']))\n"
-        "for parameter in model.parameters():\n"
-        "    parameter.data = parameter.data.bfloat16()\n"
-        "try:\n"
-        "    model(torch.zeros(1, 4))\n"
-        "except RuntimeError as error:\n"
-        "    print(error)\n"
-        "model.train()\n"
-        "print({p.dtype for n, p in model.named_parameters() if 'phi' in n})\n"
-        "torch.distributed.destroy_process_group()\n"
-    )
-    said = torchrun(1, script)
-    assert "Transfer are torch.bfloat16, and must be float32" in said
-    assert "{torch.float32}" in said
+REFUSED = """
+import torch
+from peft import get_peft_model
+from torch.distributed.fsdp import fully_shard
+from lrlora import LrLoraConfig
+
+def step():
+    try:
+        model(torch.ones(1, 4)).sum().backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+        print("A step")
+    except (RuntimeError, NotImplementedError) as error:
+        print(error)
+
+torch.distributed.init_process_group("gloo")
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LrLoraConfig(target_modules=["0"], rank_penalty=0.5))
+for name, parameter in model.named_parameters():
+    if "phi" in name:
+        parameter.data = parameter.data.bfloat16()
+step()
+model.train()
+step()
+fully_shard(model)
+step()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_what_cannot_be_is_refused_among_processes(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(REFUSED)
+    cast, restored, sharded = torchrun(1, tmp_path / "script.py").strip().splitlines()
+    assert "Parameters of a Transfer are torch.bfloat16, and must be float32" in cast
+    assert restored == "A step"
+    assert "rank_penalty needs the factors whole, and FSDP2 has sharded them" in sharded
 
 
 def test_lrlora_train_in_two_processes(tmp_path: Path) -> None:

@@ -68,7 +68,16 @@ class Gate(KeepsFloat32):
 
     @torch.no_grad()
     def close(self, learning_rate: float) -> None:
-        """Move every open gate down, after a step of the optimizer with this learning rate."""
+        """Move every open gate down, after a step of the optimizer with this learning rate.
+
+        Raises:
+            NotImplementedError: FSDP2 has sharded the factors, of which no process has whole columns.
+
+        """
+        if hasattr(self.weight, "device_mesh"):
+            raise NotImplementedError(
+                "rank_penalty needs the factors whole, and FSDP2 has sharded them. Leave rank_penalty out, or use DDP."
+            )
         A, B = self._gated
         gamma = self.values().view(-1, B.weight.shape[1])
         columns = B.weight.float().view(len(gamma), -1, gamma.shape[1])
