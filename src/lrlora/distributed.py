@@ -1,9 +1,9 @@
-"""Models that FSDP2 (`fully_shard`) shards over processes: φ as a group of its own, and gathering what is sharded."""
+"""Models that FSDP2 or ZeRO-3 shard over processes: φ as a group of its own, and gathering what is sharded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,14 +61,30 @@ def shard_owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:
     return owners
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds no more than parts of the parameters."""
+    return bool(shard_owners(model)) or any(map(_is_partitioned, model.parameters()))
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")  # by DeepSpeed's ZeRO-3
+
+
 @contextmanager
 def gathered(layer: nn.Module, owners: dict[nn.Module, FSDPModule]) -> Iterator[None]:
-    """For a while, the whole of a layer's parameters, and of no more of the model than FSDP2 gathers with them."""
+    """For a while, the whole of a layer's parameters; of FSDP2, with what it gathers together with them."""
     needed = dict.fromkeys(owners[module] for module in layer.modules() if module in owners)
+    partitioned = [parameter for parameter in layer.parameters() if _is_partitioned(parameter)]
+    whole = nullcontext()
+    if partitioned:
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(partitioned)
     for owner in needed:
         owner.unshard()
     try:
-        yield
+        with whole:
+            yield
     finally:
         for owner in needed:
             owner.reshard()

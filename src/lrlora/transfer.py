@@ -214,8 +214,9 @@ class KeepsFloat32(nn.Module):
             RuntimeError: several processes train together, and may no longer change a parameter's dtype.
 
         """
-        if hasattr(self, "unshard"):
-            self.unshard()
+        unshard = getattr(self, "unshard", None)
+        if unshard is not None:
+            unshard()
         if all(parameter.dtype == torch.float32 for parameter in self.parameters()):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -223,7 +224,8 @@ class KeepsFloat32(nn.Module):
             raise RuntimeError(
                 f"Parameters of a {type(self).__name__} are {given}, and must be float32. If a library has cast them "
                 "(TRL does with a quantised model), call model.train() before training starts, which undoes it. Before "
-                "fully_shard in mixed precision, call lrlora.fully_shard_phi(model, mesh=mesh)."
+                "fully_shard in mixed precision, call lrlora.fully_shard_phi(model, mesh=mesh). For DeepSpeed, set "
+                "torch_autocast instead of bf16."
             )
         self._restore_precision()
 

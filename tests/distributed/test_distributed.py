@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,12 @@ def torchrun(processes: int, *command: object) -> str:
             *map(str, command),
         ],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
+            "DS_ACCELERATOR": "cpu",
+        },
         capture_output=True,
         text=True,
         timeout=600,
@@ -41,9 +47,15 @@ def torchrun(processes: int, *command: object) -> str:
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "way"),
-    [("llama", "ddp"), ("bert", "ddp"), ("llama", "fsdp"), ("bert", "fsdp"), ("llama", "fsdp-shared")],
+    [
+        *[("llama", "ddp"), ("bert", "ddp"), ("llama", "fsdp"), ("bert", "fsdp"), ("llama", "fsdp-shared")],
+        # DeepSpeed is no part of [dev]: transformers would import it in every test.
+        *[pytest.param(family, "zero3", marks=pytest.mark.slow) for family in ("llama", "bert")],
+    ],
 )
 def test_several_processes_do_what_one_does(family: str, way: str, processes: int, tmp_path: Path) -> None:
+    if way == "zero3" and find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed")
     torchrun(processes, ROOT / "tests" / "distributed" / "train_sharded.py", family, way, tmp_path)
     alone, losses = train(family, way)
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-5)

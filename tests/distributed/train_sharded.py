@@ -1,7 +1,7 @@
 """One of several processes that train a tiny model together: train_sharded.py FAMILY WAY FOLDER; started by torchrun.
 
-WAY is ddp, fsdp, or fsdp with groups of their own for φ: fsdp-bf16 in mixed precision, fsdp-shared with one φ for all
-layers. Writes losses, ranks and the adapter to FOLDER, from the first process.
+WAY is ddp, zero3 (DeepSpeed's), fsdp, or fsdp with groups of their own for φ: fsdp-bf16 in mixed precision, fsdp-shared
+with one φ for all layers. Writes losses, ranks and the adapter to FOLDER, from the first process.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ from lrlora import LrLoraConfig, fully_shard_phi, rank_report
 from tests.conftest import TinyModel
 
 STEPS, BATCH, RATE = 20, 4, 1e-3
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": BATCH,
+    # Shard the smallest parameters too, and use AdamW as it is.
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
 
 
 def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, list[float]]:
@@ -37,6 +44,10 @@ def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, li
     network: Any = model
     if world > 1 and way == "ddp":
         network = DistributedDataParallel(model)
+    elif world > 1 and way == "zero3":
+        import deepspeed
+
+        network, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=ZERO3)
     elif world > 1:
         mesh = init_device_mesh("cpu", (world,))
         half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -48,14 +59,14 @@ def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, li
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         rank_report(model)  # as `RankCallback` does before the first step
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=RATE)
+    optimizer: Any = network if way == "zero3" and world > 1 else adamw(network)
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(STEPS):
         tokens = torch.randint(3, 99, (BATCH, 7), generator=generator)
         mine = tokens[rank * BATCH // world : (rank + 1) * BATCH // world]
         labels = mine if family == "llama" else mine[:, 0] % 2
         loss = network(input_ids=mine, labels=labels).loss
-        loss.backward()
+        optimizer.backward(loss) if optimizer is network else loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach().clone()
@@ -65,20 +76,37 @@ def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, li
     return model, losses
 
 
+def adamw(network: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=RATE)
+
+
+def gather(model: Any, way: str) -> dict[str, torch.Tensor]:
+    """The whole trained parameters, in every process."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if way == "ddp":
+        return trained
+    if way == "zero3":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
+            return {name: p.detach().clone() for name, p in trained.items()}
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
 def main() -> None:
     """Train, then gather and write."""
     family, way, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     model, losses = train(family, way, rank, world)
-    phis = [p.detach() for name, p in model.named_parameters() if "lrlora_phi" in name]
-    whole = [phi if way == "ddp" else phi.full_tensor() for phi in phis]
-    assert all(phi.dtype == torch.float32 and (phi != phi.bfloat16()).any() for phi in whole)
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, [phi.tolist() for phi in whole])
-    assert all(theirs == everyone[0] for theirs in everyone), "φ differs between processes"
     report = rank_report(model)
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = gather(model, way)
+    phis = [p for name, p in state.items() if "lrlora_phi" in name]
+    assert phis
+    assert all(phi.dtype == torch.float32 and (phi != phi.bfloat16()).any() for phi in phis)
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, [phi.tolist() for phi in phis])
+    assert all(theirs == everyone[0] for theirs in everyone), "φ differs between processes"
     if rank == 0:
         model.save_pretrained(folder, state_dict=state)
         report.to_json(folder / "ranks.json")

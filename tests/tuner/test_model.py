@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lrlora import LrLoraConfig
+from lrlora import LrLoraConfig, rank_report
 from lrlora.tuner import Linear
 
 from ..conftest import TinyModel
@@ -158,13 +165,43 @@ def test_an_offloaded_base_layer_is_respected() -> None:
     torch.testing.assert_close(model(x), expected + x @ delta.T)
 
 
-def test_an_offloaded_adapter_is_refused() -> None:
+def test_an_adapter_on_an_offloaded_model_trains_and_loads(tmp_path: Path) -> None:
+    tiny, config = TinyModel("llama"), LrLoraConfig(r=2, target_modules="all-linear")
+    tiny.build().save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+    def offloaded() -> Any:
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=places, offload_folder=tmp_path / "disk")
+
+    torch.manual_seed(0)
+    expected = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config)
+    torch.manual_seed(0)
+    model = get_peft_model(offloaded(), config)
+    assert model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight.is_meta
+    for each in (expected, model):
+        tiny.train(each, 3)
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(expected))
+    # A weight that is offloaded cannot be compared with; the ranks are the same.
+    ranks = [{row.module: row.stable_rank for row in rank_report(each).rows} for each in (expected, model)]
+    assert ranks[0] == pytest.approx(ranks[1], rel=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = get_peft_model(offloaded(), LrLoraConfig.from_pretrained(tmp_path / "adapter"))
+    set_peft_model_state_dict(loaded, load_peft_weights(tmp_path / "adapter"))
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(expected))
+
+
+def test_an_offloaded_adapter_works_but_is_not_trained() -> None:
     from accelerate import cpu_offload
 
-    model = get_peft_model(nn.Sequential(nn.Linear(12, 9)), LrLoraConfig(r=2, target_modules=["0"]))
+    config = LrLoraConfig(r=2, target_modules=["0"], init_weights=False, rank_penalty=0.1)
+    model, x = get_peft_model(nn.Sequential(nn.Linear(12, 9)), config), torch.randn(5, 12)
+    expected = model(x).detach()
     cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"'default' are on the meta device.*before adding the adapter"):
-        model(torch.randn(5, 12))
+        model(x)
+    model.requires_grad_(False)
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

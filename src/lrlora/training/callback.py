@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from ..distributed import shard_owners
+from ..distributed import is_sharded
 from ..files import readable, require_type, write_whole
 from ..rank import RankReport, RankRow, rank_report
 from ..saved import require_numbers
@@ -96,7 +96,7 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
         # Processes that hold parts of the model have to measure together; else the first does it alone.
-        if not state.is_world_process_zero and not shard_owners(model):
+        if not state.is_world_process_zero and not is_sharded(model):
             return
         try:
             report = rank_report(model, self.adapter)
@@ -112,7 +112,9 @@ class RankCallback(TrainerCallback):
         with _history_path(args).open("a", encoding="utf-8") as file:
             file.write(_to_line(self.history[-1]))
         scalars = report.summary()
-        state.log_history.append({**scalars, "step": state.global_step})
+        entry = {**scalars, "step": state.global_step}
+        if entry not in state.log_history:  # as it is in that of a checkpoint, when it is gone on with
+            state.log_history.append(entry)
         for logger in self._loggers:
             logger.on_log(args, state, control, logs=scalars, model=model, **kwargs)
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
@@ -103,6 +104,12 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if device is None and has_offloaded_params(self.base_layer):
+            # The base weight is on the meta device, where an adapter would be lost.
+            device = torch.device(self.base_layer._hf_hook.execution_device)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter as trained, in the layout of the base weight, float32 or float64."""
@@ -125,20 +132,15 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
         """(diag(γ) A, B, φ)."""
-        phi = cast(Transfer, self.lrlora_phi[adapter])
-        phi.make_ready()
-        A, B = cast(nn.Linear, self.lrlora_A[adapter]).weight, cast(nn.Linear, self.lrlora_B[adapter]).weight
-        if A.is_meta or B.is_meta:
-            # An operator that meets a meta tensor returns uninitialised memory.
-            raise RuntimeError(
-                f"The weights of adapter {adapter!r} are on the meta device: they were offloaded, or never loaded. "
-                "Offload the base model before adding the adapter, which then stays on its device, or load the adapter."
-            )
+        parts: list[Any] = [self.lrlora_A[adapter], self.lrlora_B[adapter], self.lrlora_phi[adapter]]
         if adapter in self.lrlora_gate:
-            gate = cast(Gate, self.lrlora_gate[adapter])
-            gate.make_ready()
-            A = gate(A)
-        return A, B, phi
+            parts.append(self.lrlora_gate[adapter])
+        if parts[0].weight.is_meta or parts[1].weight.is_meta:
+            parts = [_onloaded(part, adapter) for part in parts]
+        for part in parts[2:]:
+            part.make_ready()
+        A, B, phi, *gate = parts
+        return gate[0](A.weight) if gate else A.weight, B.weight, phi
 
     def active_factors(self, adapter: str) -> Tensor:
         """Which of the factors have not been closed by a gate: bool, (r,), or (experts·r,)."""
@@ -537,6 +539,25 @@ class ParamWrapper(LrLoraLayer):
         while module is not self.get_base_layer():
             path, module = f"base_layer.{path}", module.base_layer
         return functional_call(self.base_layer, {path: weight}, args, kwargs)
+
+
+def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
+    """A part of an adapter that accelerate has offloaded, with its weights where it computes.
+
+    Raises:
+        RuntimeError: the weights are nowhere, or to be trained, and no gradient would reach them.
+
+    """
+    if any(parameter.is_meta and parameter.requires_grad for parameter in part.parameters()):
+        raise RuntimeError(
+            f"The weights of adapter {adapter!r} are on the meta device: they were offloaded, or never loaded, and "
+            "cannot be trained there. Offload the base model before adding the adapter, which then stays on its "
+            "device, or load the adapter."
+        )
+    with align_module_device(part):
+        onloaded = copy.copy(part)
+        onloaded._parameters = dict(part._parameters)
+    return onloaded
 
 
 @contextmanager

@@ -216,10 +216,9 @@ class LrLoraModel(BaseTuner):
             layer.shares_weight = len(users.get(id(weight), ())) > 1
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, LrLoraLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)  # unloading; PEFT would also look for a `weight` in every wrapper
+        # The adapter is where its base layer computes. PEFT would move it to where the base weight is stored, which for
+        # an offloaded one is nowhere, and look for a `weight` in every wrapper when unloading.
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,
@@ -250,6 +249,11 @@ class LrLoraModel(BaseTuner):
             target.update_layer(*adapter)
             return
         else:
+            if hasattr(getattr(target, "weight", None), "device_mesh"):
+                raise ValueError(
+                    f"The weight of {current_key!r} is sharded over processes, by a tensor-parallel plan or FSDP2. "
+                    "Load the model without tp_plan, add the adapter, and then shard the model with FSDP2 or ZeRO-3."
+                )
             backend = _quantization_backend(target, self.model)
             kind = _kind(target, backend)
             if kind is None:
