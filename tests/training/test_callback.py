@@ -37,6 +37,7 @@ def test_records_start_every_k_steps_and_end(tiny_bert: TinyModel, tmp_path: Pat
     assert [step for step, _ in callback.history] == [0, 4, 6]
     assert all(row.stable_rank == 0 for row in callback.history[0][1].rows)
     assert all(row.stable_rank >= 1 for row in callback.history[-1][1].rows)
+    assert [bool(report.curves) for _, report in callback.history] == [False, False, True]
     saved = read_history(tmp_path / HISTORY_FILE)
     assert [(step, report.rows) for step, report in saved] == [(step, r.rows) for step, r in callback.history]
     logged = [entry for entry in trainer.state.log_history if "rank/stable_rank_mean" in entry]

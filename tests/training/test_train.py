@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
@@ -37,6 +38,8 @@ from lrlora import LrLoraConfig
 from lrlora.cli import app
 from lrlora.training.callback import read_history
 from lrlora.training.choices import collate_choices, encode_continuations, token_log_likelihoods
+from lrlora.training.config import TrainConfig
+from lrlora.training.train import train
 
 from .small import BAD, GOOD, SIZES, reviews, save_decoder, save_encoder, tokenizer
 
@@ -232,6 +235,23 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert (tmp_path / "cut" / "metrics.json").read_text() == (tmp_path / "whole" / "metrics.json").read_text()
     assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_2000_steps(encoder: str, table: str, tmp_path: Path) -> None:
+    memory: dict[int, int] = {}
+
+    def note(line: str) -> None:
+        if match := re.match(r"Step (\d+):", line):
+            memory[int(match[1])] = psutil.Process().memory_info().rss
+
+    training = {"max_steps": 2_000, "eval_steps": 100, "save_steps": 100, "per_device_train_batch_size": 8}
+    settings = {"model": encoder, "data": table, "task": "classify", "output": str(tmp_path / "run"), "rank_every": 20}
+    columns = {"text": "review", "label": "verdict"}
+    train(TrainConfig.from_dict({**settings, "columns": columns, "training": training}), announce=note)
+    assert set(range(100, 2_001, 100)) <= set(memory)
+    # What is loaded and compiled along the way is there after the first 300 steps.
+    assert max(memory.values()) <= 1.02 * memory[300], memory
 
 
 @pytest.mark.parametrize("method", ["dora", "adalora", "hira", "randlora", "full"])

@@ -34,7 +34,7 @@ class RankCallback(TrainerCallback):
         adapter: the adapter to measure; default: the active one.
 
     Attributes:
-        history: (step, report) in the order of training.
+        history: (step, report) in the order of training; only the last report has its curves and spectra.
 
     Raises:
         ValueError: `every` is below 1.
@@ -106,6 +106,9 @@ class RankCallback(TrainerCallback):
             # What to do about a diverged run is the Trainer's business and the user's, not that of a measurement.
             warnings.warn(f"Ranks at step {state.global_step} are not recorded: {error}", stacklevel=2)
             return
+        if self.history:  # of a long run with many layers, all curves would be gigabytes
+            step, last = self.history[-1]
+            self.history[-1] = (step, RankReport(last.rows))
         self.history.append((state.global_step, report))
         if not state.is_world_process_zero:
             return
