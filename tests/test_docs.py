@@ -98,6 +98,7 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     ("benchmark", "name"),
     [
         ("speed", "speed.md"),
+        ("scale", "scale.md"),
         ("half_precision", "speed.md"),
         ("export", "export.md"),
         ("rank_pattern", "export.md"),
@@ -108,6 +109,13 @@ def test_the_tables_of_benchmarks_are_the_stored_ones(benchmark: str, name: str)
     script = runpy.run_path(str(ROOT / "benchmarks" / f"{benchmark}.py"))
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert script["updated"](page) == page
+
+
+def test_the_formulas_of_the_scale_page_hold() -> None:
+    """Parameters and operations of tiny models, exactly."""
+    records = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))["check_counts"](tokens=12)
+    assert len(records) == 12
+    assert [record for record in records if record["predicted"] != record["found"]] == []
 
 
 def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +133,7 @@ def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.Mon
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("method", "settings", "phi", "compatibility", "speed", "train")),
+    *(f"docs/{name}.md" for name in ("method", "settings", "phi", "compatibility", "speed", "scale", "train")),
 ]
 
 
