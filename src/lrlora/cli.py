@@ -34,13 +34,15 @@ def _one_clear_error(after_interrupt: str = "Run the same command again to resum
         yield
     except typer.Exit:
         raise  # it is a RuntimeError
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         remedy = ""
         if isinstance(error, ImportError):
             missing = {"altair|vl_convert|matplotlib|pandas": "plots", "bitsandbytes|torchao": "integrations"}
             extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
             remedy = f" Install what this command needs: pip install 'lrlora[{extra}]'"
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(f'{error}{remedy}')}", highlight=False)
+        # What a damaged file holds need not be printable.
+        said = f"{str(error) or type(error).__name__}{remedy}".encode("utf-8", "backslashreplace").decode()
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(said)}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Interrupted. {after_interrupt}", highlight=False)
@@ -130,9 +132,9 @@ def ranks(
             check_picture(picture)
         from .rank import rank_report
         from .report.table import rank_table
-        from .tuner.skeleton import load_on_skeleton
+        from .saved import load_measurable
 
-        report = rank_report(load_on_skeleton(adapter, with_base_weights=with_base), progressbar=True)
+        report = rank_report(load_measurable(adapter, with_base_weights=with_base), progressbar=True)
         console.print(rank_table(report, escape(f"Learned ranks, {adapter}")))
         if json:
             report.to_json(json)
@@ -231,7 +233,7 @@ def train(
         if resume is not None:
             if config or given or rank is not None or any(nested.values()):
                 raise ValueError("--resume goes on with the settings of the run: give nothing else.")
-            content = read_run(resume)["config"] | {"output": str(resume)}
+            run = read_run(resume).config
         else:
             content = read_yaml(config) if config else {}
             content |= given
@@ -240,7 +242,7 @@ def train(
             for name, values in nested.items():
                 if values:
                     content[name] = {**(content.get(name) or {}), **values}
-        run = TrainConfig.from_dict(content)
+            run = TrainConfig.from_dict(content)
         try:
             result = train(run, resume=resume is not None, overwrite=overwrite, announce=_announce)
         except (Interrupted, KeyboardInterrupt) as stop:
@@ -380,6 +382,7 @@ def rank_pattern(
         _quiet()
         from .export import factorize, lora_config
         from .export.table import factors_table
+        from .files import write_whole
 
         if json and not json.parent.is_dir():
             raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")
@@ -392,7 +395,7 @@ def rank_pattern(
         text = dumps(fields, indent=2)
         console.print(factors_table(factors, escape(f"Ranks for plain LoRA, from {adapter}")))
         if json:
-            json.write_text(text + "\n", encoding="utf-8")
+            write_whole(json, text + "\n")
             console.print(escape(f"LoraConfig(**json.load(open({str(json)!r})))"), highlight=False)
         else:
             typer.echo(text)
@@ -429,9 +432,9 @@ def _dtype(name: str) -> Any:
 
 
 def _load_lr_lora(adapter: str) -> Any:
-    from .tuner.skeleton import load_on_skeleton
+    from .saved import load_measurable
 
-    model: Any = load_on_skeleton(adapter)
+    model: Any = load_measurable(adapter)
     method = model.peft_config["default"].peft_type.value
     if method != "LRLORA":
         raise ValueError(f"{adapter} is an adapter of type {method}; only LR-LoRA's need to be exported.")
@@ -524,6 +527,8 @@ def _quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # It would ask whether to run the code that some models bring along: nobody may be there, and none is run.
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     if importlib.util.find_spec("datasets"):
         from datasets.utils.logging import disable_progress_bar
 

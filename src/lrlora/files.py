@@ -1,21 +1,146 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that are what they should be."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name to write a file under, which is renamed at the end: a reader never sees half of it."""
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file's content on the disk: its name may get there first, and the machine stop in between."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write under a temporary name and rename: a reader never sees half a file, whoever else writes it."""
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    """Write a text file, whoever else writes it."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write what JSON can hold."""
     write_whole(path, json.dumps(content, indent=1))
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files are moved to their places in `folder` at the end, each of them whole."""
+    partial = folder / "files.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what a process left that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flush(file)
+            file.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def readable(path: str | os.PathLike[str], remedy: str, *, until: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Say which file is damaged, whatever its reader stumbles over, and what to do.
+
+    It catches everything, here only: the libraries that read a user's files (PEFT, transformers, safetensors, torch,
+    yaml) raise what they meet in a damaged one, from KeyError to struct.error, and promise nothing. The cause stays
+    attached.
+
+    Args:
+        path: of the file or folder.
+        remedy: a sentence.
+        until: tells that it has been read, and that what is raised from now on has nothing to do with it.
+
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        if until() or (isinstance(error, (ValueError, OSError)) and os.fspath(path) in str(error)):
+            raise  # it says so itself
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        if isinstance(error, UnpicklingError):
+            reason = "its pickle is broken, or holds code to run, which is not loaded"  # torch says how to run it
+        elif not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{path} is damaged or not what it should be ({reason}). {remedy}") from error
+
+
+def read_json(path: Path, kind: Any, remedy: str) -> Any:
+    """The content of a JSON file, which is of a kind as `require_type` knows them.
+
+    Raises:
+        ValueError: it is not.
+
+    """
+    with readable(path, remedy):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        require_type(content, kind, "its content")
+        return content
+
+
+def require_type(value: Any, kind: Any, name: str) -> None:
+    """Raise a ValueError that says where, unless a value from a file is what a type annotation says.
+
+    Args:
+        value: of plain types, or a dataclass or named tuple of them.
+        kind: the annotation, which may be a TypedDict; a float is any number.
+        name: of the value in the message.
+
+    """
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is UnionType and inner[1:] == (NoneType,) and value is not None:
+        require_type(value, inner[0], name)
+    elif is_typeddict(kind) and isinstance(value, dict):
+        for key, annotation in get_type_hints(kind).items():
+            if key in value:
+                require_type(value[key], annotation, f"{name}[{key!r}]")
+            elif key in kind.__required_keys__:
+                raise ValueError(f"{name} lacks {key!r}.")
+    elif is_dataclass(origin) or (isinstance(origin, type) and issubclass(origin, tuple) and origin is not tuple):
+        for field, annotation in get_type_hints(origin).items():
+            require_type(getattr(value, field), annotation, f"{name}.{field}")
+    elif origin in (list, tuple, Sequence) and isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            require_type(item, inner[0], f"{name}[{index}]")
+    elif origin is dict and isinstance(value, dict):
+        for key, item in value.items():
+            require_type(key, inner[0], f"a key of {name}")
+            require_type(item, inner[1], f"{name}[{key!r}]")
+    elif not _is(value, kind):
+        expected = "a mapping" if is_typeddict(kind) else getattr(kind, "__name__", kind)
+        raise ValueError(f"{name} must be {expected}, and is {value!r}.")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is UnionType:
+        return any(_is(value, part) for part in get_args(kind))
+    if kind is Any:
+        return True
+    if isinstance(value, bool):
+        return kind is bool  # and no number, though Python thinks so
+    return not is_typeddict(kind) and isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)

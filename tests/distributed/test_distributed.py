@@ -8,13 +8,17 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import BertConfig, BertModel
 
 from lrlora import RankReport, rank_report
+from lrlora.training.config import TrainConfig
+from lrlora.training.train import train as train_run
 
 from ..conftest import TinyModel
 from ..training.small import SIZES, reviews, tokenizer
@@ -23,7 +27,8 @@ from .train_sharded import train
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(processes: int, *command: object) -> str:
+def torchrun(processes: int, *command: object, fails: bool = False) -> str:
+    """What the command says, or, if it is to fail, why it does."""
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
@@ -40,8 +45,8 @@ def torchrun(processes: int, *command: object) -> str:
         text=True,
         timeout=600,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+    assert (result.returncode != 0) == fails, result.stderr[-4000:]
+    return " ".join(result.stderr.split()) if fails else result.stdout
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -113,26 +118,52 @@ def test_what_cannot_be_is_refused_among_processes(tmp_path: Path) -> None:
     assert "rank_penalty needs the factors whole, and FSDP2 has sharded them" in sharded
 
 
-def test_lrlora_train_in_two_processes(tmp_path: Path) -> None:
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """Of `lrlora train`, with a model that draws nothing at random: 18 steps, of 8 examples over all processes."""
     torch.manual_seed(0)
     dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    BertModel(BertConfig(**SIZES, **dropouts, vocab_size=64, max_position_embeddings=48)).save_pretrained(
-        tmp_path / "m"
-    )
+    config = BertConfig(**SIZES, **dropouts, vocab_size=64, max_position_embeddings=48)
+    BertModel(config).save_pretrained(tmp_path / "m")
     tokenizer().save_pretrained(tmp_path / "m")
     reviews().rename(columns={"review": "text", "verdict": "label"}).to_csv(tmp_path / "reviews.csv", index=False)
-    command = ["-m", "lrlora", "train", "--model", tmp_path / "m", "--data", tmp_path / "reviews.csv"]
-    command += ["--task", "classify", "--epochs", 1, "--learning-rate", 1e-3, "--training", "logging_steps=1"]
+    training = {"num_train_epochs": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 8}
+    training |= {"logging_steps": 1, "eval_steps": 3, "save_steps": 3}
     # At the start φ's gradients are hardly more than rounding, of which Adam's usual 1e-8 makes whole steps.
-    command += ["--training", "adam_epsilon=1e-5"]
-    torchrun(1, *command, "--batch-size", 8, "--output", tmp_path / "one")
-    said = torchrun(2, *command, "--batch-size", 4, "--output", tmp_path / "two")
+    training |= {"adam_epsilon": 1e-5}
+    paths = {"model": str(tmp_path / "m"), "data": str(tmp_path / "reviews.csv"), "output": str(tmp_path / "one")}
+    return {**paths, "task": "classify", "training": training}
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((folder / "log_history.json").read_text()) if "loss" in entry]
+
+
+def test_lrlora_train_in_two_processes(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    torchrun(1, "-m", "lrlora", "train", tmp_path / "run.yaml")
+    said = torchrun(2, "-m", "lrlora", "train", tmp_path / "run.yaml", "--batch-size", 4, "--output", tmp_path / "two")
     assert said.count("Plan:") == 1
     assert "18 steps of 8 examples" in said
-    logs = [json.loads((tmp_path / name / "log_history.json").read_text()) for name in ("one", "two")]
-    one, two = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 18
     assert two == pytest.approx(one, abs=1e-5)
     assert (tmp_path / "two" / "metrics.json").exists()
     assert (tmp_path / "two" / "ranks.json").exists()
     assert list((tmp_path / "two").glob("checkpoint-*")) == []
+
+
+def test_a_run_resumes_with_another_number_of_processes(settings: dict[str, Any], tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("Step 9:"):
+            raise KeyboardInterrupt
+
+    whole = train_run(TrainConfig.from_dict(settings))
+    with pytest.raises(KeyboardInterrupt):
+        train_run(TrainConfig.from_dict(settings | {"output": str(tmp_path / "cut")}), announce=stop)
+    refused = torchrun(3, "-m", "lrlora", "train", "--resume", tmp_path / "cut", fails=True)
+    assert "steps of 8 examples, which 3 processes with gradient_accumulation_steps=1 cannot share" in refused
+    said = torchrun(2, "-m", "lrlora", "train", "--resume", tmp_path / "cut")
+    assert "18 steps of 8 examples" in said
+    assert "Resuming from step 6" in said
+    assert losses(tmp_path / "cut") == pytest.approx(losses(whole.output), abs=1e-5)

@@ -629,6 +629,12 @@ def test_other_bad_data(no_weights: str, table: str, tmp_path: Path) -> None:
     columns = ("--column", "text=review", "--column", "label=stars")
     common = ("train", "--model", no_weights, "--task", "regress", "--output", tmp_path / "out")
     assert_refused(run(*common, "--data", tmp_path / "stars.csv", *columns), "label must be a finite number", "0: 4")
+    for word in ("nan", "inf", "1e39", "many"):  # the third is infinite in float32
+        frame.assign(stars=["1.5"] * 4 + [word] + ["2"] * 15).to_csv(tmp_path / "stars.csv", index=False)
+        refused = run(*common, "--data", tmp_path / "stars.csv", *columns)
+        assert_refused(
+            refused, "label must be a finite number", "in 1 rows (counted from 0: 4)", word.replace("e", "e+")
+        )
     assert not (tmp_path / "out").exists()
 
 

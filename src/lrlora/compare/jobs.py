@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from ..files import write_json
+from ..files import read_json, readable, require_type, write_json
 from ..training.config import FROM_TRAIN, TrainConfig, require_known
 from ..training.methods import adapter_config
 from .methods import METHODS, Method, find_method
@@ -36,6 +36,29 @@ CALL_FILE = "call.json"  # what was asked for last
 FAILED = 3  # exit status of a worker whose job can never work
 _GRID_STEPS = 2  # times that the grid of rates may grow by a factor of 2 on either side
 Record = dict[str, Any]
+
+
+class _Identity(TypedDict):
+    """What every record in a file has."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    wall: float
+
+
+class _Record(_Identity, total=False):
+    """What it has of a job that failed, and of one that did not."""
+
+    failure: str
+    seconds: float
+    peak_mib: float
+    trainable: int
+    validation: dict[str, float]
+    criterion: float
+    ranks: list[dict[str, Any]] | None
+    test: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,7 @@ class Comparison:
     rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        require_type(self, Comparison, "comparison")
         for method in self.methods:
             find_method(method)
         for task in self.tasks:
@@ -154,14 +178,15 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 def read_records(output: Path) -> dict[str, Record]:
     """The finished jobs in a folder, by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("jobs/*.json"))}
+    remedy = "Remove it, and the same command runs the job again."
+    return {path.stem: read_json(path, _Record, remedy) for path in sorted(output.glob("jobs/*.json"))}
 
 
 def check_folder(comparison: Comparison, output: Path) -> None:
     """Raise a FileExistsError unless the folder is free, or holds a comparison of the same suite and rank."""
     path = output / SETTINGS_FILE
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8")) != _settings(comparison):
+        if read_json(path, dict[str, Any], "Give another --output.") != _settings(comparison):
             raise FileExistsError(
                 f"The folder {output} holds another comparison: another suite, rank or settings of its tasks. Give "
                 "another --output."
@@ -204,9 +229,10 @@ def read_comparison(suite: str, output: Path) -> Comparison:
     path = output / CALL_FILE
     if not path.exists():
         raise FileNotFoundError(f"There is no comparison in {output}: run it first.")
-    call = json.loads(path.read_text(encoding="utf-8"))
-    lists = {name: tuple(value) for name, value in call.items() if isinstance(value, list)}
-    return Comparison(**{**call, **lists, "suite": suite})
+    with readable(path, "Run the comparison again without --report."):
+        call = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(value) for name, value in call.items() if isinstance(value, list)}
+        return Comparison(**{**call, **lists, "suite": suite})
 
 
 def _settings(comparison: Comparison) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..files import write_whole
+from ..report.figure import save_figure
 from .jobs import Comparison, check_folder, read_records
 from .methods import find_method
 from .tables import learned_ranks, results, tidy, tuning, wins
@@ -32,11 +33,11 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     records = comparison.select(read_records(output))
     if not records:
         raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
-    tidy(records).to_json(output / "runs.jsonl", orient="records", lines=True)
+    write_whole(output / "runs.jsonl", tidy(records).to_json(orient="records", lines=True))
     table = results(comparison, records)
     parts = [f"# {comparison.suite}: {comparison.definition.model}, r = {comparison.rank}\n"]
     if len(table):
-        table.to_csv(output / "results.csv", index=False)
+        write_whole(output / "results.csv", table.to_csv(index=False))
         reference = find_method(comparison.reference).name
         parts += [
             f"Test metric times 100 over seeds, each method at its own learning rate. `difference` ± `standard error` "
@@ -62,9 +63,8 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     if failures:
         parts.append("\n## What failed\n\nA method on a task has no mean where a final run failed.\n")
         parts += [f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures]
-    path, partial = output / "report.md", output / f"report-{os.getpid()}.partial"
-    partial.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    partial.replace(path)
+    path = output / "report.md"
+    write_whole(path, "\n".join(parts) + "\n")
     return path
 
 
@@ -97,7 +97,7 @@ def _save(figure: Figure, axes: dict[str, Axes], ylabel: str, path: Path) -> Non
     panels = list(axes.values())
     panels[0].set_ylabel(ylabel)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _save_parameters(table: pd.DataFrame, path: Path) -> None:

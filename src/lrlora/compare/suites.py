@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import require_type
 from ..training.config import TASKS, read_yaml, require_known
 from ..training.metrics import LESS_IS_BETTER, METRIC_NAMES
 
@@ -49,9 +50,13 @@ class Task:
     head_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
+        require_type(self, Task, "task")
         require_known("a kind of task", self.kind, TASKS)
         known = [name for name in METRIC_NAMES[self.kind] if name not in LESS_IS_BETTER]
         require_known(f"a metric of {self.kind} of which more is better", self.metric, known)
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..files import flush
+
 
 def check_output(output: str | os.PathLike[str]) -> Path:
     """The folder to write, if it is free.
@@ -34,8 +36,7 @@ def written_whole(output: Path) -> Iterator[Path]:
         partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its user alone
         for file in partial.rglob("*"):
             if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+                flush(file)
         partial.replace(output)  # an empty folder may be there
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from ..files import readable
+from ..saved import EXPECTED, require_all_weights
 from ..training.config import RUN_FILE, read_run
 from ..tuner import LrLoraLayer
 
@@ -44,28 +46,30 @@ def load_adapted(adapter: str | os.PathLike[str], **options: Any) -> Any:
 
     """
     name = os.fspath(adapter)
-    config = PeftConfig.from_pretrained(name)
-    if (Path(name) / RUN_FILE).exists() and (labels := read_run(Path(name))["labels"]):
-        options["id2label"] = dict(enumerate(labels))
-        options["label2id"] = {label: index for index, label in enumerate(labels)}
-    elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(name)) is not None:
-        options["num_labels"] = num_labels
-    model: Any
-    try:
-        with warnings.catch_warnings():
-            # PEFT looks for a tokenizer of the adapter's own, and is not sure that it found none.
-            warnings.filterwarnings("ignore", message="Unable to fetch remote file")
-            model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"The base model of {name}, {config.base_model_name_or_path}, could not be loaded: "
-            f"{str(error).splitlines()[0]} Put it there, or correct base_model_name_or_path in adapter_config.json."
-        ) from None
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"The adapter {name} does not fit its base model {config.base_model_name_or_path}: "
-            f"{' '.join(str(error).split())[:500]}"
-        ) from None
+    with readable(name, EXPECTED):
+        config = PeftConfig.from_pretrained(name)
+        if (Path(name) / RUN_FILE).exists() and (labels := read_run(Path(name)).labels):
+            options["id2label"] = dict(enumerate(labels))
+            options["label2id"] = {label: index for index, label in enumerate(labels)}
+        elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(name)) is not None:
+            options["num_labels"] = num_labels
+        model: Any
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for a tokenizer of the adapter's own, and is not sure that it found none.
+                warnings.filterwarnings("ignore", message="Unable to fetch remote file")
+                model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"The base model of {name}, {config.base_model_name_or_path}, could not be loaded: "
+                f"{str(error).splitlines()[0]} Put it there, or correct base_model_name_or_path in adapter_config.json."
+            ) from None
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The adapter {name} does not fit its base model {config.base_model_name_or_path}: "
+                f"{' '.join(str(error).split())[:500]}"
+            ) from None
+        require_all_weights(model, name)
     if config.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
         # A decoder looks for the last token before the padding, and trains with the tokenizer's.
         model.config.pad_token_id = _pad_token(name, str(config.base_model_name_or_path))

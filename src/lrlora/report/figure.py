@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure, SubFigure
 
+from ..files import replacing
 from ..rank import MEASURES, RankReport, RankRow
 
 LABELS = {
@@ -55,10 +56,8 @@ def rank_figure(report: RankReport, *, measure: str = "energy99_rank", title: st
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure in the format of the suffix, whole or not at all."""
-    target = Path(path)
-    partial = target.with_name(f"{target.stem}.partial{target.suffix}")
-    figure.savefig(partial, dpi=150)
-    partial.replace(target)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format=Path(path).suffix.removeprefix("."))
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import readable, require_type
+
 TASKS = ("classify", "regress", "multiple-choice", "causal-lm")
 # The form that multiple choice takes with a decoder: it has no head for it, and compares likelihoods.
 CHOICE_LM = "multiple-choice by likelihood"
@@ -126,7 +128,9 @@ class TrainConfig:
                 f"The configuration says nothing of {', '.join(missing)}. Give --{' and --'.join(missing)}, or the "
                 "same as keys of the YAML file."
             )
-        return cls(**content)
+        config = cls(**content)
+        require_type(config, cls, "configuration")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -200,11 +204,32 @@ def require_known(what: str, value: object, known: Iterable[str]) -> None:
     raise ValueError(f"{value!r} is not {what}.{hint} Known: {', '.join(known)}.")
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RunRecord:
+    """What `train` recorded of a run.
+
+    Attributes:
+        config: its configuration, with the folder where it is now as `output`.
+        labels: names of the classes; empty unless the task is "classify".
+        max_length: tokens at which examples were cut.
+        versions: of lrlora and what it stands on.
+        examples_per_step: of all processes; None in runs of lrlora before it was recorded.
+
+    """
+
+    config: TrainConfig
+    labels: list[str]
+    max_length: int
+    versions: dict[str, str]
+    examples_per_step: int | None = None
+
+
+def read_run(folder: Path) -> RunRecord:
     """What `train` recorded of the run in its output folder.
 
     Raises:
         FileNotFoundError: the folder holds no run.
+        ValueError: the record is damaged.
 
     """
     path = folder / RUN_FILE
@@ -213,4 +238,10 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"{folder} holds no run of `lrlora train`: there is no {RUN_FILE} in it. Give the folder that was its "
             "--output."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    with readable(path, "It is what `lrlora train` wrote about the run: train it anew if you have no copy."):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        config = TrainConfig.from_dict(content["config"] | {"output": str(folder)})
+        rest = (content.get("versions", {}), content.get("examples_per_step"))
+        record = RunRecord(config, content["labels"], content["max_length"], *rest)
+        require_type(record, RunRecord, "run")
+        return record

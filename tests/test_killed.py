@@ -1,0 +1,165 @@
+"""Killed at any moment and started again: nothing is lost or half there, and the result is that of a run left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from safetensors import safe_open
+
+from .training.small import reviews, save_encoder
+
+# What all commands import first, which is most of their time, is not worth being killed in.
+SCRIPT = """
+import lrlora.compare.report, lrlora.export, lrlora.training.train
+from lrlora.cli import app
+print("ready", flush=True)
+app()
+"""
+COMMANDS = {
+    "train": "train run.yaml",
+    "export": "export trained --energy 0.9 --out out",
+    "merge": "merge trained --out out",
+    "compare": "compare suite.yaml --methods lora --rates 1e-2 --seeds 1 --rank 2 --output out",
+}
+KILLS = {"train": 24, "export": 8, "merge": 8, "compare": 10}
+NOW = [("train", 0), ("train", 1), ("export", 0)]
+CASES = [
+    pytest.param(name, seed, marks=[] if (name, seed) in NOW else pytest.mark.slow)
+    for name, count in KILLS.items()
+    for seed in range(count)
+]
+Alone = tuple[Path, float | None]  # the folder of a command that was left alone, and how long it took
+
+
+def run(command: str, folder: Path, after: float | None = None) -> float | None:
+    """Run a command in a process that is killed so many seconds after its imports; how long it took, if it was not."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *command.split()],
+        cwd=folder,
+        env={**os.environ, "PYTHONHASHSEED": "0"},  # or the order of sets would make files differ
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    while "ready" not in (line := process.stdout.readline()):
+        assert line, "it ended before it began"
+    began = time.monotonic()
+    try:
+        output, _ = process.communicate(timeout=after)
+    except subprocess.TimeoutExpired:
+        process.kill()  # it alone: what it has started must end by itself
+        process.communicate()
+        return None
+    assert process.returncode == 0, output
+    return time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Alone]:
+    """A command's folder and time if it is left alone; run when it is first asked for."""
+    columns = {"text": "review", "label": "verdict"}
+    training = {"max_steps": 12, "per_device_train_batch_size": 4, "save_steps": 2, "eval_steps": 2, "logging_steps": 1}
+    content = {"model": "./base", "data": "data", "task": "classify", "columns": columns, "output": "out"}
+    content |= {"rank_every": 2, "adapter": {"r": 2}, "training": {**training, "learning_rate": 0.05}}
+    task = {"data": "data", "kind": "classify", "metric": "accuracy", "steps": 12, "batch_size": 4, "columns": columns}
+
+    @cache
+    def inputs() -> Path:
+        folder = tmp_path_factory.mktemp("inputs")
+        save_encoder(folder / "base")
+        (folder / "data").mkdir()
+        for split, seed in (("train", 0), ("test", 1)):
+            reviews(80, seed).to_csv(folder / "data" / f"{split}.csv", index=False)
+        (folder / "run.yaml").write_text(yaml.safe_dump(content))
+        (folder / "suite.yaml").write_text(yaml.safe_dump({"model": "./base", "tasks": {"reviews": task}}))
+        return folder
+
+    @cache
+    def run_alone(name: str) -> Alone:
+        folder = tmp_path_factory.mktemp(name)
+        for path in inputs().iterdir():
+            (folder / path.name).symlink_to(path)
+        if name in ("export", "merge"):
+            (folder / "trained").symlink_to(run_alone("train")[0] / "out")
+        return folder, run(COMMANDS[name], folder)
+
+    return run_alone
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a path is no temporary name, and no checkpoint that the Trainer has not ended with its state."""
+    if path.name.startswith("checkpoint-"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+    return path.suffix != ".partial"
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """The files with final names, by path."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(folder)): path
+        for path in found
+        if all(is_finished(part) for part in (path, *path.parents) if part.is_relative_to(folder))
+    }
+
+
+def require_whole(folder: Path) -> None:
+    for path in files(folder).values():
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".jsonl":
+            # What follows the last end of a line was being written, and readers know it.
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                json.loads(line)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What a command has made, less the times it took."""
+    found: dict[str, Any] = {}
+    for name, path in files(folder).items():
+        if name == "results.csv":
+            found[name] = pd.read_csv(path).drop(columns=["time", "memory"]).to_csv()
+        elif name == "log_history.json":
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = [{k: v for k, v in e.items() if not k.endswith(("_runtime", "_per_second"))} for e in entries]
+        elif name.startswith(("jobs", "locks", "logs", "runs.jsonl", "report.md")):
+            found[name] = None  # it is there; the table is made of it
+        elif not name.startswith("checkpoint-"):  # one may be left if a run was killed as it removed them
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize(("name", "seed"), CASES)
+def test_killed_and_started_again(alone: Callable[[str], Alone], tmp_path: Path, name: str, seed: int) -> None:
+    folder, seconds = alone(name)
+    for path in folder.iterdir():
+        if path.name != "out":
+            (tmp_path / path.name).symlink_to(path)
+    out, command = tmp_path / "out", COMMANDS[name]
+    assert seconds
+    if run(command, tmp_path, random.Random(f"{name} {seed}").uniform(0, seconds)) is None:
+        require_whole(out)
+        is_done = (out / "metrics.json").exists() if name == "train" else out.exists() and name != "compare"
+        if not is_done:
+            run("train --resume out" if (out / "run.json").exists() else command, tmp_path)
+    assert results(out) == results(folder / "out")

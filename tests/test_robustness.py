@@ -1,0 +1,306 @@
+"""Damaged files: either it does not matter, or there is one clear error, and nothing is touched."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import vl_convert
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.compare import jobs
+from lrlora.compare.worker import run_job
+from lrlora.files import write_json
+from lrlora.training import inputs as packages
+from lrlora.training.config import TrainConfig
+from lrlora.training.embedded import EMBEDDED_MODELS, EmbeddedModel
+from lrlora.training.train import Interrupted, train
+
+from .training.small import reviews, save_encoder
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="bounds memory as Linux does")
+SECONDS, MEMORY = 60, 2**30  # that one command may take
+SHARE = pytest.mark.parametrize(
+    "count", [pytest.param(1, id="some"), pytest.param(12, id="all", marks=pytest.mark.slow)]
+)
+RUN = {
+    "model": "./base",
+    "data": "reviews.csv",
+    "task": "classify",
+    "columns": {"text": "review", "label": "verdict"},
+    "rank_every": 2,
+    "early_stopping": 9,
+    "adapter": {"r": 2, "target_modules": ["query", "dense"]},
+    "training": {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.05, "save_steps": 1},
+}
+TASK = {"data": "reviews.csv", "kind": "classify", "metric": "accuracy", "steps": 2, "test": "train"}
+TASK["columns"] = RUN["columns"]
+COMPARE = "compare suite.yaml --methods lora --rates 1e-3 --seeds 1 --output compared"
+ADAPTER = "bare/adapter_config.json bare/adapter_model.safetensors"
+# A command → files that it reads. What it makes is called out.
+READ = {
+    "ranks bare --json out.json": ADAPTER,
+    "export bare --max-rank 1 --out out": ADAPTER,
+    "export bare --energy 0.9 --no-check --out out": ADAPTER,
+    "merge bare --out out": ADAPTER,
+    "rank-pattern bare --budget r1 --json out.json": ADAPTER,
+    "report bare --out out.html": ADAPTER,
+    "evaluate run --data reviews.jsonl --json out.json": f"{ADAPTER.replace('bare', 'run')} reviews.jsonl run/run.json "
+    "run/tokenizer.json",
+    "predict run --data reviews.csv --output out.jsonl": f"{ADAPTER.replace('bare', 'run')} reviews.csv",
+    "merge run --out out": "run/run.json run/tokenizer_config.json",
+    "report run --out out.html": "run/run.json run/ranks.json run/rank_history.jsonl run/log_history.json "
+    "run/metrics.json",
+    "train run.yaml --steps 1 --output out": "run.yaml reviews.csv base/config.json base/model.safetensors",
+    "train run.yaml --steps 1 --output out --data reviews.jsonl": "reviews.jsonl",
+    "train run.yaml --steps 1 --output out --task regress --data ratings.csv": "ratings.csv",
+    "train run.yaml --steps 1 --output out --model embedded:base.whl": "base.whl",
+    "train run.yaml --steps 1 --output out --model embedded:base.tar.gz": "base.tar.gz",
+    "train --resume cut": "cut/run.json cut/rank_history.jsonl cut/checkpoint-2/trainer_state.json "
+    "cut/checkpoint-2/adapter_model.safetensors cut/checkpoint-2/optimizer.pt cut/checkpoint-2/rng_state.pth",
+    COMPARE: "suite.yaml",
+    "compare suite.yaml --report --output compared": "compared/comparison.json compared/call.json "
+    "compared/jobs/reviews--lora--0.001--0.json",
+}
+CASES = [(file, command) for command, files in READ.items() for file in files.split()]
+PARSED = (".json", ".jsonl", ".yaml", ".csv", ".safetensors")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with everything that a user may hand over, whole; it is the current one, and its paths are relative."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("inputs")
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        # What the page is drawn with is always the same, and takes a second to bundle.
+        patch.setattr(vl_convert, "javascript_bundle", lambda code: "")
+        patch.setenv("LRLORA_CACHE", "out-cache")
+        patch.setattr(packages, "_download", lambda source, folder: Path(source.requirement).absolute())
+        for package in ("base.whl", "base.tar.gz"):
+            patch.setitem(EMBEDDED_MODELS, package, EmbeddedModel("", packages.EmbeddedInput(package, "", "base")))
+        save_encoder(folder / "base")
+        table = reviews(32)
+        table.to_csv("reviews.csv", index=False)
+        table.to_json("reviews.jsonl", orient="records", lines=True)
+        table.assign(verdict=range(32)).to_csv("ratings.csv", index=False)
+        Path("run.yaml").write_text(yaml.safe_dump(RUN))
+        Path("suite.yaml").write_text(yaml.safe_dump({"model": "./base", "tasks": {"reviews": TASK}}))
+        shutil.make_archive("base", "zip", base_dir="base")
+        Path("base.zip").rename("base.whl")
+        shutil.make_archive("base", "gztar", base_dir="base")
+        train(TrainConfig.from_dict(RUN | {"output": "run"}), announce=lambda line: None)
+        Path("bare").mkdir()
+        for file in ADAPTER.split():
+            shutil.copy(file.replace("bare", "run"), "bare")
+        with pytest.raises(Interrupted):
+            train(
+                TrainConfig.from_dict(RUN | {"output": "cut"}),
+                announce=lambda line: signal.raise_signal(signal.SIGINT) if line.startswith("Step 1:") else None,
+            )
+        patch.setattr(jobs, "_run", run_here)
+        assert call(COMPARE).exit_code == 0
+        yield folder
+
+
+def run_here(job: jobs.Job, comparison: jobs.Comparison, output: Path) -> None:
+    """A job of a comparison in this process."""
+    record = run_job(comparison.definition, {**asdict(job), "rank": comparison.rank})
+    write_json(output / "jobs" / f"{job.name}.json", record | {"wall": 1.0})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def call(command: str) -> Result:
+    """The command in this process, with bounds on time and memory."""
+
+    def stop(*_: Any) -> None:
+        pytest.fail(f"{command} takes more than {SECONDS} seconds")
+
+    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
+    signal.alarm(SECONDS)
+    try:
+        return CliRunner().invoke(app, shlex.split(command), env={"COLUMNS": "300"})
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def check(inputs: Path, file: str, content: bytes, command: str) -> None:
+    """Call the command where this file is another."""
+    with TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        folder = Path(scratch) / "inputs"
+        shutil.copytree(inputs, folder)
+        patch.chdir(folder)
+        Path(file).write_bytes(content)
+        before = contents(folder)
+        result = call(command)
+        after = contents(folder)
+        around = os.listdir(scratch)
+    if not isinstance(result.exception, (SystemExit, type(None))):
+        raise AssertionError("".join(traceback.format_exception(result.exception)[-9:]))
+    assert around == ["inputs"]
+    made = {name for name in after if name.startswith("out")}
+    if result.exit_code == 0:
+        changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} - made
+        assert all(name.startswith(("cut/", "compared/")) for name in changed)  # which it goes on with
+        return
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    (error,) = re.findall("(?m)^Error: (.+)", result.output)
+    # What training wrote before it went wrong is kept.
+    assert after == before or "Training has diverged" in error
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """The bytes after one accident."""
+    start, end = sorted(chance.choices(range(len(content) + 1), k=2))
+    end = min(end, start + chance.choice((1, 8, len(content))))
+    middle = chance.randint(start, end)
+    before, part, after = content[:start], content[start:end], content[end:]
+    accidents = {
+        "flip": before
+        + bytes([content[start] ^ 1 << chance.randrange(8)] if content[start:] else [])
+        + content[start + 1 :],
+        "delete": before + after,
+        "insert": before + chance.randbytes(len(part)) + part + after,
+        "truncate": before,
+        "repeat": before + part + part + after,
+        "swap": before + content[middle:end] + content[start:middle] + after,
+        "empty": b"",
+        "noise": chance.randbytes(len(content)),
+    }
+    return chance.choice(list(accidents.values()))
+
+
+@SHARE
+@pytest.mark.parametrize(("file", "command"), CASES)
+def test_files_with_wrong_bytes(inputs: Path, file: str, command: str, count: int) -> None:
+    content = (inputs / file).read_bytes()
+    for seed in range(count):
+        check(inputs, file, damaged(content, random.Random(f"{file} {command} {seed}")), command)
+
+
+ODD = (
+    -1,
+    0,
+    10**7,
+    2**63,
+    -(10**30),
+    1e-300,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "nan",
+    "../x",
+    "\ud800",
+    "\0",
+    {},
+    [[]],
+)
+VALUES = st.sampled_from(ODD) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container below, with each of its keys."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield tree, key
+        if isinstance(value, (dict, list)):
+            yield from places(value)
+
+
+def altered(draw: st.DrawFn, tree: Any) -> Any:
+    """The values with one of them replaced, missing, or one too many."""
+    root = [copy.deepcopy(tree)]
+    holder, key = draw(st.sampled_from(list(places(root))))
+    how = draw(st.sampled_from(("remove", "add", "replace")))
+    if how == "remove" and holder is not root:
+        del holder[key]
+    elif how == "add" and isinstance(holder[key], (dict, list)):
+        items = holder[key]
+        items.update({draw(st.text(max_size=9)): draw(VALUES)}) if isinstance(items, dict) else items.append(
+            draw(VALUES)
+        )
+    else:
+        holder[key] = draw(VALUES)
+    return root[0]
+
+
+def altered_tensors(draw: st.DrawFn, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with one of another shape, type or value, missing, or under another name."""
+    name = draw(st.sampled_from(sorted(tensors)))
+    tensor, *parts = tensors.pop(name), *name.split(".")
+    others = [
+        *(tensor.flatten(), tensor[:1], tensor[:0], tensor[..., None], torch.cat([tensor, tensor])),
+        *(torch.zeros(()), torch.zeros(1), torch.zeros(3, 3), torch.zeros_like(tensor)),
+        *(torch.full_like(tensor, value) for value in (float("nan"), float("inf"), 1e38, -1e-40)),
+        *(tensor.to(dtype) for dtype in (torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64)),
+    ]
+    other = draw(st.none() | st.integers(0, len(others) - 1))
+    if other is not None:
+        return {**tensors, name: others[other].contiguous()}
+    at = draw(st.integers(0, len(parts) - 1))
+    parts[at : at + 1] = draw(st.sampled_from(([], ["x"], ["0"], [parts[at], parts[at]], [""])))
+    return {**tensors, ".".join(parts): tensor} if draw(st.booleans()) else tensors
+
+
+@st.composite
+def misfits(draw: st.DrawFn, file: str, content: bytes) -> bytes:
+    """A file that can be parsed, and holds something else than it should."""
+    if file.endswith(".safetensors"):
+        return save(altered_tensors(draw, load(content)), {"format": "pt"})
+    if file.endswith(".yaml"):
+        return yaml.safe_dump(altered(draw, yaml.safe_load(content))).encode()
+    if file.endswith(".json"):
+        return json.dumps(altered(draw, json.loads(content))).encode()
+    text = content.decode().splitlines()
+    rows = altered(draw, [json.loads(line) for line in text] if file.endswith(".jsonl") else list(csv.reader(text)))
+    rows = rows if isinstance(rows, list) else [rows]
+    if file.endswith(".jsonl"):
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    csv.writer(table := io.StringIO()).writerows(row if isinstance(row, list) else [row] for row in rows)
+    return table.getvalue().encode(errors="replace")
+
+
+@SHARE
+@pytest.mark.parametrize(("file", "command"), [case for case in CASES if case[0].endswith(PARSED)])
+def test_files_with_wrong_content(inputs: Path, file: str, command: str, count: int) -> None:
+    @settings(max_examples=count + 1, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(content=misfits(file, (inputs / file).read_bytes()))
+    def check_one(content: bytes) -> None:
+        check(inputs, file, content, command)
+
+    check_one()
