@@ -170,7 +170,8 @@ def train(
         if overwrite and output.exists():
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / RUN_FILE, _record_of(config, data, arguments, max_length))
+        if not resume:
+            write_json(output / RUN_FILE, _record_of(config, data, arguments, max_length))
     _wait_for_all(arguments)
     with stop.listening(), progress.closed_at_the_end():
         if last is None:

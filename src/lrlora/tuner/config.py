@@ -117,11 +117,11 @@ class LrLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LRLORA")
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self._check()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        self._check()
         if self.lora_dropout > 0:
             warnings.warn(
                 f"lora_dropout={self.lora_dropout} takes the slow path of LR-LoRA in training (a second matmul in "
@@ -151,6 +151,10 @@ class LrLoraConfig(PeftConfig):
         _require(self.sharing in SHARING, "sharing", self.sharing, f"one of {', '.join(SHARING)}")
         _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "one of none, all, lora_only")
         _require(isinstance(self.init_weights, bool), "init_weights", self.init_weights, "True or False")
+        for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+            names = getattr(self, name) or ()
+            are_names = isinstance(names, (str, list, set, tuple)) and all(isinstance(each, str) for each in names)
+            _require(are_names, name, names, "names of modules, or a regular expression")
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
