@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import Trainer, TrainingArguments
 
 from lrlora import LrLoraConfig
 from lrlora.compare import Suite
+from lrlora.compare.jobs import read_comparison
+from lrlora.compare.report import write_report
 from lrlora.training.config import TrainConfig
 
 from .conftest import FAMILIES, TinyModel
@@ -109,6 +112,14 @@ def test_the_tables_of_benchmarks_are_the_stored_ones(benchmark: str, name: str)
     script = runpy.run_path(str(ROOT / "benchmarks" / f"{benchmark}.py"))
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert script["updated"](page) == page
+
+
+def test_the_report_of_the_stored_comparison_is_what_its_runs_give(tmp_path: Path) -> None:
+    stored = ROOT / "docs" / "compare" / "offline-nlu"
+    shutil.copytree(stored, tmp_path / "copy")
+    (tmp_path / "copy" / "report.md").unlink()
+    again = write_report(read_comparison("offline-nlu", tmp_path / "copy"), tmp_path / "copy")
+    assert again.read_text(encoding="utf-8") == (stored / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_formulas_of_the_scale_page_hold() -> None:
