@@ -22,7 +22,7 @@ from lrlora.training.train import train as train_run
 
 from ..conftest import TinyModel
 from ..training.small import SIZES, reviews, tokenizer
-from .train_sharded import train
+from .train_sharded import build, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +56,7 @@ def torchrun(processes: int, *command: object, fails: bool = False) -> str:
         *[("llama", "ddp"), ("bert", "ddp"), ("llama", "fsdp"), ("bert", "fsdp"), ("llama", "fsdp-shared")],
         # DeepSpeed is no part of [dev]: transformers would import it in every test.
         *[pytest.param(family, "zero3", marks=pytest.mark.slow) for family in ("llama", "bert")],
+        *[pytest.param("minilm", way, marks=[pytest.mark.slow, pytest.mark.real]) for way in ("ddp", "fsdp")],
     ],
 )
 def test_several_processes_do_what_one_does(family: str, way: str, processes: int, tmp_path: Path) -> None:
@@ -65,8 +66,8 @@ def test_several_processes_do_what_one_does(family: str, way: str, processes: in
     alone, losses = train(family, way)
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-5)
     # The adapter that was saved there loads here, and is the one that one process learns.
-    tiny = TinyModel(family)
-    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path)
+    tiny = TinyModel("bert" if family == "minilm" else family)
+    loaded = PeftModel.from_pretrained(build(family), tmp_path).eval()
     torch.testing.assert_close(tiny.logits(loaded), tiny.logits(alone.eval()), rtol=0, atol=1e-4)
     # Its ranks were measured while it was sharded.
     measured = {row.module: row.stable_rank for row in RankReport.from_json(tmp_path / "ranks.json").rows}

@@ -18,8 +18,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForSequenceClassification
 
 from lrlora import LrLoraConfig, fully_shard_phi, rank_report
+from lrlora.training.models import model_source
 from tests.conftest import TinyModel
 
 STEPS, BATCH, RATE = 20, 4, 1e-3
@@ -32,11 +34,18 @@ ZERO3 = {
 }
 
 
+def build(family: str) -> Any:
+    """A tiny model of a family of the other tests, or MiniLM with its weights and a head."""
+    if family != "minilm":
+        return TinyModel(family).build()
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(model_source("embedded:minilm"))
+
+
 def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, list[float]]:
     """The PEFT model after `STEPS` steps on batches that all processes share, and the loss of every step."""
-    tiny = TinyModel(family)
     sharing = "global" if way == "fsdp-shared" else "module"
-    model: Any = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules="all-linear", sharing=sharing))
+    model: Any = get_peft_model(build(family), LrLoraConfig(r=2, target_modules="all-linear", sharing=sharing))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # or every process would draw its own
