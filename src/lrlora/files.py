@@ -132,8 +132,9 @@ def require_type(value: Any, kind: Any, name: str) -> None:
             require_type(key, inner[0], f"a key of {name}")
             require_type(item, inner[1], f"{name}[{key!r}]")
     elif not _is(value, kind):
-        expected = "a mapping" if is_typeddict(kind) else getattr(kind, "__name__", kind)
-        raise ValueError(f"{name} must be {expected}, and is {value!r}.")
+        is_mapping = is_typeddict(kind) or origin is dict
+        expected = "map names to values" if is_mapping else f"be {getattr(kind, '__name__', kind)}"
+        raise ValueError(f"{name} must {expected}, and is {value!r}.")
 
 
 def _is(value: Any, kind: Any) -> bool:
