@@ -77,6 +77,7 @@ def test_pickles_in_a_checkpoint(config: TrainConfig, file: str) -> None:
 
 
 def test_code_beside_a_model_or_data(config: TrainConfig) -> None:
+    train(config)
     content = json.loads(Path("base/config.json").read_text()) | {"model_type": "evil"}
     content["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}
     Path("data/data.py").write_text(CODE)
@@ -85,3 +86,5 @@ def test_code_beside_a_model_or_data(config: TrainConfig) -> None:
     Path("base/config.json").write_text(json.dumps(content))
     Path("base/evil.py").write_text(CODE)
     require_refused(TRAIN, "needs code of its own, which is not run")
+    for command in ("ranks run --with-base", "export run --energy 1 --out out", "merge run --out out"):
+        require_refused(command, "custom code")

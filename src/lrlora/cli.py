@@ -123,6 +123,7 @@ def ranks(
 ) -> None:
     """Print the learned ranks of a saved adapter. Its base model is not needed."""
     with _one_clear_error():
+        _quiet()
         for path in (json, csv, picture):
             if path and not path.parent.is_dir():
                 raise FileNotFoundError(f"The folder {path.parent} for {path.name} does not exist.")
