@@ -290,6 +290,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
         linear: list[float] = []
         if is_learned:
             phi = layer.lrlora_phi[adapter]
+            # `phi.forward` and not `phi`: FSDP2 takes the first call of a module it has wrapped for the model's.
             phi_zero, bend, curve = phi.forward(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
             scale = layer.scaling[adapter] / layer.input_gain[adapter]
             linear = _short(_of_note(scale * _leading_singular_values(z.flatten(1), r)))
@@ -326,7 +327,6 @@ def _base_weight(layer: Any) -> Tensor | None:
 
 def _sample(phi: Transfer, z: Tensor) -> Curve:
     """φ, learned and at the start, at equally spaced points over the central 99 % of the entries of z."""
-    # `phi.forward` and not `phi`: FSDP2 takes the first call of a module it has wrapped for the model's.
     some = z.flatten()[:: 1 + z.numel() // 2**15].float()
     start, end = some.quantile(some.new_tensor([0.005, 0.995])).tolist()
     grid = torch.linspace(start, end, CURVE_POINTS, device=z.device)

@@ -191,6 +191,13 @@ def test_an_adapter_on_an_offloaded_model_trains_and_loads(tmp_path: Path) -> No
     torch.testing.assert_close(tiny.logits(loaded), tiny.logits(expected))
 
 
+def test_an_adapter_that_was_never_loaded_is_refused() -> None:
+    config = LrLoraConfig(r=2, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 9)), config, low_cpu_mem_usage=True).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="never loaded"):
+        model(torch.randn(5, 12))
+
+
 def test_an_offloaded_adapter_works_but_is_not_trained() -> None:
     from accelerate import cpu_offload
 

@@ -548,15 +548,17 @@ def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
         RuntimeError: the weights are nowhere, or to be trained, and no gradient would reach them.
 
     """
-    if any(parameter.is_meta and parameter.requires_grad for parameter in part.parameters()):
-        raise RuntimeError(
-            f"The weights of adapter {adapter!r} are on the meta device: they were offloaded, or never loaded, and "
-            "cannot be trained there. Offload the base model before adding the adapter, which then stays on its "
-            "device, or load the adapter."
-        )
     with align_module_device(part):
         onloaded = copy.copy(part)
         onloaded._parameters = dict(part._parameters)
+    is_trained = any(parameter.requires_grad for parameter in part.parameters())
+    # An operator that meets a meta tensor returns uninitialised memory.
+    if is_trained or any(parameter.is_meta for parameter in onloaded.parameters()):
+        raise RuntimeError(
+            f"The weights of adapter {adapter!r} are on the meta device: they were never loaded, or were offloaded "
+            "and are to be trained. Offload the base model before adding the adapter, which then stays on its "
+            "device, or load the adapter."
+        )
     return onloaded
 
 
