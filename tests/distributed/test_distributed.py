@@ -49,6 +49,11 @@ def torchrun(processes: int, *command: object, fails: bool = False) -> str:
     return " ".join(result.stderr.split()) if fails else result.stdout
 
 
+def need_deepspeed() -> None:
+    if find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed")
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "way"),
@@ -60,8 +65,8 @@ def torchrun(processes: int, *command: object, fails: bool = False) -> str:
     ],
 )
 def test_several_processes_do_what_one_does(family: str, way: str, processes: int, tmp_path: Path) -> None:
-    if way == "zero3" and find_spec("deepspeed") is None:
-        pytest.skip("needs DeepSpeed: DS_BUILD_OPS=0 pip install deepspeed")
+    if way == "zero3":
+        need_deepspeed()
     torchrun(processes, ROOT / "tests" / "distributed" / "train_sharded.py", family, way, tmp_path)
     alone, losses = train(family, way)
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, abs=1e-5)
@@ -117,6 +122,25 @@ def test_what_cannot_be_is_refused_among_processes(tmp_path: Path) -> None:
     assert "Parameters of a Transfer are torch.bfloat16, and must be float32" in cast
     assert restored == "A step"
     assert "rank_penalty needs the factors whole, and FSDP2 has sharded them" in sharded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gates_are_refused_under_zero(stage: int, tmp_path: Path) -> None:
+    need_deepspeed()
+    (tmp_path / "script.py").write_text(
+        "import deepspeed, torch\n"
+        "from lrlora import LrLoraConfig\n"
+        "from peft import get_peft_model\n"
+        "from tests.distributed.train_sharded import ZERO3, adamw\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "config = LrLoraConfig(target_modules=['0'], rank_penalty=0.5)\n"
+        "model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)\n"
+        f"zero = ZERO3 | {{'zero_optimization': {{'stage': {stage}}}}}\n"
+        "engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=zero)\n"
+        "engine(torch.ones(1, 4))\n"
+    )
+    assert "rank_penalty has no effect under DeepSpeed's ZeRO" in torchrun(1, tmp_path / "script.py", fails=True)
 
 
 @pytest.fixture

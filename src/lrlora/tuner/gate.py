@@ -30,6 +30,8 @@ from ..transfer import KeepsFloat32
 
 # μ. At LoRA's learning rates the steps of a run add up to some tenths: alone, they would not close a gate.
 LR_MULTIPLIER = 10.0
+# What DeepSpeed sets on a parameter in stage 3, and in stages 1 and 2.
+_MARKS_OF_ZERO = ("ds_id", "_hp_mapping")
 # The most that a vanishing factor pays in multiples of an average one.
 _MAX_PACE = 100.0
 
@@ -65,6 +67,20 @@ class Gate(KeepsFloat32):
     def forward(self, A: Tensor) -> Tensor:
         """diag(γ) A, (experts·r, n), float32 at least."""
         return self.values().unsqueeze(1) * A
+
+    def make_ready(self) -> None:
+        """As for all that keeps float32.
+
+        Raises:
+            NotImplementedError: DeepSpeed's ZeRO trains the gate on a partition of its own, where it cannot be closed.
+
+        """
+        super().make_ready()
+        if self.weight.requires_grad and any(hasattr(self.weight, name) for name in _MARKS_OF_ZERO):
+            raise NotImplementedError(
+                "rank_penalty has no effect under DeepSpeed's ZeRO, which steps partitions of its own. Leave "
+                "rank_penalty out, or use DDP."
+            )
 
     @torch.no_grad()
     def close(self, learning_rate: float) -> None:
