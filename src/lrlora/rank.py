@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .distributed import gathered, shard_owners
-from .files import write_whole
+from .files import require_type, write_whole
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -189,12 +189,22 @@ class RankReport:
             curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
             # Reports from before there were spectra have none.
             spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
-            return cls([RankRow(**row) for row in content["rows"]], curves, spectra)
+            report = cls([RankRow(**row) for row in content["rows"]], curves, spectra)
+            report.require_numbers()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no rank report that this lrlora reads ({type(error).__name__}: {error}). Remove it, or "
                 "make it anew: lrlora ranks ADAPTER --json FILE"
             ) from None
+        return report
+
+    def require_numbers(self) -> None:
+        """Raise a ValueError unless all values are of the right types, and finite, and all curves whole."""
+        require_type(self, RankReport, "report")
+        json.dumps(asdict(self), allow_nan=False)
+        for module, curve in self.curves.items():
+            if not 0 < len(curve.z) == len(curve.phi):
+                raise ValueError(f"φ of {module} has {len(curve.z)} points and {len(curve.phi)} values.")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the rows as CSV."""

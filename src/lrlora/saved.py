@@ -1,17 +1,14 @@
-"""What was saved, checked: adapters, of which PEFT leaves out what does not fit and says little of it, and reports."""
+"""Saved adapters, checked: PEFT leaves out of them what does not fit, and says little of it."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 
-from .files import readable, require_type
-from .rank import RankReport
+from .files import readable
 from .tuner.skeleton import load_on_skeleton
 
 EXPECTED = "Expected are the adapter_config.json and adapter_model.safetensors that save_pretrained wrote."
@@ -47,12 +44,3 @@ def require_all_weights(model: PeftModel, name: str) -> None:
     ):
         if keys:
             raise ValueError(f"The adapter {name} {what} {min(keys)} ({len(keys)} of such weights). {EXPECTED}")
-
-
-def require_numbers(report: RankReport) -> None:
-    """Raise a ValueError unless a report that was read has values of the right types, finite ones, and whole curves."""
-    require_type(report, RankReport, "report")
-    json.dumps(asdict(report), allow_nan=False)
-    for module, curve in report.curves.items():
-        if not 0 < len(curve.z) == len(curve.phi):
-            raise ValueError(f"φ of {module} has {len(curve.z)} points and {len(curve.phi)} values.")

@@ -16,7 +16,6 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from ..distributed import is_sharded
 from ..files import readable, require_type, write_whole
 from ..rank import RankReport, RankRow, rank_report
-from ..saved import require_numbers
 
 HISTORY_FILE = "rank_history.jsonl"
 
@@ -159,7 +158,7 @@ def read_history(path: Path) -> list[tuple[int, RankReport]]:
             content = json.loads(line)
             report = RankReport([RankRow(**row) for row in content["rows"]])
             require_type(content["step"], int, "step")
-            require_numbers(report)
+            report.require_numbers()
             records.append((content["step"], report))
     return records
 

@@ -16,7 +16,7 @@ from ..rank import RankReport, rank_report
 from ..report.card import model_card
 from ..report.figure import save_rank_figure
 from ..report.page import Run
-from ..saved import EXPECTED, load_measurable, require_numbers
+from ..saved import EXPECTED, load_measurable
 from .callback import HISTORY_FILE, read_history
 from .checkpoints import STATE_FILE, LogEntry, State, last_whole_checkpoint
 from .config import LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, read_run
@@ -77,7 +77,7 @@ def _load(source: str, name: str, metrics: dict[str, float] | None = None) -> Ru
     checkpoint = last_whole_checkpoint(folder) if folder.is_dir() else None
     adapter = _adapter_of(folder, checkpoint)
     if (folder / REPORT_FILE).exists():
-        report = _read_report(folder / REPORT_FILE)
+        report = RankReport.from_json(folder / REPORT_FILE)
     else:
         report = rank_report(load_measurable(adapter), progressbar=True)
     state = _read((checkpoint or folder) / STATE_FILE, State)
@@ -137,11 +137,3 @@ def _plain(value: Any) -> Any:
 def _read(path: Path, kind: Any) -> Any:
     """The content of a JSON file; nothing if there is none."""
     return read_json(path, kind, "Remove it to show the run without it.") if path.exists() else {}
-
-
-def _read_report(path: Path) -> RankReport:
-    """A stored report, with values that can be drawn."""
-    with readable(path, "Remove it, and the adapter is measured anew."):
-        report = RankReport.from_json(path)
-        require_numbers(report)
-        return report
