@@ -655,6 +655,7 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     rate = ("--head-learning-rate", 1)
     assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "has none")
     assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
+    assert_refused(run(*common, "--task", "classify", "--training", "deepspeed=zero.json"), "leave out deepspeed")
     assert_refused(run(*common), "says nothing of task", "--task")
     assert_refused(run("train", tmp_path / "none.yaml"), "no configuration file")
     (tmp_path / "bad.yaml").write_text("modle: x\n")
@@ -663,6 +664,15 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML")
     (tmp_path / "bad.yaml").write_text("model: m\ndata: [a, b]\ntask: classify\ncolumns:\n")
     assert_refused(run("train", tmp_path / "bad.yaml"), "columns must map names to values")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharding_by_accelerate_launch_is_refused(
+    no_weights: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert_refused(train_reviews(no_weights, table, tmp_path / "out"), "does not shard", f"leave out {name.lower()}")
     assert not (tmp_path / "out").exists()
 
 

@@ -104,6 +104,13 @@ def train(
     """
     output = Path(config.output)
     _check_output(output, config, resume=resume, overwrite=overwrite)
+    for name in ("fsdp", "deepspeed"):
+        # `accelerate launch` asks for them in the environment.
+        if config.training.get(name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
+            raise ValueError(
+                f"lrlora train does not shard a model over processes: leave out {name}. In a script of your own FSDP2 "
+                "and ZeRO-3 work."
+            )
     source = model_source(config.model)
     model_config = check_model(source, config)
     form = form_of(config.task, model_config)
@@ -128,11 +135,6 @@ def train(
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
     examples_per_step = read_run(output).examples_per_step if resume else None
     arguments = training_arguments(config, form, len(data.splits["train"]), max_length, examples_per_step)
-    if arguments.fsdp or arguments.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ValueError(
-            "lrlora train does not shard a model over processes: leave out fsdp and deepspeed. In a script of your own "
-            "FSDP2 works."
-        )
     steps, is_main = arguments.max_steps, arguments.process_index == 0
     if not is_main:
         announce = _say_nothing
