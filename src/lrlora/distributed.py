@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .transfer import Transfer
 
@@ -66,8 +66,40 @@ def is_sharded(model: nn.Module) -> bool:
     return bool(shard_owners(model)) or any(map(_is_partitioned, model.parameters()))
 
 
-def _is_partitioned(parameter: nn.Parameter) -> bool:
+def _is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")  # by DeepSpeed's ZeRO-3
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a parameter or its gradient: all of it, if it is not sharded."""
+    part: Any = tensor
+    if hasattr(part, "to_local"):  # FSDP2's DTensor
+        return part.to_local()
+    return part.ds_tensor if _is_partitioned(tensor) else part
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The whole of a sharded model's trained parameters, for `save_pretrained(state_dict=…)`; called in every process.
+
+    Returns:
+        name → parameter, on the CPU, in the first process; there alone all of them at once.
+
+    """
+    if not any(map(_is_partitioned, model.parameters())):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        whole: dict[str, Any] = get_model_state_dict(model, options=options)
+        return whole
+    import deepspeed
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if torch.distributed.get_rank() == 0:
+                    state[name] = parameter.detach().cpu().clone()
+    return state
 
 
 @contextmanager

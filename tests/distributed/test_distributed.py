@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from lrlora import RankReport, rank_report
@@ -27,20 +29,26 @@ from .train_sharded import build, train
 ROOT = Path(__file__).parents[2]
 
 
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
+    "DS_ACCELERATOR": "cpu",
+}
+
+
 def torchrun(processes: int, *command: object, fails: bool = False) -> str:
     """What the command says, or, if it is to fail, why it does."""
+    how = ("torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    return launch(*how, *command, fails=fails)
+
+
+def launch(*command: object, fails: bool = False) -> str:
     result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-            *map(str, command),
-        ],
+        [sys.executable, "-m", *map(str, command)],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]]),
-            "DS_ACCELERATOR": "cpu",
-        },
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=600,
@@ -192,3 +200,116 @@ def test_a_run_resumes_with_another_number_of_processes(settings: dict[str, Any]
     assert "18 steps of 8 examples" in said
     assert "Resuming from step 6" in said
     assert losses(tmp_path / "cut") == pytest.approx(losses(whole.output), abs=1e-5)
+
+
+def accelerate(way: str, processes: int, *options: str) -> list[str]:
+    """`accelerate launch … -m lrlora train`, and for FSDP2, which accelerate has on GPUs alone, our stand-in."""
+    how = ["accelerate.commands.launch", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
+    if way == "fsdp":
+        how += ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
+        how += ["--fsdp_transformer_layer_cls_to_wrap=BertLayer", *options]
+        return [*how, str(ROOT / "tests" / "distributed" / "accelerate_on_cpu.py"), "train"]
+    return [*how, "--use_deepspeed", "--zero_stage=3", "--zero3_init_flag=true", *options, "-m", "lrlora", "train"]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert losses(other) == pytest.approx(losses(one), abs=1e-5)
+    mine, theirs = (RankReport.from_json(folder / "ranks.json").rows for folder in (one, other))
+    assert [row.stable_rank for row in theirs] == pytest.approx([row.stable_rank for row in mine], rel=1e-3)
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    torch.testing.assert_close(others, weights, rtol=0, atol=1e-4)
+
+
+def test_lrlora_train_shards_under_accelerate_launch(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    launch(*accelerate("fsdp", 2), tmp_path / "run.yaml", "--batch-size=4", f"--output={tmp_path / 'two'}")
+    assert_equal_runs(train_run(TrainConfig.from_dict(settings)).output, tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp", "zero3"])
+def test_a_sharded_run_is_stopped_by_a_signal_and_resumed(way: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    if way == "zero3":
+        need_deepspeed()
+    settings["training"] |= {"num_train_epochs": 6}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    cut = tmp_path / "cut"
+    # Two processes, stopped by the signal that a cluster's scheduler sends …
+    command = [*accelerate(way, 2), str(tmp_path / "run.yaml"), "--batch-size=4", f"--output={cut}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if b"Step 21:" in line:
+                process.terminate()
+    assert not (cut / "metrics.json").exists()
+    written = [path.name for path in cut.glob("checkpoint-*/*")]
+    assert any(name.startswith("pytorch_model_fsdp" if way == "fsdp" else "global_step") for name in written)
+    # … which one process alone does not go on with …
+    said = launch("lrlora", "train", "--resume", cut, fails=True)
+    assert "and this run is without sharding. Resume it under" in said
+    # … but other processes do, and come to where one process does. Of ZeRO, only as many.
+    if way == "zero3":
+        said = launch(*accelerate(way, 4), "--resume", cut, fails=True)
+        assert "was written by 2 processes, and under DeepSpeed only as many can go on with it" in said
+    said = launch(*accelerate(way, 4 if way == "fsdp" else 2), "--resume", cut)
+    assert "Resuming from step" in said
+    assert_equal_runs(train_run(TrainConfig.from_dict(settings)).output, cut)
+
+
+@pytest.mark.slow
+def test_mixed_precision_under_accelerate_launch_is_that_of_one_process(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    two = tmp_path / "two"
+    options = ("--mixed_precision=bf16", "--fsdp_cpu_ram_efficient_loading=true")
+    launch(*accelerate("fsdp", 2, *options), tmp_path / "run.yaml", "--batch-size=4", f"--output={two}")
+    single = train_run(TrainConfig.from_dict(settings))
+    settings["training"] |= {"bf16": True}
+    half = train_run(TrainConfig.from_dict(settings | {"output": str(tmp_path / "half")}))
+    assert losses(two) == pytest.approx(losses(half.output), abs=2e-2)  # eight bits of losses near 1
+    assert losses(two) != pytest.approx(losses(single.output), abs=1e-5)
+    phi = {name: part for name, part in load_file(two / "adapter_model.safetensors").items() if "phi" in name}
+    assert phi
+    assert all(part.dtype == torch.float32 and (part != part.bfloat16()).any() for part in phi.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp", "zero3"])
+def test_a_diverged_run_that_is_sharded_says_where(way: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    if way == "zero3":
+        need_deepspeed()
+    settings["training"] |= {"learning_rate": 1e37}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    command = [*accelerate(way, 2), str(tmp_path / "run.yaml"), "--batch-size=4"]
+    with pytest.raises(AssertionError, match="Training has diverged: at step"):
+        launch(*command)
+
+
+@pytest.mark.parametrize(
+    ("environment", "change", "reason"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "was asked for FSDP1. Add --fsdp_version 2"),
+        ({}, {"training": {"fsdp": True, "fsdp_config": {"version": 1}}}, "was asked for FSDP1"),
+        ({"FSDP_VERSION": "2"}, {"adapter": {"rank_penalty": 0.5}}, "rank_penalty=0.5 needs the factors whole"),
+        ({"FSDP_VERSION": "2"}, {"adapter": {"sharing": "global"}}, "use lrlora.fully_shard_phi"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"training": {"bf16": True}}, "DeepSpeed's bf16 would make φ bf16"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "fp16"}, {}, '"torch_autocast"'),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    environment: dict[str, str],
+    change: dict[str, Any],
+    reason: str,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "FSDP_VERSION" in environment:
+        environment = environment | {"ACCELERATE_USE_FSDP": "true"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        train_run(TrainConfig.from_dict(settings | change))
+    assert not Path(settings["output"]).exists()

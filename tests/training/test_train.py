@@ -667,15 +667,6 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_sharding_by_accelerate_launch_is_refused(
-    no_weights: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    assert_refused(train_reviews(no_weights, table, tmp_path / "out"), "does not shard", f"leave out {name.lower()}")
-    assert not (tmp_path / "out").exists()
-
-
 def test_bad_models(encoder: str, decoder: str, table: str, tmp_path: Path) -> None:
     common = ("train", "--data", table, *COLUMNS, "--output", tmp_path / "out")
     assert_refused(run(*common, "--task", "classify", "--model", tmp_path / "none"), "no model folder")

@@ -51,7 +51,7 @@ def require_readable(checkpoint: Path) -> None:
     """Raise a ValueError if a file of a checkpoint, or of the best one before it, is damaged."""
     best = read_json(checkpoint / STATE_FILE, State, ANOTHER_CHECKPOINT).get("best_model_checkpoint")
     for folder in (checkpoint, Path(best or checkpoint)):
-        for file in sorted(folder.glob("*")):
+        for file in sorted(folder.rglob("*")):
             with readable(file, ANOTHER_CHECKPOINT):
                 _require_checksums(file)
 
@@ -65,7 +65,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _require_checksums(file: Path) -> None:
-    if file.suffix in (".pt", ".pth"):
+    if file.suffix in (".pt", ".pth", ".bin"):
         # These are archives with checksums, which torch does not look at.
         with ZipFile(file) as archive:
             if wrong := archive.testzip():

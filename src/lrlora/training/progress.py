@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..distributed import local_part
 from .metrics import plain_metrics
 
 Announce = Callable[[str], None]
@@ -89,23 +90,39 @@ def _now(args: TrainingArguments) -> float:
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Ends a run whose gradients are no longer finite before they reach the weights, and says where and when."""
+    """Ends a run whose gradients are no longer finite before they reach the weights, and says where and when.
+
+    Under DeepSpeed, which steps by itself, it ends when they have, before the next checkpoint.
+    """
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if args.fp16:
             return  # its loss scaler meets infinite gradients now and then, and skips those steps
-        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])])
-        if norms.isfinite().all():
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        # DeepSpeed has made its step by now, and its gradients are gone: a wrong one is in the weights.
+        gradients = [(name, local_part(p.grad)) for name, p in trained if p.grad is not None]
+        named = gradients or [(name, local_part(p)) for name, p in trained]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm([part for _, part in named])])
+        is_finite = norms.isfinite().all()
+        if args.world_size > 1:  # each may have another part
+            is_finite = is_finite.int()
+            torch.distributed.all_reduce(is_finite, torch.distributed.ReduceOp.MIN)
+        if is_finite:
             return
         wrong = [name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm)]
-        what = f"{len(wrong)} of {len(named)} gradients hold NaN or infinite values, first that of {wrong[0]}"
         # A weight that does spoils all gradients: it is what should be told.
-        broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-        if broken is not None:
-            what = f"the weight {broken} holds NaN or infinite values"
+        broken = [name for name, p in model.named_parameters() if not local_part(p).isfinite().all()]
+        if args.world_size > 1:
+            found: list[Any] = [None] * args.world_size
+            torch.distributed.all_gather_object(found, (wrong, broken))
+            wrong, broken = (max(names, key=len) for names in zip(*found, strict=True))
+        what = (
+            f"{len(wrong)} of {len(named)} gradients hold NaN or infinite values, first that of {', '.join(wrong[:1])}"
+        )
+        if broken:
+            what = f"the weight {broken[0]} holds NaN or infinite values"
         raise ValueError(
             f"Training has diverged: at step {state.global_step + 1} {what}. Lower the learning rate, or look for "
             f"extreme values in the data. Checkpoints in {args.output_dir} are kept."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType
 
 from .. import __version__
+from ..distributed import is_sharded, trained_parameters
 from ..files import readable, replacing_files, write_json
 from ..rank import RankReport, rank_report
 from .callback import HISTORY_FILE, RankCallback, read_history
@@ -51,6 +51,7 @@ from .models import (
 )
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
 from .runs import write_card
+from .sharding import check_sharding, keep_phi_float32, load_in_every_process, require_same_sharding
 
 _RANKED = ("lr-lora", "lora")
 
@@ -104,13 +105,7 @@ def train(
     """
     output = Path(config.output)
     _check_output(output, config, resume=resume, overwrite=overwrite)
-    for name in ("fsdp", "deepspeed"):
-        # `accelerate launch` asks for them in the environment.
-        if config.training.get(name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
-            raise ValueError(
-                f"lrlora train does not shard a model over processes: leave out {name}. In a script of your own FSDP2 "
-                "and ZeRO-3 work."
-            )
+    check_sharding(config)
     source = model_source(config.model)
     model_config = check_model(source, config)
     form = form_of(config.task, model_config)
@@ -139,6 +134,8 @@ def train(
     if not is_main:
         announce = _say_nothing
     adapter = adapter_config(config.method, form, steps, config.adapter)
+    if adapter is None or form not in ("causal-lm", CHOICE_LM):
+        load_in_every_process()
     set_seed(config.seed)
     model = load_model(source, config, data.labels, tokenizer)
     if adapter is not None:
@@ -159,12 +156,14 @@ def train(
     if config.task != "causal-lm":
         train_data, validation = (encode(part, form, tokenizer, max_length) for part in (train_data, validation))
     trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
+    keep_phi_float32(trainer)
     if adapter is not None:
         start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate)
     last = last_whole_checkpoint(output) if resume else None
     if last is not None:
+        require_same_sharding(last, trainer)
         require_readable(last)
     # Only now, when all is known to work in every process, is anything on disk touched.
     _wait_for_all(arguments)
@@ -236,15 +235,18 @@ def _finish(
     result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step)
     if config.method == "adalora":
         set_rank_pattern(model)
+    # Of a sharded model, all processes gather it together.
+    state = trained_parameters(model) if is_sharded(model) else None
+    report = rank_report(model) if config.method in _RANKED and (result.is_first or state is not None) else None
     if not result.is_first:
         _wait_for_all(trainer.args)
         return result
-    if config.method in _RANKED:
-        rank_report(model).to_json(output / REPORT_FILE)  # which tells of closed factors too
-    if config.method == "lr-lora":
+    if report is not None:
+        report.to_json(output / REPORT_FILE)  # which tells of closed factors too
+    if config.method == "lr-lora" and state is None:
         model.base_model.drop_inactive_factors()
     with replacing_files(output) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
     write_json(output / LOG_FILE, trainer.state.log_history)
     if config.method in _RANKED:

@@ -1,0 +1,26 @@
+"""lrlora's command line, where accelerate takes the processes of a CPU for those of GPUs: else it shards no model.
+
+Started by `accelerate launch` in the place of `-m lrlora`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from lrlora.cli import app
+
+_init = AcceleratorState.__init__
+
+
+def _init_as_on_gpus(self: AcceleratorState, *args: Any, **options: Any) -> None:
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    _init(self, *args, **options)
+
+
+if __name__ == "__main__":
+    AcceleratorState.__init__ = _init_as_on_gpus
+    app()
