@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import os
 import re
@@ -295,6 +296,7 @@ def test_a_diverged_run_that_is_sharded_says_where(way: str, settings: dict[str,
         ({}, {"training": {"fsdp": True, "fsdp_config": {"version": 1}}}, "was asked for FSDP1"),
         ({"FSDP_VERSION": "2"}, {"adapter": {"rank_penalty": 0.5}}, "rank_penalty=0.5 needs the factors whole"),
         ({"FSDP_VERSION": "2"}, {"adapter": {"sharing": "global"}}, "use lrlora.fully_shard_phi"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "pip install deepspeed"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"training": {"bf16": True}}, "DeepSpeed's bf16 would make φ bf16"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "fp16"}, {}, '"torch_autocast"'),
     ],
@@ -310,6 +312,8 @@ def test_what_cannot_be_sharded_is_refused(
         environment = environment | {"ACCELERATE_USE_FSDP": "true"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    is_there = None if "install" in reason else importlib.machinery.ModuleSpec("deepspeed", None)
+    monkeypatch.setattr("lrlora.training.sharding.find_spec", lambda name: is_there)
     with pytest.raises(ValueError, match=re.escape(reason)):
         train_run(TrainConfig.from_dict(settings | change))
     assert not Path(settings["output"]).exists()

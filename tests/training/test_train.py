@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -652,16 +653,25 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "classify", "--adapter", "target_modules=["), "--adapter is not YAML")
     assert_refused(run(*common, "--task", "classify", "--max-length", 999), "max_length must be at most 48")
     assert_refused(run(*common, "--task", "classify", "--head-learning-rate", -1), "head_learning_rate must be")
+    for method in ("lr-lora", "lora", "adalora"):
+        options = ("--task", "classify", "--method", method, "--adapter", "target_modules=[1]")
+        assert_refused(run(*common, *options), "target_modules must be names of modules", "and is [1]")
     rate = ("--head-learning-rate", 1)
     assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "has none")
     assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
-    assert_refused(run(*common, "--task", "classify", "--training", "deepspeed=zero.json"), "leave out deepspeed")
     assert_refused(run(*common), "says nothing of task", "--task")
     assert_refused(run("train", tmp_path / "none.yaml"), "no configuration file")
     (tmp_path / "bad.yaml").write_text("modle: x\n")
     assert_refused(run("train", tmp_path / "bad.yaml"), "'modle'", "Did you mean model?")
     (tmp_path / "bad.yaml").write_text("model: [")
     assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML")
+    # Each line ten times the one before it: a gigabyte in 200 bytes.
+    bomb = [
+        "a: &a [0,0,0,0,0,0,0,0,0,0]",
+        *(f"{y}: &{y} [{','.join(10 * ['*' + x])}]" for x, y in pairwise("abcdefghi")),
+    ]
+    (tmp_path / "bad.yaml").write_text("\n".join(bomb))
+    assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML: aliases (*a) are not read")
     (tmp_path / "bad.yaml").write_text("model: m\ndata: [a, b]\ntask: classify\ncolumns:\n")
     assert_refused(run("train", tmp_path / "bad.yaml"), "columns must map names to values")
     assert not (tmp_path / "out").exists()
@@ -694,6 +704,24 @@ def test_an_output_folder_in_use_is_left_alone(encoder: str, table: str, tmp_pat
     assert_refused(train_reviews(encoder, table, output), "in use", "--overwrite")
     assert train_reviews(encoder, table, output, "--overwrite", "--seed", 1).exit_code == 0
     assert json.loads((output / "run.json").read_text())["config"]["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_kill_while_a_run_is_overwritten_leaves_no_half_of_it(
+    encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_some(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            (folder / "run.json").unlink()
+            raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    assert train_reviews(encoder, table, output).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("lrlora.training.train.shutil.rmtree", remove_some)
+        assert train_reviews(encoder, table, output, "--overwrite").exit_code != 0
+    assert not output.exists()
+    assert train_reviews(encoder, table, output).exit_code == 0
 
 
 def test_resume_takes_nothing_else_and_needs_a_run(tmp_path: Path) -> None:

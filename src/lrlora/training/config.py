@@ -183,7 +183,10 @@ def _parse(text: str, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_node(self, *arguments: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of aliases of aliases are gigabytes when looked at
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
+            return super().compose_node(*arguments)
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner import LrLoraConfig
+from ..tuner.config import require_module_names
 from .config import CHOICE_LM, require_known
 
 _PEFT_TASKS = {"classify": "SEQ_CLS", "regress": "SEQ_CLS", "causal-lm": "CAUSAL_LM", CHOICE_LM: "CAUSAL_LM"}
@@ -62,6 +63,7 @@ def adapter_config(method: str, form: str, total_steps: int, options: dict[str, 
     known = [f.name for f in fields(_FIELDS[method])]
     for name in options:
         require_known(f"a field of {_FIELDS[method].__name__}", name, known)
+    require_module_names(options)
     # The head of a new multiple-choice model is not known to PEFT.
     head = {"task_type": _PEFT_TASKS[form]} if form in _PEFT_TASKS else {"modules_to_save": ["classifier"]}
     defaults: dict[str, Any] = {"target_modules": "all-linear", **head}

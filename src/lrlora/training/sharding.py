@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import Trainer
@@ -15,6 +16,8 @@ def check_sharding(config: TrainConfig) -> None:
     fsdp, deepspeed = (_is_asked_for(config, name) for name in ("fsdp", "deepspeed"))
     if fsdp and _fsdp_version(config) != 2:
         raise ValueError("lrlora train shards with FSDP2, and was asked for FSDP1. Add --fsdp_version 2.")
+    if deepspeed and find_spec("deepspeed") is None:
+        raise ValueError("The run is to be sharded by DeepSpeed, which is not installed: pip install deepspeed")
     precision = next((name for name in ("bf16", "fp16") if config.training.get(name)), None)
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if deepspeed and precision != "no":

@@ -169,7 +169,11 @@ def train(
     _wait_for_all(arguments)
     if is_main:
         if overwrite and output.exists():
-            shutil.rmtree(output)
+            # Under another name first: whenever this process is killed, there is no half of the old run.
+            old = output.resolve().with_name(f".{output.resolve().name}.partial")
+            shutil.rmtree(old, ignore_errors=True)
+            output.resolve().rename(old)
+            shutil.rmtree(old)
         output.mkdir(parents=True, exist_ok=True)
         if not resume:
             write_json(output / RUN_FILE, _record_of(config, data, arguments, max_length))

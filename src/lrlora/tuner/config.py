@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -151,10 +151,7 @@ class LrLoraConfig(PeftConfig):
         _require(self.sharing in SHARING, "sharing", self.sharing, f"one of {', '.join(SHARING)}")
         _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "one of none, all, lora_only")
         _require(isinstance(self.init_weights, bool), "init_weights", self.init_weights, "True or False")
-        for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
-            names = getattr(self, name) or ()
-            are_names = isinstance(names, (str, list, set, tuple)) and all(isinstance(each, str) for each in names)
-            _require(are_names, name, names, "names of modules, or a regular expression")
+        require_module_names(vars(self))
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
@@ -192,6 +189,14 @@ def _is_number(value: object) -> bool:
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, and is {value!r}.")
+
+
+def require_module_names(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a field of a PEFT configuration that names modules holds something else, as YAML may."""
+    for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+        names = options.get(name) or ()
+        are_names = isinstance(names, (str, list, set, tuple)) and all(isinstance(each, str) for each in names)
+        _require(are_names, name, names, "names of modules, or a regular expression")
 
 
 def pattern_of(path: str, paths: Iterable[str]) -> str:
