@@ -141,7 +141,9 @@ def results(folder: Path) -> dict[str, Any]:
             found[name] = pd.read_csv(path).drop(columns=["time", "memory"]).to_csv()
         elif name == "log_history.json":
             entries = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = [{k: v for k, v in e.items() if not k.endswith(("_runtime", "_per_second"))} for e in entries]
+            # The Trainer's `train_loss` is a mean over the steps of its own process.
+            times = ("_runtime", "_per_second", "train_loss")
+            found[name] = [{k: v for k, v in e.items() if not k.endswith(times)} for e in entries]
         elif name.startswith(("jobs", "locks", "logs", "runs.jsonl", "report.md")):
             found[name] = None  # it is there; the table is made of it
         elif not name.startswith("checkpoint-"):  # one may be left if a run was killed as it removed them

@@ -75,11 +75,18 @@ def local_part(tensor: Tensor) -> Tensor:
     part: Any = tensor
     if hasattr(part, "to_local"):  # FSDP2's DTensor
         return part.to_local()
-    return part.ds_tensor if _is_partitioned(tensor) else part
+    if not _is_partitioned(tensor):
+        return part
+    # The last processes' parts end in padding, which holds anything.
+    size = part.ds_tensor.numel()
+    left = part.ds_numel - torch.distributed.get_rank() * size
+    return part.ds_tensor.flatten()[: max(0, min(size, left))]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The whole of a sharded model's trained parameters, for `save_pretrained(state_dict=…)`; called in every process.
+    """A sharded model's trained parameters, whole, and its buffers, for `save_pretrained(state_dict=…)`.
+
+    All processes call it.
 
     Returns:
         name → parameter, on the CPU, in the first process; there alone all of them at once.
@@ -93,8 +100,9 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
         return whole
     import deepspeed
 
-    state = {}
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    state = {name: buffer for name, buffer in model.state_dict().items() if name not in parameters}
+    for name, parameter in parameters.items():
         if parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if torch.distributed.get_rank() == 0:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -24,7 +25,7 @@ from lrlora.training.config import TrainConfig
 from lrlora.training.train import train as train_run
 
 from ..conftest import TinyModel
-from ..training.small import SIZES, reviews, tokenizer
+from ..training.small import SIZES, reviews, save_decoder, tokenizer
 from .train_sharded import build, train
 
 ROOT = Path(__file__).parents[2]
@@ -207,10 +208,12 @@ def accelerate(way: str, processes: int, *options: str) -> list[str]:
     """`accelerate launch … -m lrlora train`, and for FSDP2, which accelerate has on GPUs alone, our stand-in."""
     how = ["accelerate.commands.launch", "--num_machines=1", "--main_process_port=0", f"--num_processes={processes}"]
     if way == "fsdp":
-        how += ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
-        how += ["--fsdp_transformer_layer_cls_to_wrap=BertLayer", *options]
+        how += ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP", *options]
         return [*how, str(ROOT / "tests" / "distributed" / "accelerate_on_cpu.py"), "train"]
-    return [*how, "--use_deepspeed", "--zero_stage=3", "--zero3_init_flag=true", *options, "-m", "lrlora", "train"]
+    return [*how, "--use_deepspeed", f"--zero_stage={way[-1]}", *options, "-m", "lrlora", "train"]
+
+
+OF_BERT = "--fsdp_transformer_layer_cls_to_wrap=BertLayer"
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -223,20 +226,53 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 def test_lrlora_train_shards_under_accelerate_launch(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    launch(*accelerate("fsdp", 2), tmp_path / "run.yaml", "--batch-size=4", f"--output={tmp_path / 'two'}")
+    launch(*accelerate("fsdp", 2, OF_BERT), tmp_path / "run.yaml", "--batch-size=4", f"--output={tmp_path / 'two'}")
     assert_equal_runs(train_run(TrainConfig.from_dict(settings)).output, tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "options", "change"),
+    [
+        ("fsdp", ["--fsdp_cpu_ram_efficient_loading=true"], {"task": "causal-lm"}),
+        ("zero3", ["--zero3_init_flag=true"], {"task": "causal-lm"}),
+        ("fsdp", [OF_BERT], {"head_learning_rate": 1e-2}),
+        ("zero2", [], {"head_learning_rate": 1e-2}),
+        ("zero3", [], {"method": "lora", "head_learning_rate": 1e-2}),
+        ("fsdp", [OF_BERT, "--fsdp_cpu_ram_efficient_loading=true"], {"method": "full"}),
+    ],
+)
+def test_other_runs_shard_too(
+    way: str, options: list[str], change: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    if way != "fsdp":
+        need_deepspeed()
+    if change.get("task") == "causal-lm":
+        settings["model"] = save_decoder(tmp_path / "decoder")
+        table = pd.read_csv(settings["data"])[["text"]]
+        table.to_csv(settings["data"], index=False)
+    settings |= change
+    settings["training"] |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    two = tmp_path / "two"
+    launch(*accelerate(way, 2, *options), tmp_path / "run.yaml", "--batch-size=2", f"--output={two}")
+    one = train_run(TrainConfig.from_dict(settings)).output
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    name = "model.safetensors" if change.get("method") == "full" else "adapter_model.safetensors"
+    torch.testing.assert_close(load_file(two / name), load_file(one / name), rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["fsdp", "zero3"])
 def test_a_sharded_run_is_stopped_by_a_signal_and_resumed(way: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    options = [OF_BERT] if way == "fsdp" else ["--zero3_init_flag=true"]
     if way == "zero3":
         need_deepspeed()
     settings["training"] |= {"num_train_epochs": 6}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     cut = tmp_path / "cut"
     # Two processes, stopped by the signal that a cluster's scheduler sends …
-    command = [*accelerate(way, 2), str(tmp_path / "run.yaml"), "--batch-size=4", f"--output={cut}"]
+    command = [*accelerate(way, 2, *options), str(tmp_path / "run.yaml"), "--batch-size=4", f"--output={cut}"]
     with subprocess.Popen(
         [sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -252,9 +288,9 @@ def test_a_sharded_run_is_stopped_by_a_signal_and_resumed(way: str, settings: di
     assert "and this run is without sharding. Resume it under" in said
     # … but other processes do, and come to where one process does. Of ZeRO, only as many.
     if way == "zero3":
-        said = launch(*accelerate(way, 4), "--resume", cut, fails=True)
+        said = launch(*accelerate(way, 4, *options), "--resume", cut, fails=True)
         assert "was written by 2 processes, and under DeepSpeed only as many can go on with it" in said
-    said = launch(*accelerate(way, 4 if way == "fsdp" else 2), "--resume", cut)
+    said = launch(*accelerate(way, 4 if way == "fsdp" else 2, *options), "--resume", cut)
     assert "Resuming from step" in said
     assert_equal_runs(train_run(TrainConfig.from_dict(settings)).output, cut)
 
@@ -265,7 +301,7 @@ def test_mixed_precision_under_accelerate_launch_is_that_of_one_process(
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     two = tmp_path / "two"
-    options = ("--mixed_precision=bf16", "--fsdp_cpu_ram_efficient_loading=true")
+    options = (OF_BERT, "--mixed_precision=bf16", "--fsdp_cpu_ram_efficient_loading=true")
     launch(*accelerate("fsdp", 2, *options), tmp_path / "run.yaml", "--batch-size=4", f"--output={two}")
     single = train_run(TrainConfig.from_dict(settings))
     settings["training"] |= {"bf16": True}
@@ -278,15 +314,26 @@ def test_mixed_precision_under_accelerate_launch_is_that_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["fsdp", "zero3"])
-def test_a_diverged_run_that_is_sharded_says_where(way: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    if way == "zero3":
+@pytest.mark.parametrize("way", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("cause", ["weights", "data"])
+def test_a_diverged_run_that_is_sharded_says_where(
+    way: str, cause: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    if way != "fsdp":
         need_deepspeed()
-    settings["training"] |= {"learning_rate": 1e37}
+    if cause == "weights":
+        settings["training"] |= {"learning_rate": 1e37}
+    else:
+        table = pd.read_csv(settings["data"])
+        table["label"] = 1e30
+        table.to_csv(settings["data"], index=False)
+        settings |= {"task": "regress"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    command = [*accelerate(way, 2), str(tmp_path / "run.yaml"), "--batch-size=4"]
-    with pytest.raises(AssertionError, match="Training has diverged: at step"):
-        launch(*command)
+    options = [OF_BERT] if way == "fsdp" else []
+    command = [*accelerate(way, 2, *options), str(tmp_path / "run.yaml"), "--batch-size=4"]
+    said = launch(*command, fails=True)
+    step, what = (2, "the weight base_model.model") if cause == "weights" else (1, "gradients hold NaN")
+    assert re.search(rf"Training has diverged: at step {step} .*{what}", said)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +341,14 @@ def test_a_diverged_run_that_is_sharded_says_where(way: str, settings: dict[str,
     [
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "was asked for FSDP1. Add --fsdp_version 2"),
         ({}, {"training": {"fsdp": True, "fsdp_config": {"version": 1}}}, "was asked for FSDP1"),
+        ({"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}, "must be sharded too"),
+        ({}, {"training": {"fsdp": True}}, "must be sharded too"),
+        ({"FSDP_VERSION": "2"}, {"method": "adalora"}, "AdaLoRA needs gradients and factors whole"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "TRUE"},
+            {"method": "lora", "adapter": {"init_lora_weights": "eva"}},
+            "Use FSDP2",
+        ),
         ({"FSDP_VERSION": "2"}, {"adapter": {"rank_penalty": 0.5}}, "rank_penalty=0.5 needs the factors whole"),
         ({"FSDP_VERSION": "2"}, {"adapter": {"sharing": "global"}}, "use lrlora.fully_shard_phi"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "pip install deepspeed"),

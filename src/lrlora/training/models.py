@@ -277,9 +277,17 @@ def give_head_its_rate(trainer: Trainer, rate: float) -> None:
         head = {id(p) for name, p in model.named_parameters() if ".modules_to_save." in name}
     else:
         head = {id(p) for name, p in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
-    optimizer = trainer.create_optimizer()
-    for group in list(optimizer.param_groups):
-        own = [p for p in group["params"] if id(p) in head]
-        if own:
-            group["params"] = [p for p in group["params"] if id(p) not in head]
-            optimizer.add_param_group({**group, "params": own, "lr": rate})
+    create = trainer.create_optimizer
+
+    def create_optimizer(*models: Any) -> torch.optim.Optimizer:
+        is_new = trainer.optimizer is None
+        optimizer = create(*models)
+        for group in list(optimizer.param_groups) if is_new else []:
+            own = [p for p in group["params"] if id(p) in head]
+            if own:
+                group["params"] = [p for p in group["params"] if id(p) not in head]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    # Whenever it is made: for DeepSpeed the Trainer makes it anew.
+    setattr(trainer, "create_optimizer", create_optimizer)  # noqa: B010

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -92,35 +93,38 @@ def _now(args: TrainingArguments) -> float:
 class StopOnNonFinite(TrainerCallback):
     """Ends a run whose gradients are no longer finite before they reach the weights, and says where and when.
 
-    Under DeepSpeed, which steps by itself, it ends when they have, before the next checkpoint.
+    DeepSpeed has made its step by then, and has left it out if they are not; which they are it does not say.
     """
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        if args.fp16:
+        if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
             return  # its loss scaler meets infinite gradients now and then, and skips those steps
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        # DeepSpeed has made its step by now, and its gradients are gone: a wrong one is in the weights.
-        gradients = [(name, local_part(p.grad)) for name, p in trained if p.grad is not None]
-        named = gradients or [(name, local_part(p)) for name, p in trained]
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm([part for _, part in named])])
-        is_finite = norms.isfinite().all()
+        named = [(name, local_part(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
+        norms = torch._foreach_norm([part for _, part in named]) if named else []
+        finite = [math.isfinite(norm) for norm in torch.stack([n.float() for n in norms]).tolist()] if named else []
+        wrong = [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
+        is_wrong = torch.tensor(bool(wrong) or getattr(optimizer, "step_was_skipped", False), device=args.device).int()
         if args.world_size > 1:  # each may have another part
-            is_finite = is_finite.int()
-            torch.distributed.all_reduce(is_finite, torch.distributed.ReduceOp.MIN)
-        if is_finite:
+            torch.distributed.all_reduce(is_wrong, torch.distributed.ReduceOp.MAX)
+        if not is_wrong:
             return
-        wrong = [name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm)]
         # A weight that does spoils all gradients: it is what should be told.
         broken = [name for name, p in model.named_parameters() if not local_part(p).isfinite().all()]
         if args.world_size > 1:
             found: list[Any] = [None] * args.world_size
             torch.distributed.all_gather_object(found, (wrong, broken))
             wrong, broken = (max(names, key=len) for names in zip(*found, strict=True))
-        what = (
-            f"{len(wrong)} of {len(named)} gradients hold NaN or infinite values, first that of {', '.join(wrong[:1])}"
-        )
+        what = "gradients hold NaN or infinite values"
+        if wrong:
+            what = f"{len(wrong)} of {len(named)} {what}, first that of {wrong[0]}"
         if broken:
             what = f"the weight {broken[0]} holds NaN or infinite values"
         raise ValueError(

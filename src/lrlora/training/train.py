@@ -51,7 +51,7 @@ from .models import (
 )
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
 from .runs import write_card
-from .sharding import check_sharding, keep_phi_float32, load_in_every_process, require_same_sharding
+from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 
 _RANKED = ("lr-lora", "lora")
 
@@ -156,7 +156,7 @@ def train(
     if config.task != "causal-lm":
         train_data, validation = (encode(part, form, tokenizer, max_length) for part in (train_data, validation))
     trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
-    keep_phi_float32(trainer)
+    prepare_sharding(trainer)
     if adapter is not None:
         start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
@@ -168,13 +168,14 @@ def train(
     # Only now, when all is known to work in every process, is anything on disk touched.
     _wait_for_all(arguments)
     if is_main:
+        folder = output.resolve()  # it may be a link
         if overwrite and output.exists():
             # Under another name first: whenever this process is killed, there is no half of the old run.
-            old = output.resolve().with_name(f".{output.resolve().name}.partial")
+            old = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(old, ignore_errors=True)
-            output.resolve().rename(old)
+            folder.rename(old)
             shutil.rmtree(old)
-        output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             write_json(output / RUN_FILE, _record_of(config, data, arguments, max_length))
     _wait_for_all(arguments)
