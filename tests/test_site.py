@@ -50,7 +50,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 def test_commands_are_those_of_the_command_line(page: Path) -> None:
     command: Any = typer.main.get_command(app)
     for block in blocks(page, "sh"):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["lrlora"] and len(words) > 1:
                 # Parses the options without running anything.
