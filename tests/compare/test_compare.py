@@ -224,7 +224,13 @@ def test_numbers_of_the_results() -> None:
     assert row["p"] == pytest.approx(min(1, 4 * raw[0]))  # the smallest of four comparisons, twice
     assert math.isnan(table.loc["r8", "LoRA"]["p"])
     best = wins(table.reset_index()).set_index("method")
-    assert best.loc["LR-LoRA", "best on"] == 2
+    assert list(best.loc["LR-LoRA", ["tasks", "best on", "above reference on"]]) == [2, 2, 2]
+    assert best.loc["LR-LoRA", "mean difference"] == pytest.approx(10 / 3)
+    assert list(best.index) == ["LR-LoRA", "fixed sine", "LoRA"]  # 3.3, 0.3, and the reference
+    elsewhere = [record("movie-reviews", "dora", 1e-3, seed, 0.5, 0.9) for seed in (1, 2, 3)]
+    best = wins(results(comparison, records | filed(elsewhere))).set_index("method")
+    assert list(best["tasks"]) == [1, 2, 2, 2]  # a method on one task takes none from the others
+    assert list(best["best on"]) == [1, 1, 0, 0]
     ranks = learned_ranks(records)
     assert (ranks["attention − MLP, log"] > 0.4).all()
 

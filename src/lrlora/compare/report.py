@@ -17,7 +17,7 @@ from .tables import learned_ranks, results, tidy, tuning, wins
 
 # Digits after the point; what is not here is written as it is.
 _DIGITS = {"mean": 1, "std": 1, "difference": 1, "standard error": 1, "p": 3, "time": 2, "memory": 2}
-_DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "mean place": 1, "modules differ: p": 4}
+_DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "mean difference": 1, "modules differ: p": 4}
 _DIGITS |= {"attention − MLP, log": 2, "from": 2, "to": 2, "Cohen's d": 2}
 
 
@@ -44,6 +44,8 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             f"and p (paired by seed, corrected by Holm) are against {reference}, as are time and memory.\n",
             markdown(table),
             "\n## Who wins\n",
+            f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of its "
+            "differences.\n",
             markdown(wins(table)),
             "\n![Metric against trainable parameters](parameters.png)\n",
         ]
