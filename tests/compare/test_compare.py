@@ -22,9 +22,9 @@ from lrlora.cli import app
 from lrlora.compare import METHODS, Comparison
 from lrlora.compare.jobs import TUNING_SEED, Job, best_rate, prepare, read_records
 from lrlora.compare.methods import find_method
-from lrlora.compare.statistics import gap, holm, modules_differ, paired_difference
+from lrlora.compare.statistics import gap, holm, modules_differ, paired_difference, share_between_modules
 from lrlora.compare.suites import load_suite
-from lrlora.compare.tables import learned_ranks, results, wins
+from lrlora.compare.tables import learned_ranks, results, variants, wins
 from lrlora.compare.worker import run_job
 
 from ..training.small import reviews, save_encoder
@@ -231,7 +231,11 @@ def test_numbers_of_the_results() -> None:
     best = wins(results(comparison, records | filed(elsewhere))).set_index("method")
     assert list(best["tasks"]) == [1, 2, 2, 2]  # a method on one task takes none from the others
     assert list(best["best on"]) == [1, 1, 0, 0]
+    against = variants(comparison, records).set_index(["task", "method"]).loc["r8", "fixed sine"]
+    assert against["difference"] == pytest.approx(-3.0)
+    assert against["from"] < -3 < against["to"]
     ranks = learned_ranks(records)
+    assert (ranks["share of variance"] > 0.9).all()
     assert (ranks["attention − MLP, log"] > 0.4).all()
 
 
@@ -245,6 +249,14 @@ def test_statistics() -> None:
     noise = chance.normal(size=(4, 30))
     assert modules_differ(noise) > 0.05
     assert modules_differ(noise / 10 + np.linspace(0, 1, 30)) < 0.01
+    # The part of the variance that a module's own level makes: 1 of 1 + 0.5².
+    parted = share_between_modules(chance.normal(size=300) + 0.5 * chance.normal(size=(3, 300)))
+    assert parted.low < 0.8 < parted.high
+    assert parted.high - parted.low < 0.1
+    assert share_between_modules(noise).low < 0 < share_between_modules(noise).high
+    difference = paired_difference([3.0, 5.0, 4.5], [1.0, 2.0, 2.5])
+    assert difference is not None
+    assert (difference.low, difference.high) == pytest.approx(ttest_rel([3, 5, 4.5], [1, 2, 2.5]).confidence_interval())
     found = gap(chance.normal(1, 1, 200), chance.normal(0, 1, 200))
     assert found.low < 1 < found.high
     assert found.d == pytest.approx(1, abs=0.3)

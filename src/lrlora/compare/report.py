@@ -13,11 +13,12 @@ from ..files import write_whole
 from ..report.figure import save_figure
 from .jobs import Comparison, check_folder, read_records
 from .methods import find_method
-from .tables import learned_ranks, results, tidy, tuning, wins
+from .tables import learned_ranks, results, tidy, tuning, variants, wins
 
 # Digits after the point; what is not here is written as it is.
 _DIGITS = {"mean": 1, "std": 1, "difference": 1, "standard error": 1, "p": 3, "time": 2, "memory": 2}
 _DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "mean difference": 1, "modules differ: p": 4}
+_DIGITS |= {"std over modules, log": 2, "share of variance": 2, "share from": 2, "share to": 2}
 _DIGITS |= {"attention − MLP, log": 2, "from": 2, "to": 2, "Cohen's d": 2}
 
 
@@ -42,7 +43,7 @@ def write_report(comparison: Comparison, output: Path) -> Path:
         parts += [
             f"Test metric times 100 over seeds, each method at its own learning rate. `difference` ± `standard error` "
             f"and p (paired by seed, corrected by Holm) are against {reference}, as are time and memory.\n",
-            markdown(table),
+            markdown(table.drop(columns=["from", "to"])),
             "\n## Who wins\n",
             f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of its "
             "differences.\n",
@@ -60,7 +61,19 @@ def write_report(comparison: Comparison, output: Path) -> Path:
         _save_rates(rates, output / "rates.png")
     ranks = learned_ranks(records)
     if len(ranks):
-        parts += ["\n## Learned ranks\n", markdown(ranks)]
+        parts += [
+            "\n## Learned ranks\n",
+            "Stable ranks, in the logarithm, with 95 % intervals. Modules: p that they differ (by permutation), their "
+            "standard deviation, and how much of all variance is between modules, the rest being between seeds. Kinds: "
+            "attention less MLP.\n",
+            markdown(ranks),
+        ]
+    if len(others := variants(comparison, records)):
+        parts += [
+            "\n## What of φ matters\n",
+            "Variants of LR-LoRA against LR-LoRA, paired by seed, with 95 % intervals; p is corrected (Holm).\n",
+            markdown(others),
+        ]
     failures = [record for record in records.values() if record.get("failure")]
     if failures:
         parts.append("\n## What failed\n\nA method on a task has no mean where a final run failed.\n")

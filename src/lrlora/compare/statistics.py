@@ -8,18 +8,32 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, permutation_test, sem, ttest_1samp
+from scipy.stats import bootstrap, f, permutation_test, sem, ttest_1samp
 
 _RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Difference:
-    """A paired difference: its mean, standard error, and p of the paired t-test; NaN if it has nothing to go by."""
+    """A paired difference: its mean and standard error, p of the paired t-test and the 95 % interval that goes with it.
+
+    p and the interval are NaN where they have nothing to go by.
+    """
 
     mean: float
     standard_error: float
     p: float
+    low: float
+    high: float
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Difference | None:
@@ -27,10 +41,13 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Diffe
     differences = np.asarray(values) - np.asarray(others)
     if len(differences) < 2:
         return None
+    mean, error = float(differences.mean()), float(sem(differences))
     # Two or three accuracies often differ by the same number of examples: that is no certainty.
-    has_spread = np.ptp(differences) > 1e-9 * max(1.0, np.abs(differences).max())
-    p = float(ttest_1samp(differences, 0.0).pvalue) if has_spread else math.nan
-    return Difference(float(differences.mean()), float(sem(differences)), p)
+    if np.ptp(differences) <= 1e-9 * max(1.0, np.abs(differences).max()):
+        return Difference(mean, error, math.nan, math.nan, math.nan)
+    test = ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval()
+    return Difference(mean, error, float(test.pvalue), float(interval.low), float(interval.high))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -61,13 +78,23 @@ def modules_differ(by_seed: NDArray[np.float64]) -> float:
     )
 
 
+def share_between_modules(by_seed: NDArray[np.float64]) -> Interval:
+    """The part of the variance of values (seeds, modules) that lies between modules and not between seeds of a module.
+
+    The intraclass correlation ICC(1,1) with its interval by F (Shrout & Fleiss 1979): 0 if modules are alike, 1 if
+    every seed gives a module the same value.
+    """
+    seeds, modules = by_seed.shape
+    between, within = seeds * by_seed.mean(0).var(ddof=1), by_seed.var(0, ddof=1).mean()
+    chance = f(modules - 1, modules * (seeds - 1))
+    bounds = (between, between / chance.ppf(0.975), between / chance.ppf(0.025))
+    return Interval(*(float((b - within) / (b + (seeds - 1) * within)) for b in bounds))
+
+
 @dataclass(frozen=True)
-class Gap:
+class Gap(Interval):
     """The difference of two groups' means, its 95 % bootstrap interval, and Cohen's d."""
 
-    mean: float
-    low: float
-    high: float
     d: float
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from .jobs import TUNING_SEED, Comparison, Record
 from .methods import find_method
-from .statistics import gap, holm, modules_differ, paired_difference
+from .statistics import gap, holm, modules_differ, paired_difference, share_between_modules
 from .suites import Task
 
 
@@ -54,13 +54,8 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
     cells, tasks, reference = final_runs(records), comparison.definition.tasks, comparison.reference
     rows: list[dict[str, Any]] = []
     for (name, method), runs in cells.items():
-        values = {run["seed"]: score(run, tasks[name]) for run in runs}
-        base = {run["seed"]: run for run in cells.get((name, reference), [])}
-        seeds = [seed for seed in values if seed in base]
-        difference = None
-        if method != reference:
-            others = [score(base[seed], tasks[name]) for seed in seeds]
-            difference = paired_difference([values[seed] for seed in seeds], others)
+        values = [score(run, tasks[name]) for run in runs]
+        base = cells.get((name, reference), [])
         rows.append(
             {
                 "task": name,
@@ -68,19 +63,46 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
                 "rate": runs[0]["learning_rate"],
                 "seeds": len(runs),
                 "metric": tasks[name].metric,
-                "mean": fmean(values.values()),
-                "std": stdev(values.values()) if len(values) > 1 else math.nan,
-                "difference": difference.mean if difference else math.nan,
-                "standard error": difference.standard_error if difference else math.nan,
-                "p": difference.p if difference else math.nan,
+                "mean": fmean(values),
+                "std": stdev(values) if len(values) > 1 else math.nan,
+                **_difference(runs, base if method != reference else [], tasks[name]),
                 "parameters": runs[0]["trainable"],
-                "time": _ratio(runs, list(base.values()), "seconds"),
-                "memory": _ratio(runs, list(base.values()), "peak_mib"),
+                "time": _ratio(runs, base, "seconds"),
+                "memory": _ratio(runs, base, "peak_mib"),
                 "stable rank": _mean_rank(runs, "stable_rank"),
                 "energy-99 rank": _mean_rank(runs, "energy99_rank"),
             }
         )
-    frame = pd.DataFrame(rows)
+    return _corrected(pd.DataFrame(rows))
+
+
+def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
+    """What is LR-LoRA but for its φ (fixed, one for all, …) against LR-LoRA, as in `results`, with 95 % intervals."""
+    cells, tasks = final_runs(records), comparison.definition.tasks
+    rows = [
+        {
+            "task": name,
+            "method": find_method(method).name,
+            **_difference(runs, cells.get((name, "lr-lora"), []), tasks[name]),
+        }
+        for (name, method), runs in cells.items()
+        if find_method(method).train == "lr-lora" and method != "lr-lora"
+    ]
+    return _corrected(pd.DataFrame(rows))
+
+
+def _difference(runs: Sequence[Record], others: Sequence[Record], task: Task) -> dict[str, float]:
+    """The columns of a difference of scores, paired by seed; NaN with less than two pairs."""
+    values, base = ({run["seed"]: score(run, task) for run in cell} for cell in (runs, others))
+    seeds = [seed for seed in values if seed in base]
+    found = paired_difference([values[seed] for seed in seeds], [base[seed] for seed in seeds])
+    columns = ("difference", "standard error", "from", "to", "p")
+    if found is None:
+        return dict.fromkeys(columns, math.nan)
+    return dict(zip(columns, (found.mean, found.standard_error, found.low, found.high, found.p), strict=True))
+
+
+def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
     if len(frame):
         known = frame["p"].notna()
         frame.loc[known, "p"] = holm(frame.loc[known, "p"].tolist())
@@ -144,14 +166,18 @@ def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
             continue
         by_seed = np.log(stable)
         attention, mlp = (by_seed.mean(0)[kinds == kind] for kind in ("attention", "mlp"))
-        difference = gap(attention, mlp)
+        share, difference = share_between_modules(by_seed), gap(attention, mlp)
         rows.append(
             {
                 "task": task,
                 "method": find_method(method).name,
                 "seeds": len(runs),
                 "modules differ: p": modules_differ(by_seed),
-                "attention − MLP, log": difference.mean,
+                "std over modules, log": by_seed.mean(0).std(ddof=1),
+                "share of variance": share.value,
+                "share from": share.low,
+                "share to": share.high,
+                "attention − MLP, log": difference.value,
                 "from": difference.low,
                 "to": difference.high,
                 "Cohen's d": difference.d,
