@@ -49,6 +49,28 @@ def test_float32_against_the_formula(form: str, num_basis: int, shape: tuple[int
     assert update_error(case) <= 1e-5
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("with_weight", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_against_the_formula(
+    dtype: torch.dtype, with_weight: bool, transposed: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the integers that hold the bits of bfloat16")
+    tolerance = torch.finfo(dtype).eps  # weights and sums are rounded to half of it each
+    monkeypatch.setattr(native, "_CONVERTED_ENTRIES", 500)  # several blocks of rows, the last one smaller
+    case = make_case(dtype=torch.float32, transposed=transposed)
+    x = case.x.detach().to(dtype).requires_grad_()
+    half = case._replace(x=x, weight=case.weight.to(dtype), bias=None, grad_y=case.grad_y.to(dtype))
+    half = half if with_weight else half._replace(weight=None)
+    y = adapted_linear(*half[:6], scaling=SCALING, input_gain=GAIN)
+    exact = formula(half if with_weight else half._replace(weight=torch.zeros_like(case.weight)))
+    assert y.dtype == dtype
+    assert relative(y, exact) <= tolerance
+    for got, expected in zip(gradients(y, half), gradients(exact, half), strict=True):
+        assert relative(got, expected) <= tolerance
+
+
 def test_the_phi_of_a_real_run() -> None:
     # All 37 of MiniLM, after 100 steps: lrlora train --model embedded:minilm --data embedded:ratings --task regress
     # --steps 100 --learning-rate 2e-3 --rank 4 --seed 1

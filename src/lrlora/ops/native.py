@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ _FORMS = {"residual": 0, "saturating": 1}
 _MOMENTS = 4
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
 _ENTRIES_PER_THREAD = 2**15
+# Entries of a matrix in half precision that are converted at a time: with few blocks, and in the cache.
+_CONVERTED_ENTRIES = 2**20
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 # As PyTorch itself chooses at run time; a library compiled for more could meet, in a shared cache, a lesser CPU.
 _CPU_FLAGS = {
@@ -55,11 +58,11 @@ def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Float32 in the CPU's memory: no subclass, which may have its elements elsewhere or none at all."""
+    """Single or half precision in the CPU's memory: no subclass, whose elements may be elsewhere or nowhere."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
+        and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and tensor.layout == torch.strided
     )
 
@@ -67,15 +70,18 @@ def _is_plain(tensor: Tensor) -> bool:
 def write_weight(
     out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
 ) -> None:
-    """Write weight + (s/g)·φ(g·BA) to `out` (m, n), contiguous; all tensors float32 on the CPU."""
+    """Write weight + (s/g)·φ(g·BA) to `out` (m, n), contiguous; A and B float32, all on the CPU."""
     A, B = A.contiguous(), B.contiguous()
-    weight = None if weight is None else weight.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=False), scaling, gain)
-    pointer = None if weight is None else weight.data_ptr()
-    sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
-    _require_library().lrlora_effective_weight(
-        *_pointers(out), ctypes.c_void_p(pointer), *_pointers(A, B), *sizes, phi, torch.get_num_threads()
-    )
+    for rows in _float32_blocks(out):
+        part = out[rows] if out.dtype == torch.float32 else torch.empty(out[rows].shape, dtype=torch.float32)
+        base = None if weight is None else weight[rows].float().contiguous()
+        pointer = ctypes.c_void_p(None if base is None else base.data_ptr())
+        _require_library().lrlora_effective_weight(
+            *_pointers(part), pointer, *_pointers(A, B[rows]), *_sizes(part, A), phi, torch.get_num_threads()
+        )
+        if part.dtype != out.dtype:
+            out[rows] = part
 
 
 def factor_gradients(
@@ -87,14 +93,29 @@ def factor_gradients(
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
     moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64, device="cpu")
     grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
-    sizes = (ctypes.c_int64(size) for size in (B.shape[0], A.shape[1], A.shape[0]))
-    _require_library().lrlora_gradient(*_pointers(G, A, B, grad_A, grad_B, moments), *sizes, phi, threads)
+    for rows in _float32_blocks(G):
+        part = G[rows].float()
+        _require_library().lrlora_gradient(
+            *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments), *_sizes(part, A), phi, threads
+        )
     table.add_central_moments(moments.sum(0)[:, :3])
     return grad_A.sum(0), grad_B
 
 
 # On a CPU nothing multiplies faster than the matmul library, and G fits in the buffer of W + ΔW.
 product_gradients = None
+
+
+def _float32_blocks(matrix: Tensor) -> Iterator[slice]:
+    """The rows that a kernel takes at once: all, or as many as are converted to float32 for it at a time."""
+    rows, columns = matrix.shape
+    step = rows if matrix.dtype == torch.float32 else max(1, _CONVERTED_ENTRIES // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _sizes(matrix: Tensor, A: Tensor) -> tuple[ctypes.c_int64, ...]:
+    """(m, n, r)."""
+    return tuple(ctypes.c_int64(size) for size in (*matrix.shape, A.shape[0]))
 
 
 def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
