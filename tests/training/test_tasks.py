@@ -6,6 +6,7 @@ import re
 
 import pandas as pd
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from lrlora.training.embedded import EMBEDDED_DATA
@@ -53,20 +54,33 @@ def test_near_duplicates_are_found() -> None:
     assert _near(train, test).tolist() == [True, False, False, True, False, True]
 
 
-@pytest.mark.parametrize("name", ["movie-reviews", "ratings", "r8", "20-newsgroups"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("movie-reviews", "ratings", "r8", "20-newsgroups"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("vitaminc", "social-iqa", "goal-step", "strategy-qa", "winowhy")
+        ),
+    ],
+)
 def test_no_test_text_is_nearly_in_training(name: str) -> None:
     # At most a tenth of a text's words are missing in its near-duplicate, so that holds one of any more of them: only
     # the texts with one of its rarest words need to be compared.
     def words(text: str) -> frozenset[str]:
         return frozenset(re.findall(r"\w+", text.lower()))
 
+    def texts(split: Dataset) -> list[frozenset[str]]:
+        columns = [name for name in ("question", "text", "text_pair") if name in split.column_names]
+        return [words(" ".join(parts)) for parts in zip(*(split[name] for name in columns), strict=True)]
+
     data = EMBEDDED_DATA[name].load()
-    train = [words(text) for text in data["train"]["text"]]
+    train = texts(data["train"])
     holders: dict[str, list[int]] = {}
     for index, text in enumerate(train):
         for word in text:
             holders.setdefault(word, []).append(index)
-    for text in map(words, data["test"]["text"]):
+    for text in texts(data["test"]):
         if len(text) < 8:
             continue
         rarest = sorted(text, key=lambda word: len(holders.get(word, ())))[: len(text) // 10 + 1]

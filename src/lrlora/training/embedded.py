@@ -51,7 +51,7 @@ EMBEDDED_DATA = {
     )
 } | {
     "ratings": EmbeddedData(
-        "mean human rating of sentiment, from -4 to 4, of 4,200 tweets (vaderSentiment)", "regress", load_ratings
+        "mean human rating of sentiment, from -4 to 4, of 12,970 sentences (vaderSentiment)", "regress", load_ratings
     ),
 }
 EMBEDDED_DATA |= {

@@ -86,8 +86,8 @@ def _near(train: pd.Series[str], test: pd.Series[str]) -> NDArray[np.bool_]:
 
 
 def _as_splits(train: pd.DataFrame, test: pd.DataFrame) -> DatasetDict:
-    if "text" in train and "text_pair" not in train:
-        train = train[~_near(train["text"], test["text"])]
+    columns = [name for name in ("question", "text", "text_pair") if name in train]
+    train = train[~_near(*(frame[columns].agg(" ".join, axis=1) for frame in (train, test)))]
     return DatasetDict(
         train=Dataset.from_pandas(train, preserve_index=False), test=Dataset.from_pandas(test, preserve_index=False)
     )
