@@ -298,7 +298,7 @@ def learned_ranks_table() -> str:
         attention, mlp = (by_seed.mean(0)[kinds == kind] for kind in ("attention", "mlp"))
         g = gap(attention, mlp)
         bounds = f"{g.low:+.2f} … {g.high:+.2f}"
-        rows.append([*map(str, name), str(len(runs)), f"{p:.4f}", f"{g.mean:+.2f}", bounds, f"{g.d:+.2f}"])
+        rows.append([*map(str, name), str(len(runs)), f"{p:.4f}", f"{g.value:+.2f}", bounds, f"{g.d:+.2f}"])
     return table(header, rows)
 
 
