@@ -59,7 +59,10 @@ def record(task: str, method: str, rate: float, seed: int, loss: float, accuracy
     ]
     return {
         **{"task": task, "method": method, "learning_rate": rate, "seed": seed, "trainable": 10, "peak_mib": 100.0},
-        **{"validation": {"loss": loss}, "test": None if accuracy is None else {"accuracy": accuracy}},
+        **{
+            "validation": {"loss": loss},
+            "test": None if accuracy is None else {"accuracy": accuracy, "log_loss": 1 - accuracy},
+        },
         **{"criterion": loss, "wall": 3.0},
         **{"ranks": ranks if method.startswith("l") else None, "seconds": 2.0 if method == "lr-lora" else 1.0},
     }
@@ -231,9 +234,10 @@ def test_numbers_of_the_results() -> None:
     best = wins(results(comparison, records | filed(elsewhere))).set_index("method")
     assert list(best["tasks"]) == [1, 2, 2, 2]  # a method on one task takes none from the others
     assert list(best["best on"]) == [1, 1, 0, 0]
-    against = variants(comparison, records).set_index(["task", "method"]).loc["r8", "fixed sine"]
-    assert against["difference"] == pytest.approx(-3.0)
-    assert against["from"] < -3 < against["to"]
+    against = variants(comparison, records).set_index(["task", "method", "of"]).loc["r8", "fixed sine"]
+    assert list(against["difference"]) == pytest.approx([-3, 3])  # of the metric, and of the loss
+    assert against.loc["accuracy", "from"] < -3 < against.loc["accuracy", "to"]
+    assert table.loc[("r8", "LoRA"), "loss"] == pytest.approx(19)
     ranks = learned_ranks(records)
     assert (ranks["share of variance"] > 0.9).all()
     assert (ranks["attention − MLP, log"] > 0.4).all()

@@ -16,7 +16,7 @@ from .methods import find_method
 from .tables import learned_ranks, results, tidy, tuning, variants, wins
 
 # Digits after the point; what is not here is written as it is.
-_DIGITS = {"mean": 1, "std": 1, "difference": 1, "standard error": 1, "p": 3, "time": 2, "memory": 2}
+_DIGITS = {"mean": 1, "std": 1, "difference": 1, "standard error": 1, "p": 3, "time": 2, "memory": 2, "loss": 1}
 _DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "mean difference": 1, "modules differ: p": 4}
 _DIGITS |= {"std over modules, log": 2, "share of variance": 2, "share from": 2, "share to": 2}
 _DIGITS |= {"attention − MLP, log": 2, "from": 2, "to": 2, "Cohen's d": 2}
@@ -41,8 +41,9 @@ def write_report(comparison: Comparison, output: Path) -> Path:
         write_whole(output / "results.csv", table.to_csv(index=False))
         reference = find_method(comparison.reference).name
         parts += [
-            f"Test metric times 100 over seeds, each method at its own learning rate. `difference` ± `standard error` "
-            f"and p (paired by seed, corrected by Holm) are against {reference}, as are time and memory.\n",
+            "Test metric and test loss (log loss, of numbers the root of the mean squared error), times 100, over "
+            "seeds, each method at its own learning rate. `difference` ± `standard error` and p (paired by seed, "
+            f"corrected by Holm) are the metric's against {reference}; time and memory are relative to it.\n",
             markdown(table.drop(columns=["from", "to"])),
             "\n## Who wins\n",
             f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of its "
@@ -71,7 +72,8 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     if len(others := variants(comparison, records)):
         parts += [
             "\n## What of φ matters\n",
-            "Variants of LR-LoRA against LR-LoRA, paired by seed, with 95 % intervals; p is corrected (Holm).\n",
+            "Variants of LR-LoRA less LR-LoRA: test metric and test loss times 100, paired by seed, with 95 % "
+            "intervals, p corrected (Holm).\n",
             markdown(others),
         ]
     failures = [record for record in records.values() if record.get("failure")]

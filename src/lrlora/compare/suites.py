@@ -58,6 +58,11 @@ class Task:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
 
+    @property
+    def criterion(self) -> str:
+        """The metric that chooses the learning rate: a loss that holds nothing but the task. Less is better."""
+        return {"classify": "log_loss", "regress": "rmse"}.get(self.kind, "loss")
+
 
 @dataclass(frozen=True)
 class Suite:

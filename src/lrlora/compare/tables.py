@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -45,6 +45,11 @@ def score(run: Record, task: Task) -> float:
     return 100 * run["test"][task.metric]
 
 
+def loss(run: Record, task: Task) -> float:
+    """The criterion of learning rates on test data, times 100: finer than a share of right answers."""
+    return 100 * run["test"][task.criterion]
+
+
 def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
     """One row per task and method: mean and standard deviation over seeds, and the difference to the reference.
 
@@ -65,7 +70,8 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
                 "metric": tasks[name].metric,
                 "mean": fmean(values),
                 "std": stdev(values) if len(values) > 1 else math.nan,
-                **_difference(runs, base if method != reference else [], tasks[name]),
+                **_difference(runs, base if method != reference else [], tasks[name], score),
+                "loss": fmean(loss(run, tasks[name]) for run in runs),
                 "parameters": runs[0]["trainable"],
                 "time": _ratio(runs, base, "seconds"),
                 "memory": _ratio(runs, base, "peak_mib"),
@@ -77,23 +83,25 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
 
 
 def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
-    """What is LR-LoRA but for its φ (fixed, one for all, …) against LR-LoRA, as in `results`, with 95 % intervals."""
+    """What is LR-LoRA but for its φ (fixed, one for all, …) against LR-LoRA: paired differences of metric and loss."""
     cells, tasks = final_runs(records), comparison.definition.tasks
-    rows = [
-        {
-            "task": name,
-            "method": find_method(method).name,
-            **_difference(runs, cells.get((name, "lr-lora"), []), tasks[name]),
-        }
-        for (name, method), runs in cells.items()
-        if find_method(method).train == "lr-lora" and method != "lr-lora"
-    ]
+    rows = []
+    for (name, method), runs in cells.items():
+        base = cells.get((name, "lr-lora"))
+        if base is None or method == "lr-lora" or find_method(method).train != "lr-lora":
+            continue
+        for measure in (score, loss):
+            differences = _difference(runs, base, tasks[name], measure)
+            kind = tasks[name].metric if measure is score else "loss"
+            rows.append({"task": name, "method": find_method(method).name, "of": kind, **differences})
     return _corrected(pd.DataFrame(rows))
 
 
-def _difference(runs: Sequence[Record], others: Sequence[Record], task: Task) -> dict[str, float]:
-    """The columns of a difference of scores, paired by seed; NaN with less than two pairs."""
-    values, base = ({run["seed"]: score(run, task) for run in cell} for cell in (runs, others))
+def _difference(
+    runs: Sequence[Record], others: Sequence[Record], task: Task, measure: Callable[[Record, Task], float]
+) -> dict[str, float]:
+    """The columns of a difference, paired by seed; NaN with less than two pairs."""
+    values, base = ({run["seed"]: measure(run, task) for run in cell} for cell in (runs, others))
     seeds = [seed for seed in values if seed in base]
     found = paired_difference([values[seed] for seed in seeds], [base[seed] for seed in seeds])
     columns = ("difference", "standard error", "from", "to", "p")

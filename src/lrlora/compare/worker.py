@@ -22,9 +22,6 @@ from .jobs import FAILED, TUNING_SEED, train_config
 from .methods import find_method
 from .suites import Suite
 
-# What chooses the learning rate: a loss that holds nothing but the task, of which less is better.
-_CRITERIA = {"classify": "log_loss", "regress": "rmse"}
-
 
 def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
     """Train, validate, and, unless the job only tunes, test.
@@ -49,7 +46,7 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
             suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
         )
         result = train(config)
-        criterion = result.metrics[_CRITERIA.get(task.kind, "loss")]
+        criterion = result.metrics[task.criterion]
         if not math.isfinite(criterion):
             raise ValueError("Training has diverged: the validation loss is not finite.")
         record = {
