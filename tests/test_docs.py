@@ -114,11 +114,12 @@ def test_the_tables_of_benchmarks_are_the_stored_ones(benchmark: str, name: str)
     assert script["updated"](page) == page
 
 
-def test_the_report_of_the_stored_comparison_is_what_its_runs_give(tmp_path: Path) -> None:
-    stored = ROOT / "docs" / "compare" / "offline-nlu"
+@pytest.mark.parametrize("suite", [path.parent.name for path in ROOT.glob("docs/compare/*/report.md")])
+def test_the_report_of_the_stored_comparison_is_what_its_runs_give(suite: str, tmp_path: Path) -> None:
+    stored = ROOT / "docs" / "compare" / suite
     shutil.copytree(stored, tmp_path / "copy")
     (tmp_path / "copy" / "report.md").unlink()
-    again = write_report(read_comparison("offline-nlu", tmp_path / "copy"), tmp_path / "copy")
+    again = write_report(read_comparison(suite, tmp_path / "copy"), tmp_path / "copy")
     assert again.read_text(encoding="utf-8") == (stored / "report.md").read_text(encoding="utf-8")
 
 

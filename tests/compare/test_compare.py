@@ -198,6 +198,11 @@ def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path) -> None:
     assert max(job.learning_rate for job in comparison.plan(steep)) <= 4 * rates[-1]  # it does not grow for ever
 
 
+def test_a_language_model_is_tuned_at_lower_rates() -> None:
+    plan = Comparison("offline-commonsense", ("lora",), 1, 4, ("strategy-qa",)).plan({})
+    assert [job.learning_rate for job in plan] == [0.25 * rate for rate in METHODS["lora"].rates]
+
+
 def test_failed_trials_are_never_the_best() -> None:
     assert best_rate([record("t", "lora", 1e-3, 0, 0.5), {"learning_rate": 1e-2, "failure": "diverged"}]) == 1e-3
     assert best_rate([{"learning_rate": 1.0, "failure": "diverged"}]) is None
@@ -286,6 +291,7 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
         (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
         (("compare", wrong("kind", "clasify")), "Did you mean classify?"),
+        (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),
         (("compare", wrong("columns", None)), "columns must map names to values"),
     ):
         result = run(*arguments, "--output", tmp_path / "out")

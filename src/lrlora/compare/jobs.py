@@ -86,7 +86,8 @@ class Comparison:
         seeds: final runs of each method on each task, at the rate that one more seed has chosen.
         rank: r.
         tasks: of the suite; default: all.
-        rates: learning rates to try for every method, and no others; default: each method's own, and beyond them.
+        rates: learning rates to try for every method, and no others; default: each method's own times the task's
+            scale, and beyond them.
 
     Raises:
         ValueError: a name is unknown, or a number out of range.
@@ -139,7 +140,8 @@ class Comparison:
         return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
 
     def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
-        grid = sorted(self.rates or find_method(method).rates)
+        scale = self.definition.tasks[task].rate_scale
+        grid = sorted(self.rates or (scale * rate for rate in find_method(method).rates))
         growth = 1 if self.rates else 2**_GRID_STEPS
         rates = list(grid)
         while True:

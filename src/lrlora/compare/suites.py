@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..training.metrics import LESS_IS_BETTER, METRIC_NAMES
 # A new classification head wants a far higher rate than an adapter. With one rate for both, a method that only bears
 # high rates looks like a better adapter (docs/phi.md), so the head has its own, the same for all.
 _HEAD: dict[str, Any] = {"head_learning_rate": 16e-3}
+# A language model that goes on predicting tokens wants lower rates than one that gets a new head.
+_CHOICES: dict[str, Any] = {"kind": "multiple-choice", "metric": "accuracy", "rate_scale": 0.25}
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,10 @@ class Task:
         max_length: tokens.
         train_examples, validation_examples, test_examples: at most; None: all.
         head_learning_rate: of a new head; None: that of the adapter.
+        rate_scale: what the rates that every method tries first are multiplied by.
 
     Raises:
-        ValueError: kind or metric is unknown.
+        ValueError: kind or metric is unknown, or a number out of range.
 
     """
 
@@ -48,6 +52,7 @@ class Task:
     validation_examples: int | None = 1_000
     test_examples: int | None = None
     head_learning_rate: float | None = None
+    rate_scale: float = 1.0
 
     def __post_init__(self) -> None:
         require_type(self, Task, "task")
@@ -57,6 +62,8 @@ class Task:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
+        if not 0 < self.rate_scale < math.inf:
+            raise ValueError(f"rate_scale must be a number > 0, and is {self.rate_scale}.")
 
     @property
     def criterion(self) -> str:
@@ -156,11 +163,11 @@ SUITES = {
             ),
         },
     ),
-    # Likelihoods of choices; the rates are those of adapters on a language model, which has no new head.
+    # Likelihoods of choices.
     "offline-commonsense": Suite(
         "embedded:smollm2",
         {
-            name: Task(f"embedded:{name}", "multiple-choice", "accuracy", 200, 8, validation_examples=300)
+            name: Task(f"embedded:{name}", steps=200, batch_size=8, validation_examples=300, **_CHOICES)
             for name in ("social-iqa", "goal-step", "strategy-qa", "winowhy")
         },
     ),
@@ -168,7 +175,7 @@ SUITES = {
     "commonsense": Suite(
         "meta-llama/Llama-3.2-1B",
         {
-            name: Task(f"commonsense:{name}", "multiple-choice", "accuracy", steps, max_length=256, test_examples=2_000)
+            name: Task(f"commonsense:{name}", steps=steps, max_length=256, test_examples=2_000, **_CHOICES)
             for name, steps in (
                 ("boolq", 600),
                 ("piqa", 1_000),
