@@ -196,7 +196,9 @@ def test_parameters_that_cannot_learn_are_refused() -> None:
 
 
 def test_empty_batches() -> None:
-    assert adapt(LAYERS["embedding"][0])(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 6)
+    for dtype in (torch.float32, torch.bfloat16):
+        embedding = adapt(nn.Embedding(7, 6, dtype=dtype))
+        assert embedding(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 6)
     assert adapt(nn.Linear(4, 3))(torch.zeros(0, 4)).shape == (0, 3)
 
 

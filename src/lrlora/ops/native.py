@@ -109,7 +109,7 @@ product_gradients = None
 def _float32_blocks(matrix: Tensor) -> Iterator[slice]:
     """The rows that a kernel takes at once: all, or as many as are converted to float32 for it at a time."""
     rows, columns = matrix.shape
-    step = rows if matrix.dtype == torch.float32 else max(1, _CONVERTED_ENTRIES // columns)
+    step = max(1, rows if matrix.dtype == torch.float32 else _CONVERTED_ENTRIES // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
