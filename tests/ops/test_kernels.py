@@ -163,11 +163,12 @@ def test_trainable_base_weight(path: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_torch_s_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
     case = make_case(dtype=torch.float32)
-    expected = [lean(case), *gradients(lean(case), case)]
+    half = case._replace(x=case.x.detach().half().requires_grad_(), weight=case.weight.half(), bias=None)
+    expected = [result for c in (case, half) for result in (lean(c), *gradients(lean(c), c))]
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            actual = [lean(case), *gradients(lean(case), case)]
+            actual = [result for c in (case, half) for result in (lean(c), *gradients(lean(c), c))]
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))

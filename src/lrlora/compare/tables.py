@@ -130,8 +130,12 @@ def _mean_rank(runs: Sequence[Record], measure: str) -> float:
 
 def wins(frame: pd.DataFrame) -> pd.DataFrame:
     """By method: of the tasks it was run on, on how many it has the best mean of all, and one above the reference's."""
-    means = frame["mean"].round(6)  # equal accuracies may differ in their last bits
-    marked = frame.assign(best=means == means.groupby(frame["task"]).transform("max"), above=frame["difference"] > 0)
+    means, differences = (
+        frame["mean"].round(6),
+        frame["difference"].round(6),
+    )  # equal ones may differ in their last bits
+    best = means == means.groupby(frame["task"]).transform("max")
+    marked = frame.assign(best=best, above=differences > 0)
     table = marked.groupby("method", sort=False).agg(
         **{
             "tasks": ("task", "size"),

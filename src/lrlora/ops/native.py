@@ -74,7 +74,7 @@ def write_weight(
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=False), scaling, gain)
     for rows in _float32_blocks(out):
-        part = out[rows] if out.dtype == torch.float32 else torch.empty(out[rows].shape, dtype=torch.float32)
+        part = out[rows] if out.dtype == torch.float32 else torch.empty_like(out[rows], dtype=torch.float32)
         base = None if weight is None else weight[rows].float().contiguous()
         pointer = ctypes.c_void_p(None if base is None else base.data_ptr())
         _require_library().lrlora_effective_weight(
