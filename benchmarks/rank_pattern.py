@@ -113,7 +113,7 @@ def render() -> str:
                 f"{len(ranks)} modules, {min(ranks)} to {max(ranks)}",
                 f"{fmean(uniform):.1f}",
                 f"{fmean(learned):.1f}",
-                f"{difference.mean:+.1f} ± {difference.standard_error:.1f} (p = {difference.p:.2f})"
+                f"{difference.value:+.1f} ± {difference.standard_error:.1f} (p = {difference.p:.2f})"
                 if difference
                 else "",
             ]

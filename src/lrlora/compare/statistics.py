@@ -23,17 +23,14 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A paired difference: its mean and standard error, p of the paired t-test and the 95 % interval that goes with it.
+class Difference(Interval):
+    """A mean paired difference, with its standard error and p of the paired t-test that the interval goes with.
 
     p and the interval are NaN where they have nothing to go by.
     """
 
-    mean: float
     standard_error: float
     p: float
-    low: float
-    high: float
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Difference | None:
@@ -44,10 +41,10 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Diffe
     mean, error = float(differences.mean()), float(sem(differences))
     # Two or three accuracies often differ by the same number of examples: that is no certainty.
     if np.ptp(differences) <= 1e-9 * max(1.0, np.abs(differences).max()):
-        return Difference(mean, error, math.nan, math.nan, math.nan)
+        return Difference(mean, math.nan, math.nan, error, math.nan)
     test = ttest_1samp(differences, 0.0)
     interval = test.confidence_interval()
-    return Difference(mean, error, float(test.pvalue), float(interval.low), float(interval.high))
+    return Difference(mean, float(interval.low), float(interval.high), error, float(test.pvalue))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

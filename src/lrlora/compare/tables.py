@@ -107,7 +107,7 @@ def _difference(
     columns = ("difference", "standard error", "from", "to", "p")
     if found is None:
         return dict.fromkeys(columns, math.nan)
-    return dict(zip(columns, (found.mean, found.standard_error, found.low, found.high, found.p), strict=True))
+    return dict(zip(columns, (found.value, found.standard_error, found.low, found.high, found.p), strict=True))
 
 
 def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
