@@ -308,7 +308,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
         n, m = delta.shape if isinstance(layer.get_base_layer(), Conv1D) else delta.T.shape
         row = RankRow(
             module=name,
-            layer=_layer_index(name),
+            layer=layer_index(name),
             type=module_type(name),
             kind=_kind(name),
             m=m,
@@ -376,7 +376,8 @@ def module_type(path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
-def _layer_index(path: str) -> int | None:
+def layer_index(path: str) -> int | None:
+    """Index of the transformer layer that a module is in, None outside one."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 

@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 
 from lrlora.cli import app
 from lrlora.compare import METHODS, Comparison
+from lrlora.compare.figures import parameters_figure, ranks_figure, rates_figure
 from lrlora.compare.jobs import TUNING_SEED, Job, best_rate, prepare, read_records
 from lrlora.compare.methods import find_method
 from lrlora.compare.statistics import gap, holm, modules_differ, paired_difference, share_between_modules
 from lrlora.compare.suites import load_suite
-from lrlora.compare.tables import learned_ranks, results, variants, wins
+from lrlora.compare.tables import final_runs, learned_ranks, ranks_by_layer, results, tuning, variants, wins
 from lrlora.compare.worker import run_job
 
 from ..training.small import reviews, save_encoder
@@ -54,7 +55,13 @@ def run(*arguments: object) -> Any:
 
 def record(task: str, method: str, rate: float, seed: int, loss: float, accuracy: float | None = None) -> Any:
     ranks = [
-        {"module": f"m{i}", "kind": kind, "stable_rank": value + seed / 100, "energy99_rank": 3}
+        {
+            "module": f"layer.{i}.{kind}",
+            "type": f"layer.{kind}",
+            "kind": kind,
+            "stable_rank": value + seed / 100,
+            "energy99_rank": 3,
+        }
         for i, (kind, value) in enumerate([("attention", 2.0), ("mlp", 1.1), ("attention", 2.5), ("mlp", 1.3)])
     ]
     return {
@@ -80,7 +87,7 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     records = read_records(output)
     comparison = Comparison(str(suite), ("lora", "lr-lora"), 2, 2, rates=(1e-3, 1e-2))
     assert {job.name for job in comparison.plan(records)} == set(records)
-    for name in ("report.md", "results.csv", "runs.jsonl", "rates.png", "parameters.png"):
+    for name in ("report.md", "results.csv", "runs.jsonl", "rates.png", "parameters.png", "ranks.png"):
         assert (output / name).stat().st_size > 0
     table = pd.read_csv(output / "results.csv")
     assert list(table["method"]) == ["LoRA", "LR-LoRA"]
@@ -269,6 +276,26 @@ def test_statistics() -> None:
     found = gap(chance.normal(1, 1, 200), chance.normal(0, 1, 200))
     assert found.low < 1 < found.high
     assert found.d == pytest.approx(1, abs=0.3)
+
+
+def test_a_method_is_drawn_alike_in_all_panels() -> None:
+    """Tasks may have different methods, and none may lack in the legend."""
+    comparison = Comparison("offline-nlu", ("lora", "sine", "lr-lora"), 2, 2)
+    cells = [("r8", "sine"), ("r8", "lora"), ("r8", "lr-lora"), ("vitaminc", "lora"), ("vitaminc", "lr-lora")]
+    records = filed([record(task, method, 1e-3, seed, 0.5, 0.8) for task, method in cells for seed in (0, 1, 2)])
+    figures = (parameters_figure(comparison, final_runs(records)), rates_figure(comparison, tuning(records)))
+    for figure in figures:
+        assert {text.get_text() for text in figure.legends[0].get_texts()} == {"LoRA", "fixed sine", "LR-LoRA"}
+        colors: dict[str, set[Any]] = {}
+        for axes in figure.axes:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                line = handle[0] if isinstance(handle, tuple) else handle
+                colors.setdefault(label, set()).add(line.get_color())
+        assert {len(own) for own in colors.values()} == {1}
+        assert len(set.union(*colors.values())) == 3
+    places = ranks_by_layer(comparison, records)
+    assert set(places) == {(task, method) for task, method in cells if method != "sine"}
+    assert ranks_figure(places).axes[0].get_title() == "r8, LoRA"
 
 
 @pytest.mark.refused

@@ -6,14 +6,13 @@ import math
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ..files import write_whole
 from ..report.figure import save_figure
+from .figures import parameters_figure, ranks_figure, rates_figure
 from .jobs import Comparison, check_folder, read_records
 from .methods import find_method
-from .tables import learned_ranks, results, tidy, tuning, variants, wins
+from .tables import final_runs, learned_ranks, ranks_by_layer, results, tidy, tuning, variants, wins
 
 # Digits after the point; what is not here is written as it is.
 _DIGITS = {"mean": 1, "std": 1, "difference": 1, "standard error": 1, "p": 3, "time": 2, "memory": 2, "loss": 1}
@@ -49,9 +48,10 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of its "
             "differences.\n",
             markdown(wins(table)),
-            "\n![Metric against trainable parameters](parameters.png)\n",
+            "\n![Metric and loss against trainable parameters](parameters.png)\n",
+            "Mean and standard deviation. Methods of about the same size are drawn side by side.\n",
         ]
-        _save_parameters(table, output / "parameters.png")
+        save_figure(parameters_figure(comparison, final_runs(records)), output / "parameters.png")
     if len(rates := tuning(records)):
         parts += [
             "\n## How much hangs on the learning rate\n",
@@ -59,7 +59,7 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             markdown(rates),
             "\n![Validation loss by learning rate](rates.png)\n",
         ]
-        _save_rates(rates, output / "rates.png")
+        save_figure(rates_figure(comparison, rates), output / "rates.png")
     ranks = learned_ranks(records)
     if len(ranks):
         parts += [
@@ -69,6 +69,9 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             "attention less MLP.\n",
             markdown(ranks),
         ]
+    if places := ranks_by_layer(comparison, records):
+        parts.append("\n![Stable rank by layer and type of module, mean over seeds](ranks.png)\n")
+        save_figure(ranks_figure(places), output / "ranks.png")
     if len(others := variants(comparison, records)):
         parts += [
             "\n## What of φ matters\n",
@@ -98,35 +101,3 @@ def markdown(frame: pd.DataFrame) -> str:
     rows = [[show(name, value) for name, value in row.items()] for row in frame.to_dict("records")]
     lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _panels(tasks: list[str], xlabel: str) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel for each task."""
-    figure = Figure(figsize=(3.2 * len(tasks) + 2, 3), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for axis, task in zip(axes, tasks, strict=True):
-        axis.set(title=task, xscale="log", xlabel=xlabel)
-        axis.margins(x=0.2)
-    return figure, dict(zip(tasks, axes, strict=True))
-
-
-def _save(figure: Figure, axes: dict[str, Axes], ylabel: str, path: Path) -> None:
-    panels = list(axes.values())
-    panels[0].set_ylabel(ylabel)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    save_figure(figure, path)
-
-
-def _save_parameters(table: pd.DataFrame, path: Path) -> None:
-    figure, axes = _panels(list(dict.fromkeys(table["task"])), "trainable parameters")
-    for row in table.to_dict("records"):
-        axes[row["task"]].errorbar(row["parameters"], row["mean"], yerr=row["std"], fmt="o", label=row["method"])
-    _save(figure, axes, "test metric × 100", path)
-
-
-def _save_rates(rates: pd.DataFrame, path: Path) -> None:
-    figure, axes = _panels(list(dict.fromkeys(rates["task"])), "learning rate")
-    for row in rates.to_dict("records"):
-        points = [(rate, loss) for rate, loss in row.items() if isinstance(rate, float) and not math.isnan(loss)]
-        axes[row["task"]].plot([p[0] for p in points], [p[1] for p in points], marker="o", label=row["method"])
-    _save(figure, axes, "validation loss", path)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..rank import layer_index
 from .jobs import TUNING_SEED, Comparison, Record
 from .methods import find_method
 from .statistics import gap, holm, modules_differ, paired_difference, share_between_modules
@@ -130,10 +131,8 @@ def _mean_rank(runs: Sequence[Record], measure: str) -> float:
 
 def wins(frame: pd.DataFrame) -> pd.DataFrame:
     """By method: of the tasks it was run on, on how many it has the best mean of all, and one above the reference's."""
-    means, differences = (
-        frame["mean"].round(6),
-        frame["difference"].round(6),
-    )  # equal ones may differ in their last bits
+    # Equal ones may differ in their last bits.
+    means, differences = frame["mean"].round(6), frame["difference"].round(6)
     best = means == means.groupby(frame["task"]).transform("max")
     marked = frame.assign(best=best, above=differences > 0)
     table = marked.groupby("method", sort=False).agg(
@@ -196,3 +195,17 @@ def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def ranks_by_layer(
+    comparison: Comparison, records: Mapping[str, Record]
+) -> dict[tuple[str, str], dict[tuple[str, int | None], float]]:
+    """(task, method) → (type of module, layer) → its stable rank, mean over seeds; of LR-LoRA and the reference."""
+    return {
+        (task, method): {
+            (rows[0]["type"], layer_index(rows[0]["module"])): fmean(row["stable_rank"] for row in rows)
+            for rows in zip(*(run["ranks"] for run in runs), strict=True)
+        }
+        for (task, method), runs in final_runs(records).items()
+        if method in ("lr-lora", comparison.reference) and all(run["ranks"] for run in runs)
+    }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 
 from ..files import replacing
@@ -43,13 +46,12 @@ def rank_figure(report: RankReport, *, measure: str = "energy99_rank", title: st
     """
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, and is {measure!r}.")
-    types = list(dict.fromkeys(row.type for row in report.rows))
-    layers = sorted({row.layer for row in report.rows}, key=lambda layer: (layer is None, layer))
+    types, layers = ({getattr(row, name) for row in report.rows} for name in ("type", "layer"))
     heat_height = 0.4 * len(types) + 1.2
     figure = Figure(figsize=(max(10.0, 0.8 * len(layers) + 5), heat_height + 3.5), layout="constrained")
     figure.suptitle(title)
     parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[heat_height, 3])
-    _draw_heat_map(parts[0, 0].subplots(), report.rows, types, layers, measure)
+    _draw_ranks(parts[0, 0].subplots(), report.rows, measure)
     _draw_curves(parts[1, 0], report)
     return figure
 
@@ -68,24 +70,35 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"A picture must end in one of .{', .'.join(known)}, and {path} does not.")
 
 
-def _draw_heat_map(axes: Axes, rows: list[RankRow], types: list[str], layers: list[int | None], measure: str) -> None:
-    cells: dict[tuple[int, int], list[float]] = {}
+def _draw_ranks(axes: Axes, rows: list[RankRow], measure: str) -> None:
+    cells: dict[tuple[str, int | None], list[float]] = {}
     for row in rows:
-        cells.setdefault((types.index(row.type), layers.index(row.layer)), []).append(getattr(row, measure))
+        cells.setdefault((row.type, row.layer), []).append(getattr(row, measure))
     means = {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
-    values = [[means.get((i, j), float("nan")) for j in range(len(layers))] for i in range(len(types))]
-    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0)
+    image = draw_heat_map(axes, means, vmin=0, vmax=max(means.values()))
     axes.figure.colorbar(image, ax=axes, label=LABELS[measure])
-    axes.set_xticks(range(len(layers)), ["–" if layer is None else str(layer) for layer in layers])
-    axes.set_yticks(range(len(types)), types)
-    axes.set_xlabel("layer")
     ranks = sorted({row.r for row in rows})
     title = f"{LABELS[measure]} of ΔW; rank of BA: r = {', '.join(map(str, ranks))}"
     averaged = any(len(several) > 1 for several in cells.values())
     axes.set_title(title + "; mean where several modules share a cell" * averaged, fontsize="medium")
-    for (i, j), mean in means.items():
-        text = f"{mean:.0f}" if mean == int(mean) else f"{mean:.1f}"
-        axes.text(j, i, text, ha="center", va="center", color="black" if mean > max(means.values()) / 2 else "white")
+
+
+def draw_heat_map(
+    axes: Axes, cells: Mapping[tuple[str, int | None], float], *, vmin: float, vmax: float
+) -> ScalarMappable:
+    """Draw a value for each (type of module, layer); the caller gives it a title and a scale."""
+    types = list(dict.fromkeys(kind for kind, _ in cells))
+    layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer))
+    values = [[cells.get((kind, layer), math.nan) for layer in layers] for kind in types]
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=vmin, vmax=vmax)
+    axes.set_xticks(range(len(layers)), ["–" if layer is None else str(layer) for layer in layers])
+    axes.set_yticks(range(len(types)), types)
+    axes.set_xlabel("layer")
+    for (kind, layer), value in cells.items():
+        text = f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+        color = "black" if value > (vmin + vmax) / 2 else "white"
+        axes.text(layers.index(layer), types.index(kind), text, ha="center", va="center", color=color)
+    return image
 
 
 def _draw_curves(figure: SubFigure, report: RankReport) -> None:

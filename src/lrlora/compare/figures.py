@@ -1,0 +1,98 @@
+"""The pictures of a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+
+from ..report.figure import draw_heat_map
+from .jobs import Comparison, Record
+from .methods import find_method
+from .tables import loss, score
+
+
+def parameters_figure(comparison: Comparison, cells: Mapping[tuple[str, str], Sequence[Record]]) -> Figure:
+    """Test metric and loss by trainable parameters: mean ± standard deviation over seeds."""
+    measures = {"test metric × 100": score, "test loss × 100": loss}
+    tasks = list(dict.fromkeys(task for task, _ in cells))
+    figure, columns = _panels(tasks, list(measures), "trainable parameters")
+    styles, right = _styles(comparison), dict.fromkeys(tasks, 0.0)
+    for (task, method), runs in sorted(cells.items(), key=lambda cell: cell[1][0]["trainable"]):
+        style = styles[find_method(method).name]
+        right[task] = max(1.025 * right[task], runs[0]["trainable"])
+        for axes, measure in zip(columns[task], measures.values(), strict=True):
+            values = [measure(run, comparison.definition.tasks[task]) for run in runs]
+            spread = stdev(values) if len(values) > 1 else 0.0
+            axes.errorbar(right[task], fmean(values), spread, linestyle="", **style)
+    for column in columns.values():
+        low, high = column[-1].get_xlim()
+        column[-1].set_xlim(low / 1.2, high * 1.2)
+        column[-1].xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        column[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    return _with_legend(figure)
+
+
+def rates_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
+    """Validation loss by learning rate."""
+    figure, columns = _panels(list(dict.fromkeys(table["task"])), ["validation loss"], "learning rate")
+    styles, rates = _styles(comparison), [name for name in table.columns if isinstance(name, float)]
+    for row in table.to_dict("records"):
+        tried = [rate for rate in rates if not math.isnan(row[rate])]
+        columns[row["task"]][0].plot(tried, [row[rate] for rate in tried], **styles[row["method"]])
+    for axes in figure.axes:
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    return _with_legend(figure)
+
+
+def ranks_figure(places: Mapping[tuple[str, str], Mapping[tuple[str, int | None], float]]) -> Figure:
+    """Stable rank by layer and type of module: a column of panels, with a scale of its own, for each task."""
+    tasks, methods = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
+    kinds, layers = (set(names) for names in zip(*next(iter(places.values())), strict=True))
+    size = ((0.4 * len(layers) + 0.8) * len(tasks) + 3, (0.35 * len(kinds) + 0.8) * len(methods))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(methods), len(tasks), squeeze=False, sharey=True)
+    for (task, method), cells in places.items():
+        axes = grid[methods.index(method), tasks.index(task)]
+        highest = max(max(places[task, other].values()) for other in methods if (task, other) in places)
+        draw_heat_map(axes, cells, vmin=1, vmax=highest)
+        axes.set_title(f"{task}, {find_method(method).name}", fontsize="medium")
+    return figure
+
+
+def _panels(tasks: Sequence[str], ylabels: Sequence[str], xlabel: str) -> tuple[Figure, dict[str, list[Axes]]]:
+    """A figure with a column of panels for each task, and a row of them for each of `ylabels`."""
+    figure = Figure(figsize=(3.2 * len(tasks) + 2, 2.5 * len(ylabels) + 0.5), layout="constrained")
+    grid = figure.subplots(len(ylabels), len(tasks), squeeze=False, sharex="col")
+    for axes, ylabel in zip(grid, ylabels, strict=True):
+        axes[0].set_ylabel(ylabel)
+    columns = dict(zip(tasks, grid.T.tolist(), strict=True))
+    for task, column in columns.items():
+        column[0].set_title(task)
+        column[-1].set(xlabel=xlabel, xscale="log")
+        column[-1].xaxis.set_minor_formatter(NullFormatter())
+    return figure, columns
+
+
+def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """By name of a method, how it is drawn: alike in all panels, whichever methods these have."""
+    names = [find_method(method).name for method in comparison.methods]
+    return {name: {"label": name, "color": f"C{i}", "marker": "osD^vPX*<>"[i % 10]} for i, name in enumerate(names)}
+
+
+def _with_legend(figure: Figure) -> Figure:
+    entries = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(entries.values()), list(entries), loc="outside right center", fontsize=8)
+    return figure
