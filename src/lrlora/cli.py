@@ -499,7 +499,8 @@ def compare(
         if failed:
             console.print(f"{failed} jobs failed: the report says why.", highlight=False)
         if left:
-            console.print(f"{len(left)} jobs are left: run the same command again to go on.", highlight=False)
+            count = len(comparison.cells_left(left))
+            console.print(f"{count} jobs or more are left: run the same command again to go on.", highlight=False)
         console.print(escape(f"Report: {path}"), highlight=False)
 
 

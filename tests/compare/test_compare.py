@@ -23,7 +23,8 @@ from lrlora.compare import METHODS, Comparison
 from lrlora.compare.figures import parameters_figure, ranks_figure, rates_figure
 from lrlora.compare.jobs import TUNING_SEED, Job, best_rate, prepare, read_records
 from lrlora.compare.methods import find_method
-from lrlora.compare.statistics import gap, holm, modules_differ, paired_difference, share_between_modules
+from lrlora.compare.report import markdown
+from lrlora.compare.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from lrlora.compare.suites import load_suite
 from lrlora.compare.tables import final_runs, learned_ranks, ranks_by_layer, results, tuning, variants, wins
 from lrlora.compare.worker import run_job
@@ -112,21 +113,27 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
 
 
 def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_path: Path) -> None:
-    options = ("--methods", "lora", "--seeds", 2, "--rates", "1e-2")
-    script = [sys.executable, "-c", "from lrlora.cli import app; app()"]
-    for wait in (6, 9):
+    """Killed while its second, and then its fourth job is running."""
+    options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-2")
+    cut = tmp_path / "cut"
+    for finished in (1, 3):
         process = subprocess.Popen(
-            [*script, *command(suite, tmp_path / "cut", *options)],
+            [sys.executable, "-c", "from lrlora.cli import app; app()", *command(suite, cut, *options)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        time.sleep(wait)
+        while len(list(cut.glob("jobs/*.json"))) < finished or len(list(cut.glob("logs/*"))) <= finished:
+            assert process.poll() is None
+            time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    for folder in ("cut", "whole"):
-        result = run(*command(suite, tmp_path / folder, *options))
+        assert finished <= len(read_records(cut)) < 6
+    stamps = {path: path.stat().st_mtime_ns for path in cut.glob("jobs/*")}
+    for folder in (cut, tmp_path / "whole"):
+        result = run(*command(suite, folder, *options))
         assert result.exit_code == 0, result.output
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps  # what was done is not done again
     tables = [pd.read_csv(tmp_path / f / "results.csv").drop(columns=["time", "memory"]) for f in ("cut", "whole")]
     pd.testing.assert_frame_equal(*tables)
 
@@ -134,7 +141,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_p
 def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path) -> None:
     result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2", "--budget", 1e-4))
     assert result.exit_code == 0, result.output
-    assert "3 jobs are left" in result.output
+    assert "3 jobs or more are left" in result.output
     assert len(read_records(tmp_path / "out")) == 1
     assert "Validation loss" in (tmp_path / "out" / "report.md").read_text()
 
@@ -238,44 +245,117 @@ def test_numbers_of_the_results() -> None:
     raw = [ttest_rel(accuracies[m], accuracies["lora"]).pvalue for m in ("lr-lora", "sine")]
     assert row["p"] == pytest.approx(min(1, 4 * raw[0]))  # the smallest of four comparisons, twice
     assert math.isnan(table.loc["r8", "LoRA"]["p"])
-    best = wins(table.reset_index()).set_index("method")
+    best = wins(comparison, table.reset_index()).set_index("method")
     assert list(best.loc["LR-LoRA", ["tasks", "best on", "above reference on"]]) == [2, 2, 2]
     assert best.loc["LR-LoRA", "mean difference"] == pytest.approx(10 / 3)
-    assert list(best.index) == ["LR-LoRA", "fixed sine", "LoRA"]  # 3.3, 0.3, and the reference
-    elsewhere = [record("movie-reviews", "dora", 1e-3, seed, 0.5, 0.9) for seed in (1, 2, 3)]
-    best = wins(results(comparison, records | filed(elsewhere))).set_index("method")
-    assert list(best["tasks"]) == [1, 2, 2, 2]  # a method on one task takes none from the others
-    assert list(best["best on"]) == [1, 1, 0, 0]
     against = variants(comparison, records).set_index(["task", "method", "of"]).loc["r8", "fixed sine"]
     assert list(against["difference"]) == pytest.approx([-3, 3])  # of the metric, and of the loss
     assert against.loc["accuracy", "from"] < -3 < against.loc["accuracy", "to"]
     assert table.loc[("r8", "LoRA"), "loss"] == pytest.approx(19)
     ranks = learned_ranks(records)
-    assert (ranks["share of variance"] > 0.9).all()
-    assert (ranks["attention − MLP, log"] > 0.4).all()
+    assert all(share.value > 0.9 for share in ranks["share of modules"])
+    assert all(difference.low > 0.4 for difference in ranks["attention − MLP"])
+
+
+def test_only_what_can_be_compared_is_counted_as_won() -> None:
+    comparison = Comparison("offline-nlu", ("lora", "lr-lora", "dora"), 2, 4)
+
+    def runs(task: str, method: str, accuracy: float, seeds: int = 2) -> list[Any]:
+        return [record(task, method, 1e-3, seed, 0.5, accuracy) for seed in range(1, seeds + 1)]
+
+    found = filed(
+        [
+            *runs("r8", "lora", 0.8),
+            *runs("r8", "lr-lora", 0.7),
+            *runs("r8", "dora", 0.9, seeds=1),  # not all of its seeds
+            *runs("ratings", "lora", 0.8),  # nobody else
+            *runs("vitaminc", "lr-lora", 0.9),  # no reference
+            *runs("movie-reviews", "dora", 0.9),
+            *runs("movie-reviews", "lora", 0.8),
+        ]
+    )
+    found = {name: r | {"test": r["test"] | {"pearson": 0.5, "rmse": 0.5}} for name, r in found.items()}
+    best = wins(comparison, results(comparison, found)).set_index("method")
+    assert list(best["tasks"]) == [2, 1, 1]
+    assert list(best["best on"]) == [1, 0, 1]
+    single = Comparison("offline-nlu", ("lora", "lr-lora"), 1, 4)
+    table = results(single, filed([*runs("r8", "lora", 0.8, 1), *runs("r8", "lr-lora", 0.9, 1)]))
+    assert table["difference"].tolist()[1] == pytest.approx(10)  # a difference, but no certainty
+    assert table["p"].isna().all()
+    assert list(wins(single, table)["above reference on"]) == [0, 1]
+
+
+def test_ranks_are_told_of_modules_that_all_seeds_have() -> None:
+    """EVA takes its adapter off modules whose rank went elsewhere, which differ from seed to seed."""
+    comparison = Comparison("offline-nlu", ("lora",), 3, 4, ("r8",))
+    records = [record("r8", "lora", 1e-3, seed, 0.5, 0.8) for seed in (1, 2, 3)]
+    for r in records:
+        r["ranks"] = [
+            {"module": f"layers.{i}.{kind}", "type": f"layers.{kind}", "kind": kind, "stable_rank": value + i}
+            for kind, value in (("attention", 2.0), ("mlp", 1.0))
+            for i in range(4)
+            if (i, kind) != (r["seed"], "mlp")
+        ]
+    places = ranks_by_layer(comparison, filed(records))["r8", "lora"]
+    assert {layer for kind, layer in places if kind == "layers.mlp"} == {0}
+    assert places["layers.attention", 3] == 5.0
+    records[0]["ranks"], records[1]["ranks"] = (records[2]["ranks"],) * 2
+    row = learned_ranks(filed(records)).iloc[0]
+    assert row["attention − MLP"].value == pytest.approx(np.log([2, 3, 4, 5]).mean() - np.log([1, 2, 3]).mean())
+    assert math.isnan(row["share of layers"])  # of two types, one lacks a layer
+
+
+def test_modules_of_one_place_are_averaged() -> None:
+    """As the experts of a mixture are."""
+    found = record("r8", "lr-lora", 1e-3, 1, 0.5, 0.8)
+    found["ranks"] = [
+        {"module": f"layers.0.experts.w1.{i}", "type": "layers.experts.w1", "kind": "mlp", "stable_rank": float(i)}
+        for i in (1, 2, 3)
+    ]
+    comparison = Comparison("offline-nlu", ("lr-lora",), 1, 4, ("r8",))
+    assert ranks_by_layer(comparison, filed([found])) == {("r8", "lr-lora"): {("layers.experts.w1", 0): 2.0}}
+
+
+def test_a_failed_rate_is_told_from_one_that_was_not_tried() -> None:
+    comparison = Comparison("offline-nlu", ("lora",), 1, 4, ("r8",), rates=(1e-3, 1e-2))
+    bad = {"task": "r8", "method": "lora", "learning_rate": 1e-2, "seed": 0, "failure": "diverged"}
+    table = tuning(filed([record("r8", "lora", 1e-3, 0, 0.5)]) | filed([bad]))
+    assert markdown(table).endswith("| r8 | LoRA | 0.5 | failed |")
+    crosses = [line for line in rates_figure(comparison, table).axes[0].lines if line.get_marker() == "x"]
+    assert [list(map(float, cross.get_xdata())) for cross in crosses] == [[1e-2]]  # type: ignore[arg-type]
+
+
+def test_what_is_left_counts_the_seeds_at_a_rate_to_be_found() -> None:
+    comparison = Comparison("offline-nlu", ("lora", "lr-lora"), 3, 4, ("r8",))
+    assert len(comparison.cells_left(comparison.plan({}))) == 2 * (4 + 3)
 
 
 def test_statistics() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
-    assert paired_difference([1.0], [2.0]) is None
+    assert paired_difference([], []) is None
+    alone = paired_difference([1.0], [2.0])
+    assert alone is not None
+    assert alone.value == -1
+    assert math.isnan(alone.p)
     for same in ([1.0, 2.0], [0.1, 1.1]):  # two equal differences are no certainty
         assert math.isnan(paired_difference([1.1, 2.1], same).p)
     chance = np.random.default_rng(0)
     noise = chance.normal(size=(4, 30))
-    assert modules_differ(noise) > 0.05
-    assert modules_differ(noise / 10 + np.linspace(0, 1, 30)) < 0.01
+    assert columns_differ(noise) > 0.05
+    assert columns_differ(noise / 10 + np.linspace(0, 1, 30)) < 0.01
     # The part of the variance that a module's own level makes: 1 of 1 + 0.5².
-    parted = share_between_modules(chance.normal(size=300) + 0.5 * chance.normal(size=(3, 300)))
+    parted = share_between_columns(chance.normal(size=300) + 0.5 * chance.normal(size=(3, 300)))
     assert parted.low < 0.8 < parted.high
     assert parted.high - parted.low < 0.1
-    assert share_between_modules(noise).low < 0 < share_between_modules(noise).high
+    assert share_between_columns(noise).low < 0 < share_between_columns(noise).high
     difference = paired_difference([3.0, 5.0, 4.5], [1.0, 2.0, 2.5])
     assert difference is not None
     assert (difference.low, difference.high) == pytest.approx(ttest_rel([3, 5, 4.5], [1, 2, 2.5]).confidence_interval())
-    found = gap(chance.normal(1, 1, 200), chance.normal(0, 1, 200))
-    assert found.low < 1 < found.high
-    assert found.d == pytest.approx(1, abs=0.3)
+    difference, d = gap(chance.normal(2, 2, 400), chance.normal(0, 2, 400))
+    assert difference.low < 2 < difference.high
+    assert d.low < 1 < d.high
+    assert d.high - d.low < 0.4
 
 
 def test_a_method_is_drawn_alike_in_all_panels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -40,6 +42,7 @@ from lrlora.cli import app
 from lrlora.training.callback import read_history
 from lrlora.training.choices import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.training.config import TrainConfig
+from lrlora.training.data import load_splits
 from lrlora.training.train import train
 
 from .small import BAD, GOOD, SIZES, reviews, save_decoder, save_encoder, tokenizer
@@ -607,6 +610,20 @@ def test_bad_tables(no_weights: str, tmp_path: Path, name: str) -> None:
     )
     assert_refused(result, *words)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.ENOSPC, "No space left on device"), MemoryError()])
+def test_a_full_machine_is_no_fault_of_the_data(
+    table: str, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    """What passes is not told as bad data, which a comparison would file for good."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise DatasetGenerationError from trouble
+
+    monkeypatch.setattr("lrlora.training.data.load_dataset", fail)
+    with pytest.raises(type(trouble)):
+        load_splits(table)
 
 
 def test_other_bad_data(no_weights: str, table: str, tmp_path: Path) -> None:

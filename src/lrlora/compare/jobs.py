@@ -139,6 +139,11 @@ class Comparison:
         """Of the finished jobs those that this comparison consists of: a folder may hold other rates and seeds."""
         return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
 
+    def cells_left(self, jobs: list[Job]) -> list[tuple[str, str]]:
+        """(task, method) of jobs that are left, and of those that will follow: the seeds at a rate yet to be found."""
+        tuned = {(job.task, job.method) for job in jobs if job.seed == TUNING_SEED}
+        return [(job.task, job.method) for job in jobs] + [cell for cell in tuned for _ in range(self.seeds)]
+
     def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
         scale = self.definition.tasks[task].rate_scale
         grid = sorted(self.rates or (scale * rate for rate in find_method(method).rates))
@@ -303,7 +308,7 @@ def run_comparison(
             with _claimed(output, job) as is_mine:
                 if not is_mine or (output / "jobs" / f"{job.name}.json").exists():
                     continue
-                announce(f"{_progress(missing, finished)} · {job.name.replace('--', ' · ')}")
+                announce(f"{_progress(comparison, missing, finished)} · {job.name.replace('--', ' · ')}")
                 problem = _run(job, comparison, output)
                 if problem:
                     given_up.add(job.name)
@@ -327,16 +332,18 @@ def _claimed(output: Path, job: Job) -> Iterator[bool]:
         lock.release()
 
 
-def _progress(missing: list[Job], finished: dict[str, Record]) -> str:
-    text = f"{len(finished)} jobs done, {len(missing)} known to be left"
-    by_kind: dict[tuple[str, str], list[float]] = {}
+def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Record]) -> str:
+    done, cells = comparison.select(finished), comparison.cells_left(left)
+    text = f"{len(done)} jobs done, {len(cells)} left or more"
+    seconds: dict[tuple[str, ...], list[float]] = {}
     for record in finished.values():
-        by_kind.setdefault((record["task"], record["method"]), []).append(record["wall"])
-    if not by_kind:
+        cell = (record["task"], record["method"])
+        for key in (cell, cell[:1], ()):
+            seconds.setdefault(key, []).append(record["wall"])
+    if not seconds:
         return text
-    mean = fmean(second for seconds in by_kind.values() for second in seconds)
-    left = sum(fmean(by_kind.get((job.task, job.method), [mean])) for job in missing)
-    return f"{text}, about {left / 3600:.1f} hours for one process"
+    total = sum(fmean(seconds.get(cell) or seconds.get(cell[:1]) or seconds[()]) for cell in cells)
+    return f"{text}, about {total / 3600:.1f} hours for one process"
 
 
 def _run(job: Job, comparison: Comparison, output: Path) -> str | None:

@@ -12,13 +12,14 @@ from ..report.figure import save_figure
 from .figures import parameters_figure, ranks_figure, rates_figure
 from .jobs import Comparison, check_folder, read_records
 from .methods import find_method
+from .statistics import Interval
 from .tables import final_runs, learned_ranks, ranks_by_layer, results, tidy, tuning, variants, wins
 
 # Digits after the point; what is not here is written as it is.
-_DIGITS = {"mean": 1, "std": 1, "difference": 1, "standard error": 1, "p": 3, "time": 2, "memory": 2, "loss": 1}
-_DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "mean difference": 1, "modules differ: p": 4}
-_DIGITS |= {"std over modules, log": 2, "share of variance": 2, "share from": 2, "share to": 2}
-_DIGITS |= {"attention − MLP, log": 2, "from": 2, "to": 2, "Cohen's d": 2}
+_DIGITS = {"mean difference": 1, "loss": 1, "difference": 2, "p": 3, "time": 2, "memory": 2}
+_DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "attention − MLP": 3, "Cohen's d": 2}
+_DIGITS |= {f"{name} differ: p": 4 for name in ("modules", "layers", "types")}
+_DIGITS |= {f"share of {name}": 2 for name in ("modules", "layers", "types")}
 
 
 def write_report(comparison: Comparison, output: Path) -> Path:
@@ -40,14 +41,16 @@ def write_report(comparison: Comparison, output: Path) -> Path:
         write_whole(output / "results.csv", table.to_csv(index=False))
         reference = find_method(comparison.reference).name
         parts += [
-            "Test metric and test loss (log loss, of numbers the root of the mean squared error), times 100, over "
-            "seeds, each method at its own learning rate. `difference` ± `standard error` and p (paired by seed, "
-            f"corrected by Holm) are the metric's against {reference}; time and memory are relative to it.\n",
-            markdown(table.drop(columns=["from", "to"])),
+            "Test metric and test loss (log loss, of numbers the root of the mean squared error), times 100, mean ± "
+            "standard deviation over seeds, each method at its own learning rate. The difference, with the 95 % "
+            "interval of a mean over such seeds, and p (paired t-test, corrected by Holm for all of the table) are the "
+            f"metric's against {reference}; time and memory are relative to it. Intervals do not tell how far the test "
+            "examples are by chance what they are.\n",
+            markdown(_compact(table)),
             "\n## Who wins\n",
             f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of its "
-            "differences.\n",
-            markdown(wins(table)),
+            "differences. Methods may have different tasks, and one that failed on a task does not have it.\n",
+            markdown(wins(comparison, table)),
             "\n![Metric and loss against trainable parameters](parameters.png)\n",
             "Mean and standard deviation. Methods of about the same size are drawn side by side.\n",
         ]
@@ -64,9 +67,10 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     if len(ranks):
         parts += [
             "\n## Learned ranks\n",
-            "Stable ranks, in the logarithm, with 95 % intervals. Modules: p that they differ (by permutation), their "
-            "standard deviation, and how much of all variance is between modules, the rest being between seeds. Kinds: "
-            "attention less MLP.\n",
+            "Of stable ranks, in the logarithm, with 95 % intervals. Do modules differ, and how much of the variance "
+            "lies between them and not between seeds of a module? Of the modules' means over seeds: do layers differ "
+            "beyond their types, and types beyond their layers, and how much of the variance lies between them? (p by "
+            "permutation.) Attention less MLP, the difference and Cohen's d.\n",
             markdown(ranks),
         ]
     if places := ranks_by_layer(comparison, records):
@@ -77,25 +81,44 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             "\n## What of φ matters\n",
             "Variants of LR-LoRA less LR-LoRA: test metric and test loss times 100, paired by seed, with 95 % "
             "intervals, p corrected (Holm).\n",
-            markdown(others),
+            markdown(_compact(others)),
         ]
     failures = [record for record in records.values() if record.get("failure")]
     if failures:
-        parts.append("\n## What failed\n\nA method on a task has no mean where a final run failed.\n")
+        parts.append(
+            "\n## What failed\n\nA method on a task has no mean where a final run failed. To run it again, remove its "
+            "file from the folder jobs.\n"
+        )
         parts += [f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures]
     path = output / "report.md"
     write_whole(path, "\n".join(parts) + "\n")
     return path
 
 
+def _compact(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table with the columns of a spread, or of a difference and its interval, in one."""
+    table = frame.drop(columns=["std", "standard error", "from", "to"], errors="ignore")
+    if "std" in frame:
+        table["mean"] = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(frame["mean"], frame["std"], strict=True)]
+    columns = (frame[name] for name in ("difference", "from", "to"))
+    table["difference"] = [Interval(*values) for values in zip(*columns, strict=True)]
+    return table
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """A frame as a table."""
 
     def show(name: object, value: object) -> str:
+        digits = _DIGITS.get(str(name))
+        if isinstance(value, Interval):
+            values = [show(name, part) for part in (value.value, value.low, value.high)]
+            return values[0] if "" in values else f"{values[0]} ({values[1]} to {values[2]})"
         if isinstance(value, float):
             if math.isnan(value):
                 return ""
-            return f"{value:.{_DIGITS[str(name)]}f}" if name in _DIGITS else f"{value:g}"
+            if math.isinf(value):
+                return "failed"
+            return f"{value:g}" if digits is None else f"{value:.{digits}f}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
     rows = [[show(name, value) for name, value in row.items()] for row in frame.to_dict("records")]

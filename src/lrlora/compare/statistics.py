@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class Interval:
 class Difference(Interval):
     """A mean paired difference, with its standard error and p of the paired t-test that the interval goes with.
 
-    p and the interval are NaN where they have nothing to go by.
+    All but the mean are NaN where they have nothing to go by, as with one pair.
     """
 
     standard_error: float
@@ -34,11 +35,14 @@ class Difference(Interval):
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Difference | None:
-    """How much larger `values` are, pair by pair; None with less than two pairs."""
+    """How much larger `values` are, pair by pair; None without a pair."""
     differences = np.asarray(values) - np.asarray(others)
-    if len(differences) < 2:
+    if not len(differences):
         return None
-    mean, error = float(differences.mean()), float(sem(differences))
+    mean = float(differences.mean())
+    if len(differences) == 1:
+        return Difference(mean, math.nan, math.nan, math.nan, math.nan)
+    error = float(sem(differences))
     # Two or three accuracies often differ by the same number of examples: that is no certainty.
     if np.ptp(differences) <= 1e-9 * max(1.0, np.abs(differences).max()):
         return Difference(mean, math.nan, math.nan, error, math.nan)
@@ -57,15 +61,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def modules_differ(by_seed: NDArray[np.float64]) -> float:
-    """P of the permutation test that the modules' values (seeds, modules) differ, and not only within a seed.
+def columns_differ(values: NDArray[np.float64]) -> float:
+    """P of the permutation test that the columns of `values` (rows, columns) differ, and not only within a row.
 
-    Under the null hypothesis a module's value under one seed says nothing of its value under another.
+    Under the null hypothesis a column's value in one row says nothing of its value in another.
     """
     return float(
         permutation_test(
-            tuple(by_seed),
-            lambda *seeds: np.var(np.mean(seeds, axis=0)),
+            tuple(values),
+            lambda *rows: np.var(np.mean(rows, axis=0)),
             permutation_type="pairings",
             alternative="greater",
             vectorized=False,
@@ -75,31 +79,38 @@ def modules_differ(by_seed: NDArray[np.float64]) -> float:
     )
 
 
-def share_between_modules(by_seed: NDArray[np.float64]) -> Interval:
-    """The part of the variance of values (seeds, modules) that lies between modules and not between seeds of a module.
+def share_between_columns(values: NDArray[np.float64]) -> Interval:
+    """The part of the variance of `values` (rows, columns) that lies between columns and not within one.
 
-    The intraclass correlation ICC(1,1) with its interval by F (Shrout & Fleiss 1979): 0 if modules are alike, 1 if
-    every seed gives a module the same value.
+    The intraclass correlation ICC(1,1) with its interval by F (Shrout & Fleiss 1979): 1 if a column has one value, and
+    0, but for chance, if columns are alike.
     """
-    seeds, modules = by_seed.shape
-    between, within = seeds * by_seed.mean(0).var(ddof=1), by_seed.var(0, ddof=1).mean()
-    chance = f(modules - 1, modules * (seeds - 1))
+    rows, columns = values.shape
+    between, within = rows * values.mean(0).var(ddof=1), values.var(0, ddof=1).mean()
+    chance = f(columns - 1, columns * (rows - 1))
     bounds = (between, between / chance.ppf(0.975), between / chance.ppf(0.025))
-    return Interval(*(float((b - within) / (b + (seeds - 1) * within)) for b in bounds))
+    return Interval(*(float((b - within) / (b + (rows - 1) * within)) for b in bounds))
 
 
-@dataclass(frozen=True)
-class Gap(Interval):
-    """The difference of two groups' means, its 95 % bootstrap interval, and Cohen's d."""
+def gap(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[Interval, Interval]:
+    """How much larger the first group's values are than the second's, of two at least each.
 
-    d: float
+    Returns:
+        The difference of means, and Cohen's d, with bootstrap intervals.
+
+    """
+    found = []
+    for statistic in (_mean_difference, _cohens_d):
+        interval = bootstrap((first, second), statistic, rng=np.random.default_rng(0)).confidence_interval
+        found.append(Interval(float(statistic(first, second)), float(interval.low), float(interval.high)))
+    return found[0], found[1]
 
 
-def gap(first: NDArray[np.float64], second: NDArray[np.float64]) -> Gap:
-    """How much larger the first group's values are than the second's; each has two values at least."""
-    interval = bootstrap(
-        (first, second), lambda a, b: a.mean() - b.mean(), vectorized=False, rng=np.random.default_rng(0)
-    ).confidence_interval
-    mean = float(first.mean() - second.mean())
-    spread = math.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2)
-    return Gap(mean, float(interval.low), float(interval.high), mean / spread if spread > 0 else math.inf)
+def _mean_difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
+    return first.mean(axis) - second.mean(axis)
+
+
+def _cohens_d(first: NDArray[np.float64], second: NDArray[np.float64], axis: int = -1) -> Any:
+    spread = np.sqrt((first.var(axis, ddof=1) + second.var(axis, ddof=1)) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _mean_difference(first, second, axis) / spread

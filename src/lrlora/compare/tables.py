@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ..rank import layer_index
 from .jobs import TUNING_SEED, Comparison, Record
 from .methods import find_method
-from .statistics import gap, holm, modules_differ, paired_difference, share_between_modules
+from .statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from .suites import Task
 
 
@@ -101,7 +102,7 @@ def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFr
 def _difference(
     runs: Sequence[Record], others: Sequence[Record], task: Task, measure: Callable[[Record, Task], float]
 ) -> dict[str, float]:
-    """The columns of a difference, paired by seed; NaN with less than two pairs."""
+    """The columns of a difference, paired by seed; NaN where there is nothing to go by."""
     values, base = ({run["seed"]: measure(run, task) for run in cell} for cell in (runs, others))
     seeds = [seed for seed in values if seed in base]
     found = paired_difference([values[seed] for seed in seeds], [base[seed] for seed in seeds])
@@ -129,32 +130,39 @@ def _mean_rank(runs: Sequence[Record], measure: str) -> float:
     return fmean(values) if values else math.nan
 
 
-def wins(frame: pd.DataFrame) -> pd.DataFrame:
-    """By method: of the tasks it was run on, on how many it has the best mean of all, and one above the reference's."""
+def wins(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
+    """By method: on how many of its tasks it has the best mean of all, and one above the reference's.
+
+    Of `results`, tasks count that the reference and another method have with all their seeds.
+    """
+    whole = frame[frame["seeds"] == comparison.seeds]
+    reference = find_method(comparison.reference).name
+    compared = whole.groupby("task")["method"].transform(lambda methods: len(methods) > 1 and reference in set(methods))
+    whole = whole[compared.astype(bool)]
     # Equal ones may differ in their last bits.
-    means, differences = frame["mean"].round(6), frame["difference"].round(6)
-    best = means == means.groupby(frame["task"]).transform("max")
-    marked = frame.assign(best=best, above=differences > 0)
-    table = marked.groupby("method", sort=False).agg(
-        **{
-            "tasks": ("task", "size"),
-            "best on": ("best", "sum"),
-            "above reference on": ("above", "sum"),
-            "mean difference": ("difference", "mean"),
-        }
-    )
-    order = table["mean difference"].fillna(0).sort_values(ascending=False, kind="stable").index
-    return table.loc[order].reset_index()
+    means, differences = whole["mean"].round(6), whole["difference"].round(6)
+    best = means == means.groupby(whole["task"]).transform("max")
+    marked = whole.assign(best=best, above=differences > 0)
+    columns = {
+        "tasks": ("task", "size"),
+        "best on": ("best", "sum"),
+        "above reference on": ("above", "sum"),
+        "mean difference": ("difference", "mean"),
+    }
+    return marked.groupby("method", sort=False).agg(**columns).reset_index()
 
 
 def tuning(records: Mapping[str, Record]) -> pd.DataFrame:
-    """The validation criterion by learning rate, on the tuning seed: how much a method hangs on its rate."""
+    """The validation criterion by learning rate, on the tuning seed: how much a method hangs on its rate.
+
+    It is infinite where the run failed, and NaN where there is none.
+    """
     rows = [
         {
             "task": record["task"],
             "method": find_method(record["method"]).name,
             "rate": record["learning_rate"],
-            "loss": record.get("criterion", math.nan),
+            "loss": record.get("criterion", math.inf),
         }
         for record in records.values()
         if record["seed"] == TUNING_SEED
@@ -165,47 +173,71 @@ def tuning(records: Mapping[str, Record]) -> pd.DataFrame:
     return table.sort_index(axis=1).reset_index()
 
 
+def stable_ranks(runs: Sequence[Record]) -> pd.DataFrame:
+    """(seeds, modules) of the modules that all runs have: EVA takes its adapter off those whose rank went elsewhere."""
+    by_seed = [{row["module"]: row["stable_rank"] for row in run["ranks"] or ()} for run in runs]
+    return pd.DataFrame(by_seed).dropna(axis="columns")
+
+
 def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
-    """Do stable ranks differ between modules, and between attention and MLP, in the logarithm? By task and method."""
+    """Do stable ranks, in the logarithm, differ between modules, layers, types, and attention and MLP?
+
+    One row per task and method. A cell with an interval is an `Interval`.
+    """
     rows = []
     for (task, method), runs in final_runs(records).items():
-        if len(runs) < 2 or any(not run["ranks"] for run in runs):
+        stable = stable_ranks(runs)
+        if len(runs) < 2 or stable.empty or (stable <= 0).to_numpy().any() or np.ptp(stable.to_numpy()) < 1e-6:
             continue
-        stable = np.array([[row["stable_rank"] for row in run["ranks"]] for run in runs])
-        kinds = np.array([row["kind"] for row in runs[0]["ranks"]])
-        if (stable <= 0).any() or np.ptp(stable) < 1e-6 or min((kinds == k).sum() for k in ("attention", "mlp")) < 2:
+        by_seed = stable.apply(np.log)
+        kinds = by_seed.columns.map({row["module"]: row["kind"] for row in runs[0]["ranks"]})
+        attention, mlp = (by_seed.mean()[kinds == kind].to_numpy() for kind in ("attention", "mlp"))
+        if min(len(attention), len(mlp)) < 2:
             continue
-        by_seed = np.log(stable)
-        attention, mlp = (by_seed.mean(0)[kinds == kind] for kind in ("attention", "mlp"))
-        share, difference = share_between_modules(by_seed), gap(attention, mlp)
+        difference, d = gap(attention, mlp)
+        places = [(*place, value) for place, value in _by_place(by_seed.mean(), runs[0]).items()]
+        grid = pd.DataFrame(places, columns=["type", "layer", "rank"]).dropna()
+        grid = grid.pivot(index="type", columns="layer", values="rank").dropna()  # the types that all layers have
         rows.append(
             {
                 "task": task,
                 "method": find_method(method).name,
                 "seeds": len(runs),
-                "modules differ: p": modules_differ(by_seed),
-                "std over modules, log": by_seed.mean(0).std(ddof=1),
-                "share of variance": share.value,
-                "share from": share.low,
-                "share to": share.high,
-                "attention − MLP, log": difference.value,
-                "from": difference.low,
-                "to": difference.high,
-                "Cohen's d": difference.d,
+                **_shares("modules", by_seed.to_numpy()),
+                **_shares("layers", grid.to_numpy()),
+                **_shares("types", grid.to_numpy().T),
+                "attention − MLP": difference,
+                "Cohen's d": d,
             }
         )
     return pd.DataFrame(rows)
 
 
+def _shares(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
+    """Two columns: do the columns of `values` differ, and what part of the variance lies between them."""
+    known = min(values.shape) > 1
+    return {
+        f"{name} differ: p": columns_differ(values) if known else math.nan,
+        f"share of {name}": share_between_columns(values) if known else math.nan,
+    }
+
+
+def _by_place(ranks: pd.Series, run: Record) -> dict[tuple[str, int | None], float]:
+    """(type of module, layer) → mean of the ranks of its modules, which are several where a layer has experts."""
+    cells: dict[tuple[str, int | None], list[float]] = {}
+    for row in run["ranks"] or ():
+        if row["module"] in ranks:
+            cells.setdefault((row["type"], layer_index(row["module"])), []).append(ranks[row["module"]])
+    return {place: fmean(several) for place, several in cells.items()}
+
+
 def ranks_by_layer(
     comparison: Comparison, records: Mapping[str, Record]
 ) -> dict[tuple[str, str], dict[tuple[str, int | None], float]]:
-    """(task, method) → (type of module, layer) → its stable rank, mean over seeds; of LR-LoRA and the reference."""
-    return {
-        (task, method): {
-            (rows[0]["type"], layer_index(rows[0]["module"])): fmean(row["stable_rank"] for row in rows)
-            for rows in zip(*(run["ranks"] for run in runs), strict=True)
-        }
+    """(task, method) → (type, layer) → stable rank, mean over seeds; of LR-LoRA, its variants and the reference."""
+    maps = {
+        (task, method): _by_place(stable_ranks(runs).mean(), runs[0])
         for (task, method), runs in final_runs(records).items()
-        if method in ("lr-lora", comparison.reference) and all(run["ranks"] for run in runs)
+        if method == comparison.reference or find_method(method).train == "lr-lora"
     }
+    return {cell: places for cell, places in maps.items() if places}

@@ -47,8 +47,7 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         )
         result = train(config)
         criterion = result.metrics[task.criterion]
-        if not math.isfinite(criterion):
-            raise ValueError("Training has diverged: the validation loss is not finite.")
+        _check_finite(criterion, "validation loss")
         record = {
             **request,
             "seconds": result.seconds_per_step,
@@ -61,7 +60,14 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         }
         if request["seed"] != TUNING_SEED:
             record["test"] = evaluate(folder, task.data, split=task.test, limit=task.test_examples)
+            _check_finite(record["test"][task.criterion], "test loss")
+            _check_finite(record["test"][task.metric], f"test {task.metric}")
         return record
+
+
+def _check_finite(value: float, name: str) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"Training has diverged: the {name} is not finite.")
 
 
 def _peak_mib() -> float:

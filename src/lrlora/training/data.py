@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,13 @@ def load_splits(name: str) -> DatasetDict:
             return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
         if path.is_dir():
             return load_dataset(str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) == errno.ENOSPC or isinstance(cause, MemoryError):
+            raise cause from None  # no fault of the data
+        reason = str(cause).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"The data {name} cannot be read: {reason[0]}") from None
     if path.suffix in _BUILDERS or path.is_absolute() or name.startswith("."):
         raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
