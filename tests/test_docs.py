@@ -123,6 +123,13 @@ def test_the_report_of_the_stored_comparison_is_what_its_runs_give(suite: str, t
     assert again.read_text(encoding="utf-8") == (stored / "report.md").read_text(encoding="utf-8")
 
 
+def test_the_summary_of_the_comparisons_is_of_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    script = runpy.run_path(str(ROOT / "docs" / "update_compare.py"))
+    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    assert script["updated"](page) == page
+
+
 def test_the_formulas_of_the_scale_page_hold() -> None:
     """Parameters and operations of tiny models, exactly."""
     records = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))["check_counts"](tokens=12)

@@ -53,6 +53,7 @@ class _Record(_Identity, total=False):
 
     failure: str
     seconds: float
+    hardware: str
     peak_mib: float
     trainable: int
     validation: dict[str, float]

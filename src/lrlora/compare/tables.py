@@ -56,7 +56,7 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
     """One row per task and method: mean and standard deviation over seeds, and the difference to the reference.
 
     p is of the paired t-test over seeds, and corrected for all comparisons of the table (Holm). Time and memory are
-    relative to the reference, of the medians.
+    relative to the reference, of the medians; time is NaN where the hardware was another.
     """
     cells, tasks, reference = final_runs(records), comparison.definition.tasks, comparison.reference
     rows: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
                 **_difference(runs, base if method != reference else [], tasks[name], score),
                 "loss": fmean(loss(run, tasks[name]) for run in runs),
                 "parameters": runs[0]["trainable"],
-                "time": _ratio(runs, base, "seconds"),
+                "time": _ratio(runs, base, "seconds") if _hardware(runs) == _hardware(base) else math.nan,
                 "memory": _ratio(runs, base, "peak_mib"),
                 "stable rank": _mean_rank(runs, "stable_rank"),
                 "energy-99 rank": _mean_rank(runs, "energy99_rank"),
@@ -117,6 +117,10 @@ def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
         known = frame["p"].notna()
         frame.loc[known, "p"] = holm(frame.loc[known, "p"].tolist())
     return frame
+
+
+def _hardware(runs: Sequence[Record]) -> set[str | None]:
+    return {run.get("hardware") for run in runs}
 
 
 def _ratio(runs: Sequence[Record], others: Sequence[Record], name: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import resource
 import sys
 import tempfile
@@ -31,7 +32,8 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         request: the fields of `Job`, and `rank`.
 
     Returns:
-        The request with what came out: `seconds` of a training step (on a CPU, processor time), `peak_mib` of the
+        The request with what came out: `seconds` of a training step (on a CPU, processor time) on what
+        `hardware`, `peak_mib` of the
         process, `trainable` parameters (less those of closed factors), `validation` and `test` metrics (None for a
         tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
 
@@ -51,6 +53,7 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         record = {
             **request,
             "seconds": result.seconds_per_step,
+            "hardware": _hardware(),
             "peak_mib": _peak_mib(),
             "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
             "validation": result.metrics,
@@ -68,6 +71,12 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
 def _check_finite(value: float, name: str) -> None:
     if not math.isfinite(value):
         raise ValueError(f"Training has diverged: the {name} is not finite.")
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _peak_mib() -> float:
