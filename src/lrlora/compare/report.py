@@ -44,7 +44,7 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             "Test metric and test loss (log loss, of numbers the root of the mean squared error), times 100, mean ± "
             "standard deviation over seeds, each method at its own learning rate. The difference, with the 95 % "
             "interval of a mean over such seeds, and p (paired t-test, corrected by Holm for all of the table) are the "
-            f"metric's against {reference}; time and memory are relative to it, time but where other hardware was used. "
+            f"metric's against {reference}; time and memory are relative to it, time unless other hardware was used. "
             "Intervals do not tell how far the test examples are by chance what they are.\n",
             markdown(_compact(table)),
             "\n## Who wins\n",
