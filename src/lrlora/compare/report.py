@@ -60,9 +60,12 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             "\n## How much hangs on the learning rate\n",
             "Validation loss on the tuning seed (of numbers, the root of the mean squared error).\n",
             markdown(rates),
-            "\n![Validation loss by learning rate](rates.png)\n",
         ]
-        save_figure(rates_figure(comparison, rates), output / "rates.png")
+        measured = rates.replace(math.inf, math.nan).dropna(thresh=3)  # task, method and a loss
+        shown = rates[rates["task"].isin(measured["task"])]
+        if len(shown):
+            parts.append("\n![Validation loss by learning rate](rates.png)\n")
+            save_figure(rates_figure(comparison, shown), output / "rates.png")
     ranks = learned_ranks(records)
     if len(ranks):
         parts += [
