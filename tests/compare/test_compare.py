@@ -156,6 +156,9 @@ def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) ->
     (tmp_path / "away").rename(data)
     assert run(*command(suite, tmp_path / "out", *options)).exit_code == 0
     assert len(read_records(tmp_path / "out")) == 2
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in report  # one seed has no spread
+    assert "Who wins" not in report  # and one method no rival
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks the system for child processes")

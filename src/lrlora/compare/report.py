@@ -47,10 +47,15 @@ def write_report(comparison: Comparison, output: Path) -> Path:
             f"metric's against {reference}; time and memory are relative to it, time unless other hardware was used. "
             "Intervals do not tell how far the test examples are by chance what they are.\n",
             markdown(_compact(table)),
-            "\n## Who wins\n",
-            f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of its "
-            "differences. Methods may have different tasks, and one that failed on a task does not have it.\n",
-            markdown(wins(comparison, table)),
+        ]
+        if len(won := wins(comparison, table)):
+            parts += [
+                "\n## Who wins\n",
+                f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of "
+                "its differences. Methods may have different tasks, and one that failed on a task does not have it.\n",
+                markdown(won),
+            ]
+        parts += [
             "\n![Metric and loss against trainable parameters](parameters.png)\n",
             "Mean and standard deviation. Methods of about the same size are drawn side by side.\n",
         ]
@@ -102,7 +107,8 @@ def _compact(frame: pd.DataFrame) -> pd.DataFrame:
     """A table with the columns of a spread, or of a difference and its interval, in one."""
     table = frame.drop(columns=["std", "standard error", "from", "to"], errors="ignore")
     if "std" in frame:
-        table["mean"] = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(frame["mean"], frame["std"], strict=True)]
+        spreads = frame["std"].map(lambda std: "" if math.isnan(std) else f" ± {std:.1f}")
+        table["mean"] = frame["mean"].map("{:.1f}".format) + spreads
     columns = (frame[name] for name in ("difference", "from", "to"))
     table["difference"] = [Interval(*values) for values in zip(*columns, strict=True)]
     return table
