@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from scipy.stats import sem  # noqa: E402
 from sections import table, with_section  # noqa: E402
 
-from lrlora.compare.statistics import gap, modules_differ, paired_difference  # noqa: E402
+from lrlora.compare.statistics import columns_differ, gap, paired_difference  # noqa: E402
 
 Record = dict[str, Any]
 PAGE = DOCS / "phi.md"
@@ -294,11 +294,11 @@ def learned_ranks_table() -> str:
         if np.ptp(by_seed) < 1e-6:
             continue  # LoRA at r = 1
         kinds = np.array([row["kind"] for row in runs[0]["ranks"]])
-        p = modules_differ(by_seed)
+        p = columns_differ(by_seed)
         attention, mlp = (by_seed.mean(0)[kinds == kind] for kind in ("attention", "mlp"))
-        g = gap(attention, mlp)
+        g, d = gap(attention, mlp)
         bounds = f"{g.low:+.2f} … {g.high:+.2f}"
-        rows.append([*map(str, name), str(len(runs)), f"{p:.4f}", f"{g.value:+.2f}", bounds, f"{g.d:+.2f}"])
+        rows.append([*map(str, name), str(len(runs)), f"{p:.4f}", f"{g.value:+.2f}", bounds, f"{d.value:+.2f}"])
     return table(header, rows)
 
 
