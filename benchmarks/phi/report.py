@@ -254,7 +254,7 @@ def difference(runs: list[Record], others: list[Record]) -> str:
     paired = [run for run in runs if run["seed"] in accuracy]
     values = [100 * run["test_accuracy"] for run in paired]
     result = paired_difference(values, [100 * accuracy[run["seed"]] for run in paired])
-    return f"{result.value:+.1f} ± {result.standard_error:.1f} (p = {result.p:.2f})" if result else ""
+    return f"{result.value:+.1f} ± {result.standard_error:.1f} (p = {result.p:.2f})" if len(paired) > 1 else ""
 
 
 def comparison_table() -> str:

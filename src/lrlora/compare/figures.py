@@ -72,8 +72,8 @@ def rates_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
 def ranks_figure(places: Mapping[tuple[str, str], Mapping[tuple[str, int | None], float]]) -> Figure:
     """Stable rank by layer and type of module: a column of panels, with a scale of its own, for each task."""
     tasks, methods = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
-    kinds, layers = (set(names) for names in zip(*(place for cells in places.values() for place in cells), strict=True))
-    size = ((0.4 * len(layers) + 0.8) * len(tasks) + 3, (0.35 * len(kinds) + 0.8) * len(methods))
+    types, layers = (set(names) for names in zip(*(place for cells in places.values() for place in cells), strict=True))
+    size = ((0.4 * len(layers) + 0.8) * len(tasks) + 3, (0.35 * len(types) + 0.8) * len(methods))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(methods), len(tasks), squeeze=False, sharey=True)
     for axes in grid.flat:

@@ -64,7 +64,6 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         if request["seed"] != TUNING_SEED:
             record["test"] = evaluate(folder, task.data, split=task.test, limit=task.test_examples)
             _check_finite(record["test"][task.criterion], "test loss")
-            _check_finite(record["test"][task.metric], f"test {task.metric}")
         return record
 
 

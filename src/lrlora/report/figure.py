@@ -87,17 +87,17 @@ def draw_heat_map(
     axes: Axes, cells: Mapping[tuple[str, int | None], float], *, vmin: float, vmax: float
 ) -> ScalarMappable:
     """Draw a value for each (type of module, layer); the caller gives it a title and a scale."""
-    types = list(dict.fromkeys(kind for kind, _ in cells))
+    types = list(dict.fromkeys(place for place, _ in cells))
     layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer))
-    values = [[cells.get((kind, layer), math.nan) for layer in layers] for kind in types]
+    values = [[cells.get((place, layer), math.nan) for layer in layers] for place in types]
     image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=vmin, vmax=vmax)
     axes.set_xticks(range(len(layers)), ["–" if layer is None else str(layer) for layer in layers])
     axes.set_yticks(range(len(types)), types)
     axes.set_xlabel("layer")
-    for (kind, layer), value in cells.items():
+    for (place, layer), value in cells.items():
         text = f"{value:.0f}" if value == int(value) else f"{value:.1f}"
         color = "black" if value > (vmin + vmax) / 2 else "white"
-        axes.text(layers.index(layer), types.index(kind), text, ha="center", va="center", color=color)
+        axes.text(layers.index(layer), types.index(place), text, ha="center", va="center", color=color)
     return image
 
 
