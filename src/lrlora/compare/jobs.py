@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict
@@ -344,7 +345,7 @@ def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Recor
     if not seconds:
         return text
     total = sum(fmean(seconds.get(cell) or seconds.get(cell[:1]) or seconds[()]) for cell in cells)
-    return f"{text}, about {total / 3600:.1f} hours for one process"
+    return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss) for one process"
 
 
 def _run(job: Job, comparison: Comparison, output: Path) -> str | None:
