@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .pattern import Pattern
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def fully_shard_phi(model: nn.Module, **options: Any) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    transfers = [module for module in model.modules() if isinstance(module, Transfer) and module.spec.is_learned]
+    transfers = [
+        module for module in model.modules() if isinstance(module, (Transfer, Pattern)) and module.spec.is_learned
+    ]
     if not transfers:
         raise ValueError("The model has no φ to shard: add an LR-LoRA adapter with a learned φ before.")
     for transfer in transfers:

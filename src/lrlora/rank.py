@@ -298,10 +298,11 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
         energies = spectrum(delta)
         phi_zero, bend, curve = 0.0, 0.0, None
         linear: list[float] = []
-        if is_learned:
-            phi = layer.lrlora_phi[adapter]
+        phi = layer.lrlora_phi[adapter] if is_learned else None
+        if isinstance(phi, Transfer):
             # `phi.forward` and not `phi`: FSDP2 takes the first call of a module it has wrapped for the model's.
             phi_zero, bend, curve = phi.forward(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
+        if is_learned:
             scale = layer.scaling[adapter] / layer.input_gain[adapter]
             linear = _short(_of_note(scale * _leading_singular_values(z.flatten(1), r)))
         weight_norm = 0.0 if weights is None else weights[index].double().norm().item()

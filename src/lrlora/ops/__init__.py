@@ -1,5 +1,6 @@
-"""y = x (W + s·φ(BA))ᵀ + b: the formula in `reference`, the lean path in `linear`."""
+"""y = x (W + ΔW)ᵀ + b: the formula in `reference`, the lean path of φ(BA) in `linear`, patterns in `thin`."""
 
 from .linear import adapted_linear, delta_weight
+from .thin import pattern_delta, pattern_linear
 
-__all__ = ["adapted_linear", "delta_weight"]
+__all__ = ["adapted_linear", "delta_weight", "pattern_delta", "pattern_linear"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pattern import Pattern
 from ..transfer import Transfer
 
 
@@ -39,3 +41,15 @@ def reference_linear(
     """Y = x (W + ΔW)ᵀ + b for x of shape (..., n) and W of shape (m, n); returns (..., m), float64."""
     delta = reference_delta_weight(A, B, transfer, scaling=scaling, input_gain=input_gain)
     return F.linear(x.double(), weight.double() + delta, None if bias is None else bias.double())
+
+
+def reference_pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float) -> Tensor:
+    """ΔW = s · Σ_k (P C_k Rᵀ) ∘ (b_k a_kᵀ), factor by factor; A (r, n) and B (m, r) as above, (m, n), float64."""
+    P = pattern.spec.basis(len(B), "output", B.device).double()
+    R = pattern.spec.basis(A.shape[1], "input", A.device).double()
+    C = pattern.weights().double()
+    total = torch.zeros(len(B), A.shape[1], dtype=torch.float64, device=A.device)
+    for k, (a, b) in enumerate(zip(A.double(), B.double().T, strict=True)):
+        C_k = C if pattern.spec.weights == "term" else C[k]
+        total = total + (P @ (C_k.diag() if C_k.dim() == 1 else C_k) @ R.T) * torch.outer(b, a)
+    return scaling * total

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftType
 
-from ..transfer import FORMS, TransferSpec
+from ..pattern import PATTERN_FORMS, STARTS, WEIGHTS, Pattern, PatternSpec
+from ..transfer import FORMS, Transfer, TransferSpec
 
 FORMAT_VERSION = 1
 SHARING = ("module", "type", "global")
@@ -36,7 +37,7 @@ model = PeftModel.from_pretrained(base_model, "this folder or hub name")
 
 @dataclass
 class LrLoraConfig(PeftConfig):
-    """Configuration of an LR-LoRA adapter: ΔW = (s/g)·φ(g·BA), φ learned (arXiv:2606.04325).
+    """Configuration of an LR-LoRA adapter: ΔW = (s/g)·φ(g·BA), φ learned (arXiv:2606.04325), or ΔW = s·M ∘ BA.
 
     Args:
         r: rank of the product BA, ≥ 1. The rank of ΔW is learned and may exceed it.
@@ -61,10 +62,17 @@ class LrLoraConfig(PeftConfig):
         num_basis: N ≥ 2, sinc terms of φ.
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0, what scales the entries of BA to the structure of φ.
-        form: the fixed part of φ: "residual", "saturating", "sinc" or "sine" (see `lrlora.transfer`).
+        form: the fixed part of φ: "residual", "saturating", "sinc" or "sine" (see `lrlora.transfer`). Or what takes
+            the place of φ, a learned pattern M that multiplies BA: "expansion" or "blocks" (see `lrlora.pattern`).
+        num_terms: Q ≥ 1, the rank of M: ΔW has one of up to r·Q.
+        pattern_weights: what of the expansion is learned: a weight per "term", per "factor" and term, or a "full"
+            matrix between the terms of each factor.
+        pattern_start: "even" starts at all directions of M alike, "lora" at LoRA. Default: "even" for "expansion",
+            "lora" for "blocks".
+        pattern_seed: of the random signs of M.
         sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
-        phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ learn. At LoRA's learning rates,
-            1 leaves φ straight and the rank at r; 10 lets both move.
+        phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ or of M learn. At LoRA's learning
+            rates, 1 leaves φ straight and the rank at r; 10 lets both move.
         rank_penalty: λ ≥ 0. Above 0, every factor gets a gate, and those that the loss does not hold up are closed: a
             factor of average size survives if more than this share of the optimizer's steps hold it (see
             `lrlora.tuner.gate`). `model.base_model.drop_inactive_factors()` removes closed ones before saving.
@@ -97,9 +105,15 @@ class LrLoraConfig(PeftConfig):
     num_basis: int = field(default=8, metadata={"help": "Sinc terms of φ."})
     interval: float = field(default=3.0, metadata={"help": "Half-width of the grid of φ."})
     input_gain: float = field(default=300.0, metadata={"help": "Gain on BA before φ, undone after it."})
-    form: Literal["residual", "saturating", "sinc", "sine"] = field(
-        default="residual", metadata={"help": "Fixed part of φ."}
+    form: Literal["residual", "saturating", "sinc", "sine", "expansion", "blocks"] = field(
+        default="residual", metadata={"help": "Fixed part of φ, or the kind of pattern in its place."}
     )
+    num_terms: int = field(default=16, metadata={"help": "Terms of the pattern: the rank is up to r times this."})
+    pattern_weights: Literal["term", "factor", "full"] = field(
+        default="term", metadata={"help": "What of an expansion is learned."}
+    )
+    pattern_start: Literal["even", "lora"] | None = field(default=None, metadata={"help": "Where a pattern starts."})
+    pattern_seed: int = field(default=0, metadata={"help": "Seed of the pattern's signs."})
     sharing: Literal["module", "type", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
     phi_lr_multiplier: float = field(default=10.0, metadata={"help": "Learning-rate multiplier of φ."})
     rank_penalty: float = field(default=0.0, metadata={"help": "Above 0, gates close factors that do not help."})
@@ -138,6 +152,8 @@ class LrLoraConfig(PeftConfig):
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             _require(_is_integer(r) and r >= 1, name, r, "an integer ≥ 1")
         _require(_is_integer(self.num_basis) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
+        _require(_is_integer(self.num_terms) and self.num_terms >= 1, "num_terms", self.num_terms, "an integer ≥ 1")
+        _require(_is_integer(self.pattern_seed), "pattern_seed", self.pattern_seed, "an integer")
         positive = [
             (name, getattr(self, name)) for name in ("lora_alpha", "interval", "input_gain", "phi_lr_multiplier")
         ]
@@ -147,7 +163,12 @@ class LrLoraConfig(PeftConfig):
         _require(_is_number(penalty) and 0 <= penalty < float("inf"), "rank_penalty", penalty, "a finite number ≥ 0")
         dropout = self.lora_dropout
         _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
-        _require(self.form in FORMS, "form", self.form, f"one of {', '.join(FORMS)}")
+        for name, value, known in (
+            ("form", self.form, (*FORMS, *PATTERN_FORMS)),
+            ("pattern_weights", self.pattern_weights, WEIGHTS),
+            ("pattern_start", self.pattern_start, (*STARTS, None)),
+        ):
+            _require(value in known, name, value, f"one of {', '.join(map(str, known))}")
         _require(self.sharing in SHARING, "sharing", self.sharing, f"one of {', '.join(SHARING)}")
         _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "one of none, all, lora_only")
         _require(isinstance(self.init_weights, bool), "init_weights", self.init_weights, "True or False")
@@ -172,10 +193,15 @@ class LrLoraConfig(PeftConfig):
         if card.exists() and CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
             card.write_text(text.rstrip() + "\n\n" + CARD_SECTION, encoding="utf-8")
 
-    @property
-    def transfer_spec(self) -> TransferSpec:
-        """The fixed part of φ that this configuration asks for."""
-        return TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier)
+    def new_phi(self, r: int) -> Transfer | Pattern:
+        """A φ as this configuration asks for, or the pattern in its place, for factors of rank r."""
+        if self.form not in PATTERN_FORMS:
+            return Transfer(TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier))
+        blocks = self.form == "blocks"
+        weights = "full" if blocks else self.pattern_weights
+        start = self.pattern_start or ("lora" if blocks else "even")
+        fixed = (self.form, self.num_terms, weights, start, self.pattern_seed, self.phi_lr_multiplier)
+        return Pattern(PatternSpec(*fixed), r)
 
 
 def _is_integer(value: object) -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import adapted_linear, delta_weight
+from ..ops import adapted_linear, delta_weight, pattern_delta, pattern_linear
+from ..pattern import Pattern
 from ..transfer import Transfer
 from .config import LrLoraConfig
 from .gate import Gate
@@ -29,7 +30,8 @@ _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class LrLoraLayer(nn.Module, BaseTunerLayer):
     """What every adapted layer holds, by adapter name: ΔW = (s/g)·φ(g·BA) for its weight, seen as a matrix (m, n).
 
-    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`, and
+    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ, or the pattern that stands in its
+    place (ΔW = s·M ∘ BA), is `lrlora_phi[adapter]`, and
     `lrlora_gate[adapter]`, if the adapter has a rank penalty, the gate that A goes through.
     """
 
@@ -46,7 +48,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        transfer: Transfer,
+        phi: Transfer | Pattern,
         r: int,
         alpha: float,
         config: LrLoraConfig,
@@ -73,7 +75,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self._before_merge: tuple[Tensor | nn.Module] | None = None
         self._active_adapter = adapter_name
         self.in_features, self.out_features = self._features()
-        self.update_layer(adapter_name, transfer, r, alpha, config)
+        self.update_layer(adapter_name, phi, r, alpha, config)
 
     def _features(self) -> tuple[int, int]:
         """(in_features, out_features) as PEFT counts them."""
@@ -83,7 +85,9 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """(A, B), not initialised, of the shapes that the kind of layer wants."""
         return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
 
-    def update_layer(self, adapter_name: str, transfer: Transfer, r: int, alpha: float, config: LrLoraConfig) -> None:
+    def update_layer(
+        self, adapter_name: str, phi: Transfer | Pattern, r: int, alpha: float, config: LrLoraConfig
+    ) -> None:
         """Add an adapter, or replace the one of this name."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
@@ -95,7 +99,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if config.init_weights:
             nn.init.zeros_(B.weight)
         self.lrlora_A[adapter_name], self.lrlora_B[adapter_name] = A, B
-        self.lrlora_phi[adapter_name] = transfer
+        self.lrlora_phi[adapter_name] = phi
         if config.rank_penalty:
             self.lrlora_gate[adapter_name] = Gate(A, B, config.rank_penalty)
         elif adapter_name in self.lrlora_gate:
@@ -117,8 +121,11 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     def _delta(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, differentiable."""
+        A, B, phi = self._factors(adapter)
         scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        return self._in_layout(delta_weight(*self._factors(adapter), scaling=scaling, input_gain=gain))
+        if isinstance(phi, Pattern):
+            return self._in_layout(pattern_delta(A, B, phi, scaling=scaling))
+        return self._in_layout(delta_weight(A, B, phi, scaling=scaling, input_gain=gain))
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
@@ -130,7 +137,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """A matrix (m, n), seen in the layout of the base weight."""
         return matrix
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Pattern]:
         """(diag(γ) A, B, φ)."""
         parts: list[Any] = [self.lrlora_A[adapter], self.lrlora_B[adapter], self.lrlora_phi[adapter]]
         if adapter in self.lrlora_gate:
@@ -370,14 +377,15 @@ class Linear(LrLoraLayer):
         return matrix.T if isinstance(self.base_layer, Conv1D) else matrix
 
     def _update(self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        return adapted_linear(
-            x,
-            weight,
-            bias,
-            *self._factors(adapter),
-            scaling=self.scaling[adapter],
-            input_gain=self.input_gain[adapter],
-        )
+        A, B, phi = self._factors(adapter)
+        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+        if isinstance(phi, Pattern):
+            return pattern_linear(x, A, B, phi, scaling=scaling)
+        return adapted_linear(x, weight, bias, A, B, phi, scaling=scaling, input_gain=gain)
+
+    def _takes_one_pass(self, x: Tensor, adapters: list[str]) -> bool:
+        # A pattern's update is two thin matmuls beside the base layer's: never formed, and never added to W.
+        return not isinstance(self.lrlora_phi[adapters[0]], Pattern) and super()._takes_one_pass(x, adapters)
 
     def _adapted(self, x: Tensor, adapter: str) -> Tensor:
         return self._update(x, adapter, self._in_layout(self.base_layer.weight), self.base_layer.bias)
@@ -426,7 +434,12 @@ class Embedding(LrLoraLayer):
         A, B, phi = self._factors(adapter)
         tokens, padding = x.flatten(), self.base_layer.padding_idx
         scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        delta = delta_weight(A, F.embedding(tokens, B), phi, scaling=scaling, input_gain=gain)
+        rows = F.embedding(tokens, B)
+        if isinstance(phi, Pattern):
+            basis = phi.spec.basis(len(B), "output", B.device)[tokens]
+            delta = pattern_delta(A, rows, phi, scaling=scaling, basis=basis)
+        else:
+            delta = delta_weight(A, rows, phi, scaling=scaling, input_gain=gain)
         if padding is not None:
             delta = torch.where((tokens == padding).unsqueeze(-1), delta.detach(), delta)  # padding is never trained
         scale = self._get_embed_scale()
@@ -486,7 +499,7 @@ class ParamWrapper(LrLoraLayer):
         A = nn.Linear(self.in_features, self.num_experts * r, bias=False)
         return A, nn.Linear(r, self.num_experts * self.out_features, bias=False)
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer]:
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Pattern]:
         A, B, phi = super()._factors(adapter)
         return A.unflatten(0, (self.num_experts, -1)), B.unflatten(0, (self.num_experts, -1)), phi
 
