@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from lrlora.cli import app
 from lrlora.compare import METHODS, Comparison
 from lrlora.compare.figures import parameters_figure, ranks_figure, rates_figure
-from lrlora.compare.jobs import TUNING_SEED, Job, best_rate, prepare, read_records
+from lrlora.compare.jobs import TUNING_SEED, Job, best_trial, prepare, read_records
 from lrlora.compare.methods import find_method
 from lrlora.compare.report import markdown
 from lrlora.compare.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
@@ -98,7 +98,9 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
         mean = 100 * np.mean([r["test"]["accuracy"] for r in final])
         assert table.set_index("method").loc[method, "mean"] == pytest.approx(mean)
         rates = {r["learning_rate"] for r in final}
-        assert rates == {best_rate([r for r in records.values() if r["method"] == key and r["seed"] == 0])}
+        best = best_trial([r for r in records.values() if r["method"] == key and r["seed"] == 0])
+        assert best is not None
+        assert rates == {best["learning_rate"]}
         assert all(r["test"] is None for r in records.values() if r["seed"] == 0)
     stamps = {path: path.stat().st_mtime_ns for path in output.glob("jobs/*")}
     again = run(*command(suite, output, *options))  # nothing is done twice, and the report is the same
@@ -221,8 +223,9 @@ def test_a_language_model_is_tuned_at_lower_rates() -> None:
 
 
 def test_failed_trials_are_never_the_best() -> None:
-    assert best_rate([record("t", "lora", 1e-3, 0, 0.5), {"learning_rate": 1e-2, "failure": "diverged"}]) == 1e-3
-    assert best_rate([{"learning_rate": 1.0, "failure": "diverged"}]) is None
+    good, bad = record("t", "lora", 1e-3, 0, 0.5), {"learning_rate": 1e-2, "failure": "diverged"}
+    assert best_trial([good, bad]) is good
+    assert best_trial([bad]) is None
 
 
 def test_numbers_of_the_results() -> None:

@@ -27,7 +27,7 @@ def parameters_figure(comparison: Comparison, cells: Mapping[tuple[str, str], Se
         sizes = {method: runs[0]["trainable"] for (other, method), runs in cells.items() if other == task}
         for method, aside in _aside(sizes).items():
             for axes, measure in zip(column, measures.values(), strict=True):
-                values = [measure(run, comparison.definition.tasks[task]) for run in cells[task, method]]
+                values = [measure(run, comparison.definition.training_tasks[task]) for run in cells[task, method]]
                 spread = stdev(values) if len(values) > 1 else 0.0
                 axes.errorbar(sizes[method] * aside, fmean(values), spread, linestyle="", **styles[method])
         axis = column[-1].xaxis
@@ -35,7 +35,7 @@ def parameters_figure(comparison: Comparison, cells: Mapping[tuple[str, str], Se
         column[-1].set_xlim(low / 1.3, high * 1.3)
         axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)) if high < 10 * low else LogLocator())
         axis.set_major_formatter(EngFormatter(sep=""))
-    return _with_legend(figure)
+    return with_legend(figure)
 
 
 def _aside(sizes: Mapping[str, int]) -> dict[str, float]:
@@ -66,7 +66,7 @@ def rates_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    return _with_legend(figure)
+    return with_legend(figure)
 
 
 def ranks_figure(places: Mapping[tuple[str, str], Mapping[tuple[str, int | None], float]]) -> Figure:
@@ -103,7 +103,7 @@ def _panels(tasks: Sequence[str], ylabels: Sequence[str], xlabel: str) -> tuple[
 
 def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """How a method is drawn: alike in all panels, whichever methods these have."""
-    names = {method: find_method(method).name for method in comparison.methods}
+    names = {method: find_method(method).name for method in comparison.all_methods}
     # Nine markers and ten colours: no two of 90 methods look the same.
     return {
         method: {"label": name, "color": f"C{i % 10}", "marker": "osD^vPX*<"[i % 9]}
@@ -111,7 +111,8 @@ def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     }
 
 
-def _with_legend(figure: Figure) -> Figure:
+def with_legend(figure: Figure) -> Figure:
+    """With one entry for each label of all panels."""
     entries = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }

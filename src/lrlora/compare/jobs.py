@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -27,15 +27,16 @@ from filelock import FileLock, Timeout
 
 from ..files import read_json, readable, require_type, write_json
 from ..training.config import FROM_TRAIN, TrainConfig, require_known
-from ..training.methods import adapter_config
-from .methods import METHODS, Method, find_method
+from ..training.methods import NO_HEAD, adapter_config
+from .capacity import CapacityTask
+from .methods import MAIN_METHODS, Method, find_method
 from .suites import Suite, load_suite
 
 TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
 CALL_FILE = "call.json"  # what was asked for last
 FAILED = 3  # exit status of a worker whose job can never work
-_GRID_STEPS = 2  # times that the grid of rates may grow by a factor of 2 on either side
+_GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
 Record = dict[str, Any]
 
 
@@ -52,6 +53,7 @@ class _Identity(TypedDict):
 class _Record(_Identity, total=False):
     """What it has of a job that failed, and of one that did not."""
 
+    scale: float
     failure: str
     seconds: float
     hardware: str
@@ -60,22 +62,25 @@ class _Record(_Identity, total=False):
     validation: dict[str, float]
     criterion: float
     ranks: list[dict[str, Any]] | None
+    terms: float | None
     test: dict[str, float] | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run."""
+    """One training run; `scale` is s = α/r, which some tasks tune too."""
 
     task: str
     method: str
     learning_rate: float
     seed: int
+    scale: float = 1.0
 
     @property
     def name(self) -> str:
         """The name of its files."""
-        return quote(f"{self.task}--{self.method}--{self.learning_rate:g}--{self.seed}", safe="+=,")
+        rate = f"{self.learning_rate:g}" if self.scale == 1 else f"{self.learning_rate:g}-{self.scale:g}"
+        return quote(f"{self.task}--{self.method}--{rate}--{self.seed}", safe="+=,")
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class Comparison:
 
     Args:
         suite: a key of `SUITES`, or a YAML file with a suite.
-        methods: keys as `find_method` takes them; what others are compared with is "lora", or else the first.
+        methods: keys as `find_method` takes them; what others are compared with is "lora", or else the first. Default:
+            what a task itself asks for, or else the main ones.
         seeds: final runs of each method on each task, at the rate that one more seed has chosen.
         rank: r.
         tasks: of the suite; default: all.
@@ -97,7 +103,7 @@ class Comparison:
     """
 
     suite: str
-    methods: tuple[str, ...] = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
+    methods: tuple[str, ...] = ()
     seeds: int = 3
     rank: int = 4
     tasks: tuple[str, ...] = ()
@@ -109,8 +115,6 @@ class Comparison:
             find_method(method)
         for task in self.tasks:
             require_known(f"a task of {self.suite}", task, self.definition.tasks)
-        if not self.methods:
-            raise ValueError(f"There must be a method to compare. Known: {', '.join(METHODS)}.")
         if not all(0 < rate < math.inf for rate in self.rates):
             raise ValueError(f"rates must be numbers > 0, and are {', '.join(map(str, self.rates))}.")
         for name, value in (("seeds", self.seeds), ("rank", self.rank)):
@@ -125,9 +129,16 @@ class Comparison:
     def task_names(self) -> tuple[str, ...]:
         return self.tasks or tuple(self.definition.tasks)
 
+    def methods_of(self, task: str) -> tuple[str, ...]:
+        return self.methods or getattr(self.definition.tasks[task], "methods", ()) or MAIN_METHODS
+
+    @functools.cached_property
+    def all_methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(method for task in self.task_names for method in self.methods_of(task)))
+
     @property
     def reference(self) -> str:
-        return "lora" if "lora" in self.methods else self.methods[0]
+        return "lora" if "lora" in self.all_methods else self.all_methods[0]
 
     def plan(self, finished: dict[str, Record]) -> list[Job]:
         """All jobs that are known to be wanted, task by task; more may follow from their results.
@@ -135,7 +146,8 @@ class Comparison:
         Every rate on the tuning seed first, the grid growing while the best rate is at its edge; then the seeds at the
         best rate, which alone read the test data.
         """
-        return [job for task in self.task_names for method in self.methods for job in self._of(task, method, finished)]
+        cells = ((task, method) for task in self.task_names for method in self.methods_of(task))
+        return [job for task, method in cells for job in self._of(task, method, finished)]
 
     def select(self, records: dict[str, Record]) -> dict[str, Record]:
         """Of the finished jobs those that this comparison consists of: a folder may hold other rates and seeds."""
@@ -147,29 +159,42 @@ class Comparison:
         return [(job.task, job.method) for job in jobs] + [cell for cell in tuned for _ in range(self.seeds)]
 
     def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
-        scale = self.definition.tasks[task].rate_scale
-        grid = sorted(self.rates or (scale * rate for rate in find_method(method).rates))
-        growth = 1 if self.rates else 2**_GRID_STEPS
-        rates = list(grid)
-        while True:
-            trials = [Job(task, method, rate, TUNING_SEED) for rate in rates]
-            if not all(trial.name in finished for trial in trials):
-                return trials
-            best = best_rate([finished[trial.name] for trial in trials])
+        definition, known = self.definition.tasks[task], find_method(method)
+        scales: tuple[float, ...] = (1.0,)
+        if isinstance(definition, CapacityTask):
+            grid = sorted(self.rates or definition.first_rates(known))
+            scales = definition.scales if known.has_scale else scales
+        else:
+            grid = sorted(self.rates or (definition.rate_scale * rate for rate in known.rates))
+        low, high = grid[0] / 2**_GRID_STEPS, grid[-1] * 2**_GRID_STEPS
+        trials = [Job(task, method, rate, TUNING_SEED, scales[0]) for rate in grid]
+        while all(trial.name in finished for trial in trials):
+            best = best_trial([finished[trial.name] for trial in trials])
             if best is None:
                 return trials  # all have failed
-            if best == rates[0] and best > grid[0] / growth:
-                rates.insert(0, best / 2)
-            elif best == rates[-1] and best < grid[-1] * growth:
-                rates.append(best * 2)
-            else:
-                return trials + [Job(task, method, best, seed) for seed in range(1, self.seeds + 1)]
+            rate, scale = best["learning_rate"], best.get("scale", 1.0)
+            # The best is inside the grid once both its neighbours have been tried, by rate and by scale.
+            around = [(r, scale) for r in (rate / 2, rate * 2) if low <= r <= high]
+            around += [(rate, s) for s in _neighbours(scale, scales)]
+            new = [Job(task, method, r, TUNING_SEED, s) for r, s in around]
+            new = [] if self.rates else [job for job in new if job not in trials]
+            if not new:
+                return trials + [Job(task, method, rate, seed, scale) for seed in range(1, self.seeds + 1)]
+            trials += new
+        return trials
 
 
-def best_rate(trials: list[Record]) -> float | None:
-    """The rate with the lowest validation criterion, a steadier guide than accuracy; None if every trial failed."""
+def _neighbours(scale: float, scales: Sequence[float]) -> list[float]:
+    """The next smaller and the next larger of `scales`."""
+    ordered = sorted(scales)
+    at = ordered.index(scale)
+    return ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]
+
+
+def best_trial(trials: list[Record]) -> Record | None:
+    """The one with the lowest validation criterion, a steadier guide than accuracy; None if every trial failed."""
     good = [trial for trial in trials if not trial.get("failure")]
-    return min(good, key=lambda trial: trial["criterion"])["learning_rate"] if good else None
+    return min(good, key=lambda trial: trial["criterion"]) if good else None
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
@@ -195,7 +220,7 @@ def check_folder(comparison: Comparison, output: Path) -> None:
     """Raise a FileExistsError unless the folder is free, or holds a comparison of the same suite and rank."""
     path = output / SETTINGS_FILE
     if path.exists():
-        if read_json(path, dict[str, Any], "Give another --output.") != _settings(comparison):
+        if not _agree(read_json(path, dict[str, Any], "Give another --output."), _settings(comparison)):
             raise FileExistsError(
                 f"The folder {output} holds another comparison: another suite, rank or settings of its tasks. Give "
                 "another --output."
@@ -213,9 +238,11 @@ def prepare(comparison: Comparison, output: Path) -> None:
 
     """
     for task in comparison.task_names:
-        for method in comparison.methods:
-            settings = comparison.definition.tasks[task]
-            known = find_method(method)
+        for method in comparison.methods_of(task):
+            settings, known = comparison.definition.tasks[task], find_method(method)
+            if isinstance(settings, CapacityTask):
+                adapter_config(known.train, NO_HEAD, settings.steps, known.adapter(comparison.rank))
+                continue
             train_config(comparison.definition, task, known, known.rates[0], 1, comparison.rank, output)
             adapter_config(known.train, settings.kind, settings.steps, known.adapter(comparison.rank))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -223,8 +250,11 @@ def prepare(comparison: Comparison, output: Path) -> None:
         check_folder(comparison, output)
         for name in ("jobs", "locks", "logs"):
             (output / name).mkdir(parents=True, exist_ok=True)
-        if not (output / SETTINGS_FILE).exists():
-            write_json(output / SETTINGS_FILE, _settings(comparison))
+        settings = _settings(comparison)
+        if (output / SETTINGS_FILE).exists():
+            stored = read_json(output / SETTINGS_FILE, dict[str, Any], "Give another --output.")
+            settings["suite"]["tasks"] = {**stored["suite"]["tasks"], **settings["suite"]["tasks"]}
+        write_json(output / SETTINGS_FILE, settings)
         write_json(output / CALL_FILE, asdict(comparison))
 
 
@@ -245,14 +275,24 @@ def read_comparison(suite: str, output: Path) -> Comparison:
 
 
 def _settings(comparison: Comparison) -> Any:
-    return json.loads(json.dumps({"rank": comparison.rank, "suite": asdict(comparison.definition)}))
+    settings = json.loads(json.dumps({"rank": comparison.rank, "suite": asdict(comparison.definition)}))
+    for task in settings["suite"]["tasks"].values():
+        task.pop("methods", None)  # which methods are run changes nothing about a run
+    return settings
+
+
+def _agree(stored: Any, wanted: Any) -> bool:
+    """Whether runs of two settings can be compared: a suite may have got more tasks, but the same ones are alike."""
+    old, new = (settings["suite"]["tasks"] for settings in (stored, wanted))
+    alike = all(old[name] == new[name] for name in old if name in new)
+    return bool(alike and stored["rank"] == wanted["rank"] and stored["suite"]["model"] == wanted["suite"]["model"])
 
 
 def train_config(
     suite: Suite, task_name: str, method: Method, learning_rate: float, seed: int, rank: int, output: Path
 ) -> TrainConfig:
     """The training run that a job consists of."""
-    task = suite.tasks[task_name]
+    task = suite.training_tasks[task_name]
     return TrainConfig(
         model=suite.model,
         data=task.data,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..training.config import parse_assignments, require_known
+from ..training.methods import ALPHA
 
 # Learning rates that are tried first; the grid grows while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -36,13 +37,22 @@ class Method:
         """Whether learned ranks can be told. PiSSA's product BA is not its update, but starts from part of W."""
         return self.train in ("lora", "lr-lora") and self.options.get("init_lora_weights") != "pissa"
 
-    def adapter(self, r: int) -> dict[str, Any]:
-        """The fields of its PEFT configuration at rank r."""
+    @property
+    def has_scale(self) -> bool:
+        """Whether s = α/r is open to choice."""
+        return self.train in ALPHA and ALPHA[self.train] not in self.options
+
+    def adapter(self, r: int, scale: float = 1.0) -> dict[str, Any]:
+        """The fields of its PEFT configuration at rank r and scale s = α/r."""
         if not self.rank_factor:
             return dict(self.options)
-        return {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
+        options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
+        return options if scale == 1 else {**options, ALPHA[self.train]: scale * options["r"]}
 
 
+# Nearly nothing of φ, or of a pattern's weights, is learned.
+_FROZEN = {"phi_lr_multiplier": 1e-9}
+_EXPANSION = {"form": "expansion", "phi_lr_multiplier": 1.0}
 METHODS = {
     "full": Method("full fine-tuning", "full", rank_factor=0, rates=_FULL_RATES),
     "lora": Method("LoRA", "lora"),
@@ -55,12 +65,19 @@ METHODS = {
     "eva": Method("EVA", "lora", {"init_lora_weights": "eva"}),
     "hira": Method("HiRA", "hira"),
     "randlora": Method("RandLoRA", "randlora"),
+    "loha": Method("LoHa", "loha"),
+    "vera": Method("VeRA", "vera"),
     "sine": Method("fixed sine", "lr-lora", {"form": "sine"}),
     "lr-lora": Method("LR-LoRA", "lr-lora"),
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
-    "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
+    "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", _FROZEN),
     "lr-lora-gates": Method("LR-LoRA, gates λ = 0.5", "lr-lora", {"rank_penalty": 0.5}),
+    "paper": Method("the paper's form", "lr-lora", {"form": "sinc", "num_basis": 50}),
+    "expansion": Method("expansion", "lr-lora", _EXPANSION),
+    "expansion-frozen": Method("expansion, frozen", "lr-lora", {**_EXPANSION, **_FROZEN}),
+    "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}),
 }
+MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
 
 
 def find_method(key: str) -> Method:

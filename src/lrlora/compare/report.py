@@ -18,6 +18,7 @@ from .tables import final_runs, learned_ranks, ranks_by_layer, results, tidy, tu
 # Digits after the point; what is not here is written as it is.
 _DIGITS = {"mean difference": 1, "loss": 1, "difference": 2, "p": 3, "time": 2, "memory": 2}
 _DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "attention − MLP": 3, "Cohen's d": 2}
+_DIGITS |= {"std": 3, "LoRA's r for this loss": 2, "step": 2, "terms": 1, "ρ": 2}
 _DIGITS |= {f"{name} differ: p": 4 for name in ("modules", "layers", "types")}
 _DIGITS |= {f"share of {name}": 2 for name in ("modules", "layers", "types")}
 

@@ -11,6 +11,8 @@ from typing import Any
 from ..files import require_type
 from ..training.config import TASKS, read_yaml, require_known
 from ..training.metrics import LESS_IS_BETTER, METRIC_NAMES
+from .capacity import KINDS as CAPACITY_KINDS
+from .capacity import CapacityTask
 
 # A new classification head wants a far higher rate than an adapter. With one rate for both, a method that only bears
 # high rates looks like a better adapter (docs/phi.md), so the head has its own, the same for all.
@@ -76,7 +78,17 @@ class Suite:
     """A model and the tasks it is fine-tuned on."""
 
     model: str
-    tasks: dict[str, Task]
+    tasks: dict[str, Task | CapacityTask]
+
+    @property
+    def training_tasks(self) -> dict[str, Task]:
+        """Those that are trained and scored as `lrlora train` does."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, Task)}
+
+    @property
+    def capacity_tasks(self) -> dict[str, CapacityTask]:
+        """Those on which rank binds."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, CapacityTask)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Suite:
@@ -93,13 +105,14 @@ class Suite:
         return cls(content["model"], {str(name): _task(name, task) for name, task in content["tasks"].items()})
 
 
-def _task(name: str, content: Any) -> Task:
+def _task(name: str, content: Any) -> Task | CapacityTask:
     if not isinstance(content, Mapping):
         raise ValueError(f"The task {name} must map names to values, and is {content!r}.")
+    kind: Any = CapacityTask if content.get("kind") in CAPACITY_KINDS else Task
     for key in content:
-        require_known(f"a key of the task {name}", key, [f.name for f in fields(Task)])
+        require_known(f"a key of the task {name}", key, [f.name for f in fields(kind)])
     try:
-        return Task(**content)
+        return kind(**content)
     except TypeError as error:
         raise ValueError(f"The task {name} is not complete: {error}") from None
 
@@ -125,7 +138,21 @@ def _glue(name: str, metric: str, steps: int, test: str = "validation", **column
 
 
 _PAIR = {"text": "sentence1", "text_pair": "sentence2"}
+_LORA = tuple(f"lora+r={r}" for r in (1, 2, 4, 8, 16))
+_EXPANSIONS = tuple(
+    f"{form}+r={r}+num_terms={terms}"
+    for r, terms in ((1, 32), (2, 16), (4, 8))
+    for form in ("expansion", "expansion-frozen")
+)
 SUITES = {
+    "capacity": Suite(
+        "embedded:minilm",
+        {
+            "labels": CapacityTask("labels", 800, 64, methods=(*_LORA, *_EXPANSIONS)),
+            "german": CapacityTask("transfer", 500, 8, corpus="german", methods=(*_LORA, *_EXPANSIONS)),
+            "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA, *_EXPANSIONS)),
+        },
+    ),
     # Every method through everything, a few steps long.
     "smoke": Suite(
         "embedded:minilm",

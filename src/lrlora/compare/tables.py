@@ -58,7 +58,7 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
     p is of the paired t-test over seeds, and corrected for all comparisons of the table (Holm). Time and memory are
     relative to the reference, of the medians; time is NaN where the hardware was another.
     """
-    cells, tasks, reference = final_runs(records), comparison.definition.tasks, comparison.reference
+    cells, tasks, reference = final_runs(records), comparison.definition.training_tasks, comparison.reference
     rows: list[dict[str, Any]] = []
     for (name, method), runs in cells.items():
         values = [score(run, tasks[name]) for run in runs]
@@ -75,8 +75,8 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
                 **_difference(runs, base if method != reference else [], tasks[name], score),
                 "loss": fmean(loss(run, tasks[name]) for run in runs),
                 "parameters": runs[0]["trainable"],
-                "time": _ratio(runs, base, "seconds") if _hardware(runs) == _hardware(base) else math.nan,
-                "memory": _ratio(runs, base, "peak_mib"),
+                "time": ratio(runs, base, "seconds") if same_hardware(runs, base) else math.nan,
+                "memory": ratio(runs, base, "peak_mib"),
                 "stable rank": _mean_rank(runs, "stable_rank"),
                 "energy-99 rank": _mean_rank(runs, "energy99_rank"),
             }
@@ -86,7 +86,7 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
 
 def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
     """What is LR-LoRA but for its φ (fixed, one for all, …) against LR-LoRA: paired differences of metric and loss."""
-    cells, tasks = final_runs(records), comparison.definition.tasks
+    cells, tasks = final_runs(records), comparison.definition.training_tasks
     rows = []
     for (name, method), runs in cells.items():
         base = cells.get((name, "lr-lora"))
@@ -119,11 +119,13 @@ def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def _hardware(runs: Sequence[Record]) -> set[str | None]:
-    return {run.get("hardware") for run in runs}
+def same_hardware(runs: Sequence[Record], others: Sequence[Record]) -> bool:
+    """Whether times of these may be compared."""
+    return {run.get("hardware") for run in runs} == {run.get("hardware") for run in others}
 
 
-def _ratio(runs: Sequence[Record], others: Sequence[Record], name: str) -> float:
+def ratio(runs: Sequence[Record], others: Sequence[Record], name: str) -> float:
+    """Of the medians; NaN where there is nothing to compare with."""
     if not others:
         return math.nan
     return float(np.median([run[name] for run in runs]) / np.median([run[name] for run in others]))

@@ -19,6 +19,7 @@ import transformers
 from ..rank import RankReport
 from ..training.inference import evaluate
 from ..training.train import Interrupted, rank_report_of, train
+from .capacity import CapacityTask, train_capacity
 from .jobs import FAILED, TUNING_SEED, train_config
 from .methods import find_method
 from .suites import Suite
@@ -42,6 +43,11 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
 
     """
     method, task = find_method(request["method"]), suite.tasks[request["task"]]
+    if isinstance(task, CapacityTask):
+        options = method.adapter(request["rank"], request["scale"])
+        found = train_capacity(task, method, options, learning_rate=request["learning_rate"], seed=request["seed"])
+        measured = {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": _ranks(found.pop("ranks"))}
+        return {**request, **found, **measured}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         config = train_config(

@@ -15,7 +15,7 @@ from ..files import readable, require_type
 TASKS = ("classify", "regress", "multiple-choice", "causal-lm")
 # The form that multiple choice takes with a decoder: it has no head for it, and compares likelihoods.
 CHOICE_LM = "multiple-choice by likelihood"
-METHODS = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "full")
+METHODS = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "loha", "vera", "full")
 # Task → what a column holds, by what it is called unless `columns` says otherwise. Of the alternatives of causal-lm,
 # the first that the data has is taken.
 ROLES = {

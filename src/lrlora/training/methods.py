@@ -13,9 +13,11 @@ from peft import (
     AdaLoraConfig,
     EvaConfig,
     HiraConfig,
+    LoHaConfig,
     LoraConfig,
     PeftConfig,
     RandLoraConfig,
+    VeraConfig,
     initialize_lora_eva_weights,
 )
 from torch import Tensor
@@ -26,7 +28,14 @@ from ..tuner import LrLoraConfig
 from ..tuner.config import require_module_names
 from .config import CHOICE_LM, require_known
 
-_PEFT_TASKS = {"classify": "SEQ_CLS", "regress": "SEQ_CLS", "causal-lm": "CAUSAL_LM", CHOICE_LM: "CAUSAL_LM"}
+NO_HEAD = "no head"  # the form of a model that is adapted as it is
+_PEFT_TASKS = {
+    "classify": "SEQ_CLS",
+    "regress": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+    CHOICE_LM: "CAUSAL_LM",
+    NO_HEAD: None,
+}
 _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "lr-lora": LrLoraConfig,
     "lora": LoraConfig,
@@ -34,10 +43,13 @@ _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "adalora": AdaLoraConfig,
     "hira": HiraConfig,
     "randlora": RandLoraConfig,
+    "loha": LoHaConfig,
+    "vera": VeraConfig,
 }
 _FIELDS: dict[str, Any] = {name: LoraConfig if name == "dora" else config for name, config in _CONFIGS.items()}
-# What each calls α, which is r unless given; HiRA has none.
-_ALPHA = {"lr-lora": "lora_alpha", "lora": "lora_alpha", "dora": "lora_alpha", "randlora": "randlora_alpha"}
+# What each calls α, which is r unless given; HiRA and VeRA have none.
+ALPHA = {"lr-lora": "lora_alpha", "lora": "lora_alpha", "dora": "lora_alpha", "randlora": "randlora_alpha"}
+ALPHA |= {"loha": "alpha"}
 DEFAULT_RANK = 8
 EVA = "eva"
 EVA_BATCHES = 64  # it usually needs fewer, and goes through them again if it needs more
@@ -74,7 +86,7 @@ def adapter_config(method: str, form: str, total_steps: int, options: dict[str, 
         defaults |= {"tinit": total_steps // 10, "tfinal": total_steps // 2}
     else:
         rank = options.get("r", DEFAULT_RANK)
-        defaults |= {"r": rank} | ({_ALPHA[method]: rank} if method in _ALPHA else {})
+        defaults |= {"r": rank} | ({ALPHA[method]: rank} if method in ALPHA else {})
     if options.get("init_lora_weights") == EVA:
         given = options.get("eva_config") or {}
         for name in given:

@@ -1,0 +1,188 @@
+"""Tasks on which rank binds, and the rank at which LoRA would reach the same loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lrlora.compare import Comparison
+from lrlora.compare.capacity import CapacityTask, train_capacity
+from lrlora.compare.capacity_report import demand, follows_demand, losses, served_rank, write_capacity_report
+from lrlora.compare.equivalence import equivalent_rank
+from lrlora.compare.jobs import TUNING_SEED, Job, Record, check_folder, prepare, read_records
+from lrlora.compare.methods import find_method
+from lrlora.compare.suites import load_suite
+
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def falling(r: float, seed: int) -> float:
+    """A loss that falls by 1 with every doubling of r, on a level of the seed's own."""
+    return 4 + 0.1 * seed - float(torch.tensor(r).log2())
+
+
+CURVE = {r: {seed: falling(r, seed) for seed in SEEDS} for r in (1, 2, 4, 8)}
+
+
+def test_the_equivalent_rank_is_where_lora_has_the_same_loss() -> None:
+    found = equivalent_rank(CURVE, {seed: falling(3, seed) + 0.01 * (seed - 3) for seed in SEEDS})
+    assert found is not None
+    assert found.value == pytest.approx(3)
+    assert found.low < 3 < found.high < 3.1
+    assert (found.below, found.above) == (0, 0)
+
+
+def test_the_equivalent_rank_never_leaves_the_curve() -> None:
+    low, high = (equivalent_rank(CURVE, dict.fromkeys(SEEDS, loss)) for loss in (9.0, 0.0))
+    assert low is not None
+    assert high is not None
+    assert (low.value, low.below) == (pytest.approx(1), len(SEEDS))
+    assert (high.value, high.above) == (pytest.approx(8), len(SEEDS))
+    assert equivalent_rank(CURVE, {99: 1.0}) is None  # no seed in common
+
+
+def test_a_curve_that_rises_is_flattened() -> None:
+    rising = {1: {1: 4.0}, 2: {1: 2.0}, 4: {1: 2.2}, 8: {1: 1.0}}
+    found = equivalent_rank(rising, {1: 2.5})
+    assert found is not None
+    assert 1 < found.value < 2
+
+
+def record(task: str, method: str, seed: int, loss: float, **others: Any) -> Record:
+    found = {"task": task, "method": method, "learning_rate": 1e-2, "seed": seed, "scale": 4.0, "wall": 1.0}
+    found |= {
+        "criterion": loss,
+        "test": {"loss": loss},
+        "trainable": 3840,
+        "seconds": 0.1,
+        "hardware": "x",
+        "ranks": None,
+    }
+    return {**found, **others}
+
+
+def filed(records: list[Record]) -> dict[str, Record]:
+    return {Job(r["task"], r["method"], r["learning_rate"], r["seed"], r["scale"]).name: r for r in records}
+
+
+def test_rate_and_scale_are_tuned_until_the_best_is_inside() -> None:
+    comparison = Comparison("capacity", ("lora+r=1",), 2, tasks=("labels",))
+    task = comparison.definition.capacity_tasks["labels"]
+
+    def criterion(rate: float, scale: float) -> float:
+        return abs(torch.tensor(rate / 4e-2).log2().item()) + abs(torch.tensor(scale / 16).log2().item())
+
+    finished: dict[str, Record] = {}
+    for _ in range(20):
+        missing = [job for job in comparison.plan(finished) if job.name not in finished]
+        if not missing or missing[0].seed != TUNING_SEED:
+            break
+        made = [
+            record(job.task, job.method, job.seed, criterion(job.learning_rate, job.scale), scale=job.scale)
+            | {"learning_rate": job.learning_rate}
+            for job in missing
+        ]
+        finished |= filed(made)
+    assert [(job.learning_rate, job.scale, job.seed) for job in missing] == [(4e-2, 16.0, 1), (4e-2, 16.0, 2)]
+    tried = {(r["learning_rate"], r["scale"]) for r in finished.values()}
+    assert {(2e-2, 16.0), (8e-2, 16.0), (4e-2, 4.0), (4e-2, 64.0)} <= tried
+    assert len(tried) < 3 * len(task.scales)  # not the whole grid
+
+
+def test_a_method_without_a_scale_is_tuned_by_rate_alone() -> None:
+    plan = Comparison("capacity", ("hira+r=1", "lora+r=1+lora_alpha=2"), 1, tasks=("german",)).plan({})
+    assert {job.scale for job in plan if job.method == "hira+r=1"} == {1.0}
+    assert {job.scale for job in plan if job.method != "hira+r=1"} == {1.0}
+
+
+def test_a_folder_takes_more_tasks_but_no_other_settings(tmp_path: Path) -> None:
+    def suite(**tasks: Any) -> str:
+        path = tmp_path / "suite.yaml"
+        path.write_text(yaml.safe_dump({"model": "embedded:minilm", "tasks": tasks}))
+        return str(path)
+
+    small = {"kind": "labels", "steps": 5, "batch_size": 4, "texts": 8}
+    prepare(Comparison(suite(first=small), ("lora",)), tmp_path / "out")
+    prepare(Comparison(suite(second={**small, "methods": ["lora"]}), ("lora",)), tmp_path / "out")
+    check_folder(Comparison(suite(first={**small, "methods": ["hira"]}), ("lora",)), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="another comparison"):
+        check_folder(Comparison(suite(first={**small, "steps": 6}), ("lora",)), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("kind", "label", "kind"), ("steps", 0, "steps"), ("corpus", "latin", "corpus"), ("texts", -1, "texts")],
+)
+def test_bad_tasks_are_refused(field: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CapacityTask(**{"kind": "labels", "steps": 5, "batch_size": 4, field: value})
+
+
+def test_the_report_pairs_seeds_and_names_sizes(tmp_path: Path) -> None:
+    records = [record("labels", f"lora+r={r}", seed, CURVE[r][seed]) for r in CURVE for seed in SEEDS]
+    records += [record("labels", "expansion+r=1+num_terms=32", seed, falling(3, seed), terms=30.0) for seed in SEEDS]
+    table = losses(filed(records), "labels").set_index(["method", "r"])
+    row = table.loc["expansion", 1]
+    assert row["LoRA's r for this loss"].value == pytest.approx(3)
+    assert row["served r"] == 32 == served_rank("expansion+r=1+num_terms=32")
+    assert row["step"] == pytest.approx(1)
+    assert row["terms"] == 30
+    comparison = Comparison("capacity", ("lora+r=1",))
+    prepare(comparison, tmp_path)
+    for name, content in filed(records).items():
+        (tmp_path / "jobs" / f"{name}.json").write_text(json.dumps(content))
+    assert read_records(tmp_path)
+    text = write_capacity_report(comparison, tmp_path).read_text()
+    assert "| expansion | 1 | 32 |" in text
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_rank_follows_demand() -> None:
+    tasks = {f"labels-{n}": CapacityTask("labels", 800, 64, texts=n) for n in (128, 512, 2048)}
+    records = [
+        record(f"labels-{n}", method, seed, 1.0, ranks=[{"stable_rank": rank(n) + 0.01 * seed}])
+        for n in (128, 512, 2048)
+        for method, rank in (("lora+r=8", lambda n: n / 512), ("lora+r=2", lambda n: 1.0))
+        for seed in SEEDS
+    ]
+    found = follows_demand(demand(filed(records), tasks)).set_index("method")
+    assert found.loc["lora+r=8", "ρ"].value == pytest.approx(1)
+
+
+def test_full_fine_tuning_starts_at_lower_rates() -> None:
+    assert CapacityTask("labels", 5, 4).first_rates(find_method("full"))[0] < CapacityTask("labels", 5, 4).rates[0]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "method", ["lora+r=2", "expansion+r=1", "expansion-frozen+r=1", "blocks+r=1", "hira+r=1", "full"]
+)
+def test_methods_learn_labels(method: str) -> None:
+    task = CapacityTask("labels", 60, 16, texts=64, classes=4)
+    known = find_method(method)
+    options = known.adapter(4, 4.0) if known.has_scale else known.adapter(4)
+    found = train_capacity(task, known, options, learning_rate=1e-3 if method == "full" else 1e-2, seed=1)
+    assert found["criterion"] < 1.2  # chance is 1.39
+    again = train_capacity(task, known, options, learning_rate=1e-3 if method == "full" else 1e-2, seed=1)
+    assert again["criterion"] == found["criterion"]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["labels", "german"])
+def test_loras_own_loss_falls_steeply_with_its_rank(name: str) -> None:
+    task = load_suite("capacity").capacity_tasks[name]
+    chance = {"labels": 4.16, "german": 4.14}[name]
+    ends = []
+    for r in (1, 4, 16):
+        method = find_method(f"lora+r={r}")
+        runs = [train_capacity(task, method, method.adapter(4, 4.0), learning_rate=1e-2, seed=seed) for seed in (1, 2)]
+        ends.append(fmean(run["criterion"] for run in runs))
+    assert ends[0] - ends[1] > 0.03 * chance
+    assert ends[1] - ends[2] > 0.03 * chance
