@@ -483,7 +483,6 @@ def compare(
     """Compare methods on tasks: rates tuned, several seeds, tests. Start it again to go on, or once per GPU or core."""
     with _one_clear_error():
         from .compare import Comparison, run_comparison
-        from .compare.capacity_report import write_capacity_report
         from .compare.jobs import parse_rates, read_comparison, read_records
         from .compare.report import write_report
 
@@ -496,8 +495,7 @@ def compare(
             wish["rates"] = parse_rates(rates)
         comparison = read_comparison(suite, folder) if report else Comparison(suite, **wish)
         left = [] if report else run_comparison(comparison, folder, hours=hours, announce=_announce)
-        write = write_capacity_report if comparison.definition.capacity_tasks else write_report
-        path = write(comparison, folder)
+        path = write_report(comparison, folder)
         failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
         if failed:
             console.print(f"{failed} jobs failed: the report says why.", highlight=False)

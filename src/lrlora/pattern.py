@@ -78,9 +78,8 @@ class PatternSpec:
 
     def basis(self, size: int, side: str, device: torch.device) -> Tensor:
         """P (m, Q) for side "output" and size m, R (n, Q) for "input" and n; float32."""
-        if self.form == "expansion":
-            return _sign_basis(size, self.num_terms, f"{side}, {self.seed}", device)
-        return _block_basis(size, self.num_terms, device)
+        make = _basis_operator if torch.compiler.is_compiling() else _basis
+        return make(self.form, size, self.num_terms, f"{side}, {self.seed}, {size}", device)
 
 
 class Pattern(KeepsFloat32):
@@ -147,21 +146,24 @@ def signs(rows: int, columns: int, name: str) -> Tensor:
     return torch.from_numpy(2.0 * bits[:count].astype(np.float32) - 1).view(rows, columns)
 
 
-# The same for all layers of one size: they cost no memory in each. As constants, they stay out of a compiled graph.
-
-
-@torch.compiler.assume_constant_result
 @functools.cache
-def _sign_basis(size: int, terms: int, name: str, device: torch.device) -> Tensor:
+def _basis(form: str, size: int, terms: int, name: str, device: torch.device) -> Tensor:
+    """The same for all layers of one size: it costs no memory in each."""
     with torch.inference_mode(False):
-        basis = signs(size, terms, f"{name}, {size}")
-        basis[:, 0] = 1
+        if form == "blocks":
+            basis = F.one_hot(torch.arange(size) * terms // size, terms).float()
+        else:
+            basis = signs(size, terms, name)
+            basis[:, 0] = 1
         return basis.to(device)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
-def _block_basis(size: int, blocks: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        of = torch.arange(size) * blocks // size
-        return F.one_hot(of, blocks).float().to(device)
+# An operator of its own, for torch.compile, which cannot trace the making of the signs.
+@torch.library.custom_op("lrlora::pattern_basis", mutates_args=())
+def _basis_operator(form: str, size: int, terms: int, name: str, device: torch.device) -> Tensor:
+    return _basis(form, size, terms, name, device).clone()
+
+
+@_basis_operator.register_fake
+def _(form: str, size: int, terms: int, name: str, device: torch.device) -> Tensor:
+    return torch.empty(size, terms, device=device)

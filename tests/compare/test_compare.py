@@ -22,8 +22,8 @@ from lrlora.cli import app
 from lrlora.compare import METHODS, Comparison
 from lrlora.compare.figures import parameters_figure, ranks_figure, rates_figure
 from lrlora.compare.jobs import TUNING_SEED, Job, best_trial, prepare, read_records
+from lrlora.compare.markdown import markdown
 from lrlora.compare.methods import find_method
-from lrlora.compare.report import markdown
 from lrlora.compare.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from lrlora.compare.suites import load_suite
 from lrlora.compare.tables import final_runs, learned_ranks, ranks_by_layer, results, tuning, variants, wins

@@ -18,12 +18,13 @@ from .capacity import CapacityTask
 from .equivalence import equivalent_rank
 from .figures import with_legend
 from .jobs import Comparison, Record, read_records
+from .markdown import markdown
 from .methods import find_method
-from .report import markdown
 from .statistics import Interval, paired_difference
 from .tables import final_runs, ratio, same_hardware
 
 REFERENCE = "lora"
+LABEL_STEPS, LABEL_CLASSES = 800, 64  # of the tasks that ask for ever more texts, and for nothing else
 Cells = Mapping[tuple[str, str], Sequence[Record]]
 
 
@@ -82,7 +83,7 @@ def losses(records: Mapping[str, Record], task: str) -> pd.DataFrame:
                 "rate": runs[0]["learning_rate"],
                 "scale": runs[0].get("scale", 1.0),
                 "seeds": len(runs),
-                "loss": fmean(values),
+                "loss (nats)": fmean(values),
                 "std": stdev(values) if len(values) > 1 else math.nan,
                 "LoRA's r for this loss": equal,
                 "seconds": _mean(run["seconds"] for run in runs),
@@ -105,7 +106,7 @@ def differences(records: Mapping[str, Record], pairs: Sequence[tuple[str, str]])
                 found = paired_difference([ours[seed] for seed in seeds], [others[seed] for seed in seeds])
                 if found is not None:
                     row = {"task": task, "of": first, "less": second, "seeds": len(seeds)}
-                    rows.append(row | {"difference": Interval(found.value, found.low, found.high)})
+                    rows.append(row | {"difference (nats)": Interval(found.value, found.low, found.high)})
     return pd.DataFrame(rows)
 
 
@@ -114,7 +115,7 @@ def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> 
     rows = []
     for (task, method), runs in final_runs(records).items():
         asked = tasks[task]
-        if asked.kind != "labels" or asked.steps != 800 or asked.classes != 64:
+        if (asked.kind, asked.steps, asked.classes) != ("labels", LABEL_STEPS, LABEL_CLASSES):
             continue
         for run in runs:
             if run["ranks"]:
@@ -126,7 +127,7 @@ def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> 
 def follows_demand(frame: pd.DataFrame) -> pd.DataFrame:
     """By method with at least three sizes: Spearman's ρ of stable rank and texts, with its interval over seeds."""
     rows = []
-    for method, runs in frame.groupby("method", sort=False):
+    for method, runs in frame.groupby("method", sort=False) if len(frame) else ():
         if runs["texts"].nunique() < 3:
             continue
         rho = [spearmanr(some["texts"], some["stable rank"]).statistic for _, some in runs.groupby("seed")]
@@ -174,8 +175,8 @@ def curves_figure(records: Mapping[str, Record], tasks: Sequence[str]) -> Figure
             colour = colours.setdefault(str(name), f"C{len(colours) % 10}")
             style = {"color": colour, "marker": "os^Dv"[len(colours) // 10], "capsize": 2, "label": str(name)}
             ordered = runs.sort_values("parameters")
-            upper.errorbar(ordered["parameters"], ordered["loss"], ordered["std"], **style)
-            lower.errorbar(ordered["seconds"], ordered["loss"], ordered["std"], linestyle="", **style)
+            upper.errorbar(ordered["parameters"], ordered["loss (nats)"], ordered["std"], **style)
+            lower.errorbar(ordered["seconds"], ordered["loss (nats)"], ordered["std"], linestyle="", **style)
         upper.set(xscale="log", xlabel="trainable parameters", title=task)
         lower.set(xscale="log", xlabel="processor time of a training step, s")
         lower.xaxis.set_minor_formatter(NullFormatter())

@@ -25,6 +25,10 @@ class EquivalentRank(Interval):
     below: int = 0
     above: int = 0
 
+    def __str__(self) -> str:
+        text = f"{self.value:.1f}" if math.isnan(self.low) else f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
+        return f"at most {text}" if self.below else f"at least {text}" if self.above else text
+
 
 def equivalent_rank(curve: Mapping[int, Mapping[int, float]], losses: Mapping[int, float]) -> EquivalentRank | None:
     """The r at which LoRA reaches these losses, found for each seed on LoRA's own curve of that seed.

@@ -9,18 +9,13 @@ import pandas as pd
 
 from ..files import write_whole
 from ..report.figure import save_figure
+from .capacity_report import write_capacity_report
 from .figures import parameters_figure, ranks_figure, rates_figure
 from .jobs import Comparison, check_folder, read_records
+from .markdown import markdown
 from .methods import find_method
 from .statistics import Interval
 from .tables import final_runs, learned_ranks, ranks_by_layer, results, tidy, tuning, variants, wins
-
-# Digits after the point; what is not here is written as it is.
-_DIGITS = {"mean difference": 1, "loss": 1, "difference": 2, "p": 3, "time": 2, "memory": 2}
-_DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "attention − MLP": 3, "Cohen's d": 2}
-_DIGITS |= {"std": 3, "LoRA's r for this loss": 2, "step": 2, "terms": 1, "ρ": 2}
-_DIGITS |= {f"{name} differ: p": 4 for name in ("modules", "layers", "types")}
-_DIGITS |= {f"share of {name}": 2 for name in ("modules", "layers", "types")}
 
 
 def write_report(comparison: Comparison, output: Path) -> Path:
@@ -32,6 +27,8 @@ def write_report(comparison: Comparison, output: Path) -> Path:
 
     """
     check_folder(comparison, output)
+    if comparison.definition.capacity_tasks:
+        return write_capacity_report(comparison, output)
     records = comparison.select(read_records(output))
     if not records:
         raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
@@ -113,24 +110,3 @@ def _compact(frame: pd.DataFrame) -> pd.DataFrame:
     columns = (frame[name] for name in ("difference", "from", "to"))
     table["difference"] = [Interval(*values) for values in zip(*columns, strict=True)]
     return table
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A frame as a table."""
-
-    def show(name: object, value: object) -> str:
-        digits = _DIGITS.get(str(name))
-        if isinstance(value, Interval):
-            values = [show(name, part) for part in (value.value, value.low, value.high)]
-            return values[0] if "" in values else f"{values[0]} ({values[1]} to {values[2]})"
-        if isinstance(value, float):
-            if math.isnan(value):
-                return ""
-            if math.isinf(value):
-                return "failed"
-            return f"{value:g}" if digits is None else f"{value:.{digits}f}"
-        return f"{value:,}" if isinstance(value, int) else str(value)
-
-    rows = [[show(name, value) for name, value in row.items()] for row in frame.to_dict("records")]
-    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

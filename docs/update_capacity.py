@@ -1,0 +1,39 @@
+"""Fill docs/capacity.md from the stored runs: python docs/update_capacity.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sections import with_section
+
+from lrlora.compare.capacity_report import demand, differences, follows_demand, losses
+from lrlora.compare.jobs import read_records
+from lrlora.compare.markdown import markdown
+from lrlora.compare.suites import load_suite
+
+FOLDER = Path(__file__).parent / "compare" / "capacity"
+PAGE = Path(__file__).parent / "capacity.md"
+SIZES = ((1, 32), (2, 16), (4, 8))
+# What each row of the table of differences asks.
+PAIRS = [
+    *((f"expansion+r={r}+num_terms={q}", f"expansion-frozen+r={r}+num_terms={q}") for r, q in SIZES),
+    *((f"expansion-frozen+r={r}+num_terms={q}", f"lora+r={r}") for r, q in SIZES),
+]
+
+
+def updated(page: str) -> str:
+    """The page with the tables of the stored runs."""
+    records, tasks = read_records(FOLDER), load_suite("capacity").capacity_tasks
+    for task in tasks:
+        frame = losses(records, task)
+        table = markdown(frame.drop(columns="seconds")) if len(frame) else "Not run yet."
+        page = with_section(page, task, f"{table}\n") if f"<!-- {task} -->" in page else page
+    page = with_section(page, "differences", f"{markdown(differences(records, PAIRS))}\n")
+    followed = follows_demand(demand(records, tasks))
+    page = with_section(page, "demand", f"{markdown(followed) if len(followed) else 'Not run yet.'}\n")
+    hours = sum(record["wall"] for record in records.values()) / 3600
+    return with_section(page, "hours", f"{len(records)} runs, {hours:.1f} hours of one core.\n")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
