@@ -130,6 +130,13 @@ def test_the_summary_of_the_comparisons_is_of_the_stored_ones(monkeypatch: pytes
     assert script["updated"](page) == page
 
 
+def test_the_tables_of_the_capacity_page_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    script = runpy.run_path(str(ROOT / "docs" / "update_capacity.py"))
+    page = (ROOT / "docs" / "capacity.md").read_text(encoding="utf-8")
+    assert script["updated"](page) == page
+
+
 def test_the_formulas_of_the_scale_page_hold() -> None:
     """Parameters and operations of tiny models, exactly."""
     records = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))["check_counts"](tokens=12)
@@ -152,7 +159,10 @@ def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.Mon
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("method", "settings", "phi", "compatibility", "speed", "scale", "train")),
+    *(
+        f"docs/{name}.md"
+        for name in ("method", "settings", "capacity", "compare", "phi", "compatibility", "speed", "scale", "train")
+    ),
 ]
 
 

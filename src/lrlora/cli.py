@@ -179,7 +179,9 @@ def train(
     model: Annotated[str | None, typer.Option(help="Hub name, folder or embedded:NAME.")] = None,
     data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
     task: Annotated[str | None, typer.Option(help="classify, regress, multiple-choice or causal-lm.")] = None,
-    method: Annotated[str | None, typer.Option(help="lr-lora, lora, dora, adalora, hira, randlora, full.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lr-lora, lora, dora, adalora, hira, randlora, loha, vera, full.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: what a column of the data holds.")] = None,
     validation: Annotated[str | None, typer.Option(help="Data to validate on.")] = None,

@@ -258,7 +258,7 @@ def test_memory_stays_flat_over_2000_steps(encoder: str, table: str, tmp_path: P
     assert max(memory.values()) <= 1.02 * memory[300], memory
 
 
-@pytest.mark.parametrize("method", ["dora", "adalora", "hira", "randlora", "full"])
+@pytest.mark.parametrize("method", ["dora", "adalora", "hira", "randlora", "loha", "vera", "full"])
 def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str) -> None:
     options = () if method == "full" else ("--rank", 2)
     result = run(

@@ -45,7 +45,7 @@ KINDS = ("labels", "transfer")
 CORPORA = ("german", "source-code")
 WARMUP_STEPS = 50
 CLIP_NORM = 1.0
-TOKENS = 16  # of a text of `labels`
+TOKENS = 8  # of a text of `labels`: what a step costs
 HEAD_SCALE = 4.0  # of its logits: high enough that the labels can be learned by heart
 EVALUATED_AT_ONCE = 256  # texts
 TEST_WINDOWS = 512
@@ -127,11 +127,11 @@ class LabelModel(nn.Module):
 
 
 def _label_inputs(encoder: Any, count: int) -> Tensor:
-    """What the MLP of the last layer sees of the first `count` film reviews of 16 tokens: (count, 16, 384), float32.
+    """What the MLP of the last layer sees of the first `count` film reviews of 8 tokens: (count, 8, 384), float32.
 
     Computed once, and kept in the cache.
     """
-    path = cache_folder() / "capacity" / f"labels-{count}.safetensors"
+    path = cache_folder() / "capacity" / f"labels-{count}-{TOKENS}.safetensors"
     if path.exists():
         return load_file(path)["inputs"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(MINILM))

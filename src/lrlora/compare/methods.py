@@ -72,7 +72,11 @@ METHODS = {
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", _FROZEN),
     "lr-lora-gates": Method("LR-LoRA, gates λ = 0.5", "lr-lora", {"rank_penalty": 0.5}),
-    "paper": Method("the paper's form", "lr-lora", {"form": "sinc", "num_basis": 50}),
+    "paper": Method(
+        "the paper's form",
+        "lr-lora",
+        {"form": "sinc", "num_basis": 50, "input_gain": 1.0, "phi_lr_multiplier": 1.0},  # as LrLoraConfig.paper()
+    ),
     "expansion": Method("expansion", "lr-lora", _EXPANSION),
     "expansion-frozen": Method("expansion, frozen", "lr-lora", {**_EXPANSION, **_FROZEN}),
     "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}),

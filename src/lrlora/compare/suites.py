@@ -139,20 +139,48 @@ def _glue(name: str, metric: str, steps: int, test: str = "validation", **column
 
 _PAIR = {"text": "sentence1", "text_pair": "sentence2"}
 _LORA = tuple(f"lora+r={r}" for r in (1, 2, 4, 8, 16))
-_EXPANSIONS = tuple(
-    f"{form}+r={r}+num_terms={terms}"
-    for r, terms in ((1, 32), (2, 16), (4, 8))
-    for form in ("expansion", "expansion-frozen")
+_SIZES = ((1, 32), (2, 16), (4, 8))  # r and Q
+_FROZEN = tuple(f"expansion-frozen+r={r}+num_terms={q}" for r, q in _SIZES)
+_LEARNED = tuple(f"expansion+r={r}+num_terms={q}" for r, q in _SIZES)
+_PHI = tuple(f"{form}+r={r}" for form in ("paper", "lr-lora") for r in (1, 4))
+_PEERS = (
+    *(f"{form}+r={r}" for form in ("blocks", "loha", "hira", "dora") for r in (1, 4)),
+    "vera+r=256",
+    "randlora+r=32",
 )
+# LoRA with one learned scalar, nearly the whole sign matrix, and LoRA's parameters in one module alone.
+_CONTROLS = (
+    "expansion+r=1+num_terms=1",
+    "expansion-frozen+r=1+num_terms=128",
+    "lora+r=2+target_modules=intermediate",
+    "lora+r=2+target_modules=output",
+)
+_CAPACITY = {
+    "labels": CapacityTask("labels", 800, 64, methods=(*_LORA, *_FROZEN, *_LEARNED, *_PHI, *_PEERS, *_CONTROLS)),
+    "german": CapacityTask("transfer", 500, 8, corpus="german", methods=(*_LORA, *_FROZEN, *_LEARNED, *_PHI, *_PEERS)),
+    "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA, *_FROZEN)),
+    # Four times the steps: is a small loss a large capacity, or only fast?
+    "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _FROZEN[0])),
+    # What more and more texts ask for.
+    **{
+        f"labels-{texts}": CapacityTask("labels", 800, 64, texts=texts, methods=(_LORA[3], _FROZEN[2], _LEARNED[2]))
+        for texts in (128, 256, 512, 1_024, 4_096)
+    },
+    # As many bits from more and more classes.
+    **{
+        f"classes-{classes}": CapacityTask(
+            "labels",
+            800,
+            64,
+            texts=round(6_144 / math.log2(classes)),
+            classes=classes,
+            methods=(*_LORA[:3], _FROZEN[0]),
+        )
+        for classes in (2, 8, 64, 512)
+    },
+}
 SUITES = {
-    "capacity": Suite(
-        "embedded:minilm",
-        {
-            "labels": CapacityTask("labels", 800, 64, methods=(*_LORA, *_EXPANSIONS)),
-            "german": CapacityTask("transfer", 500, 8, corpus="german", methods=(*_LORA, *_EXPANSIONS)),
-            "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA, *_EXPANSIONS)),
-        },
-    ),
+    "capacity": Suite("embedded:minilm", dict(_CAPACITY)),
     # Every method through everything, a few steps long.
     "smoke": Suite(
         "embedded:minilm",
