@@ -15,10 +15,12 @@ namespace {
 constexpr int LINE = 4;                      // floats per cell: coefficients of a cubic, or 3 moments and one unused
 constexpr int BANKS = 2;                     // of sums: neighbours often share a cell, and would wait for each other
 constexpr int64_t CHUNK = 256;               // entries of a row handled at a time, in the first-level cache
+constexpr int64_t MAX_BANKED = 1 << 17;      // bins: over more, entries are spread, and the banks would leave the cache
 constexpr int64_t FLUSH_ENTRIES = 1 << 18;   // float32 sums of at most so many terms are added up in float64
 
 // Vectors that any float array can be read as. A CPU with wider or narrower ones splits or joins them.
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef double FourDoubles __attribute__((vector_size(32), aligned(8), may_alias));
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 
 #if defined(__clang__)
@@ -32,6 +34,11 @@ inline Four& four(float* place) { return *reinterpret_cast<Four*>(place); }
 inline const Four& four(const float* place) { return *reinterpret_cast<const Four*>(place); }
 inline const Sixteen& sixteen(const float* place) { return *reinterpret_cast<const Sixteen*>(place); }
 
+inline void add_line(float* place, const Four& line) { four(place) += line; }
+inline void add_line(double* place, const Four& line) {
+    *reinterpret_cast<FourDoubles*>(place) += __builtin_convertvector(line, FourDoubles);
+}
+
 inline void transpose(Four& a, Four& b, Four& c, Four& d) {
     const Four ab01 = SHUFFLE(a, b, 0, 4, 1, 5), ab23 = SHUFFLE(a, b, 2, 6, 3, 7);
     const Four cd01 = SHUFFLE(c, d, 0, 4, 1, 5), cd23 = SHUFFLE(c, d, 2, 6, 3, 7);
@@ -44,7 +51,7 @@ inline void transpose(Four& a, Four& b, Four& c, Four& d) {
 // std::fma is a slow library call where the CPU has no such instruction; the compiler contracts this where it has.
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
 
-enum Form { RESIDUAL = 0, SATURATING = 1 };
+enum Form { RESIDUAL = 0, SATURATING = 1, SINC = 2 };
 
 struct Phi {
     const float* table;      // (2 * side, LINE): of ψ for the weight, of ψ' for the gradient
@@ -130,21 +137,22 @@ inline void read_table(float* value, const float* table, const int32_t* cell, co
 }
 
 // To the sums (LINE) of cell[j], in one of the banks, adds term * (1, u, u²) with term = scale * g[j], u = t[j] - 1/2.
-inline void add_moments(float* sums, int64_t bank, const int32_t* cell, const float* t, const float* g, int64_t count,
+template <typename Sum>
+inline void add_moments(Sum* sums, int64_t bank, const int32_t* cell, const float* t, const float* g, int64_t count,
                         float scale) {
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) {
         const Four u = four(t + j) - 0.5f;
         Four m0 = four(g + j) * scale, m1 = m0 * u, m2 = m1 * u, m3{};
         transpose(m0, m1, m2, m3);
-        four(sums + cell[j]) += m0;
-        four(sums + bank + cell[j + 1]) += m1;
-        four(sums + cell[j + 2]) += m2;
-        four(sums + bank + cell[j + 3]) += m3;
+        add_line(sums + cell[j], m0);
+        add_line(sums + bank + cell[j + 1], m1);
+        add_line(sums + cell[j + 2], m2);
+        add_line(sums + bank + cell[j + 3], m3);
     }
     for (; j < count; ++j) {
         const float u = t[j] - 0.5f, term = scale * g[j];
-        four(sums + cell[j]) += Four{term, term * u, term * u * u, 0.0f};
+        add_line(sums + cell[j], Four{term, term * u, term * u * u, 0.0f});
     }
 }
 
@@ -179,6 +187,8 @@ void lrlora_effective_weight(float* out, const float* weight, const float* A, co
             read_table(psi, phi.table, cell, t, count);
             if (phi.form == SATURATING)
                 for (int64_t j = 0; j < count; ++j) z[j] = hyperbolic_tangent(z[j]);
+            else if (phi.form == SINC)
+                std::fill(z, z + count, 0.0f);
             float* o = out + i * n + start;
             if (weight) {
                 const float* w = weight + i * n + start;
@@ -200,7 +210,8 @@ void lrlora_gradient(const float* G, const float* A, const float* B, float* grad
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int32_t thread = 0; thread < threads; ++thread) {
         const int64_t first = m * thread / threads, last = m * (thread + 1) / threads;
-        std::vector<float> sums(BANKS * bins);
+        const bool is_banked = bins <= MAX_BANKED;
+        std::vector<float> sums(is_banked ? BANKS * bins : 0);
         double* total = moments + thread * bins;
         int64_t pending = 0;
         // Columns outside, rows inside: A and grad_A of a chunk stay in the first-level cache.
@@ -216,24 +227,31 @@ void lrlora_gradient(const float* G, const float* A, const float* B, float* grad
                 product(z, b, a, r, n, count, phi.gain);
                 locate(cell, t, z, count, phi);
                 read_table(h, phi.table, cell, t, count);
-                for (int64_t j = 0; j < count; ++j) h[j] = std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j];
+                // ψ is clipped to the table, save in the form that has no other part: its table holds all entries.
+                if (phi.form != SINC)
+                    for (int64_t j = 0; j < count; ++j)
+                        h[j] = std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j];
                 if (phi.form == SATURATING) {
                     for (int64_t j = 0; j < count; ++j) {
                         const float tangent = hyperbolic_tangent(z[j]);
                         h[j] += multiply_add(-tangent, tangent, 1.0f);
                     }
-                } else {
+                } else if (phi.form == RESIDUAL) {
                     for (int64_t j = 0; j < count; ++j) h[j] += 1.0f;
                 }
                 for (int64_t j = 0; j < count; ++j) h[j] *= phi.scaling * g[j];
-                add_moments(sums.data(), bins, cell, t, g, count, phi.scaling / phi.gain);
+                if (is_banked)
+                    add_moments(sums.data(), bins, cell, t, g, count, phi.scaling / phi.gain);
+                else
+                    add_moments(total, 0, cell, t, g, count, phi.scaling / phi.gain);
                 for (int64_t k = 0; k < r; ++k) {
                     const float part = dot_and_add(grad_a + k * n, h, a + k * n, b[k], count);
                     grad_B[i * r + k] = start ? grad_B[i * r + k] + part : part;
                 }
                 pending += count;
-                if (pending >= FLUSH_ENTRIES || (i + 1 == last && start + count == n)) {
-                    for (int64_t k = 0; k < BANKS * bins; ++k) total[k % bins] += sums[k];
+                if (is_banked && (pending >= FLUSH_ENTRIES || (i + 1 == last && start + count == n))) {
+                    for (int64_t bank = 0; bank < BANKS; ++bank)
+                        for (int64_t k = 0; k < bins; ++k) total[k] += sums[bank * bins + k];
                     std::fill(sums.begin(), sums.end(), 0.0f);
                     pending = 0;
                 }

@@ -27,7 +27,7 @@ from ..cache import cache_folder
 from ..transfer import TransferTable
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FORMS = {"residual": 0, "saturating": 1}
+_FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
 _MOMENTS = 4
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
 _ENTRIES_PER_THREAD = 2**15
@@ -54,7 +54,8 @@ class _Phi(ctypes.Structure):
 
 def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels take this φ and these tensors."""
-    return table.spec.form in _FORMS and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
+    is_known = table.spec.form in _FORMS and table.is_complete
+    return is_known and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -98,7 +99,7 @@ def factor_gradients(
         _require_library().lrlora_gradient(
             *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments), *_sizes(part, A), phi, threads
         )
-    table.add_central_moments(moments.sum(0)[:, :3])
+    table.add_central_moments(moments)
     return grad_A.sum(0), grad_B
 
 
