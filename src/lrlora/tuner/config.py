@@ -114,6 +114,33 @@ class LrLoraConfig(PeftConfig):
             raise ValueError(f"LrLoraConfig has no field {', '.join(given)}, which only LoRA has. {advice}.")
         return super().__new__(cls)
 
+    @classmethod
+    def paper(cls, **overrides: Any) -> LrLoraConfig:
+        """The published method (arXiv:2606.04325), as far as it is known: N = 50, I = 3, a φ of its own per module.
+
+        The paper's are φ as a plain sum of 50 sincs with nothing beside it, N, I, one φ per module, α/r outside φ, and
+        an update of zero at the start. That BA enters φ unscaled, and that φ learns at the rate of A and B, we take
+        from another implementation of the paper. Ours is the start of φ: with all amplitudes at zero, and B at zero,
+        nothing would get a gradient, so they start where φ(z) ≈ z and the first step is nearly LoRA's. Ours is also
+        that bandwidths start at the spacing of the centres (ω = π/h), and stay below twice that.
+
+        Args:
+            overrides: any field; it wins over the published value.
+
+        Raises:
+            ValueError: as the class does.
+
+        """
+        published = {
+            "form": "sinc",
+            "num_basis": 50,
+            "interval": 3.0,
+            "input_gain": 1.0,
+            "sharing": "module",
+            "phi_lr_multiplier": 1.0,
+        }
+        return cls(**{**published, **overrides})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LRLORA")
