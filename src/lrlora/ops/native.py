@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import cache_folder
-from ..transfer import TransferTable
+from ..transfer import CELLS_PER_BIN, TransferTable
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
@@ -92,7 +92,8 @@ def factor_gradients(
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
-    moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64, device="cpu")
+    bins = 2 * table.cells_per_side // CELLS_PER_BIN
+    moments = torch.zeros(threads, bins, _MOMENTS, dtype=torch.float64, device="cpu")
     grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
     for rows in _float32_blocks(G):
         part = G[rows].float()
