@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py            # some 20 minutes on two cores; writes docs/speed/results.jsonl
     python benchmarks/speed.py --report   # docs/speed.md from the stored results
+    python benchmarks/speed.py --paper    # only a step of the published form, N = 50, as a ratio to LoRA's
 
 Methods take turns in one process, so that a change of the machine's speed meets them all; ratios are of medians. Peak
 memory is that of a process of its own. Run it on a quiet machine.
@@ -34,6 +35,7 @@ from torch import Tensor, nn  # noqa: E402
 from lrlora import LrLoraConfig, cached_weights  # noqa: E402
 from lrlora.ops import delta_weight  # noqa: E402
 from lrlora.transfer import Transfer, TransferSpec  # noqa: E402
+from lrlora.tuner import LrLoraLayer  # noqa: E402
 
 RESULTS = DOCS / "speed" / "results.jsonl"
 PAGE = DOCS / "speed.md"
@@ -79,10 +81,26 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
         "LoHa": lambda: LoHaConfig(**common, alpha=R),
         "LR-LoRA": lambda: LrLoraConfig(**common, num_basis=50),
         "LR-LoRA, N = 8": lambda: LrLoraConfig(**common, num_basis=8),
+        PAPER: lambda: LrLoraConfig.paper(**common),
+        PAPER_FAR: lambda: LrLoraConfig.paper(**common),
     }
-    return get_peft_model(model, configs[method]()).train()
+    model = get_peft_model(model, configs[method]()).train()
+    if method == PAPER_FAR:
+        for module in model.modules():
+            if isinstance(module, LrLoraLayer):
+                _spread_entries(module.lrlora_A["default"].weight, module.lrlora_B["default"].weight)
+    return model
 
 
+@torch.no_grad()
+def _spread_entries(A: Tensor, B: Tensor) -> None:
+    """Random factors: most entries of BA are beyond I = 3, and the largest is 40."""
+    A.normal_()
+    B.normal_()
+    B.mul_(40 / (B @ A).abs().max())
+
+
+PAPER, PAPER_FAR = "published form, BA small", "published form, BA up to 40"
 LR_LORA = ("LR-LoRA", "LR-LoRA, N = 8")
 METHODS = ("LoRA", "frozen base", *LR_LORA, "full fine-tuning", "DoRA", "HiRA", "LoHa")
 
@@ -316,10 +334,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of each method")
     parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
+    parser.add_argument("--paper", action="store_true", help="only the published form beside LoRA; stores nothing")
     parser.add_argument("--memory", nargs=3, metavar=("KIND", "NAME", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(_memory_of(*arguments.memory))
+        return
+    if arguments.paper:
+        name = next(iter(MODELS))
+        seconds = alternate({m: training_step(name, m) for m in ("LoRA", PAPER, PAPER_FAR)}, arguments.rounds)
+        print(name, {method: round(value / seconds["LoRA"], 2) for method, value in seconds.items()})
         return
     if not arguments.report:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")

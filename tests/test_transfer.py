@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lrlora.transfer import FORMS, Transfer, TransferSpec, TransferTable
+from lrlora.transfer import FORMS, MAX_CELLS, Transfer, TransferSpec, TransferTable
 
 LEARNED_FORMS = [form for form in FORMS if form != "sine"]
 
@@ -34,16 +34,17 @@ def points(*, reach: float) -> torch.Tensor:
     return torch.cat([random, torch.tensor([0.0, 3.0, -3.0, 6.0, -6.0, 1e-9], dtype=torch.float64)])
 
 
+@pytest.mark.parametrize("largest", [0.0, 6.0, 12.0])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_basis", [2, 8, 50])
-def test_table_agrees_with_the_formula_at_the_largest_bandwidth(form: str, num_basis: int) -> None:
+def test_table_agrees_with_the_formula_at_the_largest_bandwidth(form: str, num_basis: int, largest: float) -> None:
     transfer = make_transfer(form, num_basis)
     if transfer.spec.is_learned:
         at_largest_bandwidth(transfer)
     z = points(reach=12.0).requires_grad_()
     phi = transfer(z)
     slope = torch.autograd.grad(phi.sum(), z)[0]
-    table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64)
+    table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64, largest)
     assert (table.value(z.detach()) - phi).abs().max() <= 1e-6
     assert (table.slope(z.detach()) - slope).abs().max() <= 1e-6
 
@@ -104,6 +105,25 @@ def test_literal_form_keeps_its_tails_outside_the_interval() -> None:
     table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64)
     torch.testing.assert_close(table.value(far), expected.detach())
     assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("num_basis", [2, 50])
+@pytest.mark.parametrize("largest", [0.0, 2.9, 3.1, 7.0, 40.0])
+def test_the_table_of_natural_tails_reaches_as_far_as_asked_and_little_further(num_basis: int, largest: float) -> None:
+    transfer = Transfer(TransferSpec("sinc", num_basis))
+    table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64, largest)
+    assert table.is_complete
+    assert max(largest, 3.0) <= table.reach + 1e-12
+    assert table.reach <= largest + 3 * 6.0 + 3.0
+    assert table.value(torch.zeros(1, dtype=torch.float64)).item() == 0
+
+
+def test_the_largest_table_is_bounded() -> None:
+    transfer = Transfer(TransferSpec("sinc", 50))
+    for largest in (1e6, float("inf")):
+        table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64, largest)
+        assert not table.is_complete
+        assert 2 * table.cells_per_side <= MAX_CELLS
 
 
 def test_bandwidths_start_at_the_shannon_rate_and_stay_bounded() -> None:

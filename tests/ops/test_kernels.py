@@ -26,7 +26,7 @@ PATHS = [
     pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton")),
     "0",
 ]
-FORMS = ("residual", "saturating")
+FORMS = ("residual", "saturating", "sinc")
 
 
 @pytest.fixture(params=PATHS, ids=lambda value: {"0": "blocks"}.get(value, value), autouse=True)
@@ -136,6 +136,20 @@ def test_delta_weight_is_differentiable() -> None:
     expected = loss(reference_delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
     for got, want in zip(actual, expected, strict=True):
         assert relative(got, want) <= 1e-4
+
+
+@pytest.mark.parametrize("largest", [2.0, 40.0, 1000.0])
+def test_the_natural_tails_at_any_distance(largest: float, path: str) -> None:
+    """Within the smallest table, within several panels, and beyond the largest one."""
+    case = make_case("sinc", dtype=torch.float32, shape=(64, 48))
+    with torch.no_grad():
+        case.B[:3] = 0  # else an end of the interval, which says nothing here
+        case.B.mul_(largest / (GAIN * (case.B @ case.A).abs().max()))
+    # Far out, where φ swings 50 radians in a unit, the rounding of z itself counts.
+    rounding = largest * torch.finfo(torch.float32).eps * case.transfer.spec.max_bandwidth
+    assert update_error(case) <= 1e-5 + rounding
+    for got, want in zip(gradients(lean(case), case), gradients(formula(case), case), strict=True):
+        assert relative(got, want) <= 1e-4 + rounding
 
 
 @pytest.mark.parametrize("form", FORMS)

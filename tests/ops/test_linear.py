@@ -79,7 +79,7 @@ def interpolated(case: Case) -> Tensor:
     spec = transfer.spec
     if not spec.is_learned:
         return formula(case)
-    table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64)
+    table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64, z.abs().max().item())
     coefficients = table.interpolate(spec.series(table.points, transfer.amplitude, transfer.bandwidth))
     u = z.clamp(-table.reach, table.reach) / table.spacing
     cell = u.detach().floor().clamp(max=table.cells_per_side - 1)
@@ -124,6 +124,14 @@ def test_values_and_gradients(form: str, num_basis: int, dtype: torch.dtype, y: 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_odd_shapes_layouts_and_bias(form: str, shape: tuple[int, int], bias: bool, transposed: bool) -> None:
     case = make_case(form, shape=shape, bias=bias, transposed=transposed, batch=(7,))
+    assert_agrees(case, y=1e-9, gradient=1e-6)
+
+
+@pytest.mark.parametrize("largest", [40.0, 1000.0])
+def test_entries_far_out_and_beyond_the_largest_table(largest: float) -> None:
+    case = make_case("sinc")
+    with torch.no_grad():
+        case.B.mul_(largest / (GAIN * (case.B @ case.A).abs().max()))
     assert_agrees(case, y=1e-9, gradient=1e-6)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lrlora.ops import native
+from lrlora.transfer import Transfer, TransferSpec, TransferTable
 
 from .test_linear import formula, lean, make_case, relative
 
@@ -59,3 +60,12 @@ def test_a_damaged_library_is_compiled_anew(fresh_library: Path) -> None:
         warnings.simplefilter("error")
         assert native._library() is not None
     assert library.stat().st_size > 0
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_natural_tails_are_taken_as_far_as_a_table_reaches() -> None:
+    spec = TransferSpec("sinc", 50)
+    transfer, plain = Transfer(spec), torch.zeros(1)
+    for largest, expected in ((0.0, True), (40.0, True), (1e6, False), (float("inf"), False)):
+        table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float32, largest)
+        assert native.takes(table, plain) is expected

@@ -52,7 +52,7 @@ class Method:
 
 # Nearly nothing of φ, or of a pattern's weights, is learned.
 _FROZEN = {"phi_lr_multiplier": 1e-9}
-_EXPANSION = {"form": "expansion", "phi_lr_multiplier": 1.0}
+_EXPANSION = {"form": "expansion"}
 METHODS = {
     "full": Method("full fine-tuning", "full", rank_factor=0, rates=_FULL_RATES),
     "lora": Method("LoRA", "lora"),

@@ -12,24 +12,27 @@
 
 namespace {
 
-constexpr int LINE = 4;                      // floats per cell: coefficients of a cubic, or 3 moments and one unused
+constexpr int LINE = 4;                      // floats: the coefficients of a cell's cubic, or the moments of a bin
+constexpr int CELLS_PER_BIN = 4;             // as in transfer.py
 constexpr int BANKS = 2;                     // of sums: neighbours often share a cell, and would wait for each other
 constexpr int64_t CHUNK = 256;               // entries of a row handled at a time, in the first-level cache
 constexpr int64_t FLUSH_ENTRIES = 1 << 18;   // float32 sums of at most so many terms are added up in float64
 
 // Vectors that any float array can be read as. A CPU with wider or narrower ones splits or joins them.
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t Places __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
-typedef int32_t Places __attribute__((vector_size(16)));
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Places{i, j, k, l})
+typedef int32_t Order __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Order{i, j, k, l})
 #endif
 
 inline Four& four(float* place) { return *reinterpret_cast<Four*>(place); }
 inline const Four& four(const float* place) { return *reinterpret_cast<const Four*>(place); }
+inline const Places& places(const int32_t* place) { return *reinterpret_cast<const Places*>(place); }
 inline const Sixteen& sixteen(const float* place) { return *reinterpret_cast<const Sixteen*>(place); }
 
 inline void transpose(Four& a, Four& b, Four& c, Four& d) {
@@ -44,7 +47,7 @@ inline void transpose(Four& a, Four& b, Four& c, Four& d) {
 // std::fma is a slow library call where the CPU has no such instruction; the compiler contracts this where it has.
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
 
-enum Form { RESIDUAL = 0, SATURATING = 1 };
+enum Form { RESIDUAL = 0, SATURATING = 1, SINC = 2 };
 
 struct Phi {
     const float* table;      // (2 * side, LINE): of ψ for the weight, of ψ' for the gradient
@@ -129,22 +132,27 @@ inline void read_table(float* value, const float* table, const int32_t* cell, co
     }
 }
 
-// To the sums (LINE) of cell[j], in one of the banks, adds term * (1, u, u²) with term = scale * g[j], u = t[j] - 1/2.
+// To the sums (LINE) of the bin of cell[j], in one of the banks, adds term * (1, u, u², u³) with term = scale * g[j] and
+// u in [-1/2, 1/2] the place inside the bin.
 inline void add_moments(float* sums, int64_t bank, const int32_t* cell, const float* t, const float* g, int64_t count,
                         float scale) {
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) {
-        const Four u = four(t + j) - 0.5f;
-        Four m0 = four(g + j) * scale, m1 = m0 * u, m2 = m1 * u, m3{};
+        const Places index = places(cell + j) / LINE;
+        const Places bin = index / CELLS_PER_BIN * LINE;
+        const Four within = __builtin_convertvector(index % CELLS_PER_BIN, Four);
+        const Four u = (within + four(t + j)) * (1.0f / CELLS_PER_BIN) - 0.5f;
+        Four m0 = four(g + j) * scale, m1 = m0 * u, m2 = m1 * u, m3 = m2 * u;
         transpose(m0, m1, m2, m3);
-        four(sums + cell[j]) += m0;
-        four(sums + bank + cell[j + 1]) += m1;
-        four(sums + cell[j + 2]) += m2;
-        four(sums + bank + cell[j + 3]) += m3;
+        four(sums + bin[0]) += m0;
+        four(sums + bank + bin[1]) += m1;
+        four(sums + bin[2]) += m2;
+        four(sums + bank + bin[3]) += m3;
     }
     for (; j < count; ++j) {
-        const float u = t[j] - 0.5f, term = scale * g[j];
-        four(sums + cell[j]) += Four{term, term * u, term * u * u, 0.0f};
+        const uint32_t index = static_cast<uint32_t>(cell[j]) / LINE;
+        const float u = (index % CELLS_PER_BIN + t[j]) * (1.0f / CELLS_PER_BIN) - 0.5f, term = scale * g[j];
+        four(sums + index / CELLS_PER_BIN * LINE) += Four{term, term * u, term * u * u, term * u * u * u};
     }
 }
 
@@ -179,6 +187,8 @@ void lrlora_effective_weight(float* out, const float* weight, const float* A, co
             read_table(psi, phi.table, cell, t, count);
             if (phi.form == SATURATING)
                 for (int64_t j = 0; j < count; ++j) z[j] = hyperbolic_tangent(z[j]);
+            else if (phi.form == SINC)
+                std::fill(z, z + count, 0.0f);
             float* o = out + i * n + start;
             if (weight) {
                 const float* w = weight + i * n + start;
@@ -191,12 +201,12 @@ void lrlora_effective_weight(float* out, const float* weight, const float* A, co
 }
 
 // With H = s * φ'(g * B A) ∘ G: grad_B (m, r) = H Aᵀ, and grad_A (threads, r, n), zero before, is each thread's share of
-// Bᵀ H. Adds to moments (threads, 2 * side, LINE), per cell, the sums of (s/g) * G * u^p, p = 0, 1, 2, where
-// u = t - 1/2 is the distance from the middle of the cell.
+// Bᵀ H. Adds to moments (threads, bins, LINE), per bin of CELLS_PER_BIN cells, the sums of (s/g) * G * u^p,
+// p = 0 ... 3, where u, in [-1/2, 1/2], is the distance from the middle of the bin.
 void lrlora_gradient(const float* G, const float* A, const float* B, float* grad_A, float* grad_B, double* moments,
                      int64_t m, int64_t n, int64_t r, Phi phi, int32_t threads) {
     const float side = static_cast<float>(phi.side);
-    const int64_t bins = int64_t{2} * phi.side * LINE;
+    const int64_t bins = int64_t{2} * phi.side / CELLS_PER_BIN * LINE;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int32_t thread = 0; thread < threads; ++thread) {
         const int64_t first = m * thread / threads, last = m * (thread + 1) / threads;
@@ -216,13 +226,16 @@ void lrlora_gradient(const float* G, const float* A, const float* B, float* grad
                 product(z, b, a, r, n, count, phi.gain);
                 locate(cell, t, z, count, phi);
                 read_table(h, phi.table, cell, t, count);
-                for (int64_t j = 0; j < count; ++j) h[j] = std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j];
+                // ψ is clipped to the table, save in the form that has no other part: its table holds all entries.
+                if (phi.form != SINC)
+                    for (int64_t j = 0; j < count; ++j)
+                        h[j] = std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j];
                 if (phi.form == SATURATING) {
                     for (int64_t j = 0; j < count; ++j) {
                         const float tangent = hyperbolic_tangent(z[j]);
                         h[j] += multiply_add(-tangent, tangent, 1.0f);
                     }
-                } else {
+                } else if (phi.form == RESIDUAL) {
                     for (int64_t j = 0; j < count; ++j) h[j] += 1.0f;
                 }
                 for (int64_t j = 0; j < count; ++j) h[j] *= phi.scaling * g[j];
@@ -233,7 +246,8 @@ void lrlora_gradient(const float* G, const float* A, const float* B, float* grad
                 }
                 pending += count;
                 if (pending >= FLUSH_ENTRIES || (i + 1 == last && start + count == n)) {
-                    for (int64_t k = 0; k < BANKS * bins; ++k) total[k % bins] += sums[k];
+                    for (int64_t bank = 0; bank < BANKS; ++bank)
+                        for (int64_t k = 0; k < bins; ++k) total[k] += sums[bank * bins + k];
                     std::fill(sums.begin(), sums.end(), 0.0f);
                     pending = 0;
                 }

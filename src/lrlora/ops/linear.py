@@ -53,12 +53,35 @@ _SETTINGS = "str form, int num_basis, float interval, float lr_multiplier, float
 _Settings = tuple[str, int, float, float, float, float]
 
 
-def _row_blocks(matrix: Tensor) -> Iterator[slice]:
-    rows, columns = matrix.shape
+def _row_blocks(matrix: Tensor, columns: int) -> Iterator[slice]:
+    """The rows of `matrix` (m, …) in blocks, each of few enough for a product with `columns` columns."""
+    rows = len(matrix)
     entries = CPU_BLOCK_ENTRIES if matrix.device.type == "cpu" else ACCELERATOR_BLOCK_ENTRIES
     step = max(1, entries // columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def _tabulate(
+    update: _Update, A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None
+) -> TransferTable:
+    """The table of φ, for all entries of g·BA as far as a table can reach."""
+    largest = 0.0 if update.spec.is_clipped else update.input_gain * _largest_entry(A, B, update)
+    return TransferTable(update.spec, amplitude, bandwidth, A.dtype, largest)
+
+
+def _largest_entry(A: Tensor, B: Tensor, update: _Update) -> float:
+    """The largest |BA| that is not NaN, or a bound on it that is small enough for the smallest table."""
+    # Cauchy and Schwarz: as good as free, and mostly enough.
+    bound = (B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)).max().item()
+    if update.input_gain * bound <= update.spec.interval:
+        return bound
+    parts = [
+        torch.mm(left[rows], right).abs_().nan_to_num_(0.0, torch.inf).amax()
+        for left, right in _matrices(B, A)
+        for rows in _row_blocks(left, right.shape[1])
+    ]
+    return torch.stack(parts).max().item()
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -83,7 +106,7 @@ def _write_weight(
     if kernels is not None:
         kernels.write_weight(out, weight, right, left, table, update.scaling, update.input_gain)
         return
-    for rows in _row_blocks(out):
+    for rows in _row_blocks(out, out.shape[1]):
         z = torch.mm(left[rows], right).mul_(update.input_gain)
         delta = table.value(z).mul_(update.scaling / update.input_gain)
         out[rows] = delta if weight is None else delta.add_(weight[rows])
@@ -98,7 +121,7 @@ def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, table: TransferTable, upd
     if kernels is not None:
         return kernels.factor_gradients(G, A, B, table, update.scaling, update.input_gain)
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
-    for rows in _row_blocks(G):
+    for rows in _row_blocks(G, G.shape[1]):
         z = torch.mm(B[rows], A).mul_(update.input_gain)
         g = G[rows].to(A.dtype)
         table.accumulate(z, g * (update.scaling / update.input_gain))
@@ -131,7 +154,7 @@ def _adapted_linear(
     update = _Update.of(*settings)
     with _without_autocast(x):
         effective = _empty_weight(x, weight, A, B)
-        _write_weight(effective, weight, A, B, TransferTable(update.spec, amplitude, bandwidth, A.dtype), update)
+        _write_weight(effective, weight, A, B, _tabulate(update, A, B, amplitude, bandwidth), update)
         return F.linear(x, effective, bias).contiguous()
 
 
@@ -162,7 +185,7 @@ def _adapted_linear_backward(
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
     with _without_autocast(grad_y):
-        table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
+        table = _tabulate(update, A, B, amplitude, bandwidth)
         buffer = _empty_weight(x, weight, A, B)
         flat_y, flat_x = grad_y.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
         if needs_x:
@@ -220,7 +243,7 @@ _adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_
 def _delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, *settings: Any) -> Tensor:
     update = _Update.of(*settings)
     with _without_autocast(A):
-        table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
+        table = _tabulate(update, A, B, amplitude, bandwidth)
         delta = A.new_empty(*B.shape[:-1], A.shape[-1])
         for out, left, right in _matrices(delta, A, B):
             _write_weight(out, None, left, right, table, update)
@@ -250,7 +273,7 @@ def _delta_weight_backward(
     """The gradients of the first four inputs of `delta_weight`, of those that `needs` names."""
     update = _Update.of(*settings)
     with _without_autocast(grad):
-        table = TransferTable(update.spec, amplitude, bandwidth, A.dtype)
+        table = _tabulate(update, A, B, amplitude, bandwidth)
         parts = [
             _factor_gradients(G, left, right, table, update) for G, left, right in _matrices(grad.contiguous(), A, B)
         ]

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import cache_folder
-from ..transfer import TransferTable
+from ..transfer import CELLS_PER_BIN, TransferTable
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FORMS = {"residual": 0, "saturating": 1}
+_FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
 _MOMENTS = 4
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
 _ENTRIES_PER_THREAD = 2**15
@@ -54,7 +54,8 @@ class _Phi(ctypes.Structure):
 
 def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels take this φ and these tensors."""
-    return table.spec.form in _FORMS and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
+    is_known = table.spec.form in _FORMS and table.is_complete
+    return is_known and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -91,14 +92,15 @@ def factor_gradients(
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
-    moments = torch.zeros(threads, 2 * table.cells_per_side, _MOMENTS, dtype=torch.float64, device="cpu")
+    bins = 2 * table.cells_per_side // CELLS_PER_BIN
+    moments = torch.zeros(threads, bins, _MOMENTS, dtype=torch.float64, device="cpu")
     grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
     for rows in _float32_blocks(G):
         part = G[rows].float()
         _require_library().lrlora_gradient(
             *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments), *_sizes(part, A), phi, threads
         )
-    table.add_central_moments(moments.sum(0)[:, :3])
+    table.add_central_moments(moments)
     return grad_A.sum(0), grad_B
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft import LoraConfig, PeftConfig, PeftType
 
@@ -72,7 +72,7 @@ class LrLoraConfig(PeftConfig):
         pattern_seed: of the random signs of M.
         sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
         phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ or of M learn. At LoRA's learning
-            rates, 1 leaves φ straight and the rank at r; 10 lets both move.
+            rates, 1 leaves φ straight and the rank at r; 10 lets both move. Default: 10, or 1 for a pattern.
         rank_penalty: λ ≥ 0. Above 0, every factor gets a gate, and those that the loss does not hold up are closed: a
             factor of average size survives if more than this share of the optimizer's steps hold it (see
             `lrlora.tuner.gate`). `model.base_model.drop_inactive_factors()` removes closed ones before saving.
@@ -115,7 +115,9 @@ class LrLoraConfig(PeftConfig):
     pattern_start: Literal["even", "lora"] | None = field(default=None, metadata={"help": "Where a pattern starts."})
     pattern_seed: int = field(default=0, metadata={"help": "Seed of the pattern's signs."})
     sharing: Literal["module", "type", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
-    phi_lr_multiplier: float = field(default=10.0, metadata={"help": "Learning-rate multiplier of φ."})
+    phi_lr_multiplier: float | None = field(
+        default=None, metadata={"help": "Learning-rate multiplier of φ; 10, or 1 of a pattern."}
+    )
     rank_penalty: float = field(default=0.0, metadata={"help": "Above 0, gates close factors that do not help."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
@@ -128,10 +130,39 @@ class LrLoraConfig(PeftConfig):
             raise ValueError(f"LrLoraConfig has no field {', '.join(given)}, which only LoRA has. {advice}.")
         return super().__new__(cls)
 
+    @classmethod
+    def paper(cls, **overrides: Any) -> LrLoraConfig:
+        """The published method (arXiv:2606.04325), as far as it is known: N = 50, I = 3, a φ of its own per module.
+
+        The paper's are φ as a plain sum of 50 sincs with nothing beside it, N, I, one φ per module, α/r outside φ, and
+        an update of zero at the start. That BA enters φ unscaled, and that φ learns at the rate of A and B, we take
+        from another implementation of the paper. Ours is the start of φ: with all amplitudes at zero, and B at zero,
+        nothing would get a gradient, so they start where φ(z) ≈ z and the first step is nearly LoRA's. Ours is also
+        that bandwidths start at the spacing of the centres (ω = π/h), and stay below twice that.
+
+        Args:
+            overrides: any field; it wins over the published value.
+
+        Raises:
+            ValueError: as the class does.
+
+        """
+        published = {
+            "form": "sinc",
+            "num_basis": 50,
+            "interval": 3.0,
+            "input_gain": 1.0,
+            "sharing": "module",
+            "phi_lr_multiplier": 1.0,
+        }
+        return cls(**{**published, **overrides})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LRLORA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        if self.phi_lr_multiplier is None:
+            self.phi_lr_multiplier = 1.0 if self.form in PATTERN_FORMS else 10.0
         self._check()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -195,12 +226,13 @@ class LrLoraConfig(PeftConfig):
 
     def new_phi(self, r: int) -> Transfer | Pattern:
         """A φ as this configuration asks for, or the pattern in its place, for factors of rank r."""
+        multiplier = cast(float, self.phi_lr_multiplier)  # set above, if it was not given
         if self.form not in PATTERN_FORMS:
-            return Transfer(TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier))
+            return Transfer(TransferSpec(self.form, self.num_basis, self.interval, multiplier))
         blocks = self.form == "blocks"
         weights = "full" if blocks else self.pattern_weights
         start = self.pattern_start or ("lora" if blocks else "even")
-        fixed = (self.form, self.num_terms, weights, start, self.pattern_seed, self.phi_lr_multiplier)
+        fixed = (self.form, self.num_terms, weights, start, self.pattern_seed, multiplier)
         return Pattern(PatternSpec(*fixed), r)
 
 
