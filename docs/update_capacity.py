@@ -10,6 +10,7 @@ from lrlora.compare.capacity_report import demand, differences, follows_demand, 
 from lrlora.compare.jobs import read_records
 from lrlora.compare.markdown import markdown
 from lrlora.compare.suites import load_suite
+from lrlora.compare.tables import learned_ranks
 
 FOLDER = Path(__file__).parent / "compare" / "capacity"
 PAGE = Path(__file__).parent / "capacity.md"
@@ -18,7 +19,10 @@ SIZES = ((1, 32), (2, 16), (4, 8))
 PAIRS = [
     *((f"expansion+r={r}+num_terms={q}", f"expansion-frozen+r={r}+num_terms={q}") for r, q in SIZES),
     *((f"expansion-frozen+r={r}+num_terms={q}", f"lora+r={r}") for r, q in SIZES),
+    ("paper+r=4+sharing=global", "paper+r=4"),
 ]
+# Methods whose learned ranks the paper's claims are looked for in.
+CLAIMED = ("lora+r=4", "paper+r=4", "expansion-frozen+r=4+num_terms=8")
 
 
 def updated(page: str) -> str:
@@ -31,6 +35,9 @@ def updated(page: str) -> str:
     page = with_section(page, "differences", f"{markdown(differences(records, PAIRS))}\n")
     followed = follows_demand(demand(records, tasks))
     page = with_section(page, "demand", f"{markdown(followed) if len(followed) else 'Not run yet.'}\n")
+    german = {name: run for name, run in records.items() if run["task"] == "german" and run["method"] in CLAIMED}
+    claims = learned_ranks(german)
+    page = with_section(page, "claims", f"{markdown(claims) if len(claims) else 'Not run yet.'}\n")
     hours = sum(record["wall"] for record in records.values()) / 3600
     return with_section(page, "hours", f"{len(records)} runs, {hours:.1f} hours of one core.\n")
 

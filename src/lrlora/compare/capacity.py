@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from ..cache import cache_folder
-from ..files import require_type
+from ..files import replacing, require_type
 from ..pattern import Pattern
 from ..rank import rank_report
 from ..training.config import require_known
@@ -151,9 +151,8 @@ def _label_inputs(encoder: Any, count: int) -> Tensor:
     handle.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
     inputs = torch.cat(seen)
-    partial = path.with_suffix(f".{time.time_ns()}.partial")  # several processes may be at it: the last one wins
-    save_file({"inputs": inputs}, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({"inputs": inputs}, partial)
     return inputs
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -336,6 +336,13 @@ def run_comparison(
 
     """
     prepare(comparison, output)
+    with closing(_Worker(comparison.definition)) as worker:
+        return _run_missing(worker, comparison, output, hours, announce)
+
+
+def _run_missing(
+    worker: _Worker, comparison: Comparison, output: Path, hours: float | None, announce: Callable[[str], None]
+) -> list[Job]:
     started = time.monotonic()
     given_up: set[str] = set()
     while True:
@@ -351,7 +358,7 @@ def run_comparison(
                 if not is_mine or (output / "jobs" / f"{job.name}.json").exists():
                     continue
                 announce(f"{_progress(comparison, missing, finished)} · {job.name.replace('--', ' · ')}")
-                problem = _run(job, comparison, output)
+                problem = _run(worker, job, comparison, output)
                 if problem:
                     given_up.add(job.name)
                     announce(f"Not done, and to be tried again by the next call: {problem}")
@@ -388,25 +395,56 @@ def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Recor
     return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss) for one process"
 
 
-def _run(job: Job, comparison: Comparison, output: Path) -> str | None:
+class _Worker:
+    """Runs jobs, each in a fork of a process that has imported everything once."""
+
+    def __init__(self, suite: Suite) -> None:
+        self._command = [sys.executable, "-m", "lrlora.compare.worker", json.dumps(asdict(suite))]
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, request: dict[str, Any], result: Path, log: Path) -> int:
+        """The exit status of a job, which writes what it found to `result`, and what it says to `log`."""
+        if self._process is None:
+            with log.open("w", encoding="utf-8") as written:
+                # The worker ends when its end of the pipe does: with this process, however that ends.
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=written, text=True
+                )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps({"request": request, "result": str(result), "log": str(log)}) + "\n")
+            process.stdin.flush()
+        said = process.stdout.readline()
+        if said:
+            return int(said)
+        self.close()  # it has ended: the next job gets another
+        return process.returncode
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            with self._process:
+                self._process.communicate()
+            self._process = None
+
+
+def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str | None:
     """Run a job in a process of its own and file its result; what went wrong outside it is returned, and not filed."""
     request = {**asdict(job), "rank": comparison.rank}
     log = output / "logs" / f"{job.name}.log"
-    suite = json.dumps(asdict(comparison.definition))
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch, log.open("w", encoding="utf-8") as written:
+    with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", "lrlora.compare.worker", suite, json.dumps(request), str(result)]
-        # The worker ends when its end of the pipe does: with this process, however that ends.
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=written, stderr=subprocess.STDOUT) as process:
-            process.wait()
-        if process.returncode == 0:
+        status = worker.run(request, result, log)
+        if status == 0:
             record = json.loads(result.read_text(encoding="utf-8"))
         else:
             lines = log.read_text(encoding="utf-8").strip().splitlines()
             said = lines[-1] if lines else "no message"
-            if process.returncode != FAILED:
-                return f"{job.name} ended with status {process.returncode} ({said}); see {log}"
+            if status != FAILED:
+                return f"{job.name} ended with status {status} ({said}); see {log}"
             record = {**request, "failure": said}
     write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
     return None

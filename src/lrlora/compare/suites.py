@@ -157,7 +157,13 @@ _CONTROLS = (
 )
 _CAPACITY = {
     "labels": CapacityTask("labels", 800, 64, methods=(*_LORA, *_FROZEN, *_LEARNED, *_PHI, *_PEERS, *_CONTROLS)),
-    "german": CapacityTask("transfer", 500, 8, corpus="german", methods=(*_LORA, *_FROZEN, *_LEARNED, *_PHI, *_PEERS)),
+    "german": CapacityTask(
+        "transfer",
+        500,
+        8,
+        corpus="german",
+        methods=(*_LORA, *_FROZEN, *_LEARNED, *_PHI, "paper+r=4+sharing=global", *_PEERS),
+    ),
     "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA, *_FROZEN)),
     # Four times the steps: is a small loss a large capacity, or only fast?
     "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _FROZEN[0])),

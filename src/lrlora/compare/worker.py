@@ -1,4 +1,4 @@
-"""One job of a comparison, in a process of its own: python -m lrlora.compare.worker SUITE REQUEST RESULT."""
+"""The jobs of a comparison, each in a process of its own: python -m lrlora.compare.worker SUITE, told what to run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import math
 import os
 import platform
 import resource
+import signal
 import sys
 import tempfile
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -99,24 +101,46 @@ def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.read()
+    while os.read(sys.stdin.fileno(), 1):
+        pass
     os._exit(1)
 
 
-def main() -> None:
-    """Read the request, write the result. What can never work ends with the status `FAILED` and says why."""
+def _work(suite: Suite, request: dict[str, Any], result: str, log: str) -> int:
+    """Run a job in this process; returns its exit status. What can never work is `FAILED`, and says why."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    transformers.logging.set_verbosity_error()
-    suite, request, path = Suite.from_dict(json.loads(sys.argv[1])), json.loads(sys.argv[2]), Path(sys.argv[3])
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(written, stream.fileno())
     try:
-        result = run_job(suite, request)
+        found = run_job(suite, request)
     except ValueError as error:
-        print(f"{' '.join(str(error).split())}", flush=True)
-        raise SystemExit(FAILED) from None
+        print(" ".join(str(error).split()))
+        return FAILED
     except (Interrupted, KeyboardInterrupt):
-        print("Interrupted.", flush=True)
-        raise SystemExit(130) from None
-    path.write_text(json.dumps(result), encoding="utf-8")
+        print("Interrupted.")
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def main() -> None:
+    """Run jobs as they are asked for, a line of JSON each; answer with their exit status. Every one is a fork."""
+    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the job
+    suite = Suite.from_dict(json.loads(sys.argv[1]))
+    while order := sys.stdin.readline():
+        child = os.fork()
+        if child == 0:
+            status = _work(suite, **json.loads(order))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":
