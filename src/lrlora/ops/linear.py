@@ -53,9 +53,8 @@ _SETTINGS = "str form, int num_basis, float interval, float lr_multiplier, float
 _Settings = tuple[str, int, float, float, float, float]
 
 
-def _row_blocks(matrix: Tensor, columns: int) -> Iterator[slice]:
-    """The rows of `matrix` (m, …) in blocks, each of few enough for a product with `columns` columns."""
-    rows = len(matrix)
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    rows, columns = matrix.shape
     entries = CPU_BLOCK_ENTRIES if matrix.device.type == "cpu" else ACCELERATOR_BLOCK_ENTRIES
     step = max(1, entries // columns)
     for start in range(0, rows, step):
@@ -71,17 +70,14 @@ def _tabulate(
 
 
 def _largest_entry(A: Tensor, B: Tensor, update: _Update) -> float:
-    """The largest |BA| that is not NaN, or a bound on it that is small enough for the smallest table."""
+    """The largest |BA|, or a bound on it that is small enough for the smallest table; NaN if any entry is."""
     # Cauchy and Schwarz: as good as free, and mostly enough.
     bound = (B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)).max().item()
     if update.input_gain * bound <= update.spec.interval:
         return bound
-    parts = [
-        torch.mm(left[rows], right).abs_().nan_to_num_(0.0, torch.inf).amax()
-        for left, right in _matrices(B, A)
-        for rows in _row_blocks(left, right.shape[1])
-    ]
-    return torch.stack(parts).max().item()
+    # All at once, in memory that the weight takes next: in blocks, threads would wait for each other too often.
+    least, greatest = torch.aminmax(B @ A)
+    return max(greatest.item(), -least.item())
 
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -106,7 +102,7 @@ def _write_weight(
     if kernels is not None:
         kernels.write_weight(out, weight, right, left, table, update.scaling, update.input_gain)
         return
-    for rows in _row_blocks(out, out.shape[1]):
+    for rows in _row_blocks(out):
         z = torch.mm(left[rows], right).mul_(update.input_gain)
         delta = table.value(z).mul_(update.scaling / update.input_gain)
         out[rows] = delta if weight is None else delta.add_(weight[rows])
@@ -121,7 +117,7 @@ def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, table: TransferTable, upd
     if kernels is not None:
         return kernels.factor_gradients(G, A, B, table, update.scaling, update.input_gain)
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
-    for rows in _row_blocks(G, G.shape[1]):
+    for rows in _row_blocks(G):
         z = torch.mm(B[rows], A).mul_(update.input_gain)
         g = G[rows].to(A.dtype)
         table.accumulate(z, g * (update.scaling / update.input_gain))
@@ -153,8 +149,9 @@ def _adapted_linear(
 ) -> Tensor:
     update = _Update.of(*settings)
     with _without_autocast(x):
+        table = _tabulate(update, A, B, amplitude, bandwidth)
         effective = _empty_weight(x, weight, A, B)
-        _write_weight(effective, weight, A, B, _tabulate(update, A, B, amplitude, bandwidth), update)
+        _write_weight(effective, weight, A, B, table, update)
         return F.linear(x, effective, bias).contiguous()
 
 
