@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py            # some 20 minutes on two cores; writes docs/speed/results.jsonl
     python benchmarks/speed.py --report   # docs/speed.md from the stored results
-    python benchmarks/speed.py --paper    # only a step of the published form, N = 50, as a ratio to LoRA's
+    python benchmarks/speed.py --forms    # only the published form, N = 50, and expansions, as ratios to LoRA's
 
 Methods take turns in one process, so that a change of the machine's speed meets them all; ratios are of medians. Peak
 memory is that of a process of its own. Run it on a quiet machine.
@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,6 +84,10 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
         "LR-LoRA, N = 8": lambda: LrLoraConfig(**common, num_basis=8),
         PAPER: lambda: LrLoraConfig.paper(**common),
         PAPER_FAR: lambda: LrLoraConfig.paper(**common),
+        **{
+            name: partial(LrLoraConfig, **common, form="expansion", num_terms=terms)
+            for name, terms in EXPANSIONS.items()
+        },
     }
     model = get_peft_model(model, configs[method]()).train()
     if method == PAPER_FAR:
@@ -101,6 +106,7 @@ def _spread_entries(A: Tensor, B: Tensor) -> None:
 
 
 PAPER, PAPER_FAR = "published form, BA small", "published form, BA up to 40"
+EXPANSIONS = {f"expansion, Q = {terms}": terms for terms in (4, 8, 16)}
 LR_LORA = ("LR-LoRA", "LR-LoRA, N = 8")
 METHODS = ("LoRA", "frozen base", *LR_LORA, "full fine-tuning", "DoRA", "HiRA", "LoHa")
 
@@ -329,21 +335,30 @@ def updated(page: str) -> str:
     return with_section(page, "speed", render(records))
 
 
+def _print_ratios(name: str, steps: dict[str, Step], rounds: int) -> None:
+    seconds = alternate(steps, rounds)
+    print(name, {method: round(value / seconds["LoRA"], 2) for method, value in seconds.items()})
+
+
 def main() -> None:
     """Measure, store, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of each method")
     parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
-    parser.add_argument("--paper", action="store_true", help="only the published form beside LoRA; stores nothing")
+    parser.add_argument("--forms", action="store_true", help="only some forms beside LoRA; stores nothing")
     parser.add_argument("--memory", nargs=3, metavar=("KIND", "NAME", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(_memory_of(*arguments.memory))
         return
-    if arguments.paper:
+    if arguments.forms:
         name = next(iter(MODELS))
-        seconds = alternate({m: training_step(name, m) for m in ("LoRA", PAPER, PAPER_FAR)}, arguments.rounds)
-        print(name, {method: round(value / seconds["LoRA"], 2) for method, value in seconds.items()})
+        _print_ratios(
+            name, {m: training_step(name, m) for m in ("LoRA", PAPER, PAPER_FAR, *EXPANSIONS)}, arguments.rounds
+        )
+        for size in (2048, 4096):
+            steps = {method: layer_step(size, method) for method in ("LoRA", *EXPANSIONS)}
+            _print_ratios(f"one layer, {size} × {size}, r = {R}", steps, arguments.rounds)
         return
     if not arguments.report:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
