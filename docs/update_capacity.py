@@ -6,10 +6,10 @@ from pathlib import Path
 
 from sections import with_section
 
+from lrlora.compare import Comparison
 from lrlora.compare.capacity_report import demand, differences, follows_demand, losses
 from lrlora.compare.jobs import read_records
 from lrlora.compare.markdown import markdown
-from lrlora.compare.suites import load_suite
 from lrlora.compare.tables import learned_ranks
 
 FOLDER = Path(__file__).parent / "compare" / "capacity"
@@ -27,9 +27,11 @@ CLAIMED = ("lora+r=4", "paper+r=4", "expansion-frozen+r=4+num_terms=8")
 
 def updated(page: str) -> str:
     """The page with the tables of the stored runs."""
-    records, tasks = read_records(FOLDER), load_suite("capacity").capacity_tasks
+    comparison, records = Comparison("capacity", seeds=5), read_records(FOLDER)
+    tasks, hours = comparison.definition.capacity_tasks, sum(record["wall"] for record in records.values()) / 3600
+    runs, records = len(records), comparison.of_all(records).select(records)
     for task in tasks:
-        frame = losses(records, task)
+        frame = losses(records, task, comparison.rank)
         table = markdown(frame.drop(columns="seconds")) if len(frame) else "Not run yet."
         page = with_section(page, task, f"{table}\n") if f"<!-- {task} -->" in page else page
     page = with_section(page, "differences", f"{markdown(differences(records, PAIRS))}\n")
@@ -38,8 +40,7 @@ def updated(page: str) -> str:
     german = {name: run for name, run in records.items() if run["task"] == "german" and run["method"] in CLAIMED}
     claims = learned_ranks(german)
     page = with_section(page, "claims", f"{markdown(claims) if len(claims) else 'Not run yet.'}\n")
-    hours = sum(record["wall"] for record in records.values()) / 3600
-    return with_section(page, "hours", f"{len(records)} runs, {hours:.1f} hours of one core.\n")
+    return with_section(page, "hours", f"{runs} runs, {hours:.1f} hours of one core.\n")
 
 
 if __name__ == "__main__":

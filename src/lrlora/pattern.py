@@ -9,14 +9,14 @@ of rank r·Q, and is computed as one, by two thin matmuls:
 
     y = x Vᵀ Uᵀ,    V (rQ×n), with the rows R_q ∘ a_k,    U (m×rQ), with the columns s·(P C_k)_q ∘ b_k
 
-`form` chooses the bases, `weights` what of C is learned, `start` where it begins:
+`form` chooses the bases, `weights` what of C is learned:
 
     expansion   P and R are random signs, their first columns ones; C_k has norm 1. start = "even": C_k = I/√Q, all
                 directions at once; "lora": C_k is 1 in its first place alone, which is LoRA
-    blocks      P and R tell Q blocks of rows and columns apart (BoRA, arXiv:2508.06953). start = "lora": C_k is all
-                ones, which is LoRA; "even": random signs
-    weights     "term": one diagonal C for all factors, Q numbers; "factor": a diagonal C_k for each, r·Q numbers;
-                "full": a full C_k for each, r·Q² numbers
+    blocks      P and R tell Q blocks of rows and columns apart; C_k is full and starts at all ones, which is LoRA
+                (BoRA, arXiv:2508.06953)
+    weights     of the expansion. "term": one diagonal C for all factors, Q numbers; "factor": a diagonal C_k for each,
+                r·Q numbers; "full": a full C_k for each, r·Q² numbers
 
 None of this is the paper's: it is what was found where the rank of an update binds (docs/capacity.md).
 """
@@ -48,7 +48,7 @@ class PatternSpec:
         form: one of `PATTERN_FORMS`.
         num_terms: Q ≥ 1.
         weights: one of `WEIGHTS`; "blocks" has "full" ones.
-        start: one of `STARTS`.
+        start: one of `STARTS`, of the expansion.
         seed: of the random signs.
         lr_multiplier: μ > 0, how much faster than A and B the weights learn.
 
@@ -69,9 +69,10 @@ class PatternSpec:
         """C at the start: (Q,), (r, Q) or (r, Q, Q), as `weights` says, float32."""
         q = self.num_terms
         if self.form == "blocks":
-            blocks = torch.ones(r * q, q) if self.start == "lora" else signs(r * q, q, f"blocks, {self.seed}")
-            return blocks.view(r, q, q)
-        c = torch.full((q,), q**-0.5) if self.start == "even" else torch.eye(q)[0]
+            return torch.ones(r, q, q, dtype=torch.float32)
+        c = torch.eye(q, dtype=torch.float32)[0]
+        if self.start == "even":
+            c = torch.full_like(c, q**-0.5)
         if self.weights == "full":
             return torch.diag(c).repeat(r, 1, 1)
         return c if self.weights == "term" else c.repeat(r, 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lrlora.compare import Comparison
+from lrlora.compare import Comparison, Suite
 from lrlora.compare.capacity import CapacityTask, train_capacity
 from lrlora.compare.capacity_report import demand, follows_demand, losses, served_rank, write_capacity_report
 from lrlora.compare.equivalence import equivalent_rank
@@ -42,6 +42,7 @@ def test_the_equivalent_rank_never_leaves_the_curve() -> None:
     low, high = (equivalent_rank(CURVE, dict.fromkeys(SEEDS, loss)) for loss in (9.0, 0.0))
     assert low is not None
     assert high is not None
+    assert (str(low), str(high)) == ("< 1.0", "> 8.0")  # an interval would tell of nothing
     assert (low.value, low.below) == (pytest.approx(1), len(SEEDS))
     assert (high.value, high.above) == (pytest.approx(8), len(SEEDS))
     assert equivalent_rank(CURVE, {99: 1.0}) is None  # no seed in common
@@ -69,6 +70,14 @@ def record(task: str, method: str, seed: int, loss: float, **others: Any) -> Rec
 
 def filed(records: list[Record]) -> dict[str, Record]:
     return {Job(r["task"], r["method"], r["learning_rate"], r["seed"], r["scale"]).name: r for r in records}
+
+
+def trials(method: str) -> list[Record]:
+    """Of the tuning seed: best at a rate of 1e-2 and a scale of 4."""
+    places = [(1e-2, 4.0), (5e-3, 4.0), (2e-2, 4.0), (1e-2, 1.0), (1e-2, 16.0)]
+    losses = [1.0, 2.0, 2.0, 2.0, 2.0]
+    made = [record("labels", method, 0, loss, scale=s) for loss, (_, s) in zip(losses, places, strict=True)]
+    return [{**trial, "learning_rate": rate} for trial, (rate, _) in zip(made, places, strict=True)]
 
 
 def test_rate_and_scale_are_tuned_until_the_best_is_inside() -> None:
@@ -127,20 +136,47 @@ def test_bad_tasks_are_refused(field: str, value: Any, said: str) -> None:
 def test_the_report_pairs_seeds_and_names_sizes(tmp_path: Path) -> None:
     records = [record("labels", f"lora+r={r}", seed, CURVE[r][seed]) for r in CURVE for seed in SEEDS]
     records += [record("labels", "expansion+r=1+num_terms=32", seed, falling(3, seed), terms=30.0) for seed in SEEDS]
-    table = losses(filed(records), "labels").set_index(["method", "r"])
+    table = losses(filed(records), "labels", 4).set_index(["method", "r"])
     row = table.loc["expansion", 1]
     assert row["LoRA's r for this loss"].value == pytest.approx(3)
-    assert row["served r"] == 32 == served_rank("expansion+r=1+num_terms=32")
+    assert row["rank when served"] == 32 == served_rank("expansion+r=1+num_terms=32", 4)
     assert row["step"] == pytest.approx(1)
     assert row["terms"] == 30
-    comparison = Comparison("capacity", ("lora+r=1",))
+    comparison = Comparison("capacity", ("lora+r=1",), seeds=5)
     prepare(comparison, tmp_path)
-    for name, content in filed(records).items():
+    methods = dict.fromkeys(r["method"] for r in records)
+    for name, content in filed([*records, *(trial for method in methods for trial in trials(method))]).items():
         (tmp_path / "jobs" / f"{name}.json").write_text(json.dumps(content))
     assert read_records(tmp_path)
     text = write_capacity_report(comparison, tmp_path).read_text()
     assert "| expansion | 1 | 32 |" in text
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_the_report_knows_the_rank_of_a_bare_method_and_the_tuned_setting(tmp_path: Path) -> None:
+    comparison = Comparison("capacity", ("lora", "lora+r=1"), 2, rank=2, tasks=("labels",))
+    records = [record("labels", "lora", seed, falling(2, seed)) for seed in (1, 2)]
+    records += [record("labels", "lora+r=1", seed, falling(1, seed)) for seed in (1, 2)]
+    stray = record("labels", "lora", 1, 9.0, scale=16.0)  # at a setting that is not the best
+    found = filed([*records, *trials("lora"), *trials("lora+r=1"), stray])
+    table = losses(comparison.of_all(found).select(found), "labels", 2).set_index("r")
+    assert table.loc[2, "loss (nats)"] == pytest.approx(fmean(falling(2, seed) for seed in (1, 2)))
+    assert table.loc[1, "loss (nats)"] == pytest.approx(fmean(falling(1, seed) for seed in (1, 2)))
+
+
+def test_what_needs_the_trainer_is_refused(tmp_path: Path) -> None:
+    for method in ("adalora", "eva"):
+        with pytest.raises(ValueError, match="needs the Trainer"):
+            prepare(Comparison("capacity", (method,), tasks=("labels",)), tmp_path / method)
+
+
+def test_a_suite_of_both_kinds_is_refused() -> None:
+    tasks = {
+        "first": {"kind": "labels", "steps": 5, "batch_size": 4},
+        "second": {"kind": "classify", "data": "x", "metric": "accuracy", "steps": 5},
+    }
+    with pytest.raises(ValueError, match="suites of their own"):
+        Suite.from_dict({"model": "embedded:minilm", "tasks": tasks})
 
 
 def test_rank_follows_demand() -> None:
@@ -151,8 +187,11 @@ def test_rank_follows_demand() -> None:
         for method, rank in (("lora+r=8", lambda n: n / 512), ("lora+r=2", lambda n: 1.0))
         for seed in SEEDS
     ]
+    records.append(record("of another suite", "lora+r=8", 1, 1.0))
     found = follows_demand(demand(filed(records), tasks)).set_index("method")
-    assert found.loc["lora+r=8", "ρ"].value == pytest.approx(1)
+    assert found.loc["LoRA, r=8", "ρ"] == pytest.approx(1)
+    assert found.loc["LoRA, r=8", "growth"].value == pytest.approx(2, rel=0.1)
+    assert found.loc["LoRA, r=2", "growth"].value == pytest.approx(1)
 
 
 def test_full_fine_tuning_starts_at_lower_rates() -> None:

@@ -87,13 +87,30 @@ def test_an_adapter_of_each_samples_own(tiny_bert: TinyModel) -> None:
     assert torch.allclose(mixed[1], outputs["other"][1], atol=1e-6)
 
 
-def test_shared_weights_are_those_of_all_layers_of_one_rank(tiny_bert: TinyModel) -> None:
-    model = adapt(tiny_bert, form="expansion", sharing="global", rank_pattern={"query": 3})
+@pytest.mark.parametrize(("weights", "expected"), [("term", {2: 1, 3: 1}), ("factor", {2: 1, 3: 1})])
+def test_shared_weights_are_those_of_all_layers_of_one_rank(
+    tiny_bert: TinyModel, weights: str, expected: dict[int, int]
+) -> None:
+    model = adapt(tiny_bert, form="expansion", sharing="global", pattern_weights=weights, rank_pattern={"query": 3})
     layers = [module for module in model.modules() if isinstance(module, LrLoraLayer)]
-    weights = {layer.r["default"]: set() for layer in layers}
+    shared: dict[int, set[int]] = {layer.r["default"]: set() for layer in layers}
     for layer in layers:
-        weights[layer.r["default"]].add(id(layer.lrlora_phi["default"].weight))
-    assert {r: len(ids) for r, ids in weights.items()} == {2: 1, 3: 1}
+        shared[layer.r["default"]].add(id(layer.lrlora_phi["default"].weight))
+    assert {r: len(ids) for r, ids in shared.items()} == expected
+    # One number a term fits every rank.
+    assert (shared[2] == shared[3]) == (weights == "term")
+
+
+def test_gates_fit_weights_per_term_alone(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    model = adapt(tiny_bert, form="expansion", rank_penalty=0.5)
+    tiny_bert.train(model, 5)
+    model.base_model.drop_inactive_factors()
+    expected = tiny_bert.logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny_bert.logits(PeftModel.from_pretrained(tiny_bert.build(), tmp_path).eval()), expected)
+    for fields in ({"form": "blocks"}, {"form": "expansion", "pattern_weights": "factor"}):
+        with pytest.raises(ValueError, match="rank_penalty"):
+            LrLoraConfig(rank_penalty=0.5, **fields)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

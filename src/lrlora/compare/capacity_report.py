@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from scipy.stats import spearmanr
 
 from ..files import write_whole
+from ..pattern import PATTERN_FORMS
 from ..report.figure import save_figure
+from ..tuner import LrLoraConfig
 from .capacity import CapacityTask
 from .equivalence import equivalent_rank
 from .figures import with_legend
@@ -23,7 +26,6 @@ from .methods import find_method
 from .statistics import Interval, paired_difference
 from .tables import final_runs, ratio, same_hardware
 
-REFERENCE = "lora"
 LABEL_STEPS, LABEL_CLASSES = 800, 64  # of the tasks that ask for ever more texts, and for nothing else
 Cells = Mapping[tuple[str, str], Sequence[Record]]
 
@@ -35,17 +37,18 @@ def family(method: str) -> str:
     return find_method("+".join([name, *kept])).name
 
 
-def rank_of(method: str) -> int:
-    """R, the rank of BA."""
-    return int(find_method(method).adapter(1)["r"])
+def rank_of(method: str, rank: int) -> int | None:
+    """R, the rank of BA, in a comparison at `rank`; None for full fine-tuning."""
+    return find_method(method).adapter(rank).get("r")
 
 
-def served_rank(method: str) -> int | None:
+def served_rank(method: str, rank: int) -> int | None:
     """The rank of the plain LoRA that holds the same update; None where that is not known beforehand."""
-    options = find_method(method).adapter(1)
-    if options.get("form") in ("expansion", "blocks"):
-        return int(options["r"]) * int(options.get("num_terms", 16))
-    return int(options["r"]) if find_method(method).train in ("lora", "dora") else None
+    known, r = find_method(method), rank_of(method, rank)
+    options = known.adapter(rank)
+    if options.get("form") in PATTERN_FORMS:
+        return r * options.get("num_terms", LrLoraConfig.num_terms) if r else None
+    return r if known.train == "lora" else None
 
 
 def by_seed(runs: Sequence[Record]) -> dict[int, float]:
@@ -53,32 +56,43 @@ def by_seed(runs: Sequence[Record]) -> dict[int, float]:
     return {run["seed"]: run["test"]["loss"] for run in runs}
 
 
-def lora_curve(cells: Cells, task: str) -> dict[int, dict[int, float]]:
+def lora_curve(cells: Cells, task: str, rank: int) -> dict[int, dict[int, float]]:
     """R → seed → loss, of plain LoRA."""
-    return {
-        rank_of(method): by_seed(runs)
-        for (other, method), runs in cells.items()
-        if other == task and method.startswith(f"{REFERENCE}+r=") and method.count("+") == 1
-    }
+    return {r: by_seed(runs) for r, runs in _plain_lora(cells, task, rank).items()}
 
 
-def losses(records: Mapping[str, Record], task: str) -> pd.DataFrame:
-    """One row per method: size, tuned setting, loss, and the r at which LoRA has the same."""
+def _plain_lora(cells: Cells, task: str, rank: int) -> dict[int, Sequence[Record]]:
+    found = {}
+    for (other, method), runs in cells.items():
+        known, r = find_method(method), rank_of(method, rank)
+        if other == task and known.train == "lora" and set(known.options) <= {"r"} and r:
+            found[r] = runs
+    return found
+
+
+def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
+    """One row per method: size, tuned setting, loss, and the r at which LoRA has the same.
+
+    Args:
+        records: of a comparison.
+        task: of its tasks.
+        rank: of the comparison, for methods whose name has none.
+
+    """
     cells = final_runs(records)
-    curve, rows = lora_curve(cells, task), []
+    lora, rows = _plain_lora(cells, task, rank), []
+    curve = lora_curve(cells, task, rank)
     for (other, method), runs in cells.items():
         if other != task:
             continue
-        values = list(by_seed(runs).values())
-        is_full = find_method(method).train == "full"
-        r = None if is_full else rank_of(method)
-        base = cells.get((task, f"{REFERENCE}+r={r}"), [])
-        equal = equivalent_rank(curve, by_seed(runs)) if len(curve) > 1 and family(method) != "LoRA" else None
+        values, r = list(by_seed(runs).values()), rank_of(method, rank)
+        base = lora.get(r, []) if r else []
+        equal = equivalent_rank(curve, by_seed(runs)) if len(curve) > 1 and runs not in lora.values() else None
         rows.append(
             {
                 "method": family(method),
                 "r": r,
-                "served r": None if is_full else served_rank(method),
+                "rank when served": served_rank(method, rank),
                 "parameters": runs[0]["trainable"],
                 "rate": runs[0]["learning_rate"],
                 "scale": runs[0].get("scale", 1.0),
@@ -114,8 +128,8 @@ def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> 
     """One row per run on labels of 64 classes: how many texts it was asked to learn, and its mean stable rank."""
     rows = []
     for (task, method), runs in final_runs(records).items():
-        asked = tasks[task]
-        if (asked.kind, asked.steps, asked.classes) != ("labels", LABEL_STEPS, LABEL_CLASSES):
+        asked = tasks.get(task)
+        if asked is None or (asked.kind, asked.steps, asked.classes) != ("labels", LABEL_STEPS, LABEL_CLASSES):
             continue
         for run in runs:
             if run["ranks"]:
@@ -125,22 +139,27 @@ def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> 
 
 
 def follows_demand(frame: pd.DataFrame) -> pd.DataFrame:
-    """By method with at least three sizes: Spearman's ρ of stable rank and texts, with its interval over seeds."""
+    """By method: how its stable rank goes with the number of texts, over the seeds that have run at all of them.
+
+    Spearman's ρ, and the factor by which the stable rank grows when there are twice as many texts.
+    """
     rows = []
     for method, runs in frame.groupby("method", sort=False) if len(frame) else ():
-        if runs["texts"].nunique() < 3:
+        table = runs.pivot_table(index="seed", columns="texts", values="stable rank").dropna()
+        if table.shape[1] < 3 or table.empty or (table <= 0).to_numpy().any():
             continue
-        rho = [spearmanr(some["texts"], some["stable rank"]).statistic for _, some in runs.groupby("seed")]
-        found = paired_difference(rho, [0.0] * len(rho))
-        assert found is not None
-        growth = runs.groupby("texts")["stable rank"].mean()
+        texts = np.log2(table.columns.to_numpy(float))
+        slopes = np.polyfit(texts, np.log2(table.to_numpy()).T, 1)[0]
+        growth = paired_difference(slopes.tolist(), [0.0] * len(slopes))
+        assert growth is not None
         rows.append(
             {
-                "method": str(method),
-                "seeds": len(rho),
-                "ρ": Interval(found.value, found.low, found.high),
-                "stable rank at the fewest texts": growth.iloc[0],
-                "at the most": growth.iloc[-1],
+                "method": find_method(str(method)).name,
+                "seeds": len(table),
+                "ρ": fmean(spearmanr(texts, row).statistic for row in table.to_numpy()),
+                "growth": Interval(*(2**value for value in (growth.value, growth.low, growth.high))),
+                "stable rank at the fewest texts": table.iloc[:, 0].mean(),
+                "at the most": table.iloc[:, -1].mean(),
             }
         )
     return pd.DataFrame(rows)
@@ -163,17 +182,15 @@ def demand_figure(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def curves_figure(records: Mapping[str, Record], tasks: Sequence[str]) -> Figure:
-    """Loss against trainable parameters, and against the time of training relative to LoRA's at its lowest r."""
-    figure = Figure(figsize=(4.5 * len(tasks) + 2, 6.5), layout="constrained")
-    grid = figure.subplots(2, len(tasks), squeeze=False)
-    colours: dict[str, str] = {}
-    for column, task in enumerate(tasks):
-        frame = losses(records, task)
-        upper, lower = grid[0][column], grid[1][column]
+def curves_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Loss against trainable parameters, and against the processor time of a step; task → `losses`."""
+    figure = Figure(figsize=(4.5 * len(tables) + 2, 6.5), layout="constrained")
+    grid = figure.subplots(2, len(tables), squeeze=False)
+    names = list(dict.fromkeys(name for frame in tables.values() for name in frame["method"]))
+    for (task, frame), (upper, lower) in zip(tables.items(), grid.T, strict=True):
         for name, runs in frame.groupby("method", sort=False):
-            colour = colours.setdefault(str(name), f"C{len(colours) % 10}")
-            style = {"color": colour, "marker": "os^Dv"[len(colours) // 10], "capsize": 2, "label": str(name)}
+            index = names.index(name)
+            style = {"color": f"C{index % 10}", "marker": "osD^v"[index // 10], "capsize": 2, "label": str(name)}
             ordered = runs.sort_values("parameters")
             upper.errorbar(ordered["parameters"], ordered["loss (nats)"], ordered["std"], **style)
             lower.errorbar(ordered["seconds"], ordered["loss (nats)"], ordered["std"], linestyle="", **style)
@@ -181,7 +198,7 @@ def curves_figure(records: Mapping[str, Record], tasks: Sequence[str]) -> Figure
         lower.set(xscale="log", xlabel="processor time of a training step, s")
         lower.xaxis.set_minor_formatter(NullFormatter())
     for row in grid:
-        row[0].set_ylabel("loss")
+        row[0].set_ylabel("loss, nats")
     return with_legend(figure)
 
 
@@ -191,19 +208,31 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def write_capacity_report(comparison: Comparison, output: Path) -> Path:
-    """Write `report.md` and pictures from all stored runs of a folder, whichever call asked for them."""
+    """Write `report.md` and pictures from all finished jobs of a folder, whichever call asked for them.
+
+    Raises:
+        ValueError: no job is finished yet.
+
+    """
     records, tasks = read_records(output), comparison.definition.capacity_tasks
-    names = [task for task in tasks if len(lora_curve(final_runs(records), task)) > 1]
+    if not records:
+        raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
+    records = comparison.of_all(records).select(records)
+    frames = {task: losses(records, task, comparison.rank) for task in tasks}
+    tables = {task: frame for task, frame in frames.items() if len(frame)}
     parts = [f"# {comparison.suite}\n"]
-    for task in names:
-        parts += [f"\n## {task}\n", markdown(losses(records, task).drop(columns="seconds"))]
-    if names:
-        parts.insert(1, "\n![Loss against parameters and time](curves.png)\n")
-        save_figure(curves_figure(records, names), output / "curves.png")
+    if tables:
+        parts.append("\n![Loss against parameters and time](curves.png)\n")
+        save_figure(curves_figure(tables), output / "curves.png")
+    for task, frame in tables.items():
+        parts += [f"\n## {task}\n", markdown(frame.drop(columns="seconds"))]
     asked = demand(records, tasks)
-    if len(asked) and len(followed := follows_demand(asked)):
+    if len(followed := follows_demand(asked)):
         parts += ["\n## Learned rank against demand\n", markdown(followed), "\n![Stable rank by texts](demand.png)\n"]
         save_figure(demand_figure(asked), output / "demand.png")
+    if failures := [record for record in records.values() if record.get("failure")]:
+        parts.append("\n## What failed\n\nA method on a task has no row where a final run failed.\n")
+        parts += [f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures]
     path = output / "report.md"
     write_whole(path, "\n".join(parts) + "\n")
     return path

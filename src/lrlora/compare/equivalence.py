@@ -26,8 +26,10 @@ class EquivalentRank(Interval):
     above: int = 0
 
     def __str__(self) -> str:
-        text = f"{self.value:.1f}" if math.isnan(self.low) else f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
-        return f"at most {text}" if self.below else f"at least {text}" if self.above else text
+        # With seeds that count as an end of the curve, there is no telling how they spread.
+        if self.below or self.above:
+            return "" if self.below and self.above else f"{'<' if self.below else '>'} {self.value:.1f}"
+        return f"{self.value:.1f}" if math.isnan(self.low) else f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
 
 
 def equivalent_rank(curve: Mapping[int, Mapping[int, float]], losses: Mapping[int, float]) -> EquivalentRank | None:

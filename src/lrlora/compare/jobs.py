@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from ..files import read_json, readable, require_type, write_json
 from ..training.config import FROM_TRAIN, TrainConfig, require_known
-from ..training.methods import NO_HEAD, adapter_config
+from ..training.methods import EVA, NO_HEAD, adapter_config
 from .capacity import CapacityTask
 from .methods import MAIN_METHODS, Method, find_method
 from .suites import Suite, load_suite
@@ -153,6 +153,12 @@ class Comparison:
         """Of the finished jobs those that this comparison consists of: a folder may hold other rates and seeds."""
         return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
 
+    def of_all(self, records: dict[str, Record]) -> Comparison:
+        """The comparison of all methods and tasks that a folder has finished jobs of."""
+        tasks, methods = ({record[name]: None for record in records.values()} for name in ("task", "method"))
+        known = tuple(task for task in self.definition.tasks if task in tasks)
+        return replace(self, tasks=known, methods=tuple(methods))
+
     def cells_left(self, jobs: list[Job]) -> list[tuple[str, str]]:
         """(task, method) of jobs that are left, and of those that will follow: the seeds at a rate yet to be found."""
         tuned = {(job.task, job.method) for job in jobs if job.seed == TUNING_SEED}
@@ -177,7 +183,7 @@ class Comparison:
             around = [(r, scale) for r in (rate / 2, rate * 2) if low <= r <= high]
             around += [(rate, s) for s in _neighbours(scale, scales)]
             new = [Job(task, method, r, TUNING_SEED, s) for r, s in around]
-            new = [] if self.rates else [job for job in new if job not in trials]
+            new = [job for job in new if job not in trials and (not self.rates or job.learning_rate in self.rates)]
             if not new:
                 return trials + [Job(task, method, rate, seed, scale) for seed in range(1, self.seeds + 1)]
             trials += new
@@ -241,6 +247,10 @@ def prepare(comparison: Comparison, output: Path) -> None:
         for method in comparison.methods_of(task):
             settings, known = comparison.definition.tasks[task], find_method(method)
             if isinstance(settings, CapacityTask):
+                if known.train == "adalora" or known.options.get("init_lora_weights") == EVA:
+                    raise ValueError(
+                        f"{known.name} needs the Trainer, and {task} is trained in a loop of its own. Leave it out."
+                    )
                 adapter_config(known.train, NO_HEAD, settings.steps, known.adapter(comparison.rank))
                 continue
             train_config(comparison.definition, task, known, known.rates[0], 1, comparison.rank, output)
@@ -404,28 +414,32 @@ class _Worker:
 
     def run(self, request: dict[str, Any], result: Path, log: Path) -> int:
         """The exit status of a job, which writes what it found to `result`, and what it says to `log`."""
-        if self._process is None:
-            with log.open("w", encoding="utf-8") as written:
-                # The worker ends when its end of the pipe does: with this process, however that ends.
-                self._process = subprocess.Popen(
-                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=written, text=True
-                )
-        process = self._process
+        order = json.dumps({"request": request, "result": str(result), "log": str(log)}) + "\n"
+        is_new = self._process is None
+        process = self._process or self._start(log)
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps({"request": request, "result": str(result), "log": str(log)}) + "\n")
+            process.stdin.write(order)
             process.stdin.flush()
         said = process.stdout.readline()
         if said:
             return int(said)
-        self.close()  # it has ended: the next job gets another
-        return process.returncode
+        self.close()
+        # One that has done its last job may have ended by now, as it does where there is a GPU.
+        return process.returncode if is_new else self.run(request, result, log)
+
+    def _start(self, log: Path) -> subprocess.Popen[str]:
+        with log.open("w", encoding="utf-8") as written:
+            # The worker ends when its end of the pipe does: with this process, however that ends.
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=written, text=True)
+        return self._process
 
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
-            with self._process:
+            with suppress(BrokenPipeError), self._process:
                 self._process.communicate()
             self._process = None
 

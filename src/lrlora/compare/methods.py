@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..training.config import parse_assignments, require_known
 from ..training.methods import ALPHA
+from ..tuner.config import PUBLISHED
 
 # Learning rates that are tried first; the grid grows while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -47,7 +49,9 @@ class Method:
         if not self.rank_factor:
             return dict(self.options)
         options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
-        return options if scale == 1 else {**options, ALPHA[self.train]: scale * options["r"]}
+        # rsLoRA's s is α/√r.
+        divisor = math.sqrt(options["r"]) if options.get("use_rslora") else options.get("r", 1)
+        return options if scale == 1 else {**options, ALPHA[self.train]: scale * divisor}
 
 
 # Nearly nothing of φ, or of a pattern's weights, is learned.
@@ -72,11 +76,7 @@ METHODS = {
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", _FROZEN),
     "lr-lora-gates": Method("LR-LoRA, gates λ = 0.5", "lr-lora", {"rank_penalty": 0.5}),
-    "paper": Method(
-        "the paper's form",
-        "lr-lora",
-        {"form": "sinc", "num_basis": 50, "input_gain": 1.0, "phi_lr_multiplier": 1.0},  # as LrLoraConfig.paper()
-    ),
+    "paper": Method("the paper's form", "lr-lora", PUBLISHED),
     "expansion": Method("expansion", "lr-lora", _EXPANSION),
     "expansion-frozen": Method("expansion, frozen", "lr-lora", {**_EXPANSION, **_FROZEN}),
     "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}),

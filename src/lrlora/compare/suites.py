@@ -102,12 +102,20 @@ class Suite:
             require_known("a key of a suite", name, ("model", "tasks"))
         if not content.get("model") or not isinstance(content.get("tasks"), Mapping) or not content["tasks"]:
             raise ValueError(f"A suite has a model, and tasks by name; given: {', '.join(content) or 'nothing'}.")
-        return cls(content["model"], {str(name): _task(name, task) for name, task in content["tasks"].items()})
+        suite = cls(content["model"], {str(name): _task(name, task) for name, task in content["tasks"].items()})
+        if suite.training_tasks and suite.capacity_tasks:
+            raise ValueError(
+                f"The tasks of a suite are reported together, and {', '.join(suite.capacity_tasks)} measure something "
+                f"else than {', '.join(suite.training_tasks)}. Put them into suites of their own."
+            )
+        return suite
 
 
 def _task(name: str, content: Any) -> Task | CapacityTask:
     if not isinstance(content, Mapping):
         raise ValueError(f"The task {name} must map names to values, and is {content!r}.")
+    if "kind" in content:
+        require_known("a kind of task", content["kind"], (*TASKS, *CAPACITY_KINDS))
     kind: Any = CapacityTask if content.get("kind") in CAPACITY_KINDS else Task
     for key in content:
         require_known(f"a key of the task {name}", key, [f.name for f in fields(kind)])
@@ -148,9 +156,8 @@ _PEERS = (
     "vera+r=256",
     "randlora+r=32",
 )
-# LoRA with one learned scalar, nearly the whole sign matrix, and LoRA's parameters in one module alone.
+# Nearly the whole sign matrix, and LoRA's parameters in one module alone.
 _CONTROLS = (
-    "expansion+r=1+num_terms=1",
     "expansion-frozen+r=1+num_terms=128",
     "lora+r=2+target_modules=intermediate",
     "lora+r=2+target_modules=output",

@@ -71,6 +71,8 @@ def _tabulate(
 
 def _largest_entry(A: Tensor, B: Tensor, update: _Update) -> float:
     """The largest |BA|, or a bound on it that is small enough for the smallest table; NaN if any entry is."""
+    if not A.numel() or not B.numel():
+        return 0.0
     # Cauchy and Schwarz: as good as free, and mostly enough.
     bound = (B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)).max().item()
     if update.input_gain * bound <= update.spec.interval:
@@ -80,7 +82,7 @@ def _largest_entry(A: Tensor, B: Tensor, update: _Update) -> float:
     return max(greatest.item(), -least.item())
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """The op chooses its own precision: autocast would form BA in half of it."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
@@ -148,7 +150,7 @@ def _adapted_linear(
     *settings: Any,
 ) -> Tensor:
     update = _Update.of(*settings)
-    with _without_autocast(x):
+    with without_autocast(x):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         effective = _empty_weight(x, weight, A, B)
         _write_weight(effective, weight, A, B, table, update)
@@ -181,7 +183,7 @@ def _adapted_linear_backward(
     update = _Update.of(*settings)
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
-    with _without_autocast(grad_y):
+    with without_autocast(grad_y):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         buffer = _empty_weight(x, weight, A, B)
         flat_y, flat_x = grad_y.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
@@ -239,7 +241,7 @@ _adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_
 )
 def _delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, *settings: Any) -> Tensor:
     update = _Update.of(*settings)
-    with _without_autocast(A):
+    with without_autocast(A):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         delta = A.new_empty(*B.shape[:-1], A.shape[-1])
         for out, left, right in _matrices(delta, A, B):
@@ -269,7 +271,7 @@ def _delta_weight_backward(
 ) -> list[Tensor]:
     """The gradients of the first four inputs of `delta_weight`, of those that `needs` names."""
     update = _Update.of(*settings)
-    with _without_autocast(grad):
+    with without_autocast(grad):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         parts = [
             _factor_gradients(G, left, right, table, update) for G, left, right in _matrices(grad.contiguous(), A, B)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pattern import Pattern
+from .linear import without_autocast
 
 
 def pattern_linear(x: Tensor, A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float) -> Tensor:
@@ -40,4 +41,5 @@ def pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float, bas
         (..., m, n), float32, or float64 if A or B are.
 
     """
-    return scaling * pattern.left(B, basis) @ pattern.right(A)
+    with without_autocast(A):
+        return scaling * pattern.left(B, basis) @ pattern.right(A)

@@ -21,6 +21,16 @@ _REMEDIES = {
     "lora_bias": "remove it, or train the layers' own biases with `bias='lora_only'`",
 }
 
+# What `LrLoraConfig.paper` sets.
+PUBLISHED = {
+    "form": "sinc",
+    "num_basis": 50,
+    "interval": 3.0,
+    "input_gain": 1.0,
+    "sharing": "module",
+    "phi_lr_multiplier": 1.0,
+}
+
 CARD_SECTION = """## Loading this LR-LoRA adapter
 
 The method is not part of PEFT: `pip install lrlora`, and `import lrlora` before loading. Without the import, PEFT stops
@@ -67,8 +77,7 @@ class LrLoraConfig(PeftConfig):
         num_terms: Q ≥ 1, the rank of M: ΔW has one of up to r·Q.
         pattern_weights: what of the expansion is learned: a weight per "term", per "factor" and term, or a "full"
             matrix between the terms of each factor.
-        pattern_start: "even" starts at all directions of M alike, "lora" at LoRA. Default: "even" for "expansion",
-            "lora" for "blocks".
+        pattern_start: "even" starts an expansion at all its terms alike, "lora" at LoRA, where "blocks" always starts.
         pattern_seed: of the random signs of M.
         sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
         phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ or of M learn. At LoRA's learning
@@ -112,7 +121,7 @@ class LrLoraConfig(PeftConfig):
     pattern_weights: Literal["term", "factor", "full"] = field(
         default="term", metadata={"help": "What of an expansion is learned."}
     )
-    pattern_start: Literal["even", "lora"] | None = field(default=None, metadata={"help": "Where a pattern starts."})
+    pattern_start: Literal["even", "lora"] = field(default="even", metadata={"help": "Where an expansion starts."})
     pattern_seed: int = field(default=0, metadata={"help": "Seed of the pattern's signs."})
     sharing: Literal["module", "type", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
     phi_lr_multiplier: float | None = field(
@@ -147,15 +156,7 @@ class LrLoraConfig(PeftConfig):
             ValueError: as the class does.
 
         """
-        published = {
-            "form": "sinc",
-            "num_basis": 50,
-            "interval": 3.0,
-            "input_gain": 1.0,
-            "sharing": "module",
-            "phi_lr_multiplier": 1.0,
-        }
-        return cls(**{**published, **overrides})
+        return cls(**{**PUBLISHED, **overrides})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,14 +193,19 @@ class LrLoraConfig(PeftConfig):
             _require(_is_number(value) and 0 < value < float("inf"), name, value, "a finite number > 0")
         penalty = self.rank_penalty
         _require(_is_number(penalty) and 0 <= penalty < float("inf"), "rank_penalty", penalty, "a finite number ≥ 0")
+        if penalty and self.phi_depends_on_rank:
+            raise ValueError(
+                f"rank_penalty={penalty} closes factors, and form={self.form!r} has weights for each of them "
+                f"(pattern_weights={self._weights!r}). Set it to 0, or use an expansion with weights per term."
+            )
         dropout = self.lora_dropout
         _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
         for name, value, known in (
             ("form", self.form, (*FORMS, *PATTERN_FORMS)),
             ("pattern_weights", self.pattern_weights, WEIGHTS),
-            ("pattern_start", self.pattern_start, (*STARTS, None)),
+            ("pattern_start", self.pattern_start, STARTS),
         ):
-            _require(value in known, name, value, f"one of {', '.join(map(str, known))}")
+            _require(value in known, name, value, f"one of {', '.join(known)}")
         _require(self.sharing in SHARING, "sharing", self.sharing, f"one of {', '.join(SHARING)}")
         _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "one of none, all, lora_only")
         _require(isinstance(self.init_weights, bool), "init_weights", self.init_weights, "True or False")
@@ -229,11 +235,17 @@ class LrLoraConfig(PeftConfig):
         multiplier = cast(float, self.phi_lr_multiplier)  # set above, if it was not given
         if self.form not in PATTERN_FORMS:
             return Transfer(TransferSpec(self.form, self.num_basis, self.interval, multiplier))
-        blocks = self.form == "blocks"
-        weights = "full" if blocks else self.pattern_weights
-        start = self.pattern_start or ("lora" if blocks else "even")
-        fixed = (self.form, self.num_terms, weights, start, self.pattern_seed, multiplier)
-        return Pattern(PatternSpec(*fixed), r)
+        fixed = (self.num_terms, self._weights, self.pattern_start, self.pattern_seed, multiplier)
+        return Pattern(PatternSpec(self.form, *fixed), r)
+
+    @property
+    def _weights(self) -> str:
+        return "full" if self.form == "blocks" else self.pattern_weights
+
+    @property
+    def phi_depends_on_rank(self) -> bool:
+        """Whether what `new_phi` makes fits factors of one rank alone."""
+        return self.form in PATTERN_FORMS and self._weights != "term"
 
 
 def _is_integer(value: object) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..pattern import PATTERN_FORMS, Pattern
+from ..pattern import Pattern
 from ..rank import module_type
 from ..transfer import Transfer
 from .config import LrLoraConfig, pattern_of
@@ -269,8 +269,8 @@ class LrLoraModel(BaseTuner):
     def _phi_of(self, config: LrLoraConfig, key: str, r: int) -> Transfer | Pattern:
         """The φ or pattern of the layer `key`: a new one, or that of an earlier layer it shares one with."""
         sharers = {"module": key, "type": module_type(key), "global": ""}[config.sharing]
-        if config.form in PATTERN_FORMS:
-            sharers += f", r = {r}"  # a pattern fits factors of one rank
+        if config.phi_depends_on_rank:
+            sharers += f", r = {r}"
         if sharers not in self._shared:
             self._shared[sharers] = config.new_phi(r)
         return self._shared[sharers]
