@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 from scipy.stats import spearmanr
 
 from ..files import write_whole
@@ -106,7 +106,9 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
                 "stable rank": _mean(row["stable_rank"] for run in runs for row in run["ranks"] or ()),
             }
         )
-    return pd.DataFrame(rows)
+    order = list(dict.fromkeys(row["method"] for row in rows))
+    order.sort(key=lambda name: name != "LoRA")
+    return pd.DataFrame(sorted(rows, key=lambda row: (order.index(row["method"]), row["parameters"])))
 
 
 def differences(records: Mapping[str, Record], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
@@ -195,8 +197,11 @@ def curves_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
             upper.errorbar(ordered["parameters"], ordered["loss (nats)"], ordered["std"], **style)
             lower.errorbar(ordered["seconds"], ordered["loss (nats)"], ordered["std"], linestyle="", **style)
         upper.set(xscale="log", xlabel="trainable parameters", title=task)
-        lower.set(xscale="log", xlabel="processor time of a training step, s")
-        lower.xaxis.set_minor_formatter(NullFormatter())
+        upper.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        upper.xaxis.set_major_formatter(EngFormatter(sep=""))
+        upper.xaxis.set_minor_formatter(NullFormatter())
+        lower.set(xlabel="processor time of a training step, s")
+        lower.set_xlim(left=0)
     for row in grid:
         row[0].set_ylabel("loss, nats")
     return with_legend(figure)

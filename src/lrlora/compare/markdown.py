@@ -22,8 +22,8 @@ def markdown(frame: pd.DataFrame) -> str:
 
     def show(name: object, value: object) -> str:
         digits = _DIGITS.get(str(name))
-        if isinstance(value, EquivalentRank):
-            return str(value)
+        if value is None or isinstance(value, EquivalentRank):
+            return "" if value is None else str(value)
         if isinstance(value, Interval):
             values = [show(name, part) for part in (value.value, value.low, value.high)]
             return values[0] if "" in values else f"{values[0]} ({values[1]} to {values[2]})"
