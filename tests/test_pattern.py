@@ -14,6 +14,7 @@ from lrlora.rank import effective_rank, spectrum
 
 M, N, R, Q = 40, 56, 3, 4
 KINDS: list[dict[str, Any]] = [
+    {"form": "expansion", "weights": "fixed"},
     {"form": "expansion", "weights": "term"},
     {"form": "expansion", "weights": "factor"},
     {"form": "expansion", "weights": "full"},
@@ -23,7 +24,7 @@ KINDS: list[dict[str, Any]] = [
 
 def pattern(kind: dict[str, Any], r: int = R, *, learned: bool = True, **fields: Any) -> Pattern:
     made = Pattern(PatternSpec(num_terms=Q, **{"lr_multiplier": 10.0, **kind, **fields}), r)
-    if learned:
+    if learned and made.weight is not None:
         with torch.no_grad():
             made.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     return made
@@ -64,9 +65,10 @@ def test_gradients(kind: dict[str, Any]) -> None:
     made = pattern(kind)
     x = torch.randn(5, N, dtype=torch.float64, requires_grad=True)
     target = torch.randn(5, M, dtype=torch.float64)
-    found = torch.autograd.grad((pattern_linear(x, A, B, made, scaling=0.5) * target).sum(), [x, A, B, made.weight])
+    inputs = [x, A, B, *made.parameters()]
+    found = torch.autograd.grad((pattern_linear(x, A, B, made, scaling=0.5) * target).sum(), inputs)
     reference = x @ reference_pattern_delta(A, B, made, scaling=0.5).T
-    expected = torch.autograd.grad((reference * target).sum(), [x, A, B, made.weight])
+    expected = torch.autograd.grad((reference * target).sum(), inputs)
     for actual, wanted in zip(found, expected, strict=True):
         assert (actual - wanted).norm() / wanted.norm() < 1e-5
 
@@ -76,7 +78,7 @@ def test_the_start_is_lora_or_of_full_rank() -> None:
     A, B = factors()
     blocks = pattern({"form": "blocks", "weights": "full"}, learned=False)
     assert torch.allclose(pattern_delta(A, B, blocks, scaling=1.0), B @ A, atol=1e-5)
-    for weights in ("term", "factor", "full"):
+    for weights in ("fixed", "term", "factor", "full"):
         lora = pattern({"form": "expansion", "weights": weights, "start": "lora"}, learned=False)
         assert torch.allclose(pattern_delta(A, B, lora, scaling=1.0), B @ A, atol=1e-5)
         even = pattern({"form": "expansion", "weights": weights}, learned=False)
@@ -112,7 +114,7 @@ def test_weights_stay_float32() -> None:
         with torch.random.fork_rng():
             torch.set_default_dtype(dtype)
             try:
-                assert {pattern(kind).weight.dtype for kind in KINDS} == {torch.float32}
+                assert {p.dtype for kind in KINDS for p in pattern(kind).parameters()} == {torch.float32}
             finally:
                 torch.set_default_dtype(torch.float32)
-    assert pattern(KINDS[0]).to(torch.bfloat16).weight.dtype == torch.float32
+    assert [p.dtype for p in pattern(KINDS[1]).to(torch.bfloat16).parameters()] == [torch.float32]

@@ -15,8 +15,9 @@ of rank r·Q, and is computed as one, by two thin matmuls:
                 directions at once; "lora": C_k is 1 in its first place alone, which is LoRA
     blocks      P and R tell Q blocks of rows and columns apart; C_k is full and starts at all ones, which is LoRA
                 (BoRA, arXiv:2508.06953)
-    weights     of the expansion. "term": one diagonal C for all factors, Q numbers; "factor": a diagonal C_k for each,
-                r·Q numbers; "full": a full C_k for each, r·Q² numbers
+    weights     of the expansion. "fixed": C stays as it starts, the best of them where it was measured; "term": one
+                diagonal C for all factors, Q numbers; "factor": a diagonal C_k for each, r·Q numbers; "full": a full
+                C_k for each, r·Q² numbers
 
 None of this is the paper's: it is what was found where the rank of an update binds (docs/capacity.md).
 """
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from .transfer import KeepsFloat32
 
 PATTERN_FORMS = ("expansion", "blocks")
-WEIGHTS = ("term", "factor", "full")
+WEIGHTS = ("fixed", "term", "factor", "full")
 STARTS = ("even", "lora")
 
 
@@ -56,14 +57,14 @@ class PatternSpec:
 
     form: str = "expansion"
     num_terms: int = 16
-    weights: str = "term"
+    weights: str = "fixed"
     start: str = "even"
     seed: int = 0
     lr_multiplier: float = 1.0
 
     @property
     def is_learned(self) -> bool:
-        return True
+        return self.weights != "fixed"
 
     def initial_weights(self, r: int) -> Tensor:
         """C at the start: (Q,), (r, Q) or (r, Q, Q), as `weights` says, float32."""
@@ -75,7 +76,7 @@ class PatternSpec:
             c = torch.full_like(c, q**-0.5)
         if self.weights == "full":
             return torch.diag(c).repeat(r, 1, 1)
-        return c if self.weights == "term" else c.repeat(r, 1)
+        return c.repeat(r, 1) if self.weights == "factor" else c
 
     def basis(self, size: int, side: str, device: torch.device) -> Tensor:
         """P (m, Q) for side "output" and size m, R (n, Q) for "input" and n; float32."""
@@ -89,18 +90,24 @@ class Pattern(KeepsFloat32):
     Attributes:
         spec: everything about M that is fixed.
         weight: float32 parameter of the shape of C, zero at the start: C = C⁰ + μ·weight, so that weight decay pulls
-            to the start.
+            to the start; None if C is fixed.
 
     """
+
+    weight: nn.Parameter | None
 
     def __init__(self, spec: PatternSpec, r: int) -> None:
         super().__init__()
         self.spec, self.r = spec, r
-        self.weight = nn.Parameter(torch.zeros_like(spec.initial_weights(r)))
+        weight = nn.Parameter(torch.zeros_like(spec.initial_weights(r))) if spec.is_learned else None
+        self.register_parameter("weight", weight)
 
     def weights(self) -> Tensor:
-        """C, differentiable: (Q,), (r, Q) or (r, Q, Q), float32."""
-        c = self.spec.initial_weights(self.r).to(self.weight.device) + self.spec.lr_multiplier * self.weight
+        """C, differentiable: (Q,), (r, Q) or (r, Q, Q), float32; on the CPU if it is fixed."""
+        c = self.spec.initial_weights(self.r)
+        if self.weight is None:
+            return c
+        c = c.to(self.weight.device) + self.spec.lr_multiplier * self.weight
         if self.spec.form == "blocks":
             return c
         # Of norm 1, for each factor where it has weights of its own: B has the scale. Left free, c shrank as B grew,
@@ -129,7 +136,7 @@ class Pattern(KeepsFloat32):
         """
         if basis is None:
             basis = self.spec.basis(B.shape[-2], "output", B.device)
-        c = self.weights()
+        c = self.weights().to(B.device)
         # P C_k, (..., m, r or 1, Q)
         is_full = self.spec.weights == "full"
         mixed = torch.einsum("...p,kpq->...kq", basis, c) if is_full else basis.unsqueeze(-2) * c

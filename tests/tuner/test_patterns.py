@@ -18,10 +18,12 @@ from ..conftest import TinyModel
 
 FORMS: list[dict[str, Any]] = [
     {"form": "expansion", "num_terms": 4},
+    {"form": "expansion", "num_terms": 4, "pattern_weights": "term"},
     {"form": "expansion", "num_terms": 3, "pattern_weights": "factor", "pattern_seed": 5},
     {"form": "expansion", "num_terms": 3, "pattern_weights": "full", "pattern_start": "lora"},
     {"form": "blocks", "num_terms": 4},
 ]
+TERM: dict[str, Any] = {"form": "expansion", "pattern_weights": "term"}
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form['form']}-{form.get('pattern_weights', '')}")
 
 
@@ -102,7 +104,7 @@ def test_shared_weights_are_those_of_all_layers_of_one_rank(
 
 
 def test_gates_fit_weights_per_term_alone(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    model = adapt(tiny_bert, form="expansion", rank_penalty=0.5)
+    model = adapt(tiny_bert, **TERM, rank_penalty=0.5)
     tiny_bert.train(model, 5)
     model.base_model.drop_inactive_factors()
     expected = tiny_bert.logits(model)
@@ -116,14 +118,14 @@ def test_gates_fit_weights_per_term_alone(tiny_bert: TinyModel, tmp_path: Path) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(nn.Linear(64, 48)), LrLoraConfig(r=2, target_modules=["0"], form="expansion"))
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 48)), LrLoraConfig(r=2, target_modules=["0"], **TERM))
     layer: Any = model.base_model.model[0]
     with torch.no_grad():
         layer.lrlora_B["default"].weight.normal_(0, 0.1)
     x = torch.randn(32, 64)
     delta = layer.get_delta_weight("default").double()
     half = model.to(dtype)
-    assert layer.lrlora_phi["default"].weight.dtype == torch.float32
+    assert [p.dtype for p in layer.lrlora_phi["default"].parameters()] == [torch.float32]
     with torch.no_grad():
         update = layer._update(x.to(dtype), "default").double()
     wanted = x.to(dtype).double() @ delta.T
@@ -142,7 +144,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 )
 def test_other_kinds_of_layers_use_their_update(layer: nn.Module, x: torch.Tensor) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(layer), LrLoraConfig(r=2, target_modules=["0"], form="expansion"))
+    model = get_peft_model(nn.Sequential(layer), LrLoraConfig(r=2, target_modules=["0"], **TERM))
     adapted: Any = model.base_model.model[0]
     with torch.no_grad():
         adapted.lrlora_B["default"].weight.normal_()
@@ -168,9 +170,10 @@ def test_bad_fields_are_refused(field: str, value: Any) -> None:
         LrLoraConfig(**{field: value})
 
 
-def test_compiled_without_a_graph_break() -> None:
+@forms
+def test_compiled_without_a_graph_break(form: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LrLoraConfig(r=2, target_modules=["0"], form="expansion"))
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LrLoraConfig(r=2, target_modules=["0"], **form))
     with torch.no_grad():
         model.base_model.model[0].lrlora_B["default"].weight.normal_()
     x = torch.randn(5, 8)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,8 +81,8 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
 
     """
     cells = final_runs(records)
-    lora, rows = _plain_lora(cells, task, rank), []
-    curve = lora_curve(cells, task, rank)
+    lora, curve = _plain_lora(cells, task, rank), lora_curve(cells, task, rank)
+    rows: list[dict[str, Any]] = []
     for (other, method), runs in cells.items():
         if other != task:
             continue
@@ -108,7 +109,8 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
         )
     order = list(dict.fromkeys(row["method"] for row in rows))
     order.sort(key=lambda name: name != "LoRA")
-    return pd.DataFrame(sorted(rows, key=lambda row: (order.index(row["method"]), row["parameters"])))
+    rows.sort(key=lambda row: (order.index(row["method"]), row["parameters"]))
+    return pd.DataFrame(rows)
 
 
 def differences(records: Mapping[str, Record], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:

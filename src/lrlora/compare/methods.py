@@ -54,9 +54,6 @@ class Method:
         return options if scale == 1 else {**options, ALPHA[self.train]: scale * divisor}
 
 
-# Nearly nothing of φ, or of a pattern's weights, is learned.
-_FROZEN = {"phi_lr_multiplier": 1e-9}
-_EXPANSION = {"form": "expansion"}
 METHODS = {
     "full": Method("full fine-tuning", "full", rank_factor=0, rates=_FULL_RATES),
     "lora": Method("LoRA", "lora"),
@@ -74,11 +71,11 @@ METHODS = {
     "sine": Method("fixed sine", "lr-lora", {"form": "sine"}),
     "lr-lora": Method("LR-LoRA", "lr-lora"),
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
-    "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", _FROZEN),
+    "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
     "lr-lora-gates": Method("LR-LoRA, gates λ = 0.5", "lr-lora", {"rank_penalty": 0.5}),
     "paper": Method("the paper's form", "lr-lora", PUBLISHED),
-    "expansion": Method("expansion", "lr-lora", _EXPANSION),
-    "expansion-frozen": Method("expansion, frozen", "lr-lora", {**_EXPANSION, **_FROZEN}),
+    "expansion": Method("expansion", "lr-lora", {"form": "expansion", "pattern_weights": "term"}),
+    "expansion-frozen": Method("expansion, frozen", "lr-lora", {"form": "expansion", "pattern_weights": "fixed"}),
     "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}),
 }
 MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")

@@ -50,6 +50,6 @@ def reference_pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: 
     C = pattern.weights().double()
     total = torch.zeros(len(B), A.shape[1], dtype=torch.float64, device=A.device)
     for k, (a, b) in enumerate(zip(A.double(), B.double().T, strict=True)):
-        C_k = C if pattern.spec.weights == "term" else C[k]
+        C_k = C if C.dim() == 1 else C[k]  # one for all factors, or one each
         total = total + (P @ (C_k.diag() if C_k.dim() == 1 else C_k) @ R.T) * torch.outer(b, a)
     return scaling * total

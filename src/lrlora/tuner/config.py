@@ -75,8 +75,8 @@ class LrLoraConfig(PeftConfig):
         form: the fixed part of φ: "residual", "saturating", "sinc" or "sine" (see `lrlora.transfer`). Or what takes
             the place of φ, a learned pattern M that multiplies BA: "expansion" or "blocks" (see `lrlora.pattern`).
         num_terms: Q ≥ 1, the rank of M: ΔW has one of up to r·Q.
-        pattern_weights: what of the expansion is learned: a weight per "term", per "factor" and term, or a "full"
-            matrix between the terms of each factor.
+        pattern_weights: what of the expansion is learned: nothing ("fixed"), a weight per "term", per "factor" and
+            term, or a "full" matrix between the terms of each factor.
         pattern_start: "even" starts an expansion at all its terms alike, "lora" at LoRA, where "blocks" always starts.
         pattern_seed: of the random signs of M.
         sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
@@ -118,8 +118,8 @@ class LrLoraConfig(PeftConfig):
         default="residual", metadata={"help": "Fixed part of φ, or the kind of pattern in its place."}
     )
     num_terms: int = field(default=16, metadata={"help": "Terms of the pattern: the rank is up to r times this."})
-    pattern_weights: Literal["term", "factor", "full"] = field(
-        default="term", metadata={"help": "What of an expansion is learned."}
+    pattern_weights: Literal["fixed", "term", "factor", "full"] = field(
+        default="fixed", metadata={"help": "What of an expansion is learned."}
     )
     pattern_start: Literal["even", "lora"] = field(default="even", metadata={"help": "Where an expansion starts."})
     pattern_seed: int = field(default=0, metadata={"help": "Seed of the pattern's signs."})
@@ -196,7 +196,7 @@ class LrLoraConfig(PeftConfig):
         if penalty and self.phi_depends_on_rank:
             raise ValueError(
                 f"rank_penalty={penalty} closes factors, and form={self.form!r} has weights for each of them "
-                f"(pattern_weights={self._weights!r}). Set it to 0, or use an expansion with weights per term."
+                f'(pattern_weights={self._weights!r}). Set it to 0, or take "fixed" or "term".'
             )
         dropout = self.lora_dropout
         _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
@@ -245,7 +245,7 @@ class LrLoraConfig(PeftConfig):
     @property
     def phi_depends_on_rank(self) -> bool:
         """Whether what `new_phi` makes fits factors of one rank alone."""
-        return self.form in PATTERN_FORMS and self._weights != "term"
+        return self.form in PATTERN_FORMS and self._weights in ("factor", "full")
 
 
 def _is_integer(value: object) -> bool:
