@@ -57,12 +57,8 @@ def by_seed(runs: Sequence[Record]) -> dict[int, float]:
     return {run["seed"]: run["test"]["loss"] for run in runs}
 
 
-def lora_curve(cells: Cells, task: str, rank: int) -> dict[int, dict[int, float]]:
-    """R → seed → loss, of plain LoRA."""
-    return {r: by_seed(runs) for r, runs in _plain_lora(cells, task, rank).items()}
-
-
 def _plain_lora(cells: Cells, task: str, rank: int) -> dict[int, Sequence[Record]]:
+    """R → the runs of LoRA with no other option."""
     found = {}
     for (other, method), runs in cells.items():
         known, r = find_method(method), rank_of(method, rank)
@@ -81,7 +77,8 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
 
     """
     cells = final_runs(records)
-    lora, curve = _plain_lora(cells, task, rank), lora_curve(cells, task, rank)
+    lora = _plain_lora(cells, task, rank)
+    curve = {r: by_seed(runs) for r, runs in lora.items()}
     rows: list[dict[str, Any]] = []
     for (other, method), runs in cells.items():
         if other != task:

@@ -73,7 +73,7 @@ class LrLoraConfig(PeftConfig):
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0, what scales the entries of BA to the structure of φ.
         form: the fixed part of φ: "residual", "saturating", "sinc" or "sine" (see `lrlora.transfer`). Or what takes
-            the place of φ, a learned pattern M that multiplies BA: "expansion" or "blocks" (see `lrlora.pattern`).
+            the place of φ, a pattern M that multiplies BA: "expansion" or "blocks" (see `lrlora.pattern`).
         num_terms: Q ≥ 1, the rank of M: ΔW has one of up to r·Q.
         pattern_weights: what of the expansion is learned: nothing ("fixed"), a weight per "term", per "factor" and
             term, or a "full" matrix between the terms of each factor.

@@ -30,9 +30,9 @@ _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class LrLoraLayer(nn.Module, BaseTunerLayer):
     """What every adapted layer holds, by adapter name: ΔW = (s/g)·φ(g·BA) for its weight, seen as a matrix (m, n).
 
-    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ, or the pattern that stands in its
-    place (ΔW = s·M ∘ BA), is `lrlora_phi[adapter]`, and
-    `lrlora_gate[adapter]`, if the adapter has a rank penalty, the gate that A goes through.
+    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`, and
+    `lrlora_gate[adapter]`, if the adapter has a rank penalty, the gate that A goes through. A pattern M has φ's place:
+    ΔW = s·M ∘ BA.
     """
 
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi", "lrlora_gate")
