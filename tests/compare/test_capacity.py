@@ -118,10 +118,13 @@ def test_a_folder_takes_more_tasks_but_no_other_settings(tmp_path: Path) -> None
 
     small = {"kind": "labels", "steps": 5, "batch_size": 4, "texts": 8}
     prepare(Comparison(suite(first=small), ("lora",)), tmp_path / "out")
-    prepare(Comparison(suite(second={**small, "methods": ["lora"]}), ("lora",)), tmp_path / "out")
+    both = suite(first=small, second={**small, "methods": ["lora"]})
+    prepare(Comparison(both, ("lora",)), tmp_path / "out")
     check_folder(Comparison(suite(first={**small, "methods": ["hira"]}), ("lora",)), tmp_path / "out")
     with pytest.raises(FileExistsError, match="another comparison"):
         check_folder(Comparison(suite(first={**small, "steps": 6}), ("lora",)), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="another comparison"):
+        check_folder(Comparison(suite(third=small), ("lora",)), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

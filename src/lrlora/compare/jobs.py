@@ -292,9 +292,10 @@ def _settings(comparison: Comparison) -> Any:
 
 
 def _agree(stored: Any, wanted: Any) -> bool:
-    """Whether runs of two settings can be compared: a suite may have got more tasks, but the same ones are alike."""
+    """Whether these are settings of one suite, which may have got or lost tasks in between."""
     old, new = (settings["suite"]["tasks"] for settings in (stored, wanted))
-    alike = all(old[name] == new[name] for name in old if name in new)
+    common = old.keys() & new.keys()
+    alike = len(common) == min(len(old), len(new)) and all(old[name] == new[name] for name in common)
     return bool(alike and stored["rank"] == wanted["rank"] and stored["suite"]["model"] == wanted["suite"]["model"])
 
 

@@ -136,7 +136,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the job
     suite = Suite.from_dict(json.loads(sys.argv[1]))
     while order := sys.stdin.readline():
-        if torch.cuda.is_available():  # which a fork could not use: one job, and an end
+        if torch.cuda.is_available():
+            # A forked process could not use the GPU: this one does the job itself, and ends.
             answer = os.dup(sys.stdout.fileno())
             status = _work(suite, **json.loads(order))
             os.write(answer, f"{status}\n".encode())
