@@ -69,13 +69,16 @@ def need_deepspeed() -> None:
     ("family", "way"),
     [
         *[("llama", "ddp"), ("bert", "ddp"), ("llama", "fsdp"), ("bert", "fsdp"), ("llama", "fsdp-shared")],
+        ("llama", "fsdp-expansion"),
+        pytest.param("bert", "ddp-expansion", marks=pytest.mark.slow),
         # DeepSpeed is no part of [dev]: transformers would import it in every test.
-        *[pytest.param(family, "zero3", marks=pytest.mark.slow) for family in ("llama", "bert")],
+        *[pytest.param("llama", way, marks=pytest.mark.slow) for way in ("zero3", "zero3-expansion")],
+        pytest.param("bert", "zero3", marks=pytest.mark.slow),
         *[pytest.param("minilm", way, marks=[pytest.mark.slow, pytest.mark.real]) for way in ("ddp", "fsdp")],
     ],
 )
 def test_several_processes_do_what_one_does(family: str, way: str, processes: int, tmp_path: Path) -> None:
-    if way == "zero3":
+    if way.startswith("zero3"):
         need_deepspeed()
     torchrun(processes, ROOT / "tests" / "distributed" / "train_sharded.py", family, way, tmp_path)
     alone, losses = train(family, way)

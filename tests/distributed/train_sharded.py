@@ -1,7 +1,8 @@
 """One of several processes that train a tiny model together: train_sharded.py FAMILY WAY FOLDER; started by torchrun.
 
 WAY is ddp, zero3 (DeepSpeed's), fsdp, or fsdp with groups of their own for φ: fsdp-bf16 in mixed precision, fsdp-shared
-with one φ for all layers. Writes losses, ranks and the adapter to FOLDER, from the first process.
+with one φ for all layers. With "-expansion" at the end of the first three, the form is that, which has no φ. Writes
+losses, ranks and the adapter to FOLDER, from the first process.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ def build(family: str) -> Any:
 
 def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, list[float]]:
     """The PEFT model after `STEPS` steps on batches that all processes share, and the loss of every step."""
-    sharing = "global" if way == "fsdp-shared" else "module"
-    model: Any = get_peft_model(build(family), LrLoraConfig(r=2, target_modules="all-linear", sharing=sharing))
+    options = {"sharing": "global"} if way == "fsdp-shared" else {}
+    if way.endswith("-expansion"):
+        way, options = way.removesuffix("-expansion"), {"form": "expansion", "num_terms": 4}
+    model: Any = get_peft_model(build(family), LrLoraConfig(r=2, target_modules="all-linear", **options))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # or every process would draw its own
@@ -92,9 +95,9 @@ def adamw(network: torch.nn.Module) -> torch.optim.Optimizer:
 def gather(model: Any, way: str) -> dict[str, torch.Tensor]:
     """The whole trained parameters, in every process."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if way == "ddp":
+    if way.startswith("ddp"):
         return trained
-    if way == "zero3":
+    if way.startswith("zero3"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(trained.values())):
@@ -111,7 +114,7 @@ def main() -> None:
     report = rank_report(model)
     state = gather(model, way)
     phis = [p for name, p in state.items() if "lrlora_phi" in name]
-    assert phis
+    assert bool(phis) != way.endswith("-expansion")
     assert all(phi.dtype == torch.float32 and (phi != phi.bfloat16()).any() for phi in phis)
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, [phi.tolist() for phi in phis])

@@ -10,7 +10,8 @@ import copy
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lrlora import LrLoraConfig
 from lrlora.tuner import LrLoraLayer
@@ -39,6 +41,14 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@pytest.fixture(autouse=True, params=["phi", pytest.param("expansion", marks=pytest.mark.slow)])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every behaviour is that of φ(BA) and of the form that forms no m×n matrix."""
+    if request.param == "expansion":
+        monkeypatch.setitem(globals(), "LrLoraConfig", partial(LrLoraConfig, form="expansion", num_terms=4))
+    return request.param
 
 
 def only_for(tiny: TinyModel, families: tuple[str, ...], why: str) -> None:
@@ -336,7 +346,7 @@ def test_mixed_generation(tiny: TinyModel, beams: int) -> None:
         assert torch.equal(mixed[row], alone[name][row])
 
 
-def test_requires_grad(tiny: TinyModel) -> None:
+def test_requires_grad(tiny: TinyModel, form: str) -> None:
     """`requires_grad` follows the active adapter, disabling and `inference_mode`"""
     model, _ = with_two_adapters(tiny)
     for active, idle in (("other", "default"), ("default", "other")):
@@ -344,8 +354,8 @@ def test_requires_grad(tiny: TinyModel) -> None:
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trainable
         assert all(f".{active}." in name and f".{idle}." not in name for name in trainable)
-        for part in ("lrlora_A", "lrlora_B", "lrlora_phi"):
-            assert any(part in name for name in trainable)
+        learned = ["lrlora_A", "lrlora_B"] + ["lrlora_phi"] * (form == "phi" or active == "other")
+        assert all(any(part in name for name in trainable) for part in learned)
     with model.disable_adapter():
         assert not any(p.requires_grad for p in model.parameters())
     assert any(p.requires_grad for p in model.parameters())
@@ -436,12 +446,13 @@ def test_tied_weights(tiny: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_adapter_dtype(tiny: TinyModel, autocast: bool) -> None:
+def test_adapter_dtype(tiny: TinyModel, autocast: bool, form: str) -> None:
     """`autocast_adapter_dtype` on and off, on a bfloat16 model: φ stays float32"""
     base = tiny.build().to(torch.bfloat16)
     model = get_peft_model(base, LrLoraConfig(r=4, **tiny.targets), autocast_adapter_dtype=autocast)
     dtypes = {name: p.dtype for name, p in model.named_parameters() if "lrlora_" in name}
-    assert {dtype for name, dtype in dtypes.items() if "lrlora_phi" in name} == {torch.float32}
+    if form == "phi":
+        assert {dtype for name, dtype in dtypes.items() if "lrlora_phi" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "lrlora_phi" not in name} == {
         torch.float32 if autocast else torch.bfloat16
     }
@@ -645,18 +656,43 @@ def test_export(tiny: TinyModel) -> None:
     assert relative(actual, tiny.logits(model)) <= 1e-5
 
 
-@pytest.mark.refused
-def test_functorch(tiny: TinyModel) -> None:
-    """`torch.func` transforms"""
-    model = trained(tiny, steps=1)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+def functional(model: Any, tiny: TinyModel) -> Callable[[dict[str, Tensor]], Tensor]:
+    """A loss as a function of the trained parameters."""
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         output: Any = torch.func.functional_call(model, parameters, (), tiny.inputs())
         return getattr(output, "logits", getattr(output, "last_hidden_state", output)).square().mean()
 
+    return loss
+
+
+@pytest.mark.refused
+def test_functorch(tiny: TinyModel, form: str) -> None:
+    """`torch.func` transforms of φ(BA)"""
+    if form != "phi":
+        pytest.skip("does not apply: another row")
+    model = trained(tiny, steps=1)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
     with pytest.raises(NotImplementedError, match=r"torch.func transforms .*merge_and_unload"):
-        torch.func.grad(loss)(parameters)
+        torch.func.grad(functional(model, tiny))(parameters)
+
+
+def test_functorch_of_an_expansion(tiny: TinyModel) -> None:
+    """`torch.func` transforms of an expansion"""
+    if tiny.family == "mixtral":
+        pytest.skip("does not apply: PyTorch's grouped matmul of experts has no forward mode")
+    model = trained(tiny, steps=1, form="expansion")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss = functional(model, tiny)
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    detached = {name: p.detach() for name, p in parameters.items()}
+    for actual, wanted in zip(torch.func.grad(loss)(detached).values(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+    with sdpa_kernel(SDPBackend.MATH):  # of PyTorch's own attention, the others have no forward mode
+        _, slope = torch.func.jvp(loss, (detached,), (direction,))
+    along = sum((g * d).sum() for g, d in zip(expected, direction.values(), strict=True))
+    torch.testing.assert_close(slope, along, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.refused

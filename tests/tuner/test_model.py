@@ -165,8 +165,9 @@ def test_an_offloaded_base_layer_is_respected() -> None:
     torch.testing.assert_close(model(x), expected + x @ delta.T)
 
 
-def test_an_adapter_on_an_offloaded_model_trains_and_loads(tmp_path: Path) -> None:
-    tiny, config = TinyModel("llama"), LrLoraConfig(r=2, target_modules="all-linear")
+@pytest.mark.parametrize("form", [LrLoraConfig.form, "expansion"])
+def test_an_adapter_on_an_offloaded_model_trains_and_loads(form: str, tmp_path: Path) -> None:
+    tiny, config = TinyModel("llama"), LrLoraConfig(r=2, target_modules="all-linear", form=form)
     tiny.build().save_pretrained(tmp_path / "base")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
     places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -198,10 +199,11 @@ def test_an_adapter_that_was_never_loaded_is_refused() -> None:
         model(torch.randn(5, 12))
 
 
-def test_an_offloaded_adapter_works_but_is_not_trained() -> None:
+@pytest.mark.parametrize("form", [LrLoraConfig.form, "expansion"])
+def test_an_offloaded_adapter_works_but_is_not_trained(form: str) -> None:
     from accelerate import cpu_offload
 
-    config = LrLoraConfig(r=2, target_modules=["0"], init_weights=False, rank_penalty=0.1)
+    config = LrLoraConfig(r=2, target_modules=["0"], init_weights=False, rank_penalty=0.1, form=form)
     model, x = get_peft_model(nn.Sequential(nn.Linear(12, 9)), config), torch.randn(5, 12)
     expected = model(x).detach()
     cpu_offload(model, execution_device=torch.device("cpu"))
