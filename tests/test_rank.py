@@ -78,8 +78,17 @@ def weight_of(model: Any, path: str) -> torch.Tensor:
     return model.get_submodule(path).weight.double()
 
 
-def test_report_equals_the_svd_of_merged_minus_base(tiny: TinyModel) -> None:
-    model = trained(tiny, LrLoraConfig(r=3, **tiny.targets, form="saturating"))
+CONFIGS = {
+    "φ": lambda **targets: LrLoraConfig(r=3, form="saturating", **targets),
+    "expansion": lambda **targets: LrLoraConfig(r=3, form="expansion", num_terms=4, **targets),
+    "LoRA": lambda **targets: LoraConfig(r=3, lora_alpha=6, use_rslora=True, **targets),
+    "DoRA": lambda **targets: LoraConfig(r=3, use_dora=True, **targets),
+}
+
+
+@pytest.mark.parametrize("method", ["φ", "expansion", "LoRA"])
+def test_report_equals_the_svd_of_merged_minus_base(tiny: TinyModel, method: str) -> None:
+    model = trained(tiny, CONFIGS[method](**tiny.targets))
     report = rank_report(model)
     base, merged = tiny.build(), model.merge_and_unload()
     for row in report.rows:
@@ -139,6 +148,26 @@ def test_plain_lora_is_reported_by_the_same_measures(tiny_bert: TinyModel) -> No
     assert all(0 < row.energy99_rank <= 3 for row in report.rows)
     assert all(row.curvature == row.phi_zero == 0 for row in report.rows)
     assert report.curves == {}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_updates_of_low_rank_are_measured_as_their_product_would_be(
+    tiny_bert: TinyModel, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(tiny_bert, CONFIGS[method](**tiny_bert.targets))
+    layers = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    exact = {row.module: spectrum(layers[row.module].get_delta_weight("default")) for row in rank_report(model).rows}
+    if method in ("expansion", "LoRA"):  # no m×n matrix is formed
+        for row in rank_report(model).rows:
+            monkeypatch.setattr(type(layers[row.module]), "get_delta_weight", lambda *_: 1 / 0)
+    for row in rank_report(model).rows:
+        energies = exact[row.module]
+        assert row.stable_rank == pytest.approx(stable_rank(energies), rel=1e-6)
+        assert row.effective_rank == pytest.approx(effective_rank(energies), rel=1e-4)
+        assert row.energy99_rank == energy_rank(energies, 0.99)
+        smaller = min(row.m, row.n)
+        limits = {"φ": smaller, "expansion": min(12, smaller)}
+        assert row.energy99_rank <= row.rank_limit == limits.get(method, min(3, smaller))
 
 
 def test_report_at_the_start_is_defined(tiny: TinyModel) -> None:

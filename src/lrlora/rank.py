@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .distributed import gathered, shard_owners
 from .files import require_type, write_whole
+from .ops import svd_of_product
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class RankRow:
         phi_zero: φ(0), which adds a constant matrix to ΔW.
         curvature: 1 − R² of the best straight line through φ over the entries it acts on.
         active_factors: how many of the r factors no gate has closed; None in reports from before there were gates.
+        rank_limit: the largest rank that an update of this form can have: r of LoRA, r·Q of an expansion, the smaller
+            of m and n of φ(BA); None in older reports.
 
     """
 
@@ -116,6 +119,7 @@ class RankRow:
     phi_zero: float
     curvature: float
     active_factors: int | None = None
+    rank_limit: int | None = None
 
 
 class Curve(NamedTuple):
@@ -275,38 +279,39 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
 def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Curve | None, Spectrum]]:
     """Row, curve and spectrum of each matrix of a layer: one, or one for each of its stacked experts."""
     is_learned = adapter in getattr(layer, "lrlora_phi", {})
-    deltas = layer.get_delta_weight(adapter)
-    inputs = layer.get_transfer_input(adapter) if is_learned else deltas
-    weights = _base_weight(layer)
-    r = layer.r[adapter]
-    active = layer.active_factors(adapter).view(-1, r).sum(1).tolist() if is_learned else [r] * len(deltas)
+    thin = layer.thin_factors(adapter) if is_learned else _lora_factors(layer, adapter)
+    linear = layer.linear_factors(adapter) if is_learned else None
+    deltas = layer.get_delta_weight(adapter) if thin is None else None
+    phi = layer.lrlora_phi[adapter] if is_learned else None
+    inputs = layer.get_transfer_input(adapter) if isinstance(phi, Transfer) else None
+    weights, r = _base_weight(layer), layer.r[adapter]
     parameter = getattr(layer, "parameter_name", None)
     if parameter is not None:
         path = f"{path.replace('.base_layer', '')}.{parameter}"  # wrappers of parameters are nested
-    if parameter is not None and deltas.dim() == 3:
-        names = [f"{path}.{expert}" for expert in range(len(deltas))]
-    else:
-        names, deltas, inputs = [path], deltas.unsqueeze(0), inputs.unsqueeze(0)
-        weights = None if weights is None else weights.unsqueeze(0)
-    for index, (name, delta, z) in enumerate(zip(names, deltas, inputs, strict=True)):
-        delta = delta.flatten(1)
-        if not torch.isfinite(delta).all():
-            raise ValueError(
-                f"The update of {name} holds NaN or infinite values. Training has diverged: go back to an earlier "
-                "checkpoint."
-            )
-        energies = spectrum(delta)
+    is_stack = parameter is not None and layer.get_param().dim() == 3
+    names = [f"{path}.{expert}" for expert in range(layer.num_experts)] if is_stack else [path]
+    active = layer.active_factors(adapter).view(-1, r).sum(1).tolist() if is_learned else [r] * len(names)
+    for index, name in enumerate(names):
         phi_zero, bend, curve = 0.0, 0.0, None
-        linear: list[float] = []
-        phi = layer.lrlora_phi[adapter] if is_learned else None
-        if isinstance(phi, Transfer):
-            # `phi.forward` and not `phi`: FSDP2 takes the first call of a module it has wrapped for the model's.
-            phi_zero, bend, curve = phi.forward(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
-        if is_learned:
-            scale = layer.scaling[adapter] / layer.input_gain[adapter]
-            linear = _short(_of_note(scale * _leading_singular_values(z.flatten(1), r)))
-        weight_norm = 0.0 if weights is None else weights[index].double().norm().item()
-        n, m = delta.shape if isinstance(layer.get_base_layer(), Conv1D) else delta.T.shape
+        if deltas is None:
+            U, V = _factors_of(thin, index)
+            require_finite(name, U, V)
+            energies = svd_of_product(U, V)[1].square()
+            m, n, limit = len(U), V.shape[1], len(energies)
+        else:
+            delta = (deltas[index] if is_stack else deltas).flatten(1)
+            require_finite(name, delta)
+            energies = spectrum(delta)
+            n, m = delta.shape if isinstance(layer.get_base_layer(), Conv1D) else delta.T.shape
+            limit = len(energies) if is_learned else r
+            if isinstance(phi, Transfer) and inputs is not None:
+                z = (inputs[index] if is_stack else inputs).flatten(1)
+                # `phi.forward` and not `phi`: FSDP2 takes the first call of a module it has wrapped for the model's.
+                phi_zero, bend, curve = phi.forward(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
+        plain = [] if linear is None else _short(_of_note(svd_of_product(*_factors_of(linear, index))[1]))
+        weight_norm = 0.0
+        if weights is not None:
+            weight_norm = (weights[index] if is_stack else weights).double().norm().item()
         row = RankRow(
             module=name,
             layer=layer_index(name),
@@ -323,8 +328,34 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
             phi_zero=phi_zero,
             curvature=bend,
             active_factors=active[index],
+            rank_limit=limit,
         )
-        yield row, curve, _thinned(energies.sqrt(), linear)
+        yield row, curve, _thinned(energies.sqrt(), plain)
+
+
+def _factors_of(factors: Any, index: int) -> tuple[Tensor, Tensor]:
+    """The two factors of a matrix, or of one of several that are stacked."""
+    U, V = factors
+    return (U[index], V[index]) if U.dim() == 3 else (U, V)
+
+
+def require_finite(name: str, *parts: Tensor) -> None:
+    """Raise a ValueError unless the update of a module, or all factors of it, are finite."""
+    if not all(torch.isfinite(part).all() for part in parts):
+        raise ValueError(
+            f"The update of {name} holds NaN or infinite values. Training has diverged: go back to an earlier "
+            "checkpoint."
+        )
+
+
+def _lora_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
+    """(s·B, A) of PEFT's LoRA on a linear layer; None on other layers."""
+    if hasattr(layer, "parameter_name") or adapter not in layer.lora_A:
+        return None
+    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
+        return None
+    return layer.scaling[adapter] * B.weight, A.weight
 
 
 def _base_weight(layer: Any) -> Tensor | None:
@@ -344,14 +375,6 @@ def _sample(phi: Transfer, z: Tensor) -> Curve:
     untrained = Transfer(phi.spec).to(z.device)
     counts = torch.histc(some, CURVE_POINTS - 1, start, end) if end > start else grid.new_zeros(CURVE_POINTS - 1)
     return Curve(_short(grid), _short(phi.forward(grid)), _short(untrained(grid)), _short(counts / some.numel()))
-
-
-def _leading_singular_values(matrix: Tensor, rank: int) -> Tensor:
-    """All singular values of a matrix (m, n) of at most this rank, shape (rank,): by projection, not by an SVD."""
-    matrix = matrix.double()
-    generator = torch.Generator().manual_seed(0)  # of its own: to look at a model must not change its training
-    directions = torch.randn(matrix.shape[1], rank, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    return torch.linalg.svdvals(torch.linalg.qr(matrix @ directions).Q.T @ matrix)
 
 
 def _of_note(sigma: Tensor) -> Tensor:

@@ -115,6 +115,22 @@ def test_a_large_layer_without_a_full_svd(shape: tuple[int, int], monkeypatch: p
     assert torch.equal(factorize(model, max_rank=64)[0].A, part.A)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_an_expansion_is_exported_exactly_and_never_formed(
+    train: Callable[..., Any], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = train(family, form="expansion", num_terms=4)
+    updates = deltas(model)
+    monkeypatch.setattr(LrLoraLayer, "get_delta_weight", lambda *_: 1 / 0)
+    for part in factorize(model, energy=1.0):
+        delta, layer = updates[part.module], model.get_submodule(f"base_model.model.{part.module}")
+        assert part.rank <= 2 * 4
+        assert (layer._in_layout(part.B @ part.A) - delta).norm() <= 1e-6 * delta.norm()
+    for part in factorize(model, max_rank=2):
+        best = torch.linalg.svdvals(updates[part.module].double()).square()
+        assert part.kept == pytest.approx((best[:2].sum() / best.sum()).item(), abs=1e-6)
+
+
 def test_zeros_of_the_spectrum_are_not_exported() -> None:
     model = one_layer(40, 30, r=2)
     with torch.no_grad():

@@ -9,8 +9,9 @@ By the Eckart-Young theorem the leading k singular triples of ΔW are the best a
                all modules have one shape, it is a common threshold on σ.
     max_rank   never more than this, alone or with either of them
 
-Small matrices get a full SVD, large ones a randomised one (Halko, Martinsson & Tropp 2011) that grows until it reaches
-far enough.
+An update that is a product of thin factors (an expansion's) gets a QR of both and a small SVD, and is never formed.
+Other small matrices get a full SVD, large ones a randomised one (Halko, Martinsson & Tropp 2011) that grows until it
+reaches far enough.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..rank import module_type
+from ..ops import svd_of_product
+from ..rank import module_type, require_finite
 from ..tuner import LrLoraLayer
 
 # A randomised SVD costs a few products with ΔW; from a quarter of the full rank on, the full one is no dearer.
@@ -80,15 +82,17 @@ class _Svd:
 
     def __init__(self, name: str, layer: LrLoraLayer, adapter: str) -> None:
         self.name, self.layer, self._adapter = name, layer, adapter
-        delta = self._delta()
-        if not torch.isfinite(delta).all():
-            raise ValueError(
-                f"The update of {name} holds NaN or infinite values. Training has diverged: go back to an earlier "
-                "checkpoint."
-            )
-        self.shape = m, n = delta.shape
-        self.energy = delta.double().square().sum().item()
-        self._compute(delta, _FIRST_RANK)
+        self.shape = m, n = layer.out_features, layer.in_features
+        if (thin := layer.thin_factors(adapter)) is not None:
+            require_finite(name, *thin)
+            U, sigma, V = svd_of_product(*thin)
+            self._keep(U.float(), sigma, V.float(), is_complete=True)
+            self.energy = sigma.square().sum().item()
+        else:
+            delta = self._delta()
+            require_finite(name, delta)
+            self.energy = delta.double().square().sum().item()
+            self._compute(delta, _FIRST_RANK)
         self.stable_rank = self.energy / self.sigma[0].item() ** 2 if len(self.sigma) else 0.0
         self.parameters_per_rank = m + n
 
@@ -106,15 +110,16 @@ class _Svd:
         smaller = min(delta.shape)
         if smaller <= _FULL_SVD_SIZE or rank >= smaller // _FULL_SVD_SHARE:
             U, sigma, Vh = torch.linalg.svd(delta, full_matrices=False)
-            V, self.is_complete = Vh.T, True
+            self._keep(U, sigma, Vh.T, is_complete=True)
         else:
             with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
                 torch.manual_seed(0)
                 U, sigma, V = torch.svd_lowrank(delta, rank + _OVERSAMPLING, _POWER_ITERATIONS)
-            U, sigma, V = U[:, :rank], sigma[:rank], V[:, :rank]
-            self.is_complete = False
-        is_real = sigma > smaller**0.5 * torch.finfo(sigma.dtype).eps * sigma[0]
-        self.is_complete = self.is_complete or not bool(is_real.all())
+            self._keep(U[:, :rank], sigma[:rank], V[:, :rank], is_complete=False)
+
+    def _keep(self, U: Tensor, sigma: Tensor, V: Tensor, *, is_complete: bool) -> None:
+        is_real = sigma > min(self.shape) ** 0.5 * torch.finfo(torch.float32).eps * sigma[0]
+        self.is_complete = is_complete or not bool(is_real.all())
         self._U, self._V, self.sigma = U[:, is_real], V[:, is_real], sigma[is_real].double()
 
     def truncate(self, rank: int) -> None:

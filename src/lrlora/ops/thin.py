@@ -1,7 +1,8 @@
-"""The update of a pattern, ΔW = s·U V: two thin matmuls, differentiated by autograd."""
+"""Updates that are a product of thin factors, ΔW = U V, and are never formed: those of patterns, and of plain LoRA."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,8 +24,15 @@ def pattern_linear(x: Tensor, A: Tensor, B: Tensor, pattern: Pattern, *, scaling
         (..., m), in the dtype of x, or of autocast.
 
     """
-    V, U = pattern.right(A), scaling * pattern.left(B)
+    U, V = pattern_factors(A, B, pattern, scaling=scaling)
     return F.linear(F.linear(x, V.to(x.dtype)), U.to(x.dtype))
+
+
+def pattern_factors(
+    A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """U (..., m, r·Q) and V (..., r·Q, n) with ΔW = U V, differentiable; arguments as of `pattern_delta`."""
+    return scaling * pattern.left(B, basis), pattern.right(A)
 
 
 def pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float, basis: Tensor | None = None) -> Tensor:
@@ -42,4 +50,22 @@ def pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float, bas
 
     """
     with without_autocast(A):
-        return scaling * pattern.left(B, basis) @ pattern.right(A)
+        U, V = pattern_factors(A, B, pattern, scaling=scaling, basis=basis)
+        return U @ V
+
+
+def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triples of U V, which is not formed: by QR of both, and the SVD of a small matrix.
+
+    Args:
+        U: (m, k).
+        V: (k, n).
+
+    Returns:
+        Left singular vectors (m, l), singular values (l,), descending, and right singular vectors (n, l), float64;
+        l is the smallest of m, k and n.
+
+    """
+    left, right = torch.linalg.qr(U.detach().double()), torch.linalg.qr(V.detach().double().T)
+    P, sigma, Qh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    return left.Q @ P, sigma, right.Q @ Qh.T

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import adapted_linear, delta_weight, pattern_delta, pattern_linear
+from ..ops import adapted_linear, delta_weight, pattern_delta, pattern_factors, pattern_linear
 from ..pattern import Pattern
 from ..transfer import Transfer
 from .config import LrLoraConfig
@@ -126,6 +126,18 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if isinstance(phi, Pattern):
             return self._in_layout(pattern_delta(A, B, phi, scaling=scaling))
         return self._in_layout(delta_weight(A, B, phi, scaling=scaling, input_gain=gain))
+
+    @torch.no_grad()
+    def linear_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """(s·B, A), of what plain LoRA would make of the same factors: (..., m, r) and (..., r, n)."""
+        A, B, _ = self._factors(adapter)
+        return self.scaling[adapter] * B, A
+
+    @torch.no_grad()
+    def thin_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """U (..., m, r·Q) and V (..., r·Q, n) of ΔW = U V, seen as a matrix; None where φ may make it of full rank."""
+        A, B, phi = self._factors(adapter)
+        return pattern_factors(A, B, phi, scaling=self.scaling[adapter]) if isinstance(phi, Pattern) else None
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
