@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -80,34 +81,41 @@ def trials(method: str) -> list[Record]:
     return [{**trial, "learning_rate": rate} for trial, (rate, _) in zip(made, places, strict=True)]
 
 
+def climb(comparison: Comparison, criterion: Callable[[Job], float]) -> tuple[dict[str, Record], list[Job]]:
+    """The trials that a comparison asks for, in turn, and the seeds that follow them."""
+    finished: dict[str, Record] = {}
+    while True:
+        missing = [job for job in comparison.plan(finished) if job.name not in finished]
+        if missing[0].seed != TUNING_SEED:
+            return finished, missing
+        finished |= filed(
+            [
+                record(job.task, job.method, job.seed, criterion(job), scale=job.scale)
+                | {"learning_rate": job.learning_rate}
+                for job in missing
+            ]
+        )
+
+
 def test_rate_and_scale_are_tuned_until_the_best_is_inside() -> None:
     comparison = Comparison("capacity", ("lora+r=1",), 2, tasks=("labels",))
     task = comparison.definition.capacity_tasks["labels"]
-
-    def criterion(rate: float, scale: float) -> float:
-        return abs(math.log2(rate / 4e-2)) + abs(math.log2(scale / 16))
-
-    finished: dict[str, Record] = {}
-    for _ in range(20):
-        missing = [job for job in comparison.plan(finished) if job.name not in finished]
-        if not missing or missing[0].seed != TUNING_SEED:
-            break
-        made = [
-            record(job.task, job.method, job.seed, criterion(job.learning_rate, job.scale), scale=job.scale)
-            | {"learning_rate": job.learning_rate}
-            for job in missing
-        ]
-        finished |= filed(made)
+    finished, missing = climb(
+        comparison, lambda job: abs(math.log2(job.learning_rate / 4e-2)) + abs(math.log2(job.scale / 16))
+    )
     assert [(job.learning_rate, job.scale, job.seed) for job in missing] == [(4e-2, 16.0, 1), (4e-2, 16.0, 2)]
     tried = {(r["learning_rate"], r["scale"]) for r in finished.values()}
     assert {(2e-2, 16.0), (8e-2, 16.0), (4e-2, 4.0), (4e-2, 64.0)} <= tried
     assert len(tried) < 3 * len(task.scales)  # not the whole grid
 
 
-def test_a_method_without_a_scale_is_tuned_by_rate_alone() -> None:
+def test_a_method_without_a_scale_is_tuned_by_rate_alone_and_higher() -> None:
     plan = Comparison("capacity", ("hira+r=1", "lora+r=1+lora_alpha=2"), 1, tasks=("german",)).plan({})
     assert {job.scale for job in plan if job.method == "hira+r=1"} == {1.0}
     assert {job.scale for job in plan if job.method != "hira+r=1"} == {1.0}
+    hira = Comparison("capacity", ("hira+r=1",), 1, tasks=("german",))
+    _, missing = climb(hira, lambda job: abs(math.log2(job.learning_rate / 0.32)))
+    assert [job.learning_rate for job in missing] == [0.32]
 
 
 def test_a_folder_takes_more_tasks_but_no_other_settings(tmp_path: Path) -> None:

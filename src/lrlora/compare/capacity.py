@@ -35,7 +35,7 @@ from ..pattern import Pattern
 from ..rank import rank_report
 from ..training.config import require_known
 from ..training.inputs import MINILM, checkpoint
-from ..training.methods import NO_HEAD, adapter_config
+from ..training.methods import ALPHA, NO_HEAD, adapter_config
 from ..training.tasks import MOVIE_REVIEW_TASK
 from .byte_model import base_model, mean_loss, sample_batch
 from .corpora import load_corpus
@@ -61,7 +61,8 @@ class CapacityTask:
         texts, classes: of "labels".
         corpus: of "transfer".
         methods: what is trained on it unless asked for otherwise.
-        rates: learning rates that adapters try first; full fine-tuning tries a tenth of them.
+        rates: learning rates that adapters try first. Full fine-tuning tries a tenth of them, and adapters without a
+            scale, HiRA and VeRA, eight times as much: the rate alone has to do what both do for the others.
         scales: values of s = α/r that may be tried, the first at first.
 
     Raises:
@@ -91,7 +92,9 @@ class CapacityTask:
 
     def first_rates(self, method: Method) -> tuple[float, ...]:
         """The learning rates that a method tries first."""
-        return tuple(rate / 10 for rate in self.rates) if method.train == "full" else self.rates
+        if method.train == "full":
+            return tuple(rate / 10 for rate in self.rates)
+        return self.rates if method.train in ALPHA else tuple(8 * rate for rate in self.rates)
 
 
 class LabelModel(nn.Module):
