@@ -141,6 +141,22 @@ def test_export_merge_and_rank_pattern(adapter: Path, tmp_path: Path) -> None:
     assert any("lora_A" in name for name, _ in plain.named_parameters())
 
 
+def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    tiny_bert.build().save_pretrained(tmp_path / "base")
+    base = type(tiny_bert.build()).from_pretrained(tmp_path / "base")
+    config = LrLoraConfig(r=1, form="expansion", num_terms=4, target_modules=["query", "value"])
+    model = get_peft_model(base, config)
+    tiny_bert.train(model, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert " limit " in run("ranks", tmp_path / "adapter").output
+    result = run("export", tmp_path / "adapter", "--energy", "1", "--out", tmp_path / "exact")
+    assert result.exit_code == 0, result.output
+    # Four modules of 32 × 32.
+    assert "Parameters: 256 as trained, 1,024 as LoRA without loss, 1,024 as exported." in result.output
+    result = run("export", tmp_path / "adapter", "--max-rank", "2", "--out", tmp_path / "small")
+    assert "Parameters: 256 as trained, 1,024 as LoRA without loss, 512 as exported." in result.output
+
+
 def test_rank_pattern_prints_json_alone_beside_its_table(adapter: Path) -> None:
     result = run("rank-pattern", adapter, "--max-rank", "2")
     assert LoraConfig(**json.loads(result.output[result.output.index("{") :])).r == 2

@@ -348,11 +348,23 @@ def export(
             check_names(model)
         factors = factorize(model, **wish, progressbar=True)
         console.print(factors_table(factors, escape(f"LoRA for {adapter}")))
+        console.print(_sizes(model, sum(part.parameters for part in factors)), highlight=False)
         save_as_lora(factors, adapter, output, dtype=precision, pad=pad)
         size = sum(file.stat().st_size for file in output.iterdir())
         console.print(escape(f"LoRA adapter: {output}, {size / 2**20:.2f} MiB"), highlight=False)
         if check:
             _print_difference(adapter, output)
+
+
+def _sizes(model: Any, exported: int) -> str:
+    from .export.factorize import exact_parameters
+    from .tuner import LrLoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LrLoraLayer)]
+    trained = sum(p.numel() for layer in layers for name in layer.lrlora_A for p in layer.adapter_parameters(name))
+    exact = exact_parameters(model)
+    without_loss = "" if exact is None else f", {exact:,} as LoRA without loss"
+    return f"Parameters: {trained:,} as trained{without_loss}, {exported:,} as exported."
 
 
 def _print_difference(adapter: str, output: Path) -> None:

@@ -157,6 +157,16 @@ def parameters_of_rank(model: nn.Module, rank: int) -> int:
     return rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 
+def exact_parameters(model: nn.Module, adapter: str | None = None) -> int | None:
+    """What plain LoRA takes that loses nothing of an expansion, r·Q ranks a module; None if φ(BA) has no such rank."""
+    total = 0
+    for _, layer, name in _linear_layers(model, adapter):
+        if (thin := layer.thin_factors(name)) is None:
+            return None
+        total += min(thin[1].shape[0], layer.out_features, layer.in_features) * (layer.out_features + layer.in_features)
+    return total
+
+
 @torch.no_grad()
 def factorize(
     model: nn.Module,
