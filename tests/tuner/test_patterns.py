@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 
 import lrlora
@@ -131,6 +132,28 @@ def test_half_precision(dtype: torch.dtype) -> None:
     wanted = x.to(dtype).double() @ delta.T
     assert (update - wanted).norm() / wanted.norm() < 0.02
     assert half(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_as_near_as_the_same_update_as_lora(dtype: torch.dtype, autocast: bool) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Linear(512, 384).to(dtype), torch.randn(256, 512).to(dtype)
+    model = get_peft_model(nn.Sequential(copy.deepcopy(base)), LrLoraConfig(r=2, target_modules=["0"], **TERM))
+    lora = get_peft_model(nn.Sequential(base), LoraConfig(r=32, lora_alpha=32, target_modules=["0"]))
+    ours, theirs = model.base_model.model[0], lora.base_model.model[0]
+    with torch.no_grad():
+        ours.lrlora_B["default"].weight.normal_(0, 0.04)
+        U, V = ours.thin_factors("default")
+        theirs.lora_A["default"].weight.copy_(V)
+        theirs.lora_B["default"].weight.copy_(U)
+        update = x.double() @ ours.get_delta_weight("default").double().T
+        errors = []
+        for layer in (ours, theirs):
+            with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+                found = layer(x).double() - layer.base_layer(x).double()
+            errors.append((found - update).norm() / update.norm())
+    assert errors[0] <= 1.02 * errors[1] < 0.1
 
 
 @pytest.mark.parametrize(

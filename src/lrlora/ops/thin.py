@@ -21,11 +21,12 @@ def pattern_linear(x: Tensor, A: Tensor, B: Tensor, pattern: Pattern, *, scaling
         scaling: s.
 
     Returns:
-        (..., m), in the dtype of x, or of autocast.
+        (..., m), in the wider of the dtypes of x and A, as in PEFT's LoRA, or in that of autocast.
 
     """
     U, V = pattern_factors(A, B, pattern, scaling=scaling)
-    return F.linear(F.linear(x, V.to(x.dtype)), U.to(x.dtype))
+    dtype = torch.promote_types(x.dtype, A.dtype)
+    return F.linear(F.linear(x.to(dtype), V.to(dtype)), U.to(dtype))
 
 
 def pattern_factors(

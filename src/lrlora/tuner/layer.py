@@ -262,7 +262,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         for adapter in adapters:
             # Token ids have no dropout: as in PEFT, an embedding ignores it.
             seen = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
-            result = result + (self.weights[adapter] * self._update(seen, adapter)).to(result.dtype)
+            # Rounded once, after the sum.
+            result = (result + self.weights[adapter] * self._update(seen, adapter)).to(result.dtype)
         return result
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
