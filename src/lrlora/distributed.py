@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def fully_shard_phi(model: nn.Module, **options: Any) -> None:
     """Shard every φ with FSDP2 as a group of its own, which stays float32 under mixed precision around it.
 
+    Nothing is done where φ has no parameters: the forms "sine", and "expansion" with fixed weights.
+
     Called before `fully_shard` on the layers and the model, which then leave φ alone:
 
         fully_shard_phi(model, mesh=mesh)
@@ -35,19 +37,18 @@ def fully_shard_phi(model: nn.Module, **options: Any) -> None:
         options: of `fully_shard`, such as `mesh`; not `mp_policy`, which is what φ has to be spared.
 
     Raises:
-        ValueError: the model has no φ with learned parameters.
+        ValueError: the model has no LR-LoRA adapter.
 
     """
     from torch.distributed.fsdp import fully_shard
 
-    transfers = [
-        module for module in model.modules() if isinstance(module, (Transfer, Pattern)) and module.spec.is_learned
-    ]
+    transfers = [module for module in model.modules() if isinstance(module, (Transfer, Pattern))]
     if not transfers:
-        raise ValueError("The model has no φ to shard: add an LR-LoRA adapter with a learned φ before.")
+        raise ValueError("The model has no φ to shard: add an LR-LoRA adapter before.")
     for transfer in transfers:
-        # Its few numbers stay gathered from their first use to the end of the backward, which needs them again.
-        fully_shard(transfer, reshard_after_forward=False, **options)
+        if transfer.spec.is_learned:
+            # Its few numbers stay gathered from their first use to the end of the backward, which needs them again.
+            fully_shard(transfer, reshard_after_forward=False, **options)
 
 
 def shard_owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:

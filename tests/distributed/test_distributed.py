@@ -22,6 +22,7 @@ from transformers import BertConfig, BertModel
 
 from lrlora import RankReport, rank_report
 from lrlora.training.config import TrainConfig
+from lrlora.training.sharding import check_sharding
 from lrlora.training.train import train as train_run
 
 from ..conftest import TinyModel
@@ -327,6 +328,24 @@ def test_a_diverged_run_that_is_sharded_says_where(way: str, settings: dict[str,
     command = [*accelerate(way, 2, *options), str(tmp_path / "run.yaml"), "--batch-size=4"]
     said = launch(*command, fails=True)
     assert re.search(r"Training has diverged: at step \d .*gradients hold NaN", said), said[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("environment", "adapter"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}, {}),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"sharing": "global"}),
+    ],
+)
+def test_a_form_without_parameters_of_its_own_is_sharded_like_lora(
+    environment: dict[str, str], adapter: dict[str, str], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lrlora.training.sharding.find_spec", lambda name: name)
+    check_sharding(TrainConfig.from_dict(settings | {"adapter": {**adapter, "form": "expansion"}}))
+    with pytest.raises(ValueError, match=r"φ|sharing"):
+        check_sharding(TrainConfig.from_dict(settings | {"adapter": adapter}))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import read_json
+from ..tuner import LrLoraConfig
 from .config import TrainConfig
 from .methods import EVA
 
@@ -30,7 +31,7 @@ def check_sharding(config: TrainConfig) -> None:
         raise ValueError("The run is to be sharded by DeepSpeed, which is not installed: pip install deepspeed")
     precision = next((name for name in ("bf16", "fp16") if config.training.get(name)), None)
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if deepspeed and precision != "no" and config.method == "lr-lora":
+    if deepspeed and precision != "no" and _learns_phi(config):
         raise ValueError(
             f"DeepSpeed's {precision} would make φ {precision} too. Leave the mixed precision out, and put "
             '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} into DeepSpeed\'s configuration.'
@@ -44,11 +45,17 @@ def check_sharding(config: TrainConfig) -> None:
             f"adapter: rank_penalty={config.adapter['rank_penalty']!r} needs the factors whole, and "
             f"{'FSDP2' if fsdp else 'ZeRO'} shards them. Leave it out, or train without sharding."
         )
-    if fsdp and config.adapter.get("sharing", "module") != "module":
+    if fsdp and config.adapter.get("sharing", "module") != "module" and _learns_phi(config):
         raise ValueError(
             f"adapter: sharing={config.adapter['sharing']!r} cannot be sharded here: FSDP2 does not know parameters "
             "that several of its groups have. Leave it out, or use lrlora.fully_shard_phi in a script of your own."
         )
+
+
+def _learns_phi(config: TrainConfig) -> bool:
+    """Whether there are parameters of φ, or of a pattern, that have to stay float32 and whole."""
+    fields = {name: config.adapter[name] for name in ("form", "pattern_weights") if name in config.adapter}
+    return config.method == "lr-lora" and LrLoraConfig(**fields).new_phi(r=1).spec.is_learned
 
 
 def _is_asked_for(config: TrainConfig, name: str) -> bool:
