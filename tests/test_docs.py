@@ -105,7 +105,6 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
         ("half_precision", "speed.md"),
         ("export", "export.md"),
         ("rank_pattern", "export.md"),
-        ("gates", "settings.md"),
     ],
 )
 def test_the_tables_of_benchmarks_are_the_stored_ones(benchmark: str, name: str) -> None:

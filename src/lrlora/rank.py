@@ -98,7 +98,6 @@ class RankRow:
         relative_norm: ‖ΔW‖_F / ‖W0‖_F; None where W0 is zero or not at hand.
         phi_zero: φ(0), which adds a constant matrix to ΔW.
         curvature: 1 − R² of the best straight line through φ over the entries it acts on.
-        active_factors: how many of the r factors no gate has closed; None in reports from before there were gates.
         rank_limit: the largest rank that an update of this form can have: r of LoRA, r·Q of an expansion, the smaller
             of m and n of φ(BA); None in older reports.
 
@@ -118,7 +117,6 @@ class RankRow:
     relative_norm: float | None
     phi_zero: float
     curvature: float
-    active_factors: int | None = None
     rank_limit: int | None = None
 
 
@@ -193,6 +191,8 @@ class RankReport:
             curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
             # Reports from before there were spectra have none.
             spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
+            for row in content["rows"]:
+                row.pop("active_factors", None)  # of reports from when there were gates
             report = cls([RankRow(**row) for row in content["rows"]], curves, spectra)
             report.require_numbers()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -290,7 +290,6 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
         path = f"{path.replace('.base_layer', '')}.{parameter}"  # wrappers of parameters are nested
     is_stack = parameter is not None and layer.get_param().dim() == 3
     names = [f"{path}.{expert}" for expert in range(layer.num_experts)] if is_stack else [path]
-    active = layer.active_factors(adapter).view(-1, r).sum(1).tolist() if is_learned else [r] * len(names)
     for index, name in enumerate(names):
         phi_zero, bend, curve = 0.0, 0.0, None
         if deltas is None:
@@ -327,7 +326,6 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
             relative_norm=energies.sum().sqrt().item() / weight_norm if weight_norm > 0 else None,
             phi_zero=phi_zero,
             curvature=bend,
-            active_factors=active[index],
             rank_limit=limit,
         )
         yield row, curve, _thinned(energies.sqrt(), plain)

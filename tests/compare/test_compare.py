@@ -458,9 +458,9 @@ def test_every_method_runs_on_a_real_model(tmp_path: Path) -> None:
 
 
 def test_methods_with_other_options() -> None:
-    method = find_method("lr-lora+num_basis=50+rank_penalty=0.3")
-    assert method.name == "LR-LoRA, num_basis=50, rank_penalty=0.3"
-    assert method.adapter(4) == {"r": 4, "num_basis": 50, "rank_penalty": 0.3}
+    method = find_method("lr-lora+num_basis=50+interval=2")
+    assert method.name == "LR-LoRA, num_basis=50, interval=2"
+    assert method.adapter(4) == {"r": 4, "num_basis": 50, "interval": 2}
     assert find_method("lora+r=1").adapter(4) == {"r": 1}
     with pytest.raises(ValueError, match="name=value"):
         find_method("lora+r")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftConfig
 
 from lrlora import LrLoraConfig
 from lrlora.transfer import TransferSpec
@@ -109,3 +113,19 @@ def test_overrides_win_over_the_published_values_and_are_checked() -> None:
     assert LrLoraConfig.paper(num_basis=9, input_gain=300.0).new_phi(4).spec == TransferSpec("sinc", 9, 3.0, 1.0)
     with pytest.raises(ValueError, match=r"num_basis must be .*, and is 1"):
         LrLoraConfig.paper(num_basis=1)
+
+
+def test_gates_are_gone_and_adapters_saved_without_them_load(tmp_path: Path) -> None:
+    config = LrLoraConfig(r=3, target_modules=["query"])
+    config.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert "rank_penalty" not in saved
+    file.write_text(json.dumps({**saved, "rank_penalty": 0.0}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PeftConfig.from_pretrained(str(tmp_path)) == config
+    file.write_text(json.dumps({**saved, "rank_penalty": 0.5}))
+    for attempt in (lambda: PeftConfig.from_pretrained(str(tmp_path)), lambda: LrLoraConfig(rank_penalty=0.5)):
+        with pytest.raises(ValueError, match=r"rank_penalty=0.5: gates are gone.*export"):
+            attempt()

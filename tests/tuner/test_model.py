@@ -203,7 +203,7 @@ def test_an_adapter_that_was_never_loaded_is_refused() -> None:
 def test_an_offloaded_adapter_works_but_is_not_trained(form: str) -> None:
     from accelerate import cpu_offload
 
-    config = LrLoraConfig(r=2, target_modules=["0"], init_weights=False, rank_penalty=0.1, form=form)
+    config = LrLoraConfig(r=2, target_modules=["0"], init_weights=False, form=form)
     model, x = get_peft_model(nn.Sequential(nn.Linear(12, 9)), config), torch.randn(5, 12)
     expected = model(x).detach()
     cpu_offload(model, execution_device=torch.device("cpu"))

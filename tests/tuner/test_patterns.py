@@ -104,18 +104,6 @@ def test_shared_weights_are_those_of_all_layers_of_one_rank(
     assert (shared[2] == shared[3]) == (weights == "term")
 
 
-def test_gates_fit_weights_per_term_alone(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    model = adapt(tiny_bert, **TERM, rank_penalty=0.5)
-    tiny_bert.train(model, 5)
-    model.base_model.drop_inactive_factors()
-    expected = tiny_bert.logits(model)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(tiny_bert.logits(PeftModel.from_pretrained(tiny_bert.build(), tmp_path).eval()), expected)
-    for fields in ({"form": "blocks"}, {"form": "expansion", "pattern_weights": "factor"}):
-        with pytest.raises(ValueError, match="rank_penalty"):
-            LrLoraConfig(rank_penalty=0.5, **fields)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

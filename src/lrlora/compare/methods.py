@@ -72,7 +72,6 @@ METHODS = {
     "lr-lora": Method("LR-LoRA", "lr-lora"),
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
-    "lr-lora-gates": Method("LR-LoRA, gates λ = 0.5", "lr-lora", {"rank_penalty": 0.5}),
     "paper": Method("the paper's form", "lr-lora", PUBLISHED),
     "expansion": Method("expansion", "lr-lora", {"form": "expansion", "pattern_weights": "term"}),
     "expansion-frozen": Method("expansion, frozen", "lr-lora", {"form": "expansion", "pattern_weights": "fixed"}),
@@ -82,7 +81,7 @@ MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
 
 
 def find_method(key: str) -> Method:
-    """A method of `METHODS`, or one with other options: `lr-lora+num_basis=50+rank_penalty=0.3`.
+    """A method of `METHODS`, or one with other options: `lr-lora+num_basis=50+interval=2`.
 
     Raises:
         ValueError: there is no such method, or an option is not name=value.

@@ -98,7 +98,7 @@ def _peak_mib() -> float:
 def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
     if report is None:
         return None
-    names = ("module", "type", "kind", "r", "active_factors", "stable_rank", "energy90_rank", "energy99_rank")
+    names = ("module", "type", "kind", "r", "stable_rank", "energy90_rank", "energy99_rank")
     return [{name: getattr(row, name) for name in names} for row in report.rows]
 
 

@@ -29,7 +29,6 @@ MEASURES = {
     "energy99_rank": (LABELS["energy99_rank"], 0, "how many directions hold 99 % of ‖ΔW‖²"),
     "relative_norm": ("size of the update, %", 2, "‖ΔW‖ in % of ‖W₀‖"),
     "curvature": ("curvature of φ", 3, "share of φ that no straight line explains"),
-    "active_factors": ("open factors", 0, "factors that no gate has closed"),
 }
 _IN_PERCENT = ("relative_norm",)
 # Records over training, and points of a curve, that a page shows at most: more cannot be told apart, but weigh.
@@ -97,7 +96,7 @@ def _in_script(content: Any) -> str:
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [asdict(row) for run in runs for report in _all_reports(run) for row in report.rows]
-    keys = [key for key in MEASURES if any(_is_told(row, key) for row in rows)]
+    keys = [key for key in MEASURES if any(row[key] is not None for row in rows)]
     measures = [
         {"key": key, **dict(zip(("label", "digits", "about"), MEASURES[key], strict=True))}
         | {"factor": 100 if key in _IN_PERCENT else 1}
@@ -172,8 +171,3 @@ def _in_order(report: RankReport, keys: list[str], modules: list[str]) -> list[l
     """The values of some modules, in this order; None for a module that the report does not have."""
     rows = {row["module"]: row for row in _rows(report, keys)}
     return [[rows[module][key] if module in rows else None for key in keys] for module in modules]
-
-
-def _is_told(row: dict[str, Any], key: str) -> bool:
-    """Whether a value says something: that all factors are open says nothing."""
-    return row[key] is not None and not (key == "active_factors" and row[key] == row["r"])

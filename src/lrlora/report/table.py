@@ -9,7 +9,6 @@ from ..rank import RankReport, RankRow
 
 _COLUMNS = {
     "r": "r",
-    "active_factors": "open",
     "rank_limit": "limit",
     "stable_rank": "stable",
     "effective_rank": "effect.",
@@ -23,18 +22,15 @@ _CAPTION = (
     "Ranks of ΔW: stable, effective, and how many directions hold 90 % and 99 % of its energy. ‖ΔW‖ in % of ‖W0‖. "
     "curv.: share of φ that no straight line explains."
 )
-_GATES = " open: factors that no gate has closed."
 _LIMIT = " limit: the largest rank that an update of this form can have."
 
 
 def rank_table(report: RankReport, title: str) -> Table:
     """All rows of the report, then the mean by kind. Readable from 80 columns on."""
-    has_gates = any(row.active_factors not in (None, row.r) for row in report.rows)
     # Of LoRA the limit is r, of φ(BA) that of any matrix.
     has_limit = any(row.rank_limit not in (None, row.r, min(row.m, row.n)) for row in report.rows)
-    hidden = {name for name, is_told in (("active_factors", has_gates), ("rank_limit", has_limit)) if not is_told}
-    columns = {name: heading for name, heading in _COLUMNS.items() if name not in hidden}
-    caption = _CAPTION + (_GATES if has_gates else "") + (_LIMIT if has_limit else "")
+    columns = {name: heading for name, heading in _COLUMNS.items() if has_limit or name != "rank_limit"}
+    caption = _CAPTION + (_LIMIT if has_limit else "")
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 0), False
     table.add_column("module", overflow="fold")

@@ -40,11 +40,6 @@ def check_sharding(config: TrainConfig) -> None:
         raise ValueError("AdaLoRA needs gradients and factors whole, and they are sharded. Take another method.")
     if deepspeed and config.adapter.get("init_lora_weights") == EVA:
         raise ValueError("EVA starts from the inputs of whole layers, and DeepSpeed loads parts of them. Use FSDP2.")
-    if (fsdp or deepspeed) and config.adapter.get("rank_penalty"):
-        raise ValueError(
-            f"adapter: rank_penalty={config.adapter['rank_penalty']!r} needs the factors whole, and "
-            f"{'FSDP2' if fsdp else 'ZeRO'} shards them. Leave it out, or train without sharding."
-        )
     if fsdp and config.adapter.get("sharing", "module") != "module" and _learns_phi(config):
         raise ValueError(
             f"adapter: sharing={config.adapter['sharing']!r} cannot be sharded here: FSDP2 does not know parameters "

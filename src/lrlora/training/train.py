@@ -247,9 +247,7 @@ def _finish(
         _wait_for_all(trainer.args)
         return result
     if report is not None:
-        report.to_json(output / REPORT_FILE)  # which tells of closed factors too
-    if config.method == "lr-lora" and state is None:
-        model.base_model.drop_inactive_factors()
+        report.to_json(output / REPORT_FILE)
     with replacing_files(output) as partial:
         model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)

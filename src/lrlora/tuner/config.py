@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -82,9 +82,6 @@ class LrLoraConfig(PeftConfig):
         sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
         phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ or of M learn. At LoRA's learning
             rates, 1 leaves φ straight and the rank at r; 10 lets both move. Default: 10, or 1 for a pattern.
-        rank_penalty: λ ≥ 0. Above 0, every factor gets a gate, and those that the loss does not hold up are closed: a
-            factor of average size survives if more than this share of the optimizer's steps hold it (see
-            `lrlora.tuner.gate`). `model.base_model.drop_inactive_factors()` removes closed ones before saving.
         format_version: version of the saved format; written by lrlora, not to be set.
 
     Raises:
@@ -127,7 +124,7 @@ class LrLoraConfig(PeftConfig):
     phi_lr_multiplier: float | None = field(
         default=None, metadata={"help": "Learning-rate multiplier of φ; 10, or 1 of a pattern."}
     )
-    rank_penalty: float = field(default=0.0, metadata={"help": "Above 0, gates close factors that do not help."})
+    rank_penalty: InitVar[float] = 0.0  # of adapters saved while there were gates: 0 in nearly all
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
@@ -158,8 +155,13 @@ class LrLoraConfig(PeftConfig):
         """
         return cls(**{**PUBLISHED, **overrides})
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, rank_penalty: float) -> None:
         super().__post_init__()
+        if rank_penalty:
+            raise ValueError(
+                f"rank_penalty={rank_penalty}: gates are gone, which made no adapter better. Leave it out: "
+                "For a smaller adapter lower r, or compress the trained one with lrlora export."
+            )
         self.peft_type = PeftType("LRLORA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         if self.phi_lr_multiplier is None:
@@ -191,13 +193,6 @@ class LrLoraConfig(PeftConfig):
         ]
         for name, value in [*positive, *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
             _require(_is_number(value) and 0 < value < float("inf"), name, value, "a finite number > 0")
-        penalty = self.rank_penalty
-        _require(_is_number(penalty) and 0 <= penalty < float("inf"), "rank_penalty", penalty, "a finite number ≥ 0")
-        if penalty and self.phi_depends_on_rank:
-            raise ValueError(
-                f"rank_penalty={penalty} closes factors, and form={self.form!r} has weights for each of them "
-                f'(pattern_weights={self._weights!r}). Set it to 0, or take "fixed" or "term".'
-            )
         dropout = self.lora_dropout
         _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
         for name, value, known in (

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from ..ops import adapted_linear, delta_weight, pattern_delta, pattern_factors, 
 from ..pattern import Pattern
 from ..transfer import Transfer
 from .config import LrLoraConfig
-from .gate import Gate
 
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,12 +29,11 @@ _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class LrLoraLayer(nn.Module, BaseTunerLayer):
     """What every adapted layer holds, by adapter name: ΔW = (s/g)·φ(g·BA) for its weight, seen as a matrix (m, n).
 
-    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`, and
-    `lrlora_gate[adapter]`, if the adapter has a rank penalty, the gate that A goes through. A pattern M has φ's place:
-    ΔW = s·M ∘ BA.
+    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`. A
+    pattern M has φ's place: ΔW = s·M ∘ BA.
     """
 
-    adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi", "lrlora_gate")
+    adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
     other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "lrlora_dropout")
 
     weight_name = "weight"  # of the base layer's parameter that is adapted
@@ -60,7 +58,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.lrlora_A = nn.ModuleDict()
         self.lrlora_B = nn.ModuleDict()
         self.lrlora_phi = nn.ModuleDict()
-        self.lrlora_gate = nn.ModuleDict()
         self.lrlora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -100,10 +97,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(B.weight)
         self.lrlora_A[adapter_name], self.lrlora_B[adapter_name] = A, B
         self.lrlora_phi[adapter_name] = phi
-        if config.rank_penalty:
-            self.lrlora_gate[adapter_name] = Gate(A, B, config.rank_penalty)
-        elif adapter_name in self.lrlora_gate:
-            del self.lrlora_gate[adapter_name]
         self.lrlora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -150,45 +143,13 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         return matrix
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Pattern]:
-        """(diag(γ) A, B, φ)."""
+        """(A, B, φ)."""
         parts: list[Any] = [self.lrlora_A[adapter], self.lrlora_B[adapter], self.lrlora_phi[adapter]]
-        if adapter in self.lrlora_gate:
-            parts.append(self.lrlora_gate[adapter])
         if parts[0].weight.is_meta or parts[1].weight.is_meta:
             parts = [_onloaded(part, adapter) for part in parts]
-        for part in parts[2:]:
-            part.make_ready()
-        A, B, phi, *gate = parts
-        return gate[0](A.weight) if gate else A.weight, B.weight, phi
-
-    def active_factors(self, adapter: str) -> Tensor:
-        """Which of the factors have not been closed by a gate: bool, (r,), or (experts·r,)."""
-        if adapter in self.lrlora_gate:
-            return cast(Gate, self.lrlora_gate[adapter]).values().detach() > 0
-        A = cast(nn.Linear, self.lrlora_A[adapter]).weight
-        return torch.ones(len(A), dtype=torch.bool, device=A.device)
-
-    @torch.no_grad()
-    def drop_inactive_factors(self, adapter: str) -> None:
-        """Make the factors that gates have closed vanish, and the gates with them; the update stays as it is.
-
-        At least one factor is left, as r must be.
-        """
-        if adapter not in self.lrlora_gate:
-            return
-        A, B = cast(nn.Linear, self.lrlora_A[adapter]), cast(nn.Linear, self.lrlora_B[adapter])
-        left = self._factors_to_keep(adapter)
-        gated = cast(Gate, self.lrlora_gate[adapter])(A.weight).to(A.weight.dtype)
-        trainable = A.weight.requires_grad
-        self.r[adapter] = B.in_features = int(left.sum())
-        A.weight = nn.Parameter(gated[left.repeat(len(gated) // len(left))], requires_grad=trainable)
-        B.weight = nn.Parameter(B.weight[:, left].contiguous(), requires_grad=trainable)
-        A.out_features = len(A.weight)
-        del self.lrlora_gate[adapter]
-
-    def _factors_to_keep(self, adapter: str) -> Tensor:
-        active = self.active_factors(adapter)
-        return active if active.any() else torch.arange(len(active), device=active.device) == 0
+        A, B, phi = parts
+        phi.make_ready()
+        return A.weight, B.weight, phi
 
     def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
         """A, B and the parameters of φ; nothing if this layer does not have the adapter."""
@@ -515,10 +476,6 @@ class ParamWrapper(LrLoraLayer):
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Pattern]:
         A, B, phi = super()._factors(adapter)
         return A.unflatten(0, (self.num_experts, -1)), B.unflatten(0, (self.num_experts, -1)), phi
-
-    def _factors_to_keep(self, adapter: str) -> Tensor:
-        # PEFT knows one rank for all parameters of a module: closed factors stay, as zeros.
-        return torch.ones(self.r[adapter], dtype=torch.bool, device=self.get_param().device)
 
     def _in_layout(self, matrix: Tensor) -> Tensor:
         matrix = matrix.mT if self._is_transposed else matrix

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from ..pattern import Pattern
 from ..rank import module_type
 from ..transfer import Transfer
-from .config import LrLoraConfig, pattern_of
+from .config import LrLoraConfig
 from .layer import Conv, Embedding, Linear, LrLoraLayer, ParamWrapper
 
 BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
@@ -149,36 +149,6 @@ class LrLoraModel(BaseTuner):
 
     def _layers(self) -> Iterator[LrLoraLayer]:
         return (module for module in self.model.modules() if isinstance(module, LrLoraLayer))
-
-    def drop_inactive_factors(self, adapter_name: str = "default") -> None:
-        """Make the factors that the rank penalty has closed vanish from an adapter, before it is saved.
-
-        Its ranks then stand in `rank_pattern`, it has no gates any more, and its update is what it was. For the end of
-        training: an optimizer knows the parameters as they were before.
-
-        Raises:
-            ValueError: there is no adapter of this name.
-
-        """
-        if adapter_name not in self.peft_config:
-            raise ValueError(
-                f"There is no adapter named {adapter_name!r}. Adapters of this model: {', '.join(self.peft_config)}."
-            )
-        config: Any = self.peft_config[adapter_name]
-        ranks, alphas = {}, {}
-        layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, LrLoraLayer)}
-        for path, layer in layers.items():
-            if adapter_name in layer.lrlora_gate:
-                scaling, before = layer.scaling[adapter_name], layer.r[adapter_name]
-                layer.drop_inactive_factors(adapter_name)
-                r = layer.r[adapter_name]
-                if r != before:
-                    layer.lora_alpha[adapter_name] = scaling * (math.sqrt(r) if config.use_rslora else r)
-                    key = pattern_of(path, layers)
-                    ranks[key], alphas[key] = r, layer.lora_alpha[adapter_name]
-        # The first pattern that matches counts.
-        config.rank_pattern, config.alpha_pattern = {**ranks, **config.rank_pattern}, {**alphas, **config.alpha_pattern}
-        config.rank_penalty = 0.0
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of LR-LoRA updates is not φ of any one product BA."""
