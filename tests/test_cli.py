@@ -122,7 +122,7 @@ def test_ranks_of_plain_lora(tiny_bert: TinyModel, tmp_path: Path) -> None:
     assert [row.r for row in RankReport.from_json(tmp_path / "out.json").rows] == [3, 3]
 
 
-def test_export_merge_and_rank_pattern(adapter: Path, tmp_path: Path) -> None:
+def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
     result = run("export", adapter, "--energy", "0.99", "--out", tmp_path / "lora")
     assert result.exit_code == 0, result.output
     assert "of the adapter's effect on the last hidden state is lost" in result.output
@@ -133,9 +133,10 @@ def test_export_merge_and_rank_pattern(adapter: Path, tmp_path: Path) -> None:
     result = run("merge", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 0, result.output
     AutoModel.from_pretrained(tmp_path / "merged")
-    result = run("rank-pattern", adapter, "--budget", "r2", "--json", tmp_path / "ranks.json")
+    result = run("export", adapter, "--budget", "r2", "--config-only", "--out", tmp_path / "ranks")
     assert result.exit_code == 0, result.output
-    lora = LoraConfig(**json.loads((tmp_path / "ranks.json").read_text()))
+    assert [file.name for file in (tmp_path / "ranks").iterdir()] == ["adapter_config.json"]
+    lora = LoraConfig.from_pretrained(tmp_path / "ranks")
     (architecture,) = AutoConfig.from_pretrained(tmp_path / "base").architectures
     plain = get_peft_model(getattr(transformers, architecture).from_pretrained(tmp_path / "base"), lora)
     assert any("lora_A" in name for name, _ in plain.named_parameters())
@@ -157,11 +158,6 @@ def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyMode
     assert "Parameters: 256 as trained, 1,024 as LoRA without loss, 512 as exported." in result.output
 
 
-def test_rank_pattern_prints_json_alone_beside_its_table(adapter: Path) -> None:
-    result = run("rank-pattern", adapter, "--max-rank", "2")
-    assert LoraConfig(**json.loads(result.output[result.output.index("{") :])).r == 2
-
-
 def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((adapter,), "either energy or budget"),
@@ -179,10 +175,9 @@ def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Pa
 
 def test_plain_lora_needs_no_export(tiny_bert: TinyModel, tmp_path: Path) -> None:
     get_peft_model(tiny_bert.build(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
-    for command in (("export", "--out", tmp_path / "out"), ("rank-pattern",)):
-        result = run(command[0], tmp_path / "lora", "--energy", 0.9, *command[1:])
-        assert result.exit_code == 1
-        assert "is an adapter of type LORA; only LR-LoRA's" in " ".join(result.output.split())
+    result = run("export", tmp_path / "lora", "--energy", 0.9, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "is an adapter of type LORA; only LR-LoRA's" in " ".join(result.output.split())
 
 
 def test_export_compares_with_the_base_model_first(tmp_path: Path) -> None:

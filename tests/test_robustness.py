@@ -66,7 +66,7 @@ READ = {
     "export bare --max-rank 1 --out out": ADAPTER,
     "export bare --energy 0.9 --no-check --out out": ADAPTER,
     "merge bare --out out": ADAPTER,
-    "rank-pattern bare --budget r1 --json out.json": ADAPTER,
+    "export bare --budget r1 --config-only --out out": ADAPTER,
     "report bare --out out.html": ADAPTER,
     "evaluate run --data reviews.jsonl --json out.json": f"{ADAPTER.replace('bare', 'run')} reviews.jsonl run/run.json "
     "run/tokenizer.json",

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -329,11 +328,14 @@ def export(
     dtype: Annotated[str, typer.Option(help="Of the factors: float32, bfloat16 or float16.")] = "float32",
     pad: Annotated[bool, typer.Option("--pad", help="One rank for all, padded with zeros (llama.cpp).")] = False,
     check: Annotated[bool, typer.Option(help="Load the base model and measure what the export changes.")] = True,
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="No weights: a LoraConfig, to train plain LoRA at these ranks.")
+    ] = False,
 ) -> None:
     """Turn a learned update into a plain LoRA adapter that anything can serve."""
     with _one_clear_error("Nothing was written."):
         _quiet()
-        from .export import factorize, save_as_lora
+        from .export import factorize, save_as_lora, save_lora_config
         from .export.files import check_output
         from .export.loading import check_base, check_names
         from .export.table import factors_table
@@ -342,13 +344,17 @@ def export(
         check_output(output)
         model = _load_lr_lora(adapter)
         wish = _wish(model, energy, budget, max_rank, drop_below)
-        if check:
+        if check and not config_only:
             check_base(adapter, model)
         else:
             check_names(model)
         factors = factorize(model, **wish, progressbar=True)
         console.print(factors_table(factors, escape(f"LoRA for {adapter}")))
         console.print(_sizes(model, sum(part.parameters for part in factors)), highlight=False)
+        if config_only:
+            save_lora_config(factors, adapter, output)
+            console.print(escape(f"To train with: LoraConfig.from_pretrained({str(output)!r})"), highlight=False)
+            return
         save_as_lora(factors, adapter, output, dtype=precision, pad=pad)
         size = sum(file.stat().st_size for file in output.iterdir())
         console.print(escape(f"LoRA adapter: {output}, {size / 2**20:.2f} MiB"), highlight=False)
@@ -381,39 +387,6 @@ def _print_difference(adapter: str, output: Path) -> None:
         f"On random inputs {difference.relative:.2%} of the adapter's effect on the last hidden state is lost{largest}",
         highlight=False,
     )
-
-
-@app.command(name="rank-pattern")
-def rank_pattern(
-    adapter: _ADAPTER,
-    energy: _ENERGY = None,
-    budget: _BUDGET = None,
-    max_rank: _MAX_RANK = None,
-    drop_below: _DROP_BELOW = 0.0,
-    json: Annotated[Path | None, typer.Option(help="Write the fields here, for LoraConfig(**fields).")] = None,
-) -> None:
-    """The peft.LoraConfig for training plain LoRA at the ranks that LR-LoRA learned."""
-    with _one_clear_error("Nothing was written."):
-        _quiet()
-        from .export import factorize, lora_config
-        from .export.table import factors_table
-        from .files import write_whole
-
-        if json and not json.parent.is_dir():
-            raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")
-        model = _load_lr_lora(adapter)
-        factors = factorize(model, **_wish(model, energy, budget, max_rank, drop_below), progressbar=True)
-        config = lora_config(factors, model.peft_config["default"], keep_scaling=True)
-        names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-        fields = {name: getattr(config, name) for name in names}
-        fields["target_modules"] = sorted(fields["target_modules"])
-        text = dumps(fields, indent=2)
-        console.print(factors_table(factors, escape(f"Ranks for plain LoRA, from {adapter}")))
-        if json:
-            write_whole(json, text + "\n")
-            console.print(escape(f"LoraConfig(**json.load(open({str(json)!r})))"), highlight=False)
-        else:
-            typer.echo(text)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """From a learned rank to what everything can serve: a plain LoRA adapter, a LoRA configuration, a merged model."""
 
-from .adapter import OutputDifference, lora_config, output_difference, save_as_lora
+from .adapter import OutputDifference, lora_config, output_difference, save_as_lora, save_lora_config
 from .factorize import Factors, factorize
 from .merge import merge_adapter
 
@@ -12,4 +12,5 @@ __all__ = [
     "merge_adapter",
     "output_difference",
     "save_as_lora",
+    "save_lora_config",
 ]

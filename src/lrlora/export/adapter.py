@@ -123,6 +123,27 @@ def save_as_lora(
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
+def save_lora_config(
+    factors: Sequence[Factors], adapter: str | os.PathLike[str], output: str | os.PathLike[str]
+) -> None:
+    """Write the configuration alone, for training plain LoRA at these ranks: `LoraConfig.from_pretrained(output)`.
+
+    Args:
+        factors: as `factorize` returns them.
+        adapter: the LR-LoRA adapter that they come from, folder or hub name.
+        output: folder to write; it must be empty or not exist.
+
+    Raises:
+        FileExistsError: the output folder is not empty.
+        ValueError: no module has a rank.
+
+    """
+    folder = check_output(output)
+    config = lora_config(factors, PeftConfig.from_pretrained(os.fspath(adapter)), keep_scaling=True)
+    with written_whole(folder) as partial:
+        config.save_pretrained(str(partial))
+
+
 def _padded(matrix: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1]))
 
