@@ -213,13 +213,11 @@ def _plan(
     config: TrainConfig, data: TaskData, model: nn.Module, arguments: Any, max_length: int, too_long: int
 ) -> list[str]:
     """What is about to happen, in three lines."""
-    batch = arguments.per_device_train_batch_size
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     schedule = SchedulerType(arguments.lr_scheduler_type).value
     return [
         f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
-        f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples, about "
-        f"{_memory(model, batch, max_length)} of memory.",
+        f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples.",
         f"Data: {len(data.splits['train']):,} examples to train on, {len(data.splits['validation']):,} to validate; "
         f"{too_long:,} of the first are longer than {max_length} tokens and are cut there.",
         f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
@@ -312,19 +310,3 @@ def _record_of(config: TrainConfig, data: TaskData, arguments: TrainingArguments
 def _examples_per_step(arguments: TrainingArguments) -> int:
     # `train_batch_size` is that of all GPUs of a process.
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-
-
-def _memory(model: nn.Module, batch: int, length: int) -> str:
-    """An estimate of weights, gradients, Adam's two moments, and activations.
-
-    Activations of a transformer layer: s·b·h·(34 + 5·a·s/h) bytes in half precision (Korthikanti et al., 2022, eq. 1),
-    twice that in single.
-    """
-    size = float(sum(p.numel() * p.element_size() for p in model.parameters()))
-    size += sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    config: Any = model.config
-    layers, hidden = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 1)
-    per_value = next(model.parameters()).element_size() / 2
-    heads = getattr(config, "num_attention_heads", 0)
-    size += layers * length * batch * hidden * (34 + 5 * heads * length / hidden) * per_value
-    return f"{size / 2**30:.1f} GiB"
