@@ -19,6 +19,11 @@ SIZES = ((1, 32), (2, 16), (4, 8))
 PAIRS = [
     *((f"expansion+r={r}+num_terms={q}", f"expansion-frozen+r={r}+num_terms={q}") for r, q in SIZES),
     *((f"expansion-frozen+r={r}+num_terms={q}", f"lora+r={r}") for r, q in SIZES),
+    ("expansion-frozen+r=1+num_terms=128", "expansion-frozen+r=1+num_terms=32"),
+    *((f"hira+r={r}", f"expansion-frozen+r={r}+num_terms={q}") for r, q in SIZES),
+    ("blocks+r=1", "lora+r=1"),
+    ("blocks+r=1", "expansion-frozen+r=1+num_terms=32"),
+    *((f"{form}+r={r}", f"lora+r={r}") for form in ("paper", "lr-lora") for r in (1, 4)),
     ("paper+r=4+sharing=global", "paper+r=4"),
 ]
 # Methods whose learned ranks the paper's claims are looked for in.

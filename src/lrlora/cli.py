@@ -57,7 +57,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options of all commands."""
@@ -146,7 +146,9 @@ def ranks(
 
 @app.command()
 def report(
-    sources: Annotated[list[str], typer.Argument(metavar="ADAPTER|RUN_DIR...", help="One or several.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER|RUN_DIR...", help="Saved adapters and output folders of runs.")
+    ],
     output: Annotated[Path, typer.Option("--output", "--out", help="The page to write.")] = Path("lrlora-report.html"),
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures as SVG and PNG, for papers.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the pictures.")] = False,
@@ -174,7 +176,9 @@ def report(
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="YAML file with the same keys; options win over it.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file with these settings; options on the command line override it.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Hub name, folder or embedded:NAME.")] = None,
     data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
     task: Annotated[str | None, typer.Option(help="classify, regress, multiple-choice or causal-lm.")] = None,
@@ -184,19 +188,23 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: what a column of the data holds.")] = None,
     validation: Annotated[str | None, typer.Option(help="Data to validate on.")] = None,
-    validation_share: Annotated[float | None, typer.Option(help="Else this part of training.")] = None,
+    validation_share: Annotated[
+        float | None, typer.Option(help="Share of the training data to validate on, if --validation is not given.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank r of BA.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    head_learning_rate: Annotated[float | None, typer.Option(help="Of a new head, if another.")] = None,
+    head_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of a new head, if it is another.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step and device.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens at which examples are cut.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step, on each device.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut examples after so many tokens.")] = None,
     early_stopping: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a field of the PEFT configuration.")] = None,
     training: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a field of TrainingArguments.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
 ) -> None:
     """Fine-tune your model on your data; save adapter, metrics and learned ranks."""
@@ -267,11 +275,13 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
     data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
-    split: Annotated[str | None, typer.Option(help="Of the data; default: test, else validation.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")
+    ] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the metrics here.")] = None,
 ) -> None:
-    """Metrics of a trained run on data."""
+    """Evaluate a finished run on data."""
     with _one_clear_error():
         _quiet()
         from .files import write_json
@@ -290,11 +300,13 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
     data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
     output: Annotated[Path, typer.Option(help="JSONL file to write.")],
-    split: Annotated[str | None, typer.Option(help="Of the data; default: test, else validation.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")
+    ] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """What a trained run makes of data, a line of JSON for each example."""
+    """Predict with a finished run: a line of JSON for each example."""
     with _one_clear_error():
         _quiet()
         from .training.config import parse_pairs
@@ -312,7 +324,7 @@ _ENERGY = Annotated[float | None, typer.Option(help="Keep this share of each mod
 _BUDGET = Annotated[
     str | None, typer.Option(help="Parameters in all: 250000, 250k, 1.5M, or r4 for those of LoRA of rank 4.")
 ]
-_MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Of any module.")]
+_MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module.")]
 _DROP_BELOW = Annotated[float, typer.Option(help="Leave out modules with less than this share of all ‖ΔW‖².")]
 _OUTPUT = Annotated[Path, typer.Option("--output", "--out", help="Folder to write; must be empty or not exist.")]
 
@@ -325,7 +337,7 @@ def export(
     budget: _BUDGET = None,
     max_rank: _MAX_RANK = None,
     drop_below: _DROP_BELOW = 0.0,
-    dtype: Annotated[str, typer.Option(help="Of the factors: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Precision of the factors: float32, bfloat16 or float16.")] = "float32",
     pad: Annotated[bool, typer.Option("--pad", help="One rank for all, padded with zeros (llama.cpp).")] = False,
     check: Annotated[bool, typer.Option(help="Load the base model and measure what the export changes.")] = True,
     config_only: Annotated[
@@ -393,9 +405,11 @@ def _print_difference(adapter: str, output: Path) -> None:
 def merge(
     adapter: Annotated[str, typer.Argument(help="Folder or hub name of a saved adapter.")],
     output: _OUTPUT,
-    dtype: Annotated[str | None, typer.Option(help="Of the model; default: that of the base model's files.")] = None,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="Of a base model that is stored quantised.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
+    dtype: Annotated[str | None, typer.Option(help="Precision of the model; default: as stored.")] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Dequantise a base model that is stored quantised.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a file of weights.")] = "5GB",
 ) -> None:
     """Add the update to the base model, and write a full model that needs no adapter."""
     with _one_clear_error("Nothing was written."):
@@ -460,14 +474,14 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method on each task.")] = 3,
     rank: Annotated[int, typer.Option(min=1, help="Rank r of BA.")] = 4,
     hours: Annotated[
-        float | None, typer.Option("--budget", min=0.0, help="Hours after which no job is started.")
+        float | None, typer.Option("--budget", min=0.0, help="Hours after which no new job is started.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
     ] = False,
 ) -> None:
-    """Compare methods on tasks: rates tuned, several seeds, tests. Start it again to go on, or once per GPU or core."""
+    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once for each core."""
     with _one_clear_error():
         from .compare import Comparison, run_comparison
         from .compare.jobs import parse_rates, read_comparison, read_records

@@ -658,7 +658,7 @@ def test_other_bad_data(no_weights: str, table: str, tmp_path: Path) -> None:
 
 def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     common = ("train", "--model", no_weights, "--data", table, *COLUMNS, "--output", tmp_path / "out")
-    assert_refused(run(*common, "--task", "clasify"), "'clasify' is not task", "Did you mean classify?")
+    assert_refused(run(*common, "--task", "clasify"), "Unknown task 'clasify'", "Did you mean classify?")
     assert_refused(run(*common, "--task", "classify", "--method", "lrlora"), "Did you mean lr-lora?")
     assert_refused(run(*common, "--task", "causal-lm", "--column", "text=review"), "'label'")
     assert_refused(run(*common, "--task", "classify", "--training", "learning_rat=1"), "Did you mean learning_rate?")

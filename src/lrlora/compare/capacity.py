@@ -84,8 +84,8 @@ class CapacityTask:
         for name in ("methods", "rates", "scales"):  # JSON and YAML know lists alone
             object.__setattr__(self, name, tuple(getattr(self, name)))
         require_type(self, CapacityTask, "task")
-        require_known("a kind of task on which rank binds", self.kind, KINDS)
-        require_known("a corpus", self.corpus, CORPORA)
+        require_known("kind of task on which rank binds", self.kind, KINDS)
+        require_known("corpus", self.corpus, CORPORA)
         for name in ("steps", "batch_size", "texts", "classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")

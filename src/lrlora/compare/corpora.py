@@ -66,7 +66,7 @@ def load_corpus(name: str) -> Corpus:
         ValueError: there is no such corpus.
 
     """
-    require_known("a corpus", name, CORPORA)
+    require_known("corpus", name, CORPORA)
     return split(text.encode() for text in CORPORA[name]())
 
 

@@ -114,7 +114,7 @@ class Comparison:
         for method in self.methods:
             find_method(method)
         for task in self.tasks:
-            require_known(f"a task of {self.suite}", task, self.definition.tasks)
+            require_known(f"task of {self.suite}", task, self.definition.tasks)
         if not all(0 < rate < math.inf for rate in self.rates):
             raise ValueError(f"rates must be numbers > 0, and are {', '.join(map(str, self.rates))}.")
         for name, value in (("seeds", self.seeds), ("rank", self.rank)):

@@ -88,7 +88,7 @@ def find_method(key: str) -> Method:
 
     """
     name, *assignments = key.split("+")
-    require_known("a method", name, METHODS)
+    require_known("method", name, METHODS)
     options = parse_assignments(assignments, f"the method {key}")
     if not options:
         return METHODS[name]

@@ -58,9 +58,9 @@ class Task:
 
     def __post_init__(self) -> None:
         require_type(self, Task, "task")
-        require_known("a kind of task", self.kind, TASKS)
+        require_known("kind of task", self.kind, TASKS)
         known = [name for name in METRIC_NAMES[self.kind] if name not in LESS_IS_BETTER]
-        require_known(f"a metric of {self.kind} of which more is better", self.metric, known)
+        require_known(f"metric of {self.kind} of which more is better", self.metric, known)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
@@ -99,7 +99,7 @@ class Suite:
 
         """
         for name in content:
-            require_known("a key of a suite", name, ("model", "tasks"))
+            require_known("key of a suite", name, ("model", "tasks"))
         if not content.get("model") or not isinstance(content.get("tasks"), Mapping) or not content["tasks"]:
             raise ValueError(f"A suite has a model, and tasks by name; given: {', '.join(content) or 'nothing'}.")
         suite = cls(content["model"], {str(name): _task(name, task) for name, task in content["tasks"].items()})
@@ -115,10 +115,10 @@ def _task(name: str, content: Any) -> Task | CapacityTask:
     if not isinstance(content, Mapping):
         raise ValueError(f"The task {name} must map names to values, and is {content!r}.")
     if "kind" in content:
-        require_known("a kind of task", content["kind"], (*TASKS, *CAPACITY_KINDS))
+        require_known("kind of task", content["kind"], (*TASKS, *CAPACITY_KINDS))
     kind: Any = CapacityTask if content.get("kind") in CAPACITY_KINDS else Task
     for key in content:
-        require_known(f"a key of the task {name}", key, [f.name for f in fields(kind)])
+        require_known(f"key of the task {name}", key, [f.name for f in fields(kind)])
     try:
         return kind(**content)
     except TypeError as error:
@@ -135,7 +135,7 @@ def load_suite(name: str) -> Suite:
     """
     if name.endswith((".yaml", ".yml")):
         return Suite.from_dict(read_yaml(Path(name)))
-    require_known("a suite", name, SUITES)
+    require_known("suite", name, SUITES)
     return SUITES[name]
 
 

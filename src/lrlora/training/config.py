@@ -94,7 +94,7 @@ class TrainConfig:
         require_known("task", self.task, TASKS)
         require_known("method", self.method, METHODS)
         for role in self.columns:
-            require_known("a key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
+            require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
         rate = self.head_learning_rate
@@ -121,7 +121,7 @@ class TrainConfig:
         """
         known = [f.name for f in fields(cls)]
         for name in content:
-            require_known("a key of the configuration", name, known)
+            require_known("key of the configuration", name, known)
         missing = [name for name in ("model", "data", "task") if not content.get(name)]
         if missing:
             raise ValueError(
@@ -198,13 +198,16 @@ def _parse(text: str, where: str) -> Any:
 
 
 def require_known(what: str, value: object, known: Iterable[str]) -> None:
-    """Raise a ValueError that names the nearest of the `known` values, unless `value` is one of them."""
+    """Raise a ValueError that names the nearest of the `known` values, unless `value` is one of them.
+
+    `what` it is, without an article: "task".
+    """
     known = list(known)
     if value in known:
         return
     near = difflib.get_close_matches(str(value), known, 1, 0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{value!r} is not {what}.{hint} Known: {', '.join(known)}.")
+    raise ValueError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def load_splits(name: str) -> DatasetDict:
         raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
     repository, _, configuration = name.partition(":")
     if repository == COMMONSENSE_PREFIX:
-        require_known("a commonsense set", configuration, COMMONSENSE)
+        require_known("commonsense set", configuration, COMMONSENSE)
     try:
         if repository == COMMONSENSE_PREFIX:
             return load_commonsense(configuration)

@@ -134,7 +134,7 @@ class _LoadedRun:
     def examples(self, name: str, split: str | None, columns: dict[str, str] | None, *, with_label: bool) -> Dataset:
         splits = load_splits(name)
         chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
-        require_known(f"a split of {name}", chosen, splits)
+        require_known(f"split of {name}", chosen, splits)
         task = self.config.task
         columns = self.config.columns if columns is None else columns
         part, completion = splits[chosen], columns.get("completion", "completion")

@@ -74,7 +74,7 @@ def adapter_config(method: str, form: str, total_steps: int, options: dict[str, 
         return None
     known = [f.name for f in fields(_FIELDS[method])]
     for name in options:
-        require_known(f"a field of {_FIELDS[method].__name__}", name, known)
+        require_known(f"field of {_FIELDS[method].__name__}", name, known)
     require_module_names(options)
     # The head of a new multiple-choice model is not known to PEFT.
     head = {"task_type": _PEFT_TASKS[form]} if form in _PEFT_TASKS else {"modules_to_save": ["classifier"]}
@@ -90,7 +90,7 @@ def adapter_config(method: str, form: str, total_steps: int, options: dict[str, 
     if options.get("init_lora_weights") == EVA:
         given = options.get("eva_config") or {}
         for name in given:
-            require_known("a field of EvaConfig", name, [f.name for f in fields(EvaConfig)])
+            require_known("field of EvaConfig", name, [f.name for f in fields(EvaConfig)])
         options = {**options, "eva_config": EvaConfig(**given)}
     return _CONFIGS[method](**{**defaults, **options})
 

@@ -65,7 +65,7 @@ def model_source(name: str) -> str:
     """
     if name.startswith(PREFIX):
         known = name.removeprefix(PREFIX)
-        require_known("an embedded model", known, EMBEDDED_MODELS)
+        require_known("embedded model", known, EMBEDDED_MODELS)
         return str(checkpoint(EMBEDDED_MODELS[known].source))
     path = Path(name)
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
@@ -169,7 +169,7 @@ def training_arguments(
     cls, given = _arguments_class(config.task), dict(config.training)
     known = list(cls.__dataclass_fields__)
     for name in given:
-        require_known(f"a field of {cls.__name__}", name, known)
+        require_known(f"field of {cls.__name__}", name, known)
     for name in ("output_dir", "seed"):
         if name in given:
             raise ValueError(
@@ -207,7 +207,7 @@ def training_arguments(
     kind = "full" if config.method == "full" else "adapter"
     interval = max(1, round(steps / 10))
     metric = given.pop("metric_for_best_model", METRIC_NAMES[config.task][0]).removeprefix("eval_")
-    require_known(f"a metric of {config.task}", metric, METRIC_NAMES[config.task])
+    require_known(f"metric of {config.task}", metric, METRIC_NAMES[config.task])
     defaults: dict[str, Any] = {
         "output_dir": str(Path(config.output).resolve()),  # checkpoints name the best of them by it
         "max_steps": math.ceil(steps),
