@@ -4,7 +4,7 @@ r"""The same answers from llama.cpp: an exported adapter of embedded:smollm2 on 
     python -c "import sys; sys.path.append('benchmarks'); import llama_cpp; llama_cpp.write_examples('pirate.jsonl')"
     lrlora train --model embedded:smollm2 --data pirate.jsonl --task causal-lm --rank 8 --steps 40 --batch-size 4 \
         --learning-rate 2e-3 --output pirate
-    lrlora export pirate --energy 0.99 --max-rank 16 --pad --out my-lora
+    lrlora export pirate --energy 0.99 --max-rank 16 --pad --output my-lora
     python benchmarks/llama_cpp.py pirate my-lora "What is the capital of Japan?" …
 
 Prints what PEFT with the LR-LoRA adapter, llama.cpp with the export, and llama.cpp without it answer, all greedily.

@@ -55,7 +55,7 @@ def test_ranks_of_a_saved_adapter_without_its_base_model(adapter: Path, tmp_path
 
 
 def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
-    result = run("report", adapter, "--out", tmp_path / "page.html", "--pictures", tmp_path / "pictures")
+    result = run("report", adapter, "--output", tmp_path / "page.html", "--pictures", tmp_path / "pictures")
     assert result.exit_code == 0, result.output
     (run_shown,) = shown(tmp_path / "page.html")
     rows = RankReport.from_json(tmp_path / "expected.json").rows
@@ -65,11 +65,11 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
     assert (tmp_path / "pictures" / "kinds.svg").exists()
 
     before = (tmp_path / "page.html").read_bytes()
-    assert "exists already" in run("report", adapter, "--out", tmp_path / "page.html").output
-    twice = run("report", adapter, adapter, "--out", tmp_path / "page.html", "--overwrite")
+    assert "exists already" in run("report", adapter, "--output", tmp_path / "page.html").output
+    twice = run("report", adapter, adapter, "--output", tmp_path / "page.html", "--overwrite")
     assert twice.exit_code == 1
     assert "is given twice" in twice.output
-    assert "is not empty" in run("report", adapter, "--out", tmp_path / "2.html", "--pictures", tmp_path).output
+    assert "is not empty" in run("report", adapter, "--output", tmp_path / "2.html", "--pictures", tmp_path).output
     assert (tmp_path / "page.html").read_bytes() == before
     assert not (tmp_path / "2.html").exists()
 
@@ -80,7 +80,7 @@ def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> 
     for name in ("first", "second"):
         saving = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
         make_trainer(tiny_bert, tmp_path / name / "out", RankCallback(every=2), **saving).train()
-    result = run("report", tmp_path / "first" / "out", tmp_path / "second" / "out", "--out", tmp_path / "page.html")
+    result = run("report", tmp_path / "first" / "out", tmp_path / "second" / "out", "--output", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
     runs = shown(tmp_path / "page.html")
     assert [run_shown["name"] for run_shown in runs] == [str(tmp_path / name / "out") for name in ("first", "second")]
@@ -90,7 +90,7 @@ def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> 
 
 
 def test_report_says_what_it_cannot_show(tmp_path: Path) -> None:
-    result = run("report", tmp_path, "--out", tmp_path / "page.html")
+    result = run("report", tmp_path, "--output", tmp_path / "page.html")
     assert result.exit_code == 1
     assert "Error" in result.output
     assert "Traceback" not in result.output
@@ -123,17 +123,17 @@ def test_ranks_of_plain_lora(tiny_bert: TinyModel, tmp_path: Path) -> None:
 
 
 def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
-    result = run("export", adapter, "--energy", "0.99", "--out", tmp_path / "lora")
+    result = run("export", adapter, "--energy", "0.99", "--output", tmp_path / "lora")
     assert result.exit_code == 0, result.output
     assert "of the adapter's effect on the last hidden state is lost" in result.output
     config = PeftConfig.from_pretrained(tmp_path / "lora")
     assert config.peft_type.value == "LORA"
     for module in config.target_modules:
         assert module in result.output
-    result = run("merge", adapter, "--out", tmp_path / "merged")
+    result = run("merge", adapter, "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.output
     AutoModel.from_pretrained(tmp_path / "merged")
-    result = run("export", adapter, "--budget", "r2", "--config-only", "--out", tmp_path / "ranks")
+    result = run("export", adapter, "--budget", "r2", "--config-only", "--output", tmp_path / "ranks")
     assert result.exit_code == 0, result.output
     assert [file.name for file in (tmp_path / "ranks").iterdir()] == ["adapter_config.json"]
     lora = LoraConfig.from_pretrained(tmp_path / "ranks")
@@ -150,11 +150,11 @@ def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyMode
     tiny_bert.train(model, 5)
     model.save_pretrained(tmp_path / "adapter")
     assert " limit " in run("ranks", tmp_path / "adapter").output
-    result = run("export", tmp_path / "adapter", "--energy", "1", "--out", tmp_path / "exact")
+    result = run("export", tmp_path / "adapter", "--energy", "1", "--output", tmp_path / "exact")
     assert result.exit_code == 0, result.output
     # Four modules of 32 × 32.
     assert "Parameters: 256 as trained, 1,024 as LoRA without loss, 1,024 as exported." in result.output
-    result = run("export", tmp_path / "adapter", "--max-rank", "2", "--out", tmp_path / "small")
+    result = run("export", tmp_path / "adapter", "--max-rank", "2", "--output", tmp_path / "small")
     assert "Parameters: 256 as trained, 1,024 as LoRA without loss, 512 as exported." in result.output
 
 
@@ -166,7 +166,7 @@ def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Pa
         ((adapter, "--energy", "0.9", "--dtype", "int8"), "dtype"),
         ((tmp_path / "nothing", "--energy", "0.9"), "does not hold a readable adapter"),
     ):
-        result = run("export", *arguments, "--out", tmp_path / "lora")
+        result = run("export", *arguments, "--output", tmp_path / "lora")
         assert result.exit_code == 1
         assert message in " ".join(result.output.split())
         assert "Traceback" not in result.output
@@ -175,7 +175,7 @@ def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Pa
 
 def test_plain_lora_needs_no_export(tiny_bert: TinyModel, tmp_path: Path) -> None:
     get_peft_model(tiny_bert.build(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
-    result = run("export", tmp_path / "lora", "--energy", 0.9, "--out", tmp_path / "out")
+    result = run("export", tmp_path / "lora", "--energy", 0.9, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "is an adapter of type LORA; only LR-LoRA's" in " ".join(result.output.split())
 
@@ -187,7 +187,7 @@ def test_export_compares_with_the_base_model_first(tmp_path: Path) -> None:
     model = get_peft_model(base, LrLoraConfig(r=3, target_modules=["word_embeddings"]))
     TinyModel("bert").train(model, 5)
     model.save_pretrained(tmp_path / "adapter")
-    arguments = ("export", tmp_path / "adapter", "--energy", "0.9", "--out", tmp_path / "lora")
+    arguments = ("export", tmp_path / "adapter", "--energy", "0.9", "--output", tmp_path / "lora")
     result = run(*arguments)
     assert result.exit_code == 1
     assert "word_embeddings is a Embedding" in " ".join(result.output.split())

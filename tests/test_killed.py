@@ -29,8 +29,8 @@ app()
 """
 COMMANDS = {
     "train": "train run.yaml",
-    "export": "export trained --energy 0.9 --out out",
-    "merge": "merge trained --out out",
+    "export": "export trained --energy 0.9 --output out",
+    "merge": "merge trained --output out",
     "compare": "compare suite.yaml --methods lora --rates 1e-2 --seeds 1 --rank 2 --output out",
 }
 KILLS = {"train": 24, "export": 8, "merge": 8, "compare": 10}

@@ -63,16 +63,16 @@ ADAPTER = "bare/adapter_config.json bare/adapter_model.safetensors"
 # A command → files that it reads. What it makes is called out.
 READ = {
     "ranks bare --json out.json": ADAPTER,
-    "export bare --max-rank 1 --out out": ADAPTER,
-    "export bare --energy 0.9 --no-check --out out": ADAPTER,
-    "merge bare --out out": ADAPTER,
-    "export bare --budget r1 --config-only --out out": ADAPTER,
-    "report bare --out out.html": ADAPTER,
+    "export bare --max-rank 1 --output out": ADAPTER,
+    "export bare --energy 0.9 --no-check --output out": ADAPTER,
+    "merge bare --output out": ADAPTER,
+    "export bare --budget r1 --config-only --output out": ADAPTER,
+    "report bare --output out.html": ADAPTER,
     "evaluate run --data reviews.jsonl --json out.json": f"{ADAPTER.replace('bare', 'run')} reviews.jsonl run/run.json "
     "run/tokenizer.json",
     "predict run --data reviews.csv --output out.jsonl": f"{ADAPTER.replace('bare', 'run')} reviews.csv",
-    "merge run --out out": "run/run.json run/tokenizer_config.json",
-    "report run --out out.html": "run/run.json run/ranks.json run/rank_history.jsonl run/log_history.json "
+    "merge run --output out": "run/run.json run/tokenizer_config.json",
+    "report run --output out.html": "run/run.json run/ranks.json run/rank_history.jsonl run/log_history.json "
     "run/metrics.json",
     "train run.yaml --steps 1 --output out": "run.yaml reviews.csv base/config.json base/model.safetensors",
     "train run.yaml --steps 1 --output out --data reviews.jsonl": "reviews.jsonl",

@@ -61,7 +61,7 @@ def test_pickled_adapters_and_models(config: TrainConfig) -> None:
     train(config)
     Path("run/adapter_model.safetensors").unlink()
     torch.save({"weight": Evil()}, "run/adapter_model.bin")
-    for command in ("ranks run", "merge run --out merged", "evaluate run --data ./data"):
+    for command in ("ranks run", "merge run --output merged", "evaluate run --data ./data"):
         require_refused(command, "run")
     Path("base/model.safetensors").unlink()
     torch.save({"weight": Evil()}, "base/pytorch_model.bin")
@@ -86,5 +86,5 @@ def test_code_beside_a_model_or_data(config: TrainConfig) -> None:
     Path("base/config.json").write_text(json.dumps(content))
     Path("base/evil.py").write_text(CODE)
     require_refused(TRAIN, "needs code of its own, which is not run")
-    for command in ("ranks run --with-base", "export run --energy 1 --out out", "merge run --out out"):
+    for command in ("ranks run --with-base", "export run --energy 1 --output out", "merge run --output out"):
         require_refused(command, "custom code")

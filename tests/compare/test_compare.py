@@ -141,7 +141,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_p
 
 
 def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path) -> None:
-    result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2", "--budget", 1e-4))
+    result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2", "--hours", 1e-4))
     assert result.exit_code == 0, result.output
     assert "3 jobs or more are left" in result.output
     assert len(read_records(tmp_path / "out")) == 1
