@@ -170,6 +170,20 @@ def test_updates_of_low_rank_are_measured_as_their_product_would_be(
         assert row.energy99_rank <= row.rank_limit == limits.get(method, min(3, smaller))
 
 
+@pytest.mark.parametrize("form", [LrLoraConfig.form, "expansion"])
+def test_outputs_of_transposed_experts_are_m(form: str) -> None:
+    class Experts(torch.nn.Module):
+        is_transposed = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(3, 12, 20))  # in, out
+
+    config = LrLoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], form=form)
+    rows = rank_report(get_peft_model(torch.nn.Sequential(Experts()), config)).rows
+    assert [(row.m, row.n) for row in rows] == [(20, 12)] * 3
+
+
 def test_report_at_the_start_is_defined(tiny: TinyModel) -> None:
     model = get_peft_model(tiny.build(), LrLoraConfig(r=3, **tiny.targets))
     for row in rank_report(model).rows:

@@ -194,7 +194,7 @@ def train(
     rank: Annotated[int | None, typer.Option(help="Rank r of BA.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     head_learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of a new head, if it is another.")
+        float | None, typer.Option(help="Peak learning rate of a new head, if it differs from the rest.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
@@ -352,6 +352,8 @@ def export(
         from .export.loading import check_base, check_names
         from .export.table import factors_table
 
+        if pad and config_only:
+            raise ValueError("--pad is about weights, and --config-only writes none. Leave one of them out.")
         precision = _dtype(dtype)
         check_output(output)
         model = _load_lr_lora(adapter)
@@ -362,11 +364,11 @@ def export(
             check_names(model)
         factors = factorize(model, **wish, progressbar=True)
         console.print(factors_table(factors, escape(f"LoRA for {adapter}")))
-        console.print(_sizes(model, sum(part.parameters for part in factors)), highlight=False)
         if config_only:
             save_lora_config(factors, adapter, output)
             console.print(escape(f"To train with: LoraConfig.from_pretrained({str(output)!r})"), highlight=False)
             return
+        console.print(_sizes(model, sum(part.parameters for part in factors)), highlight=False)
         save_as_lora(factors, adapter, output, dtype=precision, pad=pad)
         size = sum(file.stat().st_size for file in output.iterdir())
         console.print(escape(f"LoRA adapter: {output}, {size / 2**20:.2f} MiB"), highlight=False)
@@ -376,10 +378,8 @@ def export(
 
 def _sizes(model: Any, exported: int) -> str:
     from .export.factorize import exact_parameters
-    from .tuner import LrLoraLayer
 
-    layers = [module for module in model.modules() if isinstance(module, LrLoraLayer)]
-    trained = sum(p.numel() for layer in layers for name in layer.lrlora_A for p in layer.adapter_parameters(name))
+    trained = sum(p.numel() for name, p in model.named_parameters() if ".lrlora_" in name)  # a shared φ once
     exact = exact_parameters(model)
     without_loss = "" if exact is None else f", {exact:,} as LoRA without loss"
     return f"Parameters: {trained:,} as trained{without_loss}, {exported:,} as exported."
@@ -479,7 +479,7 @@ def compare(
         bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
     ] = False,
 ) -> None:
-    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once for each core."""
+    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core."""
     with _one_clear_error():
         from .compare import Comparison, run_comparison
         from .compare.jobs import parse_rates, read_comparison, read_records

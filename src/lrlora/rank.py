@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .distributed import gathered, shard_owners
 from .files import require_type, write_whole
-from .ops import svd_of_product
+from .ops import at_least_float32, svd_of_product
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -301,13 +301,17 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
             delta = (deltas[index] if is_stack else deltas).flatten(1)
             require_finite(name, delta)
             energies = spectrum(delta)
-            n, m = delta.shape if isinstance(layer.get_base_layer(), Conv1D) else delta.T.shape
+            is_transposed = isinstance(layer.get_base_layer(), Conv1D) or getattr(layer, "_is_transposed", False)
+            m, n = delta.T.shape if is_transposed else delta.shape
             limit = len(energies) if is_learned else r
             if isinstance(phi, Transfer) and inputs is not None:
                 z = (inputs[index] if is_stack else inputs).flatten(1)
                 # `phi.forward` and not `phi`: FSDP2 takes the first call of a module it has wrapped for the model's.
                 phi_zero, bend, curve = phi.forward(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
-        plain = [] if linear is None else _short(_of_note(svd_of_product(*_factors_of(linear, index))[1]))
+        plain: list[float] = []
+        if linear is not None:
+            require_finite(name, *_factors_of(linear, index))
+            plain = _short(_of_note(svd_of_product(*_factors_of(linear, index))[1]))
         weight_norm = 0.0
         if weights is not None:
             weight_norm = (weights[index] if is_stack else weights).double().norm().item()
@@ -353,7 +357,7 @@ def _lora_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
     if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
         return None
-    return layer.scaling[adapter] * B.weight, A.weight
+    return layer.scaling[adapter] * at_least_float32(B.weight), A.weight
 
 
 def _base_weight(layer: Any) -> Tensor | None:

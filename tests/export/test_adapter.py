@@ -16,12 +16,13 @@ import peft
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from lrlora import LrLoraConfig
-from lrlora.export import factorize, output_difference, save_as_lora
+from lrlora.export import factorize, lora_config, output_difference, save_as_lora
 from lrlora.export import files as export_files
+from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
 from ..training.small import tokenizer
@@ -273,3 +274,15 @@ def test_no_space_for_the_tokenizer_is_no_success(
     with pytest.raises(OSError, match="No space"):
         save_as_lora(factorize(model, max_rank=1), adapter, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_the_configuration_alone_keeps_what_each_module_was_trained_with(train: Train) -> None:
+    options = {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"v_proj": 4}, "lora_dropout": 0.1}
+    with pytest.warns(UserWarning, match="lora_dropout"):
+        _, model = train("llama", lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"], **options)
+    config = lora_config(factorize(model, max_rank=2), model.peft_config["default"], keep_scaling=True)
+    assert config.lora_dropout == 0.1
+    plain = get_peft_model(TinyModel("llama").build(), config)
+    for path, layer in model.named_modules():
+        if isinstance(layer, LrLoraLayer):
+            assert plain.get_submodule(path).scaling == layer.scaling  # 16, 1 and 2

@@ -127,5 +127,5 @@ def test_gates_are_gone_and_adapters_saved_without_them_load(tmp_path: Path) -> 
         assert PeftConfig.from_pretrained(str(tmp_path)) == config
     file.write_text(json.dumps({**saved, "rank_penalty": 0.5}))
     for attempt in (lambda: PeftConfig.from_pretrained(str(tmp_path)), lambda: LrLoraConfig(rank_penalty=0.5)):
-        with pytest.raises(ValueError, match=r"rank_penalty=0.5: gates are gone.*export"):
+        with pytest.raises(ValueError, match=r"rank_penalty=0.5: lrlora has no gates any more.*export"):
             attempt()

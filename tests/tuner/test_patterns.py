@@ -13,6 +13,7 @@ from torch import nn
 
 import lrlora
 from lrlora import LrLoraConfig
+from lrlora.ops import pattern_delta
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
@@ -142,6 +143,24 @@ def test_half_precision_is_as_near_as_the_same_update_as_lora(dtype: torch.dtype
                 found = layer(x).double() - layer.base_layer(x).double()
             errors.append((found - update).norm() / update.norm())
     assert errors[0] <= 1.02 * errors[1] < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_update_of_half_precision_factors_is_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 48)).to(dtype)
+    config = LrLoraConfig(r=2, target_modules=["0"], form="expansion")
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    layer: Any = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lrlora_B["default"].weight.normal_(0, 0.1)
+        A, B, phi = layer._factors("default")
+        exact = pattern_delta(A.double(), B.double(), phi, scaling=layer.scaling["default"])
+    assert A.dtype == dtype
+    U, V = layer.thin_factors("default")
+    for delta in (layer.get_delta_weight("default"), U @ V):
+        assert delta.dtype == torch.float32
+        torch.testing.assert_close(delta.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

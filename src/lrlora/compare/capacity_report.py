@@ -23,10 +23,11 @@ from .equivalence import equivalent_rank
 from .figures import with_legend
 from .jobs import Comparison, Record, read_records
 from .markdown import markdown
-from .methods import find_method
+from .methods import METHODS, find_method
 from .statistics import Interval, paired_difference
 from .tables import final_runs, ratio, same_hardware
 
+LORA = METHODS["lora"].name
 LABEL_STEPS, LABEL_CLASSES = 800, 64  # of the tasks that ask for ever more texts, and for nothing else
 Cells = Mapping[tuple[str, str], Sequence[Record]]
 
@@ -105,7 +106,7 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
             }
         )
     order = list(dict.fromkeys(row["method"] for row in rows))
-    order.sort(key=lambda name: name != "LoRA")
+    order.sort(key=lambda name: name != LORA)
     rows.sort(key=lambda row: (order.index(row["method"]), row["parameters"]))
     return pd.DataFrame(rows)
 
@@ -227,7 +228,9 @@ def write_capacity_report(comparison: Comparison, output: Path) -> Path:
     parts = [f"# {comparison.suite}\n"]
     if tables:
         parts.append("\n![Loss against parameters and time](curves.png)\n")
-        save_figure(curves_figure(tables), output / "curves.png")
+        # Where LoRA has one rank there is no curve to be seen.
+        curves = {task: frame for task, frame in tables.items() if (frame["method"] == LORA).sum() > 1}
+        save_figure(curves_figure(curves or tables), output / "curves.png")
     for task, frame in tables.items():
         parts += [f"\n## {task}\n", markdown(frame.drop(columns="seconds"))]
     asked = demand(records, tasks)

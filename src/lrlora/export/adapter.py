@@ -33,7 +33,7 @@ adapter and loads with PEFT alone. `lora_alpha` equals `r`, so that the scaling 
 """
 
 
-def lora_config(factors: Sequence[Factors], like: PeftConfig, *, keep_scaling: bool = False) -> LoraConfig:
+def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = False) -> LoraConfig:
     """The configuration of a plain LoRA with the ranks of `factors`.
 
     The largest rank is its `r`; modules of another rank are in `rank_pattern`, and their `lora_alpha` in
@@ -41,8 +41,9 @@ def lora_config(factors: Sequence[Factors], like: PeftConfig, *, keep_scaling: b
 
     Args:
         factors: as `factorize` returns them; modules of rank 0 are left out.
-        like: of the LR-LoRA adapter, whose base model, task, and fully trained parts are taken over.
-        keep_scaling: α/r of `like`, to train with; else 1, which the factors themselves are made for.
+        like: `LrLoraConfig` of the adapter, whose base model, task, and fully trained parts are taken over.
+        keep_scaling: α/r and dropout that each module was trained with, to train with; else 1, which the factors
+            themselves are made for.
 
     Raises:
         ValueError: no module has a rank.
@@ -51,19 +52,19 @@ def lora_config(factors: Sequence[Factors], like: PeftConfig, *, keep_scaling: b
     ranks = {part.module: part.rank for part in factors if part.rank}
     if not ranks:
         raise ValueError("No module has a rank: there is nothing to export.")
-    trained: Any = like
-    root = 0.5 if trained.use_rslora else 1
-    scaling = trained.lora_alpha / trained.r**root if keep_scaling else 1
-    largest = max(ranks.values())
-    others = {pattern_of(module, ranks): rank for module, rank in ranks.items() if rank != largest}
+    scaling = {part.module: part.scaling if keep_scaling else 1.0 for part in factors if part.rank}
+    largest = max(ranks, key=ranks.__getitem__)
+    alphas = {module: scaling[module] * rank for module, rank in ranks.items()}
     kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save", "bias")
-    fields: dict[str, Any] = {name: getattr(trained, name) for name in (*kept, "trainable_token_indices")}
-    fields["lora_alpha"] = scaling * largest
+    fields: dict[str, Any] = {name: getattr(like, name) for name in (*kept, "trainable_token_indices")}
+    fields["lora_alpha"] = alphas[largest]
+    if keep_scaling:
+        fields["lora_dropout"] = like.lora_dropout
     return LoraConfig(
-        r=largest,
+        r=ranks[largest],
         target_modules=list(ranks),
-        rank_pattern=others,
-        alpha_pattern={key: scaling * rank for key, rank in others.items()},
+        rank_pattern={pattern_of(m, ranks): rank for m, rank in ranks.items() if rank != ranks[largest]},
+        alpha_pattern={pattern_of(m, ranks): alpha for m, alpha in alphas.items() if alpha != alphas[largest]},
         **fields,
     )
 

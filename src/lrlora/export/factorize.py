@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import svd_of_product
+from ..pattern import Pattern
 from ..rank import module_type, require_finite
 from ..tuner import LrLoraLayer
 
@@ -44,6 +45,7 @@ class Factors:
         module: its path in the base model.
         A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 where the module is left out.
         r: rank of the product BA that was trained.
+        scaling: s it was trained with.
         energy: ‖ΔW‖²_F, exact.
         stable_rank: of ΔW.
         kept: the share of `energy` that BA keeps.
@@ -54,6 +56,7 @@ class Factors:
     A: Tensor
     B: Tensor
     r: int
+    scaling: float
     energy: float
     stable_rank: float
     kept: float
@@ -140,6 +143,7 @@ class _Svd:
             A=(self._V[:, :rank] * root).T.contiguous(),
             B=(self._U[:, :rank] * root).contiguous(),
             r=self.layer.r[self._adapter],
+            scaling=self.layer.scaling[self._adapter],
             energy=self.energy,
             stable_rank=self.stable_rank,
             kept=min(1.0, self.held()[rank - 1].item()) if rank else 0.0,
@@ -161,9 +165,10 @@ def exact_parameters(model: nn.Module, adapter: str | None = None) -> int | None
     """What plain LoRA takes that loses nothing of an expansion, r·Q ranks a module; None if φ(BA) has no such rank."""
     total = 0
     for _, layer, name in _linear_layers(model, adapter):
-        if (thin := layer.thin_factors(name)) is None:
+        phi, m, n = layer.lrlora_phi[name], layer.out_features, layer.in_features
+        if not isinstance(phi, Pattern):
             return None
-        total += min(thin[1].shape[0], layer.out_features, layer.in_features) * (layer.out_features + layer.in_features)
+        total += min(layer.r[name] * phi.spec.num_terms, m, n) * (m + n)
     return total
 
 

@@ -51,8 +51,13 @@ def pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float, bas
 
     """
     with without_autocast(A):
-        U, V = pattern_factors(A, B, pattern, scaling=scaling, basis=basis)
+        U, V = pattern_factors(at_least_float32(A), at_least_float32(B), pattern, scaling=scaling, basis=basis)
         return U @ V
+
+
+def at_least_float32(matrix: Tensor) -> Tensor:
+    """The matrix in float32, or float64 if it is that."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:

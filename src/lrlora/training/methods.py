@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -72,7 +73,7 @@ def adapter_config(method: str, form: str, total_steps: int, options: dict[str, 
         if options:
             raise ValueError(f"Full fine-tuning has no adapter, and adapter is {options!r}. Leave it out.")
         return None
-    known = [f.name for f in fields(_FIELDS[method])]
+    known = [*inspect.signature(_FIELDS[method].__init__).parameters][1:]
     for name in options:
         require_known(f"field of {_FIELDS[method].__name__}", name, known)
     require_module_names(options)

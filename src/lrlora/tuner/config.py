@@ -159,8 +159,8 @@ class LrLoraConfig(PeftConfig):
         super().__post_init__()
         if rank_penalty:
             raise ValueError(
-                f"rank_penalty={rank_penalty}: gates are gone, which made no adapter better. Leave it out: "
-                "For a smaller adapter lower r, or compress the trained one with lrlora export."
+                f"rank_penalty={rank_penalty}: lrlora has no gates any more. In a new configuration, leave it out, and "
+                "make the trained adapter smaller with lrlora export. One saved with gates has to be trained again."
             )
         self.peft_type = PeftType("LRLORA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import adapted_linear, delta_weight, pattern_delta, pattern_factors, pattern_linear
+from ..ops import adapted_linear, at_least_float32, delta_weight, pattern_delta, pattern_factors, pattern_linear
 from ..pattern import Pattern
 from ..transfer import Transfer
 from .config import LrLoraConfig
@@ -124,19 +124,20 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def linear_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """(s·B, A), of what plain LoRA would make of the same factors: (..., m, r) and (..., r, n)."""
         A, B, _ = self._factors(adapter)
-        return self.scaling[adapter] * B, A
+        return self.scaling[adapter] * at_least_float32(B), A
 
     @torch.no_grad()
     def thin_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """U (..., m, r·Q) and V (..., r·Q, n) of ΔW = U V, seen as a matrix; None where φ may make it of full rank."""
         A, B, phi = self._factors(adapter)
-        return pattern_factors(A, B, phi, scaling=self.scaling[adapter]) if isinstance(phi, Pattern) else None
+        if not isinstance(phi, Pattern):
+            return None
+        return pattern_factors(at_least_float32(A), at_least_float32(B), phi, scaling=self.scaling[adapter])
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
         A, B, _ = self._factors(adapter)
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        return self._in_layout(self.input_gain[adapter] * (B.to(dtype) @ A.to(dtype)))
+        return self._in_layout(self.input_gain[adapter] * (at_least_float32(B) @ at_least_float32(A)))
 
     def _in_layout(self, matrix: Tensor) -> Tensor:
         """A matrix (m, n), seen in the layout of the base weight."""
@@ -219,13 +220,12 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if adapters and self._takes_one_pass(x, adapters):
             return self._adapted(x, adapters[0])
         result = self.base_layer(x, *args, **kwargs)
-        x = _as_autocast(x)
+        x, dtype = _as_autocast(x), result.dtype
         for adapter in adapters:
             # Token ids have no dropout: as in PEFT, an embedding ignores it.
             seen = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
-            # Rounded once, after the sum.
-            result = (result + self.weights[adapter] * self._update(seen, adapter)).to(result.dtype)
-        return result
+            result = result + self.weights[adapter] * self._update(seen, adapter)
+        return result.to(dtype)
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
