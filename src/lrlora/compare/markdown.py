@@ -13,6 +13,7 @@ from .statistics import Interval
 _DIGITS = {"mean difference": 1, "loss": 1, "difference": 2, "p": 3, "time": 2, "memory": 2}
 _DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "attention − MLP": 3, "Cohen's d": 2}
 _DIGITS |= {"loss (nats)": 3, "difference (nats)": 3, "std": 3, "step": 2, "terms": 1, "ρ": 2}
+_DIGITS |= {"growth": 2, "stable rank at the fewest texts": 1, "at the most": 1}
 _DIGITS |= {f"{name} differ: p": 4 for name in ("modules", "layers", "types")}
 _DIGITS |= {f"share of {name}": 2 for name in ("modules", "layers", "types")}
 
