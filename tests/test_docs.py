@@ -143,6 +143,21 @@ def test_the_formulas_of_the_scale_page_hold() -> None:
     assert [record for record in records if record["predicted"] != record["found"]] == []
 
 
+def test_what_the_study_found_is_what_its_tables_say() -> None:
+    page = (ROOT / "docs" / "capacity.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found, tables = page.split("## Results")
+    rows = [line for line in tables.splitlines() if line.startswith("| expansion, frozen | ")]
+    claimed = re.findall(r"^ +\| ([124]) \| ([^|]+) \| ([^|]+) \|", found, re.MULTILINE)
+    assert len(claimed) == 3
+    for r, labels, german in claimed:
+        for worth in (labels, german):
+            assert any(f"| {r} | 32 |" in row and f"| {worth} |" in row for row in rows), worth
+    labels, german = (cell.split()[0] for cell in claimed[2][1:])
+    assert f"worth LoRA at r = {german} " in readme
+    assert f"at r = {labels} for labels" in readme
+
+
 def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs")
     script = runpy.run_path(str(ROOT / "docs" / "update_compatibility.py"))

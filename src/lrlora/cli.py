@@ -149,7 +149,7 @@ def report(
     sources: Annotated[
         list[str], typer.Argument(metavar="ADAPTER|RUN_DIR...", help="Saved adapters and output folders of runs.")
     ],
-    output: Annotated[Path, typer.Option("--output", help="The page to write.")] = Path("lrlora-report.html"),
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("lrlora-report.html"),
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures as SVG and PNG, for papers.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the pictures.")] = False,
 ) -> None:
@@ -326,7 +326,7 @@ _BUDGET = Annotated[
 ]
 _MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module.")]
 _DROP_BELOW = Annotated[float, typer.Option(help="Leave out modules with less than this share of all ‖ΔW‖².")]
-_OUTPUT = Annotated[Path, typer.Option("--output", help="Folder to write; must be empty or not exist.")]
+_OUTPUT = Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist.")]
 
 
 @app.command()

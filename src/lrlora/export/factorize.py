@@ -161,10 +161,10 @@ def parameters_of_rank(model: nn.Module, rank: int) -> int:
     return rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 
-def exact_parameters(model: nn.Module, adapter: str | None = None) -> int | None:
-    """What plain LoRA takes that loses nothing of an expansion, r·Q ranks a module; None if φ(BA) has no such rank."""
+def exact_parameters(model: nn.Module) -> int | None:
+    """Parameters of the plain LoRA of rank r·Q that holds an expansion exactly; None for φ(BA), which none holds."""
     total = 0
-    for _, layer, name in _linear_layers(model, adapter):
+    for _, layer, name in _linear_layers(model, None):
         phi, m, n = layer.lrlora_phi[name], layer.out_features, layer.in_features
         if not isinstance(phi, Pattern):
             return None

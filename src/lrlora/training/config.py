@@ -200,7 +200,7 @@ def _parse(text: str, where: str) -> Any:
 def require_known(what: str, value: object, known: Iterable[str]) -> None:
     """Raise a ValueError that names the nearest of the `known` values, unless `value` is one of them.
 
-    `what` it is, without an article: "task".
+    `what` names the kind of value, without an article: "task".
     """
     known = list(known)
     if value in known:

@@ -124,7 +124,7 @@ class LrLoraConfig(PeftConfig):
     phi_lr_multiplier: float | None = field(
         default=None, metadata={"help": "Learning-rate multiplier of φ; 10, or 1 of a pattern."}
     )
-    rank_penalty: InitVar[float] = 0.0  # of adapters saved while there were gates: 0 in nearly all
+    rank_penalty: InitVar[float] = 0.0  # read from configurations saved while there were gates, and not kept
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
@@ -159,8 +159,8 @@ class LrLoraConfig(PeftConfig):
         super().__post_init__()
         if rank_penalty:
             raise ValueError(
-                f"rank_penalty={rank_penalty}: lrlora has no gates any more. In a new configuration, leave it out, and "
-                "make the trained adapter smaller with lrlora export. One saved with gates has to be trained again."
+                f"rank_penalty={rank_penalty}: lrlora has no gates any more. Leave it out of a new configuration, and "
+                "compress the trained adapter with lrlora export. An adapter saved with gates must be trained again."
             )
         self.peft_type = PeftType("LRLORA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
