@@ -54,8 +54,8 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
     """A record for the demo's two adapters, and for each export of the first."""
     from lrlora.export import factorize, output_difference, save_as_lora
     from lrlora.export.factorize import parameters_of_rank
-    from lrlora.training.tasks import MOVIE_REVIEW_TASK
-    from lrlora.tuner.skeleton import load_on_skeleton
+    from lrlora.lab.tasks import MOVIE_REVIEW_TASK
+    from lrlora.saved import load_on_skeleton
 
     test = MOVIE_REVIEW_TASK.load()["test"]
     adapter = demo / "lr-lora"

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 import lrlora
-from lrlora.training.inputs import SMOLLM2, fetch
+from lrlora.lab.inputs import SMOLLM2, fetch
 
 TOKENS = 24
 

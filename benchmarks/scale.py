@@ -40,7 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from lrlora import LrLoraConfig  # noqa: E402
 from lrlora.ops import linear as ops  # noqa: E402
-from lrlora.rank import _measure, spectrum  # noqa: E402
+from lrlora.rank.measures import spectrum  # noqa: E402
+from lrlora.rank.walk import _measure  # noqa: E402
 from lrlora.transfer import Transfer, TransferSpec  # noqa: E402
 from lrlora.tuner.layer import Linear, LrLoraLayer, ParamWrapper  # noqa: E402
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from sections import table, with_section
 
-from lrlora.compare.jobs import read_comparison, read_records
+from lrlora.lab.compare.jobs import read_comparison, read_records
 
 DOCS = Path(__file__).parent
 SUITES = ("offline-nlu", "offline-commonsense")

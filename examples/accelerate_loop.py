@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import lrlora
-from lrlora.training.inputs import MINILM, checkpoint
-from lrlora.training.tasks import TASKS, tokenize
+from lrlora.lab.inputs import MINILM, checkpoint
+from lrlora.lab.tasks import TASKS, tokenize
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 base = str(checkpoint(MINILM))

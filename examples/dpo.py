@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 import lrlora
-from lrlora.training.inputs import SMOLLM2, checkpoint
-from lrlora.training.tasks import TASKS
+from lrlora.lab.inputs import SMOLLM2, checkpoint
+from lrlora.lab.tasks import TASKS
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
 base = str(checkpoint(SMOLLM2))  # or any chat model of the hub, by name

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 import lrlora
-from lrlora.training.inputs import SMOLLM2, checkpoint
-from lrlora.training.tasks import TASKS
+from lrlora.lab.inputs import SMOLLM2, checkpoint
+from lrlora.lab.tasks import TASKS
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 base = str(checkpoint(SMOLLM2))

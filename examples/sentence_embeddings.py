@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 import lrlora
-from lrlora.training.inputs import MINILM, checkpoint
-from lrlora.training.tasks import TASKS
+from lrlora.lab.inputs import MINILM, checkpoint
+from lrlora.lab.tasks import TASKS
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 base = str(checkpoint(MINILM))

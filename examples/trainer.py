@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import lrlora
-from lrlora.training.inputs import MINILM, checkpoint
-from lrlora.training.tasks import TASKS, tokenize
+from lrlora.lab.inputs import MINILM, checkpoint
+from lrlora.lab.tasks import TASKS, tokenize
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 base = str(checkpoint(MINILM))  # or any model of the hub, by name

@@ -75,7 +75,7 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    from .training.test_callback import RankCallback, make_trainer
+    from .test_callback import RankCallback, make_trainer
 
     for name in ("first", "second"):
         saving = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}

@@ -16,13 +16,13 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from lrlora import LrLoraConfig
-from lrlora.compare import Suite
-from lrlora.compare.jobs import read_comparison
-from lrlora.compare.report import write_report
-from lrlora.training.config import TrainConfig
+from lrlora.lab.compare import Suite
+from lrlora.lab.compare.jobs import read_comparison
+from lrlora.lab.compare.report import write_report
+from lrlora.lab.config import TrainConfig
 
 from .conftest import FAMILIES, TinyModel
-from .training.small import reviews, save_encoder
+from .lab.small import reviews, save_encoder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,11 +18,11 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from .training.small import reviews, save_encoder
+from .lab.small import reviews, save_encoder
 
 # What all commands import first, which is most of their time, is not worth being killed in.
 SCRIPT = """
-import lrlora.compare.report, lrlora.export, lrlora.training.train
+import lrlora.lab.compare.report, lrlora.export, lrlora.lab.train
 from lrlora.cli import app
 print("ready", flush=True)
 app()

@@ -10,7 +10,7 @@ import torch
 from lrlora.ops import pattern_delta, pattern_linear
 from lrlora.ops.reference import reference_pattern_delta
 from lrlora.pattern import Pattern, PatternSpec, signs
-from lrlora.rank import effective_rank, spectrum
+from lrlora.rank.measures import effective_rank, spectrum
 
 M, N, R, Q = 40, 56, 3, 4
 KINDS: list[dict[str, Any]] = [

@@ -31,15 +31,15 @@ from safetensors.torch import load, save
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.compare import jobs
-from lrlora.compare.worker import run_job
 from lrlora.files import write_json
-from lrlora.training import inputs as packages
-from lrlora.training.config import TrainConfig
-from lrlora.training.embedded import EMBEDDED_MODELS, EmbeddedModel
-from lrlora.training.train import Interrupted, train
+from lrlora.lab import inputs as packages
+from lrlora.lab.compare import jobs
+from lrlora.lab.compare.worker import run_job
+from lrlora.lab.config import TrainConfig
+from lrlora.lab.embedded import EMBEDDED_MODELS, EmbeddedModel
+from lrlora.lab.train import Interrupted, train
 
-from .training.small import reviews, save_encoder
+from .lab.small import reviews, save_encoder
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="bounds memory as Linux does")
 SECONDS, MEMORY = 60, 2**30  # that one command may take

@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from lrlora.cli import app
-from lrlora.training.config import TrainConfig
-from lrlora.training.train import Interrupted, train
+from lrlora.lab.config import TrainConfig
+from lrlora.lab.train import Interrupted, train
 
-from .training.small import reviews, save_encoder
+from .lab.small import reviews, save_encoder
 
 CODE = "open('it-ran', 'w').close()\n"
 

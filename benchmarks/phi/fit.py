@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from updates import SOURCES, Source
 
+from lrlora.naming import module_type
 from lrlora.ops import delta_weight
-from lrlora.rank import energy_rank, module_type, spectrum, stable_rank
+from lrlora.rank.measures import energy_rank, spectrum, stable_rank
 from lrlora.transfer import Transfer, TransferSpec
 
 FITS = Path(__file__).parents[2] / "docs" / "phi" / "fits.jsonl"

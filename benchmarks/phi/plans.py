@@ -32,7 +32,7 @@ class Run:
     """One training run.
 
     Args:
-        task: a key of `lrlora.training.tasks.TASKS`.
+        task: a key of `lrlora.lab.tasks.TASKS`.
         method: "lora" or "lr-lora".
         r: rank of BA.
         learning_rate: peak.

@@ -40,9 +40,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lrlora import LrLoraConfig, RankCallback, rank_report
-from lrlora.cache import cache_folder
-from lrlora.training.inputs import MINILM, fetch
-from lrlora.training.tasks import TASKS, split_by_group, tokenize
+from lrlora.files import cache_folder
+from lrlora.lab.inputs import MINILM, fetch
+from lrlora.lab.tasks import TASKS, split_by_group, tokenize
 
 RUNS = Path(__file__).parents[2] / "docs" / "phi" / "runs.jsonl"
 TRAIN, VALIDATION, TEST = 10_000, 1_000, 2_000

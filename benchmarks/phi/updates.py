@@ -26,9 +26,9 @@ from transformers import (
     set_seed,
 )
 
-from lrlora.cache import cache_folder
-from lrlora.training.inputs import MINILM, SMOLLM2, fetch
-from lrlora.training.tasks import TASKS
+from lrlora.files import cache_folder
+from lrlora.lab.inputs import MINILM, SMOLLM2, fetch
+from lrlora.lab.tasks import TASKS
 
 FOLDER = cache_folder() / "phi-study-updates"
 SMOLLM2_LAYERS = 10

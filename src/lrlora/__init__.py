@@ -2,9 +2,9 @@
 
 __version__ = "0.1.0"
 
+from .callback import RankCallback
 from .distributed import fully_shard_phi
 from .rank import RankReport, rank_report
-from .training.callback import RankCallback
 from .tuner import LrLoraConfig, LrLoraModel, cached_weights
 
 __all__ = [

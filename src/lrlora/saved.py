@@ -1,31 +1,110 @@
-"""Saved adapters, checked: PEFT leaves out of them what does not fit, and says little of it."""
+"""A saved adapter: read without running, or even having, its base model, and checked.
+
+PEFT leaves out of a model what does not fit it, and says little of it.
+"""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import load_peft_weights
+from torch import nn
+from transformers import AutoModel
+from transformers.pytorch_utils import Conv1D
 
 from .files import readable
-from .tuner.skeleton import load_on_skeleton
+from .naming import PEFT_PREFIX
 
 EXPECTED = "Expected are the adapter_config.json and adapter_model.safetensors that save_pretrained wrote."
+_FACTOR_SUFFIXES = {"LRLORA": "lrlora_A.weight", "LORA": "lora_A.weight"}
 
 
-def load_measurable(adapter: str | os.PathLike[str], *, with_base_weights: bool = False) -> PeftModel:
-    """What `load_on_skeleton` makes of a saved adapter, if its files are whole.
+def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool = False) -> PeftModel:
+    """Load a saved LR-LoRA or LoRA adapter onto a skeleton that has only the adapted linear layers.
+
+    The result can be measured with `rank_report`; it cannot run. The skeleton's weights are zeros that take no
+    memory, or the base model's own if asked for and there (a task head is not).
+
+    Args:
+        adapter: folder or hub name.
+        with_base_weights: load the base model that the adapter names and take its weights.
 
     Raises:
-        ValueError: they are not.
+        ValueError: there is no adapter, its files are damaged, or it is of another method.
 
     """
     name = os.fspath(adapter)
     with readable(name, EXPECTED):
-        model = load_on_skeleton(name, with_base_weights=with_base_weights)
-        require_all_weights(model, name)
+        return _load_on_skeleton(name, with_base_weights)
+
+
+def _load_on_skeleton(name: str, with_base_weights: bool) -> PeftModel:
+    config = PeftConfig.from_pretrained(name)
+    method = config.peft_type.value
+    if method not in _FACTOR_SUFFIXES:
+        raise ValueError(f"{name} is an adapter of type {method}; ranks are read from LRLORA and LORA ones.")
+    if getattr(config, "target_parameters", None):
+        raise ValueError(
+            f"{name} adapts parameters of modules ({', '.join(config.target_parameters)}), which cannot be told apart "
+            "without the base model. Load the adapter on it and call `rank_report(model)`."
+        )
+    weights = load_peft_weights(name, device="cpu")
+    suffix = "." + _FACTOR_SUFFIXES[method]
+    factors = sorted((key for key in weights if key.endswith(suffix)), key=_natural_order)
+    modules = {key.removesuffix(suffix).removeprefix(PEFT_PREFIX): key for key in factors}
+    if not modules:
+        raise ValueError(f"{name} holds no adapted linear layer.")
+
+    base = AutoModel.from_pretrained(config.base_model_name_or_path) if with_base_weights else nn.Module()
+    skeleton = nn.Module()
+    skeleton.name_or_path = config.base_model_name_or_path  # PEFT writes it into the configuration
+    for path, key in modules.items():
+        in_features, out_features = weights[key].shape[1], weights[key.replace("_A.", "_B.")].shape[0]
+        linear = nn.Linear(1, 1, bias=False)
+        linear.in_features, linear.out_features = in_features, out_features
+        weight = _base_weight(base, path)
+        weight = torch.zeros(()).expand(out_features, in_features) if weight is None else weight
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        _place(skeleton, path, linear)
+    # The skeleton has exactly the adapted layers: whatever selected them among others no longer applies.
+    config.target_modules = set(modules)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
+    config.task_type = None
+    config.trainable_token_indices = None
+    config.fan_in_fan_out = False
+    model = get_peft_model(skeleton, config)
+    # Files may also hold weights of the base model: embeddings, heads, biases.
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    set_peft_model_state_dict(model, {key: weight for key, weight in weights.items() if f".{prefix}" in key})
+    require_all_weights(model, name)
     return model
+
+
+def _natural_order(key: str) -> list[tuple[int, str]]:
+    """Sorts layer.2 before layer.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _base_weight(base: nn.Module, path: str) -> torch.Tensor | None:
+    """The weight (m, n) of the adapted module `path` in the base model; None where that lacks it, as a task head."""
+    prefix = getattr(base, "base_model_prefix", "")
+    module: Any = dict(base.named_modules()).get(path.removeprefix(f"{prefix}."))
+    if module is None:
+        return None
+    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data.flatten(1)
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
 
 
 def require_all_weights(model: PeftModel, name: str) -> None:

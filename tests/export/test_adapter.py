@@ -25,7 +25,7 @@ from lrlora.export import files as export_files
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
-from ..training.small import tokenizer
+from ..lab.small import tokenizer
 
 Train = Callable[..., tuple[Path, Any]]
 
@@ -149,7 +149,7 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(train: Train, tmp_p
     script = (
         "import os, signal, peft\n"
         "from lrlora.export import factorize, save_as_lora\n"
-        "from lrlora.tuner.skeleton import load_on_skeleton\n"
+        "from lrlora.saved import load_on_skeleton\n"
         "peft.LoraConfig.save_pretrained = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"save_as_lora(factorize(load_on_skeleton({str(adapter)!r}), energy=0.9), {str(adapter)!r}, 'lora')\n"
     )

@@ -16,7 +16,7 @@ from lrlora import LrLoraConfig
 from lrlora.export import merge_adapter
 
 from ..conftest import TinyModel
-from ..training.small import tokenizer
+from ..lab.small import tokenizer
 
 Train = Callable[..., tuple[Path, Any]]
 CLASSES = {

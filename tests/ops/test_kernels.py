@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrlora.ops import adapted_linear, delta_weight, native
+from lrlora.ops import adapted_linear, cpu, delta_weight
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.transfer import Transfer, TransferSpec
 
@@ -19,7 +19,7 @@ from .test_linear import GAIN, SCALING, Case, assert_agrees, formula, gradients,
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    HAS_COMPILER = native._library() is not None
+    HAS_COMPILER = cpu._library() is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 PATHS = [
     pytest.param("native", marks=pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")),
@@ -58,7 +58,7 @@ def test_half_precision_against_the_formula(
     if path == "triton" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies the integers that hold the bits of bfloat16")
     tolerance = torch.finfo(dtype).eps  # weights and sums are rounded to half of it each
-    monkeypatch.setattr(native, "_CONVERTED_ENTRIES", 500)  # several blocks of rows, the last one smaller
+    monkeypatch.setattr(cpu, "_CONVERTED_ENTRIES", 500)  # several blocks of rows, the last one smaller
     case = make_case(dtype=torch.float32, transposed=transposed)
     x = case.x.detach().to(dtype).requires_grad_()
     half = case._replace(x=x, weight=case.weight.to(dtype), bias=None, grad_y=case.grad_y.to(dtype))

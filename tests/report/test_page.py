@@ -20,8 +20,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.rank import Curve, RankRow, Spectrum
-from lrlora.report.page import Run, write_page
+from lrlora.report.page import write_page
 from lrlora.report.pictures import save_pictures
+from lrlora.report.runs import Run
 
 from ..conftest import TinyModel
 

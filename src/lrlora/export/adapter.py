@@ -13,12 +13,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..naming import PEFT_PREFIX
 from ..tuner.config import pattern_of
 from .factorize import Factors, kept_energy
 from .files import check_output, written_whole
 from .loading import load_adapted, sample_inputs, save_preprocessing
 
-_PREFIX = "base_model.model."
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -99,7 +99,7 @@ def save_as_lora(
     config.inference_mode = True
     if pad:
         config.rank_pattern, config.alpha_pattern = {}, {}
-    left_out = tuple(f"{_PREFIX}{part.module}.base_layer." for part in factors if not part.rank)
+    left_out = tuple(f"{PEFT_PREFIX}{part.module}.base_layer." for part in factors if not part.rank)
     weights = {
         # A module without an adapter of its own is not wrapped when this is loaded.
         key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
@@ -108,8 +108,8 @@ def save_as_lora(
     }
     for part in exported:
         rank = config.r if pad else part.rank
-        weights[f"{_PREFIX}{part.module}.lora_A.weight"] = _padded(part.A.T, rank).T.to(dtype).contiguous()
-        weights[f"{_PREFIX}{part.module}.lora_B.weight"] = _padded(part.B, rank).to(dtype).contiguous()
+        weights[f"{PEFT_PREFIX}{part.module}.lora_A.weight"] = _padded(part.A.T, rank).T.to(dtype).contiguous()
+        weights[f"{PEFT_PREFIX}{part.module}.lora_B.weight"] = _padded(part.B, rank).to(dtype).contiguous()
     card = _CARD.format(
         base=config.base_model_name_or_path,
         ranks=sum(part.rank for part in exported),

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..naming import module_type, path_in_base
 from ..ops import svd_of_product
 from ..pattern import Pattern
-from ..rank import module_type, require_finite
+from ..rank.walk import require_finite
 from ..tuner import LrLoraLayer
 
 # A randomised SVD costs a few products with ΔW; from a quarter of the full rank on, the full one is no dearer.
@@ -245,7 +246,7 @@ def _linear_layers(model: nn.Module, adapter: str | None) -> list[tuple[str, LrL
             continue
         name = adapter or module.active_adapters[0]
         if name in module.lrlora_A:
-            layers.append((path.removeprefix("base_model.model."), module, name))
+            layers.append((path_in_base(path), module, name))
     if not layers:
         raise ValueError("The model has no LR-LoRA adapter" + (f" named {adapter!r}." if adapter else "."))
     if any(layer.merged for _, layer, _ in layers):

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..files import readable
+from ..naming import path_in_base
+from ..run_folder import RUN_FILE, read_record
 from ..saved import EXPECTED, require_all_weights
-from ..training.config import RUN_FILE, read_run
 from ..tuner import LrLoraLayer
 
 _CLASSES = {
@@ -48,7 +49,7 @@ def load_adapted(adapter: str | os.PathLike[str], **options: Any) -> Any:
     name = os.fspath(adapter)
     with readable(name, EXPECTED):
         config = PeftConfig.from_pretrained(name)
-        if (Path(name) / RUN_FILE).exists() and (labels := read_run(Path(name)).labels):
+        if (Path(name) / RUN_FILE).exists() and (labels := read_record(Path(name)).labels):
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}
         elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(name)) is not None:
@@ -103,7 +104,7 @@ def check_base(adapter: str | os.PathLike[str], model: PeftModel) -> None:
     for path, layer in model.named_modules():
         if not isinstance(layer, LrLoraLayer):
             continue
-        path = path.removeprefix("base_model.model.")
+        path = path_in_base(path)
         module: Any = modules.get(path.removeprefix(f"{base.base_model_prefix}."))
         if module is None:
             continue  # a task head
@@ -130,7 +131,7 @@ def check_names(model: PeftModel) -> None:
     for path, layer in model.named_modules():
         if isinstance(layer, LrLoraLayer) and _UNLIKELY.search(path):
             raise ValueError(
-                f"{path.removeprefix('base_model.model.')} is, by its name, no linear layer, and only those can be "
+                f"{path_in_base(path)} is, by its name, no linear layer, and only those can be "
                 "exported as LoRA. Export with the check against the base model, or merge the adapter into it."
             )
 

@@ -1,4 +1,4 @@
-"""The fused GPU kernels, in Triton: the same two loops over the entries of ΔW as `kernels.cpp`.
+"""The fused GPU kernels, in Triton: the same two loops over the entries of ΔW as `cpu.cpp`.
 
 A tile of Z = g·BA is formed in float32 and φ read from its table. Forward writes W + ΔW. Backward multiplies its tile
 of G = (∂L/∂y)ᵀ x itself, and what leaves the chip are sums over the tile: its share of ∂L/∂A and ∂L/∂B, and the moments

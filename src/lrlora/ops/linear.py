@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..transfer import Transfer, TransferSpec, TransferTable
-from .kernels import pick
+from .dispatch import pick
 
 # Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
 # kernels, and 64 MB each.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+from ..files import write_whole
 from ..rank import MEASURES
+from ..run_folder import PICTURE_FILE
 from ..tuner.config import CARD_SECTION
-from .figure import LABELS
-from .page import Run
+from .runs import Run, load_run
 
 _LOADING = """## Loading this LoRA adapter
 
@@ -17,12 +21,27 @@ model = PeftModel.from_pretrained(base_model, "this folder or hub name")
 """
 
 
-def model_card(run: Run, picture: str) -> str:
+def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
+    """Replace the text of a saved adapter's model card by what is known of the run.
+
+    Args:
+        folder: of the run, with the adapter and PEFT's card, whose header stays. A picture of the ranks in it is shown.
+        metrics: of the run, if they are not there as a file yet.
+
+    """
+    run = load_run(str(folder), folder.resolve().name, metrics)
+    card = folder / "README.md"
+    header = re.match(r"---\n.*?\n---\n", card.read_text(encoding="utf-8"), re.DOTALL)
+    picture = PICTURE_FILE if (folder / PICTURE_FILE).exists() else None
+    write_whole(card, (header[0] if header else "") + model_card(run, picture))
+
+
+def model_card(run: Run, picture: str | None = None) -> str:
     """Method, base, data, metrics, ranks by kind of module, their picture, and how to load it; Markdown.
 
     Args:
         run: the run.
-        picture: path of the picture from the card.
+        picture: path of the picture from the card; None: there is none.
 
     """
     method = run.facts["method"]
@@ -33,14 +52,14 @@ def model_card(run: Run, picture: str) -> str:
         for kind in kinds:
             ranks = [getattr(row, measure) for row in run.report.rows if row.kind == kind]
             cells.append(f"{min(ranks):.3g} / {sum(ranks) / len(ranks):.3g} / {max(ranks):.3g}")
-        lines.append(f"| {LABELS[measure]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {MEASURES[measure].label} | " + " | ".join(cells) + " |")
     parts = [
         f"# {run.name}",
         f"An adapter of the method {method}, trained with lrlora.",
         "\n".join(f"- {name}: {value}" for name, value in run.facts.items()),
         "## Ranks of ΔW",
         "\n".join(lines),
-        f"![Learned ranks]({picture})",
+        *([f"![Learned ranks]({picture})"] if picture else []),
         CARD_SECTION if method == "LR-LoRA" else _LOADING,
     ]
     return "\n\n".join(parts)

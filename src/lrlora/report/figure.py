@@ -15,13 +15,6 @@ from matplotlib.figure import Figure, SubFigure
 from ..files import replacing
 from ..rank import MEASURES, RankReport, RankRow
 
-LABELS = {
-    "stable_rank": "stable rank",
-    "effective_rank": "effective rank",
-    "energy90_rank": "energy-90 rank",
-    "energy99_rank": "energy-99 rank",
-}
-
 
 def save_rank_figure(
     report: RankReport, path: str | os.PathLike[str], *, measure: str = "energy99_rank", title: str = "Learned ranks"
@@ -76,9 +69,9 @@ def _draw_ranks(axes: Axes, rows: list[RankRow], measure: str) -> None:
         cells.setdefault((row.type, row.layer), []).append(getattr(row, measure))
     means = {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
     image = draw_heat_map(axes, means, vmin=0, vmax=max(means.values()))
-    axes.figure.colorbar(image, ax=axes, label=LABELS[measure])
+    axes.figure.colorbar(image, ax=axes, label=MEASURES[measure].label)
     ranks = sorted({row.r for row in rows})
-    title = f"{LABELS[measure]} of ΔW; rank of BA: r = {', '.join(map(str, ranks))}"
+    title = f"{MEASURES[measure].label} of ΔW; rank of BA: r = {', '.join(map(str, ranks))}"
     averaged = any(len(several) > 1 for several in cells.values())
     axes.set_title(title + "; mean where several modules share a cell" * averaged, fontsize="medium")
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,16 +17,12 @@ import vl_convert
 from matplotlib import colormaps
 
 from ..files import write_whole
-from ..rank import RankReport
+from ..rank import MEASURES, RankReport
 from .charts import CHARTS, COLOURS, specification
-from .figure import LABELS
+from .runs import Run
 
 # Key of a row → label, digits after the point, what it is.
-MEASURES = {
-    "stable_rank": (LABELS["stable_rank"], 1, "‖ΔW‖² / σ₁²: how many directions as strong as the strongest"),
-    "effective_rank": (LABELS["effective_rank"], 1, "exp of the entropy of the singular values"),
-    "energy90_rank": (LABELS["energy90_rank"], 0, "how many directions hold 90 % of ‖ΔW‖²"),
-    "energy99_rank": (LABELS["energy99_rank"], 0, "how many directions hold 99 % of ‖ΔW‖²"),
+_SHOWN = {name: (measure.label, measure.digits, measure.about) for name, measure in MEASURES.items()} | {
     "relative_norm": ("size of the update, %", 2, "‖ΔW‖ in % of ‖W₀‖"),
     "curvature": ("curvature of φ", 3, "share of φ that no straight line explains"),
 }
@@ -34,28 +30,6 @@ _IN_PERCENT = ("relative_norm",)
 # Records over training, and points of a curve, that a page shows at most: more cannot be told apart, but weigh.
 MOST_RECORDS, MOST_POINTS = 60, 400
 _T = TypeVar("_T")
-
-
-@dataclass
-class Run:
-    """What the page shows of one run; what is empty is left out.
-
-    Attributes:
-        name: short, unlike the other runs'.
-        report: the learned ranks at the end.
-        facts: what a reader wants to know first, such as base model, data and metrics.
-        settings: configurations by name.
-        history: (step, ranks) over training.
-        log: the Trainer's log history.
-
-    """
-
-    name: str
-    report: RankReport
-    facts: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    history: list[tuple[int, RankReport]] = field(default_factory=list)
-    log: list[dict[str, float]] = field(default_factory=list)
 
 
 def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Learned ranks") -> None:
@@ -96,9 +70,9 @@ def _in_script(content: Any) -> str:
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [asdict(row) for run in runs for report in _all_reports(run) for row in report.rows]
-    keys = [key for key in MEASURES if any(row[key] is not None for row in rows)]
+    keys = [key for key in _SHOWN if any(row[key] is not None for row in rows)]
     measures = [
-        {"key": key, **dict(zip(("label", "digits", "about"), MEASURES[key], strict=True))}
+        {"key": key, **dict(zip(("label", "digits", "about"), _SHOWN[key], strict=True))}
         | {"factor": 100 if key in _IN_PERCENT else 1}
         for key in keys
     ]

@@ -10,9 +10,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..rank import MEASURES, RankReport
+from ..run_folder import PICTURE_FILE, REPORT_FILE
+from .card import write_card
 from .charts import COLOURS
-from .figure import LABELS, save_figure, save_rank_figure
-from .page import Run
+from .figure import save_figure, save_rank_figure
+from .runs import Run
 
 FORMATS = ("svg", "png")
 _LINES = ("-", "--", ":")
@@ -41,6 +43,16 @@ def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
             save_figure(figure, target / f"{name}.{suffix}")
 
 
+def illustrate_run(folder: Path) -> None:
+    """Draw the ranks of a finished run into its folder, and show the picture in its model card."""
+    save_rank_figure(
+        RankReport.from_json(folder / REPORT_FILE),
+        folder / PICTURE_FILE,
+        title=f"Learned ranks, {folder.resolve().name}",
+    )
+    write_card(folder)
+
+
 def _kinds(runs: Sequence[Run]) -> Figure:
     """Box plots of every measure, by kind and run."""
     kinds = sorted({row.kind for run in runs for row in run.report.rows})
@@ -56,7 +68,7 @@ def _kinds(runs: Sequence[Run]) -> Figure:
                 median.set_color("black")
             axes.plot([], [], color=COLOURS[i % len(COLOURS)], linewidth=6, label=run.name)
         axes.set_xticks(range(len(kinds)), kinds)
-        axes.set_title(LABELS[measure], fontsize="medium")
+        axes.set_title(MEASURES[measure].label, fontsize="medium")
     if len(runs) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
     return figure
@@ -76,7 +88,7 @@ def _history(runs: Sequence[Run]) -> Figure:
                     label = kind if len(runs) == 1 else f"{run.name}, {kind}"
                     steps, values = zip(*means, strict=True)
                     axes.plot(steps, values, linestyle=line, color=COLOURS[i % len(COLOURS)], label=label)
-        axes.set_title(LABELS[measure], fontsize="medium")
+        axes.set_title(MEASURES[measure].label, fontsize="medium")
         axes.set_xlabel("step")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

@@ -5,15 +5,12 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from ..rank import RankReport, RankRow
+from ..rank import MEASURES, RankReport, RankRow
 
 _COLUMNS = {
     "r": "r",
     "rank_limit": "limit",
-    "stable_rank": "stable",
-    "effective_rank": "effect.",
-    "energy90_rank": "e-90",
-    "energy99_rank": "e-99",
+    **{name: measure.heading for name, measure in MEASURES.items()},
     "relative_norm": "‖ΔW‖ %",
     "phi_zero": "φ(0)",
     "curvature": "curv.",

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..naming import module_type
 from ..pattern import Pattern
-from ..rank import module_type
 from ..transfer import Transfer
 from .config import LrLoraConfig
 from .layer import Conv, Embedding, Linear, LrLoraLayer, ParamWrapper

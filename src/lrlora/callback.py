@@ -1,0 +1,146 @@
+"""Learned ranks over the course of training, through transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from .distributed import is_sharded
+from .files import write_whole
+from .rank import RankReport, rank_report
+from .run_folder import HISTORY_FILE, read_history
+
+
+class RankCallback(TrainerCallback):
+    """Records the learned ranks at the start, every `every` steps and at the last step of training.
+
+    Each record is kept in `history`, appended to `rank_history.jsonl` in the output folder, and handed as scalars
+    named `rank/…` to the Trainer's log history and to every logger in `report_to`. A resumed run continues the file.
+    TensorBoard, W&B and MLflow also get the picture of the last record, if matplotlib is there
+    (`pip install lrlora[plots]`).
+
+    Args:
+        every: steps between records, ≥ 1.
+        adapter: the adapter to measure; default: the active one.
+
+    Attributes:
+        history: (step, report) in the order of training; only the last report has its curves and spectra.
+
+    Raises:
+        ValueError: `every` is below 1.
+
+    """
+
+    def __init__(self, every: int = 50, adapter: str | None = None) -> None:
+        if every < 1:
+            raise ValueError(f"every must be a number of steps ≥ 1, and is {every!r}.")
+        self.every = every
+        self.adapter = adapter
+        self.history: list[tuple[int, RankReport]] = []
+        self._loggers: list[TrainerCallback] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            self._record(args, state, control, **kwargs)
+            return
+        # A callback cannot reach the Trainer's own loggers. A second instance of each writes to the same run.
+        self._loggers = [logger() for logger in get_reporting_integration_callbacks(args.report_to)]
+        for logger in self._loggers:
+            logger.on_train_begin(args, state, control, **kwargs)
+        path = _history_path(args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.history = [record for record in read_history(path) if record[0] < state.global_step]
+        write_whole(path, "".join(map(_to_line, self.history)))
+        self._record(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The last step is recorded here: at the end of training the best checkpoint may be back in the model, and
+        # MLflow's run closed.
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if state.global_step % self.every == 0 or is_last:
+            self._record(args, state, control, **kwargs)
+            if is_last:
+                self._log_picture()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        is_recorded = bool(self.history) and self.history[-1][0] == state.global_step
+        if not is_recorded and not args.load_best_model_at_end:
+            self._record(args, state, control, **kwargs)
+        for logger in self._loggers:
+            logger.on_train_end(args, state, control, **kwargs)
+
+    def _log_picture(self) -> None:
+        if not self.history or not find_spec("matplotlib"):
+            return
+        for logger in self._loggers:
+            try:
+                _log_picture(logger, *self.history[-1])
+            except Exception as error:  # whatever a logger may say of a picture, training goes on
+                warnings.warn(f"The picture of the ranks was not logged: {error}", stacklevel=2)
+
+    def _record(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
+    ) -> None:
+        # Processes that hold parts of the model have to measure together; else the first does it alone.
+        if not state.is_world_process_zero and not is_sharded(model):
+            return
+        try:
+            report = rank_report(model, self.adapter)
+        except ValueError as error:
+            if state.global_step == 0:
+                raise
+            # What to do about a diverged run is the Trainer's business and the user's, not that of a measurement.
+            warnings.warn(f"Ranks at step {state.global_step} are not recorded: {error}", stacklevel=2)
+            return
+        if self.history:  # of a long run with many layers, all curves would be gigabytes
+            step, last = self.history[-1]
+            self.history[-1] = (step, RankReport(last.rows))
+        self.history.append((state.global_step, report))
+        if not state.is_world_process_zero:
+            return
+        with _history_path(args).open("a", encoding="utf-8") as file:
+            file.write(_to_line(self.history[-1]))
+        scalars = report.summary()
+        entry = {**scalars, "step": state.global_step}
+        if entry not in state.log_history:  # as it is in that of a checkpoint, when it is gone on with
+            state.log_history.append(entry)
+        for logger in self._loggers:
+            logger.on_log(args, state, control, logs=scalars, model=model, **kwargs)
+
+
+def _log_picture(logger: Any, step: int, report: RankReport) -> None:
+    """Hand the picture to a logger that takes pictures; each of the three has a way of its own."""
+    from .report.figure import rank_figure
+
+    name = "rank/energy99_rank"
+    if getattr(logger, "tb_writer", None) is not None:
+        logger.tb_writer.add_figure(name, rank_figure(report), step)
+    elif getattr(logger, "_wandb", None) is not None:
+        from PIL import Image
+
+        png = BytesIO()
+        rank_figure(report).savefig(png, format="png")  # W&B takes a figure only from who has imported pyplot
+        logger._wandb.log({name: logger._wandb.Image(Image.open(png)), "train/global_step": step})
+    elif getattr(logger, "_ml_flow", None) is not None:
+        logger._ml_flow.log_figure(rank_figure(report), f"{name}.png")
+
+
+def _history_path(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".") / HISTORY_FILE
+
+
+def _to_line(record: tuple[int, RankReport]) -> str:
+    step, report = record
+    return json.dumps({"step": step, "rows": [asdict(row) for row in report.rows]}) + "\n"

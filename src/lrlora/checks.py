@@ -1,0 +1,66 @@
+"""Checks of what a user gives and of what a file holds."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+
+
+def require_known(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise a ValueError that names the nearest of the `known` values, unless `value` is one of them.
+
+    `what` names the kind of value, without an article: "task".
+    """
+    known = list(known)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, 1, 0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}.")
+
+
+def require_type(value: Any, kind: Any, name: str) -> None:
+    """Raise a ValueError that says where, unless a value from a file is what a type annotation says.
+
+    Args:
+        value: of plain types, or a dataclass or named tuple of them.
+        kind: the annotation, which may be a TypedDict; a float is any number.
+        name: of the value in the message.
+
+    """
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is UnionType and inner[1:] == (NoneType,) and value is not None:
+        require_type(value, inner[0], name)
+    elif is_typeddict(kind) and isinstance(value, dict):
+        for key, annotation in get_type_hints(kind).items():
+            if key in value:
+                require_type(value[key], annotation, f"{name}[{key!r}]")
+            elif key in kind.__required_keys__:
+                raise ValueError(f"{name} lacks {key!r}.")
+    elif is_dataclass(origin) or (isinstance(origin, type) and issubclass(origin, tuple) and origin is not tuple):
+        for field, annotation in get_type_hints(origin).items():
+            require_type(getattr(value, field), annotation, f"{name}.{field}")
+    elif origin in (list, tuple, Sequence) and isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            require_type(item, inner[0], f"{name}[{index}]")
+    elif origin is dict and isinstance(value, dict):
+        for key, item in value.items():
+            require_type(key, inner[0], f"a key of {name}")
+            require_type(item, inner[1], f"{name}[{key!r}]")
+    elif not _is(value, kind):
+        is_mapping = is_typeddict(kind) or origin is dict
+        expected = "map names to values" if is_mapping else f"be {getattr(kind, '__name__', kind)}"
+        raise ValueError(f"{name} must {expected}, and is {value!r}.")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is UnionType:
+        return any(_is(value, part) for part in get_args(kind))
+    if kind is Any:
+        return True
+    if isinstance(value, bool):
+        return kind is bool  # and no number, though Python thinks so
+    return not is_typeddict(kind) and isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)

@@ -1,0 +1,8 @@
+"""The command line: parses, calls, prints."""
+
+from .common import app
+
+# The commands, in the order in which `--help` lists them.
+from . import lab, adapters  # isort: skip
+
+__all__ = ["adapters", "app", "lab"]

@@ -1,0 +1,81 @@
+"""What all commands share: the application, the console, and errors as one message."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .. import __version__
+
+app = typer.Typer(
+    help="Learnable-Rank LoRA: fine-tune transformers without guessing a rank.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+# Piped into a file there is no terminal to fit.
+console = Console() if Console().is_terminal else Console(width=120)
+
+
+@contextmanager
+def one_clear_error(after_interrupt: str = "Run the same command again to resume.") -> Iterator[None]:
+    """Print what the user can act on as one message, without a traceback."""
+    try:
+        yield
+    except typer.Exit:
+        raise  # it is a RuntimeError
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        remedy = ""
+        if isinstance(error, ImportError):
+            missing = {"altair|vl_convert|matplotlib|pandas": "plots", "bitsandbytes|torchao": "integrations"}
+            extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
+            remedy = f" Install what this command needs: pip install 'lrlora[{extra}]'"
+        # What a damaged file holds need not be printable.
+        said = f"{str(error) or type(error).__name__}{remedy}".encode("utf-8", "backslashreplace").decode()
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(said)}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"Interrupted. {after_interrupt}", highlight=False)
+        raise typer.Exit(130) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"lrlora {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+def announce(line: str) -> None:
+    """Print a line as it is."""
+    console.print(escape(line), highlight=False)
+
+
+def quiet() -> None:
+    """Keep what libraries say on the way out of a command's output."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # It would ask whether to run the code that some models bring along: nobody may be there, and none is run.
+    transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    if importlib.util.find_spec("datasets"):
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,0 +1,292 @@
+"""Commands that train and compare: demo, train, evaluate, predict, compare, inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .common import announce, app, console, one_clear_error, quiet
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for adapters, reports and the picture.")] = Path("lrlora-demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each method.")] = 300,
+    r: Annotated[int, typer.Option("--rank", min=1, help="Rank r of BA.")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Seed of head, factors and data order.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+) -> None:
+    """Fine-tune MiniLM on movie reviews with LR-LoRA and with LoRA, and show the ranks that were learned."""
+    with one_clear_error():
+        quiet()
+        from ..lab.demo import DemoSettings, load_reports, run_demo
+        from ..report.figure import save_rank_figure
+        from ..report.page import write_page
+        from ..report.pictures import illustrate_run
+        from ..report.runs import load_runs
+        from ..report.table import rank_table
+        from ..run_folder import PICTURE_FILE
+
+        settings = DemoSettings(steps=steps, r=r, learning_rate=learning_rate, seed=seed)
+        results = run_demo(output, settings, overwrite=overwrite, announce=console.print)
+        reports = load_reports(output)
+        for method in reports:
+            illustrate_run(output / method)
+        picture = output / PICTURE_FILE
+        save_rank_figure(reports["lr-lora"], picture, title=f"LR-LoRA on movie reviews, {steps} steps")
+        page = output / "report.html"
+        write_page(load_runs([output]), page, title=f"Movie reviews, {steps} steps, r = {r}")
+        for method, report in reports.items():
+            console.print(rank_table(report, f"Learned ranks, {method}"))
+        table = Table(title="Movie-review sentiment, films held out", title_justify="left")
+        for heading in ("method", "accuracy", "± s.e.", "seconds", "trainable", "e-99 > r"):
+            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+        for method, result in results.items():
+            rows = reports[method].rows
+            table.add_row(
+                method,
+                f"{result.accuracy:.4f}",
+                f"{result.standard_error:.4f}",
+                f"{result.seconds:.0f}",
+                f"{result.trainable_parameters:,}",
+                f"{sum(row.energy99_rank > row.r for row in rows)} of {len(rows)}",
+            )
+        console.print(table)
+        console.print(
+            escape(f"Adapters, reports and history: {output}\nPicture: {picture}\nPage: {page}"), highlight=False
+        )
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file with these settings; options on the command line override it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder or embedded:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
+    task: Annotated[str | None, typer.Option(help="classify, regress, multiple-choice or causal-lm.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lr-lora, lora, dora, adalora, hira, randlora, loha, vera, full.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: what a column of the data holds.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Data to validate on.")] = None,
+    validation_share: Annotated[
+        float | None, typer.Option(help="Share of the training data to validate on, if --validation is not given.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank r of BA.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    head_learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of a new head, if it differs from the rest.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step, on each device.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut examples after so many tokens.")] = None,
+    early_stopping: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a field of the PEFT configuration.")] = None,
+    training: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a field of TrainingArguments.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+) -> None:
+    """Fine-tune your model on your data; save adapter, metrics and learned ranks."""
+    with one_clear_error():
+        quiet()
+        from ..lab.config import TrainConfig, parse_assignments, parse_pairs, read_run
+        from ..lab.train import Interrupted, rank_report_of, resume_hint, train
+        from ..report.table import rank_table
+        from ..run_folder import RUN_FILE
+
+        flags = {
+            "model": model,
+            "data": data,
+            "task": task,
+            "method": method,
+            "output": None if output is None else str(output),
+            "validation": validation,
+            "validation_share": validation_share,
+            "max_length": max_length,
+            "head_learning_rate": head_learning_rate,
+            "early_stopping": early_stopping,
+            "seed": seed,
+        }
+        arguments = {
+            "learning_rate": learning_rate,
+            "num_train_epochs": epochs,
+            "max_steps": steps,
+            "per_device_train_batch_size": batch_size,
+        }
+        nested = {
+            "columns": parse_pairs(column or (), "--column"),
+            "adapter": parse_assignments(adapter or (), "--adapter"),
+            "training": parse_assignments(training or (), "--training") | _given(arguments),
+        }
+        if resume is None:
+            run = TrainConfig.from_dict(_settings(config, _given(flags), nested, rank))
+        elif config or _given(flags) or rank is not None or any(nested.values()):
+            raise ValueError("--resume goes on with the settings of the run: give nothing else.")
+        else:
+            run, _ = read_run(resume)
+        try:
+            result = train(run, resume=resume is not None, overwrite=overwrite, announce=announce)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            folder = Path(run.output)
+            hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
+            Console(stderr=True).print(escape(str(stop) or f"Interrupted. {hint}"), highlight=False)
+            raise typer.Exit(130) from None
+        if not result.is_first:
+            return
+        report = rank_report_of(result.output)
+        if report is not None:
+            if importlib.util.find_spec("matplotlib"):
+                from ..report.pictures import illustrate_run
+
+                illustrate_run(result.output)
+            console.print(rank_table(report, "Learned ranks"))
+        _print_metrics(result.metrics, "Validation, best checkpoint")
+        console.print(escape(f"Everything is in {result.output}"), highlight=False)
+        if report is not None:
+            console.print(escape(f"To look at it: lrlora report {result.output}"), highlight=False)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _settings(
+    file: Path | None, flags: dict[str, Any], nested: dict[str, dict[str, Any]], rank: int | None
+) -> dict[str, Any]:
+    """The settings of a run: those of a file, with what the command line says in their place."""
+    from ..lab.config import read_yaml
+
+    settings = (read_yaml(file) if file else {}) | flags
+    if rank is not None:
+        nested["adapter"]["target_r" if settings.get("method") == "adalora" else "r"] = rank
+    for name, values in nested.items():
+        if values:
+            settings[name] = {**(settings.get(name) or {}), **values}
+    return settings
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
+    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the metrics here.")] = None,
+) -> None:
+    """Evaluate a finished run on data."""
+    with one_clear_error():
+        quiet()
+        from ..files import write_json
+        from ..lab.config import parse_pairs
+        from ..lab.inference import evaluate
+
+        columns = parse_pairs(column, "--column") if column else None
+        metrics = evaluate(run, data, split=split, columns=columns)
+        _print_metrics(metrics, f"{run} on {data}")
+        if json:
+            write_json(json, metrics)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
+    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Predict with a finished run: a line of JSON for each example."""
+    with one_clear_error():
+        quiet()
+        from ..lab.config import parse_pairs
+        from ..lab.inference import predict, write_predictions
+
+        if output.exists() and not overwrite:
+            raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
+        columns = parse_pairs(column, "--column") if column else None
+        count = write_predictions(output, predict(run, data, split=split, columns=columns))
+        console.print(escape(f"{count:,} predictions: {output}"), highlight=False)
+
+
+@app.command()
+def compare(
+    suite: Annotated[
+        str,
+        typer.Argument(help="offline-nlu, offline-commonsense, capacity, glue, commonsense or smoke, or a YAML file."),
+    ],
+    methods: Annotated[str | None, typer.Option(help="Names with commas between; default: the main ones.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite with commas between; default: all.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Learning rates with commas between; default: each method's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method on each task.")] = 3,
+    rank: Annotated[int, typer.Option(min=1, help="Rank r of BA.")] = 4,
+    hours: Annotated[float | None, typer.Option(min=0.0, help="Hours after which no new job is started.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
+    ] = False,
+) -> None:
+    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core."""
+    with one_clear_error():
+        from ..lab.compare import Comparison, run_comparison
+        from ..lab.compare.jobs import parse_rates, read_comparison, read_records
+        from ..lab.compare.report import write_report
+
+        folder = output or Path(f"lrlora-compare-{Path(suite).stem}")
+        wish: dict[str, Any] = {"seeds": seeds, "rank": rank}
+        for name, value in (("methods", methods), ("tasks", tasks)):
+            if value is not None:
+                wish[name] = tuple(part.strip() for part in value.split(","))
+        if rates is not None:
+            wish["rates"] = parse_rates(rates)
+        comparison = read_comparison(suite, folder) if report else Comparison(suite, **wish)
+        left = [] if report else run_comparison(comparison, folder, hours=hours, announce=announce)
+        path = write_report(comparison, folder)
+        failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
+        if failed:
+            console.print(f"{failed} jobs failed: the report says why.", highlight=False)
+        if left:
+            count = len(comparison.cells_left(left))
+            console.print(f"{count} jobs or more are left: run the same command again to go on.", highlight=False)
+        console.print(escape(f"Report: {path}"), highlight=False)
+
+
+@app.command()
+def inputs() -> None:
+    """List the models and data that come with packages, for `embedded:NAME`."""
+    with one_clear_error():
+        from ..lab.embedded import EMBEDDED_DATA, EMBEDDED_MODELS
+
+        table = Table(title="Models and data that need no model hub", title_justify="left")
+        for heading in ("name", "for", "what"):
+            table.add_column(heading, no_wrap=heading != "what")
+        for name, model in EMBEDDED_MODELS.items():
+            table.add_row(f"embedded:{name}", "--model", model.description)
+        for name, data in EMBEDDED_DATA.items():
+            table.add_row(f"embedded:{name}", f"--data, {data.task}", data.description)
+        console.print(table)
+
+
+def _print_metrics(metrics: dict[str, float], title: str) -> None:
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    for name, value in metrics.items():
+        if name != "epoch":
+            table.add_row(name, f"{value:.4f}")
+    console.print(table)

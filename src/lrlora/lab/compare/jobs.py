@@ -1,0 +1,466 @@
+"""A comparison as jobs: which there are, which come next, and running them so that nothing is ever lost or done twice.
+
+Every job trains one method on one task at one learning rate with one seed, in a process of its own. Its result is one
+file, which appears whole or not at all. The same command goes on where it was stopped, and may run several times at
+once: processes share the jobs through locks.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypedDict
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+from ...checks import require_known, require_type
+from ...files import read_json, readable, write_json
+from ..config import FROM_TRAIN, TrainConfig
+from ..methods import EVA, NO_HEAD, adapter_config
+from .capacity import CapacityTask
+from .methods import MAIN_METHODS, Method, find_method
+from .suites import Suite, load_suite
+
+TUNING_SEED = 0
+SETTINGS_FILE = "comparison.json"
+CALL_FILE = "call.json"  # what was asked for last
+FAILED = 3  # exit status of a worker whose job can never work
+_GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
+Record = dict[str, Any]
+
+
+class _Identity(TypedDict):
+    """What every record in a file has."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    wall: float
+
+
+class _Record(_Identity, total=False):
+    """What it has of a job that failed, and of one that did not."""
+
+    scale: float
+    failure: str
+    seconds: float
+    hardware: str
+    peak_mib: float
+    trainable: int
+    validation: dict[str, float]
+    criterion: float
+    ranks: list[dict[str, Any]] | None
+    terms: float | None
+    test: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run; `scale` is s = α/r, which some tasks tune too."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        rate = f"{self.learning_rate:g}" if self.scale == 1 else f"{self.learning_rate:g}-{self.scale:g}"
+        return quote(f"{self.task}--{self.method}--{rate}--{self.seed}", safe="+=,")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        suite: a key of `SUITES`, or a YAML file with a suite.
+        methods: keys as `find_method` takes them; what others are compared with is "lora", or else the first. Default:
+            what a task itself asks for, or else the main ones.
+        seeds: final runs of each method on each task, at the rate that one more seed has chosen.
+        rank: r.
+        tasks: of the suite; default: all.
+        rates: learning rates to try for every method, and no others; default: each method's own times the task's
+            scale, and beyond them.
+
+    Raises:
+        ValueError: a name is unknown, or a number out of range.
+
+    """
+
+    suite: str
+    methods: tuple[str, ...] = ()
+    seeds: int = 3
+    rank: int = 4
+    tasks: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_type(self, Comparison, "comparison")
+        for method in self.methods:
+            find_method(method)
+        for task in self.tasks:
+            require_known(f"task of {self.suite}", task, self.definition.tasks)
+        if not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"rates must be numbers > 0, and are {', '.join(map(str, self.rates))}.")
+        for name, value in (("seeds", self.seeds), ("rank", self.rank)):
+            if value < 1:
+                raise ValueError(f"{name} must be a whole number ≥ 1, and is {value}.")
+
+    @functools.cached_property
+    def definition(self) -> Suite:
+        return load_suite(self.suite)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return self.tasks or tuple(self.definition.tasks)
+
+    def methods_of(self, task: str) -> tuple[str, ...]:
+        return self.methods or getattr(self.definition.tasks[task], "methods", ()) or MAIN_METHODS
+
+    @functools.cached_property
+    def all_methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(method for task in self.task_names for method in self.methods_of(task)))
+
+    @property
+    def reference(self) -> str:
+        return "lora" if "lora" in self.all_methods else self.all_methods[0]
+
+    def plan(self, finished: dict[str, Record]) -> list[Job]:
+        """All jobs that are known to be wanted, task by task; more may follow from their results.
+
+        Every rate on the tuning seed first, the grid growing while the best rate is at its edge; then the seeds at the
+        best rate, which alone read the test data.
+        """
+        cells = ((task, method) for task in self.task_names for method in self.methods_of(task))
+        return [job for task, method in cells for job in self._of(task, method, finished)]
+
+    def select(self, records: dict[str, Record]) -> dict[str, Record]:
+        """Of the finished jobs those that this comparison consists of: a folder may hold other rates and seeds."""
+        return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
+
+    def of_all(self, records: dict[str, Record]) -> Comparison:
+        """The comparison of all methods and tasks that a folder has finished jobs of."""
+        tasks, methods = ({record[name]: None for record in records.values()} for name in ("task", "method"))
+        known = tuple(task for task in self.definition.tasks if task in tasks)
+        return replace(self, tasks=known, methods=tuple(methods))
+
+    def cells_left(self, jobs: list[Job]) -> list[tuple[str, str]]:
+        """(task, method) of jobs that are left, and of those that will follow: the seeds at a rate yet to be found."""
+        tuned = {(job.task, job.method) for job in jobs if job.seed == TUNING_SEED}
+        return [(job.task, job.method) for job in jobs] + [cell for cell in tuned for _ in range(self.seeds)]
+
+    def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
+        definition, known = self.definition.tasks[task], find_method(method)
+        scales: tuple[float, ...] = (1.0,)
+        if isinstance(definition, CapacityTask):
+            grid = sorted(self.rates or definition.first_rates(known))
+            scales = definition.scales if known.has_scale else scales
+        else:
+            grid = sorted(self.rates or (definition.rate_scale * rate for rate in known.rates))
+        low, high = grid[0] / 2**_GRID_STEPS, grid[-1] * 2**_GRID_STEPS
+        trials = [Job(task, method, rate, TUNING_SEED, scales[0]) for rate in grid]
+        while all(trial.name in finished for trial in trials):
+            best = best_trial([finished[trial.name] for trial in trials])
+            if best is None:
+                return trials  # all have failed
+            rate, scale = best["learning_rate"], best.get("scale", 1.0)
+            # The best is inside the grid once both its neighbours have been tried, by rate and by scale.
+            around = [(r, scale) for r in (rate / 2, rate * 2) if low <= r <= high]
+            around += [(rate, s) for s in _neighbours(scale, scales)]
+            new = [Job(task, method, r, TUNING_SEED, s) for r, s in around]
+            new = [job for job in new if job not in trials and (not self.rates or job.learning_rate in self.rates)]
+            if not new:
+                return trials + [Job(task, method, rate, seed, scale) for seed in range(1, self.seeds + 1)]
+            trials += new
+        return trials
+
+
+def _neighbours(scale: float, scales: Sequence[float]) -> list[float]:
+    """The next smaller and the next larger of `scales`."""
+    ordered = sorted(scales)
+    at = ordered.index(scale)
+    return ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]
+
+
+def best_trial(trials: list[Record]) -> Record | None:
+    """The one with the lowest validation criterion, a steadier guide than accuracy; None if every trial failed."""
+    good = [trial for trial in trials if not trial.get("failure")]
+    return min(good, key=lambda trial: trial["criterion"]) if good else None
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Learning rates with commas between.
+
+    Raises:
+        ValueError: one is no number.
+
+    """
+    try:
+        return tuple(float(rate) for rate in text.split(","))
+    except ValueError:
+        raise ValueError(f"--rates takes numbers with commas between, and was given {text!r}.") from None
+
+
+def read_records(output: Path) -> dict[str, Record]:
+    """The finished jobs in a folder, by name."""
+    remedy = "Remove it, and the same command runs the job again."
+    return {path.stem: read_json(path, _Record, remedy) for path in sorted(output.glob("jobs/*.json"))}
+
+
+def check_folder(comparison: Comparison, output: Path) -> None:
+    """Raise a FileExistsError unless the folder is free, or holds a comparison of the same suite and rank."""
+    path = output / SETTINGS_FILE
+    if path.exists():
+        if not _agree(read_json(path, dict[str, Any], "Give another --output."), _settings(comparison)):
+            raise FileExistsError(
+                f"The folder {output} holds another comparison: another suite, rank or settings of its tasks. Give "
+                "another --output."
+            )
+    elif output.exists() and any(path for path in output.iterdir() if path.suffix != ".partial"):
+        raise FileExistsError(f"The folder {output} is not empty, and no comparison. Give another --output.")
+
+
+def prepare(comparison: Comparison, output: Path) -> None:
+    """Make a folder for the results, once all that is asked for is known to make sense.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: an option of a method or a setting of a task cannot be.
+
+    """
+    for task in comparison.task_names:
+        for method in comparison.methods_of(task):
+            settings, known = comparison.definition.tasks[task], find_method(method)
+            if isinstance(settings, CapacityTask):
+                if known.train == "adalora" or known.options.get("init_lora_weights") == EVA:
+                    raise ValueError(
+                        f"{known.name} needs the Trainer, and {task} is trained in a loop of its own. Leave it out."
+                    )
+                adapter_config(known.train, NO_HEAD, settings.steps, known.adapter(comparison.rank))
+                continue
+            train_config(comparison.definition, task, known, known.rates[0], 1, comparison.rank, output)
+            adapter_config(known.train, settings.kind, settings.steps, known.adapter(comparison.rank))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.parent / f".{output.name}.lock"):
+        check_folder(comparison, output)
+        for name in ("jobs", "locks", "logs"):
+            (output / name).mkdir(parents=True, exist_ok=True)
+        settings = _settings(comparison)
+        if (output / SETTINGS_FILE).exists():
+            stored = read_json(output / SETTINGS_FILE, dict[str, Any], "Give another --output.")
+            settings["suite"]["tasks"] = {**stored["suite"]["tasks"], **settings["suite"]["tasks"]}
+        write_json(output / SETTINGS_FILE, settings)
+        write_json(output / CALL_FILE, asdict(comparison))
+
+
+def read_comparison(suite: str, output: Path) -> Comparison:
+    """The comparison that was last asked for in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+
+    """
+    path = output / CALL_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"There is no comparison in {output}: run it first.")
+    with readable(path, "Run the comparison again without --report."):
+        call = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(value) for name, value in call.items() if isinstance(value, list)}
+        return Comparison(**{**call, **lists, "suite": suite})
+
+
+def _settings(comparison: Comparison) -> Any:
+    settings = json.loads(json.dumps({"rank": comparison.rank, "suite": asdict(comparison.definition)}))
+    for task in settings["suite"]["tasks"].values():
+        task.pop("methods", None)  # which methods are run changes nothing about a run
+    return settings
+
+
+def _agree(stored: Any, wanted: Any) -> bool:
+    """Whether these are settings of one suite, which may have got or lost tasks in between."""
+    old, new = (settings["suite"]["tasks"] for settings in (stored, wanted))
+    common = old.keys() & new.keys()
+    alike = len(common) == min(len(old), len(new)) and all(old[name] == new[name] for name in common)
+    return bool(alike and stored["rank"] == wanted["rank"] and stored["suite"]["model"] == wanted["suite"]["model"])
+
+
+def train_config(
+    suite: Suite, task_name: str, method: Method, learning_rate: float, seed: int, rank: int, output: Path
+) -> TrainConfig:
+    """The training run that a job consists of."""
+    task = suite.training_tasks[task_name]
+    return TrainConfig(
+        model=suite.model,
+        data=task.data,
+        task=task.kind,
+        method=method.train,
+        output=str(output),
+        columns=task.columns,
+        validation=FROM_TRAIN,
+        train_examples=task.train_examples,
+        validation_examples=task.validation_examples,
+        max_length=task.max_length,
+        head_learning_rate=task.head_learning_rate,
+        rank_every=task.steps,
+        seed=seed,
+        adapter=method.adapter(rank),
+        training={
+            "max_steps": task.steps,
+            "per_device_train_batch_size": task.batch_size,
+            "learning_rate": learning_rate,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+        },
+    )
+
+
+def run_comparison(
+    comparison: Comparison, output: Path, *, hours: float | None = None, announce: Callable[[str], None] = print
+) -> list[Job]:
+    """Run what is missing; returns what is left: when the time is up, or because something outside it went wrong.
+
+    Args:
+        comparison: what is compared.
+        output: folder of the results.
+        hours: start no job after so long; None: run all.
+        announce: is told what is being done.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: an option of a method or a setting of a task cannot be.
+
+    """
+    prepare(comparison, output)
+    with closing(_Worker(comparison.definition)) as worker:
+        return _run_missing(worker, comparison, output, hours, announce)
+
+
+def _run_missing(
+    worker: _Worker, comparison: Comparison, output: Path, hours: float | None, announce: Callable[[str], None]
+) -> list[Job]:
+    started = time.monotonic()
+    given_up: set[str] = set()
+    while True:
+        finished = read_records(output)
+        missing = [job for job in comparison.plan(finished) if job.name not in finished]
+        is_over = hours is not None and time.monotonic() - started >= 3600 * hours
+        if is_over or all(job.name in given_up for job in missing):
+            return missing
+        for job in missing:
+            if job.name in given_up:
+                continue
+            with _claimed(output, job) as is_mine:
+                if not is_mine or (output / "jobs" / f"{job.name}.json").exists():
+                    continue
+                announce(f"{_progress(comparison, missing, finished)} · {job.name.replace('--', ' · ')}")
+                problem = _run(worker, job, comparison, output)
+                if problem:
+                    given_up.add(job.name)
+                    announce(f"Not done, and to be tried again by the next call: {problem}")
+                break
+        else:
+            time.sleep(5)  # others are at work on all that is missing; more may follow from it
+
+
+@contextmanager
+def _claimed(output: Path, job: Job) -> Iterator[bool]:
+    lock = FileLock(output / "locks" / f"{job.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Record]) -> str:
+    done, cells = comparison.select(finished), comparison.cells_left(left)
+    text = f"{len(done)} jobs done, {len(cells)} left or more"
+    seconds: dict[tuple[str, ...], list[float]] = {}
+    for record in finished.values():
+        cell = (record["task"], record["method"])
+        for key in (cell, cell[:1], ()):
+            seconds.setdefault(key, []).append(record["wall"])
+    if not seconds:
+        return text
+    total = sum(fmean(seconds.get(cell) or seconds.get(cell[:1]) or seconds[()]) for cell in cells)
+    return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss) for one process"
+
+
+class _Worker:
+    """Runs jobs, each in a fork of a process that has imported everything once."""
+
+    def __init__(self, suite: Suite) -> None:
+        self._command = [sys.executable, "-m", "lrlora.lab.compare.worker", json.dumps(asdict(suite))]
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, request: dict[str, Any], result: Path, log: Path) -> int:
+        """The exit status of a job, which writes what it found to `result`, and what it says to `log`."""
+        order = json.dumps({"request": request, "result": str(result), "log": str(log)}) + "\n"
+        is_new = self._process is None
+        process = self._process or self._start(log)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(order)
+            process.stdin.flush()
+        said = process.stdout.readline()
+        if said:
+            return int(said)
+        self.close()
+        # One that has done its last job may have ended by now, as it does where there is a GPU.
+        return process.returncode if is_new else self.run(request, result, log)
+
+    def _start(self, log: Path) -> subprocess.Popen[str]:
+        with log.open("w", encoding="utf-8") as written:
+            # The worker ends when its end of the pipe does: with this process, however that ends.
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=written, text=True)
+        return self._process
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            with suppress(BrokenPipeError), self._process:
+                self._process.communicate()
+            self._process = None
+
+
+def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str | None:
+    """Run a job in a process of its own and file its result; what went wrong outside it is returned, and not filed."""
+    request = {**asdict(job), "rank": comparison.rank}
+    log = output / "logs" / f"{job.name}.log"
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        status = worker.run(request, result, log)
+        if status == 0:
+            record = json.loads(result.read_text(encoding="utf-8"))
+        else:
+            lines = log.read_text(encoding="utf-8").strip().splitlines()
+            said = lines[-1] if lines else "no message"
+            if status != FAILED:
+                return f"{job.name} ended with status {status} ({said}); see {log}"
+            record = {**request, "failure": said}
+    write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
+    return None

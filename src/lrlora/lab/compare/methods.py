@@ -1,0 +1,97 @@
+"""The methods of a comparison. A new one is an entry here: how `lrlora train` is called for it at rank r."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...checks import require_known
+from ...tuner.config import PUBLISHED
+from ..config import parse_assignments
+from ..methods import ALPHA
+
+# Learning rates that are tried first; the grid grows while the best is at its edge.
+_ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+_FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Args:
+        name: as it is called in tables.
+        train: `lrlora train`'s name for it.
+        options: fields of its PEFT configuration, beside the rank.
+        rank_factor: its rank is r times this; 0 for methods that have none.
+        rates: learning rates to try.
+
+    """
+
+    name: str
+    train: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rank_factor: int = 1
+    rates: tuple[float, ...] = _ADAPTER_RATES
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether learned ranks can be told. PiSSA's product BA is not its update, but starts from part of W."""
+        return self.train in ("lora", "lr-lora") and self.options.get("init_lora_weights") != "pissa"
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether s = α/r is open to choice."""
+        return self.train in ALPHA and ALPHA[self.train] not in self.options
+
+    def adapter(self, r: int, scale: float = 1.0) -> dict[str, Any]:
+        """The fields of its PEFT configuration at rank r and scale s = α/r."""
+        if not self.rank_factor:
+            return dict(self.options)
+        options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
+        # rsLoRA's s is α/√r.
+        divisor = math.sqrt(options["r"]) if options.get("use_rslora") else options.get("r", 1)
+        return options if scale == 1 else {**options, ALPHA[self.train]: scale * divisor}
+
+
+METHODS = {
+    "full": Method("full fine-tuning", "full", rank_factor=0, rates=_FULL_RATES),
+    "lora": Method("LoRA", "lora"),
+    "lora-2r": Method("LoRA at 2r", "lora", rank_factor=2),
+    "lora-4r": Method("LoRA at 4r", "lora", rank_factor=4),
+    "rslora": Method("rsLoRA", "lora", {"use_rslora": True}),
+    "dora": Method("DoRA", "dora"),
+    "adalora": Method("AdaLoRA", "adalora"),
+    "pissa": Method("PiSSA", "lora", {"init_lora_weights": "pissa"}),
+    "eva": Method("EVA", "lora", {"init_lora_weights": "eva"}),
+    "hira": Method("HiRA", "hira"),
+    "randlora": Method("RandLoRA", "randlora"),
+    "loha": Method("LoHa", "loha"),
+    "vera": Method("VeRA", "vera"),
+    "sine": Method("fixed sine", "lr-lora", {"form": "sine"}),
+    "lr-lora": Method("LR-LoRA", "lr-lora"),
+    "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
+    "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
+    "paper": Method("the paper's form", "lr-lora", PUBLISHED),
+    "expansion": Method("expansion", "lr-lora", {"form": "expansion", "pattern_weights": "term"}),
+    "expansion-frozen": Method("expansion, frozen", "lr-lora", {"form": "expansion", "pattern_weights": "fixed"}),
+    "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}),
+}
+MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
+
+
+def find_method(key: str) -> Method:
+    """A method of `METHODS`, or one with other options: `lr-lora+num_basis=50+interval=2`.
+
+    Raises:
+        ValueError: there is no such method, or an option is not name=value.
+
+    """
+    name, *assignments = key.split("+")
+    require_known("method", name, METHODS)
+    options = parse_assignments(assignments, f"the method {key}")
+    if not options:
+        return METHODS[name]
+    method = METHODS[name]
+    return replace(method, name=", ".join([method.name, *assignments]), options={**method.options, **options})

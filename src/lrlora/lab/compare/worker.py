@@ -1,0 +1,155 @@
+"""Runs the jobs of a comparison, each in a process of its own: python -m lrlora.lab.compare.worker SUITE."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ...rank import RankReport
+from ..inference import evaluate
+from ..train import Interrupted, rank_report_of, train
+from .capacity import CapacityTask, train_capacity
+from .jobs import FAILED, TUNING_SEED, train_config
+from .methods import find_method
+from .suites import Suite
+
+
+def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
+    """Train, validate, and, unless the job only tunes, test.
+
+    Args:
+        suite: of the comparison.
+        request: the fields of `Job`, and `rank`.
+
+    Returns:
+        The request with what came out: `seconds` of a training step (on a CPU, processor time) on what
+        `hardware`, `peak_mib` of the
+        process, `trainable` parameters (less those of closed factors), `validation` and `test` metrics (None for a
+        tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
+
+    Raises:
+        ValueError: the job cannot work, or training diverged.
+
+    """
+    method, task = find_method(request["method"]), suite.tasks[request["task"]]
+    if isinstance(task, CapacityTask):
+        options = method.adapter(request["rank"], request["scale"])
+        found = train_capacity(task, method, options, learning_rate=request["learning_rate"], seed=request["seed"])
+        if request["seed"] == TUNING_SEED:
+            found["test"] = None
+        measured = {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": _ranks(found.pop("ranks"))}
+        return {**request, **found, **measured}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        config = train_config(
+            suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
+        )
+        result = train(config)
+        criterion = result.metrics[task.criterion]
+        _check_finite(criterion, "validation loss")
+        record = {
+            **request,
+            "seconds": result.seconds_per_step,
+            "hardware": _hardware(),
+            "peak_mib": _peak_mib(),
+            "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
+            "validation": result.metrics,
+            "criterion": criterion,
+            "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
+            "test": None,
+        }
+        if request["seed"] != TUNING_SEED:
+            record["test"] = evaluate(folder, task.data, split=task.test, limit=task.test_examples)
+            _check_finite(record["test"][task.criterion], "test loss")
+        return record
+
+
+def _check_finite(value: float, name: str) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"Training has diverged: the {name} is not finite.")
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _peak_mib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    scale = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
+    if report is None:
+        return None
+    names = ("module", "type", "kind", "r", "stable_rank", "energy90_rank", "energy99_rank")
+    return [{name: getattr(row, name) for name in names} for row in report.rows]
+
+
+def _end_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
+def _work(suite: Suite, request: dict[str, Any], result: str, log: str) -> int:
+    """Run a job in this process; returns its exit status. What can never work is `FAILED`, and says why."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(written, stream.fileno())
+    try:
+        found = run_job(suite, request)
+    except ValueError as error:
+        print(" ".join(str(error).split()))
+        return FAILED
+    except (Interrupted, KeyboardInterrupt):
+        print("Interrupted.")
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def main() -> None:
+    """Run jobs as they are asked for, a line of JSON each; answer with their exit status. Every one is a fork."""
+    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the job
+    suite = Suite.from_dict(json.loads(sys.argv[1]))
+    while order := sys.stdin.readline():
+        if torch.cuda.is_available():
+            # A forked process could not use the GPU: this one does the job itself, and ends.
+            answer = os.dup(sys.stdout.fileno())
+            status = _work(suite, **json.loads(order))
+            os.write(answer, f"{status}\n".encode())
+            return
+        child = os.fork()
+        if child == 0:
+            status = _work(suite, **json.loads(order))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

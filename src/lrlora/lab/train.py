@@ -1,0 +1,322 @@
+"""`train`: fine-tune a user's own model on their own data."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import SchedulerType
+
+from .. import __version__
+from ..callback import RankCallback
+from ..distributed import is_sharded, trained_parameters
+from ..files import readable, replacing_files, write_json
+from ..rank import RankReport, rank_report
+from ..report.card import write_card
+from ..run_folder import (
+    ANOTHER_CHECKPOINT,
+    HISTORY_FILE,
+    LOG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    last_whole_checkpoint,
+    read_history,
+    require_readable,
+)
+from .config import CHOICE_LM, TrainConfig, read_run
+from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
+from .methods import AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
+from .metrics import plain_metrics
+from .models import (
+    MODEL_EXPECTED,
+    check_model,
+    form_of,
+    give_head_its_rate,
+    load_model,
+    make_trainer,
+    max_tokens,
+    model_source,
+    training_arguments,
+)
+from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
+from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
+
+_RANKED = ("lr-lora", "lora")
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """Training was stopped from outside (Ctrl-C, SIGTERM), after a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives.
+
+    Attributes:
+        output: the folder with adapter, tokenizer, metrics and rank history.
+        metrics: of the best checkpoint on the validation split.
+        log_history: the Trainer's, with losses, metrics and mean learned ranks by step.
+        model: the trained model.
+        is_first: whether this is the first of the processes that train together, which writes and tells.
+        seconds_per_step: mean time of a training step; on a CPU processor time.
+
+    """
+
+    output: Path
+    metrics: dict[str, float]
+    log_history: list[dict[str, float]]
+    model: nn.Module
+    is_first: bool = True
+    seconds_per_step: float = math.nan
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, announce: Announce = print
+) -> TrainResult:
+    """Fine-tune a model on data; everything that goes with it lands in `config.output`.
+
+    Data, settings and the fit of task and model are checked before the model is loaded. Ctrl-C or SIGTERM writes a
+    checkpoint first; a second one stops at once.
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in the output folder, which must be of the same run.
+        overwrite: replace the run in the output folder.
+        announce: is told the plan and what is being done, line by line.
+
+    Raises:
+        FileExistsError: the output folder is in use.
+        FileNotFoundError: model or data is missing.
+        ValueError: the data or a setting cannot be used.
+        Interrupted: the run was stopped; the message says how to resume it.
+
+    """
+    output = Path(config.output)
+    _check_output(output, config, resume=resume, overwrite=overwrite)
+    check_sharding(config)
+    source = model_source(config.model)
+    model_config = check_model(source, config)
+    form = form_of(config.task, model_config)
+    if form == CHOICE_LM and config.head_learning_rate is not None:
+        raise ValueError(
+            f"head_learning_rate={config.head_learning_rate!r} is for a new head, and {config.model} answers multiple "
+            "choice without one. Leave it out."
+        )
+    data = load_task_data(config)
+    with readable(config.model, MODEL_EXPECTED):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    untouched = copy.deepcopy(tokenizer)  # encoding leaves its length in a tokenizer, unless a cache has spared it
+    limit = max_tokens(tokenizer, model_config)
+    counts = token_counts(data.splits["train"], form, tokenizer)
+    max_length = config.max_length or choose_max_length(counts, limit)
+    if max_length > limit:
+        raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
+    too_long = sum(count > max_length for count in counts)
+
+    # A resumed run may have another number of processes, and must go on with the same examples in every step.
+    examples_per_step = read_run(output)[1].examples_per_step if resume else None
+    arguments = training_arguments(config, form, len(data.splits["train"]), max_length, examples_per_step)
+    steps, is_main = arguments.max_steps, arguments.process_index == 0
+    if not is_main:
+        announce = _say_nothing
+    adapter = adapter_config(config.method, form, steps, config.adapter)
+    if adapter is None or form not in ("causal-lm", CHOICE_LM):
+        load_in_every_process()
+    set_seed(config.seed)
+    model = load_model(source, config, data.labels, tokenizer)
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+    for line in _plan(config, data, model, arguments, max_length, too_long):
+        announce(line)
+    clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
+    # A step's end is the clock's first, and what the ranks' record costs is no part of the step.
+    callbacks: list[TrainerCallback] = [clock]
+    if config.method in _RANKED:
+        callbacks.append(RankCallback(every=config.rank_every))
+    callbacks += [progress, stop, StopOnNonFinite()]
+    if config.method == "adalora":
+        callbacks.append(AdaLoraCallback())
+    if config.early_stopping:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping))
+    train_data, validation = data.splits["train"], data.splits["validation"]
+    if config.task != "causal-lm":
+        train_data, validation = (encode(part, form, tokenizer, max_length) for part in (train_data, validation))
+    trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
+    prepare_sharding(trainer)
+    if adapter is not None:
+        start_from_data(trainer, adapter)
+    if config.head_learning_rate is not None:
+        give_head_its_rate(trainer, config.head_learning_rate)
+    last = last_whole_checkpoint(output) if resume else None
+    if last is not None:
+        require_same_sharding(last, trainer)
+        require_readable(last)
+    # Only now, when all is known to work in every process, is anything on disk touched.
+    _wait_for_all(arguments)
+    if is_main:
+        folder = output.resolve()  # it may be a link
+        if overwrite and output.exists():
+            # Under another name first: whenever this process is killed, there is no half of the old run.
+            old = folder.with_name(f".{folder.name}.partial")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            shutil.rmtree(old)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            write_json(output / RUN_FILE, _record_of(config, data, arguments, max_length))
+    _wait_for_all(arguments)
+    with stop.listening(), progress.closed_at_the_end():
+        if last is None:
+            trainer.train()
+        else:
+            announce(f"Resuming from step {last.name.rpartition('-')[2]}.")
+            with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
+                trainer.train(resume_from_checkpoint=str(last))
+    if stop.signal is not None and trainer.state.global_step < steps:
+        raise Interrupted(
+            f"Stopped by {stop.signal} after step {trainer.state.global_step} of {steps}; a checkpoint is in {output}. "
+            f"{resume_hint(output)}"
+        )
+    metrics = plain_metrics(trainer.evaluate())
+    return _finish(trainer, config, untouched, output, metrics, clock.seconds_per_step)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _wait_for_all(arguments: TrainingArguments) -> None:
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
+
+
+def resume_hint(output: Path) -> str:
+    """How to go on with the run in a folder."""
+    return f"Go on with: lrlora train --resume {output}"
+
+
+def _plan(
+    config: TrainConfig, data: TaskData, model: nn.Module, arguments: Any, max_length: int, too_long: int
+) -> list[str]:
+    """What is about to happen, in three lines."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    schedule = SchedulerType(arguments.lr_scheduler_type).value
+    return [
+        f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
+        f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples.",
+        f"Data: {len(data.splits['train']):,} examples to train on, {len(data.splits['validation']):,} to validate; "
+        f"{too_long:,} of the first are longer than {max_length} tokens and are cut there.",
+        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
+        f"evaluation every {arguments.eval_steps:g} steps, seed {config.seed}.",
+    ]
+
+
+def _finish(
+    trainer: Trainer,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    metrics: dict[str, float],
+    seconds_per_step: float,
+) -> TrainResult:
+    model: Any = trainer.model
+    is_first = trainer.is_world_process_zero()
+    result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step)
+    if config.method == "adalora":
+        set_rank_pattern(model)
+    # Of a sharded model, all processes gather it together.
+    state = trained_parameters(model) if is_sharded(model) else None
+    report = rank_report(model) if config.method in _RANKED and (result.is_first or state is not None) else None
+    if not result.is_first:
+        _wait_for_all(trainer.args)
+        return result
+    if report is not None:
+        report.to_json(output / REPORT_FILE)
+    with replacing_files(output) as partial:
+        model.save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+    write_json(output / LOG_FILE, trainer.state.log_history)
+    if config.method in _RANKED:
+        write_card(output, metrics)
+    # Last: a run with metrics is a finished one.
+    write_json(output / METRICS_FILE, metrics)
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    for left in output.glob("*.partial"):
+        left.unlink()
+    _wait_for_all(trainer.args)
+    return result
+
+
+def rank_report_of(output: Path) -> RankReport | None:
+    """The learned ranks of a finished run, if its method has them."""
+    path = output / REPORT_FILE
+    return RankReport.from_json(path) if path.exists() else None
+
+
+def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    # A process that was killed at its very start may have left no more than a temporary file.
+    is_used = output.exists() and any(path.suffix != ".partial" for path in output.iterdir())
+    if resume:
+        recorded, _ = read_run(output)
+        if config.method == "adalora":
+            raise ValueError(
+                "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
+            )
+        if (output / METRICS_FILE).exists():
+            raise FileExistsError(f"The run in {output} is finished: there is nothing to resume.")
+        read_history(output / HISTORY_FILE)  # which is gone on with
+        # The folder may have been moved, or be called by another name.
+        theirs, mine = (c.to_dict() | {"output": None} for c in (recorded, config))
+        if json.dumps(theirs, sort_keys=True) != json.dumps(mine, sort_keys=True):
+            raise ValueError(
+                f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
+            )
+    elif is_used and not (overwrite and (output / RUN_FILE).exists()):
+        hint = (
+            "replace it with --overwrite, or go on with --resume"
+            if (output / RUN_FILE).exists()
+            else "remove it yourself"
+        )
+        raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
+
+
+def _record_of(config: TrainConfig, data: TaskData, arguments: TrainingArguments, max_length: int) -> dict[str, Any]:
+    modules = (torch, transformers, peft, datasets)
+    versions = {"lrlora": __version__, "python": platform.python_version()}
+    return {
+        "config": config.to_dict(),
+        "labels": data.labels,
+        "max_length": max_length,
+        "examples_per_step": _examples_per_step(arguments),
+        "versions": versions | {module.__name__: module.__version__ for module in modules},
+    }
+
+
+def _examples_per_step(arguments: TrainingArguments) -> int:
+    # `train_batch_size` is that of all GPUs of a process.
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

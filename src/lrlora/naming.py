@@ -1,0 +1,36 @@
+"""What the path of a module says: its layer, its place in it, what it is for."""
+
+from __future__ import annotations
+
+import re
+
+# Of the base model in a PEFT model, and so of every name in a saved adapter.
+PEFT_PREFIX = "base_model.model."
+
+
+def path_in_base(path: str) -> str:
+    """The path of a module in the base model, from that in the PEFT model."""
+    return path.removeprefix(PEFT_PREFIX)
+
+
+def module_type(path: str) -> str:
+    """The place of a module in its layer, its path without the numbers: encoder.layer.3.mlp → encoder.layer.mlp"""
+    return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def layer_index(path: str) -> int | None:
+    """Index of the transformer layer that a module is in, None outside one."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+_ATTENTION = re.compile(r"att|(^|[._])(q|k|v|o|qkv|query|key|value|q_proj|k_proj|v_proj|o_proj)$", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|ff\.|feed_?forward|intermediate|experts?|densereludense|fc\d|\.output\.dense$", re.IGNORECASE
+)
+
+
+def module_kind(path: str) -> str:
+    """What a module is for, by its name: "attention", "mlp" or "other"."""
+    if _ATTENTION.search(path):
+        return "attention"
+    return "mlp" if _MLP.search(path) else "other"

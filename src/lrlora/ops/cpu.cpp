@@ -1,0 +1,259 @@
+// The two loops over the entries of ΔW, fused, for float32 on a CPU. See cpu.py for how they are called.
+//
+// A table of ψ or ψ' is read as lines of 4 floats, one per cell: the coefficients of a cubic in t. Sums of moments are
+// laid out like it, so that both are indexed alike. Rows are dealt to threads in contiguous shares: results do not depend
+// on timing.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LINE = 4;                      // floats: the coefficients of a cell's cubic, or the moments of a bin
+constexpr int CELLS_PER_BIN = 4;             // as in transfer.py
+constexpr int BANKS = 2;                     // of sums: neighbours often share a cell, and would wait for each other
+constexpr int64_t CHUNK = 256;               // entries of a row handled at a time, in the first-level cache
+constexpr int64_t FLUSH_ENTRIES = 1 << 18;   // float32 sums of at most so many terms are added up in float64
+
+// Vectors that any float array can be read as. A CPU with wider or narrower ones splits or joins them.
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t Places __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t Order __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Order{i, j, k, l})
+#endif
+
+inline Four& four(float* place) { return *reinterpret_cast<Four*>(place); }
+inline const Four& four(const float* place) { return *reinterpret_cast<const Four*>(place); }
+inline const Places& places(const int32_t* place) { return *reinterpret_cast<const Places*>(place); }
+inline const Sixteen& sixteen(const float* place) { return *reinterpret_cast<const Sixteen*>(place); }
+
+inline void transpose(Four& a, Four& b, Four& c, Four& d) {
+    const Four ab01 = SHUFFLE(a, b, 0, 4, 1, 5), ab23 = SHUFFLE(a, b, 2, 6, 3, 7);
+    const Four cd01 = SHUFFLE(c, d, 0, 4, 1, 5), cd23 = SHUFFLE(c, d, 2, 6, 3, 7);
+    a = SHUFFLE(ab01, cd01, 0, 1, 4, 5);
+    b = SHUFFLE(ab01, cd01, 2, 3, 6, 7);
+    c = SHUFFLE(ab23, cd23, 0, 1, 4, 5);
+    d = SHUFFLE(ab23, cd23, 2, 3, 6, 7);
+}
+
+// std::fma is a slow library call where the CPU has no such instruction; the compiler contracts this where it has.
+inline float multiply_add(float a, float b, float c) { return a * b + c; }
+
+enum Form { RESIDUAL = 0, SATURATING = 1, SINC = 2 };
+
+struct Phi {
+    const float* table;      // (2 * side, LINE): of ψ for the weight, of ψ' for the gradient
+    int32_t side;            // cells on each side of 0
+    float cells_per_unit;
+    int32_t form;
+    float gain;              // z = gain * (BA)
+    float scaling;           // s
+};
+
+// exp(x) for -80 <= x <= 0, to 2 units in the last place.
+inline float exponential(float x) {
+    const float k = std::nearbyint(x * 1.44269504f);
+    const float f = multiply_add(k, -1.42860677e-6f, multiply_add(k, -0.693145752f, x));
+    float p = 1.0f / 5040;
+    p = multiply_add(p, f, 1.0f / 720);
+    p = multiply_add(p, f, 1.0f / 120);
+    p = multiply_add(p, f, 1.0f / 24);
+    p = multiply_add(p, f, 1.0f / 6);
+    p = multiply_add(p, f, 0.5f);
+    p = multiply_add(p, f, 1.0f);
+    p = multiply_add(p, f, 1.0f);
+    const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+// Near 0, (1 - e) / (1 + e) would lose its relative precision: there, the Taylor series to z^13.
+inline float hyperbolic_tangent(float z) {
+    const float a = std::fabs(z), q = z * z;
+    const float e = exponential(-2 * (a > 20.0f ? 20.0f : a));
+    const float far = std::copysign((1 - e) / (1 + e), z);
+    float p = 21844.0f / 6081075;
+    p = multiply_add(p, q, -1382.0f / 155925);
+    p = multiply_add(p, q, 62.0f / 2835);
+    p = multiply_add(p, q, -17.0f / 315);
+    p = multiply_add(p, q, 2.0f / 15);
+    p = multiply_add(p, q, -1.0f / 3);
+    const float near = multiply_add(p * q, z, z);
+    return a < 0.35f ? near : far;
+}
+
+// z[j] = gain * sum_k b[k] * A[k][j]
+inline void product(float* z, const float* b, const float* A, int64_t r, int64_t stride, int64_t count, float gain) {
+    for (int64_t j = 0; j < count; ++j) z[j] = 0;
+    for (int64_t k = 0; k < r; ++k) {
+        const float factor = b[k];
+        const float* a = A + k * stride;
+        for (int64_t j = 0; j < count; ++j) z[j] = multiply_add(factor, a[j], z[j]);
+    }
+    for (int64_t j = 0; j < count; ++j) z[j] *= gain;
+}
+
+// The cell of each z and the place t in [0, 1] inside it. A NaN gets a valid cell, and t = NaN.
+inline void locate(int32_t* cell, float* t, const float* z, int64_t count, const Phi& phi) {
+    const float side = static_cast<float>(phi.side);
+    for (int64_t j = 0; j < count; ++j) {
+        float u = z[j] * phi.cells_per_unit;
+        u = u > side ? side : u;
+        u = u < -side ? -side : u;
+        float floor = std::floor(u);
+        floor = floor > side - 1 ? side - 1 : floor;
+        t[j] = u - floor;
+        const float index = floor >= -side ? floor : -side;
+        cell[j] = (static_cast<int32_t>(index) + phi.side) * LINE;
+    }
+}
+
+// value[j] = the cubic of cell[j] at t[j]. Four lines are loaded and transposed, which beats gathering their parts.
+inline void read_table(float* value, const float* table, const int32_t* cell, const float* t, int64_t count) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        Four c0 = four(table + cell[j]), c1 = four(table + cell[j + 1]);
+        Four c2 = four(table + cell[j + 2]), c3 = four(table + cell[j + 3]);
+        transpose(c0, c1, c2, c3);
+        four(value + j) = ((c3 * four(t + j) + c2) * four(t + j) + c1) * four(t + j) + c0;
+    }
+    for (; j < count; ++j) {
+        const float* c = table + cell[j];
+        value[j] = multiply_add(multiply_add(multiply_add(c[3], t[j], c[2]), t[j], c[1]), t[j], c[0]);
+    }
+}
+
+// To the sums (LINE) of the bin of cell[j], in one of the banks, adds term * (1, u, u², u³) with term = scale * g[j] and
+// u in [-1/2, 1/2] the place inside the bin.
+inline void add_moments(float* sums, int64_t bank, const int32_t* cell, const float* t, const float* g, int64_t count,
+                        float scale) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        const Places index = places(cell + j) / LINE;
+        const Places bin = index / CELLS_PER_BIN * LINE;
+        const Four within = __builtin_convertvector(index % CELLS_PER_BIN, Four);
+        const Four u = (within + four(t + j)) * (1.0f / CELLS_PER_BIN) - 0.5f;
+        Four m0 = four(g + j) * scale, m1 = m0 * u, m2 = m1 * u, m3 = m2 * u;
+        transpose(m0, m1, m2, m3);
+        four(sums + bin[0]) += m0;
+        four(sums + bank + bin[1]) += m1;
+        four(sums + bin[2]) += m2;
+        four(sums + bank + bin[3]) += m3;
+    }
+    for (; j < count; ++j) {
+        const uint32_t index = static_cast<uint32_t>(cell[j]) / LINE;
+        const float u = (index % CELLS_PER_BIN + t[j]) * (1.0f / CELLS_PER_BIN) - 0.5f, term = scale * g[j];
+        four(sums + index / CELLS_PER_BIN * LINE) += Four{term, term * u, term * u * u, term * u * u * u};
+    }
+}
+
+// sum_j h[j] * a[j]; and out[j] += factor * h[j].
+inline float dot_and_add(float* out, const float* h, const float* a, float factor, int64_t count) {
+    Sixteen sums{};
+    int64_t j = 0;
+    for (; j + 16 <= count; j += 16) sums += sixteen(h + j) * sixteen(a + j);
+    float sum = 0;
+    for (int lane = 0; lane < 16; ++lane) sum += sums[lane];
+    for (; j < count; ++j) sum = multiply_add(h[j], a[j], sum);
+    for (j = 0; j < count; ++j) out[j] = multiply_add(factor, h[j], out[j]);
+    return sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+// out (m, n) = weight + (s/g) * φ(g * B A); weight may be null. Rows of A are `n` apart, rows of B `r`.
+void lrlora_effective_weight(float* out, const float* weight, const float* A, const float* B, int64_t m, int64_t n,
+                             int64_t r, Phi phi, int32_t threads) {
+    const float output_scale = phi.scaling / phi.gain;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < m; ++i) {
+        float z[CHUNK], t[CHUNK], psi[CHUNK];
+        int32_t cell[CHUNK];
+        for (int64_t start = 0; start < n; start += CHUNK) {
+            const int64_t count = std::min(CHUNK, n - start);
+            product(z, B + i * r, A + start, r, n, count, phi.gain);
+            locate(cell, t, z, count, phi);
+            read_table(psi, phi.table, cell, t, count);
+            if (phi.form == SATURATING)
+                for (int64_t j = 0; j < count; ++j) z[j] = hyperbolic_tangent(z[j]);
+            else if (phi.form == SINC)
+                std::fill(z, z + count, 0.0f);
+            float* o = out + i * n + start;
+            if (weight) {
+                const float* w = weight + i * n + start;
+                for (int64_t j = 0; j < count; ++j) o[j] = multiply_add(output_scale, z[j] + psi[j], w[j]);
+            } else {
+                for (int64_t j = 0; j < count; ++j) o[j] = output_scale * (z[j] + psi[j]);
+            }
+        }
+    }
+}
+
+// With H = s * φ'(g * B A) ∘ G: grad_B (m, r) = H Aᵀ, and grad_A (threads, r, n), zero before, is each thread's share of
+// Bᵀ H. Adds to moments (threads, bins, LINE), per bin of CELLS_PER_BIN cells, the sums of (s/g) * G * u^p,
+// p = 0 ... 3, where u, in [-1/2, 1/2], is the distance from the middle of the bin.
+void lrlora_gradient(const float* G, const float* A, const float* B, float* grad_A, float* grad_B, double* moments,
+                     int64_t m, int64_t n, int64_t r, Phi phi, int32_t threads) {
+    const float side = static_cast<float>(phi.side);
+    const int64_t bins = int64_t{2} * phi.side / CELLS_PER_BIN * LINE;
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int32_t thread = 0; thread < threads; ++thread) {
+        const int64_t first = m * thread / threads, last = m * (thread + 1) / threads;
+        std::vector<float> sums(BANKS * bins);
+        double* total = moments + thread * bins;
+        int64_t pending = 0;
+        // Columns outside, rows inside: A and grad_A of a chunk stay in the first-level cache.
+        for (int64_t start = 0; start < n; start += CHUNK) {
+            const int64_t count = std::min(CHUNK, n - start);
+            const float* a = A + start;
+            float* grad_a = grad_A + thread * r * n + start;
+            for (int64_t i = first; i < last; ++i) {
+                float z[CHUNK], t[CHUNK], h[CHUNK];
+                int32_t cell[CHUNK];
+                const float* b = B + i * r;
+                const float* g = G + i * n + start;
+                product(z, b, a, r, n, count, phi.gain);
+                locate(cell, t, z, count, phi);
+                read_table(h, phi.table, cell, t, count);
+                // ψ is clipped to the table, save in the form that has no other part: its table holds all entries.
+                if (phi.form != SINC)
+                    for (int64_t j = 0; j < count; ++j)
+                        h[j] = std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j];
+                if (phi.form == SATURATING) {
+                    for (int64_t j = 0; j < count; ++j) {
+                        const float tangent = hyperbolic_tangent(z[j]);
+                        h[j] += multiply_add(-tangent, tangent, 1.0f);
+                    }
+                } else if (phi.form == RESIDUAL) {
+                    for (int64_t j = 0; j < count; ++j) h[j] += 1.0f;
+                }
+                for (int64_t j = 0; j < count; ++j) h[j] *= phi.scaling * g[j];
+                add_moments(sums.data(), bins, cell, t, g, count, phi.scaling / phi.gain);
+                for (int64_t k = 0; k < r; ++k) {
+                    const float part = dot_and_add(grad_a + k * n, h, a + k * n, b[k], count);
+                    grad_B[i * r + k] = start ? grad_B[i * r + k] + part : part;
+                }
+                pending += count;
+                if (pending >= FLUSH_ENTRIES || (i + 1 == last && start + count == n)) {
+                    for (int64_t bank = 0; bank < BANKS; ++bank)
+                        for (int64_t k = 0; k < bins; ++k) total[k] += sums[bank * bins + k];
+                    std::fill(sums.begin(), sums.end(), 0.0f);
+                    pending = 0;
+                }
+            }
+        }
+    }
+}
+
+}  // extern "C"

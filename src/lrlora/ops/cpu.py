@@ -1,0 +1,173 @@
+"""The fused CPU kernels: compiled once on the user's machine, called through ctypes.
+
+`cpu.cpp` includes no header of torch or Python, so it compiles in a few seconds, fits any version of both, and
+needs no more than a C++ compiler with OpenMP. Where there is none, the PyTorch blocks of `linear.py` do the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..files import cache_folder
+from ..transfer import CELLS_PER_BIN, TransferTable
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
+_MOMENTS = 4
+# A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
+_ENTRIES_PER_THREAD = 2**15
+# Entries of a matrix in half precision that are converted at a time: with few blocks, and in the cache.
+_CONVERTED_ENTRIES = 2**20
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# As PyTorch itself chooses at run time; a library compiled for more could meet, in a shared cache, a lesser CPU.
+_CPU_FLAGS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+
+
+class _Phi(ctypes.Structure):
+    _fields_ = (
+        ("table", ctypes.c_void_p),
+        ("side", ctypes.c_int32),
+        ("cells_per_unit", ctypes.c_float),
+        ("form", ctypes.c_int32),
+        ("gain", ctypes.c_float),
+        ("scaling", ctypes.c_float),
+    )
+
+
+def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take this φ and these tensors."""
+    is_known = table.spec.form in _FORMS and table.is_complete
+    return is_known and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Single or half precision in the CPU's memory: no subclass, whose elements may be elsewhere or nowhere."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and tensor.layout == torch.strided
+    )
+
+
+def write_weight(
+    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+) -> None:
+    """Write weight + (s/g)·φ(g·BA) to `out` (m, n), contiguous; A and B float32, all on the CPU."""
+    A, B = A.contiguous(), B.contiguous()
+    phi, _keep = _phi(table, table.cubics(derivative=False), scaling, gain)
+    for rows in _float32_blocks(out):
+        part = out[rows] if out.dtype == torch.float32 else torch.empty_like(out[rows], dtype=torch.float32)
+        base = None if weight is None else weight[rows].float().contiguous()
+        pointer = ctypes.c_void_p(None if base is None else base.data_ptr())
+        _require_library().lrlora_effective_weight(
+            *_pointers(part), pointer, *_pointers(A, B[rows]), *_sizes(part, A), phi, torch.get_num_threads()
+        )
+        if part.dtype != out.dtype:
+            out[rows] = part
+
+
+def factor_gradients(
+    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+) -> tuple[Tensor, Tensor]:
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to the gradient of φ in `table`."""
+    A, B = A.contiguous(), B.contiguous()
+    phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
+    threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
+    bins = 2 * table.cells_per_side // CELLS_PER_BIN
+    moments = torch.zeros(threads, bins, _MOMENTS, dtype=torch.float64, device="cpu")
+    grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
+    for rows in _float32_blocks(G):
+        part = G[rows].float()
+        _require_library().lrlora_gradient(
+            *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments), *_sizes(part, A), phi, threads
+        )
+    table.add_central_moments(moments)
+    return grad_A.sum(0), grad_B
+
+
+# On a CPU nothing multiplies faster than the matmul library, and G fits in the buffer of W + ΔW.
+product_gradients = None
+
+
+def _float32_blocks(matrix: Tensor) -> Iterator[slice]:
+    """The rows that a kernel takes at once: all, or as many as are converted to float32 for it at a time."""
+    rows, columns = matrix.shape
+    step = max(1, rows if matrix.dtype == torch.float32 else _CONVERTED_ENTRIES // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _sizes(matrix: Tensor, A: Tensor) -> tuple[ctypes.c_int64, ...]:
+    """(m, n, r)."""
+    return tuple(ctypes.c_int64(size) for size in (*matrix.shape, A.shape[0]))
+
+
+def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
+    """What a kernel knows of φ, and the tensor (cells, 4) that it points into."""
+    form = _FORMS[table.spec.form]
+    return _Phi(cubics.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain, scaling), cubics
+
+
+def _pointers(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
+    return tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+
+
+def _require_library() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None, with one warning, where they cannot be had."""
+    try:
+        return _load()
+    # RuntimeError: there is no home folder.
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            "lrlora trains slower than it could on this CPU: its kernels could not be compiled and loaded. They need "
+            "a C++ compiler with OpenMP (CXX in the environment names one) and a folder to keep them in "
+            f"(LRLORA_CACHE names one). LRLORA_KERNELS=0 silences this. The reason: {reason.strip()[-500:]}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _load() -> ctypes.CDLL:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    command = [*shlex.split(compiler), *_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    machine = (sys.platform, platform.machine())
+    fingerprint = hashlib.sha256(_SOURCE.read_bytes() + " ".join((*machine, *command)).encode()).hexdigest()[:16]
+    library = cache_folder() / f"kernels-{fingerprint}.so"
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            library.unlink()  # damaged: compile it anew
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        compiled = Path(scratch) / library.name
+        command += [str(_SOURCE), "-o", str(compiled)]
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+        compiled.replace(library)
+    return ctypes.CDLL(str(library))

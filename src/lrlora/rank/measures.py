@@ -1,0 +1,96 @@
+"""Measures of the rank of an update.
+
+With σ₁ ≥ σ₂ ≥ … the singular values of an update ΔW:
+
+    stable rank      ‖ΔW‖²_F / σ₁²                                             (arXiv:2606.04325)
+    effective rank   exp(H(p)), p_i = σ_i / Σσ, H the Shannon entropy           (Roy & Vetterli, EUSIPCO 2007)
+    energy rank      the smallest k with σ₁² + … + σ_k² ≥ 90 % or 99 % of ‖ΔW‖²_F
+
+All are 0 where ΔW = 0. An algebraic rank is not reported: counted at any tiny tolerance it reads near full even
+where nothing has been learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def spectrum(delta: Tensor) -> Tensor:
+    """The squared singular values of `delta` (m, n), descending, shape (min(m, n),), float64.
+
+    From the eigenvalues of the smaller of ΔW ΔWᵀ and ΔWᵀ ΔW, several times cheaper than an SVD. Values below the
+    rounding error of the largest are returned as 0.
+    """
+    delta = delta.detach().double()
+    gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta
+    energies = torch.linalg.eigvalsh(gram).flip(0)
+    return torch.where(energies > len(energies) * torch.finfo(energies.dtype).eps * energies[0], energies, 0.0)
+
+
+def stable_rank(energies: Tensor) -> float:
+    """‖ΔW‖²_F / σ₁² from the squared singular values, descending."""
+    return (energies.sum() / energies[0]).item() if energies[0] > 0 else 0.0
+
+
+def effective_rank(energies: Tensor) -> float:
+    """Exp of the entropy of σ / Σσ from the squared singular values."""
+    sigma = energies.sqrt()
+    return torch.special.entr(sigma / sigma.sum()).sum().exp().item() if sigma.sum() > 0 else 0.0
+
+
+def energy_rank(energies: Tensor, fraction: float) -> int:
+    """The smallest number of leading directions that hold `fraction` of ‖ΔW‖²_F, from σ² descending."""
+    if energies[0] <= 0:
+        return 0
+    held = energies.cumsum(0) / energies.sum()
+    # A spectrum that ends exactly at the fraction must not need one more direction for the last bit.
+    return int((held < fraction - 1e-12).sum().item()) + 1
+
+
+def curvature(inputs: Tensor, outputs: Tensor) -> float:
+    """1 − R² of the best straight line through the points (inputs, outputs): 0 for a line, 0 if either is constant."""
+    x, y = inputs.detach().double().flatten(), outputs.detach().double().flatten()
+    x, y = x - x.mean(), y - y.mean()
+    scale = x.dot(x) * y.dot(y)
+    return max(0.0, 1 - (x.dot(y).square() / scale).item()) if scale > 0 else 0.0
+
+
+class Measure(NamedTuple):
+    """One measure: how a table and a page call it, and how it is computed.
+
+    Attributes:
+        label: of axes and headings.
+        heading: the same, short, of a column in a terminal.
+        digits: after the point.
+        about: what it says, in half a sentence.
+        of: squared singular values, descending → the measure.
+
+    """
+
+    label: str
+    heading: str
+    digits: int
+    about: str
+    of: Callable[[Tensor], float]
+
+
+# By the name of its field in `RankRow`.
+MEASURES = {
+    "stable_rank": Measure(
+        "stable rank", "stable", 1, "‖ΔW‖² / σ₁²: how many directions as strong as the strongest", stable_rank
+    ),
+    "effective_rank": Measure(
+        "effective rank", "effect.", 1, "exp of the entropy of the singular values", effective_rank
+    ),
+    "energy90_rank": Measure(
+        "energy-90 rank", "e-90", 0, "how many directions hold 90 % of ‖ΔW‖²", partial(energy_rank, fraction=0.90)
+    ),
+    "energy99_rank": Measure(
+        "energy-99 rank", "e-99", 0, "how many directions hold 99 % of ‖ΔW‖²", partial(energy_rank, fraction=0.99)
+    ),
+}

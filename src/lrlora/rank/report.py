@@ -1,0 +1,169 @@
+"""The learned ranks of an adapter, as data."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..checks import require_type
+from ..files import write_whole
+from .measures import MEASURES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One adapted module.
+
+    Attributes:
+        module: its path in the base model; for one of several stacked experts, with its index at the end.
+        layer: index of the transformer layer it belongs to, None outside one.
+        type: its path within a layer, the same in all layers.
+        kind: "attention", "mlp" or "other".
+        m, n: outputs and inputs of the layer; tokens and width of an embedding.
+        r: rank of the product BA.
+        stable_rank, effective_rank, energy90_rank, energy99_rank: of ΔW.
+        relative_norm: ‖ΔW‖_F / ‖W0‖_F; None where W0 is zero or not at hand.
+        phi_zero: φ(0), which adds a constant matrix to ΔW.
+        curvature: 1 − R² of the best straight line through φ over the entries it acts on.
+        rank_limit: the largest rank that an update of this form can have: r of LoRA, r·Q of an expansion, the smaller
+            of m and n of φ(BA); None in older reports.
+
+    """
+
+    module: str
+    layer: int | None
+    type: str
+    kind: str
+    m: int
+    n: int
+    r: int
+    stable_rank: float
+    effective_rank: float
+    energy90_rank: int
+    energy99_rank: int
+    relative_norm: float | None
+    phi_zero: float
+    curvature: float
+    rank_limit: int | None = None
+
+
+class Curve(NamedTuple):
+    """φ of one module over the central 99 % of the entries it acts on.
+
+    Attributes:
+        z: equally spaced points.
+        phi: φ at them.
+        start: what φ was there before training.
+        entries: share of the entries between each point and the next, in all ≤ 1.
+
+    """
+
+    z: list[float]
+    phi: list[float]
+    start: Sequence[float] = ()
+    entries: Sequence[float] = ()
+
+
+class Spectrum(NamedTuple):
+    """Singular values of one module's update, in descending order, down to a ten-thousandth of the largest.
+
+    Attributes:
+        number: which ones, from 1: all of the first 32, then ever fewer.
+        sigma: of ΔW.
+        linear: of s·BA, what plain LoRA would make of the same factors, 1 to r; empty for plain LoRA.
+
+    """
+
+    number: list[int]
+    sigma: list[float]
+    linear: Sequence[float] = ()
+
+
+@dataclass
+class RankReport:
+    """The learned ranks of one adapter: a row per adapted module, the curve of its φ, and its spectrum.
+
+    Attributes:
+        rows: in the order of the model.
+        curves: module → its φ; empty for plain LoRA.
+        spectra: module → its singular values; no module whose update is 0.
+
+    """
+
+    rows: list[RankRow]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a pandas frame. Needs `pip install lrlora[plots]`."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(RankRow)])
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it as JSON; `from_json` reads it back."""
+        rows = [asdict(row) for row in self.rows]
+        write_whole(path, json.dumps({"rows": rows, "curves": self.curves, "spectra": self.spectra}))
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> RankReport:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
+            # Reports from before there were spectra have none.
+            spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
+            for row in content["rows"]:
+                row.pop("active_factors", None)  # of reports from when there were gates
+            report = cls([RankRow(**row) for row in content["rows"]], curves, spectra)
+            report.require_numbers()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no rank report that this lrlora reads ({type(error).__name__}: {error}). Remove it, or "
+                "make it anew: lrlora ranks ADAPTER --json FILE"
+            ) from None
+        return report
+
+    def require_numbers(self) -> None:
+        """Raise a ValueError unless all values are of the right types, and finite, and all curves whole."""
+        require_type(self, RankReport, "report")
+        json.dumps(asdict(self), allow_nan=False)
+        for module, curve in self.curves.items():
+            if not 0 < len(curve.z) == len(curve.phi):
+                raise ValueError(f"φ of {module} has {len(curve.z)} points and {len(curve.phi)} values.")
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows as CSV."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [f.name for f in fields(RankRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        write_whole(path, text.getvalue())
+
+    def summary(self) -> dict[str, float]:
+        """Mean, smallest and largest of every measure, and the mean by kind, as flat scalars for a logger."""
+        values: dict[str, float] = {}
+        for measure in MEASURES:
+            all_ranks = [getattr(row, measure) for row in self.rows]
+            values[f"rank/{measure}_mean"] = sum(all_ranks) / len(all_ranks)
+            values[f"rank/{measure}_min"] = min(all_ranks)
+            values[f"rank/{measure}_max"] = max(all_ranks)
+            for kind in sorted({row.kind for row in self.rows}):
+                ranks = [getattr(row, measure) for row in self.rows if row.kind == kind]
+                values[f"rank/{measure}_{kind}"] = sum(ranks) / len(ranks)
+        values["rank/curvature_mean"] = sum(row.curvature for row in self.rows) / len(self.rows)
+        return values

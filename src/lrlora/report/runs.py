@@ -1,0 +1,160 @@
+"""What is known of training runs, as data: of `lrlora train`, of the demo, of anyone's Trainer, or a bare adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from ..files import read_json, readable
+from ..rank import RankReport, rank_report
+from ..run_folder import (
+    HISTORY_FILE,
+    LOG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    LogEntry,
+    State,
+    last_whole_checkpoint,
+    read_history,
+    read_record,
+)
+from ..saved import EXPECTED, load_on_skeleton
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_DEMO_METHODS = ("lr-lora", "lora")
+
+
+@dataclass
+class Run:
+    """What the page shows of one run; what is empty is left out.
+
+    Attributes:
+        name: short, unlike the other runs'.
+        report: the learned ranks at the end.
+        facts: what a reader wants to know first, such as base model, data and metrics.
+        settings: configurations by name.
+        history: (step, ranks) over training.
+        log: the Trainer's log history.
+
+    """
+
+    name: str
+    report: RankReport
+    facts: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    history: list[tuple[int, RankReport]] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+def load_runs(sources: Iterable[str | os.PathLike[str]]) -> list[Run]:
+    """Runs: of each folder the one in it, or the two of a demo's; or of an adapter in a folder or on the hub.
+
+    Ranks are read where they were stored, else measured on the adapter, for which its base model is not needed. A
+    Trainer's output folder without an adapter counts as its last checkpoint.
+
+    Raises:
+        ValueError: there is neither run nor adapter, or it is an adapter of another method than LR-LoRA and LoRA; or
+            something is given twice.
+
+    """
+    names: dict[str, str] = {}
+    for given in sources:
+        source = os.fspath(given)
+        folder = Path(source)
+        methods = [method for method in _DEMO_METHODS if (folder / method / _ADAPTER_CONFIG).exists()]
+        if not methods or (folder / _ADAPTER_CONFIG).exists():
+            found = {source: folder.resolve().name if folder.is_dir() else source}
+        else:
+            found = {str(folder / method): f"{folder.resolve().name}: {method}" for method in methods}
+        if twice := {path for path in found if _same(path) in map(_same, names)}:
+            raise ValueError(f"{', '.join(sorted(twice))} is given twice. Give every run once.")
+        names |= found
+    is_clear = len(set(names.values())) == len(names)
+    return [load_run(source, name if is_clear else source) for source, name in names.items()]
+
+
+def _same(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def load_run(source: str, name: str, metrics: dict[str, float] | None = None) -> Run:
+    """One run under a name: in a folder, or an adapter on the hub.
+
+    Args:
+        source: folder or hub name.
+        name: of the run.
+        metrics: of the run, if they are not there as a file yet.
+
+    """
+    folder = Path(source)
+    checkpoint = last_whole_checkpoint(folder) if folder.is_dir() else None
+    adapter = _adapter_of(folder, checkpoint)
+    if (folder / REPORT_FILE).exists():
+        report = RankReport.from_json(folder / REPORT_FILE)
+    else:
+        report = rank_report(load_on_skeleton(adapter), progressbar=True)
+    state = _read((checkpoint or folder) / STATE_FILE, State)
+    log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
+    with readable(adapter, EXPECTED):
+        adapter_config = json.loads(json.dumps(PeftConfig.from_pretrained(adapter).to_dict(), default=_plain))
+    record = read_record(folder) if (folder / RUN_FILE).exists() else None
+    result = Run(name, report, history=read_history(folder / HISTORY_FILE), log=log)
+    config = record.config | {"output": str(folder)} if record else {}
+    result.facts = {"method": _METHODS[adapter_config["peft_type"]]} | {
+        label: _without_home(str(value))
+        for label, value in (
+            ("base model", config.get("model") or adapter_config.get("base_model_name_or_path")),
+            ("data", config.get("data")),
+            ("task", config.get("task") or adapter_config.get("task_type")),
+            ("rank of BA", adapter_config.get("r")),
+            ("adapted modules", len(report.rows)),
+            ("steps", max((entry["step"] for entry in log if "step" in entry), default=None)),
+        )
+        if value is not None
+    }
+    metrics = metrics or _read(folder / METRICS_FILE, dict[str, float])
+    measured = {name: value for name, value in metrics.items() if name != "epoch"}
+    if measured:
+        # What `lrlora train` measures has chosen the checkpoint; the demo's test has chosen nothing.
+        where = "validation, best checkpoint" if record else "test"
+        result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
+    result.settings = {label: content for label, content in settings.items() if content}
+    return result
+
+
+_METHODS = {"LRLORA": "LR-LoRA", "LORA": "LoRA"}
+
+
+def _adapter_of(folder: Path, checkpoint: Path | None) -> str:
+    """Where the adapter of a run is: in its folder, else its last checkpoint, else in the only subfolder with one."""
+    if (folder / _ADAPTER_CONFIG).exists() or not folder.is_dir():
+        return str(folder)
+    if checkpoint is not None:
+        return str(checkpoint)
+    below = sorted(path.parent for path in folder.glob(f"*/{_ADAPTER_CONFIG}"))
+    if len(below) > 1:
+        raise ValueError(f"{folder} holds several adapters: {', '.join(map(str, below))}. Give one of them.")
+    return str(below[0]) if below else str(folder)
+
+
+def _without_home(value: str) -> str:
+    home = f"{Path.home()}/"
+    return f"~/{value.removeprefix(home)}" if len(home) > 2 and value.startswith(home) else value
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _read(path: Path, kind: Any) -> Any:
+    """The content of a JSON file; nothing if there is none."""
+    return read_json(path, kind, "Remove it to show the run without it.") if path.exists() else {}

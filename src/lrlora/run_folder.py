@@ -1,0 +1,151 @@
+"""The output folder of a training run: its files, its record, and its checkpoints.
+
+A checkpoint is whole only if the process that wrote it was not killed on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+from zipfile import ZipFile
+
+from safetensors import safe_open
+
+from .checks import require_type
+from .files import read_json, readable
+from .rank import RankReport, RankRow
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"
+REPORT_FILE = "ranks.json"
+LOG_FILE = "log_history.json"
+HISTORY_FILE = "rank_history.jsonl"
+PICTURE_FILE = "ranks.png"
+STATE_FILE = "trainer_state.json"
+RUN_EXPECTED = "It is what `lrlora train` wrote about the run: train it anew if you have no copy."
+ANOTHER_CHECKPOINT = "Remove this checkpoint to resume from the one before it."
+
+
+class LogEntry(TypedDict, total=False):
+    """One of the Trainer's log history, with whatever was logged beside."""
+
+    step: int
+
+
+class _Callbacks(TypedDict):
+    TrainerControl: dict[str, Any]
+
+
+class State(TypedDict, total=False):
+    """What is read of the Trainer's state, and what it goes on with."""
+
+    global_step: int
+    epoch: float
+    log_history: list[LogEntry]
+    best_metric: float | None
+    best_global_step: int | None
+    best_model_checkpoint: str | None
+    stateful_callbacks: _Callbacks
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `train` recorded of a run.
+
+    Attributes:
+        config: its configuration, field by field (`lrlora.lab.config.TrainConfig`).
+        labels: names of the classes; empty unless the task is "classify".
+        max_length: tokens at which examples were cut.
+        versions: of lrlora and what it stands on.
+        examples_per_step: of all processes; None in runs of lrlora before it was recorded.
+
+    """
+
+    config: dict[str, Any]
+    labels: list[str]
+    max_length: int
+    versions: dict[str, str]
+    examples_per_step: int | None = None
+
+
+def read_record(folder: Path) -> RunRecord:
+    """What `train` recorded of the run in its output folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the record is damaged.
+
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no run of `lrlora train`: there is no {RUN_FILE} in it. Give the folder that was its "
+            "--output."
+        )
+    with readable(path, RUN_EXPECTED):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rest = (content.get("versions", {}), content.get("examples_per_step"))
+        record = RunRecord(content["config"], content["labels"], content["max_length"], *rest)
+        require_type(record, RunRecord, "run")
+        return record
+
+
+def read_history(path: Path) -> list[tuple[int, RankReport]]:
+    """The records in a `rank_history.jsonl`, without the curves; empty if there is no such file.
+
+    Raises:
+        ValueError: one cannot be read.
+
+    """
+    records: list[tuple[int, RankReport]] = []
+    if not path.exists():
+        return records
+    with readable(path, "Remove it, to go on without the records of the learned ranks."):
+        # What follows the last end of a line was being written when the run was killed.
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            content = json.loads(line)
+            report = RankReport([RankRow(**row) for row in content["rows"]])
+            require_type(content["step"], int, "step")
+            report.require_numbers()
+            records.append((content["step"], report))
+    return records
+
+
+def last_whole_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint in a folder that was written to its end, where the Trainer puts its own state."""
+    matches = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.iterdir())
+    for step, name in sorted(((int(match[1]), match[0]) for match in matches if match), reverse=True):
+        if _state(output / name).get("global_step") == step:
+            return output / name
+    return None
+
+
+def require_readable(checkpoint: Path) -> None:
+    """Raise a ValueError if a file of a checkpoint, or of the best one before it, is damaged."""
+    best = read_json(checkpoint / STATE_FILE, State, ANOTHER_CHECKPOINT).get("best_model_checkpoint")
+    for folder in (checkpoint, Path(best or checkpoint)):
+        for file in sorted(folder.rglob("*")):
+            with readable(file, ANOTHER_CHECKPOINT):
+                _require_checksums(file)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _require_checksums(file: Path) -> None:
+    if file.suffix in (".pt", ".pth", ".bin"):
+        # These are archives with checksums, which torch does not look at.
+        with ZipFile(file) as archive:
+            if wrong := archive.testzip():
+                raise ValueError(f"{wrong} in it differs from its checksum")
+    elif file.suffix == ".safetensors":
+        with safe_open(file, "pt"):
+            pass  # it reads the header, and compares the size
