@@ -214,7 +214,7 @@ def matmul(size: int) -> Step:
 def elementwise(size: int) -> Step:
     """W + ΔW: BA, φ and the sum."""
     from lrlora.ops.linear import _Update, _write_weight
-    from lrlora.transfer import TransferTable
+    from lrlora.ops.table import TransferTable
 
     torch.manual_seed(0)
     phi = Transfer(TransferSpec(num_basis=50))

@@ -17,17 +17,17 @@ PAGE = Path(__file__).parent / "capacity.md"
 SIZES = ((1, 32), (2, 16), (4, 8))
 # What each row of the table of differences asks.
 PAIRS = [
-    *((f"expansion+r={r}+num_terms={q}", f"expansion-frozen+r={r}+num_terms={q}") for r, q in SIZES),
-    *((f"expansion-frozen+r={r}+num_terms={q}", f"lora+r={r}") for r, q in SIZES),
-    ("expansion-frozen+r=1+num_terms=128", "expansion-frozen+r=1+num_terms=32"),
-    *((f"hira+r={r}", f"expansion-frozen+r={r}+num_terms={q}") for r, q in SIZES),
+    *((f"expansion-learned+r={r}+num_terms={q}", f"expansion+r={r}+num_terms={q}") for r, q in SIZES),
+    *((f"expansion+r={r}+num_terms={q}", f"lora+r={r}") for r, q in SIZES),
+    ("expansion+r=1+num_terms=128", "expansion+r=1+num_terms=32"),
+    *((f"hira+r={r}", f"expansion+r={r}+num_terms={q}") for r, q in SIZES),
     ("blocks+r=1", "lora+r=1"),
-    ("blocks+r=1", "expansion-frozen+r=1+num_terms=32"),
+    ("blocks+r=1", "expansion+r=1+num_terms=32"),
     *((f"{form}+r={r}", f"lora+r={r}") for form in ("paper", "lr-lora") for r in (1, 4)),
     ("paper+r=4+sharing=global", "paper+r=4"),
 ]
 # Methods whose learned ranks the paper's claims are looked for in.
-CLAIMED = ("lora+r=4", "paper+r=4", "expansion-frozen+r=4+num_terms=8")
+CLAIMED = ("lora+r=4", "paper+r=4", "expansion+r=4+num_terms=8")
 
 
 def updated(page: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .pattern import Pattern
+from .expansion import Expansion
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def fully_shard_phi(model: nn.Module, **options: Any) -> None:
     """Shard every φ with FSDP2 as a group of its own, which stays float32 under mixed precision around it.
 
-    Nothing is done where φ has no parameters: the forms "sine", and "expansion" with fixed weights.
+    Nothing is done where φ has no parameters: the forms "sine" and "expansion".
 
     Called before `fully_shard` on the layers and the model, which then leave φ alone:
 
@@ -42,11 +42,11 @@ def fully_shard_phi(model: nn.Module, **options: Any) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    transfers = [module for module in model.modules() if isinstance(module, (Transfer, Pattern))]
+    transfers = [module for module in model.modules() if isinstance(module, (Transfer, Expansion))]
     if not transfers:
         raise ValueError("The model has no φ to shard: add an LR-LoRA adapter before.")
     for transfer in transfers:
-        if transfer.spec.is_learned:
+        if any(True for _ in transfer.parameters()):
             # Its few numbers stay gathered from their first use to the end of the backward, which needs them again.
             fully_shard(transfer, reshard_after_forward=False, **options)
 

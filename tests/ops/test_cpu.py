@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lrlora.ops import cpu
-from lrlora.transfer import Transfer, TransferSpec, TransferTable
+from lrlora.ops.table import TransferTable
+from lrlora.transfer import Transfer, TransferSpec
 
 from .test_linear import formula, lean, make_case, relative
 
@@ -68,4 +69,4 @@ def test_the_natural_tails_are_taken_as_far_as_a_table_reaches() -> None:
     transfer, plain = Transfer(spec), torch.zeros(1)
     for largest, expected in ((0.0, True), (40.0, True), (1e6, False), (float("inf"), False)):
         table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float32, largest)
-        assert cpu.takes(table, plain) is expected
+        assert cpu.supports(table, plain) is expected

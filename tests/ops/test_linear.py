@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lrlora import LrLoraConfig
 from lrlora.ops import adapted_linear, delta_weight
 from lrlora.ops.reference import reference_delta_weight, reference_linear
-from lrlora.transfer import FORMS, Transfer, TransferSpec, TransferTable
+from lrlora.ops.table import TransferTable
+from lrlora.transfer import FORMS, Transfer, TransferSpec
 
 SCALING, GAIN = 2.0, 100.0
 

@@ -103,14 +103,14 @@ def test_configuration_round_trips_through_a_file(tmp_path: Any) -> None:
 
 def test_the_published_method_by_name(tmp_path: Any) -> None:
     config = LrLoraConfig.paper(r=4, target_modules=["query"])
-    assert config.new_phi(4).spec == TransferSpec("sinc", num_basis=50, interval=3.0, lr_multiplier=1.0)
+    assert config.new_phi().spec == TransferSpec("sinc", num_basis=50, interval=3.0, lr_multiplier=1.0)
     assert (config.r, config.input_gain, config.sharing, config.use_rslora) == (4, 1.0, "module", False)
     config.save_pretrained(tmp_path)
     assert LrLoraConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
 def test_overrides_win_over_the_published_values_and_are_checked() -> None:
-    assert LrLoraConfig.paper(num_basis=9, input_gain=300.0).new_phi(4).spec == TransferSpec("sinc", 9, 3.0, 1.0)
+    assert LrLoraConfig.paper(num_basis=9, input_gain=300.0).new_phi().spec == TransferSpec("sinc", 9, 3.0, 1.0)
     with pytest.raises(ValueError, match=r"num_basis must be .*, and is 1"):
         LrLoraConfig.paper(num_basis=1)
 

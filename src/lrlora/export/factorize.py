@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..expansion import Expansion
 from ..naming import module_type, path_in_base
 from ..ops import svd_of_product
-from ..pattern import Pattern
 from ..rank.walk import require_finite
 from ..tuner import LrLoraLayer
 
@@ -167,9 +167,9 @@ def exact_parameters(model: nn.Module) -> int | None:
     total = 0
     for _, layer, name in _linear_layers(model, None):
         phi, m, n = layer.lrlora_phi[name], layer.out_features, layer.in_features
-        if not isinstance(phi, Pattern):
+        if not isinstance(phi, Expansion):
             return None
-        total += min(layer.r[name] * phi.spec.num_terms, m, n) * (m + n)
+        total += min(layer.r[name] * phi.num_terms, m, n) * (m + n)
     return total
 
 

@@ -48,9 +48,9 @@ def check_sharding(config: TrainConfig) -> None:
 
 
 def _learns_phi(config: TrainConfig) -> bool:
-    """Whether there are parameters of φ, or of a pattern, that have to stay float32 and whole."""
-    fields = {name: config.adapter[name] for name in ("form", "pattern_weights") if name in config.adapter}
-    return config.method == "lr-lora" and LrLoraConfig(**fields).new_phi(r=1).spec.is_learned
+    """Whether there are parameters of φ, which have to stay float32 and whole."""
+    form = config.adapter.get("form", LrLoraConfig.form)
+    return config.method == "lr-lora" and any(True for _ in LrLoraConfig(form=form).new_phi().parameters())
 
 
 def _is_asked_for(config: TrainConfig, name: str) -> bool:

@@ -1,14 +1,14 @@
 """y = x (W + ΔW)ᵀ + b: the formula in `reference`, the lean path of φ(BA) in `linear`, patterns in `thin`."""
 
 from .linear import adapted_linear, delta_weight
-from .thin import at_least_float32, pattern_delta, pattern_factors, pattern_linear, svd_of_product
+from .thin import at_least_float32, expansion_delta, expansion_factors, expansion_linear, svd_of_product
 
 __all__ = [
     "adapted_linear",
     "at_least_float32",
     "delta_weight",
-    "pattern_delta",
-    "pattern_factors",
-    "pattern_linear",
+    "expansion_delta",
+    "expansion_factors",
+    "expansion_linear",
     "svd_of_product",
 ]

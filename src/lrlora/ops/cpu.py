@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import cache_folder
-from ..transfer import CELLS_PER_BIN, TransferTable
+from .table import CELLS_PER_BIN, PhiGradient, TransferTable
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
@@ -52,8 +52,8 @@ class _Phi(ctypes.Structure):
     )
 
 
-def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take this φ and these tensors."""
+def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
+    """Whether the kernels can read this φ and these tensors."""
     is_known = table.spec.form in _FORMS and table.is_complete
     return is_known and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
 
@@ -86,9 +86,10 @@ def write_weight(
 
 
 def factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+    G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to the gradient of φ in `table`."""
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to the gradient of φ."""
+    table = gradient.table
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
@@ -100,7 +101,7 @@ def factor_gradients(
         _require_library().lrlora_gradient(
             *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments), *_sizes(part, A), phi, threads
         )
-    table.add_central_moments(moments)
+    gradient.add_central_moments(moments)
     return grad_A.sum(0), grad_B
 
 

@@ -13,14 +13,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..transfer import TransferTable
 from . import cpu
+from .table import PhiGradient, TransferTable
 
 
 class Kernels(Protocol):
     """What a set of kernels offers; see `cpu` for the meaning, and `gpu` for `product_gradients`."""
 
-    def takes(self, table: TransferTable, *tensors: Tensor | None) -> bool: ...
+    def supports(self, table: TransferTable, *tensors: Tensor | None) -> bool: ...
 
     def write_weight(
         self,
@@ -34,14 +34,14 @@ class Kernels(Protocol):
     ) -> None: ...
 
     def factor_gradients(
-        self, G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+        self, G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
     ) -> tuple[Tensor, Tensor]: ...
 
     @property
     def product_gradients(self) -> Callable[..., tuple[Tensor, Tensor]] | None: ...
 
 
-def pick(table: TransferTable, *tensors: Tensor | None) -> Kernels | None:
+def kernels_for(table: TransferTable, *tensors: Tensor | None) -> Kernels | None:
     """The kernels for this φ and these tensors; None for plain PyTorch.
 
     Raises:
@@ -53,7 +53,7 @@ def pick(table: TransferTable, *tensors: Tensor | None) -> Kernels | None:
     if choice not in _CHOICES:
         raise ValueError(f"LRLORA_KERNELS must be one of {', '.join(_CHOICES)} in the environment, and is {choice!r}.")
     kernels = _CHOICES[choice]()
-    return kernels if kernels is not None and kernels.takes(table, *tensors) else None
+    return kernels if kernels is not None and kernels.supports(table, *tensors) else None
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ..transfer import TransferTable
+from .table import PhiGradient, TransferTable
 
 _FORMS = ("residual", "saturating")
 # A tile's entries, its tokens at a time, and the warps that share it: the backward holds five values of every entry in
@@ -28,7 +28,7 @@ _BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 64, 64, 32, 4
 _SHARES = 2**26
 
 
-def takes(table: TransferTable, *tensors: Tensor | None) -> bool:
+def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels take this φ and these tensors."""
     return table.spec.form in _FORMS and all(t is None or _is_plain(t) for t in tensors)
 
@@ -211,17 +211,17 @@ def write_weight(
 
 
 def factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+    G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to φ's gradient in `table`."""
-    return _gradients(G, None, A, B, table, scaling, gain)
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to the gradient of φ."""
+    return _gradients(G, None, A, B, gradient, scaling, gain)
 
 
 def product_gradients(
-    Y: Tensor, X: Tensor, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+    Y: Tensor, X: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
     """The same for G = YᵀX, which is never formed, from Y = ∂L/∂y (tokens, m) and X (tokens, n)."""
-    return _gradients(Y.contiguous(), X.contiguous(), A, B, table, scaling, gain)
+    return _gradients(Y.contiguous(), X.contiguous(), A, B, gradient, scaling, gain)
 
 
 def _precision() -> str:
@@ -238,8 +238,9 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _gradients(
-    Y: Tensor, X: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+    Y: Tensor, X: Tensor | None, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
+    table = gradient.table
     A, B = A.contiguous(), B.contiguous()
     (r, n), m = A.shape, B.shape[0]
     blocks_m, blocks_n = triton.cdiv(m, _BLOCK_M), triton.cdiv(n, _BLOCK_N)
@@ -285,5 +286,5 @@ def _gradients(
         grad_A[:, columns] = shares_A.sum(0)[:, : columns.stop - columns.start]
         grad_B += shares_B.sum(0).T
         moments += shares_of_moments.sum(0, dtype=torch.float64)
-    table.add_chebyshev_moments(moments * (scaling / gain))
+    gradient.add_chebyshev_moments(moments * (scaling / gain))
     return grad_A, grad_B

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..transfer import Transfer, TransferSpec, TransferTable
-from .dispatch import pick
+from ..transfer import Transfer, TransferSpec
+from .dispatch import kernels_for
+from .table import PhiGradient, TransferTable
 
 # Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
 # kernels, and 64 MB each.
@@ -100,7 +101,7 @@ def _write_weight(
     left, right = B, A
     if _is_transposed(out):
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
-    kernels = pick(table, out, weight, A, B)
+    kernels = kernels_for(table, out, weight, A, B)
     if kernels is not None:
         kernels.write_weight(out, weight, right, left, table, update.scaling, update.input_gain)
         return
@@ -110,19 +111,20 @@ def _write_weight(
         out[rows] = delta if weight is None else delta.add_(weight[rows])
 
 
-def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, table: TransferTable, update: _Update) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n); adds G to the gradient of the parameters of φ in `table`."""
+def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, update: _Update) -> tuple[Tensor, Tensor]:
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n); adds G to the gradient of φ."""
+    table = gradient.table
     if _is_transposed(G):
-        grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, table, update)
+        grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, gradient, update)
         return grad_At.T.contiguous(), grad_Bt.T.contiguous()
-    kernels = pick(table, G, A, B)
+    kernels = kernels_for(table, G, A, B)
     if kernels is not None:
-        return kernels.factor_gradients(G, A, B, table, update.scaling, update.input_gain)
+        return kernels.factor_gradients(G, A, B, gradient, update.scaling, update.input_gain)
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
     for rows in _row_blocks(G):
         z = torch.mm(B[rows], A).mul_(update.input_gain)
         g = G[rows].to(A.dtype)
-        table.accumulate(z, g * (update.scaling / update.input_gain))
+        gradient.add(z, g * (update.scaling / update.input_gain))
         h = table.slope(z).mul_(update.scaling).mul_(g)
         grad_B[rows] = h @ A.T
         grad_A.addmm_(B[rows].T, h)
@@ -185,16 +187,17 @@ def _adapted_linear_backward(
     gradients: list[Tensor | None] = [None] * len(needs)
     with without_autocast(grad_y):
         table = _tabulate(update, A, B, amplitude, bandwidth)
+        gradient = PhiGradient(table)
         buffer = _empty_weight(x, weight, A, B)
         flat_y, flat_x = grad_y.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
         if needs_x:
             _write_weight(buffer, weight, A, B, table, update)
             gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
-            kernels = pick(table, flat_y, flat_x, A, B)
+            kernels = kernels_for(table, flat_y, flat_x, A, B)
             if kernels is not None and kernels.product_gradients is not None and not needs_weight:
                 gradients[3:5] = kernels.product_gradients(
-                    flat_y, flat_x, A, B, table, update.scaling, update.input_gain
+                    flat_y, flat_x, A, B, gradient, update.scaling, update.input_gain
                 )
             else:
                 if _is_transposed(buffer):
@@ -202,8 +205,8 @@ def _adapted_linear_backward(
                 else:
                     torch.mm(flat_y.T, flat_x, out=buffer)
                 gradients[1] = buffer
-                gradients[3:5] = _factor_gradients(buffer, A, B, table, update)
-            gradients[5:7] = table.parameter_gradients()
+                gradients[3:5] = _factor_gradients(buffer, A, B, gradient, update)
+            gradients[5:7] = gradient.of_parameters()
         if needs_bias:
             gradients[2] = flat_y.sum(0)
     return _needed(needs, gradients)
@@ -273,13 +276,14 @@ def _delta_weight_backward(
     update = _Update.of(*settings)
     with without_autocast(grad):
         table = _tabulate(update, A, B, amplitude, bandwidth)
+        gradient = PhiGradient(table)
         parts = [
-            _factor_gradients(G, left, right, table, update) for G, left, right in _matrices(grad.contiguous(), A, B)
+            _factor_gradients(G, left, right, gradient, update) for G, left, right in _matrices(grad.contiguous(), A, B)
         ]
         grad_A, grad_B = (
             torch.stack(part).view(like.shape) for part, like in zip(zip(*parts, strict=True), (A, B), strict=True)
         )
-        return _needed(needs, [grad_A, grad_B, *table.parameter_gradients()])
+        return _needed(needs, [grad_A, grad_B, *gradient.of_parameters()])
 
 
 @_delta_weight_backward.register_fake

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..expansion import Expansion
 from ..transfer import Transfer
 
 
@@ -43,13 +44,8 @@ def reference_linear(
     return F.linear(x.double(), weight.double() + delta, None if bias is None else bias.double())
 
 
-def reference_pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float) -> Tensor:
-    """ΔW = s · Σ_k (P C_k Rᵀ) ∘ (b_k a_kᵀ), factor by factor; A (r, n) and B (m, r) as above, (m, n), float64."""
-    P = pattern.spec.basis(len(B), "output", B.device).double()
-    R = pattern.spec.basis(A.shape[1], "input", A.device).double()
-    C = pattern.weights().double()
-    total = torch.zeros(len(B), A.shape[1], dtype=torch.float64, device=A.device)
-    for k, (a, b) in enumerate(zip(A.double(), B.double().T, strict=True)):
-        C_k = C if C.dim() == 1 else C[k]  # one for all factors, or one each
-        total = total + (P @ (C_k.diag() if C_k.dim() == 1 else C_k) @ R.T) * torch.outer(b, a)
-    return scaling * total
+def reference_expansion_delta(A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float) -> Tensor:
+    """ΔW = s · (P Rᵀ / √Q) ∘ BA; A (r, n) and B (m, r) as above, (m, n), float64."""
+    P = expansion.basis(len(B), "output", B.device).double()
+    R = expansion.basis(A.shape[1], "input", A.device).double()
+    return scaling * (P @ R.T / math.sqrt(expansion.num_terms)) * (B.double() @ A.double())

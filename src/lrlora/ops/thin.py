@@ -1,4 +1,4 @@
-"""Updates that are a product of thin factors, ΔW = U V, and are never formed: those of patterns, and of plain LoRA."""
+"""Updates ΔW = U V that are a product of thin factors, and are never formed: of an expansion, and of plain LoRA."""
 
 from __future__ import annotations
 
@@ -6,43 +6,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pattern import Pattern
+from ..expansion import Expansion
 from .linear import without_autocast
 
 
-def pattern_linear(x: Tensor, A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float) -> Tensor:
+def expansion_linear(x: Tensor, A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float) -> Tensor:
     """Y = x ΔWᵀ.
 
     Args:
         x: (..., n), any float dtype; autocast acts on both matmuls.
         A: (r, n).
         B: (m, r).
-        pattern: M.
+        expansion: M.
         scaling: s.
 
     Returns:
         (..., m), in the wider of the dtypes of x and A, as in PEFT's LoRA, or in that of autocast.
 
     """
-    U, V = pattern_factors(A, B, pattern, scaling=scaling)
+    U, V = expansion_factors(A, B, expansion, scaling=scaling)
     dtype = torch.promote_types(x.dtype, A.dtype)
     return F.linear(F.linear(x.to(dtype), V.to(dtype)), U.to(dtype))
 
 
-def pattern_factors(
-    A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float, basis: Tensor | None = None
+def expansion_factors(
+    A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float, basis: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """U (..., m, r·Q) and V (..., r·Q, n) with ΔW = U V, differentiable; arguments as of `pattern_delta`."""
-    return scaling * pattern.left(B, basis), pattern.right(A)
+    """U (..., m, r·Q) and V (..., r·Q, n) with ΔW = U V, differentiable; arguments as of `expansion_delta`."""
+    return scaling * expansion.left(B, basis), expansion.right(A)
 
 
-def pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float, basis: Tensor | None = None) -> Tensor:
+def expansion_delta(
+    A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float, basis: Tensor | None = None
+) -> Tensor:
     """ΔW = s·U V, differentiable.
 
     Args:
         A: (..., r, n).
         B: (..., m, r), with the same leading dimensions.
-        pattern: M.
+        expansion: M.
         scaling: s.
         basis: the rows of P that go with those of B, where these are not all of the layer's.
 
@@ -51,7 +53,7 @@ def pattern_delta(A: Tensor, B: Tensor, pattern: Pattern, *, scaling: float, bas
 
     """
     with without_autocast(A):
-        U, V = pattern_factors(at_least_float32(A), at_least_float32(B), pattern, scaling=scaling, basis=basis)
+        U, V = expansion_factors(at_least_float32(A), at_least_float32(B), expansion, scaling=scaling, basis=basis)
         return U @ V
 
 

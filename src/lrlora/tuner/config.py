@@ -6,14 +6,15 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftType
 
-from ..pattern import PATTERN_FORMS, STARTS, WEIGHTS, Pattern, PatternSpec
+from ..expansion import Expansion
 from ..transfer import FORMS, Transfer, TransferSpec
 
 FORMAT_VERSION = 1
+EXPANSION = "expansion"  # the form that has signs in the place of φ
 SHARING = ("module", "type", "global")
 _REMEDIES = {
     "init_lora_weights": "use `init_weights`",
@@ -47,7 +48,7 @@ model = PeftModel.from_pretrained(base_model, "this folder or hub name")
 
 @dataclass
 class LrLoraConfig(PeftConfig):
-    """Configuration of an LR-LoRA adapter: ΔW = (s/g)·φ(g·BA), φ learned (arXiv:2606.04325), or ΔW = s·M ∘ BA.
+    """Configuration of an LR-LoRA adapter: ΔW = (s/g)·φ(g·BA), φ learned (arXiv:2606.04325), or s·M ∘ BA, M fixed.
 
     Args:
         r: rank of the product BA, ≥ 1. The rank of ΔW is learned and may exceed it.
@@ -72,16 +73,13 @@ class LrLoraConfig(PeftConfig):
         num_basis: N ≥ 2, sinc terms of φ.
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0, what scales the entries of BA to the structure of φ.
-        form: the fixed part of φ: "residual", "saturating", "sinc" or "sine" (see `lrlora.transfer`). Or what takes
-            the place of φ, a pattern M that multiplies BA: "expansion" or "blocks" (see `lrlora.pattern`).
-        num_terms: Q ≥ 1, the rank of M: ΔW has one of up to r·Q.
-        pattern_weights: what of the expansion is learned: nothing ("fixed"), a weight per "term", per "factor" and
-            term, or a "full" matrix between the terms of each factor.
-        pattern_start: "even" starts an expansion at all its terms alike, "lora" at LoRA, where "blocks" always starts.
-        pattern_seed: of the random signs of M.
+        form: the fixed part of φ: "residual", "saturating", "sinc" or "sine" (see `lrlora.transfer`). Or "expansion",
+            fixed signs that multiply BA in the place of φ (see `lrlora.expansion`).
+        num_terms: Q ≥ 1, terms of the expansion: ΔW has a rank of up to r·Q.
+        pattern_seed: of the expansion's random signs.
         sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
-        phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ or of M learn. At LoRA's learning
-            rates, 1 leaves φ straight and the rank at r; 10 lets both move. Default: 10, or 1 for a pattern.
+        phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ learn. At LoRA's learning rates, 1
+            leaves φ straight and the rank at r; 10 lets both move.
         format_version: version of the saved format; written by lrlora, not to be set.
 
     Raises:
@@ -111,20 +109,17 @@ class LrLoraConfig(PeftConfig):
     num_basis: int = field(default=8, metadata={"help": "Sinc terms of φ."})
     interval: float = field(default=3.0, metadata={"help": "Half-width of the grid of φ."})
     input_gain: float = field(default=300.0, metadata={"help": "Gain on BA before φ, undone after it."})
-    form: Literal["residual", "saturating", "sinc", "sine", "expansion", "blocks"] = field(
-        default="residual", metadata={"help": "Fixed part of φ, or the kind of pattern in its place."}
+    form: Literal["residual", "saturating", "sinc", "sine", "expansion"] = field(
+        default="residual", metadata={"help": "Fixed part of φ, or 'expansion' in its place."}
     )
-    num_terms: int = field(default=16, metadata={"help": "Terms of the pattern: the rank is up to r times this."})
-    pattern_weights: Literal["fixed", "term", "factor", "full"] = field(
-        default="fixed", metadata={"help": "What of an expansion is learned."}
-    )
-    pattern_start: Literal["even", "lora"] = field(default="even", metadata={"help": "Where an expansion starts."})
-    pattern_seed: int = field(default=0, metadata={"help": "Seed of the pattern's signs."})
+    num_terms: int = field(default=16, metadata={"help": "Terms of the expansion: the rank is up to r times this."})
+    pattern_seed: int = field(default=0, metadata={"help": "Seed of the expansion's signs."})
     sharing: Literal["module", "type", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
-    phi_lr_multiplier: float | None = field(
-        default=None, metadata={"help": "Learning-rate multiplier of φ; 10, or 1 of a pattern."}
-    )
-    rank_penalty: InitVar[float] = 0.0  # read from configurations saved while there were gates, and not kept
+    phi_lr_multiplier: float = field(default=10.0, metadata={"help": "Learning-rate multiplier of φ."})
+    # Of configurations saved while there were gates and learned patterns; read, checked, and not kept.
+    rank_penalty: InitVar[float] = 0.0
+    pattern_weights: InitVar[str] = "fixed"
+    pattern_start: InitVar[str] = "even"
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
@@ -155,17 +150,22 @@ class LrLoraConfig(PeftConfig):
         """
         return cls(**{**PUBLISHED, **overrides})
 
-    def __post_init__(self, rank_penalty: float) -> None:
+    def __post_init__(self, rank_penalty: float, pattern_weights: str, pattern_start: str) -> None:
         super().__post_init__()
         if rank_penalty:
             raise ValueError(
                 f"rank_penalty={rank_penalty}: lrlora has no gates any more. Leave it out of a new configuration, and "
                 "compress the trained adapter with lrlora export. An adapter saved with gates must be trained again."
             )
+        is_learned = pattern_weights != "fixed" or pattern_start != "even"
+        if is_learned or str(self.form) == "blocks":
+            given = f"{pattern_weights=}, {pattern_start=}".replace("'", '"') if is_learned else 'form="blocks"'
+            raise ValueError(
+                f"{given}: patterns with learned weights lost to fixed ones (docs/capacity.md), and lrlora has none "
+                'any more. Give form="expansion" alone. An adapter saved with learned weights must be trained again.'
+            )
         self.peft_type = PeftType("LRLORA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        if self.phi_lr_multiplier is None:
-            self.phi_lr_multiplier = 1.0 if self.form in PATTERN_FORMS else 10.0
         self._check()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -195,12 +195,7 @@ class LrLoraConfig(PeftConfig):
             _require(_is_number(value) and 0 < value < float("inf"), name, value, "a finite number > 0")
         dropout = self.lora_dropout
         _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
-        for name, value, known in (
-            ("form", self.form, (*FORMS, *PATTERN_FORMS)),
-            ("pattern_weights", self.pattern_weights, WEIGHTS),
-            ("pattern_start", self.pattern_start, STARTS),
-        ):
-            _require(value in known, name, value, f"one of {', '.join(known)}")
+        _require(self.form in (*FORMS, EXPANSION), "form", self.form, f"one of {', '.join((*FORMS, EXPANSION))}")
         _require(self.sharing in SHARING, "sharing", self.sharing, f"one of {', '.join(SHARING)}")
         _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "one of none, all, lora_only")
         _require(isinstance(self.init_weights, bool), "init_weights", self.init_weights, "True or False")
@@ -225,22 +220,11 @@ class LrLoraConfig(PeftConfig):
         if card.exists() and CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
             card.write_text(text.rstrip() + "\n\n" + CARD_SECTION, encoding="utf-8")
 
-    def new_phi(self, r: int) -> Transfer | Pattern:
-        """A φ as this configuration asks for, or the pattern in its place, for factors of rank r."""
-        multiplier = cast(float, self.phi_lr_multiplier)  # set above, if it was not given
-        if self.form not in PATTERN_FORMS:
-            return Transfer(TransferSpec(self.form, self.num_basis, self.interval, multiplier))
-        fixed = (self.num_terms, self._weights, self.pattern_start, self.pattern_seed, multiplier)
-        return Pattern(PatternSpec(self.form, *fixed), r)
-
-    @property
-    def _weights(self) -> str:
-        return "full" if self.form == "blocks" else self.pattern_weights
-
-    @property
-    def phi_depends_on_rank(self) -> bool:
-        """Whether what `new_phi` makes fits factors of one rank alone."""
-        return self.form in PATTERN_FORMS and self._weights in ("factor", "full")
+    def new_phi(self) -> Transfer | Expansion:
+        """A φ as this configuration asks for, or the expansion in its place."""
+        if self.form == EXPANSION:
+            return Expansion(self.num_terms, self.pattern_seed)
+        return Transfer(TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier))
 
 
 def _is_integer(value: object) -> bool:

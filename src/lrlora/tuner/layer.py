@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import adapted_linear, at_least_float32, delta_weight, pattern_delta, pattern_factors, pattern_linear
-from ..pattern import Pattern
+from ..expansion import Expansion
+from ..ops import adapted_linear, at_least_float32, delta_weight, expansion_delta, expansion_factors, expansion_linear
 from ..transfer import Transfer
 from .config import LrLoraConfig
 
@@ -29,8 +29,8 @@ _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class LrLoraLayer(nn.Module, BaseTunerLayer):
     """What every adapted layer holds, by adapter name: ΔW = (s/g)·φ(g·BA) for its weight, seen as a matrix (m, n).
 
-    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`. A
-    pattern M has φ's place: ΔW = s·M ∘ BA.
+    A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`. An
+    expansion M has φ's place: ΔW = s·M ∘ BA.
     """
 
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
@@ -46,7 +46,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        phi: Transfer | Pattern,
+        phi: Transfer | Expansion,
         r: int,
         alpha: float,
         config: LrLoraConfig,
@@ -83,7 +83,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
 
     def update_layer(
-        self, adapter_name: str, phi: Transfer | Pattern, r: int, alpha: float, config: LrLoraConfig
+        self, adapter_name: str, phi: Transfer | Expansion, r: int, alpha: float, config: LrLoraConfig
     ) -> None:
         """Add an adapter, or replace the one of this name."""
         self.r[adapter_name] = r
@@ -116,8 +116,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """ΔW of one adapter in the layout of the base weight, differentiable."""
         A, B, phi = self._factors(adapter)
         scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        if isinstance(phi, Pattern):
-            return self._in_layout(pattern_delta(A, B, phi, scaling=scaling))
+        if isinstance(phi, Expansion):
+            return self._in_layout(expansion_delta(A, B, phi, scaling=scaling))
         return self._in_layout(delta_weight(A, B, phi, scaling=scaling, input_gain=gain))
 
     @torch.no_grad()
@@ -130,9 +130,9 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def thin_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """U (..., m, r·Q) and V (..., r·Q, n) of ΔW = U V, seen as a matrix; None where φ may make it of full rank."""
         A, B, phi = self._factors(adapter)
-        if not isinstance(phi, Pattern):
+        if not isinstance(phi, Expansion):
             return None
-        return pattern_factors(at_least_float32(A), at_least_float32(B), phi, scaling=self.scaling[adapter])
+        return expansion_factors(at_least_float32(A), at_least_float32(B), phi, scaling=self.scaling[adapter])
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
@@ -143,13 +143,14 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """A matrix (m, n), seen in the layout of the base weight."""
         return matrix
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Pattern]:
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Expansion]:
         """(A, B, φ)."""
         parts: list[Any] = [self.lrlora_A[adapter], self.lrlora_B[adapter], self.lrlora_phi[adapter]]
         if parts[0].weight.is_meta or parts[1].weight.is_meta:
             parts = [_onloaded(part, adapter) for part in parts]
         A, B, phi = parts
-        phi.make_ready()
+        if isinstance(phi, Transfer):
+            phi.make_ready()
         return A.weight, B.weight, phi
 
     def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
@@ -353,13 +354,13 @@ class Linear(LrLoraLayer):
     def _update(self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         A, B, phi = self._factors(adapter)
         scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        if isinstance(phi, Pattern):
-            return pattern_linear(x, A, B, phi, scaling=scaling)
+        if isinstance(phi, Expansion):
+            return expansion_linear(x, A, B, phi, scaling=scaling)
         return adapted_linear(x, weight, bias, A, B, phi, scaling=scaling, input_gain=gain)
 
     def _takes_one_pass(self, x: Tensor, adapters: list[str]) -> bool:
-        # A pattern's update is two thin matmuls beside the base layer's: never formed, and never added to W.
-        return not isinstance(self.lrlora_phi[adapters[0]], Pattern) and super()._takes_one_pass(x, adapters)
+        # An expansion's update is two thin matmuls beside the base layer's: never formed, and never added to W.
+        return not isinstance(self.lrlora_phi[adapters[0]], Expansion) and super()._takes_one_pass(x, adapters)
 
     def _adapted(self, x: Tensor, adapter: str) -> Tensor:
         return self._update(x, adapter, self._in_layout(self.base_layer.weight), self.base_layer.bias)
@@ -409,9 +410,9 @@ class Embedding(LrLoraLayer):
         tokens, padding = x.flatten(), self.base_layer.padding_idx
         scaling, gain = self.scaling[adapter], self.input_gain[adapter]
         rows = F.embedding(tokens, B)
-        if isinstance(phi, Pattern):
-            basis = phi.spec.basis(len(B), "output", B.device)[tokens]
-            delta = pattern_delta(A, rows, phi, scaling=scaling, basis=basis)
+        if isinstance(phi, Expansion):
+            basis = phi.basis(len(B), "output", B.device)[tokens]
+            delta = expansion_delta(A, rows, phi, scaling=scaling, basis=basis)
         else:
             delta = delta_weight(A, rows, phi, scaling=scaling, input_gain=gain)
         if padding is not None:
@@ -473,7 +474,7 @@ class ParamWrapper(LrLoraLayer):
         A = nn.Linear(self.in_features, self.num_experts * r, bias=False)
         return A, nn.Linear(r, self.num_experts * self.out_features, bias=False)
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Pattern]:
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Expansion]:
         A, B, phi = super()._factors(adapter)
         return A.unflatten(0, (self.num_experts, -1)), B.unflatten(0, (self.num_experts, -1)), phi
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..expansion import Expansion
 from ..naming import module_type
-from ..pattern import Pattern
 from ..transfer import Transfer
 from .config import LrLoraConfig
 from .layer import Conv, Embedding, Linear, LrLoraLayer, ParamWrapper
@@ -49,7 +49,7 @@ class LrLoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # What layers of this injection share; a later one, even of the same name, starts anew.
-        self._shared: dict[str, Transfer | Pattern] = {}
+        self._shared: dict[str, Transfer | Expansion] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -205,7 +205,7 @@ class LrLoraModel(BaseTuner):
         r = peft_config.rank_pattern.get(r_key, peft_config.r)
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
-        adapter = (adapter_name, self._phi_of(peft_config, current_key, r), r, alpha, peft_config)
+        adapter = (adapter_name, self._phi_of(peft_config, current_key), r, alpha, peft_config)
         if parameter_name is not None:
             if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
                 target.update_layer(*adapter)
@@ -236,13 +236,11 @@ class LrLoraModel(BaseTuner):
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
 
-    def _phi_of(self, config: LrLoraConfig, key: str, r: int) -> Transfer | Pattern:
-        """The φ or pattern of the layer `key`: a new one, or that of an earlier layer it shares one with."""
+    def _phi_of(self, config: LrLoraConfig, key: str) -> Transfer | Expansion:
+        """The φ or expansion of the layer `key`: a new one, or that of an earlier layer it shares one with."""
         sharers = {"module": key, "type": module_type(key), "global": ""}[config.sharing]
-        if config.phi_depends_on_rank:
-            sharers += f", r = {r}"
         if sharers not in self._shared:
-            self._shared[sharers] = config.new_phi(r)
+            self._shared[sharers] = config.new_phi()
         return self._shared[sharers]
 
     @classmethod

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ from transformers import AutoModel, AutoTokenizer, get_cosine_schedule_with_warm
 
 from ...checks import require_known, require_type
 from ...files import cache_folder, replacing
-from ...pattern import Pattern
 from ...rank import rank_report
 from ..inputs import MINILM, checkpoint
 from ..methods import ALPHA, NO_HEAD, adapter_config
@@ -254,7 +252,6 @@ def train_capacity(
     validation = setting.validation(model)
     if not math.isfinite(validation):
         raise ValueError("Training has diverged: the loss is not finite.")
-    patterns = [module.terms() for module in model.modules() if isinstance(module, Pattern)]
     return {
         "seconds": seconds,
         "trainable": sum(parameter.numel() for parameter in trained),
@@ -262,7 +259,6 @@ def train_capacity(
         "criterion": validation,
         "test": {"loss": setting.test(model)},
         "ranks": rank_report(model) if method.has_ranks else None,
-        "terms": fmean(patterns) if patterns else None,
     }
 
 

@@ -15,7 +15,6 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFor
 from scipy.stats import spearmanr
 
 from ...files import write_whole
-from ...pattern import PATTERN_FORMS
 from ...report.figure import save_figure
 from ...tuner import LrLoraConfig
 from .capacity import CapacityTask
@@ -48,7 +47,7 @@ def served_rank(method: str, rank: int) -> int | None:
     """The rank of the plain LoRA that holds the same update; None where that is not known beforehand."""
     known, r = find_method(method), rank_of(method, rank)
     options = known.adapter(rank)
-    if options.get("form") in PATTERN_FORMS:
+    if options.get("form") in ("expansion", "blocks"):
         return r * options.get("num_terms", LrLoraConfig.num_terms) if r else None
     return r if known.train == "lora" else None
 

@@ -247,6 +247,8 @@ def prepare(comparison: Comparison, output: Path) -> None:
     for task in comparison.task_names:
         for method in comparison.methods_of(task):
             settings, known = comparison.definition.tasks[task], find_method(method)
+            if known.is_retired:
+                raise ValueError(f"{known.name} was measured, and is no longer in lrlora. Leave {method} out.")
             if isinstance(settings, CapacityTask):
                 if known.train == "adalora" or known.options.get("init_lora_weights") == EVA:
                     raise ValueError(

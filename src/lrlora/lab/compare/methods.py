@@ -26,6 +26,7 @@ class Method:
         options: fields of its PEFT configuration, beside the rank.
         rank_factor: its rank is r times this; 0 for methods that have none.
         rates: learning rates to try.
+        is_retired: it is no longer in lrlora; what was measured of it is shown, and nothing more is run.
 
     """
 
@@ -34,6 +35,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     rank_factor: int = 1
     rates: tuple[float, ...] = _ADAPTER_RATES
+    is_retired: bool = False
 
     @property
     def has_ranks(self) -> bool:
@@ -74,9 +76,10 @@ METHODS = {
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
     "paper": Method("the paper's form", "lr-lora", PUBLISHED),
-    "expansion": Method("expansion", "lr-lora", {"form": "expansion", "pattern_weights": "term"}),
-    "expansion-frozen": Method("expansion, frozen", "lr-lora", {"form": "expansion", "pattern_weights": "fixed"}),
-    "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}),
+    "expansion": Method("expansion", "lr-lora", {"form": "expansion"}),
+    # Measured where rank binds, beaten, and taken out of the code (docs/capacity.md).
+    "expansion-learned": Method("expansion, learned", "lr-lora", {"form": "expansion"}, is_retired=True),
+    "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}, is_retired=True),
 }
 MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
 

@@ -148,32 +148,31 @@ def _glue(name: str, metric: str, steps: int, test: str = "validation", **column
 _PAIR = {"text": "sentence1", "text_pair": "sentence2"}
 _LORA = tuple(f"lora+r={r}" for r in (1, 2, 4, 8, 16))
 _SIZES = ((1, 32), (2, 16), (4, 8))  # r and Q
-_FROZEN = tuple(f"expansion-frozen+r={r}+num_terms={q}" for r, q in _SIZES)
-_LEARNED = tuple(f"expansion+r={r}+num_terms={q}" for r, q in _SIZES)
+_EXPANSION = tuple(f"expansion+r={r}+num_terms={q}" for r, q in _SIZES)
 _PHI = tuple(f"{form}+r={r}" for form in ("paper", "lr-lora") for r in (1, 4))
 # One rank of what is behind by far.
-_PEERS = ("blocks+r=1", "loha+r=1", "hira+r=1", "hira+r=4", "dora+r=1", "vera+r=256")
+_PEERS = ("loha+r=1", "hira+r=1", "hira+r=4", "dora+r=1", "vera+r=256")
 # Nearly the whole sign matrix, and LoRA's parameters in one module alone.
 _CONTROLS = (
-    "expansion-frozen+r=1+num_terms=128",
+    "expansion+r=1+num_terms=128",
     "lora+r=2+target_modules=intermediate",
     "lora+r=2+target_modules=output",
 )
 _CAPACITY = {
-    "labels": CapacityTask("labels", 800, 64, methods=(*_LORA, *_FROZEN, *_LEARNED, *_PHI, *_PEERS, *_CONTROLS)),
+    "labels": CapacityTask("labels", 800, 64, methods=(*_LORA, *_EXPANSION, *_PHI, *_PEERS, *_CONTROLS)),
     "german": CapacityTask(
         "transfer",
         500,
         8,
         corpus="german",
-        methods=(*_LORA[:4], *_FROZEN, *_PHI, "paper+r=4+sharing=global", "blocks+r=1", "hira+r=1"),
+        methods=(*_LORA[:4], *_EXPANSION, *_PHI, "paper+r=4+sharing=global", "hira+r=1"),
     ),
-    "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA, *_FROZEN)),
+    "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA, *_EXPANSION)),
     # Four times the steps: is a small loss a large capacity, or only fast?
-    "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _FROZEN[0])),
+    "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _EXPANSION[0])),
     # What more and more texts ask for.
     **{
-        f"labels-{texts}": CapacityTask("labels", 800, 64, texts=texts, methods=(_LORA[3], _FROZEN[2]))
+        f"labels-{texts}": CapacityTask("labels", 800, 64, texts=texts, methods=(_LORA[3], _EXPANSION[2]))
         for texts in (512, 1_024, 4_096)
     },
     # As many bits from more and more classes.
@@ -184,7 +183,7 @@ _CAPACITY = {
             64,
             texts=round(6_144 / math.log2(classes)),
             classes=classes,
-            methods=(*_LORA[:3], _FROZEN[0]),
+            methods=(*_LORA[:3], _EXPANSION[0]),
         )
         for classes in (2, 8, 64, 512)
     },

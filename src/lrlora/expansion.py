@@ -1,0 +1,87 @@
+"""The expansion: a fixed pattern of signs that multiplies BA entry by entry, for a rank above r without an m×n matrix.
+
+    ΔW = s · M ∘ BA,    M = P Rᵀ / √Q,    P (m×Q) and R (n×Q) fixed random signs, their first columns ones
+
+M has a rank of up to Q, ΔW one of up to r·Q, for the r(m+n) parameters of A and B. ΔW is a plain LoRA of rank r·Q, and
+is computed as one, by two thin matmuls. With a_k (n,) and b_k (m,) the factors of BA, k = 1..r, and q = 1..Q:
+
+    y = x Vᵀ Uᵀ,    V (rQ×n), with the rows R_q ∘ a_k,    U (m×rQ), with the columns s·P_q ∘ b_k / √Q
+
+It is not the paper's: it is what gained most, at LoRA's cost, where the rank of an update binds (docs/capacity.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Expansion(nn.Module):
+    """M, which takes the place of φ in a layer. It has no parameters.
+
+    Args:
+        num_terms: Q ≥ 1.
+        seed: of the random signs.
+
+    """
+
+    def __init__(self, num_terms: int = 16, seed: int = 0) -> None:
+        super().__init__()
+        self.num_terms, self.seed = num_terms, seed
+
+    def right(self, A: Tensor) -> Tensor:
+        """V: A (..., r, n) → (..., r·Q, n), in the dtype of A."""
+        basis = self.basis(A.shape[-1], "input", A.device).to(A.dtype)
+        return (A.unsqueeze(-2) * basis.T).flatten(-3, -2)
+
+    def left(self, B: Tensor, basis: Tensor | None = None) -> Tensor:
+        """U without s: B (..., m, r) → (..., m, r·Q), in the dtype of B.
+
+        Args:
+            B: all rows of a layer's, or some.
+            basis: the rows of P that go with these, (..., m, Q); default: all.
+
+        """
+        if basis is None:
+            basis = self.basis(B.shape[-2], "output", B.device)
+        return (B.unsqueeze(-1) * (basis * self.num_terms**-0.5).unsqueeze(-2).to(B.dtype)).flatten(-2)
+
+    def basis(self, size: int, side: str, device: torch.device) -> Tensor:
+        """P (m, Q) for side "output" and size m, R (n, Q) for "input" and n; float32."""
+        make = _basis_operator if torch.compiler.is_compiling() else _basis
+        return make(size, self.num_terms, f"{side}, {self.seed}, {size}", device)
+
+    def extra_repr(self) -> str:
+        return f"num_terms={self.num_terms}, seed={self.seed}"
+
+
+def signs(rows: int, columns: int, name: str) -> Tensor:
+    """Random ±1, (rows, columns), float32: the same for a name everywhere, as no random generator of torch promises."""
+    count = rows * columns
+    bits = np.unpackbits(np.frombuffer(hashlib.shake_128(name.encode()).digest(math.ceil(count / 8)), np.uint8))
+    return torch.from_numpy(2.0 * bits[:count].astype(np.float32) - 1).view(rows, columns)
+
+
+@functools.cache
+def _basis(size: int, terms: int, name: str, device: torch.device) -> Tensor:
+    """The same for all layers of one size: it costs no memory in each."""
+    with torch.inference_mode(False):
+        basis = signs(size, terms, name)
+        basis[:, 0] = 1
+        return basis.to(device)
+
+
+# An operator of its own, for torch.compile, which cannot trace the making of the signs.
+@torch.library.custom_op("lrlora::expansion_basis", mutates_args=())
+def _basis_operator(size: int, terms: int, name: str, device: torch.device) -> Tensor:
+    return _basis(size, terms, name, device).clone()
+
+
+@_basis_operator.register_fake
+def _(size: int, terms: int, name: str, device: torch.device) -> Tensor:
+    return torch.empty(size, terms, device=device)

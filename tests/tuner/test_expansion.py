@@ -1,0 +1,197 @@
+"""Expansions in the place of φ, as a PEFT user meets them: every family, every kind of layer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from torch import nn
+
+import lrlora
+from lrlora import LrLoraConfig
+from lrlora.ops import expansion_delta
+from lrlora.tuner import LrLoraLayer
+
+from ..conftest import TinyModel
+
+EXPANSION: dict[str, Any] = {"form": "expansion", "num_terms": 4}
+
+
+def adapt(tiny: TinyModel, **fields: Any) -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(tiny.build(), LrLoraConfig(**{"r": 2, **tiny.targets, **fields})).eval()
+
+
+def test_life_of_an_adapter(tiny: TinyModel, tmp_path: Path) -> None:
+    """Starts as the base model, trains everything, reloads to the bit, is measured, merges and unmerges."""
+    model, base = adapt(tiny, **EXPANSION), tiny.logits(tiny.build())
+    assert torch.equal(tiny.logits(model), base)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    tiny.train(model, 5)
+    assert [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])] == []
+    trained = tiny.logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(PeftModel.from_pretrained(tiny.build(), tmp_path).eval()), trained)
+    with torch.no_grad(), lrlora.cached_weights(model):
+        assert torch.allclose(tiny.logits(model), trained, atol=1e-5)
+    report = lrlora.rank_report(model)
+    assert report.curves == {}
+    assert all(row.stable_rank > 0 for row in report.rows)
+    model.merge_adapter()
+    assert torch.allclose(tiny.logits(model), trained, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(tiny.logits(model.unload()), base)
+
+
+def test_it_is_exactly_a_lora_of_rank_r_times_terms(tiny_bert: TinyModel) -> None:
+    model = adapt(tiny_bert, target_modules=["query", "value"], **EXPANSION)
+    tiny_bert.train(model, 5)
+    rank = 2 * EXPANSION["num_terms"]
+    for layer in model.modules():
+        if isinstance(layer, LrLoraLayer):
+            assert torch.linalg.matrix_rank(layer.get_delta_weight("default")) <= rank
+    config, weights = convert_to_lora(model, rank=rank)
+    plain = get_peft_model(tiny_bert.build(), config).eval()
+    for name, weight in weights.items():
+        path = name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")
+        plain.get_parameter(path).data.copy_(weight)
+    assert torch.allclose(tiny_bert.logits(plain), tiny_bert.logits(model), atol=1e-5)
+
+
+def test_the_rank_exceeds_r(tiny_bert: TinyModel) -> None:
+    model = adapt(tiny_bert, r=1, form="expansion", num_terms=8)
+    tiny_bert.train(model, 20)
+    assert min(row.energy99_rank for row in lrlora.rank_report(model).rows if min(row.m, row.n) >= 32) > 3
+
+
+def test_an_adapter_of_each_samples_own(tiny_bert: TinyModel) -> None:
+    model = adapt(tiny_bert, form="expansion")
+    model.add_adapter("other", LrLoraConfig(r=2, **tiny_bert.targets))
+    outputs = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        tiny_bert.train(model, 3)
+        outputs[name] = tiny_bert.logits(model)
+    mixed = tiny_bert.logits(model, adapter_names=["default", "other"])
+    assert torch.allclose(mixed[0], outputs["default"][0], atol=1e-6)
+    assert torch.allclose(mixed[1], outputs["other"][1], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 48)), LrLoraConfig(r=2, target_modules=["0"], **EXPANSION))
+    layer: Any = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lrlora_B["default"].weight.normal_(0, 0.1)
+    x = torch.randn(32, 64)
+    delta = layer.get_delta_weight("default").double()
+    half = model.to(dtype)
+    with torch.no_grad():
+        update = layer._update(x.to(dtype), "default").double()
+    wanted = x.to(dtype).double() @ delta.T
+    assert (update - wanted).norm() / wanted.norm() < 0.02
+    assert half(x.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_as_near_as_the_same_update_as_lora(dtype: torch.dtype, autocast: bool) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Linear(512, 384).to(dtype), torch.randn(256, 512).to(dtype)
+    model = get_peft_model(nn.Sequential(copy.deepcopy(base)), LrLoraConfig(r=2, target_modules=["0"], **EXPANSION))
+    lora = get_peft_model(nn.Sequential(base), LoraConfig(r=8, lora_alpha=8, target_modules=["0"]))
+    ours, theirs = model.base_model.model[0], lora.base_model.model[0]
+    with torch.no_grad():
+        ours.lrlora_B["default"].weight.normal_(0, 0.04)
+        U, V = ours.thin_factors("default")
+        theirs.lora_A["default"].weight.copy_(V)
+        theirs.lora_B["default"].weight.copy_(U)
+        update = x.double() @ ours.get_delta_weight("default").double().T
+        errors = []
+        for layer in (ours, theirs):
+            with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+                found = layer(x).double() - layer.base_layer(x).double()
+            errors.append((found - update).norm() / update.norm())
+    assert errors[0] <= 1.02 * errors[1] < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_update_of_half_precision_factors_is_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 48)).to(dtype)
+    config = LrLoraConfig(r=2, target_modules=["0"], form="expansion")
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    layer: Any = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lrlora_B["default"].weight.normal_(0, 0.1)
+        A, B, phi = layer._factors("default")
+        exact = expansion_delta(A.double(), B.double(), phi, scaling=layer.scaling["default"])
+    assert A.dtype == dtype
+    U, V = layer.thin_factors("default")
+    for delta in (layer.get_delta_weight("default"), U @ V):
+        assert delta.dtype == torch.float32
+        torch.testing.assert_close(delta.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Embedding(11, 6, padding_idx=3), torch.randint(0, 11, (2, 5))),
+        (nn.Conv1d(4, 6, 3), torch.randn(2, 4, 9)),
+        (nn.Conv2d(4, 6, 3, groups=2), torch.randn(2, 4, 9, 9)),
+    ],
+    ids=["embedding", "conv1d", "conv2d"],
+)
+def test_other_kinds_of_layers_use_their_update(layer: nn.Module, x: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(layer), LrLoraConfig(r=2, target_modules=["0"], **EXPANSION))
+    adapted: Any = model.base_model.model[0]
+    with torch.no_grad():
+        adapted.lrlora_B["default"].weight.normal_()
+    y = model(x)
+    y.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapted.adapter_parameters("default"))
+    model.merge_adapter()
+    assert torch.allclose(model(x), y, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_terms", 0), ("num_terms", 1.5), ("pattern_seed", "a")],
+)
+def test_bad_fields_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        LrLoraConfig(**{field: value})
+
+
+def test_compiled_without_a_graph_break() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LrLoraConfig(r=2, target_modules=["0"], **EXPANSION))
+    with torch.no_grad():
+        model.base_model.model[0].lrlora_B["default"].weight.normal_()
+    x = torch.randn(5, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    compiled(x).sum().backward()
+
+
+@pytest.mark.parametrize("gone", [{"pattern_weights": "term"}, {"pattern_start": "lora"}, {"form": "blocks"}], ids=str)
+def test_a_learned_pattern_is_refused_with_the_remedy(
+    gone: dict[str, Any], tiny_bert: TinyModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r'Give form="expansion" alone'):
+        LrLoraConfig(**{"form": "expansion", **gone})
+    adapt(tiny_bert, **EXPANSION).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"pattern_weights": "fixed", "pattern_start": "even", "phi_lr_multiplier": 1.0}))
+    PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
+    file.write_text(json.dumps(saved | gone))
+    with pytest.raises(ValueError, match="must be trained again"):
+        PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
