@@ -60,8 +60,8 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
     test = MOVIE_REVIEW_TASK.load()["test"]
     adapter = demo / "lr-lora"
     model = load_on_skeleton(adapter)
-    wishes: dict[str, dict[str, Any]] = {f"energy {energy}": {"energy": energy} for energy in (0.9, 0.99, 0.999)}
-    wishes[f"budget of LoRA r = {BUDGET_RANK}"] = {"budget": parameters_of_rank(model, BUDGET_RANK)}
+    truncations: dict[str, dict[str, Any]] = {f"energy {energy}": {"energy": energy} for energy in (0.9, 0.99, 0.999)}
+    truncations[f"budget of LoRA r = {BUDGET_RANK}"] = {"budget": parameters_of_rank(model, BUDGET_RANK)}
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.json"
         inputs.write_text(json.dumps({"texts": list(test["text"]), "max_tokens": MOVIE_REVIEW_TASK.max_tokens}))
@@ -74,9 +74,9 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
             return {"name": name, "accuracy": right, "changed": changed, "bytes": size, **more}
 
         records = [record("LR-LoRA, the demo's", adapter, original)]
-        for name, wish in wishes.items():
+        for name, truncation in truncations.items():
             folder = Path(scratch) / name
-            factors = factorize(model, **wish)
+            factors = factorize(model, **truncation)
             save_as_lora(factors, adapter, folder)
             ranks = [part.rank for part in factors]
             records.append(

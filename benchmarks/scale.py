@@ -43,7 +43,8 @@ from lrlora.ops import linear as ops  # noqa: E402
 from lrlora.rank.measures import spectrum  # noqa: E402
 from lrlora.rank.walk import _measure  # noqa: E402
 from lrlora.transfer import Transfer, TransferSpec  # noqa: E402
-from lrlora.tuner.layer import Linear, LrLoraLayer, ParamWrapper  # noqa: E402
+from lrlora.tuner import Linear, LrLoraLayer  # noqa: E402
+from lrlora.tuner.parameter import ParamWrapper  # noqa: E402
 
 RESULTS, PAGE = DOCS / "scale" / "results.json", DOCS / "scale.md"
 R, N = 8, 8

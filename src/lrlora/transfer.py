@@ -212,7 +212,7 @@ class KeepsFloat32(nn.Module):
         self._restore_precision()
         return super().train(mode)
 
-    def make_ready(self) -> None:
+    def prepare_forward(self) -> None:
         """Before a forward: back in float32, and whole, if FSDP2 has sharded this module.
 
         Raises:

@@ -142,7 +142,7 @@ def test_zeros_of_the_spectrum_are_not_exported() -> None:
 
 @pytest.mark.refused
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("truncation", "message"),
     [
         ({}, "either energy or budget"),
         ({"energy": 0.9, "budget": 100}, "either energy or budget"),
@@ -153,9 +153,9 @@ def test_zeros_of_the_spectrum_are_not_exported() -> None:
         ({"energy": 0.9, "drop_below": 1.0}, "drop_below must be"),
     ],
 )
-def test_refuses_what_makes_no_sense(wish: dict[str, Any], message: str) -> None:
+def test_refuses_what_makes_no_sense(truncation: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        factorize(one_layer(40, 30), **wish)
+        factorize(one_layer(40, 30), **truncation)
 
 
 @pytest.mark.refused

@@ -16,7 +16,7 @@ from lrlora.ops import cpu
 from lrlora.ops.table import TransferTable
 from lrlora.transfer import Transfer, TransferSpec
 
-from .test_linear import formula, lean, make_case, relative
+from .test_linear import formula, fused, make_case, relative
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def test_without_a_compiler_it_says_so_once_and_works(monkeypatch: pytest.Monkey
     monkeypatch.setenv("CXX", "no-such-compiler")
     case = make_case(dtype=torch.float32)
     with pytest.warns(UserWarning, match=r"C\+\+ compiler .*CXX.*no-such-compiler"):
-        y = lean(case)
+        y = fused(case)
     assert relative(y, formula(case)) <= 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lean(case)
+        fused(case)
 
 
 def test_without_a_home_it_works(monkeypatch: pytest.MonkeyPatch, fresh_library: Path) -> None:
@@ -48,7 +48,7 @@ def test_without_a_home_it_works(monkeypatch: pytest.MonkeyPatch, fresh_library:
     monkeypatch.setattr(Path, "home", no_home)
     case = make_case(dtype=torch.float32)
     with pytest.warns(UserWarning, match="LRLORA_CACHE"):
-        assert relative(lean(case), formula(case)) <= 1e-6
+        assert relative(fused(case), formula(case)) <= 1e-6
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")

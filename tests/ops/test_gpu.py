@@ -12,7 +12,7 @@ import torch
 
 from lrlora.ops import adapted_linear
 
-from .test_linear import GAIN, SCALING, assert_agrees, formula, gradients, lean, make_case, relative
+from .test_linear import GAIN, SCALING, assert_agrees, formula, fused, gradients, make_case, relative
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +45,9 @@ def test_more_tokens_than_a_tile_takes_at_a_time(transposed: bool) -> None:
 
 def test_a_layer_walked_over_in_strips(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(dtype=torch.float32, shape=(40, 300))
-    expected = gradients(lean(case), case)
+    expected = gradients(fused(case), case)
     monkeypatch.setattr(gpu, "_SHARES", 8 * 40 * 3 * 2)  # two blocks of columns at a time, of five
-    for got, want in zip(gradients(lean(case), case), expected, strict=True):
+    for got, want in zip(gradients(fused(case), case), expected, strict=True):
         assert relative(got, want) <= 1e-6
 
 

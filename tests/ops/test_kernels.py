@@ -15,7 +15,7 @@ from lrlora.ops import adapted_linear, cpu, delta_weight
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.transfer import Transfer, TransferSpec
 
-from .test_linear import GAIN, SCALING, Case, assert_agrees, formula, gradients, lean, make_case, relative
+from .test_linear import GAIN, SCALING, Case, assert_agrees, formula, fused, gradients, make_case, relative
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -89,11 +89,11 @@ def test_the_phi_of_a_real_run() -> None:
 @pytest.mark.parametrize("transposed", [True, False])
 def test_every_element_is_written(transposed: bool) -> None:
     case = make_case(dtype=torch.float32, shape=(65, 130), transposed=transposed)
-    expected = [lean(case), *gradients(lean(case), case)]
+    expected = [fused(case), *gradients(fused(case), case)]
     torch.use_deterministic_algorithms(True)  # memory that PyTorch does not initialise is then full of NaN
     try:
         assert torch.empty(1).isnan()
-        actual = [lean(case), *gradients(lean(case), case)]
+        actual = [fused(case), *gradients(fused(case), case)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
@@ -115,7 +115,7 @@ def test_thread_count_changes_rounding_only_and_repeats_are_equal(transposed: bo
         results = []
         for threads in (1, 2, 2, 5):
             torch.set_num_threads(threads)
-            results.append([lean(case), *gradients(lean(case), case)])
+            results.append([fused(case), *gradients(fused(case), case)])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(results[1], results[2], strict=True))
@@ -148,7 +148,7 @@ def test_the_natural_tails_at_any_distance(largest: float, path: str) -> None:
     # Far out, where φ swings 50 radians in a unit, the rounding of z itself counts.
     rounding = largest * torch.finfo(torch.float32).eps * case.transfer.spec.max_bandwidth
     assert update_error(case) <= 1e-5 + rounding
-    for got, want in zip(gradients(lean(case), case), gradients(formula(case), case), strict=True):
+    for got, want in zip(gradients(fused(case), case), gradients(formula(case), case), strict=True):
         assert relative(got, want) <= 1e-4 + rounding
 
 
@@ -168,7 +168,7 @@ def test_trainable_base_weight(path: str) -> None:
     case = make_case(dtype=torch.float32)
     weight = case.weight.requires_grad_()
     inputs = [weight, *case.trainable()]
-    actual = torch.autograd.grad(lean(case), inputs, case.grad_y)
+    actual = torch.autograd.grad(fused(case), inputs, case.grad_y)
     expected = torch.autograd.grad(formula(case), inputs, case.grad_y.double())
     for got, want in zip(actual, expected, strict=True):
         assert relative(got, want) <= 1e-4
@@ -178,11 +178,11 @@ def test_trainable_base_weight(path: str) -> None:
 def test_torch_s_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
     case = make_case(dtype=torch.float32)
     half = case._replace(x=case.x.detach().half().requires_grad_(), weight=case.weight.half(), bias=None)
-    expected = [result for c in (case, half) for result in (lean(c), *gradients(lean(c), c))]
+    expected = [result for c in (case, half) for result in (fused(c), *gradients(fused(c), c))]
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            actual = [result for c in (case, half) for result in (lean(c), *gradients(lean(c), c))]
+            actual = [result for c in (case, half) for result in (fused(c), *gradients(fused(c), c))]
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
@@ -191,10 +191,10 @@ def test_torch_s_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> N
 def test_the_start_leaves_every_bit() -> None:
     case = make_case(dtype=torch.float32)
     start = case._replace(B=torch.zeros(37, 3), transfer=Transfer(TransferSpec("saturating")))
-    assert torch.equal(lean(start), torch.nn.functional.linear(case.x, case.weight, case.bias))
+    assert torch.equal(fused(start), torch.nn.functional.linear(case.x, case.weight, case.bias))
 
 
 def test_an_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRLORA_KERNELS", "1")
     with pytest.raises(ValueError, match=r"LRLORA_KERNELS must be one of native, triton, 0 .* is '1'"):
-        lean(make_case(dtype=torch.float32))
+        fused(make_case(dtype=torch.float32))

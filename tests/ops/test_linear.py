@@ -1,4 +1,4 @@
-"""The lean path against the formula in float64: values, gradients, memory, low precision."""
+"""The fused path against the formula in float64: values, gradients, memory, low precision."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_case(
     )
 
 
-def lean(case: Case) -> Tensor:
+def fused(case: Case) -> Tensor:
     return adapted_linear(*case[:6], scaling=SCALING, input_gain=GAIN)
 
 
@@ -100,7 +100,7 @@ def gradients(output: Tensor, case: Case) -> list[Tensor]:
 
 
 def assert_agrees(case: Case, *, y: float, gradient: float) -> None:
-    output = lean(case)
+    output = fused(case)
     actual = gradients(output, case)
     for reference in (formula(case), interpolated(case)) if case.x.dtype == torch.float64 else (formula(case),):
         assert relative(output, reference) <= y
@@ -153,9 +153,9 @@ def test_gradients_against_finite_differences(form: str) -> None:
 
 def test_autocast_changes_nothing() -> None:
     case = make_case(dtype=torch.float32)
-    y, expected = lean(case), gradients(lean(case), case)
+    y, expected = fused(case), gradients(fused(case), case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = lean(case)
+        inside = fused(case)
         actual = gradients(inside, case)
         delta = delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN)
     assert torch.equal(inside, y)
@@ -167,7 +167,7 @@ def test_bias_and_base_weight_get_gradients_when_they_ask() -> None:
     case = make_case()
     weight, bias = case.weight.requires_grad_(), case.bias.requires_grad_()
     expected = torch.autograd.grad(formula(case), (weight, bias), case.grad_y)
-    actual = torch.autograd.grad(lean(case), (weight, bias), case.grad_y)
+    actual = torch.autograd.grad(fused(case), (weight, bias), case.grad_y)
     for got, want in zip(actual, expected, strict=True):
         assert relative(got, want) <= 1e-9
 
@@ -190,14 +190,14 @@ def test_zero_B_leaves_every_bit_of_the_output(form: str, dtype: torch.dtype, tr
     case = make_case(form, dtype=dtype, transposed=transposed)._replace(
         B=torch.zeros(37, 3, dtype=dtype), transfer=Transfer(TransferSpec(form))
     )
-    assert torch.equal(lean(case), F.linear(case.x, case.weight, case.bias))
+    assert torch.equal(fused(case), F.linear(case.x, case.weight, case.bias))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_start_gives_a_usable_gradient(form: str) -> None:
     case = make_case(form)
     start = case._replace(B=torch.zeros_like(case.B).requires_grad_(), transfer=Transfer(TransferSpec(form)))
-    grad_B = torch.autograd.grad(lean(start), start.B, start.grad_y)[0]
+    grad_B = torch.autograd.grad(fused(start), start.B, start.grad_y)[0]
     lora_grad_B = SCALING * (start.grad_y.flatten(0, 1).T @ start.x.flatten(0, 1)) @ start.A.T
     assert relative(grad_B, lora_grad_B) <= 0.05
 
@@ -227,7 +227,7 @@ def test_half_precision_keeps_the_update(dtype: torch.dtype) -> None:
         x = torch.randn(64, 256, dtype=dtype)
         exact = x.double() @ delta.T
 
-        update = layer._update(x, "default")
+        update = layer._adapter_output(x, "default")
         assert (update.double() - exact).norm() <= 2e-2 * exact.norm()
 
         y, y_base = layer(x), base(x)

@@ -26,7 +26,7 @@ def trained(tiny: TinyModel, **fields: Any) -> Any:
 
 
 def kept(model: Any) -> list[Tensor]:
-    return [m._kept[1] for m in model.modules() if isinstance(m, Linear) and m._kept is not None]
+    return [m._cached[1] for m in model.modules() if isinstance(m, Linear) and m._cached is not None]
 
 
 def assert_as_without(tiny: TinyModel, model: Any) -> None:

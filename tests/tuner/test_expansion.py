@@ -93,7 +93,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     delta = layer.get_delta_weight("default").double()
     half = model.to(dtype)
     with torch.no_grad():
-        update = layer._update(x.to(dtype), "default").double()
+        update = layer._adapter_output(x.to(dtype), "default").double()
     wanted = x.to(dtype).double() @ delta.T
     assert (update - wanted).norm() / wanted.norm() < 0.02
     assert half(x.to(dtype)).dtype == dtype

@@ -93,7 +93,7 @@ def test_half_precision_keeps_the_update(kind: str, dtype: torch.dtype) -> None:
     model = adapt(type(base)(**_arguments(base)), dtype)
     layer = model.base_model.model[0]
     x = x.to(dtype) if x.is_floating_point() else x
-    update = layer._update(x, "default").double()
+    update = layer._adapter_output(x, "default").double()
     delta = reference(layer).view(layer.base_layer.weight.shape)
     exact = type(base)(**{**_arguments(base), **({} if kind == "embedding" else {"bias": False})}).double()
     exact.weight.data = delta

@@ -112,12 +112,12 @@ def export(
         precision = _dtype(dtype)
         check_output(output)
         model = _load_lr_lora(adapter)
-        wish = _wish(model, energy, budget, max_rank, drop_below)
+        truncation = _truncation(model, energy, budget, max_rank, drop_below)
         if check and not config_only:
             check_base(adapter, model)
         else:
             check_names(model)
-        factors = factorize(model, **wish, progressbar=True)
+        factors = factorize(model, **truncation, progressbar=True)
         console.print(factors_table(factors, escape(f"LoRA for {adapter}")))
         if config_only:
             save_lora_config(factors, adapter, output)
@@ -198,18 +198,18 @@ def _load_lr_lora(adapter: str) -> Any:
     return model
 
 
-def _wish(
+def _truncation(
     model: Any, energy: float | None, budget: str | None, max_rank: int | None, drop_below: float
 ) -> dict[str, Any]:
     """The arguments of `factorize` that the options ask for."""
-    from ..export.factorize import check_wish, parameters_of_rank
+    from ..export.factorize import check_truncation, parameters_of_rank
 
-    wish: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "drop_below": drop_below}
+    truncation: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "drop_below": drop_below}
     if budget is not None:
         match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]?)", budget)
         if match is None or (match[1] and (match[3] or "." in match[2])):
             raise ValueError(f"--budget must be like 250000, 250k, 1.5M or r4, and is {budget!r}.")
         number = float(match[2]) * {"": 1, "k": 1e3, "M": 1e6}[match[3]]
-        wish["budget"] = parameters_of_rank(model, int(number)) if match[1] else int(number)
-    check_wish(**wish)
-    return wish
+        truncation["budget"] = parameters_of_rank(model, int(number)) if match[1] else int(number)
+    check_truncation(**truncation)
+    return truncation

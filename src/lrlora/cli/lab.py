@@ -250,13 +250,13 @@ def compare(
         from ..lab.compare.report import write_report
 
         folder = output or Path(f"lrlora-compare-{Path(suite).stem}")
-        wish: dict[str, Any] = {"seeds": seeds, "rank": rank}
+        given: dict[str, Any] = {"seeds": seeds, "rank": rank}
         for name, value in (("methods", methods), ("tasks", tasks)):
             if value is not None:
-                wish[name] = tuple(part.strip() for part in value.split(","))
+                given[name] = tuple(part.strip() for part in value.split(","))
         if rates is not None:
-            wish["rates"] = parse_rates(rates)
-        comparison = read_comparison(suite, folder) if report else Comparison(suite, **wish)
+            given["rates"] = parse_rates(rates)
+        comparison = read_comparison(suite, folder) if report else Comparison(suite, **given)
         left = [] if report else run_comparison(comparison, folder, hours=hours, announce=announce)
         path = write_report(comparison, folder)
         failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())

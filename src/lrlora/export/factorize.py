@@ -200,7 +200,7 @@ def factorize(
             nothing to factorise; a module is not linear; an update is not finite.
 
     """
-    check_wish(energy=energy, budget=budget, max_rank=max_rank, drop_below=drop_below)
+    check_truncation(energy=energy, budget=budget, max_rank=max_rank, drop_below=drop_below)
     layers = _linear_layers(model, adapter)
     updates, ranks = [], {}
     for layer in tqdm(layers, desc="Decomposing updates", disable=not progressbar):
@@ -221,7 +221,7 @@ def factorize(
     return [update.factors(ranks[update.name] if update.name in kept else 0) for update in updates]
 
 
-def check_wish(
+def check_truncation(
     *, energy: float | None = None, budget: int | None = None, max_rank: int | None = None, drop_below: float = 0.0
 ) -> None:
     """Raise the ValueError that `factorize` would raise of its arguments, without a model."""

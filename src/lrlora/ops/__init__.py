@@ -1,4 +1,4 @@
-"""y = x (W + ΔW)ᵀ + b: the formula in `reference`, the lean path of φ(BA) in `linear`, patterns in `thin`."""
+"""y = x (W + ΔW)ᵀ + b: the formula in `reference`, that of φ(BA) fused in `linear`, expansions in `thin`."""
 
 from .linear import adapted_linear, delta_weight
 from .thin import at_least_float32, expansion_delta, expansion_factors, expansion_linear, svd_of_product

@@ -1,4 +1,4 @@
-"""The lean path: one matmul with W + s·φ(BA), and a backward that saves no m×n tensor.
+"""The fused path: one matmul with W + s·φ(BA), and a backward that saves no m×n tensor.
 
 Forward builds W + ΔW block by block in one m×n buffer and drops it after the matmul. Backward builds it again from
 the factors for ∂L/∂x, then reuses the buffer for G = ∂L/∂(W + ΔW) = (∂L/∂y)ᵀ x, and walks over its blocks:

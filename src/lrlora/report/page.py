@@ -85,20 +85,20 @@ def _all_reports(run: Run) -> list[RankReport]:
 
 
 def _run(run: Run, keys: list[str]) -> dict[str, Any]:
-    told = [*keys, "phi_zero"]  # in the order of the values of a record
+    values = [*keys, "phi_zero"]  # in the order of the values of a record
     modules = [row.module for row in run.report.rows]
     return {
         "name": run.name,
         "facts": run.facts,
         "settings": run.settings,
-        "modules": _rows(run.report, told),
+        "modules": _rows(run.report, values),
         "curves": {
             module: {"z": [curve.z[0], curve.z[-1]], "phi": curve.phi, "start": curve.start, "entries": curve.entries}
             for module, curve in run.report.curves.items()
         },
         "spectra": {module: spectrum._asdict() for module, spectrum in run.report.spectra.items()},
         "history": [
-            {"step": step, "values": _in_order(report, told, modules)}
+            {"step": step, "values": _in_order(report, values, modules)}
             for step, report in _thinned(run.history, MOST_RECORDS)
         ],
         "log": [

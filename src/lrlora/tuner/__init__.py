@@ -20,7 +20,8 @@ def _add_peft_type(name: str) -> None:
 _add_peft_type("LRLORA")
 
 from .config import LrLoraConfig  # noqa: E402 (needs PeftType.LRLORA)
-from .layer import Linear, LrLoraLayer, cached_weights  # noqa: E402
+from .layer import LrLoraLayer  # noqa: E402
+from .linear import Linear, cached_weights  # noqa: E402
 from .model import LrLoraModel  # noqa: E402
 
 if PeftType("LRLORA") not in PEFT_TYPE_TO_CONFIG_MAPPING:

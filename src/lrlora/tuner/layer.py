@@ -1,4 +1,4 @@
-"""The adapter on one layer: what all kinds share, and linear, embedding, convolution and stacked experts."""
+"""The adapter on one layer: what linear layers, embeddings, convolutions and stacked experts share."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import align_module_device, has_offloaded_params
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from ..expansion import Expansion
-from ..ops import adapted_linear, at_least_float32, delta_weight, expansion_delta, expansion_factors, expansion_linear
+from ..ops import at_least_float32, delta_weight, expansion_delta, expansion_factors
 from ..transfer import Transfer
 from .config import LrLoraConfig
 
@@ -150,7 +146,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             parts = [_onloaded(part, adapter) for part in parts]
         A, B, phi = parts
         if isinstance(phi, Transfer):
-            phi.make_ready()
+            phi.prepare_forward()
         return A.weight, B.weight, phi
 
     def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
@@ -161,18 +157,18 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
                 # `parameters()` looks for submodules too, which is slow enough to be felt at every generated token.
                 yield from (p for p in modules[adapter]._parameters.values() if p is not None)
 
-    def _update(self, x: Tensor, adapter: str) -> Tensor:
+    def _adapter_output(self, x: Tensor, adapter: str) -> Tensor:
         """What ΔW alone makes of the input: what is added to the base layer's output."""
         raise NotImplementedError
 
-    def _adapted(self, x: Tensor, adapter: str) -> Tensor:
+    def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
         """What W + ΔW makes of the input, without a call of the base layer."""
         raise NotImplementedError
 
-    # Kinds of base layers whose forward is known, so that `_adapted` may stand for it.
+    # Kinds of base layers whose forward is known, so that `_fused_output` may stand for it.
     plain_types: tuple[type[nn.Module], ...] = ()
 
-    def _takes_one_pass(self, x: Tensor, adapters: list[str]) -> bool:
+    def _can_fuse(self, x: Tensor, adapters: list[str]) -> bool:
         """Whether the output may be formed from W + ΔW without calling the base layer.
 
         Not so if the base layer does more than its weight says (a subclass, a hook, an offloaded or sharded weight),
@@ -218,14 +214,14 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         adapters = self._adapters_to_apply()
-        if adapters and self._takes_one_pass(x, adapters):
-            return self._adapted(x, adapters[0])
+        if adapters and self._can_fuse(x, adapters):
+            return self._fused_output(x, adapters[0])
         result = self.base_layer(x, *args, **kwargs)
         x, dtype = _as_autocast(x), result.dtype
         for adapter in adapters:
             # Token ids have no dropout: as in PEFT, an embedding ignores it.
             seen = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
-            result = result + self.weights[adapter] * self._update(seen, adapter)
+            result = result + self.weights[adapter] * self._adapter_output(seen, adapter)
         return result.to(dtype)
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -245,7 +241,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         x = _as_autocast(x)
         for adapter in sorted(set(adapter_names) & set(self.lrlora_A)):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
-            result = result.index_add(0, rows, self._update(x[rows], adapter).to(result.dtype))
+            result = result.index_add(0, rows, self._adapter_output(x[rows], adapter).to(result.dtype))
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -330,201 +326,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         return "lrlora." + super().__repr__()
 
 
-class Linear(LrLoraLayer):
-    """y = x (W + Σ (s/g)·φ(g·BA))ᵀ + b over the active adapters: `nn.Linear`, quantised ones, transformers' `Conv1D`.
-
-    Forward: (..., n) → (..., m).
-    """
-
-    plain_types = (nn.Linear, Conv1D)
-
-    # Set by `cached_weights`; what is kept, and of which state of the parameters.
-    keeps_weight = False
-    _kept: tuple[object, Tensor] | None = None
-
-    def _features(self) -> tuple[int, int]:
-        if isinstance(self.base_layer, Conv1D):
-            n, m = self.base_layer.weight.shape
-            return n, m
-        return self.base_layer.in_features, self.base_layer.out_features
-
-    def _in_layout(self, matrix: Tensor) -> Tensor:
-        return matrix.T if isinstance(self.base_layer, Conv1D) else matrix
-
-    def _update(self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        A, B, phi = self._factors(adapter)
-        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        if isinstance(phi, Expansion):
-            return expansion_linear(x, A, B, phi, scaling=scaling)
-        return adapted_linear(x, weight, bias, A, B, phi, scaling=scaling, input_gain=gain)
-
-    def _takes_one_pass(self, x: Tensor, adapters: list[str]) -> bool:
-        # An expansion's update is two thin matmuls beside the base layer's: never formed, and never added to W.
-        return not isinstance(self.lrlora_phi[adapters[0]], Expansion) and super()._takes_one_pass(x, adapters)
-
-    def _adapted(self, x: Tensor, adapter: str) -> Tensor:
-        return self._update(x, adapter, self._in_layout(self.base_layer.weight), self.base_layer.bias)
-
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if self.keeps_weight and adapter_names is None and not torch.is_grad_enabled():
-            adapters = self._adapters_to_apply()
-            if adapters:
-                return self._forward_with_kept_weight(x, adapters, *args, **kwargs)
-        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
-
-    def _forward_with_kept_weight(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        takes_one_pass = self._takes_one_pass(x, adapters[:1])
-        tensors = [self.base_layer.weight, *(p for name in adapters for p in self.adapter_parameters(name))]
-        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        state = (x.dtype, takes_one_pass, tuple((name, self.weights[name]) for name in adapters), versions)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = None  # frees the old one before a new one is formed
-            delta = self.get_delta_weight(adapters[0]).mul_(self.weights[adapters[0]])
-            for name in adapters[1:]:
-                delta.add_(self.get_delta_weight(name), alpha=self.weights[name])
-            self._kept = (state, delta.add_(self.base_layer.weight) if takes_one_pass else delta.to(x.dtype))
-        weight = self._in_layout(self._kept[1])
-        if takes_one_pass:
-            return F.linear(x, weight, self.base_layer.bias)
-        result = self.base_layer(x, *args, **kwargs)
-        return result + F.linear(x.to(weight.dtype), weight).to(result.dtype)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
-
-class Embedding(LrLoraLayer):
-    """Row i of W + ΔW for token i of an `nn.Embedding` with the weight W (m tokens, n).
-
-    Only the rows that a batch uses are formed: T·n entries for T tokens. Dropout is ignored. Forward: (...) → (..., n).
-    """
-
-    def _features(self) -> tuple[int, int]:
-        return self.base_layer.num_embeddings, self.base_layer.embedding_dim
-
-    def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
-        return nn.Linear(self.out_features, r, bias=False), nn.Linear(r, self.in_features, bias=False)
-
-    def _update(self, x: Tensor, adapter: str) -> Tensor:
-        A, B, phi = self._factors(adapter)
-        tokens, padding = x.flatten(), self.base_layer.padding_idx
-        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        rows = F.embedding(tokens, B)
-        if isinstance(phi, Expansion):
-            basis = phi.basis(len(B), "output", B.device)[tokens]
-            delta = expansion_delta(A, rows, phi, scaling=scaling, basis=basis)
-        else:
-            delta = delta_weight(A, rows, phi, scaling=scaling, input_gain=gain)
-        if padding is not None:
-            delta = torch.where((tokens == padding).unsqueeze(-1), delta.detach(), delta)  # padding is never trained
-        scale = self._get_embed_scale()
-        delta = delta if scale is None else delta * scale
-        return delta.view(*x.shape, self.out_features)
-
-
-class Conv(LrLoraLayer):
-    """A convolution of 1 to 3 dimensions with W + ΔW; W (m, n/groups, k, …) is flattened to (m, n/groups·k·…)."""
-
-    plain_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-    def _features(self) -> tuple[int, int]:
-        return self.base_layer.weight[0].numel(), self.base_layer.out_channels
-
-    def _in_layout(self, matrix: Tensor) -> Tensor:
-        return matrix.view(self.base_layer.weight.shape)
-
-    def _update(self, x: Tensor, adapter: str) -> Tensor:
-        return self.base_layer._conv_forward(x, self._delta(adapter).to(x.dtype), None)
-
-    def _adapted(self, x: Tensor, adapter: str) -> Tensor:
-        base = self.base_layer
-        return base._conv_forward(x, base.weight + self._delta(adapter).to(base.weight.dtype), base.bias)
-
-
-# PEFT finds the wrapper of an earlier adapter by the name of this class.
-class ParamWrapper(LrLoraLayer):
-    """A module with ΔW added to one of its parameters: a matrix (m, n), or experts stacked as (experts, m, n).
-
-    Every expert has an A and B of its own; they share φ. W + ΔW is formed whole and handed to the module in place of
-    the parameter, in the parameter's dtype: in half precision, rounding the sum loses part of a small update. Several
-    parameters of one module give nested wrappers.
-    """
-
-    def __init__(self, base_layer: nn.Module, parameter_name: str, *args: Any, **kwargs: Any) -> None:
-        self.parameter_name = self.weight_name = parameter_name
-        super().__init__(base_layer, *args, **kwargs)
-
-    def _features(self) -> tuple[int, int]:
-        shape, dtype = self.get_param().shape, self.get_param().dtype
-        if len(shape) not in (2, 3) or not dtype.is_floating_point:
-            raise ValueError(
-                f"target_parameters matches {self.parameter_name!r} of shape {tuple(shape)} and dtype {dtype}. LR-LoRA "
-                "adapts floating-point matrices (m, n) and stacks of them (experts, m, n)."
-            )
-        self.num_experts = shape[0] if len(shape) == 3 else 1
-        m, n = shape[-2:]
-        return (m, n) if self._is_transposed else (n, m)
-
-    @property
-    def _is_transposed(self) -> bool:
-        # As transformers marks experts that are stored as (experts, in, out).
-        return self.get_param().dim() == 3 and getattr(self.get_base_layer(), "is_transposed", False)
-
-    def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
-        A = nn.Linear(self.in_features, self.num_experts * r, bias=False)
-        return A, nn.Linear(r, self.num_experts * self.out_features, bias=False)
-
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Expansion]:
-        A, B, phi = super()._factors(adapter)
-        return A.unflatten(0, (self.num_experts, -1)), B.unflatten(0, (self.num_experts, -1)), phi
-
-    def _in_layout(self, matrix: Tensor) -> Tensor:
-        matrix = matrix.mT if self._is_transposed else matrix
-        return matrix.reshape(self.get_param().shape)
-
-    def get_param(self) -> nn.Parameter:
-        """The parameter of the base layer."""
-        return getattr(self.get_base_layer(), self.parameter_name)
-
-    def get_base_weight(self) -> Tensor:
-        return self.get_param().data
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self.get_param().device, self.get_param().dtype
-
-    def extra_repr(self) -> str:
-        return f"parameter_name={self.parameter_name!r}"
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The innermost module, with all wrappers around it merged if asked: PEFT's hook for special modules."""
-        module: Any = self
-        while isinstance(module, ParamWrapper):
-            if merge:
-                module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            module = module.base_layer
-        return module
-
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """What the module makes of its inputs with W + ΔW in place of the parameter."""
-        if adapter_names is not None:
-            raise NotImplementedError(
-                "adapter_names= (another adapter for each sample of a batch) does not work with target_parameters: "
-                "experts mix the samples. Run the samples of each adapter in a batch of their own, after set_adapter."
-            )
-        weight: Tensor = self.get_param()
-        adapters = self._adapters_to_apply()
-        for adapter in adapters:
-            weight = weight + (self.weights[adapter] * self._delta(adapter)).to(weight.dtype)
-        if not adapters:
-            return self.base_layer(*args, **kwargs)
-        path, module = self.parameter_name, self.base_layer
-        while module is not self.get_base_layer():
-            path, module = f"base_layer.{path}", module.base_layer
-        return functional_call(self.base_layer, {path: weight}, args, kwargs)
-
-
 def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
     """A part of an adapter that accelerate has offloaded, with its weights where it computes.
 
@@ -544,29 +345,6 @@ def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
             "device, or load the adapter."
         )
     return onloaded
-
-
-@contextmanager
-def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Form what adapted linear layers multiply with once, and keep it: for inference, above all `generate`.
-
-    Within the context, and only without gradients, a float32 layer then costs what its base layer costs. It keeps
-    W + ΔW, as large as W; in half precision and on a quantised base it keeps ΔW in the dtype of its input, so that no
-    rounding of the sum loses part of the update, and a second matmul stays. All is freed at the end.
-
-    Training steps, loading, switching and weighing adapters are noticed. Writes to `parameter.data` are not.
-
-        with torch.no_grad(), lrlora.cached_weights(model):
-            tokens = model.generate(**inputs)
-    """
-    layers = [module for module in model.modules() if isinstance(module, Linear) and not module.keeps_weight]
-    for layer in layers:
-        layer.keeps_weight = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.keeps_weight, layer._kept = False, None
 
 
 def _as_autocast(x: Tensor) -> Tensor:

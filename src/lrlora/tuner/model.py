@@ -29,7 +29,11 @@ from ..expansion import Expansion
 from ..naming import module_type
 from ..transfer import Transfer
 from .config import LrLoraConfig
-from .layer import Conv, Embedding, Linear, LrLoraLayer, ParamWrapper
+from .conv import Conv
+from .embedding import Embedding
+from .layer import LrLoraLayer
+from .linear import Linear
+from .parameter import ParamWrapper
 
 BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 

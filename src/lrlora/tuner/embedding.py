@@ -1,0 +1,40 @@
+"""The adapter on an embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..expansion import Expansion
+from ..ops import delta_weight, expansion_delta
+from .layer import LrLoraLayer
+
+
+class Embedding(LrLoraLayer):
+    """Row i of W + ΔW for token i of an `nn.Embedding` with the weight W (m tokens, n).
+
+    Only the rows that a batch uses are formed: T·n entries for T tokens. Dropout is ignored. Forward: (...) → (..., n).
+    """
+
+    def _features(self) -> tuple[int, int]:
+        return self.base_layer.num_embeddings, self.base_layer.embedding_dim
+
+    def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
+        return nn.Linear(self.out_features, r, bias=False), nn.Linear(r, self.in_features, bias=False)
+
+    def _adapter_output(self, x: Tensor, adapter: str) -> Tensor:
+        A, B, phi = self._factors(adapter)
+        tokens, padding = x.flatten(), self.base_layer.padding_idx
+        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+        rows = F.embedding(tokens, B)
+        if isinstance(phi, Expansion):
+            basis = phi.basis(len(B), "output", B.device)[tokens]
+            delta = expansion_delta(A, rows, phi, scaling=scaling, basis=basis)
+        else:
+            delta = delta_weight(A, rows, phi, scaling=scaling, input_gain=gain)
+        if padding is not None:
+            delta = torch.where((tokens == padding).unsqueeze(-1), delta.detach(), delta)  # padding is never trained
+        scale = self._get_embed_scale()
+        delta = delta if scale is None else delta * scale
+        return delta.view(*x.shape, self.out_features)

@@ -1,0 +1,104 @@
+"""The adapter on a linear layer, and `cached_weights`, which forms what it multiplies with once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..expansion import Expansion
+from ..ops import adapted_linear, expansion_linear
+from .layer import LrLoraLayer
+
+
+class Linear(LrLoraLayer):
+    """y = x (W + Σ (s/g)·φ(g·BA))ᵀ + b over the active adapters: `nn.Linear`, quantised ones, transformers' `Conv1D`.
+
+    Forward: (..., n) → (..., m).
+    """
+
+    plain_types = (nn.Linear, Conv1D)
+
+    # Set by `cached_weights`; what is kept, and of which state of the parameters.
+    caches_weight = False
+    _cached: tuple[object, Tensor] | None = None
+
+    def _features(self) -> tuple[int, int]:
+        if isinstance(self.base_layer, Conv1D):
+            n, m = self.base_layer.weight.shape
+            return n, m
+        return self.base_layer.in_features, self.base_layer.out_features
+
+    def _in_layout(self, matrix: Tensor) -> Tensor:
+        return matrix.T if isinstance(self.base_layer, Conv1D) else matrix
+
+    def _adapter_output(
+        self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        A, B, phi = self._factors(adapter)
+        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+        if isinstance(phi, Expansion):
+            return expansion_linear(x, A, B, phi, scaling=scaling)
+        return adapted_linear(x, weight, bias, A, B, phi, scaling=scaling, input_gain=gain)
+
+    def _can_fuse(self, x: Tensor, adapters: list[str]) -> bool:
+        # An expansion's update is two thin matmuls beside the base layer's: never formed, and never added to W.
+        return not isinstance(self.lrlora_phi[adapters[0]], Expansion) and super()._can_fuse(x, adapters)
+
+    def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
+        return self._adapter_output(x, adapter, self._in_layout(self.base_layer.weight), self.base_layer.bias)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.caches_weight and adapter_names is None and not torch.is_grad_enabled():
+            adapters = self._adapters_to_apply()
+            if adapters:
+                return self._forward_cached(x, adapters, *args, **kwargs)
+        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _forward_cached(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        is_fused = self._can_fuse(x, adapters[:1])
+        tensors = [self.base_layer.weight, *(p for name in adapters for p in self.adapter_parameters(name))]
+        versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        state = (x.dtype, is_fused, tuple((name, self.weights[name]) for name in adapters), versions)
+        if self._cached is None or self._cached[0] != state:
+            self._cached = None  # frees the old one before a new one is formed
+            delta = self.get_delta_weight(adapters[0]).mul_(self.weights[adapters[0]])
+            for name in adapters[1:]:
+                delta.add_(self.get_delta_weight(name), alpha=self.weights[name])
+            self._cached = (state, delta.add_(self.base_layer.weight) if is_fused else delta.to(x.dtype))
+        weight = self._in_layout(self._cached[1])
+        if is_fused:
+            return F.linear(x, weight, self.base_layer.bias)
+        result = self.base_layer(x, *args, **kwargs)
+        return result + F.linear(x.to(weight.dtype), weight).to(result.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Form what adapted linear layers multiply with once, and keep it: for inference, above all `generate`.
+
+    Within the context, and only without gradients, a float32 layer then costs what its base layer costs. It keeps
+    W + ΔW, as large as W; in half precision and on a quantised base it keeps ΔW in the dtype of its input, so that no
+    rounding of the sum loses part of the update, and a second matmul stays. All is freed at the end.
+
+    Training steps, loading, switching and weighing adapters are noticed. Writes to `parameter.data` are not.
+
+        with torch.no_grad(), lrlora.cached_weights(model):
+            tokens = model.generate(**inputs)
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear) and not module.caches_weight]
+    for layer in layers:
+        layer.caches_weight = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.caches_weight, layer._cached = False, None
