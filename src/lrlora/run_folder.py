@@ -107,7 +107,7 @@ def read_history(path: Path) -> list[tuple[int, RankReport]]:
         # What follows the last end of a line was being written when the run was killed.
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             content = json.loads(line)
-            report = RankReport([RankRow(**row) for row in content["rows"]])
+            report = RankReport([RankRow.from_dict(row) for row in content["rows"]])
             require_type(content["step"], int, "step")
             report.require_numbers()
             records.append((content["step"], report))

@@ -15,6 +15,7 @@ from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.naming import module_kind, module_type
 from lrlora.rank import MEASURES
 from lrlora.rank.measures import curvature, effective_rank, energy_rank, spectrum, stable_rank
+from lrlora.run_folder import read_history
 
 from ..conftest import TinyModel
 
@@ -222,6 +223,18 @@ def test_files_round_trip(tiny_bert: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other\.json is no rank report"):
         RankReport.from_json(tmp_path / "other.json")
     json.loads((tmp_path / "ranks.json").read_text(), parse_constant=lambda constant: pytest.fail(constant))
+
+
+def test_files_from_when_there_were_gates_are_read(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    report = rank_report(get_peft_model(tiny_bert.build(), LrLoraConfig(target_modules=["query"])))
+    report.to_json(tmp_path / "ranks.json")
+    content = json.loads((tmp_path / "ranks.json").read_text())
+    for row in content["rows"]:
+        row["active_factors"] = 3
+    (tmp_path / "ranks.json").write_text(json.dumps(content))
+    (tmp_path / "history.jsonl").write_text(json.dumps({"step": 5, "rows": content["rows"]}) + "\n")
+    assert RankReport.from_json(tmp_path / "ranks.json").rows == report.rows
+    assert [(step, kept.rows) for step, kept in read_history(tmp_path / "history.jsonl")] == [(5, report.rows)]
 
 
 def test_unknown_adapter_and_merged_model_are_refused(tiny_bert: TinyModel) -> None:

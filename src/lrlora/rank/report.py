@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checks import require_type
 from ..files import write_whole
@@ -54,6 +54,11 @@ class RankRow:
     phi_zero: float
     curvature: float
     rank_limit: int | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RankRow:
+        """The row that a file holds; of one written while there were gates, without what they left open."""
+        return cls(**{name: value for name, value in values.items() if name != "active_factors"})
 
 
 class Curve(NamedTuple):
@@ -127,9 +132,7 @@ class RankReport:
             curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
             # Reports from before there were spectra have none.
             spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
-            for row in content["rows"]:
-                row.pop("active_factors", None)  # of reports from when there were gates
-            report = cls([RankRow(**row) for row in content["rows"]], curves, spectra)
+            report = cls([RankRow.from_dict(row) for row in content["rows"]], curves, spectra)
             report.require_numbers()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
