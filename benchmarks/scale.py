@@ -1,10 +1,9 @@
-"""LR-LoRA beside LoRA on models and machines that are not here: memory and time of a step, counted and modelled.
+"""LR-LoRA beside LoRA on models that do not fit here: what is trained, and the memory of a step.
 
-    python benchmarks/scale.py            # some 7 minutes on one core; writes docs/scale/results.json
+    python benchmarks/scale.py            # 3 minutes on one core; writes docs/scale/results.json
     python benchmarks/scale.py --report   # docs/scale.md from the stored results
 
-Memory is counted by running the real modules on tensors without memory, at full size. Time is a model of operations and
-bytes with the numbers of data sheets. Both are checked against small models that run here.
+Both are counted by running the real modules at full size on tensors without memory, and checked on small models.
 """
 
 from __future__ import annotations
@@ -15,13 +14,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -40,10 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from lrlora import LrLoraConfig  # noqa: E402
 from lrlora.ops import linear as ops  # noqa: E402
-from lrlora.rank.measures import spectrum  # noqa: E402
-from lrlora.rank.walk import _measure  # noqa: E402
-from lrlora.transfer import Transfer, TransferSpec  # noqa: E402
-from lrlora.tuner import Linear, LrLoraLayer  # noqa: E402
+from lrlora.tuner import LrLoraLayer  # noqa: E402
 from lrlora.tuner.parameter import ParamWrapper  # noqa: E402
 
 RESULTS, PAGE = DOCS / "scale" / "results.json", DOCS / "scale.md"
@@ -75,26 +68,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "70B": lambda: llama(128256, 8192, 28672, 80, 64, 8),  # Llama 3
     "235B": lambda: mixture(151936, 4096, 1536, 94, 64, 4, 128),  # Qwen3, 22B of them active
 }
-# Spread over 8 GPUs, each has an eighth of the experts, and as many tokens for them as it would have for all.
-SPREAD = {"235B, spread": lambda: mixture(151936, 4096, 1536, 94, 64, 4, 16)}
-TOKENS = (512, 4096, 32768)  # of one GPU, in sequences of up to `LENGTH`
-LENGTH = 4096
+LENGTH = 4096  # tokens of a step
 CAPACITY = 80e9
-
-
-class Gpu(NamedTuple):
-    """What data sheets state, a second: operations, bytes, and bytes that reach a GPU from its node or from all."""
-
-    matmul: float  # bfloat16, dense
-    vector: float  # float32, a fused multiply-add counted as two
-    memory: float
-    link: float
-    network: float  # eight adapters of a node together, as a ring through all nodes uses them
-
-
-GPUS = {"A100": Gpu(312e12, 19.5e12, 2.0e12, 300e9, 200e9), "H100": Gpu(989e12, 67e12, 3.35e12, 450e9, 400e9)}
-EFFICIENCY = 0.6  # of all of these: an assumption
-HOST = 8e-6  # seconds of Python and PyTorch for an operator: an assumption, half of what it takes here
 
 
 # -- What a model multiplies with --------------------------------------------------------------------------------------
@@ -178,11 +153,11 @@ def attention_flops(config: Any, tokens: int, length: int) -> float:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes alive, the most at a time, the bytes that elementwise operators move, and all operators."""
+    """Counts the bytes alive, and the most at a time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = self.moved = self.calls = 0
+        self.alive = self.peak = 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -196,12 +171,6 @@ class Traffic(TorchDispatchMode):
                 self.alive += storage.nbytes()
                 self._known[key] = weakref.finalize(storage, self._free, key, storage.nbytes())
         name = str(func)
-        if outputs and not func.is_view and not any(word in name for word in ("empty", "view", "detach", "alias")):
-            self.calls += 1
-            # A product with a thin matrix, such as A, waits for memory. Large ones are modelled, not counted.
-            is_large = all(size > 2 * R for t in inputs for size in t.shape[-2:])
-            if not ("lrlora" in name or "attention" in name or ("mm." in name and is_large)):
-                self.moved += sum(t.nbytes for t in (*inputs, *outputs))
         # The one buffer that the operator has for itself, which running it without memory does not show.
         buffer = 0
         if "lrlora.adapted_linear" in name:
@@ -236,8 +205,8 @@ def run(model: Any, shape: tuple[int, int], x: Tensor | None = None) -> None:
     loss.backward()
 
 
-def count(config: Any, method: str, tokens: int, layers: int, dtype: torch.dtype = torch.bfloat16) -> Record:
-    """A forward and backward with gradient checkpointing, without the weights, their gradients and the input."""
+def count(config: Any, method: str, tokens: int, layers: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Peak bytes of a forward and backward with checkpoints, without the weights, their gradients and the input."""
     config.num_hidden_layers = layers
     with torch.device("meta"):
         model = adapted(config, method, dtype, checkpoints=True)
@@ -250,49 +219,19 @@ def count(config: Any, method: str, tokens: int, layers: int, dtype: torch.dtype
         x.grad = torch.empty_like(x)
         with Traffic() as traffic:
             run(model, shape, x)
-    return {"peak": traffic.peak, "moved": traffic.moved, "calls": traffic.calls}
-
-
-def _kernels(choice: str) -> Any:
-    return mock.patch.dict(os.environ, LRLORA_KERNELS=choice)
-
-
-def calls_inside() -> Record:
-    """Operators and kernels that LR-LoRA's own call on a GPU, forward and backward: in a layer, and for an expert."""
-    from lrlora.ops import gpu
-
-    launch = dict.fromkeys(("_weight_kernel", "_gradient_kernel"), mock.MagicMock())  # they need a GPU
-    phi, x = Transfer(TransferSpec(num_basis=N)), torch.randn(4, 64, dtype=torch.bfloat16)
-    needs = [True, False, False, True, True, True, True]
-    settings = (phi.amplitude, phi.bandwidth, "residual", N, 3.0, 10.0, 1.0, 300.0)
-
-    def counted(op: Any, *args: Any) -> int:
-        for _ in range(2):  # the first makes constants, once
-            with mock.patch.multiple(gpu, **launch), _kernels("triton"), torch.no_grad(), Traffic() as traffic:
-                op._init_fn(*args, *settings)
-        return traffic.calls
-
-    A, B = torch.randn(R, 64), torch.randn(64, R)
-    layer = [
-        counted(ops._adapted_linear, x, None, None, A, B) + 1,  # the kernel itself, two in the backward
-        counted(ops._adapted_linear_backward, x, needs, x, None, A, B) + 2,
-    ]
-    stacks = [(torch.randn(E, 64, 64), A.repeat(E, 1, 1), B.repeat(E, 1, 1)) for E in (1, 9)]
-    formed = [counted(ops._delta_weight, A, B) for _, A, B in stacks]
-    walked = [counted(ops._delta_weight_backward, G, [True] * 4, A, B) for G, A, B in stacks]
-    return {"layer": layer, "expert": [(many - one) / 8 + 1 for one, many in (formed, walked)]}
+    return traffic.peak
 
 
 def survey(make: Callable[[], Any]) -> Record:
     """All that the tables need to know of a model."""
-    record: Record = {name: {} for name in ("trainable", "tensors", "counts")}
+    record: Record = {name: {} for name in ("trainable", "tensors", "working")}
     config = make()
     for method in METHODS:
         with torch.device("meta"):
             model = adapted(config, method, torch.bfloat16)
         trained = [p for p in model.parameters() if p.requires_grad]
         record["trainable"][method], record["tensors"][method] = sum(p.numel() for p in trained), len(trained)
-        record["counts"][method] = {str(T): [count(make(), method, T, layers) for layers in (1, 2)] for T in TOKENS}
+        record["working"][method] = count(make(), method, LENGTH, 1)
     layers = model.base_model.model.model.layers
     base = [p for p in model.parameters() if not p.requires_grad]
     root = {id(p) for p in base} - {id(p) for p in layers.parameters()}
@@ -302,69 +241,11 @@ def survey(make: Callable[[], Any]) -> Record:
         "layer_bytes": sum(p.nbytes for p in layers[0].parameters()),
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
-        "attention": {str(T): attention_flops(config, T, min(T, LENGTH)) for T in TOKENS},
         "matrices": [[*matrix, number] for matrix, number in matrices(config).items()],
     }
 
 
-# -- The model of memory and time --------------------------------------------------------------------------------------
-
-
-class Design(NamedTuple):
-    """How LR-LoRA works on a GPU: as it does now, unless said."""
-
-    moments: float = 59  # of φ's gradient, at N = 8; half of them if every other tile is asked
-    # Rate of the product G in our kernel beside the library's. An assumption: tiles of 64 × 64 read a byte for every 32
-    # operations, and an L2 cache of 5.5 TB/s then keeps an H100 to 0.18 of its data sheet.
-    product: float = 0.3
-    matmuls: tuple[float, float] = (2, 3)  # forward and backward, of a linear layer
-    is_stacked: bool = False  # experts: one launch for a stack, which writes W + ΔW in bfloat16 at once
-
-
-NOW = Design()
-
-
-def seconds(matrix: Matrix, method: str, tokens: int, gpu: Gpu, design: Design) -> float:
-    """What a GPU works for one matrix and step: forward, forward again for the checkpoint, backward."""
-    matmul, instructions, memory = (EFFICIENCY * rate for rate in (gpu.matmul, gpu.vector / 2, gpu.memory))
-    one = 2 * tokens * matrix.m * matrix.n * matrix.active / matmul
-    one = max(one, BF16 * matrix.entries / memory)
-    forward, backward = passes(matrix, method, half=True)
-    if not matrix.is_adapted or method == "LoRA":
-        return one * ((1 + matrix.is_adapted) * forward + backward)
-    # Instructions for an entry, as in ops/gpu.py: BA, its cell, the cubic; then the slope of φ, a product and a sum for
-    # each factor of A and B, three instructions for each moment.
-    form, walk = R + 19, 5 * R + 22 + 3 * design.moments
-    if matrix.experts == 1:
-        forward, backward = design.matmuls
-        forms, written, read, slower = 3, BF16, 0, 1 / design.product - 1
-    else:
-        forms, written, read, slower = 2, 2 * BF16 if design.is_stacked else FLOAT32, FLOAT32, 0
-    of_entry = forms * max(form / instructions, written / memory) + max(walk / instructions, read / memory)
-    return one * (2 * forward + backward + slower) + matrix.entries * of_entry
-
-
-def step(model: Record, method: str, tokens: int, gpu: Gpu, gpus: int, design: Design = NOW) -> dict[str, float]:
-    """Seconds of a step in which the GPU works, Python calls it, and FSDP2 gathers weights: the longest counts."""
-
-    def total(what: str, method: str) -> float:
-        first, second = (counted[what] for counted in model["counts"][method][str(tokens)])
-        return first + (model["layers"] - 1) * (second - first)
-
-    moved, calls = total("moved", "LoRA" if design.is_stacked else method), total("calls", method)
-    # Half of the scores are of the future, and left out; with the checkpoint 4 parts of 3.
-    work = moved / (EFFICIENCY * gpu.memory) + model["attention"][str(tokens)] * 2 / 3 / (EFFICIENCY * gpu.matmul)
-    for *sizes, number in model["matrices"]:
-        matrix = Matrix(*sizes)
-        work += number * seconds(matrix, method, tokens, gpu, design)
-        if method == "LR-LoRA" and matrix.is_adapted:
-            forward, backward = model["inside"]["layer" if matrix.experts == 1 else "expert"]
-            calls += number * (2 * forward + backward) * (1 if design.is_stacked else matrix.experts)
-    links = 2 * BF16 * model["base"] / (EFFICIENCY * (gpu.link if gpus <= 8 else gpu.network))
-    return {"GPU": work, "host": HOST * calls, "links": links if gpus > 1 else 0.0}
-
-
-def memory(model: Record, method: str, shards: int, tokens: int = LENGTH, *, buckets: bool = False) -> list[float]:
+def memory(model: Record, method: str, shards: int, *, buckets: bool = False) -> list[float]:
     """Bytes on a GPU at the peak of a step."""
     return [
         BF16 * model["base"] / shards,
@@ -372,8 +253,8 @@ def memory(model: Record, method: str, shards: int, tokens: int = LENGTH, *, buc
         2 * model["layer_bytes"] + model["root_bytes"] if shards > 1 else 0,
         # Parameters, gradients and two moments; DDP has the gradients in its buckets, too.
         (5 if buckets else 4) * FLOAT32 * model["trainable"][method] / shards,
-        BF16 * tokens * model["width"] * model["layers"],
-        model["counts"][method][str(tokens)][0]["peak"],
+        BF16 * LENGTH * model["width"] * model["layers"],
+        model["working"][method],
     ]
 
 
@@ -397,7 +278,10 @@ def count_flops(model: Any, tokens: int) -> int:
     own = (ops._adapted_linear, ops._adapted_linear_backward, ops._delta_weight, ops._delta_weight_backward)
     mapping = in_place | {getattr(torch.ops.lrlora, op._qualname.split("::")[1]): inside(op) for op in own}
     # Plain PyTorch, whose matmuls can be seen.
-    with _kernels("0"), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with (
+        mock.patch.dict(os.environ, LRLORA_KERNELS="0"),
+        FlopCounterMode(display=False, custom_mapping=mapping) as counter,
+    ):
         run(model, (1, tokens))
     return counter.get_total_flops()
 
@@ -442,7 +326,7 @@ def check_memory() -> list[Record]:
                 model = adapted(llama(*sizes), method, dtype)
             counted = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
             counted += tokens * sizes[1] * sizes[3] * torch.empty(0, dtype=dtype).element_size()
-            counted += count(llama(*sizes), method, tokens, 1, dtype)["peak"]
+            counted += count(llama(*sizes), method, tokens, 1, dtype)
             # Memory that is freed must go back at once, or the peak is that of the allocator.
             options = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
             command = [sys.executable, __file__, "--memory", name, method]
@@ -476,209 +360,48 @@ def measured_peak(name: str, method: str) -> int:
     return resident("VmHWM") - before
 
 
-def alternate(steps: dict[Any, Step], rounds: int) -> dict[Any, float]:
-    """Median seconds of the processor for each, taking turns; the first turn is not counted."""
-    times: dict[Any, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, work in steps.items():
-            start = time.process_time()
-            work()
-            if turn:
-                times[name].append(time.process_time() - start)
-    return {name: median(values) for name, values in times.items()}
-
-
-def fit(work: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
-    """The constants with which work · constants errs least, relative to the times."""
-    rows, ones = torch.tensor(work, dtype=torch.float64) / torch.tensor(times)[:, None], torch.ones(len(times), 1)
-    return torch.linalg.lstsq(rows, ones.double()).solution[:, 0].tolist()
-
-
-def dot(a: Sequence[float], b: Sequence[float]) -> float:
-    """The sum of products."""
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def layer_work(matrix: Matrix, method: str, tokens: int, forward: int, backward: int) -> list[float]:
-    """What a float32 CPU does for a layer: matmul operations, thin ones, entries formed and walked over, calls."""
-    large = 2 * tokens * matrix.m * matrix.n * dot(passes(matrix, method, half=False), (forward, backward))
-    if method != "LR-LoRA":
-        return [large, (method == "LoRA") * tokens * (matrix.m + matrix.n) * (forward + backward), 0, 0, 0]
-    return [large, 0, matrix.entries * (forward + backward), matrix.entries * backward, forward + 2 * backward]
-
-
-def layer_times(m: int, n: int, tokens: int) -> dict[tuple[str, int, int], float]:
-    """Seconds of a layer by method, number of forwards, and of backwards."""
-    steps: dict[Any, Step] = {}
-    for method in ("frozen", *METHODS):
-        layer: nn.Module = nn.Sequential(nn.Linear(n, m, bias=False)).requires_grad_(False)
-        if method in CONFIGS:
-            layer = get_peft_model(layer, CONFIGS[method](r=R, target_modules=["0"]))
-        x, grad = torch.randn(tokens, n, requires_grad=True), torch.randn(tokens, m)
-        steps[method, 1, 0] = partial(layer, x)
-        steps[method, 1, 1] = partial(lambda layer, x, grad: layer(x).backward(grad), layer, x, grad)
-    return alternate(steps, 7)
-
-
-def check_time() -> tuple[list[float], list[Record]]:
-    """Constants of this processor from some layers, and what they predict of others and of whole models."""
-    fitted = [(1024, 1024, 1024), (768, 1536, 512), (1536, 768, 256), (1536, 1536, 512), (64, 64, 16)]
-    work, times, records = [], [], []
-    for m, n, tokens in fitted:
-        for case, seconds_ in layer_times(m, n, tokens).items():
-            # The smallest layer says what a call of ours costs; of the others' calls the model knows nothing.
-            if m > 64 or case[0] == "LR-LoRA":
-                work.append(layer_work(Matrix(m, n), case[0], tokens, *case[1:]))
-                times.append(seconds_)
-    constants = fit(work, times)
-    for m, n, tokens in [(2048, 2048, 512), (1024, 2816, 1024), (768, 768, 2048), (1536, 1536, 128)]:
-        found = layer_times(m, n, tokens)
-        lora, ours = (dot(layer_work(Matrix(m, n), method, tokens, 1, 1), constants) for method in METHODS)
-        ratio = found["LR-LoRA", 1, 1] / found["LoRA", 1, 1]
-        records.append({"what": f"time / LoRA: {m} × {n}, {tokens} tokens", "predicted": ours / lora, "found": ratio})
-    config = llama(4096, 768, 2048, 4, 12, 12)
-    linear = [(matrix, number) for matrix, number in matrices(config).items() if matrix.is_adapted]
-    for shape in ((1, 256), (4, 256)):
-        models = [adapted(config, method, torch.float32, checkpoints=True) for method in METHODS]
-        x, tokens = torch.randn(*shape, 768, requires_grad=True), shape[0] * shape[1]
-        lora, ours = alternate({i: partial(run, model, shape, x) for i, model in enumerate(models)}, 5).values()
-        more = sum(
-            sign * number * dot(layer_work(matrix, method, tokens, 2, 1), constants)
-            for matrix, number in linear
-            for sign, method in zip((-1, 1), METHODS, strict=True)
-        )
-        what = f"time / LoRA: Llama, 4 layers of 768, {shape[0]} × {shape[1]} tokens, checkpoints"
-        records.append({"what": what, "predicted": 1 + more / lora, "found": ours / lora})
-    return constants, records
-
-
-def spectrum_work(m: int, n: int) -> list[float]:
-    """Operations of the smaller of ΔW ΔWᵀ and ΔWᵀ ΔW, and powers of its size, for its eigenvalues."""
-    size = float(min(m, n))
-    return [2 * m * n * size, size**3, size**2]
-
-
-def check_ranks() -> tuple[list[float], list[Record], Record]:
-    """What the report of ranks needs: seconds by the size of a matrix, and bytes for an entry of ΔW."""
-    torch.manual_seed(0)
-    needed = {}
-    for kind, config in ((Linear, llama(64, 512, 1024, 1, 4, 4)), (ParamWrapper, mixture(64, 64, 64, 1, 4, 4, 64))):
-        model = adapted(config, "LR-LoRA", torch.float32, init_weights=False)
-        layer: Any = next(module for module in model.modules() if isinstance(module, kind))
-        with Traffic() as traffic:
-            list(_measure("mlp", layer, "default"))
-        needed[kind.__name__] = traffic.peak / layer.get_delta_weight("default").numel()
-    fitted, held_out = [(512, 512), (768, 768), (1024, 1024), (1024, 3072), (1536, 1536)], [(2048, 2048), (1536, 4096)]
-    times = alternate({s: partial(spectrum, torch.randn(*s)) for s in fitted + held_out}, 3)
-    constants = fit([spectrum_work(*s) for s in fitted], [times[s] for s in fitted])
-    records = [
-        {"what": f"seconds: singular values, {m} × {n}", "found": times[m, n]}
-        | {"predicted": dot(spectrum_work(m, n), constants)}
-        for m, n in held_out
-    ]
-    return constants, records, needed
-
-
 # -- The page ----------------------------------------------------------------------------------------------------------
 
 
 def measure() -> Record:
     """All that is stored."""
     torch.set_num_threads(1)
-    inside = calls_inside()
-    models = {name: survey(make) | {"inside": inside} for name, make in (MODELS | SPREAD).items()}
-    constants, times = check_time()
-    rank_constants, ranks, needed = check_ranks()
-    return {
-        "models": models,
-        "checks": [*check_counts(), *check_memory(), *times, *ranks],
-        "constants": constants,
-        "ranks": {"constants": rank_constants, "bytes": needed},
-    }
-
-
-CHANGES = {
-    "as it is": NOW,
-    "as it is, N = 50": NOW._replace(moments=215),
-    "1. G multiplied at the library's rate": NOW._replace(product=1),
-    "2. and φ's gradient from every 16th tile": NOW._replace(product=1, moments=59 / 16),
-    "3. and the input's gradient through W + ΔW, rounded": Design(59 / 16, 1, (2, 2)),
-    "4. and forward W + ΔW, rounded, with its rest in 8 bits": Design(59 / 16, 1, (1.5, 2)),
-}
-EXPERT_CHANGES = {
-    "as it is": ("235B", NOW),
-    "1. one launch for a stack, which writes W + ΔW in bfloat16": ("235B", NOW._replace(is_stacked=True)),
-    "2. and experts spread over 8 GPUs": ("235B, spread", NOW._replace(is_stacked=True)),
-}
+    models = {name: survey(make) for name, make in MODELS.items()}
+    return {"models": models, "checks": [*check_counts(), *check_memory()]}
 
 
 def render(results: Record) -> dict[str, str]:
     """The tables by name."""
     rows: dict[str, list[list[str]]] = {name: [] for name in HEADERS}
     for name in MODELS:
-        for kind, some in rows_of(name, results["models"][name], results["ranks"]).items():
+        for kind, some in rows_of(name, results["models"][name]).items():
             rows[kind] += some
-
-    def times(name: str, tokens: int, design: Design) -> list[dict[str, float]]:
-        return [step(results["models"][name], method, tokens, GPUS["H100"], 1, design) for method in METHODS]
-
-    for change, design in CHANGES.items():
-        pairs = [times(name, tokens, design) for name in ("7B", "70B") for tokens in TOKENS[1:]]
-        rows["changes"].append([change, *(f"{ours['GPU'] / lora['GPU']:.2f}" for lora, ours in pairs)])
-    for change, (name, design) in EXPERT_CHANGES.items():
-        row = [change]
-        for lora, ours in (times(name, tokens, design) for tokens in TOKENS[1:]):
-            row += [f"{ours['GPU']:.1f}", f"{ours['host']:.1f}", f"{max(ours.values()) / max(lora.values()):.2f}"]
-        rows["experts"].append(row)
     for record in results["checks"]:
         predicted, found = record["predicted"], record["found"]
         error = "0" if predicted == found else f"{100 * (predicted / found - 1):+.1f} %"
-        numbers = [f"{value:,.0f}" if value > 20 else f"{value:.2f}" for value in (predicted, found)]
-        rows["checks"].append([record["what"], *numbers, error])
-    for name, gpu in GPUS.items():
-        rows["data sheets"].append([name, *(f"{value / 1e12:.4g}" for value in gpu)])
+        rows["checks"].append([record["what"], f"{predicted:,.0f}", f"{found:,.0f}", error])
     return {name: table(header, rows[name]) for name, header in HEADERS.items()}
 
 
-def rows_of(name: str, model: Record, ranks: Record) -> dict[str, list[list[str]]]:
+def rows_of(name: str, model: Record) -> dict[str, list[list[str]]]:
     """What the tables say of a model."""
-    linear = [(Matrix(*sizes), number) for *sizes, number in model["matrices"] if Matrix(*sizes).is_adapted]
-    largest = max((matrix for matrix, _ in linear), key=lambda matrix: matrix.entries)
+    linear = [Matrix(*sizes) for *sizes, _ in model["matrices"] if Matrix(*sizes).is_adapted]
+    largest = max(linear, key=lambda matrix: matrix.entries)
     shape = f"{largest.m} × {largest.n}" + (f" × {largest.experts}" if largest.experts > 1 else "")
     trained = [f"{model['trainable'][m]:,} in {model['tensors'][m]:,}" for m in METHODS]
     counts = [name, f"{model['base'] / 1e9:.1f}", *trained, shape, f"{FLOAT32 * largest.entries / 1e9:.2f}"]
-    peaks, times = [], []
+    peaks = []
     for way, shards in {"1": 1, "8 or 64, DDP": 1, "8, FSDP2": 8, "64, FSDP2": 64}.items():
         lora, ours = (memory(model, method, shards, buckets="DDP" in way) for method in METHODS)
         totals = [f"{sum(lora) / 1e9:.1f}", f"{sum(ours) / 1e9:.1f}", "yes" if sum(ours) < CAPACITY else "no"]
         peaks.append([name, way, *(f"{part / 1e9:.1f}" for part in ours), *totals])
-    for gpus in (1, 8, 64) if BF16 * model["base"] < CAPACITY else (8, 64):
-        for tokens in TOKENS:
-            fits = sum(memory(model, "LR-LoRA", gpus, tokens)) < CAPACITY
-            row = [name, str(gpus), f"{tokens:,}" + ("" if fits else " †")]
-            for gpu in GPUS.values():
-                parts = [step(model, method, tokens, gpu, gpus) for method in METHODS]
-                seconds_lora, seconds_ours = (max(part.values()) for part in parts)
-                waits = " / ".join(max(part, key=part.__getitem__) for part in parts)
-                row += [f"{seconds_lora:.2f}", f"{seconds_ours / seconds_lora:.2f}", waits]
-            times.append(row)
-    each = [(dot(spectrum_work(m.m, m.n), ranks["constants"]), number * m.experts) for m, number in linear]
-    peak = max(ranks["bytes"]["Linear" if m.experts == 1 else "ParamWrapper"] * m.entries for m, _ in linear)
-    hours = sum(value * number for value, number in each) / 3600
-    report = [f"{sum(number for _, number in each):,}", f"{peak / 1e9:.1f}", f"{max(each)[0]:.0f}", f"{hours:.1f}"]
-    return {"counts": [counts], "memory": peaks, "time": times, "ranks": [[name, *report]]}
+    return {"counts": [counts], "memory": peaks}
 
 
-_TWICE = [f"{tokens:,} tokens" for tokens in TOKENS[1:]]
 HEADERS = {
     "counts": ["", "base, 10⁹", *(f"{m} trains, in tensors" for m in METHODS), "largest ΔW", "in float32, GB"],
     "memory": ["", "GPUs", "weights", "gathered", "adapter", "checkpoints", "working", "LoRA", "LR-LoRA", "fits"],
-    "time": ["", "GPUs", "tokens", *(f"{g}: {w}" for g in GPUS for w in ("LoRA, s", "LR-LoRA / LoRA", "waits for"))],
-    "changes": ["", *(f"{name}, {tokens}" for name in ("7B", "70B") for tokens in _TWICE)],
-    "experts": ["", *(f"{tokens}: {what}" for tokens in _TWICE for what in ("GPU, s", "host, s", "LR-LoRA / LoRA"))],
-    "ranks": ["", "matrices", "peak, GB", "slowest, s", "all, hours"],
     "checks": ["", "predicted", "found", "error"],
-    "data sheets": ["10¹² a second", "bfloat16", "float32", "bytes of memory", "from its node", "from all nodes"],
 }
 
 

@@ -19,9 +19,8 @@ import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from lrlora import LrLoraConfig
+from lrlora import LrLoraConfig, files
 from lrlora.export import factorize, lora_config, output_difference, save_as_lora
-from lrlora.export import files as export_files
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
@@ -172,7 +171,7 @@ def test_a_base_model_that_is_missing_or_of_another_shape(train: Train, tmp_path
 
 
 def test_the_temporary_folder_is_on_the_same_disk(tmp_path: Path) -> None:
-    with export_files.written_whole(tmp_path / "a" / "b") as partial:
+    with files.replacing_folder(tmp_path / "a" / "b") as partial:
         assert partial.parent == tmp_path / "a"
         (partial / "file").write_text("x")
         assert not (tmp_path / "a" / "b").exists()

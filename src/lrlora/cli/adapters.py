@@ -103,14 +103,14 @@ def export(
     with one_clear_error("Nothing was written."):
         quiet()
         from ..export import factorize, save_as_lora, save_lora_config
-        from ..export.files import check_output
         from ..export.loading import check_base, check_names
         from ..export.table import factors_table
+        from ..files import free_folder
 
         if pad and config_only:
             raise ValueError("--pad is about weights, and --config-only writes none. Leave one of them out.")
         precision = _dtype(dtype)
-        check_output(output)
+        free_folder(output)
         model = _load_lr_lora(adapter)
         truncation = _truncation(model, energy, budget, max_rank, drop_below)
         if check and not config_only:

@@ -67,7 +67,7 @@ def announce(line: str) -> None:
 
 
 def quiet() -> None:
-    """Keep what libraries say on the way out of a command's output."""
+    """Silence the messages and progress bars of the libraries below."""
     import transformers
 
     transformers.logging.set_verbosity_error()

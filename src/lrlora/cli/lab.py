@@ -261,10 +261,11 @@ def compare(
         path = write_report(comparison, folder)
         failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
         if failed:
-            console.print(f"{failed} jobs failed: the report says why.", highlight=False)
+            console.print(f"{failed} {'job' if failed == 1 else 'jobs'} failed: the report says why.", highlight=False)
         if left:
             count = len(comparison.cells_left(left))
-            console.print(f"{count} jobs or more are left: run the same command again to go on.", highlight=False)
+            said = "1 job or more is" if count == 1 else f"{count} jobs or more are"
+            console.print(f"{said} left: run the same command again to go on.", highlight=False)
         console.print(escape(f"Report: {path}"), highlight=False)
 
 

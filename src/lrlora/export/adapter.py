@@ -13,10 +13,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
 from ..tuner.config import pattern_of
 from .factorize import Factors, kept_energy
-from .files import check_output, written_whole
 from .loading import load_adapted, sample_inputs, save_preprocessing
 
 _CARD = """---
@@ -92,7 +92,7 @@ def save_as_lora(
         ValueError: no module has a rank.
 
     """
-    folder = check_output(output)
+    folder = free_folder(output)
     exported = [part for part in factors if part.rank]
     name = os.fspath(adapter)
     config = lora_config(exported, PeftConfig.from_pretrained(name))
@@ -117,7 +117,7 @@ def save_as_lora(
         parameters=sum(part.parameters for part in exported),
         kept=kept_energy(factors),
     )
-    with written_whole(folder) as partial:
+    with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         save_preprocessing(partial, name)
         config.save_pretrained(str(partial))
@@ -139,9 +139,9 @@ def save_lora_config(
         ValueError: no module has a rank.
 
     """
-    folder = check_output(output)
+    folder = free_folder(output)
     config = lora_config(factors, PeftConfig.from_pretrained(os.fspath(adapter)), keep_scaling=True)
-    with written_whole(folder) as partial:
+    with replacing_folder(folder) as partial:
         config.save_pretrained(str(partial))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
+from ..files import free_folder, replacing_folder
 from ..tuner import LrLoraLayer
-from .files import check_output, written_whole
 from .loading import load_adapted, save_preprocessing
 
 
@@ -42,7 +42,7 @@ def merge_adapter(
 
     """
     name = os.fspath(adapter)
-    folder = check_output(output)
+    folder = free_folder(output)
     model = load_adapted(name, dtype=dtype or "auto")
     if getattr(model.config, "quantization_config", None) is not None:
         if not dequantize:
@@ -52,7 +52,7 @@ def merge_adapter(
             )
         _dequantize(model)
     merged = model.merge_and_unload(progressbar=progressbar)
-    with written_whole(folder) as partial:
+    with replacing_folder(folder) as partial:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
         base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
         if not (save_preprocessing(partial, name) or save_preprocessing(partial, base)):

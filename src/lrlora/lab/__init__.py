@@ -1,1 +1,1 @@
-"""Training with transformers' Trainer: real inputs, the rank history, the demo."""
+"""All that trains and compares: data, tasks, methods, `lrlora train`, the demo, and `compare/`."""

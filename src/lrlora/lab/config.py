@@ -11,20 +11,9 @@ from typing import Any
 from ..checks import require_known, require_type
 from ..files import readable
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
+from .kinds import KINDS, OPTIONAL_ROLES
+from .methods import METHODS
 
-TASKS = ("classify", "regress", "multiple-choice", "causal-lm")
-# The form that multiple choice takes with a decoder: it has no head for it, and compares likelihoods.
-CHOICE_LM = "multiple-choice by likelihood"
-METHODS = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "loha", "vera", "full")
-# Task → what a column holds, by what it is called unless `columns` says otherwise. Of the alternatives of causal-lm,
-# the first that the data has is taken.
-ROLES = {
-    "classify": ("text", "label"),
-    "regress": ("text", "label"),
-    "multiple-choice": ("question", "choices", "label"),
-    "causal-lm": ("messages", "prompt", "completion", "text"),
-}
-OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
 FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
 
 
@@ -36,8 +25,8 @@ class TrainConfig:
         model: name on the hub, local folder, or `embedded:NAME` (see `lrlora inputs`).
         data: name on the hub (`name` or `name:configuration`), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or `embedded:NAME`.
-        task: one of `TASKS`.
-        method: one of `METHODS`.
+        task: one of `lrlora.lab.kinds.KINDS`.
+        method: one of `lrlora.lab.methods.METHODS`.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: what a column holds → its name in the data, where they differ. Roles: text, text_pair and label for
             "classify" and "regress"; question, choices (a list) and label (the index of the right choice) for
@@ -87,19 +76,19 @@ class TrainConfig:
         for name in ("model", "data", "output"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name or a path, and is {getattr(self, name)!r}.")
-        require_known("task", self.task, TASKS)
+        require_known("task", self.task, KINDS)
         require_known("method", self.method, METHODS)
         for role in self.columns:
-            require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
+            require_known("key of columns", role, (*KINDS[self.task].roles, *OPTIONAL_ROLES))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
         rate = self.head_learning_rate
         if rate is not None:
             if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < float("inf"):
                 raise ValueError(f"head_learning_rate must be a number > 0, and is {rate!r}.")
-            if self.task == "causal-lm":
+            if not KINDS[self.task].has_head:
                 raise ValueError(
-                    f"head_learning_rate={rate!r} is for a new head, and causal-lm has none. Leave it out."
+                    f"head_learning_rate={rate!r} is for a new head, and {self.task} has none. Leave it out."
                 )
         counts = ("max_length", "train_examples", "validation_examples", "early_stopping", "rank_every")
         for name, least in (*((name, 1) for name in counts), ("seed", 0)):

@@ -1,4 +1,4 @@
-"""`evaluate` and `predict`: what a trained run makes of data."""
+"""Evaluate and predict with a finished run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,12 @@ from ..files import readable, replacing
 from ..run_folder import METRICS_FILE
 from ..saved import require_all_weights
 from ..tuner import cached_weights
+from .chat import render_chat
 from .config import TrainConfig, read_run
-from .data import (
-    check_examples,
-    encode,
-    load_splits,
-    only_split,
-    render_chat,
-    sampled,
-    select_roles,
-    with_class_ids,
-)
+from .data import check_examples, load_splits, only_split, sampled, select_roles
+from .kinds import Kind, kind_for, with_class_ids
 from .metrics import logits, plain_metrics
-from .models import MODELS, form_of, load_model, make_trainer, model_source, training_arguments
+from .models import load_model, make_trainer, model_source, training_arguments
 
 
 def evaluate(
@@ -59,23 +52,20 @@ def evaluate(
     """
     loaded = _LoadedRun.read(Path(run))
     examples = sampled(loaded.examples(data, split, columns, with_label=True), limit)
-    if loaded.config.task == "causal-lm":
-        trainer = loaded.trainer(examples)
-        metrics = plain_metrics(trainer.evaluate())
-        if "prompt" in examples.column_names:
-            answers = list(loaded.answers(examples))
-            wanted = [_content(example["completion"]) for example in examples]
-            matches = [got.strip() == want.strip() for got, want in zip(answers, wanted, strict=True)]
-            metrics["exact_match"] = float(np.mean(matches))
-        return metrics
-    encoded = encode(examples, loaded.form, loaded.tokenizer, loaded.max_length)
-    return plain_metrics(loaded.trainer(encoded).evaluate(encoded))
+    encoded = loaded.kind.encode(examples, loaded.tokenizer, loaded.max_length)
+    metrics = plain_metrics(loaded.trainer(encoded).evaluate())
+    if "prompt" in examples.column_names:
+        answers = list(loaded.answers(examples))
+        wanted = [_content(example["completion"]) for example in examples]
+        matches = [got.strip() == want.strip() for got, want in zip(answers, wanted, strict=True)]
+        metrics["exact_match"] = float(np.mean(matches))
+    return metrics
 
 
 def predict(
     run: str | Path, data: str, *, split: str | None = None, columns: dict[str, str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """What a trained run makes of data, example by example: its inputs, and beside them
+    """The predictions of a finished run, example by example: the inputs, and beside them
 
     `prediction` and `probabilities` (classify: by class name; multiple-choice: by index), `prediction` (regress), or
     `completion` (causal-lm, greedy).
@@ -83,24 +73,15 @@ def predict(
     The arguments are those of `evaluate`; the data needs no labels.
     """
     loaded = _LoadedRun.read(Path(run))
-    task = loaded.config.task
     examples = loaded.examples(data, split, columns, with_label=False)
-    if task == "causal-lm":
+    if loaded.kind.generates:
         for example, answer in zip(examples, loaded.answers(examples), strict=True):
             yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
         return
-    encoded = encode(examples, loaded.form, loaded.tokenizer, loaded.max_length)
-    if task == "multiple-choice":
-        encoded = encoded.add_column("labels", [0] * len(encoded))  # its collator wants some
+    encoded = loaded.kind.unlabelled(loaded.kind.encode(examples, loaded.tokenizer, loaded.max_length))
     outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
-    if task == "regress":
-        for example, value in zip(examples, outputs.squeeze(-1).tolist(), strict=True):
-            yield {**example, "prediction": value}
-        return
-    for example, row in zip(examples, outputs.softmax(-1).tolist(), strict=True):
-        names: list[Any] = list(loaded.labels or range(len(row)))
-        best = names[int(np.argmax(row))]
-        yield {**example, "prediction": best, "probabilities": dict(zip(map(str, names), row, strict=True))}
+    for example, said in zip(examples, loaded.kind.predictions(outputs, loaded.labels), strict=True):
+        yield {**example, **said}
 
 
 @dataclass(frozen=True)
@@ -119,7 +100,7 @@ class _LoadedRun:
         with readable(folder, "It is the output of `lrlora train`: train it anew if you have no copy."):
             tokenizer = AutoTokenizer.from_pretrained(folder)
             if config.method == "full":
-                model = MODELS[form_of(config.task, AutoConfig.from_pretrained(folder))][0].from_pretrained(folder)
+                model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
             else:
                 base = load_model(model_source(config.model), config, record.labels, tokenizer)
                 # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
@@ -129,27 +110,25 @@ class _LoadedRun:
         return cls(config, record.labels, record.max_length, tokenizer, model)
 
     @property
-    def form(self) -> str:
-        return form_of(self.config.task, self.model.config)
+    def kind(self) -> Kind:
+        return kind_for(self.config.task, self.model.config)
 
     def examples(self, name: str, split: str | None, columns: dict[str, str] | None, *, with_label: bool) -> Dataset:
         splits = load_splits(name)
         chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
         require_known(f"split of {name}", chosen, splits)
-        task = self.config.task
         columns = self.config.columns if columns is None else columns
         part, completion = splits[chosen], columns.get("completion", "completion")
-        if task == "causal-lm" and not with_label and completion not in part.column_names:
+        if self.kind.generates and not with_label and completion not in part.column_names:
             part = part.add_column(completion, [""] * len(part))  # it is what is wanted
-        examples = select_roles(part, task, columns, with_label=with_label)
-        if task == "classify" and with_label:
+        examples = select_roles(part, self.kind, columns, with_label=with_label)
+        if self.labels and with_label:
             examples = with_class_ids(examples, self.labels, chosen)
-        if with_label or task != "causal-lm":
-            check_examples(examples, task, chosen, with_label=with_label)
+        check_examples(examples, self.kind, chosen, with_label=with_label)
         return examples
 
     def trainer(self, data: Dataset) -> Trainer:
-        arguments = training_arguments(self.config, self.form, 1, self.max_length)
+        arguments = training_arguments(self.config, self.kind, 1, self.max_length)
         return make_trainer(self.config, self.model, self.tokenizer, arguments, data, data, [])
 
     def answers(self, examples: Dataset) -> Iterator[str]:

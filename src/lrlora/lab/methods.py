@@ -28,16 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..checks import require_known
 from ..tuner import LrLoraConfig
 from ..tuner.config import require_module_names
-from .config import CHOICE_LM
 
-NO_HEAD = "no head"  # the form of a model that is adapted as it is
-_PEFT_TASKS = {
-    "classify": "SEQ_CLS",
-    "regress": "SEQ_CLS",
-    "causal-lm": "CAUSAL_LM",
-    CHOICE_LM: "CAUSAL_LM",
-    NO_HEAD: None,
-}
 _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "lr-lora": LrLoraConfig,
     "lora": LoraConfig,
@@ -48,6 +39,7 @@ _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "loha": LoHaConfig,
     "vera": VeraConfig,
 }
+METHODS = (*_CONFIGS, "full")
 _FIELDS: dict[str, Any] = {name: LoraConfig if name == "dora" else config for name, config in _CONFIGS.items()}
 # What each calls α, which is r unless given; HiRA and VeRA have none.
 ALPHA = {"lr-lora": "lora_alpha", "lora": "lora_alpha", "dora": "lora_alpha", "randlora": "randlora_alpha"}
@@ -57,12 +49,14 @@ EVA = "eva"
 EVA_BATCHES = 64  # it usually needs fewer, and goes through them again if it needs more
 
 
-def adapter_config(method: str, form: str, total_steps: int, options: dict[str, Any]) -> PeftConfig | None:
+def adapter_config(
+    method: str, head: Mapping[str, Any], total_steps: int, options: dict[str, Any]
+) -> PeftConfig | None:
     """The PEFT configuration of a method; None for full fine-tuning.
 
     Args:
-        method: one of `lrlora.lab.config.METHODS`.
-        form: of the task, as `lrlora.lab.models.form_of` gives it.
+        method: one of `METHODS`.
+        head: fields of the configuration for the head, as a kind of task has them; none for a model as it is.
         total_steps: of training; AdaLoRA plans with it.
         options: fields of the configuration; by default r = 8, α = r, and all linear layers.
 
@@ -78,8 +72,6 @@ def adapter_config(method: str, form: str, total_steps: int, options: dict[str, 
     for name in options:
         require_known(f"field of {_FIELDS[method].__name__}", name, known)
     require_module_names(options)
-    # The head of a new multiple-choice model is not known to PEFT.
-    head = {"task_type": _PEFT_TASKS[form]} if form in _PEFT_TASKS else {"modules_to_save": ["classifier"]}
     defaults: dict[str, Any] = {"target_modules": "all-linear", **head}
     if method == "adalora":
         rank = options.get("target_r", DEFAULT_RANK)

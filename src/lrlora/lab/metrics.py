@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +12,6 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_me
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
-# Task → its metrics, beside the loss; the first chooses the best checkpoint.
-METRIC_NAMES = {
-    "classify": ("accuracy", "macro_f1", "matthews", "log_loss", "loss"),
-    "regress": ("pearson", "spearman", "rmse", "loss"),
-    "multiple-choice": ("accuracy", "loss"),
-    "causal-lm": ("loss", "mean_token_accuracy", "entropy"),
-}
 LESS_IS_BETTER = ("loss", "log_loss", "rmse", "entropy")
 
 
@@ -56,14 +48,6 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy of logits (examples, choices)."""
     return {"accuracy": float(accuracy_score(prediction.label_ids, logits(prediction).argmax(-1)))}
-
-
-METRICS: dict[str, Callable[[EvalPrediction], dict[str, float]] | None] = {
-    "classify": classification_metrics,
-    "regress": regression_metrics,
-    "multiple-choice": choice_metrics,
-    "causal-lm": None,  # the loss, and its exponential
-}
 
 
 def perplexity(loss: float) -> float:

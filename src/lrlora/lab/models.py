@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,23 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMultipleChoice,
-    AutoModelForSequenceClassification,
-    DataCollatorForMultipleChoice,
-    DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from ..checks import require_known
 from ..files import readable
-from .choices import ChoiceTrainer
-from .config import CHOICE_LM, TrainConfig
+from .config import TrainConfig
 from .data import PREFIX
 from .embedded import EMBEDDED_MODELS
 from .inputs import checkpoint
-from .metrics import LESS_IS_BETTER, METRIC_NAMES, METRICS
+from .kinds import Kind, kind_for
+from .metrics import LESS_IS_BETTER
 
-MODELS = {
-    "classify": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    "regress": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    "multiple-choice": (AutoModelForMultipleChoice, MODEL_FOR_MULTIPLE_CHOICE_MAPPING),
-    "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-    CHOICE_LM: (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-}
-# Peak learning rates: adapters bear more than whole models, small heads more than language models.
-_RATES = {
-    "adapter": dict.fromkeys(("causal-lm", CHOICE_LM), 5e-4),
-    "full": dict.fromkeys(("causal-lm", CHOICE_LM), 2e-5),
-}
-_DEFAULT_RATE = {"adapter": 1e-3, "full": 5e-5}
 MODEL_EXPECTED = "Expected is a model that transformers can load: fetch it anew, or give another."
 
 
@@ -94,26 +71,20 @@ def check_model(source: str, config: TrainConfig) -> Any:
                 f"{config.model} is no folder with a model, and could not be had from the hub: "
                 f"{str(error).splitlines()[0]}"
             ) from None
-    if type(model_config) not in MODELS[form_of(config.task, model_config)][1]:
+    kind = kind_for(config.task, model_config)
+    if type(model_config) not in kind.architectures:
         raise ValueError(
             f"The task {config.task} does not fit the model {config.model}: transformers has no such head for "
             f"{model_config.model_type}. Take another task or model."
         )
     # transformers has causal heads for encoders too, which look ahead unless they are told that they are decoders.
     looks_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", True)
-    if config.task == "causal-lm" and looks_ahead and not model_config.is_encoder_decoder:
+    if kind.generates and looks_ahead and not model_config.is_encoder_decoder:
         raise ValueError(
             f"The task causal-lm does not fit the model {config.model}: {model_config.model_type} is an encoder, which "
             "sees the words that it is to predict. Take a decoder (Llama, Qwen, GPT-2, …)."
         )
     return model_config
-
-
-def form_of(task: str, model_config: Any) -> str:
-    """The task, but for multiple choice by a decoder, which has no head for it and compares likelihoods."""
-    is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model_config.is_encoder_decoder
-    has_head = type(model_config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
-    return CHOICE_LM if task == "multiple-choice" and is_decoder and not has_head else task
 
 
 # Their positions count from the padding token's number on.
@@ -130,35 +101,24 @@ def max_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> int:
 
 def load_model(source: str, config: TrainConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model with the head of the task."""
-    options: dict[str, Any] = {}
-    if config.task == "classify":
-        options = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    elif config.task == "regress":
-        options = {"num_labels": 1, "problem_type": "regression"}
+    kind = kind_for(config.task, AutoConfig.from_pretrained(source))
     # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
-    form = form_of(config.task, AutoConfig.from_pretrained(source))
-    dtype = "auto" if form in ("causal-lm", CHOICE_LM) and config.method != "full" else torch.float32
+    dtype = torch.float32 if kind.has_head or config.method == "full" else "auto"
     with readable(config.model, MODEL_EXPECTED):
-        model = MODELS[form][0].from_pretrained(source, dtype=dtype, **options)
+        model = kind.model_class.from_pretrained(source, dtype=dtype, **kind.model_options(labels))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def _arguments_class(task: str) -> type[TrainingArguments]:
-    if task != "causal-lm":
-        return TrainingArguments
-    return importlib.import_module("trl").SFTConfig  # only here: TRL takes long to import
-
-
 def training_arguments(
-    config: TrainConfig, form: str, examples: int, max_length: int, examples_per_step: int | None = None
+    config: TrainConfig, kind: Kind, examples: int, max_length: int, examples_per_step: int | None = None
 ) -> TrainingArguments:
-    """The Trainer's arguments: the defaults of the form of the task, then what the user gives.
+    """The Trainer's arguments: the defaults of the kind of task, then what the user gives.
 
     Args:
         config: the run.
-        form: of the task.
+        kind: of its task on its model.
         examples: to train on.
         max_length: tokens.
         examples_per_step: of all processes, where the batch of each is to follow from it.
@@ -167,31 +127,12 @@ def training_arguments(
         ValueError: a setting cannot be.
 
     """
-    cls, given = _arguments_class(config.task), dict(config.training)
-    known = list(cls.__dataclass_fields__)
-    for name in given:
-        require_known(f"field of {cls.__name__}", name, known)
-    for name in ("output_dir", "seed"):
-        if name in given:
-            raise ValueError(
-                f"training: {name} is a setting of the run itself. Give it as --{name.removesuffix('_dir')}."
-            )
-    counts = {
-        "per_device_train_batch_size": 8 if config.task == "causal-lm" else 16,
-        "gradient_accumulation_steps": 1,
-        "max_steps": -1,
-        "num_train_epochs": 3,
-    }
-    counts |= {name: given.pop(name) for name in counts if name in given}
-    numbers = {"learning_rate": 0.0, "per_device_eval_batch_size": 1, **given, **counts}
-    for name in (*counts, "learning_rate"):
-        value = numbers[name]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
-            raise ValueError(f"training: {name} must be a number, and is {value!r}.")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if not isinstance(numbers[name], int) or numbers[name] < 1:
-            raise ValueError(f"training: {name} must be a whole number ≥ 1, and is {numbers[name]!r}.")
-    batch, accumulation, steps, epochs = counts.values()
+    cls = kind.arguments_class()
+    _check_arguments(config.training, cls, kind)
+    given = dict(config.training)
+    batch = given.pop("per_device_train_batch_size", kind.batch_size)
+    accumulation = given.pop("gradient_accumulation_steps", 1)
+    steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)
     # Of several processes each has a GPU; a single one is spread by the Trainer over all that it sees.
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     devices = processes if processes > 1 else max(1, torch.cuda.device_count())
@@ -205,45 +146,65 @@ def training_arguments(
     if steps < 0:
         batches = math.ceil(examples / (batch * devices))
         steps = math.ceil(batches / accumulation) * epochs
-    kind = "full" if config.method == "full" else "adapter"
-    interval = max(1, round(steps / 10))
-    metric = given.pop("metric_for_best_model", METRIC_NAMES[config.task][0]).removeprefix("eval_")
-    require_known(f"metric of {config.task}", metric, METRIC_NAMES[config.task])
-    defaults: dict[str, Any] = {
-        "output_dir": str(Path(config.output).resolve()),  # checkpoints name the best of them by it
+    metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
+    require_known(f"metric of {config.task}", metric, kind.metrics)
+    defaults = {
         "max_steps": math.ceil(steps),
-        "learning_rate": _RATES[kind].get(form, _DEFAULT_RATE[kind]),
+        "learning_rate": kind.rates[config.method == "full"],
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
-        # A language model gives numbers for its whole vocabulary, and for every choice.
-        "per_device_eval_batch_size": max(1, batch // 4) if form == CHOICE_LM else 4 * batch,
-        "warmup_steps": 0.06,
+        "eval_steps": max(1, round(steps / 10)),
+        "save_steps": max(1, round(steps / 10)),
         "logging_steps": max(1, round(steps / 50)),
-        "eval_strategy": "steps",
-        "eval_steps": interval,
-        "save_strategy": "steps",
-        "save_steps": interval,
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
         "metric_for_best_model": metric,
         "greater_is_better": metric not in LESS_IS_BETTER,
-        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
-        "report_to": "none",
-        "disable_tqdm": True,  # `Progress` draws the bar
+        "output_dir": str(Path(config.output).resolve()),  # checkpoints name the best of them by it
+        "seed": config.seed,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),  # the table of φ needs float64, which MPS lacks
-        "seed": config.seed,
     }
-    if config.task == "causal-lm":
-        defaults |= {"max_length": max_length, "bf16": False}
-    else:
-        # The Trainer multiplies the loss by the number of processes, for models that divide it by the tokens of all of
-        # them; a head's loss is a mean.
-        defaults["average_tokens_across_devices"] = False
     try:
-        return cls(**{**defaults, **given})
+        return cls(**{**_ALWAYS, **defaults, **kind.arguments(max_length, batch), **given})
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
+
+
+_ALWAYS: dict[str, Any] = {
+    "warmup_steps": 0.06,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
+    "report_to": "none",
+    "disable_tqdm": True,  # `Progress` draws the bar
+}
+
+
+def _check_arguments(given: Mapping[str, Any], cls: type[TrainingArguments], kind: Kind) -> None:
+    """Raise a ValueError for what the Trainer would refuse later, or not at all."""
+    known = list(cls.__dataclass_fields__)
+    for name in given:
+        require_known(f"field of {cls.__name__}", name, known)
+    for name in ("output_dir", "seed"):
+        if name in given:
+            raise ValueError(
+                f"training: {name} is a setting of the run itself. Give it as --{name.removesuffix('_dir')}."
+            )
+    for name in (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_steps",
+        "num_train_epochs",
+        "learning_rate",
+    ):
+        value = given.get(name, 1)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
+            raise ValueError(f"training: {name} must be a number, and is {value!r}.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        value = given.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"training: {name} must be a whole number ≥ 1, and is {value!r}.")
 
 
 def make_trainer(
@@ -255,18 +216,10 @@ def make_trainer(
     validation: Dataset,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """The Trainer of a task, on encoded examples; TRL's, which encodes them itself, for "causal-lm"."""
-    common: dict[str, Any] = {"model": model, "args": arguments, "processing_class": tokenizer, "callbacks": callbacks}
-    common |= {"train_dataset": train_data, "eval_dataset": validation}
-    form = form_of(config.task, model.config)
-    trainer: Trainer
-    if form == "causal-lm":
-        trainer = importlib.import_module("trl").SFTTrainer(**common)
-    elif form == CHOICE_LM:
-        trainer = ChoiceTrainer(compute_metrics=METRICS[config.task], **common)
-    else:
-        collator = DataCollatorForMultipleChoice if config.task == "multiple-choice" else DataCollatorWithPadding
-        trainer = Trainer(data_collator=collator(tokenizer), compute_metrics=METRICS[config.task], **common)
+    """The Trainer of a task, on encoded examples; TRL's encodes them itself."""
+    trainer = kind_for(config.task, model.config).trainer(
+        tokenizer, model=model, args=arguments, callbacks=callbacks, train_dataset=train_data, eval_dataset=validation
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

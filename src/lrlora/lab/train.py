@@ -15,7 +15,8 @@ import datasets
 import peft
 import torch
 import transformers
-from peft import get_peft_model
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -45,14 +46,14 @@ from ..run_folder import (
     read_history,
     require_readable,
 )
-from .config import CHOICE_LM, TrainConfig, read_run
-from .data import TaskData, choose_max_length, encode, load_task_data, token_counts
+from .config import TrainConfig, read_run
+from .data import TaskData, choose_max_length, load_task_data
+from .kinds import Kind, kind_for
 from .methods import AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import (
     MODEL_EXPECTED,
     check_model,
-    form_of,
     give_head_its_rate,
     load_model,
     make_trainer,
@@ -116,43 +117,99 @@ def train(
     output = Path(config.output)
     _check_output(output, config, resume=resume, overwrite=overwrite)
     check_sharding(config)
-    source = model_source(config.model)
-    model_config = check_model(source, config)
-    form = form_of(config.task, model_config)
-    if form == CHOICE_LM and config.head_learning_rate is not None:
-        raise ValueError(
-            f"head_learning_rate={config.head_learning_rate!r} is for a new head, and {config.model} answers multiple "
-            "choice without one. Leave it out."
-        )
-    data = load_task_data(config)
-    with readable(config.model, MODEL_EXPECTED):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    untouched = copy.deepcopy(tokenizer)  # encoding leaves its length in a tokenizer, unless a cache has spared it
-    limit = max_tokens(tokenizer, model_config)
-    counts = token_counts(data.splits["train"], form, tokenizer)
-    max_length = config.max_length or choose_max_length(counts, limit)
-    if max_length > limit:
-        raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
-    too_long = sum(count > max_length for count in counts)
-
+    inputs = _Inputs.read(config)
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
     examples_per_step = read_run(output)[1].examples_per_step if resume else None
-    arguments = training_arguments(config, form, len(data.splits["train"]), max_length, examples_per_step)
-    steps, is_main = arguments.max_steps, arguments.process_index == 0
-    if not is_main:
+    examples = len(inputs.data.splits["train"])
+    arguments = training_arguments(config, inputs.kind, examples, inputs.max_length, examples_per_step)
+    if arguments.process_index != 0:
         announce = _say_nothing
-    adapter = adapter_config(config.method, form, steps, config.adapter)
-    if adapter is None or form not in ("causal-lm", CHOICE_LM):
-        load_in_every_process()
-    set_seed(config.seed)
-    model = load_model(source, config, data.labels, tokenizer)
-    if adapter is not None:
-        model = get_peft_model(model, adapter)
-    for line in _plan(config, data, model, arguments, max_length, too_long):
+    model, adapter = _adapted_model(config, inputs, arguments.max_steps)
+    for line in _plan(config, inputs, model, arguments):
         announce(line)
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
+    callbacks = _callbacks(config, clock, progress, stop)
+    trainer = make_trainer(config, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
+    prepare_sharding(trainer)
+    if adapter is not None:
+        start_from_data(trainer, adapter)
+    if config.head_learning_rate is not None:
+        give_head_its_rate(trainer, config.head_learning_rate)
+    last = _last_checkpoint(output, trainer) if resume else None
+    # Only now, when all is known to work in every process, is anything on disk touched.
+    _wait_for_all(arguments)
+    if arguments.process_index == 0:
+        _make_folder(output, overwrite)
+        if not resume:
+            write_json(output / RUN_FILE, _record_of(config, inputs, arguments))
+    _wait_for_all(arguments)
+    with stop.listening(), progress.closed_at_the_end():
+        _run(trainer, last, clock, announce)
+    done, steps = trainer.state.global_step, arguments.max_steps
+    if stop.signal is not None and done < steps:
+        raise Interrupted(
+            f"Stopped by {stop.signal} after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
+        )
+    metrics = plain_metrics(trainer.evaluate())
+    return _finish(trainer, config, inputs.untouched, output, metrics, clock.seconds_per_step)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run is made from, read and checked."""
+
+    kind: Kind
+    source: str  # of the model
+    data: TaskData
+    tokenizer: PreTrainedTokenizerBase
+    untouched: PreTrainedTokenizerBase  # encoding leaves its length in a tokenizer, unless a cache has spared it
+    max_length: int
+    too_long: int  # examples that are cut
+
+    @classmethod
+    def read(cls, config: TrainConfig) -> _Inputs:
+        source = model_source(config.model)
+        model_config = check_model(source, config)
+        kind = kind_for(config.task, model_config)
+        if not kind.has_head and config.head_learning_rate is not None:
+            raise ValueError(
+                f"head_learning_rate={config.head_learning_rate!r} is for a new head, and {config.model} answers "
+                "multiple choice without one. Leave it out."
+            )
+        data = load_task_data(config)
+        with readable(config.model, MODEL_EXPECTED):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        untouched = copy.deepcopy(tokenizer)
+        limit = max_tokens(tokenizer, model_config)
+        counts = kind.lengths(data.splits["train"], tokenizer)
+        max_length = config.max_length or choose_max_length(counts, limit)
+        if max_length > limit:
+            raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
+        too_long = sum(count > max_length for count in counts)
+        return cls(kind, source, data, tokenizer, untouched, max_length, too_long)
+
+    def encoded(self) -> tuple[Dataset, Dataset]:
+        """Training and validation."""
+        train, validation = (
+            self.kind.encode(self.data.splits[name], self.tokenizer, self.max_length)
+            for name in ("train", "validation")
+        )
+        return train, validation
+
+
+def _adapted_model(config: TrainConfig, inputs: _Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
+    """The model to train, and the configuration of its adapter, if it has one."""
+    adapter = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter)
+    if adapter is None or inputs.kind.has_head:
+        load_in_every_process()
+    set_seed(config.seed)
+    model = load_model(inputs.source, config, inputs.data.labels, inputs.tokenizer)
+    return (model if adapter is None else get_peft_model(model, adapter)), adapter
+
+
+def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
     # A step's end is the clock's first, and what the ranks' record costs is no part of the step.
     callbacks: list[TrainerCallback] = [clock]
     if config.method in _RANKED:
@@ -162,47 +219,36 @@ def train(
         callbacks.append(AdaLoraCallback())
     if config.early_stopping:
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
-    train_data, validation = data.splits["train"], data.splits["validation"]
-    if config.task != "causal-lm":
-        train_data, validation = (encode(part, form, tokenizer, max_length) for part in (train_data, validation))
-    trainer = make_trainer(config, model, tokenizer, arguments, train_data, validation, callbacks)
-    prepare_sharding(trainer)
-    if adapter is not None:
-        start_from_data(trainer, adapter)
-    if config.head_learning_rate is not None:
-        give_head_its_rate(trainer, config.head_learning_rate)
-    last = last_whole_checkpoint(output) if resume else None
+    return callbacks
+
+
+def _last_checkpoint(output: Path, trainer: Trainer) -> Path | None:
+    """Where the run goes on from; None: from its start."""
+    last = last_whole_checkpoint(output)
     if last is not None:
         require_same_sharding(last, trainer)
         require_readable(last)
-    # Only now, when all is known to work in every process, is anything on disk touched.
-    _wait_for_all(arguments)
-    if is_main:
-        folder = output.resolve()  # it may be a link
-        if overwrite and output.exists():
-            # Under another name first: whenever this process is killed, there is no half of the old run.
-            old = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            shutil.rmtree(old)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            write_json(output / RUN_FILE, _record_of(config, data, arguments, max_length))
-    _wait_for_all(arguments)
-    with stop.listening(), progress.closed_at_the_end():
-        if last is None:
-            trainer.train()
-        else:
-            announce(f"Resuming from step {last.name.rpartition('-')[2]}.")
-            with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
-                trainer.train(resume_from_checkpoint=str(last))
-    if stop.signal is not None and trainer.state.global_step < steps:
-        raise Interrupted(
-            f"Stopped by {stop.signal} after step {trainer.state.global_step} of {steps}; a checkpoint is in {output}. "
-            f"{resume_hint(output)}"
-        )
-    metrics = plain_metrics(trainer.evaluate())
-    return _finish(trainer, config, untouched, output, metrics, clock.seconds_per_step)
+    return last
+
+
+def _run(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announce) -> None:
+    if last is None:
+        trainer.train()
+        return
+    announce(f"Resuming from step {last.name.rpartition('-')[2]}.")
+    with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
+        trainer.train(resume_from_checkpoint=str(last))
+
+
+def _make_folder(output: Path, overwrite: bool) -> None:
+    folder = output.resolve()  # it may be a link
+    if overwrite and output.exists():
+        # Under another name first: whenever this process is killed, there is no half of the old run.
+        old = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        shutil.rmtree(old)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _say_nothing(line: str) -> None:
@@ -219,17 +265,15 @@ def resume_hint(output: Path) -> str:
     return f"Go on with: lrlora train --resume {output}"
 
 
-def _plan(
-    config: TrainConfig, data: TaskData, model: nn.Module, arguments: Any, max_length: int, too_long: int
-) -> list[str]:
+def _plan(config: TrainConfig, inputs: _Inputs, model: nn.Module, arguments: Any) -> list[str]:
     """What is about to happen, in three lines."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    schedule = SchedulerType(arguments.lr_scheduler_type).value
+    schedule, splits = SchedulerType(arguments.lr_scheduler_type).value, inputs.data.splits
     return [
         f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
         f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples.",
-        f"Data: {len(data.splits['train']):,} examples to train on, {len(data.splits['validation']):,} to validate; "
-        f"{too_long:,} of the first are longer than {max_length} tokens and are cut there.",
+        f"Data: {len(splits['train']):,} examples to train on, {len(splits['validation']):,} to validate; "
+        f"{inputs.too_long:,} of the first are longer than {inputs.max_length} tokens and are cut there.",
         f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
         f"evaluation every {arguments.eval_steps:g} steps, seed {config.seed}.",
     ]
@@ -305,13 +349,13 @@ def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite:
         raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
 
 
-def _record_of(config: TrainConfig, data: TaskData, arguments: TrainingArguments, max_length: int) -> dict[str, Any]:
+def _record_of(config: TrainConfig, inputs: _Inputs, arguments: TrainingArguments) -> dict[str, Any]:
     modules = (torch, transformers, peft, datasets)
     versions = {"lrlora": __version__, "python": platform.python_version()}
     return {
         "config": config.to_dict(),
-        "labels": data.labels,
-        "max_length": max_length,
+        "labels": inputs.data.labels,
+        "max_length": inputs.max_length,
         "examples_per_step": _examples_per_step(arguments),
         "versions": versions | {module.__name__: module.__version__ for module in modules},
     }

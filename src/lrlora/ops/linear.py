@@ -37,13 +37,7 @@ class _Update(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        form: str,
-        num_basis: int,
-        interval: float,
-        lr_multiplier: float,
-        scaling: float,
-        input_gain: float,
+        cls, form: str, num_basis: int, interval: float, lr_multiplier: float, scaling: float, input_gain: float
     ) -> _Update:
         """From the plain values that an operator takes, in the order of `_SETTINGS`."""
         return cls(TransferSpec(form, num_basis, interval, lr_multiplier), scaling, input_gain)

@@ -38,6 +38,16 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
         ValueError: no module has an adapter of this name, the adapter is merged into the base weights, or an update
             is not finite.
 
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from lrlora import LrLoraConfig, rank_report
+        >>> base = torch.nn.Sequential(torch.nn.Linear(16, 8))
+        >>> config = LrLoraConfig(r=2, target_modules=["0"], init_weights=False)  # B at random: as if trained
+        >>> report = rank_report(get_peft_model(base, config))
+        >>> [(row.module, row.r, row.energy99_rank >= 2) for row in report.rows]
+        [('0', 2, True)]
+
     """
     layers = [
         (path_in_base(path), module, adapter or next(iter(module.active_adapters), None))

@@ -1,1 +1,1 @@
-"""What a person looks at: the rank table in a terminal and the pictures."""
+"""What a person looks at: runs as data, and from them tables, pictures, pages and model cards."""

@@ -158,11 +158,11 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
                 yield from (p for p in modules[adapter]._parameters.values() if p is not None)
 
     def _adapter_output(self, x: Tensor, adapter: str) -> Tensor:
-        """What ΔW alone makes of the input: what is added to the base layer's output."""
+        """X ΔWᵀ, which is added to the base layer's output."""
         raise NotImplementedError
 
     def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
-        """What W + ΔW makes of the input, without a call of the base layer."""
+        """X (W + ΔW)ᵀ + b, without a call of the base layer."""
         raise NotImplementedError
 
     # Kinds of base layers whose forward is known, so that `_fused_output` may stand for it.

@@ -45,6 +45,14 @@ class LrLoraModel(BaseTuner):
         NoMatchingPeftModuleError: `target_modules` matches nothing; the message lists what the model has.
         ValueError: a targeted module is of a kind that has no adapter.
 
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from lrlora import LrLoraConfig
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 8)), LrLoraConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 64 || all params: 200 || trainable%: 32.0000
+
     """
 
     prefix = "lrlora_"

@@ -79,7 +79,7 @@ class ParamWrapper(LrLoraLayer):
         return module
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """What the module makes of its inputs with W + ΔW in place of the parameter."""
+        """The module's output with W + ΔW in place of the parameter."""
         if adapter_names is not None:
             raise NotImplementedError(
                 "adapter_names= (another adapter for each sample of a batch) does not work with target_parameters: "

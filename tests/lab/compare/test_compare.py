@@ -426,7 +426,7 @@ def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_pat
     suite.write_text(yaml.safe_dump(content))
     result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
     assert result.exit_code == 0, result.output
-    assert "1 jobs failed" in result.output
+    assert "1 job failed" in result.output
     assert all("'nothing'" in r["failure"] for r in read_records(tmp_path / "out").values())
     assert "What failed" in (tmp_path / "out" / "report.md").read_text()
 

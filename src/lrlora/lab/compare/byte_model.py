@@ -84,21 +84,8 @@ def base_model() -> PreTrainedModel:
         return OPTForCausalLM.from_pretrained(folder)
 
 
-def pretrain(
-    data: Tensor, folder: Path, *, steps: int = 2_500, hidden: int = 192, layers: int = 4, save_every: int = 200
-) -> None:
-    """Train a byte model from scratch and save it; the folder appears once it is whole.
-
-    Args:
-        data: uint8, one dimension.
-        folder: of the model. What is needed to go on after an interruption is in a file beside it.
-        steps: of 16 × 128 bytes.
-        hidden: features of a token, of which an attention head has 32.
-        layers: how many.
-        save_every: steps.
-
-    """
-    config = OPTConfig(
+def _config(hidden: int, layers: int) -> OPTConfig:
+    return OPTConfig(
         vocab_size=256,
         hidden_size=hidden,
         word_embed_proj_dim=hidden,
@@ -113,9 +100,25 @@ def pretrain(
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def pretrain(
+    data: Tensor, folder: Path, *, steps: int = 2_500, hidden: int = 192, layers: int = 4, save_every: int = 200
+) -> None:
+    """Train a byte model from scratch and save it; the folder appears once it is whole.
+
+    Args:
+        data: uint8, one dimension.
+        folder: of the model. What is needed to go on after an interruption is in a file beside it.
+        steps: of 16 × 128 bytes.
+        hidden: features of a token, of which an attention head has 32.
+        layers: how many.
+        save_every: steps.
+
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = OPTForCausalLM(config)
+        model = OPTForCausalLM(_config(hidden, layers))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(_WARM_UP * steps), steps)
     generator, done = torch.Generator().manual_seed(0), 0

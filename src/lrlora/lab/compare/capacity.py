@@ -32,7 +32,7 @@ from ...checks import require_known, require_type
 from ...files import cache_folder, replacing
 from ...rank import rank_report
 from ..inputs import MINILM, checkpoint
-from ..methods import ALPHA, NO_HEAD, adapter_config
+from ..methods import ALPHA, adapter_config
 from ..tasks import MOVIE_REVIEW_TASK
 from .byte_model import base_model, mean_loss, sample_batch
 from .corpora import load_corpus
@@ -265,7 +265,7 @@ def train_capacity(
 def _adapted(setting: _Setting, task: CapacityTask, method: Method, options: dict[str, Any]) -> Any:
     model = setting.model.requires_grad_(False)
     given = {} if method.train == "full" else {"target_modules": setting.targets, **options}
-    config = adapter_config(method.train, NO_HEAD, task.steps, given)
+    config = adapter_config(method.train, {}, task.steps, given)
     if config is not None:
         return get_peft_model(model, config)
     for name, module in model.named_modules():

@@ -1,8 +1,6 @@
-"""A comparison as jobs: which there are, which come next, and running them so that nothing is ever lost or done twice.
+"""A comparison as jobs: which there are, which come next, and the folder that holds their results.
 
-Every job trains one method on one task at one learning rate with one seed, in a process of its own. Its result is one
-file, which appears whole or not at all. The same command goes on where it was stopped, and may run several times at
-once: processes share the jobs through locks.
+Every job trains one method on one task at one learning rate with one seed. Its result is one file.
 """
 
 from __future__ import annotations
@@ -10,25 +8,19 @@ from __future__ import annotations
 import functools
 import json
 import math
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypedDict
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ...checks import require_known, require_type
 from ...files import read_json, readable, write_json
 from ..config import FROM_TRAIN, TrainConfig
-from ..methods import EVA, NO_HEAD, adapter_config
+from ..kinds import KINDS
+from ..methods import EVA, adapter_config
 from .capacity import CapacityTask
 from .methods import MAIN_METHODS, Method, find_method
 from .suites import Suite, load_suite
@@ -254,10 +246,11 @@ def prepare(comparison: Comparison, output: Path) -> None:
                     raise ValueError(
                         f"{known.name} needs the Trainer, and {task} is trained in a loop of its own. Leave it out."
                     )
-                adapter_config(known.train, NO_HEAD, settings.steps, known.adapter(comparison.rank))
+                adapter_config(known.train, {}, settings.steps, known.adapter(comparison.rank))
                 continue
             train_config(comparison.definition, task, known, known.rates[0], 1, comparison.rank, output)
-            adapter_config(known.train, settings.kind, settings.steps, known.adapter(comparison.rank))
+            head = KINDS[settings.kind].adapter_fields
+            adapter_config(known.train, head, settings.steps, known.adapter(comparison.rank))
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.parent / f".{output.name}.lock"):
         check_folder(comparison, output)
@@ -331,138 +324,3 @@ def train_config(
             "load_best_model_at_end": False,
         },
     )
-
-
-def run_comparison(
-    comparison: Comparison, output: Path, *, hours: float | None = None, announce: Callable[[str], None] = print
-) -> list[Job]:
-    """Run what is missing; returns what is left: when the time is up, or because something outside it went wrong.
-
-    Args:
-        comparison: what is compared.
-        output: folder of the results.
-        hours: start no job after so long; None: run all.
-        announce: is told what is being done.
-
-    Raises:
-        FileExistsError: the folder holds something else.
-        ValueError: an option of a method or a setting of a task cannot be.
-
-    """
-    prepare(comparison, output)
-    with closing(_Worker(comparison.definition)) as worker:
-        return _run_missing(worker, comparison, output, hours, announce)
-
-
-def _run_missing(
-    worker: _Worker, comparison: Comparison, output: Path, hours: float | None, announce: Callable[[str], None]
-) -> list[Job]:
-    started = time.monotonic()
-    given_up: set[str] = set()
-    while True:
-        finished = read_records(output)
-        missing = [job for job in comparison.plan(finished) if job.name not in finished]
-        is_over = hours is not None and time.monotonic() - started >= 3600 * hours
-        if is_over or all(job.name in given_up for job in missing):
-            return missing
-        for job in missing:
-            if job.name in given_up:
-                continue
-            with _claimed(output, job) as is_mine:
-                if not is_mine or (output / "jobs" / f"{job.name}.json").exists():
-                    continue
-                announce(f"{_progress(comparison, missing, finished)} · {job.name.replace('--', ' · ')}")
-                problem = _run(worker, job, comparison, output)
-                if problem:
-                    given_up.add(job.name)
-                    announce(f"Not done, and to be tried again by the next call: {problem}")
-                break
-        else:
-            time.sleep(5)  # others are at work on all that is missing; more may follow from it
-
-
-@contextmanager
-def _claimed(output: Path, job: Job) -> Iterator[bool]:
-    lock = FileLock(output / "locks" / f"{job.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Record]) -> str:
-    done, cells = comparison.select(finished), comparison.cells_left(left)
-    text = f"{len(done)} jobs done, {len(cells)} left or more"
-    seconds: dict[tuple[str, ...], list[float]] = {}
-    for record in finished.values():
-        cell = (record["task"], record["method"])
-        for key in (cell, cell[:1], ()):
-            seconds.setdefault(key, []).append(record["wall"])
-    if not seconds:
-        return text
-    total = sum(fmean(seconds.get(cell) or seconds.get(cell[:1]) or seconds[()]) for cell in cells)
-    return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss) for one process"
-
-
-class _Worker:
-    """Runs jobs, each in a fork of a process that has imported everything once."""
-
-    def __init__(self, suite: Suite) -> None:
-        self._command = [sys.executable, "-m", "lrlora.lab.compare.worker", json.dumps(asdict(suite))]
-        self._process: subprocess.Popen[str] | None = None
-
-    def run(self, request: dict[str, Any], result: Path, log: Path) -> int:
-        """The exit status of a job, which writes what it found to `result`, and what it says to `log`."""
-        order = json.dumps({"request": request, "result": str(result), "log": str(log)}) + "\n"
-        is_new = self._process is None
-        process = self._process or self._start(log)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with suppress(BrokenPipeError):
-            process.stdin.write(order)
-            process.stdin.flush()
-        said = process.stdout.readline()
-        if said:
-            return int(said)
-        self.close()
-        # One that has done its last job may have ended by now, as it does where there is a GPU.
-        return process.returncode if is_new else self.run(request, result, log)
-
-    def _start(self, log: Path) -> subprocess.Popen[str]:
-        with log.open("w", encoding="utf-8") as written:
-            # The worker ends when its end of the pipe does: with this process, however that ends.
-            pipe = subprocess.PIPE
-            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=written, text=True)
-        return self._process
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            with suppress(BrokenPipeError), self._process:
-                self._process.communicate()
-            self._process = None
-
-
-def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str | None:
-    """Run a job in a process of its own and file its result; what went wrong outside it is returned, and not filed."""
-    request = {**asdict(job), "rank": comparison.rank}
-    log = output / "logs" / f"{job.name}.log"
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "result.json"
-        status = worker.run(request, result, log)
-        if status == 0:
-            record = json.loads(result.read_text(encoding="utf-8"))
-        else:
-            lines = log.read_text(encoding="utf-8").strip().splitlines()
-            said = lines[-1] if lines else "no message"
-            if status != FAILED:
-                return f"{job.name} ended with status {status} ({said}); see {log}"
-            record = {**request, "failure": said}
-    write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
-    return None

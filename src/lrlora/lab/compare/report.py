@@ -11,7 +11,7 @@ from ...files import write_whole
 from ...report.figure import save_figure
 from .capacity_report import write_capacity_report
 from .figures import parameters_figure, ranks_figure, rates_figure
-from .jobs import Comparison, check_folder, read_records
+from .jobs import Comparison, Record, check_folder, read_records
 from .markdown import markdown
 from .methods import find_method
 from .statistics import Interval
@@ -33,43 +33,62 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     if not records:
         raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
     write_whole(output / "runs.jsonl", tidy(records).to_json(orient="records", lines=True))
-    table = results(comparison, records)
     parts = [f"# {comparison.suite}: {comparison.definition.model}, r = {comparison.rank}\n"]
-    if len(table):
-        write_whole(output / "results.csv", table.to_csv(index=False))
-        reference = find_method(comparison.reference).name
+    for section in (_results, _rates, _learned_ranks, _variants, _failures):
+        parts += section(comparison, records, output)
+    path = output / "report.md"
+    write_whole(path, "\n".join(parts) + "\n")
+    return path
+
+
+def _results(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    table = results(comparison, records)
+    if not len(table):
+        return []
+    write_whole(output / "results.csv", table.to_csv(index=False))
+    reference = find_method(comparison.reference).name
+    parts = [
+        "Test metric and test loss (log loss, of numbers the root of the mean squared error), times 100, mean ± "
+        "standard deviation over seeds, each method at its own learning rate. The difference, with the 95 % "
+        "interval of a mean over such seeds, and p (paired t-test, corrected by Holm for all of the table) are the "
+        f"metric's against {reference}; time and memory are relative to it, time unless other hardware was used. "
+        "Intervals do not tell how far the test examples are by chance what they are.\n",
+        markdown(_compact(table)),
+    ]
+    if len(won := wins(comparison, table)):
         parts += [
-            "Test metric and test loss (log loss, of numbers the root of the mean squared error), times 100, mean ± "
-            "standard deviation over seeds, each method at its own learning rate. The difference, with the 95 % "
-            "interval of a mean over such seeds, and p (paired t-test, corrected by Holm for all of the table) are the "
-            f"metric's against {reference}; time and memory are relative to it, time unless other hardware was used. "
-            "Intervals do not tell how far the test examples are by chance what they are.\n",
-            markdown(_compact(table)),
+            "\n## Who wins\n",
+            f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of "
+            "its differences. Methods may have different tasks, and one that failed on a task does not have it.\n",
+            markdown(won),
         ]
-        if len(won := wins(comparison, table)):
-            parts += [
-                "\n## Who wins\n",
-                f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of "
-                "its differences. Methods may have different tasks, and one that failed on a task does not have it.\n",
-                markdown(won),
-            ]
-        parts += [
-            "\n![Metric and loss against trainable parameters](parameters.png)\n",
-            "Mean and standard deviation. Methods of about the same size are drawn side by side.\n",
-        ]
-        save_figure(parameters_figure(comparison, final_runs(records)), output / "parameters.png")
-    if len(rates := tuning(records)):
-        parts += [
-            "\n## How much hangs on the learning rate\n",
-            "Validation loss on the tuning seed (of numbers, the root of the mean squared error).\n",
-            markdown(rates),
-        ]
-        measured = rates.replace(math.inf, math.nan).dropna(thresh=3)  # task, method and a loss
-        shown = rates[rates["task"].isin(measured["task"])]
-        if len(shown):
-            parts.append("\n![Validation loss by learning rate](rates.png)\n")
-            save_figure(rates_figure(comparison, shown), output / "rates.png")
-    ranks = learned_ranks(records)
+    save_figure(parameters_figure(comparison, final_runs(records)), output / "parameters.png")
+    return [
+        *parts,
+        "\n![Metric and loss against trainable parameters](parameters.png)\n",
+        "Mean and standard deviation. Methods of about the same size are drawn side by side.\n",
+    ]
+
+
+def _rates(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    rates = tuning(records)
+    if not len(rates):
+        return []
+    parts = [
+        "\n## How much hangs on the learning rate\n",
+        "Validation loss on the tuning seed (of numbers, the root of the mean squared error).\n",
+        markdown(rates),
+    ]
+    measured = rates.replace(math.inf, math.nan).dropna(thresh=3)  # task, method and a loss
+    shown = rates[rates["task"].isin(measured["task"])]
+    if len(shown):
+        parts.append("\n![Validation loss by learning rate](rates.png)\n")
+        save_figure(rates_figure(comparison, shown), output / "rates.png")
+    return parts
+
+
+def _learned_ranks(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    parts, ranks = [], learned_ranks(records)
     if len(ranks):
         parts += [
             "\n## Learned ranks\n",
@@ -82,23 +101,30 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     if places := ranks_by_layer(comparison, records):
         parts.append("\n![Stable rank by layer and type of module, mean over seeds](ranks.png)\n")
         save_figure(ranks_figure(places), output / "ranks.png")
-    if len(others := variants(comparison, records)):
-        parts += [
-            "\n## What of φ matters\n",
-            "Variants of LR-LoRA less LR-LoRA: test metric and test loss times 100, paired by seed, with 95 % "
-            "intervals, p corrected (Holm).\n",
-            markdown(_compact(others)),
-        ]
+    return parts
+
+
+def _variants(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    others = variants(comparison, records)
+    if not len(others):
+        return []
+    return [
+        "\n## What of φ matters\n",
+        "Variants of LR-LoRA less LR-LoRA: test metric and test loss times 100, paired by seed, with 95 % "
+        "intervals, p corrected (Holm).\n",
+        markdown(_compact(others)),
+    ]
+
+
+def _failures(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
     failures = [record for record in records.values() if record.get("failure")]
-    if failures:
-        parts.append(
-            "\n## What failed\n\nA method on a task has no mean where a final run failed. To run it again, remove its "
-            "file from the folder jobs.\n"
-        )
-        parts += [f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures]
-    path = output / "report.md"
-    write_whole(path, "\n".join(parts) + "\n")
-    return path
+    if not failures:
+        return []
+    return [
+        "\n## What failed\n\nA method on a task has no mean where a final run failed. To run it again, remove its "
+        "file from the folder jobs.\n",
+        *(f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures),
+    ]
 
 
 def _compact(frame: pd.DataFrame) -> pd.DataFrame:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...checks import require_known, require_type
-from ..config import TASKS, read_yaml
-from ..metrics import LESS_IS_BETTER, METRIC_NAMES
+from ..config import read_yaml
+from ..kinds import KINDS
+from ..metrics import LESS_IS_BETTER
 from .capacity import KINDS as CAPACITY_KINDS
 from .capacity import CapacityTask
 
@@ -58,8 +59,8 @@ class Task:
 
     def __post_init__(self) -> None:
         require_type(self, Task, "task")
-        require_known("kind of task", self.kind, TASKS)
-        known = [name for name in METRIC_NAMES[self.kind] if name not in LESS_IS_BETTER]
+        require_known("kind of task", self.kind, KINDS)
+        known = [name for name in KINDS[self.kind].metrics if name not in LESS_IS_BETTER]
         require_known(f"metric of {self.kind} of which more is better", self.metric, known)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
@@ -70,7 +71,7 @@ class Task:
     @property
     def criterion(self) -> str:
         """The metric that chooses the learning rate: a loss that holds nothing but the task. Less is better."""
-        return {"classify": "log_loss", "regress": "rmse"}.get(self.kind, "loss")
+        return KINDS[self.kind].criterion
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _task(name: str, content: Any) -> Task | CapacityTask:
     if not isinstance(content, Mapping):
         raise ValueError(f"The task {name} must map names to values, and is {content!r}.")
     if "kind" in content:
-        require_known("kind of task", content["kind"], (*TASKS, *CAPACITY_KINDS))
+        require_known("kind of task", content["kind"], (*KINDS, *CAPACITY_KINDS))
     kind: Any = CapacityTask if content.get("kind") in CAPACITY_KINDS else Task
     for key in content:
         require_known(f"key of the task {name}", key, [f.name for f in fields(kind)])

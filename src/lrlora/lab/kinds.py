@@ -1,0 +1,391 @@
+"""The kinds of tasks: what each reads from the data, how that is checked and encoded, what is trained, what comes out.
+
+A new kind is a class here and its place in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    DataCollatorForMultipleChoice,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+
+from .chat import count_tokens
+from .choices import ChoiceTrainer, encode_continuations
+from .metrics import choice_metrics, classification_metrics, regression_metrics
+from .rows import SHOWN_ROWS, is_conversation, is_finite, is_known, require_rows, require_text
+
+OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
+
+
+class Kind:
+    """A kind of task.
+
+    Attributes:
+        name: as `lrlora train --task` calls it.
+        roles: what a column holds, by what it is called unless `columns` says otherwise.
+        metrics: beside the loss; the first chooses the best checkpoint.
+        criterion: the metric that chooses the learning rate in a comparison, a loss that holds nothing but the task.
+        has_head: whether the model gets a new head.
+        generates: whether its answers are texts.
+        adapter_fields: of the PEFT configuration, for the head.
+        batch_size: examples of a step, unless given.
+        rates: peak learning rates of an adapter and of full fine-tuning, unless given: adapters bear more than whole
+            models, small heads more than language models.
+        model_class, architectures: transformers' class with the head, and the configurations that have one.
+        collator: makes a batch of encoded examples.
+
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]] = ("text", "label")
+    metrics: ClassVar[tuple[str, ...]]
+    criterion: ClassVar[str] = "loss"
+    has_head: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "SEQ_CLS"}
+    batch_size: ClassVar[int] = 16
+    rates: ClassVar[tuple[float, float]] = (1e-3, 5e-5)
+    model_class: ClassVar[Any] = AutoModelForSequenceClassification
+    architectures: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    collator: ClassVar[Any] = DataCollatorWithPadding
+
+    def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
+        """Role → column that must be there, from what the user says of some.
+
+        Raises:
+            ValueError: the data has none of the columns that the task can be read from.
+
+        """
+        return {role: given.get(role, role) for role in self.roles if with_label or role != "label"}
+
+    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+        """Raise a ValueError that says which rows cannot be used, and why."""
+        for role in ("text", "text_pair"):
+            if role in data.column_names:
+                require_text(data, role, split)
+
+    def class_names(self, data: Dataset) -> list[str]:
+        """The classes of the training data; none unless there are classes.
+
+        Raises:
+            ValueError: there is nothing to tell apart.
+
+        """
+        return []
+
+    def lengths(self, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """How long every example is, in tokens, before it is cut."""
+        pairs = data["text_pair"][:] if "text_pair" in data.column_names else None
+        return [len(ids) for ids in tokenizer(data["text"][:], pairs)["input_ids"]]
+
+    def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+        """Token ids, cut at `max_length`, and `labels`."""
+
+        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            return dict(tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length))
+
+        return _mapped(data, encode)
+
+    def model_options(self, labels: list[str]) -> dict[str, Any]:
+        """What `from_pretrained` is given for the head."""
+        return {}
+
+    def arguments_class(self) -> type[TrainingArguments]:
+        """The class of the Trainer's arguments."""
+        return TrainingArguments
+
+    def arguments(self, max_length: int, batch: int) -> dict[str, Any]:
+        """Defaults of the Trainer's arguments, for batches of `batch` examples in training."""
+        # The Trainer multiplies the loss by the number of processes, for models that divide it by the tokens of all of
+        # them; a head's loss is a mean.
+        return {"per_device_eval_batch_size": 4 * batch, "average_tokens_across_devices": False}
+
+    def trainer(self, tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> Trainer:
+        """The Trainer, on encoded examples."""
+        collator = self.collator(tokenizer)
+        arguments |= {"processing_class": tokenizer, "compute_metrics": self.score}
+        return Trainer(data_collator=collator, **arguments)
+
+    def score(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The metrics, but the loss."""
+        raise NotImplementedError
+
+    def unlabelled(self, encoded: Dataset) -> Dataset:
+        """Encoded examples that have no labels, as the Trainer wants them for a prediction."""
+        return encoded
+
+    def predictions(self, outputs: Tensor, labels: list[str]) -> Iterator[dict[str, Any]]:
+        """What is said of each example, from the model's outputs (examples, …)."""
+        for row in outputs.softmax(-1).tolist():
+            names: list[Any] = list(labels or range(len(row)))
+            yield {
+                "prediction": names[int(np.argmax(row))],
+                "probabilities": dict(zip(map(str, names), row, strict=True)),
+            }
+
+
+class Classify(Kind):
+    """One of several classes for a text, or for a pair of texts."""
+
+    name = "classify"
+    metrics = ("accuracy", "macro_f1", "matthews", "log_loss", "loss")
+    criterion = "log_loss"
+
+    def class_names(self, data: Dataset) -> list[str]:
+        values, feature = known_labels(data, "train"), data.features["label"]
+        distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
+        if len(distinct) < 2:
+            raise ValueError(
+                f"All examples of the split train have the label {distinct[0]!r}: there is nothing to learn."
+            )
+        if isinstance(feature, ClassLabel):
+            return list(feature.names)
+        if any(isinstance(value, float) and not value.is_integer() for value in distinct):
+            raise ValueError(
+                f"The labels are numbers with fractions ({distinct[0]}, {distinct[1]}, …). To predict numbers, use the "
+                "task regress."
+            )
+        return [str(value) for value in distinct]
+
+    def model_options(self, labels: list[str]) -> dict[str, Any]:
+        return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+
+    def score(self, prediction: EvalPrediction) -> dict[str, float]:
+        return classification_metrics(prediction)
+
+
+class Regress(Kind):
+    """A number for a text, or for a pair of texts."""
+
+    name = "regress"
+    metrics = ("pearson", "spearman", "rmse", "loss")
+    criterion = "rmse"
+
+    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+        super().check(data, split, with_label=with_label)
+        if with_label:
+            rule = f"label must be a finite number in the split {split}"
+            require_rows(map(is_finite, data["label"]), rule, data["label"])
+
+    def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+        encoded = super().encode(data, tokenizer, max_length)
+        if "labels" not in encoded.column_names:
+            return encoded
+        targets = np.asarray([float(value) for value in data["label"]], dtype=np.float32)
+        return encoded.remove_columns("labels").add_column("labels", targets)
+
+    def model_options(self, labels: list[str]) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def score(self, prediction: EvalPrediction) -> dict[str, float]:
+        return regression_metrics(prediction)
+
+    def predictions(self, outputs: Tensor, labels: list[str]) -> Iterator[dict[str, Any]]:
+        return ({"prediction": value} for value in outputs.squeeze(-1).tolist())
+
+
+class MultipleChoice(Kind):
+    """The right one of several choices, by an encoder's head."""
+
+    name = "multiple-choice"
+    roles = ("question", "choices", "label")
+    metrics = ("accuracy", "loss")
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # PEFT does not know this head
+    collator = DataCollatorForMultipleChoice
+    model_class: ClassVar[Any] = AutoModelForMultipleChoice
+    architectures = MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+
+    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+        require_text(data, "question", split)
+        choices = data["choices"]
+        require_rows(
+            (
+                isinstance(c, list) and len(c) > 1 and all(isinstance(choice, str) and choice.strip() for choice in c)
+                for c in choices
+            ),
+            f"choices must be lists of two texts or more, none empty, in the split {split}",
+        )
+        if len({len(c) for c in choices}) > 1:
+            raise ValueError(f"All examples of the split {split} must have as many choices as the others.")
+        if with_label:
+            pairs = zip(data["label"], choices, strict=True)
+            require_rows(
+                (isinstance(label, int) and 0 <= label < len(c) for label, c in pairs),
+                f"label must be the index of one of the choices, from 0, in the split {split}",
+            )
+
+    def lengths(self, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [
+            max(len(ids) for ids in tokenizer([q] * len(c), c)["input_ids"])
+            for q, c in zip(data["question"], data["choices"], strict=True)
+        ]
+
+    def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            rows = [
+                tokenizer([question] * len(choices), choices, truncation=True, max_length=max_length)
+                for question, choices in zip(batch["question"], batch["choices"], strict=True)
+            ]
+            return {name: [row[name] for row in rows] for name in rows[0]}
+
+        return _mapped(data, encode)
+
+    def score(self, prediction: EvalPrediction) -> dict[str, float]:
+        return choice_metrics(prediction)
+
+    def unlabelled(self, encoded: Dataset) -> Dataset:
+        return encoded.add_column("labels", [0] * len(encoded))  # its collator wants some
+
+
+class ChoiceByLikelihood(MultipleChoice):
+    """Multiple choice by a decoder, which has no head for it, and compares how likely it finds the choices."""
+
+    has_head = False
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+    rates = (5e-4, 2e-5)
+    model_class = AutoModelForCausalLM
+    architectures = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def lengths(self, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [max(map(len, rows)) for rows in encode_continuations(data, tokenizer)["input_ids"]]
+
+    def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+        return encode_continuations(data, tokenizer, max_length)
+
+    def arguments(self, max_length: int, batch: int) -> dict[str, Any]:
+        # It gives numbers for its whole vocabulary, and for every choice.
+        return super().arguments(max_length, batch) | {"per_device_eval_batch_size": max(1, batch // 4)}
+
+    def trainer(self, tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> Trainer:
+        return ChoiceTrainer(compute_metrics=self.score, processing_class=tokenizer, **arguments)
+
+
+class CausalLm(Kind):
+    """The next token of texts, of answers to prompts, or of a chat; TRL encodes and trains."""
+
+    name = "causal-lm"
+    roles = ("messages", "prompt", "completion", "text")
+    metrics = ("loss", "mean_token_accuracy", "entropy")
+    has_head = False
+    generates = True
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+    batch_size = 8
+    rates = (5e-4, 2e-5)
+    model_class = AutoModelForCausalLM
+    architectures = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
+        wanted = super().columns(given, there, with_label=with_label)
+        alternatives = [("messages",), ("prompt", "completion"), ("text",)]
+        alternatives.sort(key=lambda roles: not set(roles) & set(given))  # what the user names comes first
+        roles = next((roles for roles in alternatives if all(wanted[role] in there for role in roles)), None)
+        if roles is None:
+            raise ValueError(
+                "The task causal-lm reads the columns messages, or prompt and completion, or text, and the data has "
+                f"{', '.join(there)}. Name them: --column prompt=NAME"
+            )
+        return {role: wanted[role] for role in roles}
+
+    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+        if not with_label:
+            return  # its answers are what is asked for
+        for role in set(data.column_names) - set(OPTIONAL_ROLES):
+            if isinstance(data[0][role], str) or role == "text":
+                require_text(data, role, split)
+            else:
+                rule = f"{role} must be lists of messages in the split {split}"
+                require_rows(map(is_conversation, data[role]), rule)
+
+    def lengths(self, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [count_tokens(example, tokenizer) for example in data]
+
+    def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+        return data
+
+    def arguments_class(self) -> type[TrainingArguments]:
+        return importlib.import_module("trl").SFTConfig  # only here: TRL takes long to import
+
+    def arguments(self, max_length: int, batch: int) -> dict[str, Any]:
+        return {"per_device_eval_batch_size": 4 * batch, "max_length": max_length, "bf16": False}
+
+    def trainer(self, tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> Trainer:
+        return importlib.import_module("trl").SFTTrainer(processing_class=tokenizer, **arguments)
+
+
+KINDS = {kind.name: kind for kind in (Classify(), Regress(), MultipleChoice(), CausalLm())}
+
+
+def kind_for(task: str, model_config: Any) -> Kind:
+    """The kind of a task on a model: multiple choice by a decoder compares likelihoods."""
+    is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model_config.is_encoder_decoder
+    has_head = type(model_config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+    return ChoiceByLikelihood() if task == "multiple-choice" and is_decoder and not has_head else KINDS[task]
+
+
+def known_labels(data: Dataset, split: str) -> list[Any]:
+    """The labels, each of them one class.
+
+    Raises:
+        ValueError: one is missing, or no class.
+
+    """
+    values = data["label"][:]
+    # In data sets of the hub, -1 stands for a label that is kept secret.
+    unknown = -1 if isinstance(data.features["label"], ClassLabel) else None
+    require_rows(
+        (is_known(value) and value != unknown for value in values),
+        f"label must not be missing in the split {split} (--split names another)",
+    )
+    require_rows(
+        (isinstance(value, (str, int, float)) for value in values),
+        f"label must be one class in the split {split}",
+        values,
+    )
+    return values
+
+
+def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
+    """The data with labels as indices into `labels`.
+
+    Raises:
+        ValueError: a label is missing, or not one of `labels`.
+
+    """
+    values = known_labels(data, split)
+    feature = data.features["label"]
+    names = [feature.int2str(value) if isinstance(feature, ClassLabel) else str(value) for value in values]
+    unseen = sorted(set(names) - set(labels))
+    if unseen:
+        raise ValueError(
+            f"The split {split} has labels that training does not have: {', '.join(unseen[:SHOWN_ROWS])}. Known: "
+            f"{', '.join(labels)}."
+        )
+    index = {name: i for i, name in enumerate(labels)}
+    return data.remove_columns("label").add_column("label", [index[name] for name in names])
+
+
+def _mapped(data: Dataset, encode: Any) -> Dataset:
+    """The examples encoded batch by batch, without what they were encoded from; `label` becomes `labels`."""
+    drop = [name for name in data.column_names if name != "label"]
+    encoded = data.map(encode, batched=True, remove_columns=drop, desc="Tokenizing")
+    return encoded.rename_column("label", "labels") if "label" in encoded.column_names else encoded

@@ -1,0 +1,56 @@
+"""Rules for the rows of a data set, and errors that say which rows break them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+SHOWN_ROWS = 5
+
+
+def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> None:
+    """Raise a ValueError that names rows, and the value of the first, unless the rule holds in all of them."""
+    wrong = [row for row, is_right in enumerate(are_right) if not is_right]
+    if wrong:
+        rows = ", ".join(str(row) for row in wrong[:SHOWN_ROWS]) + (", …" if len(wrong) > SHOWN_ROWS else "")
+        found = f" Row {wrong[0]} holds {values[wrong[0]]!r}." if values is not None else ""
+        raise ValueError(f"{rule}, and is not so in {len(wrong)} rows (counted from 0: {rows}).{found}")
+
+
+def require_text(data: Dataset, role: str, split: str) -> None:
+    """Raise a ValueError unless a column is text everywhere."""
+    require_rows(
+        (isinstance(value, str) and bool(value.strip()) for value in data[role]),
+        f"{role} must be text, and not empty, in the split {split}",
+        data[role],
+    )
+
+
+def is_known(value: Any) -> bool:
+    """Whether a value is there, and not NaN."""
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number, also in float32, which a model is trained in."""
+    try:
+        return not isinstance(value, bool) and abs(float(value)) <= float(np.finfo(np.float32).max)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, each with a role and something to say."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and _says_something(m) for m in value)
+    )
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    return message.get("content") is not None or bool(message.get("tool_calls"))
