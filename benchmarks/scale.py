@@ -45,7 +45,6 @@ METHODS = ("LoRA", "LR-LoRA")
 CONFIGS = {"LoRA": LoraConfig, "LR-LoRA": LrLoraConfig}
 BF16, FLOAT32 = 2, 4  # bytes
 Record = dict[str, Any]
-Step = Callable[[], Any]
 
 
 def llama(vocabulary: int, width: int, inner: int, layers: int, heads: int, kv_heads: int) -> Any:

@@ -18,6 +18,8 @@ train(TrainConfig.from_dict({
     "model": "base", "data": "data.csv", "task": "classify", "columns": {"text": "review", "label": "verdict"},
     "output": "run", "training": {"max_steps": 2},
 }))
+card = open("run/README.md", encoding="utf-8").read()
+assert "energy-99 rank" in card and "ranks.png" not in card
 """
 
 

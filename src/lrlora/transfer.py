@@ -194,10 +194,30 @@ def _identity_amplitudes(num_basis: int, interval: float) -> Tensor:
     return (fitted - fitted.flip(0)) / 2
 
 
-class KeepsFloat32(nn.Module):
-    """A module whose parameters stay float32, whatever dtype the model around it is cast to."""
+class Transfer(nn.Module):
+    """φ with its learned parameters, which stay float32, whatever dtype the model around it is cast to.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
+    Attributes:
+        spec: everything about φ that is fixed.
+        amplitude, bandwidth: float32 parameters of shape (N,), zero at the start; absent for "sine".
+
+    """
+
+    amplitude: nn.Parameter | None
+    bandwidth: nn.Parameter | None
+
+    def __init__(self, spec: TransferSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        for name in ("amplitude", "bandwidth"):
+            parameter = nn.Parameter(torch.zeros(spec.num_basis)) if spec.is_learned else None
+            self.register_parameter(name, parameter)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """φ(z) by its formula, float64, of the shape of z: for inspection. Training reads φ from a table."""
+        return self.spec.formula(z, self.amplitude, self.bandwidth)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transfer:
         # `.to(dtype)`, `.half()` and the like move the parameters to another device, but never out of float32:
         # steps of the optimizer on them are far smaller than half precision resolves.
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -207,7 +227,7 @@ class KeepsFloat32(nn.Module):
         super()._apply(keep_dtype, recurse)
         return self
 
-    def train(self, mode: bool = True) -> KeepsFloat32:
+    def train(self, mode: bool = True) -> Transfer:
         """As ever, and back in float32."""
         self._restore_precision()
         return super().train(mode)
@@ -239,30 +259,6 @@ class KeepsFloat32(nn.Module):
         for parameter in self.parameters():
             if parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()
-
-
-class Transfer(KeepsFloat32):
-    """φ with its learned parameters.
-
-    Attributes:
-        spec: everything about φ that is fixed.
-        amplitude, bandwidth: float32 parameters of shape (N,), zero at the start; absent for "sine".
-
-    """
-
-    amplitude: nn.Parameter | None
-    bandwidth: nn.Parameter | None
-
-    def __init__(self, spec: TransferSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        for name in ("amplitude", "bandwidth"):
-            parameter = nn.Parameter(torch.zeros(spec.num_basis)) if spec.is_learned else None
-            self.register_parameter(name, parameter)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """φ(z) by its formula, float64, of the shape of z: for inspection. Training reads φ from a table."""
-        return self.spec.formula(z, self.amplitude, self.bandwidth)
 
     def extra_repr(self) -> str:
         return f"form={self.spec.form!r}, num_basis={self.spec.num_basis}, interval={self.spec.interval}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,18 +28,15 @@ def demo(
     with one_clear_error():
         quiet()
         from ..lab.demo import DemoSettings, load_reports, run_demo
-        from ..report.figure import save_rank_figure
+        from ..report.figure import illustrate, save_rank_figure
         from ..report.page import write_page
-        from ..report.pictures import illustrate_run
         from ..report.runs import load_runs
         from ..report.table import rank_table
         from ..run_folder import PICTURE_FILE
 
         settings = DemoSettings(steps=steps, r=r, learning_rate=learning_rate, seed=seed)
-        results = run_demo(output, settings, overwrite=overwrite, announce=console.print)
+        results = run_demo(output, settings, overwrite=overwrite, announce=console.print, illustrate=illustrate)
         reports = load_reports(output)
-        for method in reports:
-            illustrate_run(output / method)
         picture = output / PICTURE_FILE
         save_rank_figure(reports["lr-lora"], picture, title=f"LR-LoRA on movie reviews, {steps} steps")
         page = output / "report.html"
@@ -136,7 +134,9 @@ def train(
         else:
             run, _ = read_run(resume)
         try:
-            result = train(run, resume=resume is not None, overwrite=overwrite, announce=announce)
+            result = train(
+                run, resume=resume is not None, overwrite=overwrite, announce=announce, illustrate=_illustrator()
+            )
         except (Interrupted, KeyboardInterrupt) as stop:
             folder = Path(run.output)
             hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
@@ -146,15 +146,19 @@ def train(
             return
         report = rank_report_of(result.output)
         if report is not None:
-            if importlib.util.find_spec("matplotlib"):
-                from ..report.pictures import illustrate_run
-
-                illustrate_run(result.output)
             console.print(rank_table(report, "Learned ranks"))
         _print_metrics(result.metrics, "Validation, best checkpoint")
         console.print(escape(f"Everything is in {result.output}"), highlight=False)
         if report is not None:
             console.print(escape(f"To look at it: lrlora report {result.output}"), highlight=False)
+
+
+def _illustrator() -> Callable[[Path], None] | None:
+    if not importlib.util.find_spec("matplotlib"):
+        return None
+    from ..report.figure import illustrate
+
+    return illustrate
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

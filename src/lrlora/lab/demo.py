@@ -77,13 +77,19 @@ class DemoResult:
 
 
 def run_demo(
-    output: Path, settings: DemoSettings, *, overwrite: bool = False, announce: Callable[[str], None] = print
+    output: Path,
+    settings: DemoSettings,
+    *,
+    overwrite: bool = False,
+    announce: Callable[[str], None] = print,
+    illustrate: Callable[[Path], None] | None = None,
 ) -> dict[str, DemoResult]:
     """Fine-tune MiniLM-L6 on movie-review sentiment with LR-LoRA and with LoRA.
 
     Writes `<output>/<method>/` for each: the adapter, `ranks.json`, `ranks.csv`, the histories of ranks and losses;
     and `<output>/results.json`. Everything is written under `<output>.partial` and renamed at the end. An interrupted
-    run is resumed from there by calling again with the same settings. `announce` is told what is being done.
+    run is resumed from there by calling again with the same settings. `announce` is given what is being done, and
+    `illustrate` each method's folder, to draw the picture of its model card.
 
     Raises:
         FileExistsError: `output` exists, or an unfinished run with other settings, and `overwrite` is not set; or
@@ -107,7 +113,7 @@ def run_demo(
     results = {}
     for name in METHODS:
         announce(f"Training with {name}: {settings.steps} steps of {settings.batch_size} snippets, r = {settings.r} …")
-        results[name] = _train(name, work / name, settings, data, DataCollatorWithPadding(tokenizer))
+        results[name] = _train(name, work / name, settings, data, DataCollatorWithPadding(tokenizer), illustrate)
     write_json(work / "results.json", [asdict(result) for result in results.values()])
     if output.exists():
         shutil.rmtree(output)
@@ -131,7 +137,12 @@ def load_reports(output: Path) -> dict[str, RankReport]:
 
 
 def _train(
-    method: str, folder: Path, settings: DemoSettings, data: DatasetDict, collator: DataCollatorWithPadding
+    method: str,
+    folder: Path,
+    settings: DemoSettings,
+    data: DatasetDict,
+    collator: DataCollatorWithPadding,
+    illustrate: Callable[[Path], None] | None,
 ) -> DemoResult:
     finished = folder / "result.json"
     if finished.exists():
@@ -182,6 +193,8 @@ def _train(
         shutil.rmtree(leftover)
     write_json(folder / LOG_FILE, trainer.state.log_history)
     write_json(folder / METRICS_FILE, {"accuracy": accuracy})
+    if illustrate is not None:
+        illustrate(folder)
     write_card(folder)
     write_json(finished, asdict(result))
     return result

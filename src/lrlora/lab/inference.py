@@ -54,7 +54,7 @@ def evaluate(
     examples = sampled(loaded.examples(data, split, columns, with_label=True), limit)
     encoded = loaded.kind.encode(examples, loaded.tokenizer, loaded.max_length)
     metrics = plain_metrics(loaded.trainer(encoded).evaluate())
-    if "prompt" in examples.column_names:
+    if loaded.kind.generates and "prompt" in examples.column_names:
         answers = list(loaded.answers(examples))
         wanted = [_content(example["completion"]) for example in examples]
         matches = [got.strip() == want.strip() for got, want in zip(answers, wanted, strict=True)]

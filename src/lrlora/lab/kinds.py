@@ -1,6 +1,6 @@
 """The kinds of tasks: what each reads from the data, how that is checked and encoded, what is trained, what comes out.
 
-A new kind is a class here and its place in `KINDS`.
+A new kind is a class here and its place in `KINDS`; metrics of its own are in `metrics.py`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Kind:
     Attributes:
         name: as `lrlora train --task` calls it.
         roles: what a column holds, by what it is called unless `columns` says otherwise.
-        metrics: beside the loss; the first chooses the best checkpoint.
+        metrics: that may choose the best checkpoint; the first, unless given.
         criterion: the metric that chooses the learning rate in a comparison, a loss that holds nothing but the task.
         has_head: whether the model gets a new head.
         generates: whether its answers are texts.
         adapter_fields: of the PEFT configuration, for the head.
-        batch_size: examples of a step, unless given.
+        batch_size: examples of a step on each device, unless given.
         rates: peak learning rates of an adapter and of full fine-tuning, unless given: adapters bear more than whole
             models, small heads more than language models.
         model_class, architectures: transformers' class with the head, and the configurations that have one.

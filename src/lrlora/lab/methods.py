@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,7 +73,7 @@ def adapter_config(
     for name in options:
         require_known(f"field of {_FIELDS[method].__name__}", name, known)
     require_module_names(options)
-    defaults: dict[str, Any] = {"target_modules": "all-linear", **head}
+    defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may add to it
     if method == "adalora":
         rank = options.get("target_r", DEFAULT_RANK)
         # As in its paper: from 1.5 times the rank down to it, between a warm-up and a final phase.

@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,12 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, announce: Announce = print
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    announce: Announce = print,
+    illustrate: Callable[[Path], None] | None = None,
 ) -> TrainResult:
     """Fine-tune a model on data; everything that goes with it lands in `config.output`.
 
@@ -105,7 +111,9 @@ def train(
         config: the run.
         resume: go on from the last checkpoint in the output folder, which must be of the same run.
         overwrite: replace the run in the output folder.
-        announce: is told the plan and what is being done, line by line.
+        announce: is given the plan and what is being done, line by line.
+        illustrate: is given the folder once the ranks are in it, to draw the picture of the model card, as
+            `lrlora.report.figure.illustrate` does. Default: no picture, and no charts are imported.
 
     Raises:
         FileExistsError: the output folder is in use.
@@ -151,7 +159,7 @@ def train(
             f"Stopped by {stop.signal} after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
         )
     metrics = plain_metrics(trainer.evaluate())
-    return _finish(trainer, config, inputs.untouched, output, metrics, clock.seconds_per_step)
+    return _finish(trainer, config, inputs.untouched, output, metrics, clock.seconds_per_step, illustrate)
 
 
 @dataclass(frozen=True)
@@ -286,6 +294,7 @@ def _finish(
     output: Path,
     metrics: dict[str, float],
     seconds_per_step: float,
+    illustrate: Callable[[Path], None] | None,
 ) -> TrainResult:
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
@@ -305,6 +314,8 @@ def _finish(
         tokenizer.save_pretrained(partial)
     write_json(output / LOG_FILE, trainer.state.log_history)
     if config.method in _RANKED:
+        if illustrate is not None:
+            illustrate(output)
         write_card(output, metrics)
     # Last: a run with metrics is a finished one.
     write_json(output / METRICS_FILE, metrics)

@@ -147,6 +147,7 @@ class TransferTable:
         reach: ψ is tabulated on [−reach, reach].
         is_complete: whether no entry up to `largest` needs the formula.
         cells_per_side, spacing: the grid; cell i covers z = (i − cells_per_side + t)·spacing for 0 ≤ t ≤ 1.
+        parameters: amplitude and bandwidth; None for "sine".
         points: the Chebyshev points of all panels, (panels · num_points,), float64; those of a panel reach
             `points_reach` to either side of its middle. Absent for "sine".
 

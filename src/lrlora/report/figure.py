@@ -14,6 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from ..files import replacing
 from ..rank import MEASURES, RankReport, RankRow
+from ..run_folder import PICTURE_FILE, REPORT_FILE
 
 
 def save_rank_figure(
@@ -26,6 +27,12 @@ def save_rank_figure(
 
     """
     save_figure(rank_figure(report, measure=measure, title=title), path)
+
+
+def illustrate(folder: Path) -> None:
+    """Draw the ranks that are stored in the folder of a run, where its model card looks for the picture."""
+    report = RankReport.from_json(folder / REPORT_FILE)
+    save_rank_figure(report, folder / PICTURE_FILE, title=f"Learned ranks, {folder.resolve().name}")
 
 
 def rank_figure(report: RankReport, *, measure: str = "energy99_rank", title: str = "Learned ranks") -> Figure:

@@ -10,8 +10,6 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..rank import MEASURES, RankReport
-from ..run_folder import PICTURE_FILE, REPORT_FILE
-from .card import write_card
 from .charts import COLOURS
 from .figure import save_figure, save_rank_figure
 from .runs import Run
@@ -41,16 +39,6 @@ def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
     for name, figure in figures.items():
         for suffix in FORMATS:
             save_figure(figure, target / f"{name}.{suffix}")
-
-
-def illustrate_run(folder: Path) -> None:
-    """Draw the ranks of a finished run into its folder, and show the picture in its model card."""
-    save_rank_figure(
-        RankReport.from_json(folder / REPORT_FILE),
-        folder / PICTURE_FILE,
-        title=f"Learned ranks, {folder.resolve().name}",
-    )
-    write_card(folder)
 
 
 def _kinds(runs: Sequence[Run]) -> Figure:

@@ -163,7 +163,7 @@ class LrLoraConfig(PeftConfig):
                 f"rank_penalty={rank_penalty}: lrlora has no gates any more. Leave it out of a new configuration, and "
                 "compress the trained adapter with lrlora export. An adapter saved with gates must be trained again."
             )
-        is_learned = pattern_weights != "fixed" or pattern_start != "even"
+        is_learned = self.form == EXPANSION and (pattern_weights != "fixed" or pattern_start != "even")
         if is_learned or str(self.form) == "blocks":
             given = f"{pattern_weights=}, {pattern_start=}".replace("'", '"') if is_learned else 'form="blocks"'
             raise ValueError(

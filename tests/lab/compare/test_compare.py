@@ -389,6 +389,12 @@ def test_a_method_is_drawn_alike_in_all_panels() -> None:
 
 
 @pytest.mark.refused
+def test_what_left_the_code_is_shown_and_not_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"learned blocks .* no longer in lrlora\. Leave blocks\+r=1 out"):
+        prepare(Comparison("capacity", methods=("blocks+r=1",), tasks=("labels",)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
     def wrong(name: str, value: object) -> Path:
         content = yaml.safe_load(suite.read_text())

@@ -223,7 +223,7 @@ def train_capacity(
 
     Returns:
         `seconds` of processor time a step, `trainable` parameters, `validation` and `test` loss, `criterion`, the
-        `ranks` of methods that have them, and `terms`, over how many terms each module's pattern is spread.
+        `ranks` of methods that have them.
 
     Raises:
         ValueError: the method cannot work, or training diverged.

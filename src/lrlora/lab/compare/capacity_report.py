@@ -52,6 +52,12 @@ def served_rank(method: str, rank: int) -> int | None:
     return r if known.train == "lora" else None
 
 
+def _terms(method: str) -> int | None:
+    """Q of an expansion, all of whose terms are alike."""
+    options = find_method(method).options
+    return options.get("num_terms", LrLoraConfig.num_terms) if options.get("form") == "expansion" else None
+
+
 def by_seed(runs: Sequence[Record]) -> dict[int, float]:
     """Seed → test loss."""
     return {run["seed"]: run["test"]["loss"] for run in runs}
@@ -100,7 +106,7 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
                 "LoRA's r for this loss": equal,
                 "seconds": _mean(run["seconds"] for run in runs),
                 "step": ratio(runs, base, "seconds") if same_hardware(runs, base) else math.nan,
-                "terms": _mean(run.get("terms") for run in runs),
+                "terms": _mean(run.get("terms", _terms(method)) for run in runs),
                 "stable rank": _mean(row["stable_rank"] for run in runs for row in run["ranks"] or ()),
             }
         )

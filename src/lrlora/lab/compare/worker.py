@@ -35,10 +35,9 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
         request: the fields of `Job`, and `rank`.
 
     Returns:
-        The request with what came out: `seconds` of a training step (on a CPU, processor time) on what
-        `hardware`, `peak_mib` of the
-        process, `trainable` parameters (less those of closed factors), `validation` and `test` metrics (None for a
-        tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
+        The request with what came out: `seconds` of a training step (on a CPU, processor time) on what `hardware`,
+        `peak_mib` of the process, `trainable` parameters, `validation` and `test` metrics (None for a tuning run), the
+        `criterion` of the rate, and the learned `ranks` of methods that have them.
 
     Raises:
         ValueError: the job cannot work, or training diverged.
