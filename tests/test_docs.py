@@ -149,14 +149,18 @@ def test_what_the_study_found_is_what_its_tables_say() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found, tables = page.split("## Results")
     rows = [line for line in tables.splitlines() if line.startswith("| expansion | ")]
-    claimed = re.findall(r"^ +\| ([124]) \| ([^|]+) \| ([^|]+) \|", found, re.MULTILINE)
-    assert len(claimed) == 3
-    for r, labels, german in claimed:
-        for worth in (labels, german):
-            assert any(f"| {r} | 32 |" in row and f"| {worth} |" in row for row in rows), worth
-    labels, german = (cell.split()[0] for cell in claimed[2][1:])
+    claimed = re.findall(r"^ +\| ([1248]) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", found, re.MULTILINE)
+    assert len(claimed) == 4
+    for r, *worths in claimed:
+        for worth in worths:
+            assert worth == "–" or any(f"| {r} | 32 |" in row and f"| {worth} |" in row for row in rows), worth
+    labels, german, _ = (cell.split()[0] for cell in claimed[2][1:])
     assert f"worth LoRA at r = {german} " in readme
     assert f"at r = {labels} for labels" in readme
+    long = page[page.index("<!-- labels-long -->") : page.index("<!-- /labels-long -->")]
+    part = re.search(r"is worth LoRA at r = ([\d.]+), no longer", found)[1]
+    assert f"| {part} (" in long
+    assert f"is worth LoRA at r = {part} on labels" in " ".join(readme.split())
 
 
 def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,9 +166,16 @@ _CAPACITY = {
         500,
         8,
         corpus="german",
-        methods=(*_LORA[:4], *_EXPANSION, *_PHI, "paper+r=4+sharing=global", "hira+r=1"),
+        methods=(
+            *_LORA,
+            *_EXPANSION,
+            "expansion+r=8+num_terms=4",
+            *_PHI,
+            "paper+r=4+sharing=global",
+            "hira+r=1",
+        ),
     ),
-    "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA, *_EXPANSION)),
+    "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA[:3], *_EXPANSION[:2])),
     # Four times the steps: is a small loss a large capacity, or only fast?
     "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _EXPANSION[0])),
     # What more and more texts ask for.
