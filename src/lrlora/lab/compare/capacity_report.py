@@ -206,7 +206,7 @@ def curves_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
         upper.xaxis.set_major_formatter(EngFormatter(sep=""))
         upper.xaxis.set_minor_formatter(NullFormatter())
         lower.set(xlabel="processor time of a training step, s")
-        lower.set_xlim(left=0)
+        lower.set_xlim(0, 1.1 * frame["seconds"].max())
     for row in grid:
         row[0].set_ylabel("loss, nats")
     return with_legend(figure)
