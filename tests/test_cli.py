@@ -221,7 +221,9 @@ def test_ranks_of_a_damaged_adapter_is_one_clear_error(tmp_path: Path, config: s
     result = run("ranks", tmp_path)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
-    assert "does not hold a readable adapter" in result.output
+    said = " ".join(result.output.split())
+    assert re.search(r"does not hold a readable adapter|is damaged or not what it should be", said)
+    assert "Expected are the adapter_config.json" in said
 
 
 @pytest.mark.parametrize("option", ["--json", "--csv", "--picture"])

@@ -158,7 +158,7 @@ def test_what_the_study_found_is_what_its_tables_say() -> None:
     assert f"worth LoRA at r = {german} " in readme
     assert f"at r = {labels} for labels" in readme
     long = page[page.index("<!-- labels-long -->") : page.index("<!-- /labels-long -->")]
-    part = re.search(r"is worth LoRA at r = ([\d.]+), no longer", found)[1]
+    part = re.search(r"then worth LoRA at r = ([\d.]+), no longer", found)[1]
     assert f"| {part} (" in long
     assert f"is worth LoRA at r = {part} on labels" in " ".join(readme.split())
 

@@ -33,7 +33,7 @@ from typer.testing import CliRunner, Result
 from lrlora.cli import app
 from lrlora.files import write_json
 from lrlora.lab import inputs as packages
-from lrlora.lab.compare import jobs
+from lrlora.lab.compare import jobs, queue
 from lrlora.lab.compare.worker import run_job
 from lrlora.lab.config import TrainConfig
 from lrlora.lab.embedded import EMBEDDED_MODELS, EmbeddedModel
@@ -121,7 +121,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 TrainConfig.from_dict(RUN | {"output": "cut"}),
                 announce=lambda line: signal.raise_signal(signal.SIGINT) if line.startswith("Step 1:") else None,
             )
-        patch.setattr(jobs, "_run", run_here)
+        patch.setattr(queue, "_run", run_here)
         assert call(COMPARE).exit_code == 0
         yield folder
 

@@ -43,7 +43,10 @@ def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool
 
 
 def _load_on_skeleton(name: str, with_base_weights: bool) -> PeftModel:
-    config = PeftConfig.from_pretrained(name)
+    try:
+        config = PeftConfig.from_pretrained(name)
+    except ValueError as error:
+        raise ValueError(f"{name} does not hold a readable adapter ({error}). {EXPECTED}") from None
     method = config.peft_type.value
     if method not in _FACTOR_SUFFIXES:
         raise ValueError(f"{name} is an adapter of type {method}; ranks are read from LRLORA and LORA ones.")

@@ -38,7 +38,7 @@ def rank_report(model: nn.Module, adapter: str | None = None, *, progressbar: bo
         ValueError: no module has an adapter of this name, the adapter is merged into the base weights, or an update
             is not finite.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from lrlora import LrLoraConfig, rank_report

@@ -86,7 +86,7 @@ class LrLoraConfig(PeftConfig):
         ValueError: a value is out of range, or a field that only `peft.LoraConfig` has is given; the message names
             the field, the value and what to do.
 
-    Example:
+    Examples:
         >>> from lrlora import LrLoraConfig
         >>> config = LrLoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
         >>> config.form, config.num_basis

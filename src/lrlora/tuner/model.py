@@ -45,7 +45,7 @@ class LrLoraModel(BaseTuner):
         NoMatchingPeftModuleError: `target_modules` matches nothing; the message lists what the model has.
         ValueError: a targeted module is of a kind that has no adapter.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from peft import get_peft_model
         >>> from lrlora import LrLoraConfig
