@@ -152,22 +152,7 @@ def _train(
     model = get_peft_model(base, _adapter_config(method, settings))
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            max_steps=settings.steps,
-            learning_rate=settings.learning_rate,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=2 * settings.batch_size,
-            warmup_steps=math.ceil(0.06 * settings.steps),
-            logging_steps=25,
-            save_steps=50,
-            save_total_limit=1,
-            report_to="none",
-            disable_tqdm=False,  # a progress bar at any log level
-            dataloader_pin_memory=torch.cuda.is_available(),
-            use_cpu=not torch.cuda.is_available(),  # no other accelerator has the float64 that the table of φ needs
-            seed=settings.seed,
-        ),
+        args=_arguments(folder, settings),
         train_dataset=data["train"],
         eval_dataset=data["test"],
         data_collator=collator,
@@ -202,6 +187,25 @@ def _train(
 
 def _adapter_config(method: str, settings: DemoSettings) -> PeftConfig:
     return METHODS[method](r=settings.r, lora_alpha=settings.r, target_modules="all-linear", task_type="SEQ_CLS")
+
+
+def _arguments(folder: Path, settings: DemoSettings) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=2 * settings.batch_size,
+        warmup_steps=math.ceil(0.06 * settings.steps),
+        logging_steps=25,
+        save_steps=50,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=False,  # a progress bar at any log level
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # no other accelerator has the float64 that the table of φ needs
+        seed=settings.seed,
+    )
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:

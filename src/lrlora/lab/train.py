@@ -128,8 +128,7 @@ def train(
     inputs = _Inputs.read(config)
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
     examples_per_step = read_run(output)[1].examples_per_step if resume else None
-    examples = len(inputs.data.splits["train"])
-    arguments = training_arguments(config, inputs.kind, examples, inputs.max_length, examples_per_step)
+    arguments = training_arguments(config, inputs.kind, inputs.examples, inputs.max_length, examples_per_step)
     if arguments.process_index != 0:
         announce = _say_nothing
     model, adapter = _adapted_model(config, inputs, arguments.max_steps)
@@ -139,25 +138,20 @@ def train(
     callbacks = _callbacks(config, clock, progress, stop)
     trainer = make_trainer(config, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
     prepare_sharding(trainer)
-    if adapter is not None:
-        start_from_data(trainer, adapter)
+    start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate)
     last = _last_checkpoint(output, trainer) if resume else None
     # Only now, when all is known to work in every process, is anything on disk touched.
     _wait_for_all(arguments)
     if arguments.process_index == 0:
-        _make_folder(output, overwrite)
-        if not resume:
-            write_json(output / RUN_FILE, _record_of(config, inputs, arguments))
+        _make_folder(output, overwrite, None if resume else _record_of(config, inputs, arguments))
     _wait_for_all(arguments)
     with stop.listening(), progress.closed_at_the_end():
         _run(trainer, last, clock, announce)
-    done, steps = trainer.state.global_step, arguments.max_steps
-    if stop.signal is not None and done < steps:
-        raise Interrupted(
-            f"Stopped by {stop.signal} after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
-        )
+    if stop.signal is not None and (done := trainer.state.global_step) < (steps := arguments.max_steps):
+        where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
+        raise Interrupted(f"Stopped by {stop.signal} {where}")
     metrics = plain_metrics(trainer.evaluate())
     return _finish(trainer, config, inputs.untouched, output, metrics, clock.seconds_per_step, illustrate)
 
@@ -197,6 +191,11 @@ class _Inputs:
             raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
         too_long = sum(count > max_length for count in counts)
         return cls(kind, source, data, tokenizer, untouched, max_length, too_long)
+
+    @property
+    def examples(self) -> int:
+        """To train on."""
+        return len(self.data.splits["train"])
 
     def encoded(self) -> tuple[Dataset, Dataset]:
         """Training and validation."""
@@ -248,7 +247,7 @@ def _run(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announ
         trainer.train(resume_from_checkpoint=str(last))
 
 
-def _make_folder(output: Path, overwrite: bool) -> None:
+def _make_folder(output: Path, overwrite: bool, record: dict[str, Any] | None) -> None:
     folder = output.resolve()  # it may be a link
     if overwrite and output.exists():
         # Under another name first: whenever this process is killed, there is no half of the old run.
@@ -257,6 +256,8 @@ def _make_folder(output: Path, overwrite: bool) -> None:
         folder.rename(old)
         shutil.rmtree(old)
     folder.mkdir(parents=True, exist_ok=True)
+    if record is not None:
+        write_json(output / RUN_FILE, record)
 
 
 def _say_nothing(line: str) -> None:
