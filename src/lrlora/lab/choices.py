@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from .rows import mapped
+
 _IGNORED = -100  # as a target: not to be predicted
 
 
@@ -41,9 +43,7 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
             rows["choice_tokens"].append([max(1, min(len(ids) - before, max_length - 1)) for ids in whole])
         return rows
 
-    drop = [name for name in data.column_names if name != "label"]
-    encoded = data.map(encode, batched=True, remove_columns=drop, desc="Tokenizing")
-    return encoded.rename_column("label", "labels") if "label" in encoded.column_names else encoded
+    return mapped(data, encode)
 
 
 def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:

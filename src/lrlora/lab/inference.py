@@ -129,7 +129,7 @@ class _LoadedRun:
 
     def trainer(self, data: Dataset) -> Trainer:
         arguments = training_arguments(self.config, self.kind, 1, self.max_length)
-        return make_trainer(self.config, self.model, self.tokenizer, arguments, data, data, [])
+        return make_trainer(self.kind, self.model, self.tokenizer, arguments, data, data, [])
 
     def answers(self, examples: Dataset) -> Iterator[str]:
         """The greedy continuation of every prompt, one by one."""

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from .chat import count_tokens
 from .choices import ChoiceTrainer, encode_continuations
 from .metrics import choice_metrics, classification_metrics, regression_metrics
-from .rows import SHOWN_ROWS, is_conversation, is_finite, is_known, require_rows, require_text
+from .rows import SHOWN_ROWS, is_conversation, is_finite, is_known, mapped, require_rows, require_text
 
 OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
 
@@ -104,7 +104,7 @@ class Kind:
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             return dict(tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length))
 
-        return _mapped(data, encode)
+        return mapped(data, encode)
 
     def model_options(self, labels: list[str]) -> dict[str, Any]:
         """What `from_pretrained` is given for the head."""
@@ -152,7 +152,7 @@ class Classify(Kind):
     criterion = "log_loss"
 
     def class_names(self, data: Dataset) -> list[str]:
-        values, feature = known_labels(data, "train"), data.features["label"]
+        values, feature = _known_labels(data, "train"), data.features["label"]
         distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
         if len(distinct) < 2:
             raise ValueError(
@@ -248,7 +248,7 @@ class MultipleChoice(Kind):
             ]
             return {name: [row[name] for row in rows] for name in rows[0]}
 
-        return _mapped(data, encode)
+        return mapped(data, encode)
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         return choice_metrics(prediction)
@@ -342,7 +342,7 @@ def kind_for(task: str, model_config: Any) -> Kind:
     return ChoiceByLikelihood() if task == "multiple-choice" and is_decoder and not has_head else KINDS[task]
 
 
-def known_labels(data: Dataset, split: str) -> list[Any]:
+def _known_labels(data: Dataset, split: str) -> list[Any]:
     """The labels, each of them one class.
 
     Raises:
@@ -371,7 +371,7 @@ def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
         ValueError: a label is missing, or not one of `labels`.
 
     """
-    values = known_labels(data, split)
+    values = _known_labels(data, split)
     feature = data.features["label"]
     names = [feature.int2str(value) if isinstance(feature, ClassLabel) else str(value) for value in values]
     unseen = sorted(set(names) - set(labels))
@@ -382,10 +382,3 @@ def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
         )
     index = {name: i for i, name in enumerate(labels)}
     return data.remove_columns("label").add_column("label", [index[name] for name in names])
-
-
-def _mapped(data: Dataset, encode: Any) -> Dataset:
-    """The examples encoded batch by batch, without what they were encoded from; `label` becomes `labels`."""
-    drop = [name for name in data.column_names if name != "label"]
-    encoded = data.map(encode, batched=True, remove_columns=drop, desc="Tokenizing")
-    return encoded.rename_column("label", "labels") if "label" in encoded.column_names else encoded

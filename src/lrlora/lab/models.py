@@ -208,7 +208,7 @@ def _check_arguments(given: Mapping[str, Any], cls: type[TrainingArguments], kin
 
 
 def make_trainer(
-    config: TrainConfig,
+    kind: Kind,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     arguments: TrainingArguments,
@@ -217,7 +217,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """The Trainer of a task, on encoded examples; TRL's encodes them itself."""
-    trainer = kind_for(config.task, model.config).trainer(
+    trainer = kind.trainer(
         tokenizer, model=model, args=arguments, callbacks=callbacks, train_dataset=train_data, eval_dataset=validation
     )
     trainer.remove_callback(PrinterCallback)

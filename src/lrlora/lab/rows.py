@@ -1,9 +1,9 @@
-"""Rules for the rows of a data set, and errors that say which rows break them."""
+"""The rows of a data set: rules for them, errors that say which break one, and their encoding in batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -54,3 +54,10 @@ def is_conversation(value: Any) -> bool:
 
 def _says_something(message: dict[str, Any]) -> bool:
     return message.get("content") is not None or bool(message.get("tool_calls"))
+
+
+def mapped(data: Dataset, encode: Callable[..., dict[str, list[Any]]]) -> Dataset:
+    """The examples encoded batch by batch, without what they were encoded from; `label` becomes `labels`."""
+    drop = [name for name in data.column_names if name != "label"]
+    encoded = data.map(encode, batched=True, remove_columns=drop, desc="Tokenizing")
+    return encoded.rename_column("label", "labels") if "label" in encoded.column_names else encoded

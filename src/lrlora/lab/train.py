@@ -136,7 +136,7 @@ def train(
         announce(line)
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
     callbacks = _callbacks(config, clock, progress, stop)
-    trainer = make_trainer(config, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
+    trainer = make_trainer(inputs.kind, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
     prepare_sharding(trainer)
     start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:

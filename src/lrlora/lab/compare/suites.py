@@ -151,7 +151,7 @@ _LORA = tuple(f"lora+r={r}" for r in (1, 2, 4, 8, 16))
 _SIZES = ((1, 32), (2, 16), (4, 8))  # r and Q
 _EXPANSION = tuple(f"expansion+r={r}+num_terms={q}" for r, q in _SIZES)
 _PHI = tuple(f"{form}+r={r}" for form in ("paper", "lr-lora") for r in (1, 4))
-# One rank of what is behind by far.
+# Others' methods, at the one or two ranks that tell.
 _PEERS = ("loha+r=1", "hira+r=1", "hira+r=4", "dora+r=1", "vera+r=256")
 # Nearly the whole sign matrix, and LoRA's parameters in one module alone.
 _CONTROLS = (
