@@ -8,6 +8,7 @@ losses, ranks and the adapter to FOLDER, from the first process.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ def main() -> None:
         (folder / "losses.json").write_text(json.dumps(losses))
     dist.barrier()
     dist.destroy_process_group()
+    # A thread of gloo that still holds a tensor would abort an interpreter that is being shut down (pytorch#179291).
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,13 @@ TWISTED = EmbeddedInput(
     sha256="3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8",
     member="twisted",
 )
+# First names and surnames of the 1990 census of the United States (public domain).
+NAMES = EmbeddedInput(
+    requirement="names==0.3.0",
+    sha256="726e46254f2ed03f1ffb5d941dae3bc67c35123941c29becd02d48d0caa2a671",
+    member="names-0.3.0/names",
+    is_source=True,
+)
 
 
 def fetch(source: EmbeddedInput) -> Path:

@@ -159,6 +159,7 @@ _CONTROLS = (
     "lora+r=2+target_modules=intermediate",
     "lora+r=2+target_modules=output",
 )
+_PAPER_SCALED = "paper+r=1+lora_alpha=0.25"
 _CAPACITY = {
     "labels": CapacityTask("labels", 800, 64, methods=(*_LORA, *_EXPANSION, *_PHI, *_PEERS, *_CONTROLS)),
     "german": CapacityTask(
@@ -178,6 +179,13 @@ _CAPACITY = {
     "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA[:3], *_EXPANSION[:2])),
     # Four times the steps: is a small loss a large capacity, or only fast?
     "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _EXPANSION[0])),
+    # A pretrained decoder, with the scales that the tasks above have found.
+    "phone-book": CapacityTask(
+        "phone-book", 600, 32, texts=250, scales=(4.0,), methods=(*_LORA[:3], _EXPANSION[0], _PAPER_SCALED)
+    ),
+    "smollm2-german": CapacityTask(
+        "language", 300, 4, corpus="german", scales=(4.0,), methods=(_LORA[0], _LORA[2], _EXPANSION[0], _PAPER_SCALED)
+    ),
     # What more and more texts ask for.
     **{
         f"labels-{texts}": CapacityTask("labels", 800, 64, texts=texts, methods=(_LORA[3], _EXPANSION[2]))
