@@ -352,10 +352,11 @@ def main() -> None:
         print(_memory_of(*arguments.memory))
         return
     if arguments.forms:
-        name = next(iter(MODELS))
-        _print_ratios(
-            name, {m: training_step(name, m) for m in ("LoRA", PAPER, PAPER_FAR, *EXPANSIONS)}, arguments.rounds
-        )
+        methods = ("LoRA", PAPER, PAPER_FAR, *EXPANSIONS)
+        for name in MODELS:
+            _print_ratios(name, {method: training_step(name, method) for method in methods}, arguments.rounds)
+            peaks = {method: peak_memory("model", name, method) for method in methods}
+            print("peak memory", {method: round(peak / peaks["LoRA"], 2) for method, peak in peaks.items()})
         for size in (2048, 4096):
             steps = {method: layer_step(size, method) for method in ("LoRA", *EXPANSIONS)}
             _print_ratios(f"one layer, {size} × {size}, r = {R}", steps, arguments.rounds)

@@ -254,7 +254,7 @@ def test_demo_never_removes_what_it_did_not_write(tmp_path: Path) -> None:
         folder.rmdir()
 
 
-@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--rank", "0"), ("--learning-rate", "-1")])
+@pytest.mark.parametrize("arguments", [("--steps", "0"), ("--seed", "-1")])
 def test_demo_checks_its_numbers(arguments: tuple[str, str]) -> None:
     result = run("demo", *arguments)
     assert result.exit_code == 2

