@@ -31,6 +31,13 @@ def test_trainer() -> None:
 
 
 @pytest.mark.real
+def test_expansion() -> None:
+    losses = re.findall(r"^(LoRA|expansion), r = 4: +loss (\d+\.\d+)$", run("expansion.py", "4"), re.MULTILINE)
+    assert [method for method, _ in losses] == ["LoRA", "expansion"]
+    assert all(3 < float(loss) < 6 for _, loss in losses)  # chance is 4.16
+
+
+@pytest.mark.real
 def test_accelerate() -> None:
     *losses, mean_rank = run("accelerate_loop.py", "4").split("\n")[:-1]
     assert re.fullmatch(r"0 0\.\d+", losses[0])

@@ -11,10 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
+from torch.func import functional_call
 
 import lrlora
 from lrlora import LrLoraConfig
 from lrlora.ops import expansion_delta
+from lrlora.ops.reference import reference_expansion_delta
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
@@ -46,6 +48,36 @@ def test_life_of_an_adapter(tiny: TinyModel, tmp_path: Path) -> None:
     assert torch.allclose(tiny.logits(model), trained, atol=1e-5)
     model.unmerge_adapter()
     assert torch.equal(tiny.logits(model.unload()), base)
+
+
+def test_gradients_are_those_of_the_formula(tiny: TinyModel) -> None:
+    """The whole model's, in float64, against autograd of W + ΔW written out."""
+    model = adapt(tiny, **EXPANSION).double()
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in tiny.inputs().items()}
+    weights, factors = {}, []
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LrLoraLayer):
+            nn.init.normal_(layer.lrlora_B["default"].weight, std=0.1)
+            A, B, made = layer._factors("default")
+            factors += layer.adapter_parameters("default")
+            each = [
+                reference_expansion_delta(a, b, made, scaling=layer.scaling["default"])
+                for a, b in zip(A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), strict=True)
+            ]
+            delta = layer._in_layout(torch.stack(each).view(*A.shape[:-2], *each[0].shape))
+            name = f"{path}.{layer.weight_name}".replace(".base_layer", "")
+            weights[name] = layer.get_base_layer().get_parameter(layer.weight_name) + delta
+    base = tiny.build().double()
+    if tiny.family == "mixtral":  # its fast experts know no float64
+        for network in (base, model.get_base_model()):
+            network.set_experts_implementation("eager")
+    gradients = []
+    for output in (model(**inputs), functional_call(base, weights, kwargs=inputs, tie_weights=False)):
+        found = getattr(output, "logits", getattr(output, "last_hidden_state", output))
+        target = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(2))
+        gradients.append(torch.autograd.grad((found - target).square().mean(), factors, materialize_grads=True))
+    for ours, expected in zip(*gradients, strict=True):
+        assert (ours - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_it_is_exactly_a_lora_of_rank_r_times_terms(tiny_bert: TinyModel) -> None:
