@@ -1,12 +1,12 @@
-"""The methods that `lrlora train` offers: a PEFT configuration each, and what its training needs beside."""
+"""The methods that `lrlora train` offers, and what the training of some needs beside their configuration."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any
 
@@ -30,21 +30,36 @@ from ..checks import require_known
 from ..tuner import LrLoraConfig
 from ..tuner.config import require_module_names
 
-_CONFIGS: dict[str, Callable[..., PeftConfig]] = {
-    "lr-lora": LrLoraConfig,
-    "lora": LoraConfig,
-    "dora": lambda **options: LoraConfig(use_dora=True, **options),
-    "adalora": AdaLoraConfig,
-    "hira": HiraConfig,
-    "randlora": RandLoraConfig,
-    "loha": LoHaConfig,
-    "vera": VeraConfig,
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """How a method is called in PEFT.
+
+    Args:
+        config: its configuration; None for full fine-tuning.
+        fixed: fields that make it this method.
+        alpha: its name for α, which is r unless given; None if it has none.
+        has_ranks: whether `rank_report` can measure its update.
+
+    """
+
+    config: type[PeftConfig] | None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    alpha: str | None = None
+    has_ranks: bool = False
+
+
+METHODS = {
+    "lr-lora": PeftMethod(LrLoraConfig, alpha="lora_alpha", has_ranks=True),
+    "lora": PeftMethod(LoraConfig, alpha="lora_alpha", has_ranks=True),
+    "dora": PeftMethod(LoraConfig, {"use_dora": True}, alpha="lora_alpha"),
+    "adalora": PeftMethod(AdaLoraConfig),
+    "hira": PeftMethod(HiraConfig),
+    "randlora": PeftMethod(RandLoraConfig, alpha="randlora_alpha"),
+    "loha": PeftMethod(LoHaConfig, alpha="alpha"),
+    "vera": PeftMethod(VeraConfig),
+    "full": PeftMethod(None),
 }
-METHODS = (*_CONFIGS, "full")
-_FIELDS: dict[str, Any] = {name: LoraConfig if name == "dora" else config for name, config in _CONFIGS.items()}
-# What each calls α, which is r unless given; HiRA and VeRA have none.
-ALPHA = {"lr-lora": "lora_alpha", "lora": "lora_alpha", "dora": "lora_alpha", "randlora": "randlora_alpha"}
-ALPHA |= {"loha": "alpha"}
 DEFAULT_RANK = 8
 EVA = "eva"
 EVA_BATCHES = 64  # it usually needs fewer, and goes through them again if it needs more
@@ -65,13 +80,14 @@ def adapter_config(
         ValueError: the configuration has no such field, or refuses a value.
 
     """
-    if method == "full":
+    known = METHODS[method]
+    if known.config is None:
         if options:
             raise ValueError(f"Full fine-tuning has no adapter, and adapter is {options!r}. Leave it out.")
         return None
-    known = [*inspect.signature(_FIELDS[method].__init__).parameters][1:]
+    names = [*inspect.signature(known.config.__init__).parameters][1:]
     for name in options:
-        require_known(f"field of {_FIELDS[method].__name__}", name, known)
+        require_known(f"field of {known.config.__name__}", name, names)
     require_module_names(options)
     defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may add to it
     if method == "adalora":
@@ -81,13 +97,13 @@ def adapter_config(
         defaults |= {"tinit": total_steps // 10, "tfinal": total_steps // 2}
     else:
         rank = options.get("r", DEFAULT_RANK)
-        defaults |= {"r": rank} | ({ALPHA[method]: rank} if method in ALPHA else {})
+        defaults |= {"r": rank} | ({known.alpha: rank} if known.alpha else {})
     if options.get("init_lora_weights") == EVA:
         given = options.get("eva_config") or {}
         for name in given:
             require_known("field of EvaConfig", name, [f.name for f in fields(EvaConfig)])
         options = {**options, "eva_config": EvaConfig(**given)}
-    return _CONFIGS[method](**{**defaults, **options})
+    return known.config(**{**defaults, **known.fixed, **options})
 
 
 def start_from_data(trainer: Trainer, config: Any) -> None:

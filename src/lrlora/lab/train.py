@@ -50,7 +50,7 @@ from ..run_folder import (
 from .config import TrainConfig, read_run
 from .data import TaskData, choose_max_length, load_task_data
 from .kinds import Kind, kind_for
-from .methods import AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
+from .methods import METHODS, AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import (
     MODEL_EXPECTED,
@@ -64,8 +64,6 @@ from .models import (
 )
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
-
-_RANKED = ("lr-lora", "lora")
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -219,7 +217,7 @@ def _adapted_model(config: TrainConfig, inputs: _Inputs, steps: int) -> tuple[An
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
     # A step's end is the clock's first, and what the ranks' record costs is no part of the step.
     callbacks: list[TrainerCallback] = [clock]
-    if config.method in _RANKED:
+    if METHODS[config.method].has_ranks:
         callbacks.append(RankCallback(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite()]
     if config.method == "adalora":
@@ -304,7 +302,7 @@ def _finish(
         set_rank_pattern(model)
     # Of a sharded model, all processes gather it together.
     state = trained_parameters(model) if is_sharded(model) else None
-    report = rank_report(model) if config.method in _RANKED and (result.is_first or state is not None) else None
+    report = rank_report(model) if METHODS[config.method].has_ranks and (result.is_first or state is not None) else None
     if not result.is_first:
         _wait_for_all(trainer.args)
         return result
@@ -314,7 +312,7 @@ def _finish(
         model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
     write_json(output / LOG_FILE, trainer.state.log_history)
-    if config.method in _RANKED:
+    if METHODS[config.method].has_ranks:
         if illustrate is not None:
             illustrate(output)
         write_card(output, metrics)

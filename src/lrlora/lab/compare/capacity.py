@@ -32,7 +32,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ...checks import require_known, require_type
 from ...rank import rank_report
-from ..methods import ALPHA, adapter_config
+from ..methods import METHODS, adapter_config
 from .methods import Method
 from .settings import Setting, labels, transfer
 from .smollm2 import language, phone_book
@@ -85,7 +85,7 @@ class CapacityTask:
         """The learning rates that a method tries first."""
         if method.train == "full":
             return tuple(rate / 10 for rate in self.rates)
-        return self.rates if method.train in ALPHA else tuple(8 * rate for rate in self.rates)
+        return self.rates if METHODS[method.train].alpha else tuple(8 * rate for rate in self.rates)
 
 
 KINDS: dict[str, Callable[[CapacityTask, int], Setting]] = {

@@ -9,7 +9,7 @@ from typing import Any
 from ...checks import require_known
 from ...tuner.config import PUBLISHED
 from ..config import parse_assignments
-from ..methods import ALPHA
+from ..methods import METHODS as PEFT_METHODS
 
 # Learning rates that are tried first; the grid grows while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -40,12 +40,13 @@ class Method:
     @property
     def has_ranks(self) -> bool:
         """Whether learned ranks can be told. PiSSA's product BA is not its update, but starts from part of W."""
-        return self.train in ("lora", "lr-lora") and self.options.get("init_lora_weights") != "pissa"
+        return PEFT_METHODS[self.train].has_ranks and self.options.get("init_lora_weights") != "pissa"
 
     @property
     def has_scale(self) -> bool:
         """Whether s = α/r is open to choice."""
-        return self.train in ALPHA and ALPHA[self.train] not in self.options
+        alpha = PEFT_METHODS[self.train].alpha
+        return alpha is not None and alpha not in self.options
 
     def adapter(self, r: int, scale: float = 1.0) -> dict[str, Any]:
         """The fields of its PEFT configuration at rank r and scale s = α/r."""
@@ -54,7 +55,8 @@ class Method:
         options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
         # rsLoRA's s is α/√r.
         divisor = math.sqrt(options["r"]) if options.get("use_rslora") else options.get("r", 1)
-        return options if scale == 1 else {**options, ALPHA[self.train]: scale * divisor}
+        alpha = PEFT_METHODS[self.train].alpha
+        return options if scale == 1 or alpha is None else {**options, alpha: scale * divisor}
 
 
 METHODS = {
