@@ -25,6 +25,7 @@ PAIRS = [
     ("blocks+r=1", "expansion+r=1+num_terms=32"),
     *((f"{form}+r={r}", f"lora+r={r}") for form in ("paper", "lr-lora") for r in (1, 4)),
     ("paper+r=4+sharing=global", "paper+r=4"),
+    ("paper+r=1+lora_alpha=0.25", "lora+r=1"),
 ]
 # Methods whose learned ranks the paper's claims are looked for in.
 CLAIMED = ("lora+r=4", "paper+r=4", "expansion+r=4+num_terms=8")

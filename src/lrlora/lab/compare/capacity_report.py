@@ -108,6 +108,12 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
                 "step": ratio(runs, base, "seconds") if same_hardware(runs, base) else math.nan,
                 "terms": _mean(run.get("terms", _terms(method)) for run in runs),
                 "stable rank": _mean(row["stable_rank"] for run in runs for row in run["ranks"] or ()),
+                # Of a phone book alone.
+                **(
+                    {"recalled": _mean(run["test"]["recalled"] for run in runs)}
+                    if "recalled" in runs[0]["test"]
+                    else {}
+                ),
             }
         )
     order = list(dict.fromkeys(row["method"] for row in rows))
@@ -233,8 +239,8 @@ def write_capacity_report(comparison: Comparison, output: Path) -> Path:
     parts = [f"# {comparison.suite}\n"]
     if tables:
         parts.append("\n![Loss against parameters and time](curves.png)\n")
-        # Where LoRA has one rank there is no curve to be seen.
-        curves = {task: frame for task, frame in tables.items() if (frame["method"] == LORA).sum() > 1}
+        # Two ranks of LoRA are no curve.
+        curves = {task: frame for task, frame in tables.items() if (frame["method"] == LORA).sum() > 2}
         save_figure(curves_figure(curves or tables), output / "curves.png")
     for task, frame in tables.items():
         parts += [f"\n## {task}\n", markdown(frame.drop(columns="seconds"))]
