@@ -5,14 +5,17 @@ PEFT leaves out of a model what does not fit it, and says little of it.
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import load_peft_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
@@ -23,30 +26,66 @@ EXPECTED = "Expected are the adapter_config.json and adapter_model.safetensors t
 _FACTOR_SUFFIXES = {"LRLORA": "lrlora_A.weight", "LORA": "lora_A.weight"}
 
 
-def load_on_skeleton(adapter: str | os.PathLike[str], *, with_base_weights: bool = False) -> PeftModel:
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter in a folder or on the hub: its configuration, and its weights when they are asked for, read once.
+
+    Args:
+        name: folder or hub name.
+        config: as PEFT reads it.
+
+    """
+
+    name: str
+    config: Any
+
+    @classmethod
+    def read(cls, adapter: AdapterSource) -> SavedAdapter:
+        """The adapter there, or the one given.
+
+        Raises:
+            ValueError: there is none, or its configuration is damaged.
+
+        """
+        if isinstance(adapter, SavedAdapter):
+            return adapter
+        name = os.fspath(adapter)
+        with readable(name, EXPECTED):
+            try:
+                return cls(name, PeftConfig.from_pretrained(name))
+            except ValueError as error:
+                raise ValueError(f"{name} does not hold a readable adapter ({error}). {EXPECTED}") from None
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """By their names in the file, on the CPU."""
+        return load_peft_weights(self.name, device="cpu")
+
+
+AdapterSource = str | os.PathLike[str] | SavedAdapter
+
+
+def load_on_skeleton(adapter: AdapterSource, *, with_base_weights: bool = False) -> PeftModel:
     """Load a saved LR-LoRA or LoRA adapter onto a skeleton that has only the adapted linear layers.
 
     The result can be measured with `rank_report`; it cannot run. The skeleton's weights are zeros that take no
     memory, or the base model's own if asked for and there (a task head is not).
 
     Args:
-        adapter: folder or hub name.
+        adapter: folder or hub name, or what was read there.
         with_base_weights: load the base model that the adapter names and take its weights.
 
     Raises:
         ValueError: there is no adapter, its files are damaged, or it is of another method.
 
     """
-    name = os.fspath(adapter)
-    with readable(name, EXPECTED):
-        return _load_on_skeleton(name, with_base_weights)
+    saved = SavedAdapter.read(adapter)
+    with readable(saved.name, EXPECTED):
+        return _load_on_skeleton(saved, with_base_weights)
 
 
-def _load_on_skeleton(name: str, with_base_weights: bool) -> PeftModel:
-    try:
-        config = PeftConfig.from_pretrained(name)
-    except ValueError as error:
-        raise ValueError(f"{name} does not hold a readable adapter ({error}). {EXPECTED}") from None
+def _load_on_skeleton(saved: SavedAdapter, with_base_weights: bool) -> PeftModel:
+    name, config = saved.name, copy.deepcopy(saved.config)
     method = config.peft_type.value
     if method not in _FACTOR_SUFFIXES:
         raise ValueError(f"{name} is an adapter of type {method}; ranks are read from LRLORA and LORA ones.")
@@ -55,7 +94,7 @@ def _load_on_skeleton(name: str, with_base_weights: bool) -> PeftModel:
             f"{name} adapts parameters of modules ({', '.join(config.target_parameters)}), which cannot be told apart "
             "without the base model. Load the adapter on it and call `rank_report(model)`."
         )
-    weights = load_peft_weights(name, device="cpu")
+    weights = saved.weights
     suffix = "." + _FACTOR_SUFFIXES[method]
     factors = sorted((key for key in weights if key.endswith(suffix)), key=_natural_order)
     modules = {key.removesuffix(suffix).removeprefix(PEFT_PREFIX): key for key in factors}
@@ -83,7 +122,7 @@ def _load_on_skeleton(name: str, with_base_weights: bool) -> PeftModel:
     # Files may also hold weights of the base model: embeddings, heads, biases.
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     set_peft_model_state_dict(model, {key: weight for key, weight in weights.items() if f".{prefix}" in key})
-    require_all_weights(model, name)
+    require_all_weights(model, saved)
     return model
 
 
@@ -92,7 +131,7 @@ def _natural_order(key: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
-def _base_weight(base: nn.Module, path: str) -> torch.Tensor | None:
+def _base_weight(base: nn.Module, path: str) -> Tensor | None:
     """The weight (m, n) of the adapted module `path` in the base model; None where that lacks it, as a task head."""
     prefix = getattr(base, "base_model_prefix", "")
     module: Any = dict(base.named_modules()).get(path.removeprefix(f"{prefix}."))
@@ -110,7 +149,7 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(name, module)
 
 
-def require_all_weights(model: PeftModel, name: str) -> None:
+def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
     """Raise a ValueError unless a saved LR-LoRA adapter holds the weights of the model made of it, and no more.
 
     What is missing would stay as it starts, and what has another name would be left out.
@@ -119,10 +158,10 @@ def require_all_weights(model: PeftModel, name: str) -> None:
     if config.peft_type.value != "LRLORA":
         return  # other methods have had other names for their weights
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    there = set(load_peft_weights(name, device="cpu"))
+    there = set(saved.weights)
     for what, keys in (
         ("lacks", wanted - there),
         ("does not fit its configuration, which knows no", {key for key in there - wanted if ".lrlora_" in key}),
     ):
         if keys:
-            raise ValueError(f"The adapter {name} {what} {min(keys)} ({len(keys)} of such weights). {EXPECTED}")
+            raise ValueError(f"The adapter {saved.name} {what} {min(keys)} ({len(keys)} of such weights). {EXPECTED}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from .common import app, console, one_clear_error, quiet
+
+if TYPE_CHECKING:
+    from ..saved import SavedAdapter
 
 
 @app.command()
@@ -106,29 +109,31 @@ def export(
         from ..export.loading import check_base, check_names
         from ..export.table import factors_table
         from ..files import free_folder
+        from ..saved import SavedAdapter
 
         if pad and config_only:
             raise ValueError("--pad is about weights, and --config-only writes none. Leave one of them out.")
         precision = _dtype(dtype)
         free_folder(output)
-        model = _load_lr_lora(adapter)
+        saved = SavedAdapter.read(adapter)
+        model = _load_lr_lora(saved)
         truncation = _truncation(model, energy, budget, max_rank, drop_below)
         if check and not config_only:
-            check_base(adapter, model)
+            check_base(saved, model)
         else:
             check_names(model)
         factors = factorize(model, **truncation, progressbar=True)
         console.print(factors_table(factors, escape(f"LoRA for {adapter}")))
         if config_only:
-            save_lora_config(factors, adapter, output)
+            save_lora_config(factors, saved, output)
             console.print(escape(f"To train with: LoraConfig.from_pretrained({str(output)!r})"), highlight=False)
             return
         console.print(_sizes(model, sum(part.parameters for part in factors)), highlight=False)
-        save_as_lora(factors, adapter, output, dtype=precision, pad=pad)
+        save_as_lora(factors, saved, output, dtype=precision, pad=pad)
         size = sum(file.stat().st_size for file in output.iterdir())
         console.print(escape(f"LoRA adapter: {output}, {size / 2**20:.2f} MiB"), highlight=False)
         if check:
-            _print_difference(adapter, output)
+            _print_difference(saved, output)
 
 
 def _sizes(model: Any, exported: int) -> str:
@@ -140,7 +145,7 @@ def _sizes(model: Any, exported: int) -> str:
     return f"Parameters: {trained:,} as trained{without_loss}, {exported:,} as exported."
 
 
-def _print_difference(adapter: str, output: Path) -> None:
+def _print_difference(adapter: SavedAdapter, output: Path) -> None:
     from ..export import output_difference
 
     try:
@@ -188,14 +193,13 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _load_lr_lora(adapter: str) -> Any:
+def _load_lr_lora(saved: SavedAdapter) -> Any:
     from ..saved import load_on_skeleton
 
-    model: Any = load_on_skeleton(adapter)
-    method = model.peft_config["default"].peft_type.value
+    method = saved.config.peft_type.value
     if method != "LRLORA":
-        raise ValueError(f"{adapter} is an adapter of type {method}; only LR-LoRA's need to be exported.")
-    return model
+        raise ValueError(f"{saved.name} is an adapter of type {method}; only LR-LoRA's need to be exported.")
+    return load_on_skeleton(saved)
 
 
 def _truncation(

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
+from ..saved import AdapterSource, SavedAdapter
 from ..tuner.config import pattern_of
 from .factorize import Factors, kept_energy
 from .loading import load_adapted, sample_inputs, save_preprocessing
@@ -71,7 +72,7 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
 
 def save_as_lora(
     factors: Sequence[Factors],
-    adapter: str | os.PathLike[str],
+    adapter: AdapterSource,
     output: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
@@ -81,7 +82,7 @@ def save_as_lora(
 
     Args:
         factors: as `factorize` returns them.
-        adapter: the LR-LoRA adapter that they come from, folder or hub name.
+        adapter: the LR-LoRA adapter that they come from: folder, hub name, or what was read there.
         output: folder to write; it must be empty or not exist. It is there whole or not at all.
         dtype: of the factors.
         pad: give all modules the largest rank, with zeros, for programs that know only one (llama.cpp divides
@@ -94,8 +95,8 @@ def save_as_lora(
     """
     folder = free_folder(output)
     exported = [part for part in factors if part.rank]
-    name = os.fspath(adapter)
-    config = lora_config(exported, PeftConfig.from_pretrained(name))
+    saved = SavedAdapter.read(adapter)
+    config = lora_config(exported, saved.config)
     config.inference_mode = True
     if pad:
         config.rank_pattern, config.alpha_pattern = {}, {}
@@ -103,7 +104,7 @@ def save_as_lora(
     weights = {
         # A module without an adapter of its own is not wrapped when this is loaded.
         key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
-        for key, value in load_peft_weights(name, device="cpu").items()
+        for key, value in saved.weights.items()
         if ".lrlora_" not in key
     }
     for part in exported:
@@ -119,19 +120,17 @@ def save_as_lora(
     )
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        save_preprocessing(partial, name)
+        save_preprocessing(partial, saved.name)
         config.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_lora_config(
-    factors: Sequence[Factors], adapter: str | os.PathLike[str], output: str | os.PathLike[str]
-) -> None:
+def save_lora_config(factors: Sequence[Factors], adapter: AdapterSource, output: str | os.PathLike[str]) -> None:
     """Write the configuration alone, for training plain LoRA at these ranks: `LoraConfig.from_pretrained(output)`.
 
     Args:
         factors: as `factorize` returns them.
-        adapter: the LR-LoRA adapter that they come from, folder or hub name.
+        adapter: the LR-LoRA adapter that they come from: folder, hub name, or what was read there.
         output: folder to write; it must be empty or not exist.
 
     Raises:
@@ -140,7 +139,7 @@ def save_lora_config(
 
     """
     folder = free_folder(output)
-    config = lora_config(factors, PeftConfig.from_pretrained(os.fspath(adapter)), keep_scaling=True)
+    config = lora_config(factors, SavedAdapter.read(adapter).config, keep_scaling=True)
     with replacing_folder(folder) as partial:
         config.save_pretrained(str(partial))
 
@@ -165,7 +164,7 @@ class OutputDifference:
 
 
 @torch.no_grad()
-def output_difference(adapter: str | os.PathLike[str], exported: str | os.PathLike[str]) -> OutputDifference:
+def output_difference(adapter: AdapterSource, exported: AdapterSource) -> OutputDifference:
     """Run base model, original and exported adapter on the same random inputs, in float32.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import warnings
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 
 import peft
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import load_peft_weights
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..files import readable
 from ..naming import path_in_base
 from ..run_folder import RUN_FILE, read_record
-from ..saved import EXPECTED, require_all_weights
+from ..saved import EXPECTED, AdapterSource, SavedAdapter, require_all_weights
 from ..tuner import LrLoraLayer
 
 _CLASSES = {
@@ -34,11 +32,11 @@ _CLASSES = {
 }
 
 
-def load_adapted(adapter: str | os.PathLike[str], **options: Any) -> Any:
+def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     """The base model that a saved adapter names, with the adapter on it.
 
     Args:
-        adapter: folder or hub name.
+        adapter: folder or hub name, or what was read there.
         **options: of transformers' `from_pretrained`, such as `dtype`.
 
     Raises:
@@ -46,13 +44,13 @@ def load_adapted(adapter: str | os.PathLike[str], **options: Any) -> Any:
         ValueError: it is there, and the adapter does not fit it.
 
     """
-    name = os.fspath(adapter)
+    saved = SavedAdapter.read(adapter)
+    name, config = saved.name, saved.config
     with readable(name, EXPECTED):
-        config = PeftConfig.from_pretrained(name)
         if (Path(name) / RUN_FILE).exists() and (labels := read_record(Path(name)).labels):
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}
-        elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(name)) is not None:
+        elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(saved)) is not None:
             options["num_labels"] = num_labels
         model: Any
         try:
@@ -70,14 +68,14 @@ def load_adapted(adapter: str | os.PathLike[str], **options: Any) -> Any:
                 f"The adapter {name} does not fit its base model {config.base_model_name_or_path}: "
                 f"{' '.join(str(error).split())[:500]}"
             ) from None
-        require_all_weights(model, name)
+        require_all_weights(model, saved)
     if config.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
         # A decoder looks for the last token before the padding, and trains with the tokenizer's.
         model.config.pad_token_id = _pad_token(name, str(config.base_model_name_or_path))
     return model
 
 
-def check_base(adapter: str | os.PathLike[str], model: PeftModel) -> None:
+def check_base(adapter: AdapterSource, model: PeftModel) -> None:
     """Compare an adapter, on its skeleton, with the base model that it names, of which only the configuration is read.
 
     Raises:
@@ -85,10 +83,11 @@ def check_base(adapter: str | os.PathLike[str], model: PeftModel) -> None:
         ValueError: an adapted module is no linear layer there, or one of another shape.
 
     """
-    name = PeftConfig.from_pretrained(os.fspath(adapter)).base_model_name_or_path
+    saved = SavedAdapter.read(adapter)
+    name = saved.config.base_model_name_or_path
     if not name:
         raise FileNotFoundError(
-            f"The adapter {adapter} does not say what its base model is. Set base_model_name_or_path in its "
+            f"The adapter {saved.name} does not say what its base model is. Set base_model_name_or_path in its "
             "adapter_config.json, or leave out the check against it (--no-check)."
         )
     try:
@@ -141,9 +140,9 @@ _UNLIKELY = re.compile(r"(embed\w*|wte|wpe|shared|conv\w*)$", re.IGNORECASE)
 _HEADS = re.compile(r"\.(classifier|score|classification_head|logits_proj)(\.out_proj)?\.weight$")
 
 
-def _num_labels(name: str) -> int | None:
+def _num_labels(saved: SavedAdapter) -> int | None:
     """How many classes the head that is saved with an adapter has; None where there is none, as the base model says."""
-    heads = [tensor for key, tensor in load_peft_weights(name, device="cpu").items() if _HEADS.search(key)]
+    heads = [tensor for key, tensor in saved.weights.items() if _HEADS.search(key)]
     return len(heads[-1]) if heads else None
 
 

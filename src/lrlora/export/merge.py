@@ -7,15 +7,15 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PeftConfig
 
 from ..files import free_folder, replacing_folder
+from ..saved import AdapterSource, SavedAdapter
 from ..tuner import LrLoraLayer
 from .loading import load_adapted, save_preprocessing
 
 
 def merge_adapter(
-    adapter: str | os.PathLike[str],
+    adapter: AdapterSource,
     output: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
@@ -28,7 +28,7 @@ def merge_adapter(
     One layer is merged at a time: beside the model there is never more than one layer's update in memory.
 
     Args:
-        adapter: folder or hub name of a saved adapter.
+        adapter: folder or hub name of a saved adapter, or what was read there.
         output: folder to write; it must be empty or not exist. It is there whole or not at all.
         dtype: of the model; default: that of the base model's files.
         dequantize: undo the quantisation of a base model that is stored quantised. It cannot be merged otherwise.
@@ -41,9 +41,8 @@ def merge_adapter(
         ValueError: the adapter does not fit it, it is quantised, or the merged weights would not be finite.
 
     """
-    name = os.fspath(adapter)
-    folder = free_folder(output)
-    model = load_adapted(name, dtype=dtype or "auto")
+    folder, saved = free_folder(output), SavedAdapter.read(adapter)
+    model = load_adapted(saved, dtype=dtype or "auto")
     if getattr(model.config, "quantization_config", None) is not None:
         if not dequantize:
             raise ValueError(
@@ -54,10 +53,10 @@ def merge_adapter(
     merged = model.merge_and_unload(progressbar=progressbar)
     with replacing_folder(folder) as partial:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
-        base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-        if not (save_preprocessing(partial, name) or save_preprocessing(partial, base)):
+        base = str(saved.config.base_model_name_or_path)
+        if not (save_preprocessing(partial, saved.name) or save_preprocessing(partial, base)):
             warnings.warn(
-                f"Neither {name} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=2
+                f"Neither {saved.name} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=2
             )
 
 

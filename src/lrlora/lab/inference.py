@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTok
 from ..checks import require_known
 from ..files import readable, replacing
 from ..run_folder import METRICS_FILE
-from ..saved import require_all_weights
+from ..saved import SavedAdapter, require_all_weights
 from ..tuner import cached_weights
 from .chat import render_chat
 from .config import TrainConfig, read_run
@@ -105,7 +105,7 @@ class _LoadedRun:
                 base = load_model(model_source(config.model), config, record.labels, tokenizer)
                 # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
-                require_all_weights(model, str(folder))
+                require_all_weights(model, SavedAdapter.read(folder))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record.labels, record.max_length, tokenizer, model)
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-
-from ..files import read_json, readable
+from ..files import read_json
 from ..rank import RankReport, rank_report
 from ..run_folder import (
     HISTORY_FILE,
@@ -26,7 +24,7 @@ from ..run_folder import (
     read_history,
     read_record,
 )
-from ..saved import EXPECTED, load_on_skeleton
+from ..saved import SavedAdapter, load_on_skeleton
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -95,15 +93,14 @@ def load_run(source: str, name: str, metrics: dict[str, float] | None = None) ->
     """
     folder = Path(source)
     checkpoint = last_whole_checkpoint(folder) if folder.is_dir() else None
-    adapter = _adapter_of(folder, checkpoint)
+    adapter = SavedAdapter.read(_adapter_of(folder, checkpoint))
     if (folder / REPORT_FILE).exists():
         report = RankReport.from_json(folder / REPORT_FILE)
     else:
         report = rank_report(load_on_skeleton(adapter), progressbar=True)
     state = _read((checkpoint or folder) / STATE_FILE, State)
     log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
-    with readable(adapter, EXPECTED):
-        adapter_config = json.loads(json.dumps(PeftConfig.from_pretrained(adapter).to_dict(), default=_plain))
+    adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
     record = read_record(folder) if (folder / RUN_FILE).exists() else None
     result = Run(name, report, history=read_history(folder / HISTORY_FILE), log=log)
     config = record.config | {"output": str(folder)} if record else {}
