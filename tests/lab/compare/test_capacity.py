@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrlora.lab.compare import Comparison, Suite
 from lrlora.lab.compare.capacity import CapacityTask, train_capacity
@@ -18,7 +22,11 @@ from lrlora.lab.compare.capacity_report import demand, follows_demand, losses, s
 from lrlora.lab.compare.equivalence import equivalent_rank
 from lrlora.lab.compare.jobs import TUNING_SEED, Job, Record, check_folder, prepare, read_records
 from lrlora.lab.compare.methods import find_method
+from lrlora.lab.compare.smollm2 import LanguageModel, draw_phone_book, phone_book
 from lrlora.lab.compare.suites import load_suite
+from lrlora.lab.inputs import SMOLLM2, checkpoint
+
+from ...conftest import TinyModel
 
 SEEDS = (1, 2, 3, 4, 5)
 
@@ -234,3 +242,37 @@ def test_loras_own_loss_falls_steeply_with_its_rank(name: str) -> None:
         ends.append(fmean(run["criterion"] for run in runs))
     assert ends[0] - ends[1] > 0.03 * chance
     assert ends[1] - ends[2] > 0.03 * chance
+
+
+def test_the_loss_of_a_language_model_is_its_own() -> None:
+    model = TinyModel("llama").build()
+    windows = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(0))
+    own = model(windows, labels=windows).loss
+    assert LanguageModel(model)(windows).item() == pytest.approx(own.item(), rel=1e-6)
+
+
+@pytest.mark.real
+def test_a_phone_book_is_learned_by_the_model_s_upper_layers() -> None:
+    setting = phone_book(pairs=8, batch_size=4, seed=1)
+    tokens, digits = draw_phone_book(pairs=8, seed=1)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(SMOLLM2))  # whole, and in float32
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(SMOLLM2))
+    text = tokenizer.decode(tokens[0].tolist() + tokenizer.encode(str(digits[0, -1].item())))
+    assert re.fullmatch(r"\w+ \w+: \d{10}", text)
+    assert text.endswith("".join(map(str, digits[0].tolist())))
+    ids = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
+    with torch.no_grad():
+        logits = model(tokens).logits[:, -10:, ids]
+    loss = F.cross_entropy(logits.flatten(0, 1), digits.flatten()).item()
+    measured = setting.test(setting.model)
+    assert measured["loss"] == pytest.approx(loss, rel=0.02)
+    assert measured["recalled"] == 0
+    found = train_capacity(
+        CapacityTask("phone-book", 60, 8, texts=8),
+        find_method("lora"),
+        {"r": 8, "lora_alpha": 32},
+        learning_rate=1e-2,
+        seed=1,
+    )
+    assert found["test"]["recalled"] == 1
+    assert found["test"]["loss"] < 0.1 < loss

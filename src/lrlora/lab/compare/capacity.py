@@ -8,7 +8,7 @@
                 recalled whole
     transfer    a byte-level language model, pretrained on English, goes on to another `corpus`; test loss in nats a
                 byte
-    language    SmolLM2, pretrained mostly on English, does; test loss in nats a token
+    language    SmolLM2, pretrained mostly on English, goes on to one; test loss in nats a token
 
 What is tuned is the learning rate η and the scale s = α/r. Under Adam without weight decay, which takes no notice of
 the scale of a gradient, these two are also all that LoRA+ (a rate of B's own) and another initial norm of A could

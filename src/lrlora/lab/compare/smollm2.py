@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.float(), windows[:, 1:].flatten())
 
 
-def _phone_book(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+def draw_phone_book(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
     """Token ids (pairs, `NAME_TOKENS` + 9) of "Mary Johnson: 555867530", and the digits (pairs, 10), int64."""
 
     def read(name: str) -> list[str]:
@@ -91,7 +91,7 @@ def _phone_book(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
 def phone_book(pairs: int, batch_size: int, seed: int) -> Setting:
     """Names and their numbers. `recalled` is the part of the numbers of which greedy decoding makes no mistake."""
     model, generator = _base_model(), torch.Generator().manual_seed(seed)
-    tokens, digits = _phone_book(pairs, seed)
+    tokens, digits = draw_phone_book(pairs, seed)
     with torch.no_grad():
         # What the lower layers make of them is computed once: they are frozen.
         inputs = torch.cat(
@@ -118,7 +118,7 @@ def phone_book(pairs: int, batch_size: int, seed: int) -> Setting:
 
 
 def language(corpus: str, batch_size: int, seed: int) -> Setting:
-    """SmolLM2 goes on to a corpus; all its linear layers are adapted."""
+    """SmolLM2 goes on to a corpus; the linear layers of its last six layers are adapted."""
     generator, tokenizer = torch.Generator().manual_seed(seed), _tokenizer()
     train, validation, test = (
         torch.tensor(tokenizer(part.numpy().tobytes().decode(errors="replace"), verbose=False)["input_ids"])
