@@ -40,7 +40,7 @@ from typer.testing import CliRunner, Result
 from lrlora import LrLoraConfig
 from lrlora.cli import app
 from lrlora.lab.choices import collate_choices, encode_continuations, token_log_likelihoods
-from lrlora.lab.config import TrainConfig
+from lrlora.lab.config import TrainConfig, parse_assignments
 from lrlora.lab.data import load_splits
 from lrlora.lab.train import train
 from lrlora.run_folder import read_history
@@ -752,3 +752,10 @@ def test_embedded_inputs_are_listed() -> None:
     assert result.exit_code == 0
     for name in ("embedded:minilm", "embedded:smollm2", "embedded:movie-reviews", "embedded:ratings"):
         assert name in result.output
+
+
+def test_values_mean_what_is_typed() -> None:
+    given = parse_assignments(
+        ["eval_strategy=no", "learning_rate=1e-4", "bf16=false", "report_to=[wandb]"], "--training"
+    )
+    assert given == {"eval_strategy": "no", "learning_rate": 1e-4, "bf16": False, "report_to": ["wandb"]}

@@ -164,7 +164,7 @@ def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
 
 
 def _parse(text: str, where: str) -> Any:
-    """YAML, in which 1e-4 is a number, as it is everywhere else."""
+    """YAML, in which 1e-4 is a number and `no` is a word, as they are everywhere else."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -173,6 +173,13 @@ def _parse(text: str, where: str) -> Any:
                 raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
             return super().compose_node(*arguments)
 
+    # YAML 1.1 takes no, off, yes and on for truth values.
+    boolean = "tag:yaml.org,2002:bool"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != boolean]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(boolean, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )

@@ -108,14 +108,10 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
                 "step": ratio(runs, base, "seconds") if same_hardware(runs, base) else math.nan,
                 "terms": _mean(run.get("terms", _terms(method)) for run in runs),
                 "stable rank": _mean(row["stable_rank"] for run in runs for row in run["ranks"] or ()),
-                # Of a phone book alone.
-                **(
-                    {"recalled": _mean(run["test"]["recalled"] for run in runs)}
-                    if "recalled" in runs[0]["test"]
-                    else {}
-                ),
             }
         )
+        if "recalled" in runs[0]["test"]:  # of a phone book
+            rows[-1]["recalled"] = f"{100 * fmean(run['test']['recalled'] for run in runs):.1f} %"
     order = list(dict.fromkeys(row["method"] for row in rows))
     order.sort(key=lambda name: name != LORA)
     rows.sort(key=lambda row: (order.index(row["method"]), row["parameters"]))
