@@ -40,7 +40,7 @@ def render() -> str:
     lines = [
         "![Learned ranks by layer and module type, and the learned φ](docs/demo/ranks.png)",
         "",
-        f"MiniLM-L6 on movie-review sentiment, films held out; {steps} steps of 32 at one learning rate, one seed:",
+        f"MiniLM-L6 on movie-review sentiment, films held out; {steps} steps of 32, one seed:",
         "",
         row("", *(r["method"] for r in reviews)),
         "|---" * (len(reviews) + 1) + "|",

@@ -25,7 +25,7 @@ from .train import train
 SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
 _DATA = "embedded:movie-reviews"
-LEARNING_RATE, BATCH_SIZE = 2e-3, 32  # of the reviews
+BATCH_SIZE = 32  # of the reviews
 LABEL_STEPS, LABEL_BATCH = 8, 64  # steps for each one of the reviews
 
 
@@ -67,8 +67,8 @@ class DemoResult:
     seconds_per_step: float | None
 
 
-# On the reviews: folder → a method of `find_method`; all at one rate and s = 1.
-REVIEWS = {"lr-lora": "lr-lora+r=8", "lora": "lora+r=8", "lora-r1": "lora+r=1"}
+# On the reviews: folder → a method of `find_method`, and its rate. At r = 8 twice the rate diverges; r = 1 wants more.
+REVIEWS = {"lr-lora": ("lr-lora+r=8", 2e-3), "lora": ("lora+r=8", 2e-3), "lora-r1": ("lora+r=1", 8e-3)}
 # On the labels: a method, with the rate and the scale that it has been tuned to (docs/capacity.md).
 LABELS = (
     ("lora+r=4", 5e-3, 4.0),
@@ -110,10 +110,10 @@ def run_demo(
     work.mkdir(parents=True, exist_ok=True)
     write_json(settings_file, asdict(settings))
     results = _read_results(work)
-    for folder, key in REVIEWS.items():
+    for folder, (key, rate) in REVIEWS.items():
         if all(result.folder != folder for result in results):
             announce(f"Movie reviews with {find_method(key).name} …")
-            results.append(_review(work / folder, key, settings, announce, illustrate))
+            results.append(_review(work / folder, key, rate, settings, announce, illustrate))
             write_json(work / RESULTS_FILE, [asdict(result) for result in results])
     task = CapacityTask("labels", LABEL_STEPS * settings.steps, LABEL_BATCH)
     for key, rate, scale in LABELS:
@@ -152,6 +152,7 @@ def _require_replaceable(folder: Path, overwrite: bool) -> None:
 def _review(
     folder: Path,
     key: str,
+    rate: float,
     settings: DemoSettings,
     announce: Callable[[str], None],
     illustrate: Callable[[Path], None] | None,
@@ -171,7 +172,7 @@ def _review(
         adapter=method.adapter(method.options["r"]),
         training={
             "max_steps": settings.steps,
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": rate,
             "per_device_train_batch_size": BATCH_SIZE,
             "per_device_eval_batch_size": 2 * BATCH_SIZE,
             "eval_strategy": "no",
