@@ -34,7 +34,7 @@ def test_trainer() -> None:
 def test_expansion() -> None:
     losses = re.findall(r"^(LoRA|expansion), r = 4: +loss (\d+\.\d+)$", run("expansion.py", "4"), re.MULTILINE)
     assert [method for method, _ in losses] == ["LoRA", "expansion"]
-    assert all(3 < float(loss) < 6 for _, loss in losses)  # chance is 4.16
+    assert all(2 < float(loss) < 20 for _, loss in losses)  # the head is random, and sure of itself
 
 
 @pytest.mark.real
