@@ -19,7 +19,6 @@ from lrlora.rank import MEASURES
 DOCS = Path(__file__).parent
 STORED = DOCS / "demo"
 README = DOCS.parent / "README.md"
-FOLDERS = ("lr-lora", "lora", "lora-r1")
 
 
 def store(demo: Path) -> None:
@@ -27,16 +26,21 @@ def store(demo: Path) -> None:
     STORED.mkdir(exist_ok=True)
     for name in ("results.json", "settings.json", "ranks.png"):
         shutil.copy(demo / name, STORED / name)
-    for folder in FOLDERS:
-        report = RankReport.from_json(demo / folder / "ranks.json")
-        RankReport(report.rows).to_json(STORED / f"{folder}.json")
+    for result in results_of(demo, "reviews"):
+        report = RankReport.from_json(demo / result["folder"] / "ranks.json")
+        RankReport(report.rows).to_json(STORED / f"{result['folder']}.json")
+
+
+def results_of(demo: Path, task: str) -> list[dict[str, Any]]:
+    """The results on "reviews", which have a folder each, or "labels"."""
+    return [result for result in json.loads((demo / "results.json").read_text()) if result["task"] == task]
 
 
 def render() -> str:
     """The README's section, in Markdown."""
     steps = json.loads((STORED / "settings.json").read_text())["steps"]
-    results = json.loads((STORED / "results.json").read_text())
-    reviews, labels = ([r for r in results if r["task"] == task] for task in ("reviews", "labels"))
+    reviews, labels = (results_of(STORED, task) for task in ("reviews", "labels"))
+    first = labels[0]["seconds_per_step"]
     lines = [
         "![Learned ranks by layer and module type, and the learned φ](docs/demo/ranks.png)",
         "",
@@ -67,13 +71,9 @@ def render() -> str:
         "|---" * (len(labels) + 1) + "|",
         row("loss on the labels, nats (chance: 4.16)", *(f"{r['value']:.2f}" for r in labels)),
         row("trainable parameters", *(f"{r['trainable_parameters']:,}" for r in labels)),
-        row("time of a step, relative to LoRA, r=4", *_relative(labels)),
+        row("time of a step, relative to LoRA, r=4", *(f"{r['seconds_per_step'] / first:.2f}" for r in labels)),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _relative(results: list[dict[str, Any]]) -> list[str]:
-    return [f"{r['seconds_per_step'] / results[0]['seconds_per_step']:.2f}" for r in results]
 
 
 def updated(readme: str) -> str:

@@ -41,7 +41,7 @@ class SavedAdapter:
 
     @classmethod
     def read(cls, adapter: AdapterSource) -> SavedAdapter:
-        """The adapter there, or the one given.
+        """Read an adapter from a folder or the hub; one that has been read is returned as it is.
 
         Raises:
             ValueError: there is none, or its configuration is damaged.

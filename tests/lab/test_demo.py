@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lrlora import rank_report
 from lrlora.lab import demo
-from lrlora.lab.demo import RESULTS_FILE, DemoSettings, load_reports, run_demo
+from lrlora.lab.demo import RESULTS_FILE, DemoSettings, run_demo
 from lrlora.lab.inputs import MINILM, fetch
+from lrlora.lab.train import rank_report_of
 from lrlora.report.runs import load_runs
 
 pytestmark = pytest.mark.real
@@ -55,7 +56,9 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
 
     base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=2)
     model = PeftModel.from_pretrained(base, output / "lr-lora").eval()
-    assert rank_report(model).rows == load_reports(output)["lr-lora"].rows
+    stored = rank_report_of(output / "lr-lora")
+    assert stored is not None
+    assert rank_report(model).rows == stored.rows
     tokens = AutoTokenizer.from_pretrained(fetch(MINILM))(["A triumph.", "A bore."], return_tensors="pt", padding=True)
     assert torch.isfinite(model(**tokens).logits).all()
 

@@ -27,8 +27,8 @@ def demo(
     """Train MiniLM on movie reviews and on random labels with LR-LoRA and LoRA, and show the learned ranks."""
     with one_clear_error():
         quiet()
-        from ..lab.demo import DemoSettings, load_reports, run_demo
-        from ..lab.train import Interrupted
+        from ..lab.demo import DemoSettings, run_demo
+        from ..lab.train import Interrupted, rank_report_of
         from ..report.figure import illustrate, save_rank_figure
         from ..report.page import write_page
         from ..report.runs import load_runs
@@ -40,14 +40,15 @@ def demo(
             results = run_demo(output, settings, overwrite=overwrite, announce=announce, illustrate=illustrate)
         except Interrupted:
             raise KeyboardInterrupt from None
-        reports = load_reports(output)
+        report = rank_report_of(output / "lr-lora")
+        assert report is not None  # the method has ranks
         picture, page = output / PICTURE_FILE, output / "report.html"
-        save_rank_figure(reports["lr-lora"], picture, title=f"LR-LoRA on movie reviews, {steps} steps")
+        save_rank_figure(report, picture, title=f"LR-LoRA on movie reviews, {steps} steps")
         write_page(load_runs([output]), page, title=f"Movie reviews, {steps} steps")
-        console.print(rank_table(reports["lr-lora"], "Ranks that LR-LoRA learned on the reviews"))
+        console.print(rank_table(report, "Ranks that LR-LoRA learned on the reviews"))
         for task, title, heading in (
-            ("reviews", "Movie reviews: rank does not matter", "accuracy, films held out"),
-            ("labels", "Random labels, to be learned by heart: rank decides", "loss, nats"),
+            ("reviews", "Movie reviews", "accuracy, films held out"),
+            ("labels", "Random labels, to be learned by heart", "loss, nats"),
         ):
             table = Table(title=title, title_justify="left")
             for name in ("method", "trainable", heading, "ms a step"):

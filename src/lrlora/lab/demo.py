@@ -13,8 +13,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ..files import read_json, write_json
-from ..rank import RankReport
-from ..run_folder import METRICS_FILE, REPORT_FILE, RUN_FILE
+from ..run_folder import METRICS_FILE, RUN_FILE
 from .compare.capacity import CapacityTask, train_capacity
 from .compare.methods import find_method
 from .config import FROM_TRAIN, TrainConfig
@@ -35,7 +34,7 @@ class DemoSettings:
 
     Args:
         steps: on the reviews, of 32 snippets; on the labels there are eight times as many, of 64.
-        seed: of head, factors, labels and data order.
+        seed: of head, factors, labels and data order. Rates and scales on the labels were tuned with seed 0.
 
     """
 
@@ -110,17 +109,20 @@ def run_demo(
     work.mkdir(parents=True, exist_ok=True)
     write_json(settings_file, asdict(settings))
     results = _read_results(work)
+
+    def keep(result: DemoResult) -> None:
+        results.append(result)
+        write_json(work / RESULTS_FILE, [asdict(result) for result in results])
+
     for folder, (key, rate) in REVIEWS.items():
         if all(result.folder != folder for result in results):
             announce(f"Movie reviews with {find_method(key).name} …")
-            results.append(_review(work / folder, key, rate, settings, announce, illustrate))
-            write_json(work / RESULTS_FILE, [asdict(result) for result in results])
+            keep(_review(work / folder, key, rate, settings, announce, illustrate))
     task = CapacityTask("labels", LABEL_STEPS * settings.steps, LABEL_BATCH)
     for key, rate, scale in LABELS:
         if all(result.method != find_method(key).name for result in results if result.task == task.kind):
             announce(f"Random labels with {find_method(key).name} …")
-            results.append(_label(task, key, rate, scale, settings.seed))
-            write_json(work / RESULTS_FILE, [asdict(result) for result in results])
+            keep(_label(task, key, rate, scale, settings.seed))
     if output.exists():
         shutil.rmtree(output)
     work.rename(output)
@@ -132,11 +134,6 @@ def _read_results(folder: Path) -> list[DemoResult]:
     if not path.exists():
         return []
     return [DemoResult(**result) for result in read_json(path, list[dict[str, Any]], "Give --overwrite.")]
-
-
-def load_reports(output: Path) -> dict[str, RankReport]:
-    """The learned ranks of `run_demo`'s runs on the reviews, by folder."""
-    return {name: RankReport.from_json(output / name / REPORT_FILE) for name in REVIEWS}
 
 
 def _require_replaceable(folder: Path, overwrite: bool) -> None:

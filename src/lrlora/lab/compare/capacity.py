@@ -33,8 +33,8 @@ from transformers import get_cosine_schedule_with_warmup
 from ...checks import require_known, require_type
 from ...rank import rank_report
 from ..methods import METHODS, adapter_config
+from .capacity_tasks import Setting, labels, transfer
 from .methods import Method
-from .settings import Setting, labels, transfer
 from .smollm2 import language, phone_book
 
 CORPORA = ("german", "source-code")

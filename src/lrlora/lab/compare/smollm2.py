@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..inputs import NAMES, SMOLLM2, checkpoint, fetch
 from .byte_model import sample_batch
+from .capacity_tasks import EVALUATED_AT_ONCE, Setting, shuffled
 from .corpora import load_corpus
-from .settings import EVALUATED_AT_ONCE, Setting, shuffled
 
 LAYER = 24  # of 30, whose MLP learns the phone book
 DIGITS = 10  # of a number
@@ -89,7 +89,7 @@ def draw_phone_book(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def phone_book(pairs: int, batch_size: int, seed: int) -> Setting:
-    """Names and their numbers. `recalled` is the part of the numbers of which greedy decoding makes no mistake."""
+    """Names and their numbers; `recalled` is the part that greedy decoding among the ten digits gives whole."""
     model, generator = _base_model(), torch.Generator().manual_seed(seed)
     tokens, digits = draw_phone_book(pairs, seed)
     with torch.no_grad():
