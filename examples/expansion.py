@@ -18,6 +18,7 @@ import lrlora
 from lrlora.lab.inputs import MINILM, checkpoint
 from lrlora.lab.tasks import TASKS
 
+torch.manual_seed(0)
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 800
 base = str(checkpoint(MINILM))
 count, length, classes = 2048, 8, 64

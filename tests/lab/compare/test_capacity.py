@@ -137,7 +137,7 @@ def test_a_folder_takes_more_tasks_but_no_other_settings(tmp_path: Path) -> None
     both = suite(first=small, second={**small, "methods": ["lora"]})
     prepare(Comparison(both, ("lora",)), tmp_path / "out")
     check_folder(Comparison(suite(first={**small, "methods": ["hira"]}), ("lora",)), tmp_path / "out")
-    check_folder(Comparison(suite(second=small, third=small), ("lora",)), tmp_path / "out")  # one lost, one new
+    check_folder(Comparison(suite(second=small, third={**small}), ("lora",)), tmp_path / "out")  # one lost, one new
     with pytest.raises(FileExistsError, match="another comparison"):
         check_folder(Comparison(suite(first={**small, "steps": 6}), ("lora",)), tmp_path / "out")
     with pytest.raises(FileExistsError, match="another comparison"):
