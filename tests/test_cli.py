@@ -234,6 +234,7 @@ def test_ranks_checks_where_to_write_before_measuring(tmp_path: Path, option: st
 
 
 def test_ranks_checks_the_kind_of_picture_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
     result = run("ranks", tmp_path, "--picture", tmp_path / "out.foo")
     assert result.exit_code == 1
     assert "must end in one of" in result.output

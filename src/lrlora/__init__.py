@@ -1,11 +1,17 @@
 """Learnable-Rank LoRA: fine-tune transformers without guessing a rank (arXiv:2606.04325)."""
 
+import sys
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-from .callback import RankCallback
-from .distributed import fully_shard_phi
-from .rank import RankReport, rank_report
-from .tuner import LrLoraConfig, LrLoraModel, cached_weights
+# This registers the method with PEFT, and takes as long as importing torch, transformers and PEFT: the command line
+# spends that only in a command that needs them.
+if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
+    from .callback import RankCallback
+    from .distributed import fully_shard_phi
+    from .rank import RankReport, rank_report
+    from .tuner import LrLoraConfig, LrLoraModel, cached_weights
 
 __all__ = [
     "LrLoraConfig",

@@ -64,3 +64,21 @@ def _is(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool  # and no number, though Python thinks so
     return not is_typeddict(kind) and isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
+
+
+def check_truncation(
+    *, energy: float | None = None, budget: int | None = None, max_rank: int | None = None, drop_below: float = 0.0
+) -> None:
+    """Raise a ValueError unless these arguments of `factorize` say what an export keeps."""
+    if (energy is None) == (budget is None) and not (energy is None and max_rank is not None):
+        given = "both" if energy is not None else "none"
+        raise ValueError(
+            f"Give either energy or budget, or max_rank alone to say what to keep; given: {given} of them."
+        )
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be a share in (0, 1], and is {energy!r}.")
+    for name, value in (("budget", budget), ("max_rank", max_rank)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be a whole number ≥ 1, and is {value!r}.")
+    if not 0 <= drop_below < 1:
+        raise ValueError(f"drop_below must be a share in [0, 1), and is {drop_below!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -125,6 +126,25 @@ def readable(path: str | os.PathLike[str], remedy: str, *, until: Callable[[], b
         elif not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{path} is damaged or not what it should be ({reason}). {remedy}") from error
+
+
+ADAPTER_EXPECTED = "Expected are the adapter_config.json and adapter_model.safetensors that save_pretrained wrote."
+
+
+def require_adapter(name: str | os.PathLike[str]) -> None:
+    """Look for an adapter, as far as that needs no hub: in a folder, or where a name can be no other.
+
+    Raises:
+        ValueError: there is none.
+
+    """
+    path = Path(name)
+    if path.is_dir():
+        reason = None if (path / "adapter_config.json").is_file() else "there is no adapter_config.json in it"
+    else:
+        reason = None if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", os.fspath(name)) else "there is no such folder"
+    if reason is not None:
+        raise ValueError(f"{name} does not hold a readable adapter: {reason}. {ADAPTER_EXPECTED}")
 
 
 def read_json(path: Path, kind: Any, remedy: str) -> Any:

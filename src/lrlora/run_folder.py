@@ -9,14 +9,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 from zipfile import ZipFile
 
 from safetensors import safe_open
 
 from .checks import require_type
 from .files import read_json, readable
-from .rank import RankReport, RankRow
+
+if TYPE_CHECKING:
+    from .rank import RankReport
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
@@ -100,6 +102,8 @@ def read_history(path: Path) -> list[tuple[int, RankReport]]:
         ValueError: one cannot be read.
 
     """
+    from .rank import RankReport, RankRow  # only here: it imports torch
+
     records: list[tuple[int, RankReport]] = []
     if not path.exists():
         return records

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from .files import readable
+from .files import ADAPTER_EXPECTED, readable, require_adapter
 from .naming import PEFT_PREFIX
+from .tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
 
-EXPECTED = "Expected are the adapter_config.json and adapter_model.safetensors that save_pretrained wrote."
 _FACTOR_SUFFIXES = {"LRLORA": "lrlora_A.weight", "LORA": "lora_A.weight"}
 
 
@@ -50,11 +50,12 @@ class SavedAdapter:
         if isinstance(adapter, SavedAdapter):
             return adapter
         name = os.fspath(adapter)
-        with readable(name, EXPECTED):
+        require_adapter(name)
+        with readable(name, ADAPTER_EXPECTED):
             try:
                 return cls(name, PeftConfig.from_pretrained(name))
             except ValueError as error:
-                raise ValueError(f"{name} does not hold a readable adapter ({error}). {EXPECTED}") from None
+                raise ValueError(f"{name} does not hold a readable adapter ({error}). {ADAPTER_EXPECTED}") from None
 
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -80,7 +81,7 @@ def load_on_skeleton(adapter: AdapterSource, *, with_base_weights: bool = False)
 
     """
     saved = SavedAdapter.read(adapter)
-    with readable(saved.name, EXPECTED):
+    with readable(saved.name, ADAPTER_EXPECTED):
         return _load_on_skeleton(saved, with_base_weights)
 
 
@@ -164,4 +165,6 @@ def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
         ("does not fit its configuration, which knows no", {key for key in there - wanted if ".lrlora_" in key}),
     ):
         if keys:
-            raise ValueError(f"The adapter {saved.name} {what} {min(keys)} ({len(keys)} of such weights). {EXPECTED}")
+            raise ValueError(
+                f"The adapter {saved.name} {what} {min(keys)} ({len(keys)} of such weights). {ADAPTER_EXPECTED}"
+            )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..checks import check_truncation, require_known
+from ..files import free_folder, require_adapter
 from .common import app, console, one_clear_error, quiet
 
 if TYPE_CHECKING:
@@ -25,10 +27,11 @@ def ranks(
 ) -> None:
     """Print the learned ranks of a saved adapter. Its base model is not needed."""
     with one_clear_error():
-        quiet()
         for path in (json, csv, picture):
             if path and not path.parent.is_dir():
                 raise FileNotFoundError(f"The folder {path.parent} for {path.name} does not exist.")
+        require_adapter(adapter)
+        quiet()
         if picture:
             from ..report.figure import check_picture, save_rank_figure
 
@@ -58,17 +61,17 @@ def report(
 ) -> None:
     """Show what was learned, of one run or of several beside each other: one HTML page that needs no network."""
     with one_clear_error():
-        quiet()
-        from ..report.page import write_page
-        from ..report.pictures import save_pictures
-        from ..report.runs import load_runs
-
         if output.exists() and not overwrite:
             raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"The folder {output.parent} for {output.name} does not exist.")
         if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
             raise FileExistsError(f"The folder {pictures} is not empty. Give another one, or --overwrite.")
+        quiet()
+        from ..report.page import write_page
+        from ..report.pictures import save_pictures
+        from ..report.runs import load_runs
+
         runs = load_runs(sources)
         write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
         console.print(escape(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB"), highlight=False)
@@ -84,6 +87,7 @@ _BUDGET = Annotated[
 ]
 _MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module.")]
 _DROP_BELOW = Annotated[float, typer.Option(help="Leave out modules with less than this share of all ‖ΔW‖².")]
+_DTYPES = ("float32", "bfloat16", "float16")
 _OUTPUT = Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist.")]
 
 
@@ -104,20 +108,24 @@ def export(
 ) -> None:
     """Turn a learned update into a plain LoRA adapter that anything can serve."""
     with one_clear_error("Nothing was written."):
-        quiet()
-        from ..export import factorize, save_as_lora, save_lora_config
-        from ..export.loading import check_base, check_names
-        from ..export.table import factors_table
-        from ..files import free_folder
-        from ..saved import SavedAdapter
-
         if pad and config_only:
             raise ValueError("--pad is about weights, and --config-only writes none. Leave one of them out.")
-        precision = _dtype(dtype)
+        require_known("dtype", dtype, _DTYPES)
+        number, is_rank = (None, False) if budget is None else _parse_budget(budget)
+        truncation: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "drop_below": drop_below}
+        check_truncation(**truncation, budget=number)
         free_folder(output)
+        require_adapter(adapter)
+        quiet()
+        from ..export import factorize, save_as_lora, save_lora_config
+        from ..export.factorize import parameters_of_rank
+        from ..export.loading import check_base, check_names
+        from ..export.table import factors_table
+        from ..saved import SavedAdapter
+
         saved = SavedAdapter.read(adapter)
         model = _load_lr_lora(saved)
-        truncation = _truncation(model, energy, budget, max_rank, drop_below)
+        truncation["budget"] = parameters_of_rank(model, number) if is_rank and number is not None else number
         if check and not config_only:
             check_base(saved, model)
         else:
@@ -129,7 +137,7 @@ def export(
             console.print(escape(f"To train with: LoraConfig.from_pretrained({str(output)!r})"), highlight=False)
             return
         console.print(_sizes(model, sum(part.parameters for part in factors)), highlight=False)
-        save_as_lora(factors, saved, output, dtype=precision, pad=pad)
+        save_as_lora(factors, saved, output, dtype=_dtype(dtype), pad=pad)
         size = sum(file.stat().st_size for file in output.iterdir())
         console.print(escape(f"LoRA adapter: {output}, {size / 2**20:.2f} MiB"), highlight=False)
         if check:
@@ -173,6 +181,10 @@ def merge(
 ) -> None:
     """Add the update to the base model, and write a full model that needs no adapter."""
     with one_clear_error("Nothing was written."):
+        if dtype is not None:
+            require_known("dtype", dtype, _DTYPES)
+        free_folder(output)
+        require_adapter(adapter)
         quiet()
         from ..export import merge_adapter
 
@@ -187,9 +199,6 @@ def merge(
 def _dtype(name: str) -> Any:
     import torch
 
-    from ..checks import require_known
-
-    require_known("dtype", name, ("float32", "bfloat16", "float16"))
     return getattr(torch, name)
 
 
@@ -202,18 +211,9 @@ def _load_lr_lora(saved: SavedAdapter) -> Any:
     return load_on_skeleton(saved)
 
 
-def _truncation(
-    model: Any, energy: float | None, budget: str | None, max_rank: int | None, drop_below: float
-) -> dict[str, Any]:
-    """The arguments of `factorize` that the options ask for."""
-    from ..export.factorize import check_truncation, parameters_of_rank
-
-    truncation: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "drop_below": drop_below}
-    if budget is not None:
-        match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]?)", budget)
-        if match is None or (match[1] and (match[3] or "." in match[2])):
-            raise ValueError(f"--budget must be like 250000, 250k, 1.5M or r4, and is {budget!r}.")
-        number = float(match[2]) * {"": 1, "k": 1e3, "M": 1e6}[match[3]]
-        truncation["budget"] = parameters_of_rank(model, int(number)) if match[1] else int(number)
-    check_truncation(**truncation)
-    return truncation
+def _parse_budget(text: str) -> tuple[int, bool]:
+    """How many parameters, or the rank of the LoRA whose parameters they are, and whether it is a rank."""
+    match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]?)", text)
+    if match is None or (match[1] and (match[3] or "." in match[2])):
+        raise ValueError(f"--budget must be like 250000, 250k, 1.5M or r4, and is {text!r}.")
+    return int(float(match[2]) * {"": 1, "k": 1e3, "M": 1e6}[match[3]]), bool(match[1])

@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..files import write_json
+from ..lab.config import TrainConfig, parse_assignments, parse_pairs, read_run, read_yaml, require_startable
+from ..lab.names import require_data_path, require_suite
+from ..run_folder import RUN_FILE
 from .common import announce, app, console, one_clear_error, quiet
 
 
@@ -100,12 +104,6 @@ def train(
 ) -> None:
     """Fine-tune your model on your data; save adapter, metrics and learned ranks."""
     with one_clear_error():
-        quiet()
-        from ..lab.config import TrainConfig, parse_assignments, parse_pairs, read_run
-        from ..lab.train import Interrupted, rank_report_of, resume_hint, train
-        from ..report.table import rank_table
-        from ..run_folder import RUN_FILE
-
         flags = {
             "model": model,
             "data": data,
@@ -136,6 +134,11 @@ def train(
             raise ValueError("--resume goes on with the settings of the run: give nothing else.")
         else:
             run, _ = read_run(resume)
+        require_startable(run, resume=resume is not None, overwrite=overwrite)
+        quiet()
+        from ..lab.train import Interrupted, rank_report_of, resume_hint, train
+        from ..report.table import rank_table
+
         try:
             result = train(
                 run, resume=resume is not None, overwrite=overwrite, announce=announce, illustrate=_illustrator()
@@ -172,8 +175,6 @@ def _settings(
     file: Path | None, flags: dict[str, Any], nested: dict[str, dict[str, Any]], rank: int | None
 ) -> dict[str, Any]:
     """The settings of a run: those of a file, with what the command line says in their place."""
-    from ..lab.config import read_yaml
-
     settings = (read_yaml(file) if file else {}) | flags
     if rank is not None:
         nested["adapter"]["target_r" if settings.get("method") == "adalora" else "r"] = rank
@@ -195,12 +196,12 @@ def evaluate(
 ) -> None:
     """Evaluate a finished run on data."""
     with one_clear_error():
+        columns = parse_pairs(column, "--column") if column else None
+        read_run(run)
+        require_data_path(data)
         quiet()
-        from ..files import write_json
-        from ..lab.config import parse_pairs
         from ..lab.inference import evaluate
 
-        columns = parse_pairs(column, "--column") if column else None
         metrics = evaluate(run, data, split=split, columns=columns)
         _print_metrics(metrics, f"{run} on {data}")
         if json:
@@ -220,13 +221,14 @@ def predict(
 ) -> None:
     """Predict with a finished run: a line of JSON for each example."""
     with one_clear_error():
-        quiet()
-        from ..lab.config import parse_pairs
-        from ..lab.inference import predict, write_predictions
-
         if output.exists() and not overwrite:
             raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
         columns = parse_pairs(column, "--column") if column else None
+        read_run(run)
+        require_data_path(data)
+        quiet()
+        from ..lab.inference import predict, write_predictions
+
         count = write_predictions(output, predict(run, data, split=split, columns=columns))
         console.print(escape(f"{count:,} predictions: {output}"), highlight=False)
 
@@ -252,6 +254,7 @@ def compare(
 ) -> None:
     """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core."""
     with one_clear_error():
+        require_suite(suite)
         from ..lab.compare import Comparison, run_comparison
         from ..lab.compare.jobs import parse_rates, read_comparison, read_records
         from ..lab.compare.report import write_report

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..checks import check_truncation
 from ..expansion import Expansion
 from ..naming import module_type, path_in_base
 from ..ops import svd_of_product
@@ -219,24 +220,6 @@ def factorize(
         ranks = _within_budget(eligible, budget, max_rank or max(min(update.shape) for update in eligible))
     kept = {update.name for update in eligible}
     return [update.factors(ranks[update.name] if update.name in kept else 0) for update in updates]
-
-
-def check_truncation(
-    *, energy: float | None = None, budget: int | None = None, max_rank: int | None = None, drop_below: float = 0.0
-) -> None:
-    """Raise the ValueError that `factorize` would raise of its arguments, without a model."""
-    if (energy is None) == (budget is None) and not (energy is None and max_rank is not None):
-        given = "both" if energy is not None else "none"
-        raise ValueError(
-            f"Give either energy or budget, or max_rank alone to say what to keep; given: {given} of them."
-        )
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must be a share in (0, 1], and is {energy!r}.")
-    for name, value in (("budget", budget), ("max_rank", max_rank)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be a whole number ≥ 1, and is {value!r}.")
-    if not 0 <= drop_below < 1:
-        raise ValueError(f"drop_below must be a share in [0, 1), and is {drop_below!r}.")
 
 
 def _linear_layers(model: nn.Module, adapter: str | None) -> list[tuple[str, LrLoraLayer, str]]:

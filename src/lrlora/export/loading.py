@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..files import readable
+from ..files import ADAPTER_EXPECTED, readable
 from ..naming import path_in_base
 from ..run_folder import RUN_FILE, read_record
-from ..saved import EXPECTED, AdapterSource, SavedAdapter, require_all_weights
+from ..saved import AdapterSource, SavedAdapter, require_all_weights
 from ..tuner import LrLoraLayer
 
 _CLASSES = {
@@ -46,7 +46,7 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     """
     saved = SavedAdapter.read(adapter)
     name, config = saved.name, saved.config
-    with readable(name, EXPECTED):
+    with readable(name, ADAPTER_EXPECTED):
         if (Path(name) / RUN_FILE).exists() and (labels := read_record(Path(name)).labels):
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -10,9 +11,8 @@ from typing import Any
 
 from ..checks import require_known, require_type
 from ..files import readable
-from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
-from .kinds import KINDS, OPTIONAL_ROLES
-from .methods import METHODS
+from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_EXPECTED, RUN_FILE, RunRecord, read_history, read_record
+from .names import METHOD_NAMES, OPTIONAL_ROLES, ROLES, TASKS_WITHOUT_HEAD, require_data_path, require_model_folder
 
 FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
 
@@ -25,8 +25,8 @@ class TrainConfig:
         model: name on the hub, local folder, or `embedded:NAME` (see `lrlora inputs`).
         data: name on the hub (`name` or `name:configuration`), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or `embedded:NAME`.
-        task: one of `lrlora.lab.kinds.KINDS`.
-        method: one of `lrlora.lab.methods.METHODS`.
+        task: one of `lrlora.lab.names.ROLES`.
+        method: one of `lrlora.lab.names.METHOD_NAMES`.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: what a column holds → its name in the data, where they differ. Roles: text, text_pair and label for
             "classify" and "regress"; question, choices (a list) and label (the index of the right choice) for
@@ -76,17 +76,17 @@ class TrainConfig:
         for name in ("model", "data", "output"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name or a path, and is {getattr(self, name)!r}.")
-        require_known("task", self.task, KINDS)
-        require_known("method", self.method, METHODS)
+        require_known("task", self.task, ROLES)
+        require_known("method", self.method, METHOD_NAMES)
         for role in self.columns:
-            require_known("key of columns", role, (*KINDS[self.task].roles, *OPTIONAL_ROLES))
+            require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
         rate = self.head_learning_rate
         if rate is not None:
             if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < float("inf"):
                 raise ValueError(f"head_learning_rate must be a number > 0, and is {rate!r}.")
-            if not KINDS[self.task].has_head:
+            if self.task in TASKS_WITHOUT_HEAD:
                 raise ValueError(
                     f"head_learning_rate={rate!r} is for a new head, and {self.task} has none. Leave it out."
                 )
@@ -200,3 +200,43 @@ def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
     record = read_record(folder)
     with readable(folder / RUN_FILE, RUN_EXPECTED):
         return TrainConfig.from_dict(record.config | {"output": str(folder)}), record
+
+
+def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check all of a run that can be checked without torch.
+
+    Raises:
+        FileExistsError: the output folder is in use, or its run is finished.
+        FileNotFoundError: there is no run to resume, no model folder, or no data file.
+        ValueError: the run to resume had other settings, or its method cannot resume.
+
+    """
+    output = Path(config.output)
+    # A process that was killed at its very start may have left no more than a temporary file.
+    is_used = output.exists() and any(path.suffix != ".partial" for path in output.iterdir())
+    if resume:
+        recorded, _ = read_run(output)
+        if config.method == "adalora":
+            raise ValueError(
+                "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
+            )
+        if (output / METRICS_FILE).exists():
+            raise FileExistsError(f"The run in {output} is finished: there is nothing to resume.")
+        read_history(output / HISTORY_FILE)  # which is gone on with
+        # The folder may have been moved, or be called by another name.
+        theirs, mine = (c.to_dict() | {"output": None} for c in (recorded, config))
+        if json.dumps(theirs, sort_keys=True) != json.dumps(mine, sort_keys=True):
+            raise ValueError(
+                f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
+            )
+    elif is_used and not (overwrite and (output / RUN_FILE).exists()):
+        hint = (
+            "replace it with --overwrite, or go on with --resume"
+            if (output / RUN_FILE).exists()
+            else "remove it yourself"
+        )
+        raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
+    require_model_folder(config.model)
+    for data in (config.data, config.validation):
+        if data not in (None, FROM_TRAIN):
+            require_data_path(str(data))

@@ -16,13 +16,12 @@ from ..checks import require_known
 from .commonsense import COMMONSENSE, load_commonsense
 from .config import FROM_TRAIN, TrainConfig
 from .embedded import EMBEDDED_DATA
-from .kinds import KINDS, OPTIONAL_ROLES, Kind, with_class_ids
+from .kinds import KINDS, Kind, with_class_ids
+from .names import BUILDERS, EMBEDDED, OPTIONAL_ROLES, require_data_path
 from .rows import is_known, require_rows
 from .tasks import split_by_group
 
-PREFIX = "embedded:"
 COMMONSENSE_PREFIX = "commonsense"
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,15 @@ def load_splits(name: str) -> DatasetDict:
         ValueError: the embedded data is unknown, or the file cannot be read.
 
     """
-    if name.startswith(PREFIX):
-        require_known("embedded data", name.removeprefix(PREFIX), EMBEDDED_DATA)
-        return EMBEDDED_DATA[name.removeprefix(PREFIX)].load()
+    if name.startswith(EMBEDDED):
+        require_known("embedded data", name.removeprefix(EMBEDDED), EMBEDDED_DATA)
+        return EMBEDDED_DATA[name.removeprefix(EMBEDDED)].load()
     path = Path(name)
     try:
         if path.is_file():
-            builder = _BUILDERS.get(path.suffix)
+            builder = BUILDERS.get(path.suffix)
             if builder is None:
-                raise ValueError(f"it ends in none of {', '.join(_BUILDERS)}")
+                raise ValueError(f"it ends in none of {', '.join(BUILDERS)}")
             # Words such as "None" are texts and labels like others; only nothing is missing.
             options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
             options |= {"sep": "\t"} if path.suffix == ".tsv" else {}
@@ -73,8 +72,7 @@ def load_splits(name: str) -> DatasetDict:
             raise cause from None  # no fault of the data
         reason = str(cause).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"The data {name} cannot be read: {reason[0]}") from None
-    if path.suffix in _BUILDERS or path.is_absolute() or name.startswith("."):
-        raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
+    require_data_path(name)
     repository, _, configuration = name.partition(":")
     if repository == COMMONSENSE_PREFIX:
         require_known("commonsense set", configuration, COMMONSENSE)

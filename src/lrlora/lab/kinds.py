@@ -32,9 +32,8 @@ from transformers.models.auto.modeling_auto import (
 from .chat import count_tokens
 from .choices import ChoiceTrainer, encode_continuations
 from .metrics import choice_metrics, classification_metrics, regression_metrics
+from .names import OPTIONAL_ROLES, ROLES
 from .rows import SHOWN_ROWS, is_conversation, is_finite, is_known, mapped, require_rows, require_text
-
-OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
 
 
 class Kind:
@@ -42,7 +41,6 @@ class Kind:
 
     Attributes:
         name: as `lrlora train --task` calls it.
-        roles: what a column holds, by what it is called unless `columns` says otherwise.
         metrics: that may choose the best checkpoint; the first, unless given.
         criterion: the metric that chooses the learning rate in a comparison, a loss that holds nothing but the task.
         has_head: whether the model gets a new head.
@@ -57,7 +55,6 @@ class Kind:
     """
 
     name: ClassVar[str]
-    roles: ClassVar[tuple[str, ...]] = ("text", "label")
     metrics: ClassVar[tuple[str, ...]]
     criterion: ClassVar[str] = "loss"
     has_head: ClassVar[bool] = True
@@ -68,6 +65,11 @@ class Kind:
     model_class: ClassVar[Any] = AutoModelForSequenceClassification
     architectures: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     collator: ClassVar[Any] = DataCollatorWithPadding
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What a column holds, by what it is called unless `columns` says otherwise."""
+        return ROLES[self.name]
 
     def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
         """Role → column that must be there, from what the user says of some.
@@ -208,7 +210,6 @@ class MultipleChoice(Kind):
     """The right one of several choices, by an encoder's head."""
 
     name = "multiple-choice"
-    roles = ("question", "choices", "label")
     metrics = ("accuracy", "loss")
     adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # PEFT does not know this head
     collator = DataCollatorForMultipleChoice
@@ -284,7 +285,6 @@ class CausalLm(Kind):
     """The next token of texts, of answers to prompts, or of a chat; TRL encodes and trains."""
 
     name = "causal-lm"
-    roles = ("messages", "prompt", "completion", "text")
     metrics = ("loss", "mean_token_accuracy", "entropy")
     has_head = False
     generates = True

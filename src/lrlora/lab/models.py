@@ -24,11 +24,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from ..checks import require_known
 from ..files import readable
 from .config import TrainConfig
-from .data import PREFIX
 from .embedded import EMBEDDED_MODELS
 from .inputs import checkpoint
 from .kinds import Kind, kind_for
 from .metrics import LESS_IS_BETTER
+from .names import EMBEDDED, require_model_folder
 
 MODEL_EXPECTED = "Expected is a model that transformers can load: fetch it anew, or give another."
 
@@ -41,13 +41,11 @@ def model_source(name: str) -> str:
         ValueError: the embedded model is unknown.
 
     """
-    if name.startswith(PREFIX):
-        known = name.removeprefix(PREFIX)
+    if name.startswith(EMBEDDED):
+        known = name.removeprefix(EMBEDDED)
         require_known("embedded model", known, EMBEDDED_MODELS)
         return str(checkpoint(EMBEDDED_MODELS[known].source))
-    path = Path(name)
-    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
-        raise FileNotFoundError(f"There is no model folder {name}.")
+    require_model_folder(name)
     return name
 
 

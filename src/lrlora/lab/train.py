@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import platform
 import shutil
@@ -38,16 +37,14 @@ from ..rank import RankReport, rank_report
 from ..report.card import write_card
 from ..run_folder import (
     ANOTHER_CHECKPOINT,
-    HISTORY_FILE,
     LOG_FILE,
     METRICS_FILE,
     REPORT_FILE,
     RUN_FILE,
     last_whole_checkpoint,
-    read_history,
     require_readable,
 )
-from .config import TrainConfig, read_run
+from .config import TrainConfig, read_run, require_startable
 from .data import TaskData, choose_max_length, load_task_data
 from .kinds import Kind, kind_for
 from .methods import METHODS, AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
@@ -121,7 +118,7 @@ def train(
 
     """
     output = Path(config.output)
-    _check_output(output, config, resume=resume, overwrite=overwrite)
+    require_startable(config, resume=resume, overwrite=overwrite)
     check_sharding(config)
     inputs = _Inputs.read(config)
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
@@ -330,33 +327,6 @@ def rank_report_of(output: Path) -> RankReport | None:
     """The learned ranks of a finished run, if its method has them."""
     path = output / REPORT_FILE
     return RankReport.from_json(path) if path.exists() else None
-
-
-def _check_output(output: Path, config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    # A process that was killed at its very start may have left no more than a temporary file.
-    is_used = output.exists() and any(path.suffix != ".partial" for path in output.iterdir())
-    if resume:
-        recorded, _ = read_run(output)
-        if config.method == "adalora":
-            raise ValueError(
-                "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
-            )
-        if (output / METRICS_FILE).exists():
-            raise FileExistsError(f"The run in {output} is finished: there is nothing to resume.")
-        read_history(output / HISTORY_FILE)  # which is gone on with
-        # The folder may have been moved, or be called by another name.
-        theirs, mine = (c.to_dict() | {"output": None} for c in (recorded, config))
-        if json.dumps(theirs, sort_keys=True) != json.dumps(mine, sort_keys=True):
-            raise ValueError(
-                f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
-            )
-    elif is_used and not (overwrite and (output / RUN_FILE).exists()):
-        hint = (
-            "replace it with --overwrite, or go on with --resume"
-            if (output / RUN_FILE).exists()
-            else "remove it yourself"
-        )
-        raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
 
 
 def _record_of(config: TrainConfig, inputs: _Inputs, arguments: TrainingArguments) -> dict[str, Any]:

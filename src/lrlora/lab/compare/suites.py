@@ -12,6 +12,7 @@ from ...checks import require_known, require_type
 from ..config import read_yaml
 from ..kinds import KINDS
 from ..metrics import LESS_IS_BETTER
+from ..names import require_suite
 from .capacity import KINDS as CAPACITY_KINDS
 from .capacity import CapacityTask
 
@@ -134,10 +135,8 @@ def load_suite(name: str) -> Suite:
         ValueError: there is no such suite, or the file does not hold one.
 
     """
-    if name.endswith((".yaml", ".yml")):
-        return Suite.from_dict(read_yaml(Path(name)))
-    require_known("suite", name, SUITES)
-    return SUITES[name]
+    require_suite(name)
+    return SUITES[name] if name in SUITES else Suite.from_dict(read_yaml(Path(name)))
 
 
 def _glue(name: str, metric: str, steps: int, test: str = "validation", **columns: str) -> Task:

@@ -1,0 +1,44 @@
+"""What tasks, methods, suites and sources are called, for checks of settings that do without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checks import require_known
+
+# Task → what a column of its data holds, and is called unless `columns` says otherwise.
+ROLES = {
+    "classify": ("text", "label"),
+    "regress": ("text", "label"),
+    "multiple-choice": ("question", "choices", "label"),
+    "causal-lm": ("messages", "prompt", "completion", "text"),
+}
+OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
+TASKS_WITHOUT_HEAD = ("causal-lm",)
+METHOD_NAMES = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "loha", "vera", "full")
+SUITE_NAMES = ("offline-nlu", "offline-commonsense", "capacity", "glue", "commonsense", "smoke")
+EMBEDDED = "embedded:"  # before the name of a model or data that come with packages
+# The ending of a file of data → its builder in datasets.
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def require_suite(name: str) -> None:
+    """Raise an error unless this is the name of a suite, or a YAML file that may hold one."""
+    if not name.endswith((".yaml", ".yml")):
+        require_known("suite", name, SUITE_NAMES)
+    elif not Path(name).is_file():
+        raise FileNotFoundError(f"There is no configuration file {name}.")
+
+
+def require_model_folder(name: str) -> None:
+    """Raise a FileNotFoundError if a model's name can only be that of a folder, and there is none."""
+    path = Path(name)
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise FileNotFoundError(f"There is no model folder {name}.")
+
+
+def require_data_path(name: str) -> None:
+    """Raise a FileNotFoundError if the name of data can only be that of a file or folder, and there is none."""
+    path = Path(name)
+    if (path.suffix in BUILDERS or path.is_absolute() or name.startswith(".")) and not path.exists():
+        raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
