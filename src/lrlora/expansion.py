@@ -36,8 +36,7 @@ class Expansion(nn.Module):
 
     def right(self, A: Tensor) -> Tensor:
         """V: A (..., r, n) → (..., r·Q, n), in the dtype of A."""
-        basis = self.basis(A.shape[-1], "input", A.device).to(A.dtype)
-        return (A.unsqueeze(-2) * basis.T).flatten(-3, -2)
+        return rows(A, self.input_signs(A.shape[-1], A.device).to(A.dtype))
 
     def left(self, B: Tensor, basis: Tensor | None = None) -> Tensor:
         """U without s: B (..., m, r) → (..., m, r·Q), in the dtype of B.
@@ -48,40 +47,57 @@ class Expansion(nn.Module):
 
         """
         if basis is None:
-            basis = self.basis(B.shape[-2], "output", B.device)
-        return (B.unsqueeze(-1) * (basis * self.num_terms**-0.5).unsqueeze(-2).to(B.dtype)).flatten(-2)
+            basis = self.output_signs(B.shape[-2], B.device)
+        return columns(B, (basis * self.num_terms**-0.5).to(B.dtype))
 
-    def basis(self, size: int, side: str, device: torch.device) -> Tensor:
-        """P (m, Q) for side "output" and size m, R (n, Q) for "input" and n; float32."""
+    def output_signs(self, m: int, device: torch.device) -> Tensor:
+        """P (m, Q), float32."""
+        return self._basis(m, "output", device)
+
+    def input_signs(self, n: int, device: torch.device) -> Tensor:
+        """Rᵀ (Q, n), float32, laid out so that its products with rows of A are contiguous."""
+        return self._basis(n, "input", device)
+
+    def _basis(self, size: int, side: str, device: torch.device) -> Tensor:
         make = _basis_operator if torch.compiler.is_compiling() else _basis
-        return make(size, self.num_terms, f"{side}, {self.seed}, {size}", device)
+        return make(size, self.num_terms, f"{side}, {self.seed}, {size}", device, side == "input")
 
     def extra_repr(self) -> str:
         return f"num_terms={self.num_terms}, seed={self.seed}"
 
 
-def signs(rows: int, columns: int, name: str) -> Tensor:
-    """Random ±1, (rows, columns), float32: the same for a name everywhere, as no random generator of torch promises."""
-    count = rows * columns
+def rows(A: Tensor, R: Tensor) -> Tensor:
+    """The rows R_q ∘ a_k of V, (..., r·Q, n), of A (..., r, n) and Rᵀ (Q, n)."""
+    return (A.unsqueeze(-2) * R).flatten(-3, -2)
+
+
+def columns(B: Tensor, P: Tensor) -> Tensor:
+    """The columns P_q ∘ b_k of U, (..., m, r·Q), of B (..., m, r) and P (..., m, Q)."""
+    return (B.unsqueeze(-1) * P.unsqueeze(-2)).flatten(-2)
+
+
+def signs(size: int, terms: int, name: str) -> Tensor:
+    """Random ±1, (size, terms), float32: the same for a name everywhere, as no random generator of torch promises."""
+    count = size * terms
     bits = np.unpackbits(np.frombuffer(hashlib.shake_128(name.encode()).digest(math.ceil(count / 8)), np.uint8))
-    return torch.from_numpy(2.0 * bits[:count].astype(np.float32) - 1).view(rows, columns)
+    return torch.from_numpy(2.0 * bits[:count].astype(np.float32) - 1).view(size, terms)
 
 
 @functools.cache
-def _basis(size: int, terms: int, name: str, device: torch.device) -> Tensor:
+def _basis(size: int, terms: int, name: str, device: torch.device, is_transposed: bool) -> Tensor:
     """The same for all layers of one size: it costs no memory in each."""
     with torch.inference_mode(False):
         basis = signs(size, terms, name)
         basis[:, 0] = 1
-        return basis.to(device)
+        return (basis.T.contiguous() if is_transposed else basis).to(device)
 
 
 # An operator of its own, for torch.compile, which cannot trace the making of the signs.
 @torch.library.custom_op("lrlora::expansion_basis", mutates_args=())
-def _basis_operator(size: int, terms: int, name: str, device: torch.device) -> Tensor:
-    return _basis(size, terms, name, device).clone()
+def _basis_operator(size: int, terms: int, name: str, device: torch.device, is_transposed: bool) -> Tensor:
+    return _basis(size, terms, name, device, is_transposed).clone()
 
 
 @_basis_operator.register_fake
-def _(size: int, terms: int, name: str, device: torch.device) -> Tensor:
-    return torch.empty(size, terms, device=device)
+def _(size: int, terms: int, name: str, device: torch.device, is_transposed: bool) -> Tensor:
+    return torch.empty(*((terms, size) if is_transposed else (size, terms)), device=device)

@@ -46,6 +46,6 @@ def reference_linear(
 
 def reference_expansion_delta(A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float) -> Tensor:
     """ΔW = s · (P Rᵀ / √Q) ∘ BA; A (r, n) and B (m, r) as above, (m, n), float64."""
-    P = expansion.basis(len(B), "output", B.device).double()
-    R = expansion.basis(A.shape[1], "input", A.device).double()
+    P = expansion.output_signs(len(B), B.device).double()
+    R = expansion.input_signs(A.shape[1], A.device).double().T
     return scaling * (P @ R.T / math.sqrt(expansion.num_terms)) * (B.double() @ A.double())

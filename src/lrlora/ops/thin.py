@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..expansion import Expansion
+from ..expansion import Expansion, columns, rows
 from .linear import without_autocast
 
 
-def expansion_linear(x: Tensor, A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float) -> Tensor:
-    """Y = x ΔWᵀ.
+def expansion_linear(
+    x: Tensor, A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float, added_to: Tensor | None = None
+) -> Tensor:
+    """Y = y₀ + x ΔWᵀ.
+
+    In bfloat16, and wherever autocast is on, U and V are formed in float32 and rounded, as ΔW of φ(BA) is, and the
+    products are of that dtype; float16 alone has too small a range for them, and float32 takes its place.
 
     Args:
-        x: (..., n), any float dtype; autocast acts on both matmuls.
+        x: (..., n), any float dtype.
         A: (r, n).
         B: (m, r).
         expansion: M.
         scaling: s.
+        added_to: y₀ (..., m), the base layer's output; default: zero.
 
     Returns:
-        (..., m), in the wider of the dtypes of x and A, as in PEFT's LoRA, or in that of autocast.
+        (..., m), in the dtype of the products, or in the wider of it and that of y₀.
 
     """
-    U, V = expansion_factors(A, B, expansion, scaling=scaling)
-    dtype = torch.promote_types(x.dtype, A.dtype)
-    return F.linear(F.linear(x.to(dtype), V.to(dtype)), U.to(dtype))
+    is_half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and torch.is_autocast_enabled(x.device.type))
+    x = x.to(x.dtype if is_half else torch.promote_types(x.dtype, A.dtype))
+    with without_autocast(x):
+        # The signs go to the fewer: to the tokens, or to the r rows of A.
+        if x[..., 0].numel() <= len(A) or torch._C._are_functorch_transforms_active():
+            y = scaling * _with_signs_on_x(x, A.to(x.dtype), B.to(x.dtype), expansion)
+            return y if added_to is None else added_to + y
+        A, B = at_least_float32(A), at_least_float32(B)
+        P = expansion.output_signs(len(B), B.device).to(B.dtype)
+        R = expansion.input_signs(A.shape[1], A.device).to(A.dtype)
+        settings = (A, B, P, R, scaling * expansion.num_terms**-0.5)
+        if added_to is None or added_to.dtype != x.dtype:
+            y = _ThinLinear.apply(x, x.new_zeros(()), *settings)
+            return y if added_to is None else added_to + y
+        return _ThinLinear.apply(x, added_to, *settings)
+
+
+def _with_signs_on_x(x: Tensor, A: Tensor, B: Tensor, expansion: Expansion) -> Tensor:
+    """X ΔWᵀ / s without U and V, for few tokens: Σ_q P_q ∘ B A (R_q ∘ x) / √Q."""
+    h = F.linear(x.unsqueeze(-2) * expansion.input_signs(A.shape[1], A.device).to(x.dtype), A)  # (..., Q, r)
+    P = expansion.output_signs(len(B), B.device).to(x.dtype)
+    return (F.linear(h, B) * P.T).sum(-2) * expansion.num_terms**-0.5
+
+
+class _ThinLinear(torch.autograd.Function):
+    """y = y₀ + c·x Vᵀ Uᵀ for x (tokens, n), with the rows R_q ∘ a_k of V and the columns P_q ∘ b_k of U, c = s/√Q.
+
+    With h = x Vᵀ and G = ∂L/∂y:  ∂L/∂x = c (G U) V,  ∂L/∂a_k = c Σ_q R_q ∘ ((G U)ᵀ x)_kq,
+    ∂L/∂b_k = c Σ_q P_q ∘ (Gᵀ h)_kq
+
+    Saved are x, h (tokens, r·Q), A and B: U and V are made again. All products are in the dtype of x, the sums over q
+    in that of A and B.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Tensor, A: Tensor, B: Tensor, P: Tensor, R: Tensor, c: float) -> Tensor:
+        m = len(B)
+        h = x.reshape(-1, x.shape[-1]) @ rows(A, R).to(x.dtype).T
+        ctx.save_for_backward(x, h, A, B, P, R)
+        ctx.c = c
+        y = torch.addmm(base.reshape(-1, m) if base.dim() else base, h, columns(B, P).to(x.dtype).T, alpha=c)
+        return y.view(*x.shape[:-1], m)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, A, B, P, R = ctx.saved_tensors
+        needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
+        G = grad.reshape(-1, len(B))
+        GU = (G @ columns(B, P).to(x.dtype)).mul_(ctx.c)
+        grad_x = grad_A = grad_B = None
+        if needs_x:
+            grad_x = (GU @ rows(A, R).to(x.dtype)).view(x.shape)
+        if needs_A:
+            terms = (GU.T @ x.reshape(-1, x.shape[-1])).view(len(A), len(R), -1)
+            grad_A = (terms * R.to(x.dtype)).sum(1, dtype=A.dtype)
+        if needs_B:
+            terms = (G.T @ h).view(len(B), -1, len(R))
+            grad_B = ctx.c * (terms * P.to(x.dtype).unsqueeze(1)).sum(2, dtype=B.dtype)
+        return grad_x, grad if needs_base else None, grad_A, grad_B, None, None, None
 
 
 def expansion_factors(

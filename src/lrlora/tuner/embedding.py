@@ -29,7 +29,7 @@ class Embedding(LrLoraLayer):
         scaling, gain = self.scaling[adapter], self.input_gain[adapter]
         rows = F.embedding(tokens, B)
         if isinstance(phi, Expansion):
-            basis = phi.basis(len(B), "output", B.device)[tokens]
+            basis = phi.output_signs(len(B), B.device)[tokens]
             delta = expansion_delta(A, rows, phi, scaling=scaling, basis=basis)
         else:
             delta = delta_weight(A, rows, phi, scaling=scaling, input_gain=gain)

@@ -161,6 +161,10 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """X ΔWᵀ, which is added to the base layer's output."""
         raise NotImplementedError
 
+    def _add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """The base layer's output plus that of an adapter, in the wider of their dtypes."""
+        return result + self.weights[adapter] * self._adapter_output(x, adapter)
+
     def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
         """X (W + ΔW)ᵀ + b, without a call of the base layer."""
         raise NotImplementedError
@@ -221,7 +225,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         for adapter in adapters:
             # Token ids have no dropout: as in PEFT, an embedding ignores it.
             seen = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
-            result = result + self.weights[adapter] * self._adapter_output(seen, adapter)
+            result = self._add_update(result, seen, adapter)
         return result.to(dtype)
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -46,6 +46,13 @@ class Linear(LrLoraLayer):
             return expansion_linear(x, A, B, phi, scaling=scaling)
         return adapted_linear(x, weight, bias, A, B, phi, scaling=scaling, input_gain=gain)
 
+    def _add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        A, B, phi = self._factors(adapter)
+        if isinstance(phi, Expansion):
+            scaling = self.weights[adapter] * self.scaling[adapter]
+            return expansion_linear(x, A, B, phi, scaling=scaling, added_to=result)
+        return super()._add_update(result, x, adapter)
+
     def _can_fuse(self, x: Tensor, adapters: list[str]) -> bool:
         # An expansion's update is two thin matmuls beside the base layer's: never formed, and never added to W.
         return not isinstance(self.lrlora_phi[adapters[0]], Expansion) and super()._can_fuse(x, adapters)
