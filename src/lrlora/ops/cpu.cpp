@@ -1,4 +1,4 @@
-// The two loops over the entries of ΔW, fused, for float32 on a CPU. See cpu.py for how they are called.
+// The two loops over the entries of ΔW, fused, for float32 and bfloat16 on a CPU. See cpu.py for how they are called.
 //
 // A table of ψ or ψ' is read as lines of 4 floats, one per cell: the coefficients of a cubic in t. Sums of moments are
 // laid out like it, so that both are indexed alike. Rows are dealt to threads in contiguous shares: results do not depend
@@ -102,6 +102,23 @@ inline void product(float* z, const float* b, const float* A, int64_t r, int64_t
     for (int64_t j = 0; j < count; ++j) z[j] *= gain;
 }
 
+// bfloat16 is the upper half of a float32. To the nearest, and of two equally near to the even one; NaN stays NaN.
+inline void store_bfloat16(uint16_t* out, const float* values, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+        uint32_t bits;
+        std::memcpy(&bits, values + j, sizeof bits);
+        const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        out[j] = static_cast<uint16_t>(values[j] != values[j] ? 0x7fc0 : rounded);
+    }
+}
+
+inline void load_bfloat16(float* out, const uint16_t* values, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+        const uint32_t bits = static_cast<uint32_t>(values[j]) << 16;
+        std::memcpy(out + j, &bits, sizeof bits);
+    }
+}
+
 // The cell of each z and the place t in [0, 1] inside it. A NaN gets a valid cell, and t = NaN.
 inline void locate(int32_t* cell, float* t, const float* z, int64_t count, const Phi& phi) {
     const float side = static_cast<float>(phi.side);
@@ -172,13 +189,14 @@ inline float dot_and_add(float* out, const float* h, const float* a, float facto
 
 extern "C" {
 
-// out (m, n) = weight + (s/g) * φ(g * B A); weight may be null. Rows of A are `n` apart, rows of B `r`.
-void lrlora_effective_weight(float* out, const float* weight, const float* A, const float* B, int64_t m, int64_t n,
-                             int64_t r, Phi phi, int32_t threads) {
+// out (m, n) = weight + (s/g) * φ(g * B A); weight may be null. Rows of A are `n` apart, rows of B `r`. `out` and `weight`
+// are float32, or bfloat16.
+void lrlora_effective_weight(void* out, const void* weight, const float* A, const float* B, int64_t m, int64_t n,
+                             int64_t r, Phi phi, int32_t threads, int32_t is_bfloat16) {
     const float output_scale = phi.scaling / phi.gain;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t i = 0; i < m; ++i) {
-        float z[CHUNK], t[CHUNK], psi[CHUNK];
+        float z[CHUNK], t[CHUNK], psi[CHUNK], widened[CHUNK];
         int32_t cell[CHUNK];
         for (int64_t start = 0; start < n; start += CHUNK) {
             const int64_t count = std::min(CHUNK, n - start);
@@ -189,22 +207,24 @@ void lrlora_effective_weight(float* out, const float* weight, const float* A, co
                 for (int64_t j = 0; j < count; ++j) z[j] = hyperbolic_tangent(z[j]);
             else if (phi.form == SINC)
                 std::fill(z, z + count, 0.0f);
-            float* o = out + i * n + start;
+            float* o = is_bfloat16 ? t : static_cast<float*>(out) + i * n + start;
             if (weight) {
-                const float* w = weight + i * n + start;
+                const float* w = is_bfloat16 ? widened : static_cast<const float*>(weight) + i * n + start;
+                if (is_bfloat16) load_bfloat16(widened, static_cast<const uint16_t*>(weight) + i * n + start, count);
                 for (int64_t j = 0; j < count; ++j) o[j] = multiply_add(output_scale, z[j] + psi[j], w[j]);
             } else {
                 for (int64_t j = 0; j < count; ++j) o[j] = output_scale * (z[j] + psi[j]);
             }
+            if (is_bfloat16) store_bfloat16(static_cast<uint16_t*>(out) + i * n + start, o, count);
         }
     }
 }
 
-// With H = s * φ'(g * B A) ∘ G: grad_B (m, r) = H Aᵀ, and grad_A (threads, r, n), zero before, is each thread's share of
+// With H = s * φ'(g * B A) ∘ G, G in float32 or bfloat16: grad_B (m, r) = H Aᵀ, and grad_A (threads, r, n), zero before, is each thread's share of
 // Bᵀ H. Adds to moments (threads, bins, LINE), per bin of CELLS_PER_BIN cells, the sums of (s/g) * G * u^p,
 // p = 0 ... 3, where u, in [-1/2, 1/2], is the distance from the middle of the bin.
-void lrlora_gradient(const float* G, const float* A, const float* B, float* grad_A, float* grad_B, double* moments,
-                     int64_t m, int64_t n, int64_t r, Phi phi, int32_t threads) {
+void lrlora_gradient(const void* G, const float* A, const float* B, float* grad_A, float* grad_B, double* moments,
+                     int64_t m, int64_t n, int64_t r, Phi phi, int32_t threads, int32_t is_bfloat16) {
     const float side = static_cast<float>(phi.side);
     const int64_t bins = int64_t{2} * phi.side / CELLS_PER_BIN * LINE;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
@@ -219,10 +239,11 @@ void lrlora_gradient(const float* G, const float* A, const float* B, float* grad
             const float* a = A + start;
             float* grad_a = grad_A + thread * r * n + start;
             for (int64_t i = first; i < last; ++i) {
-                float z[CHUNK], t[CHUNK], h[CHUNK];
+                float z[CHUNK], t[CHUNK], h[CHUNK], widened[CHUNK];
                 int32_t cell[CHUNK];
                 const float* b = B + i * r;
-                const float* g = G + i * n + start;
+                const float* g = is_bfloat16 ? widened : static_cast<const float*>(G) + i * n + start;
+                if (is_bfloat16) load_bfloat16(widened, static_cast<const uint16_t*>(G) + i * n + start, count);
                 product(z, b, a, r, n, count, phi.gain);
                 locate(cell, t, z, count, phi);
                 read_table(h, phi.table, cell, t, count);

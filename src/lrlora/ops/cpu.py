@@ -31,7 +31,8 @@ _FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
 _MOMENTS = 4
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
 _ENTRIES_PER_THREAD = 2**15
-# Entries of a matrix in half precision that are converted at a time: with few blocks, and in the cache.
+_DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write themselves
+# Entries of a matrix in float16 that are converted at a time: with few blocks, and in the cache.
 _CONVERTED_ENTRIES = 2**20
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 # As PyTorch itself chooses at run time; a library compiled for more could meet, in a shared cache, a lesser CPU.
@@ -74,12 +75,18 @@ def write_weight(
     """Write weight + (s/g)·φ(g·BA) to `out` (m, n), contiguous; A and B float32, all on the CPU."""
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=False), scaling, gain)
-    for rows in _float32_blocks(out):
-        part = out[rows] if out.dtype == torch.float32 else torch.empty_like(out[rows], dtype=torch.float32)
-        base = None if weight is None else weight[rows].float().contiguous()
+    for rows in _blocks(out):
+        part = out[rows] if out.dtype in _DIRECT else torch.empty_like(out[rows], dtype=torch.float32)
+        base = None if weight is None else weight[rows].to(part.dtype).contiguous()
         pointer = ctypes.c_void_p(None if base is None else base.data_ptr())
         _require_library().lrlora_effective_weight(
-            *_pointers(part), pointer, *_pointers(A, B[rows]), *_sizes(part, A), phi, torch.get_num_threads()
+            *_pointers(part),
+            pointer,
+            *_pointers(A, B[rows]),
+            *_sizes(part, A),
+            phi,
+            torch.get_num_threads(),
+            int(part.dtype == torch.bfloat16),
         )
         if part.dtype != out.dtype:
             out[rows] = part
@@ -96,10 +103,14 @@ def factor_gradients(
     bins = 2 * table.cells_per_side // CELLS_PER_BIN
     moments = torch.zeros(threads, bins, _MOMENTS, dtype=torch.float64, device="cpu")
     grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
-    for rows in _float32_blocks(G):
-        part = G[rows].float()
+    for rows in _blocks(G):
+        part = G[rows] if G.dtype in _DIRECT else G[rows].float()
         _require_library().lrlora_gradient(
-            *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments), *_sizes(part, A), phi, threads
+            *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments),
+            *_sizes(part, A),
+            phi,
+            threads,
+            int(part.dtype == torch.bfloat16),
         )
     gradient.add_central_moments(moments)
     return grad_A.sum(0), grad_B
@@ -109,10 +120,10 @@ def factor_gradients(
 product_gradients = None
 
 
-def _float32_blocks(matrix: Tensor) -> Iterator[slice]:
+def _blocks(matrix: Tensor) -> Iterator[slice]:
     """The rows that a kernel takes at once: all, or as many as are converted to float32 for it at a time."""
     rows, columns = matrix.shape
-    step = max(1, rows if matrix.dtype == torch.float32 else _CONVERTED_ENTRIES // max(1, columns))
+    step = max(1, rows if matrix.dtype in _DIRECT else _CONVERTED_ENTRIES // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 

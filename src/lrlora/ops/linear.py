@@ -1,4 +1,4 @@
-"""The fused path: one matmul with W + s·φ(BA), and a backward that saves no m×n tensor.
+"""The fused path: one matmul with W + s·φ(BA), in half precision two, and a backward that saves no m×n tensor.
 
 Forward builds W + ΔW block by block in one m×n buffer and drops it after the matmul. Backward builds it again from
 the factors for ∂L/∂x, then reuses the buffer for G = ∂L/∂(W + ΔW) = (∂L/∂y)ᵀ x, and walks over its blocks:
@@ -83,6 +83,10 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
 def _is_transposed(matrix: Tensor) -> bool:
     """Whether `matrix` (m, n) is laid out column by column, as the weight of transformers' Conv1D is."""
     return matrix.stride(0) < matrix.stride(1)
@@ -149,8 +153,12 @@ def _adapted_linear(
     with without_autocast(x):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         effective = _empty_weight(x, weight, A, B)
-        _write_weight(effective, weight, A, B, table, update)
-        return F.linear(x, effective, bias).contiguous()
+        if weight is None or not _is_half(x):
+            _write_weight(effective, weight, A, B, table, update)
+            return F.linear(x, effective, bias).contiguous()
+        _write_weight(effective, None, A, B, table, update)
+        y = F.linear(x, weight, bias).view(-1, len(B))
+        return torch.addmm(y, x.reshape(-1, x.shape[-1]), effective.T).view(*x.shape[:-1], len(B))
 
 
 @_adapted_linear.register_fake
@@ -357,12 +365,12 @@ def adapted_linear(
 ) -> Tensor:
     """Y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b where `weight` is None.
 
-    In half precision, adding ΔW to W and rounding loses part of the update, the more the smaller it is. There, call it
-    without a weight and add the base layer's own output.
+    In half precision, adding ΔW to W and rounding loses part of the update, the more the smaller it is. There, W and ΔW
+    are multiplied one after the other; only ∂L/∂x is of their rounded sum, an error as of rounding ∂L/∂x itself.
 
     Args:
         x: (..., n), float64, float32, bfloat16 or float16; autocast does not change it.
-        weight: W (m, n) in the dtype of x, float32 or float64; a transposed view is fine.
+        weight: W (m, n) in the dtype of x; a transposed view is fine.
         bias: b (m,).
         A: (r, n).
         B: (m, r).

@@ -330,8 +330,7 @@ class PhiGradient:
         `grad` may come in shares, (shares, cells or bins, K), which are added up.
         """
         to_stencils = (grad.unflatten(1, (-1, len(matrix))).flatten(2) @ matrix.flatten(0, 1)).sum(0)
-        grad_samples = grad.new_zeros(len(to_stencils) + 2 * MARGIN + 1)
-        for place, part in enumerate(to_stencils.T):
-            grad_samples[place : place + len(part)] += part
+        count = len(to_stencils) + SAMPLES_PER_STENCIL - 1
+        grad_samples = F.fold(to_stencils.T.unsqueeze(0), (1, count), (1, SAMPLES_PER_STENCIL)).flatten()
         panels = grad_samples.unflatten(0, (-1, self.table.samples_per_panel))
         self._grad_values += (panels @ self.table.to_samples()).flatten()

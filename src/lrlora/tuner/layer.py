@@ -176,8 +176,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """Whether the output may be formed from W + ΔW without calling the base layer.
 
         Not so if the base layer does more than its weight says (a subclass, a hook, an offloaded or sharded weight),
-        if the adapter sees another input than the base layer does (dropout), or in half precision, where rounding
-        W + ΔW loses the update.
+        or if the adapter sees another input than the base layer does (dropout).
         """
         base = self.base_layer
         return (
@@ -188,7 +187,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             and type(base.weight) in (nn.Parameter, Tensor)
             and not base.weight.is_meta
             and base.weight.dtype == x.dtype
-            and x.dtype in (torch.float32, torch.float64)
+            and x.is_floating_point()
             and not _autocasts(x)
             and not (self.training and getattr(self.lrlora_dropout[adapters[0]], "p", 0) > 0)
             and self.weights[adapters[0]] == 1.0

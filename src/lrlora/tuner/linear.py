@@ -68,7 +68,8 @@ class Linear(LrLoraLayer):
         return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
 
     def _forward_cached(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        is_fused = self._can_fuse(x, adapters[:1])
+        # In half precision, rounding W + ΔW would lose part of the update.
+        is_fused = x.dtype in (torch.float32, torch.float64) and self._can_fuse(x, adapters[:1])
         tensors = [self.base_layer.weight, *(p for name in adapters for p in self.adapter_parameters(name))]
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         state = (x.dtype, is_fused, tuple((name, self.weights[name]) for name in adapters), versions)
