@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -42,6 +42,7 @@ from lrlora.cli import app
 from lrlora.lab.choices import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.lab.config import TrainConfig, parse_assignments
 from lrlora.lab.data import load_splits
+from lrlora.lab.kinds import KINDS
 from lrlora.lab.train import train
 from lrlora.run_folder import read_history
 
@@ -759,3 +760,19 @@ def test_values_mean_what_is_typed() -> None:
         ["eval_strategy=no", "learning_rate=1e-4", "bf16=false", "report_to=[wandb]"], "--training"
     )
     assert given == {"eval_strategy": "no", "learning_rate": 1e-4, "bf16": False, "report_to": ["wandb"]}
+
+
+@pytest.mark.parametrize("task", ["classify", "causal-lm"])
+def test_data_on_disk_is_counted_and_encoded_once(task: str, tmp_path: Path) -> None:
+    reviews().rename(columns={"review": "text", "verdict": "label"}).to_csv(tmp_path / "data.csv", index=False)
+
+    def made() -> dict[Path, int]:
+        data = load_dataset("csv", data_files=str(tmp_path / "data.csv"), cache_dir=str(tmp_path / "cache"))["train"]
+        kind = KINDS[task]
+        assert len(kind.lengths(data, tokenizer())) == len(data)
+        kind.encode(data, tokenizer(), 8)
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache-*.arrow")}
+
+    first = made()
+    assert len(first) == (2 if task == "classify" else 1)  # TRL encodes the other
+    assert made() == first

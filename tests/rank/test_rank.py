@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 
 from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.naming import module_kind, module_type
 from lrlora.rank import MEASURES
 from lrlora.rank.measures import curvature, effective_rank, energy_rank, spectrum, stable_rank
 from lrlora.run_folder import read_history
+from lrlora.saved import load_on_skeleton
 
 from ..conftest import TinyModel
 
@@ -280,3 +283,17 @@ def test_after_deleting_the_only_active_adapter_the_other_layers_are_left_out(ti
     model.add_adapter("other", LrLoraConfig(r=2, target_modules=["key"]))
     model.delete_adapter("default")
     assert {row.type.rpartition(".")[2] for row in rank_report(model, "other").rows} == {"key"}
+
+
+def test_factors_of_a_large_layer_are_never_multiplied(tmp_path: Path) -> None:
+    """Nor is the skeleton's weight made: a layer of 70B, whose update in float64 would take 1.9 GB."""
+    m, n, r = 8192, 28672, 2
+    path = "base_model.model.layers.0.mlp.down_proj.lora_"
+    weights = {f"{path}A.weight": torch.randn(r, n), f"{path}B.weight": torch.randn(m, r)}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    LoraConfig(r=r, target_modules=["down_proj"]).save_pretrained(tmp_path)
+    model = load_on_skeleton(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (row,) = rank_report(model).rows
+    assert (row.m, row.n, row.energy99_rank, row.relative_norm) == (m, n, 2, None)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB

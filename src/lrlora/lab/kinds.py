@@ -33,7 +33,7 @@ from .chat import count_tokens
 from .choices import ChoiceTrainer, encode_continuations
 from .metrics import choice_metrics, classification_metrics, regression_metrics
 from .names import OPTIONAL_ROLES, ROLES
-from .rows import SHOWN_ROWS, is_conversation, is_finite, is_known, mapped, require_rows, require_text
+from .rows import SHOWN_ROWS, counted, is_conversation, is_finite, is_known, mapped, require_rows, require_text
 
 
 class Kind:
@@ -97,8 +97,11 @@ class Kind:
 
     def lengths(self, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """How long every example is, in tokens, before it is cut."""
-        pairs = data["text_pair"][:] if "text_pair" in data.column_names else None
-        return [len(ids) for ids in tokenizer(data["text"][:], pairs)["input_ids"]]
+
+        def count(batch: dict[str, list[Any]]) -> list[int]:
+            return [len(ids) for ids in tokenizer(batch["text"], batch.get("text_pair"))["input_ids"]]
+
+        return counted(data, count)
 
     def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
         """Token ids, cut at `max_length`, and `labels`."""
@@ -236,10 +239,11 @@ class MultipleChoice(Kind):
             )
 
     def lengths(self, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        return [
-            max(len(ids) for ids in tokenizer([q] * len(c), c)["input_ids"])
-            for q, c in zip(data["question"], data["choices"], strict=True)
-        ]
+        def count(batch: dict[str, list[Any]]) -> list[int]:
+            pairs = zip(batch["question"], batch["choices"], strict=True)
+            return [max(map(len, tokenizer([q] * len(c), c)["input_ids"])) for q, c in pairs]
+
+        return counted(data, count)
 
     def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -317,7 +321,11 @@ class CausalLm(Kind):
                 require_rows(map(is_conversation, data[role]), rule)
 
     def lengths(self, data: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        return [count_tokens(example, tokenizer) for example in data]
+        def count(batch: dict[str, list[Any]]) -> list[int]:
+            rows = zip(*batch.values(), strict=True)
+            return [count_tokens(dict(zip(batch, row, strict=True)), tokenizer) for row in rows]
+
+        return counted(data, count)
 
     def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
         return data

@@ -56,6 +56,18 @@ def _says_something(message: dict[str, Any]) -> bool:
     return message.get("content") is not None or bool(message.get("tool_calls"))
 
 
+def counted(data: Dataset, count: Callable[[dict[str, list[Any]]], list[int]]) -> list[int]:
+    """A number for each example, from `count` of a batch; `datasets` keeps them for data that it has on disk."""
+    return list(
+        data.map(
+            lambda batch: {"count": count(batch)},
+            batched=True,
+            remove_columns=data.column_names,
+            desc="Counting tokens",
+        )["count"]
+    )
+
+
 def mapped(data: Dataset, encode: Callable[..., dict[str, list[Any]]]) -> Dataset:
     """The examples encoded batch by batch, without what they were encoded from; `label` becomes `labels`."""
     drop = [name for name in data.column_names if name != "label"]

@@ -1,7 +1,14 @@
 """y = x (W + ΔW)ᵀ + b: the formula in `reference`, that of φ(BA) fused in `linear`, expansions in `thin`."""
 
 from .linear import adapted_linear, delta_weight
-from .thin import at_least_float32, expansion_delta, expansion_factors, expansion_linear, svd_of_product
+from .thin import (
+    at_least_float32,
+    expansion_delta,
+    expansion_factors,
+    expansion_linear,
+    singular_values_of_product,
+    svd_of_product,
+)
 
 __all__ = [
     "adapted_linear",
@@ -10,5 +17,6 @@ __all__ = [
     "expansion_delta",
     "expansion_factors",
     "expansion_linear",
+    "singular_values_of_product",
     "svd_of_product",
 ]

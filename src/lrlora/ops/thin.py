@@ -143,3 +143,9 @@ def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left, right = torch.linalg.qr(U.detach().double()), torch.linalg.qr(V.detach().double().T)
     P, sigma, Qh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     return left.Q @ P, sigma, right.Q @ Qh.T
+
+
+def singular_values_of_product(U: Tensor, V: Tensor) -> Tensor:
+    """The singular values alone, for half the work: (l,), descending, float64; U, V and l as above."""
+    left, right = (torch.linalg.qr(factor.detach().double(), mode="r").R for factor in (U, V.T))
+    return torch.linalg.svdvals(left @ right.T)

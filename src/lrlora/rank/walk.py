@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..distributed import gathered, shard_owners
 from ..naming import layer_index, module_kind, module_type, path_in_base
-from ..ops import at_least_float32, svd_of_product
+from ..ops import at_least_float32, singular_values_of_product
 from ..transfer import Transfer
 from .measures import MEASURES, curvature, spectrum
 from .report import Curve, RankReport, RankRow, Spectrum
@@ -96,7 +96,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
         if deltas is None:
             U, V = _factors_of(thin, index)
             require_finite(name, U, V)
-            energies = svd_of_product(U, V)[1].square()
+            energies = singular_values_of_product(U, V).square()
             m, n, limit = len(U), V.shape[1], len(energies)
         else:
             delta = (deltas[index] if is_stack else deltas).flatten(1)
@@ -112,7 +112,7 @@ def _measure(path: str, layer: Any, adapter: str) -> Iterator[tuple[RankRow, Cur
         plain: list[float] = []
         if linear is not None:
             require_finite(name, *_factors_of(linear, index))
-            plain = _short(_of_note(svd_of_product(*_factors_of(linear, index))[1]))
+            plain = _short(_of_note(singular_values_of_product(*_factors_of(linear, index))))
         weight_norm = 0.0
         if weights is not None:
             weight_norm = (weights[index] if is_stack else weights).double().norm().item()
@@ -150,12 +150,13 @@ def _lora_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _base_weight(layer: Any) -> Tensor | None:
-    """The base weight; None where it is offloaded, or quantised in a way that cannot be undone."""
+    """The base weight; None where it is offloaded, not there, or quantised in a way that cannot be undone."""
     try:
         weight: Tensor = layer.get_param().data if hasattr(layer, "get_param") else layer.get_base_weight()
     except (TypeError, NotImplementedError):
         return None
-    return None if weight.is_meta else weight
+    # A skeleton's is one zero, seen as a matrix: as float64, that of a large layer would take gigabytes.
+    return None if weight.is_meta or not any(weight.stride()) else weight
 
 
 def _sample(phi: Transfer, z: Tensor) -> Curve:
