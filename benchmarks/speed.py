@@ -1,8 +1,8 @@
-"""What LR-LoRA costs beside other methods: time of whole training steps and of single layers, and peak memory.
+"""What LR-LoRA costs beside other methods: time and memory of training steps, of generation, of what a user waits for.
 
-    python benchmarks/speed.py            # some 20 minutes on two cores; writes docs/speed/results.jsonl
+    python benchmarks/speed.py            # some 30 minutes on two cores; writes docs/speed/results.jsonl
+    python benchmarks/speed.py --only growth waiting
     python benchmarks/speed.py --report   # docs/speed.md from the stored results
-    python benchmarks/speed.py --forms    # only the published form, N = 50, and expansions, as ratios to LoRA's
 
 Methods take turns in one process, so that a change of the machine's speed meets them all; ratios are of medians. Peak
 memory is that of a process of its own. Run it on a quiet machine.
@@ -11,14 +11,16 @@ memory is that of a process of its own. Run it on a quiet machine.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,19 +31,18 @@ sys.path.insert(0, str(DOCS))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from peft import HiraConfig, LoHaConfig, LoraConfig, get_peft_model  # noqa: E402
+from peft import HiraConfig, LoraConfig, get_peft_model  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from sections import table, with_section  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from lrlora import LrLoraConfig, cached_weights  # noqa: E402
-from lrlora.ops import delta_weight  # noqa: E402
-from lrlora.transfer import Transfer, TransferSpec  # noqa: E402
-from lrlora.tuner import LrLoraLayer  # noqa: E402
+from lrlora.export import merge_adapter  # noqa: E402
+from lrlora.lab.inputs import SMOLLM2, checkpoint  # noqa: E402
 
 RESULTS = DOCS / "speed" / "results.jsonl"
 PAGE = DOCS / "speed.md"
-R = 8
-TOKENS = 1024  # of a single layer
+R, TERMS = 8, 4
 
 Record = dict[str, Any]
 Step = Callable[[], None]
@@ -52,88 +53,81 @@ def _bert() -> tuple[nn.Module, tuple[int, int]]:
     return transformers.BertForSequenceClassification(config), (8, 128)
 
 
-def _llama() -> tuple[nn.Module, tuple[int, int]]:
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
+def _llama(layers: int = 4) -> tuple[nn.Module, tuple[int, int]]:
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": layers, "num_attention_heads": 16}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=4096)), (2, 512)
 
 
-MODELS = {"BERT-base shapes, 4 layers, 8 × 128": _bert, "Llama shapes, hidden 1024, 4 layers, 2 × 512": _llama}
+def _smollm2(dtype: torch.dtype) -> tuple[nn.Module, tuple[int, int]]:
+    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint(SMOLLM2), dtype=dtype), (8, 64)
 
 
-def _targets(model: nn.Module) -> list[str]:
-    """All linear layers of the blocks."""
-    return sorted(
-        {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layer" in name}
-    )
+MODELS = {
+    "BERT-base shapes, 4 layers, 8 × 128": _bert,
+    "Llama shapes, hidden 1024, 4 layers, 2 × 512": _llama,
+    "SmolLM2-135M, 8 × 64": partial(_smollm2, torch.float32),
+    "SmolLM2-135M in bfloat16, 8 × 64": partial(_smollm2, torch.bfloat16),
+}
+EXPANSION = f"expansion, Q = {TERMS}"
+METHODS = (
+    "LoRA",
+    f"LoRA, r = {R * TERMS}",
+    EXPANSION,
+    "LR-LoRA",
+    "LR-LoRA, N = 50",
+    "published form",
+    "DoRA",
+    "HiRA",
+    "full fine-tuning",
+    "frozen base",
+)
 
 
-def adapt(model: nn.Module, method: str) -> nn.Module:
+def adapt(model: nn.Module, method: str, r: int = R, terms: int = TERMS) -> nn.Module:
     """The model with a method's adapter on all linear layers of its blocks."""
     if method == "full fine-tuning":
         return model.train()
     model.requires_grad_(False)
     if method == "frozen base":
         return model.train()
-    common = {"r": R, "target_modules": _targets(model)}
+    linear = (name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layer" in name)
+    common = {"r": r, "target_modules": sorted({name.rpartition(".")[2] for name in linear})}
     configs: dict[str, Callable[[], Any]] = {
-        "LoRA": lambda: LoraConfig(**common, lora_alpha=R),
-        "DoRA": lambda: LoraConfig(**common, lora_alpha=R, use_dora=True),
+        "LoRA": lambda: LoraConfig(**common, lora_alpha=r),
+        METHODS[1]: lambda: LoraConfig(**common | {"r": r * terms}, lora_alpha=r * terms),
+        "DoRA": lambda: LoraConfig(**common, lora_alpha=r, use_dora=True),
         "HiRA": lambda: HiraConfig(**common),
-        "LoHa": lambda: LoHaConfig(**common, alpha=R),
-        "LR-LoRA": lambda: LrLoraConfig(**common, num_basis=50),
-        "LR-LoRA, N = 8": lambda: LrLoraConfig(**common, num_basis=8),
-        PAPER: lambda: LrLoraConfig.paper(**common),
-        PAPER_FAR: lambda: LrLoraConfig.paper(**common),
-        **{
-            name: partial(LrLoraConfig, **common, form="expansion", num_terms=terms)
-            for name, terms in EXPANSIONS.items()
-        },
+        "LR-LoRA": lambda: LrLoraConfig(**common),
+        "LR-LoRA, N = 50": lambda: LrLoraConfig(**common, num_basis=50),
+        "published form": lambda: LrLoraConfig.paper(**common),
+        EXPANSION: lambda: LrLoraConfig(**common, form="expansion", num_terms=terms),
     }
-    model = get_peft_model(model, configs[method]()).train()
-    if method == PAPER_FAR:
-        for module in model.modules():
-            if isinstance(module, LrLoraLayer):
-                _spread_entries(module.lrlora_A["default"].weight, module.lrlora_B["default"].weight)
-    return model
+    return get_peft_model(model, configs[method]()).train()
 
 
-@torch.no_grad()
-def _spread_entries(A: Tensor, B: Tensor) -> None:
-    """Random factors: most entries of BA are beyond I = 3, and the largest is 40."""
-    A.normal_()
-    B.normal_()
-    B.mul_(40 / (B @ A).abs().max())
-
-
-PAPER, PAPER_FAR = "published form, BA small", "published form, BA up to 40"
-EXPANSIONS = {f"expansion, Q = {terms}": terms for terms in (4, 8, 16)}
-LR_LORA = ("LR-LoRA", "LR-LoRA, N = 8")
-METHODS = ("LoRA", "frozen base", *LR_LORA, "full fine-tuning", "DoRA", "HiRA", "LoHa")
-
-
-def training_step(name: str, method: str, *, checkpointing: bool = False) -> Step:
+def training_step(name: str, method: str) -> Step:
     """One optimizer step of a method on a model."""
     torch.manual_seed(0)
-    model, (batch, length) = MODELS[name]()
+    model, shape = MODELS[name]()
+    return _step(model, shape, method)
+
+
+def _step(model: Any, shape: tuple[int, int], method: str) -> Step:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    vocabulary = model.config.vocab_size
+    vocabulary, is_causal = model.config.vocab_size, "CausalLM" in type(model).__name__
     model = adapt(model, method)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    tokens = torch.randint(0, vocabulary, (batch, length))
+    tokens = torch.randint(0, vocabulary, shape)
     embed = model.get_input_embeddings()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
-    is_causal = "Causal" in type(getattr(model, "base_model", model)).__name__ or "Llama" in name
-    labels = tokens if is_causal else torch.zeros(batch, dtype=torch.long)
+    labels = tokens if is_causal else torch.zeros(shape[0], dtype=torch.long)
 
     def step() -> None:
         # The gradient reaches the first block for all methods alike.
         embedded = embed(tokens).detach().requires_grad_()
-        loss = model(inputs_embeds=embedded, labels=labels).loss
-        loss.backward()
+        model(inputs_embeds=embedded, labels=labels).loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -141,92 +135,63 @@ def training_step(name: str, method: str, *, checkpointing: bool = False) -> Ste
     return step
 
 
-FORMING = "LR-LoRA, cached_weights opened for each call"
-_open_contexts = ExitStack()
+def layer_step(method: str, size: int = 2048, tokens: int = 1024, r: int = R, terms: int = TERMS) -> Step:
+    """Forward and backward of one linear layer, size × size."""
+    torch.manual_seed(0)
+    layer = adapt(nn.Sequential(OrderedDict(layer=nn.Linear(size, size))), method, r, terms)
+    x = torch.randn(tokens, size, requires_grad=True)
+    grad = torch.randn(tokens, size)
+    return lambda: layer(x).backward(grad)
+
+
+def saved_bytes(method: str, size: int = 2048, tokens: int = 1024, r: int = R, terms: int = TERMS) -> int:
+    """What the forward of that layer keeps for its backward, beside parameters and the input."""
+    torch.manual_seed(0)
+    layer = adapt(nn.Sequential(OrderedDict(layer=nn.Linear(size, size))), method, r, terms)
+    x = torch.randn(tokens, size, requires_grad=True)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(kept.values())
+
+
+# Axis → its values, and what each of them sets.
+GROWTH: dict[str, tuple[tuple[int, ...], Callable[[int], dict[str, int]]]] = {
+    "width m = n, of 1,024 tokens": ((512, 1024, 2048, 4096, 8192), lambda v: {"size": v}),
+    "tokens, width 2048": ((32, 128, 512, 2048, 8192), lambda v: {"tokens": v}),
+    "r, width 2048": ((1, 8, 32, 128), lambda v: {"r": v}),
+    "Q at r = 4, width 2048": ((1, 4, 16, 64), lambda v: {"r": 4, "terms": v}),
+}
+GROWING = ("LoRA", EXPANSION, "LR-LoRA")
 
 
 def generation(method: str) -> Step:
     """64 new tokens for each of 2 prompts of 64, greedily, with the Llama shapes."""
     torch.manual_seed(0)
     model, _ = _llama()
+    name, _, cached = method.partition(", ")
     if "base model" not in method:
-        model = adapt(model, "LR-LoRA")
+        model = adapt(model, EXPANSION if name == "expansion" else name)
     model = model.eval()
     prompt = torch.randint(0, 4096, (2, 64))
     options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
 
     def step() -> None:
-        with torch.no_grad(), cached_weights(model) if method == FORMING else nullcontext():
+        with torch.no_grad(), cached_weights(model) if cached == "cached_weights" else nullcontext():
             model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
 
-    if method == "LR-LoRA, cached_weights":
-        _open_contexts.enter_context(cached_weights(model))
     return step
 
 
-def layer_step(size: int, method: str) -> Step:
-    """Forward and backward of one linear layer, size × size, on 1,024 tokens."""
-    torch.manual_seed(0)
-    layer = adapt(nn.Sequential(OrderedDict(layer=nn.Linear(size, size))), method)
-    x = torch.randn(TOKENS, size, requires_grad=True)
-    grad = torch.randn(TOKENS, size)
-
-    def step() -> None:
-        layer(x).backward(grad)
-
-    return step
-
-
-def own_work(size: int, method: str) -> Step:
-    """Only what the adapter adds to the matmuls: ΔW forward, and its gradient backward."""
-    torch.manual_seed(0)
-    phi = Transfer(TransferSpec(num_basis=50))
-    with torch.no_grad():
-        for parameter in phi.parameters():
-            parameter.normal_(0, 0.1)
-    A, B = torch.randn(R, size, requires_grad=True), (0.01 * torch.randn(size, R)).requires_grad_()
-    G = torch.randn(size, size)
-
-    def naive() -> Tensor:
-        z = 300.0 * (B @ A)
-        inside = z.clamp(-3, 3).unsqueeze(-1)
-        amplitude, bandwidth = phi.spec.amplitudes(phi.amplitude).float(), phi.spec.bandwidths(phi.bandwidth).float()
-        terms = torch.sinc((inside - phi.spec.centres(z)) * (bandwidth / torch.pi))
-        return (z + (terms * amplitude).sum(-1)) / 300.0
-
-    def step() -> None:
-        delta = naive() if method == "naive formula" else delta_weight(A, B, phi, scaling=1.0, input_gain=300.0)
-        (delta * G).sum().backward()
-
-    return step
-
-
-def matmul(size: int) -> Step:
-    """The layer's own matmul."""
-    x, weight = torch.randn(TOKENS, size), torch.randn(size, size)
-
-    def step() -> None:
-        nn.functional.linear(x, weight)
-
-    return step
-
-
-def elementwise(size: int) -> Step:
-    """W + ΔW: BA, φ and the sum."""
-    from lrlora.ops.linear import _Update, _write_weight
-    from lrlora.ops.table import TransferTable
-
-    torch.manual_seed(0)
-    phi = Transfer(TransferSpec(num_basis=50))
-    A, B, weight = torch.randn(R, size), 0.01 * torch.randn(size, R), torch.randn(size, size)
-    out = torch.empty_like(weight)
-
-    def step() -> None:
-        with torch.no_grad():
-            tabulated = TransferTable(phi.spec, phi.amplitude, phi.bandwidth, torch.float32)
-            _write_weight(out, weight, A, B, tabulated, _Update(phi.spec, 1.0, 300.0))
-
-    return step
+GENERATORS = ("base model", "base model, a second one", "LoRA", "expansion", "LR-LoRA", "LR-LoRA, cached_weights")
 
 
 def alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
@@ -241,91 +206,173 @@ def alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     return {name: median(values) for name, values in times.items()}
 
 
-def peak_memory(*arguments: str) -> float:
-    """MiB that two steps add to what the process had before, in a process of their own."""
-    command = [sys.executable, __file__, "--memory", *arguments]
+def peak_memory(name: str, method: str) -> float:
+    """MiB that two steps add to what the process had before, in a process of its own."""
+    command = [sys.executable, __file__, "--memory", name, method]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def _memory_of(kind: str, name: str, method: str) -> float:
-    makers: dict[str, Callable[[], Step]] = {
-        "model": lambda: training_step(name, method),
-        "checkpointing": lambda: training_step(name, method, checkpointing=True),
-        "own work": lambda: own_work(int(name), method),
-    }
-    before = _peak_kib()
-    step = makers[kind]()
+def _memory_of(name: str, method: str) -> float:
+    before = _status("VmHWM")
+    step = training_step(name, method)
     step()
     step()
-    return (_peak_kib() - before) / 1024
+    return _status("VmHWM") - before
 
 
-def _peak_kib() -> int:
-    """Peak resident memory of this program; `getrusage` would count what the parent process had, too."""
+def _status(name: str) -> float:
+    """Memory of this program in MiB; `getrusage` would count what the parent process had, too."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1])
-    raise RuntimeError("Peak memory is read from /proc/self/status, which this system does not have: use Linux.")
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("Memory is read from /proc/self/status, which this system does not have: use Linux.")
 
 
-def measure(rounds: int) -> list[Record]:
-    """Everything, one record per method and setting."""
-    records: list[Record] = []
+def _run(*command: str) -> Step:
+    return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) and None
 
-    def add(kind: str, name: str, seconds: dict[str, float], with_memory: bool) -> None:
-        for method, value in seconds.items():
-            record: Record = {"kind": kind, "name": name, "method": method, "seconds": value}
-            if with_memory:
-                record["peak_mib"] = peak_memory(kind, name, method)
-            records.append(record)
-            print(json.dumps(record), flush=True)
 
+def _large_adapter(folder: Path) -> None:
+    """LoRA of rank 16 on all linear layers of a model of Llama 70B's shapes."""
+    hidden, mlp, heads = 8192, 28672, 1024
+    sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
+    sizes |= {f"self_attn.{name}_proj": (heads, hidden) for name in "kv"}
+    sizes |= {f"mlp.{name}_proj": (mlp, hidden) for name in ("gate", "up")} | {"mlp.down_proj": (hidden, mlp)}
+    weights = {}
+    for layer in range(80):
+        for name, (m, n) in sizes.items():
+            path = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{path}.lora_A.weight"] = torch.randn(16, n, dtype=torch.bfloat16)
+            weights[f"{path}.lora_B.weight"] = torch.randn(m, 16, dtype=torch.bfloat16)
+    save_file(weights, folder / "adapter_model.safetensors")
+    LoraConfig(r=16, target_modules=[name.partition(".")[2] for name in sizes]).save_pretrained(folder)
+
+
+def _merge_ratio(folder: Path) -> float:
+    """Peak of merging an LR-LoRA adapter into SmolLM2, in sizes of the model, above what a tiny merge leaves behind."""
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny, vocab_size=64)).save_pretrained(folder / "tiny")
+    for name, base in (("small", str(folder / "tiny")), ("large", str(checkpoint(SMOLLM2)))):
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = LrLoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM")
+        get_peft_model(model, config).save_pretrained(folder / name)
+        del model
+    transformers.AutoTokenizer.from_pretrained(checkpoint(SMOLLM2)).save_pretrained(folder / "tiny")
+    script = f"import speed; speed._merge_both({str(folder)!r})"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return float(done.stdout.split()[-1])
+
+
+def _merge_both(folder: str) -> None:
+    merge_adapter(Path(folder, "small"), Path(folder, "out", "small"), dtype=torch.float32)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = _status("VmRSS")
+    merge_adapter(Path(folder, "large"), Path(folder, "out", "large"), dtype=torch.float32)
+    size = sum(file.stat().st_size for file in Path(folder, "out", "large").glob("*.safetensors")) / 2**20
+    print((_status("VmHWM") - before) / size)
+
+
+def measure_steps(rounds: int) -> list[Record]:
+    """Whole training steps."""
+    records = []
     for name in MODELS:
-        add("model", name, alternate({method: training_step(name, method) for method in METHODS}, rounds), True)
-        some = ("LoRA", *LR_LORA, "full fine-tuning")
-        steps = {method: training_step(name, method, checkpointing=True) for method in some}
-        add("checkpointing", name, alternate(steps, rounds), True)
-    for size in (1024, 2048, 4096, 8192):
-        some = ("LoRA", "frozen base", *LR_LORA, "full fine-tuning")
-        count = rounds if size < 4096 else max(3, rounds // 3)
-        add("layer", str(size), alternate({method: layer_step(size, method) for method in some}, count), False)
-        add("elementwise", str(size), alternate({"matmul": matmul(size), "W + ΔW": elementwise(size)}, count), False)
-    # The base model again shows what two equal models differ by: decoding waits for memory, which varies.
-    some = ("base model", "base model, a second one", "LR-LoRA, cached_weights", FORMING, "LR-LoRA")
-    add("generate", "Llama shapes", alternate({method: generation(method) for method in some}, rounds), False)
-    _open_contexts.close()
-    some = ("naive formula", "LR-LoRA")
-    add("own work", "768", alternate({method: own_work(768, method) for method in some}, 3), True)
+        seconds = alternate({method: training_step(name, method) for method in METHODS}, rounds)
+        gc.collect()
+        for method, value in seconds.items():
+            records.append({"name": name, "method": method, "seconds": value, "peak_mib": peak_memory(name, method)})
     return records
 
 
-KINDS = {
-    "model": "Whole training steps",
-    "checkpointing": "The same with gradient checkpointing",
-    "layer": "One linear layer, size × size, forward and backward of 1,024 tokens",
-    "elementwise": "Forming W + ΔW beside the layer's own matmul of 1,024 tokens",
-    "generate": "64 new tokens for each of 2 prompts of 64",
-    "own work": "ΔW and its gradient alone, beside the formula written naively",
+def measure_growth(rounds: int) -> list[Record]:
+    """One layer, larger and larger, then whole models with more and more layers."""
+    records = []
+    for axis, (values, settings) in GROWTH.items():
+        for value in values:
+            chosen = settings(value)
+            large = chosen.get("size", 2048) > 4096 or chosen.get("tokens", 0) > 4096
+            steps = {method: layer_step(method, **chosen) for method in GROWING}
+            seconds = alternate(steps, 3 if large else 2 * rounds)
+            for method in GROWING:
+                kept = saved_bytes(method, **chosen)
+                records.append(
+                    {"name": axis, "value": value, "method": method, "seconds": seconds[method], "kept": kept}
+                )
+    for layers in (1, 4, 12):
+        steps = {method: _step(*_llama(layers), method) for method in GROWING}
+        for method, value in alternate(steps, rounds).items():
+            records.append({"name": "layers, Llama shapes", "value": layers, "method": method, "seconds": value})
+    return records
+
+
+def measure_generation(rounds: int) -> list[Record]:
+    """Generation; two equal base models show what chance does."""
+    seconds = alternate({method: generation(method) for method in GENERATORS}, rounds)
+    return [{"method": method, "seconds": value} for method, value in seconds.items()]
+
+
+def measure_waiting(rounds: int) -> list[Record]:
+    """What a user waits for outside of training."""
+    lrlora = str(Path(sys.executable).with_name("lrlora"))
+    commands = {
+        "import typer, rich": _run(sys.executable, "-c", "import typer, rich"),
+        "lrlora --help": _run(lrlora, "--help"),
+        "an unknown task": _run("sh", "-c", f"! {lrlora} train --task clasify --model m --data d"),
+        "import lrlora": _run(sys.executable, "-c", "import lrlora"),
+    }
+    records: list[Record] = [{"what": what, "value": v} for what, v in alternate(commands, 3 * rounds).items()]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        _large_adapter(folder)
+        start = time.perf_counter()
+        _run(lrlora, "ranks", scratch)()
+        records.append({"what": "ranks of 70B", "value": time.perf_counter() - start})
+    with tempfile.TemporaryDirectory() as scratch:
+        records.append({"what": "merge", "value": _merge_ratio(Path(scratch))})
+    return records
+
+
+MEASURES = {
+    "steps": measure_steps,
+    "growth": measure_growth,
+    "generation": measure_generation,
+    "waiting": measure_waiting,
 }
-REFERENCES = {"generate": "base model", "elementwise": "matmul", "own work": "LR-LoRA"}
 
 
 def render(records: list[Record]) -> str:
     """The tables."""
-    parts = []
-    for kind, title in KINDS.items():
-        chosen = [record for record in records if record["kind"] == kind]
-        reference = REFERENCES.get(kind, "LoRA")
-        rows = []
-        for record in chosen:
-            (base,) = (r for r in chosen if (r["name"], r["method"]) == (record["name"], reference))
-            row = [record["name"], record["method"], f"{record['seconds'] / base['seconds']:.2f}"]
-            if "peak_mib" in record:
-                row += [f"{record['peak_mib'] / base['peak_mib']:.2f}", f"{record['peak_mib']:.0f}"]
-            rows.append(row)
-        header = ["", "method", f"time / {reference}"]
-        header += [f"peak memory / {reference}", "MiB"] if any("peak_mib" in record for record in chosen) else []
-        parts.append(f"### {title}\n\n{table(header, rows)}")
+    by_kind = {kind: [record for record in records if record["kind"] == kind] for kind in MEASURES}
+    steps = {(r["name"], r["method"]): r for r in by_kind["steps"]}
+    rows = []
+    for method in METHODS:
+        row = [method]
+        for name in MODELS:
+            ours, lora = steps[name, method], steps[name, "LoRA"]
+            ratio, memory = (ours[part] / lora[part] for part in ("seconds", "peak_mib"))
+            row.append(f"{ratio:.2f} · {memory:.2f}")
+        rows.append(row)
+    parts = ["### A training step: time · peak memory, as multiples of LoRA's\n", table(["", *MODELS], rows)]
+    rows = []
+    for axis in dict.fromkeys(r["name"] for r in by_kind["growth"]):
+        values = dict.fromkeys(r["value"] for r in by_kind["growth"] if r["name"] == axis)
+        for value in values:
+            found = {r["method"]: r for r in by_kind["growth"] if (r["name"], r["value"]) == (axis, value)}
+            cells = [f"{found[method]['seconds'] / found['LoRA']['seconds']:.2f}" for method in GROWING[1:]]
+            kept = [f"{found[method]['kept'] / 2**20:.1f}" if "kept" in found[method] else "" for method in GROWING]
+            rows.append([axis, f"{value:,}", *cells, *kept])
+    heads = ["", "", *(f"{method}: time / LoRA" for method in GROWING[1:]), *(f"{m}: MiB kept" for m in GROWING)]
+    parts += ["\n### How it grows: forward and backward of one linear layer\n", table(heads, rows)]
+    base = by_kind["generation"][0]["seconds"]
+    rows = [[r["method"], f"{r['seconds'] / base:.2f}"] for r in by_kind["generation"]]
+    parts += ["\n### 64 new tokens for each of 2 prompts of 64, Llama shapes\n", table(["", "time / base model"], rows)]
+    waits = {r["what"]: r["value"] for r in by_kind["waiting"]}
+    reference = waits["import typer, rich"]
+    rows = [[what, f"{waits[what] / reference:.1f} × importing typer and rich"] for what in list(waits)[1:4]]
+    rows.append(["`lrlora ranks` of a LoRA of rank 16 on all layers of 70B", f"{waits['ranks of 70B']:.0f} s"])
+    rows.append(["`lrlora merge`, peak memory", f"{waits['merge']:.2f} × the model's size"])
+    parts += ["\n### Outside of training\n", table(["", ""], rows)]
     return "\n".join(parts)
 
 
@@ -335,37 +382,27 @@ def updated(page: str) -> str:
     return with_section(page, "speed", render(records))
 
 
-def _print_ratios(name: str, steps: dict[str, Step], rounds: int) -> None:
-    seconds = alternate(steps, rounds)
-    print(name, {method: round(value / seconds["LoRA"], 2) for method, value in seconds.items()})
-
-
 def main() -> None:
     """Measure, store, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each method")
+    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each method")
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="measure a part anew")
     parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
-    parser.add_argument("--forms", action="store_true", help="only some forms beside LoRA; stores nothing")
-    parser.add_argument("--memory", nargs=3, metavar=("KIND", "NAME", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(_memory_of(*arguments.memory))
         return
-    if arguments.forms:
-        methods = ("LoRA", PAPER, PAPER_FAR, *EXPANSIONS)
-        for name in MODELS:
-            _print_ratios(name, {method: training_step(name, method) for method in methods}, arguments.rounds)
-            peaks = {method: peak_memory("model", name, method) for method in methods}
-            print("peak memory", {method: round(peak / peaks["LoRA"], 2) for method, peak in peaks.items()})
-        for size in (2048, 4096):
-            steps = {method: layer_step(size, method) for method in ("LoRA", *EXPANSIONS)}
-            _print_ratios(f"one layer, {size} × {size}, r = {R}", steps, arguments.rounds)
-        return
     if not arguments.report:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        records = measure(arguments.rounds)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        kept = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+        for kind in arguments.only:
+            found = [{"kind": kind, **record} for record in MEASURES[kind](arguments.rounds)]
+            kept = [record for record in kept if record["kind"] in MEASURES and record["kind"] != kind] + found
+            RESULTS.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            for record in found:
+                print(json.dumps(record), flush=True)
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

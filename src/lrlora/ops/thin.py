@@ -60,8 +60,7 @@ def _with_signs_on_x(x: Tensor, A: Tensor, B: Tensor, expansion: Expansion) -> T
 class _ThinLinear(torch.autograd.Function):
     """y = y₀ + c·x Vᵀ Uᵀ for x (tokens, n), with the rows R_q ∘ a_k of V and the columns P_q ∘ b_k of U, c = s/√Q.
 
-    With h = x Vᵀ and G = ∂L/∂y:  ∂L/∂x = c (G U) V,  ∂L/∂a_k = c Σ_q R_q ∘ ((G U)ᵀ x)_kq,
-    ∂L/∂b_k = c Σ_q P_q ∘ (Gᵀ h)_kq
+    With h = x Vᵀ, G = ∂L/∂y:  ∂L/∂x = c G U V,  ∂L/∂a_k = c Σ_q R_q ∘ ((G U)ᵀ x)_kq,  ∂L/∂b_k = c Σ_q P_q ∘ (Gᵀ h)_kq
 
     Saved are x, h (tokens, r·Q), A and B: U and V are made again. All products are in the dtype of x, the sums over q
     in that of A and B.
@@ -82,7 +81,7 @@ class _ThinLinear(torch.autograd.Function):
         x, h, A, B, P, R = ctx.saved_tensors
         needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
         G = grad.reshape(-1, len(B))
-        GU = (G @ columns(B, P).to(x.dtype)).mul_(ctx.c)
+        GU = G @ columns(ctx.c * B, P).to(x.dtype)
         grad_x = grad_A = grad_B = None
         if needs_x:
             grad_x = (GU @ rows(A, R).to(x.dtype)).view(x.shape)

@@ -188,7 +188,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             and not base.weight.is_meta
             and base.weight.dtype == x.dtype
             and x.is_floating_point()
-            and not _autocasts(x)
             and not (self.training and getattr(self.lrlora_dropout[adapters[0]], "p", 0) > 0)
             and self.weights[adapters[0]] == 1.0
         )
@@ -217,10 +216,11 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         adapters = self._adapters_to_apply()
+        given, x = x, _as_autocast(x)
         if adapters and self._can_fuse(x, adapters):
             return self._fused_output(x, adapters[0])
-        result = self.base_layer(x, *args, **kwargs)
-        x, dtype = _as_autocast(x), result.dtype
+        result = self.base_layer(given, *args, **kwargs)
+        dtype = result.dtype
         for adapter in adapters:
             # Token ids have no dropout: as in PEFT, an embedding ignores it.
             seen = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
@@ -352,9 +352,10 @@ def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
 
 def _as_autocast(x: Tensor) -> Tensor:
     """The input in the dtype that autocast gives to the base layer's matmul."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x) else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where this input is, and would cast it."""
     device = x.device.type
     return x.is_floating_point() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

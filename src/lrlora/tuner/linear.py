@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..expansion import Expansion
 from ..ops import adapted_linear, expansion_linear
-from .layer import LrLoraLayer
+from .layer import LrLoraLayer, autocasts
 
 
 class Linear(LrLoraLayer):
@@ -69,7 +69,7 @@ class Linear(LrLoraLayer):
 
     def _forward_cached(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         # In half precision, rounding W + ΔW would lose part of the update.
-        is_fused = x.dtype in (torch.float32, torch.float64) and self._can_fuse(x, adapters[:1])
+        is_fused = not autocasts(x) and x.dtype in (torch.float32, torch.float64) and self._can_fuse(x, adapters[:1])
         tensors = [self.base_layer.weight, *(p for name in adapters for p in self.adapter_parameters(name))]
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         state = (x.dtype, is_fused, tuple((name, self.weights[name]) for name in adapters), versions)

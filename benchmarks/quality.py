@@ -1,0 +1,167 @@
+"""How long each method takes to a quality: the loss that LoRA of rank 8 ends with, on two tasks where rank binds.
+
+    lrlora compare benchmarks/quality.yaml --methods METHODS --seeds 1 --rank 8 --output FOLDER   # tunes the rates
+    python benchmarks/quality.py FOLDER      # an hour on one core; resumes; --task NAME for one core each
+    python benchmarks/quality.py --report    # docs/speed.md from the stored results
+
+METHODS are the keys of `METHODS` below, with commas between. Each method is trained with schedules of 1/8 to 4 times
+the steps, √2 apart, at the rate that was best for the usual number of steps, until the shortest is found that ends with
+the loss asked for. The time is that of the processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
+
+from sections import table, with_section  # noqa: E402
+
+from lrlora.lab.compare.jobs import TUNING_SEED, best_trial, read_records  # noqa: E402
+from lrlora.lab.compare.methods import find_method  # noqa: E402
+from lrlora.lab.compare.suites import load_suite  # noqa: E402
+
+PAGE, RESULTS = DOCS / "speed.md", DOCS / "speed"
+SUITE = Path(__file__).with_suffix(".yaml")
+TASKS = {"german": "going on to German", "labels": "labels by heart"}
+METHODS = {
+    "lora+r=8": "LoRA, r = 8",
+    "lora+r=1": "LoRA, r = 1",
+    "lora+r=32": "LoRA, r = 32",
+    "expansion+r=8+num_terms=4": "expansion, r = 8, Q = 4",
+    "lr-lora+r=8+lora_alpha=128": "LR-LoRA, r = 8",
+    "dora+r=8": "DoRA, r = 8",
+    "hira+r=8": "HiRA, r = 8",
+    "randlora+r=8": "RandLoRA, r = 8",
+    "full": "full fine-tuning of the same layers",
+}
+REFERENCE = "lora+r=8"
+RANK = 8
+FACTORS = tuple(2 ** (half / 2) for half in range(-6, 5))  # of the usual number of steps
+USUAL = FACTORS.index(1.0)
+
+
+def train_once(task_name: str, method: str, steps: int, learning_rate: float, scale: float) -> dict[str, Any]:
+    """One training, in a process of its own, for its peak memory."""
+    given = json.dumps([task_name, method, steps, learning_rate, scale])
+    command = [sys.executable, __file__, "--one", given]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def _train(task_name: str, key: str, steps: int, learning_rate: float, scale: float) -> dict[str, Any]:
+    from lrlora.lab.compare.capacity import train_capacity
+
+    task, method = load_suite(str(SUITE)).tasks[task_name], find_method(key)
+    before = _status("VmRSS")
+    options = method.adapter(RANK, scale)
+    found = train_capacity(replace(task, steps=steps), method, options, learning_rate=learning_rate, seed=1)
+    return {
+        "steps": steps,
+        "loss": found["test"]["loss"],
+        "seconds": steps * found["seconds"],
+        "trainable": found["trainable"],
+        "peak_mib": _status("VmHWM") - before,
+    }
+
+
+def _status(name: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+def measure(folder: Path, task_name: str, results: Path) -> None:
+    """The shortest training of every method that reaches the loss; what was trained is kept as it comes."""
+    records = read_records(folder)
+    usual = load_suite(str(SUITE)).tasks[task_name].steps
+    tuned = {}
+    for key in METHODS:
+        trials = [r for r in records.values() if (r["task"], r["method"], r["seed"]) == (task_name, key, TUNING_SEED)]
+        best = best_trial(trials)
+        if best is None:
+            raise ValueError(f"{folder} has no finished trial of {key} on {task_name}: run lrlora compare first.")
+        tuned[key] = (best["learning_rate"], best.get("scale", 1.0))
+    kept: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.exists() else {}
+
+    def run(key: str, index: int) -> dict[str, Any]:
+        steps = round(FACTORS[index] * usual)
+        name = f"{task_name} {key} {steps}"
+        if name not in kept:
+            print(name, flush=True)
+            kept[name] = {"task": task_name, "method": key, **train_once(task_name, key, steps, *tuned[key])}
+            results.write_text(json.dumps(kept, indent=1) + "\n")
+        return kept[name]
+
+    target = run(REFERENCE, USUAL)["loss"]
+    for key in METHODS:
+        low, high = (-1, USUAL) if run(key, USUAL)["loss"] <= target else (USUAL, len(FACTORS))
+        while high - low > 1:
+            # Far more steps are dear, and seldom needed: from below there, by halves elsewhere.
+            middle = low + 1 if low >= USUAL else (low + high) // 2
+            if run(key, middle)["loss"] <= target:
+                high = middle
+            else:
+                low = middle
+
+
+def render(records: dict[str, dict[str, Any]]) -> str:
+    """The table."""
+    rows = []
+    for key, label in METHODS.items():
+        row = [label]
+        for task in TASKS:
+            trained = [r for r in records.values() if (r["task"], r["method"]) == (task, key)]
+            (usual,) = (r for r in trained if r["steps"] == load_suite(str(SUITE)).tasks[task].steps)
+            (reference,) = (
+                r for r in records.values() if (r["task"], r["method"], r["steps"]) == (task, REFERENCE, usual["steps"])
+            )
+            enough = [r for r in trained if r["loss"] <= reference["loss"]]
+            if not enough:
+                most = max(r["steps"] for r in trained)
+                row += [f"not in {most:,}", "", f"{usual['peak_mib'] / reference['peak_mib']:.2f}"]
+                continue
+            first = min(enough, key=lambda r: r["steps"])
+            row += [
+                f"{first['steps']:,}",
+                f"{first['seconds'] / reference['seconds']:.2f}",
+                f"{first['peak_mib'] / reference['peak_mib']:.2f}",
+            ]
+        rows.append(row)
+    heads = [f"{title}: {what}" for title in TASKS.values() for what in ("steps", "time", "memory")]
+    return table(["", *heads], rows)
+
+
+def updated(page: str) -> str:
+    """The page with the table of the stored results."""
+    stored = (json.loads((RESULTS / f"quality-{task}.json").read_text(encoding="utf-8")) for task in TASKS)
+    return with_section(page, "quality", render({name: record for part in stored for name, record in part.items()}))
+
+
+def main() -> None:
+    """Measure, store, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="of the comparison that has tuned the rates")
+    parser.add_argument("--task", choices=TASKS, help="only this one; its results beside the others'")
+    parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(_train(*json.loads(arguments.one))))
+        return
+    if not arguments.report:
+        if arguments.folder is None:
+            parser.error("name the output folder of lrlora compare")
+        tasks = [arguments.task] if arguments.task else list(TASKS)
+        for task in tasks:
+            measure(arguments.folder, task, RESULTS / f"quality-{task}.json")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
