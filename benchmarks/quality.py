@@ -1,12 +1,13 @@
 """How long each method takes to a quality: the loss that LoRA of rank 8 ends with, on two tasks where rank binds.
 
     lrlora compare benchmarks/quality.yaml --methods METHODS --seeds 1 --rank 8 --output FOLDER   # tunes the rates
-    python benchmarks/quality.py FOLDER      # an hour on one core; resumes; --task NAME for one core each
+    python benchmarks/quality.py FOLDER      # an hour on one core; resumes; --task NAME does one task alone
     python benchmarks/quality.py --report    # docs/speed.md from the stored results
 
-METHODS are the keys of `METHODS` below, with commas between. Each method is trained with schedules of 1/8 to 4 times
-the steps, √2 apart, at the rate that was best for the usual number of steps, until the shortest is found that ends with
-the loss asked for. The time is that of the processor.
+METHODS are the keys of `METHODS` below, with commas between. Each method is trained with schedules of 1/8, 1/4, … 4
+times the steps, at the rate that was best for the usual number of them, until two neighbours are found of which the
+longer one ends with the loss asked for or less. Steps between are interpolated, over their logarithm. The time is the
+processor's.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ METHODS = {
 }
 REFERENCE = "lora+r=8"
 RANK = 8
-FACTORS = tuple(2 ** (half / 2) for half in range(-6, 5))  # of the usual number of steps
+FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # of the usual number of steps
 USUAL = FACTORS.index(1.0)
 
 
@@ -102,12 +103,21 @@ def measure(folder: Path, task_name: str, results: Path) -> None:
     for key in METHODS:
         low, high = (-1, USUAL) if run(key, USUAL)["loss"] <= target else (USUAL, len(FACTORS))
         while high - low > 1:
-            # Far more steps are dear, and seldom needed: from below there, by halves elsewhere.
-            middle = low + 1 if low >= USUAL else (low + high) // 2
+            middle = (low + high) // 2
             if run(key, middle)["loss"] <= target:
                 high = middle
             else:
                 low = middle
+
+
+def _interpolated(trained: list[dict[str, Any]], target: float) -> float:
+    """The number of steps at which a method's loss is `target`, between the two trainings around it."""
+    longer = min((r for r in trained if r["loss"] <= target), key=lambda r: r["steps"])
+    before = max((r for r in trained if r["steps"] < longer["steps"]), key=lambda r: r["steps"], default=longer)
+    if before is longer:
+        return longer["steps"]
+    share = (before["loss"] - target) / (before["loss"] - longer["loss"])
+    return before["steps"] * (longer["steps"] / before["steps"]) ** share
 
 
 def render(records: dict[str, dict[str, Any]]) -> str:
@@ -122,16 +132,15 @@ def render(records: dict[str, dict[str, Any]]) -> str:
                 r for r in records.values() if (r["task"], r["method"], r["steps"]) == (task, REFERENCE, usual["steps"])
             )
             enough = [r for r in trained if r["loss"] <= reference["loss"]]
+            memory = f"{usual['peak_mib'] / reference['peak_mib']:.2f}"
             if not enough:
-                most = max(r["steps"] for r in trained)
-                row += [f"not in {most:,}", "", f"{usual['peak_mib'] / reference['peak_mib']:.2f}"]
+                most = max(trained, key=lambda r: r["steps"])
+                row += [f"> {most['steps']:,}", f"> {most['seconds'] / reference['seconds']:.1f}", memory]
                 continue
-            first = min(enough, key=lambda r: r["steps"])
-            row += [
-                f"{first['steps']:,}",
-                f"{first['seconds'] / reference['seconds']:.2f}",
-                f"{first['peak_mib'] / reference['peak_mib']:.2f}",
-            ]
+            steps = _interpolated(trained, reference["loss"])
+            seconds = steps * usual["seconds"] / usual["steps"]
+            bound = "≤ " if steps == min(r["steps"] for r in trained) else ""
+            row += [f"{bound}{steps:,.0f}", f"{bound}{seconds / reference['seconds']:.2f}", memory]
         rows.append(row)
     heads = [f"{title}: {what}" for title in TASKS.values() for what in ("steps", "time", "memory")]
     return table(["", *heads], rows)
@@ -160,6 +169,8 @@ def main() -> None:
         tasks = [arguments.task] if arguments.task else list(TASKS)
         for task in tasks:
             measure(arguments.folder, task, RESULTS / f"quality-{task}.json")
+        if arguments.task:
+            return
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -128,7 +128,7 @@ def passes(matrix: Matrix, method: str, half: bool) -> tuple[float, float]:
     """How many matmuls of 2·T·m·n operations forward and backward take."""
     if not matrix.is_adapted or (method != "LR-LoRA" and matrix.experts == 1):
         return 1, 1
-    return (2, 3) if half and matrix.experts == 1 else (1, 2)
+    return (2, 2) if half and matrix.experts == 1 else (1, 2)
 
 
 def flops(matrix: Matrix, method: str, tokens: int, half: bool) -> float:

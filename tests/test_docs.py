@@ -102,6 +102,7 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     ("benchmark", "name"),
     [
         ("speed", "speed.md"),
+        ("quality", "speed.md"),
         ("scale", "scale.md"),
         ("half_precision", "speed.md"),
         ("export", "export.md"),
