@@ -1,4 +1,4 @@
-"""How long each method takes to a quality: the loss that LoRA of rank 8 ends with, on two tasks where rank binds.
+"""How long each method takes to reach the loss that LoRA of rank 8 ends with, on two tasks where rank binds.
 
     lrlora compare benchmarks/quality.yaml --methods METHODS --seeds 1 --rank 8 --output FOLDER   # tunes the rates
     python benchmarks/quality.py FOLDER      # an hour on one core; resumes; --task NAME does one task alone
@@ -132,17 +132,18 @@ def render(records: dict[str, dict[str, Any]]) -> str:
                 r for r in records.values() if (r["task"], r["method"], r["steps"]) == (task, REFERENCE, usual["steps"])
             )
             enough = [r for r in trained if r["loss"] <= reference["loss"]]
-            memory = f"{usual['peak_mib'] / reference['peak_mib']:.2f}"
+            rest = [f"{usual['peak_mib'] / reference['peak_mib']:.2f}", f"{usual['loss']:.3f}"]
             if not enough:
                 most = max(trained, key=lambda r: r["steps"])
-                row += [f"> {most['steps']:,}", f"> {most['seconds'] / reference['seconds']:.1f}", memory]
+                row += [f"> {most['steps']:,}", f"> {most['seconds'] / reference['seconds']:.1f}", *rest]
                 continue
             steps = _interpolated(trained, reference["loss"])
             seconds = steps * usual["seconds"] / usual["steps"]
             bound = "≤ " if steps == min(r["steps"] for r in trained) else ""
-            row += [f"{bound}{steps:,.0f}", f"{bound}{seconds / reference['seconds']:.2f}", memory]
+            row += [f"{bound}{steps:,.0f}", f"{bound}{seconds / reference['seconds']:.2f}", *rest]
         rows.append(row)
-    heads = [f"{title}: {what}" for title in TASKS.values() for what in ("steps", "time", "memory")]
+    columns = ("steps", "time", "memory", "loss after LoRA's steps")
+    heads = [f"{title}: {what}" for title in TASKS.values() for what in columns]
     return table(["", *heads], rows)
 
 
@@ -156,7 +157,7 @@ def main() -> None:
     """Measure, store, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="of the comparison that has tuned the rates")
-    parser.add_argument("--task", choices=TASKS, help="only this one; its results beside the others'")
+    parser.add_argument("--task", choices=TASKS, help="measure this task alone, and leave the page as it is")
     parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

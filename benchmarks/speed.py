@@ -361,12 +361,12 @@ def render(records: list[Record]) -> str:
         rows.append(row)
     parts = ["### A training step: time · peak memory, as multiples of LoRA's\n", table(["", *MODELS], rows)]
     rows = []
-    # LR-LoRA keeps nothing but the input and its parameters.
     for axis in dict.fromkeys(r["name"] for r in by_kind["growth"]):
         values = dict.fromkeys(r["value"] for r in by_kind["growth"] if r["name"] == axis)
         for value in values:
             found = {r["method"]: r for r in by_kind["growth"] if (r["name"], r["value"]) == (axis, value)}
             cells = [f"{found[method]['seconds'] / found['LoRA']['seconds']:.2f}" for method in GROWING[1:]]
+            # LR-LoRA keeps nothing but the input and its parameters, and has no column.
             kept = [
                 f"{found[method]['kept'] / 2**10:,.0f}" if "kept" in found[method] else "" for method in GROWING[:2]
             ]

@@ -52,13 +52,13 @@ class Expansion(nn.Module):
 
     def output_signs(self, m: int, device: torch.device) -> Tensor:
         """P (m, Q), float32."""
-        return self._basis(m, "output", device)
+        return self._basis_of(m, "output", device)
 
     def input_signs(self, n: int, device: torch.device) -> Tensor:
         """Rᵀ (Q, n), float32, laid out so that its products with rows of A are contiguous."""
-        return self._basis(n, "input", device)
+        return self._basis_of(n, "input", device)
 
-    def _basis(self, size: int, side: str, device: torch.device) -> Tensor:
+    def _basis_of(self, size: int, side: str, device: torch.device) -> Tensor:
         make = _basis_operator if torch.compiler.is_compiling() else _basis
         return make(size, self.num_terms, f"{side}, {self.seed}, {size}", device, side == "input")
 

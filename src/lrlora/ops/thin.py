@@ -43,11 +43,10 @@ def expansion_linear(
         A, B = at_least_float32(A), at_least_float32(B)
         P = expansion.output_signs(len(B), B.device).to(B.dtype)
         R = expansion.input_signs(A.shape[1], A.device).to(A.dtype)
-        settings = (A, B, P, R, scaling * expansion.num_terms**-0.5)
-        if added_to is None or added_to.dtype != x.dtype:
-            y = _ThinLinear.apply(x, x.new_zeros(()), *settings)
-            return y if added_to is None else added_to + y
-        return _ThinLinear.apply(x, added_to, *settings)
+        is_one_matmul = added_to is not None and added_to.dtype == x.dtype
+        base = added_to if is_one_matmul else x.new_zeros(())
+        y = _ThinLinear.apply(x, base, A, B, P, R, scaling * expansion.num_terms**-0.5)
+        return y if is_one_matmul or added_to is None else added_to + y
 
 
 def _with_signs_on_x(x: Tensor, A: Tensor, B: Tensor, expansion: Expansion) -> Tensor:
@@ -62,8 +61,8 @@ class _ThinLinear(torch.autograd.Function):
 
     With h = x Vᵀ, G = ∂L/∂y:  ∂L/∂x = c G U V,  ∂L/∂a_k = c Σ_q R_q ∘ ((G U)ᵀ x)_kq,  ∂L/∂b_k = c Σ_q P_q ∘ (Gᵀ h)_kq
 
-    Saved are x, h (tokens, r·Q), A and B: U and V are made again. All products are in the dtype of x, the sums over q
-    in that of A and B.
+    y₀ is (tokens, m), or a single zero. Saved are x, h (tokens, r·Q), A and B: U and V are made again. All products are
+    in the dtype of x, the sums over q in that of A and B.
     """
 
     @staticmethod
