@@ -55,11 +55,11 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
     from lrlora.export import factorize, output_difference, save_as_lora
     from lrlora.export.factorize import parameters_of_rank
     from lrlora.lab.tasks import MOVIE_REVIEW_TASK
-    from lrlora.saved import load_on_skeleton
+    from lrlora.updates import read_updates
 
     test = MOVIE_REVIEW_TASK.load()["test"]
     adapter = demo / "lr-lora"
-    model = load_on_skeleton(adapter)
+    model = read_updates(adapter)
     truncations: dict[str, dict[str, Any]] = {f"energy {energy}": {"energy": energy} for energy in (0.9, 0.99, 0.999)}
     truncations[f"budget of LoRA r = {BUDGET_RANK}"] = {"budget": parameters_of_rank(model, BUDGET_RANK)}
     with tempfile.TemporaryDirectory() as scratch:

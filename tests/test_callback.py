@@ -52,8 +52,8 @@ def test_hands_the_summary_to_report_to(tiny_bert: TinyModel, tmp_path: Path) ->
         events = EventAccumulator(str(folder)).Reload()
         if "train/rank/stable_rank_mean" in events.Tags()["scalars"]:
             steps |= {event.step for event in events.Scalars("train/rank/stable_rank_mean")}
-        if "rank/energy99_rank" in events.Tags()["images"]:
-            pictures |= {event.step: event.encoded_image_string for event in events.Images("rank/energy99_rank")}
+        if "rank/stable_rank" in events.Tags()["images"]:
+            pictures |= {event.step: event.encoded_image_string for event in events.Images("rank/stable_rank")}
     assert steps == {0, 3, 6}
     assert set(pictures) == {6}
     assert pictures[6].startswith(b"\x89PNG")

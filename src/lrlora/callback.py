@@ -122,9 +122,9 @@ class RankCallback(TrainerCallback):
 
 def _log_picture(logger: Any, step: int, report: RankReport) -> None:
     """Hand the picture to a logger that takes pictures; each of the three has a way of its own."""
-    from .report.figure import rank_figure
+    from .report.figure import OPENING_MEASURE, rank_figure
 
-    name = "rank/energy99_rank"
+    name = f"rank/{OPENING_MEASURE}"
     if getattr(logger, "tb_writer", None) is not None:
         logger.tb_writer.add_figure(name, rank_figure(report), step)
     elif getattr(logger, "_wandb", None) is not None:

@@ -67,16 +67,25 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def check_truncation(
-    *, energy: float | None = None, budget: int | None = None, max_rank: int | None = None, drop_below: float = 0.0
+    *,
+    energy: float | None = None,
+    budget: int | None = None,
+    max_rank: int | None = None,
+    tolerance: float | None = None,
+    drop_below: float = 0.0,
 ) -> None:
     """Raise a ValueError unless these arguments of `factorize` say what an export keeps."""
-    if (energy is None) == (budget is None) and not (energy is None and max_rank is not None):
-        given = "both" if energy is not None else "none"
+    choices = {"energy": energy, "budget": budget, "tolerance": tolerance}
+    given = [name for name, value in choices.items() if value is not None]
+    if len(given) > 1 or not (given or max_rank is not None):
         raise ValueError(
-            f"Give either energy or budget, or max_rank alone to say what to keep; given: {given} of them."
+            f"Give one of energy, budget and tolerance, or max_rank alone, to say what to keep; given: "
+            f"{' and '.join(given) or 'none'}."
         )
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be a share in (0, 1], and is {energy!r}.")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(f"tolerance must be a share of the weight's norm in (0, 1), and is {tolerance!r}.")
     for name, value in (("budget", budget), ("max_rank", max_rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be a whole number ≥ 1, and is {value!r}.")

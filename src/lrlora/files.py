@@ -147,6 +147,28 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
         raise ValueError(f"{name} does not hold a readable adapter: {reason}. {ADAPTER_EXPECTED}")
 
 
+def is_full_model(name: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a model, and no adapter."""
+    path = Path(name)
+    return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+
+
+def require_source(name: str, base: str | None) -> None:
+    """Look for an adapter in a folder or file, or for a full model, which needs its base model beside it.
+
+    Raises:
+        ValueError: there is none.
+
+    """
+    is_file = Path(name).is_file()
+    if base is None and is_full_model(name):
+        raise ValueError(f"{name} is a full model. Say what it was fine-tuned from, to see what changed: --base MODEL.")
+    if is_file and Path(name).suffix != ".safetensors":
+        raise ValueError(f"{name} is a file that does not end in .safetensors. Only those are read.")
+    if not is_file and base is None:
+        require_adapter(name)
+
+
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
     """The content of a JSON file, which is of a kind as `require_type` knows them.
 

@@ -13,19 +13,34 @@ def path_in_base(path: str) -> str:
     return path.removeprefix(PEFT_PREFIX)
 
 
+def _parts(path: str) -> list[str]:
+    """Of a path what is between its points; of one of kohya's names, which has underscores for them, its numbers."""
+    if "." in path:
+        return path.split(".")
+    return [part.strip("_") for part in re.split(r"_(\d+)(?=_|$)", path) if part]
+
+
+def natural_order(path: str) -> list[tuple[int, str]]:
+    """A key to sort by, with layer.2 before layer.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in _parts(path)]
+
+
 def module_type(path: str) -> str:
     """The place of a module in its layer, its path without the numbers: encoder.layer.3.mlp → encoder.layer.mlp"""
-    return ".".join(part for part in path.split(".") if not part.isdigit())
+    return ".".join(part for part in _parts(path) if not part.isdigit())
 
 
 def layer_index(path: str) -> int | None:
     """Index of the transformer layer that a module is in, None outside one."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+    return next((int(part) for part in _parts(path) if part.isdigit()), None)
 
 
-_ATTENTION = re.compile(r"att|(^|[._])(q|k|v|o|qkv|query|key|value|q_proj|k_proj|v_proj|o_proj)$", re.IGNORECASE)
+# Not `attentions`, in which diffusers puts the MLP of a block too.
+_ATTENTION = re.compile(
+    r"att(?!entions)|(^|[._])(q|k|v|o|qkv|query|key|value|q_proj|k_proj|v_proj|o_proj)$", re.IGNORECASE
+)
 _MLP = re.compile(
-    r"mlp|ffn|ff\.|feed_?forward|intermediate|experts?|densereludense|fc\d|\.output\.dense$", re.IGNORECASE
+    r"mlp|ffn|ff[._]|feed_?forward|intermediate|experts?|densereludense|fc\d|\.output\.dense$", re.IGNORECASE
 )
 
 

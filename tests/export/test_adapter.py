@@ -148,9 +148,9 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(train: Train, tmp_p
     script = (
         "import os, signal, peft\n"
         "from lrlora.export import factorize, save_as_lora\n"
-        "from lrlora.saved import load_on_skeleton\n"
+        "from lrlora.updates import read_updates\n"
         "peft.LoraConfig.save_pretrained = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"save_as_lora(factorize(load_on_skeleton({str(adapter)!r}), energy=0.9), {str(adapter)!r}, 'lora')\n"
+        f"save_as_lora(factorize(read_updates({str(adapter)!r}), energy=0.9), {str(adapter)!r}, 'lora')\n"
     )
     environment = {**os.environ, "LRLORA_KERNELS": "0"}
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, env=environment)

@@ -144,11 +144,12 @@ def test_zeros_of_the_spectrum_are_not_exported() -> None:
 @pytest.mark.parametrize(
     ("truncation", "message"),
     [
-        ({}, "either energy or budget"),
-        ({"energy": 0.9, "budget": 100}, "either energy or budget"),
+        ({}, "one of energy, budget and tolerance.*given: none"),
+        ({"energy": 0.9, "budget": 100}, "given: energy and budget"),
         ({"energy": 0.0}, r"energy must be a share in \(0, 1\], and is 0.0"),
         ({"energy": 1.5}, "and is 1.5"),
         ({"budget": 10}, "budget=10 is less than one rank of the smallest module, 70 parameters"),
+        ({"tolerance": 2.0}, r"tolerance must be a share of the weight's norm in \(0, 1\), and is 2.0"),
         ({"max_rank": 0}, "max_rank must be a whole number ≥ 1, and is 0"),
         ({"energy": 0.9, "drop_below": 1.0}, "drop_below must be"),
     ],
@@ -163,9 +164,9 @@ def test_refuses_what_cannot_be_exported(tiny_bert: TinyModel, tmp_path: Path) -
     untrained = get_peft_model(tiny_bert.build(), LrLoraConfig(**tiny_bert.targets))
     with pytest.raises(ValueError, match="Every update is zero"):
         factorize(untrained, energy=0.9)
-    with pytest.raises(ValueError, match="no LR-LoRA adapter"):
+    with pytest.raises(ValueError, match="has no adapter"):
         factorize(tiny_bert.build(), energy=0.9)
-    with pytest.raises(ValueError, match="no LR-LoRA adapter named 'other'"):
+    with pytest.raises(ValueError, match="No module has an adapter named 'other'"):
         factorize(untrained, energy=0.9, adapter="other")
     diverged = one_layer(40, 30)
     with torch.no_grad():

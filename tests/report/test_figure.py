@@ -55,3 +55,15 @@ def test_modules_that_share_a_cell_are_averaged(tiny_bert: TinyModel, tmp_path: 
     text = (tmp_path / "ranks.svg").read_text()
     assert ">3.5<" in text
     assert "mean where several modules share a cell" in text
+
+
+def test_a_full_fine_tuning_has_neither_r_nor_curves(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    import matplotlib
+
+    report = rank_report(get_peft_model(tiny_bert.build(), LoraConfig(r=2, target_modules=["query"])))
+    rows = [replace(row, r=None) for row in report.rows]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        save_rank_figure(RankReport(rows), tmp_path / "ranks.svg")
+    text = (tmp_path / "ranks.svg").read_text()
+    assert ">stable rank of ΔW<" in text
+    assert "φ" not in text

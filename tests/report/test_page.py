@@ -7,16 +7,14 @@ import json
 import math
 import random
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from peft import LoraConfig, get_peft_model
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from peft import get_peft_model
+from playwright.sync_api import Browser, Page, expect
 
 from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.rank import Curve, RankRow, Spectrum
@@ -25,68 +23,7 @@ from lrlora.report.pictures import save_pictures
 from lrlora.report.runs import Run
 
 from ..conftest import TinyModel
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-
-
-@pytest.fixture(scope="module")
-def runs() -> list[Run]:
-    """LR-LoRA and LoRA on a tiny Llama, with a history of three records."""
-    tiny = TinyModel("llama")
-    found = []
-    for name, config in (
-        ("curved", LrLoraConfig(r=2, phi_lr_multiplier=100, **tiny.targets)),
-        ("plain </script><b>", LoraConfig(r=2, **tiny.targets)),
-    ):
-        model = get_peft_model(tiny.build(), config)
-        history = [(0, rank_report(model))]
-        for step in (5, 10):
-            tiny.train(model, 5)
-            history.append((step, rank_report(model)))
-        log = [{"step": step, "loss": 1 / step, "eval_loss": 2 / step, "eval_accuracy": 0.5} for step in (5, 10)]
-        facts = {"method": name, "accuracy, held out": "0.5"}
-        found.append(Run(name, history[-1][1], facts, {"adapter": {"r": 2}}, history, log))
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def file(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    write_page(runs, path, title="Two <runs>")
-    return path
-
-
-@pytest.fixture
-def page(browser: Browser, file: Path) -> Iterator[Page]:
-    """The page, opened; at the end nothing must have gone wrong or been asked of a network."""
-    context = browser.new_context()
-    wrong: list[str] = []
-    yield opened(context.new_page(), file, wrong)
-    context.close()
-    assert wrong == []
-
-
-def opened(page: Page, file: Path, wrong: list[str] | None = None) -> Page:
-    wrong = [] if wrong is None else wrong
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else wrong.append(request.url),
-    )
-    page.goto(file.as_uri())
-    page.wait_for_selector("body[data-ready]")
-    assert wrong == []
-    return page
+from .conftest import needs_browser, opened
 
 
 def cell(page: Page, run: str, module: str) -> Any:
@@ -269,7 +206,7 @@ def test_an_adapter_alone_shows_what_there_is(browser: Browser, runs: list[Run],
     write_page([Run("adapter", replace(runs[1].report, spectra={}))], tmp_path / "one.html")
     page = opened(browser.new_page(), tmp_path / "one.html")
     expect(page.get_by_label("Training step")).to_be_hidden()
-    for hidden in ("#phi", "#spectrum", "#history", "#course", "#settings"):
+    for hidden in ("#phi", "#spectrum", "#history", "#overlap", "#sizes", "#course", "#settings"):
         expect(page.locator(hidden)).to_be_hidden()
     expect(page.locator("#kinds svg").first).to_be_visible()
     page.close()

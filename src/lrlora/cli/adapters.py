@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.markup import escape
 
 from ..checks import check_truncation, require_known
-from ..files import free_folder, require_adapter
-from .common import app, console, one_clear_error, quiet
+from ..files import free_folder, require_adapter, require_source
+from .common import announce, app, console, one_clear_error, quiet
 
 if TYPE_CHECKING:
-    from ..saved import SavedAdapter
+    from ..updates import Updates
+
+
+_SOURCE_HELP = "PEFT adapter of any method (folder or hub name), LoRA in a .safetensors file, or full model."
+_BASE = Annotated[
+    str | None,
+    typer.Option(help="Base model (folder, file or hub name): for full models, ‖ΔW‖/‖W0‖, and DoRA as a whole."),
+]
 
 
 @app.command()
 def ranks(
-    adapter: Annotated[str, typer.Argument(help="Folder or hub name of a saved LR-LoRA or LoRA adapter.")],
-    with_base: Annotated[bool, typer.Option("--with-base", help="Load the base model too, for ‖ΔW‖/‖W0‖.")] = False,
+    source: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
+    base: _BASE = None,
+    with_base: Annotated[bool, typer.Option("--with-base", help="Take the base model that it names.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the report here as JSON.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows here as CSV.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw them here (.png, .svg, .pdf).")] = None,
 ) -> None:
-    """Print the learned ranks of a saved adapter. Its base model is not needed."""
+    """Print what ranks an adapter really uses, or what full fine-tuning has changed."""
     with one_clear_error():
         for path in (json, csv, picture):
             if path and not path.parent.is_dir():
                 raise FileNotFoundError(f"The folder {path.parent} for {path.name} does not exist.")
-        require_adapter(adapter)
+        require_source(source, base)
         quiet()
         if picture:
             from ..report.figure import check_picture, save_rank_figure
@@ -38,10 +46,16 @@ def ranks(
             check_picture(picture)
         from ..rank import rank_report
         from ..report.table import rank_table
-        from ..saved import load_on_skeleton
+        from ..saved import SavedAdapter
+        from ..updates import read_updates
 
-        report = rank_report(load_on_skeleton(adapter, with_base_weights=with_base), progressbar=True)
-        console.print(rank_table(report, escape(f"Learned ranks, {adapter}")))
+        if with_base and base is None:
+            base = SavedAdapter.read(source).config.base_model_name_or_path
+        updates = read_updates(source, base=base)
+        report = rank_report(updates, progressbar=True)
+        console.print(rank_table(report, escape(f"Ranks of {source} ({updates.method})")))
+        for note in updates.notes:
+            announce(note)
         if json:
             report.to_json(json)
         if csv:
@@ -53,8 +67,10 @@ def ranks(
 @app.command()
 def report(
     sources: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER|RUN_DIR...", help="Saved adapters and output folders of runs.")
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Output folders of runs, and whatever `lrlora ranks` reads."),
     ],
+    base: _BASE = None,
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("lrlora-report.html"),
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures as SVG and PNG, for papers.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the pictures.")] = False,
@@ -72,7 +88,7 @@ def report(
         from ..report.pictures import save_pictures
         from ..report.runs import load_runs
 
-        runs = load_runs(sources)
+        runs = load_runs(sources, base=base)
         write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
         console.print(escape(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB"), highlight=False)
         if pictures:
@@ -80,10 +96,13 @@ def report(
             console.print(escape(f"Pictures: {pictures}"), highlight=False)
 
 
-_ADAPTER = Annotated[str, typer.Argument(help="Folder or hub name of a saved LR-LoRA adapter.")]
 _ENERGY = Annotated[float | None, typer.Option(help="Keep this share of each module's ‖ΔW‖², in (0, 1].")]
 _BUDGET = Annotated[
-    str | None, typer.Option(help="Parameters in all: 250000, 250k, 1.5M, or r4 for those of LoRA of rank 4.")
+    str | None,
+    typer.Option(help="Size in all: parameters (250000, 250k, 1.5M), MiB (8MiB), or r4: as LoRA of rank 4."),
+]
+_TOLERANCE = Annotated[
+    float | None, typer.Option(help="Largest ‖ΔW − BA‖/‖W0‖ of any module, in (0, 1); needs --base.")
 ]
 _MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module.")]
 _DROP_BELOW = Annotated[float, typer.Option(help="Leave out modules with less than this share of all ‖ΔW‖².")]
@@ -93,79 +112,105 @@ _OUTPUT = Annotated[Path, typer.Option(help="Folder to write; must be empty or n
 
 @app.command()
 def export(
-    adapter: _ADAPTER,
-    output: _OUTPUT,
+    source: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
+    output: Annotated[
+        Path, typer.Option(help="Folder to write, which must be empty or not exist; for a single file, a new one.")
+    ],
     energy: _ENERGY = None,
     budget: _BUDGET = None,
     max_rank: _MAX_RANK = None,
+    tolerance: _TOLERANCE = None,
     drop_below: _DROP_BELOW = 0.0,
-    dtype: Annotated[str, typer.Option(help="Precision of the factors: float32, bfloat16 or float16.")] = "float32",
+    base: _BASE = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
+    ] = None,
     pad: Annotated[bool, typer.Option("--pad", help="One rank for all, padded with zeros (llama.cpp).")] = False,
     check: Annotated[bool, typer.Option(help="Load the base model and measure what the export changes.")] = True,
     config_only: Annotated[
         bool, typer.Option("--config-only", help="No weights: a LoraConfig, to train plain LoRA at these ranks.")
     ] = False,
 ) -> None:
-    """Turn a learned update into a plain LoRA adapter that anything can serve."""
+    """Turn any update into a plain LoRA that anything can serve, as small as you ask for."""
     with one_clear_error("Nothing was written."):
         if pad and config_only:
             raise ValueError("--pad is about weights, and --config-only writes none. Leave one of them out.")
-        require_known("dtype", dtype, _DTYPES)
-        number, is_rank = (None, False) if budget is None else _parse_budget(budget)
-        truncation: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "drop_below": drop_below}
-        check_truncation(**truncation, budget=number)
-        free_folder(output)
-        require_adapter(adapter)
+        if dtype is not None:
+            require_known("dtype", dtype, _DTYPES)
+        size = None if budget is None else _parse_budget(budget)
+        truncation: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "tolerance": tolerance}
+        check_truncation(**truncation, drop_below=drop_below, budget=None if size is None else 1)
+        is_file = Path(source).is_file() and base is None
+        if not is_file:
+            free_folder(output)
+        require_source(source, base)
         quiet()
-        from ..export import factorize, save_as_lora, save_lora_config
-        from ..export.factorize import parameters_of_rank
-        from ..export.loading import check_base, check_names
+        from ..export import factorize, save_as_lora, save_lora_config, save_single_file
+        from ..export.adapter import stored_dtype
+        from ..export.single_file import free_file
         from ..export.table import factors_table
-        from ..saved import SavedAdapter
 
-        saved = SavedAdapter.read(adapter)
-        model = _load_lr_lora(saved)
-        truncation["budget"] = parameters_of_rank(model, number) if is_rank and number is not None else number
-        if check and not config_only:
-            check_base(saved, model)
-        else:
-            check_names(model)
-        factors = factorize(model, **truncation, progressbar=True)
-        console.print(factors_table(factors, escape(f"LoRA for {adapter}")))
+        if is_file:
+            free_file(output)
+        updates = _read_to_export(source, base, check=check and not config_only)
+        precision = stored_dtype(updates.origin) if dtype is None else _dtype(dtype)
+        if size is not None:
+            truncation["budget"] = _parameters(size, updates, precision)
+        factors = factorize(updates, **truncation, drop_below=drop_below, progressbar=True)
+        console.print(factors_table(factors, escape(f"LoRA for {source} ({updates.method})")))
+        for note in updates.notes:
+            announce(note)
         if config_only:
-            save_lora_config(factors, saved, output)
-            console.print(escape(f"To train with: LoraConfig.from_pretrained({str(output)!r})"), highlight=False)
+            save_lora_config(factors, updates, output)
+            announce(f"To train with: LoraConfig.from_pretrained({str(output)!r})")
             return
-        console.print(_sizes(model, sum(part.parameters for part in factors)), highlight=False)
-        save_as_lora(factors, saved, output, dtype=_dtype(dtype), pad=pad)
-        size = sum(file.stat().st_size for file in output.iterdir())
-        console.print(escape(f"LoRA adapter: {output}, {size / 2**20:.2f} MiB"), highlight=False)
+        announce(_sizes(updates, sum(part.parameters for part in factors)))
+        save = save_single_file if is_file else save_as_lora
+        save(factors, updates, output, dtype=precision, pad=pad)
+        files = [output] if is_file else output.iterdir()
+        announce(f"LoRA: {output}, {sum(file.stat().st_size for file in files) / 2**20:.2f} MiB")
         if check:
-            _print_difference(saved, output)
+            _print_difference(updates, output)
 
 
-def _sizes(model: Any, exported: int) -> str:
+def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
+    from ..export.loading import check_base, check_names
+    from ..saved import SavedAdapter
+    from ..updates import read_updates
+
+    updates = read_updates(source, base=base)
+    saved = updates.origin
+    if isinstance(saved, SavedAdapter) and not all(update.layout.is_known for update in updates):
+        check_base(saved, updates) if check else check_names(updates)
+    return updates
+
+
+def _sizes(updates: Updates, exported: int) -> str:
     from ..export.factorize import exact_parameters
+    from ..updates.peft_adapter import trained_parameters
 
-    trained = sum(p.numel() for name, p in model.named_parameters() if ".lrlora_" in name)  # a shared φ once
-    exact = exact_parameters(model)
-    without_loss = "" if exact is None else f", {exact:,} as LoRA without loss"
-    return f"Parameters: {trained:,} as trained{without_loss}, {exported:,} as exported."
+    trained = trained_parameters(updates)
+    exact = exact_parameters(updates)
+    as_trained = "" if trained is None else f"{trained:,} as trained, "
+    without_loss = "" if exact in (None, trained) else f"{exact:,} as LoRA without loss, "
+    return f"Parameters: {as_trained}{without_loss}{exported:,} as exported."
 
 
-def _print_difference(adapter: SavedAdapter, output: Path) -> None:
+def _print_difference(updates: Updates, output: Path) -> None:
     from ..export import output_difference
+    from ..saved import SavedAdapter
 
+    if not isinstance(updates.origin, SavedAdapter):
+        return  # a single file does not say what its base model is, and of a checkpoint it would be the whole model
     try:
-        difference = output_difference(adapter, output)
+        difference = output_difference(updates.origin, output)
     except Exception as error:  # whatever a model may say of inputs that are not its own, the export is there
         reason = " ".join(str(error).split()) or type(error).__name__
-        console.print(escape(f"What the export changes could not be measured: {reason}"), highlight=False)
+        announce(f"What the export changes could not be measured: {reason}")
         return
     largest = "" if difference.largest is None else f"; largest difference of a logit: {difference.largest:.2g}"
-    console.print(
-        f"On random inputs {difference.relative:.2%} of the adapter's effect on the last hidden state is lost{largest}",
-        highlight=False,
+    announce(
+        f"On random inputs {difference.relative:.2%} of the adapter's effect on the last hidden state is lost{largest}"
     )
 
 
@@ -202,18 +247,31 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _load_lr_lora(saved: SavedAdapter) -> Any:
-    from ..saved import load_on_skeleton
+class _Budget(NamedTuple):
+    """How much an export may take: a number of `unit`: parameters, bytes, or ranks of LoRA on the same modules."""
 
-    method = saved.config.peft_type.value
-    if method != "LRLORA":
-        raise ValueError(f"{saved.name} is an adapter of type {method}; only LR-LoRA's need to be exported.")
-    return load_on_skeleton(saved)
+    number: float
+    unit: str
 
 
-def _parse_budget(text: str) -> tuple[int, bool]:
-    """How many parameters, or the rank of the LoRA whose parameters they are, and whether it is a rank."""
-    match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]?)", text)
-    if match is None or (match[1] and (match[3] or "." in match[2])):
-        raise ValueError(f"--budget must be like 250000, 250k, 1.5M or r4, and is {text!r}.")
-    return int(float(match[2]) * {"": 1, "k": 1e3, "M": 1e6}[match[3]]), bool(match[1])
+_SIZES = {"kB": 10**3, "KiB": 2**10, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+def _parse_budget(text: str) -> _Budget:
+    match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text)
+    if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
+        raise ValueError(f"--budget must be like 250000, 250k, 1.5M, 8MiB or r4, and is {text!r}.")
+    number, unit = float(match[2]), match[3]
+    if match[1]:
+        return _Budget(number, "ranks")
+    if unit in _SIZES:
+        return _Budget(number * _SIZES[unit], "bytes")
+    return _Budget(number * {None: 1, "k": 1e3, "M": 1e6}[unit], "parameters")
+
+
+def _parameters(budget: _Budget, updates: Updates, dtype: Any) -> int:
+    from ..export.factorize import parameters_of_rank
+
+    if budget.unit == "ranks":
+        return parameters_of_rank(updates, int(budget.number))
+    return int(budget.number / (dtype.itemsize if budget.unit == "bytes" else 1))

@@ -3,6 +3,7 @@
 from .adapter import OutputDifference, lora_config, output_difference, save_as_lora, save_lora_config
 from .factorize import Factors, factorize
 from .merge import merge_adapter
+from .single_file import save_single_file
 
 __all__ = [
     "Factors",
@@ -13,4 +14,5 @@ __all__ = [
     "output_difference",
     "save_as_lora",
     "save_lora_config",
+    "save_single_file",
 ]

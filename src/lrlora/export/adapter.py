@@ -17,6 +17,9 @@ from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
 from ..saved import AdapterSource, SavedAdapter
 from ..tuner.config import pattern_of
+from ..updates import Updates
+from ..updates.checkpoint import Checkpoint
+from ..updates.single_file import SingleFile
 from .factorize import Factors, kept_energy
 from .loading import load_adapted, sample_inputs, save_preprocessing
 
@@ -28,9 +31,9 @@ tags: [lora]
 
 # LoRA adapter
 
-Exported by [lrlora](https://pypi.org/project/lrlora) from an LR-LoRA adapter (arXiv:2606.04325): {ranks} ranks in
-{modules} modules, {parameters:,} parameters, {kept:.4%} of the energy of the learned update. It is an ordinary LoRA
-adapter and loads with PEFT alone. `lora_alpha` equals `r`, so that the scaling is 1.
+Made by [lrlora](https://pypi.org/project/lrlora) from {method}: {ranks} ranks in {modules} modules,
+{parameters:,} parameters, {kept:.4%} of the energy of the update. It is an ordinary LoRA adapter and loads with PEFT
+alone. `lora_alpha` equals `r`, so that the scaling is 1.
 """
 
 
@@ -42,7 +45,7 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
 
     Args:
         factors: as `factorize` returns them; modules of rank 0 are left out.
-        like: `LrLoraConfig` of the adapter, whose base model, task, and fully trained parts are taken over.
+        like: configuration of the adapter, whose base model, task, and fully trained parts are taken over.
         keep_scaling: α/r and dropout that each module was trained with, to train with; else 1, which the factors
             themselves are made for.
 
@@ -56,11 +59,15 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
     scaling = {part.module: part.scaling if keep_scaling else 1.0 for part in factors if part.rank}
     largest = max(ranks, key=ranks.__getitem__)
     alphas = {module: scaling[module] * rank for module, rank in ranks.items()}
-    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save", "bias")
-    fields: dict[str, Any] = {name: getattr(like, name) for name in (*kept, "trainable_token_indices")}
+    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save", "layer_replication")
+    fields: dict[str, Any] = {
+        name: getattr(like, name) for name in (*kept, "trainable_token_indices") if hasattr(like, name)
+    }
+    bias = getattr(like, "bias", "none")
+    fields["bias"] = bias if bias in ("none", "all") else "lora_only"
     fields["lora_alpha"] = alphas[largest]
     if keep_scaling:
-        fields["lora_dropout"] = like.lora_dropout
+        fields["lora_dropout"] = getattr(like, "lora_dropout", 0.0)
     return LoraConfig(
         r=ranks[largest],
         target_modules=list(ranks),
@@ -72,47 +79,53 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
 
 def save_as_lora(
     factors: Sequence[Factors],
-    adapter: AdapterSource,
+    source: AdapterSource | Updates,
     output: str | os.PathLike[str],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     pad: bool = False,
 ) -> None:
     """Write a LoRA adapter with these factors, and with all else that was trained: heads, biases, token embeddings.
 
+    An adapter with DoRA keeps its magnitudes, and stays one.
+
     Args:
         factors: as `factorize` returns them.
-        adapter: the LR-LoRA adapter that they come from: folder, hub name, or what was read there.
+        source: the adapter that they come from: folder, hub name, or what was read there; or what was read of two
+            checkpoints.
         output: folder to write; it must be empty or not exist. It is there whole or not at all.
-        dtype: of the factors.
+        dtype: of the factors; default: that of what they come from.
         pad: give all modules the largest rank, with zeros, for programs that know only one (llama.cpp divides
             `lora_alpha` by each matrix's own rank).
 
     Raises:
         FileExistsError: the output folder is not empty.
-        ValueError: no module has a rank.
+        ValueError: no module has a rank; or an adapter has a bias of its own on B, or is a single file.
 
     """
     folder = free_folder(output)
+    origin: Any = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
+    like = _config_of(origin)
+    if getattr(like, "lora_bias", False):
+        raise ValueError("lora_bias=True: an adapter with biases of its own on B cannot be written anew. Merge it.")
     exported = [part for part in factors if part.rank]
-    saved = SavedAdapter.read(adapter)
-    config = lora_config(exported, saved.config)
+    config = lora_config(exported, like)
     config.inference_mode = True
+    config.use_dora = _keeps_magnitudes(like, source)
     if pad:
         config.rank_pattern, config.alpha_pattern = {}, {}
     left_out = tuple(f"{PEFT_PREFIX}{part.module}.base_layer." for part in factors if not part.rank)
     weights = {
         # A module without an adapter of its own is not wrapped when this is loaded.
         key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
-        for key, value in saved.weights.items()
-        if ".lrlora_" not in key
+        for key, value in _other_weights(origin, with_magnitudes=config.use_dora).items()
     }
+    dtype = dtype or stored_dtype(origin)
     for part in exported:
-        rank = config.r if pad else part.rank
-        weights[f"{PEFT_PREFIX}{part.module}.lora_A.weight"] = _padded(part.A.T, rank).T.to(dtype).contiguous()
-        weights[f"{PEFT_PREFIX}{part.module}.lora_B.weight"] = _padded(part.B, rank).to(dtype).contiguous()
+        weights |= _tensors(part, config.r if pad else part.rank, dtype)
     card = _CARD.format(
         base=config.base_model_name_or_path,
+        method=source.method if isinstance(source, Updates) else "an adapter",
         ranks=sum(part.rank for part in exported),
         modules=len(exported),
         parameters=sum(part.parameters for part in exported),
@@ -120,32 +133,86 @@ def save_as_lora(
     )
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        save_preprocessing(partial, saved.name)
+        save_preprocessing(partial, origin.name if isinstance(origin, SavedAdapter) else origin[1].name)
         config.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_lora_config(factors: Sequence[Factors], adapter: AdapterSource, output: str | os.PathLike[str]) -> None:
+def _other_weights(origin: Any, *, with_magnitudes: bool) -> dict[str, Tensor]:
+    """What is written as it was: heads, biases and embeddings that were trained, and DoRA's magnitudes."""
+    if not isinstance(origin, SavedAdapter):
+        tuned = origin[1]
+        return {f"{PEFT_PREFIX}{key}": tuned.read(key) for key in tuned.head}
+    replaced = {key for key in origin.method_weights if not (with_magnitudes and ".lora_magnitude_vector" in key)}
+    return {key: value for key, value in origin.weights.items() if key not in replaced}
+
+
+def stored_dtype(origin: SavedAdapter | SingleFile | tuple[Checkpoint, Checkpoint]) -> torch.dtype:
+    """The dtype of what an adapter was read from: its factors', or the fine-tuned checkpoint's."""
+    if isinstance(origin, SavedAdapter):
+        tensors = list(origin.method_weights.values())
+    elif isinstance(origin, SingleFile):
+        tensors = [tensor for parts in origin.modules.values() for tensor in parts.values()]
+    else:
+        tensors = [origin[1].read(origin[1].names[0])]
+    return next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
+
+
+def _config_of(origin: Any) -> Any:
+    """The configuration of the adapter; of two checkpoints, what an adapter between them needs."""
+    if isinstance(origin, SavedAdapter):
+        return origin.config
+    if isinstance(origin, SingleFile):
+        raise ValueError(f"{origin.path} is a single file, and is written as one: save_single_file.")
+    base, tuned = origin
+    heads = sorted({key.partition(".")[0] for key in tuned.head})
+    return LoraConfig(base_model_name_or_path=base.name, task_type=tuned.task_type, modules_to_save=heads or None)
+
+
+def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:
+    """Whether the updates are those of DoRA's direction alone: read whole, they are no products."""
+    is_dora = bool(getattr(like, "use_dora", False))
+    return is_dora and not (isinstance(source, Updates) and not all(update.is_product for update in source))
+
+
+def _tensors(part: Factors, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors of a module by their names in an adapter, in the shapes that PEFT gives them."""
+    A, B = (matrix.to(dtype).contiguous() for matrix in padded_factors(part, rank))
+    name = f"{PEFT_PREFIX}{part.module}.lora_"
+    if part.layout.is_embedding:
+        return {f"{name}embedding_A": B.T.contiguous(), f"{name}embedding_B": A.T.contiguous()}
+    return {f"{name}A.weight": A, f"{name}B.weight": B}
+
+
+def padded_factors(part: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of a module with zeros up to this rank; of a convolution A (rank, inputs, …) and B (m, rank, 1, …)."""
+    A = torch.nn.functional.pad(part.A, (0, 0, 0, rank - part.rank))
+    B = torch.nn.functional.pad(part.B, (0, rank - part.rank))
+    if kernel := part.layout.kernel:
+        return A.unflatten(1, (-1, *kernel)), B.reshape(*B.shape, *[1] * len(kernel))
+    return A, B
+
+
+def save_lora_config(
+    factors: Sequence[Factors], source: AdapterSource | Updates, output: str | os.PathLike[str]
+) -> None:
     """Write the configuration alone, for training plain LoRA at these ranks: `LoraConfig.from_pretrained(output)`.
 
     Args:
         factors: as `factorize` returns them.
-        adapter: the LR-LoRA adapter that they come from: folder, hub name, or what was read there.
+        source: as of `save_as_lora`.
         output: folder to write; it must be empty or not exist.
 
     Raises:
         FileExistsError: the output folder is not empty.
-        ValueError: no module has a rank.
+        ValueError: no module has a rank, or the source is a single file.
 
     """
     folder = free_folder(output)
-    config = lora_config(factors, SavedAdapter.read(adapter).config, keep_scaling=True)
+    origin = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
+    config = lora_config(factors, _config_of(origin), keep_scaling=True)
     with replacing_folder(folder) as partial:
         config.save_pretrained(str(partial))
-
-
-def _padded(matrix: Tensor, columns: int) -> Tensor:
-    return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ By the Eckart-Young theorem the leading k singular triples of ΔW are the best a
     budget     the singular values of all modules compete: the best σ² / (m + n) are taken, one rank of an m × n module
                costing m + n parameters, as long as the sum fits. That keeps the most energy for its parameters; where
                all modules have one shape, it is a common threshold on σ.
-    max_rank   never more than this, alone or with either of them
+    tolerance  the smallest k with ‖ΔW − BA‖_F within a share of ‖W0‖_F
+    max_rank   never more than this, alone or with one of them
 
-An update that is a product of thin factors (an expansion's) gets a QR of both and a small SVD, and is never formed.
+An update that is a product of thin factors (LoRA's, an expansion's) gets a QR of both and a small SVD, and is never
+formed.
 Other small matrices get a full SVD, large ones a randomised one (Halko, Martinsson & Tropp 2011) that grows until it
 reaches far enough.
 """
@@ -20,16 +22,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ..checks import check_truncation
-from ..expansion import Expansion
 from ..naming import module_type, path_in_base
 from ..ops import svd_of_product
-from ..rank.walk import require_finite
-from ..tuner import LrLoraLayer
+from ..updates import Layout, Update, Updates
+from ..updates.layers import updates_of_model
 
 # A randomised SVD costs a few products with ΔW; from a quarter of the full rank on, the full one is no dearer.
 _FULL_SVD_SIZE = 256
@@ -46,8 +47,9 @@ class Factors:
     Attributes:
         module: its path in the base model.
         A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 where the module is left out.
-        r: rank of the product BA that was trained.
+        r: rank of the product BA that was trained; None where there was none.
         scaling: s it was trained with.
+        layout: what the matrix is in the module.
         energy: ‖ΔW‖²_F, exact.
         stable_rank: of ΔW.
         kept: the share of `energy` that BA keeps.
@@ -57,8 +59,9 @@ class Factors:
     module: str
     A: Tensor
     B: Tensor
-    r: int
+    r: int | None
     scaling: float
+    layout: Layout
     energy: float
     stable_rank: float
     kept: float
@@ -85,31 +88,24 @@ class _Svd:
 
     """
 
-    def __init__(self, name: str, layer: LrLoraLayer, adapter: str) -> None:
-        self.name, self.layer, self._adapter = name, layer, adapter
-        self.shape = m, n = layer.out_features, layer.in_features
-        if (thin := layer.thin_factors(adapter)) is not None:
-            require_finite(name, *thin)
-            U, sigma, V = svd_of_product(*thin)
+    def __init__(self, update: Update) -> None:
+        self.update, self.name, self.shape = update, update.module, update.shape
+        factors = update.factors()
+        if factors is not None:
+            U, sigma, V = svd_of_product(*factors)
             self._keep(U.float(), sigma, V.float(), is_complete=True)
             self.energy = sigma.square().sum().item()
         else:
-            delta = self._delta()
-            require_finite(name, delta)
+            delta = update.matrix()
             self.energy = delta.double().square().sum().item()
-            self._compute(delta, _FIRST_RANK)
+            self._compute(delta.float(), _FIRST_RANK)
         self.stable_rank = self.energy / self.sigma[0].item() ** 2 if len(self.sigma) else 0.0
-        self.parameters_per_rank = m + n
-
-    def _delta(self) -> Tensor:
-        """ΔW as (m, n), float32, where the adapter is."""
-        delta = self.layer.get_delta_weight(self._adapter).float()
-        return delta.T if isinstance(self.layer.get_base_layer(), Conv1D) else delta
+        self.parameters_per_rank = sum(update.shape)
 
     def reach(self, rank: int) -> None:
         """Have at least `rank` triples, or all."""
         if not self.is_complete and len(self.sigma) < rank:
-            self._compute(self._delta(), rank)
+            self._compute(self.update.matrix().float(), rank)
 
     def _compute(self, delta: Tensor, rank: int) -> None:
         smaller = min(delta.shape)
@@ -144,8 +140,9 @@ class _Svd:
             module=self.name,
             A=(self._V[:, :rank] * root).T.contiguous(),
             B=(self._U[:, :rank] * root).contiguous(),
-            r=self.layer.r[self._adapter],
-            scaling=self.layer.scaling[self._adapter],
+            r=self.update.r,
+            scaling=self.update.scaling,
+            layout=self.update.layout,
             energy=self.energy,
             stable_rank=self.stable_rank,
             kept=min(1.0, self.held()[rank - 1].item()) if rank else 0.0,
@@ -157,57 +154,56 @@ def kept_energy(factors: Sequence[Factors]) -> float:
     return sum(part.kept * part.energy for part in factors) / sum(part.energy for part in factors)
 
 
-def parameters_of_rank(model: nn.Module, rank: int) -> int:
-    """What plain LoRA of this rank takes on the modules that LR-LoRA adapts in a PEFT model: a budget to compare at."""
-    layers = (module for module in model.modules() if isinstance(module, LrLoraLayer))
-    return rank * sum(layer.in_features + layer.out_features for layer in layers)
+def parameters_of_rank(source: nn.Module | Updates, rank: int) -> int:
+    """What plain LoRA of this rank takes on the modules of an adapter: a budget to compare at."""
+    return rank * sum(sum(update.shape) for update in _updates_of(source, None))
 
 
-def exact_parameters(model: nn.Module) -> int | None:
-    """Parameters of the plain LoRA of rank r·Q that holds an expansion exactly; None for φ(BA), which none holds."""
-    total = 0
-    for _, layer, name in _linear_layers(model, None):
-        phi, m, n = layer.lrlora_phi[name], layer.out_features, layer.in_features
-        if not isinstance(phi, Expansion):
-            return None
-        total += min(layer.r[name] * phi.num_terms, m, n) * (m + n)
-    return total
+def exact_parameters(source: nn.Module | Updates) -> int | None:
+    """Parameters of the plain LoRA that holds an adapter exactly; None where none of low rank does, as of φ(BA)."""
+    updates = _updates_of(source, None)
+    if not all(update.is_product for update in updates):
+        return None
+    return sum(update.limit * sum(update.shape) for update in updates)
 
 
 @torch.no_grad()
 def factorize(
-    model: nn.Module,
+    source: nn.Module | Updates,
     *,
     energy: float | None = None,
     budget: int | None = None,
     max_rank: int | None = None,
+    tolerance: float | None = None,
     drop_below: float = 0.0,
     adapter: str | None = None,
     progressbar: bool = False,
 ) -> list[Factors]:
-    """Factors for every module that LR-LoRA adapts in a PEFT model, in the order of the model.
+    """Factors for every module that an adapter changes, in the order of the model.
 
     Args:
-        model: a PEFT model, not merged, or what `load_on_skeleton` returns.
+        source: a PEFT model, not merged, or what `lrlora.updates.read_updates` has read.
         energy: share of each module's ‖ΔW‖²_F to keep, in (0, 1].
         budget: parameters of all factors together.
         max_rank: of any module.
+        tolerance: the largest ‖ΔW − BA‖_F / ‖W0‖_F of any module, in (0, 1).
         drop_below: leave out modules whose ‖ΔW‖²_F is less than this share of all modules' sum.
-        adapter: its name; default: the active one.
+        adapter: its name in the model; default: the active one.
         progressbar: show one.
 
     Raises:
-        ValueError: none or both of energy and budget are given, and no max_rank; a value is out of range; there is
-            nothing to factorise; a module is not linear; an update is not finite.
+        ValueError: of energy, budget and tolerance none or several are given, and no max_rank; a value is out of range;
+            there is nothing to factorise; a module is neither linear nor a convolution; an update is not finite; or
+            tolerance is given, and the weight of a module is not at hand.
 
     """
-    check_truncation(energy=energy, budget=budget, max_rank=max_rank, drop_below=drop_below)
-    layers = _linear_layers(model, adapter)
+    check_truncation(energy=energy, budget=budget, max_rank=max_rank, tolerance=tolerance, drop_below=drop_below)
     updates, ranks = [], {}
-    for layer in tqdm(layers, desc="Decomposing updates", disable=not progressbar):
-        update = _Svd(*layer)
+    for each in tqdm(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar):
+        update = _Svd(each)
         if budget is None:
-            ranks[update.name] = _for_energy(update, energy or 1.0, max_rank or min(update.shape))
+            share = energy or 1.0 if tolerance is None else _share_for(update, tolerance)
+            ranks[update.name] = _for_energy(update, share, max_rank or min(update.shape)) if share > 0 else 0
             update.truncate(ranks[update.name])
         updates.append(update)
     total = sum(update.energy for update in updates)
@@ -222,25 +218,35 @@ def factorize(
     return [update.factors(ranks[update.name] if update.name in kept else 0) for update in updates]
 
 
-def _linear_layers(model: nn.Module, adapter: str | None) -> list[tuple[str, LrLoraLayer, str]]:
-    layers = []
-    for path, module in model.named_modules():
-        if not isinstance(module, LrLoraLayer):
-            continue
-        name = adapter or module.active_adapters[0]
-        if name in module.lrlora_A:
-            layers.append((path_in_base(path), module, name))
-    if not layers:
-        raise ValueError("The model has no LR-LoRA adapter" + (f" named {adapter!r}." if adapter else "."))
-    if any(layer.merged for _, layer, _ in layers):
-        raise ValueError("The adapter is merged into the base weights: call unmerge_adapter() first.")
-    others = sorted({module_type(path) for path, layer, name in layers if not layer.supports_lora_conversion(name)})
+def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update]:
+    """Its updates, all of modules that LoRA can adapt."""
+    if isinstance(source, Updates):
+        return source.updates
+    updates = list(updates_of_model(source, adapter))
+    layers = {path_in_base(path): module for path, module in source.named_modules()}
+    others = sorted({module_type(u.module) for u in updates if not _is_linear(layers.get(u.module), u)})
     if others:
         raise ValueError(
             f"Only linear layers can be exported as LoRA, and this adapter also adapts {', '.join(others)}. Merge it "
             "into its base model instead."
         )
-    return layers
+    return updates
+
+
+def _is_linear(layer: nn.Module | None, update: Update) -> bool:
+    """Whether PEFT's LoRA adapts it as a linear layer; not so of experts, which are parts of a layer."""
+    return isinstance(layer, BaseTunerLayer) and not (update.layout.kernel or update.layout.is_embedding)
+
+
+def _share_for(update: _Svd, tolerance: float) -> float:
+    """The share of an update's energy to keep for an error of so much of its weight."""
+    norm = update.update.weight_norm()
+    if norm is None:
+        raise ValueError(
+            f"tolerance is relative to the weight of each module, and that of {update.name} is not at hand: "
+            "give the base model (base=, --base)."
+        )
+    return max(0.0, 1 - (tolerance * norm) ** 2 / update.energy) if update.energy > 0 else 0.0
 
 
 def _for_energy(update: _Svd, energy: float, limit: int) -> int:

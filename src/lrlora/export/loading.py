@@ -10,16 +10,14 @@ from typing import Any
 
 import peft
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..files import ADAPTER_EXPECTED, readable
-from ..naming import path_in_base
 from ..run_folder import RUN_FILE, read_record
 from ..saved import AdapterSource, SavedAdapter, require_all_weights
-from ..tuner import LrLoraLayer
+from ..updates import Updates
 
 _CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -75,15 +73,14 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     return model
 
 
-def check_base(adapter: AdapterSource, model: PeftModel) -> None:
-    """Compare an adapter, on its skeleton, with the base model that it names, of which only the configuration is read.
+def check_base(saved: SavedAdapter, updates: Updates) -> None:
+    """Compare the updates of an adapter with the base model that it names, of which only the configuration is read.
 
     Raises:
         FileNotFoundError: the base model is not there.
         ValueError: an adapted module is no linear layer there, or one of another shape.
 
     """
-    saved = SavedAdapter.read(adapter)
     name = saved.config.base_model_name_or_path
     if not name:
         raise FileNotFoundError(
@@ -100,10 +97,8 @@ def check_base(adapter: AdapterSource, model: PeftModel) -> None:
     with torch.device("meta"):
         base = AutoModel.from_config(config)
     modules = dict(base.named_modules())
-    for path, layer in model.named_modules():
-        if not isinstance(layer, LrLoraLayer):
-            continue
-        path = path_in_base(path)
+    for update in updates:
+        path = update.module
         module: Any = modules.get(path.removeprefix(f"{base.base_model_prefix}."))
         if module is None:
             continue  # a task head
@@ -113,24 +108,24 @@ def check_base(adapter: AdapterSource, model: PeftModel) -> None:
                 "adapter into its base model instead."
             )
         shape = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
-        if shape != (layer.out_features, layer.in_features):
+        if shape != update.shape:
             raise ValueError(
                 f"The base model {name} does not fit the adapter: {path} has shape {shape} there, and "
-                f"{(layer.out_features, layer.in_features)} in the adapter."
+                f"{update.shape} in the adapter."
             )
 
 
-def check_names(model: PeftModel) -> None:
+def check_names(updates: Updates) -> None:
     """The check against a base model that is not at hand: by names alone.
 
     Raises:
         ValueError: a module is likely no linear layer.
 
     """
-    for path, layer in model.named_modules():
-        if isinstance(layer, LrLoraLayer) and _UNLIKELY.search(path):
+    for update in updates:
+        if _UNLIKELY.search(update.module):
             raise ValueError(
-                f"{path_in_base(path)} is, by its name, no linear layer, and only those can be "
+                f"{update.module} is, by its name, no linear layer, and only those can be "
                 "exported as LoRA. Export with the check against the base model, or merge the adapter into it."
             )
 

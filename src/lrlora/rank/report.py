@@ -29,13 +29,13 @@ class RankRow:
         type: its path within a layer, the same in all layers.
         kind: "attention", "mlp" or "other".
         m, n: outputs and inputs of the layer; tokens and width of an embedding.
-        r: rank of the product BA.
+        r: rank of the product BA; None where there is none, as of full fine-tuning.
         stable_rank, effective_rank, energy90_rank, energy99_rank: of ΔW.
         relative_norm: ‖ΔW‖_F / ‖W0‖_F; None where W0 is zero or not at hand.
         phi_zero: φ(0), which adds a constant matrix to ΔW.
         curvature: 1 − R² of the best straight line through φ over the entries it acts on.
-        rank_limit: the largest rank that an update of this form can have: r of LoRA, r·Q of an expansion, the smaller
-            of m and n of φ(BA); None in older reports.
+        rank_limit: the largest rank that an update of this form can have: r of LoRA, r·Q of an expansion, r² of LoHa,
+            the smaller of m and n of φ(BA) and of whole matrices; None in older reports.
 
     """
 
@@ -45,7 +45,7 @@ class RankRow:
     kind: str
     m: int
     n: int
-    r: int
+    r: int | None
     stable_rank: float
     effective_rank: float
     energy90_rank: int
@@ -82,7 +82,7 @@ class Spectrum(NamedTuple):
     """Singular values of one module's update, in descending order, down to a ten-thousandth of the largest.
 
     Attributes:
-        number: which ones, from 1: all of the first 32, then ever fewer.
+        number: which ones, from 1: all of the first 64, then ever fewer.
         sigma: of ΔW.
         linear: of s·BA, what plain LoRA would make of the same factors, 1 to r; empty for plain LoRA.
 

@@ -6,6 +6,8 @@ the colour-blind tell apart.
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,23 +15,51 @@ import altair as alt
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
+_SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
+_NAME_WIDTH = 32  # letters of a run's name on one line of a legend: as many as a phone has room for
+
+
+def _legend(runs: Sequence[str]) -> alt.Legend | None:
+    """One for colours and shapes, whole names on as many lines as they need; none for one run alone."""
+    if len(runs) == 1:
+        return None
+    lines = [textwrap.wrap(name, _NAME_WIDTH) or [name] for name in runs]
+    label = f"({json.dumps(lines)})[indexof({json.dumps(list(runs))}, datum.value)]"
+    return alt.Legend(title=None, orient="top", columns=1, labelLimit=270, labelExpr=label, symbolOpacity=1)
 
 
 def _of_run(runs: Sequence[str]) -> alt.Color:
-    """The same colour for a run in every chart; no legend for one run alone."""
-    legend = alt.Legend(title=None, orient="top", columns=1, labelLimit=360) if len(runs) > 1 else None
-    return alt.Color("run:N", scale=alt.Scale(domain=list(runs), range=list(COLOURS[: len(runs)])), legend=legend)
+    """The same colour for a run in every chart."""
+    scale = alt.Scale(domain=list(runs), range=list(COLOURS[: len(runs)]))
+    return alt.Color("run:N", scale=scale, legend=_legend(runs))
+
+
+def _shape(runs: Sequence[str]) -> alt.Shape:
+    """The same shape for a run in every chart of points: it is there in grey as well."""
+    scale = alt.Scale(domain=list(runs), range=list(_SHAPES[: len(runs)]))
+    return alt.Shape("run:N", scale=scale, legend=_legend(runs))
 
 
 def _dash(field: str) -> alt.StrokeDash:
-    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolStrokeColor="gray", labelLimit=360)
+    # A symbol is a line long enough to show its dashes.
+    legend = alt.Legend(
+        title=None, orient="top", columns=2, labelLimit=270, symbolType="M-3,0L3,0", symbolStrokeColor="gray",
+        symbolOffset=10, labelOffset=20,
+    )  # fmt: skip
     return alt.StrokeDash(f"{field}:N", scale=alt.Scale(range=_DASHES), sort=None, legend=legend)
 
 
-def _lines(chart: alt.Chart, dash: str) -> Chart:
-    """Lines, dashed by a field, and small points on them: a series of one value would not be seen."""
-    points = chart.mark_point(filled=True, size=14, opacity=1)
+def _lines(chart: alt.Chart, dash: str, runs: Sequence[str]) -> Chart:
+    """Lines, dashed by a field, with small points, of which some eight of each line have the shape of their run."""
+    line = ["run", dash]
+    points = (
+        chart.transform_window(place="row_number()", groupby=line)
+        .transform_joinaggregate(points="count()", groupby=line)
+        .transform_calculate(marked="(datum.place - 1) % ceil(datum.points / 8) == 0")
+        .mark_point(filled=True, opacity=1)
+        .encode(shape=_shape(runs), size=alt.condition("datum.marked", alt.value(44), alt.value(8)))
+    )
     return alt.layer(chart.mark_line(strokeWidth=2).encode(strokeDash=_dash(dash)), points)
 
 
@@ -46,12 +76,14 @@ def kinds(runs: Sequence[str]) -> Chart:
             xOffset=alt.XOffset("place:Q", scale=alt.Scale(domain=[0, 1])),
             y=alt.Y("value:Q", title=None),
             color=_of_run(runs),
+            shape=_shape(runs),
             tooltip=["run:N", "module:N", alt.Tooltip("value:Q", format=".3~f")],
         )
     )
+    width = alt.ExprRef(f"min(36, 0.8 * bandwidth('x') / {len(runs)})")
     medians = (
         alt.Chart()
-        .mark_tick(thickness=3, size=36, orient="horizontal")
+        .mark_tick(thickness=3, size=width, orient="horizontal")
         .encode(
             x="kind:N",
             xOffset=alt.XOffset("centre:Q", scale=alt.Scale(domain=[0, 1])),
@@ -74,7 +106,7 @@ def history(runs: Sequence[str]) -> Chart:
         tooltip=["run:N", "series:N", "step:Q", alt.Tooltip("value:Q", format=".3~f")],
     )
     rule = alt.Chart(alt.NamedData("now")).mark_rule(color="gray").encode(x="step:Q")
-    return alt.layer(_lines(chart, "series"), rule)
+    return alt.layer(_lines(chart, "series", runs), rule)
 
 
 def phi(runs: Sequence[str]) -> Chart:
@@ -133,7 +165,28 @@ def spectrum(runs: Sequence[str]) -> Chart:
         color=_of_run(runs),
         tooltip=["run:N", "which:N", "index:Q", alt.Tooltip("sigma:Q", format=".3~g")],
     )
-    return _lines(chart, "which")
+    return _lines(chart, "which", runs)
+
+
+def energy(runs: Sequence[str]) -> Chart:
+    """Share of the energy of all updates that is kept, over the number of parameters, and a rule at the chosen one.
+
+    Data "energy": run, parameters, share; "size": parameters. The signal "picked" holds the parameters of a click.
+    """
+    picked = alt.selection_point(
+        name="picked", encodings=["x"], nearest=True, on="click", toggle=False, clear=False, empty=False
+    )
+    chart = alt.Chart(alt.NamedData("energy")).encode(
+        x=alt.X(
+            "parameters:Q", title="parameters", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s")
+        ),
+        y=alt.Y("share:Q", title="energy kept", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
+        color=_of_run(runs),
+        tooltip=["run:N", alt.Tooltip("parameters:Q", format=","), alt.Tooltip("share:Q", format=".1%")],
+    )
+    points = chart.mark_point(filled=True, size=36, opacity=1, cursor="pointer").encode(shape=_shape(runs))
+    rule = alt.Chart(alt.NamedData("size")).mark_rule(color="gray").encode(x="parameters:Q")
+    return alt.layer(rule, chart.mark_line(strokeWidth=2), points.add_params(picked))
 
 
 def training(runs: Sequence[str]) -> Chart:
@@ -147,7 +200,7 @@ def training(runs: Sequence[str]) -> Chart:
         color=_of_run(runs),
         tooltip=["run:N", "which:N", "step:Q", alt.Tooltip("value:Q", format=".4~g")],
     )
-    return _lines(chart, "which")
+    return _lines(chart, "which", runs)
 
 
 CHARTS = {
@@ -156,6 +209,7 @@ CHARTS = {
     "phi": phi,
     "bend": bend,
     "spectrum": spectrum,
+    "energy": energy,
     "training": training,
 }
 

@@ -16,9 +16,12 @@ from ..files import replacing
 from ..rank import MEASURES, RankReport, RankRow
 from ..run_folder import PICTURE_FILE, REPORT_FILE
 
+# What the picture shows and the page opens on, unless another is asked for.
+OPENING_MEASURE = "stable_rank"
+
 
 def save_rank_figure(
-    report: RankReport, path: str | os.PathLike[str], *, measure: str = "energy99_rank", title: str = "Learned ranks"
+    report: RankReport, path: str | os.PathLike[str], *, measure: str = OPENING_MEASURE, title: str = "Learned ranks"
 ) -> None:
     """Write `rank_figure` in the format of the suffix of `path` (.png, .svg, .pdf).
 
@@ -35,8 +38,10 @@ def illustrate(folder: Path) -> None:
     save_rank_figure(report, folder / PICTURE_FILE, title=f"Learned ranks, {folder.resolve().name}")
 
 
-def rank_figure(report: RankReport, *, measure: str = "energy99_rank", title: str = "Learned ranks") -> Figure:
-    """Layers × module types of `measure`, and below it, by kind, how far φ of every module is from a line.
+def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Learned ranks") -> Figure:
+    """Layers × module types of `measure`, and below it, by kind, how far φ of every module is from φ(z) = z.
+
+    Of a report without curves, such as plain LoRA's, it is the ranks alone.
 
     Needs `pip install lrlora[plots]`.
 
@@ -48,11 +53,14 @@ def rank_figure(report: RankReport, *, measure: str = "energy99_rank", title: st
         raise ValueError(f"measure must be one of {', '.join(MEASURES)}, and is {measure!r}.")
     types, layers = ({getattr(row, name) for row in report.rows} for name in ("type", "layer"))
     heat_height = 0.4 * len(types) + 1.2
-    figure = Figure(figsize=(max(10.0, 0.8 * len(layers) + 5), heat_height + 3.5), layout="constrained")
+    is_curved = any(row.module in report.curves for row in report.rows)
+    heights = [heat_height, 3] if is_curved else [heat_height]
+    figure = Figure(figsize=(max(10.0, 0.8 * len(layers) + 5), sum(heights) + 0.5), layout="constrained")
     figure.suptitle(title)
-    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[heat_height, 3])
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
     _draw_ranks(parts[0, 0].subplots(), report.rows, measure)
-    _draw_curves(parts[1, 0], report)
+    if is_curved:
+        _draw_curves(parts[1, 0], report)
     return figure
 
 
@@ -77,8 +85,8 @@ def _draw_ranks(axes: Axes, rows: list[RankRow], measure: str) -> None:
     means = {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
     image = draw_heat_map(axes, means, vmin=0, vmax=max(means.values()))
     axes.figure.colorbar(image, ax=axes, label=MEASURES[measure].label)
-    ranks = sorted({row.r for row in rows})
-    title = f"{MEASURES[measure].label} of ΔW; rank of BA: r = {', '.join(map(str, ranks))}"
+    ranks = sorted({row.r for row in rows if row.r is not None})
+    title = f"{MEASURES[measure].label} of ΔW" + f"; rank of BA: r = {', '.join(map(str, ranks))}" * bool(ranks)
     averaged = any(len(several) > 1 for several in cells.values())
     axes.set_title(title + "; mean where several modules share a cell" * averaged, fontsize="medium")
 
@@ -103,9 +111,6 @@ def draw_heat_map(
 
 def _draw_curves(figure: SubFigure, report: RankReport) -> None:
     kinds = sorted({row.kind for row in report.rows if row.module in report.curves})
-    if not kinds:
-        figure.text(0.5, 0.5, "φ(z) = z everywhere: plain LoRA", ha="center")
-        return
     figure.suptitle("Learned φ, one curve per module; 0 is plain LoRA", fontsize="medium")
     for kind, axes in zip(kinds, figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], strict=True):
         modules = [row.module for row in report.rows if row.kind == kind and row.module in report.curves]

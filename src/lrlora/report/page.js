@@ -2,9 +2,9 @@
 // adapter as it was saved, which need not be that of the last step: the best checkpoint may be back.
 const data = JSON.parse(document.getElementById("data").textContent);
 const charts = JSON.parse(document.getElementById("charts").textContent);
-const { measures, runs, colours, shades } = data;
+const { measures, recorded, runs, colours, shades } = data;
 const steps = [...new Set(runs.flatMap((run) => run.history.map((record) => record.step)))].sort((a, b) => a - b);
-const state = { beside: [], measure: "stable_rank", step: steps.length, module: null, sort: null, descending: true };
+const state = { beside: [], measure: data.opening, step: steps.length, module: null, sort: null, descending: true };
 const views = {}; // chart → promise of its view
 
 const $ = (id) => document.getElementById(id);
@@ -26,7 +26,7 @@ function shown(value, key) {
 }
 const asSaved = () => state.step >= steps.length;
 const placeInTime = () => (asSaved() ? "as saved" : String(steps[state.step]));
-const recorded = [...measures.map(({ key }) => key), "phi_zero"]; // the order of the values of a record
+const shapeOf = ({ m, n, r }) => `${m} × ${n}, r = ${r ?? "–"}`;
 
 // The rows of a run at the chosen place in time: those of its last record until then.
 function rowsAt(run) {
@@ -71,6 +71,10 @@ function luminance(colour) {
   const [red, green, blue] = colour.map((part) => (part <= 10 ? part / 3294.6 : ((part / 255 + 0.055) / 1.055) ** 2.4));
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
 }
+function painted(share) {
+  const colour = shade(share);
+  return `background:rgb(${colour});color:${luminance(colour) > 0.179 ? "#000" : "#fff"}`;
+}
 // Where a module is in its layer: its path from the layer's number on, without further numbers.
 const placeInLayer = ({ module, type, layer }) => (layer === null ? type : module.replace(/^.*?\.?\d+\./, "").replace(/\.\d+(?=\.|$)/g, ""));
 function labelsOf(rows, types) {
@@ -96,11 +100,9 @@ function mapOf(run, rows, key, largest, runIndex) {
       const here = cells.get(`${y},${x}`);
       if (!here) return line.append(make("td"));
       const value = mean(known(here, key));
-      const [red, green, blue] = shade(value === null || !largest ? 0 : value / largest);
-      const ink = luminance([red, green, blue]) > 0.179 ? "#000" : "#fff";
       const isChosen = here.some((row) => row.module === state.module);
       const cell = make("button", {
-        type: "button", class: "cell", style: `background:rgb(${red},${green},${blue});color:${ink}`, tabindex: "-1",
+        type: "button", class: "cell", style: painted(value === null || !largest ? 0 : value / largest), tabindex: "-1",
         "data-at": `${runIndex},${y},${x}`, "data-module": here[0].module, "aria-pressed": String(isChosen),
         "aria-label": `${here.length > 1 ? `mean of ${here.length} modules ${type}, layer ${layers[x]}` : here[0].module}: ${measureOf(key).label} ${shown(value, key)}`,
       }, shown(value, key));
@@ -141,7 +143,7 @@ function tip(event) {
   $("tip").hidden = !cell || ["mouseout", "focusout"].includes(event.type);
   if ($("tip").hidden) return;
   $("tip").textContent = cell.rows.slice(0, 4).map((row) => [
-    row.module, `${row.m} × ${row.n}, r = ${row.r}`, ...measures.map(({ key, label }) => `${label}: ${shown(row[key], key)}`),
+    row.module, shapeOf(row), ...measures.map(({ key, label }) => `${label}: ${shown(row[key], key)}`),
   ].join("\n")).join("\n\n") + (cell.rows.length > 4 ? `\n\nand ${cell.rows.length - 4} more` : "");
   const box = cell.getBoundingClientRect();
   const left = Math.min(box.left, window.innerWidth - $("tip").offsetWidth - 8);
@@ -154,7 +156,7 @@ function showModule() {
   const found = runs.map((run) => rowsAt(run).find((row) => row.module === state.module));
   const lines = runs.flatMap((run, i) => found[i] ? [make("div", { class: "numbers" },
     ...(runs.length > 1 ? [make("span", {}, run.name)] : []),
-    make("span", {}, `${found[i].m} × ${found[i].n}, r = ${found[i].r}`),
+    make("span", {}, shapeOf(found[i])),
     ...measures.map(({ key, label }) => make("span", {}, `${label} `, make("b", { "data-key": key }, shown(found[i][key], key)))))] : []);
   const name = make("h3", {}, state.module ?? "");
   if (state.beside.length > 1 && state.beside.includes(state.module)) {
@@ -212,7 +214,7 @@ function showTraining() {
 // The table, and what can be saved of it.
 const columns = [
   ...(runs.length > 1 ? [["run", "run"]] : []), ["module", "module"], ["kind", "kind"], ["m", "m"], ["n", "n"], ["r", "r"],
-  ...measures.map(({ key, label }) => [key, label]), ["phi_zero", "φ(0)"],
+  ...measures.map(({ key, label }) => [key, label]), ...(recorded.includes("phi_zero") ? [["phi_zero", "φ(0)"]] : []),
 ];
 const isText = (key) => ["run", "module", "kind"].includes(key);
 function tableRows() {
@@ -230,7 +232,7 @@ function showTable() {
   })));
   $("table").tBodies[0].replaceChildren(...tableRows().map((row) => make("tr", {}, ...columns.map(([key]) => {
     if (key === "module") return make("td", { class: "text" }, make("button", { type: "button", "data-open": row.module }, row.module));
-    const text = isText(key) ? row[key] : key === "phi_zero" ? written(row[key], 3) : measureOf(key) ? shown(row[key], key) : String(row[key]);
+    const text = isText(key) ? row[key] : key === "phi_zero" ? written(row[key], 3) : measureOf(key) ? shown(row[key], key) : String(row[key] ?? "–");
     return make("td", isText(key) ? { class: "text" } : {}, text);
   }))));
 }
@@ -260,12 +262,13 @@ function embed(chart, datasets) {
   const text = style.color, line = style.getPropertyValue("--line");
   const config = {
     background: style.backgroundColor, font: "system-ui, sans-serif", view: { stroke: line },
-    axis: { labelColor: text, titleColor: text, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: "normal" },
-    legend: { labelColor: text, titleColor: text },
+    axis: { labelColor: text, titleColor: text, gridColor: line, domainColor: line, tickColor: line, titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12, labelSeparation: 6 },
+    legend: { labelColor: text, titleColor: text, labelFontSize: 12, layout: { top: { direction: "vertical", anchor: "start" } } },
   };
   const actions = { export: true, source: false, compiled: false, editor: false };
   const options = { renderer: "svg", config, actions, downloadFileName: `lrlora-${chart}` };
   return vegaEmbed(`#${chart}`, { ...charts[chart], datasets }, options).then(({ view }) => {
+    if (chart === "energy") view.addSignalListener("picked", pickSize);
     $(chart).querySelector("summary")?.setAttribute("aria-label", "Save this chart as SVG or PNG");
     return view;
   });
@@ -284,7 +287,7 @@ async function redraw() {
     delete views[chart];
     (await view).finalize();
   }
-  await Promise.all([show(), showTraining()]);
+  await Promise.all([show(), showTraining(), showSize()]);
 }
 
 function show() {
@@ -296,6 +299,7 @@ function show() {
   $("tip").hidden = true;
   showMaps();
   showTable();
+  showOverlap();
   return Promise.all([showModule(), showKinds()]);
 }
 
@@ -311,6 +315,9 @@ async function start() {
   $("course").hidden = !curves.length;
   showFacts();
   showSettings();
+  showOverlaps();
+  showSizes();
+  $("measure").value = state.measure;
   $("measure").addEventListener("change", () => { state.measure = $("measure").value; show(); });
   $("step").addEventListener("input", () => { state.step = Number($("step").value); show(); });
   $("curve").addEventListener("change", showTraining);
@@ -336,7 +343,7 @@ async function start() {
   $("csv").addEventListener("click", () => save("ranks.csv", "text/csv", asCsv()));
   $("json").addEventListener("click", () => save("ranks.json", "application/json", asJson()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  await Promise.all([show(), showTraining()]);
+  await Promise.all([show(), showTraining(), showSize()]);
   document.body.dataset.ready = "true";
 }
 start();

@@ -7,18 +7,24 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import vl_convert
 from matplotlib import colormaps
+from torch import Tensor
 
 from ..files import write_whole
 from ..rank import MEASURES, RankReport
+from ..rank.overlap import grassmann_similarity
 from .charts import CHARTS, COLOURS, specification
+from .energy import kept_over_size
+from .figure import OPENING_MEASURE
 from .runs import Run
 
 # Key of a row → label, digits after the point, what it is.
@@ -27,6 +33,9 @@ _SHOWN = {name: (measure.label, measure.digits, measure.about) for name, measure
     "curvature": ("curvature of φ", 3, "share of φ that no straight line explains"),
 }
 _IN_PERCENT = ("relative_norm",)
+_OF_PHI = ("curvature", "phi_zero")
+# Leading directions of two runs that are compared: in the mean over modules, and in one module.
+_COMPARED, _COMPARED_CLOSELY = 4, (1, 2, 4, 8, 16)
 # Records over training, and points of a curve, that a page shows at most: more cannot be told apart, but weigh.
 MOST_RECORDS, MOST_POINTS = 60, 400
 _T = TypeVar("_T")
@@ -50,13 +59,19 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
     if len({run.name for run in runs}) < len(runs):
         raise ValueError(f"Every run needs a name of its own; they are {', '.join(run.name for run in runs)}.")
     folder = Path(__file__).parent
+    is_curved, is_learned = _is_curved(runs), any(part.linear for run in runs for part in run.report.spectra.values())
     parts = {
         "title": html.escape(title),
+        "about": "ΔW = s·φ(BA): the shape of φ, learned for each module, decides how many directions its update uses."
+        if is_curved
+        else "How many directions the update of each module uses.",
+        "shown": "φ and spectrum" if is_curved else "spectrum",
+        "linear": " (solid), and of s·BA, what LoRA would make of the same factors (dashed)" if is_learned else "",
         "style": (folder / "page.css").read_text(encoding="utf-8"),
         "vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         "data": _in_script(_content(runs)),
         "charts": _in_script({name: specification(name, [run.name for run in runs]) for name in CHARTS}),
-        "script": (folder / "page.js").read_text(encoding="utf-8"),
+        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("compare.js", "page.js")),
     }
     template = (folder / "page.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
@@ -70,22 +85,37 @@ def _in_script(content: Any) -> str:
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [asdict(row) for run in runs for report in _all_reports(run) for row in report.rows]
-    keys = [key for key in _SHOWN if any(row[key] is not None for row in rows)]
+    left_out = () if _is_curved(runs) else _OF_PHI
+    keys = [key for key in _SHOWN if key not in left_out and any(row[key] is not None for row in rows)]
+    values = [key for key in (*keys, "phi_zero") if key not in left_out]
     measures = [
         {"key": key, **dict(zip(("label", "digits", "about"), _SHOWN[key], strict=True))}
         | {"factor": 100 if key in _IN_PERCENT else 1}
         for key in keys
     ]
     shades = (255 * colormaps["cividis"](np.linspace(0, 1, 17))[:, :3]).round().astype(int).tolist()
-    return {"measures": measures, "runs": [_run(run, keys) for run in runs], "colours": COLOURS, "shades": shades}
+    return {
+        "opening": OPENING_MEASURE,
+        "measures": measures,
+        "recorded": values,  # in the order of the values of a record
+        "runs": [_run(run, values) for run in runs],
+        "overlap": _overlap(runs),
+        "sizes": _sizes(runs),
+        "colours": COLOURS,
+        "shades": shades,
+    }
+
+
+def _is_curved(runs: Sequence[Run]) -> bool:
+    """Whether there is any φ to speak of."""
+    return any(run.report.curves for run in runs)
 
 
 def _all_reports(run: Run) -> list[RankReport]:
     return [run.report, *(report for _, report in run.history)]
 
 
-def _run(run: Run, keys: list[str]) -> dict[str, Any]:
-    values = [*keys, "phi_zero"]  # in the order of the values of a record
+def _run(run: Run, values: list[str]) -> dict[str, Any]:
     modules = [row.module for row in run.report.rows]
     return {
         "name": run.name,
@@ -107,6 +137,55 @@ def _run(run: Run, keys: list[str]) -> dict[str, Any]:
             for step, value in _thinned(points, MOST_POINTS)
         ],
     }
+
+
+def _overlap(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """How far the updates of every two runs act on the same input directions; None if no two can be compared."""
+    modules = list(dict.fromkeys(module for run in runs for module in run.directions))
+    pairs = []
+    for (i, first), (j, second) in combinations(enumerate(runs), 2):
+        common = {
+            module: (one, other)
+            for module, one in first.directions.items()
+            if (other := second.directions.get(module)) is not None and len(one) == len(other)
+            if one.numel() and other.numel()
+        }
+        if common:
+            leading = [(one[:, :_COMPARED], other[:, :_COMPARED]) for one, other in common.values()]
+            similarities = [grassmann_similarity(*two) for two in leading]
+            # Of two random subspaces of i and j directions, it is max(i, j) / n on average.
+            chances = [max(one.shape[1], other.shape[1]) / len(one) for one, other in leading]
+            pair = {"runs": (i, j), "mean": float(np.mean(similarities)), "chance": float(np.mean(chances))}
+            closely = [_closely(*common[module]) if module in common else None for module in modules]
+            pairs.append(pair | {"modules": closely})
+    return {"numbers": _COMPARED_CLOSELY, "modules": modules, "pairs": pairs} if pairs else None
+
+
+def _closely(first: Tensor, second: Tensor) -> dict[str, Any]:
+    """The similarity of so many leading directions of one module's two updates as there are; n of the module."""
+    rows, columns = ([k for k in _COMPARED_CLOSELY if k <= part.shape[1]] for part in (first, second))
+    values = [[round(grassmann_similarity(first[:, :i], second[:, :j]), 3) for j in columns] for i in rows]
+    return {"n": len(first), "values": values}
+
+
+def _sizes(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What each run keeps of its energy at the same sizes, and the two ends of the command that exports it."""
+    budgets, kept = kept_over_size([run.report for run in runs])
+    commands = []
+    for run in runs:
+        source, *base = run.arguments or (run.name,)
+        # What begins with a dash would be taken for an option.
+        source = f"./{source}" if source.startswith("-") else source
+        small = re.sub(r"(\.safetensors)?$", r"-small\1", source.rstrip("/"), count=1)
+        commands.append(
+            (f"{shlex.join(['lrlora', 'export', source, *base])} --budget ", f" --output {shlex.quote(small)}")
+        )
+    # As an array each: names of fields would be most of it.
+    lists = [
+        [(round(at.share, 5), at.parameters, at.smallest, round(at.mean, 2), at.largest) for at in points]
+        for points in kept
+    ]
+    return {"budgets": budgets, "kept": lists, "commands": commands} if budgets else None
 
 
 def _curves(log: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:

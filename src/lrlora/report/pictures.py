@@ -16,6 +16,7 @@ from .runs import Run
 
 FORMATS = ("svg", "png")
 _LINES = ("-", "--", ":")
+_MARKERS = "os^DPv"  # by run: the colours cannot be told apart in grey
 
 
 def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
@@ -75,7 +76,9 @@ def _history(runs: Sequence[Run]) -> Figure:
                 if means:
                     label = kind if len(runs) == 1 else f"{run.name}, {kind}"
                     steps, values = zip(*means, strict=True)
-                    axes.plot(steps, values, linestyle=line, color=COLOURS[i % len(COLOURS)], label=label)
+                    style = {"linestyle": line, "marker": _MARKERS[i % len(_MARKERS)], "markersize": 4}
+                    every = -(-len(steps) // 8)
+                    axes.plot(steps, values, **style, markevery=every, color=COLOURS[i % len(COLOURS)], label=label)
         axes.set_title(MEASURES[measure].label, fontsize="medium")
         axes.set_xlabel("step")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)

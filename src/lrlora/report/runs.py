@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
+import torch
+from torch import Tensor
+
+from ..export import factorize
+from ..files import is_full_model, read_json
 from ..rank import RankReport, rank_report
 from ..run_folder import (
     HISTORY_FILE,
@@ -24,7 +28,9 @@ from ..run_folder import (
     read_history,
     read_record,
 )
-from ..saved import SavedAdapter, load_on_skeleton
+from ..saved import SavedAdapter
+from ..updates import Updates, read_updates
+from ..updates.peft_adapter import method_name
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -35,11 +41,14 @@ class Run:
 
     Attributes:
         name: short, unlike the other runs'.
+        arguments: what to give to a command that is to read it again; empty where that is not known.
         report: the learned ranks at the end.
         facts: what a reader wants to know first, such as base model, data and metrics.
         settings: configurations by name.
         history: (step, ranks) over training.
         log: the Trainer's log history.
+        directions: module → its leading input directions, the right singular vectors of ΔW, (n, k); none where the run
+            stands alone.
 
     """
 
@@ -49,17 +58,22 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[tuple[int, RankReport]] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
+    directions: dict[str, Tensor] = field(default_factory=dict)
+    arguments: Sequence[str] = ()
 
 
-def load_runs(sources: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """Runs: of each folder the one in it, or those in the folders below it; or of an adapter on the hub.
+def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathLike[str] | None = None) -> list[Run]:
+    """Runs: of each folder the one in it, or those in the folders below it; or of whatever `read_updates` reads.
 
-    Ranks are read where they were stored, else measured on the adapter, for which its base model is not needed. A
-    Trainer's output folder without an adapter counts as its last checkpoint.
+    Ranks are read where they were stored, else measured. A Trainer's output folder without an adapter counts as its
+    last checkpoint. Of several runs, the leading directions of every module's update come along, to compare them.
+
+    Args:
+        sources: folders of runs and adapters, names of adapters on the hub, LoRAs in single files, and full models.
+        base: the base model of full models, and of all that is to be measured against its weights.
 
     Raises:
-        ValueError: there is neither run nor adapter, or it is an adapter of another method than LR-LoRA and LoRA; or
-            something is given twice.
+        ValueError: there is neither run nor adapter, or one that `read_updates` refuses; or something is given twice.
 
     """
     names: dict[str, str] = {}
@@ -70,42 +84,83 @@ def load_runs(sources: Iterable[str | os.PathLike[str]]) -> list[Run]:
         if len(below) > 1:
             found = {str(path): f"{folder.resolve().name}: {path.name}" for path in below}
         else:
-            found = {source: folder.resolve().name if folder.is_dir() else source}
+            found = {source: folder.resolve().stem if folder.is_file() else _name(folder, source)}
         if twice := {path for path in found if _same(path) in map(_same, names)}:
             raise ValueError(f"{', '.join(sorted(twice))} is given twice. Give every run once.")
         names |= found
     is_clear = len(set(names.values())) == len(names)
-    return [load_run(source, name if is_clear else source) for source, name in names.items()]
+    return [
+        load_run(source, name if is_clear else source, base=base, with_directions=len(names) > 1)
+        for source, name in names.items()
+    ]
+
+
+def _name(folder: Path, source: str) -> str:
+    return folder.resolve().name if folder.is_dir() else source
 
 
 def _same(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).exists() else source
 
 
-def load_run(source: str, name: str, metrics: dict[str, float] | None = None) -> Run:
-    """One run under a name: in a folder, or an adapter on the hub.
+def load_run(
+    source: str,
+    name: str,
+    metrics: dict[str, float] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    with_directions: bool = False,
+) -> Run:
+    """One run under a name: in a folder, or whatever `read_updates` reads.
 
     Args:
-        source: folder or hub name.
+        source: folder, file, or hub name.
         name: of the run.
         metrics: of the run, if they are not there as a file yet.
+        base: the base model.
+        with_directions: measure the leading directions of every update too.
 
     """
     folder = Path(source)
-    checkpoint = last_whole_checkpoint(folder) if folder.is_dir() else None
-    adapter = SavedAdapter.read(_adapter_of(folder, checkpoint))
+    read: SavedAdapter | Updates
+    if folder.is_file() or is_full_model(folder):
+        read = updates = read_updates(source, base=base)
+        result = Run(name, rank_report(updates, progressbar=True))
+        result.facts = {"method": updates.method, "adapted modules": str(len(updates))}
+        if base is not None:
+            result.facts["base model"] = os.fspath(base)
+    else:
+        checkpoint = last_whole_checkpoint(folder) if folder.is_dir() else None
+        read = adapter = SavedAdapter.read(_adapter_of(folder, checkpoint))
+        result = _run_in(folder, name, adapter, checkpoint, metrics, base)
+    result.facts = {label: _without_home(fact) for label, fact in result.facts.items()}
+    result.arguments = (source,) if base is None else (source, "--base", os.fspath(base))
+    if with_directions:
+        result.directions = leading_directions(read_updates(read, base=base))
+    return result
+
+
+def _run_in(
+    folder: Path,
+    name: str,
+    adapter: SavedAdapter,
+    checkpoint: Path | None,
+    metrics: dict[str, float] | None,
+    base: str | os.PathLike[str] | None,
+) -> Run:
+    """The run of an adapter, with whatever its folder and its last checkpoint hold of its training."""
     if (folder / REPORT_FILE).exists():
         report = RankReport.from_json(folder / REPORT_FILE)
     else:
-        report = rank_report(load_on_skeleton(adapter), progressbar=True)
+        report = rank_report(read_updates(adapter, base=base), progressbar=True)
     state = _read((checkpoint or folder) / STATE_FILE, State)
     log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
     adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
     record = read_record(folder) if (folder / RUN_FILE).exists() else None
     result = Run(name, report, history=read_history(folder / HISTORY_FILE), log=log)
     config = record.config | {"output": str(folder)} if record else {}
-    result.facts = {"method": _METHODS[adapter_config["peft_type"]]} | {
-        label: _without_home(str(value))
+    result.facts = {"method": method_name(adapter.config)} | {
+        label: str(value)
         for label, value in (
             ("base model", config.get("model") or adapter_config.get("base_model_name_or_path")),
             ("data", config.get("data")),
@@ -127,7 +182,15 @@ def load_run(source: str, name: str, metrics: dict[str, float] | None = None) ->
     return result
 
 
-_METHODS = {"LRLORA": "LR-LoRA", "LORA": "LoRA"}
+def leading_directions(updates: Updates, most: int = 16) -> dict[str, Tensor]:
+    """Module → its leading input directions, right singular vectors of ΔW: (n, k) with k ≤ `most`.
+
+    Modules whose update is 0 are left out.
+    """
+    if not any(update.factors() is None or any(part.any() for part in update.factors() or ()) for update in updates):
+        return {}
+    factors = factorize(updates, max_rank=most, progressbar=True)
+    return {part.module: torch.nn.functional.normalize(part.A.T, dim=0) for part in factors if part.rank}
 
 
 def _adapter_of(folder: Path, checkpoint: Path | None) -> str:

@@ -1,0 +1,250 @@
+"""Full checkpoints, read from their safetensors files a tensor at a time; and what one changes in another."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from ..files import read_json, readable
+from ..naming import natural_order
+from .update import Layout, Update, Updates
+
+_EXPECTED = "Expected is a model as save_pretrained writes it: model.safetensors, or its shards and their index."
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_KOHYA = re.compile(r"lora_(unet|te\d?|transformer)_")
+_EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|shared|\w*embeddings?)(\.|$)", re.IGNORECASE)
+
+
+class Checkpoint:
+    """The tensors of a full model, by name; none is read before it is asked for, and none is kept.
+
+    Args:
+        name: folder, `.safetensors` file, or hub name.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+
+    """
+
+    def __init__(self, name: str | os.PathLike[str]) -> None:
+        self.name = os.fspath(name)
+        with readable(self.name, _EXPECTED):
+            found = {key: file for file, keys in self._files().items() for key in keys}
+        self._place_of = {self._renamed(key): (file, key) for key, file in found.items()}
+
+    def _files(self) -> dict[str, list[str]]:
+        path = Path(self.name)
+        if path.is_file():
+            return {self.name: _keys(self.name)}
+        if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name):
+            raise ValueError(f"There is no model at {self.name}. {_EXPECTED}")
+        index = self._find(SAFE_WEIGHTS_INDEX_NAME)
+        if index is not None:
+            shards = sorted(set(read_json(Path(index), dict[str, Any], _EXPECTED)["weight_map"].values()))
+            return {file: _keys(file) for file in (self._find(shard) or self._missing(shard) for shard in shards)}
+        file = self._find(SAFE_WEIGHTS_NAME)
+        if file is None:
+            self._missing(SAFE_WEIGHTS_NAME)
+        return {str(file): _keys(str(file))}
+
+    def _find(self, file: str) -> str | None:
+        return cached_file(
+            self.name,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+
+    def _missing(self, file: str) -> str:
+        raise ValueError(f"{self.name} holds no full model: there is no {file}. {_EXPECTED}")
+
+    def _renamed(self, key: str) -> str:
+        """The name in the model of a tensor, which newer versions of transformers may call otherwise than its file."""
+        for renaming in self._renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key
+
+    @functools.cached_property
+    def _renamings(self) -> list[Any]:
+        if not isinstance(self.on_meta, PreTrainedModel):
+            return []
+        return [each for each in get_model_conversion_mapping(self.on_meta) if isinstance(each, WeightRenaming)]
+
+    @functools.cached_property
+    def on_meta(self) -> nn.Module | None:
+        """The model without its weights; None for a file without configuration, and a model that is not known."""
+        try:
+            config = AutoConfig.from_pretrained(self.name, trust_remote_code=False)
+            with torch.device("meta"):
+                return getattr(transformers, config.architectures[0])._from_config(config)
+        except Exception:  # whatever the code of a model says to a configuration that is not its own
+            return None
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of what the model is for; None where its configuration does not say."""
+        architecture = type(self.on_meta).__name__
+        return next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None)
+
+    @property
+    def head(self) -> list[str]:
+        """The tensors of a classifier's head, which PEFT saves whole."""
+        heads = _HEADS.get(self.task_type or "", ())
+        return [key for key in self.names if key.partition(".")[0] in heads]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._place_of
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, as the model has them."""
+        return list(self._place_of)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        path, stored = self._place_of[key]
+        with safe_open(path, framework="pt") as file:
+            return tuple(file.get_slice(stored).get_shape())
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, mapped from the file into memory."""
+        path, stored = self._place_of[key]
+        with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
+            return file.get_tensor(stored)
+
+    def weight_of(self, module: str) -> str | None:
+        """The name of the weight of a module; None where there is none, or several.
+
+        A model with a head names its modules otherwise than the same model without: a beginning may be missing, or be
+        too much. In kohya's names for modules there are underscores in place of the points.
+        """
+        if "." not in module and (kohya := _KOHYA.match(module)):
+            ending = module.removeprefix(kohya[0])
+            found = [key for key in self._place_of if key.removesuffix(".weight").replace(".", "_").endswith(ending)]
+            return found[0] if len(found) == 1 else None
+        wanted = f"{module}.weight"
+        while wanted != "weight":
+            if wanted in self:
+                return wanted
+            found = [key for key in self._place_of if key.endswith(f".{wanted}")]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                return None
+            wanted = wanted.partition(".")[2]
+        return None
+
+
+def _keys(file: str) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def with_weight(update: Update, base: Checkpoint) -> Update:
+    """The same update, with the weight that it is added to."""
+    key = base.weight_of(update.module)
+    if key is None:
+        return update  # a task head, which a base model lacks
+    shape = base.shape(key)
+    if math.prod(shape) != math.prod(update.shape) or shape[0] not in update.shape:
+        raise ValueError(
+            f"The base model {base.name} does not fit the adapter: {update.module} has shape {shape} there, and "
+            f"{update.shape} in the adapter."
+        )
+
+    def weight() -> Tensor:
+        matrix = base.read(key).flatten(1)
+        return matrix if matrix.shape == update.shape else matrix.T
+
+    return replace(update, weight=weight)
+
+
+def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
+    """What full fine-tuning has changed: ΔW = W − W0 of every linear layer and convolution, formed one at a time.
+
+    What else differs, embeddings, norms and biases, is left out, and said.
+
+    Raises:
+        ValueError: no weight of the two has the same name and shape, or none differs.
+
+    """
+    is_linear = _linear_modules(tuned)
+    updates, others, missing = [], [], []
+    for key in sorted(tuned.names, key=natural_order):
+        module = key.removesuffix(".weight")
+        if key in tuned.head:
+            continue
+        if key not in base or base.shape(key) != tuned.shape(key):
+            missing.append(key)
+        elif key == module or not is_linear(module, tuned.shape(key)):
+            if not torch.equal(base.read(key), tuned.read(key)):
+                others.append(key)
+        else:
+            updates.append(_difference(base, tuned, module, key, is_conv1d=is_linear(module, ()) == "Conv1D"))
+    if not updates:
+        raise ValueError(
+            f"{tuned.name} and {base.name} have no linear layer of the same name and shape. Are they of one model?"
+        )
+    notes = []
+    if tuned.head:
+        notes.append(f"The head of the task is kept whole: {_some(tuned.head)}.")
+    if others:
+        notes.append(f"Changed too, and no linear layers, so left out: {_some(others)}.")
+    if missing:
+        notes.append(f"Only in {tuned.name}, or of another shape, so left out: {_some(missing)}.")
+    return Updates(tuned.name, "full fine-tuning", updates, (base, tuned), tuple(notes))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _difference(base: Checkpoint, tuned: Checkpoint, module: str, key: str, *, is_conv1d: bool) -> Update:
+    m, *inputs = base.shape(key)
+    n = math.prod(inputs)
+
+    def as_matrix(weight: Tensor) -> Tensor:
+        return weight.T if is_conv1d else weight.flatten(1)
+
+    def form() -> Tensor:
+        # In float64 before the difference: that of two close float16 numbers may be none of these.
+        return as_matrix(tuned.read(key).double() - base.read(key).double())
+
+    shape = (n, m) if is_conv1d else (m, n)
+    layout = Layout(tuple(inputs[1:]))
+    return Update(module, shape, form, False, None, min(m, n), layout=layout, weight=lambda: as_matrix(base.read(key)))
+
+
+def _linear_modules(checkpoint: Checkpoint) -> Callable[[str, tuple[int, ...]], str]:
+    """Tells the class of a module, "" unless it is linear or a convolution: as the model says, else by its name."""
+    model = checkpoint.on_meta
+    if model is None:
+        return lambda module, shape: "Linear" if len(shape) in (2, 4) and not _EMBEDDING.search(module) else ""
+    kinds = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    known = {path: type(module).__name__ for path, module in model.named_modules() if isinstance(module, kinds)}
+    return lambda module, shape: known.get(module, "")

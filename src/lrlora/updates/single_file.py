@@ -1,0 +1,151 @@
+"""LoRAs in a single safetensors file: with the keys of kohya and ComfyUI, of LyCORIS, and of diffusers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..files import readable
+from ..naming import natural_order
+from .checkpoint import Checkpoint, with_weight
+from .products import rank_of, scaling_of, update_from_parts
+from .update import MAGNITUDES_NOTE, Updates
+
+_EXPECTED = "Expected is a LoRA in one safetensors file, as kohya, ComfyUI, LyCORIS and diffusers write it."
+# Ways to end the names of the two factors; what goes before is the module.
+KOHYA_STYLE = (".lora_down.weight", ".lora_up.weight")
+_STYLES = (
+    KOHYA_STYLE,
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+)
+_NAMES = {name: part for style in _STYLES for name, part in zip(style, ("lora_A", "lora_B"), strict=True)} | {
+    ".lora_mid.weight": "lora_mid",
+    ".diff": "diff",
+    **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+_KEY = re.compile(rf"(.+?)({'|'.join(sorted(map(re.escape, _NAMES), key=len, reverse=True))})")
+_MAGNITUDES = re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$")
+_UNREADABLE = re.compile(r"\.(oft_\w+|boft_\w+|a1\.weight|b1\.weight|glora_\w+|on_input)(\.|$)")
+METADATA_KEY = "lora_adapter_metadata"  # diffusers': PEFT's configuration, as JSON
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What a file of a LoRA holds.
+
+    Attributes:
+        path: of the file.
+        metadata: its strings.
+        modules: of every module its parts, by PEFT's names.
+        styles: of every module how the names of its factors end, if it has them.
+        alphas: of every module the name of its α and its value, if it has one.
+        others: all other tensors, by key.
+
+    """
+
+    path: str
+    metadata: dict[str, str]
+    modules: dict[str, dict[str, Tensor]]
+    styles: dict[str, tuple[str, str]]
+    alphas: dict[str, tuple[str, float]]
+    others: dict[str, Tensor]
+
+    @staticmethod
+    def is_one(path: str | os.PathLike[str]) -> bool:
+        """Whether a file holds a LoRA, and no full model."""
+        with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
+            return any(_KEY.fullmatch(key) for key in list(file.keys()))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> SingleFile:
+        """Read the names, and map the tensors into memory.
+
+        Raises:
+            ValueError: the file is damaged, holds no LoRA, or one by a method that is not read.
+
+        """
+        name = os.fspath(path)
+        with readable(name, _EXPECTED), safe_open(name, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+            metadata = dict(file.metadata() or {})
+        found = cls(name, metadata, {}, {}, {}, {})
+        for key, tensor in tensors.items():
+            if match := _KEY.fullmatch(key):
+                module, part = match[1], match[2]
+                found.modules.setdefault(module, {})[_NAMES[part]] = tensor
+                if style := next((style for style in _STYLES if part in style), None):
+                    found.styles[module] = style
+            else:
+                found.others[key] = tensor
+        for module in found.modules:
+            for key in (f"{module}.alpha", f"{module}.lora.alpha"):
+                if key in found.others:
+                    found.alphas[module] = key, found.others.pop(key).item()
+        if unreadable := sorted(key for key in found.others if _UNREADABLE.search(key)):
+            raise ValueError(
+                f"{name} holds updates that depend on the base weight, as those of OFT do ({unreadable[0]}). They "
+                "cannot be read from this file alone."
+            )
+        if not found.modules:
+            some = ", ".join(sorted(tensors)[:3]) or "no tensor"
+            raise ValueError(f"{name} holds no LoRA: there is {some}. {_EXPECTED}")
+        return found
+
+    @property
+    def method(self) -> str:
+        kinds = {next(iter(parts)).partition("_")[0] for parts in self.modules.values()}
+        names = {"lora": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "difference"}
+        method = " and ".join(name for kind, name in names.items() if kind in kinds)
+        return method.replace("LoRA", "DoRA") if self.has_magnitudes else method
+
+    @property
+    def has_magnitudes(self) -> bool:
+        return any(_MAGNITUDES.search(key) for key in self.others)
+
+    def scaling(self, module: str) -> float:
+        """Of a module: α/r, as kohya stores α; else as diffusers' metadata say; else 1."""
+        parts = self.modules[module]
+        r = rank_of(parts)
+        if r is None:
+            return 1.0
+        if module in self.alphas:
+            return self.alphas[module][1] / r
+        for component, config in self._configs.items():
+            if module.startswith(component):
+                return scaling_of(config, module.removeprefix(component), r)
+        return 1.0
+
+    @functools.cached_property
+    def _configs(self) -> dict[str, Mapping[str, Any]]:
+        """Beginning of modules' names → the configuration of their adapter."""
+        with readable(self.path, _EXPECTED):
+            content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
+            components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
+            return {
+                component: {
+                    key.removeprefix(component): value for key, value in content.items() if key.startswith(component)
+                }
+                for component in components
+            }
+
+    def updates(self, base: str | os.PathLike[str] | None = None) -> Updates:
+        """The updates of its modules, in the order of their names, numbers by their size."""
+        weights = None if base is None else Checkpoint(base)
+        updates = []
+        for module in sorted(self.modules, key=natural_order):
+            update = update_from_parts(module, self.modules[module], self.scaling(module))
+            updates.append(update if weights is None else with_weight(update, weights))
+        return Updates(self.path, self.method, updates, self, (MAGNITUDES_NOTE,) if self.has_magnitudes else ())

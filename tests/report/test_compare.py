@@ -1,0 +1,218 @@
+"""What the page shows of several runs beside each other, of runs of other methods, and on a telephone."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from playwright.sync_api import Browser, Page, expect
+
+from lrlora.rank import RankReport, RankRow
+from lrlora.rank.overlap import grassmann_similarity
+from lrlora.report.charts import CHARTS
+from lrlora.report.energy import kept_over_size
+from lrlora.report.page import write_page
+from lrlora.report.runs import Run
+
+from .conftest import needs_browser, opened
+
+
+@pytest.fixture
+def phone(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 400, "height": 800})
+    yield context.new_page()
+    context.close()
+
+
+@needs_browser
+def test_a_table_tells_how_far_the_updates_overlap(page: Page, runs: list[Run]) -> None:
+    first, second = (run.directions for run in runs)
+    found = [grassmann_similarity(first[module][:, :4], second[module][:, :4]) for module in first]
+    cells = page.locator("#overlaps td.shade").all_inner_texts()
+    assert [float(text) for text in cells] == pytest.approx([1, *[sum(found) / len(found)] * 2, 1], abs=0.0051)
+    assert page.locator("#overlaps tbody th").all_inner_texts() == [run.name for run in runs]
+    chances = [4 / len(directions) for directions in first.values()]
+    assert float(page.locator("#chance").inner_text()) == pytest.approx(sum(chances) / len(chances), abs=0.0051)
+
+
+@needs_browser
+def test_the_chosen_module_has_a_map_of_overlaps(page: Page, runs: list[Run]) -> None:
+    module = runs[0].report.rows[5].module
+    page.locator(f'#maps .cell[data-module="{module}"]').first.click()
+    expect(page.locator("#closely h3")).to_have_text(module)
+    first, second = (run.directions[module] for run in runs)
+    table = page.get_by_role("table", name=f"Overlap of curved and {runs[1].name} in {module}")
+    assert table.locator("thead th").all_inner_texts() == ["directions", "1", "2"]
+    assert table.locator("tbody th").all_inner_texts() == ["1", "2", "4", "8", "16"]
+    expected = [grassmann_similarity(first[:, :i], second[:, :j]) for i in (1, 2, 4, 8, 16) for j in (1, 2)]
+    told = [float(text) for text in table.locator("td").all_inner_texts()]
+    assert told == pytest.approx(expected, abs=0.006)
+
+
+@needs_browser
+def test_pairs_are_chosen_and_modules_of_other_widths_are_left_out(
+    browser: Browser, runs: list[Run], tmp_path: Path
+) -> None:
+    module = runs[0].report.rows[0].module
+    other = replace(runs[0], name="other", directions={module: torch.eye(7), "elsewhere": torch.eye(3)})
+    half = {name: found[:, :3] for name, found in runs[0].directions.items()}
+    write_page([runs[0], other, replace(runs[0], name="half", directions=half)], tmp_path / "three.html")
+    page = opened(browser.new_page(), tmp_path / "three.html")
+    assert page.locator("#pair option").all_inner_texts() == ["curved and half"]
+    assert page.locator("#overlaps td.shade").all_inner_texts() == ["1.00"] * 4
+    write_page([runs[0], runs[1], replace(other, directions={module: half[module]})], tmp_path / "three.html")
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    page.locator(f'#maps .cell[data-module="{module}"]').first.click()
+    page.locator("#pair").select_option("curved and other")
+    assert page.locator("#overlap-map td").all_inner_texts()[1:3] == ["1.00", "1.00"]
+    page.locator(f'#maps .cell[data-module="{runs[0].report.rows[1].module}"]').first.click()
+    expect(page.locator("#overlap-map")).to_be_hidden()
+    expect(page.locator("#closely")).to_contain_text("do not both have directions of this module")
+    page.close()
+
+
+def test_overlaps_of_a_large_model_weigh_less_than_two_megabytes(tmp_path: Path) -> None:
+    modules = [f"model.layers.{layer}.attention.{name}_proj" for layer in range(32) for name in "qkvoabc"]
+    rows = [RankRow(name, 0, "type", "mlp", 64, 64, 8, 1.0, 1.0, 1, 1, None, 0.0, 0.0) for name in modules]
+    sizes = []
+    for is_filled in (False, True):
+        found = [
+            {name: torch.linalg.qr(torch.randn(64, 16))[0] for name in modules} if is_filled else {} for _ in range(6)
+        ]
+        write_page(
+            [Run(str(i), RankReport(rows), directions=some) for i, some in enumerate(found)], tmp_path / "page.html"
+        )
+        sizes.append((tmp_path / "page.html").stat().st_size)
+    assert 1e5 < sizes[1] - sizes[0] < 1e6
+
+
+@needs_browser
+def test_a_slider_and_a_click_choose_a_size(page: Page, runs: list[Run]) -> None:
+    budgets, kept = kept_over_size([run.report for run in runs])
+    slider = page.get_by_role("slider", name="Size")
+    expect(page.locator("#energy svg.marks")).to_be_visible()
+    assert all(points[int(slider.input_value())].share >= 0.9 for points in kept)
+    slider.press("Home")
+    for _ in range(20):
+        slider.press("ArrowRight")
+    told = page.locator("#kept > div")
+    for i, run in enumerate(runs):
+        at = kept[i][20]
+        text = told.nth(i).inner_text()
+        assert text.startswith(f"{run.name} keeps {100 * at.share:.1f} % of its energy")
+        size = float(re.search(r"([\d.]+) MiB as float32", text)[1])
+        assert size == pytest.approx(4 * at.parameters / 2**20, rel=0.006)
+        assert f"ranks from {at.smallest} to {at.largest}, {at.mean:.1f} on average" in text
+        words = shlex.split(told.nth(i).locator("code").inner_text())
+        assert words == ["lrlora", "export", run.name, "--budget", str(budgets[20]), "--output", f"{run.name}-small"]
+    expect(slider).to_have_attribute("aria-valuetext", f"{budgets[20]:,} parameters")
+    chart = page.locator("#energy svg.marks")
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    for share in (0.3, 0.8):
+        before = slider.input_value()
+        page.mouse.click(box["x"] + share * box["width"], box["y"] + 0.7 * box["height"])
+        expect(slider).not_to_have_value(before)
+        expect(page.locator("#size-shown")).to_have_text(f"{budgets[int(slider.input_value())]:,} parameters")
+    page.emulate_media(color_scheme="dark")  # the chart is drawn anew, and listens again
+    page.wait_for_timeout(1000)
+    slider.press("Home")
+    page.mouse.click(box["x"] + 0.8 * box["width"], box["y"] + 0.7 * box["height"])
+    expect(slider).not_to_have_value("0")
+
+
+def test_a_command_takes_any_name(runs: list[Run], tmp_path: Path) -> None:
+    write_page([replace(runs[0], name="--help; rm $HOME '</script>")], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert r"""lrlora export './--help; rm $HOME '\"'\"'\u003c/script>' --budget """ in text
+
+
+@needs_browser
+def test_lines_of_the_course_can_be_told_apart_without_colours(page: Page) -> None:
+    for chart, series in (("history", ["attention", "mlp", "chosen module"]), ("training", ["loss", "eval_loss"])):
+        svg = page.locator(f"#{chart} svg.marks")
+        labels = svg.locator(".role-legend-label text").all_text_contents()
+        assert [label for label in labels if label in series] == series
+        dashes = svg.locator(".role-legend-symbol path").evaluate_all(
+            "paths => paths.map(path => path.getAttribute('stroke-dasharray'))"
+        )
+        assert len({dash for dash in dashes if dash}) == len(series)
+        lines = svg.locator(".mark-line path").evaluate_all(
+            "paths => paths.map(path => [path.getAttribute('stroke'), path.getAttribute('stroke-dasharray')].join())"
+        )
+        assert len(set(lines)) == len(lines) == 2 * len(series)
+        shapes = svg.locator(".mark-symbol.role-mark path").evaluate_all(
+            "paths => paths.map(path => path.getAttribute('d').replace(/[-\\d.]+/g, ''))"
+        )
+        assert len(set(shapes)) >= 2
+
+
+@needs_browser
+def test_on_a_telephone_nothing_is_cut(phone: Page, runs: list[Run], tmp_path: Path) -> None:
+    names = (
+        "curved",
+        "a-long-name-of-a-run-with-all-its-settings-lr-0.0003-seed-17-of-40",
+        "a third: LoRA r=4",
+        r'say "4" \\ {{title}}',
+        "5",
+    )
+    write_page([replace(runs[i % 2], name=name) for i, name in enumerate(names)], tmp_path / "phone.html")
+    opened(phone, tmp_path / "phone.html")
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 400
+    for chart in CHARTS:
+        svg = phone.locator(f"#{chart} svg.marks")
+        inside, around = svg.bounding_box(), phone.locator(f"#{chart}").bounding_box()
+        assert around["x"] <= inside["x"]
+        assert inside["x"] + inside["width"] <= around["x"] + around["width"] <= 400
+        texts = svg.locator("text").evaluate_all(
+            "texts => texts.filter(text => text.getAttribute('opacity') !== '0')"
+            ".map(text => [text.textContent, text.getBoundingClientRect().toJSON()])"
+        )
+        assert any("seed-17" in text for text, _ in texts)
+        for text, box in texts:
+            assert "…" not in text
+            assert inside["x"] - 1 <= box["left"] <= box["right"] <= inside["x"] + inside["width"] + 1, text
+            assert inside["y"] - 1 <= box["top"] <= box["bottom"] <= inside["y"] + inside["height"] + 1, text
+        assert overlapping([box for text, box in texts if text and box["width"]]) == []
+
+
+def overlapping(boxes: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Pairs of boxes that share more than a line's leading."""
+    return [
+        (a, b)
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+        if min(a["right"], b["right"]) - max(a["left"], b["left"]) > 1
+        and min(a["bottom"], b["bottom"]) - max(a["top"], b["top"]) > 4
+    ]
+
+
+@needs_browser
+def test_runs_without_phi_read_nothing_of_it(browser: Browser, runs: list[Run], tmp_path: Path) -> None:
+    bare = RankReport([replace(row, r=None) for row in runs[1].report.rows], spectra=runs[1].report.spectra)
+    write_page([replace(runs[1], name="LoRA"), replace(runs[1], name="full", report=bare)], tmp_path / "page.html")
+    page = opened(browser.new_page(), tmp_path / "page.html")
+    text = page.locator("body").inner_text()
+    assert "φ" not in text
+    assert "s·BA" not in text
+    assert "How many directions the update of each module uses." in text
+    assert "curvature" not in " ".join(page.locator("option").all_inner_texts())
+    expect(page.locator("#module-name .numbers").nth(1)).to_contain_text("r = –")
+    page.locator("#maps .cell").last.hover()
+    expect(page.get_by_role("tooltip")).to_contain_text("r = –")
+    page.get_by_role("columnheader", name="r", exact=True).get_by_role("button").click()
+    expect(page.locator("#table tbody tr").last.locator("td").nth(5)).to_have_text("–")
+    page.close()
+
+
+@needs_browser
+def test_the_page_opens_on_the_measure_of_the_picture(page: Page) -> None:
+    expect(page.locator("#measure")).to_have_value("stable_rank")
+    expect(page.locator("#about")).to_contain_text("stable rank")
