@@ -24,6 +24,7 @@ from lrlora.lab.config import TrainConfig
 
 from .conftest import FAMILIES, TinyModel
 from .lab.small import reviews, save_encoder
+from .updates.small_diffusion import save_as_kohya, with_lora
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,6 +79,20 @@ def test_export_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "my-model" / "config.json").exists()
 
 
+def test_the_example_of_compressing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "compress.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    save_as_kohya(with_lora(), tmp_path / "my-lora.safetensors", alpha=2.0)
+    exec(example, {})
+    *_, overlap = capsys.readouterr().out.splitlines()
+    assert 0.9 < min(eval(overlap).values()) <= max(eval(overlap).values()) <= 1
+    assert (tmp_path / "smaller.safetensors").stat().st_size < (tmp_path / "my-lora.safetensors").stat().st_size
+
+
 def test_there_are_exactly_two_setup_commands() -> None:
     commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert len(commands) == 2
@@ -106,6 +121,7 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
         ("scale", "scale.md"),
         ("half_precision", "speed.md"),
         ("export", "export.md"),
+        ("compress", "compress.md"),
         ("rank_pattern", "export.md"),
     ],
 )

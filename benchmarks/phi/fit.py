@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from updates import SOURCES, Source
 
 from lrlora.naming import module_type
 from lrlora.ops import delta_weight
 from lrlora.rank.measures import energy_rank, spectrum, stable_rank
 from lrlora.transfer import Transfer, TransferSpec
+from updates import SOURCES, Source
 
 FITS = Path(__file__).parents[2] / "docs" / "phi" / "fits.jsonl"
 STEPS = 150

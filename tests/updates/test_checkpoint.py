@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,22 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="base is damaged or not what it should be"):
         read_updates(tmp_path / "tuned", base=tmp_path / "base")
+
+
+def test_a_page_of_an_adapter_beside_the_full_model(tmp_path: Path) -> None:
+    save_both(tmp_path)
+    (tmp_path / "loha").mkdir()
+    save_trained(tmp_path / "loha", METHODS["LoHa"])
+    sources = [str(tmp_path / "loha" / "adapter"), str(tmp_path / "tuned")]
+    page = tmp_path / "page.html"
+    arguments = ["report", *sources, "--base", str(tmp_path / "base"), "--output", str(page)]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    (content,) = re.findall(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"))
+    shown = json.loads(content)
+    assert [run["facts"]["method"] for run in shown["runs"]] == ["LoHa", "full fine-tuning"]
+    (pair,) = shown["overlap"]["pairs"]
+    assert 0 < pair["mean"] <= 1
+    assert sum(part is not None for part in pair["modules"]) == 6
+    command = "".join(shown["sizes"]["commands"][1])
+    assert command.startswith(f"lrlora export {tmp_path / 'tuned'} --base {tmp_path / 'base'} --budget ")

@@ -145,7 +145,8 @@ def export(
             free_folder(output)
         require_source(source, base)
         quiet()
-        from ..export import factorize, save_as_lora, save_lora_config, save_single_file
+        from ..compress import factorize, save
+        from ..export import save_lora_config
         from ..export.adapter import stored_dtype
         from ..export.single_file import free_file
         from ..export.table import factors_table
@@ -165,10 +166,8 @@ def export(
             announce(f"To train with: LoraConfig.from_pretrained({str(output)!r})")
             return
         announce(_sizes(updates, sum(part.parameters for part in factors)))
-        save = save_single_file if is_file else save_as_lora
-        save(factors, updates, output, dtype=precision, pad=pad)
-        files = [output] if is_file else output.iterdir()
-        announce(f"LoRA: {output}, {sum(file.stat().st_size for file in files) / 2**20:.2f} MiB")
+        size_on_disk = save(factors, updates, output, dtype=precision, pad=pad)
+        announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
         if check:
             _print_difference(updates, output)
 
@@ -190,7 +189,7 @@ def _sizes(updates: Updates, exported: int) -> str:
     from ..updates.peft_adapter import trained_parameters
 
     trained = trained_parameters(updates)
-    exact = exact_parameters(updates)
+    exact = None if updates.method == "DoRA" else exact_parameters(updates)  # it has magnitudes besides
     as_trained = "" if trained is None else f"{trained:,} as trained, "
     without_loss = "" if exact in (None, trained) else f"{exact:,} as LoRA without loss, "
     return f"Parameters: {as_trained}{without_loss}{exported:,} as exported."

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..export import factorize
+from ..compress import leading_directions
 from ..files import is_full_model, read_json
 from ..rank import RankReport, rank_report
 from ..run_folder import (
@@ -180,17 +179,6 @@ def _run_in(
     settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
     result.settings = {label: content for label, content in settings.items() if content}
     return result
-
-
-def leading_directions(updates: Updates, most: int = 16) -> dict[str, Tensor]:
-    """Module → its leading input directions, right singular vectors of ΔW: (n, k) with k ≤ `most`.
-
-    Modules whose update is 0 are left out.
-    """
-    if not any(update.factors() is None or any(part.any() for part in update.factors() or ()) for update in updates):
-        return {}
-    factors = factorize(updates, max_rank=most, progressbar=True)
-    return {part.module: torch.nn.functional.normalize(part.A.T, dim=0) for part in factors if part.rank}
 
 
 def _adapter_of(folder: Path, checkpoint: Path | None) -> str:

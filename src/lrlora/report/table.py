@@ -15,19 +15,27 @@ _COLUMNS = {
     "phi_zero": "φ(0)",
     "curvature": "curv.",
 }
-_CAPTION = (
-    "Ranks of ΔW: stable, effective, and how many directions hold 90 % and 99 % of its energy. ‖ΔW‖ in % of ‖W0‖. "
-    "curv.: share of φ that no straight line explains."
-)
-_LIMIT = " limit: the largest rank that an update of this form can have."
+_CAPTION = "Ranks of ΔW: stable, effective, and how many directions hold 90 % and 99 % of its energy."
+# What is said of the columns that not every report has.
+_OPTIONAL = {
+    "rank_limit": "limit: the largest rank that an update of this form can have.",
+    "relative_norm": "‖ΔW‖ in % of ‖W0‖.",
+    "phi_zero": "",
+    "curvature": "curv.: share of φ that no straight line explains.",
+}
 
 
 def rank_table(report: RankReport, title: str) -> Table:
     """All rows of the report, then the mean by kind. Readable from 80 columns on."""
-    # Of LoRA the limit is r, of φ(BA) that of any matrix.
-    has_limit = any(row.rank_limit not in (None, row.r, min(row.m, row.n)) for row in report.rows)
-    columns = {name: heading for name, heading in _COLUMNS.items() if has_limit or name != "rank_limit"}
-    caption = _CAPTION + (_LIMIT if has_limit else "")
+    there = {
+        # Of LoRA the limit is r, of φ(BA) that of any matrix.
+        "rank_limit": any(row.rank_limit not in (None, row.r, min(row.m, row.n)) for row in report.rows),
+        "relative_norm": any(row.relative_norm is not None for row in report.rows),
+        "phi_zero": bool(report.curves),
+        "curvature": bool(report.curves),
+    }
+    columns = {name: heading for name, heading in _COLUMNS.items() if there.get(name, True)}
+    caption = " ".join([_CAPTION, *(about for name, about in _OPTIONAL.items() if there[name] and about)])
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 0), False
     table.add_column("module", overflow="fold")
