@@ -77,7 +77,7 @@ def leading_directions(updates: Updates, most: int = 16) -> dict[str, Tensor]:
 
     Modules whose update is 0 are left out.
     """
-    if not any(part.any() for update in updates for part in (update.factors() or (update.matrix(),))[-2:]):
+    if not any(all(part.any() for part in update.factors() or (update.matrix(),)) for update in updates):
         return {}
     factors = factorize(updates, max_rank=most)
     return {part.module: F.normalize(part.A.T, dim=0) for part in factors if part.rank}
@@ -100,6 +100,6 @@ def subspace_overlap(first: Updates, second: Updates, directions: int = 8) -> di
     found = [leading_directions(updates, directions) for updates in (first, second)]
     return {
         module: grassmann_similarity(found[0][module], found[1][module])
-        for module in found[0].keys() & found[1].keys()
-        if len(found[0][module]) == len(found[1][module])
+        for module in found[0]
+        if module in found[1] and len(found[0][module]) == len(found[1][module])
     }

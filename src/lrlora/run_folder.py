@@ -63,6 +63,9 @@ class RunRecord:
         max_length: tokens at which examples were cut.
         versions: of lrlora and what it stands on.
         examples_per_step: of all processes; None in runs of lrlora before it was recorded.
+        rendering: how prompts and chats were read: "chat", "plain" or "text"; None of other tasks, and before it was
+            recorded.
+        chat_template: that they were written with.
 
     """
 
@@ -71,6 +74,8 @@ class RunRecord:
     max_length: int
     versions: dict[str, str]
     examples_per_step: int | None = None
+    rendering: str | None = None
+    chat_template: str | None = None
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -89,8 +94,9 @@ def read_record(folder: Path) -> RunRecord:
         )
     with readable(path, RUN_EXPECTED):
         content = json.loads(path.read_text(encoding="utf-8"))
-        rest = (content.get("versions", {}), content.get("examples_per_step"))
-        record = RunRecord(content["config"], content["labels"], content["max_length"], *rest)
+        later = {name: content.get(name) for name in ("examples_per_step", "rendering", "chat_template")}
+        versions = content.get("versions", {})
+        record = RunRecord(content["config"], content["labels"], content["max_length"], versions, **later)
         require_type(record, RunRecord, "run")
         return record
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 
 from .files import ADAPTER_EXPECTED, readable, require_adapter
 from .tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
+
+_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class SavedAdapter:
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:
         """By their names in the file, on the CPU."""
+        folder = Path(self.name)
+        if folder.is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
+            raise ValueError(f"{self.name} holds no weights: there is no {_WEIGHTS[0]} in it. {ADAPTER_EXPECTED}")
         return load_peft_weights(self.name, device="cpu")
 
     @property
@@ -84,5 +90,5 @@ def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
             )
 
 
-# Methods whose weights have had other names, or as many as there are ranks left.
-_RENAMED = ("LORA", "ADALORA")
+# Of a method whose weights have as many rows as there are ranks left.
+_RENAMED = ("ADALORA",)

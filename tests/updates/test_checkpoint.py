@@ -152,3 +152,38 @@ def test_a_page_of_an_adapter_beside_the_full_model(tmp_path: Path) -> None:
     assert sum(part is not None for part in pair["modules"]) == 6
     command = "".join(shown["sizes"]["commands"][1])
     assert command.startswith(f"lrlora export {tmp_path / 'tuned'} --base {tmp_path / 'base'} --budget ")
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_base_model_without_the_head(family: str, tmp_path: Path) -> None:
+    tiny, tuned = save_both(tmp_path, family)
+    whole = tiny.build()
+    getattr(whole, whole.base_model_prefix).save_pretrained(tmp_path / "bare")
+    updates = read_updates(tmp_path / "tuned", base=tmp_path / "bare")
+    assert len(updates) == len(read_updates(tmp_path / "tuned", base=tmp_path / "base"))
+    save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "lora")
+    full = dict(tuned.named_parameters())
+    merged = dict(loaded.merge_and_unload().named_parameters())
+    for update in updates:
+        name = f"{update.module}.weight"
+        torch.testing.assert_close(merged[name], full[name], rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_base_model_lacks_is_kept_whole(tmp_path: Path) -> None:
+    """A classifier with more labels than the base model's, and a pooler that that has not."""
+    config = TinyModel("bert").build().config
+    base = transformers.BertForMaskedLM(config)
+    base.save_pretrained(tmp_path / "base")
+    tuned = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    TinyModel("bert").train(tuned, 3, lr=1e-3)
+    tuned.save_pretrained(tmp_path / "tuned")
+    updates = read_updates(tmp_path / "tuned", base=tmp_path / "base")
+    assert "Kept whole, as heads of tasks are, or because the base model lacks it: bert.pooler.dense, classifier." in (
+        updates.notes
+    )
+    save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")
+    fresh = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "lora").merge_and_unload()
+    for name in ("classifier.weight", "bert.pooler.dense.weight"):
+        assert torch.equal(dict(loaded.named_parameters())[name], dict(tuned.named_parameters())[name])

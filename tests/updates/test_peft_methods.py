@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, convert_to_lora, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from lrlora import LrLoraConfig, rank_report
 from lrlora.export import factorize, save_as_lora
@@ -173,3 +174,92 @@ def test_a_live_model_of_any_method() -> None:
         assert len(report.rows) == 6
         after = dict(model.named_parameters())
         assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+
+
+def test_a_start_that_changes_an_embedding(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["embed_tokens", "q_proj"])
+    adapter = save_trained(tmp_path, config)
+    expected = merged_differences(tmp_path)
+    for update in read_updates(adapter):
+        torch.testing.assert_close(update.matrix().double(), expected[update.module], rtol=1e-4, atol=1e-6)
+
+
+def test_a_live_model_whose_base_weights_were_changed_is_not_exported_wrongly() -> None:
+    model = get_peft_model(TINY.build(), METHODS["PiSSA"])
+    with pytest.raises(ValueError, match="took a part of the base weights away"):
+        factorize(model, energy=1.0)
+
+
+def test_dora_keeps_magnitudes_where_the_direction_has_not_moved(tmp_path: Path) -> None:
+    adapter = save_trained(tmp_path, METHODS["DoRA"])
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    still = [key for key in weights if "v_proj.lora_B" in key]
+    save_file(weights | {key: torch.zeros_like(weights[key]) for key in still}, file)
+    updates = read_updates(adapter)
+    save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")
+    loaded = [
+        PeftModel.from_pretrained(type(TINY.build()).from_pretrained(tmp_path / "base"), folder).merge_and_unload()
+        for folder in (adapter, tmp_path / "lora")
+    ]
+    for first, second in zip(*(model.parameters() for model in loaded), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_method_does_to_biases_is_said(tmp_path: Path) -> None:
+    tiny = TinyModel("bert")
+    base = tiny.build()
+    for name, parameter in base.named_parameters():
+        if name.endswith("query.bias"):
+            torch.nn.init.ones_(parameter)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        type(base).from_pretrained(tmp_path / "base"), peft.IA3Config(target_modules=["query"], feedforward_modules=[])
+    )
+    tiny.train(model, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert read_updates(tmp_path / "adapter").notes == (
+        "This method changes biases too. They are not in the ranks, and not in a LoRA that is made of it.",
+    )
+
+
+@pytest.mark.parametrize("method", ["HiRA", "(IA)³", "LoRA"])
+def test_gpt2_s_layers_are_transposed(method: str, tmp_path: Path) -> None:
+    tiny = TinyModel("gpt2")
+    tiny.build().save_pretrained(tmp_path / "base")
+    config = {
+        "HiRA": peft.HiraConfig(r=4, target_modules=["c_attn"]),
+        "(IA)³": peft.IA3Config(target_modules=["c_attn"], feedforward_modules=[]),
+        "LoRA": peft.LoraConfig(r=4, target_modules=["c_attn"]),
+    }[method]
+    model = get_peft_model(type(tiny.build()).from_pretrained(tmp_path / "base"), config)
+    tiny.train(model, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    bases = [type(tiny.build()).from_pretrained(tmp_path / "base") for _ in range(2)]
+    merged = dict(PeftModel.from_pretrained(bases[0], tmp_path / "adapter").merge_and_unload().named_parameters())
+    before = dict(bases[1].named_parameters())
+    for update in read_updates(tmp_path / "adapter", base=tmp_path / "base"):
+        delta = (merged[f"{update.module}.weight"] - before[f"{update.module}.weight"]).T
+        torch.testing.assert_close(update.matrix().float(), delta, rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_without_weights(tmp_path: Path) -> None:
+    METHODS["LoRA"].save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no weights: there is no adapter_model\.safetensors"):
+        read_updates(tmp_path)
+
+
+def test_an_adapter_of_another_base_model(tmp_path: Path) -> None:
+    for method in ("LoRA", "LR-LoRA"):
+        adapter = save_trained(tmp_path / method, METHODS[method])
+        tensors = load_file(tmp_path / method / "base" / "model.safetensors")
+        save_file(
+            {key: torch.zeros(2 * len(tensor), *tensor.shape[1:]) for key, tensor in tensors.items()},
+            tmp_path / "other.safetensors",
+        )
+        with pytest.raises(ValueError, match=r"^The base model .*other\.safetensors does not fit the adapter"):
+            read_updates(adapter, base=tmp_path / "other.safetensors")
+    one_layer = {key: tensor for key, tensor in tensors.items() if "layers.1" not in key}
+    save_file(one_layer, tmp_path / "short.safetensors")
+    rows = rank_report(read_updates(adapter, base=tmp_path / "short.safetensors")).rows
+    assert [row.relative_norm is None for row in rows] == [row.layer == 1 for row in rows]

@@ -62,17 +62,31 @@ def test_a_lora_of_diffusers(style: str, tmp_path: Path) -> None:
     assert load_file(file).keys() == load_file(tmp_path / "lora.safetensors").keys()
 
 
+@pytest.mark.parametrize("style", ["kohya", "diffusers"])
+@pytest.mark.parametrize("pad", [False, True])
+def test_diffusers_scales_modules_of_different_ranks_right(style: str, pad: bool, tmp_path: Path) -> None:
+    save(with_lora(), tmp_path / "lora.safetensors", style)
+    updates = read_updates(tmp_path / "lora.safetensors")
+    factors = factorize(updates, energy=0.8)
+    assert len({part.rank for part in factors}) > 1
+    save_single_file(factors, updates, tmp_path / "small.safetensors", pad=pad)
+    pipe = pipeline()
+    pipe.load_lora_weights(str(tmp_path / "small.safetensors"))
+    layers = {name.replace(".", "_"): layer for name, layer in pipe.unet.named_modules() if hasattr(layer, "lora_A")}
+    for part in factors:
+        (layer,) = (layer for name, layer in layers.items() if part.module.replace(".", "_").endswith(name))
+        (adapter,) = layer.lora_A
+        torch.testing.assert_close(layer.get_delta_weight(adapter).flatten(1), part.B @ part.A, rtol=1e-4, atol=1e-6)
+
+
 def test_what_kohya_notes_in_a_file_stays_true(tmp_path: Path) -> None:
     save_as_kohya(with_lora(), tmp_path / "lora.safetensors", alpha=2.0)
     updates = read_updates(tmp_path / "lora.safetensors")
     for pad, dim in ((False, "Dynamic"), (True, "3")):
         save_single_file(factorize(updates, energy=0.8, max_rank=3), updates, tmp_path / f"{pad}.safetensors", pad=pad)
         with safe_open(tmp_path / f"{pad}.safetensors", framework="pt") as file:
-            assert file.metadata() == {"ss_network_dim": dim, "ss_network_alpha": dim}
-            for key in list(file.keys()):
-                if key.endswith(".alpha"):
-                    down = file.get_tensor(key.replace(".alpha", ".lora_down.weight"))
-                    assert file.get_tensor(key).item() == len(down)
+            assert file.metadata() == {"ss_network_dim": dim, "ss_network_alpha": "1.0"}
+            assert {file.get_tensor(key).item() for key in list(file.keys()) if key.endswith(".alpha")} == {1.0}
 
 
 def test_dora_keeps_its_magnitudes(tmp_path: Path) -> None:
@@ -119,7 +133,11 @@ def test_a_locon_with_a_core_and_a_difference_saved_whole(tmp_path: Path) -> Non
         "a.lora_up.weight": up,
         "a.alpha": torch.tensor(6.0),
     }
-    tensors |= {"b.diff": torch.randn(4, 3, 3, 3, generator=generator), "b.diff_b": torch.ones(4)}
+    tensors |= {
+        "b.diff": torch.randn(4, 3, 3, 3, generator=generator),
+        "b.diff_b": torch.ones(4),
+        "c.diff": torch.ones(5),
+    }
     save_file(tensors, tmp_path / "file.safetensors")
     updates = read_updates(tmp_path / "file.safetensors")
     core, whole = updates
@@ -132,7 +150,9 @@ def test_a_locon_with_a_core_and_a_difference_saved_whole(tmp_path: Path) -> Non
     assert out["a.lora_down.weight"].shape == (3, 5, 2, 2)
     assert out["b.lora_down.weight"].shape == (4, 3, 3, 3)
     assert torch.equal(out["b.diff_b"], torch.ones(4))
-    merged = torch.einsum("mkab,knij->mnij", out["b.lora_up.weight"], out["b.lora_down.weight"])
+    assert torch.equal(out["c.diff"], torch.ones(5))
+    up = out["b.lora_up.weight"] * out["b.alpha"] / 4
+    merged = torch.einsum("mkab,knij->mnij", up, out["b.lora_down.weight"])
     torch.testing.assert_close(merged, tensors["b.diff"], rtol=1e-4, atol=1e-5)
 
 
@@ -175,8 +195,11 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ({"a.weight": (2, 2)}, "holds no LoRA: there is a.weight"),
         ({"a.oft_blocks": (1, 2, 2), "a.alpha": ()}, r"depend on the base weight, as those of OFT do \(a.oft_blocks\)"),
+        ({"a.lora_up.weight": (2, 4)}, "a lacks 'lora_A'. There are lora_B"),
+        ({"a.lora_down.weight": (0, 4), "a.lora_up.weight": (4, 0)}, "the factors of a have no rows"),
+        ({"base_model.model.a.lora_A.weight": (2, 4)}, "the file of a PEFT adapter, .* give the folder"),
         ({"a.lora_down.weight": (2, 4)}, "a lacks 'lora_B'. There are lora_A"),
-        ({"a.lora_down.weight": (2, 4), "a.lora_up.weight": (4, 3)}, "lora_B has 3 columns and lora_A 2 rows"),
+        ({"a.lora_down.weight": (2, 4), "a.lora_up.weight": (4, 3)}, "lora_B has 3 columns, and lora_A 2 rows"),
         ({"a.hada_w1_a": (4, 2), "a.hada_w1_b": (2, 4)}, "a lacks 'hada_w2_a'"),
     ],
 )
@@ -200,3 +223,15 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         save_single_file(factors, updates, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+def test_numbers_of_eight_bits(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator)
+    small = {"a.lora_down.weight": down.to(torch.float8_e4m3fn), "a.lora_up.weight": up.to(torch.float8_e4m3fn)}
+    save_file(small, tmp_path / "file.safetensors")
+    updates = read_updates(tmp_path / "file.safetensors")
+    (update,) = updates
+    torch.testing.assert_close(update.matrix(), small["a.lora_up.weight"].float() @ small["a.lora_down.weight"].float())
+    save_single_file(factorize(updates, energy=1.0), updates, tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["a.lora_up.weight"].dtype == torch.bfloat16

@@ -50,6 +50,8 @@ def ranks(
         from ..updates import read_updates
 
         if with_base and base is None:
+            if Path(source).is_file():
+                raise ValueError(f"{source} does not say what its base model is: give it, --base MODEL.")
             base = SavedAdapter.read(source).config.base_model_name_or_path
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
@@ -140,9 +142,10 @@ def export(
         size = None if budget is None else _parse_budget(budget)
         truncation: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "tolerance": tolerance}
         check_truncation(**truncation, drop_below=drop_below, budget=None if size is None else 1)
-        is_file = Path(source).is_file() and base is None
-        if not is_file:
+        if not Path(source).is_file():
             free_folder(output)
+        elif config_only and base is None:
+            raise ValueError("--config-only writes a configuration of PEFT's, and a LoRA in a single file has none.")
         require_source(source, base)
         quiet()
         from ..compress import factorize, save
@@ -150,9 +153,10 @@ def export(
         from ..export.adapter import stored_dtype
         from ..export.single_file import free_file
         from ..export.table import factors_table
+        from ..updates.single_file import SingleFile
 
-        if is_file:
-            free_file(output)
+        if Path(source).is_file():
+            free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
         updates = _read_to_export(source, base, check=check and not config_only)
         precision = stored_dtype(updates.origin) if dtype is None else _dtype(dtype)
         if size is not None:
@@ -186,9 +190,9 @@ def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
 
 def _sizes(updates: Updates, exported: int) -> str:
     from ..export.factorize import exact_parameters
-    from ..updates.peft_adapter import trained_parameters
+    from ..updates.peft_adapter import parameters_as_trained
 
-    trained = trained_parameters(updates)
+    trained = parameters_as_trained(updates)
     exact = None if updates.method == "DoRA" else exact_parameters(updates)  # it has magnitudes besides
     as_trained = "" if trained is None else f"{trained:,} as trained, "
     without_loss = "" if exact in (None, trained) else f"{exact:,} as LoRA without loss, "

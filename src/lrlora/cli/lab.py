@@ -1,8 +1,9 @@
-"""Commands that train and compare: demo, train, evaluate, predict, compare, inputs."""
+"""Commands that train and compare: demo, train, evaluate, predict, chat, compare, inputs."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,6 +95,9 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a step, on each device.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="none, simple, FILE.jinja or a name of TRL's; default: the model's own.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Cut examples after so many tokens.")] = None,
     early_stopping: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
@@ -112,6 +116,7 @@ def train(
             "output": None if output is None else str(output),
             "validation": validation,
             "validation_share": validation_share,
+            "chat_template": chat_template,
             "max_length": max_length,
             "head_learning_rate": head_learning_rate,
             "early_stopping": early_stopping,
@@ -192,7 +197,7 @@ def evaluate(
         str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")
     ] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the metrics here.")] = None,
+    metrics_file: Annotated[Path | None, typer.Option("--json", help="Also write the metrics here.")] = None,
 ) -> None:
     """Evaluate a finished run on data."""
     with one_clear_error():
@@ -204,33 +209,71 @@ def evaluate(
 
         metrics = evaluate(run, data, split=split, columns=columns)
         _print_metrics(metrics, f"{run} on {data}")
-        if json:
-            write_json(json, metrics)
+        if metrics_file:
+            write_json(metrics_file, metrics)
 
 
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
-    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL file to write.")] = None,
+    text: Annotated[str | None, typer.Option(help="One text, in place of data: what is said of it is printed.")] = None,
     split: Annotated[
         str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")
     ] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Predict with a finished run: a line of JSON for each example."""
+    """Predict with a finished run: a line of JSON for each example, or what it says of one --text."""
     with one_clear_error():
-        if output.exists() and not overwrite:
+        if (text is None) == (data is None):
+            raise ValueError("Give either --data and --output, or --text.")
+        if data is not None and output is None:
+            raise ValueError("--data needs --output, the JSONL file to write.")
+        if output is not None and output.exists() and not overwrite:
             raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
         columns = parse_pairs(column, "--column") if column else None
         read_run(run)
-        require_data_path(data)
+        if data is not None:
+            require_data_path(data)
         quiet()
-        from ..lab.inference import predict, write_predictions
+        from ..lab.inference import predict, predict_text, write_predictions
 
-        count = write_predictions(output, predict(run, data, split=split, columns=columns))
-        console.print(escape(f"{count:,} predictions: {output}"), highlight=False)
+        if text is not None:
+            said = predict_text(run, text)
+            announce(said.get("completion") or json.dumps(said, ensure_ascii=False))
+        elif data is not None and output is not None:
+            count = write_predictions(output, predict(run, data, split=split, columns=columns))
+            announce(f"{count:,} predictions: {output}")
+
+
+@app.command()
+def chat(run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train --task causal-lm`.")]) -> None:
+    """Ask a finished run, turn by turn. /base asks the base model, /adapter the run, /new begins anew, /quit ends."""
+    with one_clear_error("The chat is over."):
+        config, _ = read_run(run)
+        if config.task != "causal-lm":
+            raise ValueError(f"The run in {run} is of the task {config.task}, and answers nothing. Use lrlora predict.")
+        quiet()
+        from ..lab.inference import Chat
+
+        talk = Chat(run)
+        announce("Ask, and end with /quit. /base asks the base model, /adapter the run, /new begins anew.")
+        while (said := _next_line()) is not None:
+            if said.startswith("/"):
+                announce(talk.command(said))
+            elif said:
+                talk.ask(said)
+
+
+def _next_line() -> str | None:
+    """What is typed next; None at the end."""
+    try:
+        said = console.input("[bold]> [/]").strip()
+    except EOFError:
+        return None
+    return None if said == "/quit" else said
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
+from ..run_folder import RUN_FILE, read_record
 from ..saved import AdapterSource, SavedAdapter
 from ..tuner.config import pattern_of
 from ..updates import Updates
-from ..updates.checkpoint import Checkpoint
+from ..updates.checkpoint import FineTuned
 from ..updates.single_file import SingleFile
 from .factorize import Factors, kept_energy
 from .loading import load_adapted, sample_inputs, save_preprocessing
@@ -59,18 +61,20 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
     scaling = {part.module: part.scaling if keep_scaling else 1.0 for part in factors if part.rank}
     largest = max(ranks, key=ranks.__getitem__)
     alphas = {module: scaling[module] * rank for module, rank in ranks.items()}
-    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save", "layer_replication")
-    fields: dict[str, Any] = {
-        name: getattr(like, name) for name in (*kept, "trainable_token_indices") if hasattr(like, name)
-    }
+    kept = ["base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save"]
+    kept += ["layer_replication", "trainable_token_indices", "alora_invocation_tokens"]
+    fields: dict[str, Any] = {name: getattr(like, name) for name in kept if hasattr(like, name)}
     bias = getattr(like, "bias", "none")
     fields["bias"] = bias if bias in ("none", "all") else "lora_only"
     fields["lora_alpha"] = alphas[largest]
     if keep_scaling:
         fields["lora_dropout"] = getattr(like, "lora_dropout", 0.0)
+    # PEFT takes a path for the end of others too.
+    left_out = [p.module for p in factors if not p.rank and any(p.module.endswith(f".{name}") for name in ranks)]
     return LoraConfig(
         r=ranks[largest],
         target_modules=list(ranks),
+        exclude_modules=left_out or None,
         rank_pattern={pattern_of(m, ranks): rank for m, rank in ranks.items() if rank != ranks[largest]},
         alpha_pattern={pattern_of(m, ranks): alpha for m, alpha in alphas.items() if alpha != alphas[largest]},
         **fields,
@@ -108,10 +112,13 @@ def save_as_lora(
     like = _config_of(origin)
     if getattr(like, "lora_bias", False):
         raise ValueError("lora_bias=True: an adapter with biases of its own on B cannot be written anew. Merge it.")
+    keeps_magnitudes = _keeps_magnitudes(like, source)
+    if keeps_magnitudes:
+        factors = [part.at_least_one() for part in factors]  # where BA is 0, the magnitude may still be trained
     exported = [part for part in factors if part.rank]
-    config = lora_config(exported, like)
+    config = lora_config(factors, like)
     config.inference_mode = True
-    config.use_dora = _keeps_magnitudes(like, source)
+    config.use_dora = keeps_magnitudes
     if pad:
         config.rank_pattern, config.alpha_pattern = {}, {}
     left_out = tuple(f"{PEFT_PREFIX}{part.module}.base_layer." for part in factors if not part.rank)
@@ -131,31 +138,39 @@ def save_as_lora(
         parameters=sum(part.parameters for part in exported),
         kept=kept_energy(factors),
     )
+    if _is_asked_in_chats(origin):
+        card += "\nIt was trained on chats: ask it in chats, with the template of the tokenizer that is beside it.\n"
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        save_preprocessing(partial, origin.name if isinstance(origin, SavedAdapter) else origin[1].name)
+        save_preprocessing(partial, origin.name if isinstance(origin, SavedAdapter) else origin.tuned.name)
         config.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def _is_asked_in_chats(origin: Any) -> bool:
+    folder = Path(origin.name) if isinstance(origin, SavedAdapter) else Path()
+    return (folder / RUN_FILE).is_file() and read_record(folder).rendering == "chat"
 
 
 def _other_weights(origin: Any, *, with_magnitudes: bool) -> dict[str, Tensor]:
     """What is written as it was: heads, biases and embeddings that were trained, and DoRA's magnitudes."""
     if not isinstance(origin, SavedAdapter):
-        tuned = origin[1]
-        return {f"{PEFT_PREFIX}{key}": tuned.read(key) for key in tuned.head}
+        keys = [key for keys in origin.whole.values() for key in keys]
+        return {f"{PEFT_PREFIX}{key}": origin.tuned.read(key) for key in keys}
     replaced = {key for key in origin.method_weights if not (with_magnitudes and ".lora_magnitude_vector" in key)}
     return {key: value for key, value in origin.weights.items() if key not in replaced}
 
 
-def stored_dtype(origin: SavedAdapter | SingleFile | tuple[Checkpoint, Checkpoint]) -> torch.dtype:
-    """The dtype of what an adapter was read from: its factors', or the fine-tuned checkpoint's."""
+def stored_dtype(origin: SavedAdapter | SingleFile | FineTuned) -> torch.dtype:
+    """The dtype of what an adapter was read from: its factors', or the fine-tuned checkpoint's; bfloat16 for 8 bits."""
     if isinstance(origin, SavedAdapter):
         tensors = list(origin.method_weights.values())
     elif isinstance(origin, SingleFile):
         tensors = [tensor for parts in origin.modules.values() for tensor in parts.values()]
     else:
-        tensors = [origin[1].read(origin[1].names[0])]
-    return next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
+        tensors = [origin.tuned.read(origin.tuned.names[0])]
+    dtype = next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
+    return dtype if dtype.itemsize > 1 else torch.bfloat16
 
 
 def _config_of(origin: Any) -> Any:
@@ -164,9 +179,8 @@ def _config_of(origin: Any) -> Any:
         return origin.config
     if isinstance(origin, SingleFile):
         raise ValueError(f"{origin.path} is a single file, and is written as one: save_single_file.")
-    base, tuned = origin
-    heads = sorted({key.partition(".")[0] for key in tuned.head})
-    return LoraConfig(base_model_name_or_path=base.name, task_type=tuned.task_type, modules_to_save=heads or None)
+    whole = list(origin.whole) or None
+    return LoraConfig(base_model_name_or_path=origin.base.name, task_type=origin.tuned.task_type, modules_to_save=whole)
 
 
 def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:

@@ -19,7 +19,7 @@ reaches far enough.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,6 +31,7 @@ from ..naming import module_type, path_in_base
 from ..ops import svd_of_product
 from ..updates import Layout, Update, Updates
 from ..updates.layers import updates_of_model
+from ..updates.peft_adapter import CHANGING_STARTS
 
 # A randomised SVD costs a few products with ΔW; from a quarter of the full rank on, the full one is no dearer.
 _FULL_SVD_SIZE = 256
@@ -69,6 +70,12 @@ class Factors:
     @property
     def rank(self) -> int:
         return len(self.A)
+
+    def at_least_one(self) -> Factors:
+        """The same, with a rank of 1 where it has none: zeros."""
+        if self.rank:
+            return self
+        return replace(self, A=self.A.new_zeros(1, self.A.shape[1]), B=self.B.new_zeros(len(self.B), 1))
 
     @property
     def parameters(self) -> int:
@@ -222,6 +229,13 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
     """Its updates, all of modules that LoRA can adapt."""
     if isinstance(source, Updates):
         return source.updates
+    for name, config in getattr(source, "peft_config", {}).items():
+        start = str(getattr(config, "init_lora_weights", None))
+        if adapter in (None, name) and start.startswith(CHANGING_STARTS):
+            raise ValueError(
+                f"init_lora_weights={start!r} took a part of the base weights away: s·BA is not the whole update. Save "
+                "the adapter, and read it with read_updates."
+            )
     updates = list(updates_of_model(source, adapter))
     layers = {path_in_base(path): module for path, module in source.named_modules()}
     others = sorted({module_type(u.module) for u in updates if not _is_linear(layers.get(u.module), u)})

@@ -30,8 +30,9 @@ def save_single_file(
 ) -> None:
     """Write a LoRA with these factors; LoHa and LoKr become LoRA, in kohya's keys.
 
-    α is the rank of each module, so that the scaling is 1. What else the file held (DoRA's magnitudes, text embeddings,
-    the notes of whoever trained it) is kept; hashes, which would be of another file, are not.
+    Where there is an α it is 1, and B is multiplied by the rank, which a reader divides by. What else the file held
+    (DoRA's magnitudes, text embeddings, the notes of whoever trained it) is kept; hashes, which would be of another
+    file, are not.
 
     Args:
         factors: as `factorize` returns them.
@@ -47,6 +48,8 @@ def save_single_file(
     """
     file: SingleFile = updates.origin
     path = free_file(output)
+    if file.has_magnitudes:
+        factors = [part.at_least_one() for part in factors]  # where BA is 0, the magnitude may still be trained
     exported = [part for part in factors if part.rank]
     if not exported:
         raise ValueError("No module has a rank: there is nothing to export.")
@@ -86,11 +89,11 @@ def free_file(output: str | os.PathLike[str]) -> Path:
 
 def _named(file: SingleFile, module: str, A: Tensor, B: Tensor, rank: int) -> dict[str, Tensor]:
     down, up = file.styles.get(module, KOHYA_STYLE)
-    tensors = {f"{module}{down}": A, f"{module}{up}": B}
-    if module in file.alphas or (down, up) == KOHYA_STYLE:
-        key = file.alphas[module][0] if module in file.alphas else f"{module}.alpha"
-        tensors[key] = torch.tensor(float(rank))
-    return tensors
+    if module not in file.alphas and (down, up) != KOHYA_STYLE:
+        return {f"{module}{down}": A, f"{module}{up}": B}
+    # One α for all: diffusers loses those of single modules.
+    key = file.alphas[module][0] if module in file.alphas else f"{module}.alpha"
+    return {f"{module}{down}": A, f"{module}{up}": rank * B, key: torch.tensor(1.0)}
 
 
 def _metadata(file: SingleFile, exported: Sequence[Factors], padded: int | None) -> dict[str, str]:
@@ -98,4 +101,5 @@ def _metadata(file: SingleFile, exported: Sequence[Factors], padded: int | None)
     metadata = {key: value for key, value in file.metadata.items() if key not in dropped}
     ranks = {part.rank for part in exported} if padded is None else {padded}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # as kohya's own tool calls it
-    return metadata | {key: rank for key in ("ss_network_dim", "ss_network_alpha") if key in metadata}
+    values = {"ss_network_dim": rank, "ss_network_alpha": "1.0"}
+    return metadata | {key: value for key, value in values.items() if key in metadata}

@@ -21,7 +21,7 @@ def factors_table(factors: Sequence[Factors], title: str) -> Table:
         rank = str(part.rank) if part.rank else "left out"
         table.add_row(
             part.module,
-            str(part.r),
+            "–" if part.r is None else str(part.r),
             f"{part.stable_rank:.1f}",
             rank,
             f"{100 * part.kept:.2f}",

@@ -30,13 +30,17 @@ class TrainConfig:
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: what a column holds → its name in the data, where they differ. Roles: text, text_pair and label for
             "classify" and "regress"; question, choices (a list) and label (the index of the right choice) for
-            "multiple-choice"; messages, or prompt and completion, or text for "causal-lm"; group, for examples that
-            must not be split between training and validation.
+            "multiple-choice"; for "causal-lm" messages, or conversations (ShareGPT), or prompt and completion, or
+            instruction, input and output (Alpaca), or text; group, for examples that must not be split between training
+            and validation.
         validation: data to validate on, like `data`, or "train" for a part of training; default: the data's own
             validation split, or a part of training.
         validation_share: that part, in (0, 1).
         train_examples: use so many to train at most, drawn at random, always the same; None: all.
         validation_examples: the same for validation.
+        chat_template: of "causal-lm", by which prompts and chats are written: None for the model's own, or plain text
+            if it has none; "none" for plain text; "simple"; a file FILE.jinja; or a name that TRL knows, such as
+            "qwen3".
         max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
         head_learning_rate: peak, of a new classification, regression or multiple-choice head; None: that of all else. A
             new head wants a higher one than an adapter.
@@ -61,6 +65,7 @@ class TrainConfig:
     validation_share: float = 0.1
     train_examples: int | None = None
     validation_examples: int | None = None
+    chat_template: str | None = None
     max_length: int | None = None
     head_learning_rate: float | None = None
     early_stopping: int | None = None
@@ -90,6 +95,8 @@ class TrainConfig:
                 raise ValueError(
                     f"head_learning_rate={rate!r} is for a new head, and {self.task} has none. Leave it out."
                 )
+        if self.chat_template is not None and self.task != "causal-lm":
+            raise ValueError(f"chat_template={self.chat_template!r} is for causal-lm, and the task is {self.task}.")
         counts = ("max_length", "train_examples", "validation_examples", "early_stopping", "rank_every")
         for name, least in (*((name, 1) for name in counts), ("seed", 0)):
             value = getattr(self, name)

@@ -17,7 +17,7 @@ from .commonsense import COMMONSENSE, load_commonsense
 from .config import FROM_TRAIN, TrainConfig
 from .embedded import EMBEDDED_DATA
 from .kinds import KINDS, Kind, with_class_ids
-from .names import BUILDERS, EMBEDDED, OPTIONAL_ROLES, require_data_path
+from .names import ANSWER_ROLES, BUILDERS, EMBEDDED, require_data_path
 from .rows import is_known, require_rows
 from .tasks import split_by_group
 
@@ -148,7 +148,7 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
     """
     there = data.column_names
     for role, name in columns.items():
-        if name not in there and (with_label or role != "label"):
+        if name not in there and (with_label or role not in ANSWER_ROLES):
             raise ValueError(f"columns: {role} is to be read from {name!r}, and the data has {', '.join(there)}.")
     wanted = kind.columns(columns, there, with_label=with_label)
     for role, name in wanted.items():
@@ -157,7 +157,7 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
                 f"The task {kind.name} reads the column {role!r}, and the data has {', '.join(there)}. Name it: "
                 f"--column {role}=NAME"
             )
-    optional = {role: columns.get(role, role) for role in OPTIONAL_ROLES}
+    optional = {role: columns.get(role, role) for role in kind.optional_roles}
     wanted |= {role: name for role, name in optional.items() if name in there}
     return data.select_columns(list(dict.fromkeys(wanted.values()))).rename_columns(
         {name: role for role, name in wanted.items() if name != role}

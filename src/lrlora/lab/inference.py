@@ -10,17 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
+from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    Trainer,
+)
 
 from ..checks import require_known
 from ..files import readable, replacing
-from ..run_folder import METRICS_FILE
+from ..run_folder import METRICS_FILE, RUN_FILE, RunRecord
 from ..saved import SavedAdapter, require_all_weights
 from ..tuner import cached_weights
-from .chat import render_chat
+from .chat import CHAT, TEXT, answer_of, as_trl_reads, format_of, prompt_of, render_chat
 from .config import TrainConfig, read_run
 from .data import check_examples, load_splits, only_split, sampled, select_roles
 from .kinds import Kind, kind_for, with_class_ids
@@ -47,58 +55,98 @@ def evaluate(
 
     Raises:
         FileNotFoundError: run or data is missing.
-        ValueError: the data cannot be used.
+        ValueError: the data cannot be used, or most answers to it are empty.
 
     """
-    loaded = _LoadedRun.read(Path(run))
+    loaded = LoadedRun.read(Path(run))
     examples = sampled(loaded.examples(data, split, columns, with_label=True), limit)
-    encoded = loaded.kind.encode(examples, loaded.tokenizer, loaded.max_length)
+    encoded = loaded.encoded(examples)
     metrics = plain_metrics(loaded.trainer(encoded).evaluate())
-    if loaded.kind.generates and "prompt" in examples.column_names:
-        answers = list(loaded.answers(examples))
-        wanted = [_content(example["completion"]) for example in examples]
-        matches = [got.strip() == want.strip() for got, want in zip(answers, wanted, strict=True)]
-        metrics["exact_match"] = float(np.mean(matches))
+    if loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
+        answers = list(_not_empty(loaded.answers(encoded)))
+        pairs = zip(answers, wanted, strict=True)
+        metrics["exact_match"] = float(np.mean([got.strip() == (want or "").strip() for got, want in pairs]))
     return metrics
 
 
 def predict(
-    run: str | Path, data: str, *, split: str | None = None, columns: dict[str, str] | None = None
+    run: str | Path, data: str | Dataset, *, split: str | None = None, columns: dict[str, str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """The predictions of a finished run, example by example: the inputs, and beside them
 
     `prediction` and `probabilities` (classify: by class name; multiple-choice: by index), `prediction` (regress), or
     `completion` (causal-lm, greedy).
 
-    The arguments are those of `evaluate`; the data needs no labels.
+    The arguments are those of `evaluate`, and `data` may be a data set; it needs no labels.
     """
-    loaded = _LoadedRun.read(Path(run))
+    loaded = LoadedRun.read(Path(run))
     examples = loaded.examples(data, split, columns, with_label=False)
+    encoded = loaded.encoded(examples)
     if loaded.kind.generates:
-        for example, answer in zip(examples, loaded.answers(examples), strict=True):
+        for example, answer in zip(examples, _not_empty(loaded.answers(encoded)), strict=True):
             yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
         return
-    encoded = loaded.kind.unlabelled(loaded.kind.encode(examples, loaded.tokenizer, loaded.max_length))
+    encoded = loaded.kind.unlabelled(encoded)
     outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
     for example, said in zip(examples, loaded.kind.predictions(outputs, loaded.labels), strict=True):
         yield {**example, **said}
 
 
+def predict_text(run: str | Path, text: str) -> dict[str, Any]:
+    """What a finished run says of one text, or answers to it; as a line of `predict`.
+
+    Raises:
+        ValueError: the run answers multiple choice, which one text is not.
+
+    """
+    config, _ = read_run(Path(run))
+    if config.task == "multiple-choice":
+        raise ValueError("One text is no multiple choice. Give a file with question and choices: --data.")
+    role = "prompt" if config.task == "causal-lm" else "text"
+    return next(predict(run, Dataset.from_dict({role: [text]}), columns={}))
+
+
+def _not_empty(answers: Iterable[str]) -> Iterator[str]:
+    """The answers; at their end an error if most of them were empty, which no one wants to find out later."""
+    count = empty = 0
+    for answer in answers:
+        count, empty = count + 1, empty + (not answer.strip())
+        yield answer
+    if 2 * empty > count:
+        raise ValueError(
+            f"{empty} of {count} answers are empty: the model ends where it should begin. Was it trained on prompts of "
+            "this form? `lrlora predict RUN --text` shows one."
+        )
+
+
 @dataclass(frozen=True)
-class _LoadedRun:
+class LoadedRun:
+    """A finished run, ready to be asked."""
+
     config: TrainConfig
-    labels: list[str]
-    max_length: int
+    record: RunRecord
     tokenizer: PreTrainedTokenizerBase
     model: Any
 
     @classmethod
-    def read(cls, folder: Path) -> _LoadedRun:
+    def read(cls, folder: Path) -> LoadedRun:
+        """Load a run from its folder.
+
+        Raises:
+            FileNotFoundError: there is no run.
+            ValueError: it is not finished, damaged, or its chat template is another than it was trained with.
+
+        """
         config, record = read_run(folder)
         if not (folder / METRICS_FILE).exists():
             raise ValueError(f"The run in {folder} is not finished. Go on with: lrlora train --resume {folder}")
         with readable(folder, "It is the output of `lrlora train`: train it anew if you have no copy."):
             tokenizer = AutoTokenizer.from_pretrained(folder)
+            if record.rendering == CHAT and tokenizer.chat_template != record.chat_template:
+                raise ValueError(
+                    f"The chat template in {folder} is not the one that the run was trained with, which is in its "
+                    f"{RUN_FILE}. Put that back: answers to another are not those that were learned."
+                )
             if config.method == "full":
                 model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
             else:
@@ -107,59 +155,133 @@ class _LoadedRun:
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
                 require_all_weights(model, SavedAdapter.read(folder))
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return cls(config, record.labels, record.max_length, tokenizer, model)
+        return cls(config, record, tokenizer, model)
+
+    @property
+    def labels(self) -> list[str]:
+        return self.record.labels
+
+    @property
+    def max_length(self) -> int:
+        return self.record.max_length
 
     @property
     def kind(self) -> Kind:
         return kind_for(self.config.task, self.model.config)
 
-    def examples(self, name: str, split: str | None, columns: dict[str, str] | None, *, with_label: bool) -> Dataset:
-        splits = load_splits(name)
+    def examples(
+        self, data: str | Dataset, split: str | None, columns: dict[str, str] | None, *, with_label: bool
+    ) -> Dataset:
+        """The checked examples of data, named by their roles."""
+        name = data if isinstance(data, str) else "data"
+        splits = load_splits(data) if isinstance(data, str) else DatasetDict(test=data)
         chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
         require_known(f"split of {name}", chosen, splits)
         columns = self.config.columns if columns is None else columns
-        part, completion = splits[chosen], columns.get("completion", "completion")
-        if self.kind.generates and not with_label and completion not in part.column_names:
-            part = part.add_column(completion, [""] * len(part))  # it is what is wanted
-        examples = select_roles(part, self.kind, columns, with_label=with_label)
+        examples = select_roles(splits[chosen], self.kind, columns, with_label=with_label)
         if self.labels and with_label:
             examples = with_class_ids(examples, self.labels, chosen)
         check_examples(examples, self.kind, chosen, with_label=with_label)
+        if self.kind.generates:
+            self._require_rendering(examples)
         return examples
+
+    def _require_rendering(self, examples: Dataset) -> None:
+        """Raise a ValueError unless the run can read the examples as it has learned to."""
+        trained = self.record.rendering
+        if trained is None:
+            return  # of a run before it was recorded
+        found = format_of(examples.column_names)
+        is_text, is_string = found.name == "text", isinstance(examples[0][found.asked[0]], str)
+        if trained == CHAT and is_text:
+            raise ValueError(
+                "The run was trained on chats, and the column text has no turns. To ask what it holds: --column "
+                "prompt=text"
+            )
+        if trained != CHAT and not is_string:
+            raise ValueError(
+                f"The data holds chats ({found.name}), and the run was trained on plain text, without a chat template. "
+                "Give prompts as text, or train it with --chat-template."
+            )
+
+    def encoded(self, examples: Dataset) -> Dataset:
+        """The examples as the model reads them: as in training."""
+        if self.kind.generates and self.record.rendering is not None:
+            is_text = format_of(examples.column_names).name == "text"
+            return as_trl_reads(examples, TEXT if is_text else self.record.rendering)
+        return self.kind.encode(examples, self.tokenizer, self.max_length)
 
     def trainer(self, data: Dataset) -> Trainer:
         arguments = training_arguments(self.config, self.kind, 1, self.max_length)
         return make_trainer(self.kind, self.model, self.tokenizer, arguments, data, data, [])
 
-    def answers(self, examples: Dataset) -> Iterator[str]:
+    def answers(self, rows: Dataset) -> Iterator[str]:
         """The greedy continuation of every prompt, one by one."""
-        limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
         with cached_weights(self.model):
-            for example in tqdm(examples, desc="Generating"):
-                inputs = self._prompt(example).to(self.model.device)
-                room = max(1, limit - inputs["input_ids"].shape[1])
-                with torch.no_grad():
-                    tokens = self.model.generate(
-                        **inputs,
-                        max_new_tokens=min(self.max_length, room),
-                        do_sample=False,
-                        pad_token_id=self.tokenizer.pad_token_id,
-                    )
-                answer = tokens[0, inputs["input_ids"].shape[1] :]
-                yield str(self.tokenizer.decode(answer, skip_special_tokens=True))
+            for row in tqdm(rows, desc="Generating", disable=len(rows) == 1):
+                inputs = self.prompt(prompt_of(row), row)
+                tokens = self.generate(inputs)[0, inputs["input_ids"].shape[1] :]
+                yield str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _prompt(self, example: dict[str, Any]) -> BatchEncoding:
-        prompt = next(example[role] for role in ("prompt", "messages", "text") if role in example)
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt, return_tensors="pt")
-        if prompt[-1]["role"] == "assistant":
-            prompt = prompt[:-1]  # the answer that is to be given anew
-        text = render_chat(self.tokenizer, prompt, example, add_generation_prompt=True)
-        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False)  # the template has them
+    def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
+        """The prompt and its greedy continuation, (1, tokens): as long as an example of the training at most."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+        room = max(1, limit - inputs["input_ids"].shape[1])
+        options |= {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
+        with torch.no_grad():
+            return self.model.generate(**inputs, max_new_tokens=min(self.max_length, room), **options)
+
+    def prompt(self, asked: str | list[dict[str, Any]], row: dict[str, Any]) -> BatchEncoding:
+        """A prompt as token ids: text as it is, a chat by the template, up to where the answer begins."""
+        if isinstance(asked, str):
+            inputs = self.tokenizer(asked, return_tensors="pt")
+        else:
+            text = render_chat(self.tokenizer, asked, row, add_generation_prompt=True)
+            inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)  # the template has them
+        return inputs.to(self.model.device)
 
 
-def _content(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+class Chat:
+    """A talk with a finished run, turn by turn, streamed to the terminal.
+
+    Args:
+        run: the output folder of `train`, of the task "causal-lm".
+
+    """
+
+    _COMMANDS = ("/base", "/adapter", "/new", "/quit")
+
+    def __init__(self, run: str | Path) -> None:
+        self._run = LoadedRun.read(Path(run))
+        self._turns: list[dict[str, Any]] = []
+        self._asks_base = False
+
+    def command(self, said: str) -> str:
+        """Do what a command says; returns a word on it."""
+        if said not in self._COMMANDS:
+            return f"{said} is no command. There are {', '.join(self._COMMANDS)}."
+        if said == "/new":
+            self._turns = []
+            return "A new chat."
+        if said == "/base" and not isinstance(self._run.model, PeftModel):
+            return "The whole model was trained: there is no base model beside it."
+        self._asks_base = said == "/base"
+        return "The base model answers." if self._asks_base else "The run answers."
+
+    def ask(self, text: str) -> str:
+        """The answer, which is also printed while it comes."""
+        run, asked = self._run, self._turns
+        is_chat = run.record.rendering == CHAT
+        if is_chat:
+            asked.append({"role": "user", "content": text})
+        inputs = run.prompt(asked if is_chat else text, {})
+        streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with run.model.disable_adapter() if self._asks_base else cached_weights(run.model):
+            tokens = run.generate(inputs, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
+        answer = str(run.tokenizer.decode(tokens, skip_special_tokens=True))
+        if is_chat:
+            asked.append({"role": "assistant", "content": answer})
+        return answer
 
 
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> int:

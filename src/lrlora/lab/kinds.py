@@ -29,10 +29,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from .chat import count_tokens
+from .chat import FORMATS, as_trl_reads, count_tokens, format_of, rendering_of
 from .choices import ChoiceTrainer, encode_continuations
 from .metrics import choice_metrics, classification_metrics, regression_metrics
-from .names import OPTIONAL_ROLES, ROLES
+from .names import ROLES
 from .rows import SHOWN_ROWS, counted, is_conversation, is_finite, is_known, mapped, require_rows, require_text
 
 
@@ -41,6 +41,7 @@ class Kind:
 
     Attributes:
         name: as `lrlora train --task` calls it.
+        optional_roles: of columns that are read if they are there.
         metrics: that may choose the best checkpoint; the first, unless given.
         criterion: the metric that chooses the learning rate in a comparison, a loss that holds nothing but the task.
         has_head: whether the model gets a new head.
@@ -55,6 +56,7 @@ class Kind:
     """
 
     name: ClassVar[str]
+    optional_roles: ClassVar[tuple[str, ...]] = ("text_pair", "group")
     metrics: ClassVar[tuple[str, ...]]
     criterion: ClassVar[str] = "loss"
     has_head: ClassVar[bool] = True
@@ -289,6 +291,7 @@ class CausalLm(Kind):
     """The next token of texts, of answers to prompts, or of a chat; TRL encodes and trains."""
 
     name = "causal-lm"
+    optional_roles = ("group", "tools", "chat_template_kwargs", "input", "history", "system")
     metrics = ("loss", "mean_token_accuracy", "entropy")
     has_head = False
     generates = True
@@ -299,21 +302,25 @@ class CausalLm(Kind):
     architectures = MODEL_FOR_CAUSAL_LM_MAPPING
 
     def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
-        wanted = super().columns(given, there, with_label=with_label)
-        alternatives = [("messages",), ("prompt", "completion"), ("text",)]
-        alternatives.sort(key=lambda roles: not set(roles) & set(given))  # what the user names comes first
-        roles = next((roles for roles in alternatives if all(wanted[role] in there for role in roles)), None)
-        if roles is None:
+        names = {role: given.get(role, role) for role in self.roles}
+        # What the user names comes first.
+        formats = sorted(FORMATS, key=lambda each: not set(each.roles) & set(given))
+        found = next((each for each in formats if all(names[role] in there for role in each.asked)), None)
+        if found is None:
             raise ValueError(
-                "The task causal-lm reads the columns messages, or prompt and completion, or text, and the data has "
-                f"{', '.join(there)}. Name them: --column prompt=NAME"
+                "The task causal-lm reads the columns messages, or conversations, or prompt and completion, or "
+                f"instruction and output, or text, and the data has {', '.join(there)}. Name them: --column prompt=NAME"
             )
-        return {role: wanted[role] for role in roles}
+        if with_label and found.answer is not None and names[found.answer] not in there:
+            raise ValueError(
+                f"The data has {names[found.asked[0]]}, and lacks {found.answer}, to be read as {found.name}. It has "
+                f"{', '.join(there)}. Name it: --column {found.answer}=NAME"
+            )
+        return {role: names[role] for role in found.roles if names[role] in there}
 
     def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
-        if not with_label:
-            return  # its answers are what is asked for
-        for role in set(data.column_names) - set(OPTIONAL_ROLES):
+        found = format_of(data.column_names)
+        for role in found.roles if with_label else found.asked:
             if isinstance(data[0][role], str) or role == "text":
                 require_text(data, role, split)
             else:
@@ -325,10 +332,10 @@ class CausalLm(Kind):
             rows = zip(*batch.values(), strict=True)
             return [count_tokens(dict(zip(batch, row, strict=True)), tokenizer) for row in rows]
 
-        return counted(data, count)
+        return counted(as_trl_reads(data, rendering_of(data, tokenizer)), count)
 
     def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-        return data
+        return as_trl_reads(data, rendering_of(data, tokenizer))
 
     def arguments_class(self) -> type[TrainingArguments]:
         return importlib.import_module("trl").SFTConfig  # only here: TRL takes long to import

@@ -11,9 +11,10 @@ ROLES = {
     "classify": ("text", "label"),
     "regress": ("text", "label"),
     "multiple-choice": ("question", "choices", "label"),
-    "causal-lm": ("messages", "prompt", "completion", "text"),
+    "causal-lm": ("messages", "conversations", "prompt", "completion", "instruction", "output", "text"),
 }
-OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs")
+OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs", "input", "history", "system")
+ANSWER_ROLES = ("label", "completion", "output")  # which data to predict may lack
 TASKS_WITHOUT_HEAD = ("causal-lm",)
 METHOD_NAMES = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "loha", "vera", "full")
 SUITE_NAMES = ("offline-nlu", "offline-commonsense", "capacity", "glue", "commonsense", "smoke")

@@ -44,16 +44,13 @@ def is_finite(value: Any) -> bool:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages, each with a role and something to say."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and _says_something(m) for m in value)
-    )
+    """Whether a value is a list of messages, each with who says it (role, from) and something to say."""
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(m, dict) and _is_message(m) for m in value)
 
 
-def _says_something(message: dict[str, Any]) -> bool:
-    return message.get("content") is not None or bool(message.get("tool_calls"))
+def _is_message(message: dict[str, Any]) -> bool:
+    says = message.get("content") is not None or message.get("value") is not None or bool(message.get("tool_calls"))
+    return says and isinstance(message.get("role") or message.get("from"), str)
 
 
 def counted(data: Dataset, count: Callable[[dict[str, list[Any]]], list[int]]) -> list[int]:

@@ -44,6 +44,7 @@ from ..run_folder import (
     last_whole_checkpoint,
     require_readable,
 )
+from .chat import CHAT, PLAIN, TEXT, choose_template, format_of, rendering_of, shown_example
 from .config import TrainConfig, read_run, require_startable
 from .data import TaskData, choose_max_length, load_task_data
 from .kinds import Kind, kind_for
@@ -129,9 +130,13 @@ def train(
     model, adapter = _adapted_model(config, inputs, arguments.max_steps)
     for line in _plan(config, inputs, model, arguments):
         announce(line)
+    if inputs.rendering is not None:
+        announce(f"Format: {_format_line(config, inputs)}")
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
     callbacks = _callbacks(config, clock, progress, stop)
     trainer = make_trainer(inputs.kind, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
+    if inputs.rendering is not None:
+        announce(f"Example, with the loss taken in ⟦ ⟧: {_first_example(trainer, inputs)!r}")
     prepare_sharding(trainer)
     start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
@@ -162,6 +167,7 @@ class _Inputs:
     untouched: PreTrainedTokenizerBase  # encoding leaves its length in a tokenizer, unless a cache has spared it
     max_length: int
     too_long: int  # examples that are cut
+    rendering: str | None  # of prompts and chats
 
     @classmethod
     def read(cls, config: TrainConfig) -> _Inputs:
@@ -178,6 +184,7 @@ class _Inputs:
             tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        choose_template(tokenizer, config.chat_template)
         untouched = copy.deepcopy(tokenizer)
         limit = max_tokens(tokenizer, model_config)
         counts = kind.lengths(data.splits["train"], tokenizer)
@@ -185,7 +192,8 @@ class _Inputs:
         if max_length > limit:
             raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
         too_long = sum(count > max_length for count in counts)
-        return cls(kind, source, data, tokenizer, untouched, max_length, too_long)
+        rendering = rendering_of(data.splits["train"], tokenizer) if kind.generates else None
+        return cls(kind, source, data, tokenizer, untouched, max_length, too_long, rendering)
 
     @property
     def examples(self) -> int:
@@ -283,6 +291,20 @@ def _plan(config: TrainConfig, inputs: _Inputs, model: nn.Module, arguments: Any
     ]
 
 
+def _first_example(trainer: Trainer, inputs: _Inputs) -> str:
+    encoded: Any = trainer.train_dataset
+    return shown_example(next(iter(encoded)), inputs.tokenizer)
+
+
+def _format_line(config: TrainConfig, inputs: _Inputs) -> str:
+    """What the data was taken for, and how it is read."""
+    found = format_of(inputs.data.splits["train"].column_names)
+    given = config.chat_template
+    template = "the model's own chat template" if given is None else f"the chat template {given}"
+    how = {CHAT: f"as chats, written with {template}", PLAIN: "as plain text, without a template", TEXT: "as it is"}
+    return f"{found.name}, read {how[str(inputs.rendering)]}."
+
+
 def _finish(
     trainer: Trainer,
     config: TrainConfig,
@@ -337,6 +359,8 @@ def _record_of(config: TrainConfig, inputs: _Inputs, arguments: TrainingArgument
         "labels": inputs.data.labels,
         "max_length": inputs.max_length,
         "examples_per_step": _examples_per_step(arguments),
+        "rendering": inputs.rendering,
+        "chat_template": inputs.tokenizer.chat_template if inputs.rendering == CHAT else None,
         "versions": versions | {module.__name__: module.__version__ for module in modules},
     }
 

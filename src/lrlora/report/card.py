@@ -9,7 +9,7 @@ from ..files import write_whole
 from ..rank import MEASURES
 from ..run_folder import PICTURE_FILE
 from ..tuner.config import CARD_SECTION
-from .runs import Run, load_run
+from .runs import PROMPTS, Run, load_run
 
 _LOADING = """## Loading this LoRA adapter
 
@@ -17,6 +17,18 @@ _LOADING = """## Loading this LoRA adapter
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "this folder or hub name")
+```
+"""
+
+_ASKING = """## Asking it
+
+It was trained on chats: ask it in chats, with the tokenizer that is beside it.
+
+```python
+chat = [{"role": "user", "content": "…"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
 
@@ -61,5 +73,6 @@ def model_card(run: Run, picture: str | None = None) -> str:
         "\n".join(lines),
         *([f"![Learned ranks]({picture})"] if picture else []),
         CARD_SECTION if method == "LR-LoRA" else _LOADING,
+        *([_ASKING] if run.facts.get("prompts") == PROMPTS["chat"] else []),
     ]
     return "\n\n".join(parts)

@@ -28,7 +28,7 @@ from ..run_folder import (
     read_record,
 )
 from ..saved import SavedAdapter
-from ..updates import Updates, read_updates
+from ..updates import read_updates
 from ..updates.peft_adapter import method_name
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -121,42 +121,43 @@ def load_run(
 
     """
     folder = Path(source)
-    read: SavedAdapter | Updates
-    if folder.is_file() or is_full_model(folder):
-        read = updates = read_updates(source, base=base)
-        result = Run(name, rank_report(updates, progressbar=True))
-        result.facts = {"method": updates.method, "adapted modules": str(len(updates))}
-        if base is not None:
-            result.facts["base model"] = os.fspath(base)
-    else:
-        checkpoint = last_whole_checkpoint(folder) if folder.is_dir() else None
-        read = adapter = SavedAdapter.read(_adapter_of(folder, checkpoint))
-        result = _run_in(folder, name, adapter, checkpoint, metrics, base)
-    result.facts = {label: _without_home(fact) for label, fact in result.facts.items()}
-    result.arguments = (source,) if base is None else (source, "--base", os.fspath(base))
-    if with_directions:
-        result.directions = leading_directions(read_updates(read, base=base))
-    return result
-
-
-def _run_in(
-    folder: Path,
-    name: str,
-    adapter: SavedAdapter,
-    checkpoint: Path | None,
-    metrics: dict[str, float] | None,
-    base: str | os.PathLike[str] | None,
-) -> Run:
-    """The run of an adapter, with whatever its folder and its last checkpoint hold of its training."""
+    is_run = not (folder.is_file() or is_full_model(folder))
+    checkpoint = last_whole_checkpoint(folder) if folder.is_dir() and is_run else None
+    adapter = SavedAdapter.read(_adapter_of(folder, checkpoint)) if is_run else None
+    # Ranks are read where they were stored: large models take long to measure.
+    is_measured = (folder / REPORT_FILE).exists() and not with_directions
+    updates = None if is_measured else read_updates(adapter or source, base=base)
     if (folder / REPORT_FILE).exists():
         report = RankReport.from_json(folder / REPORT_FILE)
     else:
-        report = rank_report(read_updates(adapter, base=base), progressbar=True)
+        assert updates is not None  # nothing is stored
+        report = rank_report(updates, progressbar=True)
+    result = Run(name, report)
+    if adapter is not None:
+        _add_training(result, folder, adapter, checkpoint, metrics)
+    elif updates is not None:
+        result.facts = {"method": updates.method, "adapted modules": str(len(updates))}
+        if base is not None:
+            result.facts["base model"] = os.fspath(base)
+    if updates is not None and updates.notes:
+        result.facts["note"] = " ".join(updates.notes)
+    if updates is not None and with_directions:
+        result.directions = leading_directions(updates)
+    result.facts = {label: _without_home(fact) for label, fact in result.facts.items()}
+    there = source if adapter is None else adapter.name
+    result.arguments = (there,) if base is None else (there, "--base", os.fspath(base))
+    return result
+
+
+def _add_training(
+    result: Run, folder: Path, adapter: SavedAdapter, checkpoint: Path | None, metrics: dict[str, float] | None
+) -> None:
+    """Add whatever the folder of a run, and its last checkpoint, hold of its training."""
     state = _read((checkpoint or folder) / STATE_FILE, State)
     log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
     adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
     record = read_record(folder) if (folder / RUN_FILE).exists() else None
-    result = Run(name, report, history=read_history(folder / HISTORY_FILE), log=log)
+    result.history, result.log = read_history(folder / HISTORY_FILE), log
     config = record.config | {"output": str(folder)} if record else {}
     result.facts = {"method": method_name(adapter.config)} | {
         label: str(value)
@@ -164,8 +165,9 @@ def _run_in(
             ("base model", config.get("model") or adapter_config.get("base_model_name_or_path")),
             ("data", config.get("data")),
             ("task", config.get("task") or adapter_config.get("task_type")),
+            ("prompts", PROMPTS.get(record.rendering or "") if record else None),
             ("rank of BA", adapter_config.get("r")),
-            ("adapted modules", len(report.rows)),
+            ("adapted modules", len(result.report.rows)),
             ("steps", max((entry["step"] for entry in log if "step" in entry), default=None)),
         )
         if value is not None
@@ -178,7 +180,10 @@ def _run_in(
         result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
     result.settings = {label: content for label, content in settings.items() if content}
-    return result
+
+
+# How a run reads what it is asked → how a reader is told.
+PROMPTS = {"chat": "chats, written with the tokenizer's template", "plain": "plain text, without a template"}
 
 
 def _adapter_of(folder: Path, checkpoint: Path | None) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -29,7 +29,6 @@ from .update import Layout, Update, Updates
 _EXPECTED = "Expected is a model as save_pretrained writes it: model.safetensors, or its shards and their index."
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -60,7 +59,8 @@ class Checkpoint:
         path = Path(self.name)
         if path.is_file():
             return {self.name: _keys(self.name)}
-        if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name):
+        is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name) and not self.name.endswith(".safetensors")
+        if not path.is_dir() and not is_name:
             raise ValueError(f"There is no model at {self.name}. {_EXPECTED}")
         index = self._find(SAFE_WEIGHTS_INDEX_NAME)
         if index is not None:
@@ -72,13 +72,8 @@ class Checkpoint:
         return {str(file): _keys(str(file))}
 
     def _find(self, file: str) -> str | None:
-        return cached_file(
-            self.name,
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
+        """Where a file of the model is; None where it has none."""
+        return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
 
     def _missing(self, file: str) -> str:
         raise ValueError(f"{self.name} holds no full model: there is no {file}. {_EXPECTED}")
@@ -109,13 +104,9 @@ class Checkpoint:
     def task_type(self) -> str | None:
         """PEFT's name of what the model is for; None where its configuration does not say."""
         architecture = type(self.on_meta).__name__
+        if getattr(getattr(self.on_meta, "config", None), "is_encoder_decoder", False):
+            return "SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else None
         return next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None)
-
-    @property
-    def head(self) -> list[str]:
-        """The tensors of a classifier's head, which PEFT saves whole."""
-        heads = _HEADS.get(self.task_type or "", ())
-        return [key for key in self.names if key.partition(".")[0] in heads]
 
     def __contains__(self, key: str) -> bool:
         return key in self._place_of
@@ -147,17 +138,20 @@ class Checkpoint:
             ending = module.removeprefix(kohya[0])
             found = [key for key in self._place_of if key.removesuffix(".weight").replace(".", "_").endswith(ending)]
             return found[0] if len(found) == 1 else None
-        wanted = f"{module}.weight"
-        while wanted != "weight":
-            if wanted in self:
-                return wanted
-            found = [key for key in self._place_of if key.endswith(f".{wanted}")]
-            if len(found) == 1:
-                return found[0]
+        return self.name_of(f"{module}.weight")
+
+    def name_of(self, key: str) -> str | None:
+        """What a tensor is called here that another model, with another head, calls `key`; None if it is unclear."""
+        while True:
+            if key in self:
+                return key
+            found = [name for name in self._place_of if name.endswith(f".{key}")]
             if found:
+                return found[0] if len(found) == 1 else None
+            first, _, key = key.partition(".")
+            # A number is that of a layer: what follows it is in every layer.
+            if first.isdigit() or "." not in key:
                 return None
-            wanted = wanted.partition(".")[2]
-        return None
 
 
 def _keys(file: str) -> list[str]:
@@ -166,7 +160,12 @@ def _keys(file: str) -> list[str]:
 
 
 def with_weight(update: Update, base: Checkpoint) -> Update:
-    """The same update, with the weight that it is added to."""
+    """The same update, with the weight that it is added to, which also tells the kernel of a convolution.
+
+    Raises:
+        ValueError: that has another shape.
+
+    """
     key = base.weight_of(update.module)
     if key is None:
         return update  # a task head, which a base model lacks
@@ -181,51 +180,69 @@ def with_weight(update: Update, base: Checkpoint) -> Update:
         matrix = base.read(key).flatten(1)
         return matrix if matrix.shape == update.shape else matrix.T
 
-    return replace(update, weight=weight)
+    layout = Layout(shape[2:]) if len(shape) > 2 else update.layout
+    return replace(update, weight=weight, layout=layout)
+
+
+class FineTuned(NamedTuple):
+    """Two checkpoints, and what of the second no LoRA between them holds.
+
+    Attributes:
+        base: what it was fine-tuned from.
+        tuned: the fine-tuned one.
+        whole: module → its tensors, of task heads and of all that the base lacks: an adapter keeps these whole.
+
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    whole: dict[str, list[str]]
 
 
 def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
     """What full fine-tuning has changed: ΔW = W − W0 of every linear layer and convolution, formed one at a time.
 
-    What else differs, embeddings, norms and biases, is left out, and said.
+    Task heads, and modules that the base lacks or has in another shape, are kept whole. What else differs, embeddings,
+    norms and biases, is left out, and said.
 
     Raises:
-        ValueError: no weight of the two has the same name and shape, or none differs.
+        ValueError: no weight of the two has the same name and shape.
 
     """
     is_linear = _linear_modules(tuned)
-    updates, others, missing = [], [], []
+    heads = _HEADS.get(tuned.task_type or "", ())
+    updates, others = [], []
+    whole: dict[str, list[str]] = {}
     for key in sorted(tuned.names, key=natural_order):
-        module = key.removesuffix(".weight")
-        if key in tuned.head:
-            continue
-        if key not in base or base.shape(key) != tuned.shape(key):
-            missing.append(key)
-        elif key == module or not is_linear(module, tuned.shape(key)):
-            if not torch.equal(base.read(key), tuned.read(key)):
-                others.append(key)
-        else:
-            updates.append(_difference(base, tuned, module, key, is_conv1d=is_linear(module, ()) == "Conv1D"))
+        module, _, name = key.rpartition(".")
+        top = key.partition(".")[0]
+        counterpart = base.name_of(key)
+        if top in heads:
+            whole.setdefault(top, []).append(key)
+        elif counterpart is None or base.shape(counterpart) != tuned.shape(key):
+            whole.setdefault(module, []).append(key)
+        elif name == "weight" and (kind := is_linear(module, tuned.shape(key))):
+            updates.append(_difference(base, counterpart, tuned, key, is_conv1d=kind == "Conv1D"))
+        elif not torch.equal(base.read(counterpart), tuned.read(key)):
+            others.append(key)
     if not updates:
         raise ValueError(
             f"{tuned.name} and {base.name} have no linear layer of the same name and shape. Are they of one model?"
         )
     notes = []
-    if tuned.head:
-        notes.append(f"The head of the task is kept whole: {_some(tuned.head)}.")
+    if whole:
+        notes.append(f"Kept whole, as heads of tasks are, or because the base model lacks it: {_some(list(whole))}.")
     if others:
         notes.append(f"Changed too, and no linear layers, so left out: {_some(others)}.")
-    if missing:
-        notes.append(f"Only in {tuned.name}, or of another shape, so left out: {_some(missing)}.")
-    return Updates(tuned.name, "full fine-tuning", updates, (base, tuned), tuple(notes))
+    return Updates(tuned.name, "full fine-tuning", updates, FineTuned(base, tuned, whole), tuple(notes))
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _difference(base: Checkpoint, tuned: Checkpoint, module: str, key: str, *, is_conv1d: bool) -> Update:
-    m, *inputs = base.shape(key)
+def _difference(base: Checkpoint, counterpart: str, tuned: Checkpoint, key: str, *, is_conv1d: bool) -> Update:
+    m, *inputs = tuned.shape(key)
     n = math.prod(inputs)
 
     def as_matrix(weight: Tensor) -> Tensor:
@@ -233,11 +250,18 @@ def _difference(base: Checkpoint, tuned: Checkpoint, module: str, key: str, *, i
 
     def form() -> Tensor:
         # In float64 before the difference: that of two close float16 numbers may be none of these.
-        return as_matrix(tuned.read(key).double() - base.read(key).double())
+        return as_matrix(tuned.read(key).double() - base.read(counterpart).double())
 
-    shape = (n, m) if is_conv1d else (m, n)
-    layout = Layout(tuple(inputs[1:]))
-    return Update(module, shape, form, False, None, min(m, n), layout=layout, weight=lambda: as_matrix(base.read(key)))
+    return Update(
+        module=key.removesuffix(".weight"),
+        shape=(n, m) if is_conv1d else (m, n),
+        form=form,
+        is_product=False,
+        r=None,
+        limit=min(m, n),
+        layout=Layout(tuple(inputs[1:])),
+        weight=lambda: as_matrix(base.read(counterpart)),
+    )
 
 
 def _linear_modules(checkpoint: Checkpoint) -> Callable[[str, tuple[int, ...]], str]:

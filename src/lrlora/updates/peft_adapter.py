@@ -36,11 +36,14 @@ _NAMES = {
     "FOURIERFT": "FourierFT",
     "IA3": "(IA)³",
 }
+# Methods that change the bias of a layer too.
+_WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
+_BIAS_NOTE = "This method changes biases too. They are not in the ranks, and not in a LoRA that is made of it."
 _FROM_FACTORS = ("LORA", "LOHA", "LOKR")
 _PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[AB]|hada_\w+|lokr_\w+)(?:\.weight)?$")
 # Fields of a LoRA whose update is more than s·BA, and starts that take away from the base weight what BA starts with.
 _VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
-_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REPRODUCIBLE_STARTS = ("pissa", "olora")
 
 
@@ -72,18 +75,23 @@ def updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
             "apart without the base model. Load the adapter on it and call `rank_report(model)`."
         )
     notes: tuple[str, ...] = ()
-    with readable(saved.name, ADAPTER_EXPECTED):
-        if method == "LRLORA":
-            weights = Checkpoint(base) if base else None
+    is_whole = base is not None and getattr(config, "use_dora", False)
+    if method == "LRLORA":
+        with readable(saved.name, ADAPTER_EXPECTED):
             # Convolutions and embeddings look like linear layers in its files.
-            linear = updates_of_model(load_on_skeleton(saved, weights))
+            linear = updates_of_model(load_on_skeleton(saved))
             updates = [replace(update, layout=Layout(is_known=False)) for update in linear]
-        elif method in _FROM_FACTORS and not (base and getattr(config, "use_dora", False)) and not _is_more(config):
-            updates, notes = _from_factors(saved, Checkpoint(base) if base else None), _notes(config)
-        else:
-            updates = _through_peft(saved, base)
+    elif method in _FROM_FACTORS and not is_whole and not _is_more(config):
+        with readable(saved.name, ADAPTER_EXPECTED):
+            updates, notes = _from_factors(saved), _notes(config)
+    else:
+        updates, notes = _through_peft(saved, base)
+        base = None  # they have their weights
     if not updates:
         raise ValueError(f"{saved.name} holds no adapted layer.")
+    if base is not None:
+        weights = Checkpoint(base)
+        updates = [with_weight(update, weights) for update in updates]
     return Updates(saved.name, method_name(config), updates, saved, notes)
 
 
@@ -99,7 +107,7 @@ def _is_more(config: Any) -> bool:
         return False
     start = config.init_lora_weights
     return any(getattr(config, name, None) for name in _VARIANTS) or (
-        isinstance(start, str) and start.startswith(_CHANGING_STARTS)
+        isinstance(start, str) and start.startswith(CHANGING_STARTS)
     )
 
 
@@ -107,7 +115,7 @@ def _notes(config: Any) -> tuple[str, ...]:
     return (MAGNITUDES_NOTE,) if getattr(config, "use_dora", False) else ()
 
 
-def _from_factors(saved: SavedAdapter, base: Checkpoint | None) -> list[Update]:
+def _from_factors(saved: SavedAdapter) -> list[Update]:
     parts: dict[str, dict[str, Tensor]] = {}
     for key in sorted(saved.weights, key=natural_order):
         if match := _PART.match(key):
@@ -119,12 +127,11 @@ def _from_factors(saved: SavedAdapter, base: Checkpoint | None) -> list[Update]:
     for module, tensors in parts.items():
         # LoKr whole on both sides has an r that divides α, and is not seen in any shape.
         r = ranks.get(get_pattern_key(list(ranks), module), usual)
-        update = update_from_parts(module, tensors, scaling_of(config, module, r))
-        updates.append(update if base is None else with_weight(update, base))
+        updates.append(update_from_parts(module, tensors, scaling_of(config, module, r)))
     return updates
 
 
-def trained_parameters(updates: Updates) -> int | None:
+def parameters_as_trained(updates: Updates) -> int | None:
     """Parameters of an adapter as it was trained, without heads and biases; a φ that modules share once.
 
     None of two checkpoints, which have no adapter.
@@ -137,38 +144,22 @@ def trained_parameters(updates: Updates) -> int | None:
     return None
 
 
-def load_on_skeleton(saved: SavedAdapter, base: Checkpoint | None = None) -> PeftModel:
-    """Load an LR-LoRA adapter onto a model that has only the adapted linear layers.
+def load_on_skeleton(saved: SavedAdapter) -> PeftModel:
+    """Load an LR-LoRA adapter onto a model that has only the adapted layers, as linear ones.
 
-    The result can be measured; it cannot run. The skeleton's weights are zeros that take no memory, or those of the
-    base model, where it has them (a task head it has not).
+    The result can be measured; it cannot run. The skeleton's weights are zeros that take no memory.
     """
     weights = saved.weights
-    factors = sorted((key for key in weights if key.endswith(".lrlora_A.weight")), key=natural_order)
-    shapes = {
-        key.removesuffix(".lrlora_A.weight").removeprefix(PEFT_PREFIX): (
-            weights[key.replace("_A.", "_B.")].shape[0],
-            weights[key].shape[1],
-        )
-        for key in factors
-    }
-    if not shapes:
+    layers: dict[str, nn.Module] = {}
+    for key in sorted((key for key in weights if key.endswith(".lrlora_A.weight")), key=natural_order):
+        linear = nn.Linear(1, 1, bias=False)
+        linear.out_features, linear.in_features = len(weights[key.replace("_A.", "_B.")]), weights[key].shape[1]
+        zeros = torch.zeros(()).expand(linear.out_features, linear.in_features)
+        linear.weight = nn.Parameter(zeros, requires_grad=False)
+        layers[key.removesuffix(".lrlora_A.weight").removeprefix(PEFT_PREFIX)] = linear
+    if not layers:
         raise ValueError(f"{saved.name} holds no adapted linear layer.")
-    return _on_skeleton(saved, {path: _linear(path, shape, base) for path, shape in shapes.items()})
-
-
-def _linear(path: str, shape: tuple[int, int], base: Checkpoint | None) -> nn.Linear:
-    """A linear layer of this shape (m, n), with the weight of the base model if there is one."""
-    linear = nn.Linear(1, 1, bias=False)
-    linear.out_features, linear.in_features = shape
-    key = None if base is None else base.weight_of(path)
-    if base is None or key is None:
-        weight = torch.zeros(()).expand(shape)
-    else:
-        weight = base.read(key).flatten(1)
-        weight = weight if weight.shape == shape else weight.T
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
+    return _on_skeleton(saved, layers)
 
 
 def _on_skeleton(saved: SavedAdapter, layers: dict[str, nn.Module]) -> PeftModel:
@@ -202,22 +193,22 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(name, module)
 
 
-def _through_peft(saved: SavedAdapter, base: str | None) -> list[Update]:
+def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], tuple[str, ...]]:
     """Updates that need the base weight, or its shape: PEFT merges each into it, and ΔW is the difference."""
     config = saved.config
     start = str(getattr(config, "init_lora_weights", None))
-    if start.startswith(_CHANGING_STARTS) and not start.startswith(_REPRODUCIBLE_STARTS):
+    if start.startswith(CHANGING_STARTS) and not start.startswith(_REPRODUCIBLE_STARTS):
         raise ValueError(
             f"{saved.name} was started with init_lora_weights={start!r}, which took from the base weights what cannot "
             "be computed again. Save it with PEFT's path_initial_model_for_weight_conversion, as a plain LoRA."
         )
     name = base or config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{_why(saved)} The adapter does not say which it is: give it (base=, --base).")
     try:
-        weights = Checkpoint(name) if name else None
+        weights = Checkpoint(name)
     except (ValueError, OSError) as error:
         raise ValueError(f"{_why(saved)} {error}") from None
-    if weights is None:
-        raise ValueError(f"{_why(saved)} The adapter does not say which it is: give it (base=, --base).")
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     adapted = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.{re.escape(prefix)}")
     matches = (adapted.match(key) for key in sorted(saved.weights, key=natural_order))
@@ -229,10 +220,12 @@ def _through_peft(saved: SavedAdapter, base: str | None) -> list[Update]:
         # Some methods count the modules, in the order of the model.
         order = {name: place for place, (name, _) in enumerate(weights.on_meta.named_parameters())}
         originals = dict(sorted(originals.items(), key=lambda item: order.get(item[1], len(order))))
-    is_conv1d = bool(getattr(config, "fan_in_fan_out", False))
-    layers = {path: _layer(weights.read(key), is_conv1d=is_conv1d) for path, key in originals.items()}
-    model = _on_skeleton(saved, layers)
-    return list(updates_of_model(model, original=lambda path: weights.read(originals[path])))
+    layers = {path: _layer(weights, key, saved) for path, key in originals.items()}
+    with readable(saved.name, ADAPTER_EXPECTED):
+        model = _on_skeleton(saved, layers)
+        updates = list(updates_of_model(model, original=lambda path: weights.read(originals[path])))
+    has_bias = any(getattr(layer, "bias", None) is not None for layer in layers.values())
+    return updates, (_BIAS_NOTE,) if has_bias and config.peft_type.value in _WITH_BIAS else ()
 
 
 def _weight_of(path: str, base: Checkpoint, saved: SavedAdapter) -> str:
@@ -249,18 +242,37 @@ def _why(saved: SavedAdapter) -> str:
     return f"{saved.name} is a {method_name(saved.config)} adapter, whose update depends on the base model."
 
 
-def _layer(weight: Tensor, *, is_conv1d: bool) -> nn.Module:
-    """A layer of this weight: linear, or a convolution."""
-    if weight.dim() == 2 and is_conv1d:
-        layer: Any = Conv1D(1, 1)
-        layer.nf, layer.nx = weight.shape[1], weight.shape[0]
+def _layer(base: Checkpoint, key: str, saved: SavedAdapter) -> nn.Module:
+    """The layer of a weight in the base model, of the class that it has there, or that its shape says."""
+    # float32: what a start takes away from a half-precision weight would be rounded.
+    weight = base.read(key).float()
+    found = None if base.on_meta is None else dict(base.on_meta.named_modules()).get(key.removesuffix(".weight"))
+    is_embedding = isinstance(found, nn.Embedding) or any("_embedding_" in name for name in _names_of(saved, key))
+    is_conv1d = isinstance(found, Conv1D) or (found is None and bool(getattr(saved.config, "fan_in_fan_out", False)))
+    layer: Any
+    if weight.dim() == 2 and is_embedding:
+        layer = nn.Embedding(1, 1)
+        layer.num_embeddings, layer.embedding_dim = weight.shape
+    elif weight.dim() == 2 and is_conv1d:
+        layer = Conv1D(1, 1)
+        layer.nx, layer.nf = weight.shape
     elif weight.dim() == 2:
-        layer = nn.Linear(1, 1, bias=False)
+        layer = nn.Linear(1, 1)
         layer.out_features, layer.in_features = weight.shape
     else:
         kinds: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
         m, n, *kernel = weight.shape
-        layer = kinds[weight.dim()](n, m, tuple(kernel), bias=False)
-    # float32: what a start takes away from a half-precision weight would be rounded.
-    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+        layer = kinds[weight.dim()](n, m, tuple(kernel))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if not is_embedding:
+        bias = f"{key.removesuffix('.weight')}.bias"
+        outputs = weight.shape[1] if is_conv1d else len(weight)
+        values = base.read(bias).float() if bias in base else torch.zeros(outputs) if is_conv1d else None
+        layer.bias = None if values is None else nn.Parameter(values, requires_grad=False)
     return layer
+
+
+def _names_of(saved: SavedAdapter, key: str) -> list[str]:
+    """The tensors of an adapter that belong to a weight of the base model."""
+    module = f".{key.removesuffix('.weight')}."
+    return [name for name in saved.weights if module in f".{name}"]

@@ -54,7 +54,7 @@ def update_from_parts(module: str, parts: Parts, scaling: float) -> Update:
 
     """
     try:
-        if "lora_A" in parts:
+        if {"lora_A", "lora_B", "lora_mid"} & set(parts):
             return _lora(module, parts, scaling)
         if "lora_embedding_A" in parts:
             A, B = parts["lora_embedding_A"], parts["lora_embedding_B"]
@@ -76,10 +76,8 @@ def _lora(module: str, parts: Parts, scaling: float) -> Update:
     if (middle := parts.get("lora_mid")) is not None:  # a convolution between two of 1 × 1: LyCORIS's Tucker form
         A = torch.einsum("kr...,ri->ki...", middle.float(), A.flatten(1).float())
     if B[0].numel() != len(A):
-        raise ValueError(
-            f"{module}: lora_B has {B[0].numel()} columns and lora_A {len(A)} rows. "
-            "Convolutions in groups are not read."
-        )
+        why = " Convolutions in groups are not read." if A.dim() > 2 else ""
+        raise ValueError(f"{module}: lora_B has {B[0].numel()} columns, and lora_A {len(A)} rows.{why}")
     U, V, layout = B.flatten(1), A.flatten(1), Layout(tuple(A.shape[2:]))
     return _product(module, (len(U), V.shape[1]), lambda: (U, V), scaling, len(A), len(A), layout)
 
@@ -157,9 +155,14 @@ def _product(
 ) -> Update:
     def form() -> Factors:
         U, V = factors()
-        return scaling * U.to(torch.promote_types(U.dtype, torch.float32)), V
+        return scaling * _wide(U), _wide(V)
 
     return Update(module, shape, form, True, r, min(k, *shape), scaling, layout)
+
+
+def _wide(factor: Tensor) -> Tensor:
+    """At least float32; numbers of 8 bits promote to nothing by themselves."""
+    return factor.float() if factor.dtype.itemsize < 4 else factor
 
 
 def _matrix(module: str, shape: tuple[int, ...], matrix: Callable[[], Tensor], scaling: float, r: int | None) -> Update:

@@ -41,6 +41,8 @@ def read_updates(
 
     """
     if isinstance(source, Updates):
+        if base is not None:
+            raise ValueError("base is for what is still to be read, and these updates have been read.")
         return source
     if isinstance(source, SavedAdapter):
         return updates_of_adapter(source, None if base is None else os.fspath(base))

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..files import readable
-from ..naming import natural_order
+from ..naming import PEFT_PREFIX, natural_order
 from .checkpoint import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
 from .update import MAGNITUDES_NOTE, Updates
@@ -82,8 +82,11 @@ class SingleFile:
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
             metadata = dict(file.metadata() or {})
         found = cls(name, metadata, {}, {}, {}, {})
+        if any(key.startswith(PEFT_PREFIX) for key in tensors):
+            raise ValueError(f"{name} is the file of a PEFT adapter, whose scaling is in its folder: give the folder.")
         for key, tensor in tensors.items():
-            if match := _KEY.fullmatch(key):
+            match = _KEY.fullmatch(key)
+            if match and (match[2] != ".diff" or tensor.dim() > 1):  # that of a norm or bias has no rank
                 module, part = match[1], match[2]
                 found.modules.setdefault(module, {})[_NAMES[part]] = tensor
                 if style := next((style for style in _STYLES if part in style), None):
@@ -92,7 +95,7 @@ class SingleFile:
                 found.others[key] = tensor
         for module in found.modules:
             for key in (f"{module}.alpha", f"{module}.lora.alpha"):
-                if key in found.others:
+                if key in found.others and found.others[key].numel() == 1:
                     found.alphas[module] = key, found.others.pop(key).item()
         if unreadable := sorted(key for key in found.others if _UNREADABLE.search(key)):
             raise ValueError(
@@ -121,6 +124,8 @@ class SingleFile:
         r = rank_of(parts)
         if r is None:
             return 1.0
+        if r == 0:
+            raise ValueError(f"{self.path} is damaged: the factors of {module} have no rows.")
         if module in self.alphas:
             return self.alphas[module][1] / r
         for component, config in self._configs.items():

@@ -1,0 +1,254 @@
+"""Chats in all formats: read in one way by training, evaluation and prediction, whatever they come in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.lab.chat import SIMPLE_TEMPLATE, as_trl_reads, choose_template, format_of, rendering_of, shown_example
+from lrlora.lab.config import TrainConfig
+from lrlora.lab.inference import Chat, evaluate, predict, predict_text
+from lrlora.lab.train import train
+
+from .small import CHAT as TEMPLATE
+from .small import reviews, save_decoder, tokenizer
+
+
+def rows(format_: str, count: int = 48) -> list[dict[str, Any]]:
+    """Reviews as questions, verdicts as answers, in one of the formats."""
+    made: list[dict[str, Any]] = []
+    for review, verdict in reviews(count).itertuples(index=False):
+        answer = "good" if verdict == "fresh" else "bad"
+        chat = [{"role": "user", "content": review}, {"role": "assistant", "content": answer}]
+        made.append(
+            {
+                "messages": {"messages": chat},
+                "ShareGPT": {"conversations": [{"from": "human", "value": review}, {"from": "gpt", "value": answer}]},
+                "prompt": {"prompt": review, "completion": answer},
+                "Alpaca": {"instruction": review, "input": "", "output": answer},
+                "text": {"text": f"{review} {answer}"},
+            }[format_]
+        )
+    return made
+
+
+CHATS = ("messages", "ShareGPT", "prompt", "Alpaca")
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> str:
+    return save_decoder(tmp_path / "decoder")
+
+
+def write(path: Path, content: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+def trained(decoder: str, folder: Path, format_: str, **settings: Any) -> Path:
+    data = write(folder / f"{format_}.jsonl", rows(format_))
+    arguments = {"max_steps": 150, "per_device_train_batch_size": 8, "learning_rate": 0.02}
+    config = TrainConfig(model=decoder, data=data, task="causal-lm", output=str(folder / "run"), training=arguments)
+    train(TrainConfig(**{**config.to_dict(), **settings}), announce=lambda line: None)
+    return folder / "run"
+
+
+def run(*arguments: str | Path, typed: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed, env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("format_", CHATS)
+def test_trained_on_one_format_it_answers_in_all(format_: str, decoder: str, tmp_path: Path) -> None:
+    folder = trained(decoder, tmp_path, format_)
+    questions = [row["prompt"] for row in rows("prompt", 12)]
+    right = [row["completion"] for row in rows("prompt", 12)]
+    answers: dict[str, list[str]] = {}
+    for other in CHATS:
+        data = write(tmp_path / f"other-{other}.jsonl", rows(other, 12))
+        answers[other] = [line["completion"].strip() for line in predict(folder, data)]
+        assert evaluate(folder, data)["exact_match"] == sum(map(str.__eq__, answers[other], right)) / len(right)
+    assert len({tuple(said) for said in answers.values()}) == 1
+    # Of messages the loss is taken of every token: the answer is a small part of it.
+    assert sum(map(str.__eq__, answers["prompt"], right)) >= (8 if format_ in ("messages", "ShareGPT") else 10)
+    assert predict_text(folder, questions[0])["completion"].strip() == answers["prompt"][0]
+    with pytest.raises(ValueError, match="trained on chats, and the column text has no turns"):
+        evaluate(folder, write(tmp_path / "text.jsonl", rows("text")))
+
+
+def test_a_model_without_a_template(decoder: str, tmp_path: Path) -> None:
+    plain = tokenizer()
+    plain.chat_template = None
+    plain.save_pretrained(decoder)
+    (Path(decoder) / "chat_template.jinja").unlink(missing_ok=True)
+    for format_ in ("messages", "ShareGPT"):
+        with pytest.raises(ValueError, match=rf"holds chats \({format_}\), and the model has no chat template"):
+            trained(decoder, tmp_path, format_)
+    folder = trained(decoder, tmp_path, "Alpaca")
+    assert json.loads((folder / "run.json").read_text())["rendering"] == "plain"
+    answers = [line["completion"].strip() for line in predict(folder, str(tmp_path / "Alpaca.jsonl"))]
+    assert sum(map(str.__eq__, answers, [row["output"] for row in rows("Alpaca")])) > 40
+    with pytest.raises(ValueError, match="was trained on plain text, without a chat template"):
+        next(predict(folder, write(tmp_path / "messages.jsonl", rows("messages"))))
+
+
+def test_a_template_by_name(decoder: str, tmp_path: Path) -> None:
+    own = TEMPLATE.replace("[USER]", "film")
+    (tmp_path / "own.jinja").write_text(own)
+    for name, template in (("simple", SIMPLE_TEMPLATE), (str(tmp_path / "own.jinja"), own)):
+        words = tokenizer()
+        choose_template(words, name)
+        assert words.chat_template == template
+    choose_template(words, "qwen3")
+    assert "<|im_start|>" in str(words.chat_template)
+    choose_template(words, "none")
+    assert words.chat_template is None
+    choose_template(words, None)
+    with pytest.raises(ValueError, match=r"Unknown chat template 'qwen33'. Did you mean qwen3\?"):
+        choose_template(words, "qwen33")
+    with pytest.raises(FileNotFoundError, match=r"There is no file nothing\.jinja"):
+        choose_template(words, "nothing.jinja")
+    folder = trained(decoder, tmp_path, "prompt", chat_template=str(tmp_path / "own.jinja"))
+    assert AutoTokenizer.from_pretrained(folder).chat_template == own
+
+
+def test_another_template_than_that_of_the_training_is_refused(decoder: str, tmp_path: Path) -> None:
+    folder = trained(decoder, tmp_path, "messages")
+    words = AutoTokenizer.from_pretrained(folder)
+    words.chat_template = SIMPLE_TEMPLATE
+    words.save_pretrained(folder)
+    with pytest.raises(ValueError, match="is not the one that the run was trained with"):
+        next(predict(folder, str(tmp_path / "messages.jsonl")))
+
+
+@pytest.mark.parametrize("format_", [*CHATS, "text"])
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_tokens_and_loss_are_trl_s(format_: str, template: str | None, decoder: str, tmp_path: Path) -> None:
+    if template is None and format_ in ("messages", "ShareGPT"):
+        pytest.skip("refused")
+    words = tokenizer()
+    words.chat_template = template
+    data = Dataset.from_list(rows(format_, 6))
+    ours = as_trl_reads(data, rendering_of(data, words))
+    # What a user would hand to TRL by hand.
+    plain = Dataset.from_list(rows("messages" if format_ == "ShareGPT" else format_, 6))
+    if format_ == "Alpaca" and template is None:
+        plain = Dataset.from_list([{"prompt": f"{r['instruction']}\n", "completion": r["output"]} for r in data])
+    elif format_ in ("prompt", "Alpaca") and template is not None:
+        asked = [(r["prompt"], r["completion"]) for r in rows("prompt", 6)]
+        plain = Dataset.from_list(
+            [
+                {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
+                for q, a in asked
+            ]
+        )
+    arguments = SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, max_length=40, bf16=False)
+    encoded = [
+        SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(decoder),
+            args=arguments,
+            train_dataset=part,
+            processing_class=words,
+        ).train_dataset
+        for part in (ours, plain)
+    ]
+    for ours_row, their_row in zip(*encoded, strict=True):
+        assert ours_row["input_ids"] == their_row["input_ids"]
+        assert ours_row["labels"] == their_row["labels"]
+        assert "⟦" in shown_example(ours_row, words)
+
+
+def test_more_turns_systems_histories_and_tools() -> None:
+    words = tokenizer()
+    call = {"name": "find", "arguments": {"film": "it"}}
+    data = Dataset.from_list(
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "find it"},
+                    {"from": "function_call", "value": json.dumps(call)},
+                    {"from": "observation", "value": "good"},
+                    {"from": "gpt", "value": "it is good"},
+                ],
+                "system": "be clever",
+                "tools": json.dumps([{"type": "function", "function": {"name": "find"}}]),
+            }
+        ]
+    )
+    assert format_of(data.column_names).name == "ShareGPT"
+    (row,) = as_trl_reads(data, rendering_of(data, words))
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert row["messages"][2]["tool_calls"][0]["function"]["name"] == "find"
+    assert row["tools"][0]["function"]["name"] == "find"
+    alpaca = {"instruction": "and it ?", "input": "the plot", "output": "good", "history": [["a film", "bad"]]}
+    (row,) = as_trl_reads(Dataset.from_list([alpaca | {"system": "be clever"}]), "chat")
+    said = [(message["role"], message["content"]) for message in row["prompt"] + row["completion"]]
+    assert said == [
+        ("system", "be clever"),
+        ("user", "a film"),
+        ("assistant", "bad"),
+        ("user", "and it ?\nthe plot"),
+        ("assistant", "good"),
+    ]
+    with pytest.raises(ValueError, match="A turn of a conversation is from 'narrator'"):
+        as_trl_reads(Dataset.from_list([{"conversations": [{"from": "narrator", "value": "it"}]}]), "chat")
+
+
+def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", rows("Alpaca"))
+    shown = run(
+        *("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--output", tmp_path / "run"),
+        *("--steps", "150", "--batch-size", "8", "--learning-rate", "0.02"),
+    )
+    assert shown.exit_code == 0, shown.output
+    said = " ".join(shown.output.split())
+    assert "Format: Alpaca, read as chats, written with the model's own chat template." in said
+    first = rows("Alpaca")[0]
+    assert f"[USER] {first['instruction']}" in said
+    assert "⟦" in said
+    asked = run("predict", tmp_path / "run", "--text", first["instruction"])
+    assert asked.output.strip().splitlines()[-1] == first["output"]
+    typed = f"{first['instruction']}\n/base\n{first['instruction']}\n/new\n/other\n/adapter\n/quit\n"
+    talk = run("chat", tmp_path / "run", typed=typed)
+    assert talk.exit_code == 0, talk.output
+    assert first["output"] in talk.output
+    for word in ("The base model answers.", "A new chat.", "/other is no command", "The run answers."):
+        assert word in talk.output
+    assert run("predict", tmp_path / "run").exit_code == 1
+    wrong = write(tmp_path / "wrong.jsonl", [{"instruction": "it", "answer": "good"}])
+    refused = run("train", "--model", decoder, "--data", wrong, "--task", "causal-lm", "--output", tmp_path / "2")
+    assert "lacks output, to be read as Alpaca" in " ".join(refused.output.split())
+
+
+def test_a_chat_goes_on_and_a_base_model_answers_for_itself(decoder: str, tmp_path: Path) -> None:
+    talk = Chat(trained(decoder, tmp_path, "messages"))
+    question = rows("prompt")[0]
+    first = talk.ask(question["prompt"])
+    assert first.strip() == question["completion"]
+    second = talk.ask(question["prompt"])
+    talk.command("/new")
+    assert talk.ask(question["prompt"]) == first
+    talk.command("/base")
+    talk.command("/new")
+    base = talk.ask(question["prompt"])
+    assert (base, second) != (first, first)
+
+
+def test_answers_that_are_empty_are_no_answers(decoder: str, tmp_path: Path) -> None:
+    folder = trained(decoder, tmp_path, "messages")
+    base = AutoModelForCausalLM.from_pretrained(decoder)
+    torch.nn.init.zeros_(base.model.norm.weight)  # it says nothing but its first token, the padding
+    base.save_pretrained(decoder)
+    with pytest.raises(ValueError, match="48 of 48 answers are empty"):
+        list(predict(folder, str(tmp_path / "messages.jsonl")))
+    result = run("predict", folder, "--data", tmp_path / "messages.jsonl", "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 1
+    assert not (tmp_path / "out.jsonl").exists()
