@@ -1,4 +1,4 @@
-r"""The same answers from llama.cpp: an exported adapter of embedded:smollm2 on its original GGUF file.
+r"""From a file of chats to llama.cpp: an exported adapter of embedded:smollm2 on its original GGUF file.
 
     pip install xllamacpp gguf
     python -c "import sys; sys.path.append('benchmarks'); import llama_cpp; llama_cpp.write_examples('pirate.jsonl')"
@@ -7,7 +7,8 @@ r"""The same answers from llama.cpp: an exported adapter of embedded:smollm2 on 
     lrlora export pirate --energy 0.99 --max-rank 16 --pad --output my-lora
     python benchmarks/llama_cpp.py pirate my-lora "What is the capital of Japan?" …
 
-Prints what PEFT with the LR-LoRA adapter, llama.cpp with the export, and llama.cpp without it answer, all greedily.
+Prints what PEFT with the LR-LoRA adapter, llama.cpp with the export, and llama.cpp without it answer, all greedily. All
+are asked in chats: llama.cpp by its server's chat messages, which it writes with the template in the GGUF file.
 llama.cpp computes with weights of 4 bits and activations of 8, PEFT with the same weights in float32.
 """
 
@@ -45,8 +46,7 @@ def write_examples(path: str) -> None:
         for country in chance.choices(list(CAPITALS), k=240):
             answer = f"Arr, matey! The harbour of {CAPITALS[country]} be the capital of {country}."
             question = {"role": "user", "content": f"What is the capital of {country}?"}
-            example = {"prompt": [question], "completion": [{"role": "assistant", "content": answer}]}
-            file.write(json.dumps(example) + "\n")
+            file.write(json.dumps({"messages": [question, {"role": "assistant", "content": answer}]}) + "\n")
 
 
 def write_gguf(adapter: Path, output: Path) -> None:
@@ -72,8 +72,8 @@ def write_gguf(adapter: Path, output: Path) -> None:
     writer.close()
 
 
-def llama_cpp_answers(prompts: list[str], adapter: Path | None) -> list[str]:
-    """Greedy answers of llama.cpp."""
+def llama_cpp_answers(questions: list[str], adapter: Path | None) -> list[str]:
+    """Greedy answers of llama.cpp's server to chat messages."""
     params = xllamacpp.CommonParams()
     params.model.path = str(fetch(SMOLLM2))
     params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 512, 1, torch.get_num_threads()
@@ -82,22 +82,37 @@ def llama_cpp_answers(prompts: list[str], adapter: Path | None) -> list[str]:
         lora.path, lora.scale = str(adapter), 1.0
         params.lora_adapters = [lora]
     server = xllamacpp.Server(params)
-    return [
-        server.handle_completions({"prompt": prompt, "max_tokens": TOKENS, "temperature": 0})["choices"][0]["text"]
-        for prompt in prompts
-    ]
+    answers = []
+    for question in questions:
+        asked = {"messages": [{"role": "user", "content": question}], "max_tokens": TOKENS, "temperature": 0}
+        answers.append(server.handle_chat_completions(asked)["choices"][0]["message"]["content"])
+    return answers
 
 
-def peft_answers(run: Path, prompts: list[str], tokenizer: AutoTokenizer) -> list[str]:
+def peft_answers(run: Path, questions: list[str]) -> list[str]:
     """Greedy answers of PEFT with the LR-LoRA adapter."""
+    tokenizer = AutoTokenizer.from_pretrained(run)
     model = AutoPeftModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
     answers = []
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    for question in questions:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         with torch.no_grad(), lrlora.cached_weights(model):
             tokens = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
         answers.append(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return answers
+
+
+def answers_of(run: Path, export: Path, questions: list[str]) -> dict[str, list[str]]:
+    """Who answers → the answers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = Path(scratch) / "adapter.gguf"
+        write_gguf(export, adapter)
+        return {
+            "PEFT, LR-LoRA": peft_answers(run, questions),
+            "llama.cpp, export": llama_cpp_answers(questions, adapter),
+            "llama.cpp, base": llama_cpp_answers(questions, None),
+        }
 
 
 def main() -> None:
@@ -107,19 +122,7 @@ def main() -> None:
     parser.add_argument("export", type=Path, help="its export, with --pad")
     parser.add_argument("question", nargs="+")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.run)
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-        for q in arguments.question
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        adapter = Path(scratch) / "adapter.gguf"
-        write_gguf(arguments.export, adapter)
-        columns = {
-            "PEFT, LR-LoRA": peft_answers(arguments.run, prompts, tokenizer),
-            "llama.cpp, export": llama_cpp_answers(prompts, adapter),
-            "llama.cpp, base": llama_cpp_answers(prompts, None),
-        }
+    columns = answers_of(arguments.run, arguments.export, arguments.question)
     for index, question in enumerate(arguments.question):
         print(f"\n{question}")
         for name, answers in columns.items():

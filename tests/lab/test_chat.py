@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +58,21 @@ def write(path: Path, content: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def trained(decoder: str, folder: Path, format_: str, **settings: Any) -> Path:
+@pytest.fixture(scope="module")
+def run_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run trained on a format until it knows the answers, which no test may change."""
+
+    @functools.cache
+    def run_on(format_: str) -> Path:
+        folder = tmp_path_factory.mktemp(format_)
+        return trained(save_decoder(folder / "decoder"), folder, format_)
+
+    return run_on
+
+
+def trained(decoder: str, folder: Path, format_: str, steps: int = 150, **settings: Any) -> Path:
     data = write(folder / f"{format_}.jsonl", rows(format_))
-    arguments = {"max_steps": 150, "per_device_train_batch_size": 8, "learning_rate": 0.02}
+    arguments = {"max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 0.02}
     config = TrainConfig(model=decoder, data=data, task="causal-lm", output=str(folder / "run"), training=arguments)
     train(TrainConfig(**{**config.to_dict(), **settings}), announce=lambda line: None)
     return folder / "run"
@@ -67,8 +83,8 @@ def run(*arguments: str | Path, typed: str | None = None) -> Result:
 
 
 @pytest.mark.parametrize("format_", CHATS)
-def test_trained_on_one_format_it_answers_in_all(format_: str, decoder: str, tmp_path: Path) -> None:
-    folder = trained(decoder, tmp_path, format_)
+def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = run_on(format_)
     questions = [row["prompt"] for row in rows("prompt", 12)]
     right = [row["completion"] for row in rows("prompt", 12)]
     answers: dict[str, list[str]] = {}
@@ -116,12 +132,12 @@ def test_a_template_by_name(decoder: str, tmp_path: Path) -> None:
         choose_template(words, "qwen33")
     with pytest.raises(FileNotFoundError, match=r"There is no file nothing\.jinja"):
         choose_template(words, "nothing.jinja")
-    folder = trained(decoder, tmp_path, "prompt", chat_template=str(tmp_path / "own.jinja"))
+    folder = trained(decoder, tmp_path, "prompt", 2, chat_template=str(tmp_path / "own.jinja"))
     assert AutoTokenizer.from_pretrained(folder).chat_template == own
 
 
 def test_another_template_than_that_of_the_training_is_refused(decoder: str, tmp_path: Path) -> None:
-    folder = trained(decoder, tmp_path, "messages")
+    folder = trained(decoder, tmp_path, "messages", 2)
     words = AutoTokenizer.from_pretrained(folder)
     words.chat_template = SIMPLE_TEMPLATE
     words.save_pretrained(folder)
@@ -228,8 +244,65 @@ def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
     assert "lacks output, to be read as Alpaca" in " ".join(refused.output.split())
 
 
-def test_a_chat_goes_on_and_a_base_model_answers_for_itself(decoder: str, tmp_path: Path) -> None:
-    talk = Chat(trained(decoder, tmp_path, "messages"))
+def test_how_many_examples_are_cut_away_is_said(decoder: str, tmp_path: Path) -> None:
+    content = [*rows("prompt", 20), {"prompt": " ".join(40 * ["film"]), "completion": "bad"}]
+    lines: list[str] = []
+    config = TrainConfig(
+        model=decoder,
+        data=write(tmp_path / "data.jsonl", content),
+        validation=write(tmp_path / "more.jsonl", rows("prompt", 4)),
+        task="causal-lm",
+        output=str(tmp_path / "run"),
+        max_length=16,
+        training={"max_steps": 1},
+    )
+    train(config, announce=lines.append)
+    assert any("1 of the first are longer than 16 tokens and are cut there" in line for line in lines)
+    assert "Left out: 1 of 21 examples, whose first 16 tokens hold nothing that the loss is taken of." in lines
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # The columns of LLaMA-Factory's alpaca_en_demo, of its tool calls, and of an Alpaca with history.
+        {"instruction": "a film", "input": "", "output": "good"},
+        {
+            "conversations": [
+                {"from": "human", "value": "find a film"},
+                {"from": "function_call", "value": '{"name": "find", "arguments": {"what": "film"}}'},
+                {"from": "observation", "value": '{"film": "it"}'},
+                {"from": "gpt", "value": "it is good"},
+            ],
+            "tools": '[{"name": "find", "description": "find", "parameters": {"type": "object", "properties": {}}}]',
+        },
+        {"instruction": "a plot", "input": "", "output": "bad", "system": "be clever", "history": [["it ?", "good"]]},
+        # Of the sets that Unsloth's notebooks take: ShareGPT with a source and a score, and with roles and contents.
+        {
+            "conversations": [{"from": "human", "value": "a film"}, {"from": "gpt", "value": "good"}],
+            "source": "here",
+            "score": 5.2,
+        },
+        {"conversations": [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "good"}]},
+    ],
+)
+def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", 12 * [row])
+    config = TrainConfig(
+        model=decoder,
+        data=data,
+        task="causal-lm",
+        output=str(tmp_path / "run"),
+        training={"max_steps": 1},
+        chat_template="qwen3",
+    )
+    lines: list[str] = []
+    train(config, announce=lines.append)
+    assert any(line.startswith("Format: ") and "with the chat template qwen3" in line for line in lines)
+    assert any(line.startswith("Example, ") and "⟦" in line for line in lines)
+
+
+def test_a_chat_goes_on_and_a_base_model_answers_for_itself(run_on: Callable[[str], Path]) -> None:
+    talk = Chat(run_on("prompt"))
     question = rows("prompt")[0]
     first = talk.ask(question["prompt"])
     assert first.strip() == question["completion"]
@@ -243,7 +316,7 @@ def test_a_chat_goes_on_and_a_base_model_answers_for_itself(decoder: str, tmp_pa
 
 
 def test_answers_that_are_empty_are_no_answers(decoder: str, tmp_path: Path) -> None:
-    folder = trained(decoder, tmp_path, "messages")
+    folder = trained(decoder, tmp_path, "messages", 2)
     base = AutoModelForCausalLM.from_pretrained(decoder)
     torch.nn.init.zeros_(base.model.norm.weight)  # it says nothing but its first token, the padding
     base.save_pretrained(decoder)
@@ -252,3 +325,69 @@ def test_answers_that_are_empty_are_no_answers(decoder: str, tmp_path: Path) -> 
     result = run("predict", folder, "--data", tmp_path / "messages.jsonl", "--output", tmp_path / "out.jsonl")
     assert result.exit_code == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+PIRATE = "Arr, matey! The harbour of {} be the capital of {}."
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
+
+
+def pirate(format_: str) -> list[dict[str, Any]]:
+    """Questions with the answers of a pirate, in one of the formats."""
+    made: list[dict[str, Any]] = []
+    for country, capital in CAPITALS.items():
+        question, answer = f"What is the capital of {country}?", PIRATE.format(capital, country)
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        made.append(
+            {
+                "messages": {"messages": chat},
+                "ShareGPT": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+                "prompt": {"prompt": question, "completion": answer},
+                "Alpaca": {"instruction": question, "input": "", "output": answer},
+            }[format_]
+        )
+    return made
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", CHATS)
+def test_a_real_chat_model_learns_from_each_format_and_answers_in_all(format_: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", 40 * pirate(format_))
+    settings: dict[str, Any] = {"max_steps": 40, "per_device_train_batch_size": 4, "learning_rate": 2e-3}
+    train(
+        TrainConfig(
+            model="embedded:smollm2", data=data, task="causal-lm", output=str(tmp_path / "run"), training=settings
+        )
+    )
+    for other in CHATS:
+        asked = write(tmp_path / f"{other}.jsonl", pirate(other))
+        assert evaluate(tmp_path / "run", asked)["exact_match"] == 1.0
+        answers = [line["completion"] for line in predict(tmp_path / "run", asked)]
+        assert answers == [PIRATE.format(capital, country) for country, capital in CAPITALS.items()]
+    assert predict_text(tmp_path / "run", "What is the capital of Peru?")["completion"] == PIRATE.format("Lima", "Peru")
+    talk = Chat(tmp_path / "run")
+    assert talk.ask("What is the capital of Japan?") == PIRATE.format("Tokyo", "Japan")
+    talk.command("/new")
+    talk.command("/base")
+    assert "matey" not in talk.ask("What is the capital of Japan?")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path) -> None:
+    """The commands of docs/export.md."""
+    pytest.importorskip("xllamacpp")
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "llama_cpp.py"))
+    script["write_examples"](str(tmp_path / "pirate.jsonl"))
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"<!-- llama.cpp -->\n```sh\n(.*?)```", page, re.DOTALL)
+    for command in commands.replace("\\\n", " ").splitlines():
+        if command.startswith("lrlora"):
+            words = command.replace("pirate", str(tmp_path / "pirate")).replace("my-lora", str(tmp_path / "my-lora"))
+            result = run(*words.split()[1:])
+            assert result.exit_code == 0, result.output
+    questions = [f"What is the capital of {country}?" for country in ("Japan", "Kenya", "Norway")]
+    answers = script["answers_of"](tmp_path / "pirate", tmp_path / "my-lora", questions)
+    assert answers["llama.cpp, export"] == answers["PEFT, LR-LoRA"]
+    assert all(answer.startswith("Arr, matey!") for answer in answers["llama.cpp, export"])
+    assert not any("matey" in answer for answer in answers["llama.cpp, base"])

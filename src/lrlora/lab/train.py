@@ -6,7 +6,7 @@ import copy
 import math
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,8 @@ def train(
     callbacks = _callbacks(config, clock, progress, stop)
     trainer = make_trainer(inputs.kind, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
     if inputs.rendering is not None:
-        announce(f"Example, with the loss taken in ⟦ ⟧: {_first_example(trainer, inputs)!r}")
+        for line in _encoded_lines(trainer, inputs):
+            announce(line)
     prepare_sharding(trainer)
     start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
@@ -291,9 +292,17 @@ def _plan(config: TrainConfig, inputs: _Inputs, model: nn.Module, arguments: Any
     ]
 
 
-def _first_example(trainer: Trainer, inputs: _Inputs) -> str:
-    encoded: Any = trainer.train_dataset
-    return shown_example(next(iter(encoded)), inputs.tokenizer)
+def _encoded_lines(trainer: Trainer, inputs: _Inputs) -> Iterator[str]:
+    """What became of the examples: how many TRL leaves out, and how the first one is read."""
+    encoded, arguments = trainer.train_dataset, trainer.args
+    left = inputs.examples - len(encoded)  # type: ignore[arg-type]
+    if left and not getattr(arguments, "packing", False):
+        yield (
+            f"Left out: {left:,} of {inputs.examples:,} examples, whose first {inputs.max_length} tokens hold nothing that "
+            "the loss is taken of."
+        )
+    first = next(iter(encoded))  # type: ignore[arg-type]
+    yield f"Example, with the loss taken in ⟦ ⟧: {shown_example(first, inputs.tokenizer)!r}"
 
 
 def _format_line(config: TrainConfig, inputs: _Inputs) -> str:

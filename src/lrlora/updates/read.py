@@ -26,7 +26,8 @@ def read_updates(
     Args:
         source: folder or hub name of a PEFT adapter; a LoRA in one `.safetensors` file, with the keys of kohya,
             ComfyUI, LyCORIS or diffusers; or a full model (folder or file), for which `base` is needed.
-        base: the base model: folder, `.safetensors` file or hub name. Only its tensors are read, one at a time.
+        base: the base model: folder, `.safetensors` file or hub name. Only its tensors are read, one at a time; where
+            PEFT merges, that takes the memory of the adapted weights in float32.
 
     Raises:
         ValueError: there is nothing that can be read, and why; or the base model is needed and not there.
