@@ -29,20 +29,23 @@ from .small import reviews, save_decoder, tokenizer
 
 def rows(format_: str, count: int = 48) -> list[dict[str, Any]]:
     """Reviews as questions, verdicts as answers, in one of the formats."""
-    made: list[dict[str, Any]] = []
-    for review, verdict in reviews(count).itertuples(index=False):
-        answer = "good" if verdict == "fresh" else "bad"
-        chat = [{"role": "user", "content": review}, {"role": "assistant", "content": answer}]
-        made.append(
-            {
-                "messages": {"messages": chat},
-                "ShareGPT": {"conversations": [{"from": "human", "value": review}, {"from": "gpt", "value": answer}]},
-                "prompt": {"prompt": review, "completion": answer},
-                "Alpaca": {"instruction": review, "input": "", "output": answer},
-                "text": {"text": f"{review} {answer}"},
-            }[format_]
-        )
-    return made
+    return [
+        in_format(format_, review, "good" if verdict == "fresh" else "bad")
+        for review, verdict in reviews(count).itertuples(index=False)
+    ]
+
+
+def in_format(format_: str, question: str, answer: str) -> dict[str, Any]:
+    """One row of a format."""
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    rows: dict[str, dict[str, Any]] = {
+        "messages": {"messages": chat},
+        "ShareGPT": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        "prompt": {"prompt": question, "completion": answer},
+        "Alpaca": {"instruction": question, "input": "", "output": answer},
+        "text": {"text": f"{question} {answer}"},
+    }
+    return rows[format_]
 
 
 CHATS = ("messages", "ShareGPT", "prompt", "Alpaca")
@@ -333,19 +336,10 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tok
 
 def pirate(format_: str) -> list[dict[str, Any]]:
     """Questions with the answers of a pirate, in one of the formats."""
-    made: list[dict[str, Any]] = []
-    for country, capital in CAPITALS.items():
-        question, answer = f"What is the capital of {country}?", PIRATE.format(capital, country)
-        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        made.append(
-            {
-                "messages": {"messages": chat},
-                "ShareGPT": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
-                "prompt": {"prompt": question, "completion": answer},
-                "Alpaca": {"instruction": question, "input": "", "output": answer},
-            }[format_]
-        )
-    return made
+    return [
+        in_format(format_, f"What is the capital of {country}?", PIRATE.format(capital, country))
+        for country, capital in CAPITALS.items()
+    ]
 
 
 @pytest.mark.real
@@ -362,8 +356,9 @@ def test_a_real_chat_model_learns_from_each_format_and_answers_in_all(format_: s
     for other in CHATS:
         asked = write(tmp_path / f"{other}.jsonl", pirate(other))
         assert evaluate(tmp_path / "run", asked)["exact_match"] == 1.0
-        answers = [line["completion"] for line in predict(tmp_path / "run", asked)]
-        assert answers == [PIRATE.format(capital, country) for country, capital in CAPITALS.items()]
+    assert [line["completion"] for line in predict(tmp_path / "run", asked)] == [
+        PIRATE.format(capital, country) for country, capital in CAPITALS.items()
+    ]
     assert predict_text(tmp_path / "run", "What is the capital of Peru?")["completion"] == PIRATE.format("Lima", "Peru")
     talk = Chat(tmp_path / "run")
     assert talk.ask("What is the capital of Japan?") == PIRATE.format("Tokyo", "Japan")

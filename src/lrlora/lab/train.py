@@ -298,8 +298,8 @@ def _encoded_lines(trainer: Trainer, inputs: _Inputs) -> Iterator[str]:
     left = inputs.examples - len(encoded)  # type: ignore[arg-type]
     if left and not getattr(arguments, "packing", False):
         yield (
-            f"Left out: {left:,} of {inputs.examples:,} examples, whose first {inputs.max_length} tokens hold nothing that "
-            "the loss is taken of."
+            f"Left out: {left:,} of {inputs.examples:,} examples, whose first {inputs.max_length} tokens hold nothing "
+            "that the loss is taken of."
         )
     first = next(iter(encoded))  # type: ignore[arg-type]
     yield f"Example, with the loss taken in ⟦ ⟧: {shown_example(first, inputs.tokenizer)!r}"
