@@ -210,6 +210,7 @@ def test_ranks_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "Error: " in result.output
     assert "Traceback" not in result.output
+    assert "There is no file lora.safetensors." in run("ranks", "lora.safetensors").output
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     result = run("ranks", tmp_path)
     assert result.exit_code == 1

@@ -157,10 +157,13 @@ def require_source(name: str, base: str | None) -> None:
     """Look for an adapter in a folder or file, or for a full model, which needs its base model beside it.
 
     Raises:
+        FileNotFoundError: its name is that of a file, and there is none.
         ValueError: there is none.
 
     """
     is_file = Path(name).is_file()
+    if name.endswith(".safetensors") and not is_file:
+        raise FileNotFoundError(f"There is no file {name}.")
     if base is None and is_full_model(name):
         raise ValueError(f"{name} is a full model. Say what it was fine-tuned from, to see what changed: --base MODEL.")
     if is_file and Path(name).suffix != ".safetensors":
