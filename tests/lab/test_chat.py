@@ -85,7 +85,8 @@ def run(*arguments: str | Path, typed: str | None = None) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed, env={"COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("format_", CHATS)
+# ShareGPT gives the tokens of messages, and Alpaca those of prompts: see below.
+@pytest.mark.parametrize("format_", ["messages", "Alpaca"])
 def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[[str], Path], tmp_path: Path) -> None:
     folder = run_on(format_)
     questions = [row["prompt"] for row in rows("prompt", 12)]
@@ -97,7 +98,7 @@ def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[
         assert evaluate(folder, data)["exact_match"] == sum(map(str.__eq__, answers[other], right)) / len(right)
     assert len({tuple(said) for said in answers.values()}) == 1
     # Of messages the loss is taken of every token: the answer is a small part of it.
-    assert sum(map(str.__eq__, answers["prompt"], right)) >= (8 if format_ in ("messages", "ShareGPT") else 10)
+    assert sum(map(str.__eq__, answers["prompt"], right)) >= (8 if format_ == "messages" else 10)
     assert predict_text(folder, questions[0])["completion"].strip() == answers["prompt"][0]
     with pytest.raises(ValueError, match="trained on chats, and the column text has no turns"):
         evaluate(folder, write(tmp_path / "text.jsonl", rows("text")))
@@ -305,7 +306,7 @@ def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder
 
 
 def test_a_chat_goes_on_and_a_base_model_answers_for_itself(run_on: Callable[[str], Path]) -> None:
-    talk = Chat(run_on("prompt"))
+    talk = Chat(run_on("Alpaca"))
     question = rows("prompt")[0]
     first = talk.ask(question["prompt"])
     assert first.strip() == question["completion"]
