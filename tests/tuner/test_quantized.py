@@ -141,7 +141,8 @@ def test_an_adapter_of_a_4_bit_base_on_4_bit_and_on_full_precision(checkpoint: P
         command = [sys.executable, "-c", RELOAD, str(checkpoint), str(tmp_path / "adapter"), kind, str(out)]
         subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
         outputs[kind] = torch.load(out)
-    assert torch.equal(outputs["bnb-nf4"], logits(model))
+    # Not to the bit: on a busy machine, bitsandbytes' products on a CPU have differed in the last ones.
+    torch.testing.assert_close(outputs["bnb-nf4"], logits(model), rtol=1e-4, atol=1e-5)
     own = relative(logits(load(checkpoint, "bnb-nf4")), logits(load(checkpoint, None)))
     assert relative(outputs["none"], outputs["bnb-nf4"]) <= 1.5 * own
 
