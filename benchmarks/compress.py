@@ -71,7 +71,7 @@ def large() -> dict[str, Any]:
         save_file(weights, folder / "adapter_model.safetensors")
         targets = [name.partition(".")[2] for name in LARGE_SHAPES]
         LoraConfig(r=LARGE_RANK, lora_alpha=LARGE_RANK, target_modules=targets).save_pretrained(str(folder))
-    found: dict[str, Any] = {"nothing": run("--version"), "ranks": run("ranks", str(folder))}
+    found: dict[str, Any] = {"ranks": run("ranks", str(folder))}
     for name, how in (("energy", ["--energy", "0.9"]), ("budget", ["--budget", "r16"])):
         output = SCRATCH / f"large-{name}"
         subprocess.run(["rm", "-rf", str(output)], check=True)
@@ -322,7 +322,6 @@ def updated(page: str) -> str:
 def render_large(found: dict[str, Any]) -> str:
     """The table of a large LoRA."""
     labels = {
-        "nothing": "`lrlora --version`",
         "ranks": "`lrlora ranks`",
         "energy": "`lrlora export --energy 0.9`",
         "budget": "`lrlora export --budget r16`",
