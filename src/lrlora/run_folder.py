@@ -27,6 +27,8 @@ LOG_FILE = "log_history.json"
 HISTORY_FILE = "rank_history.jsonl"
 PICTURE_FILE = "ranks.png"
 STATE_FILE = "trainer_state.json"
+# How a run reads prompts and chats: as turns of a chat, as plain prompts, or as texts without any.
+CHAT, PLAIN, TEXT = "chat", "plain", "text"
 RUN_EXPECTED = "It is what `lrlora train` wrote about the run: train it anew if you have no copy."
 ANOTHER_CHECKPOINT = "Remove this checkpoint to resume from the one before it."
 

@@ -15,6 +15,7 @@ from lrlora import LrLoraConfig, rank_report
 from lrlora.export import factorize, save_as_lora
 from lrlora.rank import MEASURES
 from lrlora.updates import read_updates
+from lrlora.updates.peft_adapter import parameters_as_trained
 
 from ..conftest import TinyModel
 
@@ -263,3 +264,10 @@ def test_an_adapter_of_another_base_model(tmp_path: Path) -> None:
     save_file(one_layer, tmp_path / "short.safetensors")
     rows = rank_report(read_updates(adapter, base=tmp_path / "short.safetensors")).rows
     assert [row.relative_norm is None for row in rows] == [row.layer == 1 for row in rows]
+
+
+@pytest.mark.parametrize(("sharing", "shared"), [("module", 6), ("type", 3), ("global", 1)])
+def test_a_shared_phi_is_counted_once(sharing: str, shared: int, tmp_path: Path) -> None:
+    config = LrLoraConfig(r=4, sharing=sharing, num_basis=8, **_ALL)
+    updates = read_updates(save_trained(tmp_path, config))
+    assert parameters_as_trained(updates) == sum(4 * sum(update.shape) for update in updates) + 16 * shared

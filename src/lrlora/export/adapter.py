@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
-from ..run_folder import RUN_FILE, read_record
+from ..run_folder import CHAT, RUN_FILE, read_record
 from ..saved import AdapterSource, SavedAdapter
 from ..tuner.config import pattern_of
 from ..updates import Updates
@@ -149,7 +149,7 @@ def save_as_lora(
 
 def _is_asked_in_chats(origin: Any) -> bool:
     folder = Path(origin.name) if isinstance(origin, SavedAdapter) else Path()
-    return (folder / RUN_FILE).is_file() and read_record(folder).rendering == "chat"
+    return (folder / RUN_FILE).is_file() and read_record(folder).rendering == CHAT
 
 
 def _other_weights(origin: Any, *, with_magnitudes: bool) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import require_known
+from ..run_folder import CHAT, PLAIN, TEXT
 
-CHAT, PLAIN, TEXT = "chat", "plain", "text"
 NO_TEMPLATE = "none"
 # For a model without a template and without tokens for one; a turn of the assistant ends as the model's texts do.
 SIMPLE_TEMPLATE = (

@@ -84,7 +84,7 @@ class TrainConfig:
         require_known("task", self.task, ROLES)
         require_known("method", self.method, METHOD_NAMES)
         for role in self.columns:
-            require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES))
+            require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES[self.task]))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
         rate = self.head_learning_rate

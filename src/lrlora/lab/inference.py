@@ -25,10 +25,10 @@ from transformers import (
 
 from ..checks import require_known
 from ..files import readable, replacing
-from ..run_folder import METRICS_FILE, RUN_FILE, RunRecord
+from ..run_folder import CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..saved import SavedAdapter, require_all_weights
 from ..tuner import cached_weights
-from .chat import CHAT, TEXT, answer_of, as_trl_reads, format_of, prompt_of, render_chat
+from .chat import answer_of, as_trl_reads, format_of, prompt_of, render_chat
 from .config import TrainConfig, read_run
 from .data import check_examples, load_splits, only_split, sampled, select_roles
 from .kinds import Kind, kind_for, with_class_ids

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 from .chat import FORMATS, as_trl_reads, count_tokens, format_of, rendering_of
 from .choices import ChoiceTrainer, encode_continuations
 from .metrics import choice_metrics, classification_metrics, regression_metrics
-from .names import ROLES
+from .names import OPTIONAL_ROLES, ROLES
 from .rows import SHOWN_ROWS, counted, is_conversation, is_finite, is_known, mapped, require_rows, require_text
 
 
@@ -41,7 +41,6 @@ class Kind:
 
     Attributes:
         name: as `lrlora train --task` calls it.
-        optional_roles: of columns that are read if they are there.
         metrics: that may choose the best checkpoint; the first, unless given.
         criterion: the metric that chooses the learning rate in a comparison, a loss that holds nothing but the task.
         has_head: whether the model gets a new head.
@@ -56,7 +55,6 @@ class Kind:
     """
 
     name: ClassVar[str]
-    optional_roles: ClassVar[tuple[str, ...]] = ("text_pair", "group")
     metrics: ClassVar[tuple[str, ...]]
     criterion: ClassVar[str] = "loss"
     has_head: ClassVar[bool] = True
@@ -72,6 +70,11 @@ class Kind:
     def roles(self) -> tuple[str, ...]:
         """What a column holds, by what it is called unless `columns` says otherwise."""
         return ROLES[self.name]
+
+    @property
+    def optional_roles(self) -> tuple[str, ...]:
+        """Of columns that are read if they are there."""
+        return OPTIONAL_ROLES[self.name]
 
     def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
         """Role → column that must be there, from what the user says of some.
@@ -291,7 +294,6 @@ class CausalLm(Kind):
     """The next token of texts, of answers to prompts, or of a chat; TRL encodes and trains."""
 
     name = "causal-lm"
-    optional_roles = ("group", "tools", "chat_template_kwargs", "input", "history", "system")
     metrics = ("loss", "mean_token_accuracy", "entropy")
     has_head = False
     generates = True

@@ -13,7 +13,13 @@ ROLES = {
     "multiple-choice": ("question", "choices", "label"),
     "causal-lm": ("messages", "conversations", "prompt", "completion", "instruction", "output", "text"),
 }
-OPTIONAL_ROLES = ("text_pair", "group", "tools", "chat_template_kwargs", "input", "history", "system")
+# Task → what columns of its data may hold besides.
+OPTIONAL_ROLES = {
+    "classify": ("text_pair", "group"),
+    "regress": ("text_pair", "group"),
+    "multiple-choice": ("group",),
+    "causal-lm": ("group", "tools", "chat_template_kwargs", "input", "history", "system"),
+}
 ANSWER_ROLES = ("label", "completion", "output")  # which data to predict may lack
 TASKS_WITHOUT_HEAD = ("causal-lm",)
 METHOD_NAMES = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "loha", "vera", "full")

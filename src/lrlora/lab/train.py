@@ -37,14 +37,17 @@ from ..rank import RankReport, rank_report
 from ..report.card import write_card
 from ..run_folder import (
     ANOTHER_CHECKPOINT,
+    CHAT,
     LOG_FILE,
     METRICS_FILE,
+    PLAIN,
     REPORT_FILE,
     RUN_FILE,
+    TEXT,
     last_whole_checkpoint,
     require_readable,
 )
-from .chat import CHAT, PLAIN, TEXT, choose_template, format_of, rendering_of, shown_example
+from .chat import choose_template, format_of, rendering_of, shown_example
 from .config import TrainConfig, read_run, require_startable
 from .data import TaskData, choose_max_length, load_task_data
 from .kinds import Kind, kind_for

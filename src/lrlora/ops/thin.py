@@ -122,8 +122,8 @@ def expansion_delta(
 
 
 def at_least_float32(matrix: Tensor) -> Tensor:
-    """The matrix in float32, or float64 if it is that."""
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    """The matrix in float32, or float64 if it is that; numbers of 8 bits promote to nothing by themselves."""
+    return matrix.float() if matrix.dtype.itemsize < 4 else matrix
 
 
 def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:

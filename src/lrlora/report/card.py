@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..files import write_whole
 from ..rank import MEASURES
-from ..run_folder import PICTURE_FILE
+from ..run_folder import CHAT, PICTURE_FILE
 from ..tuner.config import CARD_SECTION
 from .runs import PROMPTS, Run, load_run
 
@@ -73,6 +73,6 @@ def model_card(run: Run, picture: str | None = None) -> str:
         "\n".join(lines),
         *([f"![Learned ranks]({picture})"] if picture else []),
         CARD_SECTION if method == "LR-LoRA" else _LOADING,
-        *([_ASKING] if run.facts.get("prompts") == PROMPTS["chat"] else []),
+        *([_ASKING] if run.facts.get("prompts") == PROMPTS[CHAT] else []),
     ]
     return "\n\n".join(parts)

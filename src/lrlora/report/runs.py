@@ -15,9 +15,11 @@ from ..compress import leading_directions
 from ..files import is_full_model, read_json
 from ..rank import RankReport, rank_report
 from ..run_folder import (
+    CHAT,
     HISTORY_FILE,
     LOG_FILE,
     METRICS_FILE,
+    PLAIN,
     REPORT_FILE,
     RUN_FILE,
     STATE_FILE,
@@ -183,7 +185,7 @@ def _add_training(
 
 
 # How a run reads what it is asked → how a reader is told.
-PROMPTS = {"chat": "chats, written with the tokenizer's template", "plain": "plain text, without a template"}
+PROMPTS = {CHAT: "chats, written with the tokenizer's template", PLAIN: "plain text, without a template"}
 
 
 def _adapter_of(folder: Path, checkpoint: Path | None) -> str:

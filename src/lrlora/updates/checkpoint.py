@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
@@ -69,13 +69,13 @@ class Checkpoint:
         file = self._find(SAFE_WEIGHTS_NAME)
         if file is None:
             self._missing(SAFE_WEIGHTS_NAME)
-        return {str(file): _keys(str(file))}
+        return {file: _keys(file)}
 
     def _find(self, file: str) -> str | None:
         """Where a file of the model is; None where it has none."""
         return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
 
-    def _missing(self, file: str) -> str:
+    def _missing(self, file: str) -> NoReturn:
         raise ValueError(f"{self.name} holds no full model: there is no {file}. {_EXPECTED}")
 
     def _renamed(self, key: str) -> str:

@@ -116,35 +116,31 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
     path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of parameters are nested
     is_transposed = getattr(layer, "_is_transposed", False)
     is_stack = layer.get_param().dim() == 3
+    phi = layer.lrlora_phi[adapter] if adapter in getattr(layer, "lrlora_phi", {}) else None
+    thin = None if phi is None else layer.thin_factors(adapter)
+    # Formed for all experts at once.
     deltas = functools.cache(lambda: layer.get_delta_weight(adapter))
-    learned = adapter in getattr(layer, "lrlora_phi", {})
-    thin = layer.thin_factors(adapter) if learned else None
     inputs = functools.cache(lambda: layer.get_transfer_input(adapter))
-    weights = _base_weight(layer)
+    weights, r = _base_weight(layer), layer.r[adapter]
 
-    def pick(stack: Tensor, index: int) -> Tensor:
-        return stack[index] if is_stack else stack
+    def of(index: int) -> Update:
+        def pick(stack: Tensor) -> Tensor:
+            return stack[index] if stack.dim() == 3 else stack
 
-    for index in range(layer.num_experts if is_stack else 1):
+        def as_matrix(stack: Tensor) -> Tensor:
+            return pick(stack).T if is_transposed else pick(stack)
 
-        def as_matrix(stack: Tensor, index: int = index) -> Tensor:
-            return pick(stack, index).T if is_transposed else pick(stack, index)
+        def form() -> Tensor | Factors:
+            return as_matrix(deltas()) if thin is None else (pick(thin[0]), pick(thin[1]))
 
-        def form(index: int = index) -> Tensor | Factors:
-            if thin is not None:
-                U, V = thin
-                return (U[index], V[index]) if U.dim() == 3 else (U, V)
-            return as_matrix(deltas(), index)
-
-        def linear(index: int = index) -> Factors:
+        def linear() -> Factors:
             B, A = layer.linear_factors(adapter)
-            return (B[index], A[index]) if B.dim() == 3 else (B, A)
+            return pick(B), pick(A)
 
         m, n = as_matrix(layer.get_param()).shape
-        r = layer.r[adapter]
-        k = thin[1].shape[-2] if thin is not None else r if not learned else min(m, n)
-        phi = layer.lrlora_phi[adapter] if learned else None
-        yield Update(
+        k = min(m, n) if isinstance(phi, Transfer) else r if thin is None else thin[1].shape[-2]
+        learned = Learned(linear, phi if isinstance(phi, Transfer) else None, lambda: pick(inputs()))
+        return Update(
             module=f"{path}.{index}" if is_stack else path,
             shape=(m, n),
             form=form,
@@ -152,15 +148,11 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
             r=r,
             limit=min(k, m, n),
             scaling=layer.scaling[adapter],
-            weight=functools.partial(lambda i: None if weights is None else pick(weights, i), index),
-            learned=Learned(
-                linear,
-                phi if isinstance(phi, Transfer) else None,
-                functools.partial(lambda i: pick(inputs(), i), index),
-            )
-            if learned
-            else None,
+            weight=lambda: None if weights is None else pick(weights),
+            learned=None if phi is None else learned,
         )
+
+    yield from map(of, range(layer.num_experts if is_stack else 1))
 
 
 def _learned(layer: Any, adapter: str, as_matrix: Callable[[Tensor], Tensor]) -> Learned:

@@ -83,7 +83,9 @@ def updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
             updates = [replace(update, layout=Layout(is_known=False)) for update in linear]
     elif method in _FROM_FACTORS and not is_whole and not _is_more(config):
         with readable(saved.name, ADAPTER_EXPECTED):
-            updates, notes = _from_factors(saved), _notes(config)
+            updates = _from_factors(saved)
+        if getattr(config, "use_dora", False):
+            notes = (MAGNITUDES_NOTE,)
     else:
         updates, notes = _through_peft(saved, base)
         base = None  # they have their weights
@@ -111,10 +113,6 @@ def _is_more(config: Any) -> bool:
     )
 
 
-def _notes(config: Any) -> tuple[str, ...]:
-    return (MAGNITUDES_NOTE,) if getattr(config, "use_dora", False) else ()
-
-
 def _from_factors(saved: SavedAdapter) -> list[Update]:
     parts: dict[str, dict[str, Tensor]] = {}
     for key in sorted(saved.weights, key=natural_order):
@@ -138,7 +136,12 @@ def parameters_as_trained(updates: Updates) -> int | None:
     """
     origin = updates.origin
     if isinstance(origin, SavedAdapter):
-        return sum(tensor.numel() for tensor in origin.method_weights.values())
+        weights = origin.method_weights
+        if getattr(origin.config, "sharing", "module") != "module":
+            # A file has it once for each module.
+            shared = {tensor.numpy().tobytes(): key for key, tensor in weights.items() if ".lrlora_phi." in key}
+            weights = {key: t for key, t in weights.items() if ".lrlora_phi." not in key or key in shared.values()}
+        return sum(tensor.numel() for tensor in weights.values())
     if isinstance(origin, SingleFile):
         return sum(tensor.numel() for parts in origin.modules.values() for tensor in parts.values())
     return None
@@ -176,7 +179,6 @@ def _on_skeleton(saved: SavedAdapter, layers: dict[str, nn.Module]) -> PeftModel
         if hasattr(config, name):
             setattr(config, name, value)
     config.task_type = None
-    config.inference_mode = False  # else PEFT would give no gradient, and some methods no weights
     model = get_peft_model(skeleton, config)
     # Files may also hold weights of the base model: embeddings, heads, biases.
     set_peft_model_state_dict(model, saved.method_weights)

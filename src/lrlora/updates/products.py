@@ -18,6 +18,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from ..ops import at_least_float32
 from .update import Factors, Layout, Update
 
 Parts = Mapping[str, Tensor]
@@ -155,14 +156,9 @@ def _product(
 ) -> Update:
     def form() -> Factors:
         U, V = factors()
-        return scaling * _wide(U), _wide(V)
+        return scaling * at_least_float32(U), at_least_float32(V)
 
     return Update(module, shape, form, True, r, min(k, *shape), scaling, layout)
-
-
-def _wide(factor: Tensor) -> Tensor:
-    """At least float32; numbers of 8 bits promote to nothing by themselves."""
-    return factor.float() if factor.dtype.itemsize < 4 else factor
 
 
 def _matrix(module: str, shape: tuple[int, ...], matrix: Callable[[], Tensor], scaling: float, r: int | None) -> Update:

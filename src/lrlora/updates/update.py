@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops import at_least_float32
 from ..transfer import Transfer
 
 Factors = tuple[Tensor, Tensor]
@@ -93,7 +94,7 @@ class Update:
         """ΔW (m, n), finite, at least float32."""
         formed = self.form()
         if isinstance(formed, tuple):
-            U, V = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in formed)
+            U, V = map(at_least_float32, formed)
             formed = U @ V
         require_finite(self.module, formed)
         return formed
@@ -122,7 +123,7 @@ class Updates:
     method: str
     updates: list[Update]
     origin: Any = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Update]:
         return iter(self.updates)
