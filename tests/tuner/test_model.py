@@ -12,13 +12,14 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
     load_peft_weights,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, GenerationConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lrlora import LrLoraConfig, rank_report
@@ -246,7 +247,7 @@ def test_non_finite_weights_are_refused_at_merge_and_save(tiny_bert: TinyModel, 
     weight = layer.base_layer.weight.detach().clone()
     layer.lrlora_B["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="non-finite values into the base weight of bert"):
-        model.merge_adapter()
+        model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight)
     with pytest.raises(ValueError, match=r"cannot be saved: .*lrlora_B.* NaN or infinite"):
         model.save_pretrained(tmp_path / "adapter")
@@ -319,6 +320,37 @@ def test_injecting_the_same_name_again_starts_anew(tiny_bert: TinyModel) -> None
     model = inject_adapter_in_model(LrLoraConfig(**config, num_basis=8), model)
     for layer in adapted_layers(model):
         assert torch.equal(layer.lrlora_phi["default"].amplitude, torch.zeros(8))
+
+
+def test_an_injected_phi_is_shared_trained_and_loaded_without_a_peft_model(tiny_bert: TinyModel) -> None:
+    config = LrLoraConfig(r=2, target_modules=["query"], sharing="global")
+    model = inject_adapter_in_model(config, tiny_bert.build())
+    phis = {id(layer.lrlora_phi["default"]) for layer in adapted_layers(model)}
+    assert len(phis) == 1
+    for layer in adapted_layers(model):
+        nn.init.normal_(layer.lrlora_B["default"].weight)
+    adapted_layers(model)[0].lrlora_phi["default"].amplitude.data.fill_(0.5)
+    state = get_peft_model_state_dict(model)
+    again = inject_adapter_in_model(config, tiny_bert.build())
+    set_peft_model_state_dict(again, state)
+    inputs = tiny_bert.inputs()
+    assert torch.equal(tiny_bert.logits(again.eval(), **inputs), tiny_bert.logits(model.eval(), **inputs))
+
+
+def test_adapters_of_a_classifier_combine_with_the_head_of_the_first(tiny_bert: TinyModel) -> None:
+    base = AutoModelForSequenceClassification.from_config(tiny_bert.build().config)
+    config = LrLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_weights=False)
+    model = get_peft_model(base, config, "first")
+    model.add_adapter("second", config)
+    inputs = tiny_bert.inputs()
+    model.eval().combine_adapters({"first": 0.7, "second": 0.3})
+    combined = model(**inputs).logits
+    head: Any = model.base_model.model.classifier.modules_to_save
+    torch.nn.init.zeros_(head["second"].weight)
+    assert torch.equal(model(**inputs).logits, combined)
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(**inputs).logits, combined, atol=1e-5)
+    assert torch.equal(merged.classifier.weight, head["first"].weight)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

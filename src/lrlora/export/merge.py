@@ -11,6 +11,7 @@ import torch
 from ..files import free_folder, replacing_folder
 from ..saved import AdapterSource, SavedAdapter
 from ..tuner import LrLoraLayer
+from .card import merged_card
 from .loading import load_adapted, save_preprocessing
 
 
@@ -50,7 +51,7 @@ def merge_adapter(
                 "(dequantize=True, --dequantize), or name its unquantised original in adapter_config.json."
             )
         _dequantize(model)
-    merged = model.merge_and_unload(progressbar=progressbar)
+    merged = model.merge_and_unload(progressbar=progressbar, safe_merge=True)
     with replacing_folder(folder) as partial:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
         base = str(saved.config.base_model_name_or_path)
@@ -58,6 +59,7 @@ def merge_adapter(
             warnings.warn(
                 f"Neither {saved.name} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=2
             )
+        (partial / "README.md").write_text(merged_card(saved), encoding="utf-8")
 
 
 def _dequantize(model: Any) -> None:

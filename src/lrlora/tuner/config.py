@@ -34,8 +34,8 @@ PUBLISHED = {
 
 CARD_SECTION = """## Loading this LR-LoRA adapter
 
-The method is not part of PEFT: `pip install lrlora`, and `import lrlora` before loading. Without the import, PEFT stops
-with `KeyError: 'LRLORA'`.
+The method is not part of PEFT: install lrlora (`pip install .` in a clone of it), and `import lrlora` before loading.
+Without the import, PEFT stops with `KeyError: 'LRLORA'`. `lrlora export` makes it a plain LoRA, which PEFT loads alone.
 
 ```python
 import lrlora

@@ -253,7 +253,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         ΔW is added in float32 and the sum rounded to the dtype of the weight once; a quantised weight is dequantised
         before and quantised again after. What was there before is kept, a plain weight on the CPU, so that `unmerge`
         restores it to the bit. A weight that another module shares is left to it, and this layer gets one of its own.
-        Non-finite results are refused with or without `safe_merge`, before the base weight is touched.
+        Non-finite results are refused with `safe_merge`, before the base weight is touched, and warned of without.
 
         Raises:
             ValueError: the merged weight would not be finite.
@@ -283,9 +283,14 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             merged += self.weights[adapter] * self.get_delta_weight(adapter).to(merged.device)
         merged = merged.to(weight.dtype)
         if not torch.isfinite(merged).all():
-            raise ValueError(
-                f"Merging {', '.join(adapters)} would put non-finite values into a base weight; nothing was merged "
-                "into this layer. Training has diverged: go back to an earlier checkpoint."
+            names = ", ".join(adapters)
+            if safe_merge:
+                raise ValueError(
+                    f"Merging {names} would put non-finite values into a base weight; nothing was merged into this "
+                    "layer. Training has diverged: go back to an earlier checkpoint."
+                )
+            warnings.warn(
+                f"Merging {names} puts non-finite values into a base weight. safe_merge=True refuses to.", stacklevel=2
             )
         if backend is not None:
             self._before_merge = quantised

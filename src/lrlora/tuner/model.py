@@ -55,6 +55,8 @@ class LrLoraModel(BaseTuner):
 
     """
 
+    # A φ that layers share is held by each of them, and not by the tuner: what is injected directly has it too.
+    uses_shared_state = False
     prefix = "lrlora_"
     tuner_layer_cls = LrLoraLayer
     target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
@@ -131,7 +133,8 @@ class LrLoraModel(BaseTuner):
         """Activate several adapters at once, each with a weight: W + Σ weight·ΔW, exactly.
 
         `merge_and_unload` then gives a plain model with all of them. `set_adapter` goes back to adapters as trained;
-        what is saved, measured or converted is always the adapter as trained.
+        what is saved, measured or converted is always the adapter as trained. A head that was trained whole is no
+        update: the model has that of the first adapter.
 
         Raises:
             ValueError: there is no adapter of a given name, or a weight is not a finite number.
@@ -143,8 +146,11 @@ class LrLoraModel(BaseTuner):
                 f"weights must map names of adapters to finite numbers, as in {{'first': 0.7, 'second': 0.3}}, and is "
                 f"{weights!r}. Adapters of this model: {', '.join(self.peft_config)}."
             )
-        self.set_adapter(list(weights))
+        names = list(weights)
+        self.set_adapter(names[0])
+        self.active_adapter = names
         for layer in self._layers():
+            layer.set_adapter(names)
             layer.weights.update({name: float(w) for name, w in weights.items() if name in layer.weights})
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -171,30 +177,30 @@ class LrLoraModel(BaseTuner):
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._prepare_merge(adapter_names)
+        self._prepare_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        self._prepare_merge(adapter_names)
+        self._prepare_merge(adapter_names, safe_merge)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
-    def _prepare_merge(self, adapter_names: list[str] | None) -> None:
-        """Refuse broken adapters before any layer is merged, and find the weights that several modules use."""
-        for path, layer in self.model.named_modules():
-            if isinstance(layer, LrLoraLayer):
-                for name in adapter_names or layer.active_adapters:
-                    if not all(torch.isfinite(p).all() for p in layer.adapter_parameters(name)):
-                        raise ValueError(
-                            f"Merging {name} would put non-finite values into the base weight of {path}; nothing was "
-                            "merged. Training has diverged: go back to an earlier checkpoint."
-                        )
+    def _prepare_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Find the weights that several modules use; for a safe merge, refuse broken adapters before any layer."""
+        layers = {path: module for path, module in self.model.named_modules() if isinstance(module, LrLoraLayer)}
+        for path, layer in layers.items() if safe_merge else ():
+            for name in adapter_names or layer.active_adapters:
+                if not all(torch.isfinite(p).all() for p in layer.adapter_parameters(name)):
+                    raise ValueError(
+                        f"Merging {name} would put non-finite values into the base weight of {path}; nothing was "
+                        "merged. Training has diverged: go back to an earlier checkpoint."
+                    )
         users: dict[int, set[int]] = {}
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
                 users.setdefault(id(parameter), set()).add(id(module))
-        for layer in self._layers():
+        for layer in layers.values():
             weight = getattr(layer.get_base_layer(), layer.weight_name, None)
             layer.shares_weight = len(users.get(id(weight), ())) > 1
 
