@@ -1,8 +1,8 @@
 """y = x (W + ΔW)ᵀ + b: the formula in `reference`, that of φ(BA) fused in `linear`, expansions in `thin`."""
 
 from .linear import adapted_linear, delta_weight
+from .precision import at_least_float32
 from .thin import (
-    at_least_float32,
     expansion_delta,
     expansion_factors,
     expansion_linear,

@@ -113,6 +113,29 @@ def _weight_kernel(
 
 
 @triton.jit
+def _slope(table, z, side, cells_per_unit, IS_SATURATING: tl.constexpr):
+    """φ′(z), from its table and the part that has none."""
+    cell, t = _locate(z, side, cells_per_unit)
+    slope = tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
+    if IS_SATURATING:
+        tangent = _tanh(z)
+        slope += 1.0 - tangent * tangent
+    else:
+        slope += 1.0
+    return slope
+
+
+@triton.jit
+def _store_moments(moments, g, x, num_moments):
+    """Σ g·Tₙ(x) over a tile, for the Chebyshev polynomials Tₙ of degrees below `num_moments`."""
+    previous, current = x, tl.full(x.shape, 1.0, tl.float32)
+    for degree in range(num_moments):
+        tl.store(moments + degree, tl.sum(g * current))
+        following = 2.0 * x * current - previous
+        previous, current = current, following
+
+
+@triton.jit
 def _gradient_kernel(
     grad_A,
     grad_B,
@@ -154,14 +177,7 @@ def _gradient_kernel(
         inside = has_row[:, None] & has_column[None, :]
         g = tl.load(Y + rows[:, None] * n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
-    cell, t = _locate(z, side, cells_per_unit)
-    slope = tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
-    if IS_SATURATING:
-        tangent = _tanh(z)
-        slope += 1.0 - tangent * tangent
-    else:
-        slope += 1.0
-    h = scaling * slope * g
+    h = scaling * _slope(table, z, side, cells_per_unit, IS_SATURATING) * g
     # Shares of ∂L/∂B, (column blocks, r, m), and of ∂L/∂A, (row blocks, r, columns of the strip).
     grad_B += tl.program_id(1).to(tl.int64) * r * m
     width = tl.num_programs(1) * BLOCK_N
@@ -174,12 +190,8 @@ def _gradient_kernel(
 
     limit = side / cells_per_unit
     x = tl.minimum(tl.maximum(z, -limit), limit) * points_per_unit
-    previous, current = x, tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
     moments += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * num_moments
-    for degree in range(num_moments):
-        tl.store(moments + degree, tl.sum(g * current))
-        following = 2.0 * x * current - previous
-        previous, current = current, following
+    _store_moments(moments, g, x, num_moments)
 
 
 def write_weight(

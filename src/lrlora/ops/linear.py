@@ -11,7 +11,6 @@ Saved for backward are x, W (which is there anyway), A, B and the parameters of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..transfer import Transfer, TransferSpec
 from .dispatch import kernels_for
+from .precision import is_half, without_autocast
 from .table import PhiGradient, TransferTable
 
 # Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
@@ -75,16 +75,6 @@ def _largest_entry(A: Tensor, B: Tensor, update: _Update) -> float:
     # All at once, in memory that the weight takes next: in blocks, threads would wait for each other too often.
     least, greatest = torch.aminmax(B @ A)
     return max(greatest.item(), -least.item())
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """The op chooses its own precision: autocast would form BA in half of it."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _is_transposed(matrix: Tensor) -> bool:
@@ -153,7 +143,7 @@ def _adapted_linear(
     with without_autocast(x):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         effective = _empty_weight(x, weight, A, B)
-        if weight is None or not _is_half(x):
+        if weight is None or not is_half(x):
             _write_weight(effective, weight, A, B, table, update)
             return F.linear(x, effective, bias).contiguous()
         _write_weight(effective, None, A, B, table, update)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..expansion import Expansion, columns, rows
-from .linear import without_autocast
+from .precision import at_least_float32, without_autocast
 
 
 def expansion_linear(
@@ -119,11 +119,6 @@ def expansion_delta(
     with without_autocast(A):
         U, V = expansion_factors(at_least_float32(A), at_least_float32(B), expansion, scaling=scaling, basis=basis)
         return U @ V
-
-
-def at_least_float32(matrix: Tensor) -> Tensor:
-    """The matrix in float32, or float64 if it is that; numbers of 8 bits promote to nothing by themselves."""
-    return matrix.float() if matrix.dtype.itemsize < 4 else matrix
 
 
 def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
