@@ -42,7 +42,7 @@ def test_version() -> None:
 
 
 def test_ranks_of_a_saved_adapter_without_its_base_model(adapter: Path, tmp_path: Path) -> None:
-    result = run("ranks", adapter, "--json", tmp_path / "out.json", "--csv", tmp_path / "out.csv")
+    result = run("ranks", adapter, "--json", tmp_path / "out.json", "--csv", tmp_path / "out.csv", "--all")
     assert result.exit_code == 0, result.output
     expected = {row.module: row for row in RankReport.from_json(tmp_path / "expected.json").rows}
     rows = RankReport.from_json(tmp_path / "out.json").rows
@@ -123,7 +123,7 @@ def test_ranks_of_plain_lora(tiny_bert: TinyModel, tmp_path: Path) -> None:
 
 
 def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
-    result = run("export", adapter, "--energy", "0.99", "--output", tmp_path / "lora")
+    result = run("export", adapter, "--output", tmp_path / "lora", "--all")
     assert result.exit_code == 0, result.output
     assert "of the adapter's effect on the last hidden state is lost" in result.output
     config = PeftConfig.from_pretrained(tmp_path / "lora")
@@ -162,7 +162,7 @@ def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyMode
 
 def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        ((adapter,), "Give one of energy, budget and tolerance"),
+        ((adapter, "--energy", "0.9", "--budget", "r4"), "Give one of energy, budget and tolerance"),
         ((adapter, "--budget", "many"), "--budget must be like 250000, 250k, 1.5M, 8MiB or r4, and is 'many'"),
         ((adapter, "--tolerance", "0.01"), "the weight of each module, and that of"),
         ((adapter, "--energy", "2"), "energy must be a share in"),

@@ -8,6 +8,8 @@ from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
+DEFAULT_ENERGY = 0.99  # the share of ‖ΔW‖² that a plain LoRA keeps where nobody says how much
+
 
 def require_known(what: str, value: object, known: Iterable[str]) -> None:
     """Raise a ValueError that names the nearest of the `known` values, unless `value` is one of them.

@@ -49,3 +49,13 @@ def module_kind(path: str) -> str:
     if _ATTENTION.search(path):
         return "attention"
     return "mlp" if _MLP.search(path) else "other"
+
+
+MOST_ROWS = 16  # of a table of modules in a terminal: of more, means by type and layer are shown
+
+
+def shortened(path: str, room: int) -> str:
+    """The path of a module in so many characters: what is too long loses its first parts, and no part is cut."""
+    parts = path.split(".")
+    first = next((i for i in range(len(parts)) if len(".".join(parts[i:])) + 2 * (i > 0) <= room), len(parts) - 1)
+    return ("… " if first else "") + ".".join(parts[first:])

@@ -68,6 +68,7 @@ class RunRecord:
         rendering: how prompts and chats were read: "chat", "plain" or "text"; None of other tasks, and before it was
             recorded.
         chat_template: that they were written with.
+        base_model: its name on the hub; None where the model was a folder, and before it was recorded.
 
     """
 
@@ -78,6 +79,7 @@ class RunRecord:
     examples_per_step: int | None = None
     rendering: str | None = None
     chat_template: str | None = None
+    base_model: str | None = None
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -96,7 +98,7 @@ def read_record(folder: Path) -> RunRecord:
         )
     with readable(path, RUN_EXPECTED):
         content = json.loads(path.read_text(encoding="utf-8"))
-        later = {name: content.get(name) for name in ("examples_per_step", "rendering", "chat_template")}
+        later = {name: content.get(name) for name in ("examples_per_step", "rendering", "chat_template", "base_model")}
         versions = content.get("versions", {})
         record = RunRecord(content["config"], content["labels"], content["max_length"], versions, **later)
         require_type(record, RunRecord, "run")
@@ -124,6 +126,21 @@ def read_history(path: Path) -> list[tuple[int, RankReport]]:
             report.require_numbers()
             records.append((content["step"], report))
     return records
+
+
+def which_checkpoint(config: dict[str, Any]) -> str:
+    """Which checkpoint a run ends with: "best checkpoint", or "last step" where nothing was asked of the others."""
+    training = config.get("training", {})
+    is_best = training.get("load_best_model_at_end", training.get("eval_strategy") != "no")
+    return "best checkpoint" if is_best else "last step"
+
+
+def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics to show: not the epoch, and the loss once, where the log loss is the same to four digits."""
+    left_out = {"epoch"}
+    if f"{metrics.get('loss', 0):.4g}" == f"{metrics.get('log_loss', 1):.4g}":
+        left_out.add("log_loss")
+    return {name: value for name, value in metrics.items() if name not in left_out}
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.lab.chat import SIMPLE_TEMPLATE, as_trl_reads, choose_template, format_of, rendering_of, shown_example
+from lrlora.lab.chat import SIMPLE_TEMPLATE, as_trl_reads, choose_template, format_of, rendering_of, shown_tokens
 from lrlora.lab.config import TrainConfig
 from lrlora.lab.inference import Chat, evaluate, predict, predict_text
 from lrlora.lab.train import train
@@ -183,7 +183,7 @@ def test_tokens_and_loss_are_trl_s(format_: str, template: str | None, decoder: 
     for ours_row, their_row in zip(*encoded, strict=True):
         assert ours_row["input_ids"] == their_row["input_ids"]
         assert ours_row["labels"] == their_row["labels"]
-        assert "⟦" in shown_example(ours_row, words)
+        assert "⟦" in shown_tokens(ours_row, words, marked=True)
 
 
 def test_more_turns_systems_histories_and_tools() -> None:

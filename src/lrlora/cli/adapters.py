@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.markup import escape
 
-from ..checks import check_truncation, require_known
+from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, require_adapter, require_source
 from .common import announce, app, console, one_clear_error, quiet
 
 if TYPE_CHECKING:
+    from ..export import Factors
     from ..updates import Updates
 
 
@@ -24,6 +26,9 @@ _BASE = Annotated[
 ]
 
 
+_EVERY = Annotated[bool, typer.Option("--all", help="Show every module, however many there are.")]
+
+
 @app.command()
 def ranks(
     source: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
@@ -32,6 +37,7 @@ def ranks(
     json: Annotated[Path | None, typer.Option(help="Also write the report here as JSON.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows here as CSV.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw them here (.png, .svg, .pdf).")] = None,
+    every: _EVERY = False,
 ) -> None:
     """Print what ranks an adapter really uses, or what full fine-tuning has changed."""
     with one_clear_error():
@@ -55,7 +61,9 @@ def ranks(
             base = SavedAdapter.read(source).config.base_model_name_or_path
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
-        console.print(rank_table(report, escape(f"Ranks of {source} ({updates.method})")))
+        console.print(
+            rank_table(report, escape(f"Ranks of {source} ({updates.method})"), width=console.width, every=every)
+        )
         for note in updates.notes:
             announce(note)
         if json:
@@ -98,7 +106,12 @@ def report(
             console.print(escape(f"Pictures: {pictures}"), highlight=False)
 
 
-_ENERGY = Annotated[float | None, typer.Option(help="Keep this share of each module's ‖ΔW‖², in (0, 1].")]
+_ENERGY = Annotated[
+    float | None,
+    typer.Option(
+        help=f"Keep this share of each module's ‖ΔW‖², in (0, 1]; default: {DEFAULT_ENERGY}, if nothing else."
+    ),
+]
 _BUDGET = Annotated[
     str | None,
     typer.Option(help="Size in all: parameters (250000, 250k, 1.5M), MiB (8MiB), or r4: as LoRA of rank 4."),
@@ -106,9 +119,12 @@ _BUDGET = Annotated[
 _TOLERANCE = Annotated[
     float | None, typer.Option(help="Largest ‖ΔW − BA‖/‖W0‖ of any module, in (0, 1); needs --base.")
 ]
-_MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module.")]
+_MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module; default: no limit.")]
 _DROP_BELOW = Annotated[float, typer.Option(help="Leave out modules with less than this share of all ‖ΔW‖².")]
 _DTYPES = ("float32", "bfloat16", "float16")
+_DTYPE = Annotated[
+    str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
+]
 _OUTPUT = Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist.")]
 
 
@@ -124,14 +140,13 @@ def export(
     tolerance: _TOLERANCE = None,
     drop_below: _DROP_BELOW = 0.0,
     base: _BASE = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
-    ] = None,
+    dtype: _DTYPE = None,
     pad: Annotated[bool, typer.Option("--pad", help="One rank for all, padded with zeros (llama.cpp).")] = False,
     check: Annotated[bool, typer.Option(help="Load the base model and measure what the export changes.")] = True,
     config_only: Annotated[
         bool, typer.Option("--config-only", help="No weights: a LoraConfig, to train plain LoRA at these ranks.")
     ] = False,
+    every: _EVERY = False,
 ) -> None:
     """Turn any update into a plain LoRA that anything can serve, as small as you ask for."""
     with one_clear_error("Nothing was written."):
@@ -140,6 +155,8 @@ def export(
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
         size = None if budget is None else _parse_budget(budget)
+        if all(value is None for value in (energy, budget, max_rank, tolerance)):
+            energy = DEFAULT_ENERGY
         truncation: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "tolerance": tolerance}
         check_truncation(**truncation, drop_below=drop_below, budget=None if size is None else 1)
         if not Path(source).is_file():
@@ -152,7 +169,6 @@ def export(
         from ..export import save_lora_config
         from ..export.adapter import stored_dtype
         from ..export.single_file import free_file
-        from ..export.table import factors_table
         from ..updates.single_file import SingleFile
 
         if Path(source).is_file():
@@ -162,9 +178,7 @@ def export(
         if size is not None:
             truncation["budget"] = _parameters(size, updates, precision)
         factors = factorize(updates, **truncation, drop_below=drop_below, progressbar=True)
-        console.print(factors_table(factors, escape(f"LoRA for {source} ({updates.method})")))
-        for note in updates.notes:
-            announce(note)
+        _show_factors(factors, updates, f"LoRA for {source} ({updates.method})", every=every)
         if config_only:
             save_lora_config(factors, updates, output)
             announce(f"To train with: LoraConfig.from_pretrained({str(output)!r})")
@@ -174,6 +188,14 @@ def export(
         announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
         if check:
             _print_difference(updates, output)
+
+
+def _show_factors(factors: Sequence[Factors], updates: Updates, title: str, *, every: bool) -> None:
+    from ..export.table import factors_table
+
+    console.print(factors_table(factors, escape(title), width=console.width, every=every))
+    for note in updates.notes:
+        announce(note)
 
 
 def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:

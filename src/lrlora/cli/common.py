@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -67,7 +68,11 @@ def announce(line: str) -> None:
 
 
 def quiet() -> None:
-    """Silence the messages and progress bars of the libraries below."""
+    """Silence the messages, warnings of what is to come, and progress bars of the libraries below."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they talk of themselves while they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -78,4 +83,3 @@ def quiet() -> None:
         from datasets.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

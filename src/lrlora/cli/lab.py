@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..files import write_json
-from ..lab.config import TrainConfig, parse_assignments, parse_pairs, read_run, read_yaml, require_startable
+from ..files import write_json, write_whole
+from ..lab.config import TrainConfig, parse_pairs, read_run, require_startable
 from ..lab.names import require_data_path, require_suite
-from ..run_folder import RUN_FILE
+from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
 from .common import announce, app, console, one_clear_error, quiet
+from .settings import settings_as_options, settings_of, starter
 
 
 @app.command()
@@ -50,7 +51,7 @@ def demo(
         picture, page = output / PICTURE_FILE, output / "report.html"
         save_rank_figure(report, picture, title=f"LR-LoRA on movie reviews, {steps} steps")
         write_page(load_runs([output]), page, title=f"Movie reviews, {steps} steps")
-        console.print(rank_table(report, "Ranks that LR-LoRA learned on the reviews"))
+        console.print(rank_table(report, "Ranks that LR-LoRA learned on the reviews", width=console.width))
         for task, title, heading in (
             ("reviews", "Movie reviews", "accuracy, films held out"),
             ("labels", "Random labels, to be learned by heart", "loss, nats"),
@@ -71,97 +72,78 @@ def demo(
 
 
 @app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("lrlora.yaml"),
+    model: Annotated[str, typer.Option(help="Hub name, folder or embedded:NAME.")] = "embedded:minilm",
+    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = "embedded:movie-reviews",
+    task: Annotated[str, typer.Option(help="classify, regress, multiple-choice or causal-lm.")] = "classify",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write a YAML file with every setting of a run, its default and what it is for, to begin with."""
+    with one_clear_error():
+        if file.exists() and not overwrite:
+            raise FileExistsError(f"The file {file} exists already. Give another name, or --overwrite.")
+        given = TrainConfig(model, data, task)
+        write_whole(file, starter({"model": given.model, "data": given.data, "task": given.task}))
+        announce(f"Settings: {file}. Edit it, and look at the plan: lrlora train {file} --dry-run")
+
+
+@app.command()
+@settings_as_options
 def train(
     config: Annotated[
         Path | None, typer.Argument(help="YAML file with these settings; options on the command line override it.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub name, folder or embedded:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
-    task: Annotated[str | None, typer.Option(help="classify, regress, multiple-choice or causal-lm.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="lr-lora, lora, dora, adalora, hira, randlora, loha, vera, full.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME: what a column of the data holds.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Data to validate on.")] = None,
-    validation_share: Annotated[
-        float | None, typer.Option(help="Share of the training data to validate on, if --validation is not given.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank r of BA.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    head_learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of a new head, if it differs from the rest.")
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a step, on each device.")] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="none, simple, FILE.jinja or a name of TRL's; default: the model's own.")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Cut examples after so many tokens.")] = None,
-    early_stopping: Annotated[int | None, typer.Option(help="Stop after so many evaluations without gain.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a field of the PEFT configuration.")] = None,
-    training: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: a field of TrainingArguments.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the interrupted run in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and an example as the model reads it; train nothing.")
+    ] = False,
+    **settings: Any,
 ) -> None:
     """Fine-tune your model on your data; save adapter, metrics and learned ranks."""
     with one_clear_error():
-        flags = {
-            "model": model,
-            "data": data,
-            "task": task,
-            "method": method,
-            "output": None if output is None else str(output),
-            "validation": validation,
-            "validation_share": validation_share,
-            "chat_template": chat_template,
-            "max_length": max_length,
-            "head_learning_rate": head_learning_rate,
-            "early_stopping": early_stopping,
-            "seed": seed,
-        }
-        arguments = {
-            "learning_rate": learning_rate,
-            "num_train_epochs": epochs,
-            "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-        }
-        nested = {
-            "columns": parse_pairs(column or (), "--column"),
-            "adapter": parse_assignments(adapter or (), "--adapter"),
-            "training": parse_assignments(training or (), "--training") | _given(arguments),
-        }
         if resume is None:
-            run = TrainConfig.from_dict(_settings(config, _given(flags), nested, rank))
-        elif config or _given(flags) or rank is not None or any(nested.values()):
-            raise ValueError("--resume goes on with the settings of the run: give nothing else.")
+            run = TrainConfig.from_dict(settings_of(config, settings))
+        elif config or any(value is not None for value in settings.values()):
+            raise ValueError(
+                "--resume goes on with the settings of the run: give nothing else. To train a finished run further: "
+                f"lrlora train --start-from {resume} --output NEW, with what is to change."
+            )
         else:
             run, _ = read_run(resume)
-        require_startable(run, resume=resume is not None, overwrite=overwrite)
+        require_startable(run, resume=resume is not None, overwrite=overwrite or dry_run)
         quiet()
-        from ..lab.train import Interrupted, rank_report_of, resume_hint, train
-        from ..report.table import rank_table
+        from ..lab.train import show_plan
 
-        try:
-            result = train(
-                run, resume=resume is not None, overwrite=overwrite, announce=announce, illustrate=_illustrator()
-            )
-        except (Interrupted, KeyboardInterrupt) as stop:
-            folder = Path(run.output)
-            hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
-            Console(stderr=True).print(escape(str(stop) or f"Interrupted. {hint}"), highlight=False)
-            raise typer.Exit(130) from None
-        if not result.is_first:
-            return
-        report = rank_report_of(result.output)
-        if report is not None:
-            console.print(rank_table(report, "Learned ranks"))
-        _print_metrics(result.metrics, "Validation, best checkpoint")
-        console.print(escape(f"Everything is in {result.output}"), highlight=False)
-        if report is not None:
-            console.print(escape(f"To look at it: lrlora report {result.output}"), highlight=False)
+        if dry_run:
+            show_plan(run, announce=announce)
+        else:
+            _train(run, resume=resume is not None, overwrite=overwrite)
+
+
+def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    from ..lab.train import Interrupted, rank_report_of, resume_hint, train
+    from ..report.table import rank_table
+
+    try:
+        result = train(run, resume=resume, overwrite=overwrite, announce=announce, illustrate=_illustrator())
+    except (Interrupted, KeyboardInterrupt) as stop:
+        folder = Path(run.output)
+        hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
+        Console(stderr=True).print(escape(str(stop) or f"Interrupted. {hint}"), highlight=False)
+        raise typer.Exit(130) from None
+    if not result.is_first:
+        return
+    report = rank_report_of(result.output)
+    if report is not None:
+        console.print(rank_table(report, "Learned ranks", width=console.width))
+    _print_metrics(result.metrics, f"Validation, {which_checkpoint(run.to_dict())}")
+    announce(f"Everything is in {result.output}")
+    if report is not None:
+        announce(
+            f"To look at it: lrlora report {result.output}, or, module by module, lrlora ranks {result.output} --all"
+        )
 
 
 def _illustrator() -> Callable[[Path], None] | None:
@@ -172,45 +154,49 @@ def _illustrator() -> Callable[[Path], None] | None:
     return illustrate
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _settings(
-    file: Path | None, flags: dict[str, Any], nested: dict[str, dict[str, Any]], rank: int | None
-) -> dict[str, Any]:
-    """The settings of a run: those of a file, with what the command line says in their place."""
-    settings = (read_yaml(file) if file else {}) | flags
-    if rank is not None:
-        nested["adapter"]["target_r" if settings.get("method") == "adalora" else "r"] = rank
-    for name, values in nested.items():
-        if values:
-            settings[name] = {**(settings.get(name) or {}), **values}
-    return settings
+_SPLIT = Annotated[str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")]
+_COLUMNS = Annotated[
+    list[str] | None, typer.Option("--columns", "--column", help="ROLE=NAME; default: as in training.")
+]
+_DELIMITER = Annotated[
+    str | None, typer.Option(help="Between the columns of a CSV file; default: as in training, or a comma.")
+]
+_ENCODING = Annotated[str | None, typer.Option(help="Of a CSV file; default: as in training, or utf-8.")]
+_SKIP_EMPTY = Annotated[
+    bool | None, typer.Option("--skip-empty", help="Leave out examples in which something is empty, and say how many.")
+]
 
 
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
     data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
-    split: Annotated[
-        str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")
-    ] = None,
-    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
+    split: _SPLIT = None,
+    columns: _COLUMNS = None,
+    delimiter: _DELIMITER = None,
+    encoding: _ENCODING = None,
+    skip_empty: _SKIP_EMPTY = None,
     metrics_file: Annotated[Path | None, typer.Option("--json", help="Also write the metrics here.")] = None,
 ) -> None:
     """Evaluate a finished run on data."""
     with one_clear_error():
-        columns = parse_pairs(column, "--column") if column else None
+        reading = _reading(columns, delimiter, encoding, skip_empty)
         read_run(run)
         require_data_path(data)
         quiet()
         from ..lab.inference import evaluate
 
-        metrics = evaluate(run, data, split=split, columns=columns)
+        metrics = evaluate(run, data, split=split, announce=announce, **reading)
         _print_metrics(metrics, f"{run} on {data}")
         if metrics_file:
             write_json(metrics_file, metrics)
+
+
+def _reading(
+    columns: list[str] | None, delimiter: str | None, encoding: str | None, skip_empty: bool | None
+) -> dict[str, Any]:
+    roles = parse_pairs(columns, "--columns") if columns else None
+    return {"columns": roles, "delimiter": delimiter, "encoding": encoding, "skip_empty": skip_empty}
 
 
 @app.command()
@@ -218,14 +204,17 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
     data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL file to write.")] = None,
-    text: Annotated[str | None, typer.Option(help="One text, in place of data: what is said of it is printed.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")
+    text: Annotated[
+        str | None, typer.Option(help="One text, in place of data: the prediction or answer is printed.")
     ] = None,
-    column: Annotated[list[str] | None, typer.Option(help="ROLE=NAME, if not as in training.")] = None,
+    split: _SPLIT = None,
+    columns: _COLUMNS = None,
+    delimiter: _DELIMITER = None,
+    encoding: _ENCODING = None,
+    skip_empty: _SKIP_EMPTY = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Predict with a finished run: a line of JSON for each example, or what it says of one --text."""
+    """Predict with a finished run: a line of JSON for each example, or the prediction for one --text."""
     with one_clear_error():
         if (text is None) == (data is None):
             raise ValueError("Give either --data and --output, or --text.")
@@ -233,7 +222,7 @@ def predict(
             raise ValueError("--data needs --output, the JSONL file to write.")
         if output is not None and output.exists() and not overwrite:
             raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
-        columns = parse_pairs(column, "--column") if column else None
+        reading = _reading(columns, delimiter, encoding, skip_empty)
         read_run(run)
         if data is not None:
             require_data_path(data)
@@ -244,7 +233,7 @@ def predict(
             said = predict_text(run, text)
             announce(said.get("completion") or json.dumps(said, ensure_ascii=False))
         elif data is not None and output is not None:
-            count = write_predictions(output, predict(run, data, split=split, columns=columns))
+            count = write_predictions(output, predict(run, data, split=split, announce=announce, **reading))
             announce(f"{count:,} predictions: {output}")
 
 
@@ -289,7 +278,9 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method on each task.")] = 3,
     rank: Annotated[int, typer.Option(min=1, help="Rank r of BA.")] = 4,
-    hours: Annotated[float | None, typer.Option(min=0.0, help="Hours after which no new job is started.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Hours after which no new job is started; default: all are done.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
@@ -339,8 +330,8 @@ def inputs() -> None:
 
 
 def _print_metrics(metrics: dict[str, float], title: str) -> None:
-    table = Table(title=escape(title), title_justify="left", show_header=False)
-    for name, value in metrics.items():
-        if name != "epoch":
-            table.add_row(name, f"{value:.4f}")
+    announce(title)
+    table = Table(show_header=False)
+    for name, value in shown_metrics(metrics).items():
+        table.add_row(name, f"{value:.4f}")
     console.print(table)

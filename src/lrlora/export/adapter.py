@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,26 +17,21 @@ from torch import Tensor
 
 from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
-from ..run_folder import CHAT, RUN_FILE, read_record
 from ..saved import AdapterSource, SavedAdapter
 from ..tuner.config import pattern_of
 from ..updates import Updates
 from ..updates.checkpoint import FineTuned
 from ..updates.single_file import SingleFile
+from .card import ASKING, MODEL_CONFIG, base_on_hub, header, is_asked_in_chats, loading
 from .factorize import Factors, kept_energy
 from .loading import load_adapted, sample_inputs, save_preprocessing
 
-_CARD = """---
-base_model: {base}
-library_name: peft
-tags: [lora]
----
+_CARD = """# LoRA adapter
 
-# LoRA adapter
-
-Made by [lrlora](https://pypi.org/project/lrlora) from {method}: {ranks} ranks in {modules} modules,
+Made by lrlora ([LR-LoRA](https://arxiv.org/abs/2606.04325)) from {method}: {ranks} ranks in {modules} modules,
 {parameters:,} parameters, {kept:.4%} of the energy of the update. It is an ordinary LoRA adapter and loads with PEFT
 alone. `lora_alpha` equals `r`, so that the scaling is 1.
+
 """
 
 
@@ -130,26 +126,29 @@ def save_as_lora(
     dtype = dtype or stored_dtype(origin)
     for part in exported:
         weights |= _tensors(part, config.r if pad else part.rank, dtype)
-    card = _CARD.format(
-        base=config.base_model_name_or_path,
-        method=source.method if isinstance(source, Updates) else "an adapter",
+    method = source.method if isinstance(source, Updates) else "an adapter"
+    with replacing_folder(folder) as partial:
+        save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_preprocessing(partial, origin.name if isinstance(origin, SavedAdapter) else origin.tuned.name)
+        config.save_pretrained(str(partial))
+        if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
+            shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
+        (partial / "README.md").write_text(_card(factors, method, origin), encoding="utf-8")
+
+
+def _card(factors: Sequence[Factors], method: str, origin: Any) -> str:
+    exported = [part for part in factors if part.rank]
+    text = _CARD.format(
+        method=method,
         ranks=sum(part.rank for part in exported),
         modules=len(exported),
         parameters=sum(part.parameters for part in exported),
         kept=kept_energy(factors),
     )
-    if _is_asked_in_chats(origin):
-        card += "\nIt was trained on chats: ask it in chats, with the template of the tokenizer that is beside it.\n"
-    with replacing_folder(folder) as partial:
-        save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        save_preprocessing(partial, origin.name if isinstance(origin, SavedAdapter) else origin.tuned.name)
-        config.save_pretrained(str(partial))
-        (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def _is_asked_in_chats(origin: Any) -> bool:
-    folder = Path(origin.name) if isinstance(origin, SavedAdapter) else Path()
-    return (folder / RUN_FILE).is_file() and read_record(folder).rendering == CHAT
+    if not isinstance(origin, SavedAdapter):
+        return header(None, "lora") + text
+    asking = f"\n{ASKING}" if is_asked_in_chats(origin) else ""
+    return header(base_on_hub(origin), "lora") + text + loading(origin, needs_lrlora=False) + asking
 
 
 def _other_weights(origin: Any, *, with_magnitudes: bool) -> dict[str, Tensor]:

@@ -158,7 +158,8 @@ class _Svd:
 
 def kept_energy(factors: Sequence[Factors]) -> float:
     """The share of the energy of all updates together that the factors keep."""
-    return sum(part.kept * part.energy for part in factors) / sum(part.energy for part in factors)
+    energy = sum(part.energy for part in factors)
+    return sum(part.kept * part.energy for part in factors) / energy if energy else 1.0
 
 
 def parameters_of_rank(source: nn.Module | Updates, rank: int) -> int:

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..files import ADAPTER_EXPECTED, readable
-from ..run_folder import RUN_FILE, read_record
 from ..saved import AdapterSource, SavedAdapter, require_all_weights
 from ..updates import Updates
+from .card import class_names
 
 _CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -45,7 +45,7 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     saved = SavedAdapter.read(adapter)
     name, config = saved.name, saved.config
     with readable(name, ADAPTER_EXPECTED):
-        if (Path(name) / RUN_FILE).exists() and (labels := read_record(Path(name)).labels):
+        if labels := class_names(saved):
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}
         elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(saved)) is not None:

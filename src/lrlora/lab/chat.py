@@ -252,17 +252,21 @@ def render_chat(
         raise ValueError(f"The chat template refuses the chat {str(chat)[:200]}: {error}") from None
 
 
-def shown_example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, most: int = 600) -> str:
-    """A row of tokens as text, with what the loss is taken of in ⟦ ⟧.
+def shown_tokens(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, marked: bool = False, most: int = 600
+) -> str:
+    """A row of tokens as text.
 
     Args:
         row: `input_ids`, and perhaps `labels`, which are -100 where there is no loss.
         tokenizer: that it was made with.
+        marked: put what the loss is taken of in ⟦ ⟧.
         most: characters to show.
 
     """
+    labels = (row.get("labels") or row["input_ids"]) if marked else [-100] * len(row["input_ids"])
     parts: list[tuple[bool, list[int]]] = []
-    for token, label in zip(row["input_ids"], row.get("labels") or row["input_ids"], strict=True):
+    for token, label in zip(row["input_ids"], labels, strict=True):
         is_trained = label != -100
         if not parts or parts[-1][0] != is_trained:
             parts.append((is_trained, []))

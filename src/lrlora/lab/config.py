@@ -15,40 +15,61 @@ from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_EXPECTED, RUN_FILE, Run
 from .names import METHOD_NAMES, OPTIONAL_ROLES, ROLES, TASKS_WITHOUT_HEAD, require_data_path, require_model_folder
 
 FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
+# Settings of a run → the fields of TrainingArguments that they are.
+ARGUMENTS = {
+    "learning_rate": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. What is None is chosen from task, method and data, and printed before the start.
 
+    The command line has an option for each of them, a YAML file a key, both of the same name.
+
     Args:
-        model: name on the hub, local folder, or `embedded:NAME` (see `lrlora inputs`).
-        data: name on the hub (`name` or `name:configuration`), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
-            such files or one written by `save_to_disk`, or `embedded:NAME`.
-        task: one of `lrlora.lab.names.ROLES`.
-        method: one of `lrlora.lab.names.METHOD_NAMES`.
+        model: name on the hub, local folder, or embedded:NAME (see `lrlora inputs`).
+        data: name on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
+            such files or one written by `save_to_disk`, or embedded:NAME.
+        task: one of classify, regress, multiple-choice and causal-lm.
+        method: one of lr-lora, lora, dora, adalora, hira, randlora, loha, vera and full.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
-        columns: what a column holds → its name in the data, where they differ. Roles: text, text_pair and label for
-            "classify" and "regress"; question, choices (a list) and label (the index of the right choice) for
-            "multiple-choice"; for "causal-lm" messages, or conversations (ShareGPT), or prompt and completion, or
+        columns: ROLE=NAME, what a column of the data holds; default: each is called by its role. Roles: text, text_pair
+            and label for classify and regress; question, choices (a list) and label (the index of the right choice) for
+            multiple-choice; for causal-lm messages, or conversations (ShareGPT), or prompt and completion, or
             instruction, input and output (Alpaca), or text; group, for examples that must not be split between training
             and validation.
+        delimiter: between the columns of a CSV file; default: a comma, in a TSV file a tab.
+        encoding: of a CSV file, such as latin-1; default: utf-8.
+        skip_empty: leave out examples whose text or label is missing or empty, which are an error otherwise.
         validation: data to validate on, like `data`, or "train" for a part of training; default: the data's own
             validation split, or a part of training.
-        validation_share: that part, in (0, 1).
-        train_examples: use so many to train at most, drawn at random, always the same; None: all.
-        validation_examples: the same for validation.
-        chat_template: of "causal-lm", by which prompts and chats are written: None for the model's own, or plain text
-            if it has none; "none" for plain text; "simple"; a file FILE.jinja; or a name that TRL knows, such as
-            "qwen3".
+        validation_share: part of the training data to validate on if there is nothing else, between 0 and 1.
+        train_examples: so many to train on at most, drawn at random, always the same; default: all.
+        validation_examples: so many to validate on at most, drawn in the same way; default: all.
+        chat_template: for causal-lm, how prompts and chats are written: none for plain text, simple, a file
+            FILE.jinja, or a name that TRL knows, such as qwen3; default: the model's own, or plain text if it has none.
         max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
-        head_learning_rate: peak, of a new classification, regression or multiple-choice head; None: that of all else. A
-            new head wants a higher one than an adapter.
-        early_stopping: stop after so many evaluations without a better metric; None: never.
+        rank: r, the rank of BA; default: 8.
+        learning_rate: the peak; default: 1e-3 for a model with a head and 5e-4 for a language model, and of full
+            fine-tuning 5e-5 and 2e-5.
+        head_learning_rate: the peak for a new classification, regression or multiple-choice head, which wants a higher
+            one than an adapter; default: that of all else.
+        epochs: passes over the data; default: 3.
+        steps: optimizer steps, in place of epochs; default: what the epochs take.
+        batch_size: examples in a step, on each device; default: 16, and 8 for causal-lm.
+        early_stopping: end training after so many evaluations without a better metric; default: never.
+        start_from: a finished run whose adapter (or model, of full) training goes on from, as a new run with a schedule
+            of its own; on the command line all that is not given is as in that run; default: a new adapter.
         rank_every: steps between records of the learned ranks.
         seed: of head, factors, data order and dropout.
-        adapter: fields of the method's PEFT configuration.
-        training: fields of `transformers.TrainingArguments` (of TRL's `SFTConfig` for "causal-lm").
+        adapter: NAME=VALUE, a field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
+            α = r.
+        training: NAME=VALUE, a field of transformers' TrainingArguments, of TRL's SFTConfig for causal-lm; default:
+            theirs, but 6 % warm-up, at most 10 evaluations, and the best checkpoint at the end.
 
     Raises:
         ValueError: a value is not one of the known ones, or out of range.
@@ -61,14 +82,23 @@ class TrainConfig:
     method: str = "lr-lora"
     output: str = "lrlora-run"
     columns: dict[str, str] = field(default_factory=dict)
+    delimiter: str | None = None
+    encoding: str | None = None
+    skip_empty: bool = False
     validation: str | None = None
     validation_share: float = 0.1
     train_examples: int | None = None
     validation_examples: int | None = None
     chat_template: str | None = None
     max_length: int | None = None
+    rank: int | None = None
+    learning_rate: float | None = None
     head_learning_rate: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
     early_stopping: int | None = None
+    start_from: str | None = None
     rank_every: int = 50
     seed: int = 0
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -87,21 +117,45 @@ class TrainConfig:
             require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES[self.task]))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
-        rate = self.head_learning_rate
-        if rate is not None:
-            if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < float("inf"):
-                raise ValueError(f"head_learning_rate must be a number > 0, and is {rate!r}.")
-            if self.task in TASKS_WITHOUT_HEAD:
-                raise ValueError(
-                    f"head_learning_rate={rate!r} is for a new head, and {self.task} has none. Leave it out."
-                )
+        for name in ("learning_rate", "head_learning_rate", "epochs"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < float("inf")):
+                raise ValueError(f"{name} must be a number > 0, and is {value!r}.")
+        if self.head_learning_rate is not None and self.task in TASKS_WITHOUT_HEAD:
+            raise ValueError(
+                f"head_learning_rate={self.head_learning_rate!r} is for a new head, and {self.task} has none. Leave it "
+                "out."
+            )
         if self.chat_template is not None and self.task != "causal-lm":
             raise ValueError(f"chat_template={self.chat_template!r} is for causal-lm, and the task is {self.task}.")
-        counts = ("max_length", "train_examples", "validation_examples", "early_stopping", "rank_every")
-        for name, least in (*((name, 1) for name in counts), ("seed", 0)):
+        counts = ("max_length", "train_examples", "validation_examples", "rank", "steps", "batch_size")
+        for name, least in (*((name, 1) for name in (*counts, "early_stopping", "rank_every")), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be a whole number ≥ {least}, and is {value!r}.")
+        for name in self._short_names:
+            _require_one(name, getattr(self, name), ARGUMENTS[name], self.training, "training")
+        if self.rank is not None:
+            _require_one("rank", self.rank, self._rank_field, self.adapter, "adapter")
+
+    @property
+    def _short_names(self) -> list[str]:
+        return [name for name in ARGUMENTS if getattr(self, name) is not None]
+
+    @property
+    def _rank_field(self) -> str:
+        return "target_r" if self.method == "adalora" else "r"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields of TrainingArguments that are given, under either name."""
+        return self.training | {ARGUMENTS[name]: getattr(self, name) for name in self._short_names}
+
+    @property
+    def adapter_fields(self) -> dict[str, Any]:
+        """The fields of the PEFT configuration that are given, the rank among them."""
+        return self.adapter | ({} if self.rank is None else {self._rank_field: self.rank})
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
@@ -112,8 +166,10 @@ class TrainConfig:
 
         """
         known = [f.name for f in fields(cls)]
-        for name in content:
-            require_known("key of the configuration", name, known)
+        if unknown := [name for name in content if name not in known]:
+            from .vocabulary import unknown_setting  # only here: it imports torch
+
+            raise unknown_setting(unknown[0], "run", content.get("task"), content.get("method", cls.method))
         missing = [name for name in ("model", "data", "task") if not content.get(name)]
         if missing:
             raise ValueError(
@@ -126,6 +182,28 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], place: str) -> None:
+    if other in fields:
+        raise ValueError(
+            f"{name}={value!r} and {other}={fields[other]!r} under {place} are the same setting. Leave one of them out."
+        )
+
+
+def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a file or the command line has them, each under the name that a run has for it.
+
+    So what one of them says stands in for what the other says, whichever name was used.
+    """
+    short = dict(settings)
+    places = {name: ("training", other) for name, other in ARGUMENTS.items()}
+    places["rank"] = ("adapter", "target_r" if settings.get("method") == "adalora" else "r")
+    for name, (place, other) in places.items():
+        if name not in short and isinstance(short.get(place), Mapping) and other in short[place]:
+            short[name] = short[place][other]
+            short[place] = {key: value for key, value in short[place].items() if key != other}
+    return short
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -228,7 +306,10 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
                 "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
             )
         if (output / METRICS_FILE).exists():
-            raise FileExistsError(f"The run in {output} is finished: there is nothing to resume.")
+            raise FileExistsError(
+                f"The run in {output} is finished: there is nothing to resume. To train it further, in a new run: "
+                f"lrlora train --start-from {output} --output NEW, with --steps, --data or what else is to change."
+            )
         read_history(output / HISTORY_FILE)  # which is gone on with
         # The folder may have been moved, or be called by another name.
         theirs, mine = (c.to_dict() | {"output": None} for c in (recorded, config))
@@ -244,6 +325,20 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
         )
         raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
     require_model_folder(config.model)
+    if config.start_from is not None:
+        _require_start(config)
     for data in (config.data, config.validation):
         if data not in (None, FROM_TRAIN):
             require_data_path(str(data))
+
+
+def _require_start(config: TrainConfig) -> None:
+    """Raise a ValueError unless the run to start from is finished, and of the same model, task, method and adapter."""
+    start, _ = read_run(Path(str(config.start_from)))
+    if not (Path(start.output) / METRICS_FILE).exists():
+        raise ValueError(f"The run in {start.output} is not finished: resume it with lrlora train --resume.")
+    for name in ("model", "task", "method", "adapter_fields"):
+        theirs, mine = getattr(start, name), getattr(config, name)
+        if theirs != mine:
+            name = name.removesuffix("_fields")
+            raise ValueError(f"{name} must be as in {start.output}, where it is {theirs!r}, and is {mine!r}.")

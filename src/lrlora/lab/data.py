@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import math
 from dataclasses import dataclass
@@ -10,18 +11,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..checks import require_known
 from .commonsense import COMMONSENSE, load_commonsense
 from .config import FROM_TRAIN, TrainConfig
 from .embedded import EMBEDDED_DATA
-from .kinds import KINDS, Kind, with_class_ids
+from .kinds import KINDS, Kind
+from .labels import with_class_ids
 from .names import ANSWER_ROLES, BUILDERS, EMBEDDED, require_data_path
-from .rows import is_known, require_rows
+from .rows import is_filled, is_known, require_rows
 from .tasks import split_by_group
 
 COMMONSENSE_PREFIX = "commonsense"
+
+
+_FEW_EXAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,22 @@ class TaskData:
     Attributes:
         splits: `train` and `validation`; classes as integers.
         labels: names of the classes, in the order of the integers; empty unless the task is "classify".
+        notes: sentences on what a user should know of them.
 
     """
 
     splits: DatasetDict
     labels: list[str]
+    notes: list[str]
 
 
-def load_splits(name: str) -> DatasetDict:
+def load_splits(name: str, delimiter: str | None = None, encoding: str | None = None) -> DatasetDict:
     """The splits that `name` has; a single file is `train`.
+
+    Args:
+        name: as `TrainConfig.data`.
+        delimiter: between the columns of a CSV file; None: a comma, in a TSV file a tab.
+        encoding: of a CSV file; None: UTF-8.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -52,26 +64,23 @@ def load_splits(name: str) -> DatasetDict:
     path = Path(name)
     try:
         if path.is_file():
-            builder = BUILDERS.get(path.suffix)
-            if builder is None:
-                raise ValueError(f"it ends in none of {', '.join(BUILDERS)}")
-            # Words such as "None" are texts and labels like others; only nothing is missing.
-            options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
-            options |= {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return load_dataset(builder, data_files={"train": str(path)}, **options)
+            return _load_file(path, delimiter, encoding)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = load_from_disk(str(path))
             return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
         if path.is_dir():
-            return load_dataset(str(path))
+            given = {"sep": delimiter, "encoding": encoding}
+            return load_dataset(str(path), **{option: value for option, value in given.items() if value is not None})
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) == errno.ENOSPC or isinstance(cause, MemoryError):
             raise cause from None  # no fault of the data
-        reason = str(cause).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"The data {name} cannot be read: {reason[0]}") from None
+        said = (str(cause).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(cause, UnicodeError):
+            said += ". It is not written in UTF-8: say how, such as --encoding latin-1 or --encoding cp1252"
+        raise ValueError(f"The data {name} cannot be read: {said}.") from None
     require_data_path(name)
     repository, _, configuration = name.partition(":")
     if repository == COMMONSENSE_PREFIX:
@@ -85,6 +94,35 @@ def load_splits(name: str) -> DatasetDict:
         raise FileNotFoundError(
             f"{name} is no file or folder here, and could not be had from the hub: {reason[0]}"
         ) from None
+
+
+def _load_file(path: Path, delimiter: str | None, encoding: str | None) -> DatasetDict:
+    builder = BUILDERS.get(path.suffix)
+    if builder is None:
+        raise ValueError(f"it ends in none of {', '.join(BUILDERS)}")
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        delimiter = delimiter or ("\t" if path.suffix == ".tsv" else ",")
+        _check_header(path, delimiter, encoding or "utf-8-sig")
+        # Words such as "None" are texts and labels like others; only nothing is missing.
+        options = {"keep_default_na": False, "na_values": [""], "sep": delimiter, "encoding": encoding}
+    return load_dataset(builder, data_files={"train": str(path)}, **options)
+
+
+def _check_header(path: Path, delimiter: str, encoding: str) -> None:
+    """Raise a ValueError for a header that pandas would read, and make something of that no one meant."""
+    with path.open(encoding=encoding, newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter)
+        header, first = next(rows, []), next(rows, None)
+    if first is None:
+        raise ValueError(f"it has a header ({', '.join(header)}) and no rows" if header else "it is empty")
+    if len(header) == 1 and (other := next((c for c in ";\t|," if c != delimiter and c in header[0]), None)):
+        raise ValueError(
+            f"with {delimiter!r} between columns it has one, {header[0]!r}. Say what is between them: "
+            f"--delimiter {other!r}"
+        )
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise ValueError(f"several of its columns are called {', '.join(twice)}. Give each a name of its own")
 
 
 def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
@@ -110,28 +148,37 @@ def load_task_data(config: TrainConfig) -> TaskData:
         ValueError: data is empty, lacks a column, or holds what the task cannot be trained on; the message says where.
 
     """
-    kind, splits = KINDS[config.task], DatasetDict(load_splits(config.data))
+    kind, splits = KINDS[config.task], DatasetDict(load_splits(config.data, config.delimiter, config.encoding))
     if "train" not in splits:
         raise ValueError(f"{config.data} has no split `train`; it has {', '.join(splits)}.")
     if config.validation == FROM_TRAIN:
         splits.pop("validation", None)
     elif config.validation is not None:
-        other = load_splits(config.validation)
+        other = load_splits(config.validation, config.delimiter, config.encoding)
         splits["validation"] = other[
             only_split(other, ("validation",), f"{config.validation} has", "a file of its own")
         ]
     splits = DatasetDict(
         {name: select_roles(splits[name], kind, config.columns) for name in ("train", "validation") if name in splits}
     )
+    notes = []
     for name, part in splits.items():
-        check_examples(part, kind, name)
+        if config.skip_empty:
+            splits[name], note = without_empty(part, kind, name)
+            notes += note
+        check_examples(splits[name], kind, name)
     labels = kind.class_names(splits["train"])
     if labels:
+        if len(labels) == (count := len(splits["train"])):
+            notes.append(f"Warning: each of the {count:,} examples has a label of its own. Is it the right column?")
         splits = DatasetDict({name: with_class_ids(part, labels, name) for name, part in splits.items()})
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split(splits["train"], config.validation_share)
     limits = {"train": config.train_examples, "validation": config.validation_examples}
-    return TaskData(DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()}), labels)
+    splits = DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()})
+    if (count := len(splits["train"])) < _FEW_EXAMPLES:
+        notes.append(f"Warning: there are few examples to learn from: {count}.")
+    return TaskData(splits, labels, notes)
 
 
 def sampled(data: Dataset, limit: int | None) -> Dataset:
@@ -151,17 +198,29 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
         if name not in there and (with_label or role not in ANSWER_ROLES):
             raise ValueError(f"columns: {role} is to be read from {name!r}, and the data has {', '.join(there)}.")
     wanted = kind.columns(columns, there, with_label=with_label)
-    for role, name in wanted.items():
-        if name not in there:
-            raise ValueError(
-                f"The task {kind.name} reads the column {role!r}, and the data has {', '.join(there)}. Name it: "
-                f"--column {role}=NAME"
-            )
+    if missing := [role for role, name in wanted.items() if name not in there]:
+        columns_are = f"column{'s' * (len(missing) > 1)} {' and '.join(missing)}"
+        raise ValueError(
+            f"The task {kind.name} reads the {columns_are}, and the data has {', '.join(there)}. Name "
+            f"{'them' if len(missing) > 1 else 'it'}: {' '.join(f'--column {role}=NAME' for role in missing)}"
+        )
     optional = {role: columns.get(role, role) for role in kind.optional_roles}
     wanted |= {role: name for role, name in optional.items() if name in there}
     return data.select_columns(list(dict.fromkeys(wanted.values()))).rename_columns(
         {name: role for role, name in wanted.items() if name != role}
     )
+
+
+def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> tuple[Dataset, list[str]]:
+    """The examples that hold something in each column which they must have, and a note on how many do not."""
+    optional = {*kind.optional_roles, *(() if with_label else ANSWER_ROLES)}
+    asked = [name for name in data.column_names if name not in optional]
+    secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
+    columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
+    kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
+    left = len(data) - len(kept)
+    note = f"Left out: {left:,} of {len(data):,} examples of the split {split}, in which something is empty."
+    return (data.select(kept), [note]) if left else (data, [])
 
 
 def check_examples(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> None:

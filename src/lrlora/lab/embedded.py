@@ -13,9 +13,10 @@ from .tasks import TASKS, load_goal_step, load_ratings, load_social_iqa, load_st
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model: what it is, and where it is from."""
+    """A model: what it is, what it is called on the hub, and where it is from."""
 
     description: str
+    hub_name: str
     source: EmbeddedInput
 
 
@@ -29,8 +30,16 @@ class EmbeddedData:
 
 
 EMBEDDED_MODELS = {
-    "minilm": EmbeddedModel("all-MiniLM-L6-v2, an encoder of 6 layers, 22.7 M parameters, 83 MB", MINILM),
-    "smollm2": EmbeddedModel("SmolLM2-135M-Instruct, a chat model, de-quantised from 4 bits, 93 MB", SMOLLM2),
+    "minilm": EmbeddedModel(
+        "all-MiniLM-L6-v2, an encoder of 6 layers, 22.7 M parameters, 83 MB",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        MINILM,
+    ),
+    "smollm2": EmbeddedModel(
+        "SmolLM2-135M-Instruct, a chat model, de-quantised from 4 bits, 93 MB",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        SMOLLM2,
+    ),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from ..saved import SavedAdapter, require_all_weights
 from ..tuner import cached_weights
 from .chat import answer_of, as_trl_reads, format_of, prompt_of, render_chat
 from .config import TrainConfig, read_run
-from .data import check_examples, load_splits, only_split, sampled, select_roles
-from .kinds import Kind, kind_for, with_class_ids
+from .data import check_examples, load_splits, only_split, sampled, select_roles, without_empty
+from .kinds import Kind, kind_for
+from .labels import with_class_ids
 from .metrics import logits, plain_metrics
 from .models import load_model, make_trainer, model_source, training_arguments
+from .progress import Announce
 
 
 def evaluate(
@@ -41,8 +43,9 @@ def evaluate(
     data: str,
     *,
     split: str | None = None,
-    columns: dict[str, str] | None = None,
     limit: int | None = None,
+    announce: Announce = print,
+    **reading: Any,
 ) -> dict[str, float]:
     """Metrics of a trained run on data.
 
@@ -50,16 +53,18 @@ def evaluate(
         run: the output folder of `train`.
         data: as for `TrainConfig.data`.
         split: of the data; default: `test`, else `validation`, else the only one there is.
-        columns: as for `TrainConfig.columns`; default: those of the run.
         limit: use so many examples at most, drawn at random, always the same.
+        announce: is told how many examples are left out because something is empty.
+        **reading: how the data is read, where not as in training: `columns`, `delimiter`, `encoding` and `skip_empty`
+            of `TrainConfig`.
 
     Raises:
         FileNotFoundError: run or data is missing.
         ValueError: the data cannot be used, or most answers to it are empty.
 
     """
-    loaded = LoadedRun.read(Path(run))
-    examples = sampled(loaded.examples(data, split, columns, with_label=True), limit)
+    loaded = LoadedRun.read(Path(run)).reading(**reading)
+    examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
     encoded = loaded.encoded(examples)
     metrics = plain_metrics(loaded.trainer(encoded).evaluate())
     if loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
@@ -70,7 +75,7 @@ def evaluate(
 
 
 def predict(
-    run: str | Path, data: str | Dataset, *, split: str | None = None, columns: dict[str, str] | None = None
+    run: str | Path, data: str | Dataset, *, split: str | None = None, announce: Announce = print, **reading: Any
 ) -> Iterator[dict[str, Any]]:
     """The predictions of a finished run, example by example: the inputs, and beside them
 
@@ -79,8 +84,8 @@ def predict(
 
     The arguments are those of `evaluate`, and `data` may be a data set; it needs no labels.
     """
-    loaded = LoadedRun.read(Path(run))
-    examples = loaded.examples(data, split, columns, with_label=False)
+    loaded = LoadedRun.read(Path(run)).reading(**reading)
+    examples = loaded.examples(data, split, announce, with_label=False)
     encoded = loaded.encoded(examples)
     if loaded.kind.generates:
         for example, answer in zip(examples, _not_empty(loaded.answers(encoded)), strict=True):
@@ -157,6 +162,10 @@ class LoadedRun:
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record, tokenizer, model)
 
+    def reading(self, **settings: Any) -> LoadedRun:
+        """The run, with these settings of how data is read in place of its own; those that are None stay."""
+        return replace(self, config=replace(self.config, **{k: v for k, v in settings.items() if v is not None}))
+
     @property
     def labels(self) -> list[str]:
         return self.record.labels
@@ -169,18 +178,21 @@ class LoadedRun:
     def kind(self) -> Kind:
         return kind_for(self.config.task, self.model.config)
 
-    def examples(
-        self, data: str | Dataset, split: str | None, columns: dict[str, str] | None, *, with_label: bool
-    ) -> Dataset:
+    def examples(self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool) -> Dataset:
         """The checked examples of data, named by their roles."""
         name = data if isinstance(data, str) else "data"
-        splits = load_splits(data) if isinstance(data, str) else DatasetDict(test=data)
+        file = (self.config.delimiter, self.config.encoding)
+        splits = load_splits(data, *file) if isinstance(data, str) else DatasetDict(test=data)
         chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
         require_known(f"split of {name}", chosen, splits)
-        columns = self.config.columns if columns is None else columns
-        examples = select_roles(splits[chosen], self.kind, columns, with_label=with_label)
+        examples = select_roles(splits[chosen], self.kind, self.config.columns, with_label=with_label)
+        if self.config.skip_empty:
+            examples, notes = without_empty(examples, self.kind, chosen, with_label=with_label)
+            for note in notes:
+                announce(note)
         if self.labels and with_label:
-            examples = with_class_ids(examples, self.labels, chosen)
+            where = chosen if len(splits) == 1 else f"{chosen} (--split names another)"
+            examples = with_class_ids(examples, self.labels, where)
         check_examples(examples, self.kind, chosen, with_label=with_label)
         if self.kind.generates:
             self._require_rendering(examples)

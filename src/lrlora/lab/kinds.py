@@ -29,11 +29,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from .chat import FORMATS, as_trl_reads, count_tokens, format_of, rendering_of
+from .chat import FORMATS, as_trl_reads, count_tokens, format_of, rendering_of, shown_tokens
 from .choices import ChoiceTrainer, encode_continuations
+from .labels import known_labels
 from .metrics import choice_metrics, classification_metrics, regression_metrics
 from .names import OPTIONAL_ROLES, ROLES
-from .rows import SHOWN_ROWS, counted, is_conversation, is_finite, is_known, mapped, require_rows, require_text
+from .rows import counted, is_conversation, is_finite, mapped, require_rows, require_text
 
 
 class Kind:
@@ -144,6 +145,11 @@ class Kind:
         """Encoded examples that have no labels, as the Trainer wants them for a prediction."""
         return encoded
 
+    def shown(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, labels: list[str]) -> str:
+        """An encoded example as text, and its answer."""
+        answer = labels[row["labels"]] if labels else row["labels"]
+        return f"Example, as the model reads it: {shown_tokens(row, tokenizer)!r} → {answer}"
+
     def predictions(self, outputs: Tensor, labels: list[str]) -> Iterator[dict[str, Any]]:
         """What is said of each example, from the model's outputs (examples, …)."""
         for row in outputs.softmax(-1).tolist():
@@ -162,7 +168,7 @@ class Classify(Kind):
     criterion = "log_loss"
 
     def class_names(self, data: Dataset) -> list[str]:
-        values, feature = _known_labels(data, "train"), data.features["label"]
+        values, feature = known_labels(data, "train"), data.features["label"]
         distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
         if len(distinct) < 2:
             raise ValueError(
@@ -263,6 +269,10 @@ class MultipleChoice(Kind):
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         return choice_metrics(prediction)
 
+    def shown(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, labels: list[str]) -> str:
+        right = {"input_ids": row["input_ids"][row["labels"]]}
+        return f"Example, its right choice as the model reads it: {shown_tokens(right, tokenizer)!r}"
+
     def unlabelled(self, encoded: Dataset) -> Dataset:
         return encoded.add_column("labels", [0] * len(encoded))  # its collator wants some
 
@@ -339,6 +349,9 @@ class CausalLm(Kind):
     def encode(self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
         return as_trl_reads(data, rendering_of(data, tokenizer))
 
+    def shown(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, labels: list[str]) -> str:
+        return f"Example, with the loss taken in ⟦ ⟧: {shown_tokens(row, tokenizer, marked=True)!r}"
+
     def arguments_class(self) -> type[TrainingArguments]:
         return importlib.import_module("trl").SFTConfig  # only here: TRL takes long to import
 
@@ -357,45 +370,3 @@ def kind_for(task: str, model_config: Any) -> Kind:
     is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model_config.is_encoder_decoder
     has_head = type(model_config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
     return ChoiceByLikelihood() if task == "multiple-choice" and is_decoder and not has_head else KINDS[task]
-
-
-def _known_labels(data: Dataset, split: str) -> list[Any]:
-    """The labels, each of them one class.
-
-    Raises:
-        ValueError: one is missing, or no class.
-
-    """
-    values = data["label"][:]
-    # In data sets of the hub, -1 stands for a label that is kept secret.
-    unknown = -1 if isinstance(data.features["label"], ClassLabel) else None
-    require_rows(
-        (is_known(value) and value != unknown for value in values),
-        f"label must not be missing in the split {split} (--split names another)",
-    )
-    require_rows(
-        (isinstance(value, (str, int, float)) for value in values),
-        f"label must be one class in the split {split}",
-        values,
-    )
-    return values
-
-
-def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
-    """The data with labels as indices into `labels`.
-
-    Raises:
-        ValueError: a label is missing, or not one of `labels`.
-
-    """
-    values = _known_labels(data, split)
-    feature = data.features["label"]
-    names = [feature.int2str(value) if isinstance(feature, ClassLabel) else str(value) for value in values]
-    unseen = sorted(set(names) - set(labels))
-    if unseen:
-        raise ValueError(
-            f"The split {split} has labels that training does not have: {', '.join(unseen[:SHOWN_ROWS])}. Known: "
-            f"{', '.join(labels)}."
-        )
-    index = {name: i for i, name in enumerate(labels)}
-    return data.remove_columns("label").add_column("label", [index[name] for name in names])

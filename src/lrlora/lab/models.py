@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,13 @@ def model_source(name: str) -> str:
         return str(checkpoint(EMBEDDED_MODELS[known].source))
     require_model_folder(name)
     return name
+
+
+def hub_name(name: str) -> str | None:
+    """What a model is called on the hub; None of a folder."""
+    if name.startswith(EMBEDDED):
+        return EMBEDDED_MODELS[name.removeprefix(EMBEDDED)].hub_name
+    return None if Path(name).exists() else name
 
 
 def check_model(source: str, config: TrainConfig) -> Any:
@@ -126,8 +132,8 @@ def training_arguments(
 
     """
     cls = kind.arguments_class()
-    _check_arguments(config.training, cls, kind)
-    given = dict(config.training)
+    _check_arguments(config.arguments)
+    given = config.arguments
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
     steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)
@@ -144,6 +150,7 @@ def training_arguments(
     if steps < 0:
         batches = math.ceil(examples / (batch * devices))
         steps = math.ceil(batches / accumulation) * epochs
+    every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
     metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
     require_known(f"metric of {config.task}", metric, kind.metrics)
     defaults = {
@@ -151,8 +158,8 @@ def training_arguments(
         "learning_rate": kind.rates[config.method == "full"],
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
-        "eval_steps": max(1, round(steps / 10)),
-        "save_steps": max(1, round(steps / 10)),
+        "eval_steps": every,
+        "save_steps": every,
         "logging_steps": max(1, round(steps / 50)),
         "metric_for_best_model": metric,
         "greater_is_better": metric not in LESS_IS_BETTER,
@@ -161,12 +168,15 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),  # the table of φ needs float64, which MPS lacks
     }
+    if given.get("eval_strategy") == "no":
+        defaults["load_best_model_at_end"] = False  # there is no best one
     try:
         return cls(**{**_ALWAYS, **defaults, **kind.arguments(max_length, batch), **given})
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
 
 
+_FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
 _ALWAYS: dict[str, Any] = {
     "warmup_steps": 0.06,
     "eval_strategy": "steps",
@@ -179,11 +189,8 @@ _ALWAYS: dict[str, Any] = {
 }
 
 
-def _check_arguments(given: Mapping[str, Any], cls: type[TrainingArguments], kind: Kind) -> None:
+def _check_arguments(given: dict[str, Any]) -> None:
     """Raise a ValueError for what the Trainer would refuse later, or not at all."""
-    known = list(cls.__dataclass_fields__)
-    for name in given:
-        require_known(f"field of {cls.__name__}", name, known)
     for name in ("output_dir", "seed"):
         if name in given:
             raise ValueError(
@@ -199,6 +206,10 @@ def _check_arguments(given: Mapping[str, Any], cls: type[TrainingArguments], kin
         value = given.get(name, 1)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
             raise ValueError(f"training: {name} must be a number, and is {value!r}.")
+    for name, limit in (("learning_rate", math.inf), ("adam_beta1", 1), ("adam_beta2", 1)):
+        value = given.get(name, 0.9)
+        if not isinstance(value, (int, float)) or not 0 < value < limit:
+            raise ValueError(f"training: {name} must be between 0 and {limit:g}, and is {value!r}.")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         value = given.get(name, 1)
         if not isinstance(value, int) or value < 1:

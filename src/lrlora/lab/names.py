@@ -38,8 +38,12 @@ def require_suite(name: str) -> None:
 
 
 def require_model_folder(name: str) -> None:
-    """Raise a FileNotFoundError if a model's name can only be that of a folder, and there is none."""
+    """Raise a FileNotFoundError if a model's name is that of a folder with no model, or can only be that of none."""
     path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"The folder {name} holds an adapter, and no model: give its base model.")
+        raise FileNotFoundError(f"The folder {name} holds no model: there is no config.json in it.")
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise FileNotFoundError(f"There is no model folder {name}.")
 

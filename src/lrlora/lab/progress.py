@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..distributed import local_part
+from ..run_folder import shown_metrics
 from .metrics import plain_metrics
 
 Announce = Callable[[str], None]
@@ -182,7 +183,7 @@ class Progress(TrainerCallback):
     ) -> None:
         if self.bar.disable:
             return  # the best checkpoint's, after training
-        values = ", ".join(f"{name} {value:.4g}" for name, value in plain_metrics(metrics).items() if name != "epoch")
+        values = ", ".join(f"{name} {value:.4g}" for name, value in shown_metrics(plain_metrics(metrics)).items())
         rank = f", stable rank {self.shown['stable rank']}" if "stable rank" in self.shown else ""
         self._say(f"Step {state.global_step}: {values}{rank}")
 

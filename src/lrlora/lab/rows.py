@@ -18,14 +18,15 @@ def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> No
     if wrong:
         rows = ", ".join(str(row) for row in wrong[:SHOWN_ROWS]) + (", …" if len(wrong) > SHOWN_ROWS else "")
         found = f" Row {wrong[0]} holds {values[wrong[0]]!r}." if values is not None else ""
-        raise ValueError(f"{rule}, and is not so in {len(wrong)} rows (counted from 0: {rows}).{found}")
+        count = f"{len(wrong)} row{'s' * (len(wrong) > 1)}"
+        raise ValueError(f"{rule}, and is not so in {count} (counted from 0: {rows}).{found}")
 
 
 def require_text(data: Dataset, role: str, split: str) -> None:
     """Raise a ValueError unless a column is text everywhere."""
     require_rows(
         (isinstance(value, str) and bool(value.strip()) for value in data[role]),
-        f"{role} must be text, and not empty, in the split {split}",
+        f"{role} must be text, and not empty, in the split {split} (--skip-empty leaves out what is empty)",
         data[role],
     )
 
@@ -33,6 +34,11 @@ def require_text(data: Dataset, role: str, split: str) -> None:
 def is_known(value: Any) -> bool:
     """Whether a value is there, and not NaN."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a value is there, and no blank text or empty list."""
+    return is_known(value) and value != [] and not (isinstance(value, str) and not value.strip())
 
 
 def is_finite(value: Any) -> bool:

@@ -2,69 +2,57 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import platform
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-import peft
 import torch
-import transformers
-from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     EarlyStoppingCallback,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SchedulerType
 
-from .. import __version__
 from ..callback import RankCallback
+from ..checks import DEFAULT_ENERGY
 from ..distributed import is_sharded, trained_parameters
+from ..export import factorize, save_as_lora
 from ..files import readable, replacing_files, write_json
 from ..rank import RankReport, rank_report
 from ..report.card import write_card
 from ..run_folder import (
     ANOTHER_CHECKPOINT,
-    CHAT,
     LOG_FILE,
     METRICS_FILE,
-    PLAIN,
     REPORT_FILE,
     RUN_FILE,
-    TEXT,
     last_whole_checkpoint,
     require_readable,
 )
-from .chat import choose_template, format_of, rendering_of, shown_example
+from ..updates import read_updates
 from .config import TrainConfig, read_run, require_startable
-from .data import TaskData, choose_max_length, load_task_data
-from .kinds import Kind, kind_for
 from .methods import METHODS, AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import (
-    MODEL_EXPECTED,
-    check_model,
     give_head_its_rate,
     load_model,
     make_trainer,
-    max_tokens,
-    model_source,
     training_arguments,
 )
+from .plan import Inputs, encoded_lines, plan, record_of
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
+from .vocabulary import require_settings
+
+LORA_FOLDER = "lora"  # in that of the run
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -123,33 +111,16 @@ def train(
     """
     output = Path(config.output)
     require_startable(config, resume=resume, overwrite=overwrite)
-    check_sharding(config)
-    inputs = _Inputs.read(config)
+    clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
     examples_per_step = read_run(output)[1].examples_per_step if resume else None
-    arguments = training_arguments(config, inputs.kind, inputs.examples, inputs.max_length, examples_per_step)
-    if arguments.process_index != 0:
-        announce = _say_nothing
-    model, adapter = _adapted_model(config, inputs, arguments.max_steps)
-    for line in _plan(config, inputs, model, arguments):
-        announce(line)
-    if inputs.rendering is not None:
-        announce(f"Format: {_format_line(config, inputs)}")
-    clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
-    callbacks = _callbacks(config, clock, progress, stop)
-    trainer = make_trainer(inputs.kind, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
-    if inputs.rendering is not None:
-        for line in _encoded_lines(trainer, inputs):
-            announce(line)
-    prepare_sharding(trainer)
-    start_from_data(trainer, adapter)
-    if config.head_learning_rate is not None:
-        give_head_its_rate(trainer, config.head_learning_rate)
+    trainer, inputs = _prepared(config, examples_per_step, announce, _callbacks(config, clock, progress, stop))
+    arguments = trainer.args
     last = _last_checkpoint(output, trainer) if resume else None
     # Only now, when all is known to work in every process, is anything on disk touched.
     _wait_for_all(arguments)
     if arguments.process_index == 0:
-        _make_folder(output, overwrite, None if resume else _record_of(config, inputs, arguments))
+        _make_folder(output, overwrite, None if resume else record_of(config, inputs, arguments))
     _wait_for_all(arguments)
     with stop.listening(), progress.closed_at_the_end():
         _run(trainer, last, clock, announce)
@@ -157,70 +128,59 @@ def train(
         where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
         raise Interrupted(f"Stopped by {stop.signal} {where}")
     metrics = plain_metrics(trainer.evaluate())
-    return _finish(trainer, config, inputs.untouched, output, metrics, clock.seconds_per_step, illustrate)
+    return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce, illustrate)
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What a run is made from, read and checked."""
+def show_plan(config: TrainConfig, *, announce: Announce = print) -> None:
+    """Say what `train` would do, with an example as the model reads it; nothing is trained or written.
 
-    kind: Kind
-    source: str  # of the model
-    data: TaskData
-    tokenizer: PreTrainedTokenizerBase
-    untouched: PreTrainedTokenizerBase  # encoding leaves its length in a tokenizer, unless a cache has spared it
-    max_length: int
-    too_long: int  # examples that are cut
-    rendering: str | None  # of prompts and chats
+    Raises:
+        FileNotFoundError: model or data is missing.
+        ValueError: the data or a setting cannot be used.
 
-    @classmethod
-    def read(cls, config: TrainConfig) -> _Inputs:
-        source = model_source(config.model)
-        model_config = check_model(source, config)
-        kind = kind_for(config.task, model_config)
-        if not kind.has_head and config.head_learning_rate is not None:
-            raise ValueError(
-                f"head_learning_rate={config.head_learning_rate!r} is for a new head, and {config.model} answers "
-                "multiple choice without one. Leave it out."
-            )
-        data = load_task_data(config)
-        with readable(config.model, MODEL_EXPECTED):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        choose_template(tokenizer, config.chat_template)
-        untouched = copy.deepcopy(tokenizer)
-        limit = max_tokens(tokenizer, model_config)
-        counts = kind.lengths(data.splits["train"], tokenizer)
-        max_length = config.max_length or choose_max_length(counts, limit)
-        if max_length > limit:
-            raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
-        too_long = sum(count > max_length for count in counts)
-        rendering = rendering_of(data.splits["train"], tokenizer) if kind.generates else None
-        return cls(kind, source, data, tokenizer, untouched, max_length, too_long, rendering)
-
-    @property
-    def examples(self) -> int:
-        """To train on."""
-        return len(self.data.splits["train"])
-
-    def encoded(self) -> tuple[Dataset, Dataset]:
-        """Training and validation."""
-        train, validation = (
-            self.kind.encode(self.data.splits[name], self.tokenizer, self.max_length)
-            for name in ("train", "validation")
-        )
-        return train, validation
+    """
+    require_startable(config, overwrite=True)
+    with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer makes its output folder at once
+        _prepared(replace(config, output=elsewhere), None, announce, [])
 
 
-def _adapted_model(config: TrainConfig, inputs: _Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
+def _prepared(
+    config: TrainConfig, examples_per_step: int | None, announce: Announce, callbacks: list[TrainerCallback]
+) -> tuple[Trainer, Inputs]:
+    """The Trainer of a run, all checked and told."""
+    require_settings(config)
+    check_sharding(config)
+    inputs = Inputs.read(config)
+    arguments = training_arguments(config, inputs.kind, inputs.examples, inputs.max_length, examples_per_step)
+    if arguments.process_index != 0:
+        announce = _say_nothing
+    model, adapter = _adapted_model(config, inputs, arguments.max_steps)
+    for line in plan(config, inputs, model, arguments):
+        announce(line)
+    trainer = make_trainer(inputs.kind, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
+    for line in encoded_lines(config, trainer, inputs):
+        announce(line)
+    prepare_sharding(trainer)
+    if config.start_from is None:
+        start_from_data(trainer, adapter)
+    if config.head_learning_rate is not None:
+        give_head_its_rate(trainer, config.head_learning_rate)
+    return trainer, inputs
+
+
+def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
     """The model to train, and the configuration of its adapter, if it has one."""
-    adapter = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter)
+    adapter = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter_fields)
     if adapter is None or inputs.kind.has_head:
         load_in_every_process()
     set_seed(config.seed)
-    model = load_model(inputs.source, config, inputs.data.labels, inputs.tokenizer)
-    return (model if adapter is None else get_peft_model(model, adapter)), adapter
+    source = config.start_from if config.start_from and adapter is None else inputs.source
+    model = load_model(source, config, inputs.data.labels, inputs.tokenizer)
+    if adapter is None:
+        return model, None
+    if config.start_from is not None:
+        return PeftModel.from_pretrained(model, config.start_from, is_trainable=True), adapter
+    return get_peft_model(model, adapter), adapter
 
 
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
@@ -281,49 +241,14 @@ def resume_hint(output: Path) -> str:
     return f"Go on with: lrlora train --resume {output}"
 
 
-def _plan(config: TrainConfig, inputs: _Inputs, model: nn.Module, arguments: Any) -> list[str]:
-    """What is about to happen, in three lines."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    schedule, splits = SchedulerType(arguments.lr_scheduler_type).value, inputs.data.splits
-    return [
-        f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
-        f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples.",
-        f"Data: {len(splits['train']):,} examples to train on, {len(splits['validation']):,} to validate; "
-        f"{inputs.too_long:,} of the first are longer than {inputs.max_length} tokens and are cut there.",
-        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
-        f"evaluation every {arguments.eval_steps:g} steps, seed {config.seed}.",
-    ]
-
-
-def _encoded_lines(trainer: Trainer, inputs: _Inputs) -> Iterator[str]:
-    """What became of the examples: how many TRL leaves out, and how the first one is read."""
-    encoded, arguments = trainer.train_dataset, trainer.args
-    left = inputs.examples - len(encoded)  # type: ignore[arg-type]
-    if left and not getattr(arguments, "packing", False):
-        yield (
-            f"Left out: {left:,} of {inputs.examples:,} examples, whose first {inputs.max_length} tokens hold nothing "
-            "that the loss is taken of."
-        )
-    first = next(iter(encoded))  # type: ignore[arg-type]
-    yield f"Example, with the loss taken in ⟦ ⟧: {shown_example(first, inputs.tokenizer)!r}"
-
-
-def _format_line(config: TrainConfig, inputs: _Inputs) -> str:
-    """What the data was taken for, and how it is read."""
-    found = format_of(inputs.data.splits["train"].column_names)
-    given = config.chat_template
-    template = "the model's own chat template" if given is None else f"the chat template {given}"
-    how = {CHAT: f"as chats, written with {template}", PLAIN: "as plain text, without a template", TEXT: "as it is"}
-    return f"{found.name}, read {how[str(inputs.rendering)]}."
-
-
 def _finish(
     trainer: Trainer,
     config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    inputs: Inputs,
     output: Path,
     metrics: dict[str, float],
     seconds_per_step: float,
+    announce: Announce,
     illustrate: Callable[[Path], None] | None,
 ) -> TrainResult:
     model: Any = trainer.model
@@ -341,12 +266,16 @@ def _finish(
         report.to_json(output / REPORT_FILE)
     with replacing_files(output) as partial:
         model.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
+        inputs.untouched.save_pretrained(partial)
+        if inputs.kind.has_head and config.method != "full":
+            model.get_base_model().config.save_pretrained(partial)  # it knows the classes
     write_json(output / LOG_FILE, trainer.state.log_history)
     if METHODS[config.method].has_ranks:
         if illustrate is not None:
             illustrate(output)
         write_card(output, metrics)
+    if config.method == "lr-lora":
+        _save_plain_lora(output, announce)
     # Last: a run with metrics is a finished one.
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):
@@ -357,26 +286,18 @@ def _finish(
     return result
 
 
+def _save_plain_lora(output: Path, announce: Announce) -> None:
+    """Put the update beside the adapter as a plain LoRA, for those who have PEFT alone: exact if it is a product."""
+    shutil.rmtree(output / LORA_FOLDER, ignore_errors=True)  # of a process that was killed here
+    try:
+        updates = read_updates(output)
+        energy = 1.0 if all(update.is_product for update in updates) else DEFAULT_ENERGY
+        save_as_lora(factorize(updates, energy=energy), updates, output / LORA_FOLDER)
+    except ValueError as error:  # not all updates can be one, and the run is done
+        announce(f"There is no plain LoRA beside the adapter. {error}")
+
+
 def rank_report_of(output: Path) -> RankReport | None:
     """The learned ranks of a finished run, if its method has them."""
     path = output / REPORT_FILE
     return RankReport.from_json(path) if path.exists() else None
-
-
-def _record_of(config: TrainConfig, inputs: _Inputs, arguments: TrainingArguments) -> dict[str, Any]:
-    modules = (torch, transformers, peft, datasets)
-    versions = {"lrlora": __version__, "python": platform.python_version()}
-    return {
-        "config": config.to_dict(),
-        "labels": inputs.data.labels,
-        "max_length": inputs.max_length,
-        "examples_per_step": _examples_per_step(arguments),
-        "rendering": inputs.rendering,
-        "chat_template": inputs.tokenizer.chat_template if inputs.rendering == CHAT else None,
-        "versions": versions | {module.__name__: module.__version__ for module in modules},
-    }
-
-
-def _examples_per_step(arguments: TrainingArguments) -> int:
-    # `train_batch_size` is that of all GPUs of a process.
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

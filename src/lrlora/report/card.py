@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from ..export.card import ASKING, base_on_hub, header, is_asked_in_chats, loading
 from ..files import write_whole
 from ..rank import MEASURES
-from ..run_folder import CHAT, PICTURE_FILE
-from ..tuner.config import CARD_SECTION
-from .runs import PROMPTS, Run, load_run
-
-_LOADING = """## Loading this LoRA adapter
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this folder or hub name")
-```
-"""
-
-_ASKING = """## Asking it
-
-It was trained on chats: ask it in chats, with the tokenizer that is beside it.
-
-```python
-chat = [{"role": "user", "content": "…"}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-tokens = model.generate(**inputs, max_new_tokens=100)
-print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-"""
+from ..run_folder import PICTURE_FILE
+from ..saved import SavedAdapter
+from .runs import Run, load_run
 
 
 def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
-    """Replace the text of a saved adapter's model card by what is known of the run.
+    """Write the model card of a run beside its adapter, in place of PEFT's.
 
     Args:
-        folder: of the run, with the adapter and PEFT's card, whose header stays. A picture of the ranks in it is shown.
+        folder: of the run, with the adapter. A picture of the ranks in it is shown.
         metrics: of the run, if they are not there as a file yet.
 
     """
     run = load_run(str(folder), folder.resolve().name, metrics)
-    card = folder / "README.md"
-    header = re.match(r"---\n.*?\n---\n", card.read_text(encoding="utf-8"), re.DOTALL)
     picture = PICTURE_FILE if (folder / PICTURE_FILE).exists() else None
-    write_whole(card, (header[0] if header else "") + model_card(run, picture))
+    saved = SavedAdapter.read(folder)
+    run.facts["base model"] = base_on_hub(saved) or Path(run.facts["base model"]).name
+    is_ours = run.facts["method"] == "LR-LoRA"
+    parts = [
+        header(base_on_hub(saved), "lrlora" if is_ours else "lora") + model_card(run, picture),
+        loading(saved, needs_lrlora=is_ours),
+        *([ASKING] if is_asked_in_chats(saved) else []),
+    ]
+    write_whole(folder / "README.md", "\n\n".join(parts))
 
 
 def model_card(run: Run, picture: str | None = None) -> str:
-    """Method, base, data, metrics, ranks by kind of module, their picture, and how to load it; Markdown.
+    """Method, base, data, metrics, ranks by kind of module, and their picture; Markdown.
 
     Args:
         run: the run.
@@ -72,7 +57,5 @@ def model_card(run: Run, picture: str | None = None) -> str:
         "## Ranks of ΔW",
         "\n".join(lines),
         *([f"![Learned ranks]({picture})"] if picture else []),
-        CARD_SECTION if method == "LR-LoRA" else _LOADING,
-        *([_ASKING] if run.facts.get("prompts") == PROMPTS[CHAT] else []),
     ]
     return "\n\n".join(parts)

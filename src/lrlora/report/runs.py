@@ -28,6 +28,8 @@ from ..run_folder import (
     last_whole_checkpoint,
     read_history,
     read_record,
+    shown_metrics,
+    which_checkpoint,
 )
 from ..saved import SavedAdapter
 from ..updates import read_updates
@@ -175,10 +177,10 @@ def _add_training(
         if value is not None
     }
     metrics = metrics or _read(folder / METRICS_FILE, dict[str, float])
-    measured = {name: value for name, value in metrics.items() if name != "epoch"}
+    measured = shown_metrics(metrics)
     if measured:
         # What `lrlora train` measures has chosen the checkpoint; the demo's test has chosen nothing.
-        where = "validation, best checkpoint" if record else "test"
+        where = f"validation, {which_checkpoint(record.config)}" if record else "test"
         result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
     result.settings = {label: content for label, content in settings.items() if content}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from rich import box
 from rich.table import Table
 
+from ..naming import MOST_ROWS, shortened
 from ..rank import MEASURES, RankReport, RankRow
 
 _COLUMNS = {
@@ -25,8 +28,16 @@ _OPTIONAL = {
 }
 
 
-def rank_table(report: RankReport, title: str) -> Table:
-    """All rows of the report, then the mean by kind. Readable from 80 columns on."""
+def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool = False) -> Table:
+    """The learned ranks, module by module, or of many modules the means by type and by layer; then by kind.
+
+    Args:
+        report: the ranks.
+        title: of the table.
+        width: of the terminal; longer paths lose their beginning.
+        every: show all modules, however many.
+
+    """
     there = {
         # Of LoRA the limit is r, of φ(BA) that of any matrix.
         "rank_limit": any(row.rank_limit not in (None, row.r, min(row.m, row.n)) for row in report.rows),
@@ -35,25 +46,47 @@ def rank_table(report: RankReport, title: str) -> Table:
         "curvature": bool(report.curves),
     }
     columns = {name: heading for name, heading in _COLUMNS.items() if there.get(name, True)}
-    caption = " ".join([_CAPTION, *(about for name, about in _OPTIONAL.items() if there[name] and about)])
+    sections = [
+        [(label, [_format(name, _mean(rows, name)) for name in columns]) for label, rows in section.items()]
+        for section in _sections(report.rows, every=every)
+    ]
+    cells = [[*columns.values()], *(values for section in sections for _, values in section)]
+    room = width - sum(max(map(len, column)) + 1 for column in zip(*cells, strict=True)) - 1
+    means = "Means over modules. " if len(sections) > 2 else ""
+    caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if there[name] and about)])
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 0), False
-    table.add_column("module", overflow="fold")
-    table.add_column("kind", no_wrap=True)
+    table.add_column("module", no_wrap=True)
     for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in report.rows:
-        table.add_row(row.module, row.kind, *(_format(name, getattr(row, name)) for name in columns))
-    table.add_section()
-    for kind in sorted({row.kind for row in report.rows}):
-        rows = [row for row in report.rows if row.kind == kind]
-        table.add_row(f"mean of {len(rows)}", kind, *(_format(name, _mean(rows, name)) for name in columns))
+    for section in sections:
+        for label, values in section:
+            table.add_row(shortened(label, room), *values)
+        table.add_section()
     return table
+
+
+def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[RankRow]]]:
+    """Label → rows whose mean a line of the table shows, for each part of it."""
+    if every or len(rows) <= MOST_ROWS:
+        yield {row.module: [row] for row in rows}
+    else:
+        yield _grouped(rows, lambda row: row.type)
+        if len({row.layer for row in rows}) > 1:
+            yield _grouped(rows, lambda row: "outside of layers" if row.layer is None else f"layer {row.layer}")
+    yield _grouped(rows, lambda row: f"all: {row.kind}")
+
+
+def _grouped(rows: list[RankRow], label: Callable[[RankRow], str]) -> dict[str, list[RankRow]]:
+    groups: dict[str, list[RankRow]] = {}
+    for row in rows:
+        groups.setdefault(label(row), []).append(row)
+    return {f"{name} ×{len(group)}" if len(group) > 1 else name: group for name, group in groups.items()}
 
 
 def _mean(rows: list[RankRow], column: str) -> float | None:
     known = [value for row in rows if (value := getattr(row, column)) is not None]
-    return sum(known) / len(known) if known else None
+    return sum(known) / len(known) if len(known) > 1 else (known or [None])[0]
 
 
 def _format(name: str, value: float | None) -> str:

@@ -1,0 +1,93 @@
+"""The settings of a run as options of the command line, and as a YAML file to begin with."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from ..lab.config import TrainConfig, parse_assignments, parse_pairs, read_run, read_yaml, with_short_names
+
+_REQUIRED = ("model", "data", "task")
+
+
+def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, in place of its `**settings`, an option for each setting of a run, of the same name.
+
+    Their help is what the docstring of `TrainConfig` says. What is not given is None.
+    """
+    about, hints = _help(), get_type_hints(TrainConfig)
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
+    options = [_option(field, hints[field.name], about[field.name]) for field in fields(TrainConfig)]
+    position = 1 + [each.name for each in parameters].index("config")
+    signature = inspect.Signature([*parameters[:position], *options, *parameters[position:]])
+    vars(command)["__signature__"] = signature
+    command.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+    return command
+
+
+def _option(setting: Field[Any], hint: Any, about: str) -> inspect.Parameter:
+    kind: Any = list[str] | None if "dict" in str(hint) else (bool | None if hint is bool else hint | None)
+    flag = f"--{setting.name.replace('_', '-')}"
+    names = (flag, "--column") if setting.name == "columns" else (flag,)
+    has_default = not any(setting.default is nothing for nothing in (MISSING, None, False))
+    about = f"{about} Required." if setting.name in _REQUIRED else about
+    about = f"{about.rstrip('.')}; default: {setting.default}." if has_default else about
+    option = typer.Option(*names, help=about, show_default=False)
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(setting.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+
+
+def _help() -> dict[str, str]:
+    """What the docstring of `TrainConfig` says of each setting."""
+    section = (inspect.getdoc(TrainConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: text[:1].upper() + " ".join(text[1:].split()) for name, text in entries}
+
+
+def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run: those of the run that it starts from, then of a file, then of the command line."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, parse in (("columns", parse_pairs), ("adapter", parse_assignments), ("training", parse_assignments)):
+        if name in given:
+            given[name] = parse(given[name], f"--{name}")
+    told = read_yaml(file) if file else {}
+    start = given.get("start_from", told.get("start_from"))
+    layers = [] if start is None else [{**read_run(Path(str(start)))[0].to_dict(), "output": TrainConfig.output}]
+    settings: dict[str, Any] = {}
+    for layer in (*layers, told, given):
+        method = layer.get("method", settings.get("method"))
+        for name, value in with_short_names(layer | ({"method": method} if method else {})).items():
+            is_nested = isinstance(value, dict) and isinstance(settings.get(name), dict)
+            settings[name] = settings[name] | value if is_nested else value
+    return settings
+
+
+def starter(given: dict[str, str]) -> str:
+    """A YAML file with every setting, what it is for, and its default; those that are not given are commented out."""
+    about = _help()
+    parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
+    for setting in fields(TrainConfig):
+        lines = [f"# {line}" for line in _wrapped(about[setting.name])]
+        value = given.get(setting.name)
+        default = setting.default if setting.default is not MISSING else {}
+        shown = "" if default is None or setting.name in _REQUIRED else _as_yaml(default)
+        lines.append(f"{setting.name}: {value}" if value else f"# {setting.name}: {shown}".rstrip())
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _wrapped(text: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, 98)
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

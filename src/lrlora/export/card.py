@@ -1,0 +1,106 @@
+"""What a recipient of an adapter needs beside its weights: the base model's name, the classes, how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..run_folder import CHAT, RUN_FILE, RunRecord, read_record
+from ..saved import SavedAdapter
+
+MODEL_CONFIG = "config.json"  # beside an adapter: of the model that it was trained in, with the names of the classes
+_MODELS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+ASKING = """## Asking it
+
+It was trained on chats: ask it in chats, with the template of the tokenizer that is beside it.
+
+```python
+chat = [{"role": "user", "content": "…"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+def record_beside(saved: SavedAdapter) -> RunRecord | None:
+    """The record of the run that an adapter is the output of."""
+    folder = Path(saved.name)
+    return read_record(folder) if (folder / RUN_FILE).is_file() else None
+
+
+def base_on_hub(saved: SavedAdapter) -> str | None:
+    """The name of the base model on the hub; None where a folder of this machine is all that is known."""
+    record = record_beside(saved)
+    if record is not None and record.base_model is not None:
+        return record.base_model
+    name = saved.config.base_model_name_or_path
+    return name if name and not Path(name).is_absolute() and not Path(name).exists() else None
+
+
+def class_names(saved: SavedAdapter) -> list[str]:
+    """The classes of a classifier, in the order of its outputs; empty where they have no names."""
+    record = record_beside(saved)
+    if record is not None:
+        return record.labels
+    path = Path(saved.name) / MODEL_CONFIG
+    if not path.is_file():
+        return []
+    names = json.loads(path.read_text(encoding="utf-8")).get("id2label", {})
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def header(base: str | None, *tags: str) -> str:
+    """The head of a card that the hub reads, with the base model only if it has a public name."""
+    of_base = [] if base is None else [f"base_model: {base}"]
+    known = [*tags, *([] if base is None else [f"base_model:adapter:{base}"])]
+    return "\n".join(["---", *of_base, "library_name: peft", "tags:", *(f"- {tag}" for tag in known), "---", "", ""])
+
+
+def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
+    """How an adapter is loaded, by PEFT alone or with lrlora, with its classes if it has some."""
+    model, classes = _MODELS.get(saved.config.task_type, "AutoModel"), class_names(saved)
+    of_classes = ", config=AutoConfig.from_pretrained(folder)" if classes else ""
+    lines = [
+        *(["import lrlora  # registers the method: without it PEFT stops with KeyError: 'LRLORA'"] * needs_lrlora),
+        "from peft import PeftModel",
+        f"from transformers import {'AutoConfig, ' if classes else ''}{model}, AutoTokenizer",
+        "",
+        'folder = "this folder or hub name"',
+        f'base = {model}.from_pretrained("{base_on_hub(saved) or "the base model"}"{of_classes})',
+        "model = PeftModel.from_pretrained(base, folder)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
+    install = (
+        "The method is not part of PEFT: install lrlora (`pip install .` in a clone of it). The folder `lora` holds "
+        "the same update as a plain LoRA, which PEFT and servers load alone.\n\n"
+    )
+    names = f"\nIts classes, in the order of the outputs: {', '.join(classes)}.\n" if classes else ""
+    code = "\n".join(lines)
+    return f"## Loading it\n\n{install if needs_lrlora else ''}```python\n{code}\n```\n{names}"
+
+
+def is_asked_in_chats(saved: SavedAdapter) -> bool:
+    """Whether an adapter is of a run that was trained on chats."""
+    record = record_beside(saved)
+    return record is not None and record.rendering == CHAT
+
+
+def merged_card(saved: SavedAdapter) -> str:
+    """The card of a full model that an adapter was merged into."""
+    base, classes = base_on_hub(saved), class_names(saved)
+    head = "\n".join(["---", *([f"base_model: {base}"] if base else []), "library_name: transformers", "---"])
+    parts = [
+        f"{head}\n\n# {base or 'A model'}, fine-tuned",
+        "A full model: its base model with the update of an adapter merged into the weights by lrlora "
+        "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers alone.",
+        *([f"Its classes, in the order of the outputs: {', '.join(classes)}."] if classes else []),
+        *([ASKING] if is_asked_in_chats(saved) else []),
+    ]
+    return "\n\n".join(parts) + "\n"
