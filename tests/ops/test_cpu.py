@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import multiprocessing
+import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,6 +24,9 @@ from lrlora.ops.table import TransferTable
 from lrlora.transfer import Transfer, TransferSpec
 
 from .test_linear import formula, fused, make_case, relative
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
 
 @pytest.fixture
@@ -51,19 +61,211 @@ def test_without_a_home_it_works(monkeypatch: pytest.MonkeyPatch, fresh_library:
         assert relative(fused(case), formula(case)) <= 1e-6
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_a_damaged_library_is_compiled_anew(fresh_library: Path) -> None:
-    # Compiled by another process: what this one has loaded, it would not read again.
-    subprocess.run([sys.executable, "-c", "from lrlora.ops import cpu; cpu._library()"], check=True)
-    (library,) = fresh_library.glob("kernels-*.so")
-    library.write_bytes(b"")
+def load_quietly() -> ctypes.CDLL:
+    cpu._library.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cpu._library() is not None
-    assert library.stat().st_size > 0
+        kernels = cpu._library()
+    assert kernels is not None
+    return kernels
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def start_loading() -> BaseProcess:
+    """Load them in another process."""
+    process = multiprocessing.get_context("fork").Process(target=load_quietly)
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder after the first use."""
+    folder = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRLORA_CACHE", str(folder))
+        load_quietly()
+    return folder
+
+
+@pytest.fixture
+def kept(filled_cache: Path, fresh_library: Path) -> Path:
+    """The library in a filled cache."""
+    shutil.copytree(filled_cache, fresh_library, dirs_exist_ok=True)
+    (path,) = fresh_library.rglob("*.so")
+    return path
+
+
+def exchange(kept: Path, code: str, folder: Path) -> Path:
+    """Put a library with other code in the place of the kept one, under the name that its content asks for."""
+    source, made = folder / "other.cpp", folder / "other.so"
+    source.write_text(code)
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in (kept, made)]
+    made.chmod(0o700)
+    kept.unlink()
+    return made.rename(kept.with_name(kept.name.replace(*digests)))
+
+
+@pytest.fixture
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is not in the cache."""
+    return tmp_path_factory.mktemp("outside")
+
+
+@pytest.fixture
+def evil(kept: Path, outside: Path) -> Path:
+    """A kept library that writes the file `it-ran` outside as it is loaded."""
+    code = f'''
+        #include <cstdio>
+        extern "C" void lrlora_effective_weight() {{}}
+        extern "C" void lrlora_gradient() {{}}
+        __attribute__((constructor)) static void run() {{ std::fclose(std::fopen("{outside}/it-ran", "w")); }}
+    '''
+    return exchange(kept, code, outside)
+
+
+def script(path: Path, *lines: str) -> str:
+    """A compiler of one's own."""
+    path.write_text("\n".join(("#!/bin/sh", *lines)))
+    path.chmod(0o700)
+    return str(path)
+
+
+@needs_compiler
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_cut_off_library_is_compiled_anew(kept: Path, share: float) -> None:
+    size = kept.stat().st_size
+    os.truncate(kept, int(size * share))
+    process = start_loading()  # which half a library may end
+    process.join()
+    assert process.exitcode == 0
+    assert kept.stat().st_size == size
+
+
+@needs_compiler
+def test_a_library_without_the_kernels_is_compiled_anew(kept: Path, outside: Path) -> None:
+    exchange(kept, "int other;", outside)
+    assert hasattr(load_quietly(), "lrlora_gradient")
+
+
+@needs_compiler
+def test_a_compiler_that_leaves_the_kernels_out_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, fresh_library: Path, outside: Path
+) -> None:
+    (outside / "empty.cpp").write_text("")
+    # The last argument is the file to write.
+    compiler = script(outside / "c++", 'for out; do :; done; c++ -shared -fPIC "$(dirname "$0")"/empty.cpp -o "$out"')
+    monkeypatch.setenv("CXX", compiler)
+    case = make_case(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="has no function lrlora_"):
+        assert relative(fused(case), formula(case)) <= 1e-6
+    assert list(fresh_library.rglob("*.so")) == []
+
+
+@needs_compiler
+def test_a_library_of_ones_own_is_run(evil: Path, outside: Path) -> None:
+    load_quietly()
+    assert (outside / "it-ran").exists()
+
+
+def give_away(path: Path) -> None:
+    os.chown(path, 65534, 65534)
+
+
+def open_to_group(path: Path) -> None:
+    path.chmod(0o770)
+
+
+def open_to_all(path: Path) -> None:
+    path.chmod(0o707)
+
+
+def link(path: Path) -> None:
+    path.symlink_to(path.rename(path.with_name("elsewhere")))
+
+
+CHANGES = [pytest.param(give_away, marks=as_root), open_to_group, open_to_all, link]
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_library_that_others_may_write_is_not_run(evil: Path, outside: Path, change: Callable[[Path], None]) -> None:
+    change(evil)
+    load_quietly()
+    assert not (outside / "it-ran").exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_that_others_may_write_to_is_refused(
+    evil: Path, outside: Path, change: Callable[[Path], None]
+) -> None:
+    change(evil.parent)
+    case = make_case(dtype=torch.float32)
+    with pytest.warns(UserWarning, match=re.escape(str(evil.parent))) as caught:
+        assert relative(fused(case), formula(case)) <= 1e-6
+    (warning,) = caught
+    if change in (open_to_group, open_to_all):
+        assert f"chmod go-w {evil.parent}" in str(warning.message)
+    assert not (outside / "it-ran").exists()
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a folder has no path but its name")
+def test_a_folder_that_is_exchanged_after_the_check_is_not_loaded_from(
+    evil: Path, filled_cache: Path, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = evil.parent
+    evil = evil.rename(outside / "evil.so")
+    (good,) = filled_cache.rglob("*.so")
+    shutil.copy2(good, folder)
+    load = ctypes.CDLL
+
+    def exchange_and_load(name: str) -> ctypes.CDLL:
+        folder.rename(outside / "away")
+        folder.mkdir()
+        evil.rename(folder / good.name)
+        return load(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", exchange_and_load)
+    load_quietly()
+    assert not (outside / "it-ran").exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize("umask", [0, 0o002])
+def test_others_cannot_write_whatever_the_umask(fresh_library: Path, umask: int) -> None:
+    mode = 0o777 & ~umask
+    fresh_library.chmod(mode)
+    before = os.umask(umask)
+    try:
+        load_quietly()
+    finally:
+        os.umask(before)
+    (kept,) = fresh_library.rglob("*.so")
+    for path in (kept, kept.parent):
+        assert path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) == 0
+    assert stat.S_IMODE(fresh_library.stat().st_mode) == mode  # it may be shared for its downloads
+    compiled = kept.stat()
+    load_quietly()
+    assert kept.stat().st_ino == compiled.st_ino
+
+
+@needs_compiler
+def test_processes_may_compile_at_once(monkeypatch: pytest.MonkeyPatch, fresh_library: Path, outside: Path) -> None:
+    wait = f"touch {outside}/$$.started; until [ $(ls {outside} | grep -c started) = 2 ]; do sleep 0.1; done"
+    monkeypatch.setenv("CXX", script(outside / "both", wait, 'exec c++ "$@"'))
+    processes = [start_loading(), start_loading()]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    (kept,) = (path for path in fresh_library.rglob("*") if path.is_file())
+    compiled = kept.stat()
+    load_quietly()
+    assert kept.stat().st_ino == compiled.st_ino
+
+
+@needs_compiler
 def test_the_natural_tails_are_taken_as_far_as_a_table_reaches() -> None:
     spec = TransferSpec("sinc", 50)
     transfer, plain = Transfer(spec), torch.zeros(1)

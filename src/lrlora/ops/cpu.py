@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
 import shlex
 import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import cache_folder
+from .library import load_library
 from .table import CELLS_PER_BIN, PhiGradient, TransferTable
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
+_FUNCTIONS = ("lrlora_effective_weight", "lrlora_gradient")
 _FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
 _MOMENTS = 4
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
@@ -151,35 +147,15 @@ def _require_library() -> ctypes.CDLL:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels, or None, with one warning, where they cannot be had."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    command = [*shlex.split(compiler), *_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
     try:
-        return _load()
-    # RuntimeError: there is no home folder.
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+        return load_library(_SOURCE, command, _FUNCTIONS)
+    except (OSError, RuntimeError) as error:
         warnings.warn(
             "lrlora trains slower than it could on this CPU: its kernels could not be compiled and loaded. They need "
             "a C++ compiler with OpenMP (CXX in the environment names one) and a folder to keep them in "
-            f"(LRLORA_CACHE names one). LRLORA_KERNELS=0 silences this. The reason: {reason.strip()[-500:]}",
+            f"(LRLORA_CACHE names one). LRLORA_KERNELS=0 silences this. The reason: {str(error).strip()[-500:]}",
             stacklevel=2,
         )
         return None
-
-
-def _load() -> ctypes.CDLL:
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
-    command = [*shlex.split(compiler), *_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    machine = (sys.platform, platform.machine())
-    fingerprint = hashlib.sha256(_SOURCE.read_bytes() + " ".join((*machine, *command)).encode()).hexdigest()[:16]
-    library = cache_folder() / f"kernels-{fingerprint}.so"
-    if library.exists():
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:
-            library.unlink()  # damaged: compile it anew
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        compiled = Path(scratch) / library.name
-        command += [str(_SOURCE), "-o", str(compiled)]
-        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
-        compiled.replace(library)
-    return ctypes.CDLL(str(library))
