@@ -7,7 +7,9 @@ import hashlib
 import multiprocessing
 import os
 import re
+import select
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrlora.ops import cpu
+from lrlora.ops import cpu, library
 from lrlora.ops.table import TransferTable
 from lrlora.transfer import Transfer, TransferSpec
 
@@ -249,6 +251,36 @@ def test_others_cannot_write_whatever_the_umask(fresh_library: Path, umask: int)
     compiled = kept.stat()
     load_quietly()
     assert kept.stat().st_ino == compiled.st_ino
+
+
+def test_a_compiler_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, fresh_library: Path, outside: Path) -> None:
+    # What it starts holds the pipe open for as long as it lives.
+    os.mkfifo(outside / "alive")
+    alive = os.open(outside / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setenv("CXX", script(outside / "c++", f"exec 3> {outside}/alive", "sleep 600", "true"))
+    monkeypatch.setattr(library, "_COMPILER_SECONDS", 2)
+    case = make_case(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="did not finish in 2 s"):
+        assert relative(fused(case), formula(case)) <= 1e-6
+    assert select.select([alive], [], [], 60)[0]  # at its end
+    os.close(alive)
+
+
+@needs_compiler
+def test_what_a_killed_process_left_is_removed(
+    monkeypatch: pytest.MonkeyPatch, fresh_library: Path, outside: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", script(outside / "c++", "kill -9 $PPID"))
+        process = start_loading()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    (scratch,) = (path for path in fresh_library.rglob("*") if path.is_dir() and not any(path.iterdir()))
+    load_quietly()
+    assert scratch.exists()  # its process might be alive, on another machine even
+    os.utime(scratch, (0, 0))
+    load_quietly()
+    assert not scratch.exists()
 
 
 @needs_compiler

@@ -11,15 +11,23 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..files import cache_folder, flush
+
+_COMPILER_SECONDS = 120
+# Far longer than a compiler may take: the machines that share a folder may not agree on the time.
+_SCRATCH_SECONDS = 3600
+_SCRATCH = "compiling-"
 
 
 def load_library(source: Path, command: Sequence[str], functions: Sequence[str]) -> ctypes.CDLL:
@@ -37,6 +45,7 @@ def load_library(source: Path, command: Sequence[str], functions: Sequence[str])
     """
     recipe = _digest(source.read_bytes() + " ".join((sys.platform, platform.machine(), *command)).encode())
     with _own_folder() as folder:
+        _remove_leftovers(folder)
         for kept in folder.glob(f"kernels-{recipe}-*.so"):
             try:
                 _require_own(kept, kept.lstat())
@@ -45,13 +54,9 @@ def load_library(source: Path, command: Sequence[str], functions: Sequence[str])
                 return _open(kept, functions)
             except OSError:
                 kept.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
             compiled = Path(scratch) / "compiled.so"
-            ran = subprocess.run(
-                [*command, str(source), "-o", str(compiled)], capture_output=True, text=True, errors="replace"
-            )
-            if ran.returncode != 0:
-                raise ChildProcessError(f"{command[0]} failed ({ran.returncode}). {ran.stderr}")
+            _run([*command, str(source), "-o", str(compiled)])
             compiled.chmod(0o700)  # the compiler leaves it as open as the umask is
             library = _open(compiled, functions)  # before it is kept, so that only what works is
             flush(compiled)
@@ -117,3 +122,37 @@ def _require_own(path: Path, status: os.stat_result) -> None:
             f"others may write to {path} (mode {stat.S_IMODE(status.st_mode):04o}), and their code would run as yours. "
             f"Close it with chmod go-w {path}, or set LRLORA_CACHE to another folder."
         )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes left that were killed as they compiled.
+
+    By age: that there is no process of some number says nothing, if containers or machines share the folder.
+    """
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - scratch.stat().st_mtime > _SCRATCH_SECONDS:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(command: list[str]) -> None:
+    """Run a compiler, for as long as one may take."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as compiler:
+        try:
+            output, _ = compiler.communicate(timeout=_COMPILER_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{command[0]} did not finish in {_COMPILER_SECONDS} s and was stopped.") from error
+        finally:
+            # It starts others, which would run on; and Ctrl-C, too, does not reach a session of its own.
+            if compiler.returncode is None:
+                os.killpg(compiler.pid, signal.SIGKILL) if os.name == "posix" else compiler.kill()
+    if compiler.returncode != 0:
+        raise ChildProcessError(f"{command[0]} failed ({compiler.returncode}). {output}")
