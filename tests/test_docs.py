@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ import pytest
 import yaml
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from lrlora import LrLoraConfig
+from lrlora.cli import app
 from lrlora.lab.compare import Suite
 from lrlora.lab.compare.jobs import read_comparison
 from lrlora.lab.compare.report import write_report
 from lrlora.lab.config import TrainConfig
 
 from .conftest import FAMILIES, TinyModel
-from .lab.small import reviews, save_encoder
+from .lab.small import reviews, save_decoder, save_encoder
 from .updates.small_diffusion import save_as_kohya, with_lora
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +94,26 @@ def test_the_example_of_compressing_runs(
     *_, overlap = capsys.readouterr().out.splitlines()
     assert 0.9 < min(eval(overlap).values()) <= max(eval(overlap).values()) <= 1
     assert (tmp_path / "smaller.safetensors").stat().st_size < (tmp_path / "my-lora.safetensors").stat().st_size
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = {
+        "FacebookAI/roberta-base": save_encoder(tmp_path / "encoder"),
+        "embedded:smollm2": save_decoder(tmp_path / "decoder"),
+    }
+    reviews().rename(columns={"review": "text", "verdict": "label"}).to_csv("reviews.csv", index=False)
+    chat = [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good"}]
+    Path("chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
+    commands = re.findall(r"^\$ lrlora (.*)", README, re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {"train", "predict", "ranks", "report", "chat", "export"}
+    for command in commands:
+        words = [models.get(word, word) for word in shlex.split(command)]
+        words += ["--steps", "4"] if words[0] == "train" else []
+        result = CliRunner().invoke(app, words, input="is it good ?\n/quit\n")
+        assert result.exit_code == 0, result.output
+    assert Path("lrlora-report.html").exists()
+    assert Path("lrlora-run/lora/adapter_config.json").exists()
 
 
 def test_there_are_exactly_two_setup_commands() -> None:
@@ -208,7 +231,18 @@ PAGES = [
     "CONTRIBUTING.md",
     *(
         f"docs/{name}.md"
-        for name in ("method", "settings", "capacity", "compare", "phi", "compatibility", "speed", "scale", "train")
+        for name in (
+            "overview",
+            "method",
+            "settings",
+            "capacity",
+            "compare",
+            "phi",
+            "compatibility",
+            "speed",
+            "scale",
+            "train",
+        )
     ),
 ]
 

@@ -25,7 +25,7 @@ class RankCallback(TrainerCallback):
     Each record is kept in `history`, appended to `rank_history.jsonl` in the output folder, and handed as scalars
     named `rank/…` to the Trainer's log history and to every logger in `report_to`. A resumed run continues the file.
     TensorBoard, W&B and MLflow also get the picture of the last record, if matplotlib is there
-    (`pip install lrlora[plots]`).
+    (`pip install '.[plots]'`).
 
     Args:
         every: steps between records, ≥ 1.

@@ -37,7 +37,7 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
         if isinstance(error, ImportError):
             missing = {"altair|vl_convert|matplotlib|pandas": "plots", "bitsandbytes|torchao": "integrations"}
             extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
-            remedy = f". Install what this command needs: pip install 'lrlora[{extra}]'"
+            remedy = f". Install what this command needs: pip install '.[{extra}]', in a clone of lrlora"
         # What a damaged file holds need not be printable.
         said = f"{str(error) or type(error).__name__}{remedy}".encode("utf-8", "backslashreplace").decode()
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(said)}", highlight=False)

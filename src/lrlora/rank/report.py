@@ -109,7 +109,7 @@ class RankReport:
     spectra: dict[str, Spectrum] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows as a pandas frame. Needs `pip install lrlora[plots]`."""
+        """The rows as a pandas frame. Needs `pip install '.[plots]'`."""
         import pandas as pd
 
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(RankRow)])

@@ -43,7 +43,7 @@ def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: st
 
     Of a report without curves, such as plain LoRA's, it is the ranks alone.
 
-    Needs `pip install lrlora[plots]`.
+    Needs `pip install '.[plots]'`.
 
     Raises:
         ValueError: `measure` is not one of the ranks of a report.

@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Learned ranks") -> None:
     """Write the page of one run, or of several beside each other.
 
-    Needs `pip install lrlora[plots]`.
+    Needs `pip install '.[plots]'`.
 
     Raises:
         ValueError: there is no run, or more than there are colours; two have the same name; or one has no modules.

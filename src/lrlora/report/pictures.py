@@ -22,7 +22,7 @@ _MARKERS = "os^DPv"  # by run: the colours cannot be told apart in grey
 def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
     """Write the heat map and φ of every run, its ranks by kind of module, and over training, where they were recorded.
 
-    Needs `pip install lrlora[plots]`.
+    Needs `pip install '.[plots]'`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

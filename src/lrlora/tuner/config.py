@@ -187,7 +187,7 @@ class LrLoraConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This adapter was saved in format_version={self.format_version}; this lrlora reads up to "
-                f"{FORMAT_VERSION}. Upgrade it: pip install -U lrlora"
+                f"{FORMAT_VERSION}. Update your clone of lrlora, and pip install . again."
             )
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             _require(_is_integer(r) and r >= 1, name, r, "an integer ≥ 1")
