@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 from typer.testing import CliRunner, Result
 
 from lrlora import LrLoraConfig, RankReport, __version__, rank_report
-from lrlora.cli import app
+from lrlora.cli import app, doctor
 
 from .conftest import TinyModel
 
@@ -39,6 +39,36 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_version() -> None:
     assert run("--version").output.strip() == f"lrlora {__version__}"
+
+
+def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert f"transformers │ {transformers.__version__}" in said
+    assert re.search(r"ΔW of 1024 × 1024 in [\d.]+ ms, [\d.]+ times as fast as plain PyTorch", said)
+    installed = doctor._installed
+    monkeypatch.setattr(
+        doctor, "_installed", lambda name: "0.1" if name in ("peft", "safetensors") else installed(name)
+    )
+    said = " ".join(run("doctor").output.split())
+    assert "Warning: safetensors 0.1 is installed, and lrlora needs >=" in said
+    assert "for its own add_adapter and active_adapters, and PEFT 0.1 is installed" in said
+
+
+def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("lrlora.updates.read_updates", fail)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    result = run("ranks", tmp_path)
+    assert result.exit_code == 1
+    assert "KeyError: 'surprise'. This was not foreseen: LRLORA_DEBUG=1" in " ".join(result.output.split())
+    monkeypatch.setenv("LRLORA_DEBUG", "1")
+    assert isinstance(run("ranks", tmp_path).exception, KeyError)
 
 
 def test_ranks_of_a_saved_adapter_without_its_base_model(adapter: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -27,19 +28,25 @@ console = Console() if Console().is_terminal else Console(width=120)
 
 @contextmanager
 def one_clear_error(after_interrupt: str = "Run the same command again to resume.") -> Iterator[None]:
-    """Print what the user can act on as one message, without a traceback."""
+    """Print an error as one message, without a traceback; `LRLORA_DEBUG=1` in the environment raises it."""
     try:
         yield
     except typer.Exit:
         raise  # it is a RuntimeError
-    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        remedy = ""
+    except Exception as error:
+        if os.environ.get("LRLORA_DEBUG") == "1":
+            raise
+        remedy, is_foreseen = "", isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MemoryError))
         if isinstance(error, ImportError):
             missing = {"altair|vl_convert|matplotlib|pandas": "plots", "bitsandbytes|torchao": "integrations"}
             extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
             remedy = f". Install what this command needs: pip install '.[{extra}]', in a clone of lrlora"
         # What a damaged file holds need not be printable.
-        said = f"{str(error) or type(error).__name__}{remedy}".encode("utf-8", "backslashreplace").decode()
+        what = (str(error) or type(error).__name__) if is_foreseen else f"{type(error).__name__}: {error}"
+        remedy += (
+            "" if is_foreseen else ". This was not foreseen: LRLORA_DEBUG=1 in the environment shows where it is from."
+        )
+        said = f"{what}{remedy}".encode("utf-8", "backslashreplace").decode()
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(said)}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

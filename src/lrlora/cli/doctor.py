@@ -1,0 +1,139 @@
+"""The command doctor: what is installed, what it can do on this machine, and what does not go together."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..files import cache_folder
+from .common import app, console, one_clear_error, quiet
+
+_PACKAGES = ("lrlora", "torch", "transformers", "peft", "safetensors", "numpy")
+_OPTIONAL = (
+    "accelerate",
+    "datasets",
+    "trl",
+    "scikit-learn",
+    "scipy",
+    "matplotlib",
+    "altair",
+    "bitsandbytes",
+    "torchao",
+)
+_SIZE, _RANK, _TURNS = 1024, 8, 5
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, kernels and how fast they are, GPUs, the cache, and what does not go together."""
+    with one_clear_error():
+        quiet()
+        table = Table(show_header=False)
+        for name, fact in (*_versions(), *_hardware(), ("cache", _cache())):
+            table.add_row(name, escape(fact))
+        console.print(table)
+        for conflict in _conflicts():
+            console.print(f"[bold yellow]Warning:[/] {escape(conflict)}", highlight=False)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in _PACKAGES:
+        yield package, _installed(package) or "not installed as a package"
+    there = {package: _installed(package) for package in _OPTIONAL}
+    yield "optional", ", ".join(f"{name} {found}" for name, found in there.items() if found) or "none"
+    if missing := [name for name, found in there.items() if not found]:
+        yield (
+            "not installed",
+            f"{', '.join(missing)} (pip install '.[train]' or '.[integrations]' in a clone of lrlora)",
+        )
+
+
+def _hardware() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield "processor", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    yield "kernels", _kernels()
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    yield "GPU", ", ".join(names) or "none that PyTorch can use"
+
+
+def _kernels() -> str:
+    """Which kernels form ΔW on the processor, and how much faster than plain PyTorch."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fast = _seconds()
+    if told:
+        return f"none, plain PyTorch is used. {told[0].message}"
+    before = os.environ.get("LRLORA_KERNELS")
+    os.environ["LRLORA_KERNELS"] = "0"
+    try:
+        plain = _seconds()
+    finally:
+        if before is None:
+            del os.environ["LRLORA_KERNELS"]
+        else:
+            os.environ["LRLORA_KERNELS"] = before
+    speed = f"{1e3 * fast:.1f} ms, {plain / fast:.1f} times as fast as plain PyTorch"
+    return f"{before or 'native'}: ΔW of {_SIZE} × {_SIZE} in {speed}"
+
+
+def _seconds() -> float:
+    """Median time of forming one ΔW, after a first one."""
+    import torch
+
+    from ..ops import delta_weight
+    from ..transfer import Transfer, TransferSpec
+
+    A, B, phi = torch.randn(_RANK, _SIZE), torch.randn(_SIZE, _RANK), Transfer(TransferSpec())
+    times = []
+    with torch.no_grad():
+        for _ in range(1 + _TURNS):
+            began = time.perf_counter()
+            delta_weight(A, B, phi, scaling=1.0, input_gain=1.0)
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _cache() -> str:
+    folder = cache_folder()
+    if not folder.is_dir():
+        return f"{folder}, not there yet"
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return f"{folder}, {size / 2**20:.0f} MiB"
+
+
+def _conflicts() -> Iterator[str]:
+    """What is installed and too old, for lrlora or for each other."""
+    from packaging.requirements import Requirement
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    for text in requires("lrlora") or ():
+        requirement = Requirement(text)
+        found = _installed(requirement.name)
+        is_wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if found and not requirement.specifier.contains(found, prereleases=True):
+            yield f"{requirement.name} {found} is installed, and lrlora needs {requirement.specifier}."
+        elif is_wanted and not found:
+            yield f"{requirement.name} is not installed, and lrlora needs it."
+    peft = _installed("peft")
+    if peft and not Requirement(f"peft>={MIN_PEFT_VERSION}").specifier.contains(peft, prereleases=True):
+        yield (
+            f"transformers {_installed('transformers')} wants PEFT {MIN_PEFT_VERSION} for its own add_adapter and "
+            f"active_adapters, and PEFT {peft} is installed. get_peft_model, and so all of lrlora, works."
+        )
