@@ -50,6 +50,7 @@ def test_trl_sft() -> None:
     assert "q_proj" in run("sft.py", "2")
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_trl_dpo_with_a_new_and_with_a_trained_adapter() -> None:
     pytest.importorskip("trl")
@@ -61,6 +62,7 @@ def test_trl_dpo_with_a_new_and_with_a_trained_adapter() -> None:
     assert "adapters: default, ref" in output
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_sentence_transformers() -> None:
     pytest.importorskip("sentence_transformers")
@@ -89,6 +91,7 @@ def test_adapters_of_an_older_transformers(tmp_path: Path) -> None:
     assert_adapters_work(run("transformers_adapters.py", path=tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_a_4_bit_base() -> None:
     pytest.importorskip("trl")

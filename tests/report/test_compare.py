@@ -79,7 +79,7 @@ def test_pairs_are_chosen_and_modules_of_other_widths_are_left_out(
 
 
 def test_overlaps_of_a_large_model_weigh_less_than_two_megabytes(tmp_path: Path) -> None:
-    modules = [f"model.layers.{layer}.attention.{name}_proj" for layer in range(32) for name in "qkvoabc"]
+    modules = [f"model.layers.{layer}.attention.{name}_proj" for layer in range(8) for name in "qkvoabc"]
     rows = [RankRow(name, 0, "type", "mlp", 64, 64, 8, 1.0, 1.0, 1, 1, None, 0.0, 0.0) for name in modules]
     sizes = []
     for is_filled in (False, True):
@@ -90,7 +90,7 @@ def test_overlaps_of_a_large_model_weigh_less_than_two_megabytes(tmp_path: Path)
             [Run(str(i), RankReport(rows), directions=some) for i, some in enumerate(found)], tmp_path / "page.html"
         )
         sizes.append((tmp_path / "page.html").stat().st_size)
-    assert 1e5 < sizes[1] - sizes[0] < 1e6
+    assert 1e5 < 4 * (sizes[1] - sizes[0]) < 1e6  # of 32 layers
 
 
 @needs_browser

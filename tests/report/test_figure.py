@@ -15,7 +15,9 @@ from lrlora.report.figure import save_rank_figure
 from ..conftest import TinyModel
 
 
-def test_draws_a_heat_map_and_curves(tiny: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["bert", "mixtral", "vit"])
+def test_draws_a_heat_map_and_curves(family: str, tmp_path: Path) -> None:
+    tiny = TinyModel(family)
     model = get_peft_model(tiny.build(), LrLoraConfig(r=2, **tiny.targets))
     tiny.train(model, 3)
     save_rank_figure(rank_report(model), tmp_path / "ranks.png")

@@ -139,8 +139,7 @@ def test_the_table_sorts_opens_modules_and_is_saved(page: Page, runs: list[Run],
 
 
 @needs_browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1400, "light")])
 def test_axe_finds_nothing_and_nothing_is_wider_than_the_window(
     browser: Browser, file: Path, scheme: Any, width: int
 ) -> None:
