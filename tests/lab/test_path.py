@@ -159,6 +159,11 @@ def test_what_the_command_line_says_wins_under_either_name(encoder: str) -> None
     assert "no evaluation" in result.output
 
 
+def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> None:
+    Path("run.yaml").write_text(f"model: {encoder}\ndata: good.csv\ntask: classify\nsteps: 999\nbatch_size: 16\n")
+    assert " 9 steps of 16 examples" in " ".join(run("train", "run.yaml", "--epochs", 1, "--dry-run").output.split())
+
+
 def test_a_starter_file_trains_when_it_is_filled_in(encoder: str) -> None:
     assert run("init", "run.yaml", "--model", encoder, "--data", "good.csv").exit_code == 0
     text = Path("run.yaml").read_text()

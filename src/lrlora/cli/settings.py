@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -63,7 +64,10 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for layer in (*layers, told, given):
         method = layer.get("method", settings.get("method"))
-        for name, value in with_short_names(layer | ({"method": method} if method else {})).items():
+        named = with_short_names(layer | ({"method": method} if method else {}))
+        if "epochs" in named:
+            settings.pop("steps", None)  # they would win
+        for name, value in named.items():
             is_nested = isinstance(value, dict) and isinstance(settings.get(name), dict)
             settings[name] = settings[name] | value if is_nested else value
     return settings
@@ -74,20 +78,11 @@ def starter(given: dict[str, str]) -> str:
     about = _help()
     parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
     for setting in fields(TrainConfig):
-        lines = [f"# {line}" for line in _wrapped(about[setting.name])]
-        value = given.get(setting.name)
-        default = setting.default if setting.default is not MISSING else {}
-        shown = "" if default is None or setting.name in _REQUIRED else _as_yaml(default)
-        lines.append(f"{setting.name}: {value}" if value else f"# {setting.name}: {shown}".rstrip())
+        lines = [f"# {line}" for line in textwrap.wrap(about[setting.name], 98)]
+        if setting.name in given:
+            lines.append(f"{setting.name}: {given[setting.name]}")
+        else:
+            default = "{}" if setting.default is MISSING else str(setting.default).lower()
+            lines.append(f"# {setting.name}:" if default == "none" else f"# {setting.name}: {default}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
-
-
-def _wrapped(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 98)
-
-
-def _as_yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
