@@ -166,10 +166,10 @@ class TrainConfig:
 
         """
         known = [f.name for f in fields(cls)]
-        if unknown := [name for name in content if name not in known]:
-            from .vocabulary import unknown_setting  # only here: it imports torch
+        if not set(content) <= set(known):
+            from .vocabulary import require_settings  # only here: it imports torch
 
-            raise unknown_setting(unknown[0], "run", content.get("task"), content.get("method", cls.method))
+            require_settings(content, "run", known, str(content.get("task")), str(content.get("method", cls.method)))
         missing = [name for name in ("model", "data", "task") if not content.get(name)]
         if missing:
             raise ValueError(

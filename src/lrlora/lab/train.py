@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,8 @@ def _prepared(
     config: TrainConfig, examples_per_step: int | None, announce: Announce, callbacks: list[TrainerCallback]
 ) -> tuple[Trainer, Inputs]:
     """The Trainer of a run, all checked and told."""
-    require_settings(config)
+    for place, given in (("training", config.training), ("adapter", config.adapter)):
+        require_settings(given, place, [f.name for f in fields(config)], config.task, config.method)
     check_sharding(config)
     inputs = Inputs.read(config)
     arguments = training_arguments(config, inputs.kind, inputs.examples, inputs.max_length, examples_per_step)

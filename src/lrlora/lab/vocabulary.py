@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from dataclasses import fields
+from collections.abc import Iterable
 from itertools import chain
 
-from .config import TrainConfig
 from .kinds import KINDS
 from .methods import METHODS
 
 
-def require_settings(config: TrainConfig) -> None:
-    """Raise a ValueError for a name under `training` or `adapter` that is no field there."""
-    known = _fields(config.task, config.method)
-    for place, given in (("training", config.training), ("adapter", config.adapter)):
-        for name in given:
-            if name not in known[place] and not (place == "adapter" and config.method == "full"):
-                raise unknown_setting(name, place, config.task, config.method)
-
-
-def unknown_setting(name: str, place: str, task: str | None, method: str | None) -> ValueError:
-    """The error that says of an unknown setting where it belongs, or names the nearest of all that there are.
+def require_settings(given: Iterable[str], place: str, settings: Iterable[str], task: str, method: str) -> None:
+    """Raise a ValueError for a setting that is unknown: it says where it belongs, or names the nearest of all.
 
     Args:
-        name: of the setting.
-        place: "run", "training" or "adapter", where it was given.
+        given: names of settings.
+        place: "run", "training" or "adapter", where they were given.
+        settings: of a run.
         task: of the run, which decides the class of the Trainer's arguments.
         method: of the run, which decides the class of the adapter's configuration.
 
     """
-    known = _fields(task, method)
+    known = {"run": list(settings), **_fields(task, method)}
+    for name in given:
+        if name not in known[place] and not (place == "adapter" and method == "full"):
+            raise _unknown_setting(name, place, known)
+
+
+def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> ValueError:
     homes = {
         "run": ("setting of a run", "--{flag} or the key {name} of the YAML file"),
         "training": ("field of TrainingArguments", "--training {name}=VALUE or the key training of the YAML file"),
@@ -54,12 +51,11 @@ def unknown_setting(name: str, place: str, task: str | None, method: str | None)
     return ValueError(f"{said} Known: {', '.join(known[place])}.")
 
 
-def _fields(task: str | None, method: str | None) -> dict[str, list[str]]:
+def _fields(task: str, method: str) -> dict[str, list[str]]:
     """Place → the names that are known there."""
     arguments = KINDS[task if task in KINDS else "classify"].arguments_class()
     adapter = METHODS[method if method in METHODS else "lr-lora"].config
     return {
-        "run": [f.name for f in fields(TrainConfig)],
         "training": list(arguments.__dataclass_fields__),
         "adapter": [*inspect.signature(adapter.__init__).parameters][1:] if adapter else [],
     }
