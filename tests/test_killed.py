@@ -1,4 +1,7 @@
-"""Killed at any moment and started again: nothing is lost or half there, and the result is that of a run left alone."""
+"""Killed at any moment and started again, or started several times at once.
+
+Nothing is lost, half there or left about, and the result is that of a run left alone.
+"""
 
 from __future__ import annotations
 
@@ -22,34 +25,44 @@ from .lab.small import reviews, save_encoder
 
 # What all commands import first, which is most of their time, is not worth being killed in.
 SCRIPT = """
-import lrlora.lab.compare.report, lrlora.export, lrlora.lab.train
+import lrlora.lab.compare.report, lrlora.export, lrlora.lab.inference, lrlora.lab.train, lrlora.report.page
 from lrlora.cli import app
 print("ready", flush=True)
+input()
 app()
 """
 COMMANDS = {
     "train": "train run.yaml",
     "export": "export trained --energy 0.9 --output out",
     "merge": "merge trained --output out",
+    "predict": "predict trained --data data/test.csv --output out",
+    "report": "report trained --output out",
     "compare": "compare suite.yaml --methods lora --rates 1e-2 --seeds 1 --rank 2 --output out",
 }
-KILLS = {"train": 24, "export": 8, "merge": 8, "compare": 10}
+KILLS = {"train": 24, "export": 8, "merge": 8, "predict": 8, "report": 4, "compare": 10}
 NOW = [("train", 0), ("train", 1), ("export", 0)]
 CASES = [
     pytest.param(name, seed, marks=[] if (name, seed) in NOW else pytest.mark.slow)
     for name, count in KILLS.items()
     for seed in range(count)
 ]
+AT_ONCE = [
+    pytest.param(name, count, marks=[] if (name, count) in (("train", 2), ("predict", 2)) else pytest.mark.slow)
+    for name in COMMANDS
+    for count in (2, 8)
+    if name != "compare"  # whose processes share its jobs
+]
+TOLD = ("is writing to out", "in use", "exists already", "is not empty")  # the last three: it had ended by then
 Alone = tuple[Path, float | None]  # the folder of a command that was left alone, and how long it took
 
 
-def run(command: str, folder: Path, after: float | None = None) -> float | None:
-    """Run a command in a process that is killed so many seconds after its imports; how long it took, if it was not."""
+def start(command: str, folder: Path) -> subprocess.Popen[str]:
+    """A process that has imported what a command needs, and runs it when it is given a line."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *command.split()],
         cwd=folder,
         env={**os.environ, "PYTHONHASHSEED": "0"},  # or the order of sets would make files differ
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -57,9 +70,15 @@ def run(command: str, folder: Path, after: float | None = None) -> float | None:
     assert process.stdout
     while "ready" not in (line := process.stdout.readline()):
         assert line, "it ended before it began"
+    return process
+
+
+def run(command: str, folder: Path, after: float | None = None) -> float | None:
+    """Run a command in a process that is killed so many seconds after its imports; how long it took, if it was not."""
+    process = start(command, folder)
     began = time.monotonic()
     try:
-        output, _ = process.communicate(timeout=after)
+        output, _ = process.communicate("\n", timeout=after)
     except subprocess.TimeoutExpired:
         process.kill()  # it alone: what it has started must end by itself
         process.communicate()
@@ -93,7 +112,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Alone]:
         folder = tmp_path_factory.mktemp(name)
         for path in inputs().iterdir():
             (folder / path.name).symlink_to(path)
-        if name in ("export", "merge"):
+        if name not in ("train", "compare"):
             (folder / "trained").symlink_to(run_alone("train")[0] / "out")
         return folder, run(COMMANDS[name], folder)
 
@@ -112,7 +131,7 @@ def is_finished(path: Path) -> bool:
 
 def files(folder: Path) -> dict[str, Path]:
     """The files with final names, by path."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = (path for path in sorted([folder, *folder.rglob("*")]) if path.is_file())
     return {
         str(path.relative_to(folder)): path
         for path in found
@@ -151,17 +170,72 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
+def link_inputs(folder: Path, other: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "out":
+            (other / path.name).symlink_to(path)
+
+
+def go_on(name: str, folder: Path) -> None:
+    """Start a command again, unless it was killed when all was done; it leaves nothing about."""
+    out = folder / "out"
+    require_whole(out)
+    is_done = (out / "metrics.json").exists() if name == "train" else out.exists() and name != "compare"
+    if not is_done:
+        run("train --resume out" if (out / "run.json").exists() else COMMANDS[name], folder)
+        assert name == "compare" or left_about(folder) == []
+
+
+def left_about(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix in (".partial", ".lock")]
+
+
 @pytest.mark.parametrize(("name", "seed"), CASES)
 def test_killed_and_started_again(alone: Callable[[str], Alone], tmp_path: Path, name: str, seed: int) -> None:
     folder, seconds = alone(name)
-    for path in folder.iterdir():
-        if path.name not in ("out", ".out.lock"):
-            (tmp_path / path.name).symlink_to(path)
-    out, command = tmp_path / "out", COMMANDS[name]
+    link_inputs(folder, tmp_path)
     assert seconds
-    if run(command, tmp_path, random.Random(f"{name} {seed}").uniform(0, seconds)) is None:
-        require_whole(out)
-        is_done = (out / "metrics.json").exists() if name == "train" else out.exists() and name != "compare"
-        if not is_done:
-            run("train --resume out" if (out / "run.json").exists() else command, tmp_path)
-    assert results(out) == results(folder / "out")
+    if run(COMMANDS[name], tmp_path, random.Random(f"{name} {seed}").uniform(0, seconds)) is None:
+        go_on(name, tmp_path)
+    assert results(tmp_path / "out") == results(folder / "out")
+
+
+def start_at_once(name: str, count: int, folder: Path) -> list[subprocess.Popen[str]]:
+    processes = [start(COMMANDS[name], folder) for _ in range(count)]
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return processes
+
+
+@pytest.mark.parametrize(("name", "count"), AT_ONCE)
+def test_several_at_once(alone: Callable[[str], Alone], tmp_path: Path, name: str, count: int) -> None:
+    folder, _ = alone(name)
+    link_inputs(folder, tmp_path)
+    processes = start_at_once(name, count, tmp_path)
+    said = [process.communicate()[0] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, *[1] * (count - 1)], said
+    for process, text in zip(processes, said, strict=True):
+        told = " ".join(text.split())
+        assert process.returncode == 0 or any(word in told for word in TOLD), text
+    assert results(tmp_path / "out") == results(folder / "out")
+    assert left_about(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", dict.fromkeys(case.values[0] for case in AT_ONCE))
+def test_some_of_several_are_killed(alone: Callable[[str], Alone], tmp_path: Path, name: str, seed: int) -> None:
+    folder, seconds = alone(name)
+    link_inputs(folder, tmp_path)
+    assert seconds
+    chance = random.Random(f"{name} {seed}")
+    processes = start_at_once(name, 4, tmp_path)
+    for process in chance.sample(processes, 3):
+        time.sleep(chance.uniform(0, seconds / 3))
+        process.kill()
+    for process in processes:
+        process.communicate()
+    go_on(name, tmp_path)
+    assert results(tmp_path / "out") == results(folder / "out")

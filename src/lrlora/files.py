@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from .checks import require_type
+from .locks import only_writer
 
 
 @contextmanager
@@ -49,8 +50,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files are moved to their places in `folder` at the end, each of them whole."""
-    partial = folder / "files.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a process left that was killed
+    partial = folder / f"files.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -80,17 +80,17 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
 @contextmanager
 def replacing_folder(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output`, which takes its name when all is written, and else is removed."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its user alone
-        for file in partial.rglob("*"):
-            if file.is_file():
-                flush(file)
-        partial.replace(output)  # an empty folder may be there
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with only_writer(output):
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
+        try:
+            yield partial
+            partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its user alone
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    flush(file)
+            partial.replace(output)  # an empty folder may be there
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, require_adapter, require_source
+from ..locks import only_writer
 from .common import announce, app, console, one_clear_error, quiet
 
 if TYPE_CHECKING:
@@ -87,23 +88,28 @@ def report(
 ) -> None:
     """Show what was learned, of one run or of several beside each other: one HTML page that needs no network."""
     with one_clear_error():
-        if output.exists() and not overwrite:
-            raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"The folder {output.parent} for {output.name} does not exist.")
-        if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
-            raise FileExistsError(f"The folder {pictures} is not empty. Give another one, or --overwrite.")
-        quiet()
-        from ..report.page import write_page
-        from ..report.pictures import save_pictures
-        from ..report.runs import load_runs
+        with only_writer(output):
+            _write_report(sources, base, output, pictures, overwrite)
 
-        runs = load_runs(sources, base=base)
-        write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
-        console.print(escape(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB"), highlight=False)
-        if pictures:
-            save_pictures(runs, pictures)
-            console.print(escape(f"Pictures: {pictures}"), highlight=False)
+
+def _write_report(sources: list[str], base: str | None, output: Path, pictures: Path | None, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
+    if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
+        raise FileExistsError(f"The folder {pictures} is not empty. Give another one, or --overwrite.")
+    quiet()
+    from ..report.page import write_page
+    from ..report.pictures import save_pictures
+    from ..report.runs import load_runs
+
+    runs = load_runs(sources, base=base)
+    write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
+    console.print(escape(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB"), highlight=False)
+    if pictures:
+        save_pictures(runs, pictures)
+        console.print(escape(f"Pictures: {pictures}"), highlight=False)
 
 
 _ENERGY = Annotated[
@@ -149,7 +155,7 @@ def export(
     every: _EVERY = False,
 ) -> None:
     """Turn any update into a plain LoRA that anything can serve, as small as you ask for."""
-    with one_clear_error("Nothing was written."):
+    with one_clear_error("Nothing was written."), only_writer(output):
         if pad and config_only:
             raise ValueError("--pad is about weights, and --config-only writes none. Leave one of them out.")
         if dtype is not None:
@@ -250,7 +256,7 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a file of weights.")] = "5GB",
 ) -> None:
     """Add the update to the base model, and write a full model that needs no adapter."""
-    with one_clear_error("Nothing was written."):
+    with one_clear_error("Nothing was written."), only_writer(output):
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
         free_folder(output)

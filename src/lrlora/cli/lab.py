@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from ..files import write_json, write_whole
 from ..lab.config import TrainConfig, parse_pairs, read_run, require_startable
 from ..lab.names import require_data_path, require_suite
+from ..locks import only_writer
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
 from .common import announce, app, console, one_clear_error, quiet
 from .settings import settings_as_options, settings_of, starter
@@ -31,7 +33,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
     """Train MiniLM on movie reviews and on random labels with LR-LoRA and LoRA, and show the learned ranks."""
-    with one_clear_error():
+    with one_clear_error(), only_writer(output):
         quiet()
         from ..lab.demo import DemoSettings, run_demo
         from ..lab.train import Interrupted, rank_report_of
@@ -112,14 +114,15 @@ def train(
             )
         else:
             run, _ = read_run(resume)
-        require_startable(run, resume=resume is not None, overwrite=overwrite or dry_run)
-        quiet()
-        from ..lab.train import show_plan
+        with nullcontext() if dry_run else only_writer(run.output):
+            require_startable(run, resume=resume is not None, overwrite=overwrite or dry_run)
+            quiet()
+            from ..lab.train import show_plan
 
-        if dry_run:
-            show_plan(run, announce=announce)
-        else:
-            _train(run, resume=resume is not None, overwrite=overwrite)
+            if dry_run:
+                show_plan(run, announce=announce)
+            else:
+                _train(run, resume=resume is not None, overwrite=overwrite)
 
 
 def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -220,21 +223,29 @@ def predict(
             raise ValueError("Give either --data and --output, or --text.")
         if data is not None and output is None:
             raise ValueError("--data needs --output, the JSONL file to write.")
-        if output is not None and output.exists() and not overwrite:
-            raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
-        reading = _reading(columns, delimiter, encoding, skip_empty)
         read_run(run)
-        if data is not None:
-            require_data_path(data)
-        quiet()
-        from ..lab.inference import predict, predict_text, write_predictions
-
+        reading: dict[str, Any] = {"split": split, "announce": announce}
+        reading |= _reading(columns, delimiter, encoding, skip_empty)
         if text is not None:
+            quiet()
+            from ..lab.inference import predict_text
+
             said = predict_text(run, text)
             announce(said.get("completion") or json.dumps(said, ensure_ascii=False))
         elif data is not None and output is not None:
-            count = write_predictions(output, predict(run, data, split=split, announce=announce, **reading))
-            announce(f"{count:,} predictions: {output}")
+            with only_writer(output):
+                _write_predictions(run, data, output, reading, overwrite)
+
+
+def _write_predictions(run: Path, data: str, output: Path, reading: dict[str, Any], overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
+    require_data_path(data)
+    quiet()
+    from ..lab.inference import predict, write_predictions
+
+    count = write_predictions(output, predict(run, data, **reading))
+    announce(f"{count:,} predictions: {output}")
 
 
 @app.command()

@@ -297,8 +297,8 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
 
     """
     output = Path(config.output)
-    # A process that was killed at its very start may have left no more than a temporary file.
-    is_used = output.exists() and any(path.suffix != ".partial" for path in output.iterdir())
+    # A process that was killed at its very start has left no more than a temporary file; the lock may be here too.
+    is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
     if resume:
         recorded, _ = read_run(output)
         if config.method == "adalora":

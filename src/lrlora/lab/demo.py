@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ..files import read_json, write_json
+from ..locks import only_writer
 from ..run_folder import METRICS_FILE, RUN_FILE
 from .compare.capacity import CapacityTask, train_capacity
 from .compare.methods import find_method
@@ -93,12 +94,24 @@ def run_demo(
     picture of its model card.
 
     Raises:
+        BlockingIOError: another process writes it.
         FileExistsError: `output` exists, or an unfinished demo with other settings, and `overwrite` is not set; or
             the folder to replace is not a demo's.
         RuntimeError: the model or the data could not be downloaded.
         lrlora.lab.train.Interrupted: it was stopped from outside, after a checkpoint was written.
 
     """
+    with only_writer(output):
+        return _run_demo(output, settings, overwrite, announce, illustrate)
+
+
+def _run_demo(
+    output: Path,
+    settings: DemoSettings,
+    overwrite: bool,
+    announce: Callable[[str], None],
+    illustrate: Callable[[Path], None] | None,
+) -> list[DemoResult]:
     work = output.with_name(output.name + ".partial")
     settings_file = work / SETTINGS_FILE
     if output.exists():

@@ -25,6 +25,7 @@ from transformers import (
 
 from ..checks import require_known
 from ..files import readable, replacing
+from ..locks import only_writer
 from ..run_folder import CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..saved import SavedAdapter, require_all_weights
 from ..tuner import cached_weights
@@ -299,7 +300,7 @@ class Chat:
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> int:
     """Write a line of JSON for each prediction, the file whole or not at all; returns how many."""
     count = 0
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with only_writer(path), replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for count, prediction in enumerate(predictions, start=1):  # noqa: B007
             file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from ..checks import DEFAULT_ENERGY
 from ..distributed import is_sharded, trained_parameters
 from ..export import factorize, save_as_lora
 from ..files import readable, replacing_files, write_json
+from ..locks import only_writer, remove_left
 from ..rank import RankReport, rank_report
 from ..report.card import write_card
 from ..run_folder import (
@@ -103,14 +105,26 @@ def train(
             `lrlora.report.figure.illustrate` does. Default: no picture, and no charts are imported.
 
     Raises:
+        BlockingIOError: another process trains in the output folder.
         FileExistsError: the output folder is in use.
         FileNotFoundError: model or data is missing.
         ValueError: the data or a setting cannot be used.
         Interrupted: the run was stopped; the message says how to resume it.
 
     """
+    with only_writer(config.output):
+        require_startable(config, resume=resume, overwrite=overwrite)
+        return _train(config, resume, overwrite, announce, illustrate)
+
+
+def _train(
+    config: TrainConfig,
+    resume: bool,
+    overwrite: bool,
+    announce: Announce,
+    illustrate: Callable[[Path], None] | None,
+) -> TrainResult:
     output = Path(config.output)
-    require_startable(config, resume=resume, overwrite=overwrite)
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
     examples_per_step = read_run(output)[1].examples_per_step if resume else None
@@ -219,11 +233,11 @@ def _make_folder(output: Path, overwrite: bool, record: dict[str, Any] | None) -
     folder = output.resolve()  # it may be a link
     if overwrite and output.exists():
         # Under another name first: whenever this process is killed, there is no half of the old run.
-        old = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(old, ignore_errors=True)
+        old = folder.with_name(f".{folder.name}-{os.getpid()}.partial")
         folder.rename(old)
         shutil.rmtree(old)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_left(folder)
     if record is not None:
         write_json(output / RUN_FILE, record)
 
@@ -281,8 +295,6 @@ def _finish(
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    for left in output.glob("*.partial"):
-        left.unlink()
     _wait_for_all(trainer.args)
     return result
 

@@ -1,0 +1,134 @@
+"""An output that another process writes is left alone, whatever command is given."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.lab.config import TrainConfig
+from lrlora.lab.train import Interrupted, train
+from lrlora.locks import only_writer
+
+from .lab.small import reviews, save_encoder
+
+HOLDER = """
+import sys
+from lrlora.locks import only_writer
+with only_writer(sys.argv[1]):
+    print("held", flush=True)
+    input()
+"""
+TRAIN = "train --model ./base --data ./data --task classify --steps 2"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The current folder, with a run that is finished and one that is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("inputs")
+        patch.chdir(folder)
+        save_encoder(folder / "base")
+        Path("data").mkdir()
+        reviews(32).rename(columns={"review": "text", "verdict": "label"}).to_csv("data/train.csv", index=False)
+        training = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "per_device_train_batch_size": 4}
+        config = {"model": "./base", "data": "./data", "task": "classify", "adapter": {"r": 2}, "training": training}
+        train(TrainConfig.from_dict(config | {"output": "run"}))
+        with pytest.raises(Interrupted):
+            train(
+                TrainConfig.from_dict(config | {"output": "cut"}),
+                announce=lambda line: signal.raise_signal(signal.SIGINT) if line.startswith("Step 1:") else None,
+            )
+        yield folder
+
+
+def hold(output: str) -> subprocess.Popen[str]:
+    """A process that writes an output."""
+    command = [sys.executable, "-c", HOLDER, output]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def lrlora(command: str) -> Result:
+    return CliRunner().invoke(app, command.split(), env={"COLUMNS": "300"})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("output", "command"),
+    [
+        ("new", f"{TRAIN} --output new"),
+        ("run", f"{TRAIN} --output ./run --overwrite"),
+        ("cut", "train --resume cut"),
+        ("new", "export run --energy 0.9 --output new"),
+        ("new", "merge run --output new"),
+        ("new.jsonl", "predict run --data ./data --output new.jsonl"),
+        ("new.html", "report run --output new.html"),
+        ("new", "demo --output new"),
+    ],
+)
+def test_a_second_writer_is_told_and_touches_nothing(inputs: Path, output: str, command: str) -> None:
+    before = contents(inputs)
+    process = hold(output)
+    try:
+        result = lrlora(command)
+    finally:
+        process.communicate("\n")
+    assert result.exit_code == 1
+    assert re.search(rf"Error: Another process \({process.pid} on \S+\) is writing to (./)?{output}\.", result.output)
+    assert contents(inputs) == before
+
+
+def test_what_a_killed_writer_holds_is_free_and_what_it_left_goes(inputs: Path) -> None:
+    process = hold("after.jsonl")
+    process.kill()
+    process.communicate()
+    Path("after.jsonl.123.partial").write_text("half of it")
+    Path("other.after.jsonl.123.partial").write_text("of another output")
+    assert Path(".after.jsonl.lock").exists()
+    result = lrlora("predict run --data ./data --output after.jsonl")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in inputs.glob("*after*")) == ["after.jsonl", "other.after.jsonl.123.partial"]
+
+
+def test_one_process_may_hold_an_output_several_times_over(tmp_path: Path) -> None:
+    with only_writer(tmp_path / "made" / "out"):
+        with only_writer(tmp_path / "made" / "out"):
+            pass
+        assert (tmp_path / "made" / ".out.lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_is_in_a_folder_that_alone_can_be_written(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("volume").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
+    with only_writer("volume"):
+        assert [path.name for path in Path("volume").iterdir()] == [".volume.lock"]
+    assert lrlora(f"{TRAIN} --output volume").exit_code == 0
+    assert not list(Path("volume").glob(".*"))
+
+
+def test_told_to_end_a_merge_leaves_nothing(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(folder: Path, source: str) -> bool:  # called when the weights have been written
+        assert list(inputs.glob(".merged-*/model.safetensors"))
+        signal.raise_signal(signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr("lrlora.export.merge.save_preprocessing", end)
+    result = lrlora("merge run --output merged")
+    assert result.exit_code == 130
+    assert "Nothing was written" in result.output
+    assert not list(inputs.glob("*merged*"))
