@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,10 @@ def main(
     ] = False,
 ) -> None:
     """Options of all commands."""
+    # A command that is told to end clears away what it has begun, as it does on Ctrl-C. Processes that train together
+    # are told by the one that started them, and may be waiting for each other by then, where Python cannot end them.
+    if "RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def announce(line: str) -> None:
