@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .rank import RankReport
 
 RUN_FILE = "run.json"
+RECORD_FILE = "run_record.json"  # the same in a checkpoint, under a name that makes no run of it
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "ranks.json"
 LOG_FILE = "log_history.json"
@@ -69,6 +70,8 @@ class RunRecord:
             recorded.
         chat_template: that they were written with.
         base_model: its name on the hub; None where the model was a folder, and before it was recorded.
+        run_id: a random one; None before it was recorded.
+        fingerprints: hashes of what the run is made from, by what to call it; None before they were recorded.
 
     """
 
@@ -80,17 +83,22 @@ class RunRecord:
     rendering: str | None = None
     chat_template: str | None = None
     base_model: str | None = None
+    run_id: str | None = None
+    fingerprints: dict[str, str] | None = None
 
 
-def read_record(folder: Path) -> RunRecord:
-    """What `train` recorded of the run in its output folder.
+_LATER = ("examples_per_step", "rendering", "chat_template", "base_model", "run_id", "fingerprints")
+
+
+def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:
+    """What `train` recorded of the run in its output folder, or in a checkpoint of it, where it has another name.
 
     Raises:
         FileNotFoundError: the folder holds no run.
         ValueError: the record is damaged.
 
     """
-    path = folder / RUN_FILE
+    path = folder / name
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no run of `lrlora train`: there is no {RUN_FILE} in it. Give the folder that was its "
@@ -98,7 +106,7 @@ def read_record(folder: Path) -> RunRecord:
         )
     with readable(path, RUN_EXPECTED):
         content = json.loads(path.read_text(encoding="utf-8"))
-        later = {name: content.get(name) for name in ("examples_per_step", "rendering", "chat_template", "base_model")}
+        later = {field: content.get(field) for field in _LATER}
         versions = content.get("versions", {})
         record = RunRecord(content["config"], content["labels"], content["max_length"], versions, **later)
         require_type(record, RunRecord, "run")
@@ -152,10 +160,20 @@ def last_whole_checkpoint(output: Path) -> Path | None:
     return None
 
 
+def resumed_from(checkpoint: Path) -> list[Path]:
+    """The checkpoints that a run needs to go on from one: it, and the best one before it.
+
+    Raises:
+        ValueError: the state of the Trainer in it is damaged.
+
+    """
+    best = read_json(checkpoint / STATE_FILE, State, ANOTHER_CHECKPOINT).get("best_model_checkpoint")
+    return [checkpoint, Path(best or checkpoint)]
+
+
 def require_readable(checkpoint: Path) -> None:
     """Raise a ValueError if a file of a checkpoint, or of the best one before it, is damaged."""
-    best = read_json(checkpoint / STATE_FILE, State, ANOTHER_CHECKPOINT).get("best_model_checkpoint")
-    for folder in (checkpoint, Path(best or checkpoint)):
+    for folder in resumed_from(checkpoint):
         for file in sorted(folder.rglob("*")):
             with readable(file, ANOTHER_CHECKPOINT):
                 _require_checksums(file)

@@ -25,6 +25,7 @@ from transformers import (
 
 from ..checks import require_known
 from ..files import readable, replacing
+from ..fingerprint import warn_of_another_model
 from ..locks import only_writer
 from ..run_folder import CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..saved import SavedAdapter, require_all_weights
@@ -156,7 +157,9 @@ class LoadedRun:
             if config.method == "full":
                 model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
             else:
-                base = load_model(model_source(config.model), config, record.labels, tokenizer)
+                source = model_source(config.model)
+                base = load_model(source, config, record.labels, tokenizer)
+                warn_of_another_model(source, record.fingerprints)
                 # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
                 require_all_weights(model, SavedAdapter.read(folder))

@@ -20,10 +20,11 @@ from transformers.trainer_utils import SchedulerType
 
 from .. import __version__
 from ..files import readable
-from ..run_folder import CHAT, PLAIN, TEXT
+from ..run_folder import CHAT, PLAIN, TEXT, RunRecord
 from .chat import choose_template, format_of, rendering_of
 from .config import TrainConfig, read_run
 from .data import TaskData, choose_max_length, load_task_data
+from .identity import fingerprints
 from .kinds import Kind, kind_for
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
 
@@ -124,20 +125,22 @@ def _format_line(config: TrainConfig, inputs: Inputs) -> str:
     return f"{found.name}, read {how[str(inputs.rendering)]}."
 
 
-def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments) -> dict[str, Any]:
-    """What is written down of a run: `lrlora.run_folder.RunRecord`."""
+def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments, run_id: str | None) -> RunRecord:
+    """What is written down of a run."""
     modules = (torch, transformers, peft, datasets)
     versions = {"lrlora": __version__, "python": platform.python_version()}
-    return {
-        "config": config.to_dict(),
-        "labels": inputs.data.labels,
-        "max_length": inputs.max_length,
-        "examples_per_step": _examples_per_step(arguments),
-        "rendering": inputs.rendering,
-        "chat_template": inputs.tokenizer.chat_template if inputs.rendering == CHAT else None,
-        "base_model": hub_name(config.model),
-        "versions": versions | {module.__name__: module.__version__ for module in modules},
-    }
+    return RunRecord(
+        config=config.to_dict(),
+        labels=inputs.data.labels,
+        max_length=inputs.max_length,
+        versions=versions | {module.__name__: module.__version__ for module in modules},
+        examples_per_step=_examples_per_step(arguments),
+        rendering=inputs.rendering,
+        chat_template=inputs.tokenizer.chat_template if inputs.rendering == CHAT else None,
+        base_model=hub_name(config.model),
+        run_id=run_id,
+        fingerprints=fingerprints(inputs.data.splits, inputs.untouched, inputs.source),
+    )
 
 
 def _examples_per_step(arguments: TrainingArguments) -> int:

@@ -7,9 +7,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -36,11 +37,13 @@ from ..run_folder import (
     METRICS_FILE,
     REPORT_FILE,
     RUN_FILE,
+    RunRecord,
     last_whole_checkpoint,
     require_readable,
 )
 from ..updates import read_updates
 from .config import TrainConfig, read_run, require_startable
+from .identity import KeepRecord, require_same_run
 from .methods import METHODS, AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import (
@@ -126,15 +129,18 @@ def _train(
 ) -> TrainResult:
     output = Path(config.output)
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
+    began = read_run(output)[1] if resume else None
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
-    examples_per_step = read_run(output)[1].examples_per_step if resume else None
+    examples_per_step = began.examples_per_step if began else None
     trainer, inputs = _prepared(config, examples_per_step, announce, _callbacks(config, clock, progress, stop))
     arguments = trainer.args
-    last = _last_checkpoint(output, trainer) if resume else None
+    record = record_of(config, inputs, arguments, began.run_id if began else uuid4().hex)
+    last = _last_checkpoint(output, trainer, record, announce) if resume else None
+    trainer.add_callback(KeepRecord(record))
     # Only now, when all is known to work in every process, is anything on disk touched.
     _wait_for_all(arguments)
     if arguments.process_index == 0:
-        _make_folder(output, overwrite, None if resume else record_of(config, inputs, arguments))
+        _make_folder(output, overwrite, None if resume else record)
     _wait_for_all(arguments)
     with stop.listening(), progress.closed_at_the_end():
         _run(trainer, last, clock, announce)
@@ -211,12 +217,15 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
     return callbacks
 
 
-def _last_checkpoint(output: Path, trainer: Trainer) -> Path | None:
-    """Where the run goes on from; None: from its start."""
+def _last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce: Announce) -> Path | None:
+    """Where the run goes on from, which is as it was; None: from its start."""
     last = last_whole_checkpoint(output)
     if last is not None:
         require_same_sharding(last, trainer)
         require_readable(last)
+    warning = require_same_run(output, last, record)
+    if warning and trainer.is_world_process_zero():
+        announce(warning)
     return last
 
 
@@ -229,7 +238,7 @@ def _run(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announ
         trainer.train(resume_from_checkpoint=str(last))
 
 
-def _make_folder(output: Path, overwrite: bool, record: dict[str, Any] | None) -> None:
+def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> None:
     folder = output.resolve()  # it may be a link
     if overwrite and output.exists():
         # Under another name first: whenever this process is killed, there is no half of the old run.
@@ -239,7 +248,7 @@ def _make_folder(output: Path, overwrite: bool, record: dict[str, Any] | None) -
     folder.mkdir(parents=True, exist_ok=True)
     remove_left(folder)
     if record is not None:
-        write_json(output / RUN_FILE, record)
+        write_json(output / RUN_FILE, asdict(record))
 
 
 def _say_nothing(line: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..compress import leading_directions
 from ..files import is_full_model, read_json
+from ..fingerprint import warn_of_another_model
 from ..rank import RankReport, rank_report
 from ..run_folder import (
     CHAT,
@@ -161,6 +162,8 @@ def _add_training(
     log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
     adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
     record = read_record(folder) if (folder / RUN_FILE).exists() else None
+    if record:
+        warn_of_another_model(str(adapter.config.base_model_name_or_path), record.fingerprints)
     result.history, result.log = read_history(folder / HISTORY_FILE), log
     config = record.config | {"output": str(folder)} if record else {}
     result.facts = {"method": method_name(adapter.config)} | {
