@@ -43,8 +43,17 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write what JSON can hold."""
-    write_whole(path, json.dumps(content, indent=1))
+    """Write what JSON can hold.
+
+    Raises:
+        ValueError: there is a NaN or an infinite number in it.
+
+    """
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"{path} was not written: it would hold NaN or an infinite number, and JSON cannot.") from None
+    write_whole(path, text)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import random
 import re
 import signal
@@ -39,10 +40,12 @@ from typer.testing import CliRunner, Result
 
 from lrlora import LrLoraConfig
 from lrlora.cli import app
+from lrlora.files import write_json
 from lrlora.lab.choices import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.lab.config import TrainConfig, parse_assignments
 from lrlora.lab.data import load_splits
 from lrlora.lab.kinds import KINDS
+from lrlora.lab.metrics import plain_metrics
 from lrlora.lab.train import train
 from lrlora.run_folder import read_history
 
@@ -354,12 +357,73 @@ def test_a_diverged_run_ends_and_says_where(encoder: str, table: str, tmp_path: 
 
     result = train_reviews(
         *(encoder, table, tmp_path / "late", "--learning-rate", 1e30, "--training", "optim=sgd"),
-        *("--training", "save_steps=1", "--training", "eval_steps=1", "--training", "max_grad_norm=0"),
+        *("--training", "save_steps=1", "--training", "eval_strategy=no", "--training", "max_grad_norm=0"),
     )
     said = " ".join(result.output.split())
     assert result.exit_code == 1
     assert re.search(r"Error: Training has diverged: at step [2-9] (the weight|\d+ of \d+ gradients)", said)
     assert list((tmp_path / "late").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_a_run_whose_metrics_are_not_finite_has_diverged(encoder: str, tmp_path: Path, when: str) -> None:
+    table = reviews(32)
+    table.assign(verdict=[3e19] * 32).to_csv(tmp_path / "ratings.csv", index=False)  # its square overflows
+    evaluation = "eval_strategy=no" if when == "after" else "eval_steps=3"
+    result = run(
+        *("train", "--model", encoder, "--data", tmp_path / "ratings.csv", "--task", "regress", *COLUMNS, *SMALL),
+        *("--output", tmp_path / "out", "--training", evaluation, "--training", "save_steps=3"),
+        *(() if when == "after" else ("--training", "load_best_model_at_end=false")),
+    )
+    assert result.exit_code == 1
+    step = 12 if when == "after" else 3
+    assert f"Error: Training has diverged: at step {step} the evaluation's loss is inf" in result.output
+    assert "are kept" in result.output
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert bool(list((tmp_path / "out").glob("checkpoint-*"))) == (when == "after")
+
+
+def test_what_json_cannot_hold_is_left_out_or_an_error(tmp_path: Path) -> None:
+    assert "perplexity" not in plain_metrics({"eval_loss": 1e4})
+    assert plain_metrics({"eval_loss": 0.0})["perplexity"] == 1
+    with pytest.raises(ValueError, match=r"metrics\.json was not written: it would hold NaN or an infinite number"):
+        write_json(tmp_path / "metrics.json", {"loss": float("inf")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
+    encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Trainer.log
+
+    def log_as_a_scaler_would(self: Trainer, logs: dict[str, float], *given: Any) -> None:
+        log(self, {**logs, **({"grad_norm": math.inf} if "grad_norm" in logs else {})}, *given)
+
+    monkeypatch.setattr(Trainer, "log", log_as_a_scaler_would)
+    assert train_reviews(encoder, table, tmp_path / "out").exit_code == 0
+    entries = json.loads((tmp_path / "out" / "log_history.json").read_text(), parse_constant=pytest.fail)
+    assert [entry for entry in entries if "loss" in entry]
+    assert not [entry for entry in entries if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("max_grad_norm=.inf", "max_grad_norm must be finite, and is inf"),
+        ("adam_epsilon=-1", "adam_epsilon must be ≥ 0, and is -1"),
+        ("weight_decay=much", "weight_decay must be float, and is 'much'"),
+        ("dataloader_num_workers=1.5", "dataloader_num_workers must be int, and is 1.5"),
+        ("eval_accumulation_steps=0", "eval_accumulation_steps must be ≥ 1, and is 0"),
+        ("num_train_epochs=1e300", "steps, more than any can"),
+    ],
+)
+def test_what_the_trainer_would_find_out_later_is_said_before(
+    encoder: str, table: str, tmp_path: Path, setting: str, said: str
+) -> None:
+    steps = () if "epochs" in setting else SMALL[:2]
+    options = ("--model", encoder, "--data", table, "--task", "classify", *COLUMNS, *steps, "--training", setting)
+    assert_refused(run("train", *options, "--output", tmp_path / "out"), said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_adalora_keeps_a_best_checkpoint_from_before_its_ranks_were_cut(

@@ -13,6 +13,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
 LESS_IS_BETTER = ("loss", "log_loss", "rmse", "entropy")
+_LARGEST_EXPONENT = 700
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -36,6 +37,8 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Pearson's and Spearman's correlation and the root of the mean squared error of outputs (examples, 1)."""
     targets, predicted = prediction.label_ids, logits(prediction).squeeze(-1)
+    if not np.isfinite(predicted).all():  # scikit-learn would raise an error of its own
+        return dict.fromkeys(("pearson", "spearman", "rmse"), math.nan)
     # A correlation with a constant is undefined: no information is counted as none.
     is_constant = np.ptp(predicted) == 0 or np.ptp(targets) == 0
     return {
@@ -50,18 +53,16 @@ def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(accuracy_score(prediction.label_ids, logits(prediction).argmax(-1)))}
 
 
-def perplexity(loss: float) -> float:
-    """The exponential of the mean loss of a token; infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def plain_metrics(values: dict[str, float]) -> dict[str, float]:
-    """The metrics of an evaluation under their own names, without its timings."""
+    """The metrics of an evaluation under their own names, without its timings.
+
+    The perplexity is the exponential of the mean loss of a token. It is left out where that overflows.
+    """
     left_out = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "model_preparation_time")
     metrics = {name.removeprefix("eval_"): value for name, value in values.items() if name.startswith("eval_")}
     metrics = {name: value for name, value in metrics.items() if name not in left_out}
-    if "accuracy" not in metrics and "pearson" not in metrics:
-        metrics["perplexity"] = perplexity(metrics["loss"])
+    if "accuracy" not in metrics and "pearson" not in metrics and metrics["loss"] < _LARGEST_EXPONENT:
+        metrics["perplexity"] = math.exp(metrics["loss"])
     return metrics
 
 

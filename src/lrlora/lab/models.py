@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from ..checks import require_known
+from ..checks import require_known, require_type
 from ..files import readable
 from .config import TrainConfig
 from .embedded import EMBEDDED_MODELS
@@ -132,7 +132,7 @@ def training_arguments(
 
     """
     cls = kind.arguments_class()
-    _check_arguments(config.arguments)
+    _check_arguments(config.arguments, get_type_hints(cls))
     given = config.arguments
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
@@ -150,6 +150,8 @@ def training_arguments(
     if steps < 0:
         batches = math.ceil(examples / (batch * devices))
         steps = math.ceil(batches / accumulation) * epochs
+    if steps > _MOST_STEPS:
+        raise ValueError(f"Training would take {steps:g} steps, more than any can. Give fewer steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
     metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
     require_known(f"metric of {config.task}", metric, kind.metrics)
@@ -177,6 +179,7 @@ def training_arguments(
 
 
 _FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
+_MOST_STEPS = 10**9
 _ALWAYS: dict[str, Any] = {
     "warmup_steps": 0.06,
     "eval_strategy": "steps",
@@ -189,7 +192,19 @@ _ALWAYS: dict[str, Any] = {
 }
 
 
-def _check_arguments(given: dict[str, Any]) -> None:
+# Where the Trainer would find out in the middle of training.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "neftune_noise_alpha": 0,
+    "adam_epsilon": 0,
+}
+
+
+def _check_arguments(given: dict[str, Any], types: dict[str, Any]) -> None:
     """Raise a ValueError for what the Trainer would refuse later, or not at all."""
     for name in ("output_dir", "seed"):
         if name in given:
@@ -210,10 +225,13 @@ def _check_arguments(given: dict[str, Any]) -> None:
         value = given.get(name, 0.9)
         if not isinstance(value, (int, float)) or not 0 < value < limit:
             raise ValueError(f"training: {name} must be between 0 and {limit:g}, and is {value!r}.")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        value = given.get(name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"training: {name} must be a whole number ≥ 1, and is {value!r}.")
+    for name, value in given.items():
+        if name in types:
+            require_type(value, types[name], f"training: {name}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"training: {name} must be finite, and is {value!r}.")
+        if value is not None and name in _LEAST and value < _LEAST[name]:
+            raise ValueError(f"training: {name} must be ≥ {_LEAST[name]}, and is {value!r}.")
 
 
 def make_trainer(

@@ -92,7 +92,9 @@ def _now(args: TrainingArguments) -> float:
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Ends a run whose gradients are no longer finite before they reach the weights, and says where and when.
+    """Ends a run whose gradients are no longer finite before they reach the weights, or whose metrics are not.
+
+    It says where and when.
 
     DeepSpeed has made its step by then, and has left it out if they are not; which they are it does not say.
     """
@@ -128,10 +130,21 @@ class StopOnNonFinite(TrainerCallback):
             what = f"{len(wrong)} of {len(named)} {what}, first that of {wrong[0]}"
         if broken:
             what = f"the weight {broken[0]} holds NaN or infinite values"
-        raise ValueError(
-            f"Training has diverged: at step {state.global_step + 1} {what}. Lower the learning rate, or look for "
-            f"extreme values in the data. Checkpoints in {args.output_dir} are kept."
-        )
+        raise _diverged(state.global_step + 1, what, args)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        wrong = [f"{name} is {value}" for name, value in plain_metrics(metrics).items() if not math.isfinite(value)]
+        if wrong:
+            raise _diverged(state.global_step, f"the evaluation's {' and '.join(wrong)}", args)
+
+
+def _diverged(step: int, what: str, args: TrainingArguments) -> ValueError:
+    return ValueError(
+        f"Training has diverged: at step {step} {what}. Lower the learning rate, or look for extreme values in the "
+        f"data. Checkpoints in {args.output_dir} are kept."
+    )
 
 
 class Progress(TrainerCallback):

@@ -293,7 +293,7 @@ def _finish(
         inputs.untouched.save_pretrained(partial)
         if inputs.kind.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # it knows the classes
-    write_json(output / LOG_FILE, trainer.state.log_history)
+    write_json(output / LOG_FILE, [dict(filter(_is_storable, entry.items())) for entry in result.log_history])
     if METHODS[config.method].has_ranks:
         if illustrate is not None:
             illustrate(output)
@@ -306,6 +306,11 @@ def _finish(
         shutil.rmtree(folder)
     _wait_for_all(trainer.args)
     return result
+
+
+def _is_storable(entry: tuple[str, Any]) -> bool:
+    """Whether JSON can hold a value of the log: not what is infinite, as gradients that a loss scaler has skipped."""
+    return not isinstance(entry[1], float) or math.isfinite(entry[1])
 
 
 def _save_plain_lora(output: Path, announce: Announce) -> None:

@@ -57,8 +57,6 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
             suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
         )
         result = train(config)
-        criterion = result.metrics[task.criterion]
-        _check_finite(criterion, "validation loss")
         record = {
             **request,
             "seconds": result.seconds_per_step,
@@ -66,19 +64,15 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
             "peak_mib": _peak_mib(),
             "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
             "validation": result.metrics,
-            "criterion": criterion,
+            "criterion": result.metrics[task.criterion],
             "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
             "test": None,
         }
         if request["seed"] != TUNING_SEED:
             record["test"] = evaluate(folder, task.data, split=task.test, limit=task.test_examples)
-            _check_finite(record["test"][task.criterion], "test loss")
+            if wrong := [name for name, value in record["test"].items() if not math.isfinite(value)]:
+                raise ValueError(f"Training has diverged: {' and '.join(wrong)} of the test is not finite.")
         return record
-
-
-def _check_finite(value: float, name: str) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"Training has diverged: the {name} is not finite.")
 
 
 def _hardware() -> str:
