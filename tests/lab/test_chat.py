@@ -51,11 +51,6 @@ def in_format(format_: str, question: str, answer: str) -> dict[str, Any]:
 CHATS = ("messages", "ShareGPT", "prompt", "Alpaca")
 
 
-@pytest.fixture
-def decoder(tmp_path: Path) -> str:
-    return save_decoder(tmp_path / "decoder")
-
-
 def write(path: Path, content: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in content))
     return str(path)

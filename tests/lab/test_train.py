@@ -49,17 +49,7 @@ from lrlora.lab.metrics import plain_metrics
 from lrlora.lab.train import train
 from lrlora.run_folder import read_history
 
-from .small import BAD, GOOD, SIZES, reviews, save_decoder, save_encoder, tokenizer
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_encoder(tmp_path_factory.mktemp("models") / "encoder")
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_decoder(tmp_path_factory.mktemp("models") / "decoder")
+from .small import BAD, GOOD, SIZES, reviews, tokenizer
 
 
 @pytest.fixture
