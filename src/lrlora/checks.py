@@ -1,14 +1,30 @@
-"""Checks of what a user gives and of what a file holds."""
+"""Checks of what a user gives and of what a file holds, and how to show it."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 DEFAULT_ENERGY = 0.99  # the share of ‖ΔW‖² that a plain LoRA keeps where nobody says how much
+# All of Cc but the tab, what turns the direction of writing (Unicode's Trojan Source), line breaks, and surrogates.
+_OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(line: str) -> str:
+    """A line in which escapes stand for what a terminal would obey instead of showing it: colours, line breaks.
+
+    Text of several lines is made printable line by line.
+    """
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
+
+
+def in_markdown(line: str) -> str:
+    """A line for a paragraph, a heading or a table's cell in Markdown, where it is shown as it is."""
+    return re.sub(r"[\\`*\[\]<|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(line))
 
 
 def require_known(what: str, value: object, known: Iterable[str]) -> None:

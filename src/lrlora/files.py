@@ -9,9 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .checks import require_type
 from .locks import only_writer
@@ -23,11 +26,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        yield partial
+        with _writing(target):
+            yield partial
         flush(partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say what could not be written: of a full disk, safetensors raises an error that is its own, and names no file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{target} could not be written: {error}") from error
 
 
 def flush(path: Path) -> None:
@@ -62,7 +75,8 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     partial = folder / f"files.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _writing(folder):
+            yield partial
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):
             target = folder / file.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +106,8 @@ def replacing_folder(output: Path) -> Iterator[Path]:
     with only_writer(output):
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
         try:
-            yield partial
+            with _writing(output):
+                yield partial
             partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its user alone
             for file in partial.rglob("*"):
                 if file.is_file():
@@ -132,9 +147,61 @@ def readable(path: str | os.PathLike[str], remedy: str, *, until: Callable[[], b
         reason = " ".join(str(error).split())[:300].rstrip(".")
         if isinstance(error, UnpicklingError):
             reason = "its pickle is broken, or holds code to run, which is not loaded"  # torch says how to run it
+        elif isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
         elif not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{path} is damaged or not what it should be ({reason}). {remedy}") from error
+
+
+def require_regular(name: str | os.PathLike[str], below: str = "*") -> None:
+    """Raise a ValueError if a path, or what the pattern finds in the folder there, is neither a file nor a folder.
+
+    To open a pipe or a device as if it were a file may wait for ever, or have no end. A name on the hub passes.
+    """
+    for path in (Path(name), *Path(name).glob(below)):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a pipe, a socket or a device, and none is read. Put a plain file there.")
+
+
+_LARGEST_TEXT = 2**30  # as values it takes many times its size
+# Files that are read here have a few levels. What goes through their values takes several calls a level.
+DEEPEST = 100
+_NO_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
+_STEPS = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, which is a regular one, and of a size that can be read at once.
+
+    Raises:
+        ValueError: it is something else.
+
+    """
+    require_regular(path)
+    size = path.stat().st_size
+    if size > _LARGEST_TEXT:
+        raise ValueError(f"{path} has {size / 2**30:.1f} GiB, and no file of its kind has more than 1. Is it another?")
+    return path.read_text(encoding="utf-8")
+
+
+def parse_json(path: Path) -> Any:
+    """The values in a JSON file.
+
+    Raises:
+        ValueError: it is none, or one that is nested too deeply.
+
+    """
+    text = read_text(path)
+    if (depth := nesting(text.encode("utf-8", "surrogatepass"))) > DEEPEST:
+        raise ValueError(f"its values are nested {depth} levels deep, and {DEEPEST} are read")
+    return json.loads(text)
+
+
+def nesting(text: bytes) -> int:
+    """How deep brackets are nested in JSON; those within strings do not count."""
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_BRACKETS)
+    return max(accumulate(_STEPS.get(byte, 0) for byte in re.sub(rb'"[^"]*"', b"", plain)), default=0)
 
 
 ADAPTER_EXPECTED = "Expected are the adapter_config.json and adapter_model.safetensors that save_pretrained wrote."
@@ -144,10 +211,11 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
     """Look for an adapter, as far as that needs no hub: in a folder, or where a name can be no other.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or something in the folder is no file.
 
     """
     path = Path(name)
+    require_regular(path)
     if path.is_dir():
         reason = None if (path / "adapter_config.json").is_file() else "there is no adapter_config.json in it"
     else:
@@ -189,7 +257,7 @@ def read_json(path: Path, kind: Any, remedy: str) -> Any:
 
     """
     with readable(path, remedy):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path)
         require_type(content, kind, "its content")
         return content
 

@@ -22,17 +22,17 @@ def _parts(path: str) -> list[str]:
 
 def natural_order(path: str) -> list[tuple[int, str]]:
     """A key to sort by, with layer.2 before layer.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in _parts(path)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _parts(path)]
 
 
 def module_type(path: str) -> str:
     """The place of a module in its layer, its path without the numbers: encoder.layer.3.mlp → encoder.layer.mlp"""
-    return ".".join(part for part in _parts(path) if not part.isdigit())
+    return ".".join(part for part in _parts(path) if not part.isdecimal())
 
 
 def layer_index(path: str) -> int | None:
     """Index of the transformer layer that a module is in, None outside one."""
-    return next((int(part) for part in _parts(path) if part.isdigit()), None)
+    return next((int(part) for part in _parts(path) if part.isdecimal()), None)
 
 
 # Not `attentions`, in which diffusers puts the MLP of a block too.

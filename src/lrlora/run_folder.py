@@ -15,7 +15,7 @@ from zipfile import ZipFile
 from safetensors import safe_open
 
 from .checks import require_type
-from .files import read_json, readable
+from .files import parse_json, read_json, read_text, readable, require_regular
 
 if TYPE_CHECKING:
     from .rank import RankReport
@@ -99,13 +99,14 @@ def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:
 
     """
     path = folder / name
+    require_regular(folder)
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} holds no run of `lrlora train`: there is no {RUN_FILE} in it. Give the folder that was its "
             "--output."
         )
     with readable(path, RUN_EXPECTED):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path)
         later = {field: content.get(field) for field in _LATER}
         versions = content.get("versions", {})
         record = RunRecord(content["config"], content["labels"], content["max_length"], versions, **later)
@@ -127,7 +128,7 @@ def read_history(path: Path) -> list[tuple[int, RankReport]]:
         return records
     with readable(path, "Remove it, to go on without the records of the learned ranks."):
         # What follows the last end of a line was being written when the run was killed.
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in read_text(path).split("\n")[:-1]:
             content = json.loads(line)
             report = RankReport([RankRow.from_dict(row) for row in content["rows"]])
             require_type(content["step"], int, "step")
@@ -174,6 +175,7 @@ def resumed_from(checkpoint: Path) -> list[Path]:
 def require_readable(checkpoint: Path) -> None:
     """Raise a ValueError if a file of a checkpoint, or of the best one before it, is damaged."""
     for folder in resumed_from(checkpoint):
+        require_regular(folder, "**/*")
         for file in sorted(folder.rglob("*")):
             with readable(file, ANOTHER_CHECKPOINT):
                 _require_checksums(file)
@@ -181,7 +183,7 @@ def require_readable(checkpoint: Path) -> None:
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        state = parse_json(checkpoint / STATE_FILE)
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}

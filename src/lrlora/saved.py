@@ -7,19 +7,35 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 
-from .files import ADAPTER_EXPECTED, readable, require_adapter
+from .checks import require_type
+from .files import ADAPTER_EXPECTED, read_json, readable, require_adapter
+from .patterns import require_quick_patterns, require_short_names
 from .tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
 
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+# Fields of configurations that are read here, and of which PEFT does not look at the type.
+_FIELDS = {
+    "base_model_name_or_path": str | None,
+    "task_type": str | None,
+    "r": int | None,
+    "lora_alpha": float | None,
+    "alpha": float | None,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "rank_pattern": dict[str, float | list[Any]] | None,  # AdaLoRA's holds lists
+    "alpha_pattern": dict[str, float] | None,
+    "target_parameters": list[str] | None,
+}
 
 
 @dataclass(frozen=True)
@@ -47,11 +63,16 @@ class SavedAdapter:
             return adapter
         name = os.fspath(adapter)
         require_adapter(name)
+        if (file := Path(name) / CONFIG_NAME).is_file():
+            read_json(file, dict[str, Any], ADAPTER_EXPECTED)  # PEFT has no bounds
         with readable(name, ADAPTER_EXPECTED):
             try:
-                return cls(name, PeftConfig.from_pretrained(name))
+                config = PeftConfig.from_pretrained(name)
+                _require_sound(vars(config))
+                return cls(name, config)
             except ValueError as error:
-                raise ValueError(f"{name} does not hold a readable adapter ({error}). {ADAPTER_EXPECTED}") from None
+                reason = str(error).rstrip(".")
+                raise ValueError(f"{name} does not hold a readable adapter ({reason}). {ADAPTER_EXPECTED}") from None
 
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -59,13 +80,25 @@ class SavedAdapter:
         folder = Path(self.name)
         if folder.is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
             raise ValueError(f"{self.name} holds no weights: there is no {_WEIGHTS[0]} in it. {ADAPTER_EXPECTED}")
-        return load_peft_weights(self.name, device="cpu")
+        with readable(self.name, ADAPTER_EXPECTED):
+            weights = load_peft_weights(self.name, device="cpu")
+            require_short_names(weights, self.name)
+        return weights
 
     @property
     def method_weights(self) -> dict[str, Tensor]:
         """Those of its method, without trained heads, embeddings and biases."""
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.peft_type].removesuffix("lambda_")  # vera_lambda_, and vera_A
         return {key: weight for key, weight in self.weights.items() if f".{prefix}" in key}
+
+
+def _require_sound(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless a configuration, which may be a stranger's, is what is expected of one."""
+    where = "in its adapter_config.json"
+    for field, kind in _FIELDS.items():
+        if field in config:
+            require_type(config[field], kind, f"{field} {where}")
+    require_quick_patterns(config, where)
 
 
 AdapterSource = str | os.PathLike[str] | SavedAdapter

@@ -64,7 +64,7 @@ def test_fields_that_only_lora_has_are_refused_with_the_remedy(field: str, remed
 
 
 def test_a_newer_format_asks_for_an_upgrade() -> None:
-    with pytest.raises(ValueError, match=r"format_version=99.*pip install -U lrlora"):
+    with pytest.raises(ValueError, match=r"format_version=99.*Update your clone"):
         LrLoraConfig(format_version=99)
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.markup import escape
 
 from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, require_adapter, require_source
 from ..locks import only_writer
-from .common import announce, app, console, one_clear_error, quiet
+from .common import announce, app, as_text, console, one_clear_error, quiet
 
 if TYPE_CHECKING:
     from ..export import Factors
@@ -63,7 +62,7 @@ def ranks(
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
         console.print(
-            rank_table(report, escape(f"Ranks of {source} ({updates.method})"), width=console.width, every=every)
+            rank_table(report, as_text(f"Ranks of {source} ({updates.method})"), width=console.width, every=every)
         )
         for note in updates.notes:
             announce(note)
@@ -106,10 +105,10 @@ def _write_report(sources: list[str], base: str | None, output: Path, pictures: 
 
     runs = load_runs(sources, base=base)
     write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
-    console.print(escape(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB"), highlight=False)
+    announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")
     if pictures:
         save_pictures(runs, pictures)
-        console.print(escape(f"Pictures: {pictures}"), highlight=False)
+        announce(f"Pictures: {pictures}")
 
 
 _ENERGY = Annotated[
@@ -199,7 +198,7 @@ def export(
 def _show_factors(factors: Sequence[Factors], updates: Updates, title: str, *, every: bool) -> None:
     from ..export.table import factors_table
 
-    console.print(factors_table(factors, escape(title), width=console.width, every=every))
+    console.print(factors_table(factors, as_text(title), width=console.width, every=every))
     for note in updates.notes:
         announce(note)
 
@@ -269,7 +268,7 @@ def merge(
             adapter, output, dtype=precision, dequantize=dequantize, max_shard_size=max_shard_size, progressbar=True
         )
         size = sum(file.stat().st_size for file in output.iterdir())
-        console.print(escape(f"Model: {output}, {size / 2**20:.1f} MiB"), highlight=False)
+        announce(f"Model: {output}, {size / 2**20:.1f} MiB")
 
 
 def _dtype(name: str) -> Any:

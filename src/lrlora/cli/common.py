@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
+from ..checks import printable
 
 app = typer.Typer(
     help="Learnable-Rank LoRA: fine-tune transformers without guessing a rank.",
@@ -42,13 +43,11 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
             missing = {"altair|vl_convert|matplotlib|pandas": "plots", "bitsandbytes|torchao": "integrations"}
             extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
             remedy = f". Install what this command needs: pip install '.[{extra}]', in a clone of lrlora"
-        # What a damaged file holds need not be printable.
         what = (str(error) or type(error).__name__) if is_foreseen else f"{type(error).__name__}: {error}"
         remedy += (
             "" if is_foreseen else ". This was not foreseen: LRLORA_DEBUG=1 in the environment shows where it is from."
         )
-        said = f"{what}{remedy}".encode("utf-8", "backslashreplace").decode()
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(said)}", highlight=False)
+        Console(stderr=True).print(f"[bold red]Error:[/] {as_text(f'{what}{remedy}')}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print(f"Interrupted. {after_interrupt}", highlight=False)
@@ -76,7 +75,12 @@ def main(
 
 def announce(line: str) -> None:
     """Print a line as it is."""
-    console.print(escape(line), highlight=False)
+    console.print(as_text(line), highlight=False)
+
+
+def as_text(lines: str) -> str:
+    """Text for the console that is shown, whatever is in it, and not obeyed."""
+    return escape("\n".join(map(printable, lines.split("\n"))))
 
 
 def quiet() -> None:

@@ -10,11 +10,10 @@ import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from rich.markup import escape
 from rich.table import Table
 
 from ..files import cache_folder
-from .common import app, console, one_clear_error, quiet
+from .common import app, as_text, console, one_clear_error, quiet
 
 _PACKAGES = ("lrlora", "torch", "transformers", "peft", "safetensors", "numpy")
 _OPTIONAL = (
@@ -38,10 +37,10 @@ def doctor() -> None:
         quiet()
         table = Table(show_header=False)
         for name, fact in (*_versions(), *_hardware(), ("cache", _cache())):
-            table.add_row(name, escape(fact))
+            table.add_row(name, as_text(fact))
         console.print(table)
         for conflict in _conflicts():
-            console.print(f"[bold yellow]Warning:[/] {escape(conflict)}", highlight=False)
+            console.print(f"[bold yellow]Warning:[/] {as_text(conflict)}", highlight=False)
 
 
 def _installed(package: str) -> str | None:

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..files import write_json, write_whole
@@ -19,7 +18,7 @@ from ..lab.config import TrainConfig, parse_pairs, read_run, require_startable
 from ..lab.names import require_data_path, require_suite
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
-from .common import announce, app, console, one_clear_error, quiet
+from .common import announce, app, as_text, console, one_clear_error, quiet
 from .settings import settings_as_options, settings_of, starter
 
 
@@ -68,9 +67,7 @@ def demo(
                     parameters = f"{result.trainable_parameters:,}"
                     table.add_row(result.method, parameters, f"{result.value:.3f}{error}", took)
             console.print(table)
-        console.print(
-            escape(f"Adapters, reports and history: {output}\nPicture: {picture}\nPage: {page}"), highlight=False
-        )
+        announce(f"Adapters, reports and history: {output}\nPicture: {picture}\nPage: {page}")
 
 
 @app.command()
@@ -134,7 +131,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     except (Interrupted, KeyboardInterrupt) as stop:
         folder = Path(run.output)
         hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
-        Console(stderr=True).print(escape(str(stop) or f"Interrupted. {hint}"), highlight=False)
+        Console(stderr=True).print(as_text(str(stop) or f"Interrupted. {hint}"), highlight=False)
         raise typer.Exit(130) from None
     if not result.is_first:
         return
@@ -321,7 +318,7 @@ def compare(
             count = len(comparison.cells_left(left))
             said = "1 job or more is" if count == 1 else f"{count} jobs or more are"
             console.print(f"{said} left: run the same command again to go on.", highlight=False)
-        console.print(escape(f"Report: {path}"), highlight=False)
+        announce(f"Report: {path}")
 
 
 @app.command()

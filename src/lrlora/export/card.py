@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..checks import in_markdown
+from ..files import parse_json, readable
 from ..run_folder import CHAT, RUN_FILE, RunRecord, read_record
 from ..saved import SavedAdapter
 
@@ -52,14 +54,15 @@ def class_names(saved: SavedAdapter) -> list[str]:
     path = Path(saved.name) / MODEL_CONFIG
     if not path.is_file():
         return []
-    names = json.loads(path.read_text(encoding="utf-8")).get("id2label", {})
-    return [str(names[key]) for key in sorted(names, key=int)]
+    with readable(path, "Remove it, to go on without the names of the classes."):
+        names = parse_json(path).get("id2label", {})
+        return [str(names[key]) for key in sorted(names, key=int)]
 
 
 def header(base: str | None, *tags: str) -> str:
     """The head of a card that the hub reads, with the base model only if it has a public name."""
-    of_base = [] if base is None else [f"base_model: {base}"]
-    known = [*tags, *([] if base is None else [f"base_model:adapter:{base}"])]
+    of_base = [] if base is None else [f"base_model: {json.dumps(base)}"]  # YAML reads it, whatever is in the name
+    known = [*tags, *([] if base is None else [json.dumps(f"base_model:adapter:{base}")])]
     return "\n".join(["---", *of_base, "library_name: peft", "tags:", *(f"- {tag}" for tag in known), "---", "", ""])
 
 
@@ -73,7 +76,7 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
         f"from transformers import {'AutoConfig, ' if classes else ''}{model}, AutoTokenizer",
         "",
         'folder = "this folder or hub name"',
-        f'base = {model}.from_pretrained("{base_on_hub(saved) or "the base model"}"{of_classes})',
+        f"base = {model}.from_pretrained({json.dumps(base_on_hub(saved) or 'the base model')}{of_classes})",
         "model = PeftModel.from_pretrained(base, folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]
@@ -81,9 +84,13 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
         "The method is not part of PEFT: install lrlora (`pip install .` in a clone of it). The folder `lora` holds "
         "the same update as a plain LoRA, which PEFT and servers load alone.\n\n"
     )
-    names = f"\nIts classes, in the order of the outputs: {', '.join(classes)}.\n" if classes else ""
     code = "\n".join(lines)
-    return f"## Loading it\n\n{install if needs_lrlora else ''}```python\n{code}\n```\n{names}"
+    return f"## Loading it\n\n{install if needs_lrlora else ''}```python\n{code}\n```\n{_of_classes(classes)}"
+
+
+def _of_classes(classes: list[str]) -> str:
+    names = ", ".join(map(in_markdown, classes))
+    return f"\nIts classes, in the order of the outputs: {names}.\n" if classes else ""
 
 
 def is_asked_in_chats(saved: SavedAdapter) -> bool:
@@ -95,12 +102,14 @@ def is_asked_in_chats(saved: SavedAdapter) -> bool:
 def merged_card(saved: SavedAdapter) -> str:
     """The card of a full model that an adapter was merged into."""
     base, classes = base_on_hub(saved), class_names(saved)
-    head = "\n".join(["---", *([f"base_model: {base}"] if base else []), "library_name: transformers", "---"])
+    head = "\n".join(
+        ["---", *([f"base_model: {json.dumps(base)}"] if base else []), "library_name: transformers", "---"]
+    )
     parts = [
-        f"{head}\n\n# {base or 'A model'}, fine-tuned",
+        f"{head}\n\n# {in_markdown(base or 'A model')}, fine-tuned",
         "A full model: its base model with the update of an adapter merged into the weights by lrlora "
         "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers alone.",
-        *([f"Its classes, in the order of the outputs: {', '.join(classes)}."] if classes else []),
+        *([_of_classes(classes).strip()] if classes else []),
         *([ASKING] if is_asked_in_chats(saved) else []),
     ]
     return "\n\n".join(parts) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..files import ADAPTER_EXPECTED, readable
+from ..files import ADAPTER_EXPECTED, readable, require_regular
 from ..saved import AdapterSource, SavedAdapter, require_all_weights
 from ..updates import Updates
 from .card import class_names
@@ -44,6 +43,8 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     """
     saved = SavedAdapter.read(adapter)
     name, config = saved.name, saved.config
+    if config.base_model_name_or_path:
+        require_regular(config.base_model_name_or_path)
     with readable(name, ADAPTER_EXPECTED):
         if labels := class_names(saved):
             options["id2label"] = dict(enumerate(labels))
@@ -61,6 +62,9 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
                 f"The base model of {name}, {config.base_model_name_or_path}, could not be loaded: "
                 f"{str(error).splitlines()[0]} Put it there, or correct base_model_name_or_path in adapter_config.json."
             ) from None
+        except RecursionError:
+            base = config.base_model_name_or_path
+            raise ValueError(f"A file of {name}, or of its base model {base}, is nested too deeply.") from None
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"The adapter {name} does not fit its base model {config.base_model_name_or_path}: "
@@ -87,13 +91,15 @@ def check_base(saved: SavedAdapter, updates: Updates) -> None:
             f"The adapter {saved.name} does not say what its base model is. Set base_model_name_or_path in its "
             "adapter_config.json, or leave out the check against it (--no-check)."
         )
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"The base model {name} could not be found: {str(error).splitlines()[0]} Put it there, correct "
-            "base_model_name_or_path in adapter_config.json, or leave out the check against it (--no-check)."
-        ) from None
+    require_regular(name)
+    with readable(name, "Correct it, or leave out the check against it (--no-check)."):
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"The base model {name} could not be found: {str(error).splitlines()[0]} Put it there, correct "
+                "base_model_name_or_path in adapter_config.json, or leave out the check against it (--no-check)."
+            ) from None
     with torch.device("meta"):
         base = AutoModel.from_config(config)
     modules = dict(base.named_modules())
@@ -143,33 +149,38 @@ def _num_labels(saved: SavedAdapter) -> int | None:
 
 def _pad_token(name: str, base: str) -> int | None:
     for source in (name, base):
-        with contextlib.suppress(*_NOT_THERE):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            if _knows_words(tokenizer):
-                return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if (tokenizer := _preprocessing(AutoTokenizer, source)) is not None:
+            return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return None
-
-
-# What is not there, or not for this model, raises in many ways.
-_NOT_THERE = (OSError, ValueError, ImportError, AttributeError, KeyError)
 
 
 def save_preprocessing(folder: Path, source: str) -> bool:
     """Put the tokenizer or processor of a model or adapter into a folder; False if it has none."""
     for loader in (AutoProcessor, AutoTokenizer):
-        try:
-            loaded = loader.from_pretrained(source)
-        except _NOT_THERE:
-            continue
-        if _knows_words(loaded):
+        if (loaded := _preprocessing(loader, source)) is not None:
             loaded.save_pretrained(folder)
             return True
     return False
 
 
-def _knows_words(loaded: Any) -> bool:
-    """Not so of a tokenizer that transformers makes from a model's configuration alone."""
-    return not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens)
+def _preprocessing(loader: Any, source: str) -> Any:
+    """The tokenizer or processor of a model or adapter; None if it has none.
+
+    Raises:
+        ValueError: its files are nested too deeply.
+
+    """
+    try:
+        loaded = loader.from_pretrained(source)
+    except RecursionError:
+        raise ValueError(
+            f"A file of the tokenizer in {source} is nested too deeply. Remove it, or fetch it anew."
+        ) from None
+    except (OSError, ValueError, ImportError, AttributeError, KeyError):  # none, or none for this model
+        return None
+    # Of a model's configuration alone transformers makes a tokenizer without words.
+    has_words = not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens)
+    return loaded if has_words else None
 
 
 def sample_inputs(model: Any) -> dict[str, torch.Tensor]:

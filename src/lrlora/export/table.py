@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from ..checks import printable
 from ..naming import MOST_ROWS, module_type, shortened
 from .factorize import Factors, kept_energy
 
@@ -23,7 +25,7 @@ def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, e
         every: show all modules, however many.
 
     """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=printable(title), title_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1), False
     table.add_column("module", no_wrap=True)
     for heading in _HEADINGS:
@@ -38,7 +40,7 @@ def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, e
     for name, cells in rows.items():
         if name == "all":
             table.add_section()
-        table.add_row(shortened(name, room), *cells)
+        table.add_row(escape(printable(shortened(name, room))), *cells)
     return table
 
 

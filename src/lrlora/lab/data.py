@@ -14,9 +14,11 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..checks import require_known
+from ..files import require_regular
 from .commonsense import COMMONSENSE, load_commonsense
 from .config import FROM_TRAIN, TrainConfig
 from .embedded import EMBEDDED_DATA
+from .harmless import require_harmless
 from .kinds import KINDS, Kind
 from .labels import with_class_ids
 from .names import ANSWER_ROLES, BUILDERS, EMBEDDED, require_data_path
@@ -62,10 +64,16 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
         require_known("embedded data", name.removeprefix(EMBEDDED), EMBEDDED_DATA)
         return EMBEDDED_DATA[name.removeprefix(EMBEDDED)].load()
     path = Path(name)
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise ValueError(f"The data {name} cannot be read: it ends in none of {', '.join(BUILDERS)}.")
+    require_regular(path, "**/*")
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if not is_saved:
+        require_harmless(path)
     try:
         if path.is_file():
             return _load_file(path, delimiter, encoding)
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        if is_saved:
             loaded = load_from_disk(str(path))
             return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
         if path.is_dir():
@@ -97,9 +105,7 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
 
 
 def _load_file(path: Path, delimiter: str | None, encoding: str | None) -> DatasetDict:
-    builder = BUILDERS.get(path.suffix)
-    if builder is None:
-        raise ValueError(f"it ends in none of {', '.join(BUILDERS)}")
+    builder = BUILDERS[path.suffix]
     options: dict[str, Any] = {}
     if builder == "csv":
         delimiter = delimiter or ("\t" if path.suffix == ".tsv" else ",")

@@ -157,12 +157,13 @@ class LoadedRun:
             if config.method == "full":
                 model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
             else:
+                saved = SavedAdapter.read(folder)  # before PEFT reads its patterns
                 source = model_source(config.model)
                 base = load_model(source, config, record.labels, tokenizer)
                 warn_of_another_model(source, record.fingerprints)
                 # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
-                require_all_weights(model, SavedAdapter.read(folder))
+                require_all_weights(model, saved)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record, tokenizer, model)
 

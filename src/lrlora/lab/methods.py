@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checks import require_known
+from ..patterns import require_quick_patterns
 from ..tuner import LrLoraConfig
 from ..tuner.config import require_module_names
 
@@ -89,6 +90,7 @@ def adapter_config(
     for name in options:
         require_known(f"field of {known.config.__name__}", name, names)
     require_module_names(options)
+    require_quick_patterns(options, "of adapter")  # they may be from a run.json that someone else wrote
     defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may add to it
     if method == "adalora":
         rank = options.get("target_r", DEFAULT_RANK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checks import require_known
+from ..files import require_regular
 
 # Task → what a column of its data holds, and is called unless `columns` says otherwise.
 ROLES = {
@@ -46,6 +47,7 @@ def require_model_folder(name: str) -> None:
         raise FileNotFoundError(f"The folder {name} holds no model: there is no config.json in it.")
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise FileNotFoundError(f"There is no model folder {name}.")
+    require_regular(path)
 
 
 def require_data_path(name: str) -> None:

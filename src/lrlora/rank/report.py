@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checks import require_type
-from ..files import write_whole
+from ..files import parse_json, write_whole
 from .measures import MEASURES
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class RankReport:
 
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = parse_json(Path(path))
             curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
             # Reports from before there were spectra have none.
             spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checks import in_markdown
 from ..export.card import ASKING, base_on_hub, header, is_asked_in_chats, loading
 from ..files import write_whole
 from ..rank import MEASURES
@@ -43,7 +44,10 @@ def model_card(run: Run, picture: str | None = None) -> str:
     """
     method = run.facts["method"]
     kinds = sorted({row.kind for row in run.report.rows})
-    lines = ["| | " + " | ".join(f"{kind}: min / mean / max" for kind in kinds) + " |", "|---|" + "---|" * len(kinds)]
+    lines = [
+        "| | " + " | ".join(f"{in_markdown(kind)}: min / mean / max" for kind in kinds) + " |",
+        "|---|" + "---|" * len(kinds),
+    ]
     for measure in MEASURES:
         cells = []
         for kind in kinds:
@@ -51,9 +55,9 @@ def model_card(run: Run, picture: str | None = None) -> str:
             cells.append(f"{min(ranks):.3g} / {sum(ranks) / len(ranks):.3g} / {max(ranks):.3g}")
         lines.append(f"| {MEASURES[measure].label} | " + " | ".join(cells) + " |")
     parts = [
-        f"# {run.name}",
+        f"# {in_markdown(run.name)}",
         f"An adapter of the method {method}, trained with lrlora.",
-        "\n".join(f"- {name}: {value}" for name, value in run.facts.items()),
+        "\n".join(f"- {name}: {in_markdown(value)}" for name, value in run.facts.items()),
         "## Ranks of ΔW",
         "\n".join(lines),
         *([f"![Learned ranks]({picture})"] if picture else []),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from ..checks import printable
 from ..naming import MOST_ROWS, shortened
 from ..rank import MEASURES, RankReport, RankRow
 
@@ -54,14 +56,16 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
     room = width - sum(max(map(len, column)) + 1 for column in zip(*cells, strict=True)) - 1
     means = "Means over modules. " if len(sections) > 2 else ""
     caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if there[name] and about)])
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=printable(title), title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD
+    )
     table.padding, table.pad_edge = (0, 0), False
     table.add_column("module", no_wrap=True)
     for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for section in sections:
         for label, values in section:
-            table.add_row(shortened(label, room), *values)
+            table.add_row(escape(printable(shortened(label, room))), *values)
         table.add_section()
     return table
 

@@ -22,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ..files import read_json, readable
+from ..files import read_json, readable, require_regular
 from ..naming import natural_order
+from ..patterns import require_short_names
 from .update import Layout, Update, Updates
 
 _EXPECTED = "Expected is a model as save_pretrained writes it: model.safetensors, or its shards and their index."
@@ -51,6 +52,7 @@ class Checkpoint:
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
         self.name = os.fspath(name)
+        require_regular(self.name)
         with readable(self.name, _EXPECTED):
             found = {key: file for file, keys in self._files().items() for key in keys}
         self._place_of = {self._renamed(key): (file, key) for key, file in found.items()}
@@ -156,7 +158,9 @@ class Checkpoint:
 
 def _keys(file: str) -> list[str]:
     with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
+        names = list(opened.keys())
+    require_short_names(names, file)
+    return names
 
 
 def with_weight(update: Update, base: Checkpoint) -> Update:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..files import readable
 from ..naming import PEFT_PREFIX, natural_order
+from ..patterns import require_quick_patterns, require_short_names
 from .checkpoint import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
 from .update import MAGNITUDES_NOTE, Updates
@@ -80,6 +81,7 @@ class SingleFile:
         name = os.fspath(path)
         with readable(name, _EXPECTED), safe_open(name, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+            require_short_names(tensors, name)
             metadata = dict(file.metadata() or {})
         found = cls(name, metadata, {}, {}, {}, {})
         if any(key.startswith(PEFT_PREFIX) for key in tensors):
@@ -138,6 +140,7 @@ class SingleFile:
         """Beginning of modules' names → the configuration of their adapter."""
         with readable(self.path, _EXPECTED):
             content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
+            require_quick_patterns(content, f"in its {METADATA_KEY}")
             components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
             return {
                 component: {

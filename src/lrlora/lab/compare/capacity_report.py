@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 from scipy.stats import spearmanr
 
+from ...checks import in_markdown
 from ...files import write_whole
 from ...report.figure import save_figure
 from ...tuner import LrLoraConfig
@@ -21,7 +22,7 @@ from .capacity import CapacityTask
 from .equivalence import equivalent_rank
 from .figures import with_legend
 from .jobs import Comparison, Record, read_records
-from .markdown import markdown
+from .markdown import failure_line, markdown
 from .methods import METHODS, find_method
 from .statistics import Interval, paired_difference
 from .tables import final_runs, ratio, same_hardware
@@ -232,21 +233,21 @@ def write_capacity_report(comparison: Comparison, output: Path) -> Path:
     records = comparison.of_all(records).select(records)
     frames = {task: losses(records, task, comparison.rank) for task in tasks}
     tables = {task: frame for task, frame in frames.items() if len(frame)}
-    parts = [f"# {comparison.suite}\n"]
+    parts = [f"# {in_markdown(comparison.suite)}\n"]
     if tables:
         parts.append("\n![Loss against parameters and time](curves.png)\n")
         # Two ranks of LoRA are no curve.
         curves = {task: frame for task, frame in tables.items() if (frame["method"] == LORA).sum() > 2}
         save_figure(curves_figure(curves or tables), output / "curves.png")
     for task, frame in tables.items():
-        parts += [f"\n## {task}\n", markdown(frame.drop(columns="seconds"))]
+        parts += [f"\n## {in_markdown(task)}\n", markdown(frame.drop(columns="seconds"))]
     asked = demand(records, tasks)
     if len(followed := follows_demand(asked)):
         parts += ["\n## Learned rank against demand\n", markdown(followed), "\n![Stable rank by texts](demand.png)\n"]
         save_figure(demand_figure(asked), output / "demand.png")
     if failures := [record for record in records.values() if record.get("failure")]:
         parts.append("\n## What failed\n\nA method on a task has no row where a final run failed.\n")
-        parts += [f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures]
+        parts += map(failure_line, failures)
     path = output / "report.md"
     write_whole(path, "\n".join(parts) + "\n")
     return path

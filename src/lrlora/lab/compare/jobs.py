@@ -17,7 +17,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from ...checks import require_known, require_type
-from ...files import read_json, readable, write_json
+from ...files import parse_json, read_json, readable, write_json
 from ..config import FROM_TRAIN, TrainConfig
 from ..kinds import KINDS
 from ..methods import EVA, adapter_config
@@ -275,7 +275,7 @@ def read_comparison(suite: str, output: Path) -> Comparison:
     if not path.exists():
         raise FileNotFoundError(f"There is no comparison in {output}: run it first.")
     with readable(path, "Run the comparison again without --report."):
-        call = json.loads(path.read_text(encoding="utf-8"))
+        call = parse_json(path)
         lists = {name: tuple(value) for name, value in call.items() if isinstance(value, list)}
         return Comparison(**{**call, **lists, "suite": suite})
 

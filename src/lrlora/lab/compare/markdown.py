@@ -1,4 +1,4 @@
-"""Tables of a report as Markdown."""
+"""Tables and lists of a report as Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 
 import pandas as pd
 
+from ...checks import in_markdown
 from .equivalence import EquivalentRank
+from .jobs import Record
 from .statistics import Interval
 
 # Digits after the point; what is not here is written as it is.
@@ -34,8 +36,14 @@ def markdown(frame: pd.DataFrame) -> str:
             if math.isinf(value):
                 return "failed"
             return f"{value:g}" if digits is None else f"{value:.{digits}f}"
-        return f"{value:,}" if isinstance(value, int) else str(value)
+        return f"{value:,}" if isinstance(value, int) else in_markdown(str(value))
 
     rows = [[show(name, value) for name, value in row.items()] for row in frame.to_dict("records")]
-    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *rows]
+    lines = [[in_markdown(str(name)) for name in frame.columns], ["---"] * len(frame.columns), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def failure_line(record: Record) -> str:
+    """A job that failed, and why, as an item of a list."""
+    line = f"{record['task']}, {record['method']}, {record['learning_rate']:g}: {record['failure']}"
+    return f"- {in_markdown(line)}"

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from ...checks import in_markdown
 from ...files import write_whole
 from ...report.figure import save_figure
 from .capacity_report import write_capacity_report
 from .figures import parameters_figure, ranks_figure, rates_figure
 from .jobs import Comparison, Record, check_folder, read_records
-from .markdown import markdown
+from .markdown import failure_line, markdown
 from .methods import find_method
 from .statistics import Interval
 from .tables import final_runs, learned_ranks, ranks_by_layer, results, tidy, tuning, variants, wins
@@ -33,7 +34,7 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     if not records:
         raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
     write_whole(output / "runs.jsonl", tidy(records).to_json(orient="records", lines=True))
-    parts = [f"# {comparison.suite}: {comparison.definition.model}, r = {comparison.rank}\n"]
+    parts = [f"# {in_markdown(f'{comparison.suite}: {comparison.definition.model}')}, r = {comparison.rank}\n"]
     for section in (_results, _rates, _learned_ranks, _variants, _failures):
         parts += section(comparison, records, output)
     path = output / "report.md"
@@ -123,7 +124,7 @@ def _failures(comparison: Comparison, records: dict[str, Record], output: Path) 
     return [
         "\n## What failed\n\nA method on a task has no mean where a final run failed. To run it again, remove its "
         "file from the folder jobs.\n",
-        *(f"- {r['task']}, {r['method']}, {r['learning_rate']:g}: {r['failure']}" for r in failures),
+        *map(failure_line, failures),
     ]
 
 

@@ -1,0 +1,270 @@
+"""Files that were made to do harm: they end in one clear error that names them, and not in a hang or a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import HiraConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.files import DEEPEST
+from lrlora.lab.config import TrainConfig
+from lrlora.lab.train import train
+
+from .lab.small import reviews, save_encoder
+
+ENDLESS = "((.+)+)+Z"
+DEEP = "[" * 50_000 + "]" * 50_000
+SECONDS = 60  # that nothing here should need, whatever the machine
+ADAPTERS = ("lora", "hira")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, adapters on it, and a finished run."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_encoder(Path("base"))
+        for name, kind in (("lora", LoraConfig), ("hira", HiraConfig)):
+            model = get_peft_model(AutoModel.from_pretrained("./base"), kind(r=2, target_modules=["query", "value"]))
+            for key, weight in model.named_parameters():
+                if "_B." in key:
+                    torch.nn.init.normal_(weight)
+            model.save_pretrained(name)
+        reviews(32).rename(columns={"review": "text", "verdict": "label"}).to_csv("data.csv", index=False)
+        training = {"max_steps": 1, "per_device_train_batch_size": 4}
+        train(TrainConfig("./base", "data.csv", "classify", output="run", adapter={"r": 2}, training=training))
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, which is the current folder."""
+    subprocess.run(["cp", "-r", made, tmp_path / "here"], check=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def call(command: str) -> Result:
+    """The command in this process, which gets out of a regular expression, or of Python's open, when time is up."""
+
+    def stop(*_: Any) -> None:
+        pytest.fail(f"{command} takes more than {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        return CliRunner().invoke(app, command.split(), env={"COLUMNS": "500"})
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def require_refused(command: str, *words: str) -> None:
+    result = call(command)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    (error,) = re.findall("(?m)^Error: (.+)", result.output)
+    for word in words:
+        assert word in error
+
+
+def change(adapter: str, **fields: Any) -> None:
+    path = Path(adapter, "adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_what_is_whole_is_read(here: Path) -> None:
+    commands = [command.format(adapter) for adapter in ADAPTERS for command in ON_ADAPTERS]
+    for number, command in enumerate((*commands, "evaluate run --data data.csv")):
+        result = call(command.replace(" out", f" out{number}"))
+        assert result.exit_code == 0, result.output
+
+
+ON_ADAPTERS = (
+    "ranks {} --base ./base",
+    "merge {} --output out",
+    "export {} --energy 1 --output out",
+    "report {} --output out.html",
+)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("command", ON_ADAPTERS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank_pattern", {ENDLESS: 4}),
+        ("target_modules", ENDLESS),
+        ("exclude_modules", ENDLESS),
+        ("modules_to_save", ["score", ENDLESS]),
+    ],
+)
+def test_a_pattern_that_never_ends(here: Path, adapter: str, command: str, field: str, value: Any) -> None:
+    change(adapter, **{field: value})
+    require_refused(command.format(adapter), adapter, f"{field} in its adapter_config.json", "take for ever")
+
+
+def test_a_pattern_that_never_ends_in_a_run(here: Path) -> None:
+    change("run", rank_pattern={ENDLESS: 4})
+    require_refused("evaluate run --data data.csv", "rank_pattern in its adapter_config.json")
+    Path("run.yaml").write_text(f'adapter: {{target_modules: "{ENDLESS}"}}')
+    command = "train run.yaml --model ./base --data data.csv --task classify --steps 1 --output out"
+    require_refused(command, "target_modules of adapter", "take for ever")
+
+
+def test_a_pattern_that_never_ends_in_a_single_file(here: Path) -> None:
+    tensors = {f"unet.{'a' * 60}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    config = {"unet.lora_alpha": 8, "unet.r": 2, "unet.alpha_pattern": {ENDLESS: 4}}
+    save_file(tensors, "one.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    require_refused("ranks one.safetensors", "one.safetensors", "unet.alpha_pattern in its lora_adapter_metadata")
+
+
+def test_names_that_a_pattern_takes_long_for(here: Path) -> None:
+    long = {f"base_model.model.{'a' * 5000}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(long, "lora/adapter_model.safetensors")
+    require_refused("ranks lora", "lora", "names a tensor by")
+
+
+@pytest.mark.parametrize("command", ["ranks lora --with-base", *(each.format("lora") for each in ON_ADAPTERS)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("base_model_name_or_path", ["a"]),
+        ("base_model_name_or_path", 3),
+        ("r", "8"),
+        ("alpha_pattern", {"query": "8"}),
+        ("modules_to_save", [["score"]]),
+    ],
+)
+def test_fields_of_the_wrong_type(here: Path, command: str, field: str, value: Any) -> None:
+    change("lora", **{field: value})
+    require_refused(command, "lora", f"{field} in its adapter_config.json", "must be")
+
+
+def pipe(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("lora/adapter_config.json", "ranks lora"),
+        ("base/config.json", "merge lora --output out"),
+        ("base/config.json", "ranks lora --base ./base"),
+        ("base/config.json", "export run --energy 1 --output out"),
+        ("base/tokenizer.json", "train --model ./base --data data.csv --task classify --output out"),
+        ("run/ranks.json", "report run --output out.html"),
+        ("run/run.json", "evaluate run --data data.csv"),
+        ("run/tokenizer.json", "evaluate run --data data.csv"),
+        ("data.csv", "evaluate run --data data.csv"),
+        ("folder/train.csv", "train --model ./base --data ./folder --task classify --output out"),
+    ],
+)
+def test_pipes(here: Path, file: str, command: str) -> None:
+    Path("folder").mkdir()
+    pipe(file)
+    require_refused(command, file, "is a pipe, a socket or a device")
+
+
+def test_a_pipe_for_weights(here: Path) -> None:
+    """In a process of its own, as the code that reads them cannot be interrupted."""
+    Path("lora/adapter_model.safetensors").rename("lora/adapter_model.bin")
+    pipe("lora/adapter_model.safetensors")
+    said = run_python("from lrlora.updates import read_updates; read_updates('lora')")
+    assert "ValueError: lora/adapter_model.safetensors is a pipe" in said
+
+
+def test_a_pipe_in_a_checkpoint_is_passed_over(here: Path) -> None:
+    Path("run/checkpoint-1").mkdir()
+    pipe("run/checkpoint-1/trainer_state.json")
+    assert call("report run --output out.html").exit_code == 0
+
+
+def test_a_device_as_data(here: Path) -> None:
+    Path("zeros.csv").symlink_to("/dev/zero")
+    require_refused("evaluate run --data zeros.csv", "zeros.csv is a pipe, a socket or a device")
+
+
+def run_python(code: str) -> str:
+    """What a process says in the end that runs this code, and must fail with an exception."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10 * SECONDS)
+    assert done.returncode == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("lora/adapter_config.json", "ranks lora"),
+        ("run/run.json", "evaluate run --data data.csv"),
+        ("run/ranks.json", "report run --output out.html"),
+        ("run/log_history.json", "report run --output out.html"),
+    ],
+)
+@pytest.mark.parametrize("depth", [DEEPEST + 1, 50_000])
+def test_nested_json(here: Path, file: str, command: str, depth: int) -> None:
+    Path(file).write_text("[" * depth + "]" * depth)
+    require_refused(command, file, f"nested {depth} levels deep")
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("run/rank_history.jsonl", "report run --output out.html"),
+        ("run/tokenizer_config.json", "evaluate run --data data.csv"),
+        ("base/config.json", "merge lora --output out"),
+        ("base/config.json", "export run --energy 1 --output out"),
+        ("base/tokenizer_config.json", "merge lora --output out"),
+    ],
+)
+def test_nested_json_that_others_read(here: Path, file: str, command: str) -> None:
+    Path(file).write_text(DEEP + "\n")
+    require_refused(command, file.partition("/")[0], "nested too deeply")
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may get longer than some hundred bytes, which is said like a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("command", ["merge lora --output out", "export lora --energy 1 --no-check --output out"])
+def test_a_full_disk_is_said_and_nothing_left(here: Path, full_disk: None, command: str) -> None:
+    before = sorted(os.listdir())
+    require_refused(command, str(here / "out"), "could not be written")
+    assert sorted(os.listdir()) == before
+
+
+def test_a_full_disk_is_said_of_a_single_file(here: Path, full_disk: None) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = load_file("lora/adapter_model.safetensors")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
+    save_file({key.removeprefix("base_model.model."): value for key, value in tensors.items()}, "one.safetensors")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    require_refused("export one.safetensors --energy 1 --output two.safetensors", "two.safetensors could not be")
+
+
+def test_numbers_that_are_none(here: Path) -> None:
+    """² is a digit to Python, and no number."""
+    save_file({f"layer.².lora_{part}.weight": torch.eye(2) for part in "AB"}, "one.safetensors")
+    assert call("ranks one.safetensors").exit_code == 0
