@@ -229,6 +229,7 @@ def test_the_page_of_commands_is_what_they_say_of_themselves() -> None:
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     *(
         f"docs/{name}.md"
         for name in (
