@@ -148,8 +148,7 @@ def training_arguments(
                 f"gradient_accumulation_steps={accumulation} cannot share. Resume it with another number of processes."
             )
     if steps < 0:
-        batches = math.ceil(examples / (batch * devices))
-        steps = math.ceil(batches / accumulation) * epochs
+        steps = math.ceil(math.ceil(examples / (batch * devices)) / accumulation) * epochs
     if steps > _MOST_STEPS:
         raise ValueError(f"Training would take {steps:g} steps, more than any can. Give fewer steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
