@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 from torch.func import functional_call
@@ -205,6 +206,7 @@ def test_bad_fields_are_refused(field: str, value: Any) -> None:
         LrLoraConfig(**{field: value})
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="a PEFT model has breaks of its own")
 def test_compiled_without_a_graph_break() -> None:
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LrLoraConfig(r=2, target_modules=["0"], **EXPANSION))
