@@ -40,17 +40,16 @@ def require_quick_patterns(config: Mapping[str, Any], where: str) -> None:
         where: it is from, for the message: "in its adapter_config.json".
 
     """
-    ways = 0.0
     for field, value in config.items():
-        if re.search("modules|pattern", field) is None or not isinstance(value, (str, list, tuple, set, dict)):
+        is_whole = isinstance(value, str)
+        if re.search("modules|pattern", field) is None or (field in _NAMES_ONLY and not is_whole):
             continue
-        if field in _NAMES_ONLY and not isinstance(value, str):
-            continue
-        for pattern in [value] if isinstance(value, str) else value:
+        ways = 0.0
+        for pattern in [value] if is_whole else value if isinstance(value, (list, tuple, set, dict)) else ():
             require_type(pattern, str, f"a name in {field} {where}")
             try:
                 # PEFT looks for all but whole strings after any beginning.
-                ways += _ways_of(pattern) * (1 if isinstance(value, str) else _PLACES)
+                ways += _ways_of(pattern) * (1 if is_whole else _PLACES)
             except ValueError as error:
                 raise ValueError(f"{field} {where} holds {pattern!r:.200}, which is no pattern: {error}.") from None
             if ways > _MOST_WAYS:
