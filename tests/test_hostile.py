@@ -128,6 +128,17 @@ def test_a_pattern_that_never_ends_in_a_run(here: Path) -> None:
     require_refused(command, "target_modules of adapter", "take for ever")
 
 
+@pytest.mark.parametrize(
+    "command", ["merge lora --output out", "train --model ./base --data data.csv --task classify --output out"]
+)
+def test_a_pattern_that_never_ends_beside_a_base_model(here: Path, command: str) -> None:
+    """Where transformers finds an adapter, it puts it on the model."""
+    for file in Path("hira").glob("adapter*"):
+        file.rename(Path("base", file.name))
+    change("base", rank_pattern={ENDLESS: 4}, base_model_name_or_path="./base")
+    require_refused(command, "base", "rank_pattern in ", "take for ever")
+
+
 def test_a_pattern_that_never_ends_in_a_single_file(here: Path) -> None:
     tensors = {f"unet.{'a' * 60}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
     config = {"unet.lora_alpha": 8, "unet.r": 2, "unet.alpha_pattern": {ENDLESS: 4}}

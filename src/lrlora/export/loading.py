@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -43,8 +44,10 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     """
     saved = SavedAdapter.read(adapter)
     name, config = saved.name, saved.config
-    if config.base_model_name_or_path:
-        require_regular(config.base_model_name_or_path)
+    if base := config.base_model_name_or_path:
+        require_regular(base)
+        if (Path(base) / CONFIG_NAME).is_file():
+            SavedAdapter.read(base)  # transformers puts it on the model
     with readable(name, ADAPTER_EXPECTED):
         if labels := class_names(saved):
             options["id2label"] = dict(enumerate(labels))
@@ -63,7 +66,6 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
                 f"{str(error).splitlines()[0]} Put it there, or correct base_model_name_or_path in adapter_config.json."
             ) from None
         except RecursionError:
-            base = config.base_model_name_or_path
             raise ValueError(f"A file of {name}, or of its base model {base}, is nested too deeply.") from None
         except (RuntimeError, ValueError) as error:
             raise ValueError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..checks import require_known
-from ..files import require_regular
+from ..files import read_json, require_regular
+from ..patterns import require_quick_patterns
 
 # Task → what a column of its data holds, and is called unless `columns` says otherwise.
 ROLES = {
@@ -39,7 +41,13 @@ def require_suite(name: str) -> None:
 
 
 def require_model_folder(name: str) -> None:
-    """Raise a FileNotFoundError if a model's name is that of a folder with no model, or can only be that of none."""
+    """Check the folder that a model's name is that of, or can only be that of.
+
+    Raises:
+        FileNotFoundError: there is none, or no model in it.
+        ValueError: a file in it would hang who reads it.
+
+    """
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
@@ -48,6 +56,9 @@ def require_model_folder(name: str) -> None:
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise FileNotFoundError(f"There is no model folder {name}.")
     require_regular(path)
+    if (adapter := path / "adapter_config.json").is_file():  # transformers puts it on the model
+        config = read_json(adapter, dict[str, Any], "Remove it, to take the model alone.")
+        require_quick_patterns(config, f"in {adapter}")
 
 
 def require_data_path(name: str) -> None:
