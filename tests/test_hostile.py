@@ -227,18 +227,18 @@ def run_python(code: str) -> str:
         ("run/run.json", "evaluate run --data data.csv"),
         ("run/ranks.json", "report run --output out.html"),
         ("run/log_history.json", "report run --output out.html"),
+        ("run/rank_history.jsonl", "report run --output out.html"),
     ],
 )
 @pytest.mark.parametrize("depth", [DEEPEST + 1, 50_000])
 def test_nested_json(here: Path, file: str, command: str, depth: int) -> None:
-    Path(file).write_text("[" * depth + "]" * depth)
+    Path(file).write_text("[" * depth + "]" * depth + "\n")
     require_refused(command, file, f"nested {depth} levels deep")
 
 
 @pytest.mark.parametrize(
     ("file", "command"),
     [
-        ("run/rank_history.jsonl", "report run --output out.html"),
         ("run/tokenizer_config.json", "evaluate run --data data.csv"),
         ("base/config.json", "merge lora --output out"),
         ("base/config.json", "export run --energy 1 --output out"),
@@ -247,7 +247,7 @@ def test_nested_json(here: Path, file: str, command: str, depth: int) -> None:
 )
 def test_nested_json_that_others_read(here: Path, file: str, command: str) -> None:
     Path(file).write_text(DEEP + "\n")
-    require_refused(command, file.partition("/")[0], "nested too deeply")
+    require_refused(command, file.partition("/")[0], "is nested too deeply")
 
 
 @pytest.fixture

@@ -192,7 +192,16 @@ def parse_json(path: Path) -> Any:
         ValueError: it is none, or one that is nested too deeply.
 
     """
-    text = read_text(path)
+    return values_of(read_text(path))
+
+
+def values_of(text: str) -> Any:
+    """The values in a text that is JSON.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+
+    """
     if (depth := nesting(text.encode("utf-8", "surrogatepass"))) > DEEPEST:
         raise ValueError(f"its values are nested {depth} levels deep, and {DEEPEST} are read")
     return json.loads(text)

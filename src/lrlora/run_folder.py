@@ -5,7 +5,6 @@ A checkpoint is whole only if the process that wrote it was not killed on the wa
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from zipfile import ZipFile
 from safetensors import safe_open
 
 from .checks import require_type
-from .files import parse_json, read_json, read_text, readable, require_regular
+from .files import parse_json, read_json, read_text, readable, require_regular, values_of
 
 if TYPE_CHECKING:
     from .rank import RankReport
@@ -129,7 +128,7 @@ def read_history(path: Path) -> list[tuple[int, RankReport]]:
     with readable(path, "Remove it, to go on without the records of the learned ranks."):
         # What follows the last end of a line was being written when the run was killed.
         for line in read_text(path).split("\n")[:-1]:
-            content = json.loads(line)
+            content = values_of(line)
             report = RankReport([RankRow.from_dict(row) for row in content["rows"]])
             require_type(content["step"], int, "step")
             report.require_numbers()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import require_known
+from ..files import values_of
 from ..run_folder import CHAT, PLAIN, TEXT
 
 NO_TEMPLATE = "none"
@@ -112,8 +112,17 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     if role is None:
         raise ValueError(f"A turn of a conversation is from {asker!r}. Known: {', '.join(_ASKERS)}.")
     if role == "function_call":
-        return {"role": "assistant", "tool_calls": [{"type": "function", "function": json.loads(str(said))}]}
+        call = _json("A turn that calls a function", str(said))
+        return {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
     return {"role": role, "content": said}
+
+
+def _json(what: str, text: str) -> Any:
+    """The value in a text of the data that must be JSON."""
+    try:
+        return values_of(text)
+    except ValueError as error:
+        raise ValueError(f"{what} must hold JSON, and holds {text!r:.100}: {error}.") from None
 
 
 _EXTRAS = ("tools", "chat_template_kwargs")
@@ -166,7 +175,7 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         extras = {name: row[name] for name in _EXTRAS if name in row}
         if isinstance(extras.get("tools"), str):
-            extras["tools"] = json.loads(extras["tools"] or "null")
+            extras["tools"] = _json("The column tools", extras["tools"] or "null")
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = extras["chat_template_kwargs"] or {}
         return found.convert(row, rendering == CHAT) | extras

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..files import readable
+from ..files import readable, values_of
 from ..naming import PEFT_PREFIX, natural_order
 from ..patterns import require_quick_patterns, require_short_names
 from .checkpoint import Checkpoint, with_weight
@@ -139,7 +138,7 @@ class SingleFile:
     def _configs(self) -> dict[str, Mapping[str, Any]]:
         """Beginning of modules' names → the configuration of their adapter."""
         with readable(self.path, _EXPECTED):
-            content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
+            content = values_of(self.metadata.get(METADATA_KEY, "{}"))
             require_quick_patterns(content, f"in its {METADATA_KEY}")
             components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
             return {
