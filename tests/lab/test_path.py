@@ -288,6 +288,14 @@ def test_the_card_s_code_runs(encoder: str) -> None:
         assert names["model"](**names["tokenizer"]("a film", return_tensors="pt")).logits.shape == (1, 2)
 
 
+@pytest.mark.parametrize("name", ["save_steps", "eval_steps"])
+def test_checkpoints_are_evaluated_and_saved_together(encoder: str, name: str) -> None:
+    settings = ("--model", encoder, "--task", "classify", "--data", "good.csv", "--steps", 4, "--batch-size", 4)
+    result = run("train", *settings, "--training", f"{name}=2")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("Step ") == 2
+
+
 def test_a_short_run_is_not_evaluated_all_the_time(encoder: str) -> None:
     result = run(
         *("train", "--model", encoder, "--task", "classify", "--data", "good.csv", "--steps", 20, "--batch-size", 4)

@@ -159,8 +159,8 @@ def training_arguments(
         "learning_rate": kind.rates[config.method == "full"],
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
-        "eval_steps": every,
-        "save_steps": every,
+        "eval_steps": given.get("save_steps", every),  # the best checkpoint is one that was saved
+        "save_steps": given.get("eval_steps", every),
         "logging_steps": max(1, round(steps / 50)),
         "metric_for_best_model": metric,
         "greater_is_better": metric not in LESS_IS_BETTER,
