@@ -15,6 +15,8 @@ CODE = [path.relative_to(ROOT) for folder in ("src", "examples") for path in sor
 def on_files(files: Files, config: Any) -> Files:
     """Add the start page, and the code that pages link to, as text."""
     files.append(File.generated(config, "index.md", content=_start_page()))
+    security = (ROOT / "SECURITY.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "security.md", content=security))
     for path in CODE:
         files.append(File.generated(config, f"code/{path}.txt", abs_src_path=str(ROOT / path)))
     return files
@@ -33,4 +35,5 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 def _start_page() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"\]\(docs/", "](", text)
+    text = text.replace("](SECURITY.md)", "](security.md)")
     return text.replace("](examples)", "](cookbook.md)")

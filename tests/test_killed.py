@@ -40,14 +40,14 @@ COMMANDS = {
     "compare": "compare suite.yaml --methods lora --rates 1e-2 --seeds 1 --rank 2 --output out",
 }
 KILLS = {"train": 24, "export": 8, "merge": 8, "predict": 8, "report": 4, "compare": 10}
-NOW = [("train", 0), ("train", 1), ("export", 0)]
+NOW = [("train", 0), ("export", 0)]
 CASES = [
     pytest.param(name, seed, marks=[] if (name, seed) in NOW else pytest.mark.slow)
     for name, count in KILLS.items()
     for seed in range(count)
 ]
 AT_ONCE = [
-    pytest.param(name, count, marks=[] if (name, count) in (("train", 2), ("predict", 2)) else pytest.mark.slow)
+    pytest.param(name, count, marks=[] if (name, count) == ("train", 2) else pytest.mark.slow)
     for name in COMMANDS
     for count in (2, 8)
     if name != "compare"  # whose processes share its jobs

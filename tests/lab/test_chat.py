@@ -27,6 +27,12 @@ from .small import CHAT as TEMPLATE
 from .small import reviews, save_decoder, tokenizer
 
 
+@pytest.fixture
+def decoder(tmp_path: Path) -> str:
+    """One that a test may take the template from."""
+    return save_decoder(tmp_path / "own-decoder")
+
+
 def rows(format_: str, count: int = 48) -> list[dict[str, Any]]:
     """Reviews as questions, verdicts as answers, in one of the formats."""
     return [

@@ -204,15 +204,19 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
 ) -> None:
     every = ("logging_steps=1", "eval_steps=75", "save_steps=75")
     options = ("--steps", 150, *(option for field in every for option in ("--training", field)))
-    assert train_reviews(encoder, table, tmp_path / "whole", *options).exit_code == 0
-    command = ["train", "--model", encoder, "--data", table, "--task", "classify", "--output", tmp_path / "cut"]
-    command += [*COLUMNS, *SMALL, *options]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from lrlora.cli import app; app()", *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        """All in processes of their own: what other tests did to this one would show in the last digits."""
+        command = [sys.executable, "-c", "from lrlora.cli import app; app()", *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def start_training(output: Path) -> subprocess.Popen[str]:
+        command = ("train", "--model", encoder, "--data", table, "--task", "classify", "--output", output)
+        return start(*command, *COLUMNS, *SMALL, *options)
+
+    output, _ = (process := start_training(tmp_path / "whole")).communicate()
+    assert process.returncode == 0, output
+    process = start_training(tmp_path / "cut")
     history, deadline = tmp_path / "cut" / "rank_history.jsonl", time.monotonic() + 120
     while not (history.exists() and len(read_history(history)) > 1):  # step 50
         assert time.monotonic() < deadline
@@ -228,9 +232,9 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
     assert "is not finished" in refused.output
 
     monkeypatch.chdir(tmp_path)
-    result = run("train", "--resume", "cut")  # by another name than it was given
-    assert result.exit_code == 0, result.output
-    assert "Resuming from step" in result.output
+    output, _ = (process := start("train", "--resume", "cut")).communicate()  # by another name than it was given
+    assert process.returncode == 0, output
+    assert "Resuming from step" in output
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert (tmp_path / "cut" / "metrics.json").read_text() == (tmp_path / "whole" / "metrics.json").read_text()
     assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
