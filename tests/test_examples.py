@@ -30,6 +30,7 @@ def test_trainer() -> None:
     assert re.search(r"query +[1-9]\.\d+ +\d", output)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_expansion() -> None:
     losses = re.findall(r"^(LoRA|expansion), r = 4: +loss (\d+\.\d+)$", run("expansion.py", "4"), re.MULTILINE)

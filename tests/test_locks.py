@@ -71,13 +71,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("output", "command"),
     [
         ("new", f"{TRAIN} --output new"),
-        ("run", f"{TRAIN} --output ./run --overwrite"),
         ("cut", "train --resume cut"),
-        ("new", "export run --energy 0.9 --output new"),
         ("new", "merge run --output new"),
-        ("new.jsonl", "predict run --data ./data --output new.jsonl"),
-        ("new.html", "report run --output new.html"),
-        ("new", "demo --output new"),
+        *(
+            pytest.param(output, command, marks=pytest.mark.slow)
+            for output, command in (
+                ("run", f"{TRAIN} --output ./run --overwrite"),
+                ("new", "export run --energy 0.9 --output new"),
+                ("new.jsonl", "predict run --data ./data --output new.jsonl"),
+                ("new.html", "report run --output new.html"),
+                ("new", "demo --output new"),
+            )
+        ),
     ],
 )
 def test_a_second_writer_is_told_and_touches_nothing(inputs: Path, output: str, command: str) -> None:

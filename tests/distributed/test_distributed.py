@@ -169,6 +169,7 @@ def test_lrlora_train_in_two_processes(settings: dict[str, Any], tmp_path: Path)
     assert list((tmp_path / "two").glob("checkpoint-*")) == []
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(settings: dict[str, Any], tmp_path: Path) -> None:
     def stop(line: str) -> None:
         if line.startswith("Step 9:"):

@@ -115,6 +115,7 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     assert "holds another comparison" in " ".join(changed.output.split())
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_path: Path) -> None:
     """Killed while its second, and then its third job is running."""
     options = ("--methods", "lora,lr-lora", "--seeds", 1, "--rates", "1e-2")
