@@ -272,6 +272,8 @@ def _parse(text: str, where: str) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply.") from None
 
 
 def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
