@@ -114,7 +114,7 @@ def _write_report(sources: list[str], base: str | None, output: Path, pictures: 
 _ENERGY = Annotated[
     float | None,
     typer.Option(
-        help=f"Keep this share of each module's ‖ΔW‖², in (0, 1]; default: {DEFAULT_ENERGY}, if nothing else."
+        help=f"Keep this share of each module's ‖ΔW‖², in (0, 1]; default: {DEFAULT_ENERGY}, if no size is given."
     ),
 ]
 _BUDGET = Annotated[

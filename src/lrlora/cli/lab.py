@@ -82,8 +82,8 @@ def init(
     with one_clear_error():
         if file.exists() and not overwrite:
             raise FileExistsError(f"The file {file} exists already. Give another name, or --overwrite.")
-        given = TrainConfig(model, data, task)
-        write_whole(file, starter({"model": given.model, "data": given.data, "task": given.task}))
+        TrainConfig(model, data, task)  # it checks them
+        write_whole(file, starter({"model": model, "data": data, "task": task}))
         announce(f"Settings: {file}. Edit it, and look at the plan: lrlora train {file} --dry-run")
 
 

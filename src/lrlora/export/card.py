@@ -11,6 +11,7 @@ from ..run_folder import CHAT, RUN_FILE, RunRecord, read_record
 from ..saved import SavedAdapter
 
 MODEL_CONFIG = "config.json"  # beside an adapter: of the model that it was trained in, with the names of the classes
+LORA_FOLDER = "lora"  # in that of a run: its update as a plain LoRA
 _MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -80,12 +81,16 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
         "model = PeftModel.from_pretrained(base, folder)",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
     ]
-    install = (
-        "The method is not part of PEFT: install lrlora (`pip install .` in a clone of it). The folder `lora` holds "
-        "the same update as a plain LoRA, which PEFT and servers load alone.\n\n"
-    )
-    code = "\n".join(lines)
-    return f"## Loading it\n\n{install if needs_lrlora else ''}```python\n{code}\n```\n{_of_classes(classes)}"
+    install = []
+    if needs_lrlora:
+        install.append("The method is not part of PEFT: install lrlora (`pip install .` in a clone of it).")
+        if (Path(saved.name) / LORA_FOLDER).is_dir():
+            install.append(
+                f"The folder `{LORA_FOLDER}` holds the update as a plain LoRA, which PEFT and servers load alone; its "
+                "card says how much of the energy it keeps."
+            )
+    parts = ["## Loading it", *install, "\n".join(["```python", *lines, "```"])]
+    return "\n\n".join(parts) + f"\n{_of_classes(classes)}"
 
 
 def _of_classes(classes: list[str]) -> str:

@@ -137,15 +137,11 @@ class TrainConfig:
         for name in self._short_names:
             _require_one(name, getattr(self, name), ARGUMENTS[name], self.training, "training")
         if self.rank is not None:
-            _require_one("rank", self.rank, self._rank_field, self.adapter, "adapter")
+            _require_one("rank", self.rank, _rank_field(self.method), self.adapter, "adapter")
 
     @property
     def _short_names(self) -> list[str]:
         return [name for name in ARGUMENTS if getattr(self, name) is not None]
-
-    @property
-    def _rank_field(self) -> str:
-        return "target_r" if self.method == "adalora" else "r"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -155,7 +151,7 @@ class TrainConfig:
     @property
     def adapter_fields(self) -> dict[str, Any]:
         """The fields of the PEFT configuration that are given, the rank among them."""
-        return self.adapter | ({} if self.rank is None else {self._rank_field: self.rank})
+        return self.adapter | ({} if self.rank is None else {_rank_field(self.method): self.rank})
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
@@ -191,6 +187,10 @@ def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], p
         )
 
 
+def _rank_field(method: str | None) -> str:
+    return "target_r" if method == "adalora" else "r"
+
+
 def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as a file or the command line has them, each under the name that a run has for it.
 
@@ -198,7 +198,7 @@ def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     short = dict(settings)
     places = {name: ("training", other) for name, other in ARGUMENTS.items()}
-    places["rank"] = ("adapter", "target_r" if settings.get("method") == "adalora" else "r")
+    places["rank"] = ("adapter", _rank_field(settings.get("method")))
     for name, (place, other) in places.items():
         if name not in short and isinstance(short.get(place), Mapping) and other in short[place]:
             short[name] = short[place][other]

@@ -27,6 +27,7 @@ from ..callback import RankCallback
 from ..checks import DEFAULT_ENERGY
 from ..distributed import is_sharded, trained_parameters
 from ..export import factorize, save_as_lora
+from ..export.card import LORA_FOLDER
 from ..files import readable, replacing_files, write_json
 from ..locks import only_writer, remove_left
 from ..rank import RankReport, rank_report
@@ -56,8 +57,6 @@ from .plan import Inputs, encoded_lines, plan, record_of
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .vocabulary import require_settings
-
-LORA_FOLDER = "lora"  # in that of the run
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -294,12 +293,12 @@ def _finish(
         if inputs.kind.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # it knows the classes
     write_json(output / LOG_FILE, [dict(filter(_is_storable, entry.items())) for entry in result.log_history])
+    if config.method == "lr-lora":
+        _save_plain_lora(output, announce)  # before the card, which tells of it
     if METHODS[config.method].has_ranks:
         if illustrate is not None:
             illustrate(output)
         write_card(output, metrics)
-    if config.method == "lr-lora":
-        _save_plain_lora(output, announce)
     # Last: a run with metrics is a finished one.
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):
