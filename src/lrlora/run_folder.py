@@ -61,8 +61,8 @@ class RunRecord:
 
     Attributes:
         config: its configuration, field by field (`lrlora.lab.config.TrainConfig`).
-        labels: names of the classes; empty unless the task is "classify".
-        max_length: tokens at which examples were cut.
+        labels: names of the classes; empty unless the task has some.
+        max_length: tokens at which examples were cut; None of images.
         versions: of lrlora and what it stands on.
         examples_per_step: of all processes; None in runs of lrlora before it was recorded.
         rendering: how prompts and chats were read: "chat", "plain" or "text"; None of other tasks, and before it was
@@ -76,7 +76,7 @@ class RunRecord:
 
     config: dict[str, Any]
     labels: list[str]
-    max_length: int
+    max_length: int | None
     versions: dict[str, str]
     examples_per_step: int | None = None
     rendering: str | None = None

@@ -1,4 +1,4 @@
-"""Tiny models with tokenizers, saved as a user's would be, and sentences that they can learn."""
+"""Tiny models, saved as a user's would be, and sentences and pictures that they can learn."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 GOOD, BAD = ("splendid", "moving", "clever"), ("dull", "clumsy", "tired")
 WORDS = (*GOOD, *BAD, "a", "film", "with", "plot", "and", "actors", "good", "bad", "the", "is", "it", "?")
@@ -49,6 +60,27 @@ def save_decoder(folder: Path) -> str:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def save_image_model(folder: Path, classes: int = 5) -> str:
+    """A ViT with a head for so many classes, as models that are trained on ImageNet have one."""
+    torch.manual_seed(0)
+    config = ViTConfig(**SIZES, image_size=16, patch_size=8, num_labels=classes)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_pictures(folder: Path, count: int = 24, seed: int = 0) -> Path:
+    """So many pictures of each class, in a folder of its name; one tells the class by its colour."""
+    chance = np.random.default_rng(seed)
+    for channel, name in ((0, "red"), (2, "blue")):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = chance.integers(0, 150, (20, 24, 3), dtype=np.uint8)
+            pixels[..., channel] += 80
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
 
 
 def reviews(count: int = 160, seed: int = 0) -> pd.DataFrame:

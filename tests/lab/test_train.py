@@ -41,10 +41,10 @@ from typer.testing import CliRunner, Result
 from lrlora import LrLoraConfig
 from lrlora.cli import app
 from lrlora.files import write_json
-from lrlora.lab.choices import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.lab.config import TrainConfig, parse_assignments
 from lrlora.lab.data import load_splits
 from lrlora.lab.kinds import KINDS
+from lrlora.lab.kinds.likelihood import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.lab.metrics import plain_metrics
 from lrlora.lab.train import train
 from lrlora.run_folder import read_history

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
 from ..checks import in_markdown
 from ..files import parse_json, readable
 from ..run_folder import CHAT, RUN_FILE, RunRecord, read_record
@@ -18,6 +20,11 @@ _MODELS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+# PEFT has no type for these tasks of a run.
+_MODELS_OF_TASKS = {
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "image-classify": "AutoModelForImageClassification",
 }
 ASKING = """## Asking it
 
@@ -69,17 +76,23 @@ def header(base: str | None, *tags: str) -> str:
 
 def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
     """How an adapter is loaded, by PEFT alone or with lrlora, with its classes if it has some."""
-    model, classes = _MODELS.get(saved.config.task_type, "AutoModel"), class_names(saved)
+    classes, record, kind = class_names(saved), record_beside(saved), saved.config.task_type
+    model = _MODELS.get(kind, "AutoModel")
+    if kind is None and record is not None:
+        model = _MODELS_OF_TASKS.get(record.config["task"], model)
+    is_image = (Path(saved.name) / IMAGE_PROCESSOR_NAME).is_file()
+    name, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
     of_classes = ", config=AutoConfig.from_pretrained(folder)" if classes else ""
+    of_classes += ", ignore_mismatched_sizes=True" * is_image  # its own head, of other classes, gives way
     lines = [
         *(["import lrlora  # registers the method: without it PEFT stops with KeyError: 'LRLORA'"] * needs_lrlora),
         "from peft import PeftModel",
-        f"from transformers import {'AutoConfig, ' if classes else ''}{model}, AutoTokenizer",
+        f"from transformers import {'AutoConfig, ' if classes else ''}{model}, {processor}",
         "",
         'folder = "this folder or hub name"',
         f"base = {model}.from_pretrained({json.dumps(base_on_hub(saved) or 'the base model')}{of_classes})",
         "model = PeftModel.from_pretrained(base, folder)",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"{name} = {processor}.from_pretrained(folder)",
     ]
     install = []
     if needs_lrlora:

@@ -52,6 +52,8 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
         if labels := class_names(saved):
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}
+            if config.modules_to_save:  # the head of the base model, of other classes, gives way to it
+                options["ignore_mismatched_sizes"] = True
         elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(saved)) is not None:
             options["num_labels"] = num_labels
         model: Any

@@ -34,12 +34,13 @@ class TrainConfig:
         model: name on the hub, local folder, or embedded:NAME (see `lrlora inputs`).
         data: name on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or embedded:NAME.
-        task: one of classify, regress, multiple-choice and causal-lm.
+        task: one of classify, regress, multiple-choice, causal-lm and image-classify.
         method: one of lr-lora, lora, dora, adalora, hira, randlora, loha, vera and full.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, what a column of the data holds; default: each is called by its role. Roles: text, text_pair
-            and label for classify and regress; question, choices (a list) and label (the index of the right choice) for
-            multiple-choice; for causal-lm messages, or conversations (ShareGPT), or prompt and completion, or
+            and label for classify and regress; image and label for image-classify; question, choices (a list) and label
+            (the index of the right choice) for multiple-choice, and prompts (a list) if not the question stands before
+            the choices; for causal-lm messages, or conversations (ShareGPT), or prompt and completion, or
             instruction, input and output (Alpaca), or text; group, for examples that must not be split between training
             and validation.
         delimiter: between the columns of a CSV file; default: a comma, in a TSV file a tab.
@@ -127,6 +128,8 @@ class TrainConfig:
                 f"head_learning_rate={self.head_learning_rate!r} is for a new head, and {self.task} has none. Leave it "
                 "out."
             )
+        if self.max_length is not None and self.task == "image-classify":
+            raise ValueError(f"max_length={self.max_length!r} is for texts, and the task is {self.task}. Leave it out.")
         if self.chat_template is not None and self.task != "causal-lm":
             raise ValueError(f"chat_template={self.chat_template!r} is for causal-lm, and the task is {self.task}.")
         counts = ("max_length", "train_examples", "validation_examples", "rank", "steps", "batch_size")

@@ -15,11 +15,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_d
 
 from ..checks import require_known
 from ..files import require_regular
-from .commonsense import COMMONSENSE, load_commonsense
+from .commonsense import ALL, COMMONSENSE, load_commonsense
 from .config import FROM_TRAIN, TrainConfig
 from .embedded import EMBEDDED_DATA
 from .harmless import require_harmless
-from .kinds import KINDS, Kind
+from .kinds import Kind
 from .labels import with_class_ids
 from .names import ANSWER_ROLES, BUILDERS, EMBEDDED, require_data_path
 from .rows import is_filled, is_known, require_rows
@@ -92,7 +92,7 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
     require_data_path(name)
     repository, _, configuration = name.partition(":")
     if repository == COMMONSENSE_PREFIX:
-        require_known("commonsense set", configuration, COMMONSENSE)
+        require_known("commonsense set", configuration, (*COMMONSENSE, ALL))
     try:
         if repository == COMMONSENSE_PREFIX:
             return load_commonsense(configuration)
@@ -146,7 +146,7 @@ def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy
     return next(iter(splits))
 
 
-def load_task_data(config: TrainConfig) -> TaskData:
+def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
     """The examples of a run, checked, with a validation split.
 
     Raises:
@@ -154,7 +154,7 @@ def load_task_data(config: TrainConfig) -> TaskData:
         ValueError: data is empty, lacks a column, or holds what the task cannot be trained on; the message says where.
 
     """
-    kind, splits = KINDS[config.task], DatasetDict(load_splits(config.data, config.delimiter, config.encoding))
+    splits = DatasetDict(load_splits(config.data, config.delimiter, config.encoding))
     if "train" not in splits:
         raise ValueError(f"{config.data} has no split `train`; it has {', '.join(splits)}.")
     if config.validation == FROM_TRAIN:
@@ -212,9 +212,8 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
         )
     optional = {role: columns.get(role, role) for role in kind.optional_roles}
     wanted |= {role: name for role, name in optional.items() if name in there}
-    return data.select_columns(list(dict.fromkeys(wanted.values()))).rename_columns(
-        {name: role for role, name in wanted.items() if name != role}
-    )
+    selected = data.select_columns(list(dict.fromkeys(wanted.values())))
+    return kind.as_read(selected.rename_columns({name: role for role, name in wanted.items() if name != role}))
 
 
 def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> tuple[Dataset, list[str]]:

@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers import (
-    PreTrainedTokenizerBase,
+    BaseImageProcessor,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -32,21 +32,36 @@ _NAMES = {
 }
 
 
-def fingerprints(splits: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, source: str) -> dict[str, str]:
+def fingerprints(splits: Mapping[str, Dataset], processor: Any, source: str) -> dict[str, str]:
     """Hashes of what a run is made from, by what to call it: of content alone, and the same on every machine."""
     return {
         "the training data": _of_data(splits["train"]),
         "the validation data": _of_data(splits["validation"]),
-        "the tokenizer": _of_tokenizer(tokenizer),
+        **_of_processor(processor),
         **fingerprint.of_model(source),
     }
 
 
 def _of_data(data: Dataset) -> str:
     found = hashlib.sha256()
+    images = [name for name, feature in data.features.items() if isinstance(feature, Image)]
     for batch in data.iter(batch_size=1000):
+        for name in images:
+            batch[name] = [None if cell is None else _of_image(cell) for cell in batch[name]]
         found.update(fingerprint.digest(batch).encode())
     return found.hexdigest()
+
+
+def _of_image(cell: dict[str, Any]) -> str:
+    """Of an image that is not decoded: its file may have moved."""
+    content = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+    return hashlib.sha256(content).hexdigest()
+
+
+def _of_processor(processor: Any) -> dict[str, str]:
+    if isinstance(processor, BaseImageProcessor):
+        return {"the image processor": fingerprint.digest(processor.to_dict())}
+    return {"the tokenizer": _of_tokenizer(processor)}
 
 
 def _of_tokenizer(tokenizer: Any) -> str:

@@ -16,9 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BatchEncoding,
-    PreTrainedTokenizerBase,
     TextStreamer,
     Trainer,
 )
@@ -33,7 +31,7 @@ from ..tuner import cached_weights
 from .chat import answer_of, as_trl_reads, format_of, prompt_of, render_chat
 from .config import TrainConfig, read_run
 from .data import check_examples, load_splits, only_split, sampled, select_roles, without_empty
-from .kinds import Kind, kind_for
+from .kinds import KINDS, Kind, kind_for
 from .labels import with_class_ids
 from .metrics import logits, plain_metrics
 from .models import load_model, make_trainer, model_source, training_arguments
@@ -96,19 +94,21 @@ def predict(
     encoded = loaded.kind.unlabelled(encoded)
     outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
     for example, said in zip(examples, loaded.kind.predictions(outputs, loaded.labels), strict=True):
-        yield {**example, **said}
+        yield {**loaded.kind.described(example), **said}
 
 
 def predict_text(run: str | Path, text: str) -> dict[str, Any]:
     """What a finished run says of one text, or answers to it; as a line of `predict`.
 
     Raises:
-        ValueError: the run answers multiple choice, which one text is not.
+        ValueError: the run answers multiple choice, which one text is not, or tells images apart.
 
     """
     config, _ = read_run(Path(run))
     if config.task == "multiple-choice":
         raise ValueError("One text is no multiple choice. Give a file with question and choices: --data.")
+    if config.task == "image-classify":
+        raise ValueError("The run tells images apart. Give a folder of them: --data.")
     role = "prompt" if config.task == "causal-lm" else "text"
     return next(predict(run, Dataset.from_dict({role: [text]}), columns={}))
 
@@ -132,7 +132,7 @@ class LoadedRun:
 
     config: TrainConfig
     record: RunRecord
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any  # tokenizer, or image processor
     model: Any
 
     @classmethod
@@ -148,8 +148,9 @@ class LoadedRun:
         if not (folder / METRICS_FILE).exists():
             raise ValueError(f"The run in {folder} is not finished. Go on with: lrlora train --resume {folder}")
         with readable(folder, "It is the output of `lrlora train`: train it anew if you have no copy."):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            if record.rendering == CHAT and tokenizer.chat_template != record.chat_template:
+            kind = KINDS[config.task]
+            processor = kind.load_processor(folder)
+            if record.rendering == CHAT and processor.chat_template != record.chat_template:
                 raise ValueError(
                     f"The chat template in {folder} is not the one that the run was trained with, which is in its "
                     f"{RUN_FILE}. Put that back: answers to another are not those that were learned."
@@ -159,13 +160,13 @@ class LoadedRun:
             else:
                 saved = SavedAdapter.read(folder)  # before PEFT reads its patterns
                 source = model_source(config.model)
-                base = load_model(source, config, record.labels, tokenizer)
+                base = load_model(source, config, record.labels, processor)
                 warn_of_another_model(source, record.fingerprints)
                 # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
                 require_all_weights(model, saved)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return cls(config, record, tokenizer, model)
+        return cls(config, record, processor, model)
 
     def reading(self, **settings: Any) -> LoadedRun:
         """The run, with these settings of how data is read in place of its own; those that are None stay."""
@@ -176,7 +177,7 @@ class LoadedRun:
         return self.record.labels
 
     @property
-    def max_length(self) -> int:
+    def max_length(self) -> int | None:
         return self.record.max_length
 
     @property
@@ -226,11 +227,11 @@ class LoadedRun:
         if self.kind.generates and self.record.rendering is not None:
             is_text = format_of(examples.column_names).name == "text"
             return as_trl_reads(examples, TEXT if is_text else self.record.rendering)
-        return self.kind.encode(examples, self.tokenizer, self.max_length)
+        return self.kind.encode(examples, self.processor, self.max_length)
 
     def trainer(self, data: Dataset) -> Trainer:
         arguments = training_arguments(self.config, self.kind, 1, self.max_length)
-        return make_trainer(self.kind, self.model, self.tokenizer, arguments, data, data, [])
+        return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
 
     def answers(self, rows: Dataset) -> Iterator[str]:
         """The greedy continuation of every prompt, one by one."""
@@ -238,23 +239,23 @@ class LoadedRun:
             for row in tqdm(rows, desc="Generating", disable=len(rows) == 1):
                 inputs = self.prompt(prompt_of(row), row)
                 tokens = self.generate(inputs)[0, inputs["input_ids"].shape[1] :]
-                yield str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+                yield str(self.processor.decode(tokens, skip_special_tokens=True))
 
     def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
         """The prompt and its greedy continuation, (1, tokens): as long as an example of the training at most."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
         room = max(1, limit - inputs["input_ids"].shape[1])
-        options |= {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
+        options |= {"do_sample": False, "pad_token_id": self.processor.pad_token_id}
         with torch.no_grad():
-            return self.model.generate(**inputs, max_new_tokens=min(self.max_length, room), **options)
+            return self.model.generate(**inputs, max_new_tokens=min(self.max_length or room, room), **options)
 
     def prompt(self, asked: str | list[dict[str, Any]], row: dict[str, Any]) -> BatchEncoding:
         """A prompt as token ids: text as it is, a chat by the template, up to where the answer begins."""
         if isinstance(asked, str):
-            inputs = self.tokenizer(asked, return_tensors="pt")
+            inputs = self.processor(asked, return_tensors="pt")
         else:
-            text = render_chat(self.tokenizer, asked, row, add_generation_prompt=True)
-            inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)  # the template has them
+            text = render_chat(self.processor, asked, row, add_generation_prompt=True)
+            inputs = self.processor(text, return_tensors="pt", add_special_tokens=False)  # the template has them
         return inputs.to(self.model.device)
 
 
@@ -292,10 +293,10 @@ class Chat:
         if is_chat:
             asked.append({"role": "user", "content": text})
         inputs = run.prompt(asked if is_chat else text, {})
-        streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(run.processor, skip_prompt=True, skip_special_tokens=True)
         with run.model.disable_adapter() if self._asks_base else cached_weights(run.model):
             tokens = run.generate(inputs, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
-        answer = str(run.tokenizer.decode(tokens, skip_special_tokens=True))
+        answer = str(run.processor.decode(tokens, skip_special_tokens=True))
         if is_chat:
             asked.append({"role": "assistant", "content": answer})
         return answer

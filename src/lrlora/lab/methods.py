@@ -30,6 +30,7 @@ from ..checks import require_known
 from ..patterns import require_quick_patterns
 from ..tuner import LrLoraConfig
 from ..tuner.config import require_module_names
+from .kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,12 @@ def adapter_config(
             require_known("field of EvaConfig", name, [f.name for f in fields(EvaConfig)])
         options = {**options, "eva_config": EvaConfig(**given)}
     return known.config(**{**defaults, **known.fixed, **options})
+
+
+def require_tokens(options: Mapping[str, Any], kind: Kind) -> None:
+    """Raise a ValueError where EVA would have no tokens to look at."""
+    if options.get("init_lora_weights") == EVA and not kind.reads_text:
+        raise ValueError(f"EVA looks at the tokens that a layer sees, and {kind.name} has none. Leave it out.")
 
 
 def start_from_data(trainer: Trainer, config: Any) -> None:

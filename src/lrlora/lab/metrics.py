@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +50,17 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy of logits (examples, choices)."""
-    return {"accuracy": float(accuracy_score(prediction.label_ids, logits(prediction).argmax(-1)))}
+    """Accuracy of logits (examples, choices).
+
+    Of log-likelihoods, beside which they come per character of a choice, also `accuracy_norm`: of the choice that is
+    likeliest for its length, as lm-evaluation-harness counts `acc_norm`.
+    """
+    labels: Any = prediction.label_ids
+    outputs: Any = prediction.predictions
+    found = {"accuracy": float(accuracy_score(labels, logits(prediction).argmax(-1)))}
+    if isinstance(outputs, tuple):
+        found["accuracy_norm"] = float(accuracy_score(labels, outputs[1].argmax(-1)))
+    return found
 
 
 def plain_metrics(values: dict[str, float]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     AutoConfig,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -95,7 +94,7 @@ def check_model(source: str, config: TrainConfig) -> Any:
 _SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "mpnet", "longformer")
 
 
-def max_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> int:
+def max_tokens(tokenizer: Any, model_config: Any) -> int:
     """The longest input that tokenizer and model allow."""
     positions = getattr(model_config, "max_position_embeddings", None) or 10**9
     if model_config.model_type in _SHIFTED:
@@ -103,20 +102,20 @@ def max_tokens(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> int:
     return int(min(tokenizer.model_max_length, positions))
 
 
-def load_model(source: str, config: TrainConfig, labels: list[str], tokenizer: PreTrainedTokenizerBase) -> Any:
+def load_model(source: str, config: TrainConfig, labels: list[str], processor: Any) -> Any:
     """The model with the head of the task."""
     kind = kind_for(config.task, AutoConfig.from_pretrained(source))
     # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
     dtype = torch.float32 if kind.has_head or config.method == "full" else "auto"
     with readable(config.model, MODEL_EXPECTED):
         model = kind.model_class.from_pretrained(source, dtype=dtype, **kind.model_options(labels))
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if kind.reads_text and model.config.pad_token_id is None:
+        model.config.pad_token_id = processor.pad_token_id
     return model
 
 
 def training_arguments(
-    config: TrainConfig, kind: Kind, examples: int, max_length: int, examples_per_step: int | None = None
+    config: TrainConfig, kind: Kind, examples: int, max_length: int | None, examples_per_step: int | None = None
 ) -> TrainingArguments:
     """The Trainer's arguments: the defaults of the kind of task, then what the user gives.
 
@@ -124,7 +123,7 @@ def training_arguments(
         config: the run.
         kind: of its task on its model.
         examples: to train on.
-        max_length: tokens.
+        max_length: in tokens; None of images.
         examples_per_step: of all processes, where the batch of each is to follow from it.
 
     Raises:
@@ -236,7 +235,7 @@ def _check_arguments(given: dict[str, Any], types: dict[str, Any]) -> None:
 def make_trainer(
     kind: Kind,
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     arguments: TrainingArguments,
     train_data: Dataset,
     validation: Dataset,
@@ -244,7 +243,7 @@ def make_trainer(
 ) -> Trainer:
     """The Trainer of a task, on encoded examples; TRL's encodes them itself."""
     trainer = kind.trainer(
-        tokenizer, model=model, args=arguments, callbacks=callbacks, train_dataset=train_data, eval_dataset=validation
+        processor, model=model, args=arguments, callbacks=callbacks, train_dataset=train_data, eval_dataset=validation
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -15,13 +15,15 @@ ROLES = {
     "regress": ("text", "label"),
     "multiple-choice": ("question", "choices", "label"),
     "causal-lm": ("messages", "conversations", "prompt", "completion", "instruction", "output", "text"),
+    "image-classify": ("image", "label"),
 }
 # Task → what columns of its data may hold besides.
 OPTIONAL_ROLES = {
     "classify": ("text_pair", "group"),
     "regress": ("text_pair", "group"),
-    "multiple-choice": ("group",),
+    "multiple-choice": ("group", "prompts"),
     "causal-lm": ("group", "tools", "chat_template_kwargs", "input", "history", "system"),
+    "image-classify": ("group",),
 }
 ANSWER_ROLES = ("label", "completion", "output")  # which data to predict may lack
 TASKS_WITHOUT_HEAD = ("causal-lm",)

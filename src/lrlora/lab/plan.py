@@ -15,7 +15,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from .. import __version__
@@ -36,9 +36,9 @@ class Inputs:
     kind: Kind
     source: str  # of the model
     data: TaskData
-    tokenizer: PreTrainedTokenizerBase
-    untouched: PreTrainedTokenizerBase  # encoding leaves its length in a tokenizer, unless a cache has spared it
-    max_length: int
+    processor: Any  # tokenizer, or image processor
+    untouched: Any  # encoding leaves its length in a tokenizer, unless a cache has spared it
+    max_length: int | None  # in tokens; None of images
     too_long: int  # examples that are cut
     rendering: str | None  # of prompts and chats
 
@@ -52,23 +52,23 @@ class Inputs:
                 f"head_learning_rate={config.head_learning_rate!r} is for a new head, and {config.model} answers "
                 "multiple choice without one. Leave it out."
             )
-        data = load_task_data(config)
+        data = load_task_data(config, kind)
         if (start := config.start_from) is not None and (known := read_run(Path(start))[1].labels) != data.labels:
             raise ValueError(f"The run in {start} knows the labels {known}, and the data has {data.labels}.")
         with readable(config.model, MODEL_EXPECTED):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        choose_template(tokenizer, config.chat_template)
-        untouched = copy.deepcopy(tokenizer)
-        limit = max_tokens(tokenizer, model_config)
-        counts = kind.lengths(data.splits["train"], tokenizer)
+            processor = kind.load_processor(source)
+        if not kind.reads_text:
+            return cls(kind, source, data, processor, processor, None, 0, None)
+        choose_template(processor, config.chat_template)
+        untouched = copy.deepcopy(processor)
+        limit = max_tokens(processor, model_config)
+        counts = kind.lengths(data.splits["train"], processor)
         max_length = config.max_length or choose_max_length(counts, limit)
         if max_length > limit:
             raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
         too_long = sum(count > max_length for count in counts)
-        rendering = rendering_of(data.splits["train"], tokenizer) if kind.generates else None
-        return cls(kind, source, data, tokenizer, untouched, max_length, too_long, rendering)
+        rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
+        return cls(kind, source, data, processor, untouched, max_length, too_long, rendering)
 
     @property
     def examples(self) -> int:
@@ -78,7 +78,7 @@ class Inputs:
     def encoded(self) -> tuple[Dataset, Dataset]:
         """Training and validation."""
         train, validation = (
-            self.kind.encode(self.data.splits[name], self.tokenizer, self.max_length)
+            self.kind.encode(self.data.splits[name], self.processor, self.max_length)
             for name in ("train", "validation")
         )
         return train, validation
@@ -93,12 +93,18 @@ def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) 
     return [
         f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
         f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples.",
-        f"Data: {len(splits['train']):,} examples to train on, {len(splits['validation']):,} to validate; "
-        f"{inputs.too_long:,} of the first are longer than {inputs.max_length} tokens and are cut there.",
+        f"Data: {len(splits['train']):,} examples to train on, {len(splits['validation']):,} to validate"
+        f"{_cut(inputs)}.",
         *inputs.data.notes,
         f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
         f"{evaluation}, seed {config.seed}.",
     ]
+
+
+def _cut(inputs: Inputs) -> str:
+    if inputs.max_length is None:
+        return ""
+    return f"; {inputs.too_long:,} of the first are longer than {inputs.max_length} tokens and are cut there"
 
 
 def encoded_lines(config: TrainConfig, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
@@ -113,7 +119,7 @@ def encoded_lines(config: TrainConfig, trainer: Trainer, inputs: Inputs) -> Iter
             "that the loss is taken of."
         )
     first = next(iter(encoded))  # type: ignore[arg-type]
-    yield inputs.kind.shown(first, inputs.tokenizer, inputs.data.labels)
+    yield inputs.kind.shown(first, inputs.processor, inputs.data.labels)
 
 
 def _format_line(config: TrainConfig, inputs: Inputs) -> str:
@@ -136,7 +142,7 @@ def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments,
         versions=versions | {module.__name__: module.__version__ for module in modules},
         examples_per_step=_examples_per_step(arguments),
         rendering=inputs.rendering,
-        chat_template=inputs.tokenizer.chat_template if inputs.rendering == CHAT else None,
+        chat_template=inputs.processor.chat_template if inputs.rendering == CHAT else None,
         base_model=hub_name(config.model),
         run_id=run_id,
         fingerprints=fingerprints(inputs.data.splits, inputs.untouched, inputs.source),

@@ -45,7 +45,7 @@ from ..run_folder import (
 from ..updates import read_updates
 from .config import TrainConfig, read_run, require_startable
 from .identity import KeepRecord, require_same_run
-from .methods import METHODS, AdaLoraCallback, adapter_config, set_rank_pattern, start_from_data
+from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import (
     give_head_its_rate,
@@ -174,10 +174,11 @@ def _prepared(
     arguments = training_arguments(config, inputs.kind, inputs.examples, inputs.max_length, examples_per_step)
     if arguments.process_index != 0:
         announce = _say_nothing
+    require_tokens(config.adapter_fields, inputs.kind)
     model, adapter = _adapted_model(config, inputs, arguments.max_steps)
     for line in plan(config, inputs, model, arguments):
         announce(line)
-    trainer = make_trainer(inputs.kind, model, inputs.tokenizer, arguments, *inputs.encoded(), callbacks)
+    trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
     for line in encoded_lines(config, trainer, inputs):
         announce(line)
     prepare_sharding(trainer)
@@ -195,7 +196,7 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
         load_in_every_process()
     set_seed(config.seed)
     source = config.start_from if config.start_from and adapter is None else inputs.source
-    model = load_model(source, config, inputs.data.labels, inputs.tokenizer)
+    model = load_model(source, config, inputs.data.labels, inputs.processor)
     if adapter is None:
         return model, None
     if config.start_from is not None:

@@ -1,12 +1,13 @@
 """Multiple choice by a language model: the answer is the choice that it finds most likely after the question.
 
 A decoder has no head for multiple choice and needs none. It is trained on the right choices as continuations, and its
-logits are log-likelihoods, as in EleutherAI's lm-evaluation-harness: log p(choice | question) = Σ log p(token | all
-before).
+logits are log-likelihoods, as in EleutherAI's lm-evaluation-harness: log p(choice | prompt) = Σ log p(token | all
+before), of which its `acc_norm` divides each by the length of the choice in characters.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -17,30 +18,41 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .rows import mapped
+from ..rows import mapped
 
 _IGNORED = -100  # as a target: not to be predicted
 
 
 def question_prompt(question: str) -> str:
-    """What the model reads before a choice."""
+    """What the model reads before a choice, unless the data says otherwise."""
     return f"{question}\nAnswer:"
 
 
-def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = sys.maxsize) -> Dataset:
-    """Token ids of question and choice, for every choice of every example, and how many of them are the choice's.
+def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:
+    """Token ids of prompt and choice, for every choice of every example.
 
-    What is longer than `max_length` loses the beginning of the question.
+    What is longer than `max_length` loses the beginning of the prompt. Examples with fewer choices than others are
+    filled up with choices of no tokens.
+
+    Returns:
+        `input_ids`, and for each choice `choice_tokens`, how many of the ids are its own, and `characters`, its length.
+
     """
+    most, limit = max(map(len, data["choices"])), max_length or sys.maxsize
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows: dict[str, list[Any]] = {"input_ids": [], "choice_tokens": []}
-        for question, choices in zip(batch["question"], batch["choices"], strict=True):
-            before = len(tokenizer(question_prompt(question))["input_ids"])
+        rows: dict[str, list[Any]] = {"input_ids": [], "choice_tokens": [], "characters": []}
+        for row, choices in enumerate(batch["choices"]):
+            asked = batch["prompts"][row] if "prompts" in batch else [question_prompt(batch["question"][row])]
+            prompts = asked if len(asked) == len(choices) else asked * len(choices)
+            before = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
             # Together, as some tokenizers begin every text with a space of their own.
-            whole = [tokenizer(f"{question_prompt(question)} {choice}")["input_ids"] for choice in choices]
-            rows["input_ids"].append([ids[-max_length:] for ids in whole])
-            rows["choice_tokens"].append([max(1, min(len(ids) - before, max_length - 1)) for ids in whole])
+            texts = [f"{prompt} {choice}" for prompt, choice in zip(prompts, choices, strict=True)]
+            whole, missing = tokenizer(texts)["input_ids"], most - len(choices)
+            tokens = [max(1, min(len(ids) - start, limit - 1)) for ids, start in zip(whole, before, strict=True)]
+            rows["input_ids"].append([ids[-limit:] for ids in whole] + [whole[0][:1]] * missing)
+            rows["choice_tokens"].append(tokens + [0] * missing)
+            rows["characters"].append([len(choice) for choice in choices] + [1] * missing)
         return rows
 
     return mapped(data, encode)
@@ -51,7 +63,7 @@ def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
     Returns:
         `input_ids`, `attention_mask` and `targets` of shape (examples, choices, tokens), int64, the last −100 outside
-        of the choices; `labels` (examples,).
+        of the choices; `characters` (examples, choices); `labels` (examples,).
 
     """
     choices = len(examples[0]["input_ids"])
@@ -70,6 +82,7 @@ def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         "input_ids": batched(rows, 0),
         "attention_mask": batched([torch.ones_like(ids) for ids in rows], 0),
         "targets": batched(targets, _IGNORED),
+        "characters": torch.tensor([example["characters"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
 
@@ -111,6 +124,7 @@ class ChoiceTrainer(Trainer):
             return model(
                 input_ids=wanted["input_ids"], attention_mask=wanted["attention_mask"], labels=wanted["targets"]
             ).loss
-        scores = token_log_likelihoods(model, flat)
-        loss = -scores[right].sum() / (flat["targets"][right, 1:] != _IGNORED).sum()
-        return loss, {"logits": scores.sum(1).view(shape[:2])}
+        scores, is_target = token_log_likelihoods(model, flat), flat["targets"][:, 1:] != _IGNORED
+        loss = -scores[right].sum() / is_target[right].sum()
+        sums = torch.where(is_target.any(1), scores.sum(1), -math.inf).view(shape[:2])
+        return loss, {"logits": sums, "per_character": sums / inputs["characters"]}

@@ -1,0 +1,24 @@
+"""The kinds of tasks. A new one is a file here, and its place in `KINDS`; metrics of its own are in `metrics.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+
+from .base import Kind
+from .causal_lm import CausalLm
+from .images import ImageClassify
+from .multiple_choice import ChoiceByLikelihood, MultipleChoice
+from .texts import Classify, Regress
+
+__all__ = ["KINDS", "ChoiceByLikelihood", "Kind", "kind_for"]
+
+KINDS = {kind.name: kind for kind in (Classify(), Regress(), MultipleChoice(), CausalLm(), ImageClassify())}
+
+
+def kind_for(task: str, model_config: Any) -> Kind:
+    """The kind of a task on a model: multiple choice by a decoder compares likelihoods."""
+    is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model_config.is_encoder_decoder
+    has_head = type(model_config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+    return ChoiceByLikelihood() if task == "multiple-choice" and is_decoder and not has_head else KINDS[task]
