@@ -11,7 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it as it is impor
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # every core has a worker of its own
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,15 @@ def tiny(request: pytest.FixtureRequest) -> TinyModel:
 @pytest.fixture
 def tiny_bert() -> TinyModel:
     return TinyModel("bert")
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What to add to a subprocess's environment, so that it takes a stand-in for the Hugging Face hub."""
+    from .hub.running import running_hub  # it makes the sets: seconds that most tests need not wait for
+
+    with running_hub(tmp_path_factory.mktemp("hub")) as environment:
+        yield environment
 
 
 _OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()

@@ -1,0 +1,173 @@
+"""Tiny models with random weights, and their tokenizers, saved as the real ones of the same names are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import DatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import DATA
+
+# A larger range of the first weights than is usual, so that so small a model does not say the same of everything.
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "initializer_range": 0.3,
+}
+_DECODER: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _texts() -> Iterator[str]:
+    """What is said in the sets: their strings, with those of their lists."""
+
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from strings(part)
+
+    text_sets = [sets for sets in DATA.values() if not _has_images(next(iter(sets.values())))]
+    for splits in (splits for sets in text_sets for splits in sets.values()):
+        for split in splits.values():
+            yield from strings(split[:])
+
+
+def _has_images(splits: DatasetDict) -> bool:
+    return any(type(feature).__name__ == "Image" for feature in next(iter(splits.values())).features.values())
+
+
+def _byte_pairs(texts: list[str], special: list[str], size: int = 600) -> Tokenizer:
+    """Pairs of bytes, merged as the texts have them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _roberta(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    trained = _byte_pairs(texts, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer = transformers.RobertaTokenizer(**_pairs(trained), model_max_length=512)
+    # Positions are counted from the padding's number on, so there are two more than tokens.
+    ids = {
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+    }
+    config = transformers.RobertaConfig(**_SMALL, **ids, vocab_size=len(tokenizer), layer_norm_eps=1e-5)
+    return transformers.RobertaForMaskedLM(config), tokenizer
+
+
+def _deberta(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="[UNK]", show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    vocabulary = [*_vocabulary(trained)["vocab"], ["[MASK]", 0.0]]
+    tokenizer = transformers.DebertaV2Tokenizer(
+        vocab=[(token, score) for token, score in vocabulary], unk_id=3, model_max_length=512
+    )
+    config = transformers.DebertaV2Config(
+        **_SMALL,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        relative_attention=True,
+        position_buckets=32,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        max_relative_positions=-1,
+        type_vocab_size=0,
+        layer_norm_eps=1e-7,
+    )
+    return transformers.DebertaV2Model(config), tokenizer
+
+
+def _llama(texts: list[str], tied: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
+    trained = _byte_pairs(texts, [begin, end])
+    trained.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, 0)]
+    )
+    # There is no token for padding, as in the real one.
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        bos_token=begin,
+        eos_token=end,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tied}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_DECODER, **ids, vocab_size=len(tokenizer))
+    ), tokenizer
+
+
+def _qwen(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    trained = _byte_pairs(texts, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer = transformers.Qwen2Tokenizer(
+        **_pairs(trained), eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=_CHAT
+    )
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "tie_word_embeddings": True, "head_dim": 16}
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**_DECODER, **ids, vocab_size=len(tokenizer))
+    ), tokenizer
+
+
+def _vocabulary(tokenizer: Tokenizer) -> Any:
+    return json.loads(tokenizer.to_str())["model"]
+
+
+def _pairs(tokenizer: Tokenizer) -> dict[str, Any]:
+    model = _vocabulary(tokenizer)
+    return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
+
+
+def save_models(root: Path) -> None:
+    """Write each model to the folder of its main branch."""
+    texts = list(_texts())
+    recipes: dict[str, Any] = {
+        "FacebookAI/roberta-base": lambda: _roberta(texts),
+        "microsoft/deberta-v3-base": lambda: _deberta(texts),
+        "meta-llama/Llama-3.2-1B": lambda: _llama(texts, tied=True),
+        "meta-llama/Meta-Llama-3-8B": lambda: _llama(texts, tied=False),
+        "Qwen/Qwen3-0.6B": lambda: _qwen(texts),
+    }
+    for seed, (name, build) in enumerate(recipes.items()):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model, preprocessor = build()
+        for part in (model, preprocessor):
+            part.save_pretrained(root / name / "main")
+    _save_vit(root / "google/vit-base-patch16-224-in21k/main")
+
+
+def _save_vit(folder: Path) -> None:
+    transformers.ViTModel(transformers.ViTConfig(**_SMALL, image_size=32, patch_size=8)).save_pretrained(folder)
+    # Saved by hand: what the library writes depends on whether torchvision is installed.
+    half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    size = {"size": {"height": 32, "width": 32}, "do_resize": True, "do_normalize": True, "resample": 2}
+    preprocessor = {"image_processor_type": "ViTImageProcessor", **size, **half}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
