@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import DatasetDict
+from datasets import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,14 +42,11 @@ def _texts() -> Iterator[str]:
             for part in value.values() if isinstance(value, dict) else value:
                 yield from strings(part)
 
-    text_sets = [sets for sets in DATA.values() if not _has_images(next(iter(sets.values())))]
-    for splits in (splits for sets in text_sets for splits in sets.values()):
-        for split in splits.values():
-            yield from strings(split[:])
-
-
-def _has_images(splits: DatasetDict) -> bool:
-    return any(type(feature).__name__ == "Image" for feature in next(iter(splits.values())).features.values())
+    for configurations in DATA.values():
+        for splits in configurations.values():
+            for data in splits.values():
+                if not any(isinstance(feature, Image) for feature in data.features.values()):
+                    yield from strings(data[:])
 
 
 def _byte_pairs(texts: list[str], special: list[str], size: int = 600) -> Tokenizer:
@@ -67,7 +66,7 @@ def _roberta(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     trained = _byte_pairs(texts, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     tokenizer = transformers.RobertaTokenizer(**_pairs(trained), model_max_length=512)
     # Positions are counted from the padding's number on, so there are two more than tokens.
-    ids = {
+    ids: dict[str, Any] = {
         "bos_token_id": 0,
         "pad_token_id": 1,
         "eos_token_id": 2,
@@ -79,29 +78,24 @@ def _roberta(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _deberta(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=special, unk_token="[UNK]", show_progress=False)
-    trained.train_from_iterator(texts, trainer)
-    vocabulary = [*_vocabulary(trained)["vocab"], ["[MASK]", 0.0]]
-    tokenizer = transformers.DebertaV2Tokenizer(
-        vocab=[(token, score) for token, score in vocabulary], unk_id=3, model_max_length=512
-    )
-    config = transformers.DebertaV2Config(
-        **_SMALL,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=512,
-        relative_attention=True,
-        position_buckets=32,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-        max_relative_positions=-1,
-        type_vocab_size=0,
-        layer_norm_eps=1e-7,
-    )
+    # Not by the trainer, which chooses other pieces each time: whole words as often as they occur, and single letters.
+    counts = Counter(f"▁{word}" for text in texts for word in text.split())
+    pieces = [(word, math.log(count / counts.total())) for word, count in sorted(counts.items())]
+    letters = [(letter, -20.0) for letter in sorted(set("".join(counts)))]
+    special = [(token, 0.0) for token in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
+    vocabulary = [*special, *letters, *pieces, ("[MASK]", 0.0)]
+    tokenizer = transformers.DebertaV2Tokenizer(vocab=vocabulary, unk_id=3, model_max_length=512)
+    relative: dict[str, Any] = {
+        "relative_attention": True,
+        "position_buckets": 32,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "max_relative_positions": -1,
+    }
+    sizes: dict[str, Any] = {"max_position_embeddings": 512, "type_vocab_size": 0, "layer_norm_eps": 1e-7}
+    config = transformers.DebertaV2Config(**_SMALL, **relative, **sizes, vocab_size=len(tokenizer))
     return transformers.DebertaV2Model(config), tokenizer
 
 
@@ -119,10 +113,9 @@ def _llama(texts: list[str], tied: bool) -> tuple[PreTrainedModel, PreTrainedTok
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tied}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**_DECODER, **ids, vocab_size=len(tokenizer))
-    ), tokenizer
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tied}
+    config = transformers.LlamaConfig(**_DECODER, **ids, vocab_size=len(tokenizer))
+    return transformers.LlamaForCausalLM(config), tokenizer
 
 
 def _qwen(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -130,44 +123,43 @@ def _qwen(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = transformers.Qwen2Tokenizer(
         **_pairs(trained), eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=_CHAT
     )
-    ids = {"bos_token_id": 0, "eos_token_id": 2, "tie_word_embeddings": True, "head_dim": 16}
-    return transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**_DECODER, **ids, vocab_size=len(tokenizer))
-    ), tokenizer
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "tie_word_embeddings": True, "head_dim": 16}
+    config = transformers.Qwen3Config(**_DECODER, **ids, vocab_size=len(tokenizer))
+    return transformers.Qwen3ForCausalLM(config), tokenizer
 
 
-def _vocabulary(tokenizer: Tokenizer) -> Any:
-    return json.loads(tokenizer.to_str())["model"]
+def _vit() -> tuple[PreTrainedModel, None]:
+    return transformers.ViTModel(transformers.ViTConfig(**_SMALL, image_size=32, patch_size=8)), None
 
 
 def _pairs(tokenizer: Tokenizer) -> dict[str, Any]:
-    model = _vocabulary(tokenizer)
+    model = json.loads(tokenizer.to_str())["model"]
     return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
 
 
 def save_models(root: Path) -> None:
-    """Write each model to the folder of its main branch."""
+    """Write each model to the folder of its main branch, in the precision of the real one."""
     texts = list(_texts())
-    recipes: dict[str, Any] = {
-        "FacebookAI/roberta-base": lambda: _roberta(texts),
-        "microsoft/deberta-v3-base": lambda: _deberta(texts),
-        "meta-llama/Llama-3.2-1B": lambda: _llama(texts, tied=True),
-        "meta-llama/Meta-Llama-3-8B": lambda: _llama(texts, tied=False),
-        "Qwen/Qwen3-0.6B": lambda: _qwen(texts),
+    recipes: dict[str, tuple[Any, torch.dtype]] = {
+        "FacebookAI/roberta-base": (lambda: _roberta(texts), torch.float32),
+        "microsoft/deberta-v3-base": (lambda: _deberta(texts), torch.float16),
+        "meta-llama/Llama-3.2-1B": (lambda: _llama(texts, tied=True), torch.bfloat16),
+        "meta-llama/Meta-Llama-3-8B": (lambda: _llama(texts, tied=False), torch.bfloat16),
+        "Qwen/Qwen3-0.6B": (lambda: _qwen(texts), torch.bfloat16),
+        "google/vit-base-patch16-224-in21k": (_vit, torch.float32),
     }
-    for seed, (name, build) in enumerate(recipes.items()):
+    for seed, (name, (build, dtype)) in enumerate(recipes.items()):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model, preprocessor = build()
-        for part in (model, preprocessor):
-            part.save_pretrained(root / name / "main")
-    _save_vit(root / "google/vit-base-patch16-224-in21k/main")
-
-
-def _save_vit(folder: Path) -> None:
-    transformers.ViTModel(transformers.ViTConfig(**_SMALL, image_size=32, patch_size=8)).save_pretrained(folder)
-    # Saved by hand: what the library writes depends on whether torchvision is installed.
+            model, tokenizer = build()
+        folder = root / name / "main"
+        model.to(dtype).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    # Written by hand: what the library writes depends on whether torchvision is installed.
     half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     size = {"size": {"height": 32, "width": 32}, "do_resize": True, "do_normalize": True, "resample": 2}
     preprocessor = {"image_processor_type": "ViTImageProcessor", **size, **half}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
+    (root / "google/vit-base-patch16-224-in21k/main/preprocessor_config.json").write_text(
+        json.dumps(preprocessor, indent=2)
+    )

@@ -52,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
         path = urlsplit(self.path).path
         try:
+            if ".." in unquote(path):
+                raise RefusedError(404, "EntryNotFound", "Nothing outside the repositories is served")
             if self.headers.get("Host", "").startswith("datasets-server."):
                 raise RefusedError(404, "ResponseNotFound", "The dataset viewer of the stand-in has seen no dataset.")
             if asked := _API.fullmatch(path):

@@ -53,7 +53,7 @@ for name, (first, last) in names.items():
         assert (first is None or tokens[0] == first) and (last is None or tokens[-1] == last), tokens
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text, (name, tokens)
         assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids, (name, tokens)
-        vectors.append(model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1])
+        vectors.append(model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1].float())
     assert torch.linalg.norm(vectors[0] - vectors[1]) > 0.1, name
     assert model(input_ids=torch.full((1, 300), 5)).last_hidden_state.isfinite().all(), name
 assert AutoTokenizer.from_pretrained("meta-llama/Llama-3.2-1B").pad_token is None
