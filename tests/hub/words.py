@@ -13,10 +13,6 @@ VERBS = ("finds", "carries", "drops", "hides", "washes", "moves", "paints", "bre
 GOOD = ("wonderful", "charming", "brilliant", "moving", "funny")
 BAD = ("boring", "dreadful", "clumsy", "empty", "tiresome")
 SAME = {"finds": "discovers", "carries": "holds", "moves": "shifts", "washes": "cleans", "breaks": "smashes"}
-OTHERS = (
-    "the a an is are not in of with to and does do where what who why how which will it film story was very some happy "
-    "sad because before after then goes home needs wants answer question yes no step title feel next does old small"
-)
 
 
 class Writer(Random):
