@@ -3,6 +3,6 @@
 from .common import app
 
 # The commands, in the order in which `--help` lists them.
-from . import lab, adapters, doctor  # isort: skip
+from . import lab, compare, adapters, doctor  # isort: skip
 
-__all__ = ["adapters", "app", "doctor", "lab"]
+__all__ = ["adapters", "app", "compare", "doctor", "lab"]

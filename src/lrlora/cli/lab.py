@@ -1,4 +1,4 @@
-"""Commands that train and compare: demo, train, evaluate, predict, chat, compare, inputs."""
+"""Commands that train, and ask what was trained: demo, init, train, evaluate, predict, chat, inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..files import write_json, write_whole
 from ..lab.config import TrainConfig, parse_pairs, read_run, require_startable
-from ..lab.names import require_data_path, require_suite
+from ..lab.names import require_data_path
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
 from .common import announce, app, as_text, console, one_clear_error, quiet
@@ -271,54 +271,6 @@ def _next_line() -> str | None:
     except EOFError:
         return None
     return None if said == "/quit" else said
-
-
-@app.command()
-def compare(
-    suite: Annotated[
-        str,
-        typer.Argument(help="offline-nlu, offline-commonsense, capacity, glue, commonsense or smoke, or a YAML file."),
-    ],
-    methods: Annotated[str | None, typer.Option(help="Names with commas between; default: the main ones.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite with commas between; default: all.")] = None,
-    rates: Annotated[
-        str | None, typer.Option(help="Learning rates with commas between; default: each method's.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method on each task.")] = 3,
-    rank: Annotated[int, typer.Option(min=1, help="Rank r of BA.")] = 4,
-    hours: Annotated[
-        float | None, typer.Option(min=0.0, help="Hours after which no new job is started; default: all are done.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
-    report: Annotated[
-        bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
-    ] = False,
-) -> None:
-    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core."""
-    with one_clear_error():
-        require_suite(suite)
-        from ..lab.compare import Comparison, run_comparison
-        from ..lab.compare.jobs import parse_rates, read_comparison, read_records
-        from ..lab.compare.report import write_report
-
-        folder = output or Path(f"lrlora-compare-{Path(suite).stem}")
-        given: dict[str, Any] = {"seeds": seeds, "rank": rank}
-        for name, value in (("methods", methods), ("tasks", tasks)):
-            if value is not None:
-                given[name] = tuple(part.strip() for part in value.split(","))
-        if rates is not None:
-            given["rates"] = parse_rates(rates)
-        comparison = read_comparison(suite, folder) if report else Comparison(suite, **given)
-        left = [] if report else run_comparison(comparison, folder, hours=hours, announce=announce)
-        path = write_report(comparison, folder)
-        failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
-        if failed:
-            console.print(f"{failed} {'job' if failed == 1 else 'jobs'} failed: the report says why.", highlight=False)
-        if left:
-            count = len(comparison.cells_left(left))
-            said = "1 job or more is" if count == 1 else f"{count} jobs or more are"
-            console.print(f"{said} left: run the same command again to go on.", highlight=False)
-        announce(f"Report: {path}")
 
 
 @app.command()

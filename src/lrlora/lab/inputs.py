@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..files import cache_folder, readable
 
@@ -201,7 +202,6 @@ def _save_from_onnx(path: Path, folder: Path) -> None:
     import onnx
     import torch
     from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
-    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     graph = onnx.load(path).graph
     values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
@@ -215,14 +215,14 @@ def _save_from_onnx(path: Path, folder: Path) -> None:
     weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518)
     tensors = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in weights.items()}
-    model, found = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
+    loaded: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
+    model, found = loaded
     if missing := set(found["missing_keys"]) - {"embeddings.mask_token"}:  # which only its pretraining needs
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is not the model that was expected.")
     model.save_pretrained(folder)
     size = {"height": 56, "width": 56}
-    ViTImageProcessor(size=size, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD).save_pretrained(
-        folder
-    )
+    of_imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    ViTImageProcessor(size=size, **of_imagenet).save_pretrained(folder)
 
 
 def _move(made: Path, target: Path) -> None:

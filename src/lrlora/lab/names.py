@@ -28,16 +28,20 @@ OPTIONAL_ROLES = {
 ANSWER_ROLES = ("label", "completion", "output")  # which data to predict may lack
 TASKS_WITHOUT_HEAD = ("causal-lm",)
 METHOD_NAMES = ("lr-lora", "lora", "dora", "adalora", "hira", "randlora", "loha", "vera", "full")
-SUITE_NAMES = ("offline-nlu", "offline-commonsense", "capacity", "glue", "commonsense", "smoke")
+SUITE_NAMES = (
+    *("offline-nlu", "offline-commonsense", "offline-vision", "capacity", "glue", "commonsense", "vision", "smoke"),
+)
+ABLATION_NAMES = ("sharing", "frozen", "num-basis", "interval", "gain", "rank", "targets")
+PRESET_NAMES = ("roberta-base", "llama-3-8b", "vit-base")
 EMBEDDED = "embedded:"  # before the name of a model or data that come with packages
 # The ending of a file of data → its builder in datasets.
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def require_suite(name: str) -> None:
-    """Raise an error unless this is the name of a suite, or a YAML file that may hold one."""
+    """Raise an error unless this is the name of a suite or preset, or a YAML file that may hold a suite."""
     if not name.endswith((".yaml", ".yml")):
-        require_known("suite", name, SUITE_NAMES)
+        require_known("suite", name, (*SUITE_NAMES, *PRESET_NAMES))
     elif not Path(name).is_file():
         raise FileNotFoundError(f"There is no configuration file {name}.")
 

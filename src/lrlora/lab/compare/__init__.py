@@ -2,7 +2,8 @@
 
 from .jobs import Comparison
 from .methods import METHODS, Method
+from .protocols import SUITES
 from .queue import run_comparison
-from .suites import SUITES, Suite, Task
+from .suites import Suite, Task
 
 __all__ = ["METHODS", "SUITES", "Comparison", "Method", "Suite", "Task", "run_comparison"]

@@ -231,7 +231,7 @@ def write_capacity_report(comparison: Comparison, output: Path) -> Path:
     if not records:
         raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
     records = comparison.of_all(records).select(records)
-    frames = {task: losses(records, task, comparison.rank) for task in tasks}
+    frames = {task: losses(records, task, comparison.r) for task in tasks}
     tables = {task: frame for task, frame in frames.items() if len(frame)}
     parts = [f"# {in_markdown(comparison.suite)}\n"]
     if tables:

@@ -23,7 +23,8 @@ from ..kinds import KINDS
 from ..methods import EVA, adapter_config
 from .capacity import CapacityTask
 from .methods import MAIN_METHODS, Method, find_method
-from .suites import Suite, load_suite
+from .protocols import load_suite
+from .suites import Suite
 
 TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
@@ -81,14 +82,16 @@ class Comparison:
     """What is compared.
 
     Args:
-        suite: a key of `SUITES`, or a YAML file with a suite.
+        suite: a key of `SUITES` or `PRESETS`, or a YAML file with a suite.
         methods: keys as `find_method` takes them; what others are compared with is "lora", or else the first. Default:
             what a task itself asks for, or else the main ones.
         seeds: final runs of each method on each task, at the rate that one more seed has chosen.
-        rank: r.
+        rank: r; default: the suite's.
         tasks: of the suite; default: all.
         rates: learning rates to try for every method, and no others; default: each method's own times the task's
             scale, and beyond them.
+        model: in place of the suite's.
+        steps: of training in every task, in place of its own, for a first try.
 
     Raises:
         ValueError: a name is unknown, or a number out of range.
@@ -98,9 +101,11 @@ class Comparison:
     suite: str
     methods: tuple[str, ...] = ()
     seeds: int = 3
-    rank: int = 4
+    rank: int | None = None
     tasks: tuple[str, ...] = ()
     rates: tuple[float, ...] = ()
+    model: str | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         require_type(self, Comparison, "comparison")
@@ -110,20 +115,28 @@ class Comparison:
             require_known(f"task of {self.suite}", task, self.definition.tasks)
         if not all(0 < rate < math.inf for rate in self.rates):
             raise ValueError(f"rates must be numbers > 0, and are {', '.join(map(str, self.rates))}.")
-        for name, value in (("seeds", self.seeds), ("rank", self.rank)):
-            if value < 1:
+        for name, value in (("seeds", self.seeds), ("rank", self.rank), ("steps", self.steps)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be a whole number ≥ 1, and is {value}.")
 
     @functools.cached_property
     def definition(self) -> Suite:
-        return load_suite(self.suite)
+        suite = load_suite(self.suite)
+        if self.model is not None:
+            suite = replace(suite, model=self.model)
+        return suite if self.steps is None else suite.with_steps(self.steps)
+
+    @property
+    def r(self) -> int:
+        return self.rank or self.definition.rank
 
     @property
     def task_names(self) -> tuple[str, ...]:
         return self.tasks or tuple(self.definition.tasks)
 
     def methods_of(self, task: str) -> tuple[str, ...]:
-        return self.methods or getattr(self.definition.tasks[task], "methods", ()) or MAIN_METHODS
+        definition = self.definition
+        return self.methods or getattr(definition.tasks[task], "methods", ()) or definition.methods or MAIN_METHODS
 
     @functools.cached_property
     def all_methods(self) -> tuple[str, ...]:
@@ -246,11 +259,11 @@ def prepare(comparison: Comparison, output: Path) -> None:
                     raise ValueError(
                         f"{known.name} needs the Trainer, and {task} is trained in a loop of its own. Leave it out."
                     )
-                adapter_config(known.train, {}, settings.steps, known.adapter(comparison.rank))
+                adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
-            train_config(comparison.definition, task, known, known.rates[0], 1, comparison.rank, output)
+            config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
             head = KINDS[settings.kind].adapter_fields
-            adapter_config(known.train, head, settings.steps, known.adapter(comparison.rank))
+            adapter_config(known.train, head, settings.steps, config.adapter)
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.parent / f".{output.name}.lock"):
         check_folder(comparison, output)
@@ -281,10 +294,20 @@ def read_comparison(suite: str, output: Path) -> Comparison:
 
 
 def _settings(comparison: Comparison) -> Any:
-    settings = json.loads(json.dumps({"rank": comparison.rank, "suite": asdict(comparison.definition)}))
-    for task in settings["suite"]["tasks"].values():
+    settings = json.loads(json.dumps({"rank": comparison.r, "suite": asdict(comparison.definition)}))
+    suite = settings["suite"]
+    for task in suite["tasks"].values():
         task.pop("methods", None)  # which methods are run changes nothing about a run
+    for name in ("methods", "rank", "protocol"):
+        del suite[name]
+    for values in (suite, *suite["tasks"].values()):  # comparisons that were begun before these were there lack them
+        for name, default in _UNLESS.items():
+            if values.get(name) == default:
+                del values[name]
     return settings
+
+
+_UNLESS: dict[str, Any] = {"scale": 1.0, "adapter": {}, "training": {}, "test_data": []}
 
 
 def _agree(stored: Any, wanted: Any) -> bool:
@@ -292,7 +315,8 @@ def _agree(stored: Any, wanted: Any) -> bool:
     old, new = (settings["suite"]["tasks"] for settings in (stored, wanted))
     common = old.keys() & new.keys()
     alike = common and all(old[name] == new[name] for name in common)
-    return bool(alike and stored["rank"] == wanted["rank"] and stored["suite"]["model"] == wanted["suite"]["model"])
+    of_all = [{**settings["suite"], "tasks": None, "rank": settings["rank"]} for settings in (stored, wanted)]
+    return bool(alike and of_all[0] == of_all[1])
 
 
 def train_config(
@@ -300,6 +324,7 @@ def train_config(
 ) -> TrainConfig:
     """The training run that a job consists of."""
     task = suite.training_tasks[task_name]
+    adapter = {} if method.train == "full" else {**suite.adapter, **method.adapter(rank, suite.scale)}
     return TrainConfig(
         model=suite.model,
         data=task.data,
@@ -314,8 +339,9 @@ def train_config(
         head_learning_rate=task.head_learning_rate,
         rank_every=task.steps,
         seed=seed,
-        adapter=method.adapter(rank),
+        adapter=adapter,
         training={
+            **suite.training,
             "max_steps": task.steps,
             "per_device_train_batch_size": task.batch_size,
             "learning_rate": learning_rate,

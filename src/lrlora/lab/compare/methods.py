@@ -59,6 +59,11 @@ class Method:
         return options if scale == 1 or alpha is None else {**options, alpha: scale * divisor}
 
 
+# The names of modules in RoBERTa, DeBERTa, Llama, Qwen, ViT and models like them.
+_LINEAR = r"\.(query|key|value|dense|(q|k|v|o|query|key|value|gate|up|down)_proj|fc1|fc2)"
+_IN_ATTENTION = rf".*att.*{_LINEAR}"
+_IN_MLP = rf".*layers?\.\d+(?!.*att).*{_LINEAR}"
+
 METHODS = {
     "full": Method("full fine-tuning", "full", rank_factor=0, rates=_FULL_RATES),
     "lora": Method("LoRA", "lora"),
@@ -78,12 +83,32 @@ METHODS = {
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
     "paper": Method("the paper's form", "lr-lora", PUBLISHED),
+    "lora-attention": Method("LoRA on attention", "lora", {"target_modules": _IN_ATTENTION}),
+    "lora-mlp": Method("LoRA on MLPs", "lora", {"target_modules": _IN_MLP}),
+    "lr-lora-attention": Method("LR-LoRA on attention", "lr-lora", {"target_modules": _IN_ATTENTION}),
+    "lr-lora-mlp": Method("LR-LoRA on MLPs", "lr-lora", {"target_modules": _IN_MLP}),
     "expansion": Method("expansion", "lr-lora", {"form": "expansion"}),
     # Measured where rank binds, beaten, and taken out of the code (docs/capacity.md).
     "expansion-learned": Method("expansion, learned", "lr-lora", {"form": "expansion"}, is_retired=True),
     "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}, is_retired=True),
 }
 MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
+
+
+def _with(option: str, *values: Any) -> tuple[str, ...]:
+    return tuple(f"lr-lora+{option}={value}" for value in values)
+
+
+# What is asked of the method → the methods that answer it.
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "sharing": ("lr-lora", "lora", "lr-lora+sharing=type", "lr-lora-shared"),
+    "frozen": ("lr-lora", "lora", "lr-lora-frozen", "sine"),
+    "num-basis": ("lr-lora", "lora", *_with("num_basis", 2, 4, 16, 50)),
+    "interval": ("lr-lora", "lora", *_with("interval", 1, 2, 5, 10)),
+    "gain": ("lr-lora", "lora", *_with("input_gain", 1, 30, 100, 1000)),
+    "rank": tuple(f"{method}+r={r}" for r in (1, 2, 4, 8, 16) for method in ("lora", "lr-lora")),
+    "targets": ("lora", "lr-lora", "lora-attention", "lr-lora-attention", "lora-mlp", "lr-lora-mlp"),
+}
 
 
 def find_method(key: str) -> Method:

@@ -7,6 +7,7 @@ was stopped, and may run several times at once: processes share the jobs through
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,20 @@ def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Recor
     return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss) for one process"
 
 
+# By which `accelerate launch` tells a process that it is one of several, which train together.
+_OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+
+
+def _environment() -> dict[str, str]:
+    """That of the jobs: where several processes were launched, each has a GPU of its own, and jobs of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
+    return environment
+
+
 class _Worker:
     """Runs jobs, each in a fork of a process that has imported everything once."""
 
@@ -130,7 +145,9 @@ class _Worker:
         with log.open("w", encoding="utf-8") as written:
             # The worker ends when its end of the pipe does: with this process, however that ends.
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=written, text=True)
+            self._process = subprocess.Popen(
+                self._command, stdin=pipe, stdout=pipe, stderr=written, text=True, env=_environment()
+            )
         return self._process
 
     def close(self) -> None:
@@ -143,7 +160,7 @@ class _Worker:
 
 def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str | None:
     """Run a job in a process of its own and file its result; what went wrong outside it is returned, and not filed."""
-    request = {**asdict(job), "rank": comparison.rank}
+    request = {**asdict(job), "rank": comparison.r}
     log = output / "logs" / f"{job.name}.log"
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:

@@ -15,12 +15,13 @@ from .figures import parameters_figure, ranks_figure, rates_figure
 from .jobs import Comparison, Record, check_folder, read_records
 from .markdown import failure_line, markdown
 from .methods import find_method
+from .peft_results import write_peft_results
 from .statistics import Interval
 from .tables import final_runs, learned_ranks, ranks_by_layer, results, tidy, tuning, variants, wins
 
 
 def write_report(comparison: Comparison, output: Path) -> Path:
-    """Write `report.md`, `results.csv`, `runs.jsonl` and pictures into the folder of a comparison.
+    """Write `report.md`, `results.csv`, `runs.jsonl`, pictures and PEFT's files into the folder of a comparison.
 
     Raises:
         FileExistsError: the folder holds another comparison.
@@ -34,9 +35,10 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     if not records:
         raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
     write_whole(output / "runs.jsonl", tidy(records).to_json(orient="records", lines=True))
-    parts = [f"# {in_markdown(f'{comparison.suite}: {comparison.definition.model}')}, r = {comparison.rank}\n"]
+    parts = [f"# {in_markdown(f'{comparison.suite}: {comparison.definition.model}')}, r = {comparison.r}\n"]
     for section in (_results, _rates, _learned_ranks, _variants, _failures):
         parts += section(comparison, records, output)
+    write_peft_results(comparison, records, output)
     path = output / "report.md"
     write_whole(path, "\n".join(parts) + "\n")
     return path

@@ -22,7 +22,7 @@ def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
     """Every finished job in one row, with its metrics in columns."""
     rows = []
     for record in records.values():
-        row = {name: value for name, value in record.items() if name not in ("validation", "test", "ranks")}
+        row = {name: value for name, value in record.items() if name not in ("validation", "test", "ranks", "versions")}
         for split in ("validation", "test"):
             row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
         rows.append(row)

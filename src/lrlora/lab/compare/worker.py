@@ -12,19 +12,23 @@ import sys
 import tempfile
 import threading
 import traceback
+from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import transformers
 
+from ...checks import require_known
 from ...rank import RankReport
+from ...run_folder import read_record
 from ..inference import evaluate
 from ..train import Interrupted, rank_report_of, train
 from .capacity import CapacityTask, train_capacity
 from .jobs import FAILED, TUNING_SEED, train_config
 from .methods import find_method
-from .suites import Suite
+from .suites import Suite, Task
 
 
 def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
@@ -36,8 +40,8 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         The request with what came out: `seconds` of a training step (on a CPU, processor time) on what `hardware`,
-        `peak_mib` of the process, `trainable` parameters, `validation` and `test` metrics (None for a tuning run), the
-        `criterion` of the rate, and the learned `ranks` of methods that have them.
+        `peak_mib` of the process, `trainable` parameters, sizes and versions, `validation` and `test` metrics (None for
+        a tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
 
     Raises:
         ValueError: the job cannot work, or training diverged.
@@ -63,16 +67,43 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
             "hardware": _hardware(),
             "peak_mib": _peak_mib(),
             "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
+            **_sizes(folder, result.model),
             "validation": result.metrics,
             "criterion": result.metrics[task.criterion],
             "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
             "test": None,
         }
         if request["seed"] != TUNING_SEED:
-            record["test"] = evaluate(folder, task.data, split=task.test, limit=task.test_examples)
+            record["test"] = _scores(folder, task)
+            require_known(f"metric of {suite.model} on {request['task']}", task.metric, record["test"])
             if wrong := [name for name, value in record["test"].items() if not math.isfinite(value)]:
                 raise ValueError(f"Training has diverged: {' and '.join(wrong)} of the test is not finite.")
         return record
+
+
+def _scores(folder: Path, task: Task) -> dict[str, float]:
+    """The metrics of a run on its test data; of several sets their means, and each one's own."""
+    if not task.test_data:
+        return evaluate(folder, task.data, split=task.test, limit=task.test_examples)
+    by_set = {name: evaluate(folder, name, split="test", limit=task.test_examples) for name in task.test_data}
+    names = next(iter(by_set.values()))
+    means = {metric: fmean(found[metric] for found in by_set.values()) for metric in names}
+    return means | {f"{metric} of {name}": value for name, found in by_set.items() for metric, value in found.items()}
+
+
+def _sizes(folder: Path, model: Any) -> dict[str, Any]:
+    """What others' tables of methods hold beside the metrics."""
+    saved = [path for path in folder.glob("*.safetensors") if path.is_file()]
+    weights = next(model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(weights.dtype).removeprefix("torch."),
+        "file_size": sum(path.stat().st_size for path in saved),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "versions": read_record(folder).versions,
+        "on_gpu": torch.cuda.is_available(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def _hardware() -> str:

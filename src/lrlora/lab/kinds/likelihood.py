@@ -45,7 +45,8 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
         for row, choices in enumerate(batch["choices"]):
             asked = batch["prompts"][row] if "prompts" in batch else [question_prompt(batch["question"][row])]
             prompts = asked if len(asked) == len(choices) else asked * len(choices)
-            before = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+            # A space between prompt and choice is the choice's.
+            before = [len(ids) for ids in tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]]
             # Together, as some tokenizers begin every text with a space of their own.
             texts = [f"{prompt} {choice}" for prompt, choice in zip(prompts, choices, strict=True)]
             whole, missing = tokenizer(texts)["input_ids"], most - len(choices)

@@ -1,0 +1,151 @@
+"""The command that compares methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..checks import require_known
+from ..lab.names import ABLATION_NAMES, PRESET_NAMES, require_suite
+from .common import announce, app, console, one_clear_error, quiet
+
+if TYPE_CHECKING:
+    from ..lab.compare import Comparison
+
+
+@app.command()
+def compare(
+    suite: Annotated[
+        str | None,
+        typer.Argument(
+            help="offline-nlu, offline-commonsense, offline-vision, capacity, glue, commonsense, vision or smoke, or a "
+            "YAML file."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a suite, one with the model and settings of GPUs: roberta-base, llama-3-8b, vit-base."
+        ),
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Names with commas between; default: the main ones.")] = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(help="In place of methods: sharing, frozen, num-basis, interval, gain, rank or targets."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite with commas between; default: all.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model in place of the suite's.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Learning rates with commas between; default: each method's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method on each task.")] = 3,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank r of BA; default: the suite's, which is 4 unless it says otherwise.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of training in place of each task's, for a first try.")
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Hours after which no new job is started; default: all are done.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the jobs, the memory and the hours that they need; run nothing.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
+    ] = False,
+) -> None:
+    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core."""
+    with one_clear_error():
+        name = _suite(suite, preset)
+        quiet()
+        from ..lab.compare import Comparison
+        from ..lab.compare.jobs import read_comparison
+
+        folder = output or Path(f"lrlora-compare-{Path(name).stem}")
+        given: dict[str, Any] = {"seeds": seeds, "rank": rank, "model": model, "steps": steps}
+        comparison = (
+            read_comparison(name, folder)
+            if report
+            else Comparison(name, **given, **_lists(methods, ablation, tasks, rates))
+        )
+        if dry_run or (preset is not None and not report):
+            _show_plan(comparison)
+        if not dry_run:
+            _run(comparison, folder, hours, report=report)
+
+
+def _suite(suite: str | None, preset: str | None) -> str:
+    if (suite is None) == (preset is None):
+        raise ValueError("Give a suite, such as offline-nlu, or --preset, and not both.")
+    if preset is not None:
+        require_known("preset", preset, PRESET_NAMES)
+    name = str(suite or preset)
+    require_suite(name)
+    return name
+
+
+def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:
+    """The fields of a comparison that were given as words with commas between."""
+    from ..lab.compare.jobs import parse_rates
+    from ..lab.compare.methods import ABLATIONS
+
+    if methods is not None and ablation is not None:
+        raise ValueError(f"--ablation {ablation} is a list of methods. Leave --methods out.")
+    given: dict[str, Any] = {}
+    for name, value in (("methods", methods), ("tasks", tasks)):
+        if value is not None:
+            given[name] = tuple(part.strip() for part in value.split(","))
+    if ablation is not None:
+        require_known("ablation", ablation, ABLATION_NAMES)
+        given["methods"] = ABLATIONS[ablation]
+    return given if rates is None else {**given, "rates": parse_rates(rates)}
+
+
+def _show_plan(comparison: Comparison) -> None:
+    from ..lab.compare.needs import GPU, planned
+
+    cells, definition = planned(comparison), comparison.definition
+    known = [cell for cell in cells if cell.needs is not None]
+    announce(
+        f"Plan: {comparison.suite} on {definition.model}, r = {comparison.r}: {sum(cell.jobs for cell in cells)} jobs."
+    )
+    if definition.protocol:
+        announce(f"Protocol: {definition.protocol}")
+    table = Table(title=f"What a job needs, at most, on an {GPU}" if known else None, title_justify="left")
+    for heading in ("task", "method", "jobs", "trainable", "GiB", "hours"):
+        table.add_column(heading, justify="left" if heading in ("task", "method") else "right")
+    for cell in cells:
+        needs = cell.needs
+        told = ("", "", "") if needs is None else (f"{needs.trainable:,.0f}", f"{needs.gib:.1f}", f"{needs.hours:.2f}")
+        table.add_row(cell.task, cell.method, str(cell.jobs), *told)
+    console.print(table)
+    if known:
+        hours = sum(cell.jobs * cell.needs.hours for cell in known if cell.needs is not None)
+        largest = max(cell.needs.gib for cell in known if cell.needs is not None)
+        announce(
+            f"In all up to {hours:,.1f} hours of an {GPU} at two fifths of its peak, shared by as many GPUs as there "
+            f"are, and {largest:.1f} GiB on each, beside CUDA's own. Texts are taken to be as long as they may be; "
+            "evaluations, and rates beyond the first ones, come on top."
+        )
+
+
+def _run(comparison: Comparison, folder: Path, hours: float | None, *, report: bool) -> None:
+    from ..lab.compare import run_comparison
+    from ..lab.compare.jobs import read_records
+    from ..lab.compare.report import write_report
+
+    left = [] if report else run_comparison(comparison, folder, hours=hours, announce=announce)
+    path = write_report(comparison, folder)
+    failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
+    if failed:
+        console.print(f"{failed} {'job' if failed == 1 else 'jobs'} failed: the report says why.", highlight=False)
+    if left:
+        count = len(comparison.cells_left(left))
+        said = "1 job or more is" if count == 1 else f"{count} jobs or more are"
+        console.print(f"{said} left: run the same command again to go on.", highlight=False)
+    announce(f"Report: {path}")

@@ -1,0 +1,239 @@
+"""What the jobs of a comparison need: the memory of a GPU, and its hours, before anything is loaded.
+
+One step of a model with one layer, and of the same with two, is taken on PyTorch's meta device, which has shapes and no
+numbers: PyTorch counts the operations, and what is kept for the backward pass. What any number of layers needs follows.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from ...tuner.config import EXPANSION
+from ..kinds import Kind, kind_for
+from ..methods import adapter_config
+from ..models import model_source
+from .jobs import Comparison
+from .methods import Method, find_method
+from .suites import Suite, Task
+
+GIB = 2**30
+# An A100's 312 TFLOP/s in bfloat16, 156 in TF32, of which training reaches two fifths: assumed, not measured.
+GPU, _HALF, _SINGLE, _UTILISATION = "A100", 312e12, 156e12, 0.4
+_ADAM, _GRADIENT, _FLOAT32 = 8, 4, 4  # bytes for each number that is trained
+_CHOICES = 4
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one job needs; bytes and floating-point operations of a training step, padded to the longest that may be.
+
+    Attributes:
+        parameters: of the base model.
+        trainable: of these, or of the adapter and a new head.
+        weights, trained, activations: bytes of the base model; of what is trained, with gradients and Adam's moments;
+            of what is kept for the backward pass.
+        operations: of a training step.
+        hours: of the GPU, for all steps, without evaluations.
+
+    """
+
+    parameters: float
+    trainable: float
+    weights: float
+    trained: float
+    activations: float
+    operations: float
+    hours: float
+
+    @property
+    def gib(self) -> float:
+        """Memory in GiB, without CUDA's own."""
+        return (self.weights + self.trained + self.activations) / GIB
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step of a model with so many layers takes, and what a layer more adds."""
+
+    parameters: float
+    trainable: float
+    kept: float
+    forward: float
+    operations: float
+    adapted: float  # numbers in adapted weights
+    widest: float  # of the largest of them
+    inputs: float  # what a layer of the transformer is given, in bytes
+    tokens: float
+
+    def extended(self, second: _Step, layers: int) -> _Step:
+        """With more layers, from one and two."""
+        names = ("parameters", "trainable", "kept", "forward", "operations", "adapted")
+        grown = {name: getattr(self, name) * (2 - layers) + getattr(second, name) * (layers - 1) for name in names}
+        return _Step(**grown, widest=self.widest, inputs=self.inputs, tokens=self.tokens)
+
+
+def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
+    """What a job needs.
+
+    Raises:
+        FileNotFoundError: the configuration of the model is not there.
+        ValueError: the method cannot be laid out without its weights.
+
+    """
+    source = model_source(suite.model)
+    config = AutoConfig.from_pretrained(source)
+    kind = kind_for(task.kind, config)
+    is_half = bool(suite.training.get("bf16"))
+    stored = torch.float32 if kind.has_head or method.train == "full" else (config.dtype or torch.float32)
+    computed = torch.bfloat16 if is_half else stored
+    layers = config.num_hidden_layers
+    first, second = (_measure(suite, task, method, rank, config, kind, computed, count, source) for count in (1, 2))
+    step = first.extended(second, layers)
+    kept, operations = step.kept, step.operations
+    if suite.training.get("gradient_checkpointing"):  # the inputs of every layer, and all of one; forward again
+        kept = first.kept + layers * step.inputs
+        operations += step.forward - first.forward
+    if method.train == "lr-lora" and method.options.get("form") != EXPANSION:
+        kept += 2 * _FLOAT32 * step.widest  # φ(BA), and the gradient of the weight that it needs
+        operations += 2 * step.tokens * step.adapted
+    is_full = method.train == "full"
+    trained = step.trainable * (_GRADIENT + _ADAM + (0 if is_full else _FLOAT32))
+    speed = (_HALF if computed != torch.float32 else _SINGLE) * _UTILISATION
+    return Needs(
+        step.parameters,
+        step.trainable,
+        step.parameters * stored.itemsize,
+        trained,
+        kept,
+        operations,
+        operations * task.steps / speed / 3600,
+    )
+
+
+def _measure(
+    suite: Suite,
+    task: Task,
+    method: Method,
+    rank: int,
+    config: Any,
+    kind: Kind,
+    dtype: torch.dtype,
+    layers: int,
+    source: str,
+) -> _Step:
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = layers
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:layers]
+    small.problem_type = "regression" if kind.name == "regress" else "single_label_classification"
+    if kind.name == "regress":
+        small.num_labels = 1
+    with torch.device("meta"):
+        model: Any = kind.model_class.from_config(small, dtype=dtype)
+        parameters = sum(p.numel() for p in model.parameters())
+        batch = _batch(task, kind, source, dtype)
+        if method.train == "full":
+            adapted = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        else:
+            # Ours is laid out as LoRA, whose factors it has: what φ adds is counted apart.
+            train = "lora" if method.train == "lr-lora" else method.train
+            options = {k: v for k, v in method.options.items() if train == method.train or k in ("r", "target_modules")}
+            given = {**suite.adapter, **Method(method.name, train, options, method.rank_factor).adapter(rank)}
+            wanted = adapter_config(train, kind.adapter_fields, max(task.steps, 100), given)
+            assert wanted is not None
+            model = get_peft_model(model, wanted)
+            names = set(model.targeted_module_names)
+            adapted = [m for name, m in model.get_base_model().named_modules() if name in names]
+    kept: dict[int, Tensor] = {}
+    weights = {id(p) for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in weights:
+            kept[id(base)] = base
+        return tensor
+
+    model.train()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss
+    forward = counter.get_total_flops()
+    with counter:
+        loss.backward()
+    sizes = [module.weight.numel() for module in adapted]
+    width = config.hidden_size
+    hidden = next(each for each in kept.values() if each.dim() == 3 and each.shape[-1] == width)
+    return _Step(
+        parameters,
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(each.numel() * each.element_size() for each in kept.values()),
+        forward,
+        forward + counter.get_total_flops(),
+        sum(sizes),
+        max(sizes),
+        hidden.numel() * dtype.itemsize,
+        hidden.numel() / width,
+    )
+
+
+def _batch(task: Task, kind: Kind, source: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A batch of a training step in shape; texts as long as they may be."""
+    size = task.batch_size
+    if not kind.reads_text:
+        edges = kind.load_processor(source).size
+        pixels = torch.zeros(size, 3, edges["height"], edges["width"], dtype=dtype)
+        return {"pixel_values": pixels, "labels": torch.zeros(size, dtype=torch.long)}
+    if task.max_length is None:
+        raise ValueError("How long its texts are is not known before they are read.")
+    shape = (
+        (size, _CHOICES, task.max_length)
+        if kind.name == "multiple-choice" and kind.has_head
+        else (size, task.max_length)
+    )
+    ids = torch.zeros(shape, dtype=torch.long)
+    if not kind.has_head:
+        return {"input_ids": ids, "labels": ids}
+    return {
+        "input_ids": ids,
+        "labels": torch.zeros(size, dtype=torch.float32 if kind.name == "regress" else torch.long),
+    }
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The jobs of one method on one task."""
+
+    task: str
+    method: str
+    jobs: int
+    needs: Needs | None  # None where it cannot be told
+
+
+def planned(comparison: Comparison) -> list[Planned]:
+    """What is about to be run, cell by cell, and what a job of it needs."""
+    jobs = comparison.plan({})
+    left = comparison.cells_left(jobs)
+    cells = []
+    for name in comparison.task_names:
+        task = comparison.definition.tasks[name]
+        for key in comparison.methods_of(name):
+            found = None
+            if isinstance(task, Task):
+                found = _needs_if_known(comparison, task, key)
+            cells.append(Planned(name, find_method(key).name, left.count((name, key)), found))
+    return cells
+
+
+def _needs_if_known(comparison: Comparison, task: Task, key: str) -> Needs | None:
+    try:
+        return needs(comparison.definition, task, find_method(key), comparison.r)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None  # of methods that start from the weights themselves, and of texts of any length

@@ -1,0 +1,98 @@
+"""Runs as PEFT's method comparison writes them, one JSON file each, so that they can be offered there.
+
+PEFT's own (its folder method_comparison) measures memory more often, and keeps what is measured here only once as None.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from ...files import write_json
+from ..kinds import KINDS
+from ..methods import adapter_config
+from .jobs import Comparison, Record, train_config
+from .methods import find_method
+from .tables import final_runs
+
+FOLDER = "peft"
+
+
+def write_peft_results(comparison: Comparison, records: dict[str, Record], output: Path) -> None:
+    """Write a file for each final run, METHOD--TASK-SEED.json; of runs before sizes were recorded, none."""
+    for runs in final_runs(records).values():
+        for run in runs:
+            if "versions" in run:
+                name = f"{run['method']}--{run['task']}-seed{run['seed']}.json".replace("/", "-")
+                write_json(output / FOLDER / name, _result(comparison, run, output))
+
+
+def _result(comparison: Comparison, run: Record, output: Path) -> dict[str, Any]:
+    definition, method = comparison.definition, find_method(run["method"])
+    task = definition.training_tasks[run["task"]]
+    config = train_config(definition, run["task"], method, run["learning_rate"], run["seed"], comparison.r, output)
+    adapter = adapter_config(method.train, KINDS[task.kind].adapter_fields, task.steps, config.adapter)
+    memory = run["peak_mib"] * 2**20 if run["on_gpu"] else None
+    metrics = [
+        {"step": task.steps, **{f"valid {name}": value for name, value in run["validation"].items()}},
+        {"step": task.steps, **{f"test {name}": value for name, value in run["test"].items()}},
+    ]
+    return {
+        "run_info": {
+            "created_at": run["finished"],
+            "total_time": run["wall"],
+            "experiment_name": f"{run['method']}/{run['task']}-seed{run['seed']}",
+            "peft_branch": None,
+            "train_config": {
+                "model_id": definition.model,
+                "dtype": run["dtype"],
+                "max_seq_length": task.max_length,
+                "batch_size": task.batch_size,
+                "max_steps": task.steps,
+                "seed": run["seed"],
+                "optimizer_type": "AdamW",
+                "optimizer_kwargs": {"lr": run["learning_rate"], **_of_optimizer(definition.training)},
+                "lr_scheduler": definition.training.get("lr_scheduler_type", "linear"),
+                "use_amp": bool(definition.training.get("bf16")),
+            },
+            "peft_config": None if adapter is None else _plain(adapter.to_dict()),
+            "error_msg": "",
+        },
+        "train_info": {
+            "cuda_memory_reserved_avg": None,
+            "cuda_memory_max": memory,
+            "cuda_memory_reserved_99th": None,
+            "train_time": run["seconds"] * task.steps,
+            "file_size": run["file_size"],
+            "num_trainable_params": run["trainable"],
+            "num_total_params": run["parameters"],
+            "status": "success",
+            "metrics": metrics,
+        },
+        "meta_info": {
+            "model_info": {"sha": run["revision"], "created_at": None},
+            "dataset_info": {task.data: {"sha": None, "created_at": None}},
+            "package_info": {f"{name}-version": version for name, version in run["versions"].items()},
+            "system_info": {
+                "system": platform.system(),
+                "machine": platform.machine(),
+                "gpu": run["hardware"] if run["on_gpu"] else None,
+            },
+            "pytorch_info": None,
+        },
+    }
+
+
+def _of_optimizer(training: dict[str, Any]) -> dict[str, Any]:
+    return {name: training[name] for name in ("weight_decay",) if name in training}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Values that JSON can hold: lists for sets, names for the rest."""
+    plain = {}
+    for name, value in values.items():
+        if isinstance(value, (set, frozenset)):
+            value = sorted(value)
+        plain[name] = value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+    return plain
