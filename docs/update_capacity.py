@@ -37,7 +37,7 @@ def updated(page: str) -> str:
     tasks, hours = comparison.definition.capacity_tasks, sum(record["wall"] for record in records.values()) / 3600
     runs, records = len(records), comparison.of_all(records).select(records)
     for task in tasks:
-        frame = losses(records, task, comparison.rank)
+        frame = losses(records, task, comparison.r)
         table = markdown(frame.drop(columns="seconds")) if len(frame) else "Not run yet."
         page = with_section(page, task, f"{table}\n") if f"<!-- {task} -->" in page else page
     page = with_section(page, "differences", f"{markdown(differences(records, PAIRS))}\n")

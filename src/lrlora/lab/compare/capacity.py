@@ -3,6 +3,7 @@
     labels      random labels for real texts. Only the MLP of MiniLM's last layer is adapted, before a fixed random
                 head, and what is measured is the loss on the labels themselves: how much the update can hold. `texts`
                 and `classes` say how much is asked: texts · log2(classes) bits
+    picture-labels  the same for pictures of animals, and the last MLP of a vision transformer
     phone-book  the telephone numbers, ten random digits each, of `texts` people's names. Only the MLP of one late layer
                 of SmolLM2 is adapted, and what is measured is the loss on the numbers themselves and how many are
                 recalled whole
@@ -33,7 +34,7 @@ from transformers import get_cosine_schedule_with_warmup
 from ...checks import require_known, require_type
 from ...rank import rank_report
 from ..methods import METHODS, adapter_config
-from .capacity_tasks import Setting, labels, transfer
+from .capacity_tasks import Setting, labels, picture_labels, transfer
 from .methods import Method
 from .smollm2 import language, phone_book
 
@@ -49,7 +50,7 @@ class CapacityTask:
     Args:
         kind: one of `KINDS`.
         steps, batch_size: of training, in texts or windows of a corpus.
-        texts, classes: of "labels"; `texts` are the names of a "phone-book".
+        texts, classes: of "labels"; `texts` are the pictures of "picture-labels", and the names of a "phone-book".
         corpus: of "transfer" and "language".
         methods: what is trained on it unless asked for otherwise.
         rates: learning rates that adapters try first. Full fine-tuning tries a tenth of them, and adapters without a
@@ -90,6 +91,7 @@ class CapacityTask:
 
 KINDS: dict[str, Callable[[CapacityTask, int], Setting]] = {
     "labels": lambda task, seed: labels(task.texts, task.classes, task.batch_size, seed),
+    "picture-labels": lambda task, seed: picture_labels(task.texts, task.classes, task.batch_size, seed),
     "phone-book": lambda task, seed: phone_book(task.texts, task.batch_size, seed),
     "transfer": lambda task, seed: transfer(task.corpus, task.batch_size, seed),
     "language": lambda task, seed: language(task.corpus, task.batch_size, seed),

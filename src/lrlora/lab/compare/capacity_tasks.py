@@ -1,4 +1,4 @@
-"""What a task on which rank binds consists of, with one seed: model, batches and losses. Here: labels, bytes."""
+"""What a task on which rank binds consists of, with one seed: model, batches and losses. Here: labels and bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from ...files import cache_folder, replacing
-from ..inputs import MINILM, checkpoint
+from ..inputs import MINILM, VIT, checkpoint
+from ..pictures import load_animals
 from ..tasks import MOVIE_REVIEW_TASK
 from .byte_model import base_model, mean_loss, sample_batch
 from .corpora import load_corpus
 
 TOKENS = 8  # of a text of `labels`: what a step costs
+PICTURE = 42  # pixels: 3 × 3 patches, and a token for the whole
 HEAD_SCALE = 4.0  # of its logits: high enough that the labels can be learned by heart
 EVALUATED_AT_ONCE = 256  # texts
 TEST_WINDOWS = 512
@@ -37,45 +40,58 @@ class Setting:
 
 
 class LabelModel(nn.Module):
-    """The MLP of MiniLM's last layer, and a fixed random head on its standardised, mean-pooled output.
+    """The MLP of an encoder's last layer, and a fixed random head on its standardised, mean-pooled output.
 
-    Forward: the input of the MLP (texts, tokens, 384) → logits (texts, classes).
-
-    Args:
-        layer: of the encoder.
-        inputs: of all texts, to standardise by.
-        head: (classes, 384).
-
+    Forward: what the layer gives its MLP (examples, tokens, 384) → logits (examples, classes).
     """
 
     head: Tensor
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, layer: Any, inputs: Tensor, head: Tensor) -> None:
-        super().__init__()
-        self.intermediate, self.output, self.norm = layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm
+    def standardise(self, inputs: Tensor, head: Tensor) -> None:
+        """Take the head, (classes, 384), and what all examples give it, to standardise by."""
         self.register_buffer("head", head)
         with torch.no_grad():
-            pooled = torch.cat([self._pooled(some) for some in inputs.split(EVALUATED_AT_ONCE)])
+            pooled = torch.cat([self.pooled(some) for some in inputs.split(EVALUATED_AT_ONCE)])
         self.register_buffer("mean", pooled.mean(0))
         self.register_buffer("deviation", pooled.std(0))
 
-    def _pooled(self, x: Tensor) -> Tensor:
-        return self.norm(self.output(F.gelu(self.intermediate(x))) + x).mean(1)
+    def pooled(self, x: Tensor) -> Tensor:
+        """(examples, tokens, 384) → (examples, 384)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((self._pooled(x) - self.mean) / self.deviation) @ self.head.T
+        return ((self.pooled(x) - self.mean) / self.deviation) @ self.head.T
 
 
-def _label_inputs(encoder: Any, count: int) -> Tensor:
-    """What the MLP of the last layer sees of the first `count` film reviews of 8 tokens: (count, 8, 384), float32.
+class TextLabels(LabelModel):
+    """The last MLP of MiniLM."""
 
-    Computed once, and kept in the cache.
-    """
-    path = cache_folder() / "capacity" / f"labels-{count}-{TOKENS}.safetensors"
-    if path.exists():
-        return load_file(path)["inputs"]
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        layer = encoder.encoder.layer[-1]
+        self.intermediate, self.output, self.norm = layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.norm(self.output(F.gelu(self.intermediate(x))) + x).mean(1)
+
+
+class PictureLabels(LabelModel):
+    """The last MLP of the vision transformer, whose norms stand before it and after all layers."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        layer = encoder.encoder.layer[-1]
+        self.first, self.scale, self.norm = layer.norm2, layer.layer_scale2, encoder.layernorm
+        self.intermediate, self.output = layer.mlp.fc1, layer.mlp.fc2
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.scale(self.output(F.gelu(self.intermediate(self.first(x)))))).mean(1)
+
+
+def _text_inputs(encoder: Any, count: int) -> Tensor:
+    """What the MLP of the last layer sees of the first `count` film reviews of 8 tokens: (count, 8, 384), float32."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(MINILM))
     texts = list(MOVIE_REVIEW_TASK.load()["train"]["text"])
     tokens = tokenizer(texts, truncation=True, max_length=TOKENS)["input_ids"]
@@ -84,15 +100,37 @@ def _label_inputs(encoder: Any, count: int) -> Tensor:
         raise ValueError(
             f"texts must be at most {len(long_enough):,}, the reviews of {TOKENS} tokens, and is {count:,}."
         )
+    return _seen_by(encoder, encoder.encoder.layer[-1].intermediate, torch.tensor(long_enough[:count]))
+
+
+def _picture_inputs(encoder: Any, count: int) -> Tensor:
+    """What the last layer adds its MLP to, for the first `count` animals: (count, 10, 384), float32."""
+    pictures = load_animals()["train"]
+    if count > len(pictures):
+        raise ValueError(f"texts must be at most {len(pictures):,}, the pictures that there are, and is {count:,}.")
+    pixels = torch.stack([torch.from_numpy(np.array(row["image"])) for row in pictures.select(range(count))])
+    spread = F.interpolate(pixels[:, None].float() / 255, size=(PICTURE, PICTURE), mode="bilinear")
+    return _seen_by(encoder, encoder.encoder.layer[-1].norm2, (2 * spread - 1).expand(-1, 3, -1, -1))
+
+
+def _seen_by(encoder: Any, module: nn.Module, examples: Tensor) -> Tensor:
+    """The inputs of a module of an encoder that is given these examples."""
     seen: list[Tensor] = []
-    dense = encoder.encoder.layer[-1].intermediate
-    handle = dense.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    handle = module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     with torch.no_grad():
-        for some in torch.tensor(long_enough[:count]).split(EVALUATED_AT_ONCE):
+        for some in examples.split(EVALUATED_AT_ONCE):
             encoder(some)
     handle.remove()
+    return torch.cat(seen)
+
+
+def _kept(name: str, compute: Callable[[], Tensor]) -> Tensor:
+    """A tensor that is computed once, and then is in the cache."""
+    path = cache_folder() / "capacity" / f"{name}.safetensors"
+    if path.exists():
+        return load_file(path)["inputs"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    inputs = torch.cat(seen)
+    inputs = compute()
     with replacing(path) as partial:
         save_file({"inputs": inputs}, partial)
     return inputs
@@ -107,14 +145,26 @@ def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterato
 def labels(texts: int, classes: int, batch_size: int, seed: int) -> Setting:
     """Random labels of film reviews."""
     encoder = AutoModel.from_pretrained(checkpoint(MINILM)).eval()
-    inputs = _label_inputs(encoder, texts)
+    inputs = _kept(f"labels-{texts}-{TOKENS}", lambda: _text_inputs(encoder, texts))
+    return _random_labels(TextLabels(encoder), inputs, classes, batch_size, seed)
+
+
+def picture_labels(pictures: int, classes: int, batch_size: int, seed: int) -> Setting:
+    """Random labels of pictures of animals."""
+    encoder = AutoModel.from_pretrained(checkpoint(VIT)).eval()
+    inputs = _kept(f"picture-labels-{pictures}-{PICTURE}", lambda: _picture_inputs(encoder, pictures))
+    return _random_labels(PictureLabels(encoder), inputs, classes, batch_size, seed)
+
+
+def _random_labels(model: LabelModel, inputs: Tensor, classes: int, batch_size: int, seed: int) -> Setting:
+    count = len(inputs)
     generator = torch.Generator().manual_seed(seed)
-    targets = torch.randint(0, classes, (texts,), generator=generator)
+    targets = torch.randint(0, classes, (count,), generator=generator)
     width = inputs.shape[-1]
-    head = torch.randn(classes, width, generator=generator) * (HEAD_SCALE / math.sqrt(width))
+    model.standardise(inputs, torch.randn(classes, width, generator=generator) * (HEAD_SCALE / math.sqrt(width)))
 
     def losses(model: Any) -> Iterator[Tensor]:
-        for some in shuffled(texts, batch_size, generator):
+        for some in shuffled(count, batch_size, generator):
             yield F.cross_entropy(model(inputs[some]), targets[some])
 
     @torch.no_grad()
@@ -122,7 +172,6 @@ def labels(texts: int, classes: int, batch_size: int, seed: int) -> Setting:
         logits = torch.cat([model(some) for some in inputs.split(EVALUATED_AT_ONCE)])
         return F.cross_entropy(logits, targets).item()
 
-    model = LabelModel(encoder.encoder.layer[-1], inputs, head)
     return Setting(model, "intermediate|output", losses, whole, lambda model: {"loss": whole(model)})
 
 

@@ -24,6 +24,7 @@ def write_peft_results(comparison: Comparison, records: dict[str, Record], outpu
     for runs in final_runs(records).values():
         for run in runs:
             if "versions" in run:
+                (output / FOLDER).mkdir(exist_ok=True)
                 name = f"{run['method']}--{run['task']}-seed{run['seed']}.json".replace("/", "-")
                 write_json(output / FOLDER / name, _result(comparison, run, output))
 
