@@ -27,7 +27,7 @@ from sections import table, with_section  # noqa: E402
 
 from lrlora.lab.compare.jobs import TUNING_SEED, best_trial, read_records  # noqa: E402
 from lrlora.lab.compare.methods import find_method  # noqa: E402
-from lrlora.lab.compare.suites import load_suite  # noqa: E402
+from lrlora.lab.compare.protocols import load_suite  # noqa: E402
 
 PAGE, RESULTS = DOCS / "speed.md", DOCS / "speed"
 SUITE = Path(__file__).with_suffix(".yaml")

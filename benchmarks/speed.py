@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py            # some 30 minutes on two cores; writes docs/speed/results.jsonl
     python benchmarks/speed.py --only growth waiting
+    python benchmarks/speed.py --device cuda
     python benchmarks/speed.py --report   # docs/speed.md from the stored results
 
 Methods take turns in one process, so that a change of the machine's speed meets them all; ratios are of medians. Peak
@@ -27,8 +28,9 @@ from statistics import median
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
-sys.path.insert(0, str(DOCS))
+sys.path[:0] = [str(DOCS), str(Path(__file__).parent)]
 
+import gpu  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import HiraConfig, LoraConfig, get_peft_model  # noqa: E402
@@ -388,7 +390,7 @@ def render(records: list[Record]) -> str:
 def updated(page: str) -> str:
     """The page with the tables of the stored results."""
     records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    return with_section(page, "speed", render(records))
+    return with_section(with_section(page, "speed", render(records)), "gpu", gpu.render(RESULTS.parent))
 
 
 def main() -> None:
@@ -398,7 +400,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="measure a part anew")
     parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
     parser.add_argument("--memory", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", help="cuda: measure the layers of a 7B model on a GPU, and no more")
     arguments = parser.parse_args()
+    if arguments.device != "cpu":
+        print(gpu.run(arguments.device, RESULTS.parent))
+        arguments.report = True
     if arguments.memory:
         print(_memory_of(*arguments.memory))
         return

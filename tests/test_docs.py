@@ -136,6 +136,15 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     assert script["updated"](page) == page
 
 
+def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    records = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))["measure"]("cpu", ((48, 32),), 16, 1)
+    errors = {record["method"]: record["error"] for record in records}
+    assert all(record["seconds"] > 0 for record in records)
+    assert max(errors.values()) < 0.1  # of outputs that are rounded to bfloat16
+    assert errors["LR-LoRA"] < 2 * errors["LoRA"]
+
+
 @pytest.mark.parametrize(
     ("benchmark", "name"),
     [

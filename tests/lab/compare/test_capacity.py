@@ -22,8 +22,8 @@ from lrlora.lab.compare.capacity_report import demand, follows_demand, losses, s
 from lrlora.lab.compare.equivalence import equivalent_rank
 from lrlora.lab.compare.jobs import TUNING_SEED, Job, Record, check_folder, prepare, read_records
 from lrlora.lab.compare.methods import find_method
+from lrlora.lab.compare.protocols import load_suite
 from lrlora.lab.compare.smollm2 import LanguageModel, draw_phone_book, phone_book
-from lrlora.lab.compare.suites import load_suite
 from lrlora.lab.inputs import SMOLLM2, checkpoint
 
 from ...conftest import TinyModel

@@ -24,8 +24,8 @@ from lrlora.lab.compare.figures import parameters_figure, ranks_figure, rates_fi
 from lrlora.lab.compare.jobs import TUNING_SEED, Job, best_trial, prepare, read_records
 from lrlora.lab.compare.markdown import markdown
 from lrlora.lab.compare.methods import find_method
+from lrlora.lab.compare.protocols import load_suite
 from lrlora.lab.compare.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
-from lrlora.lab.compare.suites import load_suite
 from lrlora.lab.compare.tables import final_runs, learned_ranks, ranks_by_layer, results, tuning, variants, wins
 from lrlora.lab.compare.worker import run_job
 

@@ -1,0 +1,160 @@
+"""What one linear layer of a 7B model costs on a GPU, with the Triton kernels and without: time, memory, and error.
+
+`python benchmarks/speed.py --device cuda` runs it, in some minutes, and writes docs/speed/gpu-CARD.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from sections import table
+from torch import nn
+
+from lrlora import LrLoraConfig
+from lrlora.ops.reference import reference_delta_weight
+from lrlora.transfer import Transfer
+
+# Of Llama 2 7B: attention, and both ways through the MLP.
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+TOKENS = 2048
+R = 16
+Record = dict[str, Any]
+METHODS: dict[str, Callable[[], Any]] = {
+    "LoRA": lambda: LoraConfig(r=R, target_modules=["layer"]),
+    "expansion, Q = 4": lambda: LrLoraConfig(r=R, form="expansion", num_terms=4, target_modules=["layer"]),
+    "LR-LoRA": lambda: LrLoraConfig(r=R, target_modules=["layer"]),
+    "LR-LoRA, plain PyTorch": lambda: LrLoraConfig(r=R, target_modules=["layer"]),
+}
+
+
+@contextmanager
+def _kernels(method: str) -> Any:
+    """Without the kernels, where the name of a method says so."""
+    before = os.environ.get("LRLORA_KERNELS")
+    if "plain" in method:
+        os.environ["LRLORA_KERNELS"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop("LRLORA_KERNELS", None)
+        if before is not None:
+            os.environ["LRLORA_KERNELS"] = before
+
+
+def _layer(method: str, m: int, n: int, device: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(layer=nn.Linear(n, m))).to(device, dtype).requires_grad_(False)
+    model = get_peft_model(model, METHODS[method]())
+    for name, weight in model.named_parameters():
+        if "_B." in name:
+            nn.init.normal_(weight, std=0.02)  # trained a little: at the start there is no update to compare
+    return model.train()
+
+
+def _error(model: Any, x: torch.Tensor, y: torch.Tensor) -> float:
+    """How far the update of the outputs is from that in float64, relative to it; LoRA's is what rounding alone does."""
+    layer = model.base_model.model.layer
+    base = layer.get_base_layer()
+    phi = layer.lrlora_phi["default"] if hasattr(layer, "lrlora_phi") else None
+    with torch.no_grad():
+        if isinstance(phi, Transfer):  # by the formula, and not by the code that is measured
+            A, B = (part["default"].weight for part in (layer.lrlora_A, layer.lrlora_B))
+            scales = {"scaling": layer.scaling["default"], "input_gain": layer.input_gain["default"]}
+            delta = reference_delta_weight(A, B, phi, **scales)
+        else:
+            delta = layer.get_delta_weight("default").double()
+        wanted = x.double() @ delta.T
+        return float((y.double() - base(x).double() - wanted).norm() / wanted.norm())
+
+
+def measure(device: str, shapes: Any = SHAPES, tokens: int = TOKENS, rounds: int = 20) -> list[Record]:
+    """Forward and backward of each layer in bfloat16, the methods taking turns; medians."""
+    is_gpu = device.startswith("cuda")
+    records = []
+    for m, n in shapes:
+        models, peaks, errors = {}, {}, {}
+        times: dict[str, list[float]] = {method: [] for method in METHODS}
+        x = torch.randn(tokens, n, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for method in METHODS:
+            models[method] = _layer(method, m, n, device, torch.bfloat16)
+        for turn in range(rounds + 1):  # the first compiles
+            for method, model in models.items():
+                with _kernels(method):
+                    if is_gpu:
+                        torch.cuda.synchronize()
+                        torch.cuda.reset_peak_memory_stats()
+                        before = torch.cuda.memory_allocated()
+                    start = time.perf_counter()
+                    y = model(x)
+                    y.backward(torch.ones_like(y))
+                    if is_gpu:
+                        torch.cuda.synchronize()
+                        peaks[method] = (torch.cuda.max_memory_allocated() - before) / 2**20
+                    if turn:
+                        times[method].append(time.perf_counter() - start)
+                    else:
+                        errors[method] = _error(model, x, y.detach())
+                model.zero_grad()
+                x.grad = None
+        records += [
+            {
+                "shape": [m, n],
+                "tokens": tokens,
+                "method": method,
+                "seconds": median(times[method]),
+                "peak_mib": peaks.get(method),
+                "error": errors[method],
+            }
+            for method in METHODS
+        ]
+    return records
+
+
+def run(device: str, folder: Path) -> Path:
+    """Measure, and write the file of this card."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    path = folder / f"gpu-{name.replace(' ', '-')}.json"
+    content = {"card": name, "torch": torch.__version__, "records": measure(device)}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def render(folder: Path) -> str:
+    """A table for each card that was measured, or what to run on one."""
+    parts = []
+    for path in sorted(folder.glob("gpu-*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = []
+        for record in content["records"]:
+            same = [each for each in content["records"] if each["shape"] == record["shape"]]
+            lora = next(each for each in same if each["method"] == "LoRA")
+            memory = "" if record["peak_mib"] is None else f"{record['peak_mib']:,.0f}"
+            shape = " × ".join(map(str, record["shape"]))
+            rows.append(
+                [
+                    shape,
+                    record["method"],
+                    f"{record['seconds'] / lora['seconds']:.2f}",
+                    memory,
+                    f"{record['error']:.1e}",
+                ]
+            )
+        heads = ["layer", "method", "time / LoRA", "peak, MiB", "error of the update"]
+        parts.append(f"{content['card']}, PyTorch {content['torch']}:\n\n{table(heads, rows)}")
+    if parts:
+        return "\n\n".join(parts)
+    return (
+        "No card was measured yet: the Triton kernels were run in Triton's interpreter only, on a CPU, where their "
+        "results are compared with the formula in float64. `python benchmarks/speed.py --device cuda` measures one "
+        "layer of a 7B model in bfloat16, with the kernels and without, and writes the table here.\n"
+    )
