@@ -162,11 +162,10 @@ def _measure(
         return tensor
 
     model.train()
-    counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**batch).loss
-    forward = counter.get_total_flops()
-    with counter:
+    with backward:
         loss.backward()
     sizes = [module.weight.numel() for module in adapted]
     width = config.hidden_size
@@ -175,8 +174,8 @@ def _measure(
         parameters,
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         sum(each.numel() * each.element_size() for each in kept.values()),
-        forward,
-        forward + counter.get_total_flops(),
+        forward.get_total_flops(),
+        forward.get_total_flops() + backward.get_total_flops(),
         sum(sizes),
         max(sizes),
         hidden.numel() * dtype.itemsize,

@@ -1,0 +1,103 @@
+"""What a job is said to need, beside what a small model really does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    RobertaConfig,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+from lrlora.lab.compare import Suite, Task
+from lrlora.lab.compare.methods import METHODS
+from lrlora.lab.compare.needs import Needs, needs
+from lrlora.lab.methods import adapter_config
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 3}
+TASKS = {
+    "roberta": Task("data", "classify", "accuracy", 1_000, batch_size=4, max_length=32),
+    "llama": Task("data", "multiple-choice", "accuracy", 1_000, batch_size=4, max_length=32),
+    "vit": Task("data", "image-classify", "accuracy", 1_000, batch_size=4),
+}
+MODELS: dict[str, Any] = {
+    "roberta": (AutoModelForSequenceClassification, RobertaConfig(**SIZES, vocab_size=100)),
+    "llama": (AutoModelForCausalLM, LlamaConfig(**SIZES, vocab_size=100)),
+    "vit": (AutoModelForImageClassification, ViTConfig(**SIZES, image_size=32, patch_size=8)),
+}
+
+
+def told(folder: Path, family: str, method: str, **settings: Any) -> Needs:
+    MODELS[family][1].save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    suite = Suite(str(folder), {"task": TASKS[family]})
+    return needs(replace(suite, **settings), TASKS[family], METHODS[method], 4)
+
+
+def real(family: str, method: str) -> tuple[int, int, int]:
+    """(trainable parameters, operations, bytes kept for the backward) of a step on a CPU."""
+    cls, config = MODELS[family]
+    model = cls.from_config(config, attn_implementation="eager")  # PyTorch counts nothing of its fused one on a CPU
+    if method != "full":
+        head = {} if family == "llama" else {"modules_to_save": ["classifier"]}
+        wanted = adapter_config("lora", head, 100, {"r": 4})
+        assert wanted is not None
+        model = get_peft_model(model, wanted)
+    labels = torch.zeros(4, dtype=torch.long)
+    ids = torch.randint(5, 90, (4, 32))
+    batch = {"roberta": {"input_ids": ids, "labels": labels}, "llama": {"input_ids": ids, "labels": ids}}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.train()(**batch.get(family, {"pixel_values": torch.randn(4, 3, 32, 32), "labels": labels})).loss
+    with backward:
+        loss.backward()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    operations = forward.get_total_flops() + backward.get_total_flops()
+    return trainable, operations, sum(each.untyped_storage().nbytes() for each in kept.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", list(MODELS))
+def test_what_is_told_is_what_a_small_model_needs(tmp_path: Path, family: str, method: str) -> None:
+    found, (trainable, operations, kept) = told(tmp_path, family, method), real(family, method)
+    assert found.trainable == pytest.approx(trainable, rel=0.01)  # a task of one class more or less
+    assert found.operations == pytest.approx(operations, rel=0.05)
+    assert found.activations == pytest.approx(kept, rel=0.35)  # attention is laid out without its fused kernel
+    assert found.hours == pytest.approx(1_000 * found.operations / (0.4 * 156e12) / 3600)
+
+
+def test_phi_costs_a_product_of_the_size_of_each_weight_more(tmp_path: Path) -> None:
+    lora, ours, expansion = (told(tmp_path, "llama", method) for method in ("lora", "lr-lora", "expansion"))
+    weights = 3 * (4 * 64 * 64 + 3 * 64 * 256)
+    assert ours.operations - lora.operations == 2 * 4 * 32 * weights
+    assert ours.activations - lora.activations == 2 * 4 * 64 * 256
+    assert (expansion.operations, expansion.gib) == (lora.operations, lora.gib)
+
+
+def test_checkpointing_and_half_precision_save_memory(tmp_path: Path) -> None:
+    plain = told(tmp_path, "llama", "lora")
+    saving = told(tmp_path, "llama", "lora", training={"gradient_checkpointing": True})
+    assert saving.activations < 0.6 * plain.activations
+    assert 1.2 * plain.operations < saving.operations < 1.6 * plain.operations
+    half = told(tmp_path, "vit", "full", training={"bf16": True})
+    assert half.activations < 0.7 * told(tmp_path, "vit", "full").activations
+    assert half.weights == told(tmp_path, "vit", "full").weights  # a whole model is trained in float32
