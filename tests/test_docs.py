@@ -179,10 +179,11 @@ def test_the_summary_of_the_comparisons_is_of_the_stored_ones(monkeypatch: pytes
     assert script["updated"](page) == page
 
 
-def test_the_tables_of_the_capacity_page_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["capacity", "paper"])
+def test_the_tables_of_a_page_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs")
-    script = runpy.run_path(str(ROOT / "docs" / "update_capacity.py"))
-    page = (ROOT / "docs" / "capacity.md").read_text(encoding="utf-8")
+    script = runpy.run_path(str(ROOT / "docs" / f"update_{name}.py"))
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert script["updated"](page) == page
 
 
