@@ -28,6 +28,7 @@ from lrlora.lab.compare.protocols import load_suite
 from lrlora.lab.compare.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from lrlora.lab.compare.tables import final_runs, learned_ranks, ranks_by_layer, results, tuning, variants, wins
 from lrlora.lab.compare.worker import run_job
+from lrlora.report.figure import save_figure
 
 from ..small import reviews, save_encoder
 
@@ -388,6 +389,11 @@ def test_a_method_is_drawn_alike_in_all_panels() -> None:
     places = ranks_by_layer(comparison, records)
     assert set(places) == {(task, method) for task, method in cells if method != "sine"}
     assert ranks_figure(places).axes[0].get_title() == "r8, LoRA"
+
+
+def test_updates_of_zero_are_drawn(tmp_path: Path) -> None:
+    save_figure(ranks_figure({("r8", "lora"): {("query", 0): 0.0}}), tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").stat().st_size > 0
 
 
 @pytest.mark.refused

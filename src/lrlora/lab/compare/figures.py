@@ -82,7 +82,7 @@ def ranks_figure(places: Mapping[tuple[str, str], Mapping[tuple[str, int | None]
         axes = grid[methods.index(method), tasks.index(task)]
         axes.set_axis_on()
         highest = max(max(places[task, other].values()) for other in methods if (task, other) in places)
-        draw_heat_map(axes, cells, vmin=1, vmax=highest)
+        draw_heat_map(axes, cells, vmin=1, vmax=max(1, highest))  # an update of 0 has no rank at all
         axes.set_title(f"{task}, {find_method(method).name}", fontsize="medium")
     return figure
 
