@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
+from peft.utils.other import get_pattern_key
 
-from lrlora.patterns import require_quick_patterns
+from lrlora.patterns import pattern_key, require_quick_patterns
 
 ATTENTION = "self_attn|attention|attn|mlp|feed_forward|ffn|dense"
 PROJECTIONS = "k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj"
@@ -83,3 +85,16 @@ def test_names_in_a_list_are_no_patterns() -> None:
 def test_the_slowest_that_pass_come_to_an_end(pattern: str) -> None:
     require_quick_patterns({"target_modules": pattern}, "here")
     assert re.fullmatch(pattern, "ab" * 50) is None
+
+
+@pytest.mark.parametrize("module", ["layers.0.q", "a.layers.1.q", "layers.10.q", "xlayers.0.q", "v", "a+b", "none", ""])
+def test_the_pattern_of_a_module_is_that_of_peft(module: str) -> None:
+    patterns = [r"layers\.0\.q", "q", r"layers\.\d.*", "a+b", "v|w", ""]
+    assert pattern_key(patterns, module) == get_pattern_key(patterns, module)
+
+
+def test_a_pattern_for_each_of_many_modules_is_found_soon() -> None:
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(1000)]
+    began = time.process_time()
+    assert [pattern_key(names, name) for name in names] == names
+    assert time.process_time() - began < 10  # of which it needs one; compiled for each module it would be a minute

@@ -9,6 +9,7 @@ the names in a base model, which PEFT matches later.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -57,6 +58,19 @@ def require_quick_patterns(config: Mapping[str, Any], where: str) -> None:
                     f"{field} {where} holds {pattern!r:.200}, which could take for ever to match. Name the modules in "
                     "full instead, or use fewer of *, + and |, and none of them within another."
                 )
+
+
+def pattern_key(patterns: Iterable[str], module: str) -> str:
+    """The first of these patterns that stands for a module, as PEFT's `get_pattern_key` finds it; else the module.
+
+    `re` remembers 512 patterns, and of more PEFT has each compiled again for every module.
+    """
+    return next((key for key, pattern in _compiled(tuple(patterns)) if pattern.match(module)), module)
+
+
+@functools.lru_cache(maxsize=4)  # of ranks and of α, of what is read and of what it is loaded into
+def _compiled(patterns: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
+    return [(key, re.compile(rf"(.*\.)?({key})$")) for key in patterns]
 
 
 def require_short_names(names: Iterable[str], file: str) -> None:

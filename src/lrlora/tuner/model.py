@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import (
     QuantizationBackend,
     TorchaoBackend,
@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..expansion import Expansion
 from ..naming import module_type
+from ..patterns import pattern_key
 from ..transfer import Transfer
 from .config import LrLoraConfig
 from .conv import Conv
@@ -219,9 +220,9 @@ class LrLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
+        r_key = pattern_key(peft_config.rank_pattern, current_key)
         r = peft_config.rank_pattern.get(r_key, peft_config.r)
-        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
+        alpha_key = pattern_key(peft_config.alpha_pattern, current_key)
         alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
         adapter = (adapter_name, self._phi_of(peft_config, current_key), r, alpha, peft_config)
         if parameter_name is not None:

@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..files import ADAPTER_EXPECTED, readable
 from ..naming import PEFT_PREFIX, natural_order
+from ..patterns import pattern_key
 from ..saved import SavedAdapter, require_all_weights
 from .checkpoint import Checkpoint, with_weight
 from .layers import updates_of_model
@@ -124,7 +124,7 @@ def _from_factors(saved: SavedAdapter) -> list[Update]:
     updates = []
     for module, tensors in parts.items():
         # LoKr whole on both sides has an r that divides α, and is not seen in any shape.
-        r = ranks.get(get_pattern_key(list(ranks), module), usual)
+        r = ranks.get(pattern_key(ranks, module), usual)
         updates.append(update_from_parts(module, tensors, scaling_of(config, module, r)))
     return updates
 

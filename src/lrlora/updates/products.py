@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..ops import at_least_float32
+from ..patterns import pattern_key
 from .update import Factors, Layout, Update
 
 Parts = Mapping[str, Tensor]
@@ -38,7 +38,7 @@ def scaling_of(config: Mapping[str, Any], module: str, r: int) -> float:
     """The s of a module of a LoRA, LoHa or LoKr: α/r, or α/√r."""
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
     usual: float = config["alpha" if "alpha" in config else "lora_alpha"]
-    alpha = patterns.get(get_pattern_key(list(patterns), module), usual)
+    alpha = patterns.get(pattern_key(patterns, module), usual)
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
 
