@@ -409,13 +409,21 @@ def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
         ("dataloader_num_workers=1.5", "dataloader_num_workers must be int, and is 1.5"),
         ("eval_accumulation_steps=0", "eval_accumulation_steps must be ≥ 1, and is 0"),
         ("num_train_epochs=1e300", "steps, more than any can"),
+        ("lr_scheduler_kwargs=fast", "training: lr_scheduler_kwargs must map names to values, and is 'fast'"),
+        ("lr_scheduler_kwargs=[1]", "training: lr_scheduler_kwargs must"),
+        ("lr_scheduler_kwargs={cycles: 2}", "{'cycles': 2} do not fit lr_scheduler_type=linear (TypeError"),
+        ("prediction_loss_only=true", "prediction_loss_only=True leaves out the predictions"),
+        ("lora_alpha=1e300", "lora_alpha must be of numbers up to 3.4e38, and is 1e+300"),
+        ("lora_alpha=.nan", "lora_alpha must be of numbers up to 3.4e38, and is nan"),
+        ("alpha_pattern={query: 1e300}", "alpha_pattern must be of numbers up to 3.4e38"),
     ],
 )
 def test_what_the_trainer_would_find_out_later_is_said_before(
     encoder: str, table: str, tmp_path: Path, setting: str, said: str
 ) -> None:
     steps = () if "epochs" in setting else SMALL[:2]
-    options = ("--model", encoder, "--data", table, "--task", "classify", *COLUMNS, *steps, "--training", setting)
+    place = "--adapter" if "alpha" in setting else "--training"
+    options = ("--model", encoder, "--data", table, "--task", "classify", *COLUMNS, *steps, place, setting)
     assert_refused(run("train", *options, "--output", tmp_path / "out"), said)
     assert not (tmp_path / "out").exists()
 

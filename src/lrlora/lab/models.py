@@ -16,8 +16,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.trainer_utils import SchedulerType
 
 from ..checks import require_known, require_type
 from ..files import readable
@@ -132,6 +134,10 @@ def training_arguments(
     """
     cls = kind.arguments_class()
     _check_arguments(config.arguments, get_type_hints(cls))
+    if config.arguments.get("prediction_loss_only") and kind.metrics[0] != "loss":
+        raise ValueError(
+            "training: prediction_loss_only=True leaves out the predictions that the metrics are of. Leave it out."
+        )
     given = config.arguments
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
@@ -171,9 +177,31 @@ def training_arguments(
     if given.get("eval_strategy") == "no":
         defaults["load_best_model_at_end"] = False  # there is no best one
     try:
-        return cls(**{**_ALWAYS, **defaults, **kind.arguments(max_length, batch), **given})
+        arguments = cls(**{**_ALWAYS, **defaults, **kind.arguments(max_length, batch), **given})
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
+    _check_schedule(arguments)
+    return arguments
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Raise a ValueError unless the learning rate has a schedule, and a value at its beginning, middle and end."""
+    given: Any = arguments.lr_scheduler_kwargs
+    steps = arguments.max_steps
+    require_type(given, dict[str, Any] | None, "training: lr_scheduler_kwargs")
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+        warmup = arguments.get_warmup_steps(steps)
+        schedule: Any = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, given)
+        rates = [rate(step) for rate in getattr(schedule, "lr_lambdas", ()) for step in (0, steps // 2, steps)]
+        is_finite = all(map(math.isfinite, rates))
+    except Exception as error:  # whatever a schedule stumbles over in arguments of any type
+        is_finite, reason = False, f"{type(error).__name__}: {error}"
+    else:
+        reason = "its rates are not finite"
+    if not is_finite:
+        name = SchedulerType(arguments.lr_scheduler_type).value
+        raise ValueError(f"training: lr_scheduler_kwargs={given!r} do not fit lr_scheduler_type={name} ({reason}).")
 
 
 _FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
