@@ -41,6 +41,11 @@ def of_model(source: str) -> dict[str, str]:
     return found
 
 
+def of_adapter(folder: Path) -> str:
+    """A hash of a saved adapter, of whose weights as much is looked at as of a model's."""
+    return digest([_sample(file) for file in sorted(folder.glob("adapter_*")) if file.is_file()])
+
+
 def warn_of_another_model(source: str, known: Mapping[str, str] | None) -> None:
     """Warn if a base model is not the one that a run was trained on, whose hashes are known."""
     if changed := differing(known or {}, of_model(source)):

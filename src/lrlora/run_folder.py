@@ -152,11 +152,17 @@ def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint in a folder that was written to its end, where the Trainer puts its own state."""
+    """The newest checkpoint in a folder that was written to its end.
+
+    There the Trainer puts its own state, and then the run its record, unless it is from before there were any.
+    """
+    has_records = _content(output / RUN_FILE).get("run_id") is not None
     matches = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.iterdir())
     for step, name in sorted(((int(match[1]), match[0]) for match in matches if match), reverse=True):
-        if _state(output / name).get("global_step") == step:
-            return output / name
+        folder = output / name
+        is_recorded = not has_records or (folder / RECORD_FILE).is_file()
+        if is_recorded and _content(folder / STATE_FILE).get("global_step") == step:
+            return folder
     return None
 
 
@@ -180,12 +186,13 @@ def require_readable(checkpoint: Path) -> None:
                 _require_checksums(file)
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
+def _content(file: Path) -> dict[str, Any]:
+    """What is in a JSON file; nothing if it is damaged, or there is none."""
     try:
-        state = parse_json(checkpoint / STATE_FILE)
+        content = parse_json(file)
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _require_checksums(file: Path) -> None:

@@ -146,6 +146,24 @@ def test_a_run_does_not_go_on_with_something_else(here: Path, name: str) -> None
     assert not Path("cut/metrics.json").exists()
 
 
+def test_a_run_does_not_go_on_from_another_start(here: Path) -> None:
+    begin("further", task="classify", start_from="alone")
+    weights = load_file("alone/adapter_model.safetensors")
+    first = min(weights)
+    save_file({**weights, first: weights[first] + 1}, "alone/adapter_model.safetensors")
+    result = lrlora("train --resume further")
+    assert result.exit_code == 1
+    assert "What differs: the run that it starts from. " in result.output
+
+
+def test_a_run_that_was_killed_before_a_checkpoint_had_its_record_goes_on_from_the_one_before(here: Path) -> None:
+    assert last().name == "checkpoint-3"
+    (last() / "run_record.json").unlink()
+    result = lrlora("train --resume cut")
+    assert "Resuming from step 2." in result.output
+    assert Path("cut/adapter_model.safetensors").read_bytes() == Path("alone/adapter_model.safetensors").read_bytes()
+
+
 def test_a_run_does_not_go_on_with_another_chat_template(here: Path) -> None:
     assert CHAT in Path("decoder/chat_template.jinja").read_text()
     edit("decoder/chat_template.jinja", "[USER] ", "[USER]: ")

@@ -32,13 +32,17 @@ _NAMES = {
 }
 
 
-def fingerprints(splits: Mapping[str, Dataset], processor: Any, source: str) -> dict[str, str]:
+def fingerprints(
+    splits: Mapping[str, Dataset], processor: Any, source: str, start: str | None
+) -> dict[str, str]:
     """Hashes of what a run is made from, by what to call it: of content alone, and the same on every machine."""
+    started = None if start is None else [fingerprint.of_model(start), fingerprint.of_adapter(Path(start))]
     return {
         "the training data": _of_data(splits["train"]),
         "the validation data": _of_data(splits["validation"]),
         **_of_processor(processor),
         **fingerprint.of_model(source),
+        **({} if started is None else {"the run that it starts from": fingerprint.digest(started)}),
     }
 
 

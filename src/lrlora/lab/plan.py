@@ -145,7 +145,7 @@ def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments,
         chat_template=inputs.processor.chat_template if inputs.rendering == CHAT else None,
         base_model=hub_name(config.model),
         run_id=run_id,
-        fingerprints=fingerprints(inputs.data.splits, inputs.untouched, inputs.source),
+        fingerprints=fingerprints(inputs.data.splits, inputs.untouched, inputs.source, config.start_from),
     )
 
 
