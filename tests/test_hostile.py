@@ -152,6 +152,15 @@ def test_names_that_a_pattern_takes_long_for(here: Path) -> None:
     require_refused("ranks lora", "lora", "names a tensor by")
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_names_with_a_line_break(here: Path, adapter: str) -> None:
+    tensors = load_file(f"{adapter}/adapter_model.safetensors")
+    name = max(tensors)
+    tensors[name.replace("value", "val\nue")] = tensors.pop(name)
+    save_file(tensors, f"{adapter}/adapter_model.safetensors")
+    require_refused(f"ranks {adapter} --base ./base", adapter, "names a tensor", r"val\nue", "with a line break")
+
+
 @pytest.mark.parametrize("command", ["ranks lora --with-base", *(each.format("lora") for each in ON_ADAPTERS)])
 @pytest.mark.parametrize(
     ("field", "value"),

@@ -73,9 +73,16 @@ def _compiled(patterns: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
     return [(key, re.compile(rf"(.*\.)?({key})$")) for key in patterns]
 
 
-def require_short_names(names: Iterable[str], file: str) -> None:
-    """Raise a ValueError if a tensor has a name that is longer than any module's, and slow to match."""
+def require_plain_names(names: Iterable[str], file: str) -> None:
+    """Raise a ValueError if a tensor has a name that is longer than any module's, and slow to match, or of two lines.
+
+    Patterns of PEFT's, in which a point is no line break, would pass over such a name.
+    """
     for name in names:
+        if "\n" in name:
+            raise ValueError(
+                f"{file} is damaged or not what it should be: it names a tensor {name[:80]!r}, with a line break."
+            )
         if len(name) > _LONGEST_NAME:
             raise ValueError(
                 f"{file} is damaged or not what it should be: it names a tensor by {len(name)} characters "

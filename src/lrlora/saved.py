@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checks import require_type
 from .files import ADAPTER_EXPECTED, read_json, readable, require_adapter
-from .patterns import require_quick_patterns, require_short_names
+from .patterns import require_plain_names, require_quick_patterns
 from .tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
 
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -82,7 +82,7 @@ class SavedAdapter:
             raise ValueError(f"{self.name} holds no weights: there is no {_WEIGHTS[0]} in it. {ADAPTER_EXPECTED}")
         with readable(self.name, ADAPTER_EXPECTED):
             weights = load_peft_weights(self.name, device="cpu")
-            require_short_names(weights, self.name)
+            require_plain_names(weights, self.name)
         return weights
 
     @property

@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 
 from ..files import read_json, readable, require_regular
 from ..naming import natural_order
-from ..patterns import require_short_names
+from ..patterns import require_plain_names
 from .update import Layout, Update, Updates
 
 _EXPECTED = "Expected is a model as save_pretrained writes it: model.safetensors, or its shards and their index."
@@ -159,7 +159,7 @@ class Checkpoint:
 def _keys(file: str) -> list[str]:
     with safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
-    require_short_names(names, file)
+    require_plain_names(names, file)
     return names
 
 

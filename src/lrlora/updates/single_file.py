@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..files import readable, values_of
 from ..naming import PEFT_PREFIX, natural_order
-from ..patterns import require_quick_patterns, require_short_names
+from ..patterns import require_plain_names, require_quick_patterns
 from .checkpoint import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
 from .update import MAGNITUDES_NOTE, Updates
@@ -80,7 +80,7 @@ class SingleFile:
         name = os.fspath(path)
         with readable(name, _EXPECTED), safe_open(name, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            require_short_names(tensors, name)
+            require_plain_names(tensors, name)
             metadata = dict(file.metadata() or {})
         found = cls(name, metadata, {}, {}, {}, {})
         if any(key.startswith(PEFT_PREFIX) for key in tensors):
