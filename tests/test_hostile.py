@@ -29,6 +29,7 @@ from .lab.small import reviews, save_encoder
 
 ENDLESS = "((.+)+)+Z"
 DEEP = "[" * 50_000 + "]" * 50_000
+SIZES = (10_000, 20_000, 40_000)  # which the adapter, a page of its optimizer and all of that are longer than
 SECONDS = 60  # that nothing here should need, whatever the machine
 ADAPTERS = ("lora", "hira")
 
@@ -273,6 +274,13 @@ def test_a_full_disk_is_said_and_nothing_left(here: Path, full_disk: None, comma
     before = sorted(os.listdir())
     require_refused(command, str(here / "out"), "could not be written")
     assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_full_disk_is_said_of_a_checkpoint(here: Path, full_disk: None, size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    command = "train --model ./base --data data.csv --task classify --steps 1 --rank 2 --output out"
+    require_refused(command, str(here / "out"), "could not be written. Is the disk full?")
 
 
 def test_a_full_disk_is_said_of_a_single_file(here: Path, full_disk: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,7 +27,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        with _writing(target):
+        with writing(target):
             yield partial
         flush(partial)
         partial.replace(target)
@@ -34,13 +35,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITTEN = re.compile("while serializing|PytorchStreamWriter|unexpected pos|iostream error")
+
+
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Say what could not be written: of a full disk, safetensors raises an error that is its own, and names no file."""
+def writing(target: Path) -> Iterator[None]:
+    """Say what could not be written: of a full disk errors name no file, and safetensors and torch have their own."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{target} could not be written: {error}") from error
+    except (SafetensorError, RuntimeError, OSError) as error:
+        is_full = isinstance(error, OSError) and error.errno in _FULL and error.filename is None
+        if not is_full and _NOT_WRITTEN.search(str(error)) is None:
+            raise  # it is about something else
+        raise OSError(f"{target} could not be written. Is the disk full? ({error})") from error
 
 
 def flush(path: Path) -> None:
@@ -75,7 +83,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     partial = folder / f"files.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
-        with _writing(folder):
+        with writing(folder):
             yield partial
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):
             target = folder / file.relative_to(partial)
@@ -106,7 +114,7 @@ def replacing_folder(output: Path) -> Iterator[Path]:
     with only_writer(output):
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
         try:
-            with _writing(output):
+            with writing(output):
                 yield partial
             partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its user alone
             for file in partial.rglob("*"):

@@ -28,7 +28,7 @@ from ..checks import DEFAULT_ENERGY
 from ..distributed import is_sharded, trained_parameters
 from ..export import factorize, save_as_lora
 from ..export.card import LORA_FOLDER
-from ..files import readable, replacing_files, write_json
+from ..files import readable, replacing_files, write_json, writing
 from ..locks import only_writer, remove_left
 from ..rank import RankReport, rank_report
 from ..report.card import write_card
@@ -230,12 +230,13 @@ def _last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce
 
 
 def _run(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announce) -> None:
-    if last is None:
-        trainer.train()
-        return
-    announce(f"Resuming from step {last.name.rpartition('-')[2]}.")
-    with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
-        trainer.train(resume_from_checkpoint=str(last))
+    with writing(Path(str(trainer.args.output_dir))):
+        if last is None:
+            trainer.train()
+            return
+        announce(f"Resuming from step {last.name.rpartition('-')[2]}.")
+        with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
+            trainer.train(resume_from_checkpoint=str(last))
 
 
 def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> None:
