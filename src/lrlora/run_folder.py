@@ -48,6 +48,9 @@ class State(TypedDict, total=False):
 
     global_step: int
     epoch: float
+    train_batch_size: int | None
+    num_input_tokens_seen: int
+    total_flos: float
     log_history: list[LogEntry]
     best_metric: float | None
     best_global_step: int | None

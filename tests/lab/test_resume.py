@@ -164,6 +164,17 @@ def test_a_run_that_was_killed_before_a_checkpoint_had_its_record_goes_on_from_t
     assert Path("cut/adapter_model.safetensors").read_bytes() == Path("alone/adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("steps", ["0", "{}", "1e308"])
+def test_when_things_are_done_is_not_up_to_a_checkpoint(here: Path, steps: str) -> None:
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        edit(f"{last()}/trainer_state.json", f'"{name}": 1', f'"{name}": {steps}')
+    result = lrlora("train --resume cut")
+    assert result.exit_code == 0, result.output
+    cut, alone = (json.loads(Path(run, "log_history.json").read_text()) for run in ("cut", "alone"))
+    for name in ("loss", "eval_loss"):
+        assert [entry["step"] for entry in cut if name in entry] == [entry["step"] for entry in alone if name in entry]
+
+
 def test_a_run_does_not_go_on_with_another_chat_template(here: Path) -> None:
     assert CHAT in Path("decoder/chat_template.jinja").read_text()
     edit("decoder/chat_template.jinja", "[USER] ", "[USER]: ")

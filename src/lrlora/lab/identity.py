@@ -76,10 +76,18 @@ def _of_tokenizer(tokenizer: Any) -> str:
 
 
 class KeepRecord(TrainerCallback):
-    """Puts the record of the run into every checkpoint, with the hash of the adapter's configuration there."""
+    """Puts the record of the run into every checkpoint, with the hash of the adapter's configuration there.
+
+    And the steps at which things are done follow from the settings, whatever a checkpoint says that is gone on from.
+    """
 
     def __init__(self, record: RunRecord) -> None:
         self._record = record
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
