@@ -171,11 +171,22 @@ def test_names_with_a_line_break(here: Path, adapter: str) -> None:
         ("r", "8"),
         ("alpha_pattern", {"query": "8"}),
         ("modules_to_save", [["score"]]),
+        ("target_modules", ["query", None]),
     ],
 )
 def test_fields_of_the_wrong_type(here: Path, command: str, field: str, value: Any) -> None:
     change("lora", **{field: value})
     require_refused(command, "lora", f"{field} in its adapter_config.json", "must be")
+
+
+@pytest.mark.parametrize(
+    ("file", "end"), [("adapter_model.safetensors", 40), ("adapter_model.safetensors", -1), ("adapter_config.json", 40)]
+)
+def test_training_does_not_start_from_a_damaged_adapter(here: Path, file: str, end: int) -> None:
+    path = Path("run", file)
+    path.write_bytes(path.read_bytes()[:end])
+    require_refused("train --start-from run --output out", "run", "damaged")
+    assert not Path("out").exists()
 
 
 def pipe(path: str) -> None:

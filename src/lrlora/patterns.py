@@ -43,11 +43,13 @@ def require_quick_patterns(config: Mapping[str, Any], where: str) -> None:
     """
     for field, value in config.items():
         is_whole = isinstance(value, str)
-        if re.search("modules|pattern", field) is None or (field in _NAMES_ONLY and not is_whole):
+        if re.search("modules|pattern", field) is None:
             continue
         ways = 0.0
         for pattern in [value] if is_whole else value if isinstance(value, (list, tuple, set, dict)) else ():
             require_type(pattern, str, f"a name in {field} {where}")
+            if field in _NAMES_ONLY and not is_whole:
+                continue
             try:
                 # PEFT looks for all but whole strings after any beginning.
                 ways += _ways_of(pattern) * (1 if is_whole else _PLACES)

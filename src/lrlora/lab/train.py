@@ -28,7 +28,7 @@ from ..checks import DEFAULT_ENERGY
 from ..distributed import is_sharded, trained_parameters
 from ..export import factorize, save_as_lora
 from ..export.card import LORA_FOLDER
-from ..files import readable, replacing_files, write_json, writing
+from ..files import ADAPTER_EXPECTED, readable, replacing_files, write_json, writing
 from ..locks import only_writer, remove_left
 from ..rank import RankReport, rank_report
 from ..report.card import write_card
@@ -200,7 +200,8 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
     if adapter is None:
         return model, None
     if config.start_from is not None:
-        return PeftModel.from_pretrained(model, config.start_from, is_trainable=True), adapter
+        with readable(config.start_from, ADAPTER_EXPECTED):
+            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True), adapter
     return get_peft_model(model, adapter), adapter
 
 
