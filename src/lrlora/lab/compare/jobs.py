@@ -34,6 +34,18 @@ _GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either sid
 Record = dict[str, Any]
 
 
+class _SuiteSettings(TypedDict):
+    model: str
+    tasks: dict[str, dict[str, Any]]
+
+
+class _Settings(TypedDict):
+    """What is in the file of what is compared."""
+
+    rank: int
+    suite: _SuiteSettings
+
+
 class _Identity(TypedDict):
     """What every record in a file has."""
 
@@ -232,7 +244,7 @@ def check_folder(comparison: Comparison, output: Path) -> None:
     """Raise a FileExistsError unless the folder is free, or holds a comparison of the same suite and rank."""
     path = output / SETTINGS_FILE
     if path.exists():
-        if not _agree(read_json(path, dict[str, Any], "Give another --output."), _settings(comparison)):
+        if not _agree(read_json(path, _Settings, "Give another --output."), _settings(comparison)):
             raise FileExistsError(
                 f"The folder {output} holds another comparison: another suite, rank or settings of its tasks. Give "
                 "another --output."
@@ -271,7 +283,7 @@ def prepare(comparison: Comparison, output: Path) -> None:
             (output / name).mkdir(parents=True, exist_ok=True)
         settings = _settings(comparison)
         if (output / SETTINGS_FILE).exists():
-            stored = read_json(output / SETTINGS_FILE, dict[str, Any], "Give another --output.")
+            stored = read_json(output / SETTINGS_FILE, _Settings, "Give another --output.")
             settings["suite"]["tasks"] = {**stored["suite"]["tasks"], **settings["suite"]["tasks"]}
         write_json(output / SETTINGS_FILE, settings)
         write_json(output / CALL_FILE, asdict(comparison))
