@@ -189,6 +189,29 @@ def test_training_does_not_start_from_a_damaged_adapter(here: Path, file: str, e
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("command", [each.format("lora") for each in ON_ADAPTERS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_numbers_that_float32_has_not(here: Path, command: str, value: float) -> None:
+    change("lora", lora_alpha=value)
+    require_refused(command, "lora", "lora_alpha in its adapter_config.json must be of numbers up to 3.4e+38")
+    change("lora", lora_alpha=2, alpha_pattern={"query": value})
+    require_refused(command, "lora", "alpha_pattern in its adapter_config.json must be of numbers up to 3.4e+38")
+
+
+@pytest.mark.parametrize("command", ["ranks lora", "export lora --energy 1 --output out", "report lora"])
+@pytest.mark.parametrize("fields", [{"r": 4}, {"r": -1}, {"r": 0}, {"rank_pattern": {"value": 10**30}}])
+def test_ranks_that_are_not_those_of_the_factors(here: Path, command: str, fields: dict[str, Any]) -> None:
+    """α is divided by them: what is read would be too large or too small, and nothing else would tell."""
+    change("lora", **fields)
+    wrong = next(iter(fields.get("rank_pattern", {"": fields.get("r")}).values()))
+    require_refused(command, "lora", "have rank 2", f"adapter_config.json says {wrong}")
+
+
+def test_an_adapter_without_the_name_of_its_base_model(here: Path) -> None:
+    change("lora", base_model_name_or_path=None)
+    require_refused("merge lora --output out", "The adapter lora does not say what its base model is")
+
+
 def pipe(path: str) -> None:
     Path(path).unlink(missing_ok=True)
     os.mkfifo(path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 DEFAULT_ENERGY = 0.99  # the share of ‖ΔW‖² that a plain LoRA keeps where nobody says how much
+_LARGEST = 2.0**128 - 2.0**104  # of float32
 # All of Cc but the tab, what turns the direction of writing (Unicode's Trojan Source), line breaks, and surrogates.
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -72,6 +73,14 @@ def require_type(value: Any, kind: Any, name: str) -> None:
         is_mapping = is_typeddict(kind) or origin is dict
         expected = "map names to values" if is_mapping else f"be {getattr(kind, '__name__', kind)}"
         raise ValueError(f"{name} must {expected}, and is {value!r}.")
+
+
+def require_float32(options: Mapping[str, Any], where: str) -> None:
+    """Raise a ValueError for a number, of a module or of all, that is infinite in float32, or none."""
+    for name, given in options.items():
+        for value in given.values() if isinstance(given, Mapping) else [given]:
+            if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
+                raise ValueError(f"{name} {where} must be of numbers up to {_LARGEST:.1e}, and is {given!r:.200}.")
 
 
 def _is(value: Any, kind: Any) -> bool:

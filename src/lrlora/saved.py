@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 
-from .checks import require_type
+from .checks import require_float32, require_type
 from .files import ADAPTER_EXPECTED, read_json, readable, require_adapter
 from .patterns import require_plain_names, require_quick_patterns
 from .tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
@@ -98,6 +98,7 @@ def _require_sound(config: Mapping[str, Any]) -> None:
     for field, kind in _FIELDS.items():
         if field in config:
             require_type(config[field], kind, f"{field} {where}")
+    require_float32(config, where)
     require_quick_patterns(config, where)
 
 

@@ -75,7 +75,9 @@ def init(
     file: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("lrlora.yaml"),
     model: Annotated[str, typer.Option(help="Hub name, folder or embedded:NAME.")] = "embedded:minilm",
     data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = "embedded:movie-reviews",
-    task: Annotated[str, typer.Option(help="classify, regress, multiple-choice, causal-lm or image-classify.")] = "classify",
+    task: Annotated[
+        str, typer.Option(help="classify, regress, multiple-choice, causal-lm or image-classify.")
+    ] = "classify",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write a YAML file with every setting of a run, its default and what it is for, to begin with."""

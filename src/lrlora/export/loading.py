@@ -44,10 +44,15 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     """
     saved = SavedAdapter.read(adapter)
     name, config = saved.name, saved.config
-    if base := config.base_model_name_or_path:
-        require_regular(base)
-        if (Path(base) / CONFIG_NAME).is_file():
-            SavedAdapter.read(base)  # transformers puts it on the model
+    base = config.base_model_name_or_path
+    if not base:
+        raise FileNotFoundError(
+            f"The adapter {name} does not say what its base model is. Set base_model_name_or_path in its "
+            "adapter_config.json."
+        )
+    require_regular(base)
+    if (Path(base) / CONFIG_NAME).is_file():
+        SavedAdapter.read(base)  # transformers puts it on the model
     with readable(name, ADAPTER_EXPECTED):
         if labels := class_names(saved):
             options["id2label"] = dict(enumerate(labels))
@@ -64,7 +69,7 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
                 model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
         except OSError as error:
             raise FileNotFoundError(
-                f"The base model of {name}, {config.base_model_name_or_path}, could not be loaded: "
+                f"The base model of {name}, {base}, could not be loaded: "
                 f"{str(error).splitlines()[0]} Put it there, or correct base_model_name_or_path in adapter_config.json."
             ) from None
         except RecursionError:

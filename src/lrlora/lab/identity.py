@@ -32,9 +32,7 @@ _NAMES = {
 }
 
 
-def fingerprints(
-    splits: Mapping[str, Dataset], processor: Any, source: str, start: str | None
-) -> dict[str, str]:
+def fingerprints(splits: Mapping[str, Dataset], processor: Any, source: str, start: str | None) -> dict[str, str]:
     """Hashes of what a run is made from, by what to call it: of content alone, and the same on every machine."""
     started = None if start is None else [fingerprint.of_model(start), fingerprint.of_adapter(Path(start))]
     return {

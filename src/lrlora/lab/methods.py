@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checks import require_known
+from ..checks import require_float32, require_known
 from ..patterns import require_quick_patterns
 from ..tuner import LrLoraConfig
 from ..tuner.config import require_module_names
@@ -91,7 +91,7 @@ def adapter_config(
     for name in options:
         require_known(f"field of {known.config.__name__}", name, names)
     require_module_names(options)
-    _require_float32(options)
+    require_float32(options, "of adapter")
     require_quick_patterns(options, "of adapter")  # they may be from a run.json that someone else wrote
     defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may add to it
     if method == "adalora":
@@ -114,14 +114,6 @@ def require_tokens(options: Mapping[str, Any], kind: Kind) -> None:
     """Raise a ValueError where EVA would have no tokens to look at."""
     if options.get("init_lora_weights") == EVA and not kind.reads_text:
         raise ValueError(f"EVA looks at the tokens that a layer sees, and {kind.name} has none. Leave it out.")
-
-
-def _require_float32(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a number, of a module or of all, that is infinite in float32, or none."""
-    for name, given in options.items():
-        for value in given.values() if isinstance(given, Mapping) else [given]:
-            if isinstance(value, (int, float)) and not abs(value) <= torch.finfo(torch.float32).max:
-                raise ValueError(f"adapter: {name} must be of numbers up to 3.4e38, and is {given!r:.200}.")
 
 
 def start_from_data(trainer: Trainer, config: Any) -> None:

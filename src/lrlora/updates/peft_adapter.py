@@ -20,7 +20,7 @@ from ..patterns import pattern_key
 from ..saved import SavedAdapter, require_all_weights
 from .checkpoint import Checkpoint, with_weight
 from .layers import updates_of_model
-from .products import scaling_of, update_from_parts
+from .products import rank_of, scaling_of, update_from_parts
 from .single_file import SingleFile
 from .update import MAGNITUDES_NOTE, Layout, Update, Updates
 
@@ -125,6 +125,8 @@ def _from_factors(saved: SavedAdapter) -> list[Update]:
     for module, tensors in parts.items():
         # LoKr whole on both sides has an r that divides α, and is not seen in any shape.
         r = ranks.get(pattern_key(ranks, module), usual)
+        if (rank := rank_of(tensors)) not in (None, r):
+            raise ValueError(f"the factors of {module} have rank {rank}, and adapter_config.json says {r}")
         updates.append(update_from_parts(module, tensors, scaling_of(config, module, r)))
     return updates
 
