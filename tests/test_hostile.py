@@ -207,6 +207,12 @@ def test_ranks_that_are_not_those_of_the_factors(here: Path, command: str, field
     require_refused(command, "lora", "have rank 2", f"adapter_config.json says {wrong}")
 
 
+def test_a_run_whose_settings_are_none(here: Path) -> None:
+    record = json.loads(Path("run/run.json").read_text())
+    Path("run/run.json").write_text(json.dumps({**record, "config": {**record["config"], "training": "fast"}}))
+    require_refused("report run --output out.html", "run/run.json", "run.config['training'] must map names to values")
+
+
 def test_an_adapter_without_the_name_of_its_base_model(here: Path) -> None:
     change("lora", base_model_name_or_path=None)
     require_refused("merge lora --output out", "The adapter lora does not say what its base model is")

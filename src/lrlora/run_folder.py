@@ -113,6 +113,7 @@ def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:
         versions = content.get("versions", {})
         record = RunRecord(content["config"], content["labels"], content["max_length"], versions, **later)
         require_type(record, RunRecord, "run")
+        require_type(record.config.get("training", {}), dict[str, Any], "run.config['training']")
         return record
 
 
