@@ -189,6 +189,14 @@ def test_training_does_not_start_from_a_damaged_adapter(here: Path, file: str, e
     assert not Path("out").exists()
 
 
+def test_training_does_not_start_from_a_damaged_model(here: Path) -> None:
+    command = "train --model ./base --data data.csv --task classify --method full --steps 1 --output full"
+    assert call(command).exit_code == 0
+    path = Path("full/model.safetensors")
+    path.write_bytes(path.read_bytes()[:40])
+    require_refused("train --start-from full --output out", "full is damaged")
+
+
 @pytest.mark.parametrize("command", [each.format("lora") for each in ON_ADAPTERS])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_numbers_that_float32_has_not(here: Path, command: str, value: float) -> None:
@@ -216,6 +224,7 @@ def test_a_run_whose_settings_are_none(here: Path) -> None:
 def test_an_adapter_without_the_name_of_its_base_model(here: Path) -> None:
     change("lora", base_model_name_or_path=None)
     require_refused("merge lora --output out", "The adapter lora does not say what its base model is")
+    require_refused("ranks lora --with-base", "lora does not say what its base model is: give it, --base MODEL")
 
 
 def pipe(path: str) -> None:

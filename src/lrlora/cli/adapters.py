@@ -56,9 +56,9 @@ def ranks(
         from ..updates import read_updates
 
         if with_base and base is None:
-            if Path(source).is_file():
+            base = None if Path(source).is_file() else SavedAdapter.read(source).config.base_model_name_or_path
+            if not base:
                 raise ValueError(f"{source} does not say what its base model is: give it, --base MODEL.")
-            base = SavedAdapter.read(source).config.base_model_name_or_path
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
         console.print(

@@ -109,7 +109,7 @@ def load_model(source: str, config: TrainConfig, labels: list[str], processor: A
     kind = kind_for(config.task, AutoConfig.from_pretrained(source))
     # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
     dtype = torch.float32 if kind.has_head or config.method == "full" else "auto"
-    with readable(config.model, MODEL_EXPECTED):
+    with readable(source if source == config.start_from else config.model, MODEL_EXPECTED):
         model = kind.model_class.from_pretrained(source, dtype=dtype, **kind.model_options(labels))
     if kind.reads_text and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
