@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import Any
 
 import datasets
@@ -62,20 +63,20 @@ PEFT = {"lora": LoraConfig, "hira": HiraConfig, "loha": LoHaConfig, "vera": Vera
 CASES: list[tuple[str, tuple[str, ...], int]] = [
     *(
         (f"{name}/adapter_config.json", tuple(command.format(name) for command in OF_ADAPTER), count)
-        for name, count in zip(PEFT, (120, 50, 40, 40, 50), strict=True)
+        for name, count in zip(PEFT, (100, 40, 40, 35, 55), strict=True)
     ),
-    ("run/adapter_config.json", OF_RUN, 100),
-    ("run/run.json", OF_RUN[1:], 120),
-    ("run/metrics.json", OF_RUN[1:2], 20),
+    ("run/adapter_config.json", OF_RUN, 90),
+    ("run/run.json", OF_RUN[1:], 110),
+    ("run/metrics.json", OF_RUN[1:2], 15),
     ("run/ranks.json", OF_RUN[1:2], 60),
-    ("run/log_history.json", OF_RUN[1:2], 20),
+    ("run/log_history.json", OF_RUN[1:2], 30),
     ("run/rank_history.jsonl", OF_RUN[1:2], 40),
-    ("cut/run.json", RESUME, 80),
-    ("cut/checkpoint-2/trainer_state.json", RESUME, 40),
-    ("cut/checkpoint-2/run_record.json", RESUME, 20),
+    ("cut/run.json", RESUME, 70),
+    ("cut/checkpoint-2/trainer_state.json", RESUME, 60),
+    ("cut/checkpoint-2/run_record.json", RESUME, 55),
     ("compared/jobs/reviews--lora--0.001--0.json", COMPARE, 30),
-    ("compared/comparison.json", COMPARE, 10),
-    ("lora/adapter_model.safetensors", tuple(command.format("lora") for command in OF_ADAPTER), 80),
+    ("compared/comparison.json", COMPARE, 20),
+    ("lora/adapter_model.safetensors", tuple(command.format("lora") for command in OF_ADAPTER), 70),
     ("run/adapter_model.safetensors", OF_RUN, 80),
 ]
 HOW = (*("replace",) * 4, "remove", "rename")
@@ -136,12 +137,18 @@ def save_adapter(name: str, config: Any) -> None:
     model.save_pretrained(name)
 
 
+def parts_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """Of safetensors a few entries of the header, all others, which are like them, and the data."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    entries = list(json.loads(content[8:start]).items())
+    return dict(entries[:3]), dict(entries[3:]), content[start:]
+
+
 def unpacked(path: Path) -> Any:
-    """The values in a file; of safetensors its header, with its length, None if it is the true one, and that of all."""
+    """The values in a file; of safetensors the length of the header and of all, None for true ones, and entries."""
     if path.suffix == ".safetensors":
-        content = path.read_bytes()
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return {"header": {"__metadata__": {"format": "pt"}, **header}, "length": None, "size": None}
+        return {"length": None, "size": None, "header": {"__metadata__": {"format": "pt"}, **parts_of(path)[0]}}
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
@@ -149,13 +156,15 @@ def unpacked(path: Path) -> Any:
 def write(path: Path, values: Any) -> None:
     """The opposite, into a file that is there."""
     if path.suffix == ".safetensors":
-        content = path.read_bytes()
-        data = content[8 + int.from_bytes(content[:8], "little") :]
-        header = json.dumps(values.get("header")).encode()
-        length, size = (values.get(name) for name in ("length", "size"))
-        start = abs(length) % 2**64 if isinstance(length, int) else len(header)
-        content = start.to_bytes(8, "little") + header + data
-        path.write_bytes(content[: size % len(content)] if isinstance(size, int) else content)
+        _, others, data = parts_of(path)
+        first = values.get("header")
+        header = json.dumps({**first, **others} if isinstance(first, dict) else first).encode()
+        length, size = (
+            given if isinstance(given, (int, NoneType)) else len(repr(given))
+            for given in (values.get("length"), values.get("size"))
+        )
+        content = (len(header) if length is None else abs(length) % 2**64).to_bytes(8, "little") + header + data
+        path.write_bytes(content if size is None else content[: size % len(content)])
     elif path.suffix == ".jsonl" and isinstance(values, list):
         path.write_text("".join(json.dumps(row) + "\n" for row in values))
     else:
