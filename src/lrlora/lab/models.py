@@ -133,11 +133,7 @@ def training_arguments(
 
     """
     cls = kind.arguments_class()
-    _check_arguments(config.arguments, get_type_hints(cls))
-    if config.arguments.get("prediction_loss_only") and kind.metrics[0] != "loss":
-        raise ValueError(
-            "training: prediction_loss_only=True leaves out the predictions that the metrics are of. Leave it out."
-        )
+    _check_arguments(config.arguments, get_type_hints(cls), kind)
     given = config.arguments
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
@@ -230,8 +226,12 @@ _LEAST = {
 }
 
 
-def _check_arguments(given: dict[str, Any], types: dict[str, Any]) -> None:
+def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -> None:
     """Raise a ValueError for what the Trainer would refuse later, or not at all."""
+    if given.get("prediction_loss_only") and kind.metrics[0] != "loss":
+        raise ValueError(
+            "training: prediction_loss_only=True leaves out the predictions that the metrics are of. Leave it out."
+        )
     for name in ("output_dir", "seed"):
         if name in given:
             raise ValueError(

@@ -88,6 +88,7 @@ def test_what_is_told_is_what_a_small_model_needs(tmp_path: Path, family: str, m
 def test_phi_costs_a_product_of_the_size_of_each_weight_more(tmp_path: Path) -> None:
     lora, ours, expansion = (told(tmp_path, "llama", method) for method in ("lora", "lr-lora", "expansion"))
     weights = 3 * (4 * 64 * 64 + 3 * 64 * 256)
+    assert lora.parameters == weights + 2 * 100 * 64 + 7 * 64  # the embeddings, and the norms
     assert ours.operations - lora.operations == 2 * 4 * 32 * weights
     assert ours.activations - lora.activations == 2 * 4 * 64 * 256
     assert (expansion.operations, expansion.gib) == (lora.operations, lora.gib)

@@ -7,7 +7,7 @@ numbers: PyTorch counts the operations, and what is kept for the backward pass. 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,15 +88,9 @@ def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
         ValueError: the method cannot be laid out without its weights.
 
     """
-    source = model_source(suite.model)
-    config = AutoConfig.from_pretrained(source)
-    kind = kind_for(task.kind, config)
-    is_half = bool(suite.training.get("bf16"))
-    stored = torch.float32 if kind.has_head or method.train == "full" else (config.dtype or torch.float32)
-    computed = torch.bfloat16 if is_half else stored
-    layers = config.num_hidden_layers
-    first, second = (_measure(suite, task, method, rank, config, kind, computed, count, source) for count in (1, 2))
-    step = first.extended(second, layers)
+    layout = _Layout.of(suite, task, method, rank)
+    first, layers = layout.measured(1), layout.config.num_hidden_layers
+    step = first.extended(layout.measured(2), layers)
     kept, operations = step.kept, step.operations
     if suite.training.get("gradient_checkpointing"):  # the inputs of every layer, and all of one; forward again
         kept = first.kept + layers * step.inputs
@@ -104,106 +98,123 @@ def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
     if method.train == "lr-lora" and method.options.get("form") != EXPANSION:
         kept += 2 * _FLOAT32 * step.widest  # φ(BA), and the gradient of the weight that it needs
         operations += 2 * step.tokens * step.adapted
-    is_full = method.train == "full"
-    trained = step.trainable * (_GRADIENT + _ADAM + (0 if is_full else _FLOAT32))
-    speed = (_HALF if computed != torch.float32 else _SINGLE) * _UTILISATION
+    of_each = _GRADIENT + _ADAM + (0 if method.train == "full" else _FLOAT32)
+    speed = (_SINGLE if layout.computed == torch.float32 else _HALF) * _UTILISATION
     return Needs(
-        step.parameters,
-        step.trainable,
-        step.parameters * stored.itemsize,
-        trained,
-        kept,
-        operations,
-        operations * task.steps / speed / 3600,
+        parameters=step.parameters,
+        trainable=step.trainable,
+        weights=step.parameters * layout.stored.itemsize,
+        trained=step.trainable * of_each,
+        activations=kept,
+        operations=operations,
+        hours=operations * task.steps / speed / 3600,
     )
 
 
-def _measure(
-    suite: Suite,
-    task: Task,
-    method: Method,
-    rank: int,
-    config: Any,
-    kind: Kind,
-    dtype: torch.dtype,
-    layers: int,
-    source: str,
-) -> _Step:
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = layers
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:layers]
-    small.problem_type = "regression" if kind.name == "regress" else "single_label_classification"
-    if kind.name == "regress":
-        small.num_labels = 1
-    with torch.device("meta"):
-        model: Any = kind.model_class.from_config(small, dtype=dtype)
-        parameters = sum(p.numel() for p in model.parameters())
-        batch = _batch(task, kind, source, dtype)
+@dataclass(frozen=True)
+class _Layout:
+    """A model with a method on it, of which a step can be taken without its weights."""
+
+    suite: Suite
+    task: Task
+    method: Method
+    rank: int
+    source: str
+    config: Any
+    kind: Kind
+
+    @classmethod
+    def of(cls, suite: Suite, task: Task, method: Method, rank: int) -> _Layout:
+        source = model_source(suite.model)
+        config = AutoConfig.from_pretrained(source)
+        kind = kind_for(task.kind, config)
+        config.problem_type = "regression" if kind.name == "regress" else "single_label_classification"
+        if kind.name == "regress":
+            config.num_labels = 1
+        return cls(suite, task, method, rank, source, config, kind)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of the base model's weights."""
+        is_single = self.kind.has_head or self.method.train == "full"
+        return torch.float32 if is_single else self.config.dtype or torch.float32
+
+    @property
+    def computed(self) -> torch.dtype:
+        return torch.bfloat16 if self.suite.training.get("bf16") else self.stored
+
+    def measured(self, layers: int) -> _Step:
+        """A step with so many layers."""
+        with torch.device("meta"):
+            base = self._base(layers)
+            parameters = sum(p.numel() for p in base.parameters())
+            model, adapted = self._adapted(base)
+            batch = self._batch()
+        kept: dict[int, Tensor] = {}
+        weights = {id(p) for p in model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            base = tensor if tensor._base is None else tensor._base
+            if id(base) not in weights:
+                kept[id(base)] = base
+            return tensor
+
+        model.train()
+        forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**batch).loss
+        with backward:
+            loss.backward()
+        width = self.config.hidden_size
+        hidden = next(each for each in kept.values() if each.dim() == 3 and each.shape[-1] == width)
+        return _Step(
+            parameters=parameters,
+            trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            kept=sum(each.numel() * each.element_size() for each in kept.values()),
+            forward=forward.get_total_flops(),
+            operations=forward.get_total_flops() + backward.get_total_flops(),
+            adapted=sum(adapted),
+            widest=max(adapted),
+            inputs=hidden.numel() * self.computed.itemsize,
+            tokens=hidden.numel() / width,
+        )
+
+    def _base(self, layers: int) -> Any:
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        return self.kind.model_class.from_config(config, dtype=self.computed)
+
+    def _adapted(self, model: Any) -> tuple[Any, list[int]]:
+        """The model with the method on it, and the sizes of the weights that are adapted, or trained."""
+        method = self.method
         if method.train == "full":
-            adapted = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        else:
-            # Ours is laid out as LoRA, whose factors it has: what φ adds is counted apart.
-            train = "lora" if method.train == "lr-lora" else method.train
-            options = {k: v for k, v in method.options.items() if train == method.train or k in ("r", "target_modules")}
-            given = {**suite.adapter, **Method(method.name, train, options, method.rank_factor).adapter(rank)}
-            wanted = adapter_config(train, kind.adapter_fields, max(task.steps, 100), given)
-            assert wanted is not None
-            model = get_peft_model(model, wanted)
-            names = set(model.targeted_module_names)
-            adapted = [m for name, m in model.get_base_model().named_modules() if name in names]
-    kept: dict[int, Tensor] = {}
-    weights = {id(p) for p in model.parameters()}
+            return model, [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
+        # Ours is laid out as LoRA, whose factors it has: what φ adds is counted apart.
+        train = "lora" if method.train == "lr-lora" else method.train
+        options = {k: v for k, v in method.options.items() if train == method.train or k in ("r", "target_modules")}
+        given = {**self.suite.adapter, **replace(method, train=train, options=options).adapter(self.rank)}
+        wanted = adapter_config(train, self.kind.adapter_fields, max(self.task.steps, 100), given)
+        assert wanted is not None  # it is not full fine-tuning
+        adapted = get_peft_model(model, wanted)
+        names = set(adapted.targeted_module_names)
+        modules: Any = adapted.get_base_model().named_modules()
+        return adapted, [module.weight.numel() for name, module in modules if name in names]
 
-    def keep(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in weights:
-            kept[id(base)] = base
-        return tensor
-
-    model.train()
-    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**batch).loss
-    with backward:
-        loss.backward()
-    sizes = [module.weight.numel() for module in adapted]
-    width = config.hidden_size
-    hidden = next(each for each in kept.values() if each.dim() == 3 and each.shape[-1] == width)
-    return _Step(
-        parameters,
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        sum(each.numel() * each.element_size() for each in kept.values()),
-        forward.get_total_flops(),
-        forward.get_total_flops() + backward.get_total_flops(),
-        sum(sizes),
-        max(sizes),
-        hidden.numel() * dtype.itemsize,
-        hidden.numel() / width,
-    )
-
-
-def _batch(task: Task, kind: Kind, source: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A batch of a training step in shape; texts as long as they may be."""
-    size = task.batch_size
-    if not kind.reads_text:
-        edges = kind.load_processor(source).size
-        pixels = torch.zeros(size, 3, edges["height"], edges["width"], dtype=dtype)
-        return {"pixel_values": pixels, "labels": torch.zeros(size, dtype=torch.long)}
-    if task.max_length is None:
-        raise ValueError("How long its texts are is not known before they are read.")
-    shape = (
-        (size, _CHOICES, task.max_length)
-        if kind.name == "multiple-choice" and kind.has_head
-        else (size, task.max_length)
-    )
-    ids = torch.zeros(shape, dtype=torch.long)
-    if not kind.has_head:
-        return {"input_ids": ids, "labels": ids}
-    return {
-        "input_ids": ids,
-        "labels": torch.zeros(size, dtype=torch.float32 if kind.name == "regress" else torch.long),
-    }
+    def _batch(self) -> dict[str, Tensor]:
+        """A batch of a training step; texts as long as they may be."""
+        kind, size = self.kind, self.task.batch_size
+        labels = torch.zeros(size, dtype=torch.float32 if kind.name == "regress" else torch.long)
+        if not kind.reads_text:
+            edges = kind.load_processor(self.source).size
+            pixels = torch.zeros(size, 3, edges["height"], edges["width"], dtype=self.computed)
+            return {"pixel_values": pixels, "labels": labels}
+        if self.task.max_length is None:
+            raise ValueError("How long its texts are is not known before they are read.")
+        choices = (_CHOICES,) if kind.has_head and kind.name == "multiple-choice" else ()
+        ids = torch.zeros(size, *choices, self.task.max_length, dtype=torch.long)
+        return {"input_ids": ids, "labels": labels if kind.has_head else ids}
 
 
 @dataclass(frozen=True)
