@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -389,6 +390,16 @@ def test_a_method_is_drawn_alike_in_all_panels() -> None:
     places = ranks_by_layer(comparison, records)
     assert set(places) == {(task, method) for task, method in cells if method != "sine"}
     assert ranks_figure(places).axes[0].get_title() == "r8, LoRA"
+
+
+def test_a_record_that_lacks_something_is_named(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    whole = record("r8", "lora", 1e-3, 0, 0.5)
+    (tmp_path / "jobs" / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != "criterion"}))
+    with pytest.raises(ValueError, match=r"a\.json is damaged .* \(it lacks criterion\)\. Remove it"):
+        read_records(tmp_path)
+    (tmp_path / "jobs" / "a.json").write_text(json.dumps(whole))
+    assert read_records(tmp_path) == {"a": whole}
 
 
 def test_updates_of_zero_are_drawn(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ CALL_FILE = "call.json"  # what was asked for last
 FAILED = 3  # exit status of a worker whose job can never work
 _GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
 Record = dict[str, Any]
+_OF_THE_DONE = ("seconds", "trainable", "criterion", "test")  # what a job records that has not failed
 
 
 class _SuiteSettings(TypedDict):
@@ -235,9 +236,20 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 
 def read_records(output: Path) -> dict[str, Record]:
-    """The finished jobs in a folder, by name."""
+    """The finished jobs in a folder, by name.
+
+    Raises:
+        ValueError: a file of one is damaged.
+
+    """
     remedy = "Remove it, and the same command runs the job again."
-    return {path.stem: read_json(path, _Record, remedy) for path in sorted(output.glob("jobs/*.json"))}
+    found: dict[str, Record] = {}
+    for path in sorted(output.glob("jobs/*.json")):
+        found[path.stem] = record = read_json(path, _Record, remedy)
+        missing = [] if record.get("failure") else [name for name in _OF_THE_DONE if name not in record]
+        if missing:
+            raise ValueError(f"{path} is damaged or not what it should be (it lacks {', '.join(missing)}). {remedy}")
+    return found
 
 
 def check_folder(comparison: Comparison, output: Path) -> None:
