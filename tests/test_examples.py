@@ -45,6 +45,7 @@ def test_accelerate() -> None:
     assert float(mean_rank) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_trl_sft() -> None:
     pytest.importorskip("trl")

@@ -66,18 +66,26 @@ def test_what_needs_no_model_does_not_wait_for_torch(arguments: tuple[str, ...],
 
 
 def test_names_are_those_of_what_they_name() -> None:
-    from lrlora.lab.compare import SUITES
+    from lrlora.lab.compare.methods import ABLATIONS
+    from lrlora.lab.compare.protocols import PRESETS, SUITES
     from lrlora.lab.kinds import KINDS
     from lrlora.lab.methods import METHODS
-    from lrlora.lab.names import METHOD_NAMES, ROLES, SUITE_NAMES, TASKS_WITHOUT_HEAD
+    from lrlora.lab.names import ABLATION_NAMES, METHOD_NAMES, PRESET_NAMES, ROLES, SUITE_NAMES, TASKS_WITHOUT_HEAD
 
     assert tuple(METHODS) == METHOD_NAMES
     assert set(SUITES) == set(SUITE_NAMES)
+    assert (set(PRESETS), set(ABLATIONS)) == (set(PRESET_NAMES), set(ABLATION_NAMES))
     assert tuple(KINDS) == tuple(ROLES)
     assert tuple(name for name, kind in KINDS.items() if not kind.has_head) == TASKS_WITHOUT_HEAD
 
 
-@pytest.mark.parametrize("config", [LoraConfig(target_modules=["query"]), LrLoraConfig(target_modules=["query"])])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LoraConfig(target_modules=["query"]), marks=pytest.mark.slow),
+        LrLoraConfig(target_modules=["query"]),
+    ],
+)
 def test_the_installed_command_reads_adapters_without_a_model_s_code(config: PeftConfig, tmp_path: Path) -> None:
     get_peft_model(TinyModel("bert").build(), config).save_pretrained(tmp_path)
     no_models = "assert not [name for name in sys.modules if name.startswith('transformers.models.bert')]"

@@ -40,7 +40,7 @@ COMMANDS = {
     "compare": "compare suite.yaml --methods lora --rates 1e-2 --seeds 1 --rank 2 --output out",
 }
 KILLS = {"train": 24, "export": 8, "merge": 8, "predict": 8, "report": 4, "compare": 10}
-NOW = [("train", 0), ("export", 0)]
+NOW = [("train", 0)]
 CASES = [
     pytest.param(name, seed, marks=[] if (name, seed) in NOW else pytest.mark.slow)
     for name, count in KILLS.items()

@@ -78,6 +78,7 @@ def test_pairs_are_chosen_and_modules_of_other_widths_are_left_out(
     page.close()
 
 
+@pytest.mark.slow
 def test_overlaps_of_a_large_model_weigh_less_than_two_megabytes(tmp_path: Path) -> None:
     modules = [f"model.layers.{layer}.attention.{name}_proj" for layer in range(8) for name in "qkvoabc"]
     rows = [RankRow(name, 0, "type", "mlp", 64, 64, 8, 1.0, 1.0, 1, 1, None, 0.0, 0.0) for name in modules]

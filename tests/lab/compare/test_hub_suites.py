@@ -11,12 +11,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from lrlora.cli import app
 from lrlora.lab.compare.jobs import read_records
 from lrlora.lab.compare.protocols import PRESETS, SUITES
-from lrlora.lab.names import ABLATION_NAMES, PRESET_NAMES
+from lrlora.lab.names import ABLATION_NAMES
 
-from ..small import reviews, save_encoder
+from ..small import reviews, save_decoder, save_encoder
 
 SHORT = ("--steps", 2, "--seeds", 1, "--rates", 1e-3)
 slow = pytest.mark.slow
@@ -92,10 +94,6 @@ def test_a_preset_runs_to_its_report(hub: dict[str, str], tmp_path: Path, preset
     assert set(pd.read_csv(tmp_path / "out" / "results.csv")["task"]) == set(PRESETS[preset].tasks)
 
 
-def test_every_preset_has_a_name_that_the_command_knows() -> None:
-    assert tuple(PRESETS) == PRESET_NAMES
-
-
 def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for split, seed in (("train", 0), ("test", 1)):
@@ -114,7 +112,28 @@ def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> No
     assert said.count(" · lora · ") + said.count(" · lr-lora · ") == 8
 
 
-def test_every_ablation_is_a_list_of_methods_that_can_be_run(tmp_path: Path, hub: dict[str, str]) -> None:
-    for name in ABLATION_NAMES:
-        told = lrlora(hub, tmp_path, "compare", "commonsense", "--tasks", "piqa", "--ablation", name, "--dry-run")
-        assert "LR-LoRA" in told
+@pytest.mark.parametrize("name", ABLATION_NAMES)
+def test_an_ablation_is_a_list_of_methods_that_can_be_laid_out(tmp_path: Path, name: str) -> None:
+    asked = ("compare", "commonsense", "--tasks", "piqa", "--model", save_decoder(tmp_path / "model"), "--dry-run")
+    told = CliRunner().invoke(app, [*asked, "--ablation", name], env={"COLUMNS": "300"})
+    assert told.exit_code == 0, told.output
+    rows = [line for line in told.output.splitlines() if line.startswith("│ piqa")]
+    assert len(rows) == len(set(rows)) >= 4
+    assert all(int(row.split("│")[4].replace(",", "")) > 0 for row in rows)  # trainable parameters
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("compare",), "Give a suite, such as offline-nlu, or --preset, and not both."),
+        (("compare", "glue", "--preset", "vit-base"), "and not both"),
+        (("compare", "--preset", "vit-bas"), "Did you mean vit-base?"),
+        (("compare", "glue", "--ablation", "gains"), "Did you mean gain?"),
+        (("compare", "glue", "--ablation", "gain", "--methods", "lora"), "Leave --methods out"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked: tuple[str, ...], said: str) -> None:
+    told = CliRunner().invoke(app, list(asked), env={"COLUMNS": "300"})
+    assert told.exit_code == 1
+    assert said in " ".join(told.output.split())
