@@ -112,7 +112,9 @@ def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> No
     assert said.count(" · lora · ") + said.count(" · lr-lora · ") == 8
 
 
-@pytest.mark.parametrize("name", ABLATION_NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("sharing", "targets") else slow) for name in ABLATION_NAMES]
+)
 def test_an_ablation_is_a_list_of_methods_that_can_be_laid_out(tmp_path: Path, name: str) -> None:
     asked = ("compare", "commonsense", "--tasks", "piqa", "--model", save_decoder(tmp_path / "model"), "--dry-run")
     told = CliRunner().invoke(app, [*asked, "--ablation", name], env={"COLUMNS": "300"})
