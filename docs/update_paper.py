@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 from sections import table, with_section
 
-from lrlora.lab.compare.jobs import Record, read_comparison, read_records
+from lrlora.lab.compare.capacity_report import losses
+from lrlora.lab.compare.jobs import Comparison, Record, read_comparison, read_records
 from lrlora.lab.compare.methods import find_method
 from lrlora.lab.compare.protocols import load_suite
 from lrlora.lab.compare.statistics import Interval, paired_difference
@@ -127,8 +129,42 @@ def ranks_differ() -> list[list[str]]:
     return rows
 
 
+def told_apart() -> list[list[str]]:
+    """The results on digits and animals."""
+    frame = pd.read_csv(DOCS / "compare" / "offline-vision" / "results.csv")
+    return [
+        [
+            row["task"],
+            row["method"],
+            f"{row['mean']:.1f} ± {row['std']:.1f}",
+            f"{row['parameters']:,}",
+            f"{row['stable rank']:.2f}" if row["stable rank"] > 0 else "",
+            f"{row['energy-99 rank']:.1f}" if row["energy-99 rank"] > 0 else "",
+        ]
+        for row in frame.to_dict("records")
+    ]
+
+
+def by_heart() -> list[list[str]]:
+    """The losses on random labels of pictures, and LoRA's r for each."""
+    records = read_records(DOCS / "compare" / "capacity")
+    comparison = Comparison("capacity", tasks=PICTURES, seeds=3)
+    frame = losses(comparison.select(records), PICTURES[0], comparison.r)
+    rows = []
+    for row in frame.to_dict("records"):
+        equal = row["LoRA's r for this loss"]
+        told = f"{equal.value:.1f} ({equal.low:.1f} to {equal.high:.1f})" if isinstance(equal, Interval) else ""
+        loss, rank = f"{row['loss (nats)']:.2f} ± {row['std']:.2f}", f"{row['stable rank']:.1f}"
+        rows.append([row["method"], str(row["r"]), f"{row['parameters']:,}", loss, told, rank])
+    return rows
+
+
 def updated(page: str) -> str:
     """The page with the tables of the stored runs."""
+    heads = ["task", "method", "accuracy × 100", "parameters", "stable rank", "energy-99 rank"]
+    page = with_section(page, "vision", table(heads, told_apart()))
+    heads = ["method", "r", "parameters", "loss (nats)", "LoRA's r for this loss", "stable rank"]
+    page = with_section(page, "pictures", table(heads, by_heart()))
     heads = ["", "task", "method", "difference", "verdict"]
     page = with_section(page, "better", table(heads, better_than_lora()))
     page = with_section(page, "shared", table(heads, one_each_beats_one_for_all()))

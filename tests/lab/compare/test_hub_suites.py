@@ -40,6 +40,7 @@ def lrlora(hub: dict[str, str], folder: Path, *arguments: object, launcher: tupl
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed" not in done.stdout
+    assert "Not done" not in done.stdout
     return " ".join(done.stdout.split())
 
 

@@ -27,9 +27,7 @@ def _glue(name: str, metric: str, steps: int, test: str = "validation", **column
 
 
 def _vision(data: str, test: str = "test", **columns: str) -> Task:
-    columns = {"image": "image", "label": "label", **columns}
-    kept = {role: name for role, name in columns.items() if role != name}
-    return Task(data, "image-classify", "accuracy", 1_600, 64, test, (), kept, train_examples=1_000)
+    return Task(data, "image-classify", "accuracy", 1_600, 64, test, (), columns, train_examples=1_000)
 
 
 def _pictures(data: str) -> Task:
@@ -161,7 +159,7 @@ SUITES = {
     ),
     # Digits and animals.
     "offline-vision": Suite("embedded:vit", {name: _pictures(name) for name in ("digits", "animals")}),
-    # Each trained on its own, which a GPU of 24 GB does in hours; all of them together: the preset llama-3-8b.
+    # Each trained on alone; on all of them together: the preset llama-3-8b.
     "commonsense": Suite(
         "meta-llama/Llama-3.2-1B",
         {
