@@ -26,6 +26,16 @@ from lrlora.lab.compare.methods import METHODS
 from lrlora.lab.compare.needs import Needs, needs
 from lrlora.lab.methods import adapter_config
 
+
+def _casts_on_meta() -> bool:
+    try:
+        torch.autocast("meta", enabled=False)
+    except RuntimeError:  # of PyTorch 2.6, and then Llama's needs are not told
+        return False
+    return True
+
+
+of_llama = pytest.mark.skipif(not _casts_on_meta(), reason="this PyTorch cannot lay out rotary embeddings")
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 3}
 TASKS = {
     "roberta": Task("data", "classify", "accuracy", 1_000, batch_size=4, max_length=32),
@@ -76,7 +86,7 @@ def real(family: str, method: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("family", list(MODELS))
+@pytest.mark.parametrize("family", ["roberta", "vit", pytest.param("llama", marks=of_llama)])
 def test_what_is_told_is_what_a_small_model_needs(tmp_path: Path, family: str, method: str) -> None:
     found, (trainable, operations, kept) = told(tmp_path, family, method), real(family, method)
     assert found.trainable == pytest.approx(trainable, rel=0.01)  # a task of one class more or less
@@ -85,6 +95,7 @@ def test_what_is_told_is_what_a_small_model_needs(tmp_path: Path, family: str, m
     assert found.hours == pytest.approx(1_000 * found.operations / (0.4 * 156e12) / 3600)
 
 
+@of_llama
 def test_phi_costs_a_product_of_the_size_of_each_weight_more(tmp_path: Path) -> None:
     lora, ours, expansion = (told(tmp_path, "llama", method) for method in ("lora", "lr-lora", "expansion"))
     weights = 3 * (4 * 64 * 64 + 3 * 64 * 256)
@@ -94,6 +105,7 @@ def test_phi_costs_a_product_of_the_size_of_each_weight_more(tmp_path: Path) -> 
     assert (expansion.operations, expansion.gib) == (lora.operations, lora.gib)
 
 
+@of_llama
 def test_checkpointing_and_half_precision_save_memory(tmp_path: Path) -> None:
     plain = told(tmp_path, "llama", "lora")
     saving = told(tmp_path, "llama", "lora", training={"gradient_checkpointing": True})
