@@ -78,7 +78,8 @@ class Suite:
         model: as for `lrlora train --model`.
         tasks: by name.
         methods: what is compared unless asked for otherwise; none: the main ones.
-        rank, scale: r, unless asked for otherwise, and s = α/r.
+        rank: r, unless asked for otherwise.
+        scale: s = α/r.
         adapter: fields of the configuration of every adapter.
         training: fields of TrainingArguments of every run.
         protocol: what these settings follow, in words.
