@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from scipy.stats import pearsonr
+from sklearn.metrics import matthews_corrcoef
 from typer.testing import CliRunner
 
 from lrlora.cli import app
@@ -18,6 +22,7 @@ from lrlora.lab.compare.jobs import read_records
 from lrlora.lab.compare.protocols import PRESETS, SUITES
 from lrlora.lab.names import ABLATION_NAMES
 
+from ...hub.data import DATA
 from ..small import reviews, save_decoder, save_encoder
 
 SHORT = ("--steps", 2, "--seeds", 1, "--rates", 1e-3)
@@ -93,6 +98,35 @@ def test_the_preset_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets
 def test_a_preset_runs_to_its_report(hub: dict[str, str], tmp_path: Path, preset: str) -> None:
     lrlora(hub, tmp_path, "compare", "--preset", preset, "--methods", "lora,lr-lora", *SHORT, "--output", "out")
     assert set(pd.read_csv(tmp_path / "out" / "results.csv")["task"]) == set(PRESETS[preset].tasks)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("task", "kind", "columns", "score"),
+    [
+        ("cola", "classify", ("text=sentence",), lambda wanted, got: matthews_corrcoef(wanted, got)),
+        ("stsb", "regress", ("text=sentence1", "text_pair=sentence2"), lambda wanted, got: pearsonr(wanted, got)[0]),
+    ],
+)
+def test_scores_of_glue_are_those_of_the_predictions(
+    hub: dict[str, str],
+    tmp_path: Path,
+    task: str,
+    kind: str,
+    columns: tuple[str, ...],
+    score: Callable[[list[Any], list[Any]], float],
+) -> None:
+    named = [part for column in columns for part in ("--column", column)]
+    data = ("--data", f"nyu-mll/glue:{task}")
+    made = ("--model", "FacebookAI/roberta-base", "--task", kind, "--steps", 60, "--output", "run")
+    lrlora(hub, tmp_path, "train", *data, *made, *named, "--learning-rate", 3e-3)
+    scored = lrlora(hub, tmp_path, "evaluate", "run", *data, "--split", "validation")
+    lrlora(hub, tmp_path, "predict", "run", *data, "--split", "validation", "--output", "found.jsonl")
+    got = [json.loads(line)["prediction"] for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    rows = DATA["nyu-mll/glue"][task]["validation"]
+    names = getattr(rows.features["label"], "names", None)
+    wanted = [names[label] if names else label for label in rows["label"]]
+    assert f"{score(wanted, got):.4f}" in scored
 
 
 def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> None:
