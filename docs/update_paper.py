@@ -153,7 +153,10 @@ def by_heart() -> list[list[str]]:
     rows = []
     for row in frame.to_dict("records"):
         equal = row["LoRA's r for this loss"]
-        told = f"{equal.value:.1f} ({equal.low:.1f} to {equal.high:.1f})" if isinstance(equal, Interval) else ""
+        told = ""
+        if isinstance(equal, Interval):
+            span = "" if math.isnan(equal.low) else f" ({equal.low:.1f} to {equal.high:.1f})"
+            told = f"{equal.value:.1f}{span}"
         loss, rank = f"{row['loss (nats)']:.2f} ± {row['std']:.2f}", f"{row['stable rank']:.1f}"
         rows.append([row["method"], str(row["r"]), f"{row['parameters']:,}", loss, told, rank])
     return rows

@@ -32,7 +32,8 @@ CALL_FILE = "call.json"  # what was asked for last
 FAILED = 3  # exit status of a worker whose job can never work
 _GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
 Record = dict[str, Any]
-_OF_THE_DONE = ("seconds", "trainable", "criterion", "test")  # what a job records that has not failed
+# What a job records that has not failed, and one that was tested too.
+_OF_THE_DONE, _OF_THE_TESTED = ("criterion", "test"), ("seconds", "trainable")
 
 
 class _SuiteSettings(TypedDict):
@@ -246,7 +247,8 @@ def read_records(output: Path) -> dict[str, Record]:
     found: dict[str, Record] = {}
     for path in sorted(output.glob("jobs/*.json")):
         found[path.stem] = record = read_json(path, _Record, remedy)
-        missing = [] if record.get("failure") else [name for name in _OF_THE_DONE if name not in record]
+        asked = (*_OF_THE_DONE, *(_OF_THE_TESTED if record.get("test") is not None else ()))
+        missing = [] if record.get("failure") else [name for name in asked if name not in record]
         if missing:
             raise ValueError(f"{path} is damaged or not what it should be (it lacks {', '.join(missing)}). {remedy}")
     return found
