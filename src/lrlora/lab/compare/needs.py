@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from ...tuner.config import EXPANSION
-from ..kinds import Kind, kind_for
+from ..kinds import KINDS, Kind, kind_for
 from ..methods import adapter_config
 from ..models import model_source
 from .jobs import Comparison
@@ -243,7 +243,9 @@ def planned(comparison: Comparison) -> list[Planned]:
 
 
 def _needs_if_known(comparison: Comparison, task: Task, key: str) -> Needs | None:
+    if task.max_length is None and KINDS[task.kind].reads_text:
+        return None  # its texts may be of any length
     try:
         return needs(comparison.definition, task, find_method(key), comparison.r)
-    except (NotImplementedError, RuntimeError, ValueError):
-        return None  # of methods that start from the weights themselves, and of texts of any length
+    except RuntimeError:  # the meta device cannot do it
+        return None

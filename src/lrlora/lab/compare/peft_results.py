@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_json
-from ..kinds import KINDS
-from ..methods import adapter_config
-from .jobs import Comparison, Record, train_config
-from .methods import find_method
+from .jobs import Comparison, Record
 from .tables import final_runs
 
 FOLDER = "peft"
@@ -26,14 +23,12 @@ def write_peft_results(comparison: Comparison, records: dict[str, Record], outpu
             if "versions" in run:
                 (output / FOLDER).mkdir(exist_ok=True)
                 name = f"{run['method']}--{run['task']}-seed{run['seed']}.json".replace("/", "-")
-                write_json(output / FOLDER / name, _result(comparison, run, output))
+                write_json(output / FOLDER / name, _result(comparison, run))
 
 
-def _result(comparison: Comparison, run: Record, output: Path) -> dict[str, Any]:
-    definition, method = comparison.definition, find_method(run["method"])
+def _result(comparison: Comparison, run: Record) -> dict[str, Any]:
+    definition = comparison.definition
     task = definition.training_tasks[run["task"]]
-    config = train_config(definition, run["task"], method, run["learning_rate"], run["seed"], comparison.r, output)
-    adapter = adapter_config(method.train, KINDS[task.kind].adapter_fields, task.steps, config.adapter)
     memory = run["peak_mib"] * 2**20 if run["on_gpu"] else None
     metrics = [
         {"step": task.steps, **{f"valid {name}": value for name, value in run["validation"].items()}},
@@ -53,11 +48,14 @@ def _result(comparison: Comparison, run: Record, output: Path) -> dict[str, Any]
                 "max_steps": task.steps,
                 "seed": run["seed"],
                 "optimizer_type": "AdamW",
-                "optimizer_kwargs": {"lr": run["learning_rate"], **_of_optimizer(definition.training)},
+                "optimizer_kwargs": {
+                    "lr": run["learning_rate"],
+                    "weight_decay": definition.training.get("weight_decay", 0.0),
+                },
                 "lr_scheduler": definition.training.get("lr_scheduler_type", "linear"),
                 "use_amp": bool(definition.training.get("bf16")),
             },
-            "peft_config": None if adapter is None else _plain(adapter.to_dict()),
+            "peft_config": run["peft_config"],
             "error_msg": "",
         },
         "train_info": {
@@ -83,17 +81,3 @@ def _result(comparison: Comparison, run: Record, output: Path) -> dict[str, Any]
             "pytorch_info": None,
         },
     }
-
-
-def _of_optimizer(training: dict[str, Any]) -> dict[str, Any]:
-    return {name: training[name] for name in ("weight_decay",) if name in training}
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Values that JSON can hold: lists for sets, names for the rest."""
-    plain = {}
-    for name, value in values.items():
-        if isinstance(value, (set, frozenset)):
-            value = sorted(value)
-        plain[name] = value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
-    return plain

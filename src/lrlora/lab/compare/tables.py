@@ -17,12 +17,14 @@ from .methods import find_method
 from .statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from .suites import Task
 
+_NESTED = ("validation", "test", "ranks", "versions", "peft_config")  # what does not fit into a column
+
 
 def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
     """Every finished job in one row, with its metrics in columns."""
     rows = []
     for record in records.values():
-        row = {name: value for name, value in record.items() if name not in ("validation", "test", "ranks", "versions")}
+        row = {name: value for name, value in record.items() if name not in _NESTED}
         for split in ("validation", "test"):
             row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
         rows.append(row)

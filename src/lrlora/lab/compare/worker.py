@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 
 from ...checks import require_known
 from ...rank import RankReport
@@ -95,7 +96,9 @@ def _sizes(folder: Path, model: Any) -> dict[str, Any]:
     """What others' tables of methods hold beside the metrics."""
     saved = [path for path in folder.glob("*.safetensors") if path.is_file()]
     weights = next(model.parameters())
+    adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
     return {
+        "peft_config": json.loads(json.dumps(adapter, default=_plain)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(weights.dtype).removeprefix("torch."),
         "file_size": sum(path.stat().st_size for path in saved),
@@ -104,6 +107,11 @@ def _sizes(folder: Path, model: Any) -> dict[str, Any]:
         "on_gpu": torch.cuda.is_available(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _plain(value: Any) -> Any:
+    """What JSON holds in the place of a value that it cannot."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _hardware() -> str:
