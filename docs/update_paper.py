@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from sections import table, with_section
+from transformers import BertConfig, LlamaConfig
 
 from lrlora.lab.compare.capacity_report import losses
 from lrlora.lab.compare.jobs import Comparison, Record, read_comparison, read_records
-from lrlora.lab.compare.methods import find_method
+from lrlora.lab.compare.methods import METHODS, find_method
+from lrlora.lab.compare.needs import needs
 from lrlora.lab.compare.protocols import load_suite
 from lrlora.lab.compare.statistics import Interval, paired_difference
-from lrlora.lab.compare.suites import Task
+from lrlora.lab.compare.suites import Suite, Task
 from lrlora.lab.compare.tables import final_runs, learned_ranks
 
 DOCS = Path(__file__).parent
@@ -28,6 +33,19 @@ SUITES = {
     "offline-vision": "vision",
 }
 PICTURES = ("picture-labels",)  # of `capacity`
+# Two of the models of benchmarks/speed.py.
+SPEED: dict[str, tuple[Any, Task]] = {
+    "BERT-base shapes": (
+        BertConfig(num_hidden_layers=4),
+        Task("", "classify", "accuracy", 1, batch_size=8, max_length=128),
+    ),
+    "Llama shapes": (
+        LlamaConfig(
+            hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, vocab_size=4096
+        ),
+        Task("", "multiple-choice", "accuracy", 1, batch_size=2, max_length=512),
+    ),
+}
 LORA = "lora"
 # Methods whose learned ranks are shown.
 SHOWN = ("LoRA", "LR-LoRA", "LoRA, r=4", "LR-LoRA, r=4", "the paper's form, r=4")
@@ -162,8 +180,29 @@ def by_heart() -> list[list[str]]:
     return rows
 
 
+def as_told() -> list[list[str]]:
+    """What two models of the page on speed are said to need, beside what was measured there."""
+    measured = [json.loads(line) for line in (DOCS / "speed" / "results.jsonl").read_text().splitlines()]
+    rows = []
+    for name, (config, task) in SPEED.items():
+        steps = {each["method"]: each for each in measured if each.get("name", "").startswith(name)}
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            suite = Suite(folder, {"task": task})
+            lora, ours = (needs(suite, task, METHODS[method], 8) for method in ("lora", "lr-lora"))
+        for method, told in (("LoRA", lora), ("LR-LoRA", ours)):
+            rows.append([f"{name}: {method}, MiB", f"{1024 * told.gib:.0f}", f"{steps[method]['peak_mib']:.0f}"])
+        operations, seconds = (
+            ours.operations / lora.operations,
+            steps["LR-LoRA"]["seconds"] / steps["LoRA"]["seconds"],
+        )
+        rows.append([f"{name}: LR-LoRA / LoRA, operations and time", f"{operations:.2f}", f"{seconds:.2f}"])
+    return rows
+
+
 def updated(page: str) -> str:
     """The page with the tables of the stored runs."""
+    page = with_section(page, "told", table(["", "told", "measured"], as_told()))
     heads = ["task", "method", "accuracy × 100", "parameters", "stable rank", "energy-99 rank"]
     page = with_section(page, "vision", table(heads, told_apart()))
     heads = ["method", "r", "parameters", "loss (nats)", "LoRA's r for this loss", "stable rank"]
