@@ -72,6 +72,17 @@ def load_quietly() -> ctypes.CDLL:
     return kernels
 
 
+@needs_compiler
+def test_a_driver_that_leaves_the_runtime_of_cpp_out_will_do(
+    monkeypatch: pytest.MonkeyPatch, fresh_library: Path
+) -> None:
+    """PEFT's BOFT, where its own kernels cannot be compiled, leaves CXX=gcc behind in the process."""
+    monkeypatch.setenv("CXX", "cc")
+    load_quietly()
+    case = make_case(dtype=torch.float32)
+    assert relative(fused(case), formula(case)) <= 1e-6
+
+
 def start_loading() -> BaseProcess:
     """Load them in another process."""
     process = multiprocessing.get_context("fork").Process(target=load_quietly)

@@ -1,5 +1,7 @@
 // The two loops over the entries of ΔW, fused, for float32 and bfloat16 on a CPU. See cpu.py for how they are called.
 //
+// Nothing here needs the C++ runtime at link time: a compiler driver that leaves it out (CXX=gcc) will do.
+//
 // A table of ψ or ψ' is read as lines of 4 floats, one per cell: the coefficients of a cubic in t. Sums of moments are
 // laid out like it, so that both are indexed alike. Rows are dealt to threads in contiguous shares: results do not depend
 // on timing.
@@ -8,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 namespace {
 
@@ -220,17 +221,18 @@ void lrlora_effective_weight(void* out, const void* weight, const float* A, cons
     }
 }
 
-// With H = s * φ'(g * B A) ∘ G, G in float32 or bfloat16: grad_B (m, r) = H Aᵀ, and grad_A (threads, r, n), zero before, is each thread's share of
-// Bᵀ H. Adds to moments (threads, bins, LINE), per bin of CELLS_PER_BIN cells, the sums of (s/g) * G * u^p,
-// p = 0 ... 3, where u, in [-1/2, 1/2], is the distance from the middle of the bin.
+// With H = s * φ'(g * B A) ∘ G, G in float32 or bfloat16: grad_B (m, r) = H Aᵀ, and grad_A (threads, r, n), zero before,
+// is each thread's share of Bᵀ H. `sums` (threads, BANKS, bins, LINE), zero before, is working memory. Adds to
+// moments (threads, bins, LINE), per bin of CELLS_PER_BIN cells, the sums of (s/g) * G * u^p, p = 0 ... 3, where u, in
+// [-1/2, 1/2], is the distance from the middle of the bin.
 void lrlora_gradient(const void* G, const float* A, const float* B, float* grad_A, float* grad_B, double* moments,
-                     int64_t m, int64_t n, int64_t r, Phi phi, int32_t threads, int32_t is_bfloat16) {
+                     float* sums, int64_t m, int64_t n, int64_t r, Phi phi, int32_t threads, int32_t is_bfloat16) {
     const float side = static_cast<float>(phi.side);
     const int64_t bins = int64_t{2} * phi.side / CELLS_PER_BIN * LINE;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int32_t thread = 0; thread < threads; ++thread) {
         const int64_t first = m * thread / threads, last = m * (thread + 1) / threads;
-        std::vector<float> sums(BANKS * bins);
+        float* own = sums + thread * BANKS * bins;
         double* total = moments + thread * bins;
         int64_t pending = 0;
         // Columns outside, rows inside: A and grad_A of a chunk stay in the first-level cache.
@@ -260,7 +262,7 @@ void lrlora_gradient(const void* G, const float* A, const float* B, float* grad_
                     for (int64_t j = 0; j < count; ++j) h[j] += 1.0f;
                 }
                 for (int64_t j = 0; j < count; ++j) h[j] *= phi.scaling * g[j];
-                add_moments(sums.data(), bins, cell, t, g, count, phi.scaling / phi.gain);
+                add_moments(own, bins, cell, t, g, count, phi.scaling / phi.gain);
                 for (int64_t k = 0; k < r; ++k) {
                     const float part = dot_and_add(grad_a + k * n, h, a + k * n, b[k], count);
                     grad_B[i * r + k] = start ? grad_B[i * r + k] + part : part;
@@ -268,8 +270,8 @@ void lrlora_gradient(const void* G, const float* A, const float* B, float* grad_
                 pending += count;
                 if (pending >= FLUSH_ENTRIES || (i + 1 == last && start + count == n)) {
                     for (int64_t bank = 0; bank < BANKS; ++bank)
-                        for (int64_t k = 0; k < bins; ++k) total[k] += sums[bank * bins + k];
-                    std::fill(sums.begin(), sums.end(), 0.0f);
+                        for (int64_t k = 0; k < bins; ++k) total[k] += own[bank * bins + k];
+                    std::fill(own, own + BANKS * bins, 0.0f);
                     pending = 0;
                 }
             }

@@ -25,6 +25,7 @@ _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FUNCTIONS = ("lrlora_effective_weight", "lrlora_gradient")
 _FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
 _MOMENTS = 4
+_BANKS = 2  # as in cpu.cpp
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
 _ENTRIES_PER_THREAD = 2**15
 _DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write themselves
@@ -98,11 +99,12 @@ def factor_gradients(
     threads = max(1, min(torch.get_num_threads(), G.numel() // _ENTRIES_PER_THREAD))
     bins = 2 * table.cells_per_side // CELLS_PER_BIN
     moments = torch.zeros(threads, bins, _MOMENTS, dtype=torch.float64, device="cpu")
+    sums = torch.zeros(threads, _BANKS, bins, _MOMENTS, dtype=torch.float32, device="cpu")
     grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
     for rows in _blocks(G):
         part = G[rows] if G.dtype in _DIRECT else G[rows].float()
         _require_library().lrlora_gradient(
-            *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments),
+            *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments, sums),
             *_sizes(part, A),
             phi,
             threads,
