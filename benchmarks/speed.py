@@ -78,7 +78,7 @@ METHODS = (
     EXPANSION,
     "LR-LoRA",
     "LR-LoRA, N = 50",
-    "published form",
+    "the paper's form",
     "DoRA",
     "HiRA",
     "full fine-tuning",
@@ -102,7 +102,7 @@ def adapt(model: nn.Module, method: str, r: int = R, terms: int = TERMS) -> nn.M
         "HiRA": lambda: HiraConfig(**common),
         "LR-LoRA": lambda: LrLoraConfig(**common),
         "LR-LoRA, N = 50": lambda: LrLoraConfig(**common, num_basis=50),
-        "published form": lambda: LrLoraConfig.paper(**common),
+        "the paper's form": lambda: LrLoraConfig.paper(**common),
         EXPANSION: lambda: LrLoraConfig(**common, form="expansion", num_terms=terms),
     }
     return get_peft_model(model, configs[method]()).train()

@@ -15,25 +15,27 @@ CODE = [path.relative_to(ROOT) for folder in ("src", "examples") for path in sor
 def on_files(files: Files, config: Any) -> Files:
     """Add the start page, and the code that pages link to, as text."""
     files.append(File.generated(config, "index.md", content=_start_page()))
-    security = (ROOT / "SECURITY.md").read_text(encoding="utf-8").replace("](docs/", "](")
-    files.append(File.generated(config, "security.md", content=security))
+    for name in ("SECURITY", "CONTRIBUTING", "CHANGELOG"):
+        text = (ROOT / f"{name}.md").read_text(encoding="utf-8").replace("](docs/", "](").replace("](src/", "](../src/")
+        files.append(File.generated(config, f"{name.lower()}.md", content=text))
     for path in CODE:
         files.append(File.generated(config, f"code/{path}.txt", abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Let links to code lead to those copies, and a link to a folder to its `__init__.py`."""
+    """Let links to the README lead to the start page, to code to those copies, and to a folder to its `__init__.py`."""
 
     def copy(match: re.Match[str]) -> str:
         path = Path(match[1])
         return f"](code/{path if path.suffix else path / '__init__.py'}.txt)"
 
+    markdown = markdown.replace("](../README.md", "](index.md")
     return re.sub(r"\]\(\.\./((?:src|examples)/[^)]+?)/?\)", copy, markdown)
 
 
 def _start_page() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"\]\(docs/", "](", text)
-    text = text.replace("](SECURITY.md)", "](security.md)")
+    text = re.sub(r"\]\((SECURITY|CONTRIBUTING|CHANGELOG)\.md\)", lambda match: f"]({match[1].lower()}.md)", text)
     return text.replace("](examples)", "](cookbook.md)")

@@ -16,6 +16,7 @@ from transformers import BertConfig, LlamaConfig
 
 from lrlora.lab.compare.capacity_report import losses
 from lrlora.lab.compare.jobs import Comparison, Record, read_comparison, read_records
+from lrlora.lab.compare.markdown import markdown
 from lrlora.lab.compare.methods import METHODS, find_method
 from lrlora.lab.compare.needs import needs
 from lrlora.lab.compare.protocols import load_suite
@@ -87,7 +88,7 @@ def _verdict(found: Interval, *, either: bool = False) -> str:
     return "confirmed" if either or found.low > 0 else "refuted"
 
 
-def _told(found: Interval, unit: str) -> str:
+def _shown(found: Interval, unit: str) -> str:
     digits = 1 if unit == "points" else 3
     if math.isnan(found.low):
         return f"{found.value:+.{digits}f} {unit}, one seed"
@@ -125,7 +126,7 @@ def _against(suite: str, task: str, runs: list[Record], others: list[Record]) ->
     seeds = [seed for seed in ours if seed in theirs]
     found = paired_difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
     assert found is not None
-    return _told(found, unit), _verdict(found)
+    return _shown(found, unit), _verdict(found)
 
 
 def ranks_differ() -> list[list[str]]:
@@ -140,14 +141,13 @@ def ranks_differ() -> list[list[str]]:
             if row["method"] not in SHOWN:
                 continue
             p, gap = row["modules differ: p"], row["attention − MLP"]
-            low, high = gap.low, gap.high
-            told = f"{gap.value:+.2f} ({low:+.2f} to {high:+.2f})"
+            shown = f"{gap.value:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
             differ = "confirmed" if p < 0.05 else "undecided"
-            rows.append([modality, row["task"], row["method"], f"{p:.4f}", differ, told, _verdict(gap, either=True)])
+            rows.append([modality, row["task"], row["method"], f"{p:.4f}", differ, shown, _verdict(gap, either=True)])
     return rows
 
 
-def told_apart() -> list[list[str]]:
+def vision_results() -> list[list[str]]:
     """The results on digits and animals."""
     frame = pd.read_csv(DOCS / "compare" / "offline-vision" / "results.csv")
     return [
@@ -163,25 +163,16 @@ def told_apart() -> list[list[str]]:
     ]
 
 
-def by_heart() -> list[list[str]]:
+def picture_labels() -> pd.DataFrame:
     """The losses on random labels of pictures, and LoRA's r for each."""
     records = read_records(DOCS / "compare" / "capacity")
-    comparison = Comparison("capacity", tasks=PICTURES, seeds=3)
+    comparison = Comparison("capacity", tasks=PICTURES, seeds=5)
     frame = losses(comparison.select(records), PICTURES[0], comparison.r)
-    rows = []
-    for row in frame.to_dict("records"):
-        equal = row["LoRA's r for this loss"]
-        told = ""
-        if isinstance(equal, Interval):
-            span = "" if math.isnan(equal.low) else f" ({equal.low:.1f} to {equal.high:.1f})"
-            told = f"{equal.value:.1f}{span}"
-        loss, rank = f"{row['loss (nats)']:.2f} ± {row['std']:.2f}", f"{row['stable rank']:.1f}"
-        rows.append([row["method"], str(row["r"]), f"{row['parameters']:,}", loss, told, rank])
-    return rows
+    return frame[["method", "r", "parameters", "loss (nats)", "std", "LoRA's r for this loss", "stable rank"]]
 
 
-def as_told() -> list[list[str]]:
-    """What two models of the page on speed are said to need, beside what was measured there."""
+def predicted_needs() -> list[list[str]]:
+    """What two models of the page on speed need by the count, beside what was measured there."""
     measured = [json.loads(line) for line in (DOCS / "speed" / "results.jsonl").read_text().splitlines()]
     rows = []
     for name, (config, task) in SPEED.items():
@@ -190,8 +181,8 @@ def as_told() -> list[list[str]]:
             config.save_pretrained(folder)
             suite = Suite(folder, {"task": task})
             lora, ours = (needs(suite, task, METHODS[method], 8) for method in ("lora", "lr-lora"))
-        for method, told in (("LoRA", lora), ("LR-LoRA", ours)):
-            rows.append([f"{name}: {method}, MiB", f"{1024 * told.gib:.0f}", f"{steps[method]['peak_mib']:.0f}"])
+        for method, predicted in (("LoRA", lora), ("LR-LoRA", ours)):
+            rows.append([f"{name}: {method}, MiB", f"{1024 * predicted.gib:.0f}", f"{steps[method]['peak_mib']:.0f}"])
         operations, seconds = (
             ours.operations / lora.operations,
             steps["LR-LoRA"]["seconds"] / steps["LoRA"]["seconds"],
@@ -202,11 +193,10 @@ def as_told() -> list[list[str]]:
 
 def updated(page: str) -> str:
     """The page with the tables of the stored runs."""
-    page = with_section(page, "told", table(["", "told", "measured"], as_told()))
+    page = with_section(page, "needs", table(["", "predicted", "measured"], predicted_needs()))
     heads = ["task", "method", "accuracy × 100", "parameters", "stable rank", "energy-99 rank"]
-    page = with_section(page, "vision", table(heads, told_apart()))
-    heads = ["method", "r", "parameters", "loss (nats)", "LoRA's r for this loss", "stable rank"]
-    page = with_section(page, "pictures", table(heads, by_heart()))
+    page = with_section(page, "vision", table(heads, vision_results()))
+    page = with_section(page, "pictures", f"{markdown(picture_labels())}\n")
     heads = ["", "task", "method", "difference", "verdict"]
     page = with_section(page, "better", table(heads, better_than_lora()))
     page = with_section(page, "shared", table(heads, one_each_beats_one_for_all()))

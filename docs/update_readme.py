@@ -65,7 +65,7 @@ def render() -> str:
     lines += [
         row("modules with energy99 rank > r", *above),
         "",
-        "The MLP of its last layer, on random labels to be learned by heart; rate and scale tuned for each method:",
+        "The MLP of its last layer, on random labels to be memorised; rate and scale tuned for each method:",
         "",
         row("", *(r["method"] for r in labels)),
         "|---" * (len(labels) + 1) + "|",

@@ -7,7 +7,7 @@ The N centres c_k are fixed and equally spaced on [−I, I], h apart. Amplitudes
 
     residual     β(z) = z         ψ is learned curvature on top of plain LoRA
     saturating   β(z) = tanh(z)   ψ is learned curvature on top of a bounded update
-    sinc         β(z) = 0         the paper's literal form: ψ alone, not clipped, natural tails outside [−I, I]
+    sinc         β(z) = 0         the paper's form: ψ alone, not clipped, natural tails outside [−I, I]
     sine         β(z) = sin(z)    ψ = 0: nothing learned, the fixed control
 
 What is stored and trained are two float32 vectors that start at zero, so that weight decay pulls to the start:

@@ -55,7 +55,7 @@ def demo(
         console.print(rank_table(report, "Ranks that LR-LoRA learned on the reviews", width=console.width))
         for task, title, heading in (
             ("reviews", "Movie reviews", "accuracy, films held out"),
-            ("labels", "Random labels, to be learned by heart", "loss, nats"),
+            ("labels", "Random labels, to be memorised", "loss, nats"),
         ):
             table = Table(title=title, title_justify="left")
             for name in ("method", "trainable", heading, "ms a step"):

@@ -129,8 +129,8 @@ class TransferTable:
     """φ of one layer, tabulated: piecewise quintic on a uniform grid with a knot at 0.
 
     The series ψ is read from the table, the backbone β is computed. A clipped form needs ψ on [−I, I] only. The
-    literal form has tails that never end: its table has as many panels of that width, side by side, as its entries
-    need. Entries beyond the largest table are computed by the formula.
+    paper's form (`sinc`) has tails that never end: its table has as many panels of that width, side by side, as its
+    entries need. Entries beyond the largest table are computed by the formula.
 
     The table is linear in the values of ψ at the Chebyshev points of every panel, where alone the formula is evaluated.
     The gradient is the interpolant's own: `slope` is the derivative of what `value` returns, and `PhiGradient` sums
