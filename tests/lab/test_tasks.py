@@ -57,10 +57,10 @@ def test_near_duplicates_are_found() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("movie-reviews", "ratings", "r8", "20-newsgroups"),
+        *("movie-reviews", "ratings", "r8"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("vitaminc", "social-iqa", "goal-step", "strategy-qa", "winowhy")
+            for name in ("20-newsgroups", "vitaminc", "social-iqa", "goal-step", "strategy-qa", "winowhy")
         ),
     ],
 )

@@ -198,7 +198,7 @@ def test_lora_gives_the_numbers_of_a_script_written_by_hand(encoder: str, table:
     assert metrics["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_run_resumes_with_the_same_losses(
     encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
