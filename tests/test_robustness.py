@@ -130,7 +130,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def run_here(worker: object, job: jobs.Job, comparison: jobs.Comparison, output: Path) -> None:
     """A job of a comparison in this process."""
-    record = run_job(comparison.definition, {**asdict(job), "rank": comparison.r})
+    record = run_job(comparison.definition, {**asdict(job), "rank": comparison.r}, output / "runs" / job.name)
     write_json(output / "jobs" / f"{job.name}.json", record | {"wall": 1.0})
 
 

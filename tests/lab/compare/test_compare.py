@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -17,10 +18,11 @@ import pandas as pd
 import pytest
 import yaml
 from scipy.stats import ttest_rel
+from transformers import Trainer
 from typer.testing import CliRunner
 
 from lrlora.cli import app
-from lrlora.lab.compare import METHODS, Comparison
+from lrlora.lab.compare import METHODS, Comparison, jobs, queue
 from lrlora.lab.compare.figures import parameters_figure, ranks_figure, rates_figure
 from lrlora.lab.compare.jobs import TUNING_SEED, Job, best_trial, prepare, read_records
 from lrlora.lab.compare.markdown import markdown
@@ -457,15 +459,54 @@ def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_pat
 
 
 @pytest.mark.parametrize("method", RUNNABLE)
-def test_every_method_runs(suite: Path, method: str) -> None:
+def test_every_method_runs(suite: Path, tmp_path: Path, method: str) -> None:
     request = {"task": "reviews", "method": method, "learning_rate": 1e-3, "seed": 1, "rank": 2}
-    result = run_job(load_suite(str(suite)), request)
+    result = run_job(load_suite(str(suite)), request, tmp_path / "run")
     assert result["method"] == method
     assert 0 <= result["test"]["accuracy"] <= 1
     assert math.isfinite(result["validation"]["loss"])
     assert result["trainable"] > 0
     assert result["hardware"]
     assert bool(result["ranks"]) == METHODS[method].has_ranks
+
+
+def test_a_long_run_goes_on_where_it_was_stopped(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "_SAVE_STEPS", 3)
+    request = {"task": "reviews", "method": "lora", "learning_rate": 1e-3, "seed": 1, "rank": 2}
+    whole = run_job(load_suite(str(suite)), request, tmp_path / "whole")
+    step, done = Trainer.training_step, itertools.count()
+
+    def die_in_the_eighth(*arguments: Any) -> Any:
+        if next(done) == 7:
+            raise MemoryError
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", die_in_the_eighth)
+        with pytest.raises(MemoryError):
+            run_job(load_suite(str(suite)), request, tmp_path / "cut")
+    capsys.readouterr()
+    found = run_job(load_suite(str(suite)), request, tmp_path / "cut")
+    assert "Resuming from step 6." in capsys.readouterr().out
+    assert (found["validation"], found["test"]) == (whole["validation"], whole["test"])
+    assert found["train_tokens"] == whole["train_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "5,6"}, "5"), ({"CUDA_VISIBLE_DEVICES": "5,6", "LOCAL_RANK": "1"}, "6")],
+)
+def test_a_job_has_one_gpu(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], left: str) -> None:
+    """With more, the Trainer would take batches larger than the task's."""
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environment = queue._environment()
+    assert environment["CUDA_VISIBLE_DEVICES"] == left
+    assert "LOCAL_RANK" not in environment
 
 
 @pytest.mark.real

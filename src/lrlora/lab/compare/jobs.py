@@ -30,6 +30,8 @@ TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
 CALL_FILE = "call.json"  # what was asked for last
 FAILED = 3  # exit status of a worker whose job can never work
+# A job of more steps writes a checkpoint after so many, and goes on with it if it was stopped.
+_SAVE_STEPS = 500
 _GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
 Record = dict[str, Any]
 # What a job records that has not failed, and one that was tested too.
@@ -174,10 +176,11 @@ class Comparison:
         return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
 
     def of_all(self, records: dict[str, Record]) -> Comparison:
-        """The comparison of all methods and tasks that a folder has finished jobs of."""
+        """The comparison of all methods, tasks and seeds that a folder has finished jobs of."""
         tasks, methods = ({record[name]: None for record in records.values()} for name in ("task", "method"))
         known = tuple(task for task in self.definition.tasks if task in tasks)
-        return replace(self, tasks=known, methods=tuple(methods))
+        seeds = max((record["seed"] for record in records.values()), default=0)
+        return replace(self, tasks=known, methods=tuple(methods), seeds=max(self.seeds, seeds))
 
     def cells_left(self, jobs: list[Job]) -> list[tuple[str, str]]:
         """(task, method) of jobs that are left, and of those that will follow: the seeds at a rate yet to be found."""
@@ -293,7 +296,7 @@ def prepare(comparison: Comparison, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(output.parent / f".{output.name}.lock"):
         check_folder(comparison, output)
-        for name in ("jobs", "locks", "logs"):
+        for name in ("jobs", "locks", "logs", "runs"):
             (output / name).mkdir(parents=True, exist_ok=True)
         settings = _settings(comparison)
         if (output / SETTINGS_FILE).exists():
@@ -372,7 +375,10 @@ def train_config(
             "per_device_train_batch_size": task.batch_size,
             "learning_rate": learning_rate,
             "eval_strategy": "no",
-            "save_strategy": "no",
+            "save_strategy": "steps" if task.steps > _SAVE_STEPS else "no",
+            "save_steps": _SAVE_STEPS,
+            "save_total_limit": 1,
+            "include_num_input_tokens_seen": "non_padding" if KINDS[task.kind].reads_text else "no",
             "load_best_model_at_end": False,
         },
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -108,12 +109,11 @@ _OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "
 
 
 def _environment() -> dict[str, str]:
-    """That of the jobs: where several processes were launched, each has a GPU of its own, and jobs of its own."""
+    """That of the jobs, each with one GPU: given more, the Trainer would take batches larger than the task's."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(rank)] if visible else rank
+    rank, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible != "":  # which hides all of them
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank] if visible else str(rank)
     return environment
 
 
@@ -124,9 +124,10 @@ class _Worker:
         self._command = [sys.executable, "-m", "lrlora.lab.compare.worker", json.dumps(asdict(suite))]
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, request: dict[str, Any], result: Path, log: Path) -> int:
-        """The exit status of a job, which writes what it found to `result`, and what it says to `log`."""
-        order = json.dumps({"request": request, "result": str(result), "log": str(log)}) + "\n"
+    def run(self, request: dict[str, Any], folder: Path, result: Path, log: Path) -> int:
+        """The exit status of a job, which trains in `folder` and writes its findings to `result`, all else to `log`."""
+        paths = {"folder": str(folder), "result": str(result), "log": str(log)}
+        order = json.dumps({"request": request, **paths}) + "\n"
         is_new = self._process is None
         process = self._process or self._start(log)
         assert process.stdin is not None
@@ -139,7 +140,7 @@ class _Worker:
             return int(said)
         self.close()
         # One that has done its last job may have ended by now, as it does where there is a GPU.
-        return process.returncode if is_new else self.run(request, result, log)
+        return process.returncode if is_new else self.run(request, folder, result, log)
 
     def _start(self, log: Path) -> subprocess.Popen[str]:
         with log.open("w", encoding="utf-8") as written:
@@ -161,11 +162,11 @@ class _Worker:
 def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str | None:
     """Run a job in a process of its own and file its result; what went wrong outside it is returned, and not filed."""
     request = {**asdict(job), "rank": comparison.r}
-    log = output / "logs" / f"{job.name}.log"
+    log, folder = output / "logs" / f"{job.name}.log", output / "runs" / job.name
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        status = worker.run(request, result, log)
+        status = worker.run(request, folder, result, log)
         if status == 0:
             record = json.loads(result.read_text(encoding="utf-8"))
         else:
@@ -175,4 +176,6 @@ def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str
                 return f"{job.name} ended with status {status} ({said}); see {log}"
             record = {**request, "failure": said}
     write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
+    if folder.exists():
+        shutil.rmtree(folder)
     return None

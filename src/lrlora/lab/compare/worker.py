@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import sys
-import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -23,21 +25,23 @@ from peft import PeftModel
 
 from ...checks import require_known
 from ...rank import RankReport
-from ...run_folder import read_record
+from ...run_folder import RUN_FILE, read_record
+from ..config import TrainConfig
 from ..inference import evaluate
-from ..train import Interrupted, rank_report_of, train
+from ..train import Interrupted, TrainResult, rank_report_of, train
 from .capacity import CapacityTask, train_capacity
 from .jobs import FAILED, TUNING_SEED, train_config
 from .methods import find_method
 from .suites import Suite, Task
 
 
-def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
+def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train, validate, and, unless the job only tunes, test.
 
     Args:
         suite: of the comparison.
         request: the fields of `Job`, and `rank`.
+        folder: of the run, which goes on with what a process that was stopped left there.
 
     Returns:
         The request with what came out: `seconds` of a training step (on a CPU, processor time) on what `hardware`,
@@ -56,30 +60,43 @@ def run_job(suite: Suite, request: dict[str, Any]) -> dict[str, Any]:
             found["test"] = None
         measured = {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": _ranks(found.pop("ranks"))}
         return {**request, **found, **measured}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "run"
-        config = train_config(
-            suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
-        )
-        result = train(config)
-        record = {
-            **request,
-            "seconds": result.seconds_per_step,
-            "hardware": _hardware(),
-            "peak_mib": _peak_mib(),
-            "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
-            **_sizes(folder, result.model),
-            "validation": result.metrics,
-            "criterion": result.metrics[task.criterion],
-            "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
-            "test": None,
-        }
-        if request["seed"] != TUNING_SEED:
-            record["test"] = _scores(folder, task)
-            require_known(f"metric of {suite.model} on {request['task']}", task.metric, record["test"])
-            if wrong := [name for name, value in record["test"].items() if not math.isfinite(value)]:
-                raise ValueError(f"Training has diverged: {' and '.join(wrong)} of the test is not finite.")
-        return record
+    config = train_config(
+        suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
+    )
+    result = _trained(config)
+    record = {
+        **request,
+        "seconds": result.seconds_per_step,
+        "hardware": _hardware(),
+        "peak_mib": _peak_mib(),
+        "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
+        **_sizes(folder, result.model),
+        "validation": result.metrics,
+        "criterion": result.metrics[task.criterion],
+        "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
+        "test": None,
+        **_course(result),
+    }
+    del result  # for the test the model is loaded anew, and one GPU may not hold two
+    gc.collect()
+    torch.cuda.empty_cache()
+    if request["seed"] != TUNING_SEED:
+        record["test"] = _scores(folder, task)
+        require_known(f"metric of {suite.model} on {request['task']}", task.metric, record["test"])
+        if wrong := [name for name, value in record["test"].items() if not math.isfinite(value)]:
+            raise ValueError(f"Training has diverged: {' and '.join(wrong)} of the test is not finite.")
+    return record
+
+
+def _trained(config: TrainConfig) -> TrainResult:
+    """Train; where a process that was stopped has begun the run, go on with it, if that is possible."""
+    folder = Path(config.output)
+    if (folder / RUN_FILE).exists():
+        with suppress(ValueError, OSError):
+            return train(config, resume=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    return train(config)
 
 
 def _scores(folder: Path, task: Task) -> dict[str, float]:
@@ -90,6 +107,12 @@ def _scores(folder: Path, task: Task) -> dict[str, float]:
     names = next(iter(by_set.values()))
     means = {metric: fmean(found[metric] for found in by_set.values()) for metric in names}
     return means | {f"{metric} of {name}": value for name, found in by_set.items() for metric, value in found.items()}
+
+
+def _course(result: TrainResult) -> dict[str, Any]:
+    """The mean loss of the training steps, and the tokens that they saw; None of what is not text."""
+    last = next(entry for entry in reversed(result.log_history) if "train_loss" in entry)
+    return {"train_loss": last["train_loss"], "train_tokens": last.get("num_input_tokens_seen")}
 
 
 def _sizes(folder: Path, model: Any) -> dict[str, Any]:
@@ -105,6 +128,7 @@ def _sizes(folder: Path, model: Any) -> dict[str, Any]:
         "revision": getattr(model.config, "_commit_hash", None),
         "versions": read_record(folder).versions,
         "on_gpu": torch.cuda.is_available(),
+        "reserved_mib": torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_available() else None,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -140,7 +164,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(suite: Suite, request: dict[str, Any], result: str, log: str) -> int:
+def _work(suite: Suite, request: dict[str, Any], folder: str, result: str, log: str) -> int:
     """Run a job in this process; returns its exit status. What can never work is `FAILED`, and says why."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -148,7 +172,7 @@ def _work(suite: Suite, request: dict[str, Any], result: str, log: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(written, stream.fileno())
     try:
-        found = run_job(suite, request)
+        found = run_job(suite, request, Path(folder))
     except ValueError as error:
         print(" ".join(str(error).split()))
         return FAILED
