@@ -6,7 +6,6 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def _cells() -> Iterator[tuple[str, str, Cells]]:
             continue
         records = read_records(folder)
         # Of each method all seeds at the rate that was chosen: a folder may hold runs at others.
-        cells = final_runs(replace(read_comparison(suite, folder), seeds=5).of_all(records).select(records))
+        cells = final_runs(read_comparison(suite, folder).of_all(records).select(records))
         for name, chosen in ((modality, False), ("vision, rank binds", True)):
             some = {cell: runs for cell, runs in cells.items() if (cell[0] in PICTURES) == chosen}
             if some:

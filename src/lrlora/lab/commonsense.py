@@ -98,8 +98,8 @@ COMMONSENSE = {
 def load_commonsense(name: str) -> DatasetDict:
     """`train` and `test` of a set of `COMMONSENSE`, with the columns `question`, `prompts`, `choices` and `label`.
 
-    `ALL` is what language models are commonly trained on, `train` of all sets together (LLM-Adapters,
-    arXiv:2304.01933, has 170,000 examples of them); it has no `test`.
+    `ALL` is `train` of all sets together, 148,000 examples (LLM-Adapters, arXiv:2304.01933, which language models are
+    commonly trained on, has 170,000, with the larger set of WinoGrande); it has no `test`.
     """
     if name == ALL:
         return DatasetDict(train=concatenate_datasets([load_commonsense(each)["train"] for each in COMMONSENSE]))

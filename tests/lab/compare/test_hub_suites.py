@@ -77,20 +77,26 @@ def test_the_preset_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets
     assert set(records) == {"lora", "lr-lora"}
     for record in records.values():
         by_set = [
-            record["test"][f"accuracy of {name}"] for name in PRESETS["llama-3-8b"].tasks["commonsense-170k"].test_data
+            record["test"][f"accuracy of {name}"] for name in PRESETS["llama-3-8b"].tasks["commonsense"].test_data
         ]
         assert len(by_set) == 8
         assert record["test"]["accuracy"] == pytest.approx(sum(by_set) / 8)
 
     # Results in the form of PEFT's own comparison.
-    written = json.loads((tmp_path / "out" / "peft" / "lora--commonsense-170k-seed1.json").read_text())
+    written = json.loads((tmp_path / "out" / "peft" / "lora--commonsense-seed1.json").read_text())
     assert set(written) == {"run_info", "train_info", "meta_info"}
     assert written["run_info"]["peft_config"]["r"] == 32
     assert written["run_info"]["peft_config"]["lora_alpha"] == 64
     assert written["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == 1e-3
     assert written["train_info"]["num_total_params"] > written["train_info"]["num_trainable_params"] > 0
     assert written["run_info"]["peft_config"]["task_type"] == "CAUSAL_LM"
-    assert written["train_info"]["metrics"][-1]["test accuracy"] == records["lora"]["test"]["accuracy"]
+    last = written["train_info"]["metrics"][-1]
+    assert last["test accuracy"] == records["lora"]["test"]["accuracy"]
+    assert last["train loss"] > 0
+    assert last["train total tokens"] > last["train samples"] > 0
+    assert {f"{name}-version" for name in ("peft", "transformers", "datasets", "torch", "bitsandbytes")} <= set(
+        written["meta_info"]["package_info"]
+    )
 
 
 @pytest.mark.parametrize("preset", [pytest.param("roberta-base", marks=slow), pytest.param("vit-base", marks=slow)])

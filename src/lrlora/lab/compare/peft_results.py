@@ -1,6 +1,7 @@
 """Runs as PEFT's method comparison writes them, one JSON file each, so that they can be offered there.
 
-PEFT's own (its folder method_comparison) measures memory more often, and keeps what is measured here only once as None.
+PEFT's own (its folder method_comparison) measures the reserved memory at each step: the mean and the 99th percentile
+here are its peak. Without a GPU there is no memory to tell, and its tables cannot take the run.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from .jobs import Comparison, Record
 from .tables import final_runs
 
 FOLDER = "peft"
+_NOT_USED = {"bitsandbytes": None}  # whose version PEFT's tables ask for
 
 
 def write_peft_results(comparison: Comparison, records: dict[str, Record], output: Path) -> None:
     """Write a file for each final run, METHOD--TASK-SEED.json; of runs before sizes were recorded, none."""
     for runs in final_runs(records).values():
         for run in runs:
-            if "versions" in run:
+            if "train_tokens" in run:
                 (output / FOLDER).mkdir(exist_ok=True)
                 name = f"{run['method']}--{run['task']}-seed{run['seed']}.json".replace("/", "-")
                 write_json(output / FOLDER / name, _result(comparison, run))
@@ -29,11 +31,15 @@ def write_peft_results(comparison: Comparison, records: dict[str, Record], outpu
 def _result(comparison: Comparison, run: Record) -> dict[str, Any]:
     definition = comparison.definition
     task = definition.training_tasks[run["task"]]
-    memory = run["peak_mib"] * 2**20 if run["on_gpu"] else None
-    metrics = [
-        {"step": task.steps, **{f"valid {name}": value for name, value in run["validation"].items()}},
-        {"step": task.steps, **{f"test {name}": value for name, value in run["test"].items()}},
-    ]
+    memory, reserved = (round(run[name] * 2**20) if run["on_gpu"] else None for name in ("peak_mib", "reserved_mib"))
+    metrics = {
+        "step": task.steps,
+        **{f"valid {name}": value for name, value in run["validation"].items()},
+        **{f"test {name}": value for name, value in run["test"].items()},
+        "train loss": run["train_loss"],
+        "train samples": task.steps * task.batch_size,
+        "train total tokens": run["train_tokens"],
+    }
     return {
         "run_info": {
             "created_at": run["finished"],
@@ -59,20 +65,20 @@ def _result(comparison: Comparison, run: Record) -> dict[str, Any]:
             "error_msg": "",
         },
         "train_info": {
-            "cuda_memory_reserved_avg": None,
-            "cuda_memory_max": memory,
-            "cuda_memory_reserved_99th": None,
+            "accelerator_memory_reserved_avg": reserved,
+            "accelerator_memory_max": memory,
+            "accelerator_memory_reserved_99th": reserved,
             "train_time": run["seconds"] * task.steps,
             "file_size": run["file_size"],
             "num_trainable_params": run["trainable"],
             "num_total_params": run["parameters"],
             "status": "success",
-            "metrics": metrics,
+            "metrics": [metrics],
         },
         "meta_info": {
             "model_info": {"sha": run["revision"], "created_at": None},
             "dataset_info": {task.data: {"sha": None, "created_at": None}},
-            "package_info": {f"{name}-version": version for name, version in run["versions"].items()},
+            "package_info": {f"{name}-version": version for name, version in {**_NOT_USED, **run["versions"]}.items()},
             "system_info": {
                 "system": platform.system(),
                 "machine": platform.machine(),
