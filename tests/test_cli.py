@@ -41,6 +41,15 @@ def test_version() -> None:
     assert run("--version").output.strip() == f"lrlora {__version__}"
 
 
+def test_help_and_settings_file_say_what_the_docstring_says(tmp_path: Path) -> None:
+    shown = " ".join(run("train", "--help").output.replace("│", " ").split())
+    settings = tmp_path / "settings.yaml"
+    assert run("init", settings).exit_code == 0
+    written = " ".join(settings.read_text(encoding="utf-8").replace("#", " ").split())
+    for text in (shown, written):
+        assert "A finished run whose adapter (or model, of full) training goes on from" in text
+
+
 def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output

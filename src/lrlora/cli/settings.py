@@ -49,7 +49,8 @@ def _help() -> dict[str, str]:
     """What the docstring of `TrainConfig` says of each setting."""
     section = (inspect.getdoc(TrainConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: text[:1].upper() + " ".join(text[1:].split()) for name, text in entries}
+    joined = {name: " ".join(text.split()) for name, text in entries}
+    return {name: text[:1].upper() + text[1:] for name, text in joined.items()}
 
 
 def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
