@@ -121,6 +121,30 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     assert "exists already" in result.output
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_integers_are_classes_of_the_same_name_beside_an_empty_cell(encoder: str, tmp_path: Path, ending: str) -> None:
+    frame = reviews(40)
+    frame["verdict"] = frame["verdict"].map({"fresh": 1, "rotten": 0})
+    with_hole = pd.concat([frame, pd.DataFrame({"review": ["a film"], "verdict": [math.nan]})])  # of floats now
+    whole, holed = tmp_path / f"whole.{ending}", tmp_path / f"holed.{ending}"
+    if ending == "csv":
+        frame.to_csv(whole, index=False)
+        with_hole.astype({"verdict": "Int64"}).to_csv(holed, index=False)
+    else:
+        frame.to_parquet(whole)
+        with_hole.to_parquet(holed)
+    for trained, asked in ((holed, whole), (whole, holed)):
+        output = tmp_path / f"on-{trained.stem}"
+        result = train_reviews(encoder, str(trained), output, "--skip-empty", "--steps", 2)
+        assert result.exit_code == 0, result.output
+        assert json.loads((output / "run.json").read_text())["labels"] == ["0", "1"]
+        result = run("evaluate", output, "--data", asked)
+        assert result.exit_code == 0, result.output
+        result = run("predict", output, "--data", asked, "--output", output / "said.jsonl")
+        assert result.exit_code == 0, result.output
+        assert {line["prediction"] for line in lines(output / "said.jsonl")} <= {"0", "1"}
+
+
 def test_options_win_over_the_file(encoder: str, table: str, tmp_path: Path) -> None:
     content = {
         "model": encoder,

@@ -31,6 +31,14 @@ def known_labels(data: Dataset, split: str) -> list[Any]:
     return values
 
 
+def class_name(value: Any) -> str:
+    """What the class of a label is called.
+
+    A column of integers is read as one of floats where a cell is empty, and its classes must be called the same.
+    """
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
 def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
     """The data with labels as indices into `labels`.
 
@@ -40,7 +48,7 @@ def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
     """
     values = known_labels(data, split)
     feature = data.features["label"]
-    names = [feature.int2str(value) if isinstance(feature, ClassLabel) else str(value) for value in values]
+    names = [feature.int2str(value) if isinstance(feature, ClassLabel) else class_name(value) for value in values]
     unseen = sorted(set(names) - set(labels))
     if unseen:
         raise ValueError(

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..labels import known_labels
+from ..labels import class_name, known_labels
 from ..metrics import classification_metrics, regression_metrics
 from ..rows import is_finite, require_rows
 from .base import Kind
@@ -37,7 +37,7 @@ class Classify(Kind):
                 f"The labels are numbers with fractions ({distinct[0]}, {distinct[1]}, …). To predict numbers, use the "
                 "task regress."
             )
-        return [str(value) for value in distinct]
+        return [class_name(value) for value in distinct]
 
     def model_options(self, labels: list[str]) -> dict[str, Any]:
         return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
