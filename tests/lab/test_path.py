@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.lab.config import TrainConfig
+from lrlora.lab.data import load_splits
 from lrlora.lab.train import show_plan, train
 
 from .small import reviews
@@ -56,11 +57,11 @@ MESSAGES = {
     (
         "--data",
         "semicolons.csv",
-    ): "with ',' between columns it has one, 'text;label'. Say what is between them: --delimiter ';'",
+    ): "with ',' between columns semicolons.csv has one, 'text;label'. Say what is between them: --delimiter ';'",
     ("--data", "latin.csv"): "It is not written in UTF-8: say how, such as --encoding latin-1",
-    ("--data", "header.csv"): "it has a header (text, label) and no rows",
-    ("--data", "nothing.csv"): "it is empty",
-    ("--data", "twice.csv"): "several of its columns are called text. Give each a name of its own",
+    ("--data", "header.csv"): "header.csv has a header (text, label) and no rows",
+    ("--data", "nothing.csv"): "nothing.csv is empty",
+    ("--data", "twice.csv"): "several columns of twice.csv are called text. Give each a name of its own",
     (
         "--data",
         "columns.csv",
@@ -97,6 +98,24 @@ MESSAGES = {
     ): "The folder adapter holds an adapter, and no model: give its base model",
     ("--data", "good.csv", "--start-from", "nowhere"): "nowhere holds no run of `lrlora train`",
 }
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "part/train.csv"])
+def test_words_for_nothing_are_labels_in_a_folder_too(name: str) -> None:
+    file, labels = Path("folder") / name, ["None", "NA", "null", None, "good"]
+    file.parent.mkdir(parents=True)
+    pd.DataFrame({"text": "a", "label": labels}).to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
+    for data in (file, "folder"):
+        assert load_splits(str(data))["train"]["label"][:] == labels
+
+
+@pytest.mark.parametrize("name", ["semicolons", "latin", "header", "nothing", "twice"])
+def test_what_is_refused_of_a_table_is_refused_in_a_folder(encoder: str, name: str) -> None:
+    file = Path(f"{name}.csv")
+    Path("folder").mkdir()
+    file.rename(Path("folder") / file)
+    said = told("train", "--task", "classify", "--model", encoder, "--data", "folder")
+    assert MESSAGES["--data", str(file)] in said
 
 
 @pytest.mark.parametrize("given", MESSAGES, ids=lambda given: " ".join(map(str, given)))

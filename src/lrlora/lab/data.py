@@ -6,12 +6,13 @@ import csv
 import errno
 import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
 from ..checks import require_known
 from ..files import require_regular
@@ -29,6 +30,8 @@ COMMONSENSE_PREFIX = "commonsense"
 
 
 _FEW_EXAMPLES = 16
+# Words such as "None" are texts and labels like others; only nothing is missing.
+_CSV = {"keep_default_na": False, "na_values": [""]}
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,7 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
             loaded = load_from_disk(str(path))
             return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
         if path.is_dir():
-            given = {"sep": delimiter, "encoding": encoding}
-            return load_dataset(str(path), **{option: value for option, value in given.items() if value is not None})
+            return _load_folder(path, delimiter, encoding)
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:
@@ -110,9 +112,20 @@ def _load_file(path: Path, delimiter: str | None, encoding: str | None) -> Datas
     if builder == "csv":
         delimiter = delimiter or ("\t" if path.suffix == ".tsv" else ",")
         _check_header(path, delimiter, encoding or "utf-8-sig")
-        # Words such as "None" are texts and labels like others; only nothing is missing.
-        options = {"keep_default_na": False, "na_values": [""], "sep": delimiter, "encoding": encoding}
+        options = {**_CSV, "sep": delimiter, "encoding": encoding}
     return load_dataset(builder, data_files={"train": str(path)}, **options)
+
+
+def _load_folder(folder: Path, delimiter: str | None, encoding: str | None) -> DatasetDict:
+    builder = load_dataset_builder(str(folder))
+    given = {"sep": delimiter, "encoding": encoding}
+    options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+    if builder.name == "csv":
+        config: Any = builder.config
+        for file in chain(*config.data_files.values()):
+            _check_header(Path(file), delimiter or config.sep, encoding or "utf-8-sig")
+        options |= _CSV
+    return load_dataset(str(folder), **options)
 
 
 def _check_header(path: Path, delimiter: str, encoding: str) -> None:
@@ -121,14 +134,15 @@ def _check_header(path: Path, delimiter: str, encoding: str) -> None:
         rows = csv.reader(file, delimiter=delimiter)
         header, first = next(rows, []), next(rows, None)
     if first is None:
-        raise ValueError(f"it has a header ({', '.join(header)}) and no rows" if header else "it is empty")
+        has = f"has a header ({', '.join(header)}) and no rows" if header else "is empty"
+        raise ValueError(f"{path.name} {has}")
     if len(header) == 1 and (other := next((c for c in ";\t|," if c != delimiter and c in header[0]), None)):
         raise ValueError(
-            f"with {delimiter!r} between columns it has one, {header[0]!r}. Say what is between them: "
+            f"with {delimiter!r} between columns {path.name} has one, {header[0]!r}. Say what is between them: "
             f"--delimiter {other!r}"
         )
     if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise ValueError(f"several of its columns are called {', '.join(twice)}. Give each a name of its own")
+        raise ValueError(f"several columns of {path.name} are called {', '.join(twice)}. Give each a name of its own")
 
 
 def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
