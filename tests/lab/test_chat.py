@@ -223,6 +223,34 @@ def test_more_turns_systems_histories_and_tools() -> None:
         as_trl_reads(Dataset.from_list([{"conversations": [{"from": "narrator", "value": "it"}]}]), "chat")
 
 
+def test_a_prompt_of_messages_has_a_system_and_an_answer_in_either_form(decoder: str, tmp_path: Path) -> None:
+    asked, answer = [{"role": "user", "content": "a film"}], [{"role": "assistant", "content": "good"}]
+    for prompt, completion in ((asked, "good"), (asked, answer), ("a film", answer), ("a film", "good")):
+        row = {"prompt": prompt, "completion": completion, "system": "be clever"}
+        (read,) = as_trl_reads(Dataset.from_list([row]), "chat")
+        assert read == {"prompt": [{"role": "system", "content": "be clever"}, *asked], "completion": answer}
+    mixed = [{"prompt": asked, "completion": "good"}, {"prompt": asked, "completion": "bad"}]
+    data = write(tmp_path / "mixed.jsonl", 24 * mixed)
+    assert "exact_match" in evaluate(trained(decoder, tmp_path, "prompt", 2, data=data), data)
+
+
+def test_without_a_template_nothing_is_left_out_in_silence(decoder: str, tmp_path: Path) -> None:
+    plain = {"chat_template": "none"}
+    turns, question = {"history": [["a film", "bad"]]}, {"instruction": "and it ?", "output": "good"}
+    for row, said in (
+        ({"prompt": "a film", "completion": "good", "system": "be clever"}, "system must be empty .* 'be clever'"),
+        ({**question, "system": "be clever"}, "system must be empty .*--chat-template simple"),
+        ({**question, **turns}, "history must be empty for a model without a chat template"),
+        ({"prompt": "a film", "completion": [{"role": "assistant", "content": "good"}]}, "holds chats"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [row]), **plain)
+    empty = {**question, "system": "", "history": []}
+    folder = trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [empty]), **plain)
+    with pytest.raises(ValueError, match="system must be empty"):
+        next(predict(folder, Dataset.from_list([{"prompt": "a film", "system": "be clever"}])))
+
+
 def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", rows("Alpaca"))
     shown = run(

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import require_known
 from ..files import values_of
 from ..run_folder import CHAT, PLAIN, TEXT
+from .rows import require_rows
 
 NO_TEMPLATE = "none"
 # For a model without a template and without tokens for one; a turn of the assistant ends as the model's texts do.
@@ -65,9 +66,9 @@ def _sharegpt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
 
 def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     prompt, answer = row["prompt"], row.get("completion")
-    if not isinstance(prompt, str) or not is_chat:
+    if not is_chat:
         return {"prompt": prompt} | ({} if answer is None else {"completion": answer})
-    return _asked(row, [_user(prompt)], answer)
+    return _asked(row, [_user(prompt)] if isinstance(prompt, str) else prompt, answer)
 
 
 def _alpaca(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
@@ -90,9 +91,13 @@ def _assistant(content: str) -> dict[str, Any]:
     return {"role": "assistant", "content": content.strip()}
 
 
-def _asked(row: dict[str, Any], turns: list[dict[str, Any]], answer: str | None) -> dict[str, Any]:
+def _asked(
+    row: dict[str, Any], turns: list[dict[str, Any]], answer: str | list[dict[str, Any]] | None
+) -> dict[str, Any]:
     prompt = {"prompt": _with_system(row, turns)}
-    return prompt if answer is None else prompt | {"completion": [_assistant(answer)]}
+    if answer is None:
+        return prompt
+    return prompt | {"completion": [_assistant(answer)] if isinstance(answer, str) else answer}
 
 
 def _with_system(row: dict[str, Any], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -141,6 +146,12 @@ def format_of(columns: Mapping[str, Any] | list[str]) -> Format:
     return next(each for each in FORMATS if set(each.asked) <= set(columns))
 
 
+def holds_chats(data: Dataset) -> bool:
+    """Whether these rows are asked or answered in messages, and not in texts alone."""
+    found = format_of(data.column_names)
+    return found.name in ("messages", "ShareGPT") or any(isinstance(data[0].get(role), list) for role in found.roles)
+
+
 def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """How these rows are read: as chats, as plain prompts, or as texts.
 
@@ -153,7 +164,7 @@ def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
         return TEXT
     if tokenizer.chat_template is not None:
         return CHAT
-    if found.name in ("messages", "ShareGPT") or not isinstance(data[0][found.asked[0]], str):
+    if holds_chats(data):
         raise ValueError(
             f"The data holds chats ({found.name}), and the model has no chat template. Give one: --chat-template "
             "simple, a file (FILE.jinja), or a name that TRL knows, such as qwen3."
@@ -171,6 +182,14 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
     found = format_of(data.column_names)
     if found.name == "text":
         return data.select_columns(["text"])
+    for role in ("system", "history") if rendering != CHAT else ():
+        if role in data.column_names:
+            require_rows(
+                (not row for row in data[role]),
+                f"{role} must be empty for a model without a chat template (remove the column, or give a template in "
+                "training: --chat-template simple)",
+                data[role],
+            )
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         extras = {name: row[name] for name in _EXTRAS if name in row}

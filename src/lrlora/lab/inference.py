@@ -28,7 +28,7 @@ from ..locks import only_writer
 from ..run_folder import CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..saved import SavedAdapter, require_all_weights
 from ..tuner import cached_weights
-from .chat import answer_of, as_trl_reads, format_of, prompt_of, render_chat
+from .chat import answer_of, as_trl_reads, format_of, holds_chats, prompt_of, render_chat
 from .config import TrainConfig, read_run
 from .data import check_examples, load_splits, only_split, sampled, select_roles, without_empty
 from .kinds import KINDS, Kind, kind_for
@@ -210,13 +210,12 @@ class LoadedRun:
         if trained is None:
             return  # of a run before it was recorded
         found = format_of(examples.column_names)
-        is_text, is_string = found.name == "text", isinstance(examples[0][found.asked[0]], str)
-        if trained == CHAT and is_text:
+        if trained == CHAT and found.name == "text":
             raise ValueError(
                 "The run was trained on chats, and the column text has no turns. To ask what it holds: --column "
                 "prompt=text"
             )
-        if trained != CHAT and not is_string:
+        if trained != CHAT and holds_chats(examples):
             raise ValueError(
                 f"The data holds chats ({found.name}), and the run was trained on plain text, without a chat template. "
                 "Give prompts as text, or train it with --chat-template."
