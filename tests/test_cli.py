@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,22 @@ def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
     (architecture,) = AutoConfig.from_pretrained(tmp_path / "base").architectures
     plain = get_peft_model(getattr(transformers, architecture).from_pretrained(tmp_path / "base"), lora)
     assert any("lora_A" in name for name, _ in plain.named_parameters())
+
+
+def test_interrupted_while_it_is_checked_an_export_is_there(
+    tiny_bert: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_bert.build().save_pretrained(tmp_path / "base")
+    model = get_peft_model(type(tiny_bert.build()).from_pretrained(tmp_path / "base"), LrLoraConfig(r=3))
+    tiny_bert.train(model, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("lrlora.export.output_difference", lambda *_: signal.raise_signal(signal.SIGINT))
+    result = run("export", tmp_path / "adapter", "--output", tmp_path / "lora")
+    assert result.exit_code == 130
+    assert "Interrupted. The LoRA is written; what the export changes was not measured." in result.output
+    assert "Nothing was written" not in result.output
+    assert PeftConfig.from_pretrained(tmp_path / "lora").peft_type.value == "LORA"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyModel, tmp_path: Path) -> None:
