@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from ..checks import require_known
 from ..lab.names import ABLATION_NAMES, PRESET_NAMES, require_suite
-from .common import announce, app, console, one_clear_error, quiet
+from .common import announce, app, as_text, console, one_clear_error, quiet
 
 if TYPE_CHECKING:
     from ..lab.compare import Comparison
@@ -99,11 +100,19 @@ def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: 
     given: dict[str, Any] = {}
     for name, value in (("methods", methods), ("tasks", tasks)):
         if value is not None:
-            given[name] = tuple(part.strip() for part in value.split(","))
+            given[name] = tuple(_words(value))
     if ablation is not None:
         require_known("ablation", ablation, ABLATION_NAMES)
         given["methods"] = ABLATIONS[ablation]
     return given if rates is None else {**given, "rates": parse_rates(rates)}
+
+
+def _words(text: str) -> list[str]:
+    """What stands between commas, but for those in brackets, as of lora+target_modules=[query,value]."""
+    depths = list(accumulate((letter in "[{") - (letter in "]}") for letter in text))
+    commas = [place for place, letter in enumerate(text) if letter == "," and not depths[place]]
+    ends = zip([-1, *commas], [*commas, len(text)], strict=True)
+    return [text[before + 1 : after].strip() for before, after in ends]
 
 
 def _show_plan(comparison: Comparison) -> None:
@@ -122,7 +131,7 @@ def _show_plan(comparison: Comparison) -> None:
     for cell in cells:
         needs = cell.needs
         told = ("", "", "") if needs is None else (f"{needs.trainable:,.0f}", f"{needs.gib:.1f}", f"{needs.hours:.2f}")
-        table.add_row(cell.task, cell.method, str(cell.jobs), *told)
+        table.add_row(as_text(cell.task), as_text(cell.method), str(cell.jobs), *told)
     console.print(table)
     if known:
         hours = sum(cell.jobs * cell.needs.hours for cell in known if cell.needs is not None)

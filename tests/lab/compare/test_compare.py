@@ -447,6 +447,21 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         prepare(Comparison(str(suite)), tmp_path / "out")
 
 
+def test_options_of_a_method_may_be_lists(suite: Path, tmp_path: Path) -> None:
+    methods = ("lora+target_modules=[query,value]", "lora")
+    options = command(suite, tmp_path / "out", "--methods", ", ".join(methods), "--rates", "1e-3", "--seeds", 1)
+    plan = run(*options, "--dry-run")
+    assert plan.exit_code == 0, plan.output
+    assert "LoRA, target_modules=[query,value]" in plan.output
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+    ranks = {r["method"]: r["ranks"] for r in read_records(tmp_path / "out").values() if r["seed"] == 1}
+    assert set(ranks) == set(methods)
+    assert {row["module"].rpartition(".")[2] for row in ranks[methods[0]]} == {"query", "value"}
+    with pytest.raises(ValueError, match=r"\[query"):
+        find_method("lora+target_modules=[query")
+
+
 def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(suite.read_text())
     content["tasks"]["reviews"]["columns"] = {"text": "nothing"}
