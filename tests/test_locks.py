@@ -126,6 +126,28 @@ def test_the_lock_is_in_a_folder_that_alone_can_be_written(inputs: Path, monkeyp
     assert not list(Path("volume").glob(".*"))
 
 
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_what_is_renamed_when_it_is_whole_needs_the_folder_around_it(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    mount = inputs / f"mount-for-{command}"
+    mount.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
+    result = lrlora(f"{command} run --output {mount}")
+    assert result.exit_code == 1
+    assert f"{mount} is written under another name beside it, and {inputs} cannot be written" in result.output
+    assert list(mount.iterdir()) == []
+    (mount / "mine").write_text("")
+    assert "is not empty" in lrlora(f"{command} run --output {mount}").output
+
+
+def test_in_a_mounted_folder_there_may_be_a_merge(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mount").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
+    assert lrlora("merge run --output mount/model").exit_code == 0
+    assert (Path("mount") / "model" / "model.safetensors").exists()
+
+
 def test_told_to_end_a_merge_leaves_nothing(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def end(folder: Path, source: str) -> bool:  # called when the weights have been written
         assert list(inputs.glob(".merged-*/model.safetensors"))

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .checks import require_type
-from .locks import only_writer
+from .locks import lock_of, only_writer
 
 
 @contextmanager
@@ -99,12 +99,18 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileExistsError: it exists and is not empty, or is a file.
+        PermissionError: no folder can be made beside it.
 
     """
     path = Path(output).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(inside != lock_of(path) for inside in path.iterdir())):
         kind = "is not empty" if path.is_dir() else "is a file"
         raise FileExistsError(f"The output folder {path} {kind}. Give another one, or remove it.")
+    if path.parent.exists() and not os.access(path.parent, os.W_OK):
+        raise PermissionError(
+            f"The output folder {path} is written under another name beside it, and {path.parent} cannot be written. "
+            "Give one in a folder that can."
+        )
     return path
 
 

@@ -27,7 +27,7 @@ def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     target = Path(output).resolve()
-    path = _lock_of(target)
+    path = lock_of(target)
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0, is_singleton=True)
@@ -66,7 +66,7 @@ def remove_left(folder: Path, stem: str = ".*") -> None:
                 path.unlink()
 
 
-def _lock_of(target: Path) -> Path:
+def lock_of(target: Path) -> Path:
     """The file to lock: beside the output, which may be replaced as a whole, or have to be empty.
 
     There, every process that can write the output finds it, on whatever machine. Where only the output can be
