@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from scipy.stats import ttest_rel
 from transformers import Trainer
 from typer.testing import CliRunner
@@ -24,15 +27,17 @@ from typer.testing import CliRunner
 from lrlora.cli import app
 from lrlora.lab.compare import METHODS, Comparison, jobs, queue
 from lrlora.lab.compare.figures import parameters_figure, ranks_figure, rates_figure
-from lrlora.lab.compare.jobs import TUNING_SEED, Job, best_trial, prepare, read_records
+from lrlora.lab.compare.jobs import TUNING_SEED, Job, best_trial, prepare, read_records, train_config
 from lrlora.lab.compare.markdown import markdown
 from lrlora.lab.compare.methods import find_method
 from lrlora.lab.compare.protocols import load_suite
 from lrlora.lab.compare.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from lrlora.lab.compare.tables import final_runs, learned_ranks, ranks_by_layer, results, tuning, variants, wins
 from lrlora.lab.compare.worker import run_job
+from lrlora.lab.methods import adapter_config
 from lrlora.report.figure import save_figure
 
+from ...conftest import TinyModel
 from ..small import reviews, save_encoder
 
 COLUMNS = {"text": "review", "label": "verdict"}
@@ -545,3 +550,29 @@ def test_methods_with_other_options() -> None:
     assert find_method("lora+r=1").adapter(4) == {"r": 1}
     with pytest.raises(ValueError, match="name=value"):
         find_method("lora+r")
+
+
+def scaling(method: str, tiny: TinyModel, options: dict[str, Any]) -> float:
+    """s of a layer that a method adapts."""
+    config = adapter_config(find_method(method).train, {}, 100, {**options, **tiny.targets})
+    assert config is not None
+    model: Any = get_peft_model(tiny.build(), config)
+    return next(module.scaling["default"] for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+@pytest.mark.parametrize(("method", "s"), [("lora", 2), ("lora-2r", 2), ("rslora", 4), ("lora+lora_alpha=16", 4)])
+def test_the_scale_of_a_suite_is_alpha_by_r_unless_a_method_has_an_alpha(
+    tiny_bert: TinyModel, tmp_path: Path, method: str, s: int
+) -> None:
+    """So rsLoRA differs from LoRA by √r, and a method does what its name says."""
+    suite = replace(load_suite("smoke"), scale=2.0)
+    config = train_config(suite, "r8", find_method(method), 1e-3, 1, 4, tmp_path)
+    assert scaling(method, tiny_bert, config.adapter) == s
+    plain = train_config(load_suite("smoke"), "r8", find_method("rslora"), 1e-3, 1, 4, tmp_path)
+    assert scaling("rslora", tiny_bert, plain.adapter) == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-4r", "rslora", "rslora+r=9", "lr-lora+use_rslora=true", "dora"])
+@pytest.mark.parametrize("s", [0.25, 1.0, 4.0])
+def test_a_scale_that_is_tuned_is_that_of_the_update(tiny_bert: TinyModel, method: str, s: float) -> None:
+    assert scaling(method, tiny_bert, find_method(method).adapter(4, s)) == pytest.approx(s)

@@ -55,7 +55,7 @@ class CapacityTask:
         methods: what is trained on it unless asked for otherwise.
         rates: learning rates that adapters try first. Full fine-tuning tries a tenth of them, and adapters without a
             scale, HiRA and VeRA, eight times as much: the rate alone has to do what both do for the others.
-        scales: values of s = α/r that may be tried, the first at first.
+        scales: values of s that may be tried, the first at first.
 
     Raises:
         ValueError: a value is unknown, or out of range.

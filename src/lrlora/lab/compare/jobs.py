@@ -78,7 +78,7 @@ class _Record(_Identity, total=False):
 
 @dataclass(frozen=True)
 class Job:
-    """One training run; `scale` is s = α/r, which some tasks tune too."""
+    """One training run; `scale` is s, which some tasks tune too."""
 
     task: str
     method: str
@@ -353,7 +353,7 @@ def train_config(
 ) -> TrainConfig:
     """The training run that a job consists of."""
     task = suite.training_tasks[task_name]
-    adapter = {} if method.train == "full" else {**suite.adapter, **method.adapter(rank, suite.scale)}
+    adapter = {} if method.train == "full" else {**suite.adapter, **method.adapter(rank, ratio=suite.scale)}
     return TrainConfig(
         model=suite.model,
         data=task.data,

@@ -44,19 +44,29 @@ class Method:
 
     @property
     def has_scale(self) -> bool:
-        """Whether s = α/r is open to choice."""
+        """Whether s is open to choice."""
         alpha = PEFT_METHODS[self.train].alpha
         return alpha is not None and alpha not in self.options
 
-    def adapter(self, r: int, scale: float = 1.0) -> dict[str, Any]:
-        """The fields of its PEFT configuration at rank r and scale s = α/r."""
+    def adapter(self, r: int, scale: float | None = None, *, ratio: float = 1.0) -> dict[str, Any]:
+        """The fields of its PEFT configuration; an option of its own wins over them.
+
+        Args:
+            r: the rank of the comparison.
+            scale: s, where it is tuned; None: what follows from `ratio`.
+            ratio: α/r, which is s too, but for rsLoRA: its s is α/√r, by which it differs from LoRA.
+
+        """
         if not self.rank_factor:
             return dict(self.options)
         options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
-        # rsLoRA's s is α/√r.
-        divisor = math.sqrt(options["r"]) if options.get("use_rslora") else options.get("r", 1)
         alpha = PEFT_METHODS[self.train].alpha
-        return options if scale == 1 or alpha is None else {**options, alpha: scale * divisor}
+        if alpha is None or (scale is None and ratio == 1):  # α is r unless given
+            return options
+        if scale is None:
+            return {alpha: ratio * options["r"], **options}
+        divisor = math.sqrt(options["r"]) if options.get("use_rslora") else options["r"]
+        return {alpha: scale * divisor, **options}
 
 
 # The names of modules in RoBERTa, DeBERTa, Llama, Qwen, ViT and models like them.

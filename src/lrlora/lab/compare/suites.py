@@ -79,7 +79,7 @@ class Suite:
         tasks: by name.
         methods: what is compared unless asked for otherwise; none: the main ones.
         rank: r, unless asked for otherwise.
-        scale: s = α/r.
+        scale: α/r.
         adapter: fields of the configuration of every adapter.
         training: fields of TrainingArguments of every run.
         protocol: what these settings follow, in words.
