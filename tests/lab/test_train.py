@@ -760,6 +760,8 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "classify", "--training", "learning_rat=1"), "Did you mean learning_rate?")
     assert_refused(run(*common, "--task", "classify", "--adapter", "num_bases=9"), "Did you mean num_basis?")
     assert_refused(run(*common, "--task", "classify", "--adapter", "num_basis=1"), "num_basis must be an integer")
+    of_adalora = ("--task", "classify", "--method", "adalora", "--adapter", "r=4")
+    assert_refused(run(*common, *of_adalora), "AdaLoRA does not read r, and r is 4: give target_r=4")
     assert_refused(run(*common, "--task", "classify", "--training", "metric_for_best_model=acuracy"), "mean accuracy?")
     assert_refused(run(*common, "--task", "classify", "--training", "learning_rate=fast"), "must be a number", "'fast'")
     assert_refused(run(*common, "--task", "classify", "--training", "seed=1"), "--seed")

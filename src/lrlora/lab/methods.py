@@ -95,6 +95,8 @@ def adapter_config(
     require_quick_patterns(options, "of adapter")  # they may be from a run.json that someone else wrote
     defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may add to it
     if method == "adalora":
+        if "r" in options:  # PEFT's configuration has it from LoRA's
+            raise ValueError(f"AdaLoRA does not read r, and r is {options['r']}: give target_r={options['r']} instead.")
         rank = options.get("target_r", DEFAULT_RANK)
         # As in its paper: from 1.5 times the rank down to it, between a warm-up and a final phase.
         defaults |= {"target_r": rank, "init_r": round(1.5 * rank), "lora_alpha": rank, "total_step": total_steps}

@@ -438,6 +438,7 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--rates", "1e-3,x"), "--rates takes numbers"),
         (("compare", suite, "--report"), "There is no comparison in"),
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
+        (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA does not read r, and r is 8: give target_r=8"),
         (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
         (("compare", wrong("kind", "clasify")), "Did you mean classify?"),
         (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),
