@@ -133,6 +133,8 @@ def _show_plan(comparison: Comparison) -> None:
         told = ("", "", "") if needs is None else (f"{needs.trainable:,.0f}", f"{needs.gib:.1f}", f"{needs.hours:.2f}")
         table.add_row(as_text(cell.task), as_text(cell.method), str(cell.jobs), *told)
     console.print(table)
+    if len(known) < len(cells):
+        announce("What is left empty is not known before it is run.")
     if known:
         hours = sum(cell.jobs * cell.needs.hours for cell in known if cell.needs is not None)
         largest = max(cell.needs.gib for cell in known if cell.needs is not None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,12 +16,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    BitImageProcessor,
+    ConvNextConfig,
+    ConvNextImageProcessor,
+    Dinov2Config,
     LlamaConfig,
     RobertaConfig,
     ViTConfig,
     ViTImageProcessor,
 )
+from typer.testing import CliRunner
 
+from lrlora.cli import app
 from lrlora.lab.compare import Suite, Task
 from lrlora.lab.compare.methods import METHODS
 from lrlora.lab.compare.needs import Needs, needs
@@ -41,17 +48,21 @@ TASKS = {
     "roberta": Task("data", "classify", "accuracy", 1_000, batch_size=4, max_length=32),
     "llama": Task("data", "multiple-choice", "accuracy", 1_000, batch_size=4, max_length=32),
     "vit": Task("data", "image-classify", "accuracy", 1_000, batch_size=4),
+    "dinov2": Task("data", "image-classify", "accuracy", 1_000, batch_size=4),
 }
 MODELS: dict[str, Any] = {
     "roberta": (AutoModelForSequenceClassification, RobertaConfig(**SIZES, vocab_size=100)),
     "llama": (AutoModelForCausalLM, LlamaConfig(**SIZES, vocab_size=100)),
     "vit": (AutoModelForImageClassification, ViTConfig(**SIZES, image_size=32, patch_size=8)),
+    "dinov2": (AutoModelForImageClassification, Dinov2Config(**SIZES, image_size=56, patch_size=8)),
 }
+WHOLE = ViTImageProcessor(size={"height": 32, "width": 32})
+CROPPED = BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
 
 
 def told(folder: Path, family: str, method: str, **settings: Any) -> Needs:
     MODELS[family][1].save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    (CROPPED if family == "dinov2" else WHOLE).save_pretrained(folder)
     suite = Suite(str(folder), {"task": TASKS[family]})
     return needs(replace(suite, **settings), TASKS[family], METHODS[method], 4)
 
@@ -86,7 +97,7 @@ def real(family: str, method: str) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("family", ["roberta", "vit", pytest.param("llama", marks=of_llama)])
+@pytest.mark.parametrize("family", ["roberta", "vit", "dinov2", pytest.param("llama", marks=of_llama)])
 def test_what_is_told_is_what_a_small_model_needs(tmp_path: Path, family: str, method: str) -> None:
     found, (trainable, operations, kept) = told(tmp_path, family, method), real(family, method)
     assert found.trainable == pytest.approx(trainable, rel=0.01)  # a task of one class more or less
@@ -114,3 +125,19 @@ def test_checkpointing_and_half_precision_save_memory(tmp_path: Path) -> None:
     half = told(tmp_path, "vit", "full", training={"bf16": True})
     assert half.activations < 0.7 * told(tmp_path, "vit", "full").activations
     assert half.weights == told(tmp_path, "vit", "full").weights  # a whole model is trained in float32
+
+
+def test_a_plan_says_what_it_does_not_know(tmp_path: Path) -> None:
+    """A convolutional network has no layers of one width, and reads images of a size that depends on theirs."""
+    ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16]).save_pretrained(tmp_path / "model")
+    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "model")
+    task = {"data": "pictures", "kind": "image-classify", "metric": "accuracy", "steps": 9}
+    content = {"model": str(tmp_path / "model"), "tasks": {"pictures": task}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
+    asked = ["compare", str(tmp_path / "suite.yaml"), "--methods", "lora", "--dry-run"]
+    told = CliRunner().invoke(app, asked, env={"COLUMNS": "200"})
+    assert told.exit_code == 0, told.output
+    (row,) = [line for line in told.output.splitlines() if "pictures" in line and "LoRA" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["pictures", "LoRA", "7", "", "", ""]
+    assert "What is left empty is not known before it is run." in told.output
+    assert "hours of an A100" not in told.output

@@ -85,11 +85,13 @@ def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
 
     Raises:
         FileNotFoundError: the configuration of the model is not there.
+        RuntimeError: it does not say what is asked, or PyTorch's meta device cannot take the step.
         ValueError: the method cannot be laid out without its weights.
 
     """
     layout = _Layout.of(suite, task, method, rank)
-    first, layers = layout.measured(1), layout.config.num_hidden_layers
+    layers = layout.told("num_hidden_layers")
+    first = layout.measured(1)
     step = first.extended(layout.measured(2), layers)
     kept, operations = step.kept, step.operations
     if suite.training.get("gradient_checkpointing"):  # the inputs of every layer, and all of one; forward again
@@ -143,6 +145,13 @@ class _Layout:
     def computed(self) -> torch.dtype:
         return torch.bfloat16 if self.suite.training.get("bf16") else self.stored
 
+    def told(self, name: str) -> int:
+        """A field of the model's configuration, which not all of them have."""
+        value: int | None = getattr(self.config, name, None)
+        if value is None:
+            raise RuntimeError(f"The configuration of {self.suite.model} has no {name}.")
+        return value
+
     def measured(self, layers: int) -> _Step:
         """A step with so many layers."""
         with torch.device("meta"):
@@ -165,7 +174,7 @@ class _Layout:
             loss = model(**batch).loss
         with backward:
             loss.backward()
-        width = self.config.hidden_size
+        width = self.told("hidden_size")
         hidden = next(each for each in kept.values() if each.dim() == 3 and each.shape[-1] == width)
         return _Step(
             parameters=parameters,
@@ -207,7 +216,11 @@ class _Layout:
         kind, size = self.kind, self.task.batch_size
         labels = torch.zeros(size, dtype=torch.float32 if kind.name == "regress" else torch.long)
         if not kind.reads_text:
-            edges = kind.load_processor(self.source).size
+            processor = kind.load_processor(self.source)
+            last = "crop_size" if getattr(processor, "do_center_crop", False) else "size"
+            edges = getattr(processor, last, None) or {}
+            if "height" not in edges or "width" not in edges:
+                raise RuntimeError(f"The size of an image for {self.suite.model} follows from the image's own.")
             pixels = torch.zeros(size, 3, edges["height"], edges["width"], dtype=self.computed)
             return {"pixel_values": pixels, "labels": labels}
         if self.task.max_length is None:
@@ -247,5 +260,5 @@ def _needs_if_known(comparison: Comparison, task: Task, key: str) -> Needs | Non
         return None  # its texts may be of any length
     try:
         return needs(comparison.definition, task, find_method(key), comparison.r)
-    except RuntimeError:  # the meta device cannot do it
+    except RuntimeError:  # the configuration does not say it, or the meta device cannot do it
         return None
