@@ -25,8 +25,8 @@ from .methods import Method, find_method
 from .suites import Suite, Task
 
 GIB = 2**30
-# An A100's 312 TFLOP/s in bfloat16, 156 in TF32, of which training reaches two fifths: assumed, not measured.
-GPU, _HALF, _SINGLE, _UTILISATION = "A100", 312e12, 156e12, 0.4
+# An A100's peaks, of which training reaches two fifths: assumed, not measured.
+GPU, _HALF, _TF32, _SINGLE, _UTILISATION = "A100", 312e12, 156e12, 19.5e12, 0.4
 _ADAM, _GRADIENT, _FLOAT32 = 8, 4, 4  # bytes for each number that is trained
 _CHOICES = 4
 
@@ -101,7 +101,6 @@ def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
         kept += 2 * _FLOAT32 * step.widest  # φ(BA), and the gradient of the weight that it needs
         operations += 2 * step.tokens * step.adapted
     of_each = _GRADIENT + _ADAM + (0 if method.train == "full" else _FLOAT32)
-    speed = (_SINGLE if layout.computed == torch.float32 else _HALF) * _UTILISATION
     return Needs(
         parameters=step.parameters,
         trainable=step.trainable,
@@ -109,7 +108,7 @@ def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
         trained=step.trainable * of_each,
         activations=kept,
         operations=operations,
-        hours=operations * task.steps / speed / 3600,
+        hours=operations * task.steps / (_UTILISATION * layout.peak) / 3600,
     )
 
 
@@ -143,7 +142,15 @@ class _Layout:
 
     @property
     def computed(self) -> torch.dtype:
-        return torch.bfloat16 if self.suite.training.get("bf16") else self.stored
+        is_mixed = self.suite.training.get("bf16") or self.suite.training.get("fp16")  # of one size and speed
+        return torch.bfloat16 if is_mixed else self.stored
+
+    @property
+    def peak(self) -> float:
+        """Operations a second. The Trainer turns TF32 on only where it is told to."""
+        if self.computed != torch.float32:
+            return _HALF
+        return _TF32 if self.suite.training.get("tf32") else _SINGLE
 
     def told(self, name: str) -> int:
         """A field of the model's configuration, which not all of them have."""
