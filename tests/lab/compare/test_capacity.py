@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from lrlora.cli import app
 from lrlora.lab.compare import Comparison, Suite
 from lrlora.lab.compare.capacity import CapacityTask, train_capacity
 from lrlora.lab.compare.capacity_report import demand, follows_demand, losses, served_rank, write_capacity_report
@@ -197,6 +199,26 @@ def test_a_suite_of_both_kinds_is_refused() -> None:
     }
     with pytest.raises(ValueError, match="suites of their own"):
         Suite.from_dict({"model": "embedded:minilm", "tasks": tasks})
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(("name", "value"), [("scale", 2.0), ("adapter", {"r": 2}), ("training", {"bf16": True})])
+def test_what_is_not_read_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    content = {"model": "embedded:minilm", "tasks": {"first": {"kind": "labels", "steps": 5, "batch_size": 4}}}
+    path = tmp_path / "suite.yaml"
+    for suite, code in ((content, 0), ({**content, name: value}, 1)):
+        path.write_text(yaml.safe_dump(suite))
+        told = CliRunner().invoke(app, ["compare", str(path), "--dry-run"], env={"COLUMNS": "200"})
+        assert told.exit_code == code
+    said = f"Tasks on which rank binds (first) do not read {name}, and it is {value}: leave it out."
+    assert said in " ".join(told.output.split())
+
+
+@pytest.mark.refused
+def test_a_model_in_place_of_those_of_the_tasks_is_refused() -> None:
+    told = CliRunner().invoke(app, ["compare", "capacity", "--model", "bert", "--dry-run"], env={"COLUMNS": "200"})
+    assert told.exit_code == 1
+    assert "have models of their own, and model is bert: leave it out" in " ".join(told.output.split())
 
 
 def test_rank_follows_demand() -> None:

@@ -129,6 +129,10 @@ class Comparison:
             find_method(method)
         for task in self.tasks:
             require_known(f"task of {self.suite}", task, self.definition.tasks)
+        if self.model is not None and self.definition.capacity_tasks:
+            raise ValueError(
+                f"The tasks of {self.suite} have models of their own, and model is {self.model}: leave it out."
+            )
         if not all(0 < rate < math.inf for rate in self.rates):
             raise ValueError(f"rates must be numbers > 0, and are {', '.join(map(str, self.rates))}.")
         for name, value in (("seeds", self.seeds), ("rank", self.rank), ("steps", self.steps)):

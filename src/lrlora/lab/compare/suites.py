@@ -118,7 +118,7 @@ class Suite:
         """From plain values: `model`, `tasks` with the fields of `Task` by name, and the other fields of a suite.
 
         Raises:
-            ValueError: a key is unknown or missing.
+            ValueError: a key is unknown or missing, or its tasks do not read it.
 
         """
         for name in content:
@@ -131,6 +131,12 @@ class Suite:
                 f"The tasks of a suite are reported together, and {', '.join(suite.capacity_tasks)} measure something "
                 f"else than {', '.join(suite.training_tasks)}. Put them into suites of their own."
             )
+        for name, default in (("scale", 1.0), ("adapter", {}), ("training", {})):
+            if suite.capacity_tasks and (value := getattr(suite, name)) != default:
+                raise ValueError(
+                    f"Tasks on which rank binds ({', '.join(suite.capacity_tasks)}) do not read {name}, and it is "
+                    f"{value!r}: leave it out."
+                )
         return suite
 
 
