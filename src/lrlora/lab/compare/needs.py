@@ -35,6 +35,10 @@ _CHOICES = 4
 class Needs:
     """What one job needs; bytes and floating-point operations of a training step, padded to the longest that may be.
 
+    Memory is that of training. Evaluations read four of its batches at once (of choices by likelihood, all choices of a
+    quarter of one), keep nothing for a backward pass, and are not counted: where the vocabulary is large, the float32
+    logits of all those choices may take as much as what a training step keeps.
+
     Attributes:
         parameters: of the base model.
         trainable: of these, or of the adapter and a new head.
