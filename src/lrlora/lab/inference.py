@@ -160,7 +160,7 @@ class LoadedRun:
             else:
                 saved = SavedAdapter.read(folder)  # before PEFT reads its patterns
                 source = model_source(config.model)
-                base = load_model(source, config, record.labels, processor)
+                base, _ = load_model(source, config, record.labels, processor)
                 warn_of_another_model(source, record.fingerprints)
                 # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")

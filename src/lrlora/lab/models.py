@@ -104,16 +104,25 @@ def max_tokens(tokenizer: Any, model_config: Any) -> int:
     return int(min(tokenizer.model_max_length, positions))
 
 
-def load_model(source: str, config: TrainConfig, labels: list[str], processor: Any) -> Any:
-    """The model with the head of the task."""
+def load_model(source: str, config: TrainConfig, labels: list[str], processor: Any) -> tuple[Any, list[str]]:
+    """The model with the head of the task, and the names of its modules that the source has no weights for."""
     kind = kind_for(config.task, AutoConfig.from_pretrained(source))
     # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
     dtype = torch.float32 if kind.has_head or config.method == "full" else "auto"
     with readable(source if source == config.start_from else config.model, MODEL_EXPECTED):
-        model = kind.model_class.from_pretrained(source, dtype=dtype, **kind.model_options(labels))
+        model, loading = kind.model_class.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **kind.model_options(labels)
+        )
     if kind.reads_text and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
-    return model
+    return model, _new_modules(model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+
+
+def _new_modules(model: Any, weights: set[str]) -> list[str]:
+    """The modules that these weights are of: those of the base model, and heads as wholes, as PEFT saves them."""
+    owners = {name.rpartition(".")[0] for name in weights} - {""}
+    inside = f"{model.base_model_prefix}."
+    return sorted({name if name.startswith(inside) else name.partition(".")[0] for name in owners})
 
 
 def training_arguments(

@@ -191,14 +191,16 @@ def _prepared(
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
     """The model to train, and the configuration of its adapter, if it has one."""
-    adapter = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter_fields)
+    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter_fields)
     if adapter is None or inputs.kind.has_head:
         load_in_every_process()
     set_seed(config.seed)
     source = config.start_from if config.start_from and adapter is None else inputs.source
-    model = load_model(source, config, inputs.data.labels, inputs.processor)
+    model, new = load_model(source, config, inputs.data.labels, inputs.processor)
     if adapter is None:
         return model, None
+    # What starts at random is saved with the adapter, or a model that it is put on later would have another.
+    adapter.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *new])) or None
     if config.start_from is not None:
         with readable(config.start_from, ADAPTER_EXPECTED):
             return PeftModel.from_pretrained(model, config.start_from, is_trainable=True), adapter
