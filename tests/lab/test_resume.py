@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.lab.config import TrainConfig
+from lrlora.lab.config import TrainConfig, read_run
 from lrlora.lab.train import Interrupted, train
 
 from .small import CHAT, reviews, save_decoder, save_encoder
@@ -190,6 +190,18 @@ def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(her
         assert "Warning: the run began" not in result.output
     for file in ("adapter_model.safetensors", "metrics.json", "ranks.json", "rank_history.jsonl"):
         assert (here / "cut" / file).read_bytes() == (here / "alone" / file).read_bytes()
+
+
+def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:
+    before = sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*"))
+    result = lrlora("train --resume cut --overwrite")
+    assert result.exit_code == 1
+    assert "--resume goes on with the run in cut, and --overwrite would delete it. Leave one" in result.output
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        train(read_run(Path("cut"))[0], resume=True, overwrite=True)
+    assert sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*")) == before
+    assert lrlora("train --resume cut --dry-run").exit_code == 0
+    assert lrlora("train --resume cut").exit_code == 0
 
 
 def test_other_versions_are_told_and_a_record_of_before_is_not_compared(here: Path) -> None:

@@ -114,7 +114,7 @@ def train(
         else:
             run, _ = read_run(resume)
         with nullcontext() if dry_run else only_writer(run.output):
-            require_startable(run, resume=resume is not None, overwrite=overwrite or dry_run)
+            require_startable(run, resume=resume is not None, overwrite=overwrite or (dry_run and resume is None))
             quiet()
             from ..lab.train import show_plan
 

@@ -298,10 +298,14 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
     Raises:
         FileExistsError: the output folder is in use, or its run is finished.
         FileNotFoundError: there is no run to resume, no model folder, or no data file.
-        ValueError: the run to resume had other settings, or its method cannot resume.
+        ValueError: the run to resume had other settings, or is to be replaced too, or its method cannot resume.
 
     """
     output = Path(config.output)
+    if resume and overwrite:
+        raise ValueError(
+            f"--resume goes on with the run in {output}, and --overwrite would delete it. Leave one of them out."
+        )
     # A process that was killed at its very start has left no more than a temporary file; the lock may be here too.
     is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
     if resume:
