@@ -314,6 +314,21 @@ def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> N
             assert str(Path(encoder).parent) not in card  # a folder of this machine is nobody's base model
 
 
+def test_a_run_from_python_is_trained_further_with_other_steps_and_rate(encoder: str) -> None:
+    training = {"max_steps": 6, "learning_rate": 0.01, "per_device_train_batch_size": 4, "weight_decay": 0.1}
+    config = TrainConfig(encoder, "good.csv", "classify", output="first", adapter={"r": 2}, training=training)
+    train(config, announce=lambda line: None)
+    options = ("--steps", 3, "--learning-rate", 0.001, "--batch-size", 8)
+    result = run("train", "--start-from", "first", "--output", "second", *options)
+    assert result.exit_code == 0, result.output
+    assert "3 steps of 8 examples" in " ".join(result.output.split())
+    settings = json.loads(Path("second", "run.json").read_text())["config"]
+    assert settings["training"] == {"weight_decay": 0.1}
+    assert [settings[name] for name in ("learning_rate", "rank")] == [0.001, 2]
+    result = run("train", "--start-from", "first", "--output", "third", "--epochs", 1, "--dry-run")
+    assert "36 steps of 4 examples" in " ".join(result.output.split())
+
+
 # Encoders whose heads have parts beside the last layer, which checkpoints of the bare encoder lack.
 HEADS: dict[str, PreTrainedConfig] = {
     "deberta": DebertaV2Config(**SIZES, vocab_size=64, pad_token_id=0, pooler_hidden_size=32),

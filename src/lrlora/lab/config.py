@@ -203,7 +203,7 @@ def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     places = {name: ("training", other) for name, other in ARGUMENTS.items()}
     places["rank"] = ("adapter", _rank_field(settings.get("method")))
     for name, (place, other) in places.items():
-        if name not in short and isinstance(short.get(place), Mapping) and other in short[place]:
+        if short.get(name) is None and isinstance(short.get(place), Mapping) and other in short[place]:
             short[name] = short[place][other]
             short[place] = {key: value for key, value in short[place].items() if key != other}
     return short
