@@ -127,6 +127,7 @@ def _train(
     illustrate: Callable[[Path], None] | None,
 ) -> TrainResult:
     output = Path(config.output)
+    announce = _in_first_process(announce)
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
     began = read_run(output)[1] if resume else None
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
@@ -160,7 +161,7 @@ def show_plan(config: TrainConfig, *, announce: Announce = print) -> None:
     """
     require_startable(config, overwrite=True)
     with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer makes its output folder at once
-        _prepared(replace(config, output=elsewhere), None, announce, [])
+        _prepared(replace(config, output=elsewhere), None, _in_first_process(announce), [])
 
 
 def _prepared(
@@ -172,8 +173,6 @@ def _prepared(
     check_sharding(config)
     inputs = Inputs.read(config)
     arguments = training_arguments(config, inputs.kind, inputs.examples, inputs.max_length, examples_per_step)
-    if arguments.process_index != 0:
-        announce = _say_nothing
     require_tokens(config.adapter_fields, inputs.kind)
     model, adapter = _adapted_model(config, inputs, arguments.max_steps)
     for line in plan(config, inputs, model, arguments):
@@ -227,7 +226,7 @@ def _last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce
         require_same_sharding(last, trainer)
         require_readable(last)
     warning = require_same_run(output, last, record)
-    if warning and trainer.is_world_process_zero():
+    if warning:
         announce(warning)
     return last
 
@@ -255,8 +254,9 @@ def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> Non
         write_json(output / RUN_FILE, asdict(record))
 
 
-def _say_nothing(line: str) -> None:
-    pass
+def _in_first_process(announce: Announce) -> Announce:
+    """What tells, of several processes in the first alone; as their launcher numbers them, before they are joined."""
+    return announce if os.environ.get("RANK", "0") == "0" else lambda line: None
 
 
 def _wait_for_all(arguments: TrainingArguments) -> None:
