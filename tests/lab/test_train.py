@@ -652,6 +652,25 @@ def test_prompts_under_another_name_are_continued(decoder: str, tmp_path: Path) 
     assert [line["prompt"] for line in lines(tmp_path / "out.jsonl")] == list(frame["q"])
 
 
+def test_a_run_is_asked_without_what_its_training_needed(encoder: str, table: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert train_reviews(encoder, table, output, "--training", "report_to=tensorboard").exit_code == 0
+    reports = sorted(output.rglob("events.*"))
+    assert reports
+    asked = ("evaluate", output, "--data", table)
+    assert run(*asked, "--json", tmp_path / "here.json").exit_code == 0
+    record = json.loads((output / "run.json").read_text())
+    # As it would be of a run on GPUs.
+    record["config"]["training"] |= {"fsdp": "full_shard", "fsdp_config": {"version": 2}, "tf32": True}
+    record["config"]["training"] |= {"ddp_backend": "nccl", "report_to": "wandb", "push_to_hub": True}
+    write_json(output / "run.json", record)
+    result = run(*asked, "--json", tmp_path / "elsewhere.json")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "elsewhere.json").read_text() == (tmp_path / "here.json").read_text()
+    assert run("predict", output, "--data", table, "--output", tmp_path / "said.jsonl").exit_code == 0
+    assert sorted(output.rglob("events.*")) == reports
+
+
 def test_other_splits_are_not_guessed(encoder: str, table: str, tmp_path: Path) -> None:
     assert train_reviews(encoder, table, tmp_path / "out").exit_code == 0
     part = Dataset.from_pandas(reviews(8))
