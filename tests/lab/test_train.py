@@ -637,6 +637,24 @@ def test_causal_language_models(decoder: str, tmp_path: Path, shape: str) -> Non
     PeftModel.from_pretrained(base, tmp_path / "out")
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_epochs_go_through_the_data_so_often_where_it_is_packed(decoder: str, tmp_path: Path, strategy: str) -> None:
+    chance = random.Random(0)
+    texts = [" ".join(chance.choices(GOOD, k=chance.randint(2, 20))) for _ in range(240)]
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "data.csv", index=False)
+    config = TrainConfig(
+        *(decoder, str(tmp_path / "data.csv"), "causal-lm", "lora", str(tmp_path / "out")),
+        **{"max_length": 40, "epochs": 2, "batch_size": 2, "validation": str(tmp_path / "data.csv")},
+        training={"packing": True, "packing_strategy": strategy, "eval_strategy": "no"},
+    )
+    said: list[str] = []
+    last = [entry for entry in train(config, announce=said.append).log_history if "loss" in entry][-1]
+    assert last["epoch"] == 2
+    assert f"{last['step']:g} steps of 2 examples" in said[0]
+    rows = sum(len(text.split()) + 1 for text in texts) / 40
+    assert 2 * rows / 2 <= last["step"] < 1.1 * 2 * rows / 2
+
+
 def test_prompts_under_another_name_are_continued(decoder: str, tmp_path: Path) -> None:
     frame = reviews(40).rename(columns={"review": "q", "verdict": "a"})
     frame.to_csv(tmp_path / "data.csv", index=False)

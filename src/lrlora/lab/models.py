@@ -126,14 +126,14 @@ def _new_modules(model: Any, weights: set[str]) -> list[str]:
 
 
 def training_arguments(
-    config: TrainConfig, kind: Kind, examples: int, max_length: int | None, examples_per_step: int | None = None
+    config: TrainConfig, kind: Kind, rows: int, max_length: int | None, examples_per_step: int | None = None
 ) -> TrainingArguments:
     """The Trainer's arguments: the defaults of the kind of task, then what the user gives.
 
     Args:
         config: the run.
         kind: of its task on its model.
-        examples: to train on.
+        rows: of an epoch.
         max_length: in tokens; None of images.
         examples_per_step: of all processes, where the batch of each is to follow from it.
 
@@ -158,7 +158,7 @@ def training_arguments(
                 f"gradient_accumulation_steps={accumulation} cannot share. Resume it with another number of processes."
             )
     if steps < 0:
-        steps = math.ceil(math.ceil(examples / (batch * devices)) / accumulation) * epochs
+        steps = math.ceil(math.ceil(rows / (batch * devices)) / accumulation) * epochs
     if steps > _MOST_STEPS:
         raise ValueError(f"Training would take {steps:g} steps, more than any can. Give fewer steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))

@@ -40,6 +40,7 @@ class Inputs:
     untouched: Any  # encoding leaves its length in a tokenizer, unless a cache has spared it
     max_length: int | None  # in tokens; None of images
     too_long: int  # examples that are cut
+    rows: int  # of an epoch: the examples, or fewer where several are packed into one
     rendering: str | None  # of prompts and chats
 
     @classmethod
@@ -58,7 +59,7 @@ class Inputs:
         with readable(config.model, MODEL_EXPECTED):
             processor = kind.load_processor(source)
         if not kind.reads_text:
-            return cls(kind, source, data, processor, processor, None, 0, None)
+            return cls(kind, source, data, processor, processor, None, 0, len(data.splits["train"]), None)
         choose_template(processor, config.chat_template)
         untouched = copy.deepcopy(processor)
         limit = max_tokens(processor, model_config)
@@ -67,8 +68,9 @@ class Inputs:
         if max_length > limit:
             raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
         too_long = sum(count > max_length for count in counts)
+        rows = kind.rows(counts, max_length, config.training)
         rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
-        return cls(kind, source, data, processor, untouched, max_length, too_long, rendering)
+        return cls(kind, source, data, processor, untouched, max_length, too_long, rows, rendering)
 
     @property
     def examples(self) -> int:

@@ -172,7 +172,7 @@ def _prepared(
         require_settings(given, place, [f.name for f in fields(config)], config.task, config.method)
     check_sharding(config)
     inputs = Inputs.read(config)
-    arguments = training_arguments(config, inputs.kind, inputs.examples, inputs.max_length, examples_per_step)
+    arguments = training_arguments(config, inputs.kind, inputs.rows, inputs.max_length, examples_per_step)
     require_tokens(config.adapter_fields, inputs.kind)
     model, adapter = _adapted_model(config, inputs, arguments.max_steps)
     for line in plan(config, inputs, model, arguments):

@@ -109,6 +109,10 @@ class Kind:
 
         return counted(data, count)
 
+    def rows(self, lengths: list[int], max_length: int, training: Mapping[str, Any]) -> int:
+        """How many rows examples of these lengths become in training, under the Trainer's arguments that are given."""
+        return len(lengths)
+
     def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
         """What the model reads, tokens cut at `max_length`, and `labels`."""
 

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -60,6 +61,14 @@ class CausalLm(Kind):
             return [count_tokens(dict(zip(batch, row, strict=True)), processor) for row in rows]
 
         return counted(as_trl_reads(data, rendering_of(data, processor)), count)
+
+    def rows(self, lengths: list[int], max_length: int, training: Mapping[str, Any]) -> int:
+        if not training.get("packing"):
+            return len(lengths)
+        # As TRL will pack the tokens themselves: how depends on how many there are alone.
+        tokens = Dataset.from_dict({"tokens": [np.zeros(length, dtype=np.int8) for length in lengths]})
+        strategy = training.get("packing_strategy", "bfd")
+        return len(importlib.import_module("trl").pack_dataset(tokens, max_length, strategy))
 
     def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
         return as_trl_reads(data, rendering_of(data, processor))
