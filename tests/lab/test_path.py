@@ -21,6 +21,7 @@ from transformers import (
     DebertaV2Config,
     PreTrainedConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 from typer.testing import CliRunner, Result
 
@@ -331,6 +332,7 @@ def test_a_run_from_python_is_trained_further_with_other_steps_and_rate(encoder:
 
 # Encoders whose heads have parts beside the last layer, which checkpoints of the bare encoder lack.
 HEADS: dict[str, PreTrainedConfig] = {
+    "xlnet": XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, vocab_size=64, pad_token_id=0),
     "deberta": DebertaV2Config(**SIZES, vocab_size=64, pad_token_id=0, pooler_hidden_size=32),
     "bart": BartConfig(
         **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},

@@ -34,7 +34,7 @@ from .data import check_examples, load_splits, only_split, sampled, select_roles
 from .kinds import KINDS, Kind, kind_for
 from .labels import with_class_ids
 from .metrics import logits, plain_metrics
-from .models import load_model, make_trainer, model_source, training_arguments
+from .models import load_model, make_trainer, max_positions, model_source, training_arguments
 from .progress import Announce
 
 # Settings that say how and where a run trains and who is told of it: asking it later, on another machine, needs none.
@@ -249,8 +249,7 @@ class LoadedRun:
 
     def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
         """The prompt and its greedy continuation, (1, tokens): as long as an example of the training at most."""
-        limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
-        room = max(1, limit - inputs["input_ids"].shape[1])
+        room = max(1, max_positions(self.model.config) - inputs["input_ids"].shape[1])
         options |= {"do_sample": False, "pad_token_id": self.processor.pad_token_id}
         with torch.no_grad():
             return self.model.generate(**inputs, max_new_tokens=min(self.max_length or room, room), **options)

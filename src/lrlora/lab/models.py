@@ -96,9 +96,15 @@ def check_model(source: str, config: TrainConfig) -> Any:
 _SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "mpnet", "longformer")
 
 
+def max_positions(model_config: Any) -> int:
+    """The most tokens that a model has positions for; 10⁹ where there is no limit, as which XLNet gives -1."""
+    positions = int(getattr(model_config, "max_position_embeddings", None) or -1)
+    return positions if positions > 0 else 10**9
+
+
 def max_tokens(tokenizer: Any, model_config: Any) -> int:
     """The longest input that tokenizer and model allow."""
-    positions = getattr(model_config, "max_position_embeddings", None) or 10**9
+    positions = max_positions(model_config)
     if model_config.model_type in _SHIFTED:
         positions -= model_config.pad_token_id + 1
     return int(min(tokenizer.model_max_length, positions))
