@@ -119,6 +119,16 @@ def test_rate_and_scale_are_tuned_until_the_best_is_inside() -> None:
     assert len(tried) < 3 * len(task.scales)  # not the whole grid
 
 
+def test_a_climb_follows_a_ridge_on_which_half_the_rate_and_a_larger_scale_are_alike() -> None:
+    comparison = Comparison("capacity", ("lora+r=1",), 1, tasks=("picture-labels",))
+
+    def criterion(job: Job) -> float:  # the best is at 6.25e-4 and 256
+        return 10 * abs(math.log2(job.learning_rate / 6.25e-4) + math.log2(job.scale / 256) / 2) - math.log2(job.scale)
+
+    _, missing = climb(comparison, criterion)
+    assert [(job.learning_rate, job.scale) for job in missing] == [(6.25e-4, 256.0)]
+
+
 def test_a_method_without_a_scale_is_tuned_by_rate_alone_and_higher() -> None:
     plan = Comparison("capacity", ("hira+r=1", "lora+r=1+lora_alpha=2"), 1, tasks=("german",)).plan({})
     assert {job.scale for job in plan if job.method == "hira+r=1"} == {1.0}

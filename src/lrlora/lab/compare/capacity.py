@@ -56,6 +56,8 @@ class CapacityTask:
         rates: learning rates that adapters try first. Full fine-tuning tries a tenth of them, and adapters without a
             scale, HiRA and VeRA, eight times as much: the rate alone has to do what both do for the others.
         scales: values of s that may be tried, the first at first.
+        climbs_diagonally: whether half the rate is tried with the next larger scale too, and twice the rate with the
+            next smaller one: Adam's steps make the two alike, and the best may lie further along.
 
     Raises:
         ValueError: a value is unknown, or out of range.
@@ -71,6 +73,7 @@ class CapacityTask:
     methods: tuple[str, ...] = ()
     rates: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
     scales: tuple[float, ...] = (4.0, 0.25, 1.0, 16.0, 64.0)
+    climbs_diagonally: bool = False
 
     def __post_init__(self) -> None:
         for name in ("methods", "rates", "scales"):  # JSON and YAML know lists alone

@@ -194,6 +194,7 @@ class Comparison:
     def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
         definition, known = self.definition.tasks[task], find_method(method)
         scales: tuple[float, ...] = (1.0,)
+        is_diagonal = isinstance(definition, CapacityTask) and definition.climbs_diagonally
         if isinstance(definition, CapacityTask):
             grid = sorted(self.rates or definition.first_rates(known))
             scales = definition.scales if known.has_scale else scales
@@ -207,9 +208,10 @@ class Comparison:
                 return trials  # all have failed
             rate, scale = best["learning_rate"], best.get("scale", 1.0)
             # The best is inside the grid once both its neighbours have been tried, by rate and by scale.
-            around = [(r, scale) for r in (rate / 2, rate * 2) if low <= r <= high]
-            around += [(rate, s) for s in _neighbours(scale, scales)]
-            new = [Job(task, method, r, TUNING_SEED, s) for r, s in around]
+            around = [(rate / 2, scale), (rate * 2, scale)]
+            for s in _neighbours(scale, scales):
+                around += [(rate, s), (rate / 2 if s > scale else rate * 2, s)][: 2 if is_diagonal else 1]
+            new = [Job(task, method, r, TUNING_SEED, s) for r, s in around if low <= r <= high]
             new = [job for job in new if job not in trials and (not self.rates or job.learning_rate in self.rates)]
             if not new:
                 return trials + [Job(task, method, rate, seed, scale) for seed in range(1, self.seeds + 1)]
@@ -340,7 +342,13 @@ def _settings(comparison: Comparison) -> Any:
     return settings
 
 
-_UNLESS: dict[str, Any] = {"scale": 1.0, "adapter": {}, "training": {}, "test_data": []}
+_UNLESS: dict[str, Any] = {
+    "scale": 1.0,
+    "adapter": {},
+    "training": {},
+    "test_data": [],
+    "climbs_diagonally": False,
+}
 
 
 def _agree(stored: Any, wanted: Any) -> bool:

@@ -75,14 +75,14 @@ _CAPACITY = {
     "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA[:3], *_EXPANSION[:2])),
     # Four times the steps: is a small loss a large capacity, or only fast?
     "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _EXPANSION[0])),
-    # A vision transformer, whose layers end in a small scale: it wants large ones of the update.
     "picture-labels": CapacityTask(
         "picture-labels",
         400,
         64,
         texts=512,
         rates=(2.5e-3, 5e-3, 1e-2),
-        scales=(64.0, 16.0, 256.0),
+        scales=(4.0, 0.25, 1.0, 16.0, 64.0, 256.0),
+        climbs_diagonally=True,
         methods=(*_LORA, *_EXPANSION[::2], *_PHI[2:]),
     ),
     # A pretrained decoder, with the scales that the tasks above have found.
