@@ -122,6 +122,8 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     changed = run("compare", suite, "--output", output, "--rank", 3)
     assert changed.exit_code == 1
     assert "holds another comparison" in " ".join(changed.output.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "model", "suite.yaml", "out"}
+    assert list((output / "runs").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from .suites import Suite
 TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
 CALL_FILE = "call.json"  # what was asked for last
+_LOCKS = "locks"
 FAILED = 3  # exit status of a worker whose job can never work
 # A job of more steps writes a checkpoint after so many, and goes on with it if it was stopped.
 _SAVE_STEPS = 500
@@ -272,7 +273,7 @@ def check_folder(comparison: Comparison, output: Path) -> None:
                 f"The folder {output} holds another comparison: another suite, rank or settings of its tasks. Give "
                 "another --output."
             )
-    elif output.exists() and any(path for path in output.iterdir() if path.suffix != ".partial"):
+    elif output.exists() and any(p for p in output.iterdir() if p.suffix != ".partial" and p.name != _LOCKS):
         raise FileExistsError(f"The folder {output} is not empty, and no comparison. Give another --output.")
 
 
@@ -299,17 +300,18 @@ def prepare(comparison: Comparison, output: Path) -> None:
             config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
             head = KINDS[settings.kind].adapter_fields
             adapter_config(known.train, head, settings.steps, config.adapter)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.parent / f".{output.name}.lock"):
-        check_folder(comparison, output)
-        for name in ("jobs", "locks", "logs", "runs"):
-            (output / name).mkdir(parents=True, exist_ok=True)
+    check_folder(comparison, output)
+    (output / _LOCKS).mkdir(parents=True, exist_ok=True)
+    with FileLock(output / _LOCKS / "settings.lock"):
+        check_folder(comparison, output)  # again: another process may have been quicker
         settings = _settings(comparison)
         if (output / SETTINGS_FILE).exists():
             stored = read_json(output / SETTINGS_FILE, _Settings, "Give another --output.")
             settings["suite"]["tasks"] = {**stored["suite"]["tasks"], **settings["suite"]["tasks"]}
-        write_json(output / SETTINGS_FILE, settings)
+        write_json(output / SETTINGS_FILE, settings)  # first: by it the folder is known as a comparison's
         write_json(output / CALL_FILE, asdict(comparison))
+        for name in ("jobs", "logs", "runs"):
+            (output / name).mkdir(exist_ok=True)
 
 
 def read_comparison(suite: str, output: Path) -> Comparison:
