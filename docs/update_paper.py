@@ -11,13 +11,13 @@ from typing import Any
 
 import pandas as pd
 from sections import table, with_section
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig, RobertaConfig, ViTConfig, ViTImageProcessor
 
 from lrlora.lab.compare.capacity_report import losses
 from lrlora.lab.compare.jobs import Comparison, Record, read_comparison, read_records
 from lrlora.lab.compare.markdown import markdown
 from lrlora.lab.compare.methods import METHODS, find_method
-from lrlora.lab.compare.needs import needs
+from lrlora.lab.compare.needs import needs, planned
 from lrlora.lab.compare.protocols import load_suite
 from lrlora.lab.compare.statistics import Interval, paired_difference
 from lrlora.lab.compare.suites import Suite, Task
@@ -45,6 +45,20 @@ SPEED: dict[str, tuple[Any, Task]] = {
         ),
         Task("", "multiple-choice", "accuracy", 1, batch_size=2, max_length=512),
     ),
+}
+# The models of the presets: their published sizes.
+PRESETS: dict[str, tuple[str, Any]] = {
+    "roberta-base": (
+        "RoBERTa-base, the eight of GLUE, r = 8",
+        RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+    ),
+    "llama-3-8b": (
+        "Llama 3 8B in bfloat16, 148,000 questions of eight sets together, r = 32",
+        LlamaConfig(
+            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, dtype="bfloat16"
+        ),
+    ),
+    "vit-base": ("ViT-B/16, five sets of 1,000 training images, r = 8", ViTConfig()),
 }
 LORA = "lora"
 # Methods whose learned ranks are shown.
@@ -190,8 +204,26 @@ def predicted_needs() -> list[list[str]]:
     return rows
 
 
+def preset_needs() -> list[list[str]]:
+    """What `--dry-run` says of the presets."""
+    rows = []
+    for name, (content, config) in PRESETS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            if isinstance(config, ViTConfig):
+                ViTImageProcessor().save_pretrained(folder)
+            comparison = Comparison(name, model=folder)
+            told = [(cell.jobs, cell.needs) for cell in planned(comparison) if cell.needs is not None]
+        methods = ", ".join(find_method(method).name for method in comparison.all_methods)
+        largest = f"{max(each.gib for _, each in told):.1f} GiB, {max(each.hours for _, each in told):.2g} hours"
+        rows.append([f"`{name}`", content, methods, largest, f"{sum(n * each.hours for n, each in told):.3g} hours"])
+    return rows
+
+
 def updated(page: str) -> str:
     """The page with the tables of the stored runs."""
+    heads = ["preset", "model, suite, r", "methods", "a job, at most", "all jobs, one A100"]
+    page = with_section(page, "presets", table(heads, preset_needs()))
     page = with_section(page, "needs", table(["", "predicted", "measured"], predicted_needs()))
     heads = ["task", "method", "accuracy × 100", "parameters", "stable rank", "energy-99 rank"]
     page = with_section(page, "vision", table(heads, vision_results()))

@@ -31,7 +31,7 @@ SETTINGS_FILE = "comparison.json"
 CALL_FILE = "call.json"  # what was asked for last
 _LOCKS = "locks"
 FAILED = 3  # exit status of a worker whose job can never work
-# A job of more steps writes a checkpoint after so many, and goes on with it if it was stopped.
+# Steps between checkpoints. A shorter run has none: begun anew, it loses little.
 _SAVE_STEPS = 500
 _GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
 Record = dict[str, Any]
@@ -208,10 +208,12 @@ class Comparison:
             if best is None:
                 return trials  # all have failed
             rate, scale = best["learning_rate"], best.get("scale", 1.0)
-            # The best is inside the grid once both its neighbours have been tried, by rate and by scale.
+            # The best is inside the grid once its neighbours have been tried, by rate and by scale.
             around = [(rate / 2, scale), (rate * 2, scale)]
             for s in _neighbours(scale, scales):
-                around += [(rate, s), (rate / 2 if s > scale else rate * 2, s)][: 2 if is_diagonal else 1]
+                around.append((rate, s))
+                if is_diagonal:
+                    around.append((rate / 2 if s > scale else rate * 2, s))
             new = [Job(task, method, r, TUNING_SEED, s) for r, s in around if low <= r <= high]
             new = [job for job in new if job not in trials and (not self.rates or job.learning_rate in self.rates)]
             if not new:

@@ -56,6 +56,7 @@ def _run_missing(
     given_up: set[str] = set()
     while True:
         finished = read_records(output)
+        _remove_runs(output, finished)
         missing = [job for job in comparison.plan(finished) if job.name not in finished]
         is_over = hours is not None and time.monotonic() - started >= 3600 * hours
         if is_over or all(job.name in given_up for job in missing):
@@ -74,6 +75,13 @@ def _run_missing(
                 break
         else:
             time.sleep(5)  # others are at work on all that is missing; more may follow from it
+
+
+def _remove_runs(output: Path, finished: dict[str, Record]) -> None:
+    """Remove the folders of runs whose results are filed, those of processes too that were killed in between."""
+    for run in (output / "runs").iterdir():
+        if run.name in finished:
+            shutil.rmtree(run, ignore_errors=True)  # another process may be at it
 
 
 @contextmanager
@@ -176,6 +184,4 @@ def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str
                 return f"{job.name} ended with status {status} ({said}); see {log}"
             record = {**request, "failure": said}
     write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
-    if folder.exists():
-        shutil.rmtree(folder)
     return None

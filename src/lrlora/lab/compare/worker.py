@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -89,11 +88,13 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
 
 
 def _trained(config: TrainConfig) -> TrainResult:
-    """Train; where a process that was stopped has begun the run, go on with it, if that is possible."""
+    """Train; if a process that was stopped has begun the run, go on with it where that is possible."""
     folder = Path(config.output)
     if (folder / RUN_FILE).exists():
-        with suppress(ValueError, OSError):
+        try:
             return train(config, resume=True)
+        except (ValueError, OSError) as error:
+            print(f"The run begins anew: {error}")
     if folder.exists():
         shutil.rmtree(folder)
     return train(config)
