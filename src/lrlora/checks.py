@@ -94,27 +94,19 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def check_truncation(
-    *,
-    energy: float | None = None,
-    budget: int | None = None,
-    max_rank: int | None = None,
-    tolerance: float | None = None,
-    drop_below: float = 0.0,
+    *, energy: float | None = None, budget: int | None = None, max_rank: int | None = None, loss: float | None = None
 ) -> None:
-    """Raise a ValueError unless these arguments of `factorize` say what an export keeps."""
-    choices = {"energy": energy, "budget": budget, "tolerance": tolerance}
-    given = [name for name, value in choices.items() if value is not None]
+    """Raise a ValueError unless these say what an export keeps."""
+    given = [name for name, value in {"energy": energy, "budget": budget, "loss": loss}.items() if value is not None]
     if len(given) > 1 or not (given or max_rank is not None):
         raise ValueError(
-            f"Give one of energy, budget and tolerance, or max_rank alone, to say what to keep; given: "
+            f"Give one of energy, budget and loss, or max_rank alone, to say what to keep; given: "
             f"{' and '.join(given) or 'none'}."
         )
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be a share in (0, 1], and is {energy!r}.")
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must be a share of the weight's norm in (0, 1), and is {tolerance!r}.")
+    if loss is not None and not 0 < loss < 1:
+        raise ValueError(f"loss must be the share by which it may rise, in (0, 1), and is {loss!r}.")
     for name, value in (("budget", budget), ("max_rank", max_rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be a whole number ≥ 1, and is {value!r}.")
-    if not 0 <= drop_below < 1:
-        raise ValueError(f"drop_below must be a share in [0, 1), and is {drop_below!r}.")

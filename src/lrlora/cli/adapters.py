@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, require_adapter, require_source
+from ..lab.config import parse_pairs
 from ..locks import only_writer
+from ..run_folder import RUN_FILE
 from .common import announce, app, as_text, console, one_clear_error, quiet
+from .exporting import Size, export_by_loss, parameters_in, parse_size, write_factors
 
 if TYPE_CHECKING:
-    from ..export import Factors
     from ..updates import Updates
 
 
@@ -121,11 +122,25 @@ _BUDGET = Annotated[
     str | None,
     typer.Option(help="Size in all: parameters (250000, 250k, 1.5M), MiB (8MiB), or r4: as LoRA of rank 4."),
 ]
-_TOLERANCE = Annotated[
-    float | None, typer.Option(help="Largest ‖ΔW − BA‖/‖W0‖ of any module, in (0, 1); needs --base.")
-]
 _MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module; default: no limit.")]
-_DROP_BELOW = Annotated[float, typer.Option(help="Leave out modules with less than this share of all ‖ΔW‖².")]
+_LOSS = Annotated[
+    float | None, typer.Option(help="Share by which the loss may rise, such as 0.01: the smallest LoRA within it.")
+]
+_BY = Annotated[
+    str | None,
+    typer.Option(help="What a size is filled with: loss (default where there is data) or energy, which needs none."),
+]
+_DATA = Annotated[
+    str | None,
+    typer.Option(help="Examples to tell the loss by, as of `lrlora train`; default: of a run its own data."),
+]
+_COLUMNS = Annotated[
+    list[str] | None, typer.Option("--columns", "--column", help="ROLE=NAME, of the examples; default: as in training.")
+]
+_TASK = Annotated[
+    str | None, typer.Option(help="causal-lm or classify, of an adapter that is no run; default: as it says.")
+]
+_HEAL = Annotated[int, typer.Option(min=0, help="Steps of training at the size that was reached.")]
 _DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE = Annotated[
     str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
@@ -139,11 +154,15 @@ def export(
     output: Annotated[
         Path, typer.Option(help="Folder to write, which must be empty or not exist; for a single file, a new one.")
     ],
-    energy: _ENERGY = None,
+    loss: _LOSS = None,
     budget: _BUDGET = None,
     max_rank: _MAX_RANK = None,
-    tolerance: _TOLERANCE = None,
-    drop_below: _DROP_BELOW = 0.0,
+    energy: _ENERGY = None,
+    by: _BY = None,
+    data: _DATA = None,
+    columns: _COLUMNS = None,
+    task: _TASK = None,
+    heal: _HEAL = 0,
     base: _BASE = None,
     dtype: _DTYPE = None,
     pad: Annotated[bool, typer.Option("--pad", help="One rank for all, padded with zeros (llama.cpp).")] = False,
@@ -159,49 +178,60 @@ def export(
             raise ValueError("--pad is about weights, and --config-only writes none. Leave one of them out.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
-        size = None if budget is None else _parse_budget(budget)
-        if all(value is None for value in (energy, budget, max_rank, tolerance)):
+        size = None if budget is None else parse_size(budget, "--budget")
+        if all(value is None for value in (energy, loss, budget, max_rank)):
             energy = DEFAULT_ENERGY
-        truncation: dict[str, Any] = {"energy": energy, "max_rank": max_rank, "tolerance": tolerance}
-        check_truncation(**truncation, drop_below=drop_below, budget=None if size is None else 1)
-        if not Path(source).is_file():
+        check_truncation(energy=energy, max_rank=max_rank, loss=loss, budget=None if size is None else 1)
+        roles = parse_pairs(columns, "--columns") if columns else None
+        examples = {"data": data, "columns": roles, "task": task}
+        is_by_loss = _is_by_loss(source, by, energy, {"loss": loss, **examples, "heal": heal or None})
+        is_file = Path(source).is_file()
+        if not is_file:
             free_folder(output)
         elif config_only and base is None:
             raise ValueError("--config-only writes a configuration of PEFT's, and a LoRA in a single file has none.")
         require_source(source, base)
         quiet()
-        from ..compress import factorize, save
-        from ..export import save_lora_config
-        from ..export.adapter import stored_dtype
+        if is_by_loss:
+            export_by_loss(
+                source, output, Size(loss, size, max_rank), examples, steps=heal, base=base, check=check,
+                dtype=dtype, pad=pad, config_only=config_only, every=every,
+            )  # fmt: skip
+            return
+        from ..compress import factorize
         from ..export.single_file import free_file
         from ..updates.single_file import SingleFile
 
-        if Path(source).is_file():
+        if is_file:
             free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
         updates = _read_to_export(source, base, check=check and not config_only)
-        precision = stored_dtype(updates.origin) if dtype is None else _dtype(dtype)
-        if size is not None:
-            truncation["budget"] = _parameters(size, updates, precision)
-        factors = factorize(updates, **truncation, drop_below=drop_below, progressbar=True)
-        _show_factors(factors, updates, f"LoRA for {source} ({updates.method})", every=every)
-        if config_only:
-            save_lora_config(factors, updates, output)
-            announce(f"To train with: LoraConfig.from_pretrained({str(output)!r})")
-            return
-        announce(_sizes(updates, sum(part.parameters for part in factors)))
-        size_on_disk = save(factors, updates, output, dtype=precision, pad=pad)
-        announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
-    if check:
+        parameters = None if size is None else parameters_in(size, updates, dtype)
+        factors = factorize(updates, energy=energy, budget=parameters, max_rank=max_rank, progressbar=True)
+        write_factors(factors, updates, output, dtype=dtype, pad=pad, config_only=config_only, every=every)
+    if check and not config_only:
         with one_clear_error("The LoRA is written; what the export changes was not measured."):
             _print_difference(updates, output)
 
 
-def _show_factors(factors: Sequence[Factors], updates: Updates, title: str, *, every: bool) -> None:
-    from ..export.table import factors_table
-
-    console.print(factors_table(factors, as_text(title), width=console.width, every=every))
-    for note in updates.notes:
-        announce(note)
+def _is_by_loss(source: str, by: str | None, energy: float | None, wants_loss: Mapping[str, Any]) -> bool:
+    """Whether the export keeps what matters to the loss: where it is asked for, or there is data to tell it by."""
+    require_known("--by", by or "loss", ("loss", "energy"))
+    given = [f"--{name}" for name, value in wants_loss.items() if value is not None]
+    if by == "energy" or energy is not None:
+        if given or by == "loss":
+            raise ValueError(
+                f"An export by energy reads no data. Leave out {(given or ['--by loss'])[0]}, or --energy."
+            )
+        return False
+    is_run = (Path(source) / RUN_FILE).is_file()
+    if not (given or by or is_run):
+        return False
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is a single file, which does not say what its base model is, and without that model there is no "
+            "loss. Give a size (--budget, --max-rank) or --energy, by which it keeps what is large."
+        )
+    return True
 
 
 def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
@@ -214,17 +244,6 @@ def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
     if isinstance(saved, SavedAdapter) and not all(update.layout.is_known for update in updates):
         check_base(saved, updates) if check else check_names(updates)
     return updates
-
-
-def _sizes(updates: Updates, exported: int) -> str:
-    from ..export.factorize import exact_parameters
-    from ..updates.peft_adapter import parameters_as_trained
-
-    trained = parameters_as_trained(updates)
-    exact = None if updates.method == "DoRA" else exact_parameters(updates)  # it has magnitudes besides
-    as_trained = "" if trained is None else f"{trained:,} as trained, "
-    without_loss = "" if exact in (None, trained) else f"{exact:,} as LoRA without loss, "
-    return f"Parameters: {as_trained}{without_loss}{exported:,} as exported."
 
 
 def _print_difference(updates: Updates, output: Path) -> None:
@@ -276,33 +295,3 @@ def _dtype(name: str) -> Any:
     import torch
 
     return getattr(torch, name)
-
-
-class _Budget(NamedTuple):
-    """How much an export may take: a number of `unit`: parameters, bytes, or ranks of LoRA on the same modules."""
-
-    number: float
-    unit: str
-
-
-_SIZES = {"kB": 10**3, "KiB": 2**10, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-
-
-def _parse_budget(text: str) -> _Budget:
-    match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text)
-    if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
-        raise ValueError(f"--budget must be like 250000, 250k, 1.5M, 8MiB or r4, and is {text!r}.")
-    number, unit = float(match[2]), match[3]
-    if match[1]:
-        return _Budget(number, "ranks")
-    if unit in _SIZES:
-        return _Budget(number * _SIZES[unit], "bytes")
-    return _Budget(number * {None: 1, "k": 1e3, "M": 1e6}[unit], "parameters")
-
-
-def _parameters(budget: _Budget, updates: Updates, dtype: Any) -> int:
-    from ..export.factorize import parameters_of_rank
-
-    if budget.unit == "ranks":
-        return parameters_of_rank(updates, int(budget.number))
-    return int(budget.number / (dtype.itemsize if budget.unit == "bytes" else 1))

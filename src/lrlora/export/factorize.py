@@ -7,8 +7,9 @@ By the Eckart-Young theorem the leading k singular triples of ΔW are the best a
     budget     the singular values of all modules compete: the best σ² / (m + n) are taken, one rank of an m × n module
                costing m + n parameters, as long as the sum fits. That keeps the most energy for its parameters; where
                all modules have one shape, it is a common threshold on σ.
-    tolerance  the smallest k with ‖ΔW − BA‖_F within a share of ‖W0‖_F
     max_rank   never more than this, alone or with one of them
+
+These keep what is large. What matters to the loss is in `lrlora.cut`.
 
 An update that is a product of thin factors (LoRA's, an expansion's) gets a QR of both and a small SVD, and is never
 formed.
@@ -182,8 +183,6 @@ def factorize(
     energy: float | None = None,
     budget: int | None = None,
     max_rank: int | None = None,
-    tolerance: float | None = None,
-    drop_below: float = 0.0,
     adapter: str | None = None,
     progressbar: bool = False,
 ) -> list[Factors]:
@@ -194,36 +193,27 @@ def factorize(
         energy: share of each module's ‖ΔW‖²_F to keep, in (0, 1].
         budget: parameters of all factors together.
         max_rank: of any module.
-        tolerance: the largest ‖ΔW − BA‖_F / ‖W0‖_F of any module, in (0, 1).
-        drop_below: leave out modules whose ‖ΔW‖²_F is less than this share of all modules' sum.
         adapter: its name in the model; default: the active one.
         progressbar: show one.
 
     Raises:
-        ValueError: of energy, budget and tolerance none or several are given, and no max_rank; a value is out of range;
-            there is nothing to factorise; a module is neither linear nor a convolution; an update is not finite; or
-            tolerance is given, and the weight of a module is not at hand.
+        ValueError: neither energy nor budget nor max_rank is given, or both of the first; a value is out of range;
+            there is nothing to factorise; a module is neither linear nor a convolution; or an update is not finite.
 
     """
-    check_truncation(energy=energy, budget=budget, max_rank=max_rank, tolerance=tolerance, drop_below=drop_below)
+    check_truncation(energy=energy, budget=budget, max_rank=max_rank)
     updates, ranks = [], {}
     for each in tqdm(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar):
         update = _Svd(each)
         if budget is None:
-            share = energy or 1.0 if tolerance is None else _share_for(update, tolerance)
-            ranks[update.name] = _for_energy(update, share, max_rank or min(update.shape)) if share > 0 else 0
+            ranks[update.name] = _for_energy(update, energy or 1.0, max_rank or min(update.shape))
             update.truncate(ranks[update.name])
         updates.append(update)
-    total = sum(update.energy for update in updates)
-    if total == 0:
+    if not any(update.energy for update in updates):
         raise ValueError("Every update is zero: the adapter has not been trained, and there is nothing to export.")
-    eligible = [update for update in updates if update.energy > 0 and update.energy >= drop_below * total]
-    if not eligible:
-        raise ValueError(f"drop_below={drop_below} leaves out every module. Give a smaller share.")
     if budget is not None:
-        ranks = _within_budget(eligible, budget, max_rank or max(min(update.shape) for update in eligible))
-    kept = {update.name for update in eligible}
-    return [update.factors(ranks[update.name] if update.name in kept else 0) for update in updates]
+        ranks = _within_budget(updates, budget, max_rank or max(min(update.shape) for update in updates))
+    return [update.factors(ranks[update.name]) for update in updates]
 
 
 def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update]:
@@ -253,17 +243,6 @@ def _is_linear(layer: nn.Module | None, update: Update) -> bool:
     return isinstance(layer, BaseTunerLayer) and not (update.layout.kernel or update.layout.is_embedding)
 
 
-def _share_for(update: _Svd, tolerance: float) -> float:
-    """The share of an update's energy to keep for an error of so much of its weight."""
-    norm = update.update.weight_norm()
-    if norm is None:
-        raise ValueError(
-            f"tolerance is relative to the weight of each module, and that of {update.name} is not at hand: "
-            "give the base model (base=, --base)."
-        )
-    return max(0.0, 1 - (tolerance * norm) ** 2 / update.energy) if update.energy > 0 else 0.0
-
-
 def _for_energy(update: _Svd, energy: float, limit: int) -> int:
     while True:
         held = update.held()
@@ -280,7 +259,8 @@ def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, in
     if budget < cheapest:
         raise ValueError(f"budget={budget:,} is less than one rank of the smallest module, {cheapest:,} parameters.")
     while True:
-        ranks = _best_per_parameter(updates, budget, limit)
+        worth = [update.sigma[:limit].square() for update in updates]
+        ranks = best_per_parameter(worth, [update.parameters_per_rank for update in updates], budget)
         # A module all of whose known singular values were taken might have had more to offer.
         short = [
             update
@@ -293,10 +273,17 @@ def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, in
             update.reach(min(2 * len(update.sigma), limit))
 
 
-def _best_per_parameter(updates: list[_Svd], budget: int, limit: int) -> list[int]:
-    worth = [(update.sigma[:limit].square() / update.parameters_per_rank) for update in updates]
+def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
+    """The rank of every module, where all compete for a budget.
+
+    Args:
+        worth: of every module what each of its directions is worth, descending.
+        costs: parameters of a direction of every module.
+        budget: parameters in all.
+
+    """
     owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
-    cost = torch.tensor([update.parameters_per_rank for update in updates])[owner]
-    order = torch.cat(worth).argsort(descending=True, stable=True)
+    cost = torch.tensor(costs)[owner]
+    order = (torch.cat(list(worth)) / cost).argsort(descending=True, stable=True)
     taken = order[cost[order].cumsum(0) <= budget]
-    return torch.bincount(owner[taken], minlength=len(updates)).tolist()
+    return torch.bincount(owner[taken], minlength=len(worth)).tolist()

@@ -38,7 +38,7 @@ from .models import load_model, make_trainer, max_positions, model_source, train
 from .progress import Announce
 
 # Settings that say how and where a run trains and who is told of it: asking it later, on another machine, needs none.
-_OF_TRAINING = (
+OF_TRAINING = (
     *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "tf32", "use_liger_kernel"),
     *("report_to", "push_to_hub"),
 )
@@ -235,7 +235,7 @@ class LoadedRun:
         return self.kind.encode(examples, self.processor, self.max_length)
 
     def trainer(self, data: Dataset) -> Trainer:
-        settings = {name: value for name, value in self.config.training.items() if name not in _OF_TRAINING}
+        settings = {name: value for name, value in self.config.training.items() if name not in OF_TRAINING}
         arguments = training_arguments(replace(self.config, training=settings), self.kind, 1, self.max_length)
         return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+from ...cut import model_loss
 from ..chat import shown_tokens
 from ..names import OPTIONAL_ROLES, ROLES
 from ..rows import counted, mapped, require_text
@@ -140,6 +141,10 @@ class Kind:
         collator = self.collator(processor)
         arguments |= {"processing_class": processor, "compute_metrics": self.score}
         return Trainer(data_collator=collator, **arguments)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+        """The sum of the loss terms of a batch, and how many there are."""
+        return model_loss(model, batch)
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         """The metrics, but the loss."""

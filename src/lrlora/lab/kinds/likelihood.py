@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -100,6 +101,19 @@ def token_log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return -F.cross_entropy(logits.transpose(1, 2), batch["targets"][:, 1:], reduction="none", ignore_index=_IGNORED)
 
 
+def _places(batch: Mapping[str, Tensor]) -> Tensor:
+    """Where the right choices are among all choices of all examples, (examples,)."""
+    labels = batch["labels"]
+    return torch.arange(len(labels), device=labels.device) * batch["input_ids"].shape[1] + labels
+
+
+def right_choices(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The right choices as continuations, as a causal language model takes them: each (examples, tokens)."""
+    right = _places(batch)
+    names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "targets": "labels"}
+    return {name: batch[key].flatten(0, 1)[right] for key, name in names.items()}
+
+
 class ChoiceTrainer(Trainer):
     """Trains the right choice as a continuation, per token, and evaluates the log-likelihood of every choice."""
 
@@ -115,16 +129,11 @@ class ChoiceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        labels = inputs["labels"]
-        shape = inputs["input_ids"].shape
-        right = torch.arange(len(labels), device=labels.device) * shape[1] + labels
-        flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "targets")}
         if not return_outputs:
-            wanted = {name: values[right] for name, values in flat.items()}
-            # The model's own loss: AdaLoRA adds its penalty to it.
-            return model(
-                input_ids=wanted["input_ids"], attention_mask=wanted["attention_mask"], labels=wanted["targets"]
-            ).loss
+            return model(**right_choices(inputs)).loss  # the model's own: AdaLoRA adds its penalty to it
+        shape = inputs["input_ids"].shape
+        right = _places(inputs)
+        flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "targets")}
         scores, is_target = token_log_likelihoods(model, flat), flat["targets"][:, 1:] != _IGNORED
         loss = -scores[right].sum() / is_target[right].sum()
         sums = torch.where(is_target.any(1), scores.sum(1), -math.inf).view(shape[:2])

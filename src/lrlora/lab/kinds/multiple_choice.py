@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from datasets import Dataset
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultipleChoice,
@@ -15,11 +16,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
+from ...cut import model_loss
 from ..chat import shown_tokens
 from ..metrics import choice_metrics
 from ..rows import counted, mapped, require_rows, require_text
 from .base import Kind
-from .likelihood import ChoiceTrainer, encode_continuations
+from .likelihood import ChoiceTrainer, encode_continuations, right_choices
 
 
 class MultipleChoice(Kind):
@@ -113,6 +115,9 @@ class ChoiceByLikelihood(MultipleChoice):
     def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
         # It gives numbers for its whole vocabulary, and for every choice.
         return super().arguments(max_length, batch) | {"per_device_eval_batch_size": max(1, batch // 4)}
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+        return model_loss(model, right_choices(batch))
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
         return ChoiceTrainer(compute_metrics=self.score, processing_class=processor, **arguments)

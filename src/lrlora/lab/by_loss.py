@@ -1,0 +1,279 @@
+"""Cut an adapter by what the loss says: its examples, the smallest size at a loss, and training at that size."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from ..checks import DEFAULT_ENERGY
+from ..cut import Point, loss_curve, mean_loss, smallest
+from ..export import Factors, factorize
+from ..export.card import class_names
+from ..export.loading import load_adapted
+from ..files import is_full_model, replacing
+from ..run_folder import RUN_FILE, RunRecord
+from ..saved import SavedAdapter
+from ..updates import Updates, read_updates
+from ..updates.checkpoint import FineTuned
+from .chat import rendering_of
+from .config import TrainConfig
+from .data import choose_max_length, load_splits, load_task_data, only_split, sampled
+from .inference import OF_TRAINING, LoadedRun
+from .kinds import kind_for
+from .models import make_trainer, max_tokens, model_source, training_arguments
+from .progress import Announce, Progress, StopOnNonFinite
+
+EXAMPLES = 256  # of a part, at most
+TERMS = 4_096  # of the loss, after which no further batch of a part is taken
+_FEWEST = 16
+_HEALING_RATE = 0.5  # of the peak learning rate
+_OF_SCHEDULE = ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "lr_scheduler_type", "lr_scheduler_kwargs")
+_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}
+
+
+@dataclass
+class Subject:
+    """An adapter, or what full fine-tuning has changed, on its base model, with examples.
+
+    Attributes:
+        run: that it is of, or that is made up for an adapter from elsewhere.
+        updates: as they were read.
+        training: to take the moments of, and to train on.
+        held_out: to measure the loss on.
+
+    """
+
+    run: LoadedRun
+    updates: Updates
+    training: Dataset
+    held_out: Dataset
+
+    @classmethod
+    def read(
+        cls,
+        source: str,
+        *,
+        base: str | None = None,
+        data: str | None = None,
+        task: str | None = None,
+        announce: Announce = print,
+        **reading: Any,
+    ) -> Subject:
+        """Load an adapter and its examples.
+
+        Args:
+            source: output folder of a run, or folder or hub name of a PEFT adapter.
+            base: the base model; default: the one that it names.
+            data: as for `TrainConfig.data`; default: the run's own.
+            task: of an adapter that does not say it.
+            announce: is told what the examples are.
+            **reading: how the data is read, as of `lrlora.lab.inference.evaluate`.
+
+        Raises:
+            FileNotFoundError: base model or data is missing.
+            ValueError: there is no data, or it does not fit; the adapter cannot be read.
+
+        """
+        is_run = (Path(source) / RUN_FILE).is_file()
+        if data is None and not is_run:
+            raise ValueError(
+                f"{source} is no run of `lrlora train`, whose data would be known. Give examples like those that it "
+                "was trained on (--data), or keep what is large, without any (--by energy)."
+            )
+        run = LoadedRun.read(Path(source)).reading(**reading) if is_run else _made_up(source, str(data), task, reading)
+        base = base or (model_source(run.config.model) if run.config.method in ("full", "dora") else None)
+        updates = read_updates(source, base=base)
+        training, held_out = _own_examples(run) if data is None else _given_examples(run, data, announce)
+        for part, name in ((training, "take moments of"), (held_out, "measure the loss on")):
+            if len(part) < _FEWEST:
+                raise ValueError(
+                    f"There are {len(part)} examples to {name}, and {_FEWEST} is the fewest that say anything. Give "
+                    "more (--data), or --by energy."
+                )
+        used = [min(EXAMPLES, len(part)) for part in (training, held_out)]
+        announce(
+            f"By the loss on {data or run.config.data}: gradients of up to {used[0]} examples"
+            f"{' of the training split' if data is None else ''}, losses of up to {used[1]} "
+            f"{'of the validation split' if data is None else 'others'}."
+        )
+        return cls(run, updates, training, held_out)
+
+    @cached_property
+    def on_base(self) -> nn.Module:
+        """The model for factors: of a fully fine-tuned one, with all weights of the base but what is kept whole."""
+        model, origin = self.run.model, self.updates.origin
+        if isinstance(origin, FineTuned):
+            kept = {key for keys in origin.whole.values() for key in keys}
+            for key, tensor in model.state_dict().items():
+                name = None if key in kept else origin.base.name_of(key)
+                if name is not None:
+                    tensor.copy_(origin.base.read(name))
+        return model
+
+    @torch.no_grad()
+    def loss_of(self, model: Any, batches: Sequence[Any]) -> float:
+        """The mean loss of a model with whatever adapter is on it."""
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        values = [self.loss(base, batch) for batch in batches]
+        return sum(value.item() for value, _ in values) / sum(terms for _, terms in values)
+
+    def with_lora(self, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+        """A LoRA that was made of the adapter, in its place on the base model."""
+        base: Any = self.on_base
+        return PeftModel.from_pretrained(
+            base.unload() if isinstance(base, PeftModel) else base, folder, is_trainable=is_trainable
+        )
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
+        """The sum of the loss terms of a batch, and their number."""
+        return self.run.kind.loss(model, batch)
+
+    def batches(self, examples: Dataset) -> list[Any]:
+        """Batches of a training step's size, until they have enough terms."""
+        trainer = self.run.trainer(self.run.encoded(sampled(examples, EXAMPLES)))
+        trainer.args.per_device_eval_batch_size = trainer.args.per_device_train_batch_size
+        batches, terms = [], 0
+        for batch in trainer.get_eval_dataloader():
+            batches.append(batch)
+            terms += int((batch["labels"] != -100).sum())
+            if terms >= TERMS:
+                break
+        return batches
+
+    @cached_property
+    def whole(self) -> list[Factors]:
+        """The update as thin factors: exact where it is a product of such, else at 99 % of its energy."""
+        is_thin = all(update.is_product for update in self.updates)
+        return factorize(self.updates, energy=1.0 if is_thin else DEFAULT_ENERGY, progressbar=True)
+
+
+def _own_examples(run: LoadedRun) -> tuple[Dataset, Dataset]:
+    splits = load_task_data(run.config, run.kind).splits
+    return splits["train"], splits["validation"]
+
+
+def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Dataset, Dataset]:
+    splits = load_splits(data, run.config.delimiter, run.config.encoding)
+    if {"train", "validation"} <= set(splits):
+        parts = [run.examples(data, name, announce, with_label=True) for name in ("train", "validation")]
+        return parts[0], parts[1]
+    name = only_split(splits, ("validation", "test", "train"), f"{data} has", "a file of its own")
+    parts = run.examples(data, name, announce, with_label=True).train_test_split(0.5, seed=0)
+    return parts["train"], parts["test"]
+
+
+def _made_up(source: str, data: str, task: str | None, reading: dict[str, Any]) -> LoadedRun:
+    """An adapter from elsewhere as if it were a run, which reads data as `lrlora train` would."""
+    saved = None if is_full_model(source) else SavedAdapter.read(source)
+    task = task or (None if saved is None else _TASKS.get(str(saved.config.task_type)))
+    if task is None or task not in _TASKS.values():
+        raise ValueError(
+            f"{source} does not say that it classifies texts or continues them, and --task is {task}. Give --task "
+            f"{' or '.join(_TASKS.values())}, or --by energy."
+        )
+    name = source if saved is None else str(saved.config.base_model_name_or_path)
+    config = TrainConfig(name, data, task, method="lora", output=tempfile.gettempdir())
+    kind = kind_for(task, AutoConfig.from_pretrained(name))
+    model = kind.model_class.from_pretrained(name) if saved is None else load_adapted(saved)
+    try:
+        processor = kind.load_processor(source)
+    except (OSError, ValueError):  # it has none of its own
+        processor = kind.load_processor(config.model)
+    labels = []
+    if kind.has_head:
+        labels = (class_names(saved) if saved else []) or [str(index) for index in range(model.config.num_labels)]
+    run = LoadedRun(config, RunRecord({}, labels, None, {}), processor, model).reading(**reading)
+    splits = load_splits(data, run.config.delimiter, run.config.encoding)
+    examples = run.examples(data, next(iter(splits)), lambda line: None, with_label=True)
+    limit = max_tokens(processor, model.config)
+    record = replace(
+        run.record,
+        max_length=choose_max_length(kind.lengths(sampled(examples, EXAMPLES), processor), limit),
+        rendering=rendering_of(examples, processor) if kind.generates else None,
+        chat_template=processor.chat_template,
+    )
+    return replace(run, record=record)
+
+
+class Cut:
+    """What an adapter may lose: its curve, and its loss on the examples held out.
+
+    Args:
+        subject: adapter and examples.
+        progressbar: show one.
+
+    """
+
+    def __init__(self, subject: Subject, *, progressbar: bool = False) -> None:
+        self._subject, self._progressbar = subject, progressbar
+        self._held_out = subject.batches(subject.held_out)
+        training = subject.batches(subject.training)
+        self.loss = subject.loss_of(subject.run.model, self._held_out)
+        self.points: list[Point] = []
+        gradients = tqdm(training, desc="Gradients of the loss", disable=not progressbar)
+        self.curve = loss_curve(subject.on_base, subject.whole, gradients, subject.loss)
+
+    def measure(self, factors: Sequence[Factors]) -> float:
+        """The loss with these factors in place of the adapter."""
+        batches = tqdm(self._held_out, desc="Measuring the loss", disable=not self._progressbar, leave=False)
+        return mean_loss(self._subject.on_base, factors, batches, self._subject.loss)
+
+    def smallest(self, rise: float, max_rank: int | None = None) -> list[Factors]:
+        """The factors of the smallest size whose loss is within a share of that of the adapter.
+
+        Args:
+            rise: of the loss, as a share of it, such as 0.01.
+            max_rank: of any module.
+
+        Raises:
+            ValueError: no size is.
+
+        """
+        factors, self.points = smallest(self.curve, self.measure, self.loss + rise * abs(self.loss), max_rank=max_rank)
+        return factors
+
+    def loss_of(self, folder: Path) -> float:
+        """The loss of a LoRA as it was written; it takes the adapter's place for good."""
+        return self._subject.loss_of(self._subject.with_lora(folder).eval(), self._held_out)
+
+
+def heal(subject: Subject, folder: Path, steps: int, announce: Announce) -> None:
+    """Train a LoRA that was written some steps further, on the examples of the adapter, and write it again.
+
+    At a share of the peak learning rate of the run, with a warm-up and a linear decay to zero. Until the end, the LoRA
+    is there as it was.
+    """
+    config = subject.run.config
+    settings = {name: value for name, value in config.training.items() if name not in (*OF_TRAINING, *_OF_SCHEDULE)}
+    settings |= {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    progress = Progress(announce)
+    model = subject.with_lora(folder, is_trainable=True)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    stored = load_file(file)
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = replace(config, output=scratch, steps=None, epochs=None, training=settings)
+        kind, length = subject.run.kind, subject.run.max_length
+        rate = training_arguments(plain, kind, 1, length).learning_rate
+        settings |= {"learning_rate": _HEALING_RATE * rate}
+        plain = replace(plain, learning_rate=None, training=settings)
+        arguments = training_arguments(plain, kind, 1, length)
+        data = subject.run.encoded(subject.training)
+        trainer = make_trainer(kind, model, subject.run.processor, arguments, data, data, [progress, StopOnNonFinite()])
+        with progress.closed_at_the_end():
+            trainer.train()
+    trained = get_peft_model_state_dict(model)
+    with replacing(file) as partial:
+        save_file({key: trained[key].to(tensor) for key, tensor in stored.items()}, partial, {"format": "pt"})
