@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS))
 
-from sections import table, with_section  # noqa: E402
 
 PAGE, RESULTS = DOCS / "loss.md", DOCS / "loss" / "results.jsonl"
 SCRATCH = Path("lrlora-compress") / "loss"
@@ -57,7 +57,7 @@ _MINILM = {
     "model": "embedded:minilm", "task": "classify", "max_length": 48, "validation_examples": 512,
     "head_learning_rate": 1e-3, "training": {"eval_strategy": "no"},
 }  # fmt: skip
-_SMOLLM2 = {"model": "embedded:smollm2", "task": "causal-lm", "batch_size": 8, "max_length": 64, "steps": 50}
+_SMOLLM2 = {"model": "embedded:smollm2", "task": "causal-lm", "batch_size": 4, "max_length": 64, "steps": 40}
 _SMOLLM2 |= {"training": {"eval_strategy": "no"}, "validation_examples": 128}
 TASKS = {
     "news": Task(_MINILM | {"data": "embedded:20-newsgroups", "steps": 150}, "embedded:20-newsgroups", 4e-3),
@@ -73,10 +73,10 @@ TASKS = {
     "german": Task(_SMOLLM2 | {"data": str(SCRATCH / "german")}, str(SCRATCH / "german"), 2e-3, healing=12, tests=96),
     "chat": Task(_SMOLLM2 | {"data": str(SCRATCH / "chat")}, str(SCRATCH / "chat"), 2e-3, healing=12, tests=128),
 }  # fmt: skip
-TASKS["news, φ(BA)"] = replace(TASKS["news"], method="lr-lora", like="news")
-TASKS["news, full"] = replace(TASKS["news"], method="full", like="news", rate=1e-4)
+TASKS["news-phi"] = replace(TASKS["news"], method="lr-lora", like="news")
+TASKS["news-full"] = replace(TASKS["news"], method="full", like="news", rate=1e-4)
 BYTES = "byte model"
-TUNED = {"german": (1e-3, 2e-3, 4e-3), "chat": (1e-3, 2e-3, 4e-3), "news, full": (5e-5, 1e-4, 2e-4)}
+TUNED = {"german": (1e-3, 2e-3, 4e-3), "news-full": (5e-5, 1e-4, 2e-4)}
 
 
 def german() -> None:
@@ -131,7 +131,7 @@ def run_folder(name: str, method: str, rank: int, rate: float, seed: int) -> Pat
         if not (SCRATCH / make.__name__).exists():
             make()
     rank = 0 if method == "full" else rank
-    folder = SCRATCH / f"{name}-{method}-{rank}-{rate:g}-{seed}".replace(", φ(BA)", "").replace(", full", "")
+    folder = SCRATCH / f"{TASKS[name].like or name}-{method}-{rank}-{rate:g}-{seed}"
     if not (folder / "metrics.json").exists():
         start = time.perf_counter()
         settings = TASKS[name].settings | ({"rank": rank} if rank else {})
@@ -142,6 +142,7 @@ def run_folder(name: str, method: str, rank: int, rate: float, seed: int) -> Pat
 
 
 def validation_loss(folder: Path) -> float:
+    """Of a finished run."""
     return float(json.loads((folder / "metrics.json").read_text())["loss"])
 
 
@@ -160,3 +161,321 @@ def runs_of(name: str) -> Iterator[Path]:
     for seed in SEEDS:
         for rank in (8,) if task.like else (8, *SHARES.values()):
             yield run_folder(name, task.method, rank, rate, seed)
+
+
+@dataclass
+class Case:
+    """An adapter, ready to be cut: what `lrlora export` works on, and examples that it never sees."""
+
+    whole: list[Any]
+    curve: Any
+    moments: dict[str, Any]
+    terms: int
+    updates: Any
+    parameters_of_rank: Callable[[int], int]
+    validation: Callable[[Any], float]
+    test: Callable[[Any], float]
+    as_it_is: tuple[float, ...]  # losses, validation and test
+    smallest: Callable[[float], Any]
+    heal: Callable[[Any], float]  # factors → test loss
+
+
+def loaded(name: str, folder: Path) -> tuple[Any, list[Any]]:
+    """A run of `lrlora train` with its examples, and batches of the test data."""
+    from datasets import load_from_disk
+
+    from lrlora.lab.by_loss import Subject
+    from lrlora.lab.models import model_source
+
+    task = TASKS[name]
+    base = model_source(task.settings["model"]) if task.method == "full" else None
+    subject = Subject.read(str(folder), base=base, announce=lambda line: None)
+    said = load_from_disk(task.test)["test"] if Path(task.test).exists() else task.test
+    examples = subject.run.examples(said, "test", lambda line: None, with_label=True)
+    examples = examples.shuffle(seed=1).select(range(min(task.tests, len(examples))))
+    return subject, list(subject.run.trainer(subject.run.encoded(examples)).get_eval_dataloader())
+
+
+def case_of(name: str, folder: Path) -> Case:
+    """A run of `lrlora train`."""
+    from lrlora.cut import mean_loss, smallest
+    from lrlora.cut.curve import LossCurve, directions
+    from lrlora.cut.moments import collect_moments
+    from lrlora.export import save_as_lora
+    from lrlora.export.factorize import parameters_of_rank
+    from lrlora.lab.by_loss import heal
+
+    subject, test = loaded(name, folder)
+    held_out, training = subject.batches(subject.held_out), subject.batches(subject.training)
+    as_it_is = tuple(subject.loss_of(subject.run.model, batches) for batches in (held_out, test))
+    model, whole = subject.on_base, [part for part in subject.whole if part.rank]
+    moments, terms = collect_moments(model, whole, training, subject.loss)
+    curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
+
+    def validation(factors: Any) -> float:
+        return mean_loss(model, factors, held_out, subject.loss)
+
+    def healed(factors: Any) -> float:
+        output = SCRATCH / "healed"
+        subprocess.run(["rm", "-rf", str(output)], check=True)
+        save_as_lora(factors, subject.updates, output)
+        heal(subject, output, TASKS[name].healing, lambda line: None)
+        return subject.loss_of(subject.with_lora(output).eval(), test)
+
+    return Case(
+        whole=whole,
+        curve=curve,
+        moments=moments,
+        terms=terms,
+        updates=subject.updates,
+        parameters_of_rank=lambda rank: parameters_of_rank(subject.updates, rank),
+        validation=validation,
+        test=lambda factors: mean_loss(model, factors, test, subject.loss),
+        as_it_is=as_it_is,
+        smallest=lambda rise: smallest(curve, validation, as_it_is[0] * (1 + rise))[0],
+        heal=healed,
+    )
+
+
+def byte_case(folder: Path, seed: int) -> Case:
+    """The byte model on German, adapted by LoRA of r = 8."""
+    import torch
+    from peft import PeftModel
+
+    from lrlora.cut import mean_loss, smallest
+    from lrlora.cut.curve import LossCurve, directions
+    from lrlora.cut.moments import collect_moments
+    from lrlora.export import factorize
+    from lrlora.export.factorize import parameters_of_rank
+    from lrlora.lab.compare.byte_model import CONTEXT, sample_batch
+    from lrlora.lab.compare.capacity_tasks import TEST_WINDOWS, transfer
+    from lrlora.lab.compare.corpora import load_corpus
+
+    corpus, setting = load_corpus("german"), transfer("german", 16, seed)
+    model = PeftModel.from_pretrained(setting.model, folder)
+    whole, generator = factorize(model, energy=1.0), torch.Generator().manual_seed(seed)
+
+    def windows(data: Any, count: int) -> list[dict[str, Any]]:
+        held = len(data) // CONTEXT
+        chosen = data[: held * CONTEXT].view(held, CONTEXT)[torch.arange(count) * held // count].long()
+        return [{"input_ids": some, "labels": some} for some in chosen.split(64)]
+
+    training = [{"input_ids": b, "labels": b} for b in (sample_batch(corpus.train, generator, 16) for _ in range(2))]
+    held_out, test = windows(corpus.validation, 64), windows(corpus.test, TEST_WINDOWS)
+    moments, terms = collect_moments(model, whole, training)
+    curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
+    as_it_is = (mean_loss(model, whole, held_out), mean_loss(model, whole, test))
+
+    def validation(factors: Any) -> float:
+        return mean_loss(model, factors, held_out)
+
+    def healed(factors: Any) -> float:
+        return heal_bytes(factors, seed, test)
+
+    return Case(
+        whole=whole,
+        curve=curve,
+        moments=moments,
+        terms=terms,
+        updates=model,
+        parameters_of_rank=lambda rank: parameters_of_rank(model, rank),
+        validation=validation,
+        test=lambda factors: mean_loss(model, factors, test),
+        as_it_is=as_it_is,
+        smallest=lambda rise: smallest(curve, validation, as_it_is[0] * (1 + rise))[0],
+        heal=healed,
+    )
+
+
+def heal_bytes(factors: Any, seed: int, test: Any) -> float:
+    """100 steps of LoRA from these factors, at a quarter of the rate that fits its scale."""
+    from peft import LoraConfig, get_peft_model
+
+    from lrlora.cut import mean_loss
+    from lrlora.export import lora_config
+    from lrlora.lab.compare.capacity_tasks import transfer
+
+    setting = transfer("german", 16, seed + 100)
+    model = get_peft_model(setting.model, lora_config(factors, LoraConfig()))
+    for part in factors:
+        if part.rank:
+            layer = model.base_model.model.get_submodule(part.module)
+            layer.lora_A["default"].weight.data.copy_(part.A)
+            layer.lora_B["default"].weight.data.copy_(part.B)
+    optimise(model, setting, 2 * 0.25 * BYTE_RATES[8], BYTE_HEALING)
+    from lrlora.export import factorize
+
+    return mean_loss(model, factorize(model, energy=1.0), test)
+
+
+def optimise(model: Any, setting: Any, rate: float, steps: int) -> None:
+    """AdamW with a warm-up over a twentieth of the steps and a linear decay."""
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warm) * (1 - i / steps))
+    for _, loss in zip(range(steps), setting.losses(model), strict=False):
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2, 2: 1e-2}  # of docs/capacity.md, with α = 4r
+BYTE_STEPS, BYTE_HEALING = 500, 100
+
+
+def byte_folder(rank: int, seed: int) -> Path:
+    """Train a LoRA on the byte model, unless it is there."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from lrlora.lab.compare.capacity_tasks import transfer
+
+    folder = SCRATCH / f"bytes-{rank}-{seed}"
+    if not (folder / "adapter_config.json").exists():
+        setting = transfer("german", 16, seed)
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=setting.targets)
+        model = get_peft_model(setting.model, config)
+        optimise(model, setting, BYTE_RATES[rank], BYTE_STEPS)
+        model.save_pretrained(folder)
+    return folder
+
+
+def by_scalar(case: Case, budget: int) -> list[Any]:
+    """SVD directions, the energy of each times one scalar of its module: the product of the means of both moments."""
+    from lrlora.export.factorize import best_per_parameter
+
+    worth = []
+    for part in case.whole:
+        moments, sigma = case.moments[part.module], part.A.double().square().sum(1)
+        # In the orthonormal bases of the update's span.
+        inputs = (moments.inputs.diagonal() / sigma).mean() / max(1, moments.tokens)
+        gradients = (moments.gradients.diagonal() / sigma).mean() / case.terms
+        worth.append(sigma.square() * inputs * gradients)
+    costs = [part.parameters_per_rank for part in case.whole]
+    ranks = best_per_parameter(worth, costs, budget)
+    return [replace(p, A=p.A[:rank], B=p.B[:, :rank]) for p, rank in zip(case.whole, ranks, strict=True)]
+
+
+def by_inputs(case: Case, budget: int) -> list[Any]:
+    """The moments of the inputs alone, as DRONE and SVD-LLM weigh: that of the gradients is the identity."""
+    from lrlora.cut.curve import LossCurve, directions
+
+    found = []
+    for part in case.whole:
+        gradients = case.terms * (part.B.T @ part.B).double()
+        found.append(directions(part, replace(case.moments[part.module], gradients=gradients), case.terms))
+    curve = LossCurve(found)
+    return curve.within(budget)
+
+
+def by_share(case: Case, budget: int) -> list[Any]:
+    """One share of ‖ΔW‖ for all modules, as kohya's `sv_fro`: the largest within the budget."""
+    from lrlora.export import factorize
+
+    low, high, best = 0.0, 1.0, None
+    for _ in range(9):
+        share = (low + high) / 2
+        factors = factorize(case.updates, energy=share)
+        if sum(part.parameters for part in factors) <= budget:
+            low, best = share, factors
+        else:
+            high = share
+    assert best is not None
+    return best
+
+
+METHODS: dict[str, Callable[[Case, int, int], list[Any]]] = {
+    "by loss": lambda case, budget, rank: case.curve.within(budget),
+    "by scalar": lambda case, budget, rank: by_scalar(case, budget),
+    "by inputs": lambda case, budget, rank: by_inputs(case, budget),
+    "by energy": lambda case, budget, rank: factorized(case, budget=budget),
+    "every k": lambda case, budget, rank: factorized(case, max_rank=rank),
+    "sv_fro": lambda case, budget, rank: by_share(case, budget),
+}
+
+
+def factorized(case: Case, **how: int) -> list[Any]:
+    """By energy alone."""
+    from lrlora.export import factorize
+
+    return factorize(case.updates, **how)
+
+
+def cut(name: str, seed: int) -> dict[str, Any]:
+    """All cuts of one adapter, by the test loss that each has."""
+    if name == BYTES:
+        case = byte_case(byte_folder(16, seed), seed)
+        trained = {rank: byte_case(byte_folder(rank, seed), seed).as_it_is[1] for rank in BYTE_SHARES.values()}
+    else:
+        task = TASKS[name]
+        case = case_of(name, run_folder(name, task.method, 8, rate_of(name), seed))
+        like = task.like or name
+        others = {rank: run_folder(like, "lora", rank, rate_of(like), seed) for rank in SHARES.values()}
+        trained = {}
+        for rank, folder in others.items():
+            subject, test = loaded(like, folder)
+            trained[rank] = subject.loss_of(subject.run.model, test)
+    found: dict[str, Any] = {"task": name, "seed": seed, "validation": case.as_it_is[0], "test": case.as_it_is[1]}
+    found["whole"] = case.test(case.whole)
+    for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
+        budget = case.parameters_of_rank(rank)
+        for method, choose in METHODS.items():
+            factors = choose(case, budget, rank)
+            found[f"{method}, {share}"] = case.test(factors)
+            if method == "by loss":
+                found[f"predicted, {share}"] = case.curve.predicted_rise(factors)
+        found[f"trained, {share}"] = trained[rank]
+        found[f"parameters, {share}"] = budget
+    found["rise"] = RISE
+    chosen = case.smallest(RISE)
+    found["smallest"] = sum(part.parameters for part in chosen)
+    found["smallest, validation"], found["smallest, test"] = case.validation(chosen), case.test(chosen)
+    for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
+        found[f"healed, {share}"] = case.heal(case.curve.within(case.parameters_of_rank(rank)))
+    return found
+
+
+BYTE_SHARES = {0.5: 8, 0.25: 4}
+
+
+def stored() -> list[dict[str, Any]]:
+    """What was measured so far, an adapter each."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def report() -> None:
+    """Write the tables of docs/loss.md."""
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="tasks, with commas between", default=",".join((BYTES, *TASKS)))
+    parser.add_argument("--stage", choices=("train", "cut"))
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args()
+    if options.report:
+        report()
+        return
+    for name in options.only.split(","):
+        if options.stage != "cut":
+            folders = (byte_folder(r, s) for s in SEEDS for r in (16, 8, 4)) if name == BYTES else runs_of(name)
+            list(folders)
+        for seed in SEEDS if options.stage != "train" else ():
+            if not any(row["task"] == name and row["seed"] == seed for row in stored()):
+                start = time.perf_counter()
+                row = cut(name, seed)
+                RESULTS.parent.mkdir(parents=True, exist_ok=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -218,9 +218,8 @@ def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyMode
 
 def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        ((adapter, "--energy", "0.9", "--budget", "r4"), "Give one of energy, budget and tolerance"),
+        ((adapter, "--energy", "0.9", "--budget", "r4"), "Give one of energy, budget and loss"),
         ((adapter, "--budget", "many"), "--budget must be like 250000, 250k, 1.5M, 8MiB or r4, and is 'many'"),
-        ((adapter, "--tolerance", "0.01"), "the weight of each module, and that of"),
         ((adapter, "--energy", "2"), "energy must be a share in"),
         ((adapter, "--energy", "0.9", "--dtype", "int8"), "dtype"),
         ((tmp_path / "nothing", "--energy", "0.9"), "does not hold a readable adapter"),

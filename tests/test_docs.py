@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
@@ -94,6 +94,18 @@ def test_the_example_of_compressing_runs(
     *_, overlap = capsys.readouterr().out.splitlines()
     assert 0.9 < min(eval(overlap).values()) <= max(eval(overlap).values()) <= 1
     assert (tmp_path / "smaller.safetensors").stat().st_size < (tmp_path / "my-lora.safetensors").stat().st_size
+
+
+def test_the_example_of_a_cut_by_loss_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loss.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tiny = TinyModel("llama")
+    model = get_peft_model(tiny.build(), LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"))
+    tokens = tiny.inputs()["input_ids"]
+    names: dict[str, Any] = {"model": model, "batches": [{"input_ids": tokens, "labels": tokens}]}
+    exec(example, names | {"held_out": names["batches"]})
+    served = PeftModel.from_pretrained(tiny.build(), "my-lora")
+    assert served.peft_config["default"].peft_type.value == "LORA"
 
 
 def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cut import LossCurve, loss_curve, mean_loss, smallest
 from .export import Factors, factorize, save_as_lora, save_single_file
 from .rank import RankReport, rank_report
 from .rank.overlap import grassmann_similarity
@@ -26,15 +27,20 @@ from .updates.single_file import SingleFile
 
 __all__ = [
     "Factors",
+    "LossCurve",
     "RankReport",
     "Update",
     "Updates",
     "factorize",
     "grassmann_similarity",
     "leading_directions",
+    "loss_curve",
+    "mean_loss",
     "rank_report",
     "read_updates",
     "save",
+    "save_as_lora",
+    "smallest",
     "subspace_overlap",
 ]
 

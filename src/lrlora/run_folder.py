@@ -23,6 +23,7 @@ RUN_FILE = "run.json"
 RECORD_FILE = "run_record.json"  # the same in a checkpoint, under a name that makes no run of it
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "ranks.json"
+LOSS_FILE = "loss_over_size.json"
 LOG_FILE = "log_history.json"
 HISTORY_FILE = "rank_history.jsonl"
 PICTURE_FILE = "ranks.png"
@@ -87,6 +88,44 @@ class RunRecord:
     base_model: str | None = None
     run_id: str | None = None
     fingerprints: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class LossRecord:
+    """What a run may lose: losses that were measured at smaller sizes, and the size that was chosen.
+
+    Attributes:
+        loss: mean loss of the adapter on validation data.
+        rise: share of it by which the loss at the chosen size may be larger; None where the size was given.
+        sizes: parameters of the LoRAs that were measured, the largest first.
+        losses: theirs, in the same order.
+        chosen: parameters of the chosen one.
+        ranks: module → its rank there.
+
+    """
+
+    loss: float
+    rise: float | None
+    sizes: list[int]
+    losses: list[float]
+    chosen: int
+    ranks: dict[str, int]
+
+
+def read_losses(folder: Path) -> LossRecord | None:
+    """What a run may lose; None where it was not measured.
+
+    Raises:
+        ValueError: the file is damaged.
+
+    """
+    path = folder / LOSS_FILE
+    if not path.exists():
+        return None
+    with readable(path, "Remove it, to go on without the losses over sizes."):
+        record = LossRecord(**parse_json(path))
+        require_type(record, LossRecord, "loss over size")
+        return record
 
 
 _LATER = ("examples_per_step", "rendering", "chat_template", "base_model", "run_id", "fingerprints")

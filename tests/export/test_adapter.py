@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from lrlora import LrLoraConfig, files
 from lrlora.export import factorize, lora_config, output_difference, save_as_lora
+from lrlora.export.factorize import parameters_of_rank
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
@@ -105,7 +106,7 @@ def test_dtype_of_the_factors(train: Train, tmp_path: Path) -> None:
 
 def test_modules_left_out_stay_the_base_model_s(train: Train, tmp_path: Path) -> None:
     adapter, model = train("llama")
-    factors = factorize(model, max_rank=1, drop_below=0.05)
+    factors = factorize(model, budget=parameters_of_rank(model, 1) // 2)
     left_out = {part.module for part in factors if not part.rank}
     assert left_out
     save_as_lora(factors, adapter, tmp_path / "lora")

@@ -89,16 +89,6 @@ def test_a_small_budget_leaves_modules_out(train: Callable[..., Any]) -> None:
     assert all(part.kept == 0 for part in factors if not part.rank)
 
 
-def test_negligible_modules_can_be_dropped(train: Callable[..., Any]) -> None:
-    _, model = train("llama", form="sine")  # whose φ(0) stays 0
-    quiet = next(layer for layer in model.modules() if isinstance(layer, LrLoraLayer))
-    with torch.no_grad():
-        quiet.lrlora_B["default"].weight.mul_(1e-4)
-    assert all(part.rank for part in factorize(model, energy=0.9))
-    dropped = [part.module for part in factorize(model, energy=0.9, drop_below=1e-4) if not part.rank]
-    assert dropped == ["model.layers.0.self_attn.q_proj"]
-
-
 @pytest.mark.parametrize("shape", [(600, 2000), (2000, 600)])
 def test_a_large_layer_without_a_full_svd(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_layer(*shape)
@@ -144,14 +134,12 @@ def test_zeros_of_the_spectrum_are_not_exported() -> None:
 @pytest.mark.parametrize(
     ("truncation", "message"),
     [
-        ({}, "one of energy, budget and tolerance.*given: none"),
+        ({}, "one of energy, budget and loss.*given: none"),
         ({"energy": 0.9, "budget": 100}, "given: energy and budget"),
         ({"energy": 0.0}, r"energy must be a share in \(0, 1\], and is 0.0"),
         ({"energy": 1.5}, "and is 1.5"),
         ({"budget": 10}, "budget=10 is less than one rank of the smallest module, 70 parameters"),
-        ({"tolerance": 2.0}, r"tolerance must be a share of the weight's norm in \(0, 1\), and is 2.0"),
         ({"max_rank": 0}, "max_rank must be a whole number ≥ 1, and is 0"),
-        ({"energy": 0.9, "drop_below": 1.0}, "drop_below must be"),
     ],
 )
 def test_refuses_what_makes_no_sense(truncation: dict[str, Any], message: str) -> None:

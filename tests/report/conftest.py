@@ -16,6 +16,7 @@ from lrlora import LrLoraConfig, rank_report
 from lrlora.naming import path_in_base
 from lrlora.report.page import write_page
 from lrlora.report.runs import Run
+from lrlora.run_folder import LossRecord
 
 from ..conftest import TinyModel
 
@@ -46,7 +47,10 @@ def runs() -> list[Run]:
         if isinstance(config, LoraConfig):
             directions = {module: found[:, :2] for module, found in directions.items()}
         facts = {"method": name, "accuracy, held out": "0.5"}
-        found.append(Run(name, history[-1][1], facts, {"adapter": {"r": 2}}, history, log, directions))
+        ranks = {row.module: 1 for row in history[-1][1].rows}
+        losses = LossRecord(0.5, 0.01, [400, 200, 100], [0.5, 0.504, 0.61], 200, ranks)
+        settings = {"adapter": {"r": 2}}
+        found.append(Run(name, history[-1][1], facts, settings, history, log, directions, losses=losses))
     return found
 
 

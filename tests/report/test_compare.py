@@ -112,7 +112,8 @@ def test_a_slider_and_a_click_choose_a_size(page: Page, runs: list[Run]) -> None
         assert size == pytest.approx(4 * at.parameters / 2**20, rel=0.006)
         assert f"ranks from {at.smallest} to {at.largest}, {at.mean:.1f} on average" in text
         words = shlex.split(told.nth(i).locator("code").inner_text())
-        assert words == ["lrlora", "export", run.name, "--budget", str(budgets[20]), "--output", f"{run.name}-small"]
+        assert words[:3] == ["lrlora", "export", run.name]
+        assert words[3:] == ["--by", "energy", "--budget", str(budgets[20]), "--output", f"{run.name}-small"]
     expect(slider).to_have_attribute("aria-valuetext", f"{budgets[20]:,} parameters")
     chart = page.locator("#energy svg.marks")
     chart.scroll_into_view_if_needed()
@@ -132,7 +133,7 @@ def test_a_slider_and_a_click_choose_a_size(page: Page, runs: list[Run]) -> None
 def test_a_command_takes_any_name(runs: list[Run], tmp_path: Path) -> None:
     write_page([replace(runs[0], name="--help; rm $HOME '</script>")], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert r"""lrlora export './--help; rm $HOME '\"'\"'\u003c/script>' --budget """ in text
+    assert r"""lrlora export './--help; rm $HOME '\"'\"'\u003c/script>' --by energy --budget """ in text
 
 
 @needs_browser
@@ -217,3 +218,24 @@ def test_runs_without_phi_read_nothing_of_it(browser: Browser, runs: list[Run], 
 def test_the_page_opens_on_the_measure_of_the_picture(page: Page) -> None:
     expect(page.locator("#measure")).to_have_value("stable_rank")
     expect(page.locator("#about")).to_contain_text("stable rank")
+
+
+@needs_browser
+def test_losses_over_sizes_are_drawn_with_the_command_of_the_chosen_one(
+    browser: Browser, runs: list[Run], tmp_path: Path
+) -> None:
+    assert runs[0].losses is not None
+    run = replace(runs[0], report=runs[0].report.with_loss_ranks(runs[0].losses.ranks))
+    write_page([run], tmp_path / "page.html")
+    write_page([replace(run, losses=None)], tmp_path / "without.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    expect(page.locator("#loss svg.marks")).to_be_visible()
+    expect(page.locator("#smallest")).to_contain_text("200 parameters, the smallest within 1 % of the loss 0.5000.")
+    expect(page.locator("#smallest pre")).to_contain_text(" --loss 0.01 --output ")
+    page.locator("#measure").select_option("loss rank")
+    assert page.locator("#maps .cell").first.inner_text() == "1"
+    page.goto((tmp_path / "without.html").as_uri())
+    expect(page.locator("#sizes")).to_be_visible()
+    expect(page.locator("#losses")).to_be_hidden()
+    page.close()

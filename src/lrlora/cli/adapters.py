@@ -12,9 +12,10 @@ from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, require_adapter, require_source
 from ..lab.config import parse_pairs
 from ..locks import only_writer
-from ..run_folder import RUN_FILE
+from ..run_folder import RUN_FILE, read_losses
+from ..sizes import parse_size
 from .common import announce, app, as_text, console, one_clear_error, quiet
-from .exporting import Size, export_by_loss, parameters_in, parse_size, write_factors
+from .exporting import Size, cut_of, export_by_loss, parameters_in, write_factors
 
 if TYPE_CHECKING:
     from ..updates import Updates
@@ -62,6 +63,8 @@ def ranks(
                 raise ValueError(f"{source} does not say what its base model is: give it, --base MODEL.")
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
+        if losses := read_losses(Path(source)):
+            report = report.with_loss_ranks(losses.ranks)
         console.print(
             rank_table(report, as_text(f"Ranks of {source} ({updates.method})"), width=console.width, every=every)
         )
@@ -192,10 +195,11 @@ def export(
             raise ValueError("--config-only writes a configuration of PEFT's, and a LoRA in a single file has none.")
         require_source(source, base)
         quiet()
-        if is_by_loss:
+        is_asked_for = any(value is not None for value in (loss, by, heal or None, *examples.values()))
+        if is_by_loss and (cut := cut_of(source, base, examples, is_asked_for=is_asked_for)) is not None:
             export_by_loss(
-                source, output, Size(loss, size, max_rank), examples, steps=heal, base=base, check=check,
-                dtype=dtype, pad=pad, config_only=config_only, every=every,
+                cut, output, Size(loss, size, max_rank), steps=heal, dtype=dtype, check=check, pad=pad,
+                config_only=config_only, every=every,
             )  # fmt: skip
             return
         from ..compress import factorize
@@ -219,9 +223,7 @@ def _is_by_loss(source: str, by: str | None, energy: float | None, wants_loss: M
     given = [f"--{name}" for name, value in wants_loss.items() if value is not None]
     if by == "energy" or energy is not None:
         if given or by == "loss":
-            raise ValueError(
-                f"An export by energy reads no data. Leave out {(given or ['--by loss'])[0]}, or --energy."
-            )
+            raise ValueError(f"By energy no data is read. Leave out {(given or ['--by loss'])[0]}, or --energy.")
         return False
     is_run = (Path(source) / RUN_FILE).is_file()
     if not (given or by or is_run):

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from ..sizes import Budget, parse_size
 from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
     from ..export import Factors
     from ..lab.by_loss import Cut
+    from ..lab.config import TrainConfig
     from ..updates import Updates
-
-
-class Budget(NamedTuple):
-    """How much an export may take: a number of `unit`: parameters, bytes, or ranks of LoRA on the same modules."""
-
-    number: float
-    unit: str
-
-
-_SIZES = {"kB": 10**3, "KiB": 2**10, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-
-
-def parse_size(text: str, option: str) -> Budget:
-    """250000, 250k, 1.5M, 8MiB or r4.
-
-    Raises:
-        ValueError: it is none of these.
-
-    """
-    match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text)
-    if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
-        raise ValueError(f"{option} must be like 250000, 250k, 1.5M, 8MiB or r4, and is {text!r}.")
-    number, unit = float(match[2]), match[3]
-    if match[1]:
-        return Budget(number, "ranks")
-    if unit in _SIZES:
-        return Budget(number * _SIZES[unit], "bytes")
-    return Budget(number * {None: 1, "k": 1e3, "M": 1e6}[unit], "parameters")
 
 
 def parameters_in(budget: Budget, updates: Updates, dtype: str | None) -> int:
@@ -101,6 +75,9 @@ def _sizes(updates: Updates, exported: int) -> str:
     return f"Parameters: {as_trained}{without_loss}{exported:,} as exported."
 
 
+_RISE = 0.01  # of the loss, where nobody says how much
+
+
 @dataclass(frozen=True)
 class Size:
     """How small an export by loss is to be: within a rise of the loss, or a size; and no rank above a largest."""
@@ -117,34 +94,62 @@ class Size:
         return cut.curve.within(size, self.max_rank)
 
 
+def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool) -> Cut | None:
+    """An adapter, and what its loss says of it; None where that was not asked for, and cannot be had."""
+    from ..lab.by_loss import Cut, Subject
+
+    try:
+        return Cut(Subject.read(source, base=base, announce=announce, **examples), progressbar=True)
+    except (ValueError, OSError) as error:
+        if is_asked_for:
+            raise
+        announce(f"What matters to the loss cannot be told, so that what is large is kept. {error}")
+        return None
+
+
 def export_by_loss(
-    source: str,
-    output: Path,
-    size: Size,
-    examples: Mapping[str, Any],
-    *,
-    steps: int,
-    base: str | None,
-    dtype: str | None,
-    check: bool,
-    **writing: Any,
+    cut: Cut, output: Path, size: Size, *, steps: int, dtype: str | None, check: bool, **writing: Any
 ) -> None:
     """Export what matters to the loss of examples."""
-    from ..lab.by_loss import Cut, Subject, heal
+    from ..lab.by_loss import heal
 
-    subject = Subject.read(source, base=base, announce=announce, **examples)
-    cut = Cut(subject, progressbar=True)
-    factors = size.choose(cut, subject.updates, dtype)
+    updates = cut.subject.updates
+    factors = size.choose(cut, updates, dtype)
     announce(f"Loss of the adapter: {cut.loss:.4g}; {_compared('as cut', cut.measure(factors), cut)}")
-    write_factors(factors, subject.updates, output, dtype=dtype, **writing)
+    write_factors(factors, updates, output, dtype=dtype, **writing)
     if writing["config_only"]:
         return
     with one_clear_error("The LoRA is written as it was cut."):
         if steps:
-            heal(subject, output, steps, announce)
+            heal(cut.subject, output, steps, announce)
         if check:
             announce(f"Loss of {output} {_compared('as loaded by PEFT', cut.loss_of(output), cut)}")
 
 
 def _compared(which: str, loss: float, cut: Cut) -> str:
     return f"{which}: {loss:.4g} ({(loss - cut.loss) / abs(cut.loss):+.2%})"
+
+
+def show_smallest(run: TrainConfig) -> None:
+    """Measure how small the LoRA of a finished run may be, and say it; write it where a size or loss is asked for."""
+    from ..export import save_as_lora
+    from ..export.card import LORA_FOLDER
+    from ..lab.by_loss import Cut, Subject, record_losses
+
+    folder = Path(run.output)
+    subject = Subject.read(str(folder), announce=announce)
+    cut = Cut(subject, progressbar=True)
+    rise = (run.loss or _RISE) if run.size is None else None
+    size = Size(rise, None if run.size is None else parse_size(run.size, "--size"), None)
+    factors = size.choose(cut, subject.updates, None)
+    record = record_losses(folder, cut, factors, rise)
+    as_rank = record.chosen / sum(part.parameters_per_rank for part in factors)
+    within = f"within {rise:.1%} of its loss" if rise else f"of {run.size}, with the loss {cut.measure(factors):.4g},"
+    found = f"{record.chosen:,} parameters, as many as LoRA of r = {as_rank:.1f}"
+    line = f"The smallest LoRA {within} of {cut.loss:.4g} on validation data has {found}: "
+    if run.loss is None and run.size is None:
+        announce(f"{line}lrlora export {folder} --loss {rise} --output {folder}-small")
+        return
+    shutil.rmtree(folder / LORA_FOLDER, ignore_errors=True)
+    save_as_lora(factors, subject.updates, folder / LORA_FOLDER)
+    announce(f"{line}{folder / LORA_FOLDER}")

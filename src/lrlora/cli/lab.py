@@ -19,6 +19,7 @@ from ..lab.names import require_data_path
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
 from .common import announce, app, as_text, console, one_clear_error, quiet
+from .exporting import show_smallest
 from .settings import settings_as_options, settings_of, starter
 
 
@@ -137,15 +138,28 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
         raise typer.Exit(130) from None
     if not result.is_first:
         return
-    report = rank_report_of(result.output)
+    _print_metrics(result.metrics, f"Validation, {which_checkpoint(run.to_dict())}")
+    output = result.output
+    del result  # the trained model: the next step loads it anew
+    _measure_smallest(run)
+    report = rank_report_of(output)
     if report is not None:
         console.print(rank_table(report, "Learned ranks", width=console.width))
-    _print_metrics(result.metrics, f"Validation, {which_checkpoint(run.to_dict())}")
-    announce(f"Everything is in {result.output}")
+    announce(f"Everything is in {output}")
     if report is not None:
-        announce(
-            f"To look at it: lrlora report {result.output}, or, module by module, lrlora ranks {result.output} --all"
-        )
+        announce(f"To look at it: lrlora report {output}, or, module by module, lrlora ranks {output} --all")
+
+
+def _measure_smallest(run: TrainConfig) -> None:
+    """Say how small the LoRA of a finished run may be. The run is there, whatever comes of it."""
+    try:
+        show_smallest(run)
+    except KeyboardInterrupt:
+        announce("Interrupted. The run is finished; how small its LoRA may be was not measured.")
+    except Exception as error:  # a task, a model or a launcher that it was not made for
+        if run.loss is not None or run.size is not None:
+            raise
+        announce(f"How small its LoRA may be was not measured: {error}")
 
 
 def _illustrator() -> Callable[[Path], None] | None:

@@ -28,9 +28,9 @@ from ..export import Factors
 from ..export.factorize import best_per_parameter
 from .moments import Loss, Moments, collect_moments, model_loss, thin_updates
 
-DAMPING = 0.01
+DAMPING = 1e-3
 _SHARES = (1.0, 0.5, 0.25, 0.125)  # of the parameters, at which the loss is measured first
-_CLOSE = 1.02
+_CLOSE = 1.05
 
 
 class Point(NamedTuple):
@@ -47,7 +47,7 @@ class Directions:
 
     Attributes:
         whole: the factors that they are of.
-        A, B: (k, n) and (m, k), float32, of which the first rows and columns are the best LoRA of each rank.
+        A, B: (k, n) and (m, k), of which the first rows and columns are the best LoRA of each rank.
         rises: of the mean loss, about, without each: ½ σ², (k,), float64, descending.
 
     """
@@ -62,7 +62,7 @@ class Directions:
         A, B = self.A[:rank], self.B[:, :rank]
         norm = (A.double().square().sum(1) + 1e-300).sqrt(), (B.double().square().sum(0) + 1e-300).sqrt()
         # Both sides alike, within the range of half precision.
-        share = (norm[1] / norm[0]).sqrt().float()
+        share = (norm[1] / norm[0]).sqrt().to(A)
         lost = _difference(self.whole, A, B) / self.whole.energy if self.whole.energy else 0.0
         kept = max(0.0, self.whole.kept - lost) if rank else 0.0
         return replace(self.whole, A=share[:, None] * A, B=B / share, kept=kept)
@@ -124,7 +124,7 @@ def directions(part: Factors, moments: Moments, terms: int, damping: float = DAM
     root = sigma.sqrt()
     first, second = out @ h_inverse @ (U * root), (root[:, None] * Vh) @ z_inverse.T @ into
     B, A = (second.T, first.T) if part.layout.is_embedding else (first, second)
-    return Directions(part, A.float(), B.float(), sigma.square() / 2)
+    return Directions(part, A.to(part.A), B.to(part.B), sigma.square() / 2)
 
 
 def _roots(moment: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ def smallest(
     max_rank: int | None = None,
     evaluations: int = 12,
 ) -> tuple[list[Factors], list[Point]]:
-    """The smallest size at which the loss is within a limit, between two measured ones 2 % apart or closer.
+    """The smallest size at which the loss is within a limit, between two measured ones 5 % apart or closer.
 
     The loss is measured at 1, 1/2, 1/4 and 1/8 of the parameters, and so on where that is within the limit. Then the
     interval in question is halved.
@@ -222,14 +222,9 @@ def smallest(
     whole = within
     for share in _SHARES[1:]:
         fits(int(share * whole))
-    while beyond == 0 and within > curve.fewest and len(points) < evaluations:
-        fits(within // 2)
-    while within > _CLOSE * beyond and len(points) < evaluations:
-        size = int((within * max(beyond, curve.fewest)) ** 0.5)
-        if size in (within, beyond) or not curve.fewest < size < within:
-            break
+    is_new = True
+    while is_new and len(points) < evaluations and within > max(curve.fewest, _CLOSE * beyond):
         known = len(points)
-        fits(size)
-        if len(points) == known:
-            break  # the same factors as before
+        fits(int((within * beyond) ** 0.5) if beyond else within // 2)
+        is_new = len(points) > known  # or there is no size between the two
     return chosen, sorted(points.values(), reverse=True)

@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..export import Factors
 from ..naming import path_in_base
+from ..ops import at_least_float32
 
 Batch = Mapping[str, Any]
 # A batch → the sum of its loss terms, a scalar, and how many there are.
@@ -54,7 +55,7 @@ class Moments:
         """Add tokens, z and h (..., k) of any dtype."""
         z, h = z.flatten(0, -2), h.flatten(0, -2)
         counted = (h != 0).any(-1)
-        z, h = z[counted].float(), h[counted].float()
+        z, h = at_least_float32(z[counted]), at_least_float32(h[counted])
         self.inputs += (z.T @ z).double().cpu()
         self.gradients += (h.T @ h).double().cpu()
         self.tokens += len(z)
@@ -120,7 +121,7 @@ def thin_updates(
 
     Args:
         model: a PEFT model, not merged, or a base model.
-        factors: of its modules; their products are added in float32.
+        factors: of its modules; their products are formed in the dtype of the factors.
         moments: if given, is added to at every backward.
 
     Yields:
@@ -180,15 +181,15 @@ def _hook(module: nn.Module, part: Factors, moments: Moments | None) -> Callable
 
 
 def _maps(layer: Any, A: Tensor, B: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What gives z of a layer's input, and what of z is added to its output; both float32."""
+    """What gives z of a layer's input, and what of z is added to its output; both in the dtype of A."""
     if isinstance(layer, nn.Embedding):
         scale = getattr(layer, "embed_scale", 1.0)  # of Gemma's
         return (lambda x: F.embedding(x, B)), (lambda z: scale * (z @ A))
     if isinstance(layer, _ConvNd):
         kernel = A.unflatten(1, (-1, *layer.kernel_size))
-        return (lambda x: layer._conv_forward(x.float(), kernel, None)), (
+        return (lambda x: layer._conv_forward(x.to(A.dtype), kernel, None)), (
             lambda z: torch.einsum("mk,bk...->bm...", B, z)
         )
     if A.shape[1] != getattr(layer, "in_features", A.shape[1]):
         raise ValueError(f"A layer has {layer.in_features} inputs, and its update {A.shape[1]}.")
-    return (lambda x: F.linear(x.float(), A)), (lambda z: F.linear(z, B))
+    return (lambda x: F.linear(x.to(A.dtype), A)), (lambda z: F.linear(z, B))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from ..cut import Point, loss_curve, mean_loss, smallest
 from ..export import Factors, factorize
 from ..export.card import class_names
 from ..export.loading import load_adapted
-from ..files import is_full_model, replacing
-from ..run_folder import RUN_FILE, RunRecord
+from ..files import is_full_model, replacing, write_json
+from ..rank import RankReport
+from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord, RunRecord
 from ..saved import SavedAdapter
 from ..updates import Updates, read_updates
 from ..updates.checkpoint import FineTuned
@@ -38,8 +39,8 @@ from .progress import Announce, Progress, StopOnNonFinite
 
 EXAMPLES = 256  # of a part, at most
 TERMS = 4_096  # of the loss, after which no further batch of a part is taken
-_FEWEST = 16
-_HEALING_RATE = 0.5  # of the peak learning rate
+_FEWEST = 16  # terms of the loss
+_HEALING_RATE = 0.25  # of the peak learning rate, for factors of the scale that was trained with
 _OF_SCHEDULE = ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "lr_scheduler_type", "lr_scheduler_kwargs")
 _TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}
 
@@ -97,12 +98,6 @@ class Subject:
         base = base or (model_source(run.config.model) if run.config.method in ("full", "dora") else None)
         updates = read_updates(source, base=base)
         training, held_out = _own_examples(run) if data is None else _given_examples(run, data, announce)
-        for part, name in ((training, "take moments of"), (held_out, "measure the loss on")):
-            if len(part) < _FEWEST:
-                raise ValueError(
-                    f"There are {len(part)} examples to {name}, and {_FEWEST} is the fewest that say anything. Give "
-                    "more (--data), or --by energy."
-                )
         used = [min(EXAMPLES, len(part)) for part in (training, held_out)]
         announce(
             f"By the loss on {data or run.config.data}: gradients of up to {used[0]} examples"
@@ -151,6 +146,11 @@ class Subject:
             terms += int((batch["labels"] != -100).sum())
             if terms >= TERMS:
                 break
+        if terms < _FEWEST:
+            raise ValueError(
+                f"{len(examples)} examples with {terms} labels or tokens to predict are too few to tell what matters "
+                f"to the loss; {_FEWEST} is the least. Give more (--data), or --by energy."
+            )
         return batches
 
     @cached_property
@@ -218,7 +218,7 @@ class Cut:
     """
 
     def __init__(self, subject: Subject, *, progressbar: bool = False) -> None:
-        self._subject, self._progressbar = subject, progressbar
+        self.subject, self._progressbar = subject, progressbar
         self._held_out = subject.batches(subject.held_out)
         training = subject.batches(subject.training)
         self.loss = subject.loss_of(subject.run.model, self._held_out)
@@ -228,8 +228,9 @@ class Cut:
 
     def measure(self, factors: Sequence[Factors]) -> float:
         """The loss with these factors in place of the adapter."""
-        batches = tqdm(self._held_out, desc="Measuring the loss", disable=not self._progressbar, leave=False)
-        return mean_loss(self._subject.on_base, factors, batches, self._subject.loss)
+        size = sum(part.parameters for part in factors)
+        batches = tqdm(self._held_out, desc=f"Loss of {size:,} parameters", disable=not self._progressbar, leave=False)
+        return mean_loss(self.subject.on_base, factors, batches, self.subject.loss)
 
     def smallest(self, rise: float, max_rank: int | None = None) -> list[Factors]:
         """The factors of the smallest size whose loss is within a share of that of the adapter.
@@ -247,7 +248,23 @@ class Cut:
 
     def loss_of(self, folder: Path) -> float:
         """The loss of a LoRA as it was written; it takes the adapter's place for good."""
-        return self._subject.loss_of(self._subject.with_lora(folder).eval(), self._held_out)
+        return self.subject.loss_of(self.subject.with_lora(folder).eval(), self._held_out)
+
+
+def record_losses(folder: Path, cut: Cut, factors: Sequence[Factors], rise: float | None) -> LossRecord:
+    """Write into the folder of a run what it may lose, and the rank of each module at the chosen size."""
+    record = LossRecord(
+        loss=cut.loss,
+        rise=rise,
+        sizes=[point.parameters for point in cut.points],
+        losses=[point.loss for point in cut.points],
+        chosen=sum(part.parameters for part in factors),
+        ranks={part.module: part.rank for part in factors},
+    )
+    if (folder / REPORT_FILE).exists():
+        RankReport.from_json(folder / REPORT_FILE).with_loss_ranks(record.ranks).to_json(folder / REPORT_FILE)
+    write_json(folder / LOSS_FILE, asdict(record))
+    return record
 
 
 def heal(subject: Subject, folder: Path, steps: int, announce: Announce) -> None:
@@ -267,7 +284,7 @@ def heal(subject: Subject, folder: Path, steps: int, announce: Announce) -> None
         plain = replace(config, output=scratch, steps=None, epochs=None, training=settings)
         kind, length = subject.run.kind, subject.run.max_length
         rate = training_arguments(plain, kind, 1, length).learning_rate
-        settings |= {"learning_rate": _HEALING_RATE * rate}
+        settings |= {"learning_rate": _HEALING_RATE * rate * subject.updates.updates[0].scaling ** 0.5}
         plain = replace(plain, learning_rate=None, training=settings)
         arguments = training_arguments(plain, kind, 1, length)
         data = subject.run.encoded(subject.training)

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..checks import require_known, require_type
+from ..checks import check_truncation, require_known, require_type
 from ..files import readable
 from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_EXPECTED, RUN_FILE, RunRecord, read_history, read_record
+from ..sizes import parse_size
 from .names import METHOD_NAMES, OPTIONAL_ROLES, ROLES, TASKS_WITHOUT_HEAD, require_data_path, require_model_folder
 
 FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
@@ -65,6 +66,10 @@ class TrainConfig:
         early_stopping: end training after so many evaluations without a better metric; default: never.
         start_from: a finished run whose adapter (or model, of full) training goes on from, as a new run with a schedule
             of its own; on the command line all that is not given is as in that run; default: a new adapter.
+        loss: share by which the loss may rise in lora/, the plain LoRA beside the adapter, which is then the smallest
+            one; default: the size for 0.01 is printed only.
+        size: parameters of lora/ (250000, 250k, 8MiB, or r4 for those of LoRA of rank 4), of which those are kept that
+            matter most to the loss; default: none.
         rank_every: steps between records of the learned ranks.
         seed: of head, factors, data order and dropout.
         adapter: NAME=VALUE, a field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
@@ -100,6 +105,8 @@ class TrainConfig:
     batch_size: int | None = None
     early_stopping: int | None = None
     start_from: str | None = None
+    loss: float | None = None
+    size: str | None = None
     rank_every: int = 50
     seed: int = 0
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +130,9 @@ class TrainConfig:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (is_number and 0 < value < float("inf")):
                 raise ValueError(f"{name} must be a number > 0, and is {value!r}.")
+        if self.loss is not None or self.size is not None:
+            check_truncation(loss=self.loss, budget=None if self.size is None else 1)
+            parse_size(self.size or "r1", "size")
         if self.head_learning_rate is not None and self.task in TASKS_WITHOUT_HEAD:
             raise ValueError(
                 f"head_learning_rate={self.head_learning_rate!r} is for a new head, and {self.task} has none. Leave it "

@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +36,8 @@ class RankRow:
         curvature: 1 − R² of the best straight line through φ over the entries it acts on.
         rank_limit: the largest rank that an update of this form can have: r of LoRA, r·Q of an expansion, r² of LoHa,
             the smaller of m and n of φ(BA) and of whole matrices; None in older reports.
+        loss_rank: rank in the smallest LoRA within 1 %, or what was asked for, of the loss; None where that was not
+            measured.
 
     """
 
@@ -54,6 +56,7 @@ class RankRow:
     phi_zero: float
     curvature: float
     rank_limit: int | None = None
+    loss_rank: int | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RankRow:
@@ -140,6 +143,10 @@ class RankReport:
                 "make it anew: lrlora ranks ADAPTER --json FILE"
             ) from None
         return report
+
+    def with_loss_ranks(self, ranks: Mapping[str, int]) -> RankReport:
+        """The same, with what is known of the ranks that the loss asks for."""
+        return replace(self, rows=[replace(row, loss_rank=ranks.get(row.module)) for row in self.rows])
 
     def require_numbers(self) -> None:
         """Raise a ValueError unless all values are of the right types, and finite, and all curves whole."""

@@ -189,6 +189,25 @@ def energy(runs: Sequence[str]) -> Chart:
     return alt.layer(rule, chart.mark_line(strokeWidth=2), points.add_params(picked))
 
 
+def loss(runs: Sequence[str]) -> Chart:
+    """Loss on validation data over the number of parameters that is kept, and a rule at the chosen one.
+
+    Data "losses": run, parameters, loss, and whole, the loss of the adapter as it is; "chosen": run, parameters.
+    """
+    chart = alt.Chart(alt.NamedData("losses")).encode(
+        x=alt.X(
+            "parameters:Q", title="parameters", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s")
+        ),
+        y=alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False)),
+        color=_of_run(runs),
+        tooltip=["run:N", alt.Tooltip("parameters:Q", format=","), alt.Tooltip("loss:Q", format=".4~g")],
+    )
+    points = chart.mark_point(filled=True, size=36, opacity=1).encode(shape=_shape(runs))
+    across = alt.Chart(alt.NamedData("losses")).mark_rule().encode(y="max(whole):Q", color=_of_run(runs))
+    rule = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[3, 3]).encode(x="parameters:Q", color=_of_run(runs))
+    return alt.layer(across, rule, chart.mark_line(strokeWidth=2), points)
+
+
 def training(runs: Sequence[str]) -> Chart:
     """Loss and metrics over training.
 
@@ -209,6 +228,7 @@ CHARTS = {
     "phi": phi,
     "bend": bend,
     "spectrum": spectrum,
+    "loss": loss,
     "energy": energy,
     "training": training,
 }

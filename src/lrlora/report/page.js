@@ -287,7 +287,18 @@ async function redraw() {
     delete views[chart];
     (await view).finalize();
   }
-  await Promise.all([show(), showTraining(), showSize()]);
+  $("smallest").replaceChildren();
+  await Promise.all([show(), showTraining(), showSize(), showLosses()]);
+}
+
+function showLosses() {
+  $("losses").hidden = !data.losses.length;
+  for (const { run, chosen, loss, rise, command } of data.losses) {
+    const what = rise === null ? "as asked for" : `the smallest within ${+(100 * rise).toPrecision(3)} % of the loss ${loss.toPrecision(4)}`;
+    $("smallest").append(make("p", {}, `${runs.length > 1 ? `${run}: ` : ""}${chosen.toLocaleString("en")} parameters, ${what}.`), make("pre", { tabindex: "0" }, command));
+  }
+  const points = data.losses.flatMap((of) => of.points);
+  return points.length ? fill("loss", { losses: points, chosen: data.losses.map(({ run, chosen }) => ({ run, parameters: chosen })) }) : null;
 }
 
 function show() {
@@ -343,7 +354,7 @@ async function start() {
   $("csv").addEventListener("click", () => save("ranks.csv", "text/csv", asCsv()));
   $("json").addEventListener("click", () => save("ranks.json", "application/json", asJson()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  await Promise.all([show(), showTraining(), showSize()]);
+  await Promise.all([show(), showTraining(), showSize(), showLosses()]);
   document.body.dataset.ready = "true";
 }
 start();

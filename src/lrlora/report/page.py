@@ -29,6 +29,7 @@ from .runs import Run
 
 # Key of a row → label, digits after the point, what it is.
 _SHOWN = {name: (measure.label, measure.digits, measure.about) for name, measure in MEASURES.items()} | {
+    "loss_rank": ("loss rank", 0, "rank in the smallest LoRA of about the same loss"),
     "relative_norm": ("size of the update, %", 2, "‖ΔW‖ in % of ‖W₀‖"),
     "curvature": ("curvature of φ", 3, "share of φ that no straight line explains"),
 }
@@ -101,6 +102,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [_run(run, values) for run in runs],
         "overlap": _overlap(runs),
         "sizes": _sizes(runs),
+        "losses": _losses(runs),
         "colours": COLOURS,
         "shades": shades,
     }
@@ -171,21 +173,38 @@ def _closely(first: Tensor, second: Tensor) -> dict[str, Any]:
 def _sizes(runs: Sequence[Run]) -> dict[str, Any] | None:
     """What each run keeps of its energy at the same sizes, and the two ends of the command that exports it."""
     budgets, kept = kept_over_size([run.report for run in runs])
-    commands = []
-    for run in runs:
-        source, *base = run.arguments or (run.name,)
-        # What begins with a dash would be taken for an option.
-        source = f"./{source}" if source.startswith("-") else source
-        small = re.sub(r"(\.safetensors)?$", r"-small\1", source.rstrip("/"), count=1)
-        commands.append(
-            (f"{shlex.join(['lrlora', 'export', source, *base])} --budget ", f" --output {shlex.quote(small)}")
-        )
+    commands = [_export(run, "--by", "energy", "--budget") for run in runs]
     # As an array each: names of fields would be most of it.
     lists = [
         [(round(at.share, 5), at.parameters, at.smallest, round(at.mean, 2), at.largest) for at in points]
         for points in kept
     ]
     return {"budgets": budgets, "kept": lists, "commands": commands} if budgets else None
+
+
+def _export(run: Run, *options: str) -> tuple[str, str]:
+    """The two ends of a command that exports a run, between which the last option's value belongs."""
+    source, *base = run.arguments or (run.name,)
+    # What begins with a dash would be taken for an option.
+    source = f"./{source}" if source.startswith("-") else source
+    small = re.sub(r"(\.safetensors)?$", r"-small\1", source.rstrip("/"), count=1)
+    return f"{shlex.join(['lrlora', 'export', source, *base, *options])} ", f" --output {shlex.quote(small)}"
+
+
+def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What was measured of the losses of smaller LoRAs, run by run, and the command for the chosen one."""
+    found = []
+    for run in runs:
+        if (record := run.losses) is not None:
+            option, value = ("--budget", record.chosen) if record.rise is None else ("--loss", record.rise)
+            points = [
+                {"run": run.name, "parameters": size, "loss": loss, "whole": record.loss}
+                for size, loss in zip(record.sizes, record.losses, strict=True)
+            ]
+            begin, end = _export(run, option)
+            found.append({"run": run.name, "points": points, "chosen": record.chosen, "rise": record.rise})
+            found[-1] |= {"loss": record.loss, "command": f"{begin}{value}{end}"}
+    return found
 
 
 def _curves(log: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:

@@ -25,9 +25,11 @@ from ..run_folder import (
     RUN_FILE,
     STATE_FILE,
     LogEntry,
+    LossRecord,
     State,
     last_whole_checkpoint,
     read_history,
+    read_losses,
     read_record,
     shown_metrics,
     which_checkpoint,
@@ -45,6 +47,7 @@ class Run:
 
     Attributes:
         name: short, unlike the other runs'.
+        losses: of smaller LoRAs.
         arguments: what to give to a command that is to read it again; empty where that is not known.
         report: the learned ranks at the end.
         facts: what a reader wants to know first, such as base model, data and metrics.
@@ -64,6 +67,7 @@ class Run:
     log: list[dict[str, float]] = field(default_factory=list)
     directions: dict[str, Tensor] = field(default_factory=dict)
     arguments: Sequence[str] = ()
+    losses: LossRecord | None = None
 
 
 def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathLike[str] | None = None) -> list[Run]:
@@ -165,6 +169,7 @@ def _add_training(
     if record:
         warn_of_another_model(str(adapter.config.base_model_name_or_path), record.fingerprints)
     result.history, result.log = read_history(folder / HISTORY_FILE), log
+    result.losses = read_losses(folder)
     config = record.config | {"output": str(folder)} if record else {}
     result.facts = {"method": method_name(adapter.config)} | {
         label: str(value)

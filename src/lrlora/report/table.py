@@ -15,6 +15,7 @@ from ..rank import MEASURES, RankReport, RankRow
 _COLUMNS = {
     "r": "r",
     "rank_limit": "limit",
+    "loss_rank": "loss",
     **{name: measure.heading for name, measure in MEASURES.items()},
     "relative_norm": "‖ΔW‖ %",
     "phi_zero": "φ(0)",
@@ -24,6 +25,7 @@ _CAPTION = "Ranks of ΔW: stable, effective, and how many directions hold 90 % a
 # What is said of the columns that not every report has.
 _OPTIONAL = {
     "rank_limit": "limit: the largest rank that an update of this form can have.",
+    "loss_rank": "loss: rank in the smallest LoRA of about the same loss.",
     "relative_norm": "‖ΔW‖ in % of ‖W0‖.",
     "phi_zero": "",
     "curvature": "curv.: share of φ that no straight line explains.",
@@ -43,6 +45,7 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
     there = {
         # Of LoRA the limit is r, of φ(BA) that of any matrix.
         "rank_limit": any(row.rank_limit not in (None, row.r, min(row.m, row.n)) for row in report.rows),
+        "loss_rank": any(row.loss_rank is not None for row in report.rows),
         "relative_norm": any(row.relative_norm is not None for row in report.rows),
         "phi_zero": bool(report.curves),
         "curvature": bool(report.curves),

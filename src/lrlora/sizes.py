@@ -1,0 +1,34 @@
+"""Sizes of adapters as people write them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Budget(NamedTuple):
+    """How much an export may take: a number of `unit`: parameters, bytes, or ranks of LoRA on the same modules."""
+
+    number: float
+    unit: str
+
+
+_SIZES = {"kB": 10**3, "KiB": 2**10, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_size(text: str, option: str) -> Budget:
+    """250000, 250k, 1.5M, 8MiB or r4.
+
+    Raises:
+        ValueError: it is none of these.
+
+    """
+    match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text)
+    if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
+        raise ValueError(f"{option} must be like 250000, 250k, 1.5M, 8MiB or r4, and is {text!r}.")
+    number, unit = float(match[2]), match[3]
+    if match[1]:
+        return Budget(number, "ranks")
+    if unit in _SIZES:
+        return Budget(number * _SIZES[unit], "bytes")
+    return Budget(number * {None: 1, "k": 1e3, "M": 1e6}[unit], "parameters")
