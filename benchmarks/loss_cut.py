@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import subprocess
 import sys
 import time
@@ -22,8 +23,11 @@ from typing import Any
 DOCS = Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS))
 
+from sections import table, with_section  # noqa: E402
 
 PAGE, RESULTS = DOCS / "loss.md", DOCS / "loss" / "results.jsonl"
+ALTERNATIVES = DOCS / "loss" / "alternatives.jsonl"
+COSTS = DOCS / "loss" / "costs.json"
 SCRATCH = Path("lrlora-compress") / "loss"
 SEEDS = (0, 1, 2)
 SHARES = {0.5: 4, 0.25: 2}  # of the size of r = 8 → the r of LoRA trained at that size
@@ -41,6 +45,7 @@ class Task:
         method, like: of the adapter that is cut, and the task whose LoRAs it is compared with.
         healing: steps.
         tests: examples.
+        ranks: of the LoRAs that are trained at smaller sizes.
 
     """
 
@@ -50,7 +55,8 @@ class Task:
     method: str = "lora"
     like: str | None = None
     healing: int = 40
-    tests: int = 512
+    tests: int = 384
+    ranks: tuple[int, ...] = (4, 2)
 
 
 _MINILM = {
@@ -70,13 +76,15 @@ TASKS = {
         "embedded:animals",
         1e-3,
     ),
-    "german": Task(_SMOLLM2 | {"data": str(SCRATCH / "german")}, str(SCRATCH / "german"), 2e-3, healing=12, tests=96),
-    "chat": Task(_SMOLLM2 | {"data": str(SCRATCH / "chat")}, str(SCRATCH / "chat"), 2e-3, healing=12, tests=128),
 }  # fmt: skip
+TASKS |= {
+    name: Task(_SMOLLM2 | {"data": str(SCRATCH / name)}, str(SCRATCH / name), 2e-3, healing=12, tests=96, ranks=(4,))
+    for name in ("german", "chat")
+}
 TASKS["news-phi"] = replace(TASKS["news"], method="lr-lora", like="news")
 TASKS["news-full"] = replace(TASKS["news"], method="full", like="news", rate=1e-4)
 BYTES = "byte model"
-TUNED = {"german": (1e-3, 2e-3, 4e-3), "news-full": (5e-5, 1e-4, 2e-4)}
+TUNED = {"german": (1e-3, 2e-3, 4e-3, 8e-3)}
 
 
 def german() -> None:
@@ -136,7 +144,7 @@ def run_folder(name: str, method: str, rank: int, rate: float, seed: int) -> Pat
         start = time.perf_counter()
         settings = TASKS[name].settings | ({"rank": rank} if rank else {})
         config = TrainConfig(**settings, method=method, learning_rate=rate, seed=seed, output=str(folder))
-        found = train(config, overwrite=folder.exists(), announce=lambda line: None)
+        found = train(config, overwrite=(folder / "run.json").exists(), announce=lambda line: None)
         print(f"{folder.name}: {found.metrics} in {time.perf_counter() - start:.0f} s", flush=True)
     return folder
 
@@ -159,7 +167,7 @@ def runs_of(name: str) -> Iterator[Path]:
     """All runs of a task."""
     task, rate = TASKS[name], rate_of(name)
     for seed in SEEDS:
-        for rank in (8,) if task.like else (8, *SHARES.values()):
+        for rank in (8,) if task.like else (8, *task.ranks):
             yield run_folder(name, task.method, rank, rate, seed)
 
 
@@ -416,7 +424,7 @@ def cut(name: str, seed: int) -> dict[str, Any]:
         task = TASKS[name]
         case = case_of(name, run_folder(name, task.method, 8, rate_of(name), seed))
         like = task.like or name
-        others = {rank: run_folder(like, "lora", rank, rate_of(like), seed) for rank in SHARES.values()}
+        others = {rank: run_folder(like, "lora", rank, rate_of(like), seed) for rank in task.ranks}
         trained = {}
         for rank, folder in others.items():
             subject, test = loaded(like, folder)
@@ -430,13 +438,13 @@ def cut(name: str, seed: int) -> dict[str, Any]:
             found[f"{method}, {share}"] = case.test(factors)
             if method == "by loss":
                 found[f"predicted, {share}"] = case.curve.predicted_rise(factors)
-        found[f"trained, {share}"] = trained[rank]
+        found[f"trained, {share}"] = trained.get(rank)
         found[f"parameters, {share}"] = budget
     found["rise"] = RISE
     chosen = case.smallest(RISE)
     found["smallest"] = sum(part.parameters for part in chosen)
     found["smallest, validation"], found["smallest, test"] = case.validation(chosen), case.test(chosen)
-    for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
+    for share, rank in (BYTE_SHARES if name == BYTES else {0.5: 4}).items():
         found[f"healed, {share}"] = case.heal(case.curve.within(case.parameters_of_rank(rank)))
     return found
 
@@ -449,19 +457,263 @@ def stored() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
+def costs() -> dict[str, Any]:
+    """Time and memory of the command, and of the moments in one layer of Llama 2 7B's shapes."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    from lrlora.cut.moments import collect_moments
+    from lrlora.export import factorize
+
+    found: dict[str, Any] = {}
+    for name, folder in (
+        ("MiniLM", run_folder("news", "lora", 8, rate_of("news"), 0)),
+        ("SmolLM2", run_folder("german", "lora", 8, rate_of("german"), 0)),
+    ):
+        output = SCRATCH / "smallest"
+        subprocess.run(["rm", "-rf", str(output)], check=True)
+        found[name] = command("export", str(folder), "--loss", "0.01", "--output", str(output))
+    config = LlamaConfig(num_hidden_layers=1, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    layer, rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+    torch.set_default_dtype(torch.float32)
+    model = get_peft_model(layer, LoraConfig(r=16, target_modules=list(_PROJECTIONS), init_lora_weights=False))
+    whole, x = factorize(model, energy=1.0), torch.randn(1, 512, config.hidden_size, dtype=torch.bfloat16)
+    positions = rotary(x, torch.arange(512)[None])
+
+    def loss(layer: Any, batch: Any) -> tuple[Any, int]:
+        output = layer(batch.requires_grad_(), position_embeddings=positions)
+        return (output[0] if isinstance(output, tuple) else output).float().square().sum(), 512
+
+    seconds: dict[str, list[float]] = {"step": [], "moments": []}
+    for _ in range(3):
+        start = time.perf_counter()
+        loss(layer, x.clone())[0].backward()
+        seconds["step"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        collect_moments(model, whole, [x.clone()], loss)
+        seconds["moments"].append(time.perf_counter() - start)
+    start = time.perf_counter()
+    moments, terms = collect_moments(model, whole, [x.clone()], loss)
+    from lrlora.cut.curve import directions
+
+    start = time.perf_counter()
+    for part in whole:
+        directions(part, moments[part.module], terms)
+    found["layer"] = {name: sorted(values)[1] for name, values in seconds.items()} | {
+        "directions": time.perf_counter() - start,
+        "megabytes of all 32 layers": 32 * len(whole) * 2 * 16**2 * 8 / 1e6,
+    }
+    return found
+
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def sampled(temperature: float, causal: bool) -> Any:
+    """A loss of labels that are drawn from the model, at a temperature; at 1 its moments are the Fisher matrix's."""
+    import torch
+    import torch.nn.functional as F
+
+    def loss(model: Any, batch: Any) -> tuple[Any, int]:
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        if causal:
+            logits = logits[:, :-1][batch["labels"][:, 1:] != -100]
+        drawn = torch.distributions.Categorical(logits=logits.detach() / temperature).sample()
+        return F.cross_entropy(logits, drawn, reduction="sum"), len(drawn)
+
+    return loss
+
+
+def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
+    """Model, whole factors, batches to train and to validate on, loss, and whether that is a language model's."""
+    import torch
+
+    from lrlora.cut import model_loss
+    from lrlora.lab.compare.byte_model import sample_batch
+    from lrlora.lab.compare.corpora import load_corpus
+
+    if name != BYTES:
+        subject, _ = loaded(name, run_folder(name, "lora", 8, rate_of(name), 0))
+        batches = subject.batches(subject.training), subject.batches(subject.held_out)
+        return subject.on_base, subject.whole, *batches, subject.loss, subject.run.kind.generates
+    case = byte_case(byte_folder(16, 0), 0)
+    generator, data = torch.Generator().manual_seed(1), load_corpus("german")
+    drawn = [sample_batch(part, generator, 16) for part in (data.train, data.train, data.validation, data.validation)]
+    batches_of_bytes = [{"input_ids": windows, "labels": windows} for windows in drawn]
+    return case.updates, case.whole, batches_of_bytes[:2], batches_of_bytes[2:], model_loss, True
+
+
+def alternatives(name: str) -> list[dict[str, Any]]:
+    """Other moments, damping, and a second cut, with the first seed: the loss added on validation data."""
+    from lrlora.cut import mean_loss
+    from lrlora.cut.curve import DAMPING, LossCurve, directions
+    from lrlora.cut.moments import Moments, collect_moments
+
+    model, whole, training, others, loss, causal = grounds_of(name)
+    base, size = mean_loss(model, whole, others, loss), sum(part.parameters for part in whole)
+
+    def curve(batches: Any, loss: Any, damping: float = DAMPING, kept: Any = whole) -> LossCurve:
+        moments, terms = collect_moments(model, kept, batches, loss)
+        none = Moments.zeros(0)
+        return LossCurve([directions(part, moments.get(part.module, none), terms, damping) for part in kept])
+
+    def twice(budget: int) -> Any:
+        halfway = curve(training, loss).within(int((size * budget) ** 0.5))
+        return curve(training, loss, kept=halfway).within(budget)
+
+    ways: dict[str, Callable[[int], Any]] = {
+        "as it is": curve(training, loss).within,
+        "one batch": curve(training[:1], loss).within,
+        "labels drawn from the model": curve(training, sampled(1.0, causal)).within,
+        "drawn at temperature 3": curve(training, sampled(3.0, causal)).within,
+        "gradients on validation data": curve(others, loss).within,
+        "no damping": curve(training, loss, 0.0).within,
+        "damping 0.1": curve(training, loss, 0.1).within,
+        "damping 1": curve(training, loss, 1.0).within,
+        "two cuts, with new moments": twice,
+    }
+    rows = []
+    for way, choose in ways.items():
+        losses = [mean_loss(model, choose(int(share * size)), others, loss) - base for share in SHARES]
+        rows.append({"task": name, "way": way, "added": losses})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def command(*arguments: str) -> dict[str, float]:
+    """Seconds and peak memory (GiB) of a command of lrlora."""
+    from compress import run
+
+    return run(*arguments)
+
+
+COLUMNS = {
+    "by loss": "by loss", "by scalar": "one scalar a module", "by inputs": "input weights", "by energy": "by energy",
+    "every k": "every module k", "sv_fro": "one share", "trained": "LoRA trained", "healed": "by loss, healed",
+}  # fmt: skip
+LANGUAGE = (BYTES, "german", "chat")
+
+
+def added(row: dict[str, Any], method: str, share: float) -> float:
+    """The test loss that a cut adds to that of the adapter as it is; NaN where it was not measured."""
+    loss = row.get(f"{method}, {share}")
+    return math.nan if loss is None else float(loss - row["test"])
+
+
+def shown(value: float) -> str:
+    """A loss added."""
+    return "–" if math.isnan(value) else f"{value:+.3f}"
+
+
+def ratio(rows: list[dict[str, Any]], method: str, rival: str, share: float) -> str:
+    """The loss added by one method over that added by another, each in units of the adapter's loss, over all rows.
+
+    With the interval that holds 95 % of 10,000 draws of adapters.
+    """
+    import numpy as np
+
+    values = np.array([[added(row, name, share) / row["test"] for name in (method, rival)] for row in rows])
+    draws = np.random.default_rng(0).integers(len(rows), size=(10_000, len(rows)))
+    drawn = values[draws].sum(1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    mean = values.sum(0)
+    return f"{mean[0] / mean[1]:.2f} ({low:.2f} to {high:.2f})"
+
+
 def report() -> None:
     """Write the tables of docs/loss.md."""
+    import statistics
+
+    rows, page = stored(), PAGE.read_text(encoding="utf-8")
+    groups = {name: [row for row in rows if row["task"] == name] for name in (BYTES, *TASKS)}
+    groups = {name: group for name, group in groups.items() if group}
+    parts = []
+    for share in SHARES:
+        lines = []
+        for name, group in groups.items():
+            cells = [statistics.mean(added(row, method, share) for row in group) for method in COLUMNS]
+            test = statistics.mean(row["test"] for row in group)
+            lines.append([name, str(len(group)), f"{test:.3f}", *map(shown, cells)])
+        title = {0.5: "At half the parameters", 0.25: "At a quarter of them"}[share]
+        parts.append(f"{title}:\n\n" + table(["adapter", "seeds", "test loss", *COLUMNS.values()], lines))
+    page = with_section(page, "cuts", "\n".join(parts))
+    pools = {
+        "language models": [row for row in rows if row["task"] in LANGUAGE],
+        "classifiers": [row for row in rows if row["task"] not in LANGUAGE],
+        "all": rows,
+    }
+    lines = [
+        [
+            name,
+            f"{share:g}",
+            *(ratio(pool, "by loss", rival, share) for rival in ("by energy", "every k", "sv_fro", "by scalar")),
+        ]
+        for name, pool in pools.items()
+        if pool
+        for share in SHARES
+    ]
+    heads = ["adapters", "size", "over by energy", "over every module k", "over one share", "over one scalar"]
+    page = with_section(page, "ratios", table(heads, lines))
+    lines = []
+    for name, group in groups.items():
+        size = statistics.mean(row["smallest"] / (row["parameters, 0.5"] * 2) for row in group)
+        rises = [[row[f"smallest, {part}"] / row[part] - 1 for row in group] for part in ("validation", "test")]
+        cells = [f"{statistics.mean(rise):+.2%} ({min(rise):+.2%} to {max(rise):+.2%})" for rise in rises]
+        predicted = [statistics.mean(row[f"predicted, {share}"] for row in group) for share in SHARES]
+        actual = [statistics.mean(added(row, "by loss", share) for row in group) for share in SHARES]
+        said = [f"{one:.3f} / {two:.3f}" for one, two in zip(predicted, actual, strict=True)]
+        lines.append([name, f"{size:.0%}", *cells, *said])
+    heads = ["adapter", "size", "rise on validation data", "rise on test data", "predicted / actual at 1/2", "at 1/4"]
+    page = with_section(page, "smallest", table(heads, lines))
+    if ALTERNATIVES.exists():
+        tried = [json.loads(line) for line in ALTERNATIVES.read_text().splitlines()]
+        tasks = list(dict.fromkeys(row["task"] for row in tried))
+        lines = [
+            [way, *(f"{row['added'][0]:+.3f} / {row['added'][1]:+.3f}" for row in tried if row["way"] == way)]
+            for way in dict.fromkeys(row["way"] for row in tried)
+        ]
+        page = with_section(page, "alternatives", table(["moments", *tasks], lines))
+    if COSTS.exists():
+        known = json.loads(COSTS.read_text())
+        lines = [
+            [
+                f"`lrlora export --loss 0.01`, {name}, LoRA r = 8",
+                f"{known[name]['seconds']:.0f} s",
+                f"{known[name]['gibibytes']:.1f} GiB",
+            ]
+            for name in ("MiniLM", "SmolLM2")
+        ]
+        layer = known["layer"]
+        lines += [
+            ["forward and backward of one layer of 7B shapes, 512 tokens, bfloat16", f"{layer['step']:.2f} s", ""],
+            ["the same with the moments of its 7 modules, LoRA r = 16", f"{layer['moments']:.2f} s", ""],
+            ["the directions of these modules", f"{layer['directions']:.3f} s", ""],
+            ["the moments of all 32 layers, counted", "", f"{layer['megabytes of all 32 layers']:.1f} MB"],
+        ]
+        page = with_section(page, "costs", table(["what", "time", "memory"], lines))
+    PAGE.write_text(page, encoding="utf-8")
 
 
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="tasks, with commas between", default=",".join((BYTES, *TASKS)))
-    parser.add_argument("--stage", choices=("train", "cut"))
+    parser.add_argument("--stage", choices=("train", "cut", "alternatives", "costs"))
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     if options.report:
         report()
+        return
+    if options.stage == "alternatives":
+        ALTERNATIVES.write_text(
+            "".join(json.dumps(row) + "\n" for name in (BYTES, "news") for row in alternatives(name))
+        )
+        return
+    if options.stage == "costs":
+        COSTS.write_text(json.dumps(costs(), indent=1) + "\n")
         return
     for name in options.only.split(","):
         if options.stage != "cut":

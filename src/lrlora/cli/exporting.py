@@ -127,7 +127,7 @@ def export_by_loss(
 
 
 def _compared(which: str, loss: float, cut: Cut) -> str:
-    return f"{which}: {loss:.4g} ({(loss - cut.loss) / abs(cut.loss):+.2%})"
+    return f"{which}: {loss:.4g} ({(loss - cut.loss) / max(abs(cut.loss), 1e-9):+.2%})"
 
 
 def show_smallest(run: TrainConfig) -> None:

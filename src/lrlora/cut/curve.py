@@ -31,6 +31,7 @@ from .moments import Loss, Moments, collect_moments, model_loss, thin_updates
 DAMPING = 1e-3
 _SHARES = (1.0, 0.5, 0.25, 0.125)  # of the parameters, at which the loss is measured first
 _CLOSE = 1.05
+_TINY = 1e-30
 
 
 class Point(NamedTuple):
@@ -60,12 +61,11 @@ class Directions:
     def factors(self, rank: int) -> Factors:
         """The best of a rank."""
         A, B = self.A[:rank], self.B[:, :rank]
-        norm = (A.double().square().sum(1) + 1e-300).sqrt(), (B.double().square().sum(0) + 1e-300).sqrt()
         # Both sides alike, within the range of half precision.
-        share = (norm[1] / norm[0]).sqrt().to(A)
+        share = ((B.double().norm(dim=0) + _TINY) / (A.double().norm(dim=1) + _TINY)).sqrt()
         lost = _difference(self.whole, A, B) / self.whole.energy if self.whole.energy else 0.0
         kept = max(0.0, self.whole.kept - lost) if rank else 0.0
-        return replace(self.whole, A=share[:, None] * A, B=B / share, kept=kept)
+        return replace(self.whole, A=(share[:, None] * A).to(A), B=(B / share).to(B), kept=kept)
 
 
 def _difference(whole: Factors, A: Tensor, B: Tensor) -> float:
