@@ -92,7 +92,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class LossRecord:
-    """What a run may lose: losses that were measured at smaller sizes, and the size that was chosen.
+    """Losses measured at smaller sizes, and the size that was chosen.
 
     Attributes:
         loss: mean loss of the adapter on validation data.
@@ -113,7 +113,7 @@ class LossRecord:
 
 
 def read_losses(folder: Path) -> LossRecord | None:
-    """What a run may lose; None where it was not measured.
+    """The losses of a run at smaller sizes; None where they were not measured.
 
     Raises:
         ValueError: the file is damaged.

@@ -136,5 +136,13 @@ def test_the_smallest_size_is_between_two_that_were_measured(
 @pytest.mark.refused
 def test_a_limit_that_nothing_is_within(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
     *_, curve = trained
-    with pytest.raises(ValueError, match=r"the loss is 3, above the limit of 2\. Allow a larger rise"):
+    with pytest.raises(ValueError, match=r"Even with every direction kept, the loss is 3, above the limit of 2\."):
         smallest(curve, lambda factors: 3.0, 2.0)
+
+
+def test_a_budget_that_the_first_direction_exceeds_goes_to_others(
+    trained: tuple[TinyModel, Any, list[Factors], LossCurve],
+) -> None:
+    *_, curve = trained
+    for budget in (curve.fewest, curve.fewest + 10):
+        assert sum(part.rank for part in curve.within(budget)) == 1

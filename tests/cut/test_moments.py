@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lrlora.cut import loss_curve, mean_loss
@@ -202,16 +203,36 @@ def test_padding_is_counted_nowhere_and_prompts_are() -> None:
     assert plain["model.layers.1.mlp.down_proj"].tokens == 2 * 5
 
 
+class Checkpointed(nn.Module):
+    """Two layers, whose activations are computed again in the backward pass."""
+
+    def __init__(self, *, is_on: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.is_on = nn.Linear(6, 6), nn.Linear(6, 4), is_on
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))
+
+        return checkpoint(block, x, use_reentrant=False) if self.is_on else block(x)
+
+
+def loss_of_tokens(model: Any, x: Tensor) -> tuple[Tensor, int]:
+    return F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long), reduction="sum"), len(x)
+
+
 def test_checkpointed_activations_give_the_same_moments() -> None:
-    with with_lora("llama") as (tiny, model):
-        factors = factorize(model, energy=1.0)
-        plain, _ = collect_moments(model, factors, language_batches(tiny))
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        model.get_base_model().model.train()
-        again, _ = collect_moments(model, factors, language_batches(tiny))
-    for module, moments in plain.items():
-        assert torch.allclose(again[module].inputs, moments.inputs, rtol=1e-4)
-        assert torch.allclose(again[module].gradients, moments.gradients, rtol=1e-4)
+    x, found = torch.randn(20, 6), []
+    for is_on in (False, True):
+        config = LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
+        model = get_peft_model(Checkpointed(is_on=is_on), config)
+        found.append(collect_moments(model, factorize(model, energy=1.0), [x], loss_of_tokens)[0])
+    assert found[1]["first"].calls == 2  # computed again
+    for module, moments in found[0].items():
+        assert torch.allclose(found[1][module].inputs, moments.inputs)
+        assert torch.allclose(found[1][module].gradients, moments.gradients)
+        assert found[1][module].tokens == 20
 
 
 class Experts(nn.Module):
@@ -226,10 +247,6 @@ class Experts(nn.Module):
         return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
 
 
-def loss_of_tokens(model: Any, x: Tensor) -> tuple[Tensor, int]:
-    return F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long), reduction="sum"), len(x)
-
-
 def test_each_expert_has_the_moments_of_its_own_tokens() -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["experts.0", "experts.1"], init_lora_weights=False)
@@ -240,6 +257,37 @@ def test_each_expert_has_the_moments_of_its_own_tokens() -> None:
     assert terms == 32
     with pytest.raises(ValueError, match=r"No token of the data reached experts.0 \(1 of 2 modules\).*Give more data"):
         collect_moments(model, factors, [x[x[:, 0] > 0]], loss_of_tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_terms_are_the_tokens_that_are_predicted(family: str) -> None:
+    with with_lora(family) as (tiny, model):
+        (batch,), factors = language_batches(tiny), factorize(model, energy=1.0)
+        assert collect_moments(model, factors, [batch])[1] == 10
+        nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+        expected = mean_loss(model, factors, [batch])
+        assert mean_loss(model, factors, [nothing, batch]) == expected
+        assert collect_moments(model, factors, [nothing, batch])[1] == 10
+
+
+def test_a_module_that_no_gradient_reaches_is_kept_whole_where_all_is_kept() -> None:
+    with with_lora("llama") as (tiny, model):
+        (batch,), factors = language_batches(tiny), factorize(model, energy=1.0)
+        short = {name: part[:, :2] for name, part in batch.items()} | {"labels": batch["input_ids"][:, :2]}
+        curve = loss_curve(model, factors, [short])
+        expected = mean_loss(model, factors, [batch])
+        assert mean_loss(model, curve.within(curve.parameters), [batch]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_frozen_adapter_stays_frozen_and_every_module_in_its_mode() -> None:
+    with with_lora("llama") as (tiny, model):
+        model.requires_grad_(False)
+        model.train()
+        norm = model.get_base_model().model.norm.eval()
+        mean_loss(model, factorize(model, energy=1.0), language_batches(tiny))
+        assert not any(p.requires_grad for p in model.parameters())
+        assert model.training
+        assert not norm.training
 
 
 @pytest.mark.refused

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checks import DEFAULT_ENERGY, check_truncation, require_known
-from ..files import free_folder, require_adapter, require_source
-from ..lab.config import parse_pairs
+from ..files import free_folder, is_full_model, require_adapter, require_source
+from ..lab.config import parse_pairs, read_run
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
 from ..sizes import parse_size
@@ -127,23 +127,27 @@ _BUDGET = Annotated[
 ]
 _MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module; default: no limit.")]
 _LOSS = Annotated[
-    float | None, typer.Option(help="Share by which the loss may rise, such as 0.01: the smallest LoRA within it.")
+    float | None,
+    typer.Option(help="Write the smallest LoRA whose loss on held-out examples rises by at most this share, as 0.01."),
 ]
 _BY = Annotated[
     str | None,
-    typer.Option(help="What a size is filled with: loss (default where there is data) or energy, which needs none."),
+    typer.Option(help="How a size is filled: by loss (default for a run, or with --data) or energy, without data."),
 ]
 _DATA = Annotated[
     str | None,
-    typer.Option(help="Examples to tell the loss by, as of `lrlora train`; default: of a run its own data."),
+    typer.Option(help="Examples to measure the loss on, as for `lrlora train`; default: the run's own data."),
 ]
 _COLUMNS = Annotated[
     list[str] | None, typer.Option("--columns", "--column", help="ROLE=NAME, of the examples; default: as in training.")
 ]
 _TASK = Annotated[
-    str | None, typer.Option(help="causal-lm or classify, of an adapter that is no run; default: as it says.")
+    str | None,
+    typer.Option(
+        help="Task of an adapter that is not a run: causal-lm, classify or regress; default: from its configuration."
+    ),
 ]
-_HEAL = Annotated[int, typer.Option(min=0, help="Steps of training at the size that was reached.")]
+_HEAL = Annotated[int, typer.Option(min=0, help="Train the LoRA for this many steps after the cut.")]
 _DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE = Annotated[
     str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
@@ -177,26 +181,29 @@ def export(
 ) -> None:
     """Turn any update into a plain LoRA that anything can serve, as small as you ask for."""
     with one_clear_error("Nothing was written."), only_writer(output):
-        if pad and config_only:
-            raise ValueError("--pad is about weights, and --config-only writes none. Leave one of them out.")
+        for option, is_given in (("--pad", pad), ("--heal", heal)):
+            if is_given and config_only:
+                raise ValueError(f"{option} is about weights, and --config-only writes none. Leave one of them out.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
         size = None if budget is None else parse_size(budget, "--budget")
+        roles = parse_pairs(columns, "--columns") if columns else None
+        examples = {"data": data, "columns": roles, "task": task}
+        wanted = {"loss": loss, **examples, "heal": heal or None, "by loss": by if by == "loss" else None}
+        asked_for = [f"--{name}" for name, value in wanted.items() if value is not None]
+        is_by_loss = _is_by_loss(source, by, asked_for, {"energy": energy, "size": loss or budget or max_rank})
         if all(value is None for value in (energy, loss, budget, max_rank)):
             energy = DEFAULT_ENERGY
         check_truncation(energy=energy, max_rank=max_rank, loss=loss, budget=None if size is None else 1)
-        roles = parse_pairs(columns, "--columns") if columns else None
-        examples = {"data": data, "columns": roles, "task": task}
-        is_by_loss = _is_by_loss(source, by, energy, {"loss": loss, **examples, "heal": heal or None})
         is_file = Path(source).is_file()
         if not is_file:
             free_folder(output)
         elif config_only and base is None:
             raise ValueError("--config-only writes a configuration of PEFT's, and a LoRA in a single file has none.")
-        require_source(source, base)
         quiet()
-        is_asked_for = any(value is not None for value in (loss, by, heal or None, *examples.values()))
-        if is_by_loss and (cut := cut_of(source, base, examples, is_asked_for=is_asked_for)) is not None:
+        base = _base_of(source) if base is None else base
+        require_source(source, base)
+        if is_by_loss and (cut := cut_of(source, base, examples, is_asked_for=bool(asked_for))) is not None:
             export_by_loss(
                 cut, output, Size(loss, size, max_rank), steps=heal, dtype=dtype, check=check, pad=pad,
                 config_only=config_only, every=every,
@@ -217,16 +224,26 @@ def export(
             _print_difference(updates, output)
 
 
-def _is_by_loss(source: str, by: str | None, energy: float | None, wants_loss: Mapping[str, Any]) -> bool:
+def _base_of(source: str) -> str | None:
+    """The base model of a run that has trained the whole model, which its files do not name."""
+    folder = Path(source)
+    if not (folder / RUN_FILE).is_file() or not is_full_model(folder):
+        return None
+    from ..lab.models import model_source
+
+    return model_source(read_run(folder)[0].model)
+
+
+def _is_by_loss(source: str, by: str | None, asked_for: list[str], given: Mapping[str, Any]) -> bool:
     """Whether the export keeps what matters to the loss: where it is asked for, or there is data to tell it by."""
     require_known("--by", by or "loss", ("loss", "energy"))
-    given = [f"--{name}" for name, value in wants_loss.items() if value is not None]
-    if by == "energy" or energy is not None:
-        if given or by == "loss":
-            raise ValueError(f"By energy no data is read. Leave out {(given or ['--by loss'])[0]}, or --energy.")
-        return False
+    other = "--by energy" if by == "energy" else "--energy" if given["energy"] is not None else None
+    if asked_for and other:
+        raise ValueError(f"{asked_for[0]} is for a cut by loss, and {other} for one by energy. Leave one of them out.")
+    if asked_for and given["size"] is None:
+        raise ValueError(f"{asked_for[0]} needs a size for a cut by loss: --loss, --budget or --max-rank.")
     is_run = (Path(source) / RUN_FILE).is_file()
-    if not (given or by or is_run):
+    if other or given["size"] is None or not (asked_for or is_run):
         return False
     if Path(source).is_file():
         raise ValueError(

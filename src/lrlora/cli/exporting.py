@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +101,12 @@ def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_ask
     from ..lab.by_loss import Cut, Subject
 
     try:
-        return Cut(Subject.read(source, base=base, announce=announce, **examples), progressbar=True)
+        subject = Subject.read(source, base=base, announce=announce, **examples)
+        return Cut(subject, announce=announce, progressbar=True)
     except (ValueError, OSError) as error:
         if is_asked_for:
             raise
-        announce(f"What matters to the loss cannot be told, so that what is large is kept. {error}")
+        announce(f"Cutting by energy instead of by loss: {error}")
         return None
 
 
@@ -111,19 +114,30 @@ def export_by_loss(
     cut: Cut, output: Path, size: Size, *, steps: int, dtype: str | None, check: bool, **writing: Any
 ) -> None:
     """Export what matters to the loss of examples."""
-    from ..lab.by_loss import heal
-
     updates = cut.subject.updates
     factors = size.choose(cut, updates, dtype)
-    announce(f"Loss of the adapter: {cut.loss:.4g}; {_compared('as cut', cut.measure(factors), cut)}")
+    loss = cut.measured(factors)
+    announce(f"Loss of the adapter: {cut.loss:.4g}; {_compared('as cut', loss, cut)}")
     write_factors(factors, updates, output, dtype=dtype, **writing)
     if writing["config_only"]:
         return
     with one_clear_error("The LoRA is written as it was cut."):
         if steps:
-            heal(cut.subject, output, steps, announce)
+            _heal(cut, output, steps, loss)
         if check:
-            announce(f"Loss of {output} {_compared('as loaded by PEFT', cut.loss_of(output), cut)}")
+            loaded = cut.loss_of(cut.subject.with_lora(output))
+            announce(f"Loss of {output} {_compared('as loaded by PEFT', loaded, cut)}")
+
+
+def _heal(cut: Cut, output: Path, steps: int, loss: float) -> None:
+    from ..lab.by_loss import heal
+
+    try:
+        is_better = heal(cut.subject, output, steps, announce, lambda model: cut.loss_of(model) < loss)
+    except Exception as error:
+        raise RuntimeError(f"{error} The LoRA in {output} is written as it was cut.") from error
+    if not is_better:
+        announce(f"{steps} steps of training did not lower the loss. The LoRA stays as it was cut.")
 
 
 def _compared(which: str, loss: float, cut: Cut) -> str:
@@ -138,18 +152,27 @@ def show_smallest(run: TrainConfig) -> None:
 
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)
-    cut = Cut(subject, progressbar=True)
+    cut = Cut(subject, announce=announce, progressbar=True)
     rise = (run.loss or _RISE) if run.size is None else None
     size = Size(rise, None if run.size is None else parse_size(run.size, "--size"), None)
     factors = size.choose(cut, subject.updates, None)
+    loss, rank = cut.measured(factors), sum(part.parameters_per_rank for part in factors)
     record = record_losses(folder, cut, factors, rise)
-    as_rank = record.chosen / sum(part.parameters_per_rank for part in factors)
-    within = f"within {rise:.1%} of its loss" if rise else f"of {run.size}, with the loss {cut.measure(factors):.4g},"
-    found = f"{record.chosen:,} parameters, as many as LoRA of r = {as_rank:.1f}"
-    line = f"The smallest LoRA {within} of {cut.loss:.4g} on validation data has {found}: "
+    if rise is None:
+        announce(
+            f"LoRA of {run.size}: {record.chosen:,} parameters, validation loss {loss:.4g} ({cut.loss:.4g} before)."
+        )
+    else:
+        announce(
+            f"The smallest LoRA within {100 * rise:g} % of the validation loss ({cut.loss:.4g}) has {record.chosen:,} "
+            f"parameters, as many as a LoRA of r = {record.chosen / rank:.1f}."
+        )
     if run.loss is None and run.size is None:
-        announce(f"{line}lrlora export {folder} --loss {rise} --output {folder}-small")
+        command = ["lrlora", "export", str(folder), "--loss", str(rise), "--output", f"{folder}-small"]
+        announce(f"To write it: {shlex.join(command)}")
         return
-    shutil.rmtree(folder / LORA_FOLDER, ignore_errors=True)
-    save_as_lora(factors, subject.updates, folder / LORA_FOLDER)
-    announce(f"{line}{folder / LORA_FOLDER}")
+    with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as scratch:
+        save_as_lora(factors, subject.updates, Path(scratch) / LORA_FOLDER)
+        shutil.rmtree(folder / LORA_FOLDER, ignore_errors=True)
+        (Path(scratch) / LORA_FOLDER).rename(folder / LORA_FOLDER)
+    announce(f"It is in {folder / LORA_FOLDER}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -140,25 +141,32 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
         return
     _print_metrics(result.metrics, f"Validation, {which_checkpoint(run.to_dict())}")
     output = result.output
+    announce(f"Everything is in {output}")
     del result  # the trained model: the next step loads it anew
     _measure_smallest(run)
     report = rank_report_of(output)
     if report is not None:
         console.print(rank_table(report, "Learned ranks", width=console.width))
-    announce(f"Everything is in {output}")
-    if report is not None:
         announce(f"To look at it: lrlora report {output}, or, module by module, lrlora ranks {output} --all")
 
 
 def _measure_smallest(run: TrainConfig) -> None:
     """Say how small the LoRA of a finished run may be. The run is there, whatever comes of it."""
+    from ..lab.methods import METHODS
+
+    is_asked_for = run.loss is not None or run.size is not None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not (is_asked_for or METHODS[run.method].has_ranks):
+        announce(
+            f"To see how small its LoRA may be: lrlora export {run.output} --loss 0.01 --output {run.output}-small"
+        )
+        return
     try:
         show_smallest(run)
     except KeyboardInterrupt:
         announce("Interrupted. The run is finished; how small its LoRA may be was not measured.")
-    except Exception as error:  # a task, a model or a launcher that it was not made for
-        if run.loss is not None or run.size is not None:
-            raise
+    except Exception as error:  # a task or a model that it was not made for
+        if is_asked_for:
+            raise ValueError(f"The run is finished, but lora/ could not be made as asked: {error}") from error
         announce(f"How small its LoRA may be was not measured: {error}")
 
 

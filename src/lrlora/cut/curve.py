@@ -29,7 +29,7 @@ from ..export.factorize import best_per_parameter
 from .moments import Loss, Moments, collect_moments, model_loss, thin_updates
 
 DAMPING = 1e-3
-_SHARES = (1.0, 0.5, 0.25, 0.125)  # of the parameters, at which the loss is measured first
+_SHARES = (0.5, 0.25, 0.125)  # of the parameters, at which the loss is measured first
 _CLOSE = 1.05
 _TINY = 1e-30
 
@@ -44,12 +44,12 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Directions:
-    """Those of one module, the most important first.
+    """The directions of one module, the most important first.
 
     Attributes:
         whole: the factors that they are of.
         A, B: (k, n) and (m, k), of which the first rows and columns are the best LoRA of each rank.
-        rises: of the mean loss, about, without each: ½ σ², (k,), float64, descending.
+        rises: approximate rise of the mean loss when a direction is left out, ½ σ², (k,), float64, descending.
 
     """
 
@@ -118,13 +118,15 @@ def directions(part: Factors, moments: Moments, terms: int, damping: float = DAM
     # An embedding looks up rows of B: its bottleneck is on that side.
     into, out = (part.B.T, part.A.T) if part.layout.is_embedding else (part.A, part.B)
     into, out = into.double(), out.double()
-    z, z_inverse = _roots(moments.inputs / max(1, moments.tokens), into @ into.T, damping)
-    h, h_inverse = _roots(moments.gradients / terms, out.T @ out, damping)
+    grams = into @ into.T, out.T @ out
+    # Where no gradient has reached it, what is large comes first, and is worth nothing.
+    found = (moments.inputs / moments.tokens, moments.gradients / terms) if moments.tokens else grams
+    (z, z_inverse), (h, h_inverse) = (_roots(*each, damping) for each in zip(found, grams, strict=True))
     U, sigma, Vh = torch.linalg.svd(h @ z.T)
     root = sigma.sqrt()
     first, second = out @ h_inverse @ (U * root), (root[:, None] * Vh) @ z_inverse.T @ into
     B, A = (second.T, first.T) if part.layout.is_embedding else (first, second)
-    return Directions(part, A.to(part.A), B.to(part.B), sigma.square() / 2)
+    return Directions(part, A.to(part.A), B.to(part.B), sigma.square() / 2 * bool(moments.tokens))
 
 
 def _roots(moment: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -167,7 +169,7 @@ def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[An
     """The mean loss of batches with these factors in place of the adapter."""
     with thin_updates(model, factors) as base:
         values = [loss(base, batch) for batch in batches]
-    return sum(value.item() for value, _ in values) / sum(terms for _, terms in values)
+    return sum(value.item() for value, _ in values) / max(1, sum(terms for _, terms in values))
 
 
 def smallest(
@@ -178,10 +180,10 @@ def smallest(
     max_rank: int | None = None,
     evaluations: int = 12,
 ) -> tuple[list[Factors], list[Point]]:
-    """The smallest size at which the loss is within a limit, between two measured ones 5 % apart or closer.
+    """The smallest size at which the loss is within a limit, to some 5 %.
 
     The loss is measured at 1, 1/2, 1/4 and 1/8 of the parameters, and so on where that is within the limit. Then the
-    interval in question is halved.
+    interval between the smallest size within the limit and the largest beyond it is halved, on a logarithmic scale.
 
     Args:
         curve: of the adapter.
@@ -215,13 +217,15 @@ def smallest(
         return is_within
 
     if not fits(curve.parameters):
+        largest = points[max(points)].loss
         raise ValueError(
-            f"With all that can be kept the loss is {points[max(points)].loss:.4g}, above the limit of {limit:.4g}. "
-            "Allow a larger rise, or a larger rank."
+            f"Even with every direction kept, the loss is {largest:.4g}, above the limit of {limit:.4g}. "
+            f"Allow a larger rise{'' if max_rank is None else ', or a larger rank'}."
         )
     whole = within
-    for share in _SHARES[1:]:
-        fits(int(share * whole))
+    for share in _SHARES:
+        if len(points) < evaluations:
+            fits(int(share * whole))
     is_new = True
     while is_new and len(points) < evaluations and within > max(curve.fewest, _CLOSE * beyond):
         known = len(points)

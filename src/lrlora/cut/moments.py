@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -67,9 +69,11 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     Its terms are the labels that are not −100, of a causal language model without the first of each sequence.
     """
     labels = batch["labels"]
-    counted = labels[..., 1:] if type(model).__name__.endswith("ForCausalLM") else labels
-    terms = int((counted != -100).sum())
-    return model(**batch).loss * terms, terms
+    # None is what transformers takes for it too.
+    is_shifted = labels.dim() > 1 and getattr(model, "loss_type", "") in ("ForCausalLM", None)
+    terms = int((labels[..., 1:] if is_shifted else labels).ne(-100).sum())
+    # Of no terms, transformers gives 0/0.
+    return (model(**batch).loss * terms if terms else torch.zeros(())), terms
 
 
 def collect_moments(
@@ -97,6 +101,8 @@ def collect_moments(
     with thin_updates(model, factors, moments) as base, torch.enable_grad():
         for batch in batches:
             value, terms = loss(base, batch)
+            if not terms:
+                continue
             if not torch.isfinite(value):
                 raise ValueError(f"The loss of the data is {value.item()}: its gradients say nothing. Check the data.")
             value.backward()
@@ -133,24 +139,30 @@ def thin_updates(
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = {path_in_base(path): module for path, module in model.named_modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer) and not module.disable_adapters]
+    # Trained tokens are no update of a module, and stay as they are.
+    kept = {
+        part for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper) for part in module.modules()
+    }
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer) and module not in kept]
+    tuned = [layer for layer in layers if not layer.disable_adapters]
     if any(layer.merged for layer in tuned):
         raise ValueError("The adapter is merged into the base weights: call unmerge_adapter() first.")
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with contextlib.ExitStack() as undo:
-        undo.callback(model.train, was_training)
+        for module, mode in modes:
+            undo.callback(setattr, module, "training", mode)
+        for parameter, is_trained in trained:
+            undo.callback(parameter.requires_grad_, is_trained)
         model.eval()
         for part in factors:
             if not part.rank:
                 continue
-            module = modules.get(part.module)
-            if module is None:
+            target = modules.get(part.module)
+            if target is None:
                 raise ValueError(f"The model has no module {part.module}: it is not the one that the adapter is of.")
             counted = None if moments is None else moments[part.module]
-            undo.callback(module.register_forward_hook(_hook(module, part, counted)).remove)
-        for parameter in trained:
-            undo.callback(parameter.requires_grad_, True)
+            undo.callback(target.register_forward_hook(_hook(target, part, counted)).remove)
         for layer in tuned:
             undo.callback(layer.enable_adapters, True)
             layer.enable_adapters(False)
@@ -160,7 +172,7 @@ def thin_updates(
 
 def _hook(module: nn.Module, part: Factors, moments: Moments | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    device = next(layer.parameters()).device
+    device = next(chain(layer.parameters(), layer.buffers())).device  # a quantised weight may be a buffer
     down, up = _maps(layer, part.A.to(device), part.B.to(device))
     channels_first = isinstance(layer, _ConvNd)
 

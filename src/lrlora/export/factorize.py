@@ -285,5 +285,6 @@ def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: in
     owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
     cost = torch.tensor(costs)[owner]
     order = (torch.cat(list(worth)) / cost).argsort(descending=True, stable=True)
+    order = order[cost[order] <= budget]
     taken = order[cost[order].cumsum(0) <= budget]
     return torch.bincount(owner[taken], minlength=len(worth)).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,31 +17,37 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from ..checks import DEFAULT_ENERGY
 from ..cut import Point, loss_curve, mean_loss, smallest
 from ..export import Factors, factorize
 from ..export.card import class_names
-from ..export.loading import load_adapted
+from ..export.loading import check_base, load_adapted
 from ..files import is_full_model, replacing, write_json
 from ..rank import RankReport
 from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord, RunRecord
 from ..saved import SavedAdapter
 from ..updates import Updates, read_updates
 from ..updates.checkpoint import FineTuned
+from ..updates.peft_adapter import CHANGING_STARTS
 from .chat import rendering_of
 from .config import TrainConfig
 from .data import choose_max_length, load_splits, load_task_data, only_split, sampled
 from .inference import OF_TRAINING, LoadedRun
 from .kinds import kind_for
 from .models import make_trainer, max_tokens, model_source, training_arguments
+from .names import require_model_folder
 from .progress import Announce, Progress, StopOnNonFinite
 
 EXAMPLES = 256  # of a part, at most
 TERMS = 4_096  # of the loss, after which no further batch of a part is taken
 _FEWEST = 16  # terms of the loss
 _HEALING_RATE = 0.25  # of the peak learning rate, for factors of the scale that was trained with
-_OF_SCHEDULE = ("max_steps", "num_train_epochs", "eval_steps", "save_steps", "lr_scheduler_type", "lr_scheduler_kwargs")
+_OF_SCHEDULE = (
+    *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("warmup_steps", "warmup_ratio", "eval_steps", "save_steps"),
+)
 _TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}
 
 
@@ -80,7 +86,7 @@ class Subject:
             base: the base model; default: the one that it names.
             data: as for `TrainConfig.data`; default: the run's own.
             task: of an adapter that does not say it.
-            announce: is told what the examples are.
+            announce: is told of examples that are left out.
             **reading: how the data is read, as of `lrlora.lab.inference.evaluate`.
 
         Raises:
@@ -94,28 +100,41 @@ class Subject:
                 f"{source} is no run of `lrlora train`, whose data would be known. Give examples like those that it "
                 "was trained on (--data), or keep what is large, without any (--by energy)."
             )
-        run = LoadedRun.read(Path(source)).reading(**reading) if is_run else _made_up(source, str(data), task, reading)
-        base = base or (model_source(run.config.model) if run.config.method in ("full", "dora") else None)
-        updates = read_updates(source, base=base)
+        if is_run and task is not None:
+            raise ValueError(f"{source} is a run of `lrlora train`, and knows its task. Leave out --task.")
+        saved = None if is_full_model(source) else SavedAdapter.read(source)
+        if getattr(saved and saved.config, "lora_bias", False):
+            raise ValueError("lora_bias=True: an adapter with biases of its own on B cannot be written anew. Merge it.")
+        run = LoadedRun.read(Path(source)) if is_run else _made_up(source, saved, base, str(data), task, reading)
+        run = run.reading(**reading)
+        if saved is None and base is None and is_run:
+            base = model_source(run.config.model)
+        if saved is not None and base is None and getattr(saved.config, "use_dora", False):
+            base = saved.config.base_model_name_or_path  # with it, an update is read with its magnitudes
+        updates = read_updates(source if saved is None else saved, base=base)
+        if saved is not None and not all(update.layout.is_known for update in updates):
+            check_base(saved, updates)
         training, held_out = _own_examples(run) if data is None else _given_examples(run, data, announce)
-        used = [min(EXAMPLES, len(part)) for part in (training, held_out)]
-        announce(
-            f"By the loss on {data or run.config.data}: gradients of up to {used[0]} examples"
-            f"{' of the training split' if data is None else ''}, losses of up to {used[1]} "
-            f"{'of the validation split' if data is None else 'others'}."
-        )
         return cls(run, updates, training, held_out)
 
     @cached_property
     def on_base(self) -> nn.Module:
-        """The model for factors: of a fully fine-tuned one, with all weights of the base but what is kept whole."""
+        """The model for factors, with the weights of the base model: some updates have changed them."""
         model, origin = self.run.model, self.updates.origin
-        if isinstance(origin, FineTuned):
-            kept = {key for keys in origin.whole.values() for key in keys}
-            for key, tensor in model.state_dict().items():
-                name = None if key in kept else origin.base.name_of(key)
-                if name is not None:
-                    tensor.copy_(origin.base.read(name))
+        with torch.no_grad():
+            if isinstance(origin, FineTuned):
+                kept = {key for keys in origin.whole.values() for key in keys}
+                for key, tensor in model.state_dict().items():
+                    name = None if key in kept else origin.base.name_of(key)
+                    if name is not None:
+                        tensor.copy_(origin.base.read(name))
+            elif str(getattr(origin.config, "init_lora_weights", "")).startswith(CHANGING_STARTS):
+                base = model.get_base_model()
+                for update in self.updates:
+                    layer = base.get_submodule(update.module).get_base_layer()
+                    weight = update.weight()
+                    assert weight is not None  # such updates are read with it
+                    layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight.view_as(layer.weight))
         return model
 
     @torch.no_grad()
@@ -123,7 +142,7 @@ class Subject:
         """The mean loss of a model with whatever adapter is on it."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         values = [self.loss(base, batch) for batch in batches]
-        return sum(value.item() for value, _ in values) / sum(terms for _, terms in values)
+        return sum(value.item() for value, _ in values) / max(1, sum(terms for _, terms in values))
 
     def with_lora(self, folder: Path, *, is_trainable: bool = False) -> PeftModel:
         """A LoRA that was made of the adapter, in its place on the base model."""
@@ -170,31 +189,44 @@ def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Data
     if {"train", "validation"} <= set(splits):
         parts = [run.examples(data, name, announce, with_label=True) for name in ("train", "validation")]
         return parts[0], parts[1]
-    name = only_split(splits, ("validation", "test", "train"), f"{data} has", "a file of its own")
+    name = only_split(splits, ("train", "validation", "test"), f"{data} has", "a file of its own")
     parts = run.examples(data, name, announce, with_label=True).train_test_split(0.5, seed=0)
     return parts["train"], parts["test"]
 
 
-def _made_up(source: str, data: str, task: str | None, reading: dict[str, Any]) -> LoadedRun:
+def _made_up(
+    source: str, saved: SavedAdapter | None, base: str | None, data: str, task: str | None, reading: dict[str, Any]
+) -> LoadedRun:
     """An adapter from elsewhere as if it were a run, which reads data as `lrlora train` would."""
-    saved = None if is_full_model(source) else SavedAdapter.read(source)
-    task = task or (None if saved is None else _TASKS.get(str(saved.config.task_type)))
-    if task is None or task not in _TASKS.values():
-        raise ValueError(
-            f"{source} does not say that it classifies texts or continues them, and --task is {task}. Give --task "
-            f"{' or '.join(_TASKS.values())}, or --by energy."
-        )
-    name = source if saved is None else str(saved.config.base_model_name_or_path)
-    config = TrainConfig(name, data, task, method="lora", output=tempfile.gettempdir())
+    known = None if saved is None else saved.config.task_type
+    if known not in (None, *_TASKS):
+        raise ValueError(f"{source} is a {known} adapter, whose loss cannot be measured. Use --by energy.")
+    task = task or _TASKS.get(str(known))
+    if task is None or task not in (*_TASKS.values(), "regress"):
+        raise ValueError(f"{source} does not say its task. Give --task {', '.join(_TASKS.values())} or regress.")
+    if known is not None and _TASKS[known] != task.replace("regress", "classify"):
+        raise ValueError(f"{source} is a {known} adapter, and --task is {task}. Leave it out.")
+    name = source if saved is None else base or saved.config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{source} does not say what its base model is. Give it: --base MODEL.")
+    require_model_folder(name)
     kind = kind_for(task, AutoConfig.from_pretrained(name))
-    model = kind.model_class.from_pretrained(name) if saved is None else load_adapted(saved)
+    if saved is not None and base is None:
+        model = load_adapted(saved)
+    else:
+        names = class_names(saved) if saved else []
+        model = kind.model_class.from_pretrained(name, **(kind.model_options(names) if names else {}))
+        model = PeftModel.from_pretrained(model, source) if saved else model
+    if known is not None and kind.has_head and model.config.num_labels == 1:
+        task, kind = "regress", kind_for("regress", model.config)
+    config = TrainConfig(name, data, task, method="lora", output=tempfile.gettempdir())
     try:
         processor = kind.load_processor(source)
     except (OSError, ValueError):  # it has none of its own
-        processor = kind.load_processor(config.model)
-    labels = []
-    if kind.has_head:
-        labels = (class_names(saved) if saved else []) or [str(index) for index in range(model.config.num_labels)]
+        processor = kind.load_processor(name)
+    labels = [] if task != "classify" else class_names(saved) if saved else list(model.config.id2label.values())
+    if task == "classify" and not labels:
+        labels = [str(index) for index in range(model.config.num_labels)]
     run = LoadedRun(config, RunRecord({}, labels, None, {}), processor, model).reading(**reading)
     splits = load_splits(data, run.config.delimiter, run.config.encoding)
     examples = run.examples(data, next(iter(splits)), lambda line: None, with_label=True)
@@ -213,24 +245,36 @@ class Cut:
 
     Args:
         subject: adapter and examples.
+        announce: is told how many examples are used.
         progressbar: show one.
 
     """
 
-    def __init__(self, subject: Subject, *, progressbar: bool = False) -> None:
+    def __init__(self, subject: Subject, *, announce: Announce = print, progressbar: bool = False) -> None:
         self.subject, self._progressbar = subject, progressbar
-        self._held_out = subject.batches(subject.held_out)
-        training = subject.batches(subject.training)
+        training, self._held_out = (subject.batches(part) for part in (subject.training, subject.held_out))
+        used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, self._held_out))
+        announce(f"Cut by loss: gradients of {used} examples, losses on {held} others, of {subject.run.config.data}.")
         self.loss = subject.loss_of(subject.run.model, self._held_out)
         self.points: list[Point] = []
+        whole = subject.whole
         gradients = tqdm(training, desc="Gradients of the loss", disable=not progressbar)
-        self.curve = loss_curve(subject.on_base, subject.whole, gradients, subject.loss)
+        self.curve = loss_curve(subject.on_base, whole, gradients, subject.loss)
 
     def measure(self, factors: Sequence[Factors]) -> float:
         """The loss with these factors in place of the adapter."""
         size = sum(part.parameters for part in factors)
         batches = tqdm(self._held_out, desc=f"Loss of {size:,} parameters", disable=not self._progressbar, leave=False)
         return mean_loss(self.subject.on_base, factors, batches, self.subject.loss)
+
+    def measured(self, factors: Sequence[Factors]) -> float:
+        """The same, and remembered, unless it is known already."""
+        size = sum(part.parameters for part in factors)
+        known = {point.parameters: point.loss for point in self.points}
+        if size not in known:
+            known[size] = self.measure(factors)
+            self.points.append(Point(size, known[size], self.curve.predicted_rise(factors)))
+        return known[size]
 
     def smallest(self, rise: float, max_rank: int | None = None) -> list[Factors]:
         """The factors of the smallest size whose loss is within a share of that of the adapter.
@@ -243,12 +287,19 @@ class Cut:
             ValueError: no size is.
 
         """
-        factors, self.points = smallest(self.curve, self.measure, self.loss + rise * abs(self.loss), max_rank=max_rank)
+        limit = self.loss + rise * abs(self.loss)
+        try:
+            factors, self.points = smallest(self.curve, self.measure, limit, max_rank=max_rank)
+        except ValueError as error:
+            if all(update.is_product for update in self.subject.updates):
+                raise
+            why = f"Of its update, which is no product of thin factors, {1 - DEFAULT_ENERGY:.0%} was left out before."
+            raise ValueError(f"{error} {why}") from None
         return factors
 
-    def loss_of(self, folder: Path) -> float:
-        """The loss of a LoRA as it was written; it takes the adapter's place for good."""
-        return self.subject.loss_of(self.subject.with_lora(folder).eval(), self._held_out)
+    def loss_of(self, model: Any) -> float:
+        """The loss of a model."""
+        return self.subject.loss_of(model.eval(), self._held_out)
 
 
 def record_losses(folder: Path, cut: Cut, factors: Sequence[Factors], rise: float | None) -> LossRecord:
@@ -267,13 +318,19 @@ def record_losses(folder: Path, cut: Cut, factors: Sequence[Factors], rise: floa
     return record
 
 
-def heal(subject: Subject, folder: Path, steps: int, announce: Announce) -> None:
-    """Train a LoRA that was written some steps further, on the examples of the adapter, and write it again.
+def heal(
+    subject: Subject,
+    folder: Path,
+    steps: int,
+    announce: Announce,
+    is_better: Callable[[Any], bool] = lambda model: True,
+) -> bool:
+    """Train a LoRA that was written some steps further, on the examples of the adapter, and write it again if better.
 
-    At a share of the peak learning rate of the run, with a warm-up and a linear decay to zero. Until the end, the LoRA
-    is there as it was.
+    At a quarter of the peak learning rate of the run, with the default schedule. Until the end, the LoRA is there as
+    it was.
     """
-    config = subject.run.config
+    config, kind, length = subject.run.config, subject.run.kind, subject.run.max_length
     settings = {name: value for name, value in config.training.items() if name not in (*OF_TRAINING, *_OF_SCHEDULE)}
     settings |= {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     progress = Progress(announce)
@@ -281,16 +338,19 @@ def heal(subject: Subject, folder: Path, steps: int, announce: Announce) -> None
     file = folder / SAFETENSORS_WEIGHTS_NAME
     stored = load_file(file)
     with tempfile.TemporaryDirectory() as scratch:
-        plain = replace(config, output=scratch, steps=None, epochs=None, training=settings)
-        kind, length = subject.run.kind, subject.run.max_length
-        rate = training_arguments(plain, kind, 1, length).learning_rate
-        settings |= {"learning_rate": _HEALING_RATE * rate * subject.updates.updates[0].scaling ** 0.5}
-        plain = replace(plain, learning_rate=None, training=settings)
-        arguments = training_arguments(plain, kind, 1, length)
+        # The rate of full fine-tuning is none for factors.
+        known = None if config.method == "full" else training_arguments(config, kind, 1, length).learning_rate
+        rate = _HEALING_RATE * (known or kind.rates[0]) * subject.updates.updates[0].scaling ** 0.5
+        plain = replace(config, output=scratch, steps=None, epochs=None, learning_rate=None)
+        arguments = training_arguments(replace(plain, training=settings | {"learning_rate": rate}), kind, 1, length)
         data = subject.run.encoded(subject.training)
         trainer = make_trainer(kind, model, subject.run.processor, arguments, data, data, [progress, StopOnNonFinite()])
         with progress.closed_at_the_end():
             trainer.train()
+    if not is_better(model):
+        return False
     trained = get_peft_model_state_dict(model)
     with replacing(file) as partial:
-        save_file({key: trained[key].to(tensor) for key, tensor in stored.items()}, partial, {"format": "pt"})
+        healed = {key: trained.get(key, tensor).detach().to(tensor).clone() for key, tensor in stored.items()}
+        save_file(healed, partial, {"format": "pt"})
+    return True

@@ -66,10 +66,10 @@ class TrainConfig:
         early_stopping: end training after so many evaluations without a better metric; default: never.
         start_from: a finished run whose adapter (or model, of full) training goes on from, as a new run with a schedule
             of its own; on the command line all that is not given is as in that run; default: a new adapter.
-        loss: share by which the loss may rise in lora/, the plain LoRA beside the adapter, which is then the smallest
-            one; default: the size for 0.01 is printed only.
-        size: parameters of lora/ (250000, 250k, 8MiB, or r4 for those of LoRA of rank 4), of which those are kept that
-            matter most to the loss; default: none.
+        loss: make lora/ the smallest LoRA whose validation loss rises by at most this share; default: only print the
+            size for 0.01.
+        size: of lora/ (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4), filled with what matters most to the
+            loss; default: that of the whole update.
         rank_every: steps between records of the learned ranks.
         seed: of head, factors, data order and dropout.
         adapter: NAME=VALUE, a field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
@@ -131,6 +131,8 @@ class TrainConfig:
             if value is not None and not (is_number and 0 < value < float("inf")):
                 raise ValueError(f"{name} must be a number > 0, and is {value!r}.")
         if self.loss is not None or self.size is not None:
+            if self.loss is not None and self.size is not None:
+                raise ValueError("Give --loss or --size, not both.")
             check_truncation(loss=self.loss, budget=None if self.size is None else 1)
             parse_size(self.size or "r1", "size")
         if self.head_learning_rate is not None and self.task in TASKS_WITHOUT_HEAD:
@@ -185,7 +187,8 @@ class TrainConfig:
                 f"The configuration says nothing of {', '.join(missing)}. Give --{' and --'.join(missing)}, or the "
                 "same as keys of the YAML file."
             )
-        config = cls(**content)
+        size = content.get("size")
+        config = cls(**{**content, "size": str(size)} if type(size) is int else content)
         require_type(config, cls, "configuration")
         return config
 
