@@ -148,6 +148,12 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     assert script["updated"](page) == page
 
 
+def test_the_tables_of_cuts_by_loss_are_the_stored_ones() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "loss_cut.py"))
+    page = (ROOT / "docs" / "loss.md").read_text(encoding="utf-8")
+    assert script["updated"](page) == page
+
+
 def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     records = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))["measure"]("cpu", ((48, 32),), 16, 1)
