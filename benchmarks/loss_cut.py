@@ -80,7 +80,7 @@ TASKS = {
     ),
 }  # fmt: skip
 TASKS |= {
-    name: Task(_SMOLLM2 | {"data": str(SCRATCH / name)}, str(SCRATCH / name), 2e-3, healing=12, tests=96, ranks=(4,))
+    name: Task(_SMOLLM2 | {"data": str(SCRATCH / name)}, str(SCRATCH / name), 2e-3, healing=12, tests=48, ranks=(4,))
     for name in ("german", "chat")
 }
 TASKS["news-phi"] = replace(TASKS["news"], method="lr-lora", like="news")
@@ -389,7 +389,7 @@ def by_share(case: Case, budget: int) -> list[Any]:
     from lrlora.export import factorize
 
     low, high, best = 0.0, 1.0, None
-    for _ in range(9):
+    for _ in range(6):
         share = (low + high) / 2
         factors = factorize(case.updates, energy=share)
         if sum(part.parameters for part in factors) <= budget:
