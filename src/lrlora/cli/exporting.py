@@ -93,7 +93,7 @@ class Size:
         if self.loss is not None:
             return cut.smallest(self.loss, self.max_rank)
         size = cut.curve.parameters if self.budget is None else parameters_in(self.budget, updates, dtype)
-        return cut.curve.within(size, self.max_rank)
+        return cut.within(size, self.max_rank)
 
 
 def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool) -> Cut | None:

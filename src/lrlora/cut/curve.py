@@ -110,6 +110,11 @@ class LossCurve:
         return sum(of.rises[part.rank :].sum().item() for of, part in zip(self.modules, factors, strict=True))
 
 
+def energy_curve(factors: Sequence[Factors]) -> LossCurve:
+    """The curve by which the largest directions are kept, whatever the loss: their σ² stand for the rises."""
+    return LossCurve([Directions(part, part.A, part.B, part.A.double().square().sum(1).square()) for part in factors])
+
+
 @torch.no_grad()
 def directions(part: Factors, moments: Moments, terms: int, damping: float = DAMPING) -> Directions:
     """The directions of a module in the unit of the loss."""

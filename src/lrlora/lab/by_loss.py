@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..checks import DEFAULT_ENERGY
-from ..cut import Point, loss_curve, mean_loss, smallest
+from ..cut import Point, energy_curve, loss_curve, mean_loss, smallest
 from ..export import Factors, factorize
 from ..export.card import class_names
 from ..export.loading import check_base, load_adapted
@@ -257,6 +257,7 @@ class Cut:
         announce(f"Cut by loss: gradients of {used} examples, losses on {held} others, of {subject.run.config.data}.")
         self.loss = subject.loss_of(subject.run.model, self._held_out)
         self.points: list[Point] = []
+        self._known: dict[tuple[int, ...], float] = {}
         whole = subject.whole
         gradients = tqdm(training, desc="Gradients of the loss", disable=not progressbar)
         self.curve = loss_curve(subject.on_base, whole, gradients, subject.loss)
@@ -269,12 +270,21 @@ class Cut:
 
     def measured(self, factors: Sequence[Factors]) -> float:
         """The same, and remembered, unless it is known already."""
-        size = sum(part.parameters for part in factors)
-        known = {point.parameters: point.loss for point in self.points}
-        if size not in known:
-            known[size] = self.measure(factors)
-            self.points.append(Point(size, known[size], self.curve.predicted_rise(factors)))
-        return known[size]
+        ranks = tuple(part.rank for part in factors)
+        if ranks not in self._known:
+            self._known[ranks] = self.measure(factors)
+        return self._known[ranks]
+
+    def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
+        """The factors of so many parameters at most; of an update of high rank by loss or energy, whichever loses less.
+
+        There nearly all is cut away, far from where the quadratic model of the loss holds.
+        """
+        by_loss = self.curve.within(budget, max_rank)
+        if self._is_thin:
+            return by_loss
+        by_energy = energy_curve(self.subject.whole).within(budget, max_rank)
+        return min((by_loss, by_energy), key=self.measure)
 
     def smallest(self, rise: float, max_rank: int | None = None) -> list[Factors]:
         """The factors of the smallest size whose loss is within a share of that of the adapter.
@@ -289,13 +299,17 @@ class Cut:
         """
         limit = self.loss + rise * abs(self.loss)
         try:
-            factors, self.points = smallest(self.curve, self.measure, limit, max_rank=max_rank)
+            factors, self.points = smallest(self.curve, self.measured, limit, max_rank=max_rank)
         except ValueError as error:
-            if all(update.is_product for update in self.subject.updates):
+            if self._is_thin:
                 raise
             why = f"Of its update, which is no product of thin factors, {1 - DEFAULT_ENERGY:.0%} was left out before."
             raise ValueError(f"{error} {why}") from None
         return factors
+
+    @property
+    def _is_thin(self) -> bool:
+        return all(update.is_product for update in self.subject.updates)
 
     def loss_of(self, model: Any) -> float:
         """The loss of a model."""
