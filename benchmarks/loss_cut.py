@@ -648,10 +648,12 @@ def updated(page: str) -> str:
         title = {0.5: "At half the parameters", 0.25: "At a quarter of them"}[share]
         parts.append(f"{title}:\n\n" + table(["adapter", "seeds", "test loss", *COLUMNS.values()], lines))
     page = with_section(page, "cuts", "\n".join(parts))
+    adapters = [row for row in rows if row["task"] != "news-full"]
     pools = {
         "language models": [row for row in rows if row["task"] in LANGUAGE],
-        "classifiers": [row for row in rows if row["task"] not in LANGUAGE],
-        "all": rows,
+        "classifiers": [row for row in adapters if row["task"] not in LANGUAGE],
+        "both": adapters,
+        "full fine-tuning": [row for row in rows if row["task"] == "news-full"],
     }
     lines = [
         [
