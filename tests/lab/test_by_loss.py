@@ -42,7 +42,7 @@ def told(*arguments: object) -> str:
 def export(source: Path, output: Path, *arguments: object) -> str:
     result = run("export", source, "--output", output, *arguments)
     assert result.exit_code == 0, result.output
-    return result.output
+    return " ".join(result.output.split())
 
 
 def rise_of(output: str) -> float:

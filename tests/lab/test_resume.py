@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from lrlora.cli import app
 from lrlora.lab.config import TrainConfig, read_run
 from lrlora.lab.train import Interrupted, train
+from lrlora.rank import RankReport
 
 from .small import CHAT, reviews, save_decoder, save_encoder
 
@@ -188,8 +189,11 @@ def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(her
         result = lrlora(f"train --resume {output}")
         assert result.exit_code == 0, result.output
         assert "Warning: the run began" not in result.output
-    for file in ("adapter_model.safetensors", "metrics.json", "ranks.json", "rank_history.jsonl"):
+    for file in ("adapter_model.safetensors", "metrics.json", "rank_history.jsonl"):
         assert (here / "cut" / file).read_bytes() == (here / "alone" / file).read_bytes()
+    # The command has measured what the loss asks for, too.
+    reports = [RankReport.from_json(here / name / "ranks.json").with_loss_ranks({}) for name in ("cut", "alone")]
+    assert reports[0] == reports[1]
 
 
 def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_page_of_an_adapter_beside_the_full_model(tmp_path: Path) -> None:
     assert 0 < pair["mean"] <= 1
     assert sum(part is not None for part in pair["modules"]) == 6
     command = "".join(shown["sizes"]["commands"][1])
-    assert command.startswith(f"lrlora export {tmp_path / 'tuned'} --base {tmp_path / 'base'} --budget ")
+    assert command.startswith(f"lrlora export {tmp_path / 'tuned'} --base {tmp_path / 'base'} --by energy --budget ")
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
