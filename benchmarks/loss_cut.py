@@ -650,9 +650,11 @@ def updated(page: str) -> str:
     page = with_section(page, "cuts", "\n".join(parts))
     adapters = [row for row in rows if row["task"] != "news-full"]
     pools = {
+        "byte model": [row for row in rows if row["task"] == BYTES],
+        "SmolLM2": [row for row in rows if row["task"] in ("german", "chat")],
         "language models": [row for row in rows if row["task"] in LANGUAGE],
         "classifiers": [row for row in adapters if row["task"] not in LANGUAGE],
-        "both": adapters,
+        "all of these": adapters,
         "full fine-tuning": [row for row in rows if row["task"] == "news-full"],
     }
     lines = [
