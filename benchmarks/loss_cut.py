@@ -468,6 +468,7 @@ def stored() -> list[dict[str, Any]]:
 def costs() -> dict[str, Any]:
     """Time and memory of the command, and of the moments in one layer of Llama 2 7B's shapes."""
     import torch
+    from compress import run
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -482,7 +483,7 @@ def costs() -> dict[str, Any]:
     ):
         output = SCRATCH / "smallest"
         subprocess.run(["rm", "-rf", str(output)], check=True)
-        found[name] = command("export", str(folder), "--loss", "0.01", "--output", str(output))
+        found[name] = run("export", str(folder), "--loss", "0.01", "--output", str(output))
     config = LlamaConfig(num_hidden_layers=1, dtype=torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     layer, rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
@@ -589,13 +590,6 @@ def alternatives(name: str) -> list[dict[str, Any]]:
         rows.append({"task": name, "way": way, "added": losses})
         print(rows[-1], flush=True)
     return rows
-
-
-def command(*arguments: str) -> dict[str, float]:
-    """Seconds and peak memory (GiB) of a command of lrlora."""
-    from compress import run
-
-    return run(*arguments)
 
 
 COLUMNS = {
