@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -120,6 +121,14 @@ class TinyModel:
         model.eval()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A test that writes into the current folder does not write into the project."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("current"))
+        yield
+
+
 @pytest.fixture(params=FAMILIES)
 def tiny(request: pytest.FixtureRequest) -> TinyModel:
     """One tiny model of each family."""
@@ -140,6 +149,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield environment
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a browser or a hub is an integration test, also where its fixture was asked for by another."""
+    for item in items:
+        if {"browser", "hub"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("integration")
+
+
 _OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
 
 
@@ -148,6 +165,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's job in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_OUTCOMES] = {}
 
 

@@ -132,7 +132,7 @@ def test_there_are_exactly_two_setup_commands() -> None:
     commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert len(commands) == 2
     assert commands[0].strip().endswith("lrlora demo")
-    assert commands[1].strip().endswith("pytest -n auto --dist loadfile")
+    assert commands[1].strip().endswith("pytest -n auto --dist worksteal")
 
 
 def test_table_and_picture_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from .processes import run as run_process
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, *arguments: str, path: Path | None = None) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({"PYTHONPATH": str(path)} if path else {})}
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+def run(name: str, *arguments: str) -> str:
+    code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return run_process(code, EXAMPLES / name, *arguments)
 
 
 @pytest.mark.real
@@ -90,7 +88,9 @@ def test_adapters_of_transformers() -> None:
 def test_adapters_of_an_older_transformers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
     subprocess.run([*command, "transformers==5.23.0"], check=True)
-    assert_adapters_work(run("transformers_adapters.py", path=tmp_path))
+    command = [sys.executable, str(EXAMPLES / "transformers_adapters.py")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert_adapters_work(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lrlora.lab.config import TrainConfig
 from lrlora.lab.train import train
 
 from .lab.small import reviews, save_encoder
+from .processes import Process
 
 ENDLESS = "((.+)+)+Z"
 DEEP = "[" * 50_000 + "]" * 50_000
@@ -274,9 +274,10 @@ def test_a_device_as_data(here: Path) -> None:
 
 def run_python(code: str) -> str:
     """What a process says in the end that runs this code, and must fail with an exception."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10 * SECONDS)
-    assert done.returncode == 1, done.stderr
-    return done.stderr
+    process = Process(code)
+    said = process.communicate(timeout=10 * SECONDS)
+    assert process.returncode == 1, said
+    return said
 
 
 @pytest.mark.parametrize(

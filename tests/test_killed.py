@@ -6,10 +6,8 @@ Nothing is lost, half there or left about, and the result is that of a run left 
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -22,15 +20,8 @@ import yaml
 from safetensors import safe_open
 
 from .lab.small import reviews, save_encoder
+from .processes import LRLORA, Process
 
-# What all commands import first, which is most of their time, is not worth being killed in.
-SCRIPT = """
-import lrlora.lab.compare.report, lrlora.export, lrlora.lab.inference, lrlora.lab.train, lrlora.report.page
-from lrlora.cli import app
-print("ready", flush=True)
-input()
-app()
-"""
 COMMANDS = {
     "train": "train run.yaml",
     "export": "export trained --energy 0.9 --output out",
@@ -56,29 +47,11 @@ TOLD = ("is writing to out", "in use", "exists already", "is not empty")  # the 
 Alone = tuple[Path, float | None]  # the folder of a command that was left alone, and how long it took
 
 
-def start(command: str, folder: Path) -> subprocess.Popen[str]:
-    """A process that has imported what a command needs, and runs it when it is given a line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *command.split()],
-        cwd=folder,
-        env={**os.environ, "PYTHONHASHSEED": "0"},  # or the order of sets would make files differ
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout
-    while "ready" not in (line := process.stdout.readline()):
-        assert line, "it ended before it began"
-    return process
-
-
 def run(command: str, folder: Path, after: float | None = None) -> float | None:
-    """Run a command in a process that is killed so many seconds after its imports; how long it took, if it was not."""
-    process = start(command, folder)
-    began = time.monotonic()
+    """Run a command in a process that is killed after so many seconds; how long it took, if it was not."""
+    process, began = Process(LRLORA, *command.split(), cwd=folder), time.monotonic()
     try:
-        output, _ = process.communicate("\n", timeout=after)
+        output = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:
         process.kill()  # it alone: what it has started must end by itself
         process.communicate()
@@ -202,13 +175,8 @@ def test_killed_and_started_again(alone: Callable[[str], Alone], tmp_path: Path,
     assert results(tmp_path / "out") == results(folder / "out")
 
 
-def start_at_once(name: str, count: int, folder: Path) -> list[subprocess.Popen[str]]:
-    processes = [start(COMMANDS[name], folder) for _ in range(count)]
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return processes
+def start_at_once(name: str, count: int, folder: Path) -> list[Process]:
+    return [Process(LRLORA, *COMMANDS[name].split(), cwd=folder) for _ in range(count)]
 
 
 @pytest.mark.parametrize(("name", "count"), AT_ONCE)
@@ -216,8 +184,8 @@ def test_several_at_once(alone: Callable[[str], Alone], tmp_path: Path, name: st
     folder, _ = alone(name)
     link_inputs(folder, tmp_path)
     processes = start_at_once(name, count, tmp_path)
-    said = [process.communicate()[0] for process in processes]
-    assert sorted(process.returncode for process in processes) == [0, *[1] * (count - 1)], said
+    said = [process.communicate() for process in processes]
+    assert sorted(process.returncode or 0 for process in processes) == [0, *[1] * (count - 1)], said
     for process, text in zip(processes, said, strict=True):
         told = " ".join(text.split())
         assert process.returncode == 0 or any(word in told for word in TOLD), text

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from lrlora.lab.train import Interrupted, train
 from lrlora.locks import only_writer
 
 from .lab.small import reviews, save_encoder
+from .processes import Process
 
 HOLDER = """
 import sys
@@ -50,11 +49,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def hold(output: str) -> subprocess.Popen[str]:
+def hold(output: str) -> Process:
     """A process that writes an output."""
-    command = [sys.executable, "-c", HOLDER, output]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
+    process = Process(HOLDER, output)
     assert process.stdout.readline() == "held\n"
     return process
 

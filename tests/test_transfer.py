@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from lrlora.ops.table import MAX_CELLS, PhiGradient, TransferTable
 from lrlora.transfer import FORMS, Transfer, TransferSpec
+
+from .processes import run
 
 LEARNED_FORMS = [form for form in FORMS if form != "sine"]
 
@@ -188,8 +187,7 @@ print(all(g.isfinite().all() for g in gradient.of_parameters()))
 
 @pytest.mark.parametrize("context", ["torch.inference_mode()", "torch.no_grad()", "torch.autocast('cpu')"])
 def test_training_works_after_a_first_use_in_any_context(context: str) -> None:
-    output = subprocess.run([sys.executable, "-c", SCRIPT.format(context=context)], capture_output=True, text=True)
-    assert output.stdout.strip() == "True", output.stderr
+    assert run(SCRIPT.format(context=context)).splitlines()[-1] == "True"
 
 
 def test_nan_entries_stay_nan() -> None:

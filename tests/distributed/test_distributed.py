@@ -6,6 +6,7 @@ import importlib.machinery
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from lrlora.lab.train import train as train_run
 
 from ..conftest import TinyModel
 from ..lab.small import SIZES, reviews, save_decoder, tokenizer
+from ..processes import LRLORA, Process
 from .train_sharded import build, train
 
 ROOT = Path(__file__).parents[2]
@@ -42,12 +44,29 @@ ENVIRONMENT = {
 
 
 def torchrun(processes: int, *command: object, fails: bool = False) -> str:
-    """What the command says, or, if it is to fail, why it does."""
-    how = ("torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    return launch(*how, *command, fails=fails)
+    """Processes that find each other as those of torchrun do; what they say, or, if they are to fail, why they do."""
+    if command[:2] == ("-m", "lrlora"):
+        code, arguments = LRLORA, command[2:]
+    else:
+        code, arguments = (
+            "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')",
+            command,
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**ENVIRONMENT, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        Process(code, *arguments, cwd=ROOT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    said = "".join(process.communicate(timeout=600) for process in started)
+    assert any(process.returncode for process in started) == fails, said[-4000:]
+    return " ".join(said.split()) if fails else said
 
 
 def launch(*command: object, fails: bool = False) -> str:
+    """The same of a launcher of its own."""
     result = subprocess.run(
         [sys.executable, "-m", *map(str, command)],
         cwd=ROOT,
@@ -129,7 +148,7 @@ torch.distributed.destroy_process_group()
 
 def test_a_phi_that_was_cast_is_refused_among_processes(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(REFUSED)
-    cast, restored = torchrun(1, tmp_path / "script.py").strip().splitlines()
+    cast, restored = torchrun(1, tmp_path / "script.py").strip().splitlines()[-2:]
     assert "Parameters of a Transfer are torch.bfloat16, and must be float32" in cast
     assert restored == "A step"
 
@@ -207,6 +226,18 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     torch.testing.assert_close(others, weights, rtol=0, atol=1e-4)
 
 
+@pytest.mark.integration
+def test_lrlora_train_in_processes_of_torchrun(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    command = ("-m", "lrlora", "train", tmp_path / "run.yaml", "--batch-size", 4, "--output", tmp_path / "two")
+    said = launch("torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command)
+    assert said.count("Step 18:") == 1
+    assert losses(tmp_path / "two") == pytest.approx(
+        losses(train_run(TrainConfig.from_dict(settings)).output), abs=1e-5
+    )
+
+
+@pytest.mark.integration
 def test_lrlora_train_shards_under_accelerate_launch(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     launch(*accelerate("fsdp", 2, OF_BERT), tmp_path / "run.yaml", "--batch-size=4", f"--output={tmp_path / 'two'}")

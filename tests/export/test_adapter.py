@@ -26,6 +26,7 @@ from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
 from ..lab.small import tokenizer
+from ..processes import Process
 
 Train = Callable[..., tuple[Path, Any]]
 
@@ -154,8 +155,9 @@ def test_a_killed_export_leaves_nothing_under_the_final_name(train: Train, tmp_p
         f"save_as_lora(factorize(read_updates({str(adapter)!r}), energy=0.9), {str(adapter)!r}, 'lora')\n"
     )
     environment = {**os.environ, "LRLORA_KERNELS": "0"}
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, env=environment)
-    assert run.returncode == -9, run.stderr
+    process = Process(script, cwd=tmp_path, env=environment)
+    said = process.communicate()
+    assert process.returncode == -9, said
     assert not (tmp_path / "lora").exists()
 
 

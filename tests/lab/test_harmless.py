@@ -6,14 +6,14 @@ import gzip
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lrlora.lab import harmless
 from lrlora.lab.data import load_splits
+
+from ..processes import Process
 
 DEEP = "[" * 50_000 + "]" * 50_000
 
@@ -22,9 +22,10 @@ def test_a_row_that_would_kill_the_process(tmp_path: Path) -> None:
     file = tmp_path / "deep.jsonl"
     file.write_text('{"text": "a"}\n' * 9 + f'{{"text": "a", "more": {DEEP}}}\n')
     code = f"from lrlora.lab.data import load_splits; load_splits({str(file)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1
-    assert f"ValueError: {file} nests brackets 50001 levels deep" in done.stderr
+    process = Process(code)
+    said = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert f"ValueError: {file} nests brackets 50001 levels deep" in said
 
 
 def test_nested_data_in_a_folder(tmp_path: Path) -> None:

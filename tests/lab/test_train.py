@@ -8,8 +8,6 @@ import math
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +47,7 @@ from lrlora.lab.metrics import plain_metrics
 from lrlora.lab.train import train
 from lrlora.run_folder import read_history
 
+from ..processes import LRLORA, Process
 from .small import BAD, GOOD, SIZES, reviews, tokenizer
 
 
@@ -229,16 +228,12 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
     every = ("logging_steps=1", "eval_steps=75", "save_steps=75")
     options = ("--steps", 150, *(option for field in every for option in ("--training", field)))
 
-    def start(*arguments: object) -> subprocess.Popen[str]:
+    def start_training(output: Path) -> Process:
         """All in processes of their own: what other tests did to this one would show in the last digits."""
-        command = [sys.executable, "-c", "from lrlora.cli import app; app()", *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def start_training(output: Path) -> subprocess.Popen[str]:
         command = ("train", "--model", encoder, "--data", table, "--task", "classify", "--output", output)
-        return start(*command, *COLUMNS, *SMALL, *options)
+        return Process(LRLORA, *command, *COLUMNS, *SMALL, *options)
 
-    output, _ = (process := start_training(tmp_path / "whole")).communicate()
+    output = (process := start_training(tmp_path / "whole")).communicate()
     assert process.returncode == 0, output
     process = start_training(tmp_path / "cut")
     history, deadline = tmp_path / "cut" / "rank_history.jsonl", time.monotonic() + 120
@@ -247,7 +242,7 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert f"lrlora train --resume {tmp_path / 'cut'}" in " ".join(output.split())
     assert "Traceback" not in output
@@ -256,7 +251,7 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
     assert "is not finished" in refused.output
 
     monkeypatch.chdir(tmp_path)
-    output, _ = (process := start("train", "--resume", "cut")).communicate()  # by another name than it was given
+    output = (process := Process(LRLORA, "train", "--resume", "cut")).communicate()  # by another name than it was given
     assert process.returncode == 0, output
     assert "Resuming from step" in output
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

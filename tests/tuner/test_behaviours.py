@@ -7,8 +7,6 @@ A test that is skipped for a family does not apply to it; `refused` marks those 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +24,7 @@ from lrlora import LrLoraConfig
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
+from ..processes import run
 
 CAUSAL = ("gpt2", "llama", "mixtral")
 GENERATING = (*CAUSAL, "t5")
@@ -126,8 +125,7 @@ def test_new_process(tiny: TinyModel, tmp_path: Path) -> None:
     model = trained(tiny)
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    command = [sys.executable, "-c", RELOAD, tiny.family, str(tmp_path / "adapter"), str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    run(RELOAD, tiny.family, tmp_path / "adapter", tmp_path / "logits.pt", cwd=Path(__file__).parents[2])
     assert torch.equal(torch.load(tmp_path / "logits.pt"), tiny.logits(model))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from torch import nn
 from lrlora import LrLoraConfig
 
 from ..conftest import TinyModel
+from ..processes import run
 
 
 @pytest.mark.slow
@@ -44,5 +43,4 @@ def test_an_exported_program_runs_where_lrlora_is_imported(tmp_path: Path) -> No
     model, x = get_peft_model(nn.Sequential(nn.Linear(16, 16)), config).eval(), torch.randn(3, 16)
     torch.save((x, model(x).detach()), tmp_path / "expected.pt")
     torch.export.save(torch.export.export(model, (x,), strict=False), tmp_path / "program.pt2")
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "expected.pt"), str(tmp_path / "program.pt2")]
-    subprocess.run(command, check=True, capture_output=True)
+    run(LOAD, tmp_path / "expected.pt", tmp_path / "program.pt2")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 
 from lrlora import LrLoraConfig, rank_report
 from lrlora.tuner import LrLoraLayer
+
+from ..processes import run
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
@@ -138,8 +138,7 @@ def test_an_adapter_of_a_4_bit_base_on_4_bit_and_on_full_precision(checkpoint: P
     outputs = {}
     for kind in ("bnb-nf4", "none"):
         out = tmp_path / f"{kind}.pt"
-        command = [sys.executable, "-c", RELOAD, str(checkpoint), str(tmp_path / "adapter"), kind, str(out)]
-        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+        run(RELOAD, checkpoint, tmp_path / "adapter", kind, out, cwd=Path(__file__).parents[2])
         outputs[kind] = torch.load(out)
     # Not to the bit: on a busy machine, bitsandbytes' products on a CPU have differed in the last ones.
     torch.testing.assert_close(outputs["bnb-nf4"], logits(model), rtol=1e-4, atol=1e-5)

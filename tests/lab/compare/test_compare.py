@@ -38,6 +38,7 @@ from lrlora.lab.methods import adapter_config
 from lrlora.report.figure import save_figure
 
 from ...conftest import TinyModel
+from ...processes import LRLORA, Process
 from ..small import reviews, save_encoder
 
 COLUMNS = {"text": "review", "label": "verdict"}
@@ -90,7 +91,7 @@ def filed(records: list[Any]) -> dict[str, Any]:
     return {Job(r["task"], r["method"], r["learning_rate"], r["seed"]).name: r for r in records}
 
 
-def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
+def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path, started_worker: None) -> None:
     output = tmp_path / "out"
     options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2")
     result = run(*command(suite, output, *options))
@@ -182,9 +183,7 @@ def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(suite.read_text())
     content["tasks"]["reviews"]["steps"] = 10**6
     suite.write_text(yaml.safe_dump(content))
-    script = "from lrlora.cli import app; app()"
-    arguments = command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2")
-    parent = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.DEVNULL)
+    parent = Process(LRLORA, *command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
     workers: list[int] = []
     try:
         for _ in range(300):
@@ -196,7 +195,7 @@ def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
         assert workers
     finally:
         parent.kill()
-        parent.wait()
+        parent.communicate()
     for _ in range(600):  # it may be importing when its parent goes
         if not any(Path(f"/proc/{pid}").exists() for pid in workers):
             break

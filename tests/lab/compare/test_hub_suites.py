@@ -134,6 +134,7 @@ def test_scores_of_glue_are_those_of_the_predictions(
     assert f"{score(wanted, got):.4f}" in scored
 
 
+@pytest.mark.integration
 def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for split, seed in (("train", 0), ("test", 1)):

@@ -1,0 +1,270 @@
+"""Sixty one-line faults, and which test notices each: a net under every redesign.
+
+python -m tests.faults cover       # run the tests once under coverage: which test runs which line (20 minutes)
+python -m tests.faults             # put in one fault after the other, and run the tests of its line (half an hour)
+python -m tests.faults --only 7,12 # some of them
+python -m tests.faults draw        # draw the list anew, by the seed, from today's code
+
+`cover` needs `pip install pytest-cov`. The list is in faults.json: file, line, what it becomes, and the test that
+noticed. A line that has moved is found by its text; one that is gone is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LIST, COVERAGE = Path(__file__).with_suffix(".json"), ROOT / "lrlora-compress" / "faults" / "coverage"
+SEED = 0
+PER_ROOM = 5
+AT_MOST = 150  # tests of a line: the quickest first
+KINDS = ("sign", "off by one", "dropped check", "wrong default", "swallowed error")
+
+
+@dataclass
+class Fault:
+    """One line that is wrong.
+
+    Args:
+        kind: of `KINDS`.
+        file: below the project's root.
+        line: text of the line as it is.
+        occurrence: which of the lines of that text, from 0.
+        fault: text that takes its place.
+        caught: the first test that failed; None where none did.
+
+    """
+
+    kind: str
+    file: str
+    line: str
+    occurrence: int
+    fault: str
+    caught: str | None = None
+
+    def place(self, root: Path) -> tuple[Path, int] | None:
+        """Where the line is now: a file and an index of its lines."""
+        own = [index for index, text in enumerate(_lines(root / self.file)) if text == self.line]
+        if len(own) > self.occurrence:
+            return root / self.file, own[self.occurrence]
+        found = [
+            (path, index)
+            for path in sorted((root / "src").rglob("*.py"))
+            for index, text in enumerate(_lines(path))
+            if text.strip() == self.line.strip()
+        ]
+        return found[0] if len(found) == 1 else None
+
+    def put_in(self, root: Path) -> tuple[Path, int] | None:
+        """Write the fault into a copy of the project."""
+        place = self.place(root)
+        if place:
+            lines = _lines(place[0])
+            indent = lines[place[1]][: len(lines[place[1]]) - len(lines[place[1]].lstrip())]
+            lines[place[1]] = indent + self.fault.strip()
+            place[0].write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return place
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+class _Places(ast.NodeVisitor):
+    """Collects (kind, line from 0, start and end column, replacement)."""
+
+    def __init__(self, text: str) -> None:
+        self.lines = text.encode().splitlines()
+        self.found: list[tuple[str, int, int, int, bytes]] = []
+        self.in_handler = False
+
+    def add(self, kind: str, node: ast.expr | ast.stmt, replacement: bytes) -> None:
+        if node.lineno == node.end_lineno and node.end_col_offset is not None:
+            self.found.append((kind, node.lineno - 1, node.col_offset, node.end_col_offset, replacement))
+
+    def add_operator(self, kind: str, left: ast.expr, right: ast.expr, signs: dict[str, str]) -> None:
+        """The sign between two expressions of one line."""
+        if left.end_lineno == right.lineno and left.end_col_offset is not None:
+            line, start, end = right.lineno - 1, left.end_col_offset, right.col_offset
+            sign = self.lines[line][start:end].decode().strip(" ()")
+            if sign in signs:
+                between = self.lines[line][start:end].decode().replace(sign, signs[sign])
+                self.found.append((kind, line, start, end, between.encode()))
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        texts = [each for each in ast.walk(node) if isinstance(each, ast.JoinedStr | ast.List)]
+        texts += [each for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+        if not texts:
+            self.add_operator("sign", node.left, node.right, {"+": "-", "-": "+", "*": "/", "/": "*"})
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if len(node.comparators) == 1:
+            swaps = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
+            self.add_operator("off by one", node.left, node.comparators[0], swaps)
+        self.generic_visit(node)
+
+    def visit_Slice(self, node: ast.Slice) -> None:
+        for bound in (node.lower, node.upper):
+            if isinstance(bound, ast.Constant) and isinstance(bound.value, int):
+                self.add("off by one", bound, str(bound.value + 1).encode())
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        if isinstance(node.body[0], ast.Raise):
+            self.add("dropped check", node.test, b"False")
+        self.generic_visit(node)
+
+    def _defaults(self, values: list[ast.expr | None]) -> None:
+        for value in values:
+            if isinstance(value, ast.Constant) and isinstance(value.value, bool | int | float):
+                known = value.value
+                other = str(not known) if isinstance(known, bool) else repr(known * 2 if known else 1)
+                self.add("wrong default", value, other.encode())
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._defaults([*node.args.defaults, *node.args.kw_defaults])
+        self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self._defaults([each.value for each in node.body if isinstance(each, ast.AnnAssign)])
+        self.generic_visit(node)
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
+        for each in ast.walk(node):
+            if isinstance(each, ast.Raise):
+                self.add("swallowed error", each, b"pass")
+        self.generic_visit(node)
+
+
+def places(path: Path) -> Iterator[Fault]:
+    """All faults that can be put into a file."""
+    text = path.read_text(encoding="utf-8")
+    visitor = _Places(text)
+    visitor.visit(ast.parse(text))
+    lines = text.splitlines()
+    for kind, index, start, end, replacement in visitor.found:
+        raw = lines[index].encode()
+        fault = (raw[:start] + replacement + raw[end:]).decode()
+        yield Fault(kind, str(path.relative_to(ROOT)), lines[index], lines[:index].count(lines[index]), fault)
+
+
+def draw() -> list[Fault]:
+    """One of every kind in each room; where a room has none of a kind, another of any."""
+    source, chosen = random.Random(SEED), []
+    rooms = sorted({path.parent for path in (ROOT / "src").rglob("*.py")} - {ROOT / "src"})
+    for room in rooms:
+        there = [fault for path in sorted(room.glob("*.py")) for fault in places(path)]
+        mine: list[Fault] = []
+        for kind in KINDS:
+            of_kind = [fault for fault in there if fault.kind == kind and fault not in mine]
+            mine += source.sample(of_kind, min(1, len(of_kind)))
+        rest = [fault for fault in there if fault not in mine]
+        chosen += mine + source.sample(rest, min(PER_ROOM - len(mine), len(rest)))
+    return chosen
+
+
+def cover() -> None:
+    """Which test runs which line, the tests' subprocesses included."""
+    COVERAGE.parent.mkdir(parents=True, exist_ok=True)
+    for old in COVERAGE.parent.glob("coverage*"):
+        old.unlink()
+    settings = COVERAGE.with_name("settings")
+    settings.write_text(
+        f"[run]\nsource_pkgs = lrlora\ndata_file = {COVERAGE}\nparallel = true\npatch = subprocess\nsigterm = true\n"
+        "context = ${PYTEST_CURRENT_TEST-}\n"
+    )
+    options = ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
+    _pytest(ROOT, [*options, "-q", "-n", "auto", "--junitxml", str(COVERAGE.with_name("times.xml"))], None)
+
+
+def _pytest(root: Path, options: list[str], log: Path | None) -> str:
+    environment = os.environ | {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE if log else None, text=True)
+    if log:
+        log.write_text(done.stdout)
+    return done.stdout or ""
+
+
+def tests_of(place: tuple[Path, int], root: Path) -> list[str]:
+    """The tests that run a line, the quickest first."""
+    from xml.etree import ElementTree
+
+    from coverage.numbits import numbits_to_nums
+
+    times: dict[str, float] = {}
+    for case in ElementTree.parse(COVERAGE.with_name("times.xml")).iter("testcase"):
+        known = (case.get("classname") or "").replace(".", "/") + ".py::" + (case.get("name") or "")
+        times[known] = float(case.get("time") or 0)
+    ids = set()
+    with sqlite3.connect(COVERAGE) as data:
+        rows = data.execute(
+            "SELECT context.context, line_bits.numbits FROM line_bits JOIN file ON file.id = file_id "
+            "JOIN context ON context.id = context_id WHERE file.path LIKE ?",
+            (f"%/{place[0].relative_to(root)}",),
+        )
+        for context, bits in rows:
+            # "a test (call)|another|run": what a process was started by, and what ran.
+            if place[1] + 1 in numbits_to_nums(bits):
+                ids |= {part.rsplit(" (", 1)[0] for part in context.split("|") if "::" in part}
+    return sorted(ids & times.keys(), key=lambda each: times[each])
+
+
+def run(fault: Fault, number: int) -> None:
+    """Put a fault into a copy, and see which test of its line fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "lrlora"
+        files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in files.splitlines():
+            if (ROOT / name).is_file():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, copy / name)
+        place = fault.put_in(copy)
+        if not place:
+            print(f"{number:2} GONE    {fault.file}: {fault.line.strip()}", flush=True)
+            return
+        start, tests, fault.caught = time.perf_counter(), tests_of(place, copy), None
+        if tests:
+            log = COVERAGE.with_name(f"{number}.log")
+            options = ["-x", "-q", "-n", "2", "--dist", "load", "--tb", "line", "-rf", *tests[:AT_MOST]]
+            failed = [line for line in _pytest(copy, options, log).splitlines() if line.startswith(("FAILED", "ERROR"))]
+            fault.caught = failed[0].split(" ", 1)[1].split(" - ")[0] if failed else None
+        seconds = time.perf_counter() - start
+        said = f"caught by {fault.caught}" if fault.caught else f"NOT CAUGHT by {len(tests)} tests"
+        print(f"{number:2} {fault.kind}: {fault.file}: {fault.fault.strip()}  {said}, {seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("run", "cover", "draw"), default="run")
+    parser.add_argument("--only", help="numbers of faults, from 0, with commas between")
+    options = parser.parse_args()
+    if options.what == "cover":
+        cover()
+        return
+    faults = draw() if options.what == "draw" else [Fault(**each) for each in json.loads(LIST.read_text())]
+    only = {int(each) for each in options.only.split(",")} if options.only else set(range(len(faults)))
+    for number, fault in enumerate(faults) if options.what == "run" else ():
+        if number in only:
+            run(fault, number)
+            LIST.write_text(json.dumps([asdict(each) for each in faults], indent=1, ensure_ascii=False) + "\n")
+    LIST.write_text(json.dumps([asdict(each) for each in faults], indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
