@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -157,6 +158,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("integration")
 
 
+def pytest_collection_finish() -> None:
+    # What was imported stays: no collection need look at its millions of objects again.
+    gc.collect()
+    gc.freeze()
+
+
 _OUTCOMES = pytest.StashKey[dict[str, dict[str, str]]]()
 
 
@@ -186,6 +193,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()
     file = session.config.getoption("--behaviours")
     if file:
         Path(file).write_text(json.dumps(session.config.stash[_OUTCOMES], indent=1, ensure_ascii=False) + "\n")

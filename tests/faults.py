@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -25,12 +28,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 LIST, COVERAGE = Path(__file__).with_suffix(".json"), ROOT / "lrlora-compress" / "faults" / "coverage"
 SEED = 0
 PER_ROOM = 5
-AT_MOST = 150  # tests of a line: the quickest first
+AT_MOST = 60  # seconds of tests of a line, the quickest first
+AT_ONCE, LIMIT = 2, 600  # faults, and seconds for the tests of each
 KINDS = ("sign", "off by one", "dropped check", "wrong default", "swallowed error")
 
 
@@ -188,29 +195,23 @@ def cover() -> None:
         "context = ${PYTEST_CURRENT_TEST-}\n"
     )
     options = ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]
-    _pytest(ROOT, [*options, "-q", "-n", "auto", "--junitxml", str(COVERAGE.with_name("times.xml"))], None)
+    times = ["--junitxml", str(COVERAGE.with_name("times.xml"))]
+    # Where a file may not grow, coverage's own cannot either.
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "-k", "not full_disk", *options, *times]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
-def _pytest(root: Path, options: list[str], log: Path | None) -> str:
-    environment = os.environ | {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE if log else None, text=True)
-    if log:
-        log.write_text(done.stdout)
-    return done.stdout or ""
-
-
-def tests_of(place: tuple[Path, int], root: Path) -> list[str]:
-    """The tests that run a line, the quickest first."""
+def tests_of(fault: Fault, place: tuple[Path, int], root: Path) -> list[str]:
+    """The tests that run a line: first the one that noticed before, then the quickest."""
     from xml.etree import ElementTree
 
     from coverage.numbits import numbits_to_nums
 
     times: dict[str, float] = {}
     for case in ElementTree.parse(COVERAGE.with_name("times.xml")).iter("testcase"):
-        known = (case.get("classname") or "").replace(".", "/") + ".py::" + (case.get("name") or "")
-        times[known] = float(case.get("time") or 0)
-    ids = set()
+        parts = (case.get("classname") or "").replace(".", "/")
+        times[f"{parts}.py::{case.get('name')}"] = float(case.get("time") or 0)
+    of_line, of_file = set(), set()
     with sqlite3.connect(COVERAGE) as data:
         rows = data.execute(
             "SELECT context.context, line_bits.numbits FROM line_bits JOIN file ON file.id = file_id "
@@ -218,34 +219,79 @@ def tests_of(place: tuple[Path, int], root: Path) -> list[str]:
             (f"%/{place[0].relative_to(root)}",),
         )
         for context, bits in rows:
-            # "a test (call)|another|run": what a process was started by, and what ran.
+            of_file.add(context.split("|")[0])
             if place[1] + 1 in numbits_to_nums(bits):
-                ids |= {part.rsplit(" (", 1)[0] for part in context.split("|") if "::" in part}
-    return sorted(ids & times.keys(), key=lambda each: times[each])
+                of_line.add(context.split("|")[0])
+    # A default runs when its module is imported, in no test.
+    found = of_line & times.keys() or of_file
+    chosen, seconds = [], 0.0
+    for each in sorted(found & times.keys(), key=lambda each: times[each]):
+        seconds += times[each]
+        chosen += [each] if seconds < AT_MOST and each != fault.caught else []
+    return ([fault.caught] if fault.caught else []) + chosen
 
 
-def run(fault: Fault, number: int) -> None:
-    """Put a fault into a copy, and see which test of its line fails."""
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "lrlora"
-        files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in files.splitlines():
-            if (ROOT / name).is_file():
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, copy / name)
-        place = fault.put_in(copy)
-        if not place:
-            print(f"{number:2} GONE    {fault.file}: {fault.line.strip()}", flush=True)
-            return
-        start, tests, fault.caught = time.perf_counter(), tests_of(place, copy), None
-        if tests:
-            log = COVERAGE.with_name(f"{number}.log")
-            options = ["-x", "-q", "-n", "2", "--dist", "load", "--tb", "line", "-rf", *tests[:AT_MOST]]
-            failed = [line for line in _pytest(copy, options, log).splitlines() if line.startswith(("FAILED", "ERROR"))]
-            fault.caught = failed[0].split(" ", 1)[1].split(" - ")[0] if failed else None
-        seconds = time.perf_counter() - start
-        said = f"caught by {fault.caught}" if fault.caught else f"NOT CAUGHT by {len(tests)} tests"
-        print(f"{number:2} {fault.kind}: {fault.file}: {fault.fault.strip()}  {said}, {seconds:.0f} s", flush=True)
+def run(fault: Fault, number: int) -> NoReturn:
+    """Put a fault into a copy, and run the tests of its line; this process, a fork, then ends."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"fault-{number}-"))
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
+        if (ROOT / name).is_file():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, scratch / name)
+    place = fault.put_in(scratch)
+    tests = tests_of(fault, place, scratch) if place else []
+    log = COVERAGE.with_name(f"{number}.log")
+    log.write_text("" if place else "GONE")
+    if tests:
+        _test(scratch, tests, log)
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(0)
+
+
+def _test(root: Path, tests: list[str], log: Path) -> None:
+    """Run tests in this process, until one fails."""
+    os.chdir(root)
+    os.environ["PYTHONPATH"] = str(root / "src")
+    sys.path[:0] = [str(root), str(root / "src")]
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "lrlora")]:
+        del sys.modules[name]
+    written = os.open(log, os.O_WRONLY)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    signal.alarm(LIMIT)
+    options = ["-x", "-q", "--tb", "line", "-rfE", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", "not slow"]
+    pytest.main([*options, *tests])
+    sys.stdout.flush()
+
+
+def run_all(faults: list[Fault], only: set[int]) -> None:
+    """Two at a time, each in a fork that has imported torch."""
+    for name in ("torch", "transformers", "transformers.trainer", "peft", "datasets", "typer", "pandas", "scipy.stats"):
+        importlib.import_module(name)
+    waiting, running = [number for number in range(len(faults)) if number in only], {}
+    while waiting or running:
+        if waiting and len(running) < AT_ONCE:
+            number = waiting.pop(0)
+            child = os.fork()
+            if child == 0:
+                run(faults[number], number)
+            running[child] = (number, time.perf_counter())
+            continue
+        child, status = os.wait()
+        number, start = running.pop(child)
+        fault, said = faults[number], COVERAGE.with_name(f"{number}.log").read_text()
+        failed = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", said, re.MULTILINE)
+        fault.caught = failed[0] if failed else None
+        if said == "GONE":
+            outcome = "GONE"
+        elif os.waitstatus_to_exitcode(status) not in (0, -signal.SIGALRM):
+            outcome = fault.caught = f"the tests themselves: status {os.waitstatus_to_exitcode(status)}"
+        else:
+            outcome = f"caught by {fault.caught}" if fault.caught else "NOT CAUGHT"
+        print(f"{number:2} {fault.kind}: {fault.file}: {fault.fault.strip()[:100]}", flush=True)
+        print(f"   {outcome}, {time.perf_counter() - start:.0f} s", flush=True)
+        LIST.write_text(json.dumps([asdict(each) for each in faults], indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
@@ -257,13 +303,11 @@ def main() -> None:
     if options.what == "cover":
         cover()
         return
-    faults = draw() if options.what == "draw" else [Fault(**each) for each in json.loads(LIST.read_text())]
-    only = {int(each) for each in options.only.split(",")} if options.only else set(range(len(faults)))
-    for number, fault in enumerate(faults) if options.what == "run" else ():
-        if number in only:
-            run(fault, number)
-            LIST.write_text(json.dumps([asdict(each) for each in faults], indent=1, ensure_ascii=False) + "\n")
-    LIST.write_text(json.dumps([asdict(each) for each in faults], indent=1, ensure_ascii=False) + "\n")
+    if options.what == "draw":
+        LIST.write_text(json.dumps([asdict(each) for each in draw()], indent=1, ensure_ascii=False) + "\n")
+        return
+    faults = [Fault(**each) for each in json.loads(LIST.read_text())]
+    run_all(faults, {int(each) for each in options.only.split(",")} if options.only else set(range(len(faults))))
 
 
 if __name__ == "__main__":

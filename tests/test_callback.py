@@ -108,6 +108,11 @@ def test_every_must_be_positive() -> None:
         RankCallback(every=0)
 
 
+def test_what_cannot_be_measured_at_the_start_is_an_error(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="other"):
+        make_trainer(tiny_bert, tmp_path, RankCallback(every=2, adapter="other")).train()
+
+
 def test_a_diverged_run_goes_on_without_a_record(tiny_bert: TinyModel, tmp_path: Path) -> None:
     callback = RankCallback(every=2)
     trainer = make_trainer(tiny_bert, tmp_path, callback)

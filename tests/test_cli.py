@@ -95,14 +95,13 @@ def test_ranks_of_a_saved_adapter_without_its_base_model(adapter: Path, tmp_path
 
 
 def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
-    result = run("report", adapter, "--output", tmp_path / "page.html", "--pictures", tmp_path / "pictures")
+    result = run("report", adapter, "--output", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
     (run_shown,) = shown(tmp_path / "page.html")
     rows = RankReport.from_json(tmp_path / "expected.json").rows
     assert {row["module"] for row in run_shown["modules"]} == {row.module for row in rows}
     assert run_shown["curves"].keys() == {row.module for row in rows}
     assert run_shown["spectra"].keys() == {row.module for row in rows if row.stable_rank > 0}
-    assert (tmp_path / "pictures" / "kinds.svg").exists()
 
     before = (tmp_path / "page.html").read_bytes()
     assert "exists already" in run("report", adapter, "--output", tmp_path / "page.html").output
@@ -120,8 +119,10 @@ def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> 
     for name in ("first", "second"):
         saving = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
         make_trainer(tiny_bert, tmp_path / name / "out", RankCallback(every=2), **saving).train()
-    result = run("report", tmp_path / "first" / "out", tmp_path / "second" / "out", "--output", tmp_path / "page.html")
+    outputs = ("--output", tmp_path / "page.html", "--pictures", tmp_path / "pictures")
+    result = run("report", tmp_path / "first" / "out", tmp_path / "second" / "out", *outputs)
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "pictures" / "kinds.svg").exists()
     runs = shown(tmp_path / "page.html")
     assert [run_shown["name"] for run_shown in runs] == [str(tmp_path / name / "out") for name in ("first", "second")]
     for run_shown in runs:

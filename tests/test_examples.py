@@ -23,7 +23,7 @@ def run(name: str, *arguments: str) -> str:
 
 @pytest.mark.real
 def test_trainer() -> None:
-    output = run("trainer.py", "4")
+    output = run("trainer.py", "2")
     assert re.search(r"best evaluation loss: 0\.\d+", output)
     assert re.search(r"query +[1-9]\.\d+ +\d", output)
 
@@ -38,9 +38,9 @@ def test_expansion() -> None:
 
 @pytest.mark.real
 def test_accelerate() -> None:
-    *losses, mean_rank = run("accelerate_loop.py", "4").split("\n")[:-1]
-    assert re.fullmatch(r"0 0\.\d+", losses[0])
-    assert float(mean_rank) >= 1
+    output = run("accelerate_loop.py", "2")
+    assert re.search(r"^0 0\.\d+$", output, re.MULTILINE)
+    assert float(output.splitlines()[-1]) >= 1
 
 
 @pytest.mark.slow

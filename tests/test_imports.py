@@ -54,7 +54,7 @@ def lrlora(*arguments: str | Path, then: str = "") -> subprocess.CompletedProces
         (("train", "--resume", "nowhere"), "holds no run"),
         (("predict", "nowhere", "--data", "d", "--output", "out.jsonl"), "holds no run"),
         (("ranks", "./nowhere"), "there is no such folder"),
-        (("merge", "adapter", "--output", "."), "is not empty"),
+        (("merge", "adapter", "--output", str(Path(__file__).parent)), "is not empty"),
         (("export", "adapter", "--output", "lora", "--energy", "2"), "energy must be a share"),
         (("compare", "offline-nlp"), "Did you mean offline-nlu?"),
     ],

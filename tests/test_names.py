@@ -19,6 +19,7 @@ from lrlora.checks import in_markdown, printable
 from lrlora.export import factorize, save_as_lora
 from lrlora.export.table import factors_table
 from lrlora.lab.compare.markdown import failure_line, markdown
+from lrlora.naming import shortened
 from lrlora.rank import rank_report
 from lrlora.report.card import model_card
 from lrlora.report.runs import Run
@@ -82,3 +83,13 @@ def test_a_report_shows_names_as_text() -> None:
     failed = {"task": "<b>", "method": "lora", "learning_rate": 0.1, "failure": "one\ntwo"}
     assert failure_line(failed) == r"- \<b>, lora, 0.1: one\\ntwo"
     assert in_markdown("offline_nlu __init__") == r"offline_nlu \_\_init\_\_"
+
+
+def test_what_just_fits_is_not_shortened() -> None:
+    assert [shortened("layer.bb.cc", room) for room in (11, 10, 7, 6, 1)] == [
+        "layer.bb.cc",
+        "… bb.cc",
+        "… bb.cc",
+        "… cc",
+        "… cc",
+    ]

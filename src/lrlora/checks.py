@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -41,6 +42,9 @@ def require_known(what: str, value: object, known: Iterable[str]) -> None:
     raise ValueError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}.")
 
 
+_hints = cache(get_type_hints)  # evaluates each annotation anew
+
+
 def require_type(value: Any, kind: Any, name: str) -> None:
     """Raise a ValueError that says where, unless a value from a file is what a type annotation says.
 
@@ -54,13 +58,13 @@ def require_type(value: Any, kind: Any, name: str) -> None:
     if origin is UnionType and inner[1:] == (NoneType,) and value is not None:
         require_type(value, inner[0], name)
     elif is_typeddict(kind) and isinstance(value, dict):
-        for key, annotation in get_type_hints(kind).items():
+        for key, annotation in _hints(kind).items():
             if key in value:
                 require_type(value[key], annotation, f"{name}[{key!r}]")
             elif key in kind.__required_keys__:
                 raise ValueError(f"{name} lacks {key!r}.")
     elif is_dataclass(origin) or (isinstance(origin, type) and issubclass(origin, tuple) and origin is not tuple):
-        for field, annotation in get_type_hints(origin).items():
+        for field, annotation in _hints(origin).items():
             require_type(getattr(value, field), annotation, f"{name}.{field}")
     elif origin in (list, tuple, Sequence) and isinstance(value, (list, tuple)):
         for index, item in enumerate(value):

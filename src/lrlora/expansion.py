@@ -30,7 +30,7 @@ class Expansion(nn.Module):
 
     """
 
-    def __init__(self, num_terms: int = 16, seed: int = 0) -> None:
+    def __init__(self, num_terms: int, seed: int = 0) -> None:
         super().__init__()
         self.num_terms, self.seed = num_terms, seed
 

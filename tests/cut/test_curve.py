@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lrlora.cut import LossCurve, loss_curve, mean_loss, smallest
+from lrlora.cut import LossCurve, energy_curve, loss_curve, mean_loss, model_loss, smallest
 from lrlora.export import Factors, factorize, save_as_lora
 from lrlora.export.factorize import parameters_of_rank
 
@@ -146,3 +146,33 @@ def test_a_budget_that_the_first_direction_exceeds_goes_to_others(
     *_, curve = trained
     for budget in (curve.fewest, curve.fewest + 10):
         assert sum(part.rank for part in curve.within(budget)) == 1
+
+
+def test_the_unit_of_the_loss_does_not_matter(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
+    """Damping too is a share of what is there."""
+    tiny, model, factors, curve = trained
+
+    def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        value, terms = model_loss(base, batch)
+        return 1000 * value, terms
+
+    other = loss_curve(model, factors, language_batches(tiny), scaled)
+    for one, two in zip(curve.modules, other.modules, strict=True):
+        assert torch.allclose(two.rises, 1e6 * one.rises, rtol=1e-3)
+        assert torch.allclose(two.B @ two.A, one.B @ one.A, atol=1e-5)
+
+
+def test_a_search_ends_after_twelve_measurements() -> None:
+    measured: list[int] = []
+
+    def measure(factors: Sequence[Factors]) -> float:
+        measured.append(sum(part.parameters for part in factors))
+        return 0.0
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(*(nn.Linear(64, 64) for _ in range(40))),
+        LoraConfig(r=64, init_lora_weights=False, target_modules=[str(i) for i in range(40)]),
+    )
+    smallest(energy_curve(factorize(model, energy=1.0)), measure, 1.0)
+    assert len(measured) == 12

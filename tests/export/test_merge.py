@@ -60,6 +60,16 @@ def test_dtype_is_that_of_the_base_model_unless_another_is_asked_for(train: Trai
         assert (tiny.logits(merged).float() - expected).norm() <= tolerance * expected.norm()
 
 
+def test_says_nothing_unless_a_bar_is_asked_for(
+    train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter, _ = train("llama")
+    for bar in (False, True):
+        capfd.readouterr()
+        merge_adapter(adapter, tmp_path / f"merged-{bar}", **({"progressbar": True} if bar else {}))
+        assert ("Unloading" in capfd.readouterr().err) == bar
+
+
 def test_is_sharded(train: Train, tmp_path: Path) -> None:
     adapter, model = train("llama")
     merge_adapter(adapter, tmp_path / "merged", max_shard_size="20KB")

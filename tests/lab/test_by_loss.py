@@ -205,7 +205,11 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     result = run("train", *arguments, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
-    match = re.search(r"The smallest LoRA within 1 % of the validation loss .* has ([\d,]+) parameters", words)
+    match = re.search(
+        r"The smallest LoRA within 1 % of the validation loss .* has ([\d,]+) parameters, as many as a LoRA of "
+        r"r = (\d+\.\d)\.",
+        words,
+    )
     assert match, result.output
     said = squeezed(result.output)
     assert f"lrloraexport{tmp_path / 'run'}--loss0.01--output{tmp_path / 'run'}-small" in said
@@ -221,7 +225,9 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     # Asked for, it is what is beside the adapter.
     result = run("train", *arguments, "--output", tmp_path / "asked", "--method", "lora", "--size", "r1")
     assert result.exit_code == 0, result.output
-    assert parameters_of(tmp_path / "asked" / "lora") <= parameters_of(tmp_path / "asked") // 4
+    of_rank_1 = parameters_of(tmp_path / "asked") // 4
+    assert parameters_of(tmp_path / "asked" / "lora") <= of_rank_1
+    assert float(match[2]) == pytest.approx(record.chosen / of_rank_1, abs=0.05)
     assert PeftConfig.from_pretrained(tmp_path / "asked" / "lora").peft_type.value == "LORA"
 
 
@@ -351,3 +357,18 @@ def test_healing_that_is_stopped_leaves_the_cut(home: Path, tmp_path: Path, monk
     assert "Interrupted. The LoRA is written as it was cut." in result.output
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "out"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _failing(*arguments: Any) -> float:
+    raise ValueError("The machine is tired.")
+
+
+def test_healing_that_fails_leaves_the_cut_and_says_so(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_loss, "make_trainer", _failing)
+    result = run("export", home / "run", "--budget", "r1", "--heal", "5", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "Themachineistired.TheLoRAin" in squeezed(result.output)
+    assert "iswrittenasitwascut." in squeezed(result.output)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -77,8 +77,8 @@ def run_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def trained(decoder: str, folder: Path, format_: str, steps: int = 150, **settings: Any) -> Path:
     data = write(folder / f"{format_}.jsonl", rows(format_))
     arguments = {"max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 0.02}
-    config = TrainConfig(model=decoder, data=data, task="causal-lm", output=str(folder / "run"), training=arguments)
-    train(TrainConfig(**{**config.to_dict(), **settings}), announce=lambda line: None)
+    given = {"model": decoder, "data": data, "task": "causal-lm", "method": "lora", "output": str(folder / "run")}
+    train(TrainConfig(**{**given, "training": arguments, **settings}), announce=lambda line: None)
     return folder / "run"
 
 

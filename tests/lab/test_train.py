@@ -577,6 +577,13 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(dec
     assert (cut["targets"][0, 1] != -100).sum() == 2  # a token of context is left, if nothing else
 
 
+def test_a_value_that_the_trainer_does_not_take_is_told(encoder: str, table: str, tmp_path: Path) -> None:
+    result = train_reviews(encoder, table, tmp_path / "out", "--training", "eval_strategy=sometimes")
+    assert result.exit_code == 1
+    assert re.search("Error: training: .*sometimes", result.output)
+    assert not (tmp_path / "out").exists()
+
+
 def test_adalora_is_penalised_on_choices_too(decoder: str, tmp_path: Path) -> None:
     rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
     pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
@@ -612,6 +619,7 @@ def test_causal_language_models(decoder: str, tmp_path: Path, shape: str) -> Non
     result = run(
         *("train", "--model", decoder, "--data", tmp_path / "data.jsonl", "--task", "causal-lm", "--rank", 4),
         *("--output", tmp_path / "out", "--steps", 150, "--batch-size", 8, "--learning-rate", 0.02),
+        *("--method", "lr-lora" if shape == "prompt" else "lora"),
     )
     assert result.exit_code == 0, result.output
     history = json.loads((tmp_path / "out" / "log_history.json").read_text())

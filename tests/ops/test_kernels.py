@@ -43,8 +43,10 @@ def update_error(case: Case) -> float:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_basis", [2, 8, 50])
 @pytest.mark.parametrize("shape", [(300, 700), (5, 3), (1, 257)])
-def test_float32_against_the_formula(form: str, num_basis: int, shape: tuple[int, int]) -> None:
-    case = make_case(form, num_basis, dtype=torch.float32, shape=(max(shape[0], 3), shape[1]))
+def test_float32_against_the_formula(form: str, num_basis: int, shape: tuple[int, int], path: str) -> None:
+    # The interpreter takes as long for each block of 64 × 64: here, 2 × 4 of them, the last ones smaller.
+    rows, columns = (100, 200) if path == "triton" and shape[0] > 100 else shape
+    case = make_case(form, num_basis, dtype=torch.float32, shape=(max(rows, 3), columns))
     assert_agrees(case, y=1e-6, gradient=1e-4)
     assert update_error(case) <= 1e-5
 

@@ -228,6 +228,19 @@ def test_files_round_trip(tiny_bert: TinyModel, tmp_path: Path) -> None:
     json.loads((tmp_path / "ranks.json").read_text(), parse_constant=lambda constant: pytest.fail(constant))
 
 
+def test_scalars_for_a_logger_are_means_and_extremes(tiny_bert: TinyModel, capfd: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(tiny_bert.build(), LoraConfig(r=3, init_lora_weights=False, target_modules="all-linear"))
+    report = rank_report(model)
+    assert capfd.readouterr().err == ""  # a bar only where it is asked for
+    found = report.summary()
+    ranks = {kind: [row.stable_rank for row in report.rows if row.kind == kind] for kind in ("attention", "mlp")}
+    for kind, some in ranks.items():
+        assert found[f"rank/stable_rank_{kind}"] == pytest.approx(sum(some) / len(some))
+    everything = [row.stable_rank for row in report.rows]
+    assert found["rank/stable_rank_mean"] == pytest.approx(sum(everything) / len(everything))
+    assert (found["rank/stable_rank_min"], found["rank/stable_rank_max"]) == (min(everything), max(everything))
+
+
 def test_files_from_when_there_were_gates_are_read(tiny_bert: TinyModel, tmp_path: Path) -> None:
     report = rank_report(get_peft_model(tiny_bert.build(), LrLoraConfig(target_modules=["query"])))
     report.to_json(tmp_path / "ranks.json")

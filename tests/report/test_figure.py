@@ -10,7 +10,7 @@ from matplotlib import image
 from peft import LoraConfig, get_peft_model
 
 from lrlora import LrLoraConfig, RankReport, rank_report
-from lrlora.report.figure import save_rank_figure
+from lrlora.report.figure import rank_figure, save_rank_figure
 
 from ..conftest import TinyModel
 
@@ -36,6 +36,13 @@ def test_text_of_an_svg_names_types_layers_and_measure(tiny_bert: TinyModel, tmp
     text = (tmp_path / "ranks.svg").read_text()
     for expected in ("bert.encoder.layer.attention.self.query", "stable rank of ΔW", "r = 2", "A title"):
         assert expected in text
+
+
+def test_a_deep_model_gets_a_wider_picture(tiny_bert: TinyModel) -> None:
+    report = rank_report(get_peft_model(tiny_bert.build(), LoraConfig(r=2, target_modules=["query"])))
+    deep = RankReport([replace(report.rows[0], layer=layer) for layer in range(40)])
+    widths = [rank_figure(each).get_figwidth() for each in (report, deep)]
+    assert widths == [10, pytest.approx(37)]
 
 
 def test_unknown_measure_is_refused(tiny_bert: TinyModel, tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_a_lora_of_diffusers(style: str, tmp_path: Path) -> None:
     assert lost[0] > lost[1] > 0.05
     assert lost[2] < 1e-5
     assert load_file(file).keys() == load_file(tmp_path / "lora.safetensors").keys()
+    with pytest.raises(ValueError, match=r"The folder .*no for small\.safetensors does not exist"):
+        save_single_file(factorize(updates, energy=0.5), updates, tmp_path / "no" / "small.safetensors")
 
 
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])

@@ -7,6 +7,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -96,6 +97,7 @@ def _as_splits(train: pd.DataFrame, test: pd.DataFrame) -> DatasetDict:
 _MOVIE_LABELS = ("rotten", "fresh")
 
 
+@cache
 def _load_movie_reviews() -> DatasetDict:
     # Split by film: snippets about one film share names and plot, and would leak.
     frame = pd.read_csv(fetch(MOVIE_REVIEWS), compression="bz2")
@@ -128,6 +130,7 @@ _NEWSGROUPS = (
 )
 
 
+@cache
 def _load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, ...]) -> DatasetDict:
     """The official splits, without the few training texts that are also in the test; a text is its own group."""
 
@@ -144,6 +147,7 @@ def _load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, .
 _RATED = ("tweets", "amazonReviewSnippets", "nytEditorialSnippets")
 
 
+@cache
 def load_ratings() -> DatasetDict:
     """Sentences with the mean of 20 ratings, −4 to 4: `text`, `label`, `group`; documents held out."""
     parts = []

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,7 +70,7 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
         "shown": "φ and spectrum" if is_curved else "spectrum",
         "linear": " (solid), and of s·BA, what LoRA would make of the same factors (dashed)" if is_learned else "",
         "style": (folder / "page.css").read_text(encoding="utf-8"),
-        "vega": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+        "vega": _charts_library(),
         "data": _in_script(_content(runs)),
         "charts": _in_script({name: specification(name, [run.name for run in runs]) for name in CHARTS}),
         "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("compare.js", "page.js")),
@@ -77,6 +78,13 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
     template = (folder / "page.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
     write_whole(path, page)
+
+
+@cache
+def _charts_library() -> str:
+    """Vega-Embed in one script: a second's work, and the same for every page."""
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return bundle
 
 
 def _in_script(content: Any) -> str:

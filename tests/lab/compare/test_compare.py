@@ -25,7 +25,7 @@ from transformers import Trainer
 from typer.testing import CliRunner
 
 from lrlora.cli import app
-from lrlora.lab.compare import METHODS, Comparison, jobs, queue
+from lrlora.lab.compare import METHODS, Comparison, Suite, jobs, queue
 from lrlora.lab.compare.figures import parameters_figure, ranks_figure, rates_figure
 from lrlora.lab.compare.jobs import TUNING_SEED, Job, best_trial, prepare, read_records, train_config
 from lrlora.lab.compare.markdown import markdown
@@ -91,7 +91,7 @@ def filed(records: list[Any]) -> dict[str, Any]:
     return {Job(r["task"], r["method"], r["learning_rate"], r["seed"]).name: r for r in records}
 
 
-def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path, started_worker: None) -> None:
+def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2")
     result = run(*command(suite, output, *options))
@@ -155,7 +155,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_p
     pd.testing.assert_frame_equal(*tables)
 
 
-def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path) -> None:
+def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path, started_worker: None) -> None:
     result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2", "--hours", 1e-4))
     assert result.exit_code == 0, result.output
     assert "3 jobs or more are left" in result.output
@@ -201,6 +201,16 @@ def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
             break
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_a_task_of_one_step_is_one_and_one_without_steps_is_not() -> None:
+    task = {"data": "data.csv", "kind": "classify", "metric": "accuracy", "steps": 1, "batch_size": 1}
+    assert Suite.from_dict({"model": "m", "tasks": {"reviews": task}}).tasks["reviews"].steps == 1
+    with pytest.raises(ValueError, match="steps must be a whole number ≥ 1, and is 0"):
+        Suite.from_dict({"model": "m", "tasks": {"reviews": {**task, "steps": 0}}})
+    del task["steps"]
+    with pytest.raises(ValueError, match=r"The task reviews is not complete: .*steps"):
+        Suite.from_dict({"model": "m", "tasks": {"reviews": task}})
 
 
 def test_runs_at_other_rates_are_no_part_of_a_cell() -> None:

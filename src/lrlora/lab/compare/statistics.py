@@ -69,10 +69,10 @@ def columns_differ(values: NDArray[np.float64]) -> float:
     return float(
         permutation_test(
             tuple(values),
-            lambda *rows: np.var(np.mean(rows, axis=0)),
+            lambda *rows, axis: np.var(np.mean(rows, axis=0), axis=axis),
             permutation_type="pairings",
             alternative="greater",
-            vectorized=False,
+            vectorized=True,
             n_resamples=_RESAMPLES,
             rng=np.random.default_rng(0),
         ).pvalue
