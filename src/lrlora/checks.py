@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -42,7 +42,7 @@ def require_known(what: str, value: object, known: Iterable[str]) -> None:
     raise ValueError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}.")
 
 
-_hints = cache(get_type_hints)  # evaluates each annotation anew
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # which evaluates each annotation anew
 
 
 def require_type(value: Any, kind: Any, name: str) -> None:

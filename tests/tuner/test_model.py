@@ -369,3 +369,13 @@ def test_an_adapter_for_each_sample_however_generate_is_told_to_repeat_them(fami
         input_ids=ids, adapter_names=names, num_return_sequences=3, do_sample=True, max_new_tokens=3
     )
     assert len(sampled) == 6
+
+
+def test_merging_shows_a_bar_only_where_it_is_asked_for(
+    tiny_bert: TinyModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for bar in (False, True):
+        model = get_peft_model(tiny_bert.build(), LrLoraConfig(r=2))
+        capfd.readouterr()
+        model.merge_and_unload(**({"progressbar": True} if bar else {}))
+        assert ("Unloading" in capfd.readouterr().err) == bar

@@ -250,6 +250,13 @@ def test_an_adapter_without_weights(tmp_path: Path) -> None:
         read_updates(tmp_path)
 
 
+def test_an_adapter_of_no_linear_layer(tmp_path: Path) -> None:
+    file = save_trained(tmp_path, METHODS["LR-LoRA"]) / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if ".lrlora_A." not in key}, file)
+    with pytest.raises(ValueError, match="adapter holds no adapted linear layer"):
+        read_updates(tmp_path / "adapter")
+
+
 def test_an_adapter_of_another_base_model(tmp_path: Path) -> None:
     for method in ("LoRA", "LR-LoRA"):
         adapter = save_trained(tmp_path / method, METHODS[method])
