@@ -118,3 +118,12 @@ def test_what_is_no_image_is_told_before_training(folder: Path, tmp_path: Path) 
     assert "The column image must hold images" in refused("train", *common, "--data", tmp_path / "table.csv")
     assert not (tmp_path / "out").exists()
     assert "tells images apart" in refused("predict", folder / "run", "--text", "red")
+
+
+def test_a_picture_that_ends_too_soon_is_named(folder: Path, tmp_path: Path) -> None:
+    pictures = save_pictures(tmp_path / "pictures")
+    whole = (pictures / "red" / "3.png").read_bytes()
+    (pictures / "red" / "3.png").write_bytes(whole[: len(whole) // 2])
+    model, data = ("--model", folder / "vit"), ("--data", pictures)
+    said = refused("train", *model, *data, "--task", "image-classify", *TRAINED, "--output", tmp_path / "run")
+    assert f"The image {pictures / 'red' / '3.png'} cannot be decoded" in said

@@ -41,7 +41,7 @@ from lrlora.cli import app
 from lrlora.files import write_json
 from lrlora.lab.config import TrainConfig, parse_assignments
 from lrlora.lab.data import load_splits
-from lrlora.lab.kinds import KINDS
+from lrlora.lab.kinds import KINDS, ChoiceByLikelihood
 from lrlora.lab.kinds.likelihood import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.lab.metrics import plain_metrics
 from lrlora.lab.train import train
@@ -552,7 +552,9 @@ def test_multiple_choice(request: pytest.FixtureRequest, tmp_path: Path, kind: s
     assert (tmp_path / "out" / "ranks.json").exists()
 
 
-def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(decoder: str) -> None:
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(
+    decoder: str, tmp_path: Path
+) -> None:
     model, words = AutoModelForCausalLM.from_pretrained(decoder).eval(), AutoTokenizer.from_pretrained(decoder)
     rows = [
         {"question": "a dull film", "choices": ["good", "is bad and tired"], "label": 1},
@@ -575,6 +577,13 @@ def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(dec
     cut = collate_choices(list(encode_continuations(Dataset.from_list(rows), words, max_length=3)))
     assert cut["input_ids"].shape == (2, 2, 3)
     assert (cut["targets"][0, 1] != -100).sum() == 2  # a token of context is left, if nothing else
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = ChoiceByLikelihood().trainer(words, model=model, args=arguments)
+    cut["characters"] = torch.ones(2, 2)
+    with torch.no_grad():
+        evaluated, trained = trainer.compute_loss(model, cut, return_outputs=True)[0], trainer.compute_loss(model, cut)
+    assert evaluated.item() == pytest.approx(trained.item(), rel=1e-5)
 
 
 def test_a_value_that_the_trainer_does_not_take_is_told(encoder: str, table: str, tmp_path: Path) -> None:

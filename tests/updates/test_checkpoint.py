@@ -50,6 +50,7 @@ def test_ranks_and_the_whole_lora(family: str, tmp_path: Path) -> None:
     apart = {"gpt2": {"lm_head"}, "bert": {"classifier"}}  # tied, or a head that is kept whole
     names = {name for name, layer in base.named_modules() if isinstance(layer, linear)} - apart.get(family, set())
     assert {update.module for update in updates} == names
+    assert {update.scaling for update in updates} == {1.0}
     names_shown, is_more, _ = updates.notes[-1].partition("left out: ")[2].partition(" and ")
     assert not is_more or len(names_shown.split(", ")) == 3
     save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")
