@@ -225,8 +225,8 @@ def test_lora_gives_the_numbers_of_a_script_written_by_hand(encoder: str, table:
 def test_an_interrupted_run_resumes_with_the_same_losses(
     encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    every = ("logging_steps=1", "eval_steps=75", "save_steps=75")
-    options = ("--steps", 150, *(option for field in every for option in ("--training", field)))
+    every = ("logging_steps=1", "eval_steps=50", "save_steps=50")
+    options = ("--steps", 100, *(option for field in every for option in ("--training", field)))
 
     def start_training(output: Path) -> Process:
         """All in processes of their own: what other tests did to this one would show in the last digits."""
@@ -552,9 +552,7 @@ def test_multiple_choice(request: pytest.FixtureRequest, tmp_path: Path, kind: s
     assert (tmp_path / "out" / "ranks.json").exists()
 
 
-def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(
-    decoder: str, tmp_path: Path
-) -> None:
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(decoder: str, tmp_path: Path) -> None:
     model, words = AutoModelForCausalLM.from_pretrained(decoder).eval(), AutoTokenizer.from_pretrained(decoder)
     rows = [
         {"question": "a dull film", "choices": ["good", "is bad and tired"], "label": 1},

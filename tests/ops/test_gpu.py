@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from lrlora.ops import adapted_linear
 
+from ..processes import run
 from .test_linear import GAIN, SCALING, assert_agrees, formula, fused, gradients, make_case, relative
 
 
@@ -34,7 +33,7 @@ assert _precision() == "tf32"
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has one setting only")
 def test_tf32_by_the_newer_setting() -> None:
-    subprocess.run([sys.executable, "-c", TF32], check=True)
+    run(TF32)
 
 
 @pytest.mark.parametrize("transposed", [True, False])

@@ -60,12 +60,28 @@ def adapt(tiny: TinyModel, **fields: Any) -> Any:
     return get_peft_model(tiny.build(), LrLoraConfig(**{"r": 4, **tiny.targets, **fields})).eval()
 
 
+def copied(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a thing once for the same arguments, and give a copy of it each time."""
+    made: dict[str, Any] = {}
+
+    def copy_of(tiny: TinyModel, *arguments: Any, **fields: Any) -> Any:
+        key = f"{tiny.family} {LrLoraConfig} {arguments} {fields}"
+        if key not in made:
+            made[key] = make(tiny, *arguments, **fields)
+        torch.manual_seed(2)  # as it would be after the training
+        return copy.deepcopy(made[key])
+
+    return copy_of
+
+
+@copied
 def trained(tiny: TinyModel, steps: int = 3, **fields: Any) -> Any:
     model = adapt(tiny, **fields)
     tiny.train(model, steps)
     return model
 
 
+@copied
 def with_two_adapters(tiny: TinyModel) -> tuple[Any, dict[str, Tensor]]:
     """A model whose active adapter is "default", and the output with each adapter and with none."""
     model = trained(tiny)

@@ -301,7 +301,7 @@ def test_a_phone_book_is_learned_by_the_model_s_upper_layers() -> None:
     assert measured["loss"] == pytest.approx(loss, rel=0.02)
     assert measured["recalled"] == 0
     found = train_capacity(
-        CapacityTask("phone-book", 60, 8, texts=8),
+        CapacityTask("phone-book", 50, 4, texts=4),
         find_method("lora"),
         {"r": 8, "lora_alpha": 32},
         learning_rate=1e-2,

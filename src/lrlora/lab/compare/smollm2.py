@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def _base_model() -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint(SMOLLM2), dtype=torch.bfloat16).eval()
 
 
+@cache
 def _tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(checkpoint(SMOLLM2))
 
