@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sqlite3
@@ -37,7 +38,7 @@ LIST, COVERAGE = Path(__file__).with_suffix(".json"), ROOT / "lrlora-compress" /
 SEED = 0
 PER_ROOM = 5
 AT_MOST = 60  # seconds of tests of a line, the quickest first
-AT_ONCE, LIMIT = 2, 600  # faults, and seconds for the tests of each
+AT_ONCE, LIMIT, MEMORY = 2, 600, 16 << 30  # faults; seconds and bytes for the tests of each
 KINDS = ("sign", "off by one", "dropped check", "wrong default", "swallowed error")
 
 
@@ -260,6 +261,7 @@ def _test(root: Path, tests: list[str], log: Path) -> None:
     os.dup2(written, 1)
     os.dup2(written, 2)
     signal.alarm(LIMIT)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     options = ["-x", "-q", "--tb", "line", "-rfE", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", "not slow"]
     pytest.main([*options, *tests])
     sys.stdout.flush()

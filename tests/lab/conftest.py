@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib.figure import Figure
 
 from .small import save_decoder, save_encoder
 
@@ -15,3 +16,14 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_decoder(tmp_path_factory.mktemp("models") / "decoder")
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For tests of the picture of the ranks, which takes half a second of every run."""
+
+
+@pytest.fixture(autouse=True)
+def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("lrlora.report.figure.rank_figure", lambda report, **options: Figure())

@@ -76,7 +76,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_path: Path) -> None:
+def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_path: Path, drawn: None) -> None:
     output = tmp_path / "out"
     result = train_reviews(encoder, table, output, "--steps", 100, "--learning-rate", 0.01)
     assert result.exit_code == 0, result.output
