@@ -171,8 +171,8 @@ def test_a_search_ends_after_twelve_measurements() -> None:
 
     torch.manual_seed(0)
     model = get_peft_model(
-        nn.Sequential(*(nn.Linear(64, 64) for _ in range(40))),
-        LoraConfig(r=64, init_lora_weights=False, target_modules=[str(i) for i in range(40)]),
+        nn.Sequential(*(nn.Linear(64, 64) for _ in range(160))),
+        LoraConfig(r=64, init_lora_weights=False, target_modules=[str(i) for i in range(160)]),
     )
     smallest(energy_curve(factorize(model, energy=1.0)), measure, 1.0)
     assert len(measured) == 12
