@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from lrlora.compress import leading_directions
 from lrlora.rank.overlap import grassmann_similarity
+from lrlora.updates import read_updates
+
+from ..conftest import TinyModel
 
 
 def some_basis(n: int, k: int, seed: int) -> Tensor:
@@ -46,3 +53,16 @@ def test_what_is_no_pair_of_subspaces_is_refused(shapes: tuple[tuple[int, ...], 
     first, second = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match="orthonormal columns"):
         grassmann_similarity(first, second)
+
+
+def test_the_leading_directions_of_an_update_are_sixteen_of_its_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=20, init_lora_weights=False, target_modules=["q_proj"])
+    get_peft_model(TinyModel("llama").build(), config).save_pretrained(tmp_path)
+    updates = read_updates(tmp_path)
+    for update, found, more in zip(
+        updates, leading_directions(updates).values(), leading_directions(updates, 20).values(), strict=True
+    ):
+        assert (found.shape, more.shape) == ((32, 16), (32, 20))
+        right = torch.linalg.svd(update.matrix())[2][:16].T
+        assert grassmann_similarity(found.double(), right.double()) == pytest.approx(1, abs=1e-4)
