@@ -53,6 +53,7 @@ class Fault:
         occurrence: which of the lines of that text, from 0.
         fault: text that takes its place.
         caught: the first test that failed; None where none did.
+        why: no user could notice it.
 
     """
 
@@ -62,6 +63,7 @@ class Fault:
     occurrence: int
     fault: str
     caught: str | None = None
+    why: str | None = None
 
     def place(self, root: Path) -> tuple[Path, int] | None:
         """Where the line is now: a file and an index of its lines."""
@@ -290,7 +292,7 @@ def run_all(faults: list[Fault], only: set[int]) -> None:
         elif os.waitstatus_to_exitcode(status) not in (0, -signal.SIGALRM):
             outcome = fault.caught = f"the tests themselves: status {os.waitstatus_to_exitcode(status)}"
         else:
-            outcome = f"caught by {fault.caught}" if fault.caught else "NOT CAUGHT"
+            outcome = f"caught by {fault.caught}" if fault.caught else f"NOT CAUGHT ({fault.why})"
         print(f"{number:2} {fault.kind}: {fault.file}: {fault.fault.strip()[:100]}", flush=True)
         print(f"   {outcome}, {time.perf_counter() - start:.0f} s", flush=True)
         LIST.write_text(json.dumps([asdict(each) for each in faults], indent=1, ensure_ascii=False) + "\n")
