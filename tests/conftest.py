@@ -154,7 +154,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs a browser or a hub is an integration test, also where its fixture was asked for by another."""
     for item in items:
-        if {"browser", "hub"} & set(getattr(item, "fixturenames", ())):
+        needed = {"browser", "hub"} & set(getattr(item, "fixturenames", ()))
+        if needed and not item.get_closest_marker("quick"):
             item.add_marker("integration")
 
 

@@ -35,6 +35,7 @@ def row_of(report: RankReport, module: str) -> RankRow:
 
 
 @needs_browser
+@pytest.mark.quick
 def test_cells_show_the_measure_that_is_chosen(page: Page, runs: list[Run]) -> None:
     for measure, label in (("stable_rank", "stable rank"), ("energy99_rank", "energy-99 rank")):
         page.locator("#measure").select_option(label)
