@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from filelock import FileLock
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from scipy.stats import ttest_rel
@@ -161,6 +162,17 @@ def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path, s
     assert "3 jobs or more are left" in result.output
     assert len(read_records(tmp_path / "out")) == 1
     assert "Validation loss" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_job_that_another_process_does_is_left_to_it(suite: Path, tmp_path: Path) -> None:
+    output, rates = tmp_path / "out", (1e-3, 1e-2, 3e-2)
+    options = ("--methods", "lora", "--rates", ",".join(map(str, rates)), "--hours", 1e-4)
+    first, second, third = (Job("reviews", "lora", rate, TUNING_SEED).name for rate in rates)
+    assert run(*command(suite, output, *options)).exit_code == 0
+    assert set(read_records(output)) == {first}
+    with FileLock(output / "locks" / f"{second}.lock"):
+        assert run(*command(suite, output, *options)).exit_code == 0
+    assert set(read_records(output)) == {first, third}
 
 
 def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) -> None:
