@@ -1,0 +1,812 @@
+"""Is a rank that the loss decides during training worth having? Every way of choosing ranks, at the size of LoRA r = 4.
+
+python benchmarks/rank_gate.py                    # some 15 hours of one core; goes on where it stopped
+python benchmarks/rank_gate.py --only german      # some of the tasks; several processes share the work
+python benchmarks/rank_gate.py --report           # only render docs/rank_gate.md from the stored results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DOCS = Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
+
+from sections import table, with_section  # noqa: E402
+
+from lrlora.cut.curve import LossCurve, directions  # noqa: E402
+from lrlora.cut.moments import collect_moments, model_loss  # noqa: E402
+from lrlora.export import Factors, factorize  # noqa: E402
+from lrlora.export.factorize import best_per_parameter  # noqa: E402
+
+PAGE, RESULTS = DOCS / "rank_gate.md", DOCS / "rank_gate" / "results.jsonl"
+CLAIMS = Path("lrlora-compress") / "gate"
+SEEDS = (0, 1, 2)
+RANK, WIDE = 4, 16
+SCALING = 4.0
+MOMENT_BATCHES = 8
+CUT_AT = 0.3  # of the steps
+WARM_UP = 20  # steps after a cut; at the start, a twentieth of all
+EDGE = 3  # times that a grid of rates grows where its best is at the edge
+
+Batch = dict[str, Any]
+Ranks = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, from which base.
+
+    Args:
+        model: makes the base.
+        targets: a regular expression of modules.
+        batches: seed → training batches in turn, without end.
+        validation, test, forgotten: batches; what is forgotten is the loss on text like the base's own.
+        steps: of training.
+        rate: where the search for LoRA's begins.
+        head: parameters trained beside the adapter, by a part of their names, and their rate.
+
+    """
+
+    model: Callable[[], Any]
+    targets: str
+    batches: Callable[[int], Iterator[Batch]]
+    validation: Callable[[], list[Batch]]
+    test: Callable[[], list[Batch]]
+    forgotten: Callable[[], list[Batch]] | None
+    steps: int
+    rate: float
+    head: tuple[str, float] | None = None
+
+
+def windows(data: Tensor, count: int, length: int) -> list[Batch]:
+    """Evenly spaced windows that do not overlap."""
+    held = len(data) // length
+    chosen = data[: held * length].view(held, length)[torch.arange(count) * held // count].long()
+    return [{"input_ids": some, "labels": some} for some in chosen.split(64)]
+
+
+def byte_task(name: str) -> Task:
+    """The byte model goes on to a corpus."""
+    from lrlora.lab.compare.byte_model import CONTEXT, base_model, sample_batch
+    from lrlora.lab.compare.corpora import load_corpus
+
+    corpus = cache(load_corpus)
+
+    def batches(seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            some = sample_batch(corpus(name).train, generator, 16)
+            yield {"input_ids": some, "labels": some}
+
+    return Task(
+        base_model,
+        r".*\.(\w+_proj|fc\d)",
+        batches,
+        lambda: windows(corpus(name).validation, 512, CONTEXT),
+        lambda: windows(corpus(name).test, 512, CONTEXT),
+        lambda: windows(corpus("english").test, 128, CONTEXT),
+        steps=500,
+        rate=1e-2,
+    )
+
+
+def smollm2_task() -> Task:
+    """SmolLM2 goes on to German speeches, in windows of 64 tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lrlora.lab.compare.corpora import load_corpus
+    from lrlora.lab.models import model_source
+
+    @cache
+    def tokens(corpus: str, part: int, count: int) -> Tensor:
+        tokenizer = AutoTokenizer.from_pretrained(model_source("embedded:smollm2"))
+        text = load_corpus(corpus)[part].numpy().tobytes()
+        pieces = [text[len(text) * i // count :][:1_000].decode(errors="ignore") for i in range(count)]
+        return torch.tensor([tokenizer(piece)["input_ids"][1:65] for piece in pieces])
+
+    def held(corpus: str, part: int, count: int) -> list[Batch]:
+        return [{"input_ids": some, "labels": some} for some in tokens(corpus, part, count).split(8)]
+
+    def batches(seed: int) -> Iterator[Batch]:
+        generator, data = torch.Generator().manual_seed(seed), tokens("german", 0, 2_000)
+        while True:
+            for chosen in torch.randperm(len(data), generator=generator).split(4):
+                yield {"input_ids": data[chosen], "labels": data[chosen]}
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(model_source("embedded:smollm2"), dtype=torch.float32)
+
+    return Task(
+        model,
+        r".*\.\w+_proj",
+        batches,
+        lambda: held("german", 1, 96),
+        lambda: held("german", 2, 160),
+        lambda: held("english", 2, 64),
+        steps=100,
+        rate=4e-3,
+    )
+
+
+class Labelled(nn.Module):
+    """The last two layers of MiniLM and a fixed random head, on what the layers before give them."""
+
+    def __init__(self, encoder: Any, head: Tensor, inputs: Tensor) -> None:
+        super().__init__()
+        self.layers = encoder.encoder.layer[-2:]
+        self.register_buffer("head", head)
+        with torch.no_grad():
+            pooled = torch.cat([self.pooled(some) for some in inputs.split(256)])
+        self.register_buffer("mean", pooled.mean(0))
+        self.register_buffer("deviation", pooled.std(0))
+
+    def pooled(self, inputs: Tensor) -> Tensor:
+        """(examples, tokens, 384) → (examples, 384)."""
+        for layer in self.layers:
+            inputs = layer(inputs)
+            inputs = inputs[0] if isinstance(inputs, tuple) else inputs
+        return inputs.mean(1)
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits = ((self.pooled(inputs) - self.mean) / self.deviation) @ self.head.T
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def labels_task(texts: int = 2_048, classes: int = 64) -> Task:
+    """Random labels of texts, of which each adapter learns as many as it holds: all data is training data."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from lrlora.lab.inputs import MINILM, checkpoint
+    from lrlora.lab.tasks import MOVIE_REVIEW_TASK
+
+    @cache
+    def encoder() -> Any:
+        return AutoModel.from_pretrained(checkpoint(MINILM)).eval()
+
+    @cache
+    def data() -> tuple[Tensor, Tensor]:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint(MINILM))
+        found = tokenizer(list(MOVIE_REVIEW_TASK.load()["train"]["text"]), truncation=True, max_length=8)["input_ids"]
+        ids = torch.tensor([each for each in found if len(each) == 8][:texts])
+        hidden = []
+        with torch.no_grad():
+            for some in ids.split(256):
+                hidden.append(encoder()(some, output_hidden_states=True).hidden_states[-3])
+        return torch.cat(hidden), torch.randint(0, classes, (texts,), generator=torch.Generator().manual_seed(0))
+
+    def batches(seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for some in torch.randperm(texts, generator=generator).split(64):
+                yield {"inputs": data()[0][some], "labels": data()[1][some]}
+
+    def all_data() -> list[Batch]:
+        return [{"inputs": x, "labels": y} for x, y in zip(data()[0].split(256), data()[1].split(256), strict=True)]
+
+    def model() -> Any:
+        import copy
+
+        head = torch.randn(classes, 384, generator=torch.Generator().manual_seed(1)) * (4 / math.sqrt(384))
+        return Labelled(copy.deepcopy(encoder()), head, data()[0]).eval()
+
+    return Task(model, r".*\.(query|key|value|dense)", batches, all_data, all_data, None, steps=600, rate=4e-3)
+
+
+def news_task() -> Task:
+    """20 Newsgroups, with all linear layers of MiniLM."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from lrlora.lab.inputs import MINILM, checkpoint
+    from lrlora.lab.tasks import load_embedded
+
+    @cache
+    def data() -> dict[str, list[tuple[list[int], int]]]:
+        tokenizer, found = AutoTokenizer.from_pretrained(checkpoint(MINILM)), load_embedded("20-newsgroups")
+        known: dict[str, list[tuple[list[int], int]]] = {}
+        for part, count in (("train", None), ("validation", 1_024), ("test", 2_048)):
+            rows = found[part].shuffle(seed=1)
+            rows = rows.select(range(min(count or len(rows), len(rows))))
+            ids = tokenizer(list(rows["text"]), truncation=True, max_length=48)["input_ids"]
+            known[part] = list(zip(ids, list(rows["label"]), strict=True))
+        return known
+
+    def padded(rows: list[tuple[list[int], int]]) -> Batch:
+        longest = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([each + [0] * (longest - len(each)) for each, _ in rows])
+        mask = torch.tensor([[1] * len(each) + [0] * (longest - len(each)) for each, _ in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in rows])}
+
+    def batches(seed: int) -> Iterator[Batch]:
+        generator, rows = torch.Generator().manual_seed(seed), data()["train"]
+        while True:
+            for some in torch.randperm(len(rows), generator=generator).split(32):
+                yield padded([rows[index] for index in some.tolist()])
+
+    def held(part: str) -> list[Batch]:
+        rows = data()[part]
+        return [padded(rows[start : start + 64]) for start in range(0, len(rows), 64)]
+
+    def model() -> Any:
+        torch.manual_seed(1)
+        return AutoModelForSequenceClassification.from_pretrained(checkpoint(MINILM), num_labels=20).eval()
+
+    return Task(
+        model,
+        r".*\.(query|key|value|(?<!pooler\.)dense)",
+        batches,
+        lambda: held("validation"),
+        lambda: held("test"),
+        None,
+        steps=150,
+        rate=4e-3,
+        head=("classifier", 1e-3),
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "german": lambda: byte_task("german"),
+    "source-code": lambda: byte_task("source-code"),
+    "news": news_task,
+    "labels": labels_task,
+    "smollm2": smollm2_task,
+}
+
+
+def task_of(name: str) -> Task:
+    """A task, whose data is read once."""
+    return TASKS[name]()
+
+
+@cache
+def shapes(task: Task) -> dict[str, int]:
+    """The modules to adapt, in order, with the parameters of a rank."""
+    linear = {name: module for name, module in task.model().named_modules() if isinstance(module, nn.Linear)}
+    return {name: sum(module.weight.shape) for name, module in linear.items() if re.fullmatch(task.targets, name)}
+
+
+def filled(weights: dict[str, float], costs: dict[str, int], size: int) -> Ranks:
+    """Ranks in the proportion of the weights, rounded so that the size is used up."""
+    most = int(2 * size / min(costs.values()))
+    # The k-th rank of a module comes when the common factor reaches (k − ½) / weight.
+    worth = [costs[n] * weights[n] / (torch.arange(1, most + 1) - 0.5).double() for n in costs]
+    ranks = dict(zip(costs, best_per_parameter(worth, list(costs.values()), size), strict=True))
+    for name in sorted(costs, key=lambda n: (-weights[n], -costs[n])):
+        rest = size - sum(costs[n] * r for n, r in ranks.items())
+        if weights[name] and rest >= costs[name]:
+            ranks[name] += 1
+    return ranks
+
+
+def kind_of(module: str) -> str:
+    """A module's name without its place in the model: what modules of one type share."""
+    return ".".join(part for part in module.split(".") if not part.isdigit())
+
+
+def layer_of(module: str) -> str:
+    """The number of its layer."""
+    return next((part for part in module.split(".") if part.isdigit()), "")
+
+
+def averaged(ranks: Ranks, group: Callable[[str], str]) -> dict[str, float]:
+    """Every module's rank replaced by the mean of its group."""
+    members: dict[str, list[int]] = {}
+    for module, rank in ranks.items():
+        members.setdefault(group(module), []).append(rank)
+    return {module: sum(members[group(module)]) / len(members[group(module)]) for module in ranks}
+
+
+def shuffled(ranks: Ranks, seed: int) -> Ranks:
+    """Ranks exchanged between modules of one type."""
+    members: dict[str, list[str]] = {}
+    for module in ranks:
+        members.setdefault(kind_of(module), []).append(module)
+    found, source = dict(ranks), random.Random(seed)
+    for modules in members.values():
+        order = modules[1:] + modules[:1] if len(modules) == 2 else source.sample(modules, len(modules))
+        found |= {module: ranks[other] for module, other in zip(modules, order, strict=True)}
+    return found
+
+
+def with_lora(task: Task, ranks: Ranks, seed: int, factors: list[Factors] | None = None, **options: Any) -> Any:
+    """A PEFT model with LoRA of these ranks, fresh or from factors."""
+    from peft import LoraConfig, get_peft_model
+
+    kept = {module: rank for module, rank in ranks.items() if rank}
+    config = LoraConfig(
+        r=1,
+        lora_alpha=SCALING,
+        target_modules=list(kept),
+        rank_pattern=kept,
+        alpha_pattern={module: SCALING * rank for module, rank in kept.items()},
+        init_lora_weights=factors is None,
+        **options,
+    )
+    torch.manual_seed(seed)
+    model = get_peft_model(task.model(), config)
+    for part in factors or ():
+        if part.rank:
+            layer = model.base_model.model.get_submodule(part.module)
+            layer.lora_A["default"].weight.data.copy_(part.A / math.sqrt(SCALING))
+            layer.lora_B["default"].weight.data.copy_(part.B / math.sqrt(SCALING))
+    return model
+
+
+@dataclass
+class Course:
+    """Training of one seed: the batches that are left, the step, and what of the head was learned."""
+
+    task: Task
+    seed: int
+    total: int
+
+    def __post_init__(self) -> None:
+        self.batches, self.step = self.task.batches(self.seed), 0
+        self.head: dict[str, Tensor] = {}
+
+    def train(self, model: Any, rate: float, until: int, after: Callable[[int], None] = lambda step: None) -> None:
+        """AdamW with a new state and a warm-up, on the one linear decay of the whole course."""
+        begin, adapter, head = self.step, [], []
+        warm = max(1, self.total // 20 if begin == 0 else WARM_UP * self.total // 500)
+        for name, parameter in model.named_parameters():
+            if self.task.head and self.task.head[0] in name:
+                parameter.requires_grad_(True)
+                head.append(parameter)
+                if name in self.head:
+                    parameter.data.copy_(self.head[name])
+            elif parameter.requires_grad:
+                adapter.append(parameter)
+        groups = [{"params": adapter, "lr": rate}]
+        if self.task.head:
+            groups.append({"params": head, "lr": self.task.head[1]})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0)
+
+        def share(done: int) -> float:
+            return min(1.0, (done + 1) / warm) * (1 - (begin + done) / self.total)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        model.train()
+        while self.step < until:
+            optimizer.zero_grad()
+            loss = model.base_model(**next(self.batches)).loss
+            if not torch.isfinite(loss):
+                raise FloatingPointError
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(adapter + head, 1.0)
+            optimizer.step()
+            schedule.step()
+            self.step += 1
+            after(self.step)
+        model.eval()
+        if self.task.head:
+            self.head = {n: p.data.clone() for n, p in model.named_parameters() if self.task.head[0] in n}
+
+    def moments(self, model: Any) -> tuple[list[Factors], dict[str, Any], int]:
+        """The factors of a model, and the moments of the next batches."""
+        whole = factorize(model, energy=1.0)
+        batches = [next(self.batches) for _ in range(MOMENT_BATCHES)]
+        return whole, *collect_moments(model, whole, batches)
+
+
+def cut_by_loss(whole: list[Factors], moments: Any, terms: int, size: int) -> list[Factors]:
+    """Directions and ranks by the quadratic model."""
+    return LossCurve([directions(part, moments[part.module], terms) for part in whole]).within(size)
+
+
+def cut_by_scalar(whole: list[Factors], moments: Any, terms: int, size: int) -> list[Factors]:
+    """SVD directions, the energy of each times one scalar of its module: E‖x‖² E‖g‖² within the update's span."""
+    worth = []
+    for part in whole:
+        sigma = part.A.double().square().sum(1)
+        of = moments[part.module]
+        inputs, gradients = ((m.diagonal() / sigma).mean() for m in (of.inputs, of.gradients))
+        worth.append(sigma.square() * inputs / max(1, of.tokens) * gradients / terms)
+    return kept(whole, best_per_parameter(worth, [part.parameters_per_rank for part in whole], size))
+
+
+def cut_by_energy(whole: list[Factors], moments: Any, terms: int, size: int) -> list[Factors]:
+    """The largest σ² of all modules."""
+    worth = [part.A.double().square().sum(1).square() for part in whole]
+    return kept(whole, best_per_parameter(worth, [part.parameters_per_rank for part in whole], size))
+
+
+def cut_equally(whole: list[Factors], moments: Any, terms: int, size: int) -> list[Factors]:
+    """The SVD of every module at r = 4, as LoRA-Squeeze does."""
+    return kept(whole, [RANK] * len(whole))
+
+
+def kept(whole: list[Factors], ranks: list[int]) -> list[Factors]:
+    """The leading SVD directions."""
+    return [replace(part, A=part.A[:r], B=part.B[:, :r]) for part, r in zip(whole, ranks, strict=True)]
+
+
+CUTS = {"loss": cut_by_loss, "scalar": cut_by_scalar, "energy": cut_by_energy, "equal": cut_equally}
+
+
+@dataclass
+class Outcome:
+    """A trained model, and the ranks that it is served with."""
+
+    model: Any
+    ranks: Ranks
+
+
+def by_cut(cut: str, shares: tuple[float, ...], widths: tuple[int, ...], wide_rate: float) -> Callable[..., Outcome]:
+    """LoRA that starts wide and is cut at shares of the steps to the sizes of these widths, the last to be served."""
+
+    def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
+        course, costs = Course(task, seed, task.steps), shapes(task)
+        model, ranks = with_lora(task, dict.fromkeys(costs, WIDE), seed), dict.fromkeys(costs, WIDE)
+        for share, width in zip(shares, widths, strict=True):
+            course.train(model, rate * wide_rate, int(share * task.steps))
+            whole, moments, terms = course.moments(model)
+            factors = CUTS[cut](whole, moments, terms, width * sum(costs.values()))
+            ranks = {part.module: part.rank for part in factors}
+            model = with_lora(task, ranks, seed, factors)
+        course.train(model, rate, task.steps)
+        return Outcome(model, ranks)
+
+    return train
+
+
+def by_ranks(choose: Callable[[Task, int, Callable[[str], Ranks]], dict[str, float]]) -> Callable[..., Outcome]:
+    """LoRA whose ranks are in the proportion of some weights from the first step on."""
+
+    def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
+        costs = shapes(task)
+        ranks = filled(choose(task, seed, known), costs, RANK * sum(costs.values()))
+        model, course = with_lora(task, ranks, seed), Course(task, seed, task.steps)
+        course.train(model, rate, task.steps)
+        return Outcome(model, ranks)
+
+    return train
+
+
+def by_pilot(share: float) -> Callable[..., Outcome]:
+    """Ranks by loss of a short LoRA r = 16, then a new LoRA for the steps that are left."""
+
+    def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
+        costs, steps = shapes(task), int(share * task.steps)
+        size, pilot = RANK * sum(costs.values()), Course(task, seed + 100, steps)
+        model = with_lora(task, dict.fromkeys(costs, WIDE), seed)
+        pilot.train(model, rate / 2, steps)
+        ranks = {part.module: part.rank for part in cut_by_loss(*pilot.moments(model), size)}
+        course = Course(task, seed, task.steps - steps)
+        model = with_lora(task, ranks, seed)
+        course.head = pilot.head
+        course.train(model, rate, course.total)
+        return Outcome(model, ranks)
+
+    return train
+
+
+def tokens_of(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
+    """What a layer sees without padding: (tokens, features)."""
+    found = layer_input[0] if isinstance(layer_input, tuple) else layer_input
+    found = found.flatten(0, -2)
+    return found if mask is None else found[mask.flatten().bool()]
+
+
+def by_eva(rank: int) -> Callable[..., Outcome]:
+    """EVA: directions and ranks from the inputs' variance, before training."""
+
+    def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
+        from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+
+        costs, batches = shapes(task), task.batches(seed + 100)
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=SCALING * rank,
+            target_modules=list(costs),
+            init_lora_weights="eva",
+            eva_config=EvaConfig(rho=2.0, adjust_scaling_factors=True),
+        )
+        model = get_peft_model(task.model(), config)
+        initialize_lora_eva_weights(
+            model,
+            [next(batches) for _ in range(24)],
+            prepare_model_inputs_fn=lambda batch, config: batch.get("attention_mask"),
+            prepare_layer_inputs_fn=tokens_of,
+            show_progress_bar=False,
+        )
+        found = dict.fromkeys(costs, 0)
+        for name, module in model.base_model.model.named_modules():
+            if name in costs and hasattr(module, "r"):
+                found[name] = module.r["default"]
+        Course(task, seed, task.steps).train(model, rate, task.steps)
+        return Outcome(model, found)
+
+    return train
+
+
+def by_adalora(target: int, per_parameter: bool) -> Callable[..., Outcome]:
+    """PEFT's AdaLoRA, its call and its penalty included; or with the importance of a rank over its parameters."""
+
+    def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
+        from peft import AdaLoraConfig, get_peft_model
+
+        costs, steps = shapes(task), task.steps
+        torch.manual_seed(seed)
+        config = AdaLoraConfig(
+            init_r=WIDE,
+            target_r=target,
+            lora_alpha=SCALING * WIDE,
+            target_modules=list(costs),
+            total_step=steps,
+            tinit=steps // 10,
+            tfinal=steps // 2,
+            deltaT=max(1, steps // 50),
+        )
+        model = get_peft_model(task.model(), config)
+        if per_parameter:
+            allocator = model.base_model.rankallocator
+            score = allocator._element_score
+            # All three parts of a rank's importance are sums of these.
+            allocator._element_score = lambda name: score(name) / costs[name.split(".lora_")[0]]
+        Course(task, seed, steps).train(model, rate, steps, after=model.base_model.update_and_allocate)
+        pattern = config.rank_pattern
+        ranks = {name: int(sum(pattern[f"{name}.lora_E.default"])) for name in costs}
+        return Outcome(model, ranks)
+
+    return train
+
+
+def is_mlp(module: str) -> bool:
+    """Belongs to the feed-forward part of a layer."""
+    return any(part in module for part in ("fc1", "fc2", "gate_", "up_", "down_", "intermediate")) or (
+        "output.dense" in module and "attention" not in module
+    )
+
+
+def equal(task: Task, seed: int, known: Callable[[str], Ranks]) -> dict[str, float]:
+    """One rank for all."""
+    return dict.fromkeys(shapes(task), 1.0)
+
+
+def mlp(task: Task, seed: int, known: Callable[[str], Ranks]) -> dict[str, float]:
+    """One rank for the feed-forward parts, none for the rest."""
+    return {module: float(is_mlp(module)) for module in shapes(task)}
+
+
+class NotYetError(Exception):
+    """What a run depends on is not done."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to the ranks.
+
+    Args:
+        train: task, seed, rate and the ranks that other methods found with this seed → a trained model.
+        name: in the table.
+        rate_of: the method whose tuned rate it takes; None is its own.
+        group: of rows between which the loss is interpolated at the size of r = 4.
+
+    """
+
+    train: Callable[..., Outcome]
+    name: str
+    rate_of: str | None = None
+    group: str | None = None
+
+
+METHODS = {
+    "lora": Method(by_ranks(equal), "LoRA"),
+    "loss": Method(by_cut("loss", (CUT_AT,), (RANK,), 0.5), "**16 → 4 at 30 %, by loss**"),
+    "scalar": Method(by_cut("scalar", (CUT_AT,), (RANK,), 0.5), "16 → 4 at 30 %, energy × one scalar a module"),
+    "learned": Method(by_ranks(lambda t, s, known: known("loss")), "the ranks by loss, in a new run"),
+    "pilot-5": Method(by_pilot(0.05), "ranks of a pilot of 5 % of the steps", "learned"),
+    "mlp": Method(by_ranks(mlp), "LoRA on the MLP only"),
+    "steps": Method(by_cut("loss", (0.1, CUT_AT), (8, RANK), 0.5), "**16 → 8 → 4 at 10 and 30 %, by loss**", "loss"),
+    "adalora-3": Method(by_adalora(3, False), "AdaLoRA", None, "adalora"),
+    "adalora-2": Method(by_adalora(2, False), "AdaLoRA", "adalora-3", "adalora"),
+    "per-parameter-4": Method(by_adalora(4, True), "AdaLoRA, importance over m + n", "adalora-3", "per-parameter"),
+    "per-parameter-3": Method(by_adalora(3, True), "AdaLoRA, importance over m + n", "adalora-3", "per-parameter"),
+    "pilot-10": Method(by_pilot(0.1), "ranks of a pilot of 10 % of the steps", "learned"),
+    "equal": Method(by_cut("equal", (CUT_AT,), (RANK,), 0.5), "16 → 4 at 30 %, every module 4", "loss"),
+    "energy": Method(by_cut("energy", (CUT_AT,), (RANK,), 0.5), "16 → 4 at 30 %, by energy", "loss"),
+    "type": Method(
+        by_ranks(lambda t, s, known: averaged(known("loss"), kind_of)), "the ranks by loss, by type only", "learned"
+    ),
+    "layer": Method(
+        by_ranks(lambda t, s, known: averaged(known("loss"), layer_of)), "the ranks by loss, by layer only", "learned"
+    ),
+    "shuffled": Method(
+        by_ranks(lambda t, s, known: shuffled(known("loss"), s)), "the ranks by loss, shuffled within types", "learned"
+    ),
+    "eva-4": Method(by_eva(4), "EVA", None, "eva"),
+    "eva-3": Method(by_eva(3), "EVA", "eva-4", "eva"),
+}  # fmt: skip
+# LoRA of other ranks: where its loss does not fall, no way to the ranks can be told from another.
+CURVE = {f"lora-{r}": r for r in (1, 2, 8, 16)}
+METHODS |= {
+    name: Method(
+        lambda task, seed, rate, known, r=r: _at_rank(task, seed, rate, r), f"LoRA r = {r}", "lora" if r < 8 else None
+    )
+    for name, r in CURVE.items()
+}
+
+
+def _at_rank(task: Task, seed: int, rate: float, r: int) -> Outcome:
+    """LoRA with every module at r."""
+    ranks = dict.fromkeys(shapes(task), r)
+    model = with_lora(task, ranks, seed)
+    Course(task, seed, task.steps).train(model, rate, task.steps)
+    return Outcome(model, ranks)
+
+
+def stored() -> list[dict[str, Any]]:
+    """All results."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def rows_of(name: str, method: str) -> list[dict[str, Any]]:
+    """Of a task and a method."""
+    return [row for row in stored() if (row["task"], row["method"]) == (name, method)]
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the least validation loss."""
+    return min(rows, key=lambda row: row["validation"])
+
+
+def tuned(name: str, method: str) -> float:
+    """The best rate of a method on a task, by the first seed."""
+    job = wanted(name, method)
+    if job is not None and job[0] == 0:
+        raise NotYetError
+    return float(best_of([row for row in rows_of(name, method) if row["seed"] == 0])["rate"])
+
+
+def wanted(name: str, method: str) -> tuple[int, float] | None:
+    """Seed and rate of the next run of a method; None where all are done.
+
+    The first seed climbs: a factor of two up and down from where it began, until the best is inside. The others take
+    its best rate.
+    """
+    own = rows_of(name, method)
+    of = METHODS[method].rate_of
+    if of is None:
+        first = [row for row in own if row["seed"] == 0]
+        if not first:
+            return 0, task_of(name).rate
+        best = best_of(first)["rate"]
+        for near in (best * 2, best / 2):
+            if len(first) < 3 + EDGE and not any(math.isclose(near, row["rate"]) for row in first):
+                return 0, near
+    else:
+        best = tuned(name, of)
+    done = {row["seed"] for row in own if row["rate"] == best}
+    seeds = SEEDS[:1] if method in CURVE else SEEDS
+    return next(((seed, best) for seed in seeds if seed not in done), None)
+
+
+def known_ranks(name: str, seed: int) -> Callable[[str], Ranks]:
+    """What another method found on this task with this seed at its tuned rate."""
+
+    def known(method: str) -> Ranks:
+        rate = tuned(name, method)
+        for row in rows_of(name, method):
+            if (row["seed"], row["rate"]) == (seed, rate):
+                return dict(row["ranks"])
+        raise NotYetError
+
+    return known
+
+
+@torch.no_grad()
+def loss_of(model: Any, batches: list[Batch]) -> tuple[float, float]:
+    """Mean loss over all labels, from the logits alone, and the share of right ones."""
+    total, count, right = 0.0, 0, 0
+    for batch in batches:
+        output = model.base_model.model(**batch)
+        value, terms = model_loss(model.base_model.model, batch)
+        total, count = total + float(value), count + terms
+        if batch["labels"].dim() == 1:
+            right += int((output.logits.argmax(-1) == batch["labels"]).sum())
+    return total / count, right / count
+
+
+def run(name: str, task: Task, method: str, seed: int, rate: float) -> None:
+    """Train once, and append what came out."""
+    start, costs = time.perf_counter(), shapes(task)
+    row: dict[str, Any] = {"task": name, "method": method, "seed": seed, "rate": rate}
+    try:
+        outcome = METHODS[method].train(task, seed, rate, known_ranks(name, seed))
+    except FloatingPointError:
+        row |= {"validation": 1e9, "test": 1e9, "size": 0, "ranks": {}}
+    else:
+        model = outcome.model
+        row["validation"], row["validation accuracy"] = loss_of(model, task.validation())
+        row["test"], row["test accuracy"] = loss_of(model, task.test())
+        if task.forgotten:
+            row["forgotten"] = loss_of(model, task.forgotten())[0]
+        row["size"] = sum(costs[module] * rank for module, rank in outcome.ranks.items())
+        row["ranks"] = outcome.ranks
+    row["seconds"] = round(time.perf_counter() - start)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print({key: value for key, value in row.items() if key != "ranks"}, flush=True)
+
+
+def work(names: list[str], methods: list[str]) -> None:
+    """Do the first thing that is left and that no other process does, until nothing is."""
+    CLAIMS.mkdir(parents=True, exist_ok=True)
+    while any(work_on(name, method) for name in names for method in methods):
+        pass
+
+
+def work_on(name: str, method: str) -> bool:
+    """Do the next run of a method; False where there is none to do now."""
+    try:
+        job = wanted(name, method)
+    except NotYetError:
+        job = None
+    if job is None:
+        return False
+    claim = CLAIMS / f"{name}-{method}-{job[0]}-{job[1]:g}"
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    try:
+        run(name, task_of(name), method, *job)
+    except NotYetError:
+        return False
+    finally:
+        claim.unlink()
+    return True
+
+
+def updated(page: str) -> str:
+    """The page with the tables of what is stored."""
+    rows = [row for row in stored() if row["size"]]
+    lines = []
+    for name in TASKS:
+        for method, about in METHODS.items():
+            own = [row for row in rows if (row["task"], row["method"]) == (name, method)]
+            if not own:
+                continue
+            rate = tuned(name, about.rate_of or method)
+            own = [row for row in own if row["rate"] == rate]
+            mean = {k: sum(row[k] for row in own) / max(1, len(own)) for k in ("test", "size", "seconds")}
+            losses = ", ".join(f"{row['test']:.3f}" for row in sorted(own, key=lambda row: row["seed"]))
+            cells = [name, about.name, f"{mean['size']:,.0f}", f"{rate:g}", f"{mean['test']:.3f}", losses]
+            lines.append([*cells, f"{mean['seconds']:.0f}"])
+    heads = ["task", "method", "parameters", "rate", "test loss", "by seed", "seconds"]
+    return with_section(page, "results", table(heads, lines))
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="tasks, with commas between", default=",".join(TASKS))
+    parser.add_argument("--methods", help="with commas between", default=",".join(METHODS))
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args()
+    if options.report:
+        PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    work(options.only.split(","), options.methods.split(","))
+
+
+if __name__ == "__main__":
+    main()
