@@ -785,13 +785,15 @@ def updated(page: str) -> str:
             own = [row for row in rows if (row["task"], row["method"]) == (name, method)]
             if not own:
                 continue
-            rate = tuned(name, about.rate_of or method)
+            try:
+                rate = tuned(name, about.rate_of or method)
+            except NotYetError:
+                continue
             own = [row for row in own if row["rate"] == rate]
-            mean = {k: sum(row[k] for row in own) / max(1, len(own)) for k in ("test", "size", "seconds")}
+            mean = {k: sum(row[k] for row in own) / max(1, len(own)) for k in ("test", "size")}
             losses = ", ".join(f"{row['test']:.3f}" for row in sorted(own, key=lambda row: row["seed"]))
-            cells = [name, about.name, f"{mean['size']:,.0f}", f"{rate:g}", f"{mean['test']:.3f}", losses]
-            lines.append([*cells, f"{mean['seconds']:.0f}"])
-    heads = ["task", "method", "parameters", "rate", "test loss", "by seed", "seconds"]
+            lines.append([name, about.name, f"{mean['size']:,.0f}", f"{rate:g}", f"{mean['test']:.3f}", losses])
+    heads = ["task", "method", "parameters", "rate", "test loss", "by seed"]
     return with_section(page, "results", table(heads, lines))
 
 

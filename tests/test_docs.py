@@ -148,9 +148,10 @@ def test_the_study_s_tables_are_the_stored_ones() -> None:
     assert script["updated"](page) == page
 
 
-def test_the_tables_of_cuts_by_loss_are_the_stored_ones() -> None:
-    script = runpy.run_path(str(ROOT / "benchmarks" / "loss_cut.py"))
-    page = (ROOT / "docs" / "loss.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["loss", "rank_gate"])
+def test_the_tables_on_ranks_by_loss_are_the_stored_ones(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / {"loss": "loss_cut"}.get(name, name)) + ".py")
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert script["updated"](page) == page
 
 
