@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -310,36 +308,42 @@ def test_nested_json_that_others_read(here: Path, file: str, command: str) -> No
     require_refused(command, file.partition("/")[0], "is nested too deeply")
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file may get longer than some hundred bytes, which is said like a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+# In a process of its own: here, what pytest writes would have no room either.
+FULL_DISK = """
+import resource, sys
+size = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+from lrlora.cli import app
+app()
+"""
+
+
+def require_full_disk_told(command: str, *words: str, size: int = 2000) -> None:
+    """No file may get longer than some bytes, which the system says of a full disk too."""
+    process = Process(FULL_DISK, size, *command.split(), env={**os.environ, "COLUMNS": "500"})
+    said = process.communicate(timeout=10 * SECONDS)
+    assert process.returncode == 1, said
+    (error,) = re.findall("(?m)^Error: (.+)", said)
+    assert all(word in error for word in words), error
 
 
 @pytest.mark.parametrize("command", ["merge lora --output out", "export lora --energy 1 --no-check --output out"])
-def test_a_full_disk_is_said_and_nothing_left(here: Path, full_disk: None, command: str) -> None:
+def test_a_full_disk_is_said_and_nothing_left(here: Path, command: str) -> None:
     before = sorted(os.listdir())
-    require_refused(command, str(here / "out"), "could not be written")
+    require_full_disk_told(command, str(here / "out"), "could not be written")
     assert sorted(os.listdir()) == before
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_full_disk_is_said_of_a_checkpoint(here: Path, full_disk: None, size: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+def test_a_full_disk_is_said_of_a_checkpoint(here: Path, size: int) -> None:
     command = "train --model ./base --data data.csv --task classify --steps 1 --rank 2 --output out"
-    require_refused(command, str(here / "out"), "could not be written. Is the disk full?")
+    require_full_disk_told(command, str(here / "out"), "could not be written. Is the disk full?", size=size)
 
 
-def test_a_full_disk_is_said_of_a_single_file(here: Path, full_disk: None) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_full_disk_is_said_of_a_single_file(here: Path) -> None:
     tensors = load_file("lora/adapter_model.safetensors")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limits[1], limits[1]))
     save_file({key.removeprefix("base_model.model."): value for key, value in tensors.items()}, "one.safetensors")
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    require_refused("export one.safetensors --energy 1 --output two.safetensors", "two.safetensors could not be")
+    require_full_disk_told("export one.safetensors --energy 1 --output two.safetensors", "two.safetensors could not be")
 
 
 def test_numbers_that_are_none(here: Path) -> None:
