@@ -108,7 +108,7 @@ def test_a_broken_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [package]
 
 
-@pytest.mark.real  # pip builds the metadata of a source archive with setuptools, which it downloads
+@pytest.mark.integration  # pip builds the metadata of a source archive with setuptools, which it downloads each time
 def test_reads_source_archives_and_nothing_outside_the_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "index" / "some_data-2.0.tar.gz"
     archive.parent.mkdir()
