@@ -597,14 +597,12 @@ class Method:
         train: task, seed, rate and the ranks that other methods found with this seed → a trained model.
         name: in the table.
         rate_of: the method whose tuned rate it takes; None is its own.
-        group: of rows between which the loss is interpolated at the size of r = 4.
 
     """
 
     train: Callable[..., Outcome]
     name: str
     rate_of: str | None = None
-    group: str | None = None
 
 
 METHODS = {
@@ -615,10 +613,10 @@ METHODS = {
     "pilot-5": Method(by_pilot(0.05), "ranks of a pilot of 5 % of the steps", "learned"),
     "mlp": Method(by_ranks(mlp), "LoRA on the MLP only"),
     "steps": Method(by_cut("loss", (0.1, CUT_AT), (8, RANK), 0.5), "**16 → 8 → 4 at 10 and 30 %, by loss**", "loss"),
-    "adalora-3": Method(by_adalora(3, False), "AdaLoRA", None, "adalora"),
-    "adalora-2": Method(by_adalora(2, False), "AdaLoRA", "adalora-3", "adalora"),
-    "per-parameter-4": Method(by_adalora(4, True), "AdaLoRA, importance over m + n", "adalora-3", "per-parameter"),
-    "per-parameter-3": Method(by_adalora(3, True), "AdaLoRA, importance over m + n", "adalora-3", "per-parameter"),
+    "adalora-3": Method(by_adalora(3, False), "AdaLoRA, target_r = 3"),
+    "adalora-2": Method(by_adalora(2, False), "AdaLoRA, target_r = 2", "adalora-3"),
+    "per-parameter-4": Method(by_adalora(4, True), "AdaLoRA, importance over m + n, target_r = 4", "adalora-3"),
+    "per-parameter-3": Method(by_adalora(3, True), "AdaLoRA, importance over m + n, target_r = 3", "adalora-3"),
     "pilot-10": Method(by_pilot(0.1), "ranks of a pilot of 10 % of the steps", "learned"),
     "equal": Method(by_cut("equal", (CUT_AT,), (RANK,), 0.5), "16 → 4 at 30 %, every module 4", "loss"),
     "energy": Method(by_cut("energy", (CUT_AT,), (RANK,), 0.5), "16 → 4 at 30 %, by energy", "loss"),
@@ -631,8 +629,8 @@ METHODS = {
     "shuffled": Method(
         by_ranks(lambda t, s, known: shuffled(known("loss"), s)), "the ranks by loss, shuffled within types", "learned"
     ),
-    "eva-4": Method(by_eva(4), "EVA", None, "eva"),
-    "eva-3": Method(by_eva(3), "EVA", "eva-4", "eva"),
+    "eva-4": Method(by_eva(4), "EVA, r = 4"),
+    "eva-3": Method(by_eva(3), "EVA, r = 3", "eva-4"),
 }  # fmt: skip
 # LoRA of other ranks: where its loss does not fall, no way to the ranks can be told from another.
 CURVE = {f"lora-{r}": r for r in (1, 2, 8, 16)}

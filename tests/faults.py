@@ -99,7 +99,6 @@ class _Places(ast.NodeVisitor):
     def __init__(self, text: str) -> None:
         self.lines = text.encode().splitlines()
         self.found: list[tuple[str, int, int, int, bytes]] = []
-        self.in_handler = False
 
     def add(self, kind: str, node: ast.expr | ast.stmt, replacement: bytes) -> None:
         if node.lineno == node.end_lineno and node.end_col_offset is not None:
