@@ -214,15 +214,19 @@ def news_task() -> Task:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from lrlora.lab.inputs import MINILM, checkpoint
-    from lrlora.lab.tasks import load_embedded
+    from lrlora.lab.tasks import TASKS as TEXT_TASKS
 
     @cache
     def data() -> dict[str, list[tuple[list[int], int]]]:
-        tokenizer, found = AutoTokenizer.from_pretrained(checkpoint(MINILM)), load_embedded("20-newsgroups")
+        tokenizer, found = AutoTokenizer.from_pretrained(checkpoint(MINILM)), TEXT_TASKS["20-newsgroups"].load()
+        training, testing = found["train"].shuffle(seed=1), found["test"].shuffle(seed=1)
+        parts = {
+            "validation": training.select(range(1_024)),
+            "train": training.select(range(1_024, len(training))),
+            "test": testing.select(range(2_048)),
+        }
         known: dict[str, list[tuple[list[int], int]]] = {}
-        for part, count in (("train", None), ("validation", 1_024), ("test", 2_048)):
-            rows = found[part].shuffle(seed=1)
-            rows = rows.select(range(min(count or len(rows), len(rows))))
+        for part, rows in parts.items():
             ids = tokenizer(list(rows["text"]), truncation=True, max_length=48)["input_ids"]
             known[part] = list(zip(ids, list(rows["label"]), strict=True))
         return known
