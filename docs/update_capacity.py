@@ -17,12 +17,9 @@ PAGE = Path(__file__).parent / "capacity.md"
 SIZES = ((1, 32), (2, 16), (4, 8))
 # What each row of the table of differences asks.
 PAIRS = [
-    *((f"expansion-learned+r={r}+num_terms={q}", f"expansion+r={r}+num_terms={q}") for r, q in SIZES),
     *((f"expansion+r={r}+num_terms={q}", f"lora+r={r}") for r, q in SIZES),
     ("expansion+r=1+num_terms=128", "expansion+r=1+num_terms=32"),
     *((f"hira+r={r}", f"expansion+r={r}+num_terms={q}") for r, q in SIZES),
-    ("blocks+r=1", "lora+r=1"),
-    ("blocks+r=1", "expansion+r=1+num_terms=32"),
     *((f"{form}+r={r}", f"lora+r={r}") for form in ("paper", "lr-lora") for r in (1, 4)),
     ("paper+r=4+sharing=global", "paper+r=4"),
     ("paper+r=1+lora_alpha=0.25", "lora+r=1"),

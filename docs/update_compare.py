@@ -1,14 +1,16 @@
-"""Sum up the stored comparisons in docs/compare.md: python docs/update_compare.py."""
+"""Sum up the stored comparisons in docs/compare.md, each packed into one file: python docs/update_compare.py."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from pathlib import Path
 
 import pandas as pd
 from sections import table, with_section
 
-from lrlora.lab.compare.jobs import read_comparison, read_records
+from lrlora.lab.compare.jobs import PACKED_FILE, read_comparison, read_records
 
 DOCS = Path(__file__).parent
 SUITES = ("offline-nlu", "offline-commonsense")
@@ -49,10 +51,20 @@ def render_hours() -> str:
     return table(["task", "runs", "hours of one core", "of which not in the report"], rows)
 
 
+def pack(folder: Path) -> None:
+    """Put the finished jobs of a comparison into one file."""
+    lines = [json.dumps({"job": name} | record) + "\n" for name, record in read_records(folder).items()]
+    (folder / PACKED_FILE).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    for path in folder.glob("jobs/*.json"):
+        path.unlink()
+
+
 def updated(page: str) -> str:
     """The page with the tables of the stored comparisons."""
     return with_section(with_section(page, "comparison", render_results()), "hours", render_hours())
 
 
 if __name__ == "__main__":
+    for folder in (DOCS / "compare").iterdir():
+        pack(folder)
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

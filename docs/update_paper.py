@@ -115,7 +115,7 @@ def better_than_lora() -> list[list[str]]:
         for (task, method), runs in cells.items():
             known, lora = find_method(method), cells.get((task, LORA + _rank_of(method)))
             is_phi = method.partition("+")[0] in ("lr-lora", "paper") and "sharing" not in method
-            if is_phi and lora is not None and not known.is_retired:
+            if is_phi and lora is not None:
                 rows.append([modality, task, known.name, *_against(suite, task, runs, lora)])
     return rows
 

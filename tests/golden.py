@@ -283,7 +283,7 @@ PASSING = re.compile(
 )
 MEASURED = re.compile(
     r"\d[\d.,:]*\s?(ms|s|min|h|seconds?|minutes?|hours?|it/s|s/it|steps/s|MiB/s)\b|\d\d:\d\d(:\d\d)?|\d+%\||[━╸╺█▏▎▍▌▋▊▉]+"
-    r"|20\d\d-\d\d-\d\d|\[W?\d{4} .*?\]"
+    r"|20\d\d-\d\d-\d\d|\.py:\d+|\[W?\d{4} .*?\]"
 )
 PROGRESS = re.compile(r"\d%\|")
 
@@ -292,7 +292,9 @@ def comparable(value: Any) -> Any:
     """JSON without what differs between two runs of one commit."""
     if isinstance(value, dict):
         return {key: comparable(each) for key, each in value.items() if not PASSING.search(key)}
-    return [comparable(each) for each in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [comparable(each) for each in value]
+    return value.rstrip() if isinstance(value, str) else value
 
 
 def lines_of(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ from lrlora.lab.compare import Suite
 from lrlora.lab.compare.jobs import read_comparison
 from lrlora.lab.compare.report import write_report
 from lrlora.lab.config import TrainConfig
+from lrlora.updates import read_updates
 
 from .conftest import FAMILIES, TinyModel
 from .lab.small import reviews, save_decoder, save_encoder
@@ -91,8 +92,7 @@ def test_the_example_of_compressing_runs(
     monkeypatch.chdir(tmp_path)
     save_as_kohya(with_lora(), tmp_path / "my-lora.safetensors", alpha=2.0)
     exec(example, {})
-    *_, overlap = capsys.readouterr().out.splitlines()
-    assert 0.9 < min(eval(overlap).values()) <= max(eval(overlap).values()) <= 1
+    assert len(capsys.readouterr().out.splitlines()) == len(read_updates("my-lora.safetensors"))
     assert (tmp_path / "smaller.safetensors").stat().st_size < (tmp_path / "my-lora.safetensors").stat().st_size
 
 

@@ -160,7 +160,7 @@ def test_names_with_a_line_break(here: Path, adapter: str) -> None:
     require_refused(f"ranks {adapter} --base ./base", adapter, "names a tensor", r"val\nue", "with a line break")
 
 
-@pytest.mark.parametrize("command", ["ranks lora --with-base", *(each.format("lora") for each in ON_ADAPTERS)])
+@pytest.mark.parametrize("command", [each.format("lora") for each in ON_ADAPTERS])
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -222,7 +222,6 @@ def test_a_run_whose_settings_are_none(here: Path) -> None:
 def test_an_adapter_without_the_name_of_its_base_model(here: Path) -> None:
     change("lora", base_model_name_or_path=None)
     require_refused("merge lora --output out", "The adapter lora does not say what its base model is")
-    require_refused("ranks lora --with-base", "lora does not say what its base model is: give it, --base MODEL")
 
 
 def pipe(path: str) -> None:

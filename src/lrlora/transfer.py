@@ -6,7 +6,6 @@ The N centres c_k are fixed and equally spaced on [−I, I], h apart. Amplitudes
 (arXiv:2606.04325). The backbone β is fixed, odd and of slope 1 at 0; `form` chooses it:
 
     residual     β(z) = z         ψ is learned curvature on top of plain LoRA
-    saturating   β(z) = tanh(z)   ψ is learned curvature on top of a bounded update
     sinc         β(z) = 0         the paper's form: ψ alone, not clipped, natural tails outside [−I, I]
     sine         β(z) = sin(z)    ψ = 0: nothing learned, the fixed control
 
@@ -33,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-FORMS = ("residual", "saturating", "sinc", "sine")
+FORMS = ("residual", "sinc", "sine")
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,11 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _BACKBONES: dict[str, Callable[[Tensor], Tensor]] = {
     "residual": lambda z: z,
-    "saturating": torch.tanh,
     "sinc": torch.zeros_like,
     "sine": torch.sin,
 }
 _BACKBONE_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "residual": torch.ones_like,
-    "saturating": lambda z: 1 - torch.tanh(z).square(),
     "sinc": torch.zeros_like,
     "sine": torch.cos,
 }

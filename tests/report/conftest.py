@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from lrlora import LrLoraConfig, rank_report
-from lrlora.naming import path_in_base
 from lrlora.report.page import write_page
 from lrlora.report.runs import Run
 from lrlora.run_folder import LossRecord
@@ -39,18 +36,11 @@ def runs() -> list[Run]:
             tiny.train(model, 5)
             history.append((step, rank_report(model)))
         log = [{"step": step, "loss": 1 / step, "eval_loss": 2 / step, "eval_accuracy": 0.5} for step in (5, 10)]
-        directions = {
-            path_in_base(path): torch.linalg.svd(module.get_delta_weight("default").detach())[2][:16].T
-            for path, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer)
-        }
-        if isinstance(config, LoraConfig):
-            directions = {module: found[:, :2] for module, found in directions.items()}
         facts = {"method": name, "accuracy, held out": "0.5"}
         ranks = {row.module: 1 for row in history[-1][1].rows}
         losses = LossRecord(0.5, 0.01, [400, 200, 100], [0.5, 0.504, 0.61], 200, ranks)
         settings = {"adapter": {"r": 2}}
-        found.append(Run(name, history[-1][1], facts, settings, history, log, directions, losses=losses))
+        found.append(Run(name, history[-1][1], facts, settings, history, log, losses=losses))
     return found
 
 

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from playwright.sync_api import Browser, Page, expect
 
-from lrlora.rank import RankReport, RankRow
-from lrlora.rank.overlap import grassmann_similarity
+from lrlora.rank import RankReport
 from lrlora.report.charts import CHARTS
 from lrlora.report.energy import kept_over_size
 from lrlora.report.page import write_page
@@ -28,70 +26,6 @@ def phone(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 400, "height": 800})
     yield context.new_page()
     context.close()
-
-
-@needs_browser
-def test_a_table_tells_how_far_the_updates_overlap(page: Page, runs: list[Run]) -> None:
-    first, second = (run.directions for run in runs)
-    found = [grassmann_similarity(first[module][:, :4], second[module][:, :4]) for module in first]
-    cells = page.locator("#overlaps td.shade").all_inner_texts()
-    assert [float(text) for text in cells] == pytest.approx([1, *[sum(found) / len(found)] * 2, 1], abs=0.0051)
-    assert page.locator("#overlaps tbody th").all_inner_texts() == [run.name for run in runs]
-    chances = [4 / len(directions) for directions in first.values()]
-    assert float(page.locator("#chance").inner_text()) == pytest.approx(sum(chances) / len(chances), abs=0.0051)
-
-
-@needs_browser
-def test_the_chosen_module_has_a_map_of_overlaps(page: Page, runs: list[Run]) -> None:
-    module = runs[0].report.rows[5].module
-    page.locator(f'#maps .cell[data-module="{module}"]').first.click()
-    expect(page.locator("#closely h3")).to_have_text(module)
-    first, second = (run.directions[module] for run in runs)
-    table = page.get_by_role("table", name=f"Overlap of curved and {runs[1].name} in {module}")
-    assert table.locator("thead th").all_inner_texts() == ["directions", "1", "2"]
-    assert table.locator("tbody th").all_inner_texts() == ["1", "2", "4", "8", "16"]
-    expected = [grassmann_similarity(first[:, :i], second[:, :j]) for i in (1, 2, 4, 8, 16) for j in (1, 2)]
-    told = [float(text) for text in table.locator("td").all_inner_texts()]
-    assert told == pytest.approx(expected, abs=0.006)
-
-
-@needs_browser
-def test_pairs_are_chosen_and_modules_of_other_widths_are_left_out(
-    browser: Browser, runs: list[Run], tmp_path: Path
-) -> None:
-    module = runs[0].report.rows[0].module
-    other = replace(runs[0], name="other", directions={module: torch.eye(7), "elsewhere": torch.eye(3)})
-    half = {name: found[:, :3] for name, found in runs[0].directions.items()}
-    write_page([runs[0], other, replace(runs[0], name="half", directions=half)], tmp_path / "three.html")
-    page = opened(browser.new_page(), tmp_path / "three.html")
-    assert page.locator("#pair option").all_inner_texts() == ["curved and half"]
-    assert page.locator("#overlaps td.shade").all_inner_texts() == ["1.00"] * 4
-    write_page([runs[0], runs[1], replace(other, directions={module: half[module]})], tmp_path / "three.html")
-    page.reload()
-    page.wait_for_selector("body[data-ready]")
-    page.locator(f'#maps .cell[data-module="{module}"]').first.click()
-    page.locator("#pair").select_option("curved and other")
-    assert page.locator("#overlap-map td").all_inner_texts()[1:3] == ["1.00", "1.00"]
-    page.locator(f'#maps .cell[data-module="{runs[0].report.rows[1].module}"]').first.click()
-    expect(page.locator("#overlap-map")).to_be_hidden()
-    expect(page.locator("#closely")).to_contain_text("do not both have directions of this module")
-    page.close()
-
-
-@pytest.mark.slow
-def test_overlaps_of_a_large_model_weigh_less_than_two_megabytes(tmp_path: Path) -> None:
-    modules = [f"model.layers.{layer}.attention.{name}_proj" for layer in range(8) for name in "qkvoabc"]
-    rows = [RankRow(name, 0, "type", "mlp", 64, 64, 8, 1.0, 1.0, 1, 1, None, 0.0, 0.0) for name in modules]
-    sizes = []
-    for is_filled in (False, True):
-        found = [
-            {name: torch.linalg.qr(torch.randn(64, 16))[0] for name in modules} if is_filled else {} for _ in range(6)
-        ]
-        write_page(
-            [Run(str(i), RankReport(rows), directions=some) for i, some in enumerate(found)], tmp_path / "page.html"
-        )
-        sizes.append((tmp_path / "page.html").stat().st_size)
-    assert 1e5 < 4 * (sizes[1] - sizes[0]) < 1e6  # of 32 layers
 
 
 @needs_browser

@@ -27,10 +27,10 @@ def report_of(sigmas: list[list[float]], shapes: list[tuple[int, int]]) -> RankR
 
 
 def step_by_step(sigmas: list[list[float]], shapes: list[tuple[int, int]], budget: int) -> list[int]:
-    """Ranks: again and again, the best next one of any module, until it no longer fits."""
-    ranks = [0] * len(sigmas)
+    """Ranks: again and again, the best next one of any module that could fit at all, until it no longer fits."""
+    ranks, fitting = [0] * len(sigmas), [i for i, shape in enumerate(shapes) if sum(shape) <= budget]
     while True:
-        open_ones = [i for i, rank in enumerate(ranks) if rank < len(sigmas[i])]
+        open_ones = [i for i in fitting if ranks[i] < len(sigmas[i])]
         if not open_ones:
             return ranks
         best = max(open_ones, key=lambda i: sigmas[i][ranks[i]] ** 2 / sum(shapes[i]))
@@ -78,7 +78,7 @@ def test_a_thinned_spectrum_is_filled_in() -> None:
     sigma = number**-0.7 * torch.exp(-number / 600)
     thinned = _thinned(sigma, [])
     assert len(thinned.number) < 100
-    filled = torch.from_numpy(singular_values(thinned))
+    filled = singular_values(thinned)
     torch.testing.assert_close(filled, sigma, rtol=5e-3, atol=0)
     torch.testing.assert_close(filled.square().cumsum(0), sigma.square().cumsum(0), rtol=1e-3, atol=0)
 

@@ -85,7 +85,7 @@ def trained(tiny: TinyModel, steps: int = 3, **fields: Any) -> Any:
 def with_two_adapters(tiny: TinyModel) -> tuple[Any, dict[str, Tensor]]:
     """A model whose active adapter is "default", and the output with each adapter and with none."""
     model = trained(tiny)
-    model.add_adapter("other", LrLoraConfig(r=2, **tiny.targets, form="saturating"))
+    model.add_adapter("other", LrLoraConfig(r=2, **tiny.targets, form="sinc"))
     model.set_adapter("other")
     tiny.train(model, 3)
     outputs = {"other": tiny.logits(model), "__base__": tiny.logits(tiny.build())}

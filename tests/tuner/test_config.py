@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import PeftConfig
 
 from lrlora import LrLoraConfig
 from lrlora.transfer import TransferSpec
@@ -43,9 +39,9 @@ def test_values_out_of_range_are_named(field: str, value: Any) -> None:
 
 
 def test_unknown_form_and_sharing_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="residual, saturating, sinc, sine"):
+    with pytest.raises(ValueError, match="residual, sinc, sine"):
         LrLoraConfig(form="cubic")
-    with pytest.raises(ValueError, match="module, type, global"):
+    with pytest.raises(ValueError, match="module, global"):
         LrLoraConfig(sharing="layer")
 
 
@@ -95,7 +91,7 @@ def test_dropout_says_that_it_takes_the_slow_path() -> None:
 
 
 def test_configuration_round_trips_through_a_file(tmp_path: Any) -> None:
-    config = LrLoraConfig(r=3, target_modules=["query"], form="saturating", sharing="type", rank_pattern={"key": 2})
+    config = LrLoraConfig(r=3, target_modules=["query"], form="sinc", sharing="global", rank_pattern={"key": 2})
     config.save_pretrained(tmp_path)
     loaded = LrLoraConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
@@ -113,19 +109,3 @@ def test_overrides_win_over_the_published_values_and_are_checked() -> None:
     assert LrLoraConfig.paper(num_basis=9, input_gain=300.0).new_phi().spec == TransferSpec("sinc", 9, 3.0, 1.0)
     with pytest.raises(ValueError, match=r"num_basis must be .*, and is 1"):
         LrLoraConfig.paper(num_basis=1)
-
-
-def test_gates_are_gone_and_adapters_saved_without_them_load(tmp_path: Path) -> None:
-    config = LrLoraConfig(r=3, target_modules=["query"])
-    config.save_pretrained(str(tmp_path))
-    file = tmp_path / "adapter_config.json"
-    saved = json.loads(file.read_text())
-    assert "rank_penalty" not in saved
-    file.write_text(json.dumps({**saved, "rank_penalty": 0.0}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert PeftConfig.from_pretrained(str(tmp_path)) == config
-    file.write_text(json.dumps({**saved, "rank_penalty": 0.5}))
-    for attempt in (lambda: PeftConfig.from_pretrained(str(tmp_path)), lambda: LrLoraConfig(rank_penalty=0.5)):
-        with pytest.raises(ValueError, match=r"rank_penalty=0.5: lrlora has no gates any more.*export"):
-            attempt()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -216,19 +215,3 @@ def test_compiled_without_a_graph_break() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
     compiled(x).sum().backward()
-
-
-@pytest.mark.parametrize("gone", [{"pattern_weights": "term"}, {"pattern_start": "lora"}, {"form": "blocks"}], ids=str)
-def test_a_learned_pattern_is_refused_with_the_remedy(
-    gone: dict[str, Any], tiny_bert: TinyModel, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=r'Give form="expansion" alone'):
-        LrLoraConfig(**{"form": "expansion", **gone})
-    adapt(tiny_bert, **EXPANSION).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    saved = json.loads(file.read_text())
-    file.write_text(json.dumps(saved | {"pattern_weights": "fixed", "pattern_start": "even", "phi_lr_multiplier": 1.0}))
-    PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
-    file.write_text(json.dumps(saved | gone))
-    with pytest.raises(ValueError, match="must be trained again"):
-        PeftModel.from_pretrained(tiny_bert.build(), tmp_path)

@@ -47,7 +47,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("form", ["saturating", "sinc", "sine"])
+@pytest.mark.parametrize("form", ["residual", "sinc", "sine"])
 def test_step_zero_equals_the_base_model_to_the_bit(tiny_bert: TinyModel, form: str) -> None:
     assert torch.equal(tiny_bert.logits(adapt(tiny_bert, form=form)), tiny_bert.logits(tiny_bert.build()))
 
@@ -83,7 +83,7 @@ def test_the_model_card_says_how_to_load_it_once(tiny_bert: TinyModel, tmp_path:
     assert "KeyError: 'LRLORA'" in card
 
 
-@pytest.mark.parametrize(("sharing", "count"), [("module", 13), ("type", 7), ("global", 1)])
+@pytest.mark.parametrize(("sharing", "count"), [("module", 13), ("global", 1)])
 def test_sharing_decides_how_many_phi_there_are(tiny_bert: TinyModel, tmp_path: Path, sharing: str, count: int) -> None:
     model = trained(tiny_bert, sharing=sharing, task_type="SEQ_CLS")
     assert len({id(layer.lrlora_phi["default"]) for layer in adapted_layers(model)}) == count
@@ -273,7 +273,7 @@ def test_an_adapter_of_a_newer_format_is_refused(tiny_bert: TinyModel, tmp_path:
         PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
 
 
-@pytest.mark.parametrize("form", ["residual", "saturating", "sinc", "sine"])
+@pytest.mark.parametrize("form", ["residual", "sinc", "sine"])
 def test_a_nan_in_training_stays_visible(tiny_bert: TinyModel, form: str) -> None:
     layer = adapted_layers(adapt(tiny_bert, form=form))[0]
     layer.lrlora_B["default"].weight.data[0, 0] = float("nan")

@@ -141,9 +141,6 @@ def test_a_page_of_an_adapter_beside_the_full_model(tmp_path: Path) -> None:
     (content,) = re.findall(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"))
     shown = json.loads(content)
     assert [run["facts"]["method"] for run in shown["runs"]] == ["LoHa", "full fine-tuning"]
-    (pair,) = shown["overlap"]["pairs"]
-    assert 0 < pair["mean"] <= 1
-    assert sum(part is not None for part in pair["modules"]) == 6
     command = "".join(shown["sizes"]["commands"][1])
     assert command.startswith(f"lrlora export {tmp_path / 'tuned'} --base {tmp_path / 'base'} --by energy --budget ")
 

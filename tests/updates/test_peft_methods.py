@@ -273,7 +273,7 @@ def test_an_adapter_of_another_base_model(tmp_path: Path) -> None:
     assert [row.relative_norm is None for row in rows] == [row.layer == 1 for row in rows]
 
 
-@pytest.mark.parametrize(("sharing", "shared"), [("module", 6), ("type", 3), ("global", 1)])
+@pytest.mark.parametrize(("sharing", "shared"), [("module", 6), ("global", 1)])
 def test_a_shared_phi_is_counted_once(sharing: str, shared: int, tmp_path: Path) -> None:
     config = LrLoraConfig(r=4, sharing=sharing, num_basis=8, **_ALL)
     updates = read_updates(save_trained(tmp_path, config))

@@ -35,32 +35,19 @@ _EVERY = Annotated[bool, typer.Option("--all", help="Show every module, however 
 def ranks(
     source: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
     base: _BASE = None,
-    with_base: Annotated[bool, typer.Option("--with-base", help="Take the base model that it names.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write the report here as JSON.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Also write the rows here as CSV.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Also draw them here (.png, .svg, .pdf).")] = None,
     every: _EVERY = False,
 ) -> None:
     """Print what ranks an adapter really uses, or what full fine-tuning has changed."""
     with one_clear_error():
-        for path in (json, csv, picture):
-            if path and not path.parent.is_dir():
-                raise FileNotFoundError(f"The folder {path.parent} for {path.name} does not exist.")
+        if json and not json.parent.is_dir():
+            raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")
         require_source(source, base)
         quiet()
-        if picture:
-            from ..report.figure import check_picture, save_rank_figure
-
-            check_picture(picture)
         from ..rank import rank_report
         from ..report.table import rank_table
-        from ..saved import SavedAdapter
         from ..updates import read_updates
 
-        if with_base and base is None:
-            base = None if Path(source).is_file() else SavedAdapter.read(source).config.base_model_name_or_path
-            if not base:
-                raise ValueError(f"{source} does not say what its base model is: give it, --base MODEL.")
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
         if losses := read_losses(Path(source)):
@@ -72,10 +59,6 @@ def ranks(
             announce(note)
         if json:
             report.to_json(json)
-        if csv:
-            report.to_csv(csv)
-        if picture:
-            save_rank_figure(report, picture)
 
 
 @app.command()

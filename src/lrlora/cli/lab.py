@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +36,7 @@ def demo(
         quiet()
         from ..lab.demo import DemoSettings, run_demo
         from ..lab.train import Interrupted, rank_report_of
-        from ..report.figure import illustrate, save_rank_figure
+        from ..report.figure import save_rank_figure
         from ..report.page import write_page
         from ..report.runs import load_runs
         from ..report.table import rank_table
@@ -46,7 +44,7 @@ def demo(
 
         settings = DemoSettings(steps=steps, seed=seed)
         try:
-            results = run_demo(output, settings, overwrite=overwrite, announce=announce, illustrate=illustrate)
+            results = run_demo(output, settings, overwrite=overwrite, announce=announce)
         except Interrupted:
             raise KeyboardInterrupt from None
         report = rank_report_of(output / "lr-lora")
@@ -131,7 +129,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     from ..report.table import rank_table
 
     try:
-        result = train(run, resume=resume, overwrite=overwrite, announce=announce, illustrate=_illustrator())
+        result = train(run, resume=resume, overwrite=overwrite, announce=announce)
     except (Interrupted, KeyboardInterrupt) as stop:
         folder = Path(run.output)
         hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
@@ -168,14 +166,6 @@ def _measure_smallest(run: TrainConfig) -> None:
         if is_asked_for:
             raise ValueError(f"The run is finished, but lora/ could not be made as asked: {error}") from error
         announce(f"How small its LoRA may be was not measured: {error}")
-
-
-def _illustrator() -> Callable[[Path], None] | None:
-    if not importlib.util.find_spec("matplotlib"):
-        return None
-    from ..report.figure import illustrate
-
-    return illustrate
 
 
 _SPLIT = Annotated[str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")]

@@ -84,14 +84,12 @@ def run_demo(
     *,
     overwrite: bool = False,
     announce: Callable[[str], None] = print,
-    illustrate: Callable[[Path], None] | None = None,
 ) -> list[DemoResult]:
     """Train MiniLM on both tasks with each method.
 
     Writes a folder of `lrlora.lab.train.train` for each method on the reviews, and `results.json`. Everything is
     written under `<output>.partial` and renamed at the end; an interrupted demo goes on from there when it is called
-    again with the same settings. `announce` is given what is being done, and `illustrate` each folder, to draw the
-    picture of its model card.
+    again with the same settings. `announce` is given what is being done.
 
     Raises:
         BlockingIOError: another process writes it.
@@ -102,7 +100,7 @@ def run_demo(
 
     """
     with only_writer(output):
-        return _run_demo(output, settings, overwrite, announce, illustrate)
+        return _run_demo(output, settings, overwrite, announce)
 
 
 def _run_demo(
@@ -110,7 +108,6 @@ def _run_demo(
     settings: DemoSettings,
     overwrite: bool,
     announce: Callable[[str], None],
-    illustrate: Callable[[Path], None] | None,
 ) -> list[DemoResult]:
     work = output.with_name(output.name + ".partial")
     settings_file = work / SETTINGS_FILE
@@ -130,7 +127,7 @@ def _run_demo(
     for folder, (key, rate) in REVIEWS.items():
         if all(result.folder != folder for result in results):
             announce(f"Movie reviews with {find_method(key).name} …")
-            keep(_review(work / folder, key, rate, settings, announce, illustrate))
+            keep(_review(work / folder, key, rate, settings, announce))
     task = CapacityTask("labels", LABEL_STEPS * settings.steps, LABEL_BATCH)
     for key, rate, scale in LABELS:
         if all(result.method != find_method(key).name for result in results if result.task == task.kind):
@@ -165,7 +162,6 @@ def _review(
     rate: float,
     settings: DemoSettings,
     announce: Callable[[str], None],
-    illustrate: Callable[[Path], None] | None,
 ) -> DemoResult:
     method, seconds = find_method(key), None
     config = TrainConfig(
@@ -192,7 +188,7 @@ def _review(
     )
     if not (folder / METRICS_FILE).exists():
         was_begun = (folder / RUN_FILE).exists()
-        done = train(config, resume=was_begun, announce=announce, illustrate=illustrate)
+        done = train(config, resume=was_begun, announce=announce)
         seconds = None if was_begun else done.seconds_per_step
     accuracy = evaluate(folder, _DATA, split="test")["accuracy"]
     error = math.sqrt(accuracy * (1 - accuracy) / len(MOVIE_REVIEW_TASK.load()["test"]))

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,6 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     announce: Announce = print,
-    illustrate: Callable[[Path], None] | None = None,
 ) -> TrainResult:
     """Fine-tune a model on data; everything that goes with it lands in `config.output`.
 
@@ -103,8 +101,6 @@ def train(
         resume: go on from the last checkpoint in the output folder, which must be of the same run.
         overwrite: replace the run in the output folder.
         announce: is given the plan and what is being done, line by line.
-        illustrate: is given the folder once the ranks are in it, to draw the picture of the model card, as
-            `lrlora.report.figure.illustrate` does. Default: no picture, and no charts are imported.
 
     Raises:
         BlockingIOError: another process trains in the output folder.
@@ -116,7 +112,7 @@ def train(
     """
     with only_writer(config.output):
         require_startable(config, resume=resume, overwrite=overwrite)
-        return _train(config, resume, overwrite, announce, illustrate)
+        return _train(config, resume, overwrite, announce)
 
 
 def _train(
@@ -124,7 +120,6 @@ def _train(
     resume: bool,
     overwrite: bool,
     announce: Announce,
-    illustrate: Callable[[Path], None] | None,
 ) -> TrainResult:
     output = Path(config.output)
     announce = _in_first_process(announce)
@@ -148,7 +143,7 @@ def _train(
         where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
         raise Interrupted(f"Stopped by {stop.signal} {where}")
     metrics = plain_metrics(trainer.evaluate())
-    return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce, illustrate)
+    return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce)
 
 
 def show_plan(config: TrainConfig, *, announce: Announce = print) -> None:
@@ -277,7 +272,6 @@ def _finish(
     metrics: dict[str, float],
     seconds_per_step: float,
     announce: Announce,
-    illustrate: Callable[[Path], None] | None,
 ) -> TrainResult:
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
@@ -301,8 +295,6 @@ def _finish(
     if config.method == "lr-lora":
         _save_plain_lora(output, announce)  # before the card, which tells of it
     if METHODS[config.method].has_ranks:
-        if illustrate is not None:
-            illustrate(output)
         write_card(output, metrics)
     # Last: a run with metrics is a finished one.
     write_json(output / METRICS_FILE, metrics)

@@ -48,7 +48,7 @@ inline void transpose(Four& a, Four& b, Four& c, Four& d) {
 // std::fma is a slow library call where the CPU has no such instruction; the compiler contracts this where it has.
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
 
-enum Form { RESIDUAL = 0, SATURATING = 1, SINC = 2 };
+enum Form { RESIDUAL = 0, SINC = 1 };
 
 struct Phi {
     const float* table;      // (2 * side, LINE): of ψ for the weight, of ψ' for the gradient
@@ -58,39 +58,6 @@ struct Phi {
     float gain;              // z = gain * (BA)
     float scaling;           // s
 };
-
-// exp(x) for -80 <= x <= 0, to 2 units in the last place.
-inline float exponential(float x) {
-    const float k = std::nearbyint(x * 1.44269504f);
-    const float f = multiply_add(k, -1.42860677e-6f, multiply_add(k, -0.693145752f, x));
-    float p = 1.0f / 5040;
-    p = multiply_add(p, f, 1.0f / 720);
-    p = multiply_add(p, f, 1.0f / 120);
-    p = multiply_add(p, f, 1.0f / 24);
-    p = multiply_add(p, f, 1.0f / 6);
-    p = multiply_add(p, f, 0.5f);
-    p = multiply_add(p, f, 1.0f);
-    p = multiply_add(p, f, 1.0f);
-    const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
-
-// Near 0, (1 - e) / (1 + e) would lose its relative precision: there, the Taylor series to z^13.
-inline float hyperbolic_tangent(float z) {
-    const float a = std::fabs(z), q = z * z;
-    const float e = exponential(-2 * (a > 20.0f ? 20.0f : a));
-    const float far = std::copysign((1 - e) / (1 + e), z);
-    float p = 21844.0f / 6081075;
-    p = multiply_add(p, q, -1382.0f / 155925);
-    p = multiply_add(p, q, 62.0f / 2835);
-    p = multiply_add(p, q, -17.0f / 315);
-    p = multiply_add(p, q, 2.0f / 15);
-    p = multiply_add(p, q, -1.0f / 3);
-    const float near = multiply_add(p * q, z, z);
-    return a < 0.35f ? near : far;
-}
 
 // z[j] = gain * sum_k b[k] * A[k][j]
 inline void product(float* z, const float* b, const float* A, int64_t r, int64_t stride, int64_t count, float gain) {
@@ -204,10 +171,7 @@ void lrlora_effective_weight(void* out, const void* weight, const float* A, cons
             product(z, B + i * r, A + start, r, n, count, phi.gain);
             locate(cell, t, z, count, phi);
             read_table(psi, phi.table, cell, t, count);
-            if (phi.form == SATURATING)
-                for (int64_t j = 0; j < count; ++j) z[j] = hyperbolic_tangent(z[j]);
-            else if (phi.form == SINC)
-                std::fill(z, z + count, 0.0f);
+            if (phi.form == SINC) std::fill(z, z + count, 0.0f);
             float* o = is_bfloat16 ? t : static_cast<float*>(out) + i * n + start;
             if (weight) {
                 const float* w = is_bfloat16 ? widened : static_cast<const float*>(weight) + i * n + start;
@@ -250,17 +214,9 @@ void lrlora_gradient(const void* G, const float* A, const float* B, float* grad_
                 locate(cell, t, z, count, phi);
                 read_table(h, phi.table, cell, t, count);
                 // ψ is clipped to the table, save in the form that has no other part: its table holds all entries.
-                if (phi.form != SINC)
+                if (phi.form == RESIDUAL)
                     for (int64_t j = 0; j < count; ++j)
-                        h[j] = std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j];
-                if (phi.form == SATURATING) {
-                    for (int64_t j = 0; j < count; ++j) {
-                        const float tangent = hyperbolic_tangent(z[j]);
-                        h[j] += multiply_add(-tangent, tangent, 1.0f);
-                    }
-                } else if (phi.form == RESIDUAL) {
-                    for (int64_t j = 0; j < count; ++j) h[j] += 1.0f;
-                }
+                        h[j] = 1.0f + (std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j]);
                 for (int64_t j = 0; j < count; ++j) h[j] *= phi.scaling * g[j];
                 add_moments(own, bins, cell, t, g, count, phi.scaling / phi.gain);
                 for (int64_t k = 0; k < r; ++k) {

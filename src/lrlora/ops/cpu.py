@@ -23,7 +23,7 @@ from .table import CELLS_PER_BIN, PhiGradient, TransferTable
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FUNCTIONS = ("lrlora_effective_weight", "lrlora_gradient")
-_FORMS = {"residual": 0, "saturating": 1, "sinc": 2}
+_FORMS = {"residual": 0, "sinc": 1}
 _MOMENTS = 4
 _BANKS = 2  # as in cpu.cpp
 # A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.

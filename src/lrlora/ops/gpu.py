@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .table import PhiGradient, TransferTable
 
-_FORMS = ("residual", "saturating")
 # A tile's entries, its tokens at a time, and the warps that share it: the backward holds five values of every entry in
 # registers.
 _BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 64, 64, 32, 4
@@ -30,7 +29,7 @@ _SHARES = 2**26
 
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels take this φ and these tensors."""
-    return table.spec.form in _FORMS and all(t is None or _is_plain(t) for t in tensors)
+    return table.spec.form == "residual" and all(t is None or _is_plain(t) for t in tensors)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -69,21 +68,6 @@ def _cubic(table, cell, t):
 
 
 @triton.jit
-def _tanh(z):
-    # exp(−2|z|) never overflows; near 0, where 1 − e would cancel, the Taylor series to z¹³.
-    q = z * z
-    e = tl.exp(-2.0 * tl.abs(z))
-    far = tl.where(z < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-    p = 21844.0 / 6081075
-    p = p * q - 1382.0 / 155925
-    p = p * q + 62.0 / 2835
-    p = p * q - 17.0 / 315
-    p = p * q + 2.0 / 15
-    p = p * q - 1.0 / 3
-    return tl.where(tl.abs(z) < 0.35, p * q * z + z, far)
-
-
-@triton.jit
 def _weight_kernel(
     out,
     weight,
@@ -97,7 +81,6 @@ def _weight_kernel(
     r,
     gain,
     scale,
-    IS_SATURATING: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -106,23 +89,17 @@ def _weight_kernel(
     place, inside = rows[:, None] * n + columns[None, :], (rows[:, None] < m) & (columns[None, :] < n)
     cell, t = _locate(z, side, cells_per_unit)
     psi = _cubic(table, cell, t)
-    value = scale * ((_tanh(z) if IS_SATURATING else z) + psi)
+    value = scale * (z + psi)
     if HAS_WEIGHT:
         value += tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _slope(table, z, side, cells_per_unit, IS_SATURATING: tl.constexpr):
+def _slope(table, z, side, cells_per_unit):
     """φ′(z), from its table and the part that has none."""
     cell, t = _locate(z, side, cells_per_unit)
-    slope = tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
-    if IS_SATURATING:
-        tangent = _tanh(z)
-        slope += 1.0 - tangent * tangent
-    else:
-        slope += 1.0
-    return slope
+    return 1.0 + tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
 
 
 @triton.jit
@@ -156,7 +133,6 @@ def _gradient_kernel(
     r,
     gain,
     scaling,
-    IS_SATURATING: tl.constexpr,
     HAS_PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -177,7 +153,7 @@ def _gradient_kernel(
         inside = has_row[:, None] & has_column[None, :]
         g = tl.load(Y + rows[:, None] * n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
-    h = scaling * _slope(table, z, side, cells_per_unit, IS_SATURATING) * g
+    h = scaling * _slope(table, z, side, cells_per_unit) * g
     # Shares of ∂L/∂B, (column blocks, r, m), and of ∂L/∂A, (row blocks, r, columns of the strip).
     grad_B += tl.program_id(1).to(tl.int64) * r * m
     width = tl.num_programs(1) * BLOCK_N
@@ -214,7 +190,6 @@ def write_weight(
             A.shape[0],
             gain,
             scaling / gain,
-            IS_SATURATING=table.spec.form == "saturating",
             HAS_WEIGHT=weight is not None,
             BLOCK_M=_BLOCK_M,
             BLOCK_N=_BLOCK_N,
@@ -286,7 +261,6 @@ def _gradients(
                 r,
                 gain,
                 scaling,
-                IS_SATURATING=table.spec.form == "saturating",
                 HAS_PRODUCT=X is not None,
                 PRECISION=_precision(),
                 BLOCK_M=_BLOCK_M,

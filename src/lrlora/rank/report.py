@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -155,14 +153,6 @@ class RankReport:
         for module, curve in self.curves.items():
             if not 0 < len(curve.z) == len(curve.phi):
                 raise ValueError(f"φ of {module} has {len(curve.z)} points and {len(curve.phi)} values.")
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows as CSV."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [f.name for f in fields(RankRow)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in self.rows)
-        write_whole(path, text.getvalue())
 
     def summary(self) -> dict[str, float]:
         """Mean, smallest and largest of every measure, and the mean by kind, as flat scalars for a logger."""

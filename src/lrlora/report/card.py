@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..checks import in_markdown
@@ -14,15 +15,22 @@ from .runs import Run, load_run
 
 
 def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
-    """Write the model card of a run beside its adapter, in place of PEFT's.
+    """Write the model card of a run beside its adapter, in place of PEFT's, and the picture of its ranks.
+
+    The picture needs matplotlib (`pip install '.[plots]'`); without it there is none.
 
     Args:
-        folder: of the run, with the adapter. A picture of the ranks in it is shown.
+        folder: of the run, with the adapter.
         metrics: of the run, if they are not there as a file yet.
 
     """
     run = load_run(str(folder), folder.resolve().name, metrics)
-    picture = PICTURE_FILE if (folder / PICTURE_FILE).exists() else None
+    picture = None
+    if find_spec("matplotlib"):
+        from .figure import save_rank_figure
+
+        picture = PICTURE_FILE
+        save_rank_figure(run.report, folder / picture, title=f"Learned ranks, {run.name}")
     saved = SavedAdapter.read(folder)
     run.facts["base model"] = base_on_hub(saved) or Path(run.facts["base model"]).name
     is_ours = run.facts["method"] == "LR-LoRA"

@@ -1,40 +1,4 @@
-// What compares runs: how far their updates act on the same directions, and what each would keep at a smaller size.
-function showOverlaps() {
-  const { overlap } = data;
-  $("overlap").hidden = !overlap;
-  if (!overlap) return;
-  const chances = overlap.pairs.map(({ chance }) => chance);
-  const [least, most] = [Math.min(...chances), Math.max(...chances)].map(asShare);
-  $("chance").textContent = least === most ? least : `${least} to ${most}`;
-  const some = [...new Set(overlap.pairs.flatMap((pair) => pair.runs))].sort((a, b) => a - b);
-  const similarity = (i, j) => (i === j ? 1 : overlap.pairs.find((pair) => pair.runs.includes(i) && pair.runs.includes(j))?.mean);
-  fillMap($("overlaps"), "", some.map((i) => runs[i].name), some.map((i) => runs[i].name), some.map((i) => some.map((j) => similarity(i, j))));
-  overlap.pairs.forEach(({ runs: [i, j] }, at) => $("pair").append(make("option", { value: at }, `${runs[i].name} and ${runs[j].name}`)));
-  $("pair").addEventListener("change", showOverlap);
-}
-function showOverlap() {
-  if (!data.overlap) return;
-  const { numbers, modules, pairs } = data.overlap;
-  const pair = pairs[$("pair").value];
-  const here = pair.modules[modules.indexOf(state.module)];
-  const [first, second] = pair.runs.map((i) => runs[i].name);
-  $("overlap-map").parentElement.hidden = !here;
-  $("closely").replaceChildren(make("h3", {}, state.module ?? ""), make("p", { class: "hint" }, here
-    ? `How far the first 1, 2, 4, … directions of ${first} (rows) and of ${second} (columns) overlap. Directions at random would give the larger of both numbers over ${here.n}.`
-    : `${first} and ${second} do not both have directions of this module that can be compared.`));
-  if (!here) return;
-  $("overlap-map").setAttribute("aria-label", `Overlap of ${first} and ${second} in ${state.module}`);
-  fillMap($("overlap-map"), "directions", numbers.slice(0, here.values.length), numbers.slice(0, here.values[0].length), here.values);
-}
-const asShare = (value) => (value === undefined ? "–" : value < 0.01 ? String(Number(value.toPrecision(1))) : value.toFixed(2));
-// Values in [0, 1] as a table of shades.
-function fillMap(table, corner, rows, columns, values) {
-  const head = make("tr", {}, make(corner ? "th" : "td", corner ? { scope: "col" } : {}, corner), ...columns.map((name) => make("th", { scope: "col" }, String(name))));
-  const body = values.map((line, i) => make("tr", {}, make("th", { scope: "row" }, String(rows[i])),
-    ...line.map((value) => make("td", { class: "shade", style: value === undefined ? "" : painted(value) }, asShare(value)))));
-  table.replaceChildren(make("thead", {}, head), make("tbody", {}, ...body));
-}
-
+// What each run would keep at a smaller size.
 function showSizes() {
   const { sizes } = data;
   $("sizes").hidden = !sizes;

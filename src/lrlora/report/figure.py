@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 
 from ..files import replacing
 from ..rank import MEASURES, RankReport, RankRow
-from ..run_folder import PICTURE_FILE, REPORT_FILE
 
 # What the picture shows and the page opens on, unless another is asked for.
 OPENING_MEASURE = "stable_rank"
@@ -30,12 +28,6 @@ def save_rank_figure(
 
     """
     save_figure(rank_figure(report, measure=measure, title=title), path)
-
-
-def illustrate(folder: Path) -> None:
-    """Draw the ranks that are stored in the folder of a run, where its model card looks for the picture."""
-    report = RankReport.from_json(folder / REPORT_FILE)
-    save_rank_figure(report, folder / PICTURE_FILE, title=f"Learned ranks, {folder.resolve().name}")
 
 
 def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Learned ranks") -> Figure:
@@ -68,14 +60,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure in the format of the suffix, whole or not at all."""
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format=Path(path).suffix.removeprefix("."))
-
-
-def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise a ValueError unless the suffix of `path` is one that can be drawn."""
-    suffix = Path(path).suffix.removeprefix(".")
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if suffix not in known:
-        raise ValueError(f"A picture must end in one of .{', .'.join(known)}, and {path} does not.")
 
 
 def _draw_ranks(axes: Axes, rows: list[RankRow], measure: str) -> None:

@@ -242,7 +242,7 @@ function save(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 const quoted = (value) => (value === null ? "" : /[",\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
-// As `lrlora ranks --csv` writes them: shares as shares, not in percent.
+// Shares as shares, not in percent.
 const saved = ["run", "at", "module", "layer", "type", "kind", "m", "n", "r", ...recorded];
 const savedRows = () => tableRows().map((row) => ({ ...row, at: placeInTime() }));
 const asCsv = () => [saved, ...savedRows().map((row) => saved.map((key) => quoted(row[key])))].map((cells) => cells.join(",")).join("\n") + "\n";
@@ -310,7 +310,6 @@ function show() {
   $("tip").hidden = true;
   showMaps();
   showTable();
-  showOverlap();
   return Promise.all([showModule(), showKinds()]);
 }
 
@@ -326,7 +325,6 @@ async function start() {
   $("course").hidden = !curves.length;
   showFacts();
   showSettings();
-  showOverlaps();
   showSizes();
   $("measure").value = state.measure;
   $("measure").addEventListener("change", () => { state.measure = $("measure").value; show(); });

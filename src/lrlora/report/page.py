@@ -11,18 +11,15 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
-from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import vl_convert
 from matplotlib import colormaps
-from torch import Tensor
 
 from ..files import write_whole
 from ..rank import MEASURES, RankReport
-from ..rank.overlap import grassmann_similarity
 from .charts import CHARTS, COLOURS, specification
 from .energy import kept_over_size
 from .figure import OPENING_MEASURE
@@ -36,8 +33,6 @@ _SHOWN = {name: (measure.label, measure.digits, measure.about) for name, measure
 }
 _IN_PERCENT = ("relative_norm",)
 _OF_PHI = ("curvature", "phi_zero")
-# Leading directions of two runs that are compared: in the mean over modules, and in one module.
-_COMPARED, _COMPARED_CLOSELY = 4, (1, 2, 4, 8, 16)
 # Records over training, and points of a curve, that a page shows at most: more cannot be told apart, but weigh.
 MOST_RECORDS, MOST_POINTS = 60, 400
 _T = TypeVar("_T")
@@ -108,7 +103,6 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "measures": measures,
         "recorded": values,  # in the order of the values of a record
         "runs": [_run(run, values) for run in runs],
-        "overlap": _overlap(runs),
         "sizes": _sizes(runs),
         "losses": _losses(runs),
         "colours": COLOURS,
@@ -147,35 +141,6 @@ def _run(run: Run, values: list[str]) -> dict[str, Any]:
             for step, value in _thinned(points, MOST_POINTS)
         ],
     }
-
-
-def _overlap(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """How far the updates of every two runs act on the same input directions; None if no two can be compared."""
-    modules = list(dict.fromkeys(module for run in runs for module in run.directions))
-    pairs = []
-    for (i, first), (j, second) in combinations(enumerate(runs), 2):
-        common = {
-            module: (one, other)
-            for module, one in first.directions.items()
-            if (other := second.directions.get(module)) is not None and len(one) == len(other)
-            if one.numel() and other.numel()
-        }
-        if common:
-            leading = [(one[:, :_COMPARED], other[:, :_COMPARED]) for one, other in common.values()]
-            similarities = [grassmann_similarity(*two) for two in leading]
-            # Of two random subspaces of i and j directions, it is max(i, j) / n on average.
-            chances = [max(one.shape[1], other.shape[1]) / len(one) for one, other in leading]
-            pair = {"runs": (i, j), "mean": float(np.mean(similarities)), "chance": float(np.mean(chances))}
-            closely = [_closely(*common[module]) if module in common else None for module in modules]
-            pairs.append(pair | {"modules": closely})
-    return {"numbers": _COMPARED_CLOSELY, "modules": modules, "pairs": pairs} if pairs else None
-
-
-def _closely(first: Tensor, second: Tensor) -> dict[str, Any]:
-    """The similarity of so many leading directions of one module's two updates as there are; n of the module."""
-    rows, columns = ([k for k in _COMPARED_CLOSELY if k <= part.shape[1]] for part in (first, second))
-    values = [[round(grassmann_similarity(first[:, :i], second[:, :j]), 3) for j in columns] for i in rows]
-    return {"n": len(first), "values": values}
 
 
 def _sizes(runs: Sequence[Run]) -> dict[str, Any] | None:

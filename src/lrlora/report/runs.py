@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..compress import leading_directions
 from ..files import is_full_model, read_json
 from ..fingerprint import warn_of_another_model
 from ..rank import RankReport, rank_report
@@ -54,8 +51,6 @@ class Run:
         settings: configurations by name.
         history: (step, ranks) over training.
         log: the Trainer's log history.
-        directions: module → its leading input directions, the right singular vectors of ΔW, (n, k); none where the run
-            stands alone.
 
     """
 
@@ -65,7 +60,6 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[tuple[int, RankReport]] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
-    directions: dict[str, Tensor] = field(default_factory=dict)
     arguments: Sequence[str] = ()
     losses: LossRecord | None = None
 
@@ -74,7 +68,7 @@ def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathL
     """Runs: of each folder the one in it, or those in the folders below it; or of whatever `read_updates` reads.
 
     Ranks are read where they were stored, else measured. A Trainer's output folder without an adapter counts as its
-    last checkpoint. Of several runs, the leading directions of every module's update come along, to compare them.
+    last checkpoint.
 
     Args:
         sources: folders of runs and adapters, names of adapters on the hub, LoRAs in single files, and full models.
@@ -97,10 +91,7 @@ def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathL
             raise ValueError(f"{', '.join(sorted(twice))} is given twice. Give every run once.")
         names |= found
     is_clear = len(set(names.values())) == len(names)
-    return [
-        load_run(source, name if is_clear else source, base=base, with_directions=len(names) > 1)
-        for source, name in names.items()
-    ]
+    return [load_run(source, name if is_clear else source, base=base) for source, name in names.items()]
 
 
 def _name(folder: Path, source: str) -> str:
@@ -117,7 +108,6 @@ def load_run(
     metrics: dict[str, float] | None = None,
     *,
     base: str | os.PathLike[str] | None = None,
-    with_directions: bool = False,
 ) -> Run:
     """One run under a name: in a folder, or whatever `read_updates` reads.
 
@@ -126,7 +116,6 @@ def load_run(
         name: of the run.
         metrics: of the run, if they are not there as a file yet.
         base: the base model.
-        with_directions: measure the leading directions of every update too.
 
     """
     folder = Path(source)
@@ -134,7 +123,7 @@ def load_run(
     checkpoint = last_whole_checkpoint(folder) if folder.is_dir() and is_run else None
     adapter = SavedAdapter.read(_adapter_of(folder, checkpoint)) if is_run else None
     # Ranks are read where they were stored: large models take long to measure.
-    is_measured = (folder / REPORT_FILE).exists() and not with_directions
+    is_measured = (folder / REPORT_FILE).exists()
     updates = None if is_measured else read_updates(adapter or source, base=base)
     if (folder / REPORT_FILE).exists():
         report = RankReport.from_json(folder / REPORT_FILE)
@@ -150,8 +139,6 @@ def load_run(
             result.facts["base model"] = os.fspath(base)
     if updates is not None and updates.notes:
         result.facts["note"] = " ".join(updates.notes)
-    if updates is not None and with_directions:
-        result.directions = leading_directions(updates)
     result.facts = {label: _without_home(fact) for label, fact in result.facts.items()}
     there = source if adapter is None else adapter.name
     result.arguments = (there,) if base is None else (there, "--base", os.fspath(base))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from ..transfer import FORMS, Transfer, TransferSpec
 
 FORMAT_VERSION = 1
 EXPANSION = "expansion"  # the form that has signs in the place of φ
-SHARING = ("module", "type", "global")
+SHARING = ("module", "global")
 _REMEDIES = {
     "init_lora_weights": "use `init_weights`",
     "use_dora": "remove it, or use `peft.LoraConfig` for DoRA",
@@ -73,11 +73,11 @@ class LrLoraConfig(PeftConfig):
         num_basis: N ≥ 2, sinc terms of φ.
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0, what scales the entries of BA to the structure of φ.
-        form: the fixed part of φ: "residual", "saturating", "sinc" or "sine" (see `lrlora.transfer`). Or "expansion",
-            fixed signs that multiply BA in the place of φ (see `lrlora.expansion`).
+        form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.transfer`). Or "expansion", fixed signs
+            that multiply BA in the place of φ (see `lrlora.expansion`).
         num_terms: Q ≥ 1, terms of the expansion: ΔW has a rank of up to r·Q.
         pattern_seed: of the expansion's random signs.
-        sharing: one φ per "module", per module "type" (the same place in every layer), or one "global" φ.
+        sharing: one φ per "module", or one "global" φ.
         phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ learn. At LoRA's learning rates, 1
             leaves φ straight and the rank at r; 10 lets both move.
         format_version: version of the saved format; written by lrlora, not to be set.
@@ -115,17 +115,13 @@ class LrLoraConfig(PeftConfig):
     num_basis: int = field(default=8, metadata={"help": "Sinc terms of φ."})
     interval: float = field(default=3.0, metadata={"help": "Half-width of the grid of φ."})
     input_gain: float = field(default=300.0, metadata={"help": "Gain on BA before φ, undone after it."})
-    form: Literal["residual", "saturating", "sinc", "sine", "expansion"] = field(
+    form: Literal["residual", "sinc", "sine", "expansion"] = field(
         default="residual", metadata={"help": "Fixed part of φ, or 'expansion' in its place."}
     )
     num_terms: int = field(default=16, metadata={"help": "Terms of the expansion: the rank is up to r times this."})
     pattern_seed: int = field(default=0, metadata={"help": "Seed of the expansion's signs."})
-    sharing: Literal["module", "type", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
+    sharing: Literal["module", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
     phi_lr_multiplier: float = field(default=10.0, metadata={"help": "Learning-rate multiplier of φ."})
-    # Of configurations saved while there were gates and learned patterns; read, checked, and not kept.
-    rank_penalty: InitVar[float] = 0.0
-    pattern_weights: InitVar[str] = "fixed"
-    pattern_start: InitVar[str] = "even"
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
@@ -156,20 +152,8 @@ class LrLoraConfig(PeftConfig):
         """
         return cls(**{**PUBLISHED, **overrides})
 
-    def __post_init__(self, rank_penalty: float, pattern_weights: str, pattern_start: str) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if rank_penalty:
-            raise ValueError(
-                f"rank_penalty={rank_penalty}: lrlora has no gates any more. Leave it out of a new configuration, and "
-                "compress the trained adapter with lrlora export. An adapter saved with gates must be trained again."
-            )
-        is_learned = self.form == EXPANSION and (pattern_weights != "fixed" or pattern_start != "even")
-        if is_learned or str(self.form) == "blocks":
-            given = f"{pattern_weights=}, {pattern_start=}".replace("'", '"') if is_learned else 'form="blocks"'
-            raise ValueError(
-                f"{given}: patterns with learned weights lost to fixed ones (docs/capacity.md), and lrlora has none "
-                'any more. Give form="expansion" alone. An adapter saved with learned weights must be trained again.'
-            )
         self.peft_type = PeftType("LRLORA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check()

@@ -26,7 +26,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..expansion import Expansion
-from ..naming import module_type
 from ..patterns import pattern_key
 from ..transfer import Transfer
 from .config import LrLoraConfig
@@ -257,7 +256,7 @@ class LrLoraModel(BaseTuner):
 
     def _phi_of(self, config: LrLoraConfig, key: str) -> Transfer | Expansion:
         """The φ or expansion of the layer `key`: a new one, or that of an earlier layer it shares one with."""
-        sharers = {"module": key, "type": module_type(key), "global": ""}[config.sharing]
+        sharers = key if config.sharing == "module" else ""
         if sharers not in self._shared:
             self._shared[sharers] = config.new_phi()
         return self._shared[sharers]

@@ -43,7 +43,6 @@ from ...processes import LRLORA, Process
 from ..small import reviews, save_encoder
 
 COLUMNS = {"text": "review", "label": "verdict"}
-RUNNABLE = [name for name, method in METHODS.items() if not method.is_retired]
 
 
 @pytest.fixture
@@ -438,13 +437,6 @@ def test_updates_of_zero_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "ranks.png").stat().st_size > 0
 
 
-@pytest.mark.refused
-def test_what_left_the_code_is_shown_and_not_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"learned blocks .* no longer in lrlora\. Leave blocks\+r=1 out"):
-        prepare(Comparison("capacity", methods=("blocks+r=1",), tasks=("labels",)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
     def wrong(name: str, value: object) -> Path:
         content = yaml.safe_load(suite.read_text())
@@ -503,7 +495,7 @@ def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_pat
     assert "What failed" in (tmp_path / "out" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("method", RUNNABLE)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(suite: Path, tmp_path: Path, method: str) -> None:
     request = {"task": "reviews", "method": method, "learning_rate": 1e-3, "seed": 1, "rank": 2}
     result = run_job(load_suite(str(suite)), request, tmp_path / "run")
@@ -558,14 +550,14 @@ def test_a_job_has_one_gpu(monkeypatch: pytest.MonkeyPatch, given: dict[str, str
 @pytest.mark.slow
 def test_every_method_runs_on_a_real_model(tmp_path: Path) -> None:
     """A few steps of each on MiniLM; tuning and one final run."""
-    methods = ",".join(RUNNABLE)
+    methods = ",".join(METHODS)
     result = run(
         "compare", "smoke", "--methods", methods, "--rates", "1e-3", "--seeds", 1, "--output", tmp_path / "out"
     )
     assert result.exit_code == 0, result.output
     records = read_records(tmp_path / "out").values()
     assert not [r["failure"] for r in records if r.get("failure")]
-    assert {r["method"] for r in records if r["seed"] == 1} == set(RUNNABLE)
+    assert {r["method"] for r in records if r["seed"] == 1} == set(METHODS)
 
 
 def test_methods_with_other_options() -> None:

@@ -48,7 +48,7 @@ def served_rank(method: str, rank: int) -> int | None:
     """The rank of the plain LoRA that holds the same update; None where that is not known beforehand."""
     known, r = find_method(method), rank_of(method, rank)
     options = known.adapter(rank)
-    if options.get("form") in ("expansion", "blocks"):
+    if options.get("form") == "expansion":
         return r * options.get("num_terms", LrLoraConfig.num_terms) if r else None
     return r if known.train == "lora" else None
 

@@ -6,6 +6,7 @@ Every job trains one method on one task at one learning rate with one seed. Its 
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import math
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from .suites import Suite
 TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
 CALL_FILE = "call.json"  # what was asked for last
+PACKED_FILE = "jobs.jsonl.gz"  # finished jobs that are no longer in files of their own
 _LOCKS = "locks"
 FAILED = 3  # exit status of a worker whose job can never work
 # Steps between checkpoints. A shorter run has none: begun anew, it loses little.
@@ -257,12 +259,20 @@ def read_records(output: Path) -> dict[str, Record]:
     """
     remedy = "Remove it, and the same command runs the job again."
     found: dict[str, Record] = {}
+    if (packed := output / PACKED_FILE).exists():
+        with readable(packed, remedy), gzip.open(packed, "rt", encoding="utf-8") as file:
+            found = {record.pop("job"): record for record in map(json.loads, file)}
+            require_type(found, dict[str, _Record], packed.name)
     for path in sorted(output.glob("jobs/*.json")):
-        found[path.stem] = record = read_json(path, _Record, remedy)
+        found[path.stem] = read_json(path, _Record, remedy)
+    for name, record in found.items():
         asked = (*_OF_THE_DONE, *(_OF_THE_TESTED if record.get("test") is not None else ()))
-        missing = [] if record.get("failure") else [name for name in asked if name not in record]
+        missing = [] if record.get("failure") else [key for key in asked if key not in record]
         if missing:
-            raise ValueError(f"{path} is damaged or not what it should be (it lacks {', '.join(missing)}). {remedy}")
+            raise ValueError(
+                f"{output / 'jobs' / name}.json is damaged or not what it should be (it lacks {', '.join(missing)}). "
+                f"{remedy}"
+            )
     return found
 
 
@@ -290,8 +300,6 @@ def prepare(comparison: Comparison, output: Path) -> None:
     for task in comparison.task_names:
         for method in comparison.methods_of(task):
             settings, known = comparison.definition.tasks[task], find_method(method)
-            if known.is_retired:
-                raise ValueError(f"{known.name} was measured, and is no longer in lrlora. Leave {method} out.")
             if isinstance(settings, CapacityTask):
                 if known.train == "adalora" or known.options.get("init_lora_weights") == EVA:
                     raise ValueError(

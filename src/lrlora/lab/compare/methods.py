@@ -26,7 +26,6 @@ class Method:
         options: fields of its PEFT configuration, beside the rank.
         rank_factor: its rank is r times this; 0 for methods that have none.
         rates: learning rates to try.
-        is_retired: it is no longer in lrlora; what was measured of it is shown, and nothing more is run.
 
     """
 
@@ -35,7 +34,6 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     rank_factor: int = 1
     rates: tuple[float, ...] = _ADAPTER_RATES
-    is_retired: bool = False
 
     @property
     def has_ranks(self) -> bool:
@@ -98,9 +96,6 @@ METHODS = {
     "lr-lora-attention": Method("LR-LoRA on attention", "lr-lora", {"target_modules": _IN_ATTENTION}),
     "lr-lora-mlp": Method("LR-LoRA on MLPs", "lr-lora", {"target_modules": _IN_MLP}),
     "expansion": Method("expansion", "lr-lora", {"form": "expansion"}),
-    # Measured where rank binds, beaten, and taken out of the code (docs/capacity.md).
-    "expansion-learned": Method("expansion, learned", "lr-lora", {"form": "expansion"}, is_retired=True),
-    "blocks": Method("learned blocks (BoRA)", "lr-lora", {"form": "blocks"}, is_retired=True),
 }
 MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
 
@@ -111,7 +106,7 @@ def _with(option: str, *values: Any) -> tuple[str, ...]:
 
 # What is asked of the method → the methods that answer it.
 ABLATIONS: dict[str, tuple[str, ...]] = {
-    "sharing": ("lr-lora", "lora", "lr-lora+sharing=type", "lr-lora-shared"),
+    "sharing": ("lr-lora", "lora", "lr-lora-shared"),
     "frozen": ("lr-lora", "lora", "lr-lora-frozen", "sine"),
     "num-basis": ("lr-lora", "lora", *_with("num_basis", 2, 4, 16, 50)),
     "interval": ("lr-lora", "lora", *_with("interval", 1, 2, 5, 10)),
