@@ -92,8 +92,8 @@ def german() -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from lrlora.lab.compare.corpora import load_corpus
-    from lrlora.lab.inputs import SMOLLM2, checkpoint
+    from lrlora.train.packages import SMOLLM2, checkpoint
+    from lrlora_lab.corpora import load_corpus
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(SMOLLM2))
     corpus = load_corpus("german")
@@ -107,7 +107,7 @@ def train(model: Any, rate: float, data: Any) -> None:
     """Train what is trainable for `STEPS` steps of AdamW with a linear decay."""
     import torch
 
-    from lrlora.lab.compare.byte_model import sample_batch
+    from lrlora_lab.byte_model import sample_batch
 
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0)
@@ -138,7 +138,7 @@ def base_folder() -> Path:
     """SmolLM2, saved in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lrlora.lab.inputs import SMOLLM2, checkpoint
+    from lrlora.train.packages import SMOLLM2, checkpoint
 
     folder = SCRATCH / "base"
     if not folder.exists():
@@ -153,9 +153,8 @@ def checkpoints() -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from lrlora import rank_report
-    from lrlora.export import factorize, save_as_lora
-    from lrlora.export.factorize import parameters_of_rank
-    from lrlora.updates import read_updates
+    from lrlora.adapters import factorize, read_updates, save_as_lora
+    from lrlora.adapters.factorize import parameters_of_rank
 
     base, tuned = base_folder(), SCRATCH / "tuned"
     train_data, test_data = german()
@@ -243,8 +242,7 @@ def tools(clone: Path | None) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from lrlora.export import factorize, save_single_file
-    from lrlora.updates import read_updates
+    from lrlora.adapters import factorize, read_updates, save_single_file
 
     folder, file = lora_file()
     updates = read_updates(file)
@@ -290,8 +288,7 @@ def beside_peft(folder: Path) -> Iterator[dict[str, Any]]:
     from peft import PeftModel, convert_to_lora
     from transformers import AutoModelForCausalLM
 
-    from lrlora.export import factorize
-    from lrlora.updates import read_updates
+    from lrlora.adapters import factorize, read_updates
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder()), folder)
     updates = read_updates(folder)

@@ -52,10 +52,9 @@ def answers(python: str, folder: Path, inputs: Path, *, with_lrlora: bool = Fals
 
 def measure(demo: Path, python: str) -> list[dict[str, Any]]:
     """A record for the demo's two adapters, and for each export of the first."""
-    from lrlora.export import factorize, output_difference, save_as_lora
-    from lrlora.export.factorize import parameters_of_rank
-    from lrlora.lab.tasks import MOVIE_REVIEW_TASK
-    from lrlora.updates import read_updates
+    from lrlora.adapters import factorize, output_difference, read_updates, save_as_lora
+    from lrlora.adapters.factorize import parameters_of_rank
+    from lrlora.train.embedded_texts import MOVIE_REVIEW_TASK
 
     test = MOVIE_REVIEW_TASK.load()["test"]
     adapter = demo / "lr-lora"

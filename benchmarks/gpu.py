@@ -22,7 +22,7 @@ from torch import nn
 
 from lrlora import LrLoraConfig
 from lrlora.ops.reference import reference_delta_weight
-from lrlora.transfer import Transfer
+from lrlora.ops.transfer import Transfer
 
 # Of Llama 2 7B: attention, and both ways through the MLP.
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 import lrlora
-from lrlora.lab.inputs import SMOLLM2, fetch
+from lrlora.train.packages import SMOLLM2, fetch
 
 TOKENS = 24
 

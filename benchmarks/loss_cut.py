@@ -93,7 +93,7 @@ def german() -> None:
     """Speeches, in pieces of some 64 tokens, without a common speech."""
     from datasets import Dataset, DatasetDict
 
-    from lrlora.lab.compare.corpora import load_corpus
+    from lrlora_lab.corpora import load_corpus
 
     parts = {}
     for name, data, count in zip(("train", "validation", "test"), load_corpus("german"), (800, 128, 200), strict=True):
@@ -134,8 +134,8 @@ def chat() -> None:
 
 def run_folder(name: str, method: str, rank: int, rate: float, seed: int) -> Path:
     """Train a run, unless it is there."""
-    from lrlora.lab.config import TrainConfig
-    from lrlora.lab.train import train
+    from lrlora.train.run import train
+    from lrlora.train.settings import TrainConfig
 
     for make in (german, chat):
         if not (SCRATCH / make.__name__).exists():
@@ -194,8 +194,8 @@ def loaded(name: str, folder: Path) -> tuple[Any, list[Any]]:
     """A run of `lrlora train` with its examples, and batches of the test data."""
     from datasets import load_from_disk
 
-    from lrlora.lab.by_loss import Subject
-    from lrlora.lab.models import model_source
+    from lrlora.train.by_loss import Subject
+    from lrlora.train.models import model_source
 
     task = TASKS[name]
     base = model_source(task.settings["model"]) if task.method == "full" else None
@@ -208,12 +208,12 @@ def loaded(name: str, folder: Path) -> tuple[Any, list[Any]]:
 
 def case_of(name: str, folder: Path) -> Case:
     """A run of `lrlora train`."""
-    from lrlora.cut import mean_loss, smallest
-    from lrlora.cut.curve import LossCurve, directions
-    from lrlora.cut.moments import collect_moments
-    from lrlora.export import save_as_lora
-    from lrlora.export.factorize import parameters_of_rank
-    from lrlora.lab.by_loss import heal
+    from lrlora.adapters import save_as_lora
+    from lrlora.adapters.factorize import parameters_of_rank
+    from lrlora.ranks import mean_loss, smallest
+    from lrlora.ranks.cut import LossCurve, directions
+    from lrlora.ranks.moments import collect_moments
+    from lrlora.train.by_loss import heal
 
     subject, test = loaded(name, folder)
     held_out, training = subject.batches(subject.held_out), subject.batches(subject.training)
@@ -252,14 +252,14 @@ def byte_case(folder: Path, seed: int) -> Case:
     import torch
     from peft import PeftModel
 
-    from lrlora.cut import mean_loss, smallest
-    from lrlora.cut.curve import LossCurve, directions
-    from lrlora.cut.moments import collect_moments
-    from lrlora.export import factorize
-    from lrlora.export.factorize import parameters_of_rank
-    from lrlora.lab.compare.byte_model import CONTEXT, sample_batch
-    from lrlora.lab.compare.capacity_tasks import TEST_WINDOWS, transfer
-    from lrlora.lab.compare.corpora import load_corpus
+    from lrlora.adapters import factorize
+    from lrlora.adapters.factorize import parameters_of_rank
+    from lrlora.ranks import mean_loss, smallest
+    from lrlora.ranks.cut import LossCurve, directions
+    from lrlora.ranks.moments import collect_moments
+    from lrlora_lab.byte_model import CONTEXT, sample_batch
+    from lrlora_lab.capacity_tasks import TEST_WINDOWS, transfer
+    from lrlora_lab.corpora import load_corpus
 
     corpus, setting = load_corpus("german"), transfer("german", 16, seed)
     model = PeftModel.from_pretrained(setting.model, folder)
@@ -301,9 +301,9 @@ def heal_bytes(factors: Any, seed: int, test: Any) -> float:
     """100 steps of LoRA from these factors, at a quarter of the rate that fits its scale."""
     from peft import LoraConfig, get_peft_model
 
-    from lrlora.cut import mean_loss
-    from lrlora.export import lora_config
-    from lrlora.lab.compare.capacity_tasks import transfer
+    from lrlora.adapters import lora_config
+    from lrlora.ranks import mean_loss
+    from lrlora_lab.capacity_tasks import transfer
 
     setting = transfer("german", 16, seed + 100)
     model = get_peft_model(setting.model, lora_config(factors, LoraConfig()))
@@ -313,7 +313,7 @@ def heal_bytes(factors: Any, seed: int, test: Any) -> float:
             layer.lora_A["default"].weight.data.copy_(part.A)
             layer.lora_B["default"].weight.data.copy_(part.B)
     optimise(model, setting, 2 * 0.25 * BYTE_RATES[8], BYTE_HEALING)
-    from lrlora.export import factorize
+    from lrlora.adapters import factorize
 
     return mean_loss(model, factorize(model, energy=1.0), test)
 
@@ -343,7 +343,7 @@ def byte_folder(rank: int, seed: int) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from lrlora.lab.compare.capacity_tasks import transfer
+    from lrlora_lab.capacity_tasks import transfer
 
     folder = SCRATCH / f"bytes-{rank}-{seed}"
     if not (folder / "adapter_config.json").exists():
@@ -358,7 +358,7 @@ def byte_folder(rank: int, seed: int) -> Path:
 
 def by_scalar(case: Case, budget: int) -> list[Any]:
     """SVD directions, the energy of each times one scalar of its module: the product of the means of both moments."""
-    from lrlora.export.factorize import best_per_parameter
+    from lrlora.adapters.factorize import best_per_parameter
 
     worth = []
     for part in case.whole:
@@ -374,7 +374,7 @@ def by_scalar(case: Case, budget: int) -> list[Any]:
 
 def by_inputs(case: Case, budget: int) -> list[Any]:
     """The moments of the inputs alone, as DRONE and SVD-LLM weigh: that of the gradients is the identity."""
-    from lrlora.cut.curve import LossCurve, directions
+    from lrlora.ranks.cut import LossCurve, directions
 
     found = []
     for part in case.whole:
@@ -386,7 +386,7 @@ def by_inputs(case: Case, budget: int) -> list[Any]:
 
 def by_share(case: Case, budget: int) -> list[Any]:
     """One share of ‖ΔW‖ for all modules, as kohya's `sv_fro`: the largest within the budget."""
-    from lrlora.export import factorize
+    from lrlora.adapters import factorize
 
     low, high, best = 0.0, 1.0, None
     for _ in range(6):
@@ -412,7 +412,7 @@ METHODS: dict[str, Callable[[Case, int, int], list[Any]]] = {
 
 def factorized(case: Case, **how: int) -> list[Any]:
     """By energy alone."""
-    from lrlora.export import factorize
+    from lrlora.adapters import factorize
 
     return factorize(case.updates, **how)
 
@@ -473,8 +473,8 @@ def costs() -> dict[str, Any]:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    from lrlora.cut.moments import collect_moments
-    from lrlora.export import factorize
+    from lrlora.adapters import factorize
+    from lrlora.ranks.moments import collect_moments
 
     found: dict[str, Any] = {}
     for name, folder in (
@@ -506,7 +506,7 @@ def costs() -> dict[str, Any]:
         seconds["moments"].append(time.perf_counter() - start)
     start = time.perf_counter()
     moments, terms = collect_moments(model, whole, [x.clone()], loss)
-    from lrlora.cut.curve import directions
+    from lrlora.ranks.cut import directions
 
     start = time.perf_counter()
     for part in whole:
@@ -540,9 +540,9 @@ def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
     """Model, whole factors, batches to train and to validate on, loss, and whether that is a language model's."""
     import torch
 
-    from lrlora.cut import model_loss
-    from lrlora.lab.compare.byte_model import sample_batch
-    from lrlora.lab.compare.corpora import load_corpus
+    from lrlora.ranks import model_loss
+    from lrlora_lab.byte_model import sample_batch
+    from lrlora_lab.corpora import load_corpus
 
     if name != BYTES:
         subject, _ = loaded(name, run_folder(name, "lora", 8, rate_of(name), 0))
@@ -557,9 +557,9 @@ def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
 
 def alternatives(name: str) -> list[dict[str, Any]]:
     """Other moments, damping, and a second cut, with the first seed: the loss added on validation data."""
-    from lrlora.cut import mean_loss
-    from lrlora.cut.curve import DAMPING, LossCurve, directions
-    from lrlora.cut.moments import Moments, collect_moments
+    from lrlora.ranks import mean_loss
+    from lrlora.ranks.cut import DAMPING, LossCurve, directions
+    from lrlora.ranks.moments import Moments, collect_moments
 
     model, whole, training, others, loss, causal = grounds_of(name)
     base, size = mean_loss(model, whole, others, loss), sum(part.parameters for part in whole)

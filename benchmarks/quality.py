@@ -25,9 +25,9 @@ sys.path.insert(0, str(DOCS))
 
 from sections import table, with_section  # noqa: E402
 
-from lrlora.lab.compare.jobs import TUNING_SEED, best_trial, read_records  # noqa: E402
-from lrlora.lab.compare.methods import find_method  # noqa: E402
-from lrlora.lab.compare.protocols import load_suite  # noqa: E402
+from lrlora_lab.jobs import TUNING_SEED, best_trial, read_records  # noqa: E402
+from lrlora_lab.methods import find_method  # noqa: E402
+from lrlora_lab.suites import load_suite  # noqa: E402
 
 PAGE, RESULTS = DOCS / "speed.md", DOCS / "speed"
 SUITE = Path(__file__).with_suffix(".yaml")
@@ -57,7 +57,7 @@ def train_once(task_name: str, method: str, steps: int, learning_rate: float, sc
 
 
 def _train(task_name: str, key: str, steps: int, learning_rate: float, scale: float) -> dict[str, Any]:
-    from lrlora.lab.compare.capacity import train_capacity
+    from lrlora_lab.capacity import train_capacity
 
     task, method = load_suite(str(SUITE)).tasks[task_name], find_method(key)
     before = _status("VmRSS")

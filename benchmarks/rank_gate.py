@@ -30,10 +30,10 @@ sys.path.insert(0, str(DOCS))
 
 from sections import table, with_section  # noqa: E402
 
-from lrlora.cut.curve import LossCurve, directions  # noqa: E402
-from lrlora.cut.moments import collect_moments, model_loss  # noqa: E402
-from lrlora.export import Factors, factorize  # noqa: E402
-from lrlora.export.factorize import best_per_parameter  # noqa: E402
+from lrlora.adapters import Factors, factorize  # noqa: E402
+from lrlora.adapters.factorize import best_per_parameter  # noqa: E402
+from lrlora.ranks.cut import LossCurve, directions  # noqa: E402
+from lrlora.ranks.moments import collect_moments, model_loss  # noqa: E402
 
 PAGE, RESULTS = DOCS / "rank_gate.md", DOCS / "rank_gate" / "results.jsonl"
 CLAIMS = Path("lrlora-compress") / "gate"
@@ -84,8 +84,8 @@ def windows(data: Tensor, count: int, length: int) -> list[Batch]:
 
 def byte_task(name: str) -> Task:
     """The byte model goes on to a corpus."""
-    from lrlora.lab.compare.byte_model import CONTEXT, base_model, sample_batch
-    from lrlora.lab.compare.corpora import load_corpus
+    from lrlora_lab.byte_model import CONTEXT, base_model, sample_batch
+    from lrlora_lab.corpora import load_corpus
 
     corpus = cache(load_corpus)
 
@@ -111,8 +111,8 @@ def smollm2_task() -> Task:
     """SmolLM2 goes on to German speeches, in windows of 64 tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lrlora.lab.compare.corpora import load_corpus
-    from lrlora.lab.models import model_source
+    from lrlora.train.models import model_source
+    from lrlora_lab.corpora import load_corpus
 
     @cache
     def tokens(corpus: str, part: int, count: int) -> Tensor:
@@ -173,8 +173,8 @@ def labels_task(texts: int = 2_048, classes: int = 64) -> Task:
     """Random labels of texts, of which each adapter learns as many as it holds: all data is training data."""
     from transformers import AutoModel, AutoTokenizer
 
-    from lrlora.lab.inputs import MINILM, checkpoint
-    from lrlora.lab.tasks import MOVIE_REVIEW_TASK
+    from lrlora.train.embedded_texts import MOVIE_REVIEW_TASK
+    from lrlora.train.packages import MINILM, checkpoint
 
     @cache
     def encoder() -> Any:
@@ -213,8 +213,8 @@ def news_task() -> Task:
     """20 Newsgroups, with all linear layers of MiniLM."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from lrlora.lab.inputs import MINILM, checkpoint
-    from lrlora.lab.tasks import TASKS as TEXT_TASKS
+    from lrlora.train.embedded_texts import TASKS as TEXT_TASKS
+    from lrlora.train.packages import MINILM, checkpoint
 
     @cache
     def data() -> dict[str, list[tuple[list[int], int]]]:

@@ -30,11 +30,11 @@ UNIFORM, PATTERN = "lora", "learned"
 
 def learn_ranks(task: str) -> dict[str, Any]:
     """The fields of a LoRA configuration with the ranks that LR-LoRA learns on a task."""
-    from lrlora.export import factorize, lora_config
-    from lrlora.export.factorize import parameters_of_rank
-    from lrlora.lab.compare import SUITES
-    from lrlora.lab.config import TrainConfig
-    from lrlora.lab.train import train
+    from lrlora.adapters import factorize, lora_config
+    from lrlora.adapters.factorize import parameters_of_rank
+    from lrlora.train.run import train
+    from lrlora.train.settings import TrainConfig
+    from lrlora_lab.suites import SUITES
 
     suite = SUITES[SUITE]
     settings = suite.tasks[task]
@@ -68,8 +68,9 @@ def learn_ranks(task: str) -> dict[str, Any]:
 
 def measure(task: str) -> None:
     """Run what is missing of a task."""
-    from lrlora.lab.compare import METHODS, SUITES, Method
-    from lrlora.lab.compare.worker import run_job
+    from lrlora_lab.methods import METHODS, Method
+    from lrlora_lab.suites import SUITES
+    from lrlora_lab.worker import run_job
 
     path = STORED / f"rank_pattern-{task}.json"
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
@@ -90,8 +91,8 @@ def measure(task: str) -> None:
 
 def render() -> str:
     """The table."""
-    from lrlora.lab.compare import SUITES
-    from lrlora.lab.compare.statistics import paired_difference
+    from lrlora_lab.statistics import paired_difference
+    from lrlora_lab.suites import SUITES
 
     rows = []
     for path in sorted(STORED.glob("rank_pattern-*.json")):

@@ -39,8 +39,8 @@ from sections import table, with_section  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from lrlora import LrLoraConfig, cached_weights  # noqa: E402
-from lrlora.export import merge_adapter  # noqa: E402
-from lrlora.lab.inputs import SMOLLM2, checkpoint  # noqa: E402
+from lrlora.adapters import merge_adapter  # noqa: E402
+from lrlora.train.packages import SMOLLM2, checkpoint  # noqa: E402
 
 RESULTS = DOCS / "speed" / "results.jsonl"
 PAGE = DOCS / "speed.md"

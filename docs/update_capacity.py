@@ -6,11 +6,10 @@ from pathlib import Path
 
 from sections import with_section
 
-from lrlora.lab.compare import Comparison
-from lrlora.lab.compare.capacity_report import demand, differences, follows_demand, losses
-from lrlora.lab.compare.jobs import read_records
-from lrlora.lab.compare.markdown import markdown
-from lrlora.lab.compare.tables import learned_ranks
+from lrlora_lab.capacity_report import demand, differences, follows_demand, losses
+from lrlora_lab.jobs import Comparison, read_records
+from lrlora_lab.markdown import markdown
+from lrlora_lab.tables import learned_ranks
 
 FOLDER = Path(__file__).parent / "compare" / "capacity"
 PAGE = Path(__file__).parent / "capacity.md"

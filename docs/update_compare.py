@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from sections import table, with_section
 
-from lrlora.lab.compare.jobs import PACKED_FILE, read_comparison, read_records
+from lrlora_lab.jobs import PACKED_FILE, read_comparison, read_records
 
 DOCS = Path(__file__).parent
 SUITES = ("offline-nlu", "offline-commonsense")

@@ -13,15 +13,15 @@ import pandas as pd
 from sections import table, with_section
 from transformers import BertConfig, LlamaConfig, RobertaConfig, ViTConfig, ViTImageProcessor
 
-from lrlora.lab.compare.capacity_report import losses
-from lrlora.lab.compare.jobs import Comparison, Record, read_comparison, read_records
-from lrlora.lab.compare.markdown import markdown
-from lrlora.lab.compare.methods import METHODS, find_method
-from lrlora.lab.compare.needs import needs, planned
-from lrlora.lab.compare.protocols import load_suite
-from lrlora.lab.compare.statistics import Interval, paired_difference
-from lrlora.lab.compare.suites import Suite, Task
-from lrlora.lab.compare.tables import final_runs, learned_ranks
+from lrlora_lab.capacity_report import losses
+from lrlora_lab.costs import needs, planned
+from lrlora_lab.jobs import Comparison, Record, read_comparison, read_records
+from lrlora_lab.markdown import markdown
+from lrlora_lab.methods import METHODS, find_method
+from lrlora_lab.statistics import Interval, paired_difference
+from lrlora_lab.suite import Suite, Task
+from lrlora_lab.suites import load_suite
+from lrlora_lab.tables import final_runs, learned_ranks
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "paper.md"

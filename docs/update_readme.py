@@ -14,7 +14,7 @@ from typing import Any
 from sections import row, with_section
 
 from lrlora import RankReport
-from lrlora.rank import MEASURES
+from lrlora.ranks import MEASURES
 
 DOCS = Path(__file__).parent
 STORED = DOCS / "demo"

@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import lrlora
-from lrlora.lab.inputs import MINILM, checkpoint
-from lrlora.lab.tasks import TASKS, tokenize
+from lrlora.train.embedded_texts import TASKS, tokenize
+from lrlora.train.packages import MINILM, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 base = str(checkpoint(MINILM))

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import lrlora
-from lrlora.lab.inputs import MINILM, checkpoint
-from lrlora.lab.tasks import TASKS
+from lrlora.train.embedded_texts import TASKS
+from lrlora.train.packages import MINILM, checkpoint
 
 torch.manual_seed(0)
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 800

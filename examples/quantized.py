@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 import lrlora
-from lrlora.lab.inputs import SMOLLM2, checkpoint
-from lrlora.lab.tasks import TASKS
+from lrlora.train.embedded_texts import TASKS
+from lrlora.train.packages import SMOLLM2, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 base = str(checkpoint(SMOLLM2))

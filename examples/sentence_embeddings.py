@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 import lrlora
-from lrlora.lab.inputs import MINILM, checkpoint
-from lrlora.lab.tasks import TASKS
+from lrlora.train.embedded_texts import TASKS
+from lrlora.train.packages import MINILM, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 base = str(checkpoint(MINILM))

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import lrlora
-from lrlora.lab.inputs import MINILM, checkpoint
-from lrlora.lab.tasks import TASKS, tokenize
+from lrlora.train.embedded_texts import TASKS, tokenize
+from lrlora.train.packages import MINILM, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 base = str(checkpoint(MINILM))  # or any model of the hub, by name

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import lrlora
-from lrlora.lab.inputs import MINILM, checkpoint
+from lrlora.train.packages import MINILM, checkpoint
 
 base = str(checkpoint(MINILM))
 batch = AutoTokenizer.from_pretrained(base)(["A film that stays with you."], return_tensors="pt")

@@ -212,7 +212,7 @@ def inputs() -> None:
     """Models and data as a user would have them, in the current folder."""
     from safetensors.torch import save_file
 
-    from .lab.small import GOOD, reviews, save_decoder, save_encoder, save_image_model, save_pictures
+    from .train.small import GOOD, reviews, save_decoder, save_encoder, save_image_model, save_pictures
 
     save_encoder(Path("base"))
     save_decoder(Path("decoder"))

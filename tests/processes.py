@@ -17,12 +17,12 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "lrlora.cli",
-        "lrlora.lab.train",
-        "lrlora.lab.inference",
-        "lrlora.lab.by_loss",
-        "lrlora.lab.compare.worker",
-        "lrlora.lab.compare.report",
-        "lrlora.report.page",
+        "lrlora.train.run",
+        "lrlora.train.inference",
+        "lrlora.train.by_loss",
+        "lrlora_lab.worker",
+        "lrlora_lab.report",
+        "lrlora.views.page",
     ]
 )
 LRLORA = "from lrlora.cli import app; app()"

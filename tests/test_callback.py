@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrlora import LrLoraConfig, RankCallback, rank_report
-from lrlora.lab.progress import StepClock
-from lrlora.run_folder import HISTORY_FILE, read_history
+from lrlora.ranks.report import read_history
+from lrlora.run_folder import HISTORY_FILE
+from lrlora.train.progress import StepClock
 
 from .conftest import TinyModel
 

@@ -72,7 +72,7 @@ def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("lrlora.updates.read_updates", fail)
+    monkeypatch.setattr("lrlora.adapters.read_updates", fail)
     (tmp_path / "adapter_config.json").write_text("{}")
     result = run("ranks", tmp_path)
     assert result.exit_code == 1
@@ -190,7 +190,7 @@ def test_interrupted_while_it_is_checked_an_export_is_there(
     model = get_peft_model(type(tiny_bert.build()).from_pretrained(tmp_path / "base"), LrLoraConfig(r=3))
     tiny_bert.train(model, 5)
     model.save_pretrained(tmp_path / "adapter")
-    monkeypatch.setattr("lrlora.export.output_difference", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("lrlora.adapters.output_difference", lambda *_: signal.raise_signal(signal.SIGINT))
     result = run("export", tmp_path / "adapter", "--output", tmp_path / "lora")
     assert result.exit_code == 130
     assert "Interrupted. The LoRA is written; what the export changes was not measured." in result.output

@@ -15,20 +15,21 @@ from typing import Any
 import pytest
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from lrlora import LrLoraConfig
+from lrlora.adapters import read_updates
 from lrlora.cli import app
-from lrlora.lab.compare import Suite
-from lrlora.lab.compare.jobs import read_comparison
-from lrlora.lab.compare.report import write_report
-from lrlora.lab.config import TrainConfig
-from lrlora.updates import read_updates
+from lrlora.train.settings import TrainConfig
+from lrlora_lab.jobs import read_comparison
+from lrlora_lab.report import write_report
+from lrlora_lab.suite import Suite
 
+from .adapters.small_diffusion import save_as_kohya, with_lora
 from .conftest import FAMILIES, TinyModel
-from .lab.small import reviews, save_decoder, save_encoder
-from .updates.small_diffusion import save_as_kohya, with_lora
+from .train.small import reviews, save_decoder, save_encoder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -126,6 +127,34 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         assert result.exit_code == 0, result.output
     assert Path("lrlora-report.html").exists()
     assert Path("lrlora-run/lora/adapter_config.json").exists()
+
+
+def test_every_equation_has_its_code() -> None:
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| `([\w/]+)\.py`: `([\w.]+)` \|", page)
+    assert len(rows) == len(re.findall(r"^\| .* \|$", page.partition("### From equation to code")[2], re.MULTILINE)) - 1
+    for module, name in rows:
+        found: Any = importlib.import_module(f"lrlora.{module.replace('/', '.')}")
+        for part in name.split("."):
+            found = getattr(found, part)
+
+
+def test_the_conformance_vectors_are_those_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "update_conformance.py"))
+    check = runpy.run_path(str(ROOT / "docs" / "conformance" / "check.py"))
+    cases, tensors = made["vectors"]()
+    stored_cases, stored = check["read"](made["FILE"])
+    assert stored_cases == cases
+    assert stored.keys() == tensors.keys()
+    assert all((stored[name] - value).norm() <= 1e-12 * value.norm() for name, value in tensors.items())
+    with pytest.raises(SystemExit) as ended:
+        check["main"](made["FILE"])
+    assert ended.value.code == 0
+    wrong = {name: value * (1 + 1e-6) if name == "sinc/d_bandwidth" else value for name, value in tensors.items()}
+    (tmp_path / "wrong.safetensors").write_bytes(save(wrong, metadata={"cases": json.dumps(cases)}))
+    with pytest.raises(SystemExit) as ended:
+        check["main"](tmp_path / "wrong.safetensors")
+    assert ended.value.code == 1
 
 
 def test_there_are_exactly_two_setup_commands() -> None:
@@ -284,7 +313,7 @@ def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
 
 
-@pytest.mark.parametrize("module", ["lrlora.tuner.config", "lrlora.tuner.model", "lrlora.rank.walk"])
+@pytest.mark.parametrize("module", ["lrlora.tuner.config", "lrlora.tuner.model", "lrlora.ranks.walk"])
 def test_the_examples_of_docstrings_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(module))
     assert found.attempted >= 3

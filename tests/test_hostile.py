@@ -19,11 +19,11 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.files import DEEPEST
-from lrlora.lab.config import TrainConfig
-from lrlora.lab.train import train
+from lrlora.train.run import train
+from lrlora.train.settings import TrainConfig
 
-from .lab.small import reviews, save_encoder
 from .processes import Process
+from .train.small import reviews, save_encoder
 
 ENDLESS = "((.+)+)+Z"
 DEEP = "[" * 50_000 + "]" * 50_000
@@ -254,7 +254,7 @@ def test_a_pipe_for_weights(here: Path) -> None:
     """In a process of its own, as the code that reads them cannot be interrupted."""
     Path("lora/adapter_model.safetensors").rename("lora/adapter_model.bin")
     pipe("lora/adapter_model.safetensors")
-    said = run_python("from lrlora.updates import read_updates; read_updates('lora')")
+    said = run_python("from lrlora.adapters import read_updates; read_updates('lora')")
     assert "ValueError: lora/adapter_model.safetensors is a pipe" in said
 
 

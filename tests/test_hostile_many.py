@@ -32,12 +32,12 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from lrlora.cli import app
-from lrlora.lab.compare import queue
-from lrlora.lab.config import TrainConfig
-from lrlora.lab.train import Interrupted, train
+from lrlora.train.run import Interrupted, train
+from lrlora.train.settings import TrainConfig
+from lrlora_lab import queue
 
-from .lab.small import reviews, save_encoder
 from .test_robustness import run_here
+from .train.small import reviews, save_encoder
 
 pytestmark = [
     pytest.mark.slow,

@@ -17,7 +17,7 @@ CHARTS = ("altair", "matplotlib", "vl_convert")
 
 
 def test_no_charts_are_imported() -> None:
-    absent = (*CHARTS, "pandas", "datasets", "lrlora.lab")
+    absent = (*CHARTS, "pandas", "datasets", "lrlora.train")
     check = f"import lrlora, sys; assert not (there := set({absent!r}) & set(sys.modules)), there"
     subprocess.run([sys.executable, "-c", check], check=True)
 
@@ -51,11 +51,11 @@ def test_what_needs_no_model_does_not_wait_for_torch(arguments: tuple[str, ...],
 
 
 def test_names_are_those_of_what_they_name() -> None:
-    from lrlora.lab.compare.methods import ABLATIONS
-    from lrlora.lab.compare.protocols import PRESETS, SUITES
-    from lrlora.lab.kinds import KINDS
-    from lrlora.lab.methods import METHODS
-    from lrlora.lab.names import ABLATION_NAMES, METHOD_NAMES, PRESET_NAMES, ROLES, SUITE_NAMES, TASKS_WITHOUT_HEAD
+    from lrlora.train.methods import METHODS
+    from lrlora.train.names import ABLATION_NAMES, METHOD_NAMES, PRESET_NAMES, ROLES, SUITE_NAMES, TASKS_WITHOUT_HEAD
+    from lrlora.train.tasks import KINDS
+    from lrlora_lab.methods import ABLATIONS
+    from lrlora_lab.suites import PRESETS, SUITES
 
     assert tuple(METHODS) == METHOD_NAMES
     assert set(SUITES) == set(SUITE_NAMES)

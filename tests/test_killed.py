@@ -19,8 +19,8 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from .lab.small import reviews, save_encoder
 from .processes import LRLORA, Process
+from .train.small import reviews, save_encoder
 
 COMMANDS = {
     "train": "train run.yaml",

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.lab.config import TrainConfig
-from lrlora.lab.train import Interrupted, train
 from lrlora.locks import only_writer
+from lrlora.train.run import Interrupted, train
+from lrlora.train.settings import TrainConfig
 
-from .lab.small import reviews, save_encoder
 from .processes import Process
+from .train.small import reviews, save_encoder
 
 HOLDER = """
 import sys
@@ -151,7 +151,7 @@ def test_told_to_end_a_merge_leaves_nothing(inputs: Path, monkeypatch: pytest.Mo
         signal.raise_signal(signal.SIGTERM)
         return True
 
-    monkeypatch.setattr("lrlora.export.merge.save_preprocessing", end)
+    monkeypatch.setattr("lrlora.adapters.merge.save_preprocessing", end)
     result = lrlora("merge run --output merged")
     assert result.exit_code == 130
     assert "Nothing was written" in result.output

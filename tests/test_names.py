@@ -15,16 +15,14 @@ from peft import LoraConfig
 from rich.console import Console
 from safetensors.torch import save_file
 
+from lrlora.adapters import factorize, read_updates, save_as_lora
 from lrlora.checks import in_markdown, printable
-from lrlora.export import factorize, save_as_lora
-from lrlora.export.table import factors_table
-from lrlora.lab.compare.markdown import failure_line, markdown
 from lrlora.naming import shortened
-from lrlora.rank import rank_report
-from lrlora.report.card import model_card
-from lrlora.report.runs import Run
-from lrlora.report.table import rank_table
-from lrlora.updates import read_updates
+from lrlora.ranks import rank_report
+from lrlora.views.card import model_card
+from lrlora.views.runs import Run
+from lrlora.views.tables import factors_table, rank_table
+from lrlora_lab.markdown import failure_line, markdown
 
 NASTY = "a\x1b[31mred \u202eabc\nError: |[b](c)|`<i>`"
 

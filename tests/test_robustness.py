@@ -32,14 +32,14 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.files import write_json
-from lrlora.lab import inputs as packages
-from lrlora.lab.compare import jobs, queue
-from lrlora.lab.compare.worker import run_job
-from lrlora.lab.config import TrainConfig
-from lrlora.lab.embedded import EMBEDDED_MODELS, EmbeddedModel
-from lrlora.lab.train import Interrupted, train
+from lrlora.train import packages as packages
+from lrlora.train.embedded import EMBEDDED_MODELS, EmbeddedModel
+from lrlora.train.run import Interrupted, train
+from lrlora.train.settings import TrainConfig
+from lrlora_lab import jobs, queue
+from lrlora_lab.worker import run_job
 
-from .lab.small import reviews, save_encoder
+from .train.small import reviews, save_encoder
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="bounds memory as Linux does")
 SECONDS, MEMORY = 60, 2**30  # that one command may take

@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from lrlora.cli import app
-from lrlora.lab.config import TrainConfig
-from lrlora.lab.train import Interrupted, train
+from lrlora.train.run import Interrupted, train
+from lrlora.train.settings import TrainConfig
 
-from .lab.small import reviews, save_encoder
+from .train.small import reviews, save_encoder
 
 CODE = "open('it-ran', 'w').close()\n"
 

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from scipy.stats import sem  # noqa: E402
 from sections import table, with_section  # noqa: E402
 
-from lrlora.lab.compare.statistics import columns_differ, gap, paired_difference  # noqa: E402
+from lrlora_lab.statistics import columns_differ, gap, paired_difference  # noqa: E402
 
 Record = dict[str, Any]
 PAGE = DOCS / "phi.md"

@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 # spends that only in a command that needs them.
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
     from .callback import RankCallback
-    from .distributed import fully_shard_phi
-    from .rank import RankReport, rank_report
+    from .ranks import RankReport, rank_report
     from .tuner import LrLoraConfig, LrLoraModel, cached_weights
+    from .tuner.sharding import fully_shard_phi
 
 __all__ = [
     "LrLoraConfig",

@@ -13,10 +13,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from .distributed import is_sharded
 from .files import write_whole
-from .rank import RankReport, rank_report
-from .run_folder import HISTORY_FILE, read_history
+from .ranks import RankReport, rank_report
+from .ranks.report import read_history
+from .run_folder import HISTORY_FILE
+from .tuner.sharding import is_sharded
 
 
 class RankCallback(TrainerCallback):
@@ -122,7 +123,7 @@ class RankCallback(TrainerCallback):
 
 def _log_picture(logger: Any, step: int, report: RankReport) -> None:
     """Hand the picture to a logger that takes pictures; each of the three has a way of its own."""
-    from .report.figure import OPENING_MEASURE, rank_figure
+    from .views.figure import OPENING_MEASURE, rank_figure
 
     name = f"rank/{OPENING_MEASURE}"
     if getattr(logger, "tb_writer", None) is not None:

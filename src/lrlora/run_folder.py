@@ -8,16 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 from zipfile import ZipFile
 
 from safetensors import safe_open
 
 from .checks import require_type
-from .files import parse_json, read_json, read_text, readable, require_regular, values_of
-
-if TYPE_CHECKING:
-    from .rank import RankReport
+from .files import parse_json, read_json, readable, require_regular
 
 RUN_FILE = "run.json"
 RECORD_FILE = "run_record.json"  # the same in a checkpoint, under a name that makes no run of it
@@ -64,7 +61,7 @@ class RunRecord:
     """What `train` recorded of a run.
 
     Attributes:
-        config: its configuration, field by field (`lrlora.lab.config.TrainConfig`).
+        config: its configuration, field by field (`lrlora.train.settings.TrainConfig`).
         labels: names of the classes; empty unless the task has some.
         max_length: tokens at which examples were cut; None of images.
         versions: of lrlora and what it stands on.
@@ -154,29 +151,6 @@ def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:
         require_type(record, RunRecord, "run")
         require_type(record.config.get("training", {}), dict[str, Any], "run.config['training']")
         return record
-
-
-def read_history(path: Path) -> list[tuple[int, RankReport]]:
-    """The records in a `rank_history.jsonl`, without the curves; empty if there is no such file.
-
-    Raises:
-        ValueError: one cannot be read.
-
-    """
-    from .rank import RankReport, RankRow  # only here: it imports torch
-
-    records: list[tuple[int, RankReport]] = []
-    if not path.exists():
-        return records
-    with readable(path, "Remove it, to go on without the records of the learned ranks."):
-        # What follows the last end of a line was being written when the run was killed.
-        for line in read_text(path).split("\n")[:-1]:
-            content = values_of(line)
-            report = RankReport([RankRow.from_dict(row) for row in content["rows"]])
-            require_type(content["step"], int, "step")
-            report.require_numbers()
-            records.append((content["step"], report))
-    return records
 
 
 def which_checkpoint(config: dict[str, Any]) -> str:

@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from lrlora import RankReport, rank_report
-from lrlora.lab.config import TrainConfig
-from lrlora.lab.sharding import check_sharding
-from lrlora.lab.train import train as train_run
+from lrlora.train.run import train as train_run
+from lrlora.train.settings import TrainConfig
+from lrlora.train.sharding import check_sharding
 
 from ..conftest import TinyModel
-from ..lab.small import SIZES, reviews, save_decoder, tokenizer
 from ..processes import LRLORA, Process
+from ..train.small import SIZES, reviews, save_decoder, tokenizer
 from .train_sharded import build, train
 
 ROOT = Path(__file__).parents[2]
@@ -352,7 +352,7 @@ def test_a_form_without_parameters_of_its_own_is_sharded_like_lora(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("lrlora.lab.sharding.find_spec", lambda name: name)
+    monkeypatch.setattr("lrlora.train.sharding.find_spec", lambda name: name)
     check_sharding(TrainConfig.from_dict(settings | {"adapter": {**adapter, "form": "expansion"}}))
     with pytest.raises(ValueError, match=r"φ|sharing"):
         check_sharding(TrainConfig.from_dict(settings | {"adapter": adapter}))
@@ -389,7 +389,7 @@ def test_what_cannot_be_sharded_is_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     is_there = None if "install" in reason else importlib.machinery.ModuleSpec("deepspeed", None)
-    monkeypatch.setattr("lrlora.lab.sharding.find_spec", lambda name: is_there)
+    monkeypatch.setattr("lrlora.train.sharding.find_spec", lambda name: is_there)
     with pytest.raises(ValueError, match=re.escape(reason)):
         train_run(TrainConfig.from_dict(settings | change))
     assert not Path(settings["output"]).exists()

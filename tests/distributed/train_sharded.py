@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification
 
 from lrlora import LrLoraConfig, fully_shard_phi, rank_report
-from lrlora.lab.models import model_source
+from lrlora.train.models import model_source
 from tests.conftest import TinyModel
 
 STEPS, BATCH, RATE = 20, 4, 1e-3

@@ -1,29 +1,45 @@
-"""Tiny models that the laboratory's tests train."""
+"""Comparisons whose workers need not import torch first."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import pytest
-from matplotlib.figure import Figure
 
-from .small import save_decoder, save_encoder
+from lrlora_lab import queue
+from lrlora_lab.suite import Suite
 
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_encoder(tmp_path_factory.mktemp("models") / "encoder")
+from ..processes import Process
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_decoder(tmp_path_factory.mktemp("models") / "decoder")
+class _Worker(queue._Worker):
+    """The worker as it is, in a fork of a process that has imported what it imports."""
+
+    def __init__(self, suite: Suite) -> None:
+        super().__init__(suite)
+        self._suite = json.dumps(asdict(suite))
+
+    def _start(self, log: Path) -> Any:
+        code = "from lrlora_lab.worker import main; main()"
+        with log.open("w", encoding="utf-8") as written:
+            self._process: Any = Process(code, self._suite, env=queue._environment(), stderr=written)
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
 
 
 @pytest.fixture
-def drawn() -> None:
-    """For tests of the picture of the ranks, which takes half a second of every run."""
+def started_worker() -> None:
+    """For tests whose workers are started as users' are."""
 
 
 @pytest.fixture(autouse=True)
-def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("lrlora.report.figure.rank_figure", lambda report, **options: Figure())
+def _quick_worker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "started_worker" not in request.fixturenames:
+        monkeypatch.setattr(queue, "_Worker", _Worker)

@@ -16,11 +16,11 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lrlora import rank_report
-from lrlora.lab import demo
-from lrlora.lab.demo import RESULTS_FILE, DemoSettings, run_demo
-from lrlora.lab.inputs import MINILM, fetch
-from lrlora.lab.train import rank_report_of
-from lrlora.report.runs import load_runs
+from lrlora.train.packages import MINILM, fetch
+from lrlora.train.run import rank_report_of
+from lrlora.views.runs import load_runs
+from lrlora_lab import demo
+from lrlora_lab.demo import RESULTS_FILE, DemoSettings, run_demo
 
 pytestmark = pytest.mark.real
 

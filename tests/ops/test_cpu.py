@@ -23,7 +23,7 @@ import torch
 
 from lrlora.ops import cpu, library
 from lrlora.ops.table import TransferTable
-from lrlora.transfer import Transfer, TransferSpec
+from lrlora.ops.transfer import Transfer, TransferSpec
 
 from .test_linear import formula, fused, make_case, relative
 

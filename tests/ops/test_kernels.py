@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrlora.ops import adapted_linear, cpu, delta_weight
 from lrlora.ops.reference import reference_delta_weight
-from lrlora.transfer import Transfer, TransferSpec
+from lrlora.ops.transfer import Transfer, TransferSpec
 
 from .test_linear import GAIN, SCALING, Case, assert_agrees, formula, fused, gradients, make_case, relative
 

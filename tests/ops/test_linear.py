@@ -14,7 +14,7 @@ from lrlora import LrLoraConfig
 from lrlora.ops import adapted_linear, delta_weight
 from lrlora.ops.reference import reference_delta_weight, reference_linear
 from lrlora.ops.table import TransferTable
-from lrlora.transfer import FORMS, Transfer, TransferSpec
+from lrlora.ops.transfer import FORMS, Transfer, TransferSpec
 
 SCALING, GAIN = 2.0, 100.0
 

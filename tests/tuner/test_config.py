@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lrlora import LrLoraConfig
-from lrlora.transfer import TransferSpec
+from lrlora.ops.transfer import TransferSpec
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
-"""The command line: parses, calls, prints."""
+"""The command line: parses, calls, prints. Installed packages add commands of their own."""
 
+from importlib.metadata import entry_points
+
+from . import adapters, doctor, train
 from .common import app
 
-# The commands, in the order in which `--help` lists them.
-from . import lab, compare, adapters, doctor  # isort: skip
+for command in entry_points(group="lrlora.commands"):
+    command.load()
 
-__all__ = ["adapters", "app", "compare", "doctor", "lab"]
+__all__ = ["adapters", "app", "doctor", "train"]

@@ -10,15 +10,15 @@ import typer
 
 from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, is_full_model, require_adapter, require_source
-from ..lab.config import parse_pairs, read_run
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
 from ..sizes import parse_size
+from ..train.settings import parse_pairs, read_run
 from .common import announce, app, as_text, console, one_clear_error, quiet
 from .exporting import Size, cut_of, export_by_loss, parameters_in, write_factors
 
 if TYPE_CHECKING:
-    from ..updates import Updates
+    from ..adapters import Updates
 
 
 _SOURCE_HELP = "PEFT adapter of any method (folder or hub name), LoRA in a .safetensors file, or full model."
@@ -44,9 +44,9 @@ def ranks(
             raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")
         require_source(source, base)
         quiet()
-        from ..rank import rank_report
-        from ..report.table import rank_table
-        from ..updates import read_updates
+        from ..adapters import read_updates
+        from ..ranks import rank_report
+        from ..views.tables import rank_table
 
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
@@ -86,9 +86,9 @@ def _write_report(sources: list[str], base: str | None, output: Path, pictures: 
     if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
         raise FileExistsError(f"The folder {pictures} is not empty. Give another one, or --overwrite.")
     quiet()
-    from ..report.page import write_page
-    from ..report.pictures import save_pictures
-    from ..report.runs import load_runs
+    from ..views.chart_files import save_pictures
+    from ..views.page import write_page
+    from ..views.runs import load_runs
 
     runs = load_runs(sources, base=base)
     write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
@@ -192,9 +192,8 @@ def export(
                 config_only=config_only, every=every,
             )  # fmt: skip
             return
-        from ..compress import factorize
-        from ..export.single_file import free_file
-        from ..updates.single_file import SingleFile
+        from ..adapters import factorize
+        from ..adapters.lora_file import SingleFile, free_file
 
         if is_file:
             free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
@@ -212,7 +211,7 @@ def _base_of(source: str) -> str | None:
     folder = Path(source)
     if not (folder / RUN_FILE).is_file() or not is_full_model(folder):
         return None
-    from ..lab.models import model_source
+    from ..train.models import model_source
 
     return model_source(read_run(folder)[0].model)
 
@@ -237,9 +236,9 @@ def _is_by_loss(source: str, by: str | None, asked_for: list[str], given: Mappin
 
 
 def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
-    from ..export.loading import check_base, check_names
-    from ..saved import SavedAdapter
-    from ..updates import read_updates
+    from ..adapters import read_updates
+    from ..adapters.loading import check_base, check_names
+    from ..adapters.peft_folder import SavedAdapter
 
     updates = read_updates(source, base=base)
     saved = updates.origin
@@ -249,8 +248,8 @@ def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
 
 
 def _print_difference(updates: Updates, output: Path) -> None:
-    from ..export import output_difference
-    from ..saved import SavedAdapter
+    from ..adapters import output_difference
+    from ..adapters.peft_folder import SavedAdapter
 
     if not isinstance(updates.origin, SavedAdapter):
         return  # a single file does not say what its base model is, and of a checkpoint it would be the whole model
@@ -283,7 +282,7 @@ def merge(
         free_folder(output)
         require_adapter(adapter)
         quiet()
-        from ..export import merge_adapter
+        from ..adapters import merge_adapter
 
         precision = None if dtype is None else _dtype(dtype)
         merge_adapter(

@@ -97,7 +97,7 @@ def _seconds() -> float:
     import torch
 
     from ..ops import delta_weight
-    from ..transfer import Transfer, TransferSpec
+    from ..ops.transfer import Transfer, TransferSpec
 
     A, B, phi = torch.randn(_RANK, _SIZE), torch.randn(_SIZE, _RANK), Transfer(TransferSpec())
     times = []

@@ -14,15 +14,14 @@ from ..sizes import Budget, parse_size
 from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
-    from ..export import Factors
-    from ..lab.by_loss import Cut
-    from ..lab.config import TrainConfig
-    from ..updates import Updates
+    from ..adapters import Factors, Updates
+    from ..train.by_loss import Cut
+    from ..train.settings import TrainConfig
 
 
 def parameters_in(budget: Budget, updates: Updates, dtype: str | None) -> int:
     """How many parameters a size holds, for factors of a dtype; None: as stored."""
-    from ..export.factorize import parameters_of_rank
+    from ..adapters.factorize import parameters_of_rank
 
     if budget.unit == "ranks":
         return parameters_of_rank(updates, int(budget.number))
@@ -33,9 +32,7 @@ def torch_dtype(name: str | None, updates: Updates) -> Any:
     """The dtype of this name, or that which the updates were stored in."""
     import torch
 
-    from ..export.adapter import stored_dtype
-
-    return stored_dtype(updates.origin) if name is None else getattr(torch, name)
+    return updates.origin.stored_dtype if name is None else getattr(torch, name)
 
 
 def write_factors(
@@ -49,9 +46,8 @@ def write_factors(
     every: bool,
 ) -> None:
     """Print a table of the factors, and write them, or their configuration alone."""
-    from ..compress import save
-    from ..export import save_lora_config
-    from ..export.table import factors_table
+    from ..adapters import save, save_lora_config
+    from ..views.tables import factors_table
 
     title = as_text(f"LoRA for {updates.name} ({updates.method})")
     console.print(factors_table(factors, title, width=console.width, every=every))
@@ -67,10 +63,9 @@ def write_factors(
 
 
 def _sizes(updates: Updates, exported: int) -> str:
-    from ..export.factorize import exact_parameters
-    from ..updates.peft_adapter import parameters_as_trained
+    from ..adapters.factorize import exact_parameters
 
-    trained = parameters_as_trained(updates)
+    trained = updates.origin.parameters
     exact = None if updates.method == "DoRA" else exact_parameters(updates)  # it has magnitudes besides
     as_trained = "" if trained is None else f"{trained:,} as trained, "
     without_loss = "" if exact in (None, trained) else f"{exact:,} as LoRA without loss, "
@@ -98,7 +93,7 @@ class Size:
 
 def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool) -> Cut | None:
     """An adapter, and what its loss says of it; None where that was not asked for, and cannot be had."""
-    from ..lab.by_loss import Cut, Subject
+    from ..train.by_loss import Cut, Subject
 
     try:
         subject = Subject.read(source, base=base, announce=announce, **examples)
@@ -130,7 +125,7 @@ def export_by_loss(
 
 
 def _heal(cut: Cut, output: Path, steps: int, loss: float) -> None:
-    from ..lab.by_loss import heal
+    from ..train.by_loss import heal
 
     try:
         is_better = heal(cut.subject, output, steps, announce, lambda model: cut.loss_of(model) < loss)
@@ -146,9 +141,9 @@ def _compared(which: str, loss: float, cut: Cut) -> str:
 
 def show_smallest(run: TrainConfig) -> None:
     """Measure how small the LoRA of a finished run may be, and say it; write it where a size or loss is asked for."""
-    from ..export import save_as_lora
-    from ..export.card import LORA_FOLDER
-    from ..lab.by_loss import Cut, Subject, record_losses
+    from ..adapters import save_as_lora
+    from ..adapters.card import LORA_FOLDER
+    from ..train.by_loss import Cut, Subject, record_losses
 
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..lab.config import TrainConfig, parse_assignments, parse_pairs, read_run, read_yaml, with_short_names
+from ..train.settings import TrainConfig, parse_assignments, parse_pairs, read_run, read_yaml, with_short_names
 
 _REQUIRED = ("model", "data", "task")
 

@@ -2,13 +2,7 @@
 
 from .linear import adapted_linear, delta_weight
 from .precision import at_least_float32
-from .thin import (
-    expansion_delta,
-    expansion_factors,
-    expansion_linear,
-    singular_values_of_product,
-    svd_of_product,
-)
+from .thin import expansion_delta, expansion_factors, expansion_linear, singular_values_of_product, svd_of_product
 
 __all__ = [
     "adapted_linear",

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..transfer import Transfer, TransferSpec
 from .dispatch import kernels_for
 from .precision import is_half, without_autocast
 from .table import PhiGradient, TransferTable
+from .transfer import Transfer, TransferSpec
 
 # Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
 # kernels, and 64 MB each.

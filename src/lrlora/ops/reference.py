@@ -7,8 +7,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..expansion import Expansion
-from ..transfer import Transfer
+from .expansion import Expansion
+from .transfer import Transfer
 
 
 def reference_delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:

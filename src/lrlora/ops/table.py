@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..transfer import TransferSpec, constant
+from .transfer import TransferSpec, constant
 
 DEGREE = 5
 # Cells of the table per radian of the fastest sinc. At this density φ and φ′ both err by less than 1e-6 for unit
-# amplitudes at ω = 2·ω₀ and N = 50, where φ′ itself reaches 100 (tests/test_transfer.py). Degree 5 and not 3: for
+# amplitudes at ω = 2·ω₀ and N = 50, where φ′ itself reaches 100 (tests/ops/test_transfer.py). Degree 5 and not 3: for
 # the same accuracy of φ′ a cubic would take ten times the cells.
 CELLS_PER_RADIAN = 20
 # ψ has no frequency above 2·ω₀, so it need not be sampled at every cell: from samples 8 cells apart, interpolation

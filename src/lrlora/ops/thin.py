@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..expansion import Expansion, columns, rows
+from .expansion import Expansion, columns, rows
 from .precision import at_least_float32, without_autocast
 
 

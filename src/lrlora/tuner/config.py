@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftType
 
-from ..expansion import Expansion
-from ..transfer import FORMS, Transfer, TransferSpec
+from ..ops.expansion import Expansion
+from ..ops.transfer import FORMS, Transfer, TransferSpec
 
 FORMAT_VERSION = 1
 EXPANSION = "expansion"  # the form that has signs in the place of φ
@@ -73,8 +73,8 @@ class LrLoraConfig(PeftConfig):
         num_basis: N ≥ 2, sinc terms of φ.
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0, what scales the entries of BA to the structure of φ.
-        form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.transfer`). Or "expansion", fixed signs
-            that multiply BA in the place of φ (see `lrlora.expansion`).
+        form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.ops.transfer`). Or "expansion", fixed signs
+            that multiply BA in the place of φ (see `lrlora.ops.expansion`).
         num_terms: Q ≥ 1, terms of the expansion: ΔW has a rank of up to r·Q.
         pattern_seed: of the expansion's random signs.
         sharing: one φ per "module", or one "global" φ.

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..expansion import Expansion
 from ..ops import delta_weight, expansion_delta
+from ..ops.expansion import Expansion
 from .layer import LrLoraLayer
 
 

@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
-from ..expansion import Expansion
 from ..ops import at_least_float32, delta_weight, expansion_delta, expansion_factors
-from ..transfer import Transfer
+from ..ops.expansion import Expansion
+from ..ops.transfer import Transfer
 from .config import LrLoraConfig
 
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

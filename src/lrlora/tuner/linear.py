@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..expansion import Expansion
 from ..ops import adapted_linear, expansion_linear
+from ..ops.expansion import Expansion
 from .layer import LrLoraLayer, autocasts
 
 

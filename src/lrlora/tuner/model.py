@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..expansion import Expansion
-from ..patterns import pattern_key
-from ..transfer import Transfer
+from ..ops.expansion import Expansion
+from ..ops.transfer import Transfer
+from ..untrusted import pattern_key
 from .config import LrLoraConfig
 from .conv import Conv
 from .embedding import Embedding

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..expansion import Expansion
-from ..transfer import Transfer
+from ..ops.expansion import Expansion
+from ..ops.transfer import Transfer
 from .layer import LrLoraLayer
 
 

@@ -1,0 +1,31 @@
+"""Adapters on disk: read as updates ΔW, made smaller, written as LoRA, merged.
+
+from lrlora.adapters import factorize, read_updates, save
+
+updates = read_updates("my-lora.safetensors")           # or a folder, or base= and a full model
+save(factorize(updates, energy=0.99), updates, "smaller.safetensors")
+"""
+
+from .export import OutputDifference, lora_config, output_difference, save, save_as_lora, save_lora_config
+from .factorize import Factors, factorize
+from .lora_file import save_single_file
+from .merge import merge_adapter
+from .read import read_updates
+from .update import Layout, Update, Updates
+
+__all__ = [
+    "Factors",
+    "Layout",
+    "OutputDifference",
+    "Update",
+    "Updates",
+    "factorize",
+    "lora_config",
+    "merge_adapter",
+    "output_difference",
+    "read_updates",
+    "save",
+    "save_as_lora",
+    "save_lora_config",
+    "save_single_file",
+]

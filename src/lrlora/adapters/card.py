@@ -1,0 +1,133 @@
+"""What a recipient of an adapter needs beside its weights: the base model's name, the classes, how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from ..checks import in_markdown
+from ..files import parse_json, readable
+from ..run_folder import CHAT, RUN_FILE, RunRecord, read_record
+from .peft_folder import SavedAdapter
+
+MODEL_CONFIG = "config.json"  # beside an adapter: of the model that it was trained in, with the names of the classes
+LORA_FOLDER = "lora"  # in that of a run: its update as a plain LoRA
+_MODELS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+# PEFT has no type for these tasks of a run.
+_MODELS_OF_TASKS = {
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "image-classify": "AutoModelForImageClassification",
+}
+ASKING = """## Asking it
+
+It was trained on chats: ask it in chats, with the template of the tokenizer that is beside it.
+
+```python
+chat = [{"role": "user", "content": "…"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+
+
+def record_beside(saved: SavedAdapter) -> RunRecord | None:
+    """The record of the run that an adapter is the output of."""
+    folder = Path(saved.name)
+    return read_record(folder) if (folder / RUN_FILE).is_file() else None
+
+
+def base_on_hub(saved: SavedAdapter) -> str | None:
+    """The name of the base model on the hub; None where a folder of this machine is all that is known."""
+    record = record_beside(saved)
+    if record is not None and record.base_model is not None:
+        return record.base_model
+    name = saved.config.base_model_name_or_path
+    return name if name and not Path(name).is_absolute() and not Path(name).exists() else None
+
+
+def class_names(saved: SavedAdapter) -> list[str]:
+    """The classes of a classifier, in the order of its outputs; empty where they have no names."""
+    record = record_beside(saved)
+    if record is not None:
+        return record.labels
+    path = Path(saved.name) / MODEL_CONFIG
+    if not path.is_file():
+        return []
+    with readable(path, "Remove it, to go on without the names of the classes."):
+        names = parse_json(path).get("id2label", {})
+        return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def header(base: str | None, *tags: str) -> str:
+    """The head of a card that the hub reads, with the base model only if it has a public name."""
+    of_base = [] if base is None else [f"base_model: {json.dumps(base)}"]  # YAML reads it, whatever is in the name
+    known = [*tags, *([] if base is None else [json.dumps(f"base_model:adapter:{base}")])]
+    return "\n".join(["---", *of_base, "library_name: peft", "tags:", *(f"- {tag}" for tag in known), "---", "", ""])
+
+
+def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
+    """How an adapter is loaded, by PEFT alone or with lrlora, with its classes if it has some."""
+    classes, record, kind = class_names(saved), record_beside(saved), saved.config.task_type
+    model = _MODELS.get(kind, "AutoModel")
+    if kind is None and record is not None:
+        model = _MODELS_OF_TASKS.get(record.config["task"], model)
+    is_image = (Path(saved.name) / IMAGE_PROCESSOR_NAME).is_file()
+    name, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
+    of_classes = ", config=AutoConfig.from_pretrained(folder)" if classes else ""
+    of_classes += ", ignore_mismatched_sizes=True" * is_image  # its own head, of other classes, gives way
+    lines = [
+        *(["import lrlora  # registers the method: without it PEFT stops with KeyError: 'LRLORA'"] * needs_lrlora),
+        "from peft import PeftModel",
+        f"from transformers import {'AutoConfig, ' if classes else ''}{model}, {processor}",
+        "",
+        'folder = "this folder or hub name"',
+        f"base = {model}.from_pretrained({json.dumps(base_on_hub(saved) or 'the base model')}{of_classes})",
+        "model = PeftModel.from_pretrained(base, folder)",
+        f"{name} = {processor}.from_pretrained(folder)",
+    ]
+    install = []
+    if needs_lrlora:
+        install.append("The method is not part of PEFT: install lrlora (`pip install .` in a clone of it).")
+        if (Path(saved.name) / LORA_FOLDER).is_dir():
+            install.append(
+                f"The folder `{LORA_FOLDER}` holds the update as a plain LoRA, which PEFT and servers load alone; its "
+                "card says how much of the energy it keeps."
+            )
+    parts = ["## Loading it", *install, "\n".join(["```python", *lines, "```"])]
+    return "\n\n".join(parts) + f"\n{_of_classes(classes)}"
+
+
+def _of_classes(classes: list[str]) -> str:
+    names = ", ".join(map(in_markdown, classes))
+    return f"\nIts classes, in the order of the outputs: {names}.\n" if classes else ""
+
+
+def is_asked_in_chats(saved: SavedAdapter) -> bool:
+    """Whether an adapter is of a run that was trained on chats."""
+    record = record_beside(saved)
+    return record is not None and record.rendering == CHAT
+
+
+def merged_card(saved: SavedAdapter) -> str:
+    """The card of a full model that an adapter was merged into."""
+    base, classes = base_on_hub(saved), class_names(saved)
+    head = "\n".join(
+        ["---", *([f"base_model: {json.dumps(base)}"] if base else []), "library_name: transformers", "---"]
+    )
+    parts = [
+        f"{head}\n\n# {in_markdown(base or 'A model')}, fine-tuned",
+        "A full model: its base model with the update of an adapter merged into the weights by lrlora "
+        "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers alone.",
+        *([_of_classes(classes).strip()] if classes else []),
+        *([ASKING] if is_asked_in_chats(saved) else []),
+    ]
+    return "\n\n".join(parts) + "\n"

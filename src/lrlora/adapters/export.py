@@ -1,0 +1,264 @@
+"""The learned update as an ordinary PEFT LoRA adapter, which needs no lrlora to load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import free_folder, replacing_folder
+from ..naming import PEFT_PREFIX
+from ..tuner.config import pattern_of
+from .card import ASKING, MODEL_CONFIG, base_on_hub, header, is_asked_in_chats, loading
+from .factorize import Factors, kept_energy
+from .loading import load_adapted, sample_inputs, save_preprocessing
+from .lora_file import SingleFile, save_single_file
+from .peft_folder import AdapterSource, SavedAdapter
+from .update import Source, Updates
+
+_CARD = """# LoRA adapter
+
+Made by lrlora ([LR-LoRA](https://arxiv.org/abs/2606.04325)) from {method}: {ranks} ranks in {modules} modules,
+{parameters:,} parameters, {kept:.4%} of the energy of the update. It is an ordinary LoRA adapter and loads with PEFT
+alone. `lora_alpha` equals `r`, so that the scaling is 1.
+
+"""
+
+
+def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = False) -> LoraConfig:
+    """The configuration of a plain LoRA with the ranks of `factors`.
+
+    The largest rank is its `r`; modules of another rank are in `rank_pattern`, and their `lora_alpha` in
+    `alpha_pattern`, so that α/r is the same everywhere, also for servers that read `r` and `lora_alpha` alone.
+
+    Args:
+        factors: as `factorize` returns them; modules of rank 0 are left out.
+        like: configuration of the adapter, whose base model, task, and fully trained parts are taken over.
+        keep_scaling: α/r and dropout that each module was trained with, to train with; else 1, which the factors
+            themselves are made for.
+
+    Raises:
+        ValueError: no module has a rank.
+
+    """
+    ranks = {part.module: part.rank for part in factors if part.rank}
+    if not ranks:
+        raise ValueError("No module has a rank: there is nothing to export.")
+    scaling = {part.module: part.scaling if keep_scaling else 1.0 for part in factors if part.rank}
+    largest = max(ranks, key=ranks.__getitem__)
+    alphas = {module: scaling[module] * rank for module, rank in ranks.items()}
+    kept = ["base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save"]
+    kept += ["layer_replication", "trainable_token_indices", "alora_invocation_tokens"]
+    fields: dict[str, Any] = {name: getattr(like, name) for name in kept if hasattr(like, name)}
+    bias = getattr(like, "bias", "none")
+    fields["bias"] = bias if bias in ("none", "all") else "lora_only"
+    fields["lora_alpha"] = alphas[largest]
+    if keep_scaling:
+        fields["lora_dropout"] = getattr(like, "lora_dropout", 0.0)
+    # PEFT takes a path for the end of others too.
+    left_out = [p.module for p in factors if not p.rank and any(p.module.endswith(f".{name}") for name in ranks)]
+    return LoraConfig(
+        r=ranks[largest],
+        target_modules=list(ranks),
+        exclude_modules=left_out or None,
+        rank_pattern={pattern_of(m, ranks): rank for m, rank in ranks.items() if rank != ranks[largest]},
+        alpha_pattern={pattern_of(m, ranks): alpha for m, alpha in alphas.items() if alpha != alphas[largest]},
+        **fields,
+    )
+
+
+def save_as_lora(
+    factors: Sequence[Factors],
+    source: AdapterSource | Updates,
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    pad: bool = False,
+) -> None:
+    """Write a LoRA adapter with these factors, and with all else that was trained: heads, biases, token embeddings.
+
+    An adapter with DoRA keeps its magnitudes, and stays one.
+
+    Args:
+        factors: as `factorize` returns them.
+        source: the adapter that they come from: folder, hub name, or what was read there; or what was read of two
+            checkpoints.
+        output: folder to write; it must be empty or not exist. It is there whole or not at all.
+        dtype: of the factors; default: that of what they come from.
+        pad: give all modules the largest rank, with zeros, for programs that know only one (llama.cpp divides
+            `lora_alpha` by each matrix's own rank).
+
+    Raises:
+        FileExistsError: the output folder is not empty.
+        ValueError: no module has a rank; or an adapter has a bias of its own on B, or is a single file.
+
+    """
+    folder = free_folder(output)
+    origin: Source = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
+    like = origin.config
+    if getattr(like, "lora_bias", False):
+        raise ValueError("lora_bias=True: an adapter with biases of its own on B cannot be written anew. Merge it.")
+    keeps_magnitudes = _keeps_magnitudes(like, source)
+    if keeps_magnitudes:
+        factors = [part.at_least_one() for part in factors]  # where BA is 0, the magnitude may still be trained
+    exported = [part for part in factors if part.rank]
+    config = lora_config(factors, like)
+    config.inference_mode = True
+    config.use_dora = keeps_magnitudes
+    if pad:
+        config.rank_pattern, config.alpha_pattern = {}, {}
+    left_out = tuple(f"{PEFT_PREFIX}{part.module}.base_layer." for part in factors if not part.rank)
+    weights = {
+        # A module without an adapter of its own is not wrapped when this is loaded.
+        key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
+        for key, value in origin.other_weights(with_magnitudes=config.use_dora).items()
+    }
+    dtype = dtype or origin.stored_dtype
+    for part in exported:
+        weights |= _tensors(part, config.r if pad else part.rank, dtype)
+    method = source.method if isinstance(source, Updates) else "an adapter"
+    with replacing_folder(folder) as partial:
+        save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_preprocessing(partial, origin.name)
+        config.save_pretrained(str(partial))
+        if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
+            shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
+        (partial / "README.md").write_text(_card(factors, method, origin), encoding="utf-8")
+
+
+def save(
+    factors: Sequence[Factors],
+    updates: Updates,
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    pad: bool = False,
+) -> int:
+    """Write a LoRA with these factors: a file with its own keys for a single file, else a folder of PEFT's.
+
+    Args:
+        factors: as `factorize` returns them.
+        updates: what they were made of.
+        output: file or folder to write, which must not exist. It is there whole or not at all.
+        dtype: of the factors; default: as stored.
+        pad: give all modules the largest rank, with zeros, for programs that know only one.
+
+    Returns:
+        How many bytes were written.
+
+    Raises:
+        FileExistsError: the output is there.
+        ValueError: no module has a rank; and as `save_as_lora` and `save_single_file`.
+
+    """
+    path = Path(output)
+    if isinstance(updates.origin, SingleFile):
+        save_single_file(factors, updates, path, dtype=dtype, pad=pad)
+        return path.stat().st_size
+    save_as_lora(factors, updates, path, dtype=dtype, pad=pad)
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def _card(factors: Sequence[Factors], method: str, origin: Source) -> str:
+    exported = [part for part in factors if part.rank]
+    text = _CARD.format(
+        method=method,
+        ranks=sum(part.rank for part in exported),
+        modules=len(exported),
+        parameters=sum(part.parameters for part in exported),
+        kept=kept_energy(factors),
+    )
+    if not isinstance(origin, SavedAdapter):
+        return header(None, "lora") + text
+    asking = f"\n{ASKING}" if is_asked_in_chats(origin) else ""
+    return header(base_on_hub(origin), "lora") + text + loading(origin, needs_lrlora=False) + asking
+
+
+def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:
+    """Whether the updates are those of DoRA's direction alone: read whole, they are no products."""
+    is_dora = bool(getattr(like, "use_dora", False))
+    return is_dora and not (isinstance(source, Updates) and not all(update.is_product for update in source))
+
+
+def _tensors(part: Factors, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors of a module by their names in an adapter, in the shapes that PEFT gives them."""
+    A, B = (matrix.to(dtype).contiguous() for matrix in part.padded(rank))
+    name = f"{PEFT_PREFIX}{part.module}.lora_"
+    if part.layout.is_embedding:
+        return {f"{name}embedding_A": B.T.contiguous(), f"{name}embedding_B": A.T.contiguous()}
+    return {f"{name}A.weight": A, f"{name}B.weight": B}
+
+
+def save_lora_config(
+    factors: Sequence[Factors], source: AdapterSource | Updates, output: str | os.PathLike[str]
+) -> None:
+    """Write the configuration alone, for training plain LoRA at these ranks: `LoraConfig.from_pretrained(output)`.
+
+    Args:
+        factors: as `factorize` returns them.
+        source: as of `save_as_lora`.
+        output: folder to write; it must be empty or not exist.
+
+    Raises:
+        FileExistsError: the output folder is not empty.
+        ValueError: no module has a rank, or the source is a single file.
+
+    """
+    folder = free_folder(output)
+    origin: Source = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
+    config = lora_config(factors, origin.config, keep_scaling=True)
+    with replacing_folder(folder) as partial:
+        config.save_pretrained(str(partial))
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """How far an exported adapter's outputs are from the original's, on random inputs.
+
+    Attributes:
+        relative: ‖h − h′‖ / ‖h − h₀‖, with h and h′ the last hidden states of original and export, h₀ of the base
+            model: the share of the adapter's effect that is lost.
+        largest: the largest difference of any logit; None if the model has no head.
+
+    """
+
+    relative: float
+    largest: float | None
+
+
+@torch.no_grad()
+def output_difference(adapter: AdapterSource, exported: AdapterSource) -> OutputDifference:
+    """Run base model, original and exported adapter on the same random inputs, in float32.
+
+    Raises:
+        FileNotFoundError: the base model is not there.
+        ValueError: an adapter does not fit it, or there are no sample inputs for it.
+
+    """
+    original = load_adapted(adapter, dtype=torch.float32).eval()
+    inputs = sample_inputs(original.get_base_model())
+    with original.disable_adapter():
+        base, _ = _outputs(original, inputs)
+    hidden, logits = _outputs(original, inputs)
+    del original
+    exported_hidden, exported_logits = _outputs(load_adapted(exported, dtype=torch.float32).eval(), inputs)
+    effect = (hidden - base).norm().item()
+    return OutputDifference(
+        relative=(hidden - exported_hidden).norm().item() / effect if effect > 0 else 0.0,
+        largest=None if logits is None or exported_logits is None else (logits - exported_logits).abs().max().item(),
+    )
+
+
+def _outputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    outputs = model(**inputs, output_hidden_states=True)
+    states = getattr(outputs, "decoder_hidden_states", None) or outputs.hidden_states
+    return states[-1], getattr(outputs, "logits", None)

@@ -1,0 +1,298 @@
+"""ΔW ≈ BA: the best plain LoRA for a learned update, at the rank that each module really uses.
+
+By the Eckart-Young theorem the leading k singular triples of ΔW are the best approximation of rank k, and keep
+(σ₁² + … + σ_k²) / ‖ΔW‖²_F of its energy. What remains is to choose the k of every module:
+
+    energy     the smallest k that keeps a share of the module's energy
+    budget     the singular values of all modules compete: the best σ² / (m + n) are taken, one rank of an m × n module
+               costing m + n parameters, as long as the sum fits. That keeps the most energy for its parameters; where
+               all modules have one shape, it is a common threshold on σ.
+    max_rank   never more than this, alone or with one of them
+
+These keep what is large. What matters to the loss is in `lrlora.ranks`.
+
+An update that is a product of thin factors (LoRA's, an expansion's) gets a QR of both and a small SVD, and is never
+formed.
+Other small matrices get a full SVD, large ones a randomised one (Halko, Martinsson & Tropp 2011) that grows until it
+reaches far enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..checks import check_truncation
+from ..naming import module_type, path_in_base
+from ..ops import svd_of_product
+from .layers import updates_of_model
+from .peft_methods import CHANGING_STARTS
+from .update import Layout, Update, Updates
+
+# A randomised SVD costs a few products with ΔW; from a quarter of the full rank on, the full one is no dearer.
+_FULL_SVD_SIZE = 256
+_FULL_SVD_SHARE = 4
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 2
+_FIRST_RANK = 32
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What stands for the update of one module.
+
+    Attributes:
+        module: its path in the base model.
+        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 where the module is left out.
+        r: rank of the product BA that was trained; None where there was none.
+        scaling: s it was trained with.
+        layout: what the matrix is in the module.
+        energy: ‖ΔW‖²_F, exact.
+        stable_rank: of ΔW.
+        kept: the share of `energy` that BA keeps.
+
+    """
+
+    module: str
+    A: Tensor
+    B: Tensor
+    r: int | None
+    scaling: float
+    layout: Layout
+    energy: float
+    stable_rank: float
+    kept: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    def at_least_one(self) -> Factors:
+        """The same, with a rank of 1 where it has none: zeros."""
+        if self.rank:
+            return self
+        return replace(self, A=self.A.new_zeros(1, self.A.shape[1]), B=self.B.new_zeros(len(self.B), 1))
+
+    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A and B with zeros up to this rank; of a convolution A (rank, inputs, …) and B (m, rank, 1, …)."""
+        A = nn.functional.pad(self.A, (0, 0, 0, rank - self.rank))
+        B = nn.functional.pad(self.B, (0, rank - self.rank))
+        if kernel := self.layout.kernel:
+            return A.unflatten(1, (-1, *kernel)), B.reshape(*B.shape, *[1] * len(kernel))
+        return A, B
+
+    @property
+    def parameters(self) -> int:
+        return self.A.numel() + self.B.numel()
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return self.A.shape[1] + self.B.shape[0]
+
+
+class _Svd:
+    """The leading singular triples of one update, as many as were asked for so far.
+
+    Attributes:
+        sigma: descending, float64, without those that are nothing but rounding.
+        is_complete: whether these are all.
+
+    """
+
+    def __init__(self, update: Update) -> None:
+        self.update, self.name, self.shape = update, update.module, update.shape
+        factors = update.factors()
+        if factors is not None:
+            U, sigma, V = svd_of_product(*factors)
+            self._keep(U.float(), sigma, V.float(), is_complete=True)
+            self.energy = sigma.square().sum().item()
+        else:
+            delta = update.matrix()
+            self.energy = delta.double().square().sum().item()
+            self._compute(delta.float(), _FIRST_RANK)
+        self.stable_rank = self.energy / self.sigma[0].item() ** 2 if len(self.sigma) else 0.0
+        self.parameters_per_rank = sum(update.shape)
+
+    def reach(self, rank: int) -> None:
+        """Have at least `rank` triples, or all."""
+        if not self.is_complete and len(self.sigma) < rank:
+            self._compute(self.update.matrix().float(), rank)
+
+    def _compute(self, delta: Tensor, rank: int) -> None:
+        smaller = min(delta.shape)
+        if smaller <= _FULL_SVD_SIZE or rank >= smaller // _FULL_SVD_SHARE:
+            U, sigma, Vh = torch.linalg.svd(delta, full_matrices=False)
+            self._keep(U, sigma, Vh.T, is_complete=True)
+        else:
+            with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
+                torch.manual_seed(0)
+                U, sigma, V = torch.svd_lowrank(delta, rank + _OVERSAMPLING, _POWER_ITERATIONS)
+            self._keep(U[:, :rank], sigma[:rank], V[:, :rank], is_complete=False)
+
+    def _keep(self, U: Tensor, sigma: Tensor, V: Tensor, *, is_complete: bool) -> None:
+        is_real = sigma > min(self.shape) ** 0.5 * torch.finfo(torch.float32).eps * sigma[0]
+        self.is_complete = is_complete or not bool(is_real.all())
+        self._U, self._V, self.sigma = U[:, is_real], V[:, is_real], sigma[is_real].double()
+
+    def truncate(self, rank: int) -> None:
+        """Forget all but the leading `rank` triples: the rest of a large layer's take much memory."""
+        self._U, self._V = self._U[:, :rank].clone(), self._V[:, :rank].clone()
+
+    def held(self) -> Tensor:
+        """The share of the energy that the leading 1, 2, … triples keep."""
+        energies = self.sigma.square()
+        # The rounding of a float32 SVD, some 1e-7 of the energy, must not stand for singular values of that size.
+        return energies.cumsum(0) / (energies.sum() if self.is_complete else self.energy)
+
+    def factors(self, rank: int) -> Factors:
+        # σ goes to both sides alike: its root keeps them within the range of half precision.
+        root = self.sigma[:rank].sqrt().float()
+        return Factors(
+            module=self.name,
+            A=(self._V[:, :rank] * root).T.contiguous(),
+            B=(self._U[:, :rank] * root).contiguous(),
+            r=self.update.r,
+            scaling=self.update.scaling,
+            layout=self.update.layout,
+            energy=self.energy,
+            stable_rank=self.stable_rank,
+            kept=min(1.0, self.held()[rank - 1].item()) if rank else 0.0,
+        )
+
+
+def kept_energy(factors: Sequence[Factors]) -> float:
+    """The share of the energy of all updates together that the factors keep."""
+    energy = sum(part.energy for part in factors)
+    return sum(part.kept * part.energy for part in factors) / energy if energy else 1.0
+
+
+def parameters_of_rank(source: nn.Module | Updates, rank: int) -> int:
+    """What plain LoRA of this rank takes on the modules of an adapter: a budget to compare at."""
+    return rank * sum(sum(update.shape) for update in _updates_of(source, None))
+
+
+def exact_parameters(source: nn.Module | Updates) -> int | None:
+    """Parameters of the plain LoRA that holds an adapter exactly; None where none of low rank does, as of φ(BA)."""
+    updates = _updates_of(source, None)
+    if not all(update.is_product for update in updates):
+        return None
+    return sum(update.limit * sum(update.shape) for update in updates)
+
+
+@torch.no_grad()
+def factorize(
+    source: nn.Module | Updates,
+    *,
+    energy: float | None = None,
+    budget: int | None = None,
+    max_rank: int | None = None,
+    adapter: str | None = None,
+    progressbar: bool = False,
+) -> list[Factors]:
+    """Factors for every module that an adapter changes, in the order of the model.
+
+    Args:
+        source: a PEFT model, not merged, or what `lrlora.adapters.read_updates` has read.
+        energy: share of each module's ‖ΔW‖²_F to keep, in (0, 1].
+        budget: parameters of all factors together.
+        max_rank: of any module.
+        adapter: its name in the model; default: the active one.
+        progressbar: show one.
+
+    Raises:
+        ValueError: neither energy nor budget nor max_rank is given, or both of the first; a value is out of range;
+            there is nothing to factorise; a module is neither linear nor a convolution; or an update is not finite.
+
+    """
+    check_truncation(energy=energy, budget=budget, max_rank=max_rank)
+    updates, ranks = [], {}
+    for each in tqdm(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar):
+        update = _Svd(each)
+        if budget is None:
+            ranks[update.name] = _for_energy(update, energy or 1.0, max_rank or min(update.shape))
+            update.truncate(ranks[update.name])
+        updates.append(update)
+    if not any(update.energy for update in updates):
+        raise ValueError("Every update is zero: the adapter has not been trained, and there is nothing to export.")
+    if budget is not None:
+        ranks = _within_budget(updates, budget, max_rank or max(min(update.shape) for update in updates))
+    return [update.factors(ranks[update.name]) for update in updates]
+
+
+def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update]:
+    """Its updates, all of modules that LoRA can adapt."""
+    if isinstance(source, Updates):
+        return source.updates
+    for name, config in getattr(source, "peft_config", {}).items():
+        start = str(getattr(config, "init_lora_weights", None))
+        if adapter in (None, name) and start.startswith(CHANGING_STARTS):
+            raise ValueError(
+                f"init_lora_weights={start!r} took a part of the base weights away: s·BA is not the whole update. Save "
+                "the adapter, and read it with read_updates."
+            )
+    updates = list(updates_of_model(source, adapter))
+    layers = {path_in_base(path): module for path, module in source.named_modules()}
+    others = sorted({module_type(u.module) for u in updates if not _is_linear(layers.get(u.module), u)})
+    if others:
+        raise ValueError(
+            f"Only linear layers can be exported as LoRA, and this adapter also adapts {', '.join(others)}. Merge it "
+            "into its base model instead."
+        )
+    return updates
+
+
+def _is_linear(layer: nn.Module | None, update: Update) -> bool:
+    """Whether PEFT's LoRA adapts it as a linear layer; not so of experts, which are parts of a layer."""
+    return isinstance(layer, BaseTunerLayer) and not (update.layout.kernel or update.layout.is_embedding)
+
+
+def _for_energy(update: _Svd, energy: float, limit: int) -> int:
+    while True:
+        held = update.held()
+        # As in `rank.energy_rank`: the last bit of a share must not cost a rank.
+        rank = int((held < energy - 1e-12).sum().item()) + 1
+        if rank >= limit or rank <= len(held) or update.is_complete:
+            update.reach(min(rank, limit))
+            return min(rank, limit, len(update.sigma))
+        update.reach(min(2 * len(held), limit))
+
+
+def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, int]:
+    cheapest = min(update.parameters_per_rank for update in updates)
+    if budget < cheapest:
+        raise ValueError(f"budget={budget:,} is less than one rank of the smallest module, {cheapest:,} parameters.")
+    while True:
+        worth = [update.sigma[:limit].square() for update in updates]
+        ranks = best_per_parameter(worth, [update.parameters_per_rank for update in updates], budget)
+        # A module all of whose known singular values were taken might have had more to offer.
+        short = [
+            update
+            for update, rank in zip(updates, ranks, strict=True)
+            if rank == len(update.sigma) < limit and not update.is_complete
+        ]
+        if not short:
+            return dict(zip((update.name for update in updates), ranks, strict=True))
+        for update in short:
+            update.reach(min(2 * len(update.sigma), limit))
+
+
+def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
+    """The rank of every module, where all compete for a budget.
+
+    Args:
+        worth: of every module what each of its directions is worth, descending.
+        costs: parameters of a direction of every module.
+        budget: parameters in all.
+
+    """
+    owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
+    cost = torch.tensor(costs)[owner]
+    order = (torch.cat(list(worth)) / cost).argsort(descending=True, stable=True)
+    order = order[cost[order] <= budget]
+    taken = order[cost[order].cumsum(0) <= budget]
+    return torch.bincount(owner[taken], minlength=len(worth)).tolist()

@@ -1,0 +1,210 @@
+"""Updates of the layers of a PEFT model, by any method whose update can be merged."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..naming import path_in_base
+from ..ops import at_least_float32
+from ..ops.transfer import Transfer
+from ..tuner.sharding import gathered, shard_owners
+from .update import Factors, Layout, Learned, Update
+
+# Methods whose `r` is the rank of a product.
+_WITH_RANK = ("lrlora_A", "lora_A", "hada_w1_a", "lokr_w1", "hira_A", "vera_lambda_b", "randlora_lambda")
+
+
+def updates_of_model(
+    model: nn.Module, adapter: str | None = None, original: Callable[[str], Tensor | None] = lambda path: None
+) -> Iterator[Update]:
+    """The update of every module that an adapter changes in a PEFT model, in the order of the model.
+
+    Of a model that FSDP2 has sharded, a module is whole until the next one is asked for, and all processes have to ask
+    together.
+
+    Args:
+        model: a PEFT model, not merged.
+        adapter: name of the adapter; default: the active one.
+        original: path of a module → its weight W0 as it was without the adapter, which some methods change from the
+            start (PiSSA); if given, an update is all that a merge changes.
+
+    Raises:
+        ValueError: no module has an adapter of this name, or it is merged into the base weights.
+
+    """
+    layers: list[tuple[str, Any, Any]] = [
+        (path_in_base(path), module, adapter or next(iter(module.active_adapters), None))
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and module.adapter_layer_names
+    ]
+    with_adapter = [(path, layer, name) for path, layer, name in layers if name in layer._get_available_adapters()]
+    if not with_adapter:
+        known = sorted({name for _, layer, _ in layers for name in layer._get_available_adapters()})
+        if not known:
+            raise ValueError(
+                "The model has no adapter: wrap it with get_peft_model, or load one with PeftModel.from_pretrained."
+            )
+        raise ValueError(f"No module has an adapter named {adapter!r}. Adapters there are: {', '.join(known)}.")
+    if any(layer.merged for _, layer, _ in with_adapter):
+        raise ValueError("The adapter is merged, and its ranks need the base weights: call unmerge_adapter() first.")
+    owners = shard_owners(model)
+    for path, layer, name in with_adapter:
+        with gathered(layer, owners):
+            if hasattr(layer, "parameter_name"):
+                yield from _of_parameter(path, layer, name)
+            else:
+                yield _of_layer(path, layer, name, original)
+
+
+def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Tensor | None]) -> Update:
+    base = layer.get_base_layer()
+    is_transposed = isinstance(base, Conv1D)
+
+    def as_matrix(weight: Tensor) -> Tensor:
+        return weight.T if is_transposed else weight.flatten(1)
+
+    def weight() -> Tensor | None:
+        found = original(path)
+        found = _base_weight(layer) if found is None else found
+        return None if found is None else as_matrix(found)
+
+    learned = None
+    if adapter in getattr(layer, "lrlora_phi", {}):
+        learned = _learned(layer, adapter, as_matrix)
+    weights = getattr(base, "weight", None)
+    layout = Layout(() if weights is None else tuple(weights.shape[2:]), isinstance(base, nn.Embedding))
+    has_rank = not set(_WITH_RANK).isdisjoint(layer.adapter_layer_names)
+    r: int | None = layer.r.get(adapter) if has_rank else None
+    scalings = getattr(layer, "scaling", None)
+    scaling = scalings.get(adapter, 1.0) if isinstance(scalings, dict) else 1.0
+    m, n = shape = _shape(layer, base, adapter)
+    factors = _factors(layer, adapter) if original(path) is None else None
+    if factors is not None and r is not None:
+        num_terms = 1 if learned is None else layer.lrlora_phi[adapter].num_terms
+        return Update(path, shape, factors, True, r, min(r * num_terms, m, n), scaling, layout, weight, learned)
+
+    def matrix() -> Tensor:
+        W0 = original(path)
+        if W0 is None and (learned is not None or hasattr(layer, "lora_A")):
+            return as_matrix(layer.get_delta_weight(adapter))
+        return as_matrix(_difference_by_merging(layer, adapter, W0))
+
+    # Of LoRA on a convolution or an embedding PEFT gives the matrix alone.
+    limit = min(r, m, n) if r is not None and hasattr(layer, "lora_A") else min(m, n)
+    return Update(path, shape, matrix, False, r, limit, scaling, layout, weight, learned)
+
+
+def _shape(layer: Any, base: Any, adapter: str) -> tuple[int, int]:
+    for method in ("lrlora", "lora"):
+        A, B = (getattr(layer, f"{method}_{factor}", {}) for factor in "AB")
+        if adapter in A and isinstance(A[adapter], nn.Linear):
+            return len(B[adapter].weight), A[adapter].weight.shape[1]
+    m, n = len(base.weight), base.weight[0].numel()
+    return (n, m) if isinstance(base, Conv1D) else (m, n)
+
+
+def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
+    """Of a parameter that no layer holds as its weight: one update, or one for each of its stacked experts."""
+    path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of parameters are nested
+    is_transposed = getattr(layer, "_is_transposed", False)
+    is_stack = layer.get_param().dim() == 3
+    phi = layer.lrlora_phi[adapter] if adapter in getattr(layer, "lrlora_phi", {}) else None
+    thin = None if phi is None else layer.thin_factors(adapter)
+    # Formed for all experts at once.
+    deltas = functools.cache(lambda: layer.get_delta_weight(adapter))
+    inputs = functools.cache(lambda: layer.get_transfer_input(adapter))
+    weights, r = _base_weight(layer), layer.r[adapter]
+
+    def of(index: int) -> Update:
+        def pick(stack: Tensor) -> Tensor:
+            return stack[index] if stack.dim() == 3 else stack
+
+        def as_matrix(stack: Tensor) -> Tensor:
+            return pick(stack).T if is_transposed else pick(stack)
+
+        def form() -> Tensor | Factors:
+            return as_matrix(deltas()) if thin is None else (pick(thin[0]), pick(thin[1]))
+
+        def linear() -> Factors:
+            B, A = layer.linear_factors(adapter)
+            return pick(B), pick(A)
+
+        m, n = as_matrix(layer.get_param()).shape
+        k = min(m, n) if isinstance(phi, Transfer) else r if thin is None else thin[1].shape[-2]
+        learned = Learned(linear, phi if isinstance(phi, Transfer) else None, lambda: pick(inputs()))
+        return Update(
+            module=f"{path}.{index}" if is_stack else path,
+            shape=(m, n),
+            form=form,
+            is_product=thin is not None,
+            r=r,
+            limit=min(k, m, n),
+            scaling=layer.scaling[adapter],
+            weight=lambda: None if weights is None else pick(weights),
+            learned=None if phi is None else learned,
+        )
+
+    yield from map(of, range(layer.num_experts if is_stack else 1))
+
+
+def _learned(layer: Any, adapter: str, as_matrix: Callable[[Tensor], Tensor]) -> Learned:
+    phi = layer.lrlora_phi[adapter]
+    return Learned(
+        lambda: layer.linear_factors(adapter),
+        phi if isinstance(phi, Transfer) else None,
+        lambda: as_matrix(layer.get_transfer_input(adapter)),
+    )
+
+
+def _factors(layer: Any, adapter: str) -> Callable[[], Factors] | None:
+    """Gives U and V of an expansion, or s·B and A of PEFT's LoRA on a linear layer; None where there are none."""
+    if adapter in getattr(layer, "lrlora_phi", {}):
+        return None if isinstance(layer.lrlora_phi[adapter], Transfer) else lambda: layer.thin_factors(adapter)
+    A, B = (getattr(layer, name, {}) for name in ("lora_A", "lora_B"))
+    if adapter not in A or not (isinstance(A[adapter], nn.Linear) and isinstance(B[adapter], nn.Linear)):
+        return None
+    A, B = A[adapter], B[adapter]
+    return lambda: (layer.scaling[adapter] * at_least_float32(B.weight.detach()), A.weight.detach())
+
+
+def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) -> Tensor:
+    """What a merge adds to the base weight, in the layout of that, float64.
+
+    In a copy and in float64, so that nothing is changed, and nothing lost beside a large weight.
+
+    Raises:
+        ValueError: PEFT cannot merge it.
+
+    """
+    twin = copy.deepcopy(layer).to(torch.float64)
+    base = twin.get_base_layer()
+    before = base.weight.detach().clone() if original is None else original.to(base.weight)
+    try:
+        twin.merge(adapter_names=[adapter])
+    except Exception as error:  # whatever a method's own code may say
+        kind = type(layer).__module__.split(".")[-2]
+        raise ValueError(f"PEFT cannot merge {kind} adapters into a {type(base).__name__}: {error}") from error
+    return base.weight.detach() - before
+
+
+def _base_weight(layer: Any) -> Tensor | None:
+    """The base weight; None where it is offloaded, not there, or quantised in a way that cannot be undone."""
+    try:
+        if hasattr(layer, "get_param"):
+            weight: Tensor = layer.get_param().data
+        elif hasattr(layer, "get_base_weight"):
+            weight = layer.get_base_weight()
+        else:
+            weight = layer.get_base_layer().weight.data
+    except (TypeError, NotImplementedError, AttributeError):
+        return None
+    # A skeleton's is one zero, seen as a matrix: as float64, that of a large layer would take gigabytes.
+    return None if weight.is_meta or not any(weight.stride()) else weight

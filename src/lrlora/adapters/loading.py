@@ -1,0 +1,221 @@
+"""A saved adapter on its base model, through PEFT's own loading."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils import CONFIG_NAME
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from ..files import ADAPTER_EXPECTED, readable, require_regular
+from .card import class_names
+from .peft_folder import AdapterSource, SavedAdapter, require_all_weights
+from .update import Updates
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+    None: "AutoPeftModel",
+}
+
+
+def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
+    """The base model that a saved adapter names, with the adapter on it.
+
+    Args:
+        adapter: folder or hub name, or what was read there.
+        **options: of transformers' `from_pretrained`, such as `dtype`.
+
+    Raises:
+        FileNotFoundError: the base model is not there.
+        ValueError: it is there, and the adapter does not fit it.
+
+    """
+    saved = SavedAdapter.read(adapter)
+    name, config = saved.name, saved.config
+    base = config.base_model_name_or_path
+    if not base:
+        raise FileNotFoundError(
+            f"The adapter {name} does not say what its base model is. Set base_model_name_or_path in its "
+            "adapter_config.json."
+        )
+    require_regular(base)
+    if (Path(base) / CONFIG_NAME).is_file():
+        SavedAdapter.read(base)  # transformers puts it on the model
+    with readable(name, ADAPTER_EXPECTED):
+        if labels := class_names(saved):
+            options["id2label"] = dict(enumerate(labels))
+            options["label2id"] = {label: index for index, label in enumerate(labels)}
+            if config.modules_to_save:  # the head of the base model, of other classes, gives way to it
+                options["ignore_mismatched_sizes"] = True
+        elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(saved)) is not None:
+            options["num_labels"] = num_labels
+        model: Any
+        try:
+            with warnings.catch_warnings():
+                # PEFT looks for a tokenizer of the adapter's own, and is not sure that it found none.
+                warnings.filterwarnings("ignore", message="Unable to fetch remote file")
+                model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"The base model of {name}, {base}, could not be loaded: "
+                f"{str(error).splitlines()[0]} Put it there, or correct base_model_name_or_path in adapter_config.json."
+            ) from None
+        except RecursionError:
+            raise ValueError(f"A file of {name}, or of its base model {base}, is nested too deeply.") from None
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The adapter {name} does not fit its base model {config.base_model_name_or_path}: "
+                f"{' '.join(str(error).split())[:500]}"
+            ) from None
+        require_all_weights(model, saved)
+    if config.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
+        # A decoder looks for the last token before the padding, and trains with the tokenizer's.
+        model.config.pad_token_id = _pad_token(name, str(config.base_model_name_or_path))
+    return model
+
+
+def check_base(saved: SavedAdapter, updates: Updates) -> None:
+    """Compare the updates of an adapter with the base model that it names, of which only the configuration is read.
+
+    Raises:
+        FileNotFoundError: the base model is not there.
+        ValueError: an adapted module is no linear layer there, or one of another shape.
+
+    """
+    name = saved.config.base_model_name_or_path
+    if not name:
+        raise FileNotFoundError(
+            f"The adapter {saved.name} does not say what its base model is. Set base_model_name_or_path in its "
+            "adapter_config.json, or leave out the check against it (--no-check)."
+        )
+    require_regular(name)
+    with readable(name, "Correct it, or leave out the check against it (--no-check)."):
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"The base model {name} could not be found: {str(error).splitlines()[0]} Put it there, correct "
+                "base_model_name_or_path in adapter_config.json, or leave out the check against it (--no-check)."
+            ) from None
+    with torch.device("meta"):
+        base = AutoModel.from_config(config)
+    modules = dict(base.named_modules())
+    for update in updates:
+        path = update.module
+        module: Any = modules.get(path.removeprefix(f"{base.base_model_prefix}."))
+        if module is None:
+            continue  # a task head
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"Only linear layers can be exported as LoRA, and {path} is a {type(module).__name__}. Merge the "
+                "adapter into its base model instead."
+            )
+        shape = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
+        if shape != update.shape:
+            raise ValueError(
+                f"The base model {name} does not fit the adapter: {path} has shape {shape} there, and "
+                f"{update.shape} in the adapter."
+            )
+
+
+def check_names(updates: Updates) -> None:
+    """The check against a base model that is not at hand: by names alone.
+
+    Raises:
+        ValueError: a module is likely no linear layer.
+
+    """
+    for update in updates:
+        if _UNLIKELY.search(update.module):
+            raise ValueError(
+                f"{update.module} is, by its name, no linear layer, and only those can be "
+                "exported as LoRA. Export with the check against the base model, or merge the adapter into it."
+            )
+
+
+_UNLIKELY = re.compile(r"(embed\w*|wte|wpe|shared|conv\w*)$", re.IGNORECASE)
+# How transformers calls the layer, and in some models the part of it, that gives the classes.
+_HEADS = re.compile(r"\.(classifier|score|classification_head|logits_proj)(\.out_proj)?\.weight$")
+
+
+def _num_labels(saved: SavedAdapter) -> int | None:
+    """How many classes the head that is saved with an adapter has; None where there is none, as the base model says."""
+    heads = [tensor for key, tensor in saved.weights.items() if _HEADS.search(key)]
+    return len(heads[-1]) if heads else None
+
+
+def _pad_token(name: str, base: str) -> int | None:
+    for source in (name, base):
+        if (tokenizer := _preprocessing(AutoTokenizer, source)) is not None:
+            return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return None
+
+
+def save_preprocessing(folder: Path, source: str) -> bool:
+    """Put the tokenizer or processor of a model or adapter into a folder; False if it has none."""
+    for loader in (AutoProcessor, AutoTokenizer):
+        if (loaded := _preprocessing(loader, source)) is not None:
+            loaded.save_pretrained(folder)
+            return True
+    return False
+
+
+def _preprocessing(loader: Any, source: str) -> Any:
+    """The tokenizer or processor of a model or adapter; None if it has none.
+
+    Raises:
+        ValueError: its files are nested too deeply.
+
+    """
+    try:
+        loaded = loader.from_pretrained(source)
+    except RecursionError:
+        raise ValueError(
+            f"A file of the tokenizer in {source} is nested too deeply. Remove it, or fetch it anew."
+        ) from None
+    except (OSError, ValueError, ImportError, AttributeError, KeyError):  # none, or none for this model
+        return None
+    # Of a model's configuration alone transformers makes a tokenizer without words.
+    has_words = not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens)
+    return loaded if has_words else None
+
+
+def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Random inputs of the kind that a model takes: 4 sequences of 32 tokens, or 2 images; always the same.
+
+    Raises:
+        ValueError: the model takes something else.
+
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    size = getattr(config, "image_size", None)
+    if model.main_input_name == "pixel_values" and isinstance(size, int):
+        return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), size, size, generator=generator)}
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"there are no sample inputs for {type(model).__name__}, which takes {model.main_input_name}")
+    text = config.get_text_config()
+    tokens = torch.randint(text.vocab_size, (4, 32), generator=generator)
+    special = [text.pad_token_id, text.eos_token_id]
+    for token in special:
+        if isinstance(token, int):
+            tokens[tokens == token] = (token + 1) % text.vocab_size
+    if isinstance(text.eos_token_id, int):
+        tokens[:, -1] = text.eos_token_id  # some heads look at it
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        tokens = tokens.unsqueeze(0)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    return inputs | {"decoder_input_ids": tokens} if config.is_encoder_decoder and not is_classifier else inputs

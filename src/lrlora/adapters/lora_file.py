@@ -1,0 +1,268 @@
+"""LoRAs in a single safetensors file, read and written: keys of kohya and ComfyUI, of LyCORIS, and of diffusers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import readable, replacing, values_of
+from ..naming import PEFT_PREFIX, natural_order
+from ..untrusted import require_plain_names, require_quick_patterns
+from .checkpoint import Checkpoint, with_weight
+from .factorize import Factors
+from .products import rank_of, scaling_of, update_from_parts
+from .update import MAGNITUDES_NOTE, Updates, common_dtype
+
+_EXPECTED = "Expected is a LoRA in one safetensors file, as kohya, ComfyUI, LyCORIS and diffusers write it."
+# Ways to end the names of the two factors; what goes before is the module.
+KOHYA_STYLE = (".lora_down.weight", ".lora_up.weight")
+_STYLES = (
+    KOHYA_STYLE,
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+)
+_NAMES = {name: part for style in _STYLES for name, part in zip(style, ("lora_A", "lora_B"), strict=True)} | {
+    ".lora_mid.weight": "lora_mid",
+    ".diff": "diff",
+    **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+_KEY = re.compile(rf"(.+?)({'|'.join(sorted(map(re.escape, _NAMES), key=len, reverse=True))})")
+_MAGNITUDES = re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$")
+_UNREADABLE = re.compile(r"\.(oft_\w+|boft_\w+|a1\.weight|b1\.weight|glora_\w+|on_input)(\.|$)")
+METADATA_KEY = "lora_adapter_metadata"  # diffusers': PEFT's configuration, as JSON
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What a file of a LoRA holds.
+
+    Attributes:
+        name: path of the file.
+        metadata: its strings.
+        modules: of every module its parts, by PEFT's names.
+        styles: of every module how the names of its factors end, if it has them.
+        alphas: of every module the name of its α and its value, if it has one.
+        others: all other tensors, by key.
+
+    """
+
+    name: str
+    metadata: dict[str, str]
+    modules: dict[str, dict[str, Tensor]]
+    styles: dict[str, tuple[str, str]]
+    alphas: dict[str, tuple[str, float]]
+    others: dict[str, Tensor]
+
+    @staticmethod
+    def is_one(path: str | os.PathLike[str]) -> bool:
+        """Whether a file holds a LoRA, and no full model."""
+        with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
+            return any(_KEY.fullmatch(key) for key in list(file.keys()))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> SingleFile:
+        """Read the names, and map the tensors into memory.
+
+        Raises:
+            ValueError: the file is damaged, holds no LoRA, or one by a method that is not read.
+
+        """
+        name = os.fspath(path)
+        with readable(name, _EXPECTED), safe_open(name, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in list(file.keys())}
+            require_plain_names(tensors, name)
+            metadata = dict(file.metadata() or {})
+        found = cls(name, metadata, {}, {}, {}, {})
+        if any(key.startswith(PEFT_PREFIX) for key in tensors):
+            raise ValueError(f"{name} is the file of a PEFT adapter, whose scaling is in its folder: give the folder.")
+        for key, tensor in tensors.items():
+            match = _KEY.fullmatch(key)
+            if match and (match[2] != ".diff" or tensor.dim() > 1):  # that of a norm or bias has no rank
+                module, part = match[1], match[2]
+                found.modules.setdefault(module, {})[_NAMES[part]] = tensor
+                if style := next((style for style in _STYLES if part in style), None):
+                    found.styles[module] = style
+            else:
+                found.others[key] = tensor
+        for module in found.modules:
+            for key in (f"{module}.alpha", f"{module}.lora.alpha"):
+                if key in found.others and found.others[key].numel() == 1:
+                    found.alphas[module] = key, found.others.pop(key).item()
+        if unreadable := sorted(key for key in found.others if _UNREADABLE.search(key)):
+            raise ValueError(
+                f"{name} holds updates that depend on the base weight, as those of OFT do ({unreadable[0]}). They "
+                "cannot be read from this file alone."
+            )
+        if not found.modules:
+            some = ", ".join(sorted(tensors)[:3]) or "no tensor"
+            raise ValueError(f"{name} holds no LoRA: there is {some}. {_EXPECTED}")
+        return found
+
+    @property
+    def method(self) -> str:
+        kinds = {next(iter(parts)).partition("_")[0] for parts in self.modules.values()}
+        names = {"lora": "LoRA", "hada": "LoHa", "lokr": "LoKr", "diff": "difference"}
+        method = " and ".join(name for kind, name in names.items() if kind in kinds)
+        return method.replace("LoRA", "DoRA") if self.has_magnitudes else method
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return common_dtype(tensor for parts in self.modules.values() for tensor in parts.values())
+
+    @property
+    def parameters(self) -> int:
+        """Of the factors."""
+        return sum(tensor.numel() for parts in self.modules.values() for tensor in parts.values())
+
+    @property
+    def config(self) -> Any:
+        raise ValueError(f"{self.name} is a single file, and is written as one: save_single_file.")
+
+    def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
+        return self.others
+
+    @property
+    def has_magnitudes(self) -> bool:
+        return any(_MAGNITUDES.search(key) for key in self.others)
+
+    def scaling(self, module: str) -> float:
+        """Of a module: α/r, as kohya stores α; else as diffusers' metadata say; else 1."""
+        parts = self.modules[module]
+        r = rank_of(parts)
+        if r is None:
+            return 1.0
+        if r == 0:
+            raise ValueError(f"{self.name} is damaged: the factors of {module} have no rows.")
+        if module in self.alphas:
+            return self.alphas[module][1] / r
+        for component, config in self._configs.items():
+            if module.startswith(component):
+                return scaling_of(config, module.removeprefix(component), r)
+        return 1.0
+
+    @functools.cached_property
+    def _configs(self) -> dict[str, Mapping[str, Any]]:
+        """Beginning of modules' names → the configuration of their adapter."""
+        with readable(self.name, _EXPECTED):
+            content = values_of(self.metadata.get(METADATA_KEY, "{}"))
+            require_quick_patterns(content, f"in its {METADATA_KEY}")
+            components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
+            return {
+                component: {
+                    key.removeprefix(component): value for key, value in content.items() if key.startswith(component)
+                }
+                for component in components
+            }
+
+    def updates(self, base: str | os.PathLike[str] | None = None) -> Updates:
+        """The updates of its modules, in the order of their names, numbers by their size."""
+        weights = None if base is None else Checkpoint(base)
+        updates = []
+        for module in sorted(self.modules, key=natural_order):
+            update = update_from_parts(module, self.modules[module], self.scaling(module))
+            updates.append(update if weights is None else with_weight(update, weights))
+        return Updates(self.name, self.method, updates, self, (MAGNITUDES_NOTE,) if self.has_magnitudes else ())
+
+
+_CONVOLUTION = re.compile(r"conv|shortcut|sampler|proj_(in|out)$")
+
+
+def save_single_file(
+    factors: Sequence[Factors],
+    updates: Updates,
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    pad: bool = False,
+) -> None:
+    """Write a LoRA with these factors; LoHa and LoKr become LoRA, in kohya's keys.
+
+    Where there is an α it is 1, and B is multiplied by the rank, which a reader divides by. What else the file held
+    (DoRA's magnitudes, text embeddings, the notes of whoever trained it) is kept; hashes, which would be of another
+    file, are not.
+
+    Args:
+        factors: as `factorize` returns them.
+        updates: what was read of the file.
+        output: `.safetensors` file to write; it is there whole or not at all.
+        dtype: of the factors; default: that of the file.
+        pad: give all modules the largest rank, with zeros.
+
+    Raises:
+        FileExistsError: the file exists.
+        ValueError: no module has a rank; or a LoHa or LoKr may be of a convolution, whose kernel it does not tell.
+
+    """
+    file = updates.origin
+    assert isinstance(file, SingleFile)
+    path = free_file(output)
+    if file.has_magnitudes:
+        factors = [part.at_least_one() for part in factors]  # where BA is 0, the magnitude may still be trained
+    exported = [part for part in factors if part.rank]
+    if not exported:
+        raise ValueError("No module has a rank: there is nothing to export.")
+    if unclear := [p.module for p in exported if not p.layout.is_known and _CONVOLUTION.search(p.module)]:
+        raise ValueError(
+            f"{unclear[0]} may be a convolution, and {updates.method} does not tell its kernel: it cannot be "
+            "written as LoRA."
+        )
+    largest = max(part.rank for part in exported)
+    dtype = dtype or file.stored_dtype
+    tensors = dict(file.others)
+    for part in exported:
+        rank = largest if pad else part.rank
+        A, B = (matrix.to(dtype).contiguous() for matrix in part.padded(rank))
+        tensors |= _named(file, part.module, A, B, rank)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=_metadata(file, exported, largest if pad else None))
+
+
+def free_file(output: str | os.PathLike[str]) -> Path:
+    """The file to write, if it is free.
+
+    Raises:
+        FileExistsError: it exists.
+        ValueError: its name does not end as it must, or its folder is not there.
+
+    """
+    path = Path(output)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"A single file is compressed into one: output must end in .safetensors, and is {output}.")
+    if path.exists():
+        raise FileExistsError(f"The output file {path} exists. Give another one, or remove it.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"The folder {path.parent} for {path.name} does not exist.")
+    return path
+
+
+def _named(file: SingleFile, module: str, A: Tensor, B: Tensor, rank: int) -> dict[str, Tensor]:
+    down, up = file.styles.get(module, KOHYA_STYLE)
+    if module not in file.alphas and (down, up) != KOHYA_STYLE:
+        return {f"{module}{down}": A, f"{module}{up}": B}
+    # One α for all: diffusers loses those of single modules.
+    key = file.alphas[module][0] if module in file.alphas else f"{module}.alpha"
+    return {f"{module}{down}": A, f"{module}{up}": rank * B, key: torch.tensor(1.0)}
+
+
+def _metadata(file: SingleFile, exported: Sequence[Factors], padded: int | None) -> dict[str, str]:
+    dropped = ("sshs_model_hash", "sshs_legacy_hash", METADATA_KEY)
+    metadata = {key: value for key, value in file.metadata.items() if key not in dropped}
+    ranks = {part.rank for part in exported} if padded is None else {padded}
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # as kohya's own tool calls it
+    values = {"ss_network_dim": rank, "ss_network_alpha": "1.0"}
+    return metadata | {key: value for key, value in values.items() if key in metadata}

@@ -1,0 +1,72 @@
+"""The learned update added to the base model: a full model that needs no adapter."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from ..files import free_folder, replacing_folder
+from ..tuner import LrLoraLayer
+from .card import merged_card
+from .loading import load_adapted, save_preprocessing
+from .peft_folder import AdapterSource, SavedAdapter
+
+
+def merge_adapter(
+    adapter: AdapterSource,
+    output: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    dequantize: bool = False,
+    max_shard_size: str = "5GB",
+    progressbar: bool = False,
+) -> None:
+    """Write the base model with the adapter merged into it, and the tokenizer, as `from_pretrained` loads them.
+
+    One layer is merged at a time: beside the model there is never more than one layer's update in memory.
+
+    Args:
+        adapter: folder or hub name of a saved adapter, or what was read there.
+        output: folder to write; it must be empty or not exist. It is there whole or not at all.
+        dtype: of the model; default: that of the base model's files.
+        dequantize: undo the quantisation of a base model that is stored quantised. It cannot be merged otherwise.
+        max_shard_size: of a file of weights.
+        progressbar: show one.
+
+    Raises:
+        FileExistsError: the output folder is not empty.
+        FileNotFoundError: the base model is not there.
+        ValueError: the adapter does not fit it, it is quantised, or the merged weights would not be finite.
+
+    """
+    folder, saved = free_folder(output), SavedAdapter.read(adapter)
+    model = load_adapted(saved, dtype=dtype or "auto")
+    if getattr(model.config, "quantization_config", None) is not None:
+        if not dequantize:
+            raise ValueError(
+                f"The base model {model.config.name_or_path} is stored quantised. Ask for it to be dequantised "
+                "(dequantize=True, --dequantize), or name its unquantised original in adapter_config.json."
+            )
+        _dequantize(model)
+    merged = model.merge_and_unload(progressbar=progressbar, safe_merge=True)
+    with replacing_folder(folder) as partial:
+        merged.save_pretrained(partial, max_shard_size=max_shard_size)
+        base = str(saved.config.base_model_name_or_path)
+        if not (save_preprocessing(partial, saved.name) or save_preprocessing(partial, base)):
+            warnings.warn(
+                f"Neither {saved.name} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=2
+            )
+        (partial / "README.md").write_text(merged_card(saved), encoding="utf-8")
+
+
+def _dequantize(model: Any) -> None:
+    """Make the base model's layers plain ones, below the adapters."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LrLoraLayer)]
+    if not layers:
+        raise ValueError("Only LR-LoRA adapters can be merged into a base model that is stored quantised.")
+    model.get_base_model().dequantize()
+    for layer in layers:
+        layer.quantization_backend = None

@@ -1,0 +1,148 @@
+"""A saved adapter: read without running, or even having, its base model, and checked.
+
+PEFT leaves out of a model what does not fit it, and says little of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from torch import Tensor
+
+from ..checks import require_float32, require_type
+from ..files import ADAPTER_EXPECTED, read_json, readable, require_adapter
+from ..tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
+from ..untrusted import require_plain_names, require_quick_patterns
+from .update import common_dtype
+
+_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+# Fields of configurations that are read here, and of which PEFT does not look at the type.
+_FIELDS = {
+    "base_model_name_or_path": str | None,
+    "task_type": str | None,
+    "r": int | None,
+    "lora_alpha": float | None,
+    "alpha": float | None,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "rank_pattern": dict[str, float | list[Any]] | None,  # AdaLoRA's holds lists
+    "alpha_pattern": dict[str, float] | None,
+    "target_parameters": list[str] | None,
+}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter in a folder or on the hub: its configuration, and its weights when they are asked for, read once.
+
+    Args:
+        name: folder or hub name.
+        config: as PEFT reads it.
+
+    """
+
+    name: str
+    config: Any
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return common_dtype(self.method_weights.values())
+
+    @property
+    def parameters(self) -> int:
+        """Without heads and biases; a φ that modules share counts once, though a file has it once for each."""
+        weights = self.method_weights
+        if getattr(self.config, "sharing", "module") != "module":
+            shared = {tensor.numpy().tobytes(): key for key, tensor in weights.items() if ".lrlora_phi." in key}
+            weights = {key: t for key, t in weights.items() if ".lrlora_phi." not in key or key in shared.values()}
+        return sum(tensor.numel() for tensor in weights.values())
+
+    def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
+        replaced = {key for key in self.method_weights if not (with_magnitudes and ".lora_magnitude_vector" in key)}
+        return {key: value for key, value in self.weights.items() if key not in replaced}
+
+    @classmethod
+    def read(cls, adapter: AdapterSource) -> SavedAdapter:
+        """Read an adapter from a folder or the hub; one that has been read is returned as it is.
+
+        Raises:
+            ValueError: there is none, or its configuration is damaged.
+
+        """
+        if isinstance(adapter, SavedAdapter):
+            return adapter
+        name = os.fspath(adapter)
+        require_adapter(name)
+        if (file := Path(name) / CONFIG_NAME).is_file():
+            read_json(file, dict[str, Any], ADAPTER_EXPECTED)  # PEFT has no bounds
+        with readable(name, ADAPTER_EXPECTED):
+            try:
+                config = PeftConfig.from_pretrained(name)
+                _require_sound(vars(config))
+                return cls(name, config)
+            except ValueError as error:
+                reason = str(error).rstrip(".")
+                raise ValueError(f"{name} does not hold a readable adapter ({reason}). {ADAPTER_EXPECTED}") from None
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """By their names in the file, on the CPU."""
+        folder = Path(self.name)
+        if folder.is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
+            raise ValueError(f"{self.name} holds no weights: there is no {_WEIGHTS[0]} in it. {ADAPTER_EXPECTED}")
+        with readable(self.name, ADAPTER_EXPECTED):
+            weights = load_peft_weights(self.name, device="cpu")
+            require_plain_names(weights, self.name)
+        return weights
+
+    @property
+    def method_weights(self) -> dict[str, Tensor]:
+        """Those of its method, without trained heads, embeddings and biases."""
+        prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.peft_type].removesuffix("lambda_")  # vera_lambda_, and vera_A
+        return {key: weight for key, weight in self.weights.items() if f".{prefix}" in key}
+
+
+def _require_sound(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless a configuration, which may be a stranger's, is what is expected of one."""
+    where = "in its adapter_config.json"
+    for field, kind in _FIELDS.items():
+        if field in config:
+            require_type(config[field], kind, f"{field} {where}")
+    require_float32(config, where)
+    require_quick_patterns(config, where)
+
+
+AdapterSource = str | os.PathLike[str] | SavedAdapter
+
+
+def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
+    """Raise a ValueError unless a saved adapter holds the weights of the model made of it, and no others.
+
+    What is missing would stay as it starts, and what has another name would be left out.
+    """
+    config: Any = model.peft_config["default"]
+    if config.peft_type.value in _RENAMED:
+        return
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    for what, keys in (
+        ("lacks", wanted - set(saved.weights)),
+        ("does not fit its configuration, which knows no", set(saved.method_weights) - wanted),
+    ):
+        if keys:
+            raise ValueError(
+                f"The adapter {saved.name} {what} {min(keys)} ({len(keys)} of such weights). {ADAPTER_EXPECTED}"
+            )
+
+
+# Of a method whose weights have as many rows as there are ranks left.
+_RENAMED = ("ADALORA",)

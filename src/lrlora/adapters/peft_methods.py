@@ -1,0 +1,263 @@
+"""Adapters of PEFT's: from their factors where these are all of them, else through PEFT itself on a skeleton."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..files import ADAPTER_EXPECTED, readable
+from ..naming import PEFT_PREFIX, natural_order
+from ..untrusted import pattern_key
+from .checkpoint import Checkpoint, with_weight
+from .layers import updates_of_model
+from .peft_folder import SavedAdapter, require_all_weights
+from .products import rank_of, scaling_of, update_from_parts
+from .update import MAGNITUDES_NOTE, Layout, Update, Updates
+
+_NAMES = {
+    "LRLORA": "LR-LoRA",
+    "LORA": "LoRA",
+    "ADALORA": "AdaLoRA",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "HIRA": "HiRA",
+    "VERA": "VeRA",
+    "RANDLORA": "RandLoRA",
+    "FOURIERFT": "FourierFT",
+    "IA3": "(IA)³",
+}
+# Methods that change the bias of a layer too.
+_WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
+_BIAS_NOTE = "This method changes biases too. They are not in the ranks, and not in a LoRA that is made of it."
+_FROM_FACTORS = ("LORA", "LOHA", "LOKR")
+_PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[AB]|hada_\w+|lokr_\w+)(?:\.weight)?$")
+# Fields of a LoRA whose update is more than s·BA, and starts that take away from the base weight what BA starts with.
+_VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
+CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_REPRODUCIBLE_STARTS = ("pissa", "olora")
+
+
+def updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
+    """The updates of a saved adapter.
+
+    Args:
+        saved: the adapter.
+        base: the base model, for whatever needs its weights; default: the one that the adapter names, where it is
+            needed.
+
+    Raises:
+        ValueError: the adapter's method has no update that is a matrix, its files are damaged, or it needs a base model
+            that is not there, or does not fit.
+
+    """
+    config = saved.config
+    if config.peft_type is None:
+        raise ValueError(f"{saved.name} does not hold a readable adapter: it names no method. {ADAPTER_EXPECTED}")
+    method = config.peft_type.value
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if tuner is None or not issubclass(tuner, BaseTuner):
+        raise ValueError(
+            f"{saved.name} is an adapter of type {method}, which adds no matrix to any weight: it has no rank."
+        )
+    if getattr(config, "target_parameters", None):
+        raise ValueError(
+            f"{saved.name} adapts parameters of modules ({', '.join(config.target_parameters)}), which cannot be told "
+            "apart without the base model. Load the adapter on it and call `rank_report(model)`."
+        )
+    notes: tuple[str, ...] = ()
+    is_whole = base is not None and getattr(config, "use_dora", False)
+    if method == "LRLORA":
+        with readable(saved.name, ADAPTER_EXPECTED):
+            # Convolutions and embeddings look like linear layers in its files.
+            linear = updates_of_model(load_on_skeleton(saved))
+            updates = [replace(update, layout=Layout(is_known=False)) for update in linear]
+    elif method in _FROM_FACTORS and not is_whole and not _is_more(config):
+        with readable(saved.name, ADAPTER_EXPECTED):
+            updates = _from_factors(saved)
+        if getattr(config, "use_dora", False):
+            notes = (MAGNITUDES_NOTE,)
+    else:
+        updates, notes = _through_peft(saved, base)
+        base = None  # they have their weights
+    if not updates:
+        raise ValueError(f"{saved.name} holds no adapted layer.")
+    if base is not None:
+        weights = Checkpoint(base)
+        updates = [with_weight(update, weights) for update in updates]
+    return Updates(saved.name, method_name(config), updates, saved, notes)
+
+
+def method_name(config: Any) -> str:
+    """What people call the method of an adapter."""
+    method = config.peft_type.value
+    return "DoRA" if getattr(config, "use_dora", False) else _NAMES.get(method, method)
+
+
+def _is_more(config: Any) -> bool:
+    """Whether a LoRA changes its base weight by more than s·BA."""
+    if config.peft_type != PeftType.LORA:
+        return False
+    start = config.init_lora_weights
+    return any(getattr(config, name, None) for name in _VARIANTS) or (
+        isinstance(start, str) and start.startswith(CHANGING_STARTS)
+    )
+
+
+def _from_factors(saved: SavedAdapter) -> list[Update]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(saved.weights, key=natural_order):
+        if match := _PART.match(key):
+            parts.setdefault(match[1], {})[match[2]] = saved.weights[key]
+    config = saved.config.to_dict()
+    ranks: dict[str, int] = config.get("rank_pattern") or {}
+    usual: int = config["r"]
+    updates = []
+    for module, tensors in parts.items():
+        # LoKr whole on both sides has an r that divides α, and is not seen in any shape.
+        r = ranks.get(pattern_key(ranks, module), usual)
+        if (rank := rank_of(tensors)) not in (None, r):
+            raise ValueError(f"the factors of {module} have rank {rank}, and adapter_config.json says {r}")
+        updates.append(update_from_parts(module, tensors, scaling_of(config, module, r)))
+    return updates
+
+
+def load_on_skeleton(saved: SavedAdapter) -> PeftModel:
+    """Load an LR-LoRA adapter onto a model that has only the adapted layers, as linear ones.
+
+    The result can be measured; it cannot run. The skeleton's weights are zeros that take no memory.
+    """
+    weights = saved.weights
+    layers: dict[str, nn.Module] = {}
+    for key in sorted((key for key in weights if key.endswith(".lrlora_A.weight")), key=natural_order):
+        linear = nn.Linear(1, 1, bias=False)
+        linear.out_features, linear.in_features = len(weights[key.replace("_A.", "_B.")]), weights[key].shape[1]
+        zeros = torch.zeros(()).expand(linear.out_features, linear.in_features)
+        linear.weight = nn.Parameter(zeros, requires_grad=False)
+        layers[key.removesuffix(".lrlora_A.weight").removeprefix(PEFT_PREFIX)] = linear
+    if not layers:
+        raise ValueError(f"{saved.name} holds no adapted linear layer.")
+    return _on_skeleton(saved, layers)
+
+
+def _on_skeleton(saved: SavedAdapter, layers: dict[str, nn.Module]) -> PeftModel:
+    """The adapter on a model of these layers alone."""
+    config = copy.deepcopy(saved.config)
+    skeleton = nn.Module()
+    skeleton.name_or_path = config.base_model_name_or_path  # PEFT writes it into the configuration
+    for path, layer in layers.items():
+        _place(skeleton, path, layer)
+    # The skeleton has exactly the adapted layers: whatever selected them among others no longer applies.
+    chosen = {"target_modules": set(layers), "fan_in_fan_out": any(isinstance(x, Conv1D) for x in layers.values())}
+    nothing = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices")
+    for name, value in (chosen | dict.fromkeys(nothing)).items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    config.task_type = None
+    model = get_peft_model(skeleton, config)
+    # Files may also hold weights of the base model: embeddings, heads, biases.
+    set_peft_model_state_dict(model, saved.method_weights)
+    require_all_weights(model, saved)
+    return model
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
+
+
+def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], tuple[str, ...]]:
+    """Updates that need the base weight, or its shape: PEFT merges each into it, and ΔW is the difference."""
+    config = saved.config
+    start = str(getattr(config, "init_lora_weights", None))
+    if start.startswith(CHANGING_STARTS) and not start.startswith(_REPRODUCIBLE_STARTS):
+        raise ValueError(
+            f"{saved.name} was started with init_lora_weights={start!r}, which took from the base weights what cannot "
+            "be computed again. Save it with PEFT's path_initial_model_for_weight_conversion, as a plain LoRA."
+        )
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{_why(saved)} The adapter does not say which it is: give it (base=, --base).")
+    try:
+        weights = Checkpoint(name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{_why(saved)} {error}") from None
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    adapted = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.{re.escape(prefix)}")
+    matches = (adapted.match(key) for key in sorted(saved.weights, key=natural_order))
+    paths = list(dict.fromkeys(match[1] for match in matches if match))
+    if not paths:
+        raise ValueError(f"{saved.name} does not name the modules that it adapts: its method has one tensor for all.")
+    originals = {path: _weight_of(path, weights, saved) for path in paths}
+    if weights.on_meta is not None:
+        # Some methods count the modules, in the order of the model.
+        order = {name: place for place, (name, _) in enumerate(weights.on_meta.named_parameters())}
+        originals = dict(sorted(originals.items(), key=lambda item: order.get(item[1], len(order))))
+    layers = {path: _layer(weights, key, saved) for path, key in originals.items()}
+    with readable(saved.name, ADAPTER_EXPECTED):
+        model = _on_skeleton(saved, layers)
+        updates = list(updates_of_model(model, original=lambda path: weights.read(originals[path])))
+    has_bias = any(getattr(layer, "bias", None) is not None for layer in layers.values())
+    return updates, (_BIAS_NOTE,) if has_bias and config.peft_type.value in _WITH_BIAS else ()
+
+
+def _weight_of(path: str, base: Checkpoint, saved: SavedAdapter) -> str:
+    """The name of the weight of a module in the base model, which is a matrix."""
+    key = base.weight_of(path)
+    if key is None:
+        raise ValueError(f"{_why(saved)} {base.name} has no weight of {path}.")
+    if len(base.shape(key)) < 2:
+        raise ValueError(f"{saved.name} changes {key}, which is a vector and has no rank.")
+    return key
+
+
+def _why(saved: SavedAdapter) -> str:
+    return f"{saved.name} is a {method_name(saved.config)} adapter, whose update depends on the base model."
+
+
+def _layer(base: Checkpoint, key: str, saved: SavedAdapter) -> nn.Module:
+    """The layer of a weight in the base model, of the class that it has there, or that its shape says."""
+    # float32: what a start takes away from a half-precision weight would be rounded.
+    weight = base.read(key).float()
+    found = None if base.on_meta is None else dict(base.on_meta.named_modules()).get(key.removesuffix(".weight"))
+    is_embedding = isinstance(found, nn.Embedding) or any("_embedding_" in name for name in _names_of(saved, key))
+    is_conv1d = isinstance(found, Conv1D) or (found is None and bool(getattr(saved.config, "fan_in_fan_out", False)))
+    layer: Any
+    if weight.dim() == 2 and is_embedding:
+        layer = nn.Embedding(1, 1)
+        layer.num_embeddings, layer.embedding_dim = weight.shape
+    elif weight.dim() == 2 and is_conv1d:
+        layer = Conv1D(1, 1)
+        layer.nx, layer.nf = weight.shape
+    elif weight.dim() == 2:
+        layer = nn.Linear(1, 1)
+        layer.out_features, layer.in_features = weight.shape
+    else:
+        kinds: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+        m, n, *kernel = weight.shape
+        layer = kinds[weight.dim()](n, m, tuple(kernel))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if not is_embedding:
+        bias = f"{key.removesuffix('.weight')}.bias"
+        outputs = weight.shape[1] if is_conv1d else len(weight)
+        values = base.read(bias).float() if bias in base else torch.zeros(outputs) if is_conv1d else None
+        layer.bias = None if values is None else nn.Parameter(values, requires_grad=False)
+    return layer
+
+
+def _names_of(saved: SavedAdapter, key: str) -> list[str]:
+    """The tensors of an adapter that belong to a weight of the base model."""
+    module = f".{key.removesuffix('.weight')}."
+    return [name for name in saved.weights if module in f".{name}"]

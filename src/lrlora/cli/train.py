@@ -1,0 +1,263 @@
+"""Commands that train, and ask what was trained: init, train, evaluate, predict, chat, inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..files import write_json, write_whole
+from ..locks import only_writer
+from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
+from ..train.names import require_data_path
+from ..train.settings import TrainConfig, parse_pairs, read_run, require_startable
+from .common import announce, app, as_text, console, one_clear_error, quiet
+from .exporting import show_smallest
+from .settings import settings_as_options, settings_of, starter
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("lrlora.yaml"),
+    model: Annotated[str, typer.Option(help="Hub name, folder or embedded:NAME.")] = "embedded:minilm",
+    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = "embedded:movie-reviews",
+    task: Annotated[
+        str, typer.Option(help="classify, regress, multiple-choice, causal-lm or image-classify.")
+    ] = "classify",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write a YAML file with every setting of a run, its default and what it is for, to begin with."""
+    with one_clear_error():
+        if file.exists() and not overwrite:
+            raise FileExistsError(f"The file {file} exists already. Give another name, or --overwrite.")
+        TrainConfig(model, data, task)  # it checks them
+        write_whole(file, starter({"model": model, "data": data, "task": task}))
+        announce(f"Settings: {file}. Edit it, and look at the plan: lrlora train {file} --dry-run")
+
+
+@app.command()
+@settings_as_options
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file with these settings; options on the command line override it.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the interrupted run in this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and an example as the model reads it; train nothing.")
+    ] = False,
+    **settings: Any,
+) -> None:
+    """Fine-tune your model on your data; save adapter, metrics and learned ranks."""
+    with one_clear_error():
+        if resume is None:
+            run = TrainConfig.from_dict(settings_of(config, settings))
+        elif config or any(value is not None for value in settings.values()):
+            raise ValueError(
+                "--resume goes on with the settings of the run: give nothing else. To train a finished run further: "
+                f"lrlora train --start-from {resume} --output NEW, with what is to change."
+            )
+        else:
+            run, _ = read_run(resume)
+        with nullcontext() if dry_run else only_writer(run.output):
+            require_startable(run, resume=resume is not None, overwrite=overwrite or (dry_run and resume is None))
+            quiet()
+            from ..train.run import show_plan
+
+            if dry_run:
+                show_plan(run, announce=announce)
+            else:
+                _train(run, resume=resume is not None, overwrite=overwrite)
+
+
+def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    from ..train.run import Interrupted, rank_report_of, resume_hint, train
+    from ..views.tables import rank_table
+
+    try:
+        result = train(run, resume=resume, overwrite=overwrite, announce=announce)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        folder = Path(run.output)
+        hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
+        Console(stderr=True).print(as_text(str(stop) or f"Interrupted. {hint}"), highlight=False)
+        raise typer.Exit(130) from None
+    if not result.is_first:
+        return
+    _print_metrics(result.metrics, f"Validation, {which_checkpoint(run.to_dict())}")
+    output = result.output
+    announce(f"Everything is in {output}")
+    del result  # the trained model: the next step loads it anew
+    _measure_smallest(run)
+    report = rank_report_of(output)
+    if report is not None:
+        console.print(rank_table(report, "Learned ranks", width=console.width))
+        announce(f"To look at it: lrlora report {output}, or, module by module, lrlora ranks {output} --all")
+
+
+def _measure_smallest(run: TrainConfig) -> None:
+    """Say how small the LoRA of a finished run may be. The run is there, whatever comes of it."""
+    from ..train.methods import METHODS
+
+    is_asked_for = run.loss is not None or run.size is not None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not (is_asked_for or METHODS[run.method].has_ranks):
+        announce(
+            f"To see how small its LoRA may be: lrlora export {run.output} --loss 0.01 --output {run.output}-small"
+        )
+        return
+    try:
+        show_smallest(run)
+    except KeyboardInterrupt:
+        announce("Interrupted. The run is finished; how small its LoRA may be was not measured.")
+    except Exception as error:  # a task or a model that it was not made for
+        if is_asked_for:
+            raise ValueError(f"The run is finished, but lora/ could not be made as asked: {error}") from error
+        announce(f"How small its LoRA may be was not measured: {error}")
+
+
+_SPLIT = Annotated[str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")]
+_COLUMNS = Annotated[
+    list[str] | None, typer.Option("--columns", "--column", help="ROLE=NAME; default: as in training.")
+]
+_DELIMITER = Annotated[
+    str | None, typer.Option(help="Between the columns of a CSV file; default: as in training, or a comma.")
+]
+_ENCODING = Annotated[str | None, typer.Option(help="Of a CSV file; default: as in training, or utf-8.")]
+_SKIP_EMPTY = Annotated[
+    bool | None, typer.Option("--skip-empty", help="Leave out examples in which something is empty, and say how many.")
+]
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
+    data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
+    split: _SPLIT = None,
+    columns: _COLUMNS = None,
+    delimiter: _DELIMITER = None,
+    encoding: _ENCODING = None,
+    skip_empty: _SKIP_EMPTY = None,
+    metrics_file: Annotated[Path | None, typer.Option("--json", help="Also write the metrics here.")] = None,
+) -> None:
+    """Evaluate a finished run on data."""
+    with one_clear_error():
+        reading = _reading(columns, delimiter, encoding, skip_empty)
+        read_run(run)
+        require_data_path(data)
+        quiet()
+        from ..train.inference import evaluate
+
+        metrics = evaluate(run, data, split=split, announce=announce, **reading)
+        _print_metrics(metrics, f"{run} on {data}")
+        if metrics_file:
+            write_json(metrics_file, metrics)
+
+
+def _reading(
+    columns: list[str] | None, delimiter: str | None, encoding: str | None, skip_empty: bool | None
+) -> dict[str, Any]:
+    roles = parse_pairs(columns, "--columns") if columns else None
+    return {"columns": roles, "delimiter": delimiter, "encoding": encoding, "skip_empty": skip_empty}
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
+    data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL file to write.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="One text, in place of data: the prediction or answer is printed.")
+    ] = None,
+    split: _SPLIT = None,
+    columns: _COLUMNS = None,
+    delimiter: _DELIMITER = None,
+    encoding: _ENCODING = None,
+    skip_empty: _SKIP_EMPTY = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Predict with a finished run: a line of JSON for each example, or the prediction for one --text."""
+    with one_clear_error():
+        if (text is None) == (data is None):
+            raise ValueError("Give either --data and --output, or --text.")
+        if data is not None and output is None:
+            raise ValueError("--data needs --output, the JSONL file to write.")
+        read_run(run)
+        reading: dict[str, Any] = {"split": split, "announce": announce}
+        reading |= _reading(columns, delimiter, encoding, skip_empty)
+        if text is not None:
+            quiet()
+            from ..train.inference import predict_text
+
+            said = predict_text(run, text)
+            announce(said.get("completion") or json.dumps(said, ensure_ascii=False))
+        elif data is not None and output is not None:
+            with only_writer(output):
+                _write_predictions(run, data, output, reading, overwrite)
+
+
+def _write_predictions(run: Path, data: str, output: Path, reading: dict[str, Any], overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
+    require_data_path(data)
+    quiet()
+    from ..train.inference import predict, write_predictions
+
+    count = write_predictions(output, predict(run, data, **reading))
+    announce(f"{count:,} predictions: {output}")
+
+
+@app.command()
+def chat(run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train --task causal-lm`.")]) -> None:
+    """Ask a finished run, turn by turn. /base asks the base model, /adapter the run, /new begins anew, /quit ends."""
+    with one_clear_error("The chat is over."):
+        config, _ = read_run(run)
+        if config.task != "causal-lm":
+            raise ValueError(f"The run in {run} is of the task {config.task}, and answers nothing. Use lrlora predict.")
+        quiet()
+        from ..train.inference import Chat
+
+        talk = Chat(run)
+        announce("Ask, and end with /quit. /base asks the base model, /adapter the run, /new begins anew.")
+        while (said := _next_line()) is not None:
+            if said.startswith("/"):
+                announce(talk.command(said))
+            elif said:
+                talk.ask(said)
+
+
+def _next_line() -> str | None:
+    """What is typed next; None at the end."""
+    try:
+        said = console.input("[bold]> [/]").strip()
+    except EOFError:
+        return None
+    return None if said == "/quit" else said
+
+
+@app.command()
+def inputs() -> None:
+    """List the models and data that come with packages, for `embedded:NAME`."""
+    with one_clear_error():
+        from ..train.embedded import EMBEDDED_DATA, EMBEDDED_MODELS
+
+        table = Table(title="Models and data that need no model hub", title_justify="left")
+        for heading in ("name", "for", "what"):
+            table.add_column(heading, no_wrap=heading != "what")
+        for name, model in EMBEDDED_MODELS.items():
+            table.add_row(f"embedded:{name}", "--model", model.description)
+        for name, data in EMBEDDED_DATA.items():
+            table.add_row(f"embedded:{name}", f"--data, {data.task}", data.description)
+        console.print(table)
+
+
+def _print_metrics(metrics: dict[str, float], title: str) -> None:
+    announce(title)
+    table = Table(show_header=False)
+    for name, value in shown_metrics(metrics).items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)

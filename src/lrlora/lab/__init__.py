@@ -1,1 +1,0 @@
-"""All that trains and compares: data, tasks, methods, `lrlora train`, the demo, and `compare/`."""

@@ -1,0 +1,239 @@
+"""The smallest LoRA for a given rise of the loss: every direction of every module in the unit of the loss.
+
+Where B A becomes B P A, the mean loss rises by about
+
+    ½ ‖M_h^½ (I − P) M_z^½‖²_F
+
+the quadratic model of K-FAC (arXiv:1503.05671) for an update of low rank. With M_h^½ M_z^½ = U Σ Vᵀ the best P of rank
+k is M_h^−½ U_k Σ_k V_kᵀ M_z^−½ (Eckart and Young), so that
+
+    B′ = B M_h^−½ U_k Σ_k^½,     A′ = Σ_k^½ V_kᵀ M_z^−½ A,     and the rise is ½ Σ_{i>k} σ_i²
+
+The σ² of all modules are in one unit, and those with the most σ² for their m + n parameters are kept. Neither they nor
+B′ A′ depend on how an update is split into B and A; nor does damping, which adds to M_z and M_h a share δ of their
+means within the span of the update. This is the optimum of the m × n problem, weighted by the moments of inputs and
+output gradients, without a matrix of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Factors
+from ..adapters.factorize import best_per_parameter
+from .moments import Loss, Moments, collect_moments, model_loss, thin_updates
+
+DAMPING = 1e-3
+_SHARES = (0.5, 0.25, 0.125)  # of the parameters, at which the loss is measured first
+_CLOSE = 1.05
+_TINY = 1e-30
+
+
+class Point(NamedTuple):
+    """The mean loss that was measured at a size, and by how much the quadratic model says that it rises."""
+
+    parameters: int
+    loss: float
+    predicted_rise: float
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions of one module, the most important first.
+
+    Attributes:
+        whole: the factors that they are of.
+        A, B: (k, n) and (m, k), of which the first rows and columns are the best LoRA of each rank.
+        rises: approximate rise of the mean loss when a direction is left out, ½ σ², (k,), float64, descending.
+
+    """
+
+    whole: Factors
+    A: Tensor
+    B: Tensor
+    rises: Tensor
+
+    def factors(self, rank: int) -> Factors:
+        """The best of a rank."""
+        A, B = self.A[:rank], self.B[:, :rank]
+        # Both sides alike, within the range of half precision.
+        share = ((B.double().norm(dim=0) + _TINY) / (A.double().norm(dim=1) + _TINY)).sqrt()
+        lost = _difference(self.whole, A, B) / self.whole.energy if self.whole.energy else 0.0
+        kept = max(0.0, self.whole.kept - lost) if rank else 0.0
+        return replace(self.whole, A=(share[:, None] * A).to(A), B=(B / share).to(B), kept=kept)
+
+
+def _difference(whole: Factors, A: Tensor, B: Tensor) -> float:
+    """‖BA − B′A′‖²_F of two products, without forming them."""
+    left, right = torch.cat([whole.B, -B], dim=1).double(), torch.cat([whole.A, A]).double()
+    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).item()
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Which directions of an adapter matter to the loss, and how much."""
+
+    modules: list[Directions]
+
+    @property
+    def parameters(self) -> int:
+        """Of all directions."""
+        return sum(of.whole.parameters for of in self.modules)
+
+    @property
+    def fewest(self) -> int:
+        """Parameters of one direction of the smallest module."""
+        return min(of.whole.parameters_per_rank for of in self.modules)
+
+    def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
+        """The factors of so many parameters at most whose loss rises least.
+
+        Raises:
+            ValueError: the budget is less than one rank of the smallest module.
+
+        """
+        if budget < self.fewest:
+            raise ValueError(
+                f"budget={budget:,} is less than one rank of the smallest module, {self.fewest:,} parameters."
+            )
+        costs = [of.whole.parameters_per_rank for of in self.modules]
+        ranks = best_per_parameter([of.rises[:max_rank] for of in self.modules], costs, budget)
+        return [of.factors(rank) for of, rank in zip(self.modules, ranks, strict=True)]
+
+    def predicted_rise(self, factors: Sequence[Factors]) -> float:
+        """Of the mean loss where these are kept, by the quadratic model."""
+        return sum(of.rises[part.rank :].sum().item() for of, part in zip(self.modules, factors, strict=True))
+
+
+def energy_curve(factors: Sequence[Factors]) -> LossCurve:
+    """The curve by which the largest directions are kept, whatever the loss: their σ² stand for the rises."""
+    return LossCurve([Directions(part, part.A, part.B, part.A.double().square().sum(1).square()) for part in factors])
+
+
+@torch.no_grad()
+def directions(part: Factors, moments: Moments, terms: int, damping: float = DAMPING) -> Directions:
+    """The directions of a module in the unit of the loss."""
+    if not part.rank:
+        return Directions(part, part.A, part.B, torch.zeros(0, dtype=torch.float64))
+    # An embedding looks up rows of B: its bottleneck is on that side.
+    into, out = (part.B.T, part.A.T) if part.layout.is_embedding else (part.A, part.B)
+    into, out = into.double(), out.double()
+    grams = into @ into.T, out.T @ out
+    # Where no gradient has reached it, what is large comes first, and is worth nothing.
+    found = (moments.inputs / moments.tokens, moments.gradients / terms) if moments.tokens else grams
+    (z, z_inverse), (h, h_inverse) = (_roots(*each, damping) for each in zip(found, grams, strict=True))
+    U, sigma, Vh = torch.linalg.svd(h @ z.T)
+    root = sigma.sqrt()
+    first, second = out @ h_inverse @ (U * root), (root[:, None] * Vh) @ z_inverse.T @ into
+    B, A = (second.T, first.T) if part.layout.is_embedding else (first, second)
+    return Directions(part, A.to(part.A), B.to(part.B), sigma.square() / 2 * bool(moments.tokens))
+
+
+def _roots(moment: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """W with WᵀW = M + λ G, and its pseudo-inverse; λ is a share of the mean of M where G is the identity."""
+    mean = (torch.linalg.pinv(gram, hermitian=True) * moment).sum() / len(gram)
+    values, vectors = torch.linalg.eigh(moment + damping * mean * gram)
+    root = values.clamp(min=0).sqrt()
+    is_there = values > values[-1] * 1e-12
+    inverse = torch.where(is_there, 1 / root, 0.0)
+    return root[:, None] * vectors.T, vectors * inverse
+
+
+def loss_curve(
+    model: nn.Module,
+    factors: Sequence[Factors],
+    batches: Iterable[Any],
+    loss: Loss = model_loss,
+    *,
+    damping: float = DAMPING,
+) -> LossCurve:
+    """How the loss depends on what is kept of an adapter: two moments of some batches, and an SVD of k × k per module.
+
+    Args:
+        model: a PEFT model, not merged, or the base model alone.
+        factors: of all that the adapter changes, as `factorize(model, energy=1)` gives them.
+        batches: some hundred examples that the model was trained on, or others like them, on the model's device.
+        loss: as of `collect_moments`.
+        damping: δ.
+
+    Raises:
+        ValueError: as `collect_moments` does.
+
+    """
+    moments, terms = collect_moments(model, factors, batches, loss)
+    return LossCurve([directions(p, moments.get(p.module, Moments.zeros(0)), terms, damping) for p in factors])
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss) -> float:
+    """The mean loss of batches with these factors in place of the adapter."""
+    with thin_updates(model, factors) as base:
+        values = [loss(base, batch) for batch in batches]
+    return sum(value.item() for value, _ in values) / max(1, sum(terms for _, terms in values))
+
+
+def smallest(
+    curve: LossCurve,
+    measure: Callable[[Sequence[Factors]], float],
+    limit: float,
+    *,
+    max_rank: int | None = None,
+    evaluations: int = 12,
+) -> tuple[list[Factors], list[Point]]:
+    """The smallest size at which the loss is within a limit, to some 5 %.
+
+    The loss is measured at 1, 1/2, 1/4 and 1/8 of the parameters, and so on where that is within the limit. Then the
+    interval between the smallest size within the limit and the largest beyond it is halved, on a logarithmic scale.
+
+    Args:
+        curve: of the adapter.
+        measure: gives the loss with some factors, such as `mean_loss` of examples that are held out.
+        limit: of the loss.
+        max_rank: of any module.
+        evaluations: of the loss, at most.
+
+    Returns:
+        The factors, and all losses that were measured, by size.
+
+    Raises:
+        ValueError: the loss is above the limit even with all directions.
+
+    """
+    points: dict[int, Point] = {}
+    chosen: list[Factors] = []
+    within = beyond = 0
+
+    def fits(budget: int) -> bool:
+        nonlocal within, beyond, chosen
+        factors = curve.within(max(budget, curve.fewest), max_rank)
+        size = sum(part.parameters for part in factors)
+        if size not in points:
+            points[size] = Point(size, measure(factors), curve.predicted_rise(factors))
+        is_within = points[size].loss <= limit
+        if is_within and (not chosen or size < within):
+            within, chosen = size, factors
+        elif not is_within:
+            beyond = max(beyond, size)
+        return is_within
+
+    if not fits(curve.parameters):
+        largest = points[max(points)].loss
+        raise ValueError(
+            f"Even with every direction kept, the loss is {largest:.4g}, above the limit of {limit:.4g}. "
+            f"Allow a larger rise{'' if max_rank is None else ', or a larger rank'}."
+        )
+    whole = within
+    for share in _SHARES:
+        if len(points) < evaluations:
+            fits(int(share * whole))
+    is_new = True
+    while is_new and len(points) < evaluations and within > max(curve.fewest, _CLOSE * beyond):
+        known = len(points)
+        fits(int((within * beyond) ** 0.5) if beyond else within // 2)
+        is_new = len(points) > known  # or there is no size between the two
+    return chosen, sorted(points.values(), reverse=True)

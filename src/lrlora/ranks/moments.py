@@ -1,0 +1,207 @@
+"""Two moments per module, taken in the bottleneck of its update, and the update itself put into a model by hooks.
+
+For y = W0 x + B z with z = A x, let h = ∂L/∂z, where L is the sum of all loss terms. Over the tokens with h ≠ 0:
+
+    M_z = mean of z zᵀ,     M_h = sum of h hᵀ / number of loss terms          both (k, k)
+
+Padding and whatever else the loss does not depend on has h = 0, and is counted in neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..adapters import Factors
+from ..naming import path_in_base
+from ..ops import at_least_float32
+
+Batch = Mapping[str, Any]
+# A batch → the sum of its loss terms, a scalar, and how many there are.
+Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
+
+
+@dataclass
+class Moments:
+    """Of one module.
+
+    Attributes:
+        inputs: sum of z zᵀ, (k, k), float64.
+        gradients: sum of h hᵀ, (k, k), float64.
+        tokens: with h ≠ 0.
+        calls: of the module.
+
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    tokens: int = 0
+    calls: int = 0
+
+    @classmethod
+    def zeros(cls, k: int) -> Moments:
+        return cls(torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64))
+
+    def add(self, z: Tensor, h: Tensor) -> None:
+        """Add tokens, z and h (..., k) of any dtype."""
+        z, h = z.flatten(0, -2), h.flatten(0, -2)
+        counted = (h != 0).any(-1)
+        z, h = at_least_float32(z[counted]), at_least_float32(h[counted])
+        self.inputs += (z.T @ z).double().cpu()
+        self.gradients += (h.T @ h).double().cpu()
+        self.tokens += len(z)
+
+
+def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """The loss that a transformers model gives for a batch with `labels`, as a sum.
+
+    Its terms are the labels that are not −100, of a causal language model without the first of each sequence.
+    """
+    labels = batch["labels"]
+    # None is what transformers takes for it too.
+    is_shifted = labels.dim() > 1 and getattr(model, "loss_type", "") in ("ForCausalLM", None)
+    terms = int((labels[..., 1:] if is_shifted else labels).ne(-100).sum())
+    # Of no terms, transformers gives 0/0.
+    return (model(**batch).loss * terms if terms else torch.zeros(())), terms
+
+
+def collect_moments(
+    model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss
+) -> tuple[dict[str, Moments], int]:
+    """Run batches forward and backward, with factors in place of the adapter; no parameter gets a gradient.
+
+    Beside a step's activations, that takes two k × k matrices per module, and z (tokens, k) until the backward is done.
+
+    Args:
+        model: a PEFT model, not merged, whose adapter the factors are of; or a base model.
+        factors: as `factorize` returns them.
+        batches: for `loss`, on the model's device.
+        loss: gives the sum of a batch's loss terms, and their number.
+
+    Returns:
+        Module → its moments; and the number of loss terms.
+
+    Raises:
+        ValueError: a module is not there, did not run, or a loss is not finite.
+
+    """
+    moments = {part.module: Moments.zeros(part.rank) for part in factors if part.rank}
+    total = 0
+    with thin_updates(model, factors, moments) as base, torch.enable_grad():
+        for batch in batches:
+            value, terms = loss(base, batch)
+            if not terms:
+                continue
+            if not torch.isfinite(value):
+                raise ValueError(f"The loss of the data is {value.item()}: its gradients say nothing. Check the data.")
+            value.backward()
+            total += terms
+    if not total:
+        raise ValueError("There is no loss: the data has no batch with a label.")
+    if idle := [module for module, of in moments.items() if not of.calls]:
+        raise ValueError(
+            f"No token of the data reached {idle[0]} ({len(idle)} of {len(moments)} modules), so the loss says nothing "
+            "of it. Give more data, or cut by energy."
+        )
+    return moments, total
+
+
+@contextlib.contextmanager
+def thin_updates(
+    model: nn.Module, factors: Sequence[Factors], moments: Mapping[str, Moments] | None = None
+) -> Iterator[nn.Module]:
+    """Let y = W0 x + B A x in every module of `factors`, in place of the adapter of a PEFT model.
+
+    Trained heads and biases stay. Within, the model is in evaluation mode and its parameters are frozen.
+
+    Args:
+        model: a PEFT model, not merged, or a base model.
+        factors: of its modules; their products are formed in the dtype of the factors.
+        moments: if given, is added to at every backward.
+
+    Yields:
+        The base model, which is to be called.
+
+    Raises:
+        ValueError: a module is not there, or is no linear layer, convolution or embedding.
+
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = {path_in_base(path): module for path, module in model.named_modules()}
+    # Trained tokens are no update of a module, and stay as they are.
+    kept = {
+        part for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper) for part in module.modules()
+    }
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer) and module not in kept]
+    tuned = [layer for layer in layers if not layer.disable_adapters]
+    if any(layer.merged for layer in tuned):
+        raise ValueError("The adapter is merged into the base weights: call unmerge_adapter() first.")
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with contextlib.ExitStack() as undo:
+        for module, mode in modes:
+            undo.callback(setattr, module, "training", mode)
+        for parameter, is_trained in trained:
+            undo.callback(parameter.requires_grad_, is_trained)
+        model.eval()
+        for part in factors:
+            if not part.rank:
+                continue
+            target = modules.get(part.module)
+            if target is None:
+                raise ValueError(f"The model has no module {part.module}: it is not the one that the adapter is of.")
+            counted = None if moments is None else moments[part.module]
+            undo.callback(target.register_forward_hook(_hook(target, part, counted)).remove)
+        for layer in tuned:
+            undo.callback(layer.enable_adapters, True)
+            layer.enable_adapters(False)
+        model.requires_grad_(False)
+        yield base
+
+
+def _hook(module: nn.Module, part: Factors, moments: Moments | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    device = next(chain(layer.parameters(), layer.buffers())).device  # a quantised weight may be a buffer
+    down, up = _maps(layer, part.A.to(device), part.B.to(device))
+    channels_first = isinstance(layer, _ConvNd)
+
+    def add(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        z = down(arguments[0])
+        if moments is not None and torch.is_grad_enabled():
+            moments.calls += 1
+            z.requires_grad_()
+
+            def count(h: Tensor) -> None:
+                pair = (z.detach(), h)
+                moments.add(*(part.movedim(1, -1) for part in pair) if channels_first else pair)
+
+            z.register_hook(count)
+        return output + up(z).to(output.dtype)
+
+    return add
+
+
+def _maps(layer: Any, A: Tensor, B: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What gives z of a layer's input, and what of z is added to its output; both in the dtype of A."""
+    if isinstance(layer, nn.Embedding):
+        scale = getattr(layer, "embed_scale", 1.0)  # of Gemma's
+        return (lambda x: F.embedding(x, B)), (lambda z: scale * (z @ A))
+    if isinstance(layer, _ConvNd):
+        kernel = A.unflatten(1, (-1, *layer.kernel_size))
+        return (lambda x: layer._conv_forward(x.to(A.dtype), kernel, None)), (
+            lambda z: torch.einsum("mk,bk...->bm...", B, z)
+        )
+    if A.shape[1] != getattr(layer, "in_features", A.shape[1]):
+        raise ValueError(f"A layer has {layer.in_features} inputs, and its update {A.shape[1]}.")
+    return (lambda x: F.linear(x.to(A.dtype), A)), (lambda z: F.linear(z, B))

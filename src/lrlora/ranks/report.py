@@ -1,0 +1,190 @@
+"""The learned ranks of an adapter, as data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..checks import require_type
+from ..files import parse_json, read_text, readable, values_of, write_whole
+from .measures import MEASURES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One adapted module.
+
+    Attributes:
+        module: its path in the base model; for one of several stacked experts, with its index at the end.
+        layer: index of the transformer layer it belongs to, None outside one.
+        type: its path within a layer, the same in all layers.
+        kind: "attention", "mlp" or "other".
+        m, n: outputs and inputs of the layer; tokens and width of an embedding.
+        r: rank of the product BA; None where there is none, as of full fine-tuning.
+        stable_rank, effective_rank, energy90_rank, energy99_rank: of ΔW.
+        relative_norm: ‖ΔW‖_F / ‖W0‖_F; None where W0 is zero or not at hand.
+        phi_zero: φ(0), which adds a constant matrix to ΔW.
+        curvature: 1 − R² of the best straight line through φ over the entries it acts on.
+        rank_limit: the largest rank that an update of this form can have: r of LoRA, r·Q of an expansion, r² of LoHa,
+            the smaller of m and n of φ(BA) and of whole matrices; None in older reports.
+        loss_rank: rank in the smallest LoRA within 1 %, or what was asked for, of the loss; None where that was not
+            measured.
+
+    """
+
+    module: str
+    layer: int | None
+    type: str
+    kind: str
+    m: int
+    n: int
+    r: int | None
+    stable_rank: float
+    effective_rank: float
+    energy90_rank: int
+    energy99_rank: int
+    relative_norm: float | None
+    phi_zero: float
+    curvature: float
+    rank_limit: int | None = None
+    loss_rank: int | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RankRow:
+        """The row that a file holds; of one written while there were gates, without what they left open."""
+        return cls(**{name: value for name, value in values.items() if name != "active_factors"})
+
+
+class Curve(NamedTuple):
+    """φ of one module over the central 99 % of the entries it acts on.
+
+    Attributes:
+        z: equally spaced points.
+        phi: φ at them.
+        start: what φ was there before training.
+        entries: share of the entries between each point and the next, in all ≤ 1.
+
+    """
+
+    z: list[float]
+    phi: list[float]
+    start: Sequence[float] = ()
+    entries: Sequence[float] = ()
+
+
+class Spectrum(NamedTuple):
+    """Singular values of one module's update, in descending order, down to a ten-thousandth of the largest.
+
+    Attributes:
+        number: which ones, from 1: all of the first 64, then ever fewer.
+        sigma: of ΔW.
+        linear: of s·BA, what plain LoRA would make of the same factors, 1 to r; empty for plain LoRA.
+
+    """
+
+    number: list[int]
+    sigma: list[float]
+    linear: Sequence[float] = ()
+
+
+@dataclass
+class RankReport:
+    """The learned ranks of one adapter: a row per adapted module, the curve of its φ, and its spectrum.
+
+    Attributes:
+        rows: in the order of the model.
+        curves: module → its φ; empty for plain LoRA.
+        spectra: module → its singular values; no module whose update is 0.
+
+    """
+
+    rows: list[RankRow]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a pandas frame. Needs `pip install '.[plots]'`."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(RankRow)])
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it as JSON; `from_json` reads it back."""
+        rows = [asdict(row) for row in self.rows]
+        write_whole(path, json.dumps({"rows": rows, "curves": self.curves, "spectra": self.spectra}))
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> RankReport:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+
+        """
+        try:
+            content = parse_json(Path(path))
+            curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
+            # Reports from before there were spectra have none.
+            spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
+            report = cls([RankRow.from_dict(row) for row in content["rows"]], curves, spectra)
+            report.require_numbers()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no rank report that this lrlora reads ({type(error).__name__}: {error}). Remove it, or "
+                "make it anew: lrlora ranks ADAPTER --json FILE"
+            ) from None
+        return report
+
+    def with_loss_ranks(self, ranks: Mapping[str, int]) -> RankReport:
+        """The same, with what is known of the ranks that the loss asks for."""
+        return replace(self, rows=[replace(row, loss_rank=ranks.get(row.module)) for row in self.rows])
+
+    def require_numbers(self) -> None:
+        """Raise a ValueError unless all values are of the right types, and finite, and all curves whole."""
+        require_type(self, RankReport, "report")
+        json.dumps(asdict(self), allow_nan=False)
+        for module, curve in self.curves.items():
+            if not 0 < len(curve.z) == len(curve.phi):
+                raise ValueError(f"φ of {module} has {len(curve.z)} points and {len(curve.phi)} values.")
+
+    def summary(self) -> dict[str, float]:
+        """Mean, smallest and largest of every measure, and the mean by kind, as flat scalars for a logger."""
+        values: dict[str, float] = {}
+        for measure in MEASURES:
+            all_ranks = [getattr(row, measure) for row in self.rows]
+            values[f"rank/{measure}_mean"] = sum(all_ranks) / len(all_ranks)
+            values[f"rank/{measure}_min"] = min(all_ranks)
+            values[f"rank/{measure}_max"] = max(all_ranks)
+            for kind in sorted({row.kind for row in self.rows}):
+                ranks = [getattr(row, measure) for row in self.rows if row.kind == kind]
+                values[f"rank/{measure}_{kind}"] = sum(ranks) / len(ranks)
+        values["rank/curvature_mean"] = sum(row.curvature for row in self.rows) / len(self.rows)
+        return values
+
+
+def read_history(path: Path) -> list[tuple[int, RankReport]]:
+    """The records in a `rank_history.jsonl`, without the curves; empty if there is no such file.
+
+    Raises:
+        ValueError: one cannot be read.
+
+    """
+    records: list[tuple[int, RankReport]] = []
+    if not path.exists():
+        return records
+    with readable(path, "Remove it, to go on without the records of the learned ranks."):
+        # What follows the last end of a line was being written when the run was killed.
+        for line in read_text(path).split("\n")[:-1]:
+            content = values_of(line)
+            report = RankReport([RankRow.from_dict(row) for row in content["rows"]])
+            require_type(content["step"], int, "step")
+            report.require_numbers()
+            records.append((content["step"], report))
+    return records

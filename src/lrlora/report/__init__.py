@@ -1,1 +1,0 @@
-"""What a person looks at: runs as data, and from them tables, pictures, pages and model cards."""

@@ -1,0 +1,1 @@
+"""`lrlora train`, and what asks a finished run: settings, data, chats, tasks, methods, and the run itself."""

@@ -1,0 +1,304 @@
+"""Chats and prompts: the formats they come in, and how a model reads them, which is the same wherever it is asked.
+
+Every row becomes what TRL reads: `prompt` and `completion`, `messages`, or `text`. With a chat template, prompts and
+answers are turns of a chat, whatever format they came in, because a server will ask in chats; without one they are
+plain text.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..checks import require_known
+from ..files import values_of
+from ..run_folder import CHAT, PLAIN, TEXT
+from .cells import require_rows
+
+NO_TEMPLATE = "none"
+# For a model without a template and without tokens for one; a turn of the assistant ends as the model's texts do.
+SIMPLE_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_ASKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
+_ASKERS |= {"system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call"}
+
+
+class Format(NamedTuple):
+    """One way in which chats and prompts are stored.
+
+    Attributes:
+        name: as people call it.
+        asked: roles of the columns that say what is asked.
+        answer: role of the column with the answer; None where it is in the same column.
+        optional: roles that may be there too.
+        convert: a row, and whether it becomes a chat → what TRL reads.
+
+    """
+
+    name: str
+    asked: tuple[str, ...]
+    answer: str | None
+    optional: tuple[str, ...]
+    convert: Callable[[dict[str, Any], bool], dict[str, Any]]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.asked if self.answer is None else (*self.asked, self.answer)
+
+
+def _messages(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
+    return {"messages": _with_system(row, [_known(message) for message in row["messages"]])}
+
+
+def _sharegpt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
+    return {"messages": _with_system(row, [_turn(turn) for turn in row["conversations"]])}
+
+
+def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
+    prompt, answer = row["prompt"], row.get("completion")
+    if not is_chat:
+        return {"prompt": prompt} | ({} if answer is None else {"completion": answer})
+    return _asked(row, [_user(prompt)] if isinstance(prompt, str) else prompt, answer)
+
+
+def _alpaca(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
+    question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    if not is_chat:
+        return {"prompt": f"{question}\n"} | ({} if row.get("output") is None else {"completion": row["output"]})
+    before = [turn for asked, said in row.get("history") or () for turn in (_user(asked), _assistant(said))]
+    return _asked(row, [*before, _user(question)], row.get("output"))
+
+
+def _text(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
+    return {"text": row["text"]}
+
+
+def _user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content.strip()}
+
+
+def _asked(
+    row: dict[str, Any], turns: list[dict[str, Any]], answer: str | list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    prompt = {"prompt": _with_system(row, turns)}
+    if answer is None:
+        return prompt
+    return prompt | {"completion": [_assistant(answer)] if isinstance(answer, str) else answer}
+
+
+def _with_system(row: dict[str, Any], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
+
+
+def _known(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without the keys that a table has filled up with nothing."""
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn of ShareGPT's, with `from` and `value`, or with `role` and `content`."""
+    asker, said = turn.get("from") or turn.get("role"), turn.get("value")
+    said = turn.get("content") if said is None else said
+    role = _ASKERS.get(str(asker))
+    if role is None:
+        raise ValueError(f"A turn of a conversation is from {asker!r}. Known: {', '.join(_ASKERS)}.")
+    if role == "function_call":
+        call = _json("A turn that calls a function", str(said))
+        return {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
+    return {"role": role, "content": said}
+
+
+def _json(what: str, text: str) -> Any:
+    """The value in a text of the data that must be JSON."""
+    try:
+        return values_of(text)
+    except ValueError as error:
+        raise ValueError(f"{what} must hold JSON, and holds {text!r:.100}: {error}.") from None
+
+
+_EXTRAS = ("tools", "chat_template_kwargs")
+# The first whose columns are there is taken.
+FORMATS = (
+    Format("messages", ("messages",), None, ("system", *_EXTRAS), _messages),
+    Format("ShareGPT", ("conversations",), None, ("system", *_EXTRAS), _sharegpt),
+    Format("prompt and completion", ("prompt",), "completion", ("system", *_EXTRAS), _prompt),
+    Format("Alpaca", ("instruction",), "output", ("input", "history", "system", *_EXTRAS), _alpaca),
+    Format("text", ("text",), None, (), _text),
+)
+
+
+def format_of(columns: Mapping[str, Any] | list[str]) -> Format:
+    """The format of data whose columns are named by their roles."""
+    return next(each for each in FORMATS if set(each.asked) <= set(columns))
+
+
+def holds_chats(data: Dataset) -> bool:
+    """Whether these rows are asked or answered in messages, and not in texts alone."""
+    found = format_of(data.column_names)
+    return found.name in ("messages", "ShareGPT") or any(isinstance(data[0].get(role), list) for role in found.roles)
+
+
+def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How these rows are read: as chats, as plain prompts, or as texts.
+
+    Raises:
+        ValueError: they are chats, and the model has no template for them.
+
+    """
+    found = format_of(data.column_names)
+    if found.name == "text":
+        return TEXT
+    if tokenizer.chat_template is not None:
+        return CHAT
+    if holds_chats(data):
+        raise ValueError(
+            f"The data holds chats ({found.name}), and the model has no chat template. Give one: --chat-template "
+            "simple, a file (FILE.jinja), or a name that TRL knows, such as qwen3."
+        )
+    return PLAIN
+
+
+def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
+    """The rows as TRL reads them: `prompt` and perhaps `completion`, `messages`, or `text`.
+
+    Raises:
+        ValueError: a row cannot be read.
+
+    """
+    found = format_of(data.column_names)
+    if found.name == "text":
+        return data.select_columns(["text"])
+    for role in ("system", "history") if rendering != CHAT else ():
+        if role in data.column_names:
+            require_rows(
+                (not row for row in data[role]),
+                f"{role} must be empty for a model without a chat template (remove the column, or give a template in "
+                "training: --chat-template simple)",
+                data[role],
+            )
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        extras = {name: row[name] for name in _EXTRAS if name in row}
+        if isinstance(extras.get("tools"), str):
+            extras["tools"] = _json("The column tools", extras["tools"] or "null")
+        if "chat_template_kwargs" in extras:
+            extras["chat_template_kwargs"] = extras["chat_template_kwargs"] or {}
+        return found.convert(row, rendering == CHAT) | extras
+
+    return data.map(convert, remove_columns=data.column_names, desc="Reading")
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
+    """Give a tokenizer the chat template that a run is to use.
+
+    Args:
+        tokenizer: of the model.
+        wanted: None for the model's own; "none" for none; "simple"; a file of Jinja; or a name of TRL's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the name is not known.
+
+    """
+    if wanted is None:
+        return
+    if wanted == NO_TEMPLATE:
+        tokenizer.chat_template = None
+    elif wanted == "simple":
+        tokenizer.chat_template = SIMPLE_TEMPLATE
+    elif wanted.endswith((".jinja", ".j2")):
+        if not Path(wanted).is_file():
+            raise FileNotFoundError(f"There is no file {wanted} with a chat template.")
+        tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
+    else:
+        known = _templates_of_trl()
+        require_known("chat template", wanted, [NO_TEMPLATE, "simple", *known])
+        tokenizer.chat_template = known[wanted].read_text(encoding="utf-8")
+
+
+@functools.cache
+def _templates_of_trl() -> dict[str, Path]:
+    found = importlib.util.find_spec("trl")
+    folder = Path(found.origin).parent / "chat_templates" if found is not None and found.origin else Path()
+    return {path.stem: path for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")}
+
+
+def prompt_of(row: dict[str, Any]) -> str | list[dict[str, Any]]:
+    """What is asked in a row that TRL reads: all before the last answer."""
+    asked: Any = next(row[name] for name in ("prompt", "messages", "text") if name in row)
+    if not isinstance(asked, str) and asked[-1]["role"] == "assistant":
+        return asked[:-1]
+    return asked
+
+
+def answer_of(row: dict[str, Any]) -> str | None:
+    """The answer in a row that TRL reads; None where there is none, or it is a call of a tool."""
+    if "completion" in row:
+        said: Any = row["completion"]
+        return said if isinstance(said, str) else said[-1].get("content")
+    last = row["messages"][-1] if "messages" in row else {}
+    return last.get("content") if last.get("role") == "assistant" else None
+
+
+def count_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The length of a row that TRL reads, in tokens, as it counts them."""
+    if "messages" in row or ("prompt" in row and not isinstance(row["prompt"], str)):
+        chat = row["messages"] if "messages" in row else row["prompt"] + row.get("completion", [])
+        return len(tokenizer(render_chat(tokenizer, chat, row), add_special_tokens=False)["input_ids"])
+    text = row["text"] if "text" in row else row["prompt"] + row.get("completion", "")
+    return len(tokenizer(text)["input_ids"]) + 1  # TRL adds the end of the sequence
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], row: dict[str, Any], **options: Any
+) -> str:
+    """A chat in the words of the run's template, with the row's tools.
+
+    Raises:
+        ValueError: the tokenizer has no template, or it refuses the chat.
+
+    """
+    options |= {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    chat = [_known(message) for message in chat]
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        raise ValueError(f"The chat template refuses the chat {str(chat)[:200]}: {error}") from None
+
+
+def shown_tokens(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, marked: bool = False, most: int = 600
+) -> str:
+    """A row of tokens as text.
+
+    Args:
+        row: `input_ids`, and perhaps `labels`, which are -100 where there is no loss.
+        tokenizer: that it was made with.
+        marked: put what the loss is taken of in ⟦ ⟧.
+        most: characters to show.
+
+    """
+    labels = (row.get("labels") or row["input_ids"]) if marked else [-100] * len(row["input_ids"])
+    parts: list[tuple[bool, list[int]]] = []
+    for token, label in zip(row["input_ids"], labels, strict=True):
+        is_trained = label != -100
+        if not parts or parts[-1][0] != is_trained:
+            parts.append((is_trained, []))
+        parts[-1][1].append(token)
+    texts = ((is_trained, str(tokenizer.decode(tokens))) for is_trained, tokens in parts)
+    shown = "".join(f"⟦{text}⟧" if is_trained else text for is_trained, text in texts)
+    return shown if len(shown) <= most else f"{shown[:most]} …"

@@ -1,0 +1,269 @@
+"""A user's data: loaded from wherever it is, and checked before anything long starts."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import math
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+
+from ..checks import require_known
+from ..files import require_regular
+from .cells import is_filled, is_known, require_rows
+from .commonsense import ALL, COMMONSENSE, load_commonsense
+from .embedded import EMBEDDED_DATA
+from .embedded_texts import split_by_group
+from .labels import with_class_ids
+from .names import ANSWER_ROLES, BUILDERS, EMBEDDED, require_data_path
+from .settings import FROM_TRAIN, TrainConfig
+from .tasks import Kind
+from .untrusted_files import require_harmless
+
+COMMONSENSE_PREFIX = "commonsense"
+
+
+_FEW_EXAMPLES = 16
+# Words such as "None" are texts and labels like others; only nothing is missing.
+_CSV = {"keep_default_na": False, "na_values": [""]}
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Checked examples under the names of their roles.
+
+    Attributes:
+        splits: `train` and `validation`; classes as integers.
+        labels: names of the classes, in the order of the integers; empty unless the task is "classify".
+        notes: sentences on what a user should know of them.
+
+    """
+
+    splits: DatasetDict
+    labels: list[str]
+    notes: list[str]
+
+
+def load_splits(name: str, delimiter: str | None = None, encoding: str | None = None) -> DatasetDict:
+    """The splits that `name` has; a single file is `train`.
+
+    Args:
+        name: as `TrainConfig.data`.
+        delimiter: between the columns of a CSV file; None: a comma, in a TSV file a tab.
+        encoding: of a CSV file; None: UTF-8.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the embedded data is unknown, or the file cannot be read.
+
+    """
+    if name.startswith(EMBEDDED):
+        require_known("embedded data", name.removeprefix(EMBEDDED), EMBEDDED_DATA)
+        return EMBEDDED_DATA[name.removeprefix(EMBEDDED)].load()
+    path = Path(name)
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise ValueError(f"The data {name} cannot be read: it ends in none of {', '.join(BUILDERS)}.")
+    require_regular(path, "**/*")
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if not is_saved:
+        require_harmless(path)
+    try:
+        if path.is_file():
+            return _load_file(path, delimiter, encoding)
+        if is_saved:
+            loaded = load_from_disk(str(path))
+            return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+        if path.is_dir():
+            return _load_folder(path, delimiter, encoding)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) == errno.ENOSPC or isinstance(cause, MemoryError):
+            raise cause from None  # no fault of the data
+        said = (str(cause).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(cause, UnicodeError):
+            said += ". It is not written in UTF-8: say how, such as --encoding latin-1 or --encoding cp1252"
+        raise ValueError(f"The data {name} cannot be read: {said}.") from None
+    require_data_path(name)
+    repository, _, configuration = name.partition(":")
+    if repository == COMMONSENSE_PREFIX:
+        require_known("commonsense set", configuration, (*COMMONSENSE, ALL))
+    try:
+        if repository == COMMONSENSE_PREFIX:
+            return load_commonsense(configuration)
+        return load_dataset(repository, configuration or None)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(
+            f"{name} is no file or folder here, and could not be had from the hub: {reason[0]}"
+        ) from None
+
+
+def _load_file(path: Path, delimiter: str | None, encoding: str | None) -> DatasetDict:
+    builder = BUILDERS[path.suffix]
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        delimiter = delimiter or ("\t" if path.suffix == ".tsv" else ",")
+        _check_header(path, delimiter, encoding or "utf-8-sig")
+        options = {**_CSV, "sep": delimiter, "encoding": encoding}
+    return load_dataset(builder, data_files={"train": str(path)}, **options)
+
+
+def _load_folder(folder: Path, delimiter: str | None, encoding: str | None) -> DatasetDict:
+    builder = load_dataset_builder(str(folder))
+    given = {"sep": delimiter, "encoding": encoding}
+    options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+    if builder.name == "csv":
+        config: Any = builder.config
+        for file in chain(*config.data_files.values()):
+            _check_header(Path(file), delimiter or config.sep, encoding or "utf-8-sig")
+        options |= _CSV
+    return load_dataset(str(folder), **options)
+
+
+def _check_header(path: Path, delimiter: str, encoding: str) -> None:
+    """Raise a ValueError for a header that pandas would read, and make something of that no one meant."""
+    with path.open(encoding=encoding, newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter)
+        header, first = next(rows, []), next(rows, None)
+    if first is None:
+        has = f"has a header ({', '.join(header)}) and no rows" if header else "is empty"
+        raise ValueError(f"{path.name} {has}")
+    if len(header) == 1 and (other := next((c for c in ";\t|," if c != delimiter and c in header[0]), None)):
+        raise ValueError(
+            f"with {delimiter!r} between columns {path.name} has one, {header[0]!r}. Say what is between them: "
+            f"--delimiter {other!r}"
+        )
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise ValueError(f"several columns of {path.name} are called {', '.join(twice)}. Give each a name of its own")
+
+
+def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
+    """The name of the first of the `preferred` splits, or of the only one there is.
+
+    Raises:
+        ValueError: there are several, and none is preferred.
+
+    """
+    for name in preferred:
+        if name in splits:
+            return name
+    if len(splits) > 1:
+        raise ValueError(f"{who} the splits {', '.join(splits)}, none of them {' or '.join(preferred)}: use {remedy}.")
+    return next(iter(splits))
+
+
+def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
+    """The examples of a run, checked, with a validation split.
+
+    Raises:
+        FileNotFoundError: data is missing.
+        ValueError: data is empty, lacks a column, or holds what the task cannot be trained on; the message says where.
+
+    """
+    splits = DatasetDict(load_splits(config.data, config.delimiter, config.encoding))
+    if "train" not in splits:
+        raise ValueError(f"{config.data} has no split `train`; it has {', '.join(splits)}.")
+    if config.validation == FROM_TRAIN:
+        splits.pop("validation", None)
+    elif config.validation is not None:
+        other = load_splits(config.validation, config.delimiter, config.encoding)
+        splits["validation"] = other[
+            only_split(other, ("validation",), f"{config.validation} has", "a file of its own")
+        ]
+    splits = DatasetDict(
+        {name: select_roles(splits[name], kind, config.columns) for name in ("train", "validation") if name in splits}
+    )
+    notes = []
+    for name, part in splits.items():
+        if config.skip_empty:
+            splits[name], note = without_empty(part, kind, name)
+            notes += note
+        check_examples(splits[name], kind, name)
+    labels = kind.class_names(splits["train"])
+    if labels:
+        if len(labels) == (count := len(splits["train"])):
+            notes.append(f"Warning: each of the {count:,} examples has a label of its own. Is it the right column?")
+        splits = DatasetDict({name: with_class_ids(part, labels, name) for name, part in splits.items()})
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = _split(splits["train"], config.validation_share)
+    limits = {"train": config.train_examples, "validation": config.validation_examples}
+    splits = DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()})
+    if (count := len(splits["train"])) < _FEW_EXAMPLES:
+        notes.append(f"Warning: there are few examples to learn from: {count}.")
+    return TaskData(splits, labels, notes)
+
+
+def sampled(data: Dataset, limit: int | None) -> Dataset:
+    """So many of the examples at most, drawn at random, always the same ones."""
+    return data if limit is None or limit >= len(data) else data.shuffle(seed=0).select(range(limit))
+
+
+def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_label: bool = True) -> Dataset:
+    """The columns that a task reads, named by their roles.
+
+    Raises:
+        ValueError: a column is missing; the message names those there are.
+
+    """
+    there = data.column_names
+    for role, name in columns.items():
+        if name not in there and (with_label or role not in ANSWER_ROLES):
+            raise ValueError(f"columns: {role} is to be read from {name!r}, and the data has {', '.join(there)}.")
+    wanted = kind.columns(columns, there, with_label=with_label)
+    if missing := [role for role, name in wanted.items() if name not in there]:
+        columns_are = f"column{'s' * (len(missing) > 1)} {' and '.join(missing)}"
+        raise ValueError(
+            f"The task {kind.name} reads the {columns_are}, and the data has {', '.join(there)}. Name "
+            f"{'them' if len(missing) > 1 else 'it'}: {' '.join(f'--column {role}=NAME' for role in missing)}"
+        )
+    optional = {role: columns.get(role, role) for role in kind.optional_roles}
+    wanted |= {role: name for role, name in optional.items() if name in there}
+    selected = data.select_columns(list(dict.fromkeys(wanted.values())))
+    return kind.as_read(selected.rename_columns({name: role for role, name in wanted.items() if name != role}))
+
+
+def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> tuple[Dataset, list[str]]:
+    """The examples that hold something in each column which they must have, and a note on how many do not."""
+    optional = {*kind.optional_roles, *(() if with_label else ANSWER_ROLES)}
+    asked = [name for name in data.column_names if name not in optional]
+    secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
+    columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
+    kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
+    left = len(data) - len(kept)
+    note = f"Left out: {left:,} of {len(data):,} examples of the split {split}, in which something is empty."
+    return (data.select(kept), [note]) if left else (data, [])
+
+
+def check_examples(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> None:
+    """Raise a ValueError that says what is wrong, and in which rows, unless the task can use every example."""
+    if len(data) == 0:
+        raise ValueError(f"The split {split} of the data is empty.")
+    kind.check(data, split, with_label=with_label)
+
+
+def choose_max_length(counts: list[int], limit: int) -> int:
+    """What holds 99 % of the examples, rounded up to a multiple of 8, within the model's limit."""
+    return min(limit, 8 * math.ceil(np.quantile(counts, 0.99) / 8))
+
+
+def _split(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Training and validation, always the same, without a common group."""
+    groups = train["group"] if "group" in train.column_names else range(len(train))
+    require_rows(map(is_known, groups), "group must not be missing in the split train")
+    frame = pd.DataFrame({"group": list(map(str, groups)), "row": range(len(train))})
+    try:
+        first, second = split_by_group(frame, share)
+    except ValueError:
+        raise ValueError(
+            f"{len(train)} examples in {frame['group'].nunique()} groups are too few to keep {share:.0%} of them for "
+            "validation. Give more, or --validation."
+        ) from None
+    return train.select(first["row"]), train.select(second["row"])

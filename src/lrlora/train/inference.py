@@ -1,0 +1,316 @@
+"""Evaluate and predict with a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from peft import PeftModel
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    BatchEncoding,
+    TextStreamer,
+    Trainer,
+)
+
+from ..adapters.peft_folder import SavedAdapter, require_all_weights
+from ..checks import require_known
+from ..files import readable, replacing
+from ..fingerprint import warn_of_another_model
+from ..locks import only_writer
+from ..run_folder import CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
+from ..tuner import cached_weights
+from .chat import answer_of, as_trl_reads, format_of, holds_chats, prompt_of, render_chat
+from .data import check_examples, load_splits, only_split, sampled, select_roles, without_empty
+from .labels import with_class_ids
+from .metrics import logits, plain_metrics
+from .models import load_model, make_trainer, max_positions, model_source, training_arguments
+from .progress import Announce
+from .settings import TrainConfig, read_run
+from .tasks import KINDS, Kind, kind_for
+
+# Settings that say how and where a run trains and who is told of it: asking it later, on another machine, needs none.
+OF_TRAINING = (
+    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "tf32", "use_liger_kernel"),
+    *("report_to", "push_to_hub"),
+)
+
+
+def evaluate(
+    run: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    announce: Announce = print,
+    **reading: Any,
+) -> dict[str, float]:
+    """Metrics of a trained run on data.
+
+    Args:
+        run: the output folder of `train`.
+        data: as for `TrainConfig.data`.
+        split: of the data; default: `test`, else `validation`, else the only one there is.
+        limit: use so many examples at most, drawn at random, always the same.
+        announce: is told how many examples are left out because something is empty.
+        **reading: how the data is read, where not as in training: `columns`, `delimiter`, `encoding` and `skip_empty`
+            of `TrainConfig`.
+
+    Raises:
+        FileNotFoundError: run or data is missing.
+        ValueError: the data cannot be used, or most answers to it are empty.
+
+    """
+    loaded = LoadedRun.read(Path(run)).reading(**reading)
+    examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
+    encoded = loaded.encoded(examples)
+    metrics = plain_metrics(loaded.trainer(encoded).evaluate())
+    if loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
+        answers = list(_not_empty(loaded.answers(encoded)))
+        pairs = zip(answers, wanted, strict=True)
+        metrics["exact_match"] = float(np.mean([got.strip() == (want or "").strip() for got, want in pairs]))
+    return metrics
+
+
+def predict(
+    run: str | Path, data: str | Dataset, *, split: str | None = None, announce: Announce = print, **reading: Any
+) -> Iterator[dict[str, Any]]:
+    """The predictions of a finished run, example by example: the inputs, and beside them
+
+    `prediction` and `probabilities` (classify: by class name; multiple-choice: by index), `prediction` (regress), or
+    `completion` (causal-lm, greedy).
+
+    The arguments are those of `evaluate`, and `data` may be a data set; it needs no labels.
+    """
+    loaded = LoadedRun.read(Path(run)).reading(**reading)
+    examples = loaded.examples(data, split, announce, with_label=False)
+    encoded = loaded.encoded(examples)
+    if loaded.kind.generates:
+        for example, answer in zip(examples, _not_empty(loaded.answers(encoded)), strict=True):
+            yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
+        return
+    encoded = loaded.kind.unlabelled(encoded)
+    outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
+    for example, said in zip(examples, loaded.kind.predictions(outputs, loaded.labels), strict=True):
+        yield {**loaded.kind.described(example), **said}
+
+
+def predict_text(run: str | Path, text: str) -> dict[str, Any]:
+    """What a finished run says of one text, or answers to it; as a line of `predict`.
+
+    Raises:
+        ValueError: the run answers multiple choice, which one text is not, or tells images apart.
+
+    """
+    config, _ = read_run(Path(run))
+    if config.task == "multiple-choice":
+        raise ValueError("One text is no multiple choice. Give a file with question and choices: --data.")
+    if config.task == "image-classify":
+        raise ValueError("The run tells images apart. Give a folder of them: --data.")
+    role = "prompt" if config.task == "causal-lm" else "text"
+    return next(predict(run, Dataset.from_dict({role: [text]}), columns={}))
+
+
+def _not_empty(answers: Iterable[str]) -> Iterator[str]:
+    """The answers; at their end an error if most of them were empty, which no one wants to find out later."""
+    count = empty = 0
+    for answer in answers:
+        count, empty = count + 1, empty + (not answer.strip())
+        yield answer
+    if 2 * empty > count:
+        raise ValueError(
+            f"{empty} of {count} answers are empty: the model ends where it should begin. Was it trained on prompts of "
+            "this form? `lrlora predict RUN --text` shows one."
+        )
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run, ready to be asked."""
+
+    config: TrainConfig
+    record: RunRecord
+    processor: Any  # tokenizer, or image processor
+    model: Any
+
+    @classmethod
+    def read(cls, folder: Path) -> LoadedRun:
+        """Load a run from its folder.
+
+        Raises:
+            FileNotFoundError: there is no run.
+            ValueError: it is not finished, damaged, or its chat template is another than it was trained with.
+
+        """
+        config, record = read_run(folder)
+        if not (folder / METRICS_FILE).exists():
+            raise ValueError(f"The run in {folder} is not finished. Go on with: lrlora train --resume {folder}")
+        with readable(folder, "It is the output of `lrlora train`: train it anew if you have no copy."):
+            kind = KINDS[config.task]
+            processor = kind.load_processor(folder)
+            if record.rendering == CHAT and processor.chat_template != record.chat_template:
+                raise ValueError(
+                    f"The chat template in {folder} is not the one that the run was trained with, which is in its "
+                    f"{RUN_FILE}. Put that back: answers to another are not those that were learned."
+                )
+            if config.method == "full":
+                model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
+            else:
+                saved = SavedAdapter.read(folder)  # before PEFT reads its patterns
+                source = model_source(config.model)
+                base, _ = load_model(source, config, record.labels, processor)
+                warn_of_another_model(source, record.fingerprints)
+                # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
+                model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
+                require_all_weights(model, saved)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return cls(config, record, processor, model)
+
+    def reading(self, **settings: Any) -> LoadedRun:
+        """The run, with these settings of how data is read in place of its own; those that are None stay."""
+        return replace(self, config=replace(self.config, **{k: v for k, v in settings.items() if v is not None}))
+
+    @property
+    def labels(self) -> list[str]:
+        return self.record.labels
+
+    @property
+    def max_length(self) -> int | None:
+        return self.record.max_length
+
+    @property
+    def kind(self) -> Kind:
+        return kind_for(self.config.task, self.model.config)
+
+    def examples(self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool) -> Dataset:
+        """The checked examples of data, named by their roles."""
+        name = data if isinstance(data, str) else "data"
+        file = (self.config.delimiter, self.config.encoding)
+        splits = load_splits(data, *file) if isinstance(data, str) else DatasetDict(test=data)
+        chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
+        require_known(f"split of {name}", chosen, splits)
+        examples = select_roles(splits[chosen], self.kind, self.config.columns, with_label=with_label)
+        if self.config.skip_empty:
+            examples, notes = without_empty(examples, self.kind, chosen, with_label=with_label)
+            for note in notes:
+                announce(note)
+        if self.labels and with_label:
+            where = chosen if len(splits) == 1 else f"{chosen} (--split names another)"
+            examples = with_class_ids(examples, self.labels, where)
+        check_examples(examples, self.kind, chosen, with_label=with_label)
+        if self.kind.generates:
+            self._require_rendering(examples)
+        return examples
+
+    def _require_rendering(self, examples: Dataset) -> None:
+        """Raise a ValueError unless the run can read the examples as it has learned to."""
+        trained = self.record.rendering
+        if trained is None:
+            return  # of a run before it was recorded
+        found = format_of(examples.column_names)
+        if trained == CHAT and found.name == "text":
+            raise ValueError(
+                "The run was trained on chats, and the column text has no turns. To ask what it holds: --column "
+                "prompt=text"
+            )
+        if trained != CHAT and holds_chats(examples):
+            raise ValueError(
+                f"The data holds chats ({found.name}), and the run was trained on plain text, without a chat template. "
+                "Give prompts as text, or train it with --chat-template."
+            )
+
+    def encoded(self, examples: Dataset) -> Dataset:
+        """The examples as the model reads them: as in training."""
+        if self.kind.generates and self.record.rendering is not None:
+            is_text = format_of(examples.column_names).name == "text"
+            return as_trl_reads(examples, TEXT if is_text else self.record.rendering)
+        return self.kind.encode(examples, self.processor, self.max_length)
+
+    def trainer(self, data: Dataset) -> Trainer:
+        settings = {name: value for name, value in self.config.training.items() if name not in OF_TRAINING}
+        arguments = training_arguments(replace(self.config, training=settings), self.kind, 1, self.max_length)
+        return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
+
+    def answers(self, rows: Dataset) -> Iterator[str]:
+        """The greedy continuation of every prompt, one by one."""
+        with cached_weights(self.model):
+            for row in tqdm(rows, desc="Generating", disable=len(rows) == 1):
+                inputs = self.prompt(prompt_of(row), row)
+                tokens = self.generate(inputs)[0, inputs["input_ids"].shape[1] :]
+                yield str(self.processor.decode(tokens, skip_special_tokens=True))
+
+    def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
+        """The prompt and its greedy continuation, (1, tokens): as long as an example of the training at most."""
+        room = max(1, max_positions(self.model.config) - inputs["input_ids"].shape[1])
+        options |= {"do_sample": False, "pad_token_id": self.processor.pad_token_id}
+        with torch.no_grad():
+            return self.model.generate(**inputs, max_new_tokens=min(self.max_length or room, room), **options)
+
+    def prompt(self, asked: str | list[dict[str, Any]], row: dict[str, Any]) -> BatchEncoding:
+        """A prompt as token ids: text as it is, a chat by the template, up to where the answer begins."""
+        if isinstance(asked, str):
+            inputs = self.processor(asked, return_tensors="pt")
+        else:
+            text = render_chat(self.processor, asked, row, add_generation_prompt=True)
+            inputs = self.processor(text, return_tensors="pt", add_special_tokens=False)  # the template has them
+        return inputs.to(self.model.device)
+
+
+class Chat:
+    """A talk with a finished run, turn by turn, streamed to the terminal.
+
+    Args:
+        run: the output folder of `train`, of the task "causal-lm".
+
+    """
+
+    _COMMANDS = ("/base", "/adapter", "/new", "/quit")
+
+    def __init__(self, run: str | Path) -> None:
+        self._run = LoadedRun.read(Path(run))
+        self._turns: list[dict[str, Any]] = []
+        self._asks_base = False
+
+    def command(self, said: str) -> str:
+        """Do what a command says; returns a word on it."""
+        if said not in self._COMMANDS:
+            return f"{said} is no command. There are {', '.join(self._COMMANDS)}."
+        if said == "/new":
+            self._turns = []
+            return "A new chat."
+        if said == "/base" and not isinstance(self._run.model, PeftModel):
+            return "The whole model was trained: there is no base model beside it."
+        self._asks_base = said == "/base"
+        return "The base model answers." if self._asks_base else "The run answers."
+
+    def ask(self, text: str) -> str:
+        """The answer, which is also printed while it comes."""
+        run, asked = self._run, self._turns
+        is_chat = run.record.rendering == CHAT
+        if is_chat:
+            asked.append({"role": "user", "content": text})
+        inputs = run.prompt(asked if is_chat else text, {})
+        streamer = TextStreamer(run.processor, skip_prompt=True, skip_special_tokens=True)
+        with run.model.disable_adapter() if self._asks_base else cached_weights(run.model):
+            tokens = run.generate(inputs, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
+        answer = str(run.processor.decode(tokens, skip_special_tokens=True))
+        if is_chat:
+            asked.append({"role": "assistant", "content": answer})
+        return answer
+
+
+def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> int:
+    """Write a line of JSON for each prediction, the file whole or not at all; returns how many."""
+    count = 0
+    with only_writer(path), replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for count, prediction in enumerate(predictions, start=1):  # noqa: B007
+            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
+    return count

@@ -1,0 +1,59 @@
+"""The classes of a data set: which there are, and each example's as a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from .cells import SHOWN_ROWS, is_known, require_rows
+
+
+def known_labels(data: Dataset, split: str) -> list[Any]:
+    """The labels, each of them one class.
+
+    Raises:
+        ValueError: one is missing, or no class.
+
+    """
+    values = data["label"][:]
+    # In data sets of the hub, -1 stands for a label that is kept secret.
+    unknown = -1 if isinstance(data.features["label"], ClassLabel) else None
+    require_rows(
+        (is_known(value) and value != unknown for value in values),
+        f"label must not be missing in the split {split} (--skip-empty leaves such examples out)",
+    )
+    require_rows(
+        (isinstance(value, (str, int, float)) for value in values),
+        f"label must be one class in the split {split}",
+        values,
+    )
+    return values
+
+
+def class_name(value: Any) -> str:
+    """What the class of a label is called.
+
+    A column of integers is read as one of floats where a cell is empty, and its classes must be called the same.
+    """
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
+    """The data with labels as indices into `labels`.
+
+    Raises:
+        ValueError: a label is missing, or not one of `labels`.
+
+    """
+    values = known_labels(data, split)
+    feature = data.features["label"]
+    names = [feature.int2str(value) if isinstance(feature, ClassLabel) else class_name(value) for value in values]
+    unseen = sorted(set(names) - set(labels))
+    if unseen:
+        raise ValueError(
+            f"The split {split} has labels that training does not have: {', '.join(unseen[:SHOWN_ROWS])}. Known: "
+            f"{', '.join(labels)}."
+        )
+    index = {name: i for i, name in enumerate(labels)}
+    return data.remove_columns("label").add_column("label", [index[name] for name in names])

@@ -1,0 +1,195 @@
+"""The methods that `lrlora train` offers, and what the training of some needs beside their configuration."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from typing import Any
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    EvaConfig,
+    HiraConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    RandLoraConfig,
+    VeraConfig,
+    initialize_lora_eva_weights,
+)
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..checks import require_float32, require_known
+from ..tuner import LrLoraConfig
+from ..tuner.config import require_module_names
+from ..untrusted import require_quick_patterns
+from .tasks import Kind
+
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """How a method is called in PEFT.
+
+    Args:
+        config: its configuration; None for full fine-tuning.
+        fixed: fields that make it this method.
+        alpha: its name for α, which is r unless given; None if it has none.
+        has_ranks: whether `rank_report` can measure its update.
+
+    """
+
+    config: type[PeftConfig] | None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    alpha: str | None = None
+    has_ranks: bool = False
+
+
+METHODS = {
+    "lr-lora": PeftMethod(LrLoraConfig, alpha="lora_alpha", has_ranks=True),
+    "lora": PeftMethod(LoraConfig, alpha="lora_alpha", has_ranks=True),
+    "dora": PeftMethod(LoraConfig, {"use_dora": True}, alpha="lora_alpha"),
+    "adalora": PeftMethod(AdaLoraConfig),
+    "hira": PeftMethod(HiraConfig),
+    "randlora": PeftMethod(RandLoraConfig, alpha="randlora_alpha"),
+    "loha": PeftMethod(LoHaConfig, alpha="alpha"),
+    "vera": PeftMethod(VeraConfig),
+    "full": PeftMethod(None),
+}
+DEFAULT_RANK = 8
+EVA = "eva"
+EVA_BATCHES = 64  # it usually needs fewer, and goes through them again if it needs more
+
+
+def adapter_config(
+    method: str, head: Mapping[str, Any], total_steps: int, options: dict[str, Any]
+) -> PeftConfig | None:
+    """The PEFT configuration of a method; None for full fine-tuning.
+
+    Args:
+        method: one of `METHODS`.
+        head: fields of the configuration for the head, as a kind of task has them; none for a model as it is.
+        total_steps: of training; AdaLoRA plans with it.
+        options: fields of the configuration; by default r = 8, α = r, and all linear layers.
+
+    Raises:
+        ValueError: the configuration has no such field, or refuses a value.
+
+    """
+    known = METHODS[method]
+    if known.config is None:
+        if options:
+            raise ValueError(f"Full fine-tuning has no adapter, and adapter is {options!r}. Leave it out.")
+        return None
+    names = [*inspect.signature(known.config.__init__).parameters][1:]
+    for name in options:
+        require_known(f"field of {known.config.__name__}", name, names)
+    require_module_names(options)
+    require_float32(options, "of adapter")
+    require_quick_patterns(options, "of adapter")  # they may be from a run.json that someone else wrote
+    defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may add to it
+    if method == "adalora":
+        if "r" in options:  # PEFT's configuration has it from LoRA's
+            raise ValueError(f"AdaLoRA does not read r, and r is {options['r']}: give target_r={options['r']} instead.")
+        rank = options.get("target_r", DEFAULT_RANK)
+        # As in its paper: from 1.5 times the rank down to it, between a warm-up and a final phase.
+        defaults |= {"target_r": rank, "init_r": round(1.5 * rank), "lora_alpha": rank, "total_step": total_steps}
+        defaults |= {"tinit": total_steps // 10, "tfinal": total_steps // 2}
+    else:
+        rank = options.get("r", DEFAULT_RANK)
+        defaults |= {"r": rank} | ({known.alpha: rank} if known.alpha else {})
+    if options.get("init_lora_weights") == EVA:
+        given = options.get("eva_config") or {}
+        for name in given:
+            require_known("field of EvaConfig", name, [f.name for f in fields(EvaConfig)])
+        options = {**options, "eva_config": EvaConfig(**given)}
+    return known.config(**{**defaults, **known.fixed, **options})
+
+
+def require_tokens(options: Mapping[str, Any], kind: Kind) -> None:
+    """Raise a ValueError where EVA would have no tokens to look at."""
+    if options.get("init_lora_weights") == EVA and not kind.reads_text:
+        raise ValueError(f"EVA looks at the tokens that a layer sees, and {kind.name} has none. Leave it out.")
+
+
+def start_from_data(trainer: Trainer, config: Any) -> None:
+    """Where a method starts from data, as EVA does, make its start: a call that PEFT leaves to its users.
+
+    EVA takes A from the inputs of each layer and moves rank to the layers whose inputs have most variance
+    (arXiv:2410.07170). The number of parameters changes with it a little.
+
+    Raises:
+        ValueError: there are fewer examples than EVA needs.
+
+    """
+    if getattr(config, "init_lora_weights", None) != EVA:
+        return
+    model: Any = trainer.model
+    # PEFT waits for ever for a layer that sees fewer rows at a time, as a pooler may.
+    count = math.ceil(config.eva_config.rho * config.r)
+    sequences = (ids for batch in trainer.get_train_dataloader() for ids in _sequences(batch))
+    batches = list(islice(_batches(sequences, count, is_nested=config.task_type is None), EVA_BATCHES))
+    if not batches:
+        raise ValueError(f"EVA at r = {config.r} needs {count} examples to start from. Give more, or a lower rank.")
+    initialize_lora_eva_weights(model, batches, prepare_layer_inputs_fn=_inputs_of_tokens, show_progress_bar=False)
+
+
+def _sequences(batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The token sequences of a batch, those of every choice too, without padding."""
+    tokens = batch["input_ids"].flatten(0, -2)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten(0, -2)
+    for ids, is_token in zip(tokens, mask.bool(), strict=True):
+        yield ids[is_token]
+
+
+def _batches(sequences: Iterable[Tensor], count: int, *, is_nested: bool) -> Iterator[dict[str, Tensor]]:
+    """Batches of so many sequences, (count, tokens); (count, 1, tokens), one choice each, if a head wants choices."""
+    iterator = iter(sequences)
+    while len(some := list(islice(iterator, count))) == count:
+        batch = {
+            "input_ids": pad_sequence(some, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True),
+        }
+        yield {name: part.unsqueeze(1) for name, part in batch.items()} if is_nested else batch
+
+
+def _inputs_of_tokens(inputs: Any, tokens: Tensor, name: str) -> Tensor:
+    """The inputs of a layer at these tokens (count, 2 or 3), or at all examples, where it sees none, as a pooler."""
+    values: Tensor = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
+    return values.contiguous() if values.dim() == 2 else values[tokens[:, 0], tokens[:, -1]]
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Makes the call in the training loop that AdaLoRA needs, and that PEFT leaves to its users.
+
+    The pattern of ranks stays out of the configuration until the end: with it, PEFT would save every checkpoint in the
+    shapes of its own step, and could not load the best one into the shapes of the last. Singular values that are masked
+    are exactly 0, so a checkpoint in full shapes says the same.
+    """
+
+    def __init__(self) -> None:
+        self._pattern: Any = None
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Called before the gradients, which it reads, are zeroed; steps count from 0, as in PEFT's own example.
+        tuner = kwargs["model"].base_model
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        config.rank_pattern = self._pattern
+        tuner.update_and_allocate(state.global_step)
+        self._pattern, config.rank_pattern = config.rank_pattern, None
+
+
+def set_rank_pattern(model: Any) -> None:
+    """Write into the configuration of an AdaLoRA model which singular values are left, so that only they are saved."""
+    tuner = model.base_model
+    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = {
+        name: (values != 0).flatten().tolist() for name, values in tuner.model.named_parameters() if ".lora_E." in name
+    }

@@ -1,0 +1,315 @@
+"""From a configuration to a model with its head, the Trainer's arguments, and a Trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.trainer_utils import SchedulerType
+
+from ..checks import require_known, require_type
+from ..files import readable
+from .embedded import EMBEDDED_MODELS
+from .metrics import LESS_IS_BETTER
+from .names import EMBEDDED, require_model_folder
+from .packages import checkpoint
+from .settings import TrainConfig
+from .tasks import Kind, kind_for
+
+MODEL_EXPECTED = "Expected is a model that transformers can load: fetch it anew, or give another."
+
+
+def model_source(name: str) -> str:
+    """What `from_pretrained` takes: a hub name or folder as it is, an embedded model fetched.
+
+    Raises:
+        FileNotFoundError: the name looks like a folder, and there is none.
+        ValueError: the embedded model is unknown.
+
+    """
+    if name.startswith(EMBEDDED):
+        known = name.removeprefix(EMBEDDED)
+        require_known("embedded model", known, EMBEDDED_MODELS)
+        return str(checkpoint(EMBEDDED_MODELS[known].source))
+    require_model_folder(name)
+    return name
+
+
+def hub_name(name: str) -> str | None:
+    """What a model is called on the hub; None of a folder."""
+    if name.startswith(EMBEDDED):
+        return EMBEDDED_MODELS[name.removeprefix(EMBEDDED)].hub_name
+    return None if Path(name).exists() else name
+
+
+def check_model(source: str, config: TrainConfig) -> Any:
+    """The configuration of a model that the task fits.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: transformers has no head for the task on this architecture.
+
+    """
+    with readable(config.model, MODEL_EXPECTED):
+        try:
+            model_config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"The model {config.model} needs code of its own, which is not run. Take one that transformers has."
+                ) from None
+            raise FileNotFoundError(
+                f"{config.model} is no folder with a model, and could not be had from the hub: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+    kind = kind_for(config.task, model_config)
+    if type(model_config) not in kind.architectures:
+        raise ValueError(
+            f"The task {config.task} does not fit the model {config.model}: transformers has no such head for "
+            f"{model_config.model_type}. Take another task or model."
+        )
+    # transformers has causal heads for encoders too, which look ahead unless they are told that they are decoders.
+    looks_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", True)
+    if kind.generates and looks_ahead and not model_config.is_encoder_decoder:
+        raise ValueError(
+            f"The task causal-lm does not fit the model {config.model}: {model_config.model_type} is an encoder, which "
+            "sees the words that it is to predict. Take a decoder (Llama, Qwen, GPT-2, …)."
+        )
+    return model_config
+
+
+# Their positions count from the padding token's number on.
+_SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "mpnet", "longformer")
+
+
+def max_positions(model_config: Any) -> int:
+    """The most tokens that a model has positions for; 10⁹ where there is no limit, as which XLNet gives -1."""
+    positions = int(getattr(model_config, "max_position_embeddings", None) or -1)
+    return positions if positions > 0 else 10**9
+
+
+def max_tokens(tokenizer: Any, model_config: Any) -> int:
+    """The longest input that tokenizer and model allow."""
+    positions = max_positions(model_config)
+    if model_config.model_type in _SHIFTED:
+        positions -= model_config.pad_token_id + 1
+    return int(min(tokenizer.model_max_length, positions))
+
+
+def load_model(source: str, config: TrainConfig, labels: list[str], processor: Any) -> tuple[Any, list[str]]:
+    """The model with the head of the task, and the names of its modules that the source has no weights for."""
+    kind = kind_for(config.task, AutoConfig.from_pretrained(source))
+    # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
+    dtype = torch.float32 if kind.has_head or config.method == "full" else "auto"
+    with readable(source if source == config.start_from else config.model, MODEL_EXPECTED):
+        model, loading = kind.model_class.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **kind.model_options(labels)
+        )
+    if kind.reads_text and model.config.pad_token_id is None:
+        model.config.pad_token_id = processor.pad_token_id
+    return model, _new_modules(model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+
+
+def _new_modules(model: Any, weights: set[str]) -> list[str]:
+    """The modules that these weights are of: those of the base model, and heads as wholes, as PEFT saves them."""
+    owners = {name.rpartition(".")[0] for name in weights} - {""}
+    inside = f"{model.base_model_prefix}."
+    return sorted({name if name.startswith(inside) else name.partition(".")[0] for name in owners})
+
+
+def training_arguments(
+    config: TrainConfig, kind: Kind, rows: int, max_length: int | None, examples_per_step: int | None = None
+) -> TrainingArguments:
+    """The Trainer's arguments: the defaults of the kind of task, then what the user gives.
+
+    Args:
+        config: the run.
+        kind: of its task on its model.
+        rows: of an epoch.
+        max_length: in tokens; None of images.
+        examples_per_step: of all processes, where the batch of each is to follow from it.
+
+    Raises:
+        ValueError: a setting cannot be.
+
+    """
+    cls = kind.arguments_class()
+    _check_arguments(config.arguments, get_type_hints(cls), kind)
+    given = config.arguments
+    batch = given.pop("per_device_train_batch_size", kind.batch_size)
+    accumulation = given.pop("gradient_accumulation_steps", 1)
+    steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)
+    # Of several processes each has a GPU; a single one is spread by the Trainer over all that it sees.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    devices = processes if processes > 1 else max(1, torch.cuda.device_count())
+    if examples_per_step is not None:
+        batch, rest = divmod(examples_per_step, accumulation * devices)
+        if rest or not batch:
+            raise ValueError(
+                f"The run takes steps of {examples_per_step} examples, which {devices} processes with "
+                f"gradient_accumulation_steps={accumulation} cannot share. Resume it with another number of processes."
+            )
+    if steps < 0:
+        steps = math.ceil(math.ceil(rows / (batch * devices)) / accumulation) * epochs
+    if steps > _MOST_STEPS:
+        raise ValueError(f"Training would take {steps:g} steps, more than any can. Give fewer steps or epochs.")
+    every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
+    metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
+    require_known(f"metric of {config.task}", metric, kind.metrics)
+    defaults = {
+        "max_steps": math.ceil(steps),
+        "learning_rate": kind.rates[config.method == "full"],
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "eval_steps": given.get("save_steps", every),  # the best checkpoint is one that was saved
+        "save_steps": given.get("eval_steps", every),
+        "logging_steps": max(1, round(steps / 50)),
+        "metric_for_best_model": metric,
+        "greater_is_better": metric not in LESS_IS_BETTER,
+        "output_dir": str(Path(config.output).resolve()),  # checkpoints name the best of them by it
+        "seed": config.seed,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),  # the table of φ needs float64, which MPS lacks
+    }
+    if given.get("eval_strategy") == "no":
+        defaults["load_best_model_at_end"] = False  # there is no best one
+    try:
+        arguments = cls(**{**_ALWAYS, **defaults, **kind.arguments(max_length, batch), **given})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from None
+    _check_schedule(arguments)
+    return arguments
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Raise a ValueError unless the learning rate has a schedule, and a value at its beginning, middle and end."""
+    given: Any = arguments.lr_scheduler_kwargs
+    steps = arguments.max_steps
+    require_type(given, dict[str, Any] | None, "training: lr_scheduler_kwargs")
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+        warmup = arguments.get_warmup_steps(steps)
+        schedule: Any = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, given)
+        rates = [rate(step) for rate in getattr(schedule, "lr_lambdas", ()) for step in (0, steps // 2, steps)]
+        is_finite = all(map(math.isfinite, rates))
+    except Exception as error:  # whatever a schedule stumbles over in arguments of any type
+        is_finite, reason = False, f"{type(error).__name__}: {error}"
+    else:
+        reason = "its rates are not finite"
+    if not is_finite:
+        name = SchedulerType(arguments.lr_scheduler_type).value
+        raise ValueError(f"training: lr_scheduler_kwargs={given!r} do not fit lr_scheduler_type={name} ({reason}).")
+
+
+_FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
+_MOST_STEPS = 10**9
+_ALWAYS: dict[str, Any] = {
+    "warmup_steps": 0.06,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
+    "report_to": "none",
+    "disable_tqdm": True,  # `Progress` draws the bar
+}
+
+
+# Where the Trainer would find out in the middle of training.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "neftune_noise_alpha": 0,
+    "adam_epsilon": 0,
+}
+
+
+def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -> None:
+    """Raise a ValueError for what the Trainer would refuse later, or not at all."""
+    if given.get("prediction_loss_only") and kind.metrics[0] != "loss":
+        raise ValueError(
+            "training: prediction_loss_only=True leaves out the predictions that the metrics are of. Leave it out."
+        )
+    for name in ("output_dir", "seed"):
+        if name in given:
+            raise ValueError(
+                f"training: {name} is a setting of the run itself. Give it as --{name.removesuffix('_dir')}."
+            )
+    for name in (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_steps",
+        "num_train_epochs",
+        "learning_rate",
+    ):
+        value = given.get(name, 1)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
+            raise ValueError(f"training: {name} must be a number, and is {value!r}.")
+    for name, limit in (("learning_rate", math.inf), ("adam_beta1", 1), ("adam_beta2", 1)):
+        value = given.get(name, 0.9)
+        if not isinstance(value, (int, float)) or not 0 < value < limit:
+            raise ValueError(f"training: {name} must be between 0 and {limit:g}, and is {value!r}.")
+    for name, value in given.items():
+        if name in types:
+            require_type(value, types[name], f"training: {name}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"training: {name} must be finite, and is {value!r}.")
+        if value is not None and name in _LEAST and value < _LEAST[name]:
+            raise ValueError(f"training: {name} must be ≥ {_LEAST[name]}, and is {value!r}.")
+
+
+def make_trainer(
+    kind: Kind,
+    model: Any,
+    processor: Any,
+    arguments: TrainingArguments,
+    train_data: Dataset,
+    validation: Dataset,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    """The Trainer of a task, on encoded examples; TRL's encodes them itself."""
+    trainer = kind.trainer(
+        processor, model=model, args=arguments, callbacks=callbacks, train_dataset=train_data, eval_dataset=validation
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def give_head_its_rate(trainer: Trainer, rate: float) -> None:
+    """Move the new head, beside an adapter or on a model that is trained in full, into groups with their own rate."""
+    model: Any = trainer.model
+    if isinstance(model, PeftModel):
+        head = {id(p) for name, p in model.named_parameters() if ".modules_to_save." in name}
+    else:
+        head = {id(p) for name, p in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
+    create = trainer.create_optimizer
+
+    def create_optimizer(*models: Any) -> torch.optim.Optimizer:
+        is_new = trainer.optimizer is None
+        optimizer = create(*models)
+        for group in list(optimizer.param_groups) if is_new else []:
+            own = [p for p in group["params"] if id(p) in head]
+            if own:
+                group["params"] = [p for p in group["params"] if id(p) not in head]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    # Whenever it is made: for DeepSpeed the Trainer makes it anew.
+    setattr(trainer, "create_optimizer", create_optimizer)  # noqa: B010

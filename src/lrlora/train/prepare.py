@@ -1,0 +1,156 @@
+"""What a run is made from, read and checked, and what is told and recorded of it before it starts."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+import transformers
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from .. import __version__
+from ..files import readable
+from ..run_folder import CHAT, PLAIN, TEXT, RunRecord
+from .chat import choose_template, format_of, rendering_of
+from .data import TaskData, choose_max_length, load_task_data
+from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
+from .resume import fingerprints
+from .settings import TrainConfig, read_run
+from .tasks import Kind, kind_for
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, read and checked."""
+
+    kind: Kind
+    source: str  # of the model
+    data: TaskData
+    processor: Any  # tokenizer, or image processor
+    untouched: Any  # encoding leaves its length in a tokenizer, unless a cache has spared it
+    max_length: int | None  # in tokens; None of images
+    too_long: int  # examples that are cut
+    rows: int  # of an epoch: the examples, or fewer where several are packed into one
+    rendering: str | None  # of prompts and chats
+
+    @classmethod
+    def read(cls, config: TrainConfig) -> Inputs:
+        source = model_source(config.model)
+        model_config = check_model(source, config)
+        kind = kind_for(config.task, model_config)
+        if not kind.has_head and config.head_learning_rate is not None:
+            raise ValueError(
+                f"head_learning_rate={config.head_learning_rate!r} is for a new head, and {config.model} answers "
+                "multiple choice without one. Leave it out."
+            )
+        data = load_task_data(config, kind)
+        if (start := config.start_from) is not None and (known := read_run(Path(start))[1].labels) != data.labels:
+            raise ValueError(f"The run in {start} knows the labels {known}, and the data has {data.labels}.")
+        with readable(config.model, MODEL_EXPECTED):
+            processor = kind.load_processor(source)
+        if not kind.reads_text:
+            return cls(kind, source, data, processor, processor, None, 0, len(data.splits["train"]), None)
+        choose_template(processor, config.chat_template)
+        untouched = copy.deepcopy(processor)
+        limit = max_tokens(processor, model_config)
+        counts = kind.lengths(data.splits["train"], processor)
+        max_length = config.max_length or choose_max_length(counts, limit)
+        if max_length > limit:
+            raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
+        too_long = sum(count > max_length for count in counts)
+        rows = kind.rows(counts, max_length, config.training)
+        rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
+        return cls(kind, source, data, processor, untouched, max_length, too_long, rows, rendering)
+
+    @property
+    def examples(self) -> int:
+        """To train on."""
+        return len(self.data.splits["train"])
+
+    def encoded(self) -> tuple[Dataset, Dataset]:
+        """Training and validation."""
+        train, validation = (
+            self.kind.encode(self.data.splits[name], self.processor, self.max_length)
+            for name in ("train", "validation")
+        )
+        return train, validation
+
+
+def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) -> list[str]:
+    """What is about to happen, in three lines."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    schedule, splits = SchedulerType(arguments.lr_scheduler_type).value, inputs.data.splits
+    evaluates = arguments.eval_strategy != "no"
+    evaluation = f"evaluation every {arguments.eval_steps:g} steps" if evaluates else "no evaluation before the end"
+    return [
+        f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
+        f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples.",
+        f"Data: {len(splits['train']):,} examples to train on, {len(splits['validation']):,} to validate"
+        f"{_cut(inputs)}.",
+        *inputs.data.notes,
+        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
+        f"{evaluation}, seed {config.seed}.",
+    ]
+
+
+def _cut(inputs: Inputs) -> str:
+    if inputs.max_length is None:
+        return ""
+    return f"; {inputs.too_long:,} of the first are longer than {inputs.max_length} tokens and are cut there"
+
+
+def encoded_lines(config: TrainConfig, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
+    """What became of the examples: what prompts and chats are taken for, what TRL leaves out, how the first is read."""
+    if inputs.rendering is not None:
+        yield f"Format: {_format_line(config, inputs)}"
+    encoded, arguments = trainer.train_dataset, trainer.args
+    left = inputs.examples - len(encoded)  # type: ignore[arg-type]
+    if left and not getattr(arguments, "packing", False):
+        yield (
+            f"Left out: {left:,} of {inputs.examples:,} examples, whose first {inputs.max_length} tokens hold nothing "
+            "that the loss is taken of."
+        )
+    first = next(iter(encoded))  # type: ignore[arg-type]
+    yield inputs.kind.shown(first, inputs.processor, inputs.data.labels)
+
+
+def _format_line(config: TrainConfig, inputs: Inputs) -> str:
+    """What the data was taken for, and how it is read."""
+    found = format_of(inputs.data.splits["train"].column_names)
+    given = config.chat_template
+    template = "the model's own chat template" if given is None else f"the chat template {given}"
+    how = {CHAT: f"as chats, written with {template}", PLAIN: "as plain text, without a template", TEXT: "as it is"}
+    return f"{found.name}, read {how[str(inputs.rendering)]}."
+
+
+def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments, run_id: str | None) -> RunRecord:
+    """What is written down of a run."""
+    modules = (torch, transformers, peft, datasets)
+    versions = {"lrlora": __version__, "python": platform.python_version()}
+    return RunRecord(
+        config=config.to_dict(),
+        labels=inputs.data.labels,
+        max_length=inputs.max_length,
+        versions=versions | {module.__name__: module.__version__ for module in modules},
+        examples_per_step=_examples_per_step(arguments),
+        rendering=inputs.rendering,
+        chat_template=inputs.processor.chat_template if inputs.rendering == CHAT else None,
+        base_model=hub_name(config.model),
+        run_id=run_id,
+        fingerprints=fingerprints(inputs.data.splits, inputs.untouched, inputs.source, config.start_from),
+    )
+
+
+def _examples_per_step(arguments: TrainingArguments) -> int:
+    # `train_batch_size` is that of all GPUs of a process.
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

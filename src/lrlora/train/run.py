@@ -1,0 +1,320 @@
+"""`train`: fine-tune a user's own model on their own data."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..adapters import factorize, read_updates, save_as_lora
+from ..adapters.card import LORA_FOLDER
+from ..callback import RankCallback
+from ..checks import DEFAULT_ENERGY
+from ..files import ADAPTER_EXPECTED, readable, replacing_files, write_json, writing
+from ..locks import only_writer, remove_left
+from ..ranks import RankReport, rank_report
+from ..run_folder import (
+    ANOTHER_CHECKPOINT,
+    LOG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    RUN_FILE,
+    RunRecord,
+    last_whole_checkpoint,
+    require_readable,
+)
+from ..tuner.sharding import is_sharded, trained_parameters
+from ..views.card import write_card
+from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, set_rank_pattern, start_from_data
+from .metrics import plain_metrics
+from .models import give_head_its_rate, load_model, make_trainer, training_arguments
+from .prepare import Inputs, encoded_lines, plan, record_of
+from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
+from .resume import KeepRecord, require_same_run
+from .settings import TrainConfig, read_run, require_startable
+from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
+from .unknown_settings import require_settings
+
+
+class Interrupted(Exception):  # noqa: N818 (it is no error)
+    """Training was stopped from outside (Ctrl-C, SIGTERM), after a checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run gives.
+
+    Attributes:
+        output: the folder with adapter, tokenizer, metrics and rank history.
+        metrics: of the best checkpoint on the validation split.
+        log_history: the Trainer's, with losses, metrics and mean learned ranks by step.
+        model: the trained model.
+        is_first: whether this is the first of the processes that train together, which writes and tells.
+        seconds_per_step: mean time of a training step; on a CPU processor time.
+
+    """
+
+    output: Path
+    metrics: dict[str, float]
+    log_history: list[dict[str, float]]
+    model: nn.Module
+    is_first: bool = True
+    seconds_per_step: float = math.nan
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    announce: Announce = print,
+) -> TrainResult:
+    """Fine-tune a model on data; everything that goes with it lands in `config.output`.
+
+    Data, settings and the fit of task and model are checked before the model is loaded. Ctrl-C or SIGTERM writes a
+    checkpoint first; a second one stops at once.
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in the output folder, which must be of the same run.
+        overwrite: replace the run in the output folder.
+        announce: is given the plan and what is being done, line by line.
+
+    Raises:
+        BlockingIOError: another process trains in the output folder.
+        FileExistsError: the output folder is in use.
+        FileNotFoundError: model or data is missing.
+        ValueError: the data or a setting cannot be used.
+        Interrupted: the run was stopped; the message says how to resume it.
+
+    """
+    with only_writer(config.output):
+        require_startable(config, resume=resume, overwrite=overwrite)
+        return _train(config, resume, overwrite, announce)
+
+
+def _train(
+    config: TrainConfig,
+    resume: bool,
+    overwrite: bool,
+    announce: Announce,
+) -> TrainResult:
+    output = Path(config.output)
+    announce = _in_first_process(announce)
+    clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
+    began = read_run(output)[1] if resume else None
+    # A resumed run may have another number of processes, and must go on with the same examples in every step.
+    examples_per_step = began.examples_per_step if began else None
+    trainer, inputs = _prepared(config, examples_per_step, announce, _callbacks(config, clock, progress, stop))
+    arguments = trainer.args
+    record = record_of(config, inputs, arguments, began.run_id if began else uuid4().hex)
+    last = _last_checkpoint(output, trainer, record, announce) if resume else None
+    trainer.add_callback(KeepRecord(record))
+    # Only now, when all is known to work in every process, is anything on disk touched.
+    _wait_for_all(arguments)
+    if arguments.process_index == 0:
+        _make_folder(output, overwrite, None if resume else record)
+    _wait_for_all(arguments)
+    with stop.listening(), progress.closed_at_the_end():
+        _run(trainer, last, clock, announce)
+    if stop.signal is not None and (done := trainer.state.global_step) < (steps := arguments.max_steps):
+        where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
+        raise Interrupted(f"Stopped by {stop.signal} {where}")
+    metrics = plain_metrics(trainer.evaluate())
+    return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce)
+
+
+def show_plan(config: TrainConfig, *, announce: Announce = print) -> None:
+    """Say what `train` would do, with an example as the model reads it; nothing is trained or written.
+
+    Raises:
+        FileNotFoundError: model or data is missing.
+        ValueError: the data or a setting cannot be used.
+
+    """
+    require_startable(config, overwrite=True)
+    with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer makes its output folder at once
+        _prepared(replace(config, output=elsewhere), None, _in_first_process(announce), [])
+
+
+def _prepared(
+    config: TrainConfig, examples_per_step: int | None, announce: Announce, callbacks: list[TrainerCallback]
+) -> tuple[Trainer, Inputs]:
+    """The Trainer of a run, all checked and told."""
+    for place, given in (("training", config.training), ("adapter", config.adapter)):
+        require_settings(given, place, [f.name for f in fields(config)], config.task, config.method)
+    check_sharding(config)
+    inputs = Inputs.read(config)
+    arguments = training_arguments(config, inputs.kind, inputs.rows, inputs.max_length, examples_per_step)
+    require_tokens(config.adapter_fields, inputs.kind)
+    model, adapter = _adapted_model(config, inputs, arguments.max_steps)
+    for line in plan(config, inputs, model, arguments):
+        announce(line)
+    trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
+    for line in encoded_lines(config, trainer, inputs):
+        announce(line)
+    prepare_sharding(trainer)
+    if config.start_from is None:
+        start_from_data(trainer, adapter)
+    if config.head_learning_rate is not None:
+        give_head_its_rate(trainer, config.head_learning_rate)
+    return trainer, inputs
+
+
+def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
+    """The model to train, and the configuration of its adapter, if it has one."""
+    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter_fields)
+    if adapter is None or inputs.kind.has_head:
+        load_in_every_process()
+    set_seed(config.seed)
+    source = config.start_from if config.start_from and adapter is None else inputs.source
+    model, new = load_model(source, config, inputs.data.labels, inputs.processor)
+    if adapter is None:
+        return model, None
+    # What starts at random is saved with the adapter, or a model that it is put on later would have another.
+    adapter.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *new])) or None
+    if config.start_from is not None:
+        with readable(config.start_from, ADAPTER_EXPECTED):
+            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True), adapter
+    return get_peft_model(model, adapter), adapter
+
+
+def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
+    # A step's end is the clock's first, and what the ranks' record costs is no part of the step.
+    callbacks: list[TrainerCallback] = [clock]
+    if METHODS[config.method].has_ranks:
+        callbacks.append(RankCallback(every=config.rank_every))
+    callbacks += [progress, stop, StopOnNonFinite()]
+    if config.method == "adalora":
+        callbacks.append(AdaLoraCallback())
+    if config.early_stopping:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping))
+    return callbacks
+
+
+def _last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce: Announce) -> Path | None:
+    """Where the run goes on from, which is as it was; None: from its start."""
+    last = last_whole_checkpoint(output)
+    if last is not None:
+        require_same_sharding(last, trainer)
+        require_readable(last)
+    warning = require_same_run(output, last, record)
+    if warning:
+        announce(warning)
+    return last
+
+
+def _run(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announce) -> None:
+    with writing(Path(str(trainer.args.output_dir))):
+        if last is None:
+            trainer.train()
+            return
+        announce(f"Resuming from step {last.name.rpartition('-')[2]}.")
+        with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
+            trainer.train(resume_from_checkpoint=str(last))
+
+
+def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> None:
+    folder = output.resolve()  # it may be a link
+    if overwrite and output.exists():
+        # Under another name first: whenever this process is killed, there is no half of the old run.
+        old = folder.with_name(f".{folder.name}-{os.getpid()}.partial")
+        folder.rename(old)
+        shutil.rmtree(old)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_left(folder)
+    if record is not None:
+        write_json(output / RUN_FILE, asdict(record))
+
+
+def _in_first_process(announce: Announce) -> Announce:
+    """What tells, of several processes in the first alone; as their launcher numbers them, before they are joined."""
+    return announce if os.environ.get("RANK", "0") == "0" else lambda line: None
+
+
+def _wait_for_all(arguments: TrainingArguments) -> None:
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
+
+
+def resume_hint(output: Path) -> str:
+    """How to go on with the run in a folder."""
+    return f"Go on with: lrlora train --resume {output}"
+
+
+def _finish(
+    trainer: Trainer,
+    config: TrainConfig,
+    inputs: Inputs,
+    output: Path,
+    metrics: dict[str, float],
+    seconds_per_step: float,
+    announce: Announce,
+) -> TrainResult:
+    model: Any = trainer.model
+    is_first = trainer.is_world_process_zero()
+    result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step)
+    if config.method == "adalora":
+        set_rank_pattern(model)
+    # Of a sharded model, all processes gather it together.
+    state = trained_parameters(model) if is_sharded(model) else None
+    report = rank_report(model) if METHODS[config.method].has_ranks and (result.is_first or state is not None) else None
+    if not result.is_first:
+        _wait_for_all(trainer.args)
+        return result
+    if report is not None:
+        report.to_json(output / REPORT_FILE)
+    with replacing_files(output) as partial:
+        model.save_pretrained(partial, state_dict=state)
+        inputs.untouched.save_pretrained(partial)
+        if inputs.kind.has_head and config.method != "full":
+            model.get_base_model().config.save_pretrained(partial)  # it knows the classes
+    write_json(output / LOG_FILE, [dict(filter(_is_storable, entry.items())) for entry in result.log_history])
+    if config.method == "lr-lora":
+        _save_plain_lora(output, announce)  # before the card, which tells of it
+    if METHODS[config.method].has_ranks:
+        write_card(output, metrics)
+    # Last: a run with metrics is a finished one.
+    write_json(output / METRICS_FILE, metrics)
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    _wait_for_all(trainer.args)
+    return result
+
+
+def _is_storable(entry: tuple[str, Any]) -> bool:
+    """Whether JSON can hold a value of the log: not what is infinite, as gradients that a loss scaler has skipped."""
+    return not isinstance(entry[1], float) or math.isfinite(entry[1])
+
+
+def _save_plain_lora(output: Path, announce: Announce) -> None:
+    """Put the update beside the adapter as a plain LoRA, for those who have PEFT alone: exact if it is a product."""
+    shutil.rmtree(output / LORA_FOLDER, ignore_errors=True)  # of a process that was killed here
+    try:
+        updates = read_updates(output)
+        energy = 1.0 if all(update.is_product for update in updates) else DEFAULT_ENERGY
+        save_as_lora(factorize(updates, energy=energy), updates, output / LORA_FOLDER)
+    except ValueError as error:  # not all updates can be one, and the run is done
+        announce(f"There is no plain LoRA beside the adapter. {error}")
+
+
+def rank_report_of(output: Path) -> RankReport | None:
+    """The learned ranks of a finished run, if its method has them."""
+    path = output / REPORT_FILE
+    return RankReport.from_json(path) if path.exists() else None

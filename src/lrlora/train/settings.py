@@ -1,0 +1,368 @@
+"""What a training run is: its configuration, from Python, a YAML file or the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..checks import check_truncation, require_known, require_type
+from ..files import readable
+from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_EXPECTED, RUN_FILE, RunRecord, read_record
+from ..sizes import parse_size
+from .names import METHOD_NAMES, OPTIONAL_ROLES, ROLES, TASKS_WITHOUT_HEAD, require_data_path, require_model_folder
+
+FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
+# Settings of a run → the fields of TrainingArguments that they are.
+ARGUMENTS = {
+    "learning_rate": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. What is None is chosen from task, method and data, and printed before the start.
+
+    The command line has an option for each of them, a YAML file a key, both of the same name.
+
+    Args:
+        model: name on the hub, local folder, or embedded:NAME (see `lrlora inputs`).
+        data: name on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
+            such files or one written by `save_to_disk`, or embedded:NAME.
+        task: one of classify, regress, multiple-choice, causal-lm and image-classify.
+        method: one of lr-lora, lora, dora, adalora, hira, randlora, loha, vera and full.
+        output: folder for adapter, tokenizer, model card, metrics and rank history.
+        columns: ROLE=NAME, what a column of the data holds; default: each is called by its role. Roles: text, text_pair
+            and label for classify and regress; image and label for image-classify; question, choices (a list) and label
+            (the index of the right choice) for multiple-choice, and prompts (a list) if not the question stands before
+            the choices; for causal-lm messages, or conversations (ShareGPT), or prompt and completion, or
+            instruction, input and output (Alpaca), or text; group, for examples that must not be split between training
+            and validation.
+        delimiter: between the columns of a CSV file; default: a comma, in a TSV file a tab.
+        encoding: of a CSV file, such as latin-1; default: utf-8.
+        skip_empty: leave out examples whose text or label is missing or empty, which are an error otherwise.
+        validation: data to validate on, like `data`, or "train" for a part of training; default: the data's own
+            validation split, or a part of training.
+        validation_share: part of the training data to validate on if there is nothing else, between 0 and 1.
+        train_examples: so many to train on at most, drawn at random, always the same; default: all.
+        validation_examples: so many to validate on at most, drawn in the same way; default: all.
+        chat_template: for causal-lm, how prompts and chats are written: none for plain text, simple, a file
+            FILE.jinja, or a name that TRL knows, such as qwen3; default: the model's own, or plain text if it has none.
+        max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
+        rank: r, the rank of BA; default: 8.
+        learning_rate: the peak; default: 1e-3 for a model with a head and 5e-4 for a language model, and of full
+            fine-tuning 5e-5 and 2e-5.
+        head_learning_rate: the peak for a new classification, regression or multiple-choice head, which wants a higher
+            one than an adapter; default: that of all else.
+        epochs: passes over the data; default: 3.
+        steps: optimizer steps, in place of epochs; default: what the epochs take.
+        batch_size: examples in a step, on each device; default: 16, and 8 for causal-lm.
+        early_stopping: end training after so many evaluations without a better metric; default: never.
+        start_from: a finished run whose adapter (or model, of full) training goes on from, as a new run with a schedule
+            of its own; on the command line all that is not given is as in that run; default: a new adapter.
+        loss: make lora/ the smallest LoRA whose validation loss rises by at most this share; default: only print the
+            size for 0.01.
+        size: of lora/ (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4), filled with what matters most to the
+            loss; default: that of the whole update.
+        rank_every: steps between records of the learned ranks.
+        seed: of head, factors, data order and dropout.
+        adapter: NAME=VALUE, a field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
+            α = r.
+        training: NAME=VALUE, a field of transformers' TrainingArguments, of TRL's SFTConfig for causal-lm; default:
+            theirs, but 6 % warm-up, at most 10 evaluations, and the best checkpoint at the end.
+
+    Raises:
+        ValueError: a value is not one of the known ones, or out of range.
+
+    """
+
+    model: str
+    data: str
+    task: str
+    method: str = "lr-lora"
+    output: str = "lrlora-run"
+    columns: dict[str, str] = field(default_factory=dict)
+    delimiter: str | None = None
+    encoding: str | None = None
+    skip_empty: bool = False
+    validation: str | None = None
+    validation_share: float = 0.1
+    train_examples: int | None = None
+    validation_examples: int | None = None
+    chat_template: str | None = None
+    max_length: int | None = None
+    rank: int | None = None
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    early_stopping: int | None = None
+    start_from: str | None = None
+    loss: float | None = None
+    size: str | None = None
+    rank_every: int = 50
+    seed: int = 0
+    adapter: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("adapter", "training", "columns"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must map names to values, and is {getattr(self, name)!r}.")
+        for name in ("model", "data", "output"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name or a path, and is {getattr(self, name)!r}.")
+        require_known("task", self.task, ROLES)
+        require_known("method", self.method, METHOD_NAMES)
+        for role in self.columns:
+            require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES[self.task]))
+        if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
+        for name in ("learning_rate", "head_learning_rate", "epochs"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < float("inf")):
+                raise ValueError(f"{name} must be a number > 0, and is {value!r}.")
+        if self.loss is not None or self.size is not None:
+            if self.loss is not None and self.size is not None:
+                raise ValueError("Give --loss or --size, not both.")
+            check_truncation(loss=self.loss, budget=None if self.size is None else 1)
+            parse_size(self.size or "r1", "size")
+        if self.head_learning_rate is not None and self.task in TASKS_WITHOUT_HEAD:
+            raise ValueError(
+                f"head_learning_rate={self.head_learning_rate!r} is for a new head, and {self.task} has none. Leave it "
+                "out."
+            )
+        if self.max_length is not None and self.task == "image-classify":
+            raise ValueError(f"max_length={self.max_length!r} is for texts, and the task is {self.task}. Leave it out.")
+        if self.chat_template is not None and self.task != "causal-lm":
+            raise ValueError(f"chat_template={self.chat_template!r} is for causal-lm, and the task is {self.task}.")
+        counts = ("max_length", "train_examples", "validation_examples", "rank", "steps", "batch_size")
+        for name, least in (*((name, 1) for name in (*counts, "early_stopping", "rank_every")), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} must be a whole number ≥ {least}, and is {value!r}.")
+        for name in self._short_names:
+            _require_one(name, getattr(self, name), ARGUMENTS[name], self.training, "training")
+        if self.rank is not None:
+            _require_one("rank", self.rank, _rank_field(self.method), self.adapter, "adapter")
+
+    @property
+    def _short_names(self) -> list[str]:
+        return [name for name in ARGUMENTS if getattr(self, name) is not None]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields of TrainingArguments that are given, under either name."""
+        return self.training | {ARGUMENTS[name]: getattr(self, name) for name in self._short_names}
+
+    @property
+    def adapter_fields(self) -> dict[str, Any]:
+        """The fields of the PEFT configuration that are given, the rank among them."""
+        return self.adapter | ({} if self.rank is None else {_rank_field(self.method): self.rank})
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
+        """From plain values, as they stand in a file.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value is wrong; the message names the nearest known key.
+
+        """
+        known = [f.name for f in fields(cls)]
+        if not set(content) <= set(known):
+            from .unknown_settings import require_settings  # only here: it imports torch
+
+            require_settings(content, "run", known, str(content.get("task")), str(content.get("method", cls.method)))
+        missing = [name for name in ("model", "data", "task") if not content.get(name)]
+        if missing:
+            raise ValueError(
+                f"The configuration says nothing of {', '.join(missing)}. Give --{' and --'.join(missing)}, or the "
+                "same as keys of the YAML file."
+            )
+        size = content.get("size")
+        config = cls(**{**content, "size": str(size)} if type(size) is int else content)
+        require_type(config, cls, "configuration")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], place: str) -> None:
+    if other in fields:
+        raise ValueError(
+            f"{name}={value!r} and {other}={fields[other]!r} under {place} are the same setting. Leave one of them out."
+        )
+
+
+def _rank_field(method: str | None) -> str:
+    return "target_r" if method == "adalora" else "r"
+
+
+def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a file or the command line has them, each under the name that a run has for it.
+
+    So what one of them says stands in for what the other says, whichever name was used.
+    """
+    short = dict(settings)
+    places = {name: ("training", other) for name, other in ARGUMENTS.items()}
+    places["rank"] = ("adapter", _rank_field(settings.get("method")))
+    for name, (place, other) in places.items():
+        if short.get(name) is None and isinstance(short.get(place), Mapping) and other in short[place]:
+            short[name] = short[place][other]
+            short[place] = {key: value for key, value in short[place].items() if key != other}
+    return short
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or not keys and values.
+
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no configuration file {path}.")
+    content = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values, such as `task: classify`, and does not.")
+    return content
+
+
+def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
+    """`name=value` → {name: value}, the value read as YAML: numbers, true, lists.
+
+    Raises:
+        ValueError: there is no `=`.
+
+    """
+    return {name: _parse(value, option) for name, value in parse_pairs(assignments, option).items()}
+
+
+def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
+    """`name=value` → {name: value}, as text.
+
+    Raises:
+        ValueError: there is no `=`.
+
+    """
+    values = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{option} takes name=value, and was given {assignment!r}.")
+        values[name] = value
+    return values
+
+
+def _parse(text: str, where: str) -> Any:
+    """YAML, in which 1e-4 is a number and `no` is a word, as they are everywhere else."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, *arguments: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of aliases of aliases are gigabytes when looked at
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
+            return super().compose_node(*arguments)
+
+    # YAML 1.1 takes no, off, yes and on for truth values.
+    boolean = "tag:yaml.org,2002:bool"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != boolean]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(boolean, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply.") from None
+
+
+def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
+    """The configuration of the run in an output folder, with that folder as `output`, and what else was recorded.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the record is damaged.
+
+    """
+    record = read_record(folder)
+    with readable(folder / RUN_FILE, RUN_EXPECTED):
+        return TrainConfig.from_dict(record.config | {"output": str(folder)}), record
+
+
+def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check all of a run that can be checked without torch.
+
+    Raises:
+        FileExistsError: the output folder is in use, or its run is finished.
+        FileNotFoundError: there is no run to resume, no model folder, or no data file.
+        ValueError: the run to resume had other settings, or is to be replaced too, or its method cannot resume.
+
+    """
+    output = Path(config.output)
+    if resume and overwrite:
+        raise ValueError(
+            f"--resume goes on with the run in {output}, and --overwrite would delete it. Leave one of them out."
+        )
+    # A process that was killed at its very start has left no more than a temporary file; the lock may be here too.
+    is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
+    if resume:
+        recorded, _ = read_run(output)
+        if config.method == "adalora":
+            raise ValueError(
+                "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
+            )
+        if (output / METRICS_FILE).exists():
+            raise FileExistsError(
+                f"The run in {output} is finished: there is nothing to resume. To train it further, in a new run: "
+                f"lrlora train --start-from {output} --output NEW, with --steps, --data or what else is to change."
+            )
+        from ..ranks.report import read_history
+
+        read_history(output / HISTORY_FILE)  # which is gone on with
+        # The folder may have been moved, or be called by another name.
+        theirs, mine = (c.to_dict() | {"output": None} for c in (recorded, config))
+        if json.dumps(theirs, sort_keys=True) != json.dumps(mine, sort_keys=True):
+            raise ValueError(
+                f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
+            )
+    elif is_used and not (overwrite and (output / RUN_FILE).exists()):
+        hint = (
+            "replace it with --overwrite, or go on with --resume"
+            if (output / RUN_FILE).exists()
+            else "remove it yourself"
+        )
+        raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
+    require_model_folder(config.model)
+    if config.start_from is not None:
+        _require_start(config)
+    for data in (config.data, config.validation):
+        if data not in (None, FROM_TRAIN):
+            require_data_path(str(data))
+
+
+def _require_start(config: TrainConfig) -> None:
+    """Raise a ValueError unless the run to start from is finished, and of the same model, task, method and adapter."""
+    start, _ = read_run(Path(str(config.start_from)))
+    if not (Path(start.output) / METRICS_FILE).exists():
+        raise ValueError(f"The run in {start.output} is not finished: resume it with lrlora train --resume.")
+    for name in ("model", "task", "method", "adapter_fields"):
+        theirs, mine = getattr(start, name), getattr(config, name)
+        if theirs != mine:
+            name = name.removesuffix("_fields")
+            raise ValueError(f"{name} must be as in {start.output}, where it is {theirs!r}, and is {mine!r}.")

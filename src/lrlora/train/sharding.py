@@ -1,0 +1,122 @@
+"""Runs whose model is sharded over processes by FSDP2 or DeepSpeed's ZeRO, as `accelerate launch` asks for it."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..files import read_json
+from ..tuner import LrLoraConfig
+from .methods import EVA
+from .settings import TrainConfig
+
+
+def check_sharding(config: TrainConfig) -> None:
+    """Raise a ValueError if what the run asks for cannot be sharded in the way that is asked for."""
+    fsdp, deepspeed = (_is_asked_for(config, name) for name in ("fsdp", "deepspeed"))
+    # What transformers takes by default in `training`, and accelerate on its command line.
+    version, state = ("2", "FULL_STATE_DICT") if config.training.get("fsdp") else ("1", "SHARDED_STATE_DICT")
+    if fsdp and _fsdp_option(config, "version", version) != "2":
+        raise ValueError("lrlora train shards with FSDP2, and was asked for FSDP1. Add --fsdp_version 2.")
+    if fsdp and _fsdp_option(config, "state_dict_type", state) != "SHARDED_STATE_DICT":
+        raise ValueError(
+            "FSDP2's checkpoints must be sharded too: as FULL_STATE_DICT, adapters cannot be saved. Give "
+            "--fsdp_state_dict_type SHARDED_STATE_DICT, or state_dict_type in fsdp_config."
+        )
+    if deepspeed and find_spec("deepspeed") is None:
+        raise ValueError("The run is to be sharded by DeepSpeed, which is not installed: pip install deepspeed")
+    precision = next((name for name in ("bf16", "fp16") if config.training.get(name)), None)
+    precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if deepspeed and precision != "no" and _learns_phi(config):
+        raise ValueError(
+            f"DeepSpeed's {precision} would make φ {precision} too. Leave the mixed precision out, and put "
+            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} into DeepSpeed\'s configuration.'
+        )
+    if (fsdp or deepspeed) and config.method == "adalora":
+        raise ValueError("AdaLoRA needs gradients and factors whole, and they are sharded. Take another method.")
+    if deepspeed and config.adapter.get("init_lora_weights") == EVA:
+        raise ValueError("EVA starts from the inputs of whole layers, and DeepSpeed loads parts of them. Use FSDP2.")
+    if fsdp and config.adapter.get("sharing", "module") != "module" and _learns_phi(config):
+        raise ValueError(
+            f"adapter: sharing={config.adapter['sharing']!r} cannot be sharded here: FSDP2 does not know parameters "
+            "that several of its groups have. Leave it out, or use lrlora.fully_shard_phi in a script of your own."
+        )
+
+
+def _learns_phi(config: TrainConfig) -> bool:
+    """Whether there are parameters of φ, which have to stay float32 and whole."""
+    form = config.adapter.get("form", LrLoraConfig.form)
+    return config.method == "lr-lora" and any(True for _ in LrLoraConfig(form=form).new_phi().parameters())
+
+
+def _is_asked_for(config: TrainConfig, name: str) -> bool:
+    return bool(config.training.get(name)) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
+
+
+def _fsdp_option(config: TrainConfig, name: str, default: str) -> str:
+    """An option of FSDP, from the run's own settings or what `accelerate launch` put into the environment."""
+    if not config.training.get("fsdp"):
+        return os.environ.get(f"FSDP_{name.upper()}", default)
+    options = config.training.get("fsdp_config") or {}
+    if isinstance(options, str):
+        options = read_json(Path(options), dict[str, Any], "Give it as fields, or another file.")
+    return str(options.get(name, options.get(f"fsdp_{name}", default)))
+
+
+def load_in_every_process() -> None:
+    """Have every process read the weights, and not the first alone, which the others wait for with weights on "meta".
+
+    accelerate tells the optimizer's parameters by their addresses, and new heads there would all have the same.
+    """
+    if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def prepare_sharding(trainer: Trainer) -> None:
+    """Set right what FSDP2 would do wrong; nothing without it."""
+    if not trainer.is_fsdp_enabled:
+        return
+    trainer.add_callback(_BestCheckpoint())
+    # FSDP2's own mixed precision would make φ bfloat16 too: autocast does it, as in a single process.
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = None
+        setattr(trainer, "autocast_smart_context_manager", trainer.accelerator.autocast)  # noqa: B010
+
+
+class _BestCheckpoint(TrainerCallback):
+    """Names the best checkpoint by its step: of a sharded one, the Trainer looks for the folder before it is there."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if best.exists():
+            state.best_model_checkpoint = str(best)
+
+    on_train_begin = on_save
+
+
+def require_same_sharding(checkpoint: Path, trainer: Trainer) -> None:
+    """Raise a ValueError if a checkpoint is of a run sharded in another way or, by DeepSpeed, in another number."""
+    names = [path.name for path in checkpoint.iterdir()]
+    was = "without sharding"
+    if any(name.startswith("pytorch_model_fsdp") for name in names):
+        was = "under FSDP2"
+    elif any(name.startswith("global_step") for name in names):
+        was = "under DeepSpeed"
+    now = "without sharding"
+    if trainer.is_fsdp_enabled:
+        now = "under FSDP2"
+    elif trainer.is_deepspeed_enabled:
+        now = "under DeepSpeed"
+    if was != now:
+        raise ValueError(f"The checkpoint {checkpoint} was written {was}, and this run is {now}. Resume it {was}.")
+    processes = sum(name.startswith("rng_state") for name in names)
+    if trainer.is_deepspeed_enabled and processes != trainer.args.world_size:
+        raise ValueError(
+            f"The checkpoint {checkpoint} was written by {processes} processes, and under DeepSpeed only as many can "
+            "go on with it."
+        )

@@ -1,0 +1,86 @@
+"""The next token of texts, answers and chats; TRL encodes and trains."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..cells import counted, is_conversation, require_rows, require_text
+from ..chat import FORMATS, as_trl_reads, count_tokens, format_of, rendering_of, shown_tokens
+from .base import Kind
+
+
+class CausalLm(Kind):
+    """The next token of texts, of answers to prompts, or of a chat; TRL encodes and trains."""
+
+    name = "causal-lm"
+    metrics = ("loss", "mean_token_accuracy", "entropy")
+    has_head = False
+    generates = True
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+    batch_size = 8
+    rates = (5e-4, 2e-5)
+    model_class = AutoModelForCausalLM
+    architectures = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
+        names = {role: given.get(role, role) for role in self.roles}
+        # What the user names comes first.
+        formats = sorted(FORMATS, key=lambda each: not set(each.roles) & set(given))
+        found = next((each for each in formats if all(names[role] in there for role in each.asked)), None)
+        if found is None:
+            raise ValueError(
+                "The task causal-lm reads the columns messages, or conversations, or prompt and completion, or "
+                f"instruction and output, or text, and the data has {', '.join(there)}. Name them: --column prompt=NAME"
+            )
+        if with_label and found.answer is not None and names[found.answer] not in there:
+            raise ValueError(
+                f"The data has {names[found.asked[0]]}, and lacks {found.answer}, to be read as {found.name}. It has "
+                f"{', '.join(there)}. Name it: --column {found.answer}=NAME"
+            )
+        return {role: names[role] for role in found.roles if names[role] in there}
+
+    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+        found = format_of(data.column_names)
+        for role in found.roles if with_label else found.asked:
+            if isinstance(data[0][role], str) or role == "text":
+                require_text(data, role, split)
+            else:
+                rule = f"{role} must be lists of messages in the split {split}"
+                require_rows(map(is_conversation, data[role]), rule)
+
+    def lengths(self, data: Dataset, processor: Any) -> list[int]:
+        def count(batch: dict[str, list[Any]]) -> list[int]:
+            rows = zip(*batch.values(), strict=True)
+            return [count_tokens(dict(zip(batch, row, strict=True)), processor) for row in rows]
+
+        return counted(as_trl_reads(data, rendering_of(data, processor)), count)
+
+    def rows(self, lengths: list[int], max_length: int, training: Mapping[str, Any]) -> int:
+        if not training.get("packing"):
+            return len(lengths)
+        # As TRL will pack the tokens themselves: how depends on how many there are alone.
+        tokens = Dataset.from_dict({"tokens": [np.zeros(length, dtype=np.int8) for length in lengths]})
+        strategy = training.get("packing_strategy", "bfd")
+        return len(importlib.import_module("trl").pack_dataset(tokens, max_length, strategy))
+
+    def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
+        return as_trl_reads(data, rendering_of(data, processor))
+
+    def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
+        return f"Example, with the loss taken in ⟦ ⟧: {shown_tokens(row, processor, marked=True)!r}"
+
+    def arguments_class(self) -> type[TrainingArguments]:
+        return importlib.import_module("trl").SFTConfig  # only here: TRL takes long to import
+
+    def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
+        return {"per_device_eval_batch_size": 4 * batch, "max_length": max_length, "bf16": False}
+
+    def trainer(self, processor: Any, **arguments: Any) -> Trainer:
+        return importlib.import_module("trl").SFTTrainer(processing_class=processor, **arguments)

@@ -1,0 +1,92 @@
+"""Images: which class one belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+from datasets import Dataset
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, default_data_collator
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+from ..cells import require_rows
+from .texts import Classify
+
+Cell = dict[str, Any]  # an image as `datasets` stores it: its `bytes`, or the `path` of its file
+
+
+class ImageClassify(Classify):
+    """One of several classes for an image."""
+
+    name = "image-classify"
+    reads_text = False
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # PEFT does not know this head
+    model_class: ClassVar[Any] = AutoModelForImageClassification
+    architectures = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    def as_read(self, data: Dataset) -> Dataset:
+        if not isinstance(data.features["image"], datasets.Image):
+            raise ValueError(
+                f"The column image must hold images, and holds {data.features['image']}. Give a folder with a folder "
+                "of images for each class, or data with a column of the type Image."
+            )
+        return data.cast_column("image", datasets.Image(decode=False))  # decoded when a batch is made, and not kept
+
+    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+        rule = f"image must be an image in the split {split} (--skip-empty leaves out what is empty)"
+        require_rows(map(_is_image, data["image"]), rule)
+
+    def load_processor(self, source: str | Path) -> Any:
+        return AutoImageProcessor.from_pretrained(source)
+
+    def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
+        def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            images = [_decoded(cell) for cell in batch["image"]]
+            labels = {"labels": batch["label"]} if "label" in batch else {}
+            return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], **labels}
+
+        return data.with_transform(encode)
+
+    def model_options(self, labels: list[str]) -> dict[str, Any]:
+        # Checkpoints of image models come with a head of their own, which gives way.
+        return {**super().model_options(labels), "ignore_mismatched_sizes": True}
+
+    def trainer(self, processor: Any, **arguments: Any) -> Trainer:
+        arguments["args"].remove_unused_columns = False  # a batch is made from a column that the model does not read
+        return Trainer(
+            data_collator=default_data_collator, processing_class=processor, compute_metrics=self.score, **arguments
+        )
+
+    def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
+        size = " × ".join(map(str, row["pixel_values"].shape))
+        return f"Example, as the model reads it: an image of {size} numbers → {labels[row['labels']]}"
+
+    def described(self, example: dict[str, Any]) -> dict[str, Any]:
+        return {**example, "image": example["image"]["path"]}
+
+
+def _opened(cell: Cell) -> Image.Image:
+    return Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+
+
+def _is_image(cell: Cell | None) -> bool:
+    """Whether there is an image, by its first bytes: to decode all of them takes as long as to train on them."""
+    if cell is None:
+        return False
+    try:
+        with _opened(cell):
+            return True
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+        return False
+
+
+def _decoded(cell: Cell) -> Image.Image:
+    try:
+        with _opened(cell) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The image {cell['path'] or ''} cannot be decoded: {error}") from None

@@ -1,0 +1,123 @@
+"""The right one of several choices: by an encoder's head, or by how likely a decoder finds each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    DataCollatorForMultipleChoice,
+    EvalPrediction,
+    Trainer,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+
+from ...ranks import model_loss
+from ..cells import counted, mapped, require_rows, require_text
+from ..chat import shown_tokens
+from ..metrics import choice_metrics
+from .base import Kind
+from .likelihood import ChoiceTrainer, encode_continuations, right_choices
+
+
+class MultipleChoice(Kind):
+    """The right one of several choices, by an encoder's head."""
+
+    name = "multiple-choice"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # PEFT does not know this head
+    collator = DataCollatorForMultipleChoice
+    model_class: ClassVar[Any] = AutoModelForMultipleChoice
+    architectures = MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+
+    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+        require_text(data, "question", split)
+        choices = data["choices"][:]
+        require_rows(
+            (
+                isinstance(c, list) and len(c) > 1 and all(isinstance(choice, str) and choice.strip() for choice in c)
+                for c in choices
+            ),
+            f"choices must be lists of two texts or more, none empty, in the split {split}",
+        )
+        if self.has_head and len({len(c) for c in choices}) > 1:
+            raise ValueError(f"All examples of the split {split} must have as many choices as the others.")
+        if "prompts" in data.column_names:
+            prompts = data["prompts"][:]
+            require_rows(
+                (
+                    isinstance(p, list) and len(p) == len(c) and all(isinstance(t, str) and t.strip() for t in p)
+                    for p, c in zip(prompts, choices, strict=True)
+                ),
+                f"prompts must be lists of texts, one for each choice and none empty, in the split {split}",
+                prompts,
+            )
+        if with_label:
+            pairs = zip(data["label"], choices, strict=True)
+            require_rows(
+                (isinstance(label, int) and 0 <= label < len(c) for label, c in pairs),
+                f"label must be the index of one of the choices, from 0, in the split {split}",
+            )
+
+    def lengths(self, data: Dataset, processor: Any) -> list[int]:
+        def count(batch: dict[str, list[Any]]) -> list[int]:
+            return [max(map(len, processor(before, c)["input_ids"])) for before, c in self._pairs(batch)]
+
+        return counted(data, count)
+
+    def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
+        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            rows = [
+                processor(before, choices, truncation=True, max_length=max_length)
+                for before, choices in self._pairs(batch)
+            ]
+            return {name: [row[name] for row in rows] for name in rows[0]}
+
+        return mapped(data, encode)
+
+    @staticmethod
+    def _pairs(batch: Mapping[str, list[Any]]) -> Iterator[tuple[list[str], list[str]]]:
+        """What stands before each choice, and the choices, example by example."""
+        for row, choices in enumerate(batch["choices"]):
+            yield batch["prompts"][row] if "prompts" in batch else [batch["question"][row]] * len(choices), choices
+
+    def score(self, prediction: EvalPrediction) -> dict[str, float]:
+        return choice_metrics(prediction)
+
+    def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
+        right = {"input_ids": row["input_ids"][row["labels"]]}
+        return f"Example, its right choice as the model reads it: {shown_tokens(right, processor)!r}"
+
+    def unlabelled(self, encoded: Dataset) -> Dataset:
+        return encoded.add_column("labels", [0] * len(encoded))  # its collator wants some
+
+
+class ChoiceByLikelihood(MultipleChoice):
+    """Multiple choice by a decoder, which has no head for it, and compares how likely it finds the choices."""
+
+    metrics = ("accuracy", "accuracy_norm", "loss")
+    has_head = False
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+    rates = (5e-4, 2e-5)
+    model_class = AutoModelForCausalLM
+    architectures = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def lengths(self, data: Dataset, processor: Any) -> list[int]:
+        return [max(map(len, rows)) for rows in encode_continuations(data, processor)["input_ids"]]
+
+    def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
+        return encode_continuations(data, processor, max_length)
+
+    def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
+        # It gives numbers for its whole vocabulary, and for every choice.
+        return super().arguments(max_length, batch) | {"per_device_eval_batch_size": max(1, batch // 4)}
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+        return model_loss(model, right_choices(batch))
+
+    def trainer(self, processor: Any, **arguments: Any) -> Trainer:
+        return ChoiceTrainer(compute_metrics=self.score, processing_class=processor, **arguments)

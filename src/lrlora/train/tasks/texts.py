@@ -1,0 +1,76 @@
+"""Texts, and pairs of texts: which class one belongs to, or which number it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from transformers import EvalPrediction
+
+from ..cells import is_finite, require_rows
+from ..labels import class_name, known_labels
+from ..metrics import classification_metrics, regression_metrics
+from .base import Kind
+
+
+class Classify(Kind):
+    """One of several classes for a text, or for a pair of texts."""
+
+    name = "classify"
+    metrics = ("accuracy", "macro_f1", "matthews", "log_loss", "loss")
+    criterion = "log_loss"
+
+    def class_names(self, data: Dataset) -> list[str]:
+        values, feature = known_labels(data, "train"), data.features["label"]
+        distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
+        if len(distinct) < 2:
+            raise ValueError(
+                f"All examples of the split train have the label {distinct[0]!r}: there is nothing to learn."
+            )
+        if isinstance(feature, ClassLabel):
+            return list(feature.names)
+        if any(isinstance(value, float) and not value.is_integer() for value in distinct):
+            raise ValueError(
+                f"The labels are numbers with fractions ({distinct[0]}, {distinct[1]}, …). To predict numbers, use the "
+                "task regress."
+            )
+        return [class_name(value) for value in distinct]
+
+    def model_options(self, labels: list[str]) -> dict[str, Any]:
+        return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+
+    def score(self, prediction: EvalPrediction) -> dict[str, float]:
+        return classification_metrics(prediction)
+
+
+class Regress(Kind):
+    """A number for a text, or for a pair of texts."""
+
+    name = "regress"
+    metrics = ("pearson", "spearman", "rmse", "loss")
+    criterion = "rmse"
+
+    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+        super().check(data, split, with_label=with_label)
+        if with_label:
+            rule = f"label must be a finite number in the split {split}"
+            require_rows(map(is_finite, data["label"]), rule, data["label"])
+
+    def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
+        encoded = super().encode(data, processor, max_length)
+        if "labels" not in encoded.column_names:
+            return encoded
+        targets = np.asarray([float(value) for value in data["label"]], dtype=np.float32)
+        return encoded.remove_columns("labels").add_column("labels", targets)
+
+    def model_options(self, labels: list[str]) -> dict[str, Any]:
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def score(self, prediction: EvalPrediction) -> dict[str, float]:
+        return regression_metrics(prediction)
+
+    def predictions(self, outputs: Tensor, labels: list[str]) -> Iterator[dict[str, Any]]:
+        return ({"prediction": value} for value in outputs.squeeze(-1).tolist())

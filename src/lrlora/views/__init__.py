@@ -1,0 +1,1 @@
+"""What is shown of runs and adapters: tables, figures, and the page."""

@@ -1,0 +1,73 @@
+"""The model card of a run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..adapters.card import ASKING, base_on_hub, header, is_asked_in_chats, loading
+from ..adapters.peft_folder import SavedAdapter
+from ..checks import in_markdown
+from ..files import write_whole
+from ..ranks import MEASURES
+from ..run_folder import PICTURE_FILE
+from .runs import Run, load_run
+
+
+def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
+    """Write the model card of a run beside its adapter, in place of PEFT's, and the picture of its ranks.
+
+    The picture needs matplotlib (`pip install '.[plots]'`); without it there is none.
+
+    Args:
+        folder: of the run, with the adapter.
+        metrics: of the run, if they are not there as a file yet.
+
+    """
+    run = load_run(str(folder), folder.resolve().name, metrics)
+    picture = None
+    if find_spec("matplotlib"):
+        from .figure import save_rank_figure
+
+        picture = PICTURE_FILE
+        save_rank_figure(run.report, folder / picture, title=f"Learned ranks, {run.name}")
+    saved = SavedAdapter.read(folder)
+    run.facts["base model"] = base_on_hub(saved) or Path(run.facts["base model"]).name
+    is_ours = run.facts["method"] == "LR-LoRA"
+    parts = [
+        header(base_on_hub(saved), "lrlora" if is_ours else "lora") + model_card(run, picture),
+        loading(saved, needs_lrlora=is_ours),
+        *([ASKING] if is_asked_in_chats(saved) else []),
+    ]
+    write_whole(folder / "README.md", "\n\n".join(parts))
+
+
+def model_card(run: Run, picture: str | None = None) -> str:
+    """Method, base, data, metrics, ranks by kind of module, and their picture; Markdown.
+
+    Args:
+        run: the run.
+        picture: path of the picture from the card; None: there is none.
+
+    """
+    method = run.facts["method"]
+    kinds = sorted({row.kind for row in run.report.rows})
+    lines = [
+        "| | " + " | ".join(f"{in_markdown(kind)}: min / mean / max" for kind in kinds) + " |",
+        "|---|" + "---|" * len(kinds),
+    ]
+    for measure in MEASURES:
+        cells = []
+        for kind in kinds:
+            ranks = [getattr(row, measure) for row in run.report.rows if row.kind == kind]
+            cells.append(f"{min(ranks):.3g} / {sum(ranks) / len(ranks):.3g} / {max(ranks):.3g}")
+        lines.append(f"| {MEASURES[measure].label} | " + " | ".join(cells) + " |")
+    parts = [
+        f"# {in_markdown(run.name)}",
+        f"An adapter of the method {method}, trained with lrlora.",
+        "\n".join(f"- {name}: {in_markdown(value)}" for name, value in run.facts.items()),
+        "## Ranks of ΔW",
+        "\n".join(lines),
+        *([f"![Learned ranks]({picture})"] if picture else []),
+    ]
+    return "\n\n".join(parts)

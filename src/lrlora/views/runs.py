@@ -1,0 +1,216 @@
+"""What is known of training runs, as data: of `lrlora train`, of the demo, of anyone's Trainer, or a bare adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapters import read_updates
+from ..adapters.peft_folder import SavedAdapter
+from ..adapters.peft_methods import method_name
+from ..files import is_full_model, read_json
+from ..fingerprint import warn_of_another_model
+from ..ranks import RankReport, rank_report
+from ..ranks.report import read_history
+from ..run_folder import (
+    CHAT,
+    HISTORY_FILE,
+    LOG_FILE,
+    METRICS_FILE,
+    PLAIN,
+    REPORT_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    LogEntry,
+    LossRecord,
+    State,
+    last_whole_checkpoint,
+    read_losses,
+    read_record,
+    shown_metrics,
+    which_checkpoint,
+)
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass
+class Run:
+    """What the page shows of one run; what is empty is left out.
+
+    Attributes:
+        name: short, unlike the other runs'.
+        losses: of smaller LoRAs.
+        arguments: what to give to a command that is to read it again; empty where that is not known.
+        report: the learned ranks at the end.
+        facts: what a reader wants to know first, such as base model, data and metrics.
+        settings: configurations by name.
+        history: (step, ranks) over training.
+        log: the Trainer's log history.
+
+    """
+
+    name: str
+    report: RankReport
+    facts: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    history: list[tuple[int, RankReport]] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
+    arguments: Sequence[str] = ()
+    losses: LossRecord | None = None
+
+
+def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathLike[str] | None = None) -> list[Run]:
+    """Runs: of each folder the one in it, or those in the folders below it; or of whatever `read_updates` reads.
+
+    Ranks are read where they were stored, else measured. A Trainer's output folder without an adapter counts as its
+    last checkpoint.
+
+    Args:
+        sources: folders of runs and adapters, names of adapters on the hub, LoRAs in single files, and full models.
+        base: the base model of full models, and of all that is to be measured against its weights.
+
+    Raises:
+        ValueError: there is neither run nor adapter, or one that `read_updates` refuses; or something is given twice.
+
+    """
+    names: dict[str, str] = {}
+    for given in sources:
+        source = os.fspath(given)
+        folder = Path(source)
+        below = _adapters_below(folder)
+        if len(below) > 1:
+            found = {str(path): f"{folder.resolve().name}: {path.name}" for path in below}
+        else:
+            found = {source: folder.resolve().stem if folder.is_file() else _name(folder, source)}
+        if twice := {path for path in found if _same(path) in map(_same, names)}:
+            raise ValueError(f"{', '.join(sorted(twice))} is given twice. Give every run once.")
+        names |= found
+    is_clear = len(set(names.values())) == len(names)
+    return [load_run(source, name if is_clear else source, base=base) for source, name in names.items()]
+
+
+def _name(folder: Path, source: str) -> str:
+    return folder.resolve().name if folder.is_dir() else source
+
+
+def _same(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def load_run(
+    source: str,
+    name: str,
+    metrics: dict[str, float] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+) -> Run:
+    """One run under a name: in a folder, or whatever `read_updates` reads.
+
+    Args:
+        source: folder, file, or hub name.
+        name: of the run.
+        metrics: of the run, if they are not there as a file yet.
+        base: the base model.
+
+    """
+    folder = Path(source)
+    is_run = not (folder.is_file() or is_full_model(folder))
+    checkpoint = last_whole_checkpoint(folder) if folder.is_dir() and is_run else None
+    adapter = SavedAdapter.read(_adapter_of(folder, checkpoint)) if is_run else None
+    # Ranks are read where they were stored: large models take long to measure.
+    is_measured = (folder / REPORT_FILE).exists()
+    updates = None if is_measured else read_updates(adapter or source, base=base)
+    if (folder / REPORT_FILE).exists():
+        report = RankReport.from_json(folder / REPORT_FILE)
+    else:
+        assert updates is not None  # nothing is stored
+        report = rank_report(updates, progressbar=True)
+    result = Run(name, report)
+    if adapter is not None:
+        _add_training(result, folder, adapter, checkpoint, metrics)
+    elif updates is not None:
+        result.facts = {"method": updates.method, "adapted modules": str(len(updates))}
+        if base is not None:
+            result.facts["base model"] = os.fspath(base)
+    if updates is not None and updates.notes:
+        result.facts["note"] = " ".join(updates.notes)
+    result.facts = {label: _without_home(fact) for label, fact in result.facts.items()}
+    there = source if adapter is None else adapter.name
+    result.arguments = (there,) if base is None else (there, "--base", os.fspath(base))
+    return result
+
+
+def _add_training(
+    result: Run, folder: Path, adapter: SavedAdapter, checkpoint: Path | None, metrics: dict[str, float] | None
+) -> None:
+    """Add whatever the folder of a run, and its last checkpoint, hold of its training."""
+    state = _read((checkpoint or folder) / STATE_FILE, State)
+    log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
+    adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
+    record = read_record(folder) if (folder / RUN_FILE).exists() else None
+    if record:
+        warn_of_another_model(str(adapter.config.base_model_name_or_path), record.fingerprints)
+    result.history, result.log = read_history(folder / HISTORY_FILE), log
+    result.losses = read_losses(folder)
+    config = record.config | {"output": str(folder)} if record else {}
+    result.facts = {"method": method_name(adapter.config)} | {
+        label: str(value)
+        for label, value in (
+            ("base model", config.get("model") or adapter_config.get("base_model_name_or_path")),
+            ("data", config.get("data")),
+            ("task", config.get("task") or adapter_config.get("task_type")),
+            ("prompts", PROMPTS.get(record.rendering or "") if record else None),
+            ("rank of BA", adapter_config.get("r")),
+            ("adapted modules", len(result.report.rows)),
+            ("steps", max((entry["step"] for entry in log if "step" in entry), default=None)),
+        )
+        if value is not None
+    }
+    metrics = metrics or _read(folder / METRICS_FILE, dict[str, float])
+    measured = shown_metrics(metrics)
+    if measured:
+        # What `lrlora train` measures has chosen the checkpoint; the demo's test has chosen nothing.
+        where = f"validation, {which_checkpoint(record.config)}" if record else "test"
+        result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
+    result.settings = {label: content for label, content in settings.items() if content}
+
+
+# How a run reads what it is asked → how a reader is told.
+PROMPTS = {CHAT: "chats, written with the tokenizer's template", PLAIN: "plain text, without a template"}
+
+
+def _adapter_of(folder: Path, checkpoint: Path | None) -> str:
+    """Where the adapter of a run is: in its folder, else its last checkpoint, else in the only subfolder with one."""
+    if (folder / _ADAPTER_CONFIG).exists() or not folder.is_dir():
+        return str(folder)
+    if checkpoint is not None:
+        return str(checkpoint)
+    below = _adapters_below(folder)
+    return str(below[0] if below else folder)
+
+
+def _adapters_below(folder: Path) -> list[Path]:
+    """The folders with an adapter in one that has none, and that is no Trainer's."""
+    if not folder.is_dir() or (folder / _ADAPTER_CONFIG).exists() or last_whole_checkpoint(folder) is not None:
+        return []
+    return sorted(path.parent for path in folder.glob(f"*/{_ADAPTER_CONFIG}"))
+
+
+def _without_home(value: str) -> str:
+    home = f"{Path.home()}/"
+    return f"~/{value.removeprefix(home)}" if len(home) > 2 and value.startswith(home) else value
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _read(path: Path, kind: Any) -> Any:
+    """The content of a JSON file; nothing if there is none."""
+    return read_json(path, kind, "Remove it to show the run without it.") if path.exists() else {}

@@ -1,0 +1,152 @@
+"""Tables in a terminal: of ranks, and of what an export keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from ..adapters.factorize import Factors, kept_energy
+from ..checks import printable
+from ..naming import MOST_ROWS, module_type, shortened
+from ..ranks import MEASURES, RankReport, RankRow
+
+_COLUMNS = {
+    "r": "r",
+    "rank_limit": "limit",
+    "loss_rank": "loss",
+    **{name: measure.heading for name, measure in MEASURES.items()},
+    "relative_norm": "‖ΔW‖ %",
+    "phi_zero": "φ(0)",
+    "curvature": "curv.",
+}
+_CAPTION = "Ranks of ΔW: stable, effective, and how many directions hold 90 % and 99 % of its energy."
+# What is said of the columns that not every report has.
+_OPTIONAL = {
+    "rank_limit": "limit: the largest rank that an update of this form can have.",
+    "loss_rank": "loss: rank in the smallest LoRA of about the same loss.",
+    "relative_norm": "‖ΔW‖ in % of ‖W0‖.",
+    "phi_zero": "",
+    "curvature": "curv.: share of φ that no straight line explains.",
+}
+
+
+def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool = False) -> Table:
+    """The learned ranks, module by module, or of many modules the means by type and by layer; then by kind.
+
+    Args:
+        report: the ranks.
+        title: of the table.
+        width: of the terminal; longer paths lose their beginning.
+        every: show all modules, however many.
+
+    """
+    there = {
+        # Of LoRA the limit is r, of φ(BA) that of any matrix.
+        "rank_limit": any(row.rank_limit not in (None, row.r, min(row.m, row.n)) for row in report.rows),
+        "loss_rank": any(row.loss_rank is not None for row in report.rows),
+        "relative_norm": any(row.relative_norm is not None for row in report.rows),
+        "phi_zero": bool(report.curves),
+        "curvature": bool(report.curves),
+    }
+    columns = {name: heading for name, heading in _COLUMNS.items() if there.get(name, True)}
+    sections = [
+        [(label, [_format(name, _mean(rows, name)) for name in columns]) for label, rows in section.items()]
+        for section in _sections(report.rows, every=every)
+    ]
+    cells = [[*columns.values()], *(values for section in sections for _, values in section)]
+    room = width - sum(max(map(len, column)) + 1 for column in zip(*cells, strict=True)) - 1
+    means = "Means over modules. " if len(sections) > 2 else ""
+    caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if there[name] and about)])
+    table = Table(
+        title=printable(title), title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.padding, table.pad_edge = (0, 0), False
+    table.add_column("module", no_wrap=True)
+    for heading in columns.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for section in sections:
+        for label, values in section:
+            table.add_row(escape(printable(shortened(label, room))), *values)
+        table.add_section()
+    return table
+
+
+def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[RankRow]]]:
+    """Label → rows whose mean a line of the table shows, for each part of it."""
+    if every or len(rows) <= MOST_ROWS:
+        yield {row.module: [row] for row in rows}
+    else:
+        yield _grouped(rows, lambda row: row.type)
+        if len({row.layer for row in rows}) > 1:
+            yield _grouped(rows, lambda row: "outside of layers" if row.layer is None else f"layer {row.layer}")
+    yield _grouped(rows, lambda row: f"all: {row.kind}")
+
+
+def _grouped(rows: list[RankRow], label: Callable[[RankRow], str]) -> dict[str, list[RankRow]]:
+    groups: dict[str, list[RankRow]] = {}
+    for row in rows:
+        groups.setdefault(label(row), []).append(row)
+    return {f"{name} ×{len(group)}" if len(group) > 1 else name: group for name, group in groups.items()}
+
+
+def _mean(rows: list[RankRow], column: str) -> float | None:
+    known = [value for row in rows if (value := getattr(row, column)) is not None]
+    return sum(known) / len(known) if len(known) > 1 else (known or [None])[0]
+
+
+def _format(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if name == "relative_norm":
+        return f"{100 * value:.2f}"
+    if name in ("phi_zero", "curvature"):
+        return f"{value:.3f}"
+    return f"{value:.1f}" if isinstance(value, float) and not (name == "r" and value.is_integer()) else f"{value:.0f}"
+
+
+_EXPORTED = ("r", "stable", "rank", "energy %", "parameters")
+
+
+def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, every: bool = False) -> Table:
+    """What of each module's update is exported, or of many modules those of a type together, then the sum.
+
+    Args:
+        factors: as `factorize` returns them.
+        title: of the table.
+        width: of the terminal; longer paths lose their beginning.
+        every: show all modules, however many.
+
+    """
+    table = Table(title=printable(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge = (0, 1), False
+    table.add_column("module", no_wrap=True)
+    for heading in _EXPORTED:
+        table.add_column(heading, justify="right", no_wrap=True)
+    groups: dict[str, list[Factors]] = {}
+    for part in factors:
+        name = part.module if every or len(factors) <= MOST_ROWS else module_type(part.module)
+        groups.setdefault(name, []).append(part)
+    rows = {name if len(parts) == 1 else f"{name} ×{len(parts)}": _cells(parts) for name, parts in groups.items()}
+    rows["all"] = ["", "", *_cells(factors)[2:]]
+    room = width - sum(max(map(len, column)) + 2 for column in zip(_EXPORTED, *rows.values(), strict=True))
+    for name, cells in rows.items():
+        if name == "all":
+            table.add_section()
+        table.add_row(escape(printable(shortened(name, room))), *cells)
+    return table
+
+
+def _cells(parts: Sequence[Factors]) -> list[str]:
+    """Of modules together: r, mean stable rank, smallest and largest rank, kept energy, and parameters."""
+    ranks, trained = sorted(part.rank for part in parts), {part.r for part in parts}
+    rank = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    return [
+        "–" if trained == {None} or len(trained) > 1 else str(*trained),
+        f"{sum(part.stable_rank for part in parts) / len(parts):.1f}",
+        "left out" if ranks[-1] == 0 else rank,
+        f"{100 * kept_energy(parts):.2f}",
+        f"{sum(part.parameters for part in parts):,}",
+    ]

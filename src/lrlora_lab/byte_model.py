@@ -1,0 +1,151 @@
+"""A small language model over bytes, pretrained on English here, to be adapted to other texts.
+
+What an adapter must learn there is a language, so unlike on most tasks its rank makes a difference.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from tqdm import trange
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+
+from lrlora.files import cache_folder, readable, replacing
+
+from .corpora import load_corpus
+
+CONTEXT = 128  # bytes
+_WARM_UP = 0.05  # of the steps
+_AT_ONCE = 64  # windows of a loss without gradients
+
+
+def sample_batch(data: Tensor, generator: torch.Generator, batch_size: int, length: int = CONTEXT) -> Tensor:
+    """Random windows.
+
+    Args:
+        data: uint8, one dimension.
+        generator: of the places.
+        batch_size: of windows.
+        length: of each, in bytes.
+
+    Returns:
+        int64, (batch_size, length).
+
+    """
+    starts = torch.randint(len(data) - length + 1, (batch_size, 1), generator=generator)
+    return data[starts + torch.arange(length)].long()
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, data: Tensor, windows: int) -> float:
+    """The mean loss of the next byte, in nats, over windows of 128 bytes that are evenly spaced and do not overlap.
+
+    Args:
+        model: a causal language model over bytes; it is left in the mode it was in.
+        data: uint8, one dimension.
+        windows: how many.
+
+    Raises:
+        ValueError: the data does not hold as many.
+
+    """
+    held = len(data) // CONTEXT
+    if not 1 <= windows <= held:
+        raise ValueError(f"windows must be from 1 to {held}, as many as the data holds, and is {windows}.")
+    chosen = data[: held * CONTEXT].view(held, CONTEXT)[torch.arange(windows) * held // windows].long()
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    total = 0.0
+    for batch in chosen.to(device).split(_AT_ONCE):
+        total += float(model(input_ids=batch, labels=batch).loss) * len(batch)
+    model.train(was_training)
+    return total / windows
+
+
+def base_model() -> PreTrainedModel:
+    """The byte model of 1.9 M parameters, pretrained on English: from the cache, or else for a quarter of an hour.
+
+    Processes that ask for it at once wait for the first of them; stopped, the next call goes on.
+
+    Raises:
+        RuntimeError: the corpus cannot be downloaded.
+
+    """
+    folder = cache_folder() / "byte-model"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            pretrain(load_corpus("english").train, folder)
+    with readable(folder, "Remove it, and it is trained anew."):
+        return OPTForCausalLM.from_pretrained(folder)
+
+
+def _config(hidden: int, layers: int) -> OPTConfig:
+    return OPTConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        ffn_dim=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        max_position_embeddings=CONTEXT,
+        activation_function="gelu",
+        dropout=0.0,
+        # Every byte is an ordinary token.
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def pretrain(
+    data: Tensor, folder: Path, *, steps: int = 2_500, hidden: int = 192, layers: int = 4, save_every: int = 200
+) -> None:
+    """Train a byte model from scratch and save it; the folder appears once it is whole.
+
+    Args:
+        data: uint8, one dimension.
+        folder: of the model. What is needed to go on after an interruption is in a file beside it.
+        steps: of 16 × 128 bytes.
+        hidden: features of a token, of which an attention head has 32.
+        layers: how many.
+        save_every: steps.
+
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = OPTForCausalLM(_config(hidden, layers))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(_WARM_UP * steps), steps)
+    generator, done = torch.Generator().manual_seed(0), 0
+    stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    saved = folder.with_suffix(".checkpoint")
+    if saved.exists():
+        with readable(saved, "Remove it, and training begins anew."):
+            state = torch.load(saved)
+            for name, part in stateful.items():
+                part.load_state_dict(state[name])
+            generator.set_state(state["generator"])
+            done = state["done"]
+    for step in (bar := trange(done, steps, initial=done, total=steps, desc="Pretraining on English")):
+        batch = sample_batch(data, generator, 16)
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        if (step + 1) % save_every == 0:
+            state = {name: part.state_dict() for name, part in stateful.items()}
+            with replacing(saved) as partial:
+                torch.save({**state, "generator": generator.get_state(), "done": step + 1}, partial)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        model.save_pretrained(Path(scratch) / "model")
+        (Path(scratch) / "model").rename(folder)
+    saved.unlink(missing_ok=True)

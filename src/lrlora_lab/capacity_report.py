@@ -1,0 +1,254 @@
+"""The report of tasks on which rank binds: losses, LoRA-equivalent ranks, and learned rank against demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
+from scipy.stats import spearmanr
+
+from lrlora.checks import in_markdown
+from lrlora.files import write_whole
+from lrlora.tuner import LrLoraConfig
+from lrlora.views.figure import save_figure
+
+from .capacity import CapacityTask
+from .equivalence import equivalent_rank
+from .figures import with_legend
+from .jobs import Comparison, Record, read_records
+from .markdown import failure_line, markdown
+from .methods import METHODS, find_method
+from .statistics import Interval, paired_difference
+from .tables import final_runs, ratio, same_hardware
+
+LORA = METHODS["lora"].name
+LABEL_STEPS, LABEL_CLASSES = 800, 64  # of the tasks that ask for ever more texts, and for nothing else
+Cells = Mapping[tuple[str, str], Sequence[Record]]
+
+
+def family(method: str) -> str:
+    """The name of a method without its rank and terms, which a curve goes over."""
+    name, *options = method.split("+")
+    kept = [option for option in options if option.partition("=")[0] not in ("r", "num_terms")]
+    return find_method("+".join([name, *kept])).name
+
+
+def rank_of(method: str, rank: int) -> int | None:
+    """R, the rank of BA, in a comparison at `rank`; None for full fine-tuning."""
+    return find_method(method).adapter(rank).get("r")
+
+
+def served_rank(method: str, rank: int) -> int | None:
+    """The rank of the plain LoRA that holds the same update; None where that is not known beforehand."""
+    known, r = find_method(method), rank_of(method, rank)
+    options = known.adapter(rank)
+    if options.get("form") == "expansion":
+        return r * options.get("num_terms", LrLoraConfig.num_terms) if r else None
+    return r if known.train == "lora" else None
+
+
+def _terms(method: str) -> int | None:
+    """Q of an expansion, all of whose terms are alike."""
+    options = find_method(method).options
+    return options.get("num_terms", LrLoraConfig.num_terms) if options.get("form") == "expansion" else None
+
+
+def by_seed(runs: Sequence[Record]) -> dict[int, float]:
+    """Seed → test loss."""
+    return {run["seed"]: run["test"]["loss"] for run in runs}
+
+
+def _plain_lora(cells: Cells, task: str, rank: int) -> dict[int, Sequence[Record]]:
+    """R → the runs of LoRA with no other option."""
+    found = {}
+    for (other, method), runs in cells.items():
+        known, r = find_method(method), rank_of(method, rank)
+        if other == task and known.train == "lora" and set(known.options) <= {"r"} and r:
+            found[r] = runs
+    return found
+
+
+def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
+    """One row per method: size, tuned setting, loss, and the r at which LoRA has the same.
+
+    Args:
+        records: of a comparison.
+        task: of its tasks.
+        rank: of the comparison, for methods whose name has none.
+
+    """
+    cells = final_runs(records)
+    lora = _plain_lora(cells, task, rank)
+    curve = {r: by_seed(runs) for r, runs in lora.items()}
+    rows: list[dict[str, Any]] = []
+    for (other, method), runs in cells.items():
+        if other != task:
+            continue
+        values, r = list(by_seed(runs).values()), rank_of(method, rank)
+        base = lora.get(r, []) if r else []
+        equal = equivalent_rank(curve, by_seed(runs)) if len(curve) > 1 and runs not in lora.values() else None
+        rows.append(
+            {
+                "method": family(method),
+                "r": r,
+                "rank when served": served_rank(method, rank),
+                "parameters": runs[0]["trainable"],
+                "rate": runs[0]["learning_rate"],
+                "scale": runs[0].get("scale", 1.0),
+                "seeds": len(runs),
+                "loss (nats)": fmean(values),
+                "std": stdev(values) if len(values) > 1 else math.nan,
+                "LoRA's r for this loss": equal,
+                "seconds": _mean(run["seconds"] for run in runs),
+                "step": ratio(runs, base, "seconds") if same_hardware(runs, base) else math.nan,
+                "terms": _mean(run.get("terms", _terms(method)) for run in runs),
+                "stable rank": _mean(row["stable_rank"] for run in runs for row in run["ranks"] or ()),
+            }
+        )
+        if "recalled" in runs[0]["test"]:  # of a phone book
+            rows[-1]["recalled"] = f"{100 * fmean(run['test']['recalled'] for run in runs):.1f} %"
+    order = list(dict.fromkeys(row["method"] for row in rows))
+    order.sort(key=lambda name: name != LORA)
+    rows.sort(key=lambda row: (order.index(row["method"]), row["parameters"]))
+    return pd.DataFrame(rows)
+
+
+def differences(records: Mapping[str, Record], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Test loss of the first of each pair of methods less that of the second, paired by seed, on every task of both."""
+    cells, rows = final_runs(records), []
+    for task in dict.fromkeys(task for task, _ in cells):
+        for first, second in pairs:
+            if (task, first) in cells and (task, second) in cells:
+                ours, others = by_seed(cells[task, first]), by_seed(cells[task, second])
+                seeds = [seed for seed in ours if seed in others]
+                found = paired_difference([ours[seed] for seed in seeds], [others[seed] for seed in seeds])
+                if found is not None:
+                    row = {"task": task, "of": first, "less": second, "seeds": len(seeds)}
+                    rows.append(row | {"difference (nats)": Interval(found.value, found.low, found.high)})
+    return pd.DataFrame(rows)
+
+
+def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> pd.DataFrame:
+    """One row per run on labels of 64 classes: how many texts it was asked to learn, and its mean stable rank."""
+    rows = []
+    for (task, method), runs in final_runs(records).items():
+        asked = tasks.get(task)
+        if asked is None or (asked.kind, asked.steps, asked.classes) != ("labels", LABEL_STEPS, LABEL_CLASSES):
+            continue
+        for run in runs:
+            if run["ranks"]:
+                stable = _mean(row["stable_rank"] for row in run["ranks"])
+                rows.append({"method": method, "texts": asked.texts, "seed": run["seed"], "stable rank": stable})
+    return pd.DataFrame(rows)
+
+
+def follows_demand(frame: pd.DataFrame) -> pd.DataFrame:
+    """By method: how its stable rank goes with the number of texts, over the seeds that have run at all of them.
+
+    Spearman's ρ, and the factor by which the stable rank grows when there are twice as many texts.
+    """
+    rows = []
+    for method, runs in frame.groupby("method", sort=False) if len(frame) else ():
+        table = runs.pivot_table(index="seed", columns="texts", values="stable rank").dropna()
+        if table.shape[1] < 3 or table.empty or (table <= 0).to_numpy().any():
+            continue
+        texts = np.log2(table.columns.to_numpy(float))
+        slopes = np.polyfit(texts, np.log2(table.to_numpy()).T, 1)[0]
+        growth = paired_difference(slopes.tolist(), [0.0] * len(slopes))
+        assert growth is not None
+        rows.append(
+            {
+                "method": find_method(str(method)).name,
+                "seeds": len(table),
+                "ρ": fmean(spearmanr(texts, row).statistic for row in table.to_numpy()),
+                "growth": Interval(*(2**value for value in (growth.value, growth.low, growth.high))),
+                "stable rank at the fewest texts": table.iloc[:, 0].mean(),
+                "at the most": table.iloc[:, -1].mean(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def demand_figure(frame: pd.DataFrame) -> Figure:
+    """Mean stable rank against the number of texts whose labels are learned, one line a method."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method, runs in frame.groupby("method", sort=False):
+        some = runs.groupby("texts")["stable rank"].agg(["mean", "std"])
+        if len(some) > 2:
+            name = find_method(str(method)).name
+            axes.errorbar(some.index, some["mean"], some["std"], marker="o", capsize=2, label=name)
+    axes.set(xscale="log", xlabel="texts with random labels", ylabel="stable rank, mean of modules")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xticks(sorted(frame["texts"].unique()))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=8)
+    return figure
+
+
+def curves_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Loss against trainable parameters, and against the processor time of a step; task → `losses`."""
+    figure = Figure(figsize=(4.5 * len(tables) + 2, 6.5), layout="constrained")
+    grid = figure.subplots(2, len(tables), squeeze=False)
+    names = list(dict.fromkeys(name for frame in tables.values() for name in frame["method"]))
+    for (task, frame), (upper, lower) in zip(tables.items(), grid.T, strict=True):
+        for name, runs in frame.groupby("method", sort=False):
+            index = names.index(name)
+            style = {"color": f"C{index % 10}", "marker": "osD^v"[index // 10], "capsize": 2, "label": str(name)}
+            ordered = runs.sort_values("parameters")
+            upper.errorbar(ordered["parameters"], ordered["loss (nats)"], ordered["std"], **style)
+            lower.errorbar(ordered["seconds"], ordered["loss (nats)"], ordered["std"], linestyle="", **style)
+        upper.set(xscale="log", xlabel="trainable parameters", title=task)
+        upper.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        upper.xaxis.set_major_formatter(EngFormatter(sep=""))
+        upper.xaxis.set_minor_formatter(NullFormatter())
+        lower.set(xlabel="processor time of a training step, s")
+        lower.set_xlim(0, 1.1 * frame["seconds"].max())
+    for row in grid:
+        row[0].set_ylabel("loss, nats")
+    return with_legend(figure)
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else math.nan
+
+
+def write_capacity_report(comparison: Comparison, output: Path) -> Path:
+    """Write `report.md` and pictures from all finished jobs of a folder, whichever call asked for them.
+
+    Raises:
+        ValueError: no job is finished yet.
+
+    """
+    records, tasks = read_records(output), comparison.definition.capacity_tasks
+    if not records:
+        raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
+    records = comparison.of_all(records).select(records)
+    frames = {task: losses(records, task, comparison.r) for task in tasks}
+    tables = {task: frame for task, frame in frames.items() if len(frame)}
+    parts = [f"# {in_markdown(comparison.suite)}\n"]
+    if tables:
+        parts.append("\n![Loss against parameters and time](curves.png)\n")
+        # Two ranks of LoRA are no curve.
+        curves = {task: frame for task, frame in tables.items() if (frame["method"] == LORA).sum() > 2}
+        save_figure(curves_figure(curves or tables), output / "curves.png")
+    for task, frame in tables.items():
+        parts += [f"\n## {in_markdown(task)}\n", markdown(frame.drop(columns="seconds"))]
+    asked = demand(records, tasks)
+    if len(followed := follows_demand(asked)):
+        parts += ["\n## Learned rank against demand\n", markdown(followed), "\n![Stable rank by texts](demand.png)\n"]
+        save_figure(demand_figure(asked), output / "demand.png")
+    if failures := [record for record in records.values() if record.get("failure")]:
+        parts.append("\n## What failed\n\nA method on a task has no row where a final run failed.\n")
+        parts += map(failure_line, failures)
+    path = output / "report.md"
+    write_whole(path, "\n".join(parts) + "\n")
+    return path

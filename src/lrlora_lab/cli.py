@@ -1,0 +1,211 @@
+"""Commands of the laboratory: demo and compare."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lrlora.checks import require_known
+from lrlora.cli.common import announce, app, as_text, console, one_clear_error, quiet
+from lrlora.locks import only_writer
+from lrlora.train.names import ABLATION_NAMES, PRESET_NAMES, require_suite
+
+if TYPE_CHECKING:
+    from .jobs import Comparison
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for adapters, reports and the picture.")] = Path("lrlora-demo"),
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimizer steps on the reviews; there are eight times as many on the labels.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of head, factors, labels and data order.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+) -> None:
+    """Train MiniLM on movie reviews and on random labels with LR-LoRA and LoRA, and show the learned ranks."""
+    with one_clear_error(), only_writer(output):
+        quiet()
+        from lrlora.run_folder import PICTURE_FILE
+        from lrlora.train.run import Interrupted, rank_report_of
+        from lrlora.views.figure import save_rank_figure
+        from lrlora.views.page import write_page
+        from lrlora.views.runs import load_runs
+        from lrlora.views.tables import rank_table
+
+        from .demo import DemoSettings, run_demo
+
+        settings = DemoSettings(steps=steps, seed=seed)
+        try:
+            results = run_demo(output, settings, overwrite=overwrite, announce=announce)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        report = rank_report_of(output / "lr-lora")
+        assert report is not None  # the method has ranks
+        picture, page = output / PICTURE_FILE, output / "report.html"
+        save_rank_figure(report, picture, title=f"LR-LoRA on movie reviews, {steps} steps")
+        write_page(load_runs([output]), page, title=f"Movie reviews, {steps} steps")
+        console.print(rank_table(report, "Ranks that LR-LoRA learned on the reviews", width=console.width))
+        for task, title, heading in (
+            ("reviews", "Movie reviews", "accuracy, films held out"),
+            ("labels", "Random labels, to be memorised", "loss, nats"),
+        ):
+            table = Table(title=title, title_justify="left")
+            for name in ("method", "trainable", heading, "ms a step"):
+                table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+            for result in results:
+                if result.task == task:
+                    error = "" if result.standard_error is None else f" ± {result.standard_error:.3f}"
+                    took = "" if result.seconds_per_step is None else f"{1e3 * result.seconds_per_step:.0f}"
+                    parameters = f"{result.trainable_parameters:,}"
+                    table.add_row(result.method, parameters, f"{result.value:.3f}{error}", took)
+            console.print(table)
+        announce(f"Adapters, reports and history: {output}\nPicture: {picture}\nPage: {page}")
+
+
+@app.command()
+def compare(
+    suite: Annotated[
+        str | None,
+        typer.Argument(
+            help="offline-nlu, offline-commonsense, offline-vision, capacity, glue, commonsense, vision or smoke, or a "
+            "YAML file."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a suite, one with the model and settings of GPUs: roberta-base, llama-3-8b, vit-base."
+        ),
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Names with commas between; default: the main ones.")] = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(help="In place of methods: sharing, frozen, num-basis, interval, gain, rank or targets."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite with commas between; default: all.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model in place of the suite's.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Learning rates with commas between; default: each method's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method on each task.")] = 3,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank r of BA; default: the suite's, which is 4 unless it says otherwise.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of training in place of each task's, for a first try.")
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Hours after which no new job is started; default: all are done.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the jobs, the memory and the hours that they need; run nothing.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
+    ] = False,
+) -> None:
+    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core."""
+    with one_clear_error():
+        name = _suite(suite, preset)
+        quiet()
+        from .jobs import Comparison, read_comparison
+
+        folder = output or Path(f"lrlora-compare-{Path(name).stem}")
+        given: dict[str, Any] = {"seeds": seeds, "rank": rank, "model": model, "steps": steps}
+        comparison = (
+            read_comparison(name, folder)
+            if report
+            else Comparison(name, **given, **_lists(methods, ablation, tasks, rates))
+        )
+        if dry_run or (preset is not None and not report):
+            _show_plan(comparison)
+        if not dry_run:
+            _run(comparison, folder, hours, report=report)
+
+
+def _suite(suite: str | None, preset: str | None) -> str:
+    if (suite is None) == (preset is None):
+        raise ValueError("Give a suite, such as offline-nlu, or --preset, and not both.")
+    if preset is not None:
+        require_known("preset", preset, PRESET_NAMES)
+    name = str(suite or preset)
+    require_suite(name)
+    return name
+
+
+def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:
+    """The fields of a comparison that were given as words with commas between."""
+    from .jobs import parse_rates
+    from .methods import ABLATIONS
+
+    if methods is not None and ablation is not None:
+        raise ValueError(f"--ablation {ablation} is a list of methods. Leave --methods out.")
+    given: dict[str, Any] = {}
+    for name, value in (("methods", methods), ("tasks", tasks)):
+        if value is not None:
+            given[name] = tuple(_words(value))
+    if ablation is not None:
+        require_known("ablation", ablation, ABLATION_NAMES)
+        given["methods"] = ABLATIONS[ablation]
+    return given if rates is None else {**given, "rates": parse_rates(rates)}
+
+
+def _words(text: str) -> list[str]:
+    """What stands between commas, but for those in brackets, as of lora+target_modules=[query,value]."""
+    depths = list(accumulate((letter in "[{") - (letter in "]}") for letter in text))
+    commas = [place for place, letter in enumerate(text) if letter == "," and not depths[place]]
+    ends = zip([-1, *commas], [*commas, len(text)], strict=True)
+    return [text[before + 1 : after].strip() for before, after in ends]
+
+
+def _show_plan(comparison: Comparison) -> None:
+    from .costs import GPU, planned
+
+    cells, definition = planned(comparison), comparison.definition
+    known = [cell for cell in cells if cell.needs is not None]
+    announce(
+        f"Plan: {comparison.suite} on {definition.model}, r = {comparison.r}: {sum(cell.jobs for cell in cells)} jobs."
+    )
+    if definition.protocol:
+        announce(f"Protocol: {definition.protocol}")
+    table = Table(title=f"What a job needs, at most, on an {GPU}" if known else None, title_justify="left")
+    for heading in ("task", "method", "jobs", "trainable", "GiB", "hours"):
+        table.add_column(heading, justify="left" if heading in ("task", "method") else "right")
+    for cell in cells:
+        needs = cell.needs
+        told = ("", "", "") if needs is None else (f"{needs.trainable:,.0f}", f"{needs.gib:.1f}", f"{needs.hours:.2f}")
+        table.add_row(as_text(cell.task), as_text(cell.method), str(cell.jobs), *told)
+    console.print(table)
+    if len(known) < len(cells):
+        announce("What is left empty is not known before it is run.")
+    if known:
+        hours = sum(cell.jobs * cell.needs.hours for cell in known if cell.needs is not None)
+        largest = max(cell.needs.gib for cell in known if cell.needs is not None)
+        announce(
+            f"In all up to {hours:,.1f} hours of an {GPU} at two fifths of its peak, shared by as many GPUs as there "
+            f"are, and {largest:.1f} GiB on each, beside CUDA's own. Texts are taken to be as long as they may be; "
+            "evaluations, and rates beyond the first ones, come on top."
+        )
+
+
+def _run(comparison: Comparison, folder: Path, hours: float | None, *, report: bool) -> None:
+    from .jobs import read_records
+    from .queue import run_comparison
+    from .report import write_report
+
+    left = [] if report else run_comparison(comparison, folder, hours=hours, announce=announce)
+    path = write_report(comparison, folder)
+    failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
+    if failed:
+        console.print(f"{failed} {'job' if failed == 1 else 'jobs'} failed: the report says why.", highlight=False)
+    if left:
+        count = len(comparison.cells_left(left))
+        said = "1 job or more is" if count == 1 else f"{count} jobs or more are"
+        console.print(f"{said} left: run the same command again to go on.", highlight=False)
+    announce(f"Report: {path}")

@@ -1,0 +1,409 @@
+"""A comparison as jobs: which there are, which come next, and the folder that holds their results.
+
+Every job trains one method on one task at one learning rate with one seed. Its result is one file.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict
+from urllib.parse import quote
+
+from filelock import FileLock
+
+from lrlora.checks import require_known, require_type
+from lrlora.files import parse_json, read_json, readable, write_json
+from lrlora.train.methods import EVA, adapter_config
+from lrlora.train.settings import FROM_TRAIN, TrainConfig
+from lrlora.train.tasks import KINDS
+
+from .capacity import CapacityTask
+from .methods import MAIN_METHODS, Method, find_method
+from .suite import Suite
+from .suites import load_suite
+
+TUNING_SEED = 0
+SETTINGS_FILE = "comparison.json"
+CALL_FILE = "call.json"  # what was asked for last
+PACKED_FILE = "jobs.jsonl.gz"  # finished jobs that are no longer in files of their own
+_LOCKS = "locks"
+FAILED = 3  # exit status of a worker whose job can never work
+# Steps between checkpoints. A shorter run has none: begun anew, it loses little.
+_SAVE_STEPS = 500
+_GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
+Record = dict[str, Any]
+# What a job records that has not failed, and one that was tested too.
+_OF_THE_DONE, _OF_THE_TESTED = ("criterion", "test"), ("seconds", "trainable")
+
+
+class _SuiteSettings(TypedDict):
+    model: str
+    tasks: dict[str, dict[str, Any]]
+
+
+class _Settings(TypedDict):
+    """What is in the file of what is compared."""
+
+    rank: int
+    suite: _SuiteSettings
+
+
+class _Identity(TypedDict):
+    """What every record in a file has."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    wall: float
+
+
+class _Record(_Identity, total=False):
+    """What it has of a job that failed, and of one that did not."""
+
+    scale: float
+    failure: str
+    seconds: float
+    hardware: str
+    peak_mib: float
+    trainable: int
+    validation: dict[str, float]
+    criterion: float
+    ranks: list[dict[str, Any]] | None
+    terms: float | None
+    test: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run; `scale` is s, which some tasks tune too."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        rate = f"{self.learning_rate:g}" if self.scale == 1 else f"{self.learning_rate:g}-{self.scale:g}"
+        return quote(f"{self.task}--{self.method}--{rate}--{self.seed}", safe="+=,")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        suite: a key of `SUITES` or `PRESETS`, or a YAML file with a suite.
+        methods: keys as `find_method` takes them; what others are compared with is "lora", or else the first. Default:
+            what a task itself asks for, or else the main ones.
+        seeds: final runs of each method on each task, at the rate that one more seed has chosen.
+        rank: r; default: the suite's.
+        tasks: of the suite; default: all.
+        rates: learning rates to try for every method, and no others; default: each method's own times the task's
+            scale, and beyond them.
+        model: in place of the suite's.
+        steps: of training in every task, in place of its own, for a first try.
+
+    Raises:
+        ValueError: a name is unknown, or a number out of range.
+
+    """
+
+    suite: str
+    methods: tuple[str, ...] = ()
+    seeds: int = 3
+    rank: int | None = None
+    tasks: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+    model: str | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        require_type(self, Comparison, "comparison")
+        for method in self.methods:
+            find_method(method)
+        for task in self.tasks:
+            require_known(f"task of {self.suite}", task, self.definition.tasks)
+        if self.model is not None and self.definition.capacity_tasks:
+            raise ValueError(
+                f"The tasks of {self.suite} have models of their own, and model is {self.model}: leave it out."
+            )
+        if not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"rates must be numbers > 0, and are {', '.join(map(str, self.rates))}.")
+        for name, value in (("seeds", self.seeds), ("rank", self.rank), ("steps", self.steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be a whole number ≥ 1, and is {value}.")
+
+    @functools.cached_property
+    def definition(self) -> Suite:
+        suite = load_suite(self.suite)
+        if self.model is not None:
+            suite = replace(suite, model=self.model)
+        return suite if self.steps is None else suite.with_steps(self.steps)
+
+    @property
+    def r(self) -> int:
+        return self.rank or self.definition.rank
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return self.tasks or tuple(self.definition.tasks)
+
+    def methods_of(self, task: str) -> tuple[str, ...]:
+        definition = self.definition
+        return self.methods or getattr(definition.tasks[task], "methods", ()) or definition.methods or MAIN_METHODS
+
+    @functools.cached_property
+    def all_methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(method for task in self.task_names for method in self.methods_of(task)))
+
+    @property
+    def reference(self) -> str:
+        return "lora" if "lora" in self.all_methods else self.all_methods[0]
+
+    def plan(self, finished: dict[str, Record]) -> list[Job]:
+        """All jobs that are known to be wanted, task by task; more may follow from their results.
+
+        Every rate on the tuning seed first, the grid growing while the best rate is at its edge; then the seeds at the
+        best rate, which alone read the test data.
+        """
+        cells = ((task, method) for task in self.task_names for method in self.methods_of(task))
+        return [job for task, method in cells for job in self._of(task, method, finished)]
+
+    def select(self, records: dict[str, Record]) -> dict[str, Record]:
+        """Of the finished jobs those that this comparison consists of: a folder may hold other rates and seeds."""
+        return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
+
+    def of_all(self, records: dict[str, Record]) -> Comparison:
+        """The comparison of all methods, tasks and seeds that a folder has finished jobs of."""
+        tasks, methods = ({record[name]: None for record in records.values()} for name in ("task", "method"))
+        known = tuple(task for task in self.definition.tasks if task in tasks)
+        seeds = max((record["seed"] for record in records.values()), default=0)
+        return replace(self, tasks=known, methods=tuple(methods), seeds=max(self.seeds, seeds))
+
+    def cells_left(self, jobs: list[Job]) -> list[tuple[str, str]]:
+        """(task, method) of jobs that are left, and of those that will follow: the seeds at a rate yet to be found."""
+        tuned = {(job.task, job.method) for job in jobs if job.seed == TUNING_SEED}
+        return [(job.task, job.method) for job in jobs] + [cell for cell in tuned for _ in range(self.seeds)]
+
+    def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
+        definition, known = self.definition.tasks[task], find_method(method)
+        scales: tuple[float, ...] = (1.0,)
+        is_diagonal = isinstance(definition, CapacityTask) and definition.climbs_diagonally
+        if isinstance(definition, CapacityTask):
+            grid = sorted(self.rates or definition.first_rates(known))
+            scales = definition.scales if known.has_scale else scales
+        else:
+            grid = sorted(self.rates or (definition.rate_scale * rate for rate in known.rates))
+        low, high = grid[0] / 2**_GRID_STEPS, grid[-1] * 2**_GRID_STEPS
+        trials = [Job(task, method, rate, TUNING_SEED, scales[0]) for rate in grid]
+        while all(trial.name in finished for trial in trials):
+            best = best_trial([finished[trial.name] for trial in trials])
+            if best is None:
+                return trials  # all have failed
+            rate, scale = best["learning_rate"], best.get("scale", 1.0)
+            # The best is inside the grid once its neighbours have been tried, by rate and by scale.
+            around = [(rate / 2, scale), (rate * 2, scale)]
+            for s in _neighbours(scale, scales):
+                around.append((rate, s))
+                if is_diagonal:
+                    around.append((rate / 2 if s > scale else rate * 2, s))
+            new = [Job(task, method, r, TUNING_SEED, s) for r, s in around if low <= r <= high]
+            new = [job for job in new if job not in trials and (not self.rates or job.learning_rate in self.rates)]
+            if not new:
+                return trials + [Job(task, method, rate, seed, scale) for seed in range(1, self.seeds + 1)]
+            trials += new
+        return trials
+
+
+def _neighbours(scale: float, scales: Sequence[float]) -> list[float]:
+    """The next smaller and the next larger of `scales`."""
+    ordered = sorted(scales)
+    at = ordered.index(scale)
+    return ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]
+
+
+def best_trial(trials: list[Record]) -> Record | None:
+    """The one with the lowest validation criterion, a steadier guide than accuracy; None if every trial failed."""
+    good = [trial for trial in trials if not trial.get("failure")]
+    return min(good, key=lambda trial: trial["criterion"]) if good else None
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Learning rates with commas between.
+
+    Raises:
+        ValueError: one is no number.
+
+    """
+    try:
+        return tuple(float(rate) for rate in text.split(","))
+    except ValueError:
+        raise ValueError(f"--rates takes numbers with commas between, and was given {text!r}.") from None
+
+
+def read_records(output: Path) -> dict[str, Record]:
+    """The finished jobs in a folder, by name.
+
+    Raises:
+        ValueError: a file of one is damaged.
+
+    """
+    remedy = "Remove it, and the same command runs the job again."
+    found: dict[str, Record] = {}
+    if (packed := output / PACKED_FILE).exists():
+        with readable(packed, remedy), gzip.open(packed, "rt", encoding="utf-8") as file:
+            found = {record.pop("job"): record for record in map(json.loads, file)}
+            require_type(found, dict[str, _Record], packed.name)
+    for path in sorted(output.glob("jobs/*.json")):
+        found[path.stem] = read_json(path, _Record, remedy)
+    for name, record in found.items():
+        asked = (*_OF_THE_DONE, *(_OF_THE_TESTED if record.get("test") is not None else ()))
+        missing = [] if record.get("failure") else [key for key in asked if key not in record]
+        if missing:
+            raise ValueError(
+                f"{output / 'jobs' / name}.json is damaged or not what it should be (it lacks {', '.join(missing)}). "
+                f"{remedy}"
+            )
+    return found
+
+
+def check_folder(comparison: Comparison, output: Path) -> None:
+    """Raise a FileExistsError unless the folder is free, or holds a comparison of the same suite and rank."""
+    path = output / SETTINGS_FILE
+    if path.exists():
+        if not _agree(read_json(path, _Settings, "Give another --output."), _settings(comparison)):
+            raise FileExistsError(
+                f"The folder {output} holds another comparison: another suite, rank or settings of its tasks. Give "
+                "another --output."
+            )
+    elif output.exists() and any(p for p in output.iterdir() if p.suffix != ".partial" and p.name != _LOCKS):
+        raise FileExistsError(f"The folder {output} is not empty, and no comparison. Give another --output.")
+
+
+def prepare(comparison: Comparison, output: Path) -> None:
+    """Make a folder for the results, once all that is asked for is known to make sense.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: an option of a method or a setting of a task cannot be.
+
+    """
+    for task in comparison.task_names:
+        for method in comparison.methods_of(task):
+            settings, known = comparison.definition.tasks[task], find_method(method)
+            if isinstance(settings, CapacityTask):
+                if known.train == "adalora" or known.options.get("init_lora_weights") == EVA:
+                    raise ValueError(
+                        f"{known.name} needs the Trainer, and {task} is trained in a loop of its own. Leave it out."
+                    )
+                adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
+                continue
+            config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
+            head = KINDS[settings.kind].adapter_fields
+            adapter_config(known.train, head, settings.steps, config.adapter)
+    check_folder(comparison, output)
+    (output / _LOCKS).mkdir(parents=True, exist_ok=True)
+    with FileLock(output / _LOCKS / "settings.lock"):
+        check_folder(comparison, output)  # again: another process may have been quicker
+        settings = _settings(comparison)
+        if (output / SETTINGS_FILE).exists():
+            stored = read_json(output / SETTINGS_FILE, _Settings, "Give another --output.")
+            settings["suite"]["tasks"] = {**stored["suite"]["tasks"], **settings["suite"]["tasks"]}
+        write_json(output / SETTINGS_FILE, settings)  # first: by it the folder is known as a comparison's
+        write_json(output / CALL_FILE, asdict(comparison))
+        for name in ("jobs", "logs", "runs"):
+            (output / name).mkdir(exist_ok=True)
+
+
+def read_comparison(suite: str, output: Path) -> Comparison:
+    """The comparison that was last asked for in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+
+    """
+    path = output / CALL_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"There is no comparison in {output}: run it first.")
+    with readable(path, "Run the comparison again without --report."):
+        call = parse_json(path)
+        lists = {name: tuple(value) for name, value in call.items() if isinstance(value, list)}
+        return Comparison(**{**call, **lists, "suite": suite})
+
+
+def _settings(comparison: Comparison) -> Any:
+    settings = json.loads(json.dumps({"rank": comparison.r, "suite": asdict(comparison.definition)}))
+    suite = settings["suite"]
+    for task in suite["tasks"].values():
+        task.pop("methods", None)  # which methods are run changes nothing about a run
+    for name in ("methods", "rank", "protocol"):
+        del suite[name]
+    for values in (suite, *suite["tasks"].values()):  # comparisons that were begun before these were there lack them
+        for name, default in _UNLESS.items():
+            if values.get(name) == default:
+                del values[name]
+    return settings
+
+
+_UNLESS: dict[str, Any] = {
+    "scale": 1.0,
+    "adapter": {},
+    "training": {},
+    "test_data": [],
+    "climbs_diagonally": False,
+}
+
+
+def _agree(stored: Any, wanted: Any) -> bool:
+    """Whether these are settings of one suite, which may have got or lost tasks in between."""
+    old, new = (settings["suite"]["tasks"] for settings in (stored, wanted))
+    common = old.keys() & new.keys()
+    alike = common and all(old[name] == new[name] for name in common)
+    of_all = [{**settings["suite"], "tasks": None, "rank": settings["rank"]} for settings in (stored, wanted)]
+    return bool(alike and of_all[0] == of_all[1])
+
+
+def train_config(
+    suite: Suite, task_name: str, method: Method, learning_rate: float, seed: int, rank: int, output: Path
+) -> TrainConfig:
+    """The training run that a job consists of."""
+    task = suite.training_tasks[task_name]
+    adapter = {} if method.train == "full" else {**suite.adapter, **method.adapter(rank, ratio=suite.scale)}
+    return TrainConfig(
+        model=suite.model,
+        data=task.data,
+        task=task.kind,
+        method=method.train,
+        output=str(output),
+        columns=task.columns,
+        validation=FROM_TRAIN,
+        train_examples=task.train_examples,
+        validation_examples=task.validation_examples,
+        max_length=task.max_length,
+        head_learning_rate=task.head_learning_rate,
+        rank_every=task.steps,
+        seed=seed,
+        adapter=adapter,
+        training={
+            **suite.training,
+            "max_steps": task.steps,
+            "per_device_train_batch_size": task.batch_size,
+            "learning_rate": learning_rate,
+            "eval_strategy": "no",
+            "save_strategy": "steps" if task.steps > _SAVE_STEPS else "no",
+            "save_steps": _SAVE_STEPS,
+            "save_total_limit": 1,
+            "include_num_input_tokens_seen": "non_padding" if KINDS[task.kind].reads_text else "no",
+            "load_best_model_at_end": False,
+        },
+    )

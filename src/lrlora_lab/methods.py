@@ -1,0 +1,132 @@
+"""The methods of a comparison. A new one is an entry here: how `lrlora train` is called for it at rank r."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lrlora.checks import require_known
+from lrlora.train.methods import METHODS as PEFT_METHODS
+from lrlora.train.settings import parse_assignments
+from lrlora.tuner.config import PUBLISHED
+
+# Learning rates that are tried first; the grid grows while the best is at its edge.
+_ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+_FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Args:
+        name: as it is called in tables.
+        train: `lrlora train`'s name for it.
+        options: fields of its PEFT configuration, beside the rank.
+        rank_factor: its rank is r times this; 0 for methods that have none.
+        rates: learning rates to try.
+
+    """
+
+    name: str
+    train: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rank_factor: int = 1
+    rates: tuple[float, ...] = _ADAPTER_RATES
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether learned ranks can be told. PiSSA's product BA is not its update, but starts from part of W."""
+        return PEFT_METHODS[self.train].has_ranks and self.options.get("init_lora_weights") != "pissa"
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether s is open to choice."""
+        alpha = PEFT_METHODS[self.train].alpha
+        return alpha is not None and alpha not in self.options
+
+    def adapter(self, r: int, scale: float | None = None, *, ratio: float = 1.0) -> dict[str, Any]:
+        """The fields of its PEFT configuration; an option of its own wins over them.
+
+        Args:
+            r: the rank of the comparison.
+            scale: s, where it is tuned; None: what follows from `ratio`.
+            ratio: α/r, which is s too, but for rsLoRA: its s is α/√r, by which it differs from LoRA.
+
+        """
+        if not self.rank_factor:
+            return dict(self.options)
+        options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
+        alpha = PEFT_METHODS[self.train].alpha
+        if alpha is None or (scale is None and ratio == 1):  # α is r unless given
+            return options
+        if scale is None:
+            return {alpha: ratio * options["r"], **options}
+        divisor = math.sqrt(options["r"]) if options.get("use_rslora") else options["r"]
+        return {alpha: scale * divisor, **options}
+
+
+# The names of modules in RoBERTa, DeBERTa, Llama, Qwen, ViT and models like them.
+_LINEAR = r"\.(query|key|value|dense|(q|k|v|o|query|key|value|gate|up|down)_proj|fc1|fc2)"
+_IN_ATTENTION = rf".*att.*{_LINEAR}"
+_IN_MLP = rf".*layers?\.\d+(?!.*att).*{_LINEAR}"
+
+METHODS = {
+    "full": Method("full fine-tuning", "full", rank_factor=0, rates=_FULL_RATES),
+    "lora": Method("LoRA", "lora"),
+    "lora-2r": Method("LoRA at 2r", "lora", rank_factor=2),
+    "lora-4r": Method("LoRA at 4r", "lora", rank_factor=4),
+    "rslora": Method("rsLoRA", "lora", {"use_rslora": True}),
+    "dora": Method("DoRA", "dora"),
+    "adalora": Method("AdaLoRA", "adalora"),
+    "pissa": Method("PiSSA", "lora", {"init_lora_weights": "pissa"}),
+    "eva": Method("EVA", "lora", {"init_lora_weights": "eva"}),
+    "hira": Method("HiRA", "hira"),
+    "randlora": Method("RandLoRA", "randlora"),
+    "loha": Method("LoHa", "loha"),
+    "vera": Method("VeRA", "vera"),
+    "sine": Method("fixed sine", "lr-lora", {"form": "sine"}),
+    "lr-lora": Method("LR-LoRA", "lr-lora"),
+    "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
+    "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
+    "paper": Method("the paper's form", "lr-lora", PUBLISHED),
+    "lora-attention": Method("LoRA on attention", "lora", {"target_modules": _IN_ATTENTION}),
+    "lora-mlp": Method("LoRA on MLPs", "lora", {"target_modules": _IN_MLP}),
+    "lr-lora-attention": Method("LR-LoRA on attention", "lr-lora", {"target_modules": _IN_ATTENTION}),
+    "lr-lora-mlp": Method("LR-LoRA on MLPs", "lr-lora", {"target_modules": _IN_MLP}),
+    "expansion": Method("expansion", "lr-lora", {"form": "expansion"}),
+}
+MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
+
+
+def _with(option: str, *values: Any) -> tuple[str, ...]:
+    return tuple(f"lr-lora+{option}={value}" for value in values)
+
+
+# What is asked of the method → the methods that answer it.
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "sharing": ("lr-lora", "lora", "lr-lora-shared"),
+    "frozen": ("lr-lora", "lora", "lr-lora-frozen", "sine"),
+    "num-basis": ("lr-lora", "lora", *_with("num_basis", 2, 4, 16, 50)),
+    "interval": ("lr-lora", "lora", *_with("interval", 1, 2, 5, 10)),
+    "gain": ("lr-lora", "lora", *_with("input_gain", 1, 30, 100, 1000)),
+    "rank": tuple(f"{method}+r={r}" for r in (1, 2, 4, 8, 16) for method in ("lora", "lr-lora")),
+    "targets": ("lora", "lr-lora", "lora-attention", "lr-lora-attention", "lora-mlp", "lr-lora-mlp"),
+}
+
+
+def find_method(key: str) -> Method:
+    """A method of `METHODS`, or one with other options: `lr-lora+num_basis=50+interval=2`.
+
+    Raises:
+        ValueError: there is no such method, or an option is not name=value.
+
+    """
+    name, *assignments = key.split("+")
+    require_known("method", name, METHODS)
+    options = parse_assignments(assignments, f"the method {key}")
+    if not options:
+        return METHODS[name]
+    method = METHODS[name]
+    return replace(method, name=", ".join([method.name, *assignments]), options={**method.options, **options})

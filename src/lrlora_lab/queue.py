@@ -1,0 +1,188 @@
+"""Runs what is missing of a comparison, so that nothing is ever lost or done twice.
+
+Each job runs in a process of its own, and its result appears whole or not at all. The same command goes on where it
+was stopped, and may run several times at once: processes share the jobs through locks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lrlora.files import write_json
+
+from .jobs import FAILED, Comparison, Job, Record, prepare, read_records
+from .suite import Suite
+
+
+def run_comparison(
+    comparison: Comparison, output: Path, *, hours: float | None = None, announce: Callable[[str], None] = print
+) -> list[Job]:
+    """Run what is missing; returns what is left: when the time is up, or because something outside it went wrong.
+
+    Args:
+        comparison: what is compared.
+        output: folder of the results.
+        hours: start no job after so long; None: run all.
+        announce: is told what is being done.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: an option of a method or a setting of a task cannot be.
+
+    """
+    prepare(comparison, output)
+    with closing(_Worker(comparison.definition)) as worker:
+        return _run_missing(worker, comparison, output, hours, announce)
+
+
+def _run_missing(
+    worker: _Worker, comparison: Comparison, output: Path, hours: float | None, announce: Callable[[str], None]
+) -> list[Job]:
+    started = time.monotonic()
+    given_up: set[str] = set()
+    while True:
+        finished = read_records(output)
+        _remove_runs(output, finished)
+        missing = [job for job in comparison.plan(finished) if job.name not in finished]
+        is_over = hours is not None and time.monotonic() - started >= 3600 * hours
+        if is_over or all(job.name in given_up for job in missing):
+            return missing
+        for job in missing:
+            if job.name in given_up:
+                continue
+            with _claimed(output, job) as is_mine:
+                if not is_mine or (output / "jobs" / f"{job.name}.json").exists():
+                    continue
+                announce(f"{_progress(comparison, missing, finished)} · {job.name.replace('--', ' · ')}")
+                problem = _run(worker, job, comparison, output)
+                if problem:
+                    given_up.add(job.name)
+                    announce(f"Not done, and to be tried again by the next call: {problem}")
+                break
+        else:
+            time.sleep(5)  # others are at work on all that is missing; more may follow from it
+
+
+def _remove_runs(output: Path, finished: dict[str, Record]) -> None:
+    """Remove the folders of runs whose results are filed, those of processes too that were killed in between."""
+    for run in (output / "runs").iterdir():
+        if run.name in finished:
+            shutil.rmtree(run, ignore_errors=True)  # another process may be at it
+
+
+@contextmanager
+def _claimed(output: Path, job: Job) -> Iterator[bool]:
+    lock = FileLock(output / "locks" / f"{job.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Record]) -> str:
+    done, cells = comparison.select(finished), comparison.cells_left(left)
+    text = f"{len(done)} {'job' if len(done) == 1 else 'jobs'} done, {len(cells)} left or more"
+    seconds: dict[tuple[str, ...], list[float]] = {}
+    for record in finished.values():
+        cell = (record["task"], record["method"])
+        for key in (cell, cell[:1], ()):
+            seconds.setdefault(key, []).append(record["wall"])
+    if not seconds:
+        return text
+    total = sum(fmean(seconds.get(cell) or seconds.get(cell[:1]) or seconds[()]) for cell in cells)
+    return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss) for one process"
+
+
+# By which `accelerate launch` tells a process that it is one of several, which train together.
+_OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+
+
+def _environment() -> dict[str, str]:
+    """That of the jobs, each with one GPU: given more, the Trainer would take batches larger than the task's."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
+    rank, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible != "":  # which hides all of them
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank] if visible else str(rank)
+    return environment
+
+
+class _Worker:
+    """Runs jobs, each in a fork of a process that has imported everything once."""
+
+    def __init__(self, suite: Suite) -> None:
+        self._command = [sys.executable, "-m", "lrlora_lab.worker", json.dumps(asdict(suite))]
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, request: dict[str, Any], folder: Path, result: Path, log: Path) -> int:
+        """The exit status of a job, which trains in `folder` and writes its findings to `result`, all else to `log`."""
+        paths = {"folder": str(folder), "result": str(result), "log": str(log)}
+        order = json.dumps({"request": request, **paths}) + "\n"
+        is_new = self._process is None
+        process = self._process or self._start(log)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(order)
+            process.stdin.flush()
+        said = process.stdout.readline()
+        if said:
+            return int(said)
+        self.close()
+        # One that has done its last job may have ended by now, as it does where there is a GPU.
+        return process.returncode if is_new else self.run(request, folder, result, log)
+
+    def _start(self, log: Path) -> subprocess.Popen[str]:
+        with log.open("w", encoding="utf-8") as written:
+            # The worker ends when its end of the pipe does: with this process, however that ends.
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(
+                self._command, stdin=pipe, stdout=pipe, stderr=written, text=True, env=_environment()
+            )
+        return self._process
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            with suppress(BrokenPipeError), self._process:
+                self._process.communicate()
+            self._process = None
+
+
+def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str | None:
+    """Run a job in a process of its own and file its result; what went wrong outside it is returned, and not filed."""
+    request = {**asdict(job), "rank": comparison.r}
+    log, folder = output / "logs" / f"{job.name}.log", output / "runs" / job.name
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / "result.json"
+        status = worker.run(request, folder, result, log)
+        if status == 0:
+            record = json.loads(result.read_text(encoding="utf-8"))
+        else:
+            lines = log.read_text(encoding="utf-8").strip().splitlines()
+            said = lines[-1] if lines else "no message"
+            if status != FAILED:
+                return f"{job.name} ended with status {status} ({said}); see {log}"
+            record = {**request, "failure": said}
+    write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
+    return None

@@ -1,0 +1,142 @@
+"""The report of a comparison: Markdown, CSV and pictures, made from the stored jobs alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from lrlora.checks import in_markdown
+from lrlora.files import write_whole
+from lrlora.views.figure import save_figure
+
+from .capacity_report import write_capacity_report
+from .figures import parameters_figure, ranks_figure, rates_figure
+from .jobs import Comparison, Record, check_folder, read_records
+from .markdown import failure_line, markdown
+from .methods import find_method
+from .peft_results import write_peft_results
+from .statistics import Interval
+from .tables import final_runs, learned_ranks, ranks_by_layer, results, tidy, tuning, variants, wins
+
+
+def write_report(comparison: Comparison, output: Path) -> Path:
+    """Write `report.md`, `results.csv`, `runs.jsonl`, pictures and PEFT's files into the folder of a comparison.
+
+    Raises:
+        FileExistsError: the folder holds another comparison.
+        ValueError: no job is finished yet.
+
+    """
+    check_folder(comparison, output)
+    if comparison.definition.capacity_tasks:
+        return write_capacity_report(comparison, output)
+    records = comparison.select(read_records(output))
+    if not records:
+        raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
+    write_whole(output / "runs.jsonl", tidy(records).to_json(orient="records", lines=True))
+    parts = [f"# {in_markdown(f'{comparison.suite}: {comparison.definition.model}')}, r = {comparison.r}\n"]
+    for section in (_results, _rates, _learned_ranks, _variants, _failures):
+        parts += section(comparison, records, output)
+    write_peft_results(comparison, records, output)
+    path = output / "report.md"
+    write_whole(path, "\n".join(parts) + "\n")
+    return path
+
+
+def _results(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    table = results(comparison, records)
+    if not len(table):
+        return []
+    write_whole(output / "results.csv", table.to_csv(index=False))
+    reference = find_method(comparison.reference).name
+    parts = [
+        "Test metric and test loss (log loss, of numbers the root of the mean squared error), times 100, mean ± "
+        "standard deviation over seeds, each method at its own learning rate. The difference, with the 95 % "
+        "interval of a mean over such seeds, and p (paired t-test, corrected by Holm for all of the table) are the "
+        f"metric's against {reference}; time and memory are relative to it, time unless other hardware was used. "
+        "Intervals do not tell how far the test examples are by chance what they are.\n",
+        markdown(_compact(table)),
+    ]
+    if len(won := wins(comparison, table)):
+        parts += [
+            "\n## Who wins\n",
+            f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of "
+            "its differences. Methods may have different tasks, and one that failed on a task does not have it.\n",
+            markdown(won),
+        ]
+    save_figure(parameters_figure(comparison, final_runs(records)), output / "parameters.png")
+    return [
+        *parts,
+        "\n![Metric and loss against trainable parameters](parameters.png)\n",
+        "Mean and standard deviation. Methods of about the same size are drawn side by side.\n",
+    ]
+
+
+def _rates(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    rates = tuning(records)
+    if not len(rates):
+        return []
+    parts = [
+        "\n## How much hangs on the learning rate\n",
+        "Validation loss on the tuning seed (of numbers, the root of the mean squared error).\n",
+        markdown(rates),
+    ]
+    measured = rates.replace(math.inf, math.nan).dropna(thresh=3)  # task, method and a loss
+    shown = rates[rates["task"].isin(measured["task"])]
+    if len(shown):
+        parts.append("\n![Validation loss by learning rate](rates.png)\n")
+        save_figure(rates_figure(comparison, shown), output / "rates.png")
+    return parts
+
+
+def _learned_ranks(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    parts, ranks = [], learned_ranks(records)
+    if len(ranks):
+        parts += [
+            "\n## Learned ranks\n",
+            "Of stable ranks, in the logarithm, with 95 % intervals. Do modules differ, and how much of the variance "
+            "lies between them and not between seeds of a module? Of the modules' means over seeds: do layers differ "
+            "beyond their types, and types beyond their layers, and how much of the variance lies between them? (p by "
+            "permutation.) Attention less MLP, the difference and Cohen's d.\n",
+            markdown(ranks),
+        ]
+    if places := ranks_by_layer(comparison, records):
+        parts.append("\n![Stable rank by layer and type of module, mean over seeds](ranks.png)\n")
+        save_figure(ranks_figure(places), output / "ranks.png")
+    return parts
+
+
+def _variants(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    others = variants(comparison, records)
+    if not len(others):
+        return []
+    return [
+        "\n## What of φ matters\n",
+        "Variants of LR-LoRA less LR-LoRA: test metric and test loss times 100, paired by seed, with 95 % "
+        "intervals, p corrected (Holm).\n",
+        markdown(_compact(others)),
+    ]
+
+
+def _failures(comparison: Comparison, records: dict[str, Record], output: Path) -> list[str]:
+    failures = [record for record in records.values() if record.get("failure")]
+    if not failures:
+        return []
+    return [
+        "\n## What failed\n\nA method on a task has no mean where a final run failed. To run it again, remove its "
+        "file from the folder jobs.\n",
+        *map(failure_line, failures),
+    ]
+
+
+def _compact(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table with the columns of a spread, or of a difference and its interval, in one."""
+    table = frame.drop(columns=["std", "standard error", "from", "to"], errors="ignore")
+    if "std" in frame:
+        spreads = frame["std"].map(lambda std: "" if math.isnan(std) else f" ± {std:.1f}")
+        table["mean"] = frame["mean"].map("{:.1f}".format) + spreads
+    columns = (frame[name] for name in ("difference", "from", "to"))
+    table["difference"] = [Interval(*values) for values in zip(*columns, strict=True)]
+    return table

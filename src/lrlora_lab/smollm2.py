@@ -1,0 +1,147 @@
+"""Tasks for SmolLM2-135M, in bfloat16, on which rank binds: a phone book learned by heart, and another language."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrlora.train.packages import NAMES, SMOLLM2, checkpoint, fetch
+
+from .byte_model import sample_batch
+from .capacity_tasks import EVALUATED_AT_ONCE, Setting, shuffled
+from .corpora import load_corpus
+
+LAYER = 24  # of 30, whose MLP learns the phone book
+DIGITS = 10  # of a number
+NAME_TOKENS = 7  # of a name with the colon and the space after it: all alike, so that no text is padded
+CONTEXT = 64  # tokens of a window
+TEST_WINDOWS = 128
+
+
+def _base_model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint(SMOLLM2), dtype=torch.bfloat16).eval()
+
+
+@cache
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(checkpoint(SMOLLM2))
+
+
+class PhoneBookModel(nn.Module):
+    """The layers of SmolLM2 from `LAYER` on, and the logits of the ten digits alone.
+
+    Forward: the input of the first of them (pairs, tokens, 576) → logits (pairs, 10, 10), float32, of the digits after
+    the last ten tokens.
+
+    Args:
+        model: SmolLM2; it loses its lower layers.
+        digits: token ids, (10,).
+
+    """
+
+    head: Tensor
+
+    def __init__(self, model: Any, digits: Tensor) -> None:
+        super().__init__()
+        self.decoder = model.model
+        self.decoder.layers = self.decoder.layers[LAYER:]
+        self.register_buffer("head", model.lm_head.weight[digits].detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[:, -DIGITS:]
+        return (hidden @ self.head.T).float()
+
+
+class LanguageModel(nn.Module):
+    """Forward: windows (batch, tokens), int64 → the mean loss of their tokens after the first, float32."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.decoder, self.head = model.model, model.lm_head
+
+    def forward(self, windows: Tensor) -> Tensor:
+        hidden = self.decoder(windows, use_cache=False).last_hidden_state[:, :-1]
+        # A product of two dimensions: of three, a slice takes far longer on a CPU in bfloat16.
+        logits = self.head(hidden.reshape(-1, hidden.shape[-1]))
+        return F.cross_entropy(logits.float(), windows[:, 1:].flatten())
+
+
+def draw_phone_book(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Token ids (pairs, `NAME_TOKENS` + 9) of "Mary Johnson: 555867530", and the digits (pairs, 10), int64."""
+
+    def read(name: str) -> list[str]:
+        return [line.split()[0].title() for line in (fetch(NAMES) / name).read_text(encoding="utf-8").splitlines()]
+
+    first, last = read("dist.female.first") + read("dist.male.first"), read("dist.all.last")
+    tokenizer, draw, found = _tokenizer(), random.Random(seed), dict[str, tuple[list[int], list[int]]]()
+    while len(found) < pairs:
+        name = f"{draw.choice(first)} {draw.choice(last)}"
+        number = [draw.randrange(10) for _ in range(DIGITS)]
+        ids = tokenizer(f"{name}: {''.join(map(str, number))}")["input_ids"]
+        if len(ids) == NAME_TOKENS + DIGITS and name not in found:
+            found[name] = ids[:-1], number
+    tokens, digits = ([pair[i] for pair in found.values()] for i in range(2))
+    return torch.tensor(tokens), torch.tensor(digits)
+
+
+def phone_book(pairs: int, batch_size: int, seed: int) -> Setting:
+    """Names and their numbers; `recalled` is the part that greedy decoding among the ten digits gives whole."""
+    model, generator = _base_model(), torch.Generator().manual_seed(seed)
+    tokens, digits = draw_phone_book(pairs, seed)
+    with torch.no_grad():
+        # What the lower layers make of them is computed once: they are frozen.
+        inputs = torch.cat(
+            [
+                model.model(some, output_hidden_states=True, use_cache=False).hidden_states[LAYER]
+                for some in tokens.split(EVALUATED_AT_ONCE)
+            ]
+        )
+
+    def losses(model: Any) -> Iterator[Tensor]:
+        for some in shuffled(pairs, batch_size, generator):
+            yield F.cross_entropy(model(inputs[some]).flatten(0, 1), digits[some].flatten())
+
+    @torch.no_grad()
+    def whole(model: Any) -> dict[str, float]:
+        logits = torch.cat([model(some) for some in inputs.split(EVALUATED_AT_ONCE)])
+        # Where each digit is the likeliest after the true ones before it, decoding never leaves the true number.
+        recalled = (logits.argmax(-1) == digits).all(-1).double().mean().item()
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), digits.flatten()).item(), "recalled": recalled}
+
+    ids = torch.tensor([_tokenizer().convert_tokens_to_ids(str(digit)) for digit in range(10)])
+    shown = PhoneBookModel(model, ids)
+    return Setting(shown, r"decoder\.layers\.0\.mlp\.\w+_proj", losses, lambda model: whole(model)["loss"], whole)
+
+
+def language(corpus: str, batch_size: int, seed: int) -> Setting:
+    """SmolLM2 goes on to a corpus; the linear layers of its last six layers are adapted."""
+    generator, tokenizer = torch.Generator().manual_seed(seed), _tokenizer()
+    train, validation, test = (
+        torch.tensor(tokenizer(part.numpy().tobytes().decode(errors="replace"), verbose=False)["input_ids"])
+        for part in load_corpus(corpus)
+    )
+
+    def losses(model: Any) -> Iterator[Tensor]:
+        while True:
+            yield model(sample_batch(train, generator, batch_size, CONTEXT))
+
+    @torch.no_grad()
+    def mean_loss(model: Any, data: Tensor) -> float:
+        held = len(data) // CONTEXT
+        windows = data[: held * CONTEXT].view(held, CONTEXT)[torch.arange(TEST_WINDOWS) * held // TEST_WINDOWS]
+        return torch.stack([model(some) for some in windows.split(16)]).mean().item()
+
+    return Setting(
+        LanguageModel(_base_model()),
+        r"decoder\.layers\.2[4-9]\..*_proj",
+        losses,
+        lambda model: mean_loss(model, validation),
+        lambda model: {"loss": mean_loss(model, test)},
+    )

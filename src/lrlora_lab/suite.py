@@ -1,0 +1,155 @@
+"""What a suite of a comparison is: a model, and tasks with what all methods share on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from lrlora.checks import require_known, require_type
+from lrlora.train.metrics import LESS_IS_BETTER
+from lrlora.train.tasks import KINDS, ChoiceByLikelihood
+
+from .capacity import KINDS as CAPACITY_KINDS
+from .capacity import CapacityTask
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        data: as for `lrlora train --data`.
+        kind: as for `lrlora train --task`.
+        metric: what the table shows: a metric of the kind of which more is better.
+        steps, batch_size: of training.
+        test: split that the final runs are scored on, once.
+        test_data: data whose split `test` they are scored on instead, each on its own, and on average; none: `data`.
+        columns: role → name, where they differ.
+        max_length: tokens.
+        train_examples, validation_examples, test_examples: at most; None: all.
+        head_learning_rate: of a new head; None: that of the adapter.
+        rate_scale: what the rates that every method tries first are multiplied by.
+
+    Raises:
+        ValueError: kind or metric is unknown, or a number out of range.
+
+    """
+
+    data: str
+    kind: str
+    metric: str
+    steps: int
+    batch_size: int = 16
+    test: str = "test"
+    test_data: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+    max_length: int | None = None
+    train_examples: int | None = None
+    validation_examples: int | None = 1_000
+    test_examples: int | None = None
+    head_learning_rate: float | None = None
+    rate_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "test_data", tuple(self.test_data))  # JSON and YAML know lists alone
+        require_type(self, Task, "task")
+        require_known("kind of task", self.kind, KINDS)
+        by_likelihood = ChoiceByLikelihood.metrics if self.kind == ChoiceByLikelihood.name else ()
+        known = [name for name in (*KINDS[self.kind].metrics, *by_likelihood) if name not in LESS_IS_BETTER]
+        require_known(f"metric of {self.kind} of which more is better", self.metric, known)
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
+        if not 0 < self.rate_scale < math.inf:
+            raise ValueError(f"rate_scale must be a number > 0, and is {self.rate_scale}.")
+
+    @property
+    def criterion(self) -> str:
+        """The metric that chooses the learning rate: a loss that holds nothing but the task. Less is better."""
+        return KINDS[self.kind].criterion
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A model and the tasks it is fine-tuned on.
+
+    Args:
+        model: as for `lrlora train --model`.
+        tasks: by name.
+        methods: what is compared unless asked for otherwise; none: the main ones.
+        rank: r, unless asked for otherwise.
+        scale: α/r.
+        adapter: fields of the configuration of every adapter.
+        training: fields of TrainingArguments of every run.
+        protocol: what these settings follow, in words.
+
+    """
+
+    model: str
+    tasks: dict[str, Task | CapacityTask]
+    methods: tuple[str, ...] = ()
+    rank: int = 4
+    scale: float = 1.0
+    adapter: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    protocol: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))
+        require_type(self, Suite, "suite")
+
+    def with_steps(self, steps: int) -> Suite:
+        """The suite with so many steps of training in every task."""
+        return replace(self, tasks={name: replace(task, steps=steps) for name, task in self.tasks.items()})
+
+    @property
+    def training_tasks(self) -> dict[str, Task]:
+        """Those that are trained and scored as `lrlora train` does."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, Task)}
+
+    @property
+    def capacity_tasks(self) -> dict[str, CapacityTask]:
+        """Those on which rank binds."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, CapacityTask)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Suite:
+        """From plain values: `model`, `tasks` with the fields of `Task` by name, and the other fields of a suite.
+
+        Raises:
+            ValueError: a key is unknown or missing, or its tasks do not read it.
+
+        """
+        for name in content:
+            require_known("key of a suite", name, [f.name for f in fields(cls)])
+        if not content.get("model") or not isinstance(content.get("tasks"), Mapping) or not content["tasks"]:
+            raise ValueError(f"A suite has a model, and tasks by name; given: {', '.join(content) or 'nothing'}.")
+        suite = cls(**{**content, "tasks": {str(name): _task(name, task) for name, task in content["tasks"].items()}})
+        if suite.training_tasks and suite.capacity_tasks:
+            raise ValueError(
+                f"The tasks of a suite are reported together, and {', '.join(suite.capacity_tasks)} measure something "
+                f"else than {', '.join(suite.training_tasks)}. Put them into suites of their own."
+            )
+        for name, default in (("scale", 1.0), ("adapter", {}), ("training", {})):
+            if suite.capacity_tasks and (value := getattr(suite, name)) != default:
+                raise ValueError(
+                    f"Tasks on which rank binds ({', '.join(suite.capacity_tasks)}) do not read {name}, and it is "
+                    f"{value!r}: leave it out."
+                )
+        return suite
+
+
+def _task(name: str, content: Any) -> Task | CapacityTask:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"The task {name} must map names to values, and is {content!r}.")
+    if "kind" in content:
+        require_known("kind of task", content["kind"], (*KINDS, *CAPACITY_KINDS))
+    kind: Any = CapacityTask if content.get("kind") in CAPACITY_KINDS else Task
+    for key in content:
+        require_known(f"key of the task {name}", key, [f.name for f in fields(kind)])
+    try:
+        return kind(**content)
+    except TypeError as error:
+        raise ValueError(f"The task {name} is not complete: {error}") from None

@@ -1,0 +1,259 @@
+"""The suites: each with the protocol of its field, whose sources are named."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lrlora.train.commonsense import ALL, COMMONSENSE
+from lrlora.train.names import require_suite
+from lrlora.train.settings import read_yaml
+
+from .capacity import CapacityTask
+from .suite import Suite, Task
+
+# A new classification head wants a far higher rate than an adapter. With one rate for both, a method that only bears
+# high rates looks like a better adapter (docs/phi.md), so the head has its own, the same for all.
+_HEAD: dict[str, Any] = {"head_learning_rate": 16e-3}
+# A language model that goes on predicting tokens wants lower rates than one that gets a new head.
+_CHOICES: dict[str, Any] = {"kind": "multiple-choice", "metric": "accuracy", "rate_scale": 0.25}
+
+
+def _glue(name: str, metric: str, steps: int, test: str = "validation", **columns: str) -> Task:
+    # The labels of GLUE's tests are secret: its validation split is the test here, validation a part of training.
+    kind = "regress" if name == "stsb" else "classify"
+    return Task(f"nyu-mll/glue:{name}", kind, metric, steps, 32, test, (), columns, max_length=128, rate_scale=0.5)
+
+
+def _vision(data: str, test: str = "test", **columns: str) -> Task:
+    return Task(data, "image-classify", "accuracy", 1_600, 64, test, (), columns, train_examples=1_000)
+
+
+def _pictures(data: str) -> Task:
+    return Task(
+        f"embedded:{data}",
+        "image-classify",
+        "accuracy",
+        100,
+        validation_examples=400,
+        test_examples=1_000,
+        head_learning_rate=4e-3,
+    )
+
+
+_PAIR = {"text": "sentence1", "text_pair": "sentence2"}
+_LORA = tuple(f"lora+r={r}" for r in (1, 2, 4, 8, 16))
+_SIZES = ((1, 32), (2, 16), (4, 8))  # r and Q
+_EXPANSION = tuple(f"expansion+r={r}+num_terms={q}" for r, q in _SIZES)
+_PHI = tuple(f"{form}+r={r}" for form in ("paper", "lr-lora") for r in (1, 4))
+# Others' methods, at the one or two ranks that tell.
+_PEERS = ("loha+r=1", "hira+r=1", "hira+r=4", "dora+r=1", "vera+r=256")
+# Nearly the whole sign matrix, and LoRA's parameters in one module alone.
+_CONTROLS = (
+    "expansion+r=1+num_terms=128",
+    "lora+r=2+target_modules=intermediate",
+    "lora+r=2+target_modules=output",
+)
+_PAPER_SCALED = "paper+r=1+lora_alpha=0.25"
+_CAPACITY = {
+    "labels": CapacityTask("labels", 800, 64, methods=(*_LORA, *_EXPANSION, *_PHI, *_PEERS, *_CONTROLS)),
+    "german": CapacityTask(
+        "transfer",
+        500,
+        8,
+        corpus="german",
+        methods=(
+            *_LORA,
+            *_EXPANSION,
+            "expansion+r=8+num_terms=4",
+            *_PHI,
+            "paper+r=4+sharing=global",
+            "hira+r=1",
+        ),
+    ),
+    "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA[:3], *_EXPANSION[:2])),
+    # Four times the steps: is a small loss a large capacity, or only fast?
+    "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _EXPANSION[0])),
+    "picture-labels": CapacityTask(
+        "picture-labels",
+        400,
+        64,
+        texts=512,
+        rates=(2.5e-3, 5e-3, 1e-2),
+        scales=(4.0, 0.25, 1.0, 16.0, 64.0, 256.0),
+        climbs_diagonally=True,
+        methods=(*_LORA, *_EXPANSION[::2], *_PHI[2:]),
+    ),
+    # A pretrained decoder, with the scales that the tasks above have found.
+    "phone-book": CapacityTask(
+        "phone-book", 600, 32, texts=250, scales=(4.0,), methods=(*_LORA[:3], _EXPANSION[0], _PAPER_SCALED)
+    ),
+    "smollm2-german": CapacityTask(
+        "language", 300, 4, corpus="german", scales=(4.0,), methods=(_LORA[0], _LORA[2], _EXPANSION[0], _PAPER_SCALED)
+    ),
+    # What more and more texts ask for.
+    **{
+        f"labels-{texts}": CapacityTask("labels", 800, 64, texts=texts, methods=(_LORA[3], _EXPANSION[2]))
+        for texts in (512, 1_024, 4_096)
+    },
+    # As many bits from more and more classes.
+    **{
+        f"classes-{classes}": CapacityTask(
+            "labels",
+            800,
+            64,
+            texts=round(6_144 / math.log2(classes)),
+            classes=classes,
+            methods=(*_LORA[:3], _EXPANSION[0]),
+        )
+        for classes in (2, 8, 64, 512)
+    },
+}
+SUITES = {
+    "capacity": Suite("embedded:minilm", dict(_CAPACITY)),
+    # Every method through everything, a few steps long.
+    "smoke": Suite(
+        "embedded:minilm",
+        {
+            "r8": Task(
+                "embedded:r8",
+                "classify",
+                "accuracy",
+                steps=4,
+                batch_size=4,
+                max_length=16,
+                train_examples=64,
+                validation_examples=64,
+                test_examples=64,
+                **_HEAD,
+            ),
+        },
+    ),
+    "offline-nlu": Suite(
+        "embedded:minilm",
+        {
+            "movie-reviews": Task("embedded:movie-reviews", "classify", "accuracy", 200, **_HEAD),
+            "ratings": Task("embedded:ratings", "regress", "pearson", 200, **_HEAD),
+            "r8": Task("embedded:r8", "classify", "accuracy", 200, max_length=64, **_HEAD),
+            "20-newsgroups": Task("embedded:20-newsgroups", "classify", "accuracy", 300, max_length=48, **_HEAD),
+            "vitaminc": Task(
+                "embedded:vitaminc",
+                "classify",
+                "accuracy",
+                1_000,
+                max_length=64,
+                train_examples=10_000,
+                test_examples=2_000,
+                **_HEAD,
+            ),
+        },
+    ),
+    # Likelihoods of choices.
+    "offline-commonsense": Suite(
+        "embedded:smollm2",
+        {
+            name: Task(f"embedded:{name}", steps=200, batch_size=8, validation_examples=300, **_CHOICES)
+            for name in ("social-iqa", "goal-step", "strategy-qa", "winowhy")
+        },
+    ),
+    # Digits and animals.
+    "offline-vision": Suite("embedded:vit", {name: _pictures(name) for name in ("digits", "animals")}),
+    # Each trained on alone; on all of them together: the preset llama-3-8b.
+    "commonsense": Suite(
+        "meta-llama/Llama-3.2-1B",
+        {
+            name: Task(f"commonsense:{name}", steps=steps, max_length=256, test_examples=2_000, **_CHOICES)
+            for name, steps in (
+                ("boolq", 600),
+                ("piqa", 1_000),
+                ("social-iqa", 2_000),
+                ("hellaswag", 2_000),
+                ("winogrande", 2_000),
+                ("arc-easy", 300),
+                ("arc-challenge", 200),
+                ("openbookqa", 500),
+            )
+        },
+        protocol="Prompts and scores of lm-evaluation-harness; each set is trained on alone.",
+    ),
+    "glue": Suite(
+        "FacebookAI/roberta-base",
+        {
+            "cola": _glue("cola", "matthews", 6_010, text="sentence"),
+            "mrpc": _glue("mrpc", "accuracy", 3_100, **_PAIR),
+            "qnli": _glue("qnli", "accuracy", 14_730, text="question", text_pair="sentence"),
+            "rte": _glue("rte", "accuracy", 3_500, **_PAIR),
+            "sst2": _glue("sst2", "accuracy", 45_460, text="sentence"),
+            "stsb": _glue("stsb", "pearson", 4_040, **_PAIR),
+            "mnli": _glue("mnli", "accuracy", 77_310, "validation_matched", text="premise", text_pair="hypothesis"),
+            "qqp": _glue("qqp", "accuracy", 51_170, text="question1", text_pair="question2"),
+        },
+        training={"weight_decay": 0.01},
+        protocol="Epochs, batch, weight decay and the range of rates (5e-4 to 4e-3) of AdaLoRA's scripts for "
+        "DeBERTaV3-base (arXiv:2303.10512): 25 epochs of CoLA and STS-B, 30 of MRPC, 5 of QNLI and QQP, 50 of RTE, 24 "
+        "of SST-2, 7 of MNLI, of nine tenths of the training set: 1,000 examples at most of the last tenth choose the "
+        "rate. Texts are cut at 128 tokens. GLUE's validation splits are the test.",
+    ),
+    "vision": Suite(
+        "google/vit-base-patch16-224-in21k",
+        {
+            "cifar100": _vision("uoft-cs/cifar100", image="img", label="fine_label"),
+            "dtd": _vision("tanganke/dtd"),
+            "eurosat": _vision("tanganke/eurosat"),
+            "food101": _vision("ethz/food101", "validation"),
+            "pets": _vision("timm/oxford-iiit-pet"),
+        },
+        methods=("full", "lora", "lr-lora", "dora"),
+        training={"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "weight_decay": 1e-4},
+        protocol="As in VTAB-1k (arXiv:1910.04867), 1,000 examples to train on; 100 epochs in steps of 64, 10 of them "
+        "warm-up, cosine, no augmentation, as comparisons of adapters on it do.",
+    ),
+}
+_CHOICE_SETS = tuple(f"commonsense:{name}" for name in COMMONSENSE)
+# What a suite is run as on GPUs.
+PRESETS = {
+    "roberta-base": replace(
+        SUITES["glue"], methods=("lora", "lr-lora"), rank=8, training={**SUITES["glue"].training, "bf16": True}
+    ),
+    "llama-3-8b": Suite(
+        "meta-llama/Meta-Llama-3-8B",
+        {
+            "commonsense": Task(
+                f"commonsense:{ALL}",
+                "multiple-choice",
+                "accuracy",
+                24_900,
+                test_data=_CHOICE_SETS,
+                max_length=256,
+                rate_scale=0.1,
+            )
+        },
+        methods=("lora", "lr-lora"),
+        rank=32,
+        scale=2.0,
+        adapter={"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]},
+        training={"warmup_steps": 100, "gradient_checkpointing": True},
+        protocol="Targets, r = 32, α = 64, 3 epochs in steps of 16, 256 tokens, 100 steps of warm-up: as in DoRA's "
+        "scripts for Llama 3 8B (arXiv:2402.09353), after LLM-Adapters (arXiv:2304.01933), whose training set has "
+        "23,000 questions of WinoGrande more. Of the 148,000 here a tenth is kept for validation. They score the "
+        "answers that a model writes; here, and in lm-evaluation-harness, the likelihoods of choices are compared.",
+    ),
+    "vit-base": replace(
+        SUITES["vision"], rank=8, training={**SUITES["vision"].training, "bf16": True, "dataloader_num_workers": 4}
+    ),
+}
+
+
+def load_suite(name: str) -> Suite:
+    """A suite of `SUITES` or `PRESETS`, or one of the user's own from a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such suite, or the file does not hold one.
+
+    """
+    require_suite(name)
+    known = {**SUITES, **PRESETS}
+    return known[name] if name in known else Suite.from_dict(read_yaml(Path(name)))

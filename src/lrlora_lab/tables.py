@@ -1,0 +1,252 @@
+"""The tables of a comparison, as pandas frames: tidy results, one row per cell, the tuning, and the learned ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lrlora.naming import layer_index
+
+from .jobs import TUNING_SEED, Comparison, Record
+from .methods import find_method
+from .statistics import columns_differ, gap, holm, paired_difference, share_between_columns
+from .suite import Task
+
+_NESTED = ("validation", "test", "ranks", "versions", "peft_config")  # what does not fit into a column
+
+
+def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
+    """Every finished job in one row, with its metrics in columns."""
+    rows = []
+    for record in records.values():
+        row = {name: value for name, value in record.items() if name not in _NESTED}
+        for split in ("validation", "test"):
+            row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def final_runs(records: Mapping[str, Record]) -> dict[tuple[str, str], list[Record]]:
+    """(task, method) → its runs on test data, by seed; without cells that have none, or of which a run has failed."""
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for record in records.values():
+        if record["seed"] != TUNING_SEED:
+            cells.setdefault((record["task"], record["method"]), []).append(record)
+    return {
+        cell: sorted(runs, key=lambda run: run["seed"])
+        for cell, runs in cells.items()
+        if not any(run.get("failure") for run in runs)
+    }
+
+
+def score(run: Record, task: Task) -> float:
+    """The task's metric on test data, times 100."""
+    return 100 * run["test"][task.metric]
+
+
+def loss(run: Record, task: Task) -> float:
+    """The criterion of learning rates on test data, times 100: finer than a share of right answers."""
+    return 100 * run["test"][task.criterion]
+
+
+def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
+    """One row per task and method: mean and standard deviation over seeds, and the difference to the reference.
+
+    p is of the paired t-test over seeds, and corrected for all comparisons of the table (Holm). Time and memory are
+    relative to the reference, of the medians; time is NaN where the hardware was another.
+    """
+    cells, tasks, reference = final_runs(records), comparison.definition.training_tasks, comparison.reference
+    rows: list[dict[str, Any]] = []
+    for (name, method), runs in cells.items():
+        values = [score(run, tasks[name]) for run in runs]
+        base = cells.get((name, reference), [])
+        rows.append(
+            {
+                "task": name,
+                "method": find_method(method).name,
+                "rate": runs[0]["learning_rate"],
+                "seeds": len(runs),
+                "metric": tasks[name].metric,
+                "mean": fmean(values),
+                "std": stdev(values) if len(values) > 1 else math.nan,
+                **_difference(runs, base if method != reference else [], tasks[name], score),
+                "loss": fmean(loss(run, tasks[name]) for run in runs),
+                "parameters": runs[0]["trainable"],
+                "time": ratio(runs, base, "seconds") if same_hardware(runs, base) else math.nan,
+                "memory": ratio(runs, base, "peak_mib"),
+                "stable rank": _mean_rank(runs, "stable_rank"),
+                "energy-99 rank": _mean_rank(runs, "energy99_rank"),
+            }
+        )
+    return _corrected(pd.DataFrame(rows))
+
+
+def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
+    """What is LR-LoRA but for its φ (fixed, one for all, …) against LR-LoRA: paired differences of metric and loss."""
+    cells, tasks = final_runs(records), comparison.definition.training_tasks
+    rows = []
+    for (name, method), runs in cells.items():
+        base = cells.get((name, "lr-lora"))
+        if base is None or method == "lr-lora" or find_method(method).train != "lr-lora":
+            continue
+        for measure in (score, loss):
+            differences = _difference(runs, base, tasks[name], measure)
+            kind = tasks[name].metric if measure is score else "loss"
+            rows.append({"task": name, "method": find_method(method).name, "of": kind, **differences})
+    return _corrected(pd.DataFrame(rows))
+
+
+def _difference(
+    runs: Sequence[Record], others: Sequence[Record], task: Task, measure: Callable[[Record, Task], float]
+) -> dict[str, float]:
+    """The columns of a difference, paired by seed; NaN where there is nothing to go by."""
+    values, base = ({run["seed"]: measure(run, task) for run in cell} for cell in (runs, others))
+    seeds = [seed for seed in values if seed in base]
+    found = paired_difference([values[seed] for seed in seeds], [base[seed] for seed in seeds])
+    columns = ("difference", "standard error", "from", "to", "p")
+    if found is None:
+        return dict.fromkeys(columns, math.nan)
+    return dict(zip(columns, (found.value, found.standard_error, found.low, found.high, found.p), strict=True))
+
+
+def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
+    if len(frame):
+        known = frame["p"].notna()
+        frame.loc[known, "p"] = holm(frame.loc[known, "p"].tolist())
+    return frame
+
+
+def same_hardware(runs: Sequence[Record], others: Sequence[Record]) -> bool:
+    """Whether times of these may be compared."""
+    return {run.get("hardware") for run in runs} == {run.get("hardware") for run in others}
+
+
+def ratio(runs: Sequence[Record], others: Sequence[Record], name: str) -> float:
+    """Of the medians; NaN where there is nothing to compare with."""
+    if not others:
+        return math.nan
+    return float(np.median([run[name] for run in runs]) / np.median([run[name] for run in others]))
+
+
+def _mean_rank(runs: Sequence[Record], measure: str) -> float:
+    values = [row[measure] for run in runs for row in run["ranks"] or []]
+    return fmean(values) if values else math.nan
+
+
+def wins(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
+    """By method: on how many of its tasks it has the best mean of all, and one above the reference's.
+
+    Of `results`, tasks count that the reference and another method have with all their seeds.
+    """
+    whole = frame[frame["seeds"] == comparison.seeds]
+    reference = find_method(comparison.reference).name
+    compared = whole.groupby("task")["method"].transform(lambda methods: len(methods) > 1 and reference in set(methods))
+    whole = whole[compared.astype(bool)]
+    # Equal ones may differ in their last bits.
+    means, differences = whole["mean"].round(6), whole["difference"].round(6)
+    best = means == means.groupby(whole["task"]).transform("max")
+    marked = whole.assign(best=best, above=differences > 0)
+    columns = {
+        "tasks": ("task", "size"),
+        "best on": ("best", "sum"),
+        "above reference on": ("above", "sum"),
+        "mean difference": ("difference", "mean"),
+    }
+    return marked.groupby("method", sort=False).agg(**columns).reset_index()
+
+
+def tuning(records: Mapping[str, Record]) -> pd.DataFrame:
+    """The validation criterion by learning rate, on the tuning seed: how much a method hangs on its rate.
+
+    It is infinite where the run failed, and NaN where there is none.
+    """
+    rows = [
+        {
+            "task": record["task"],
+            "method": find_method(record["method"]).name,
+            "rate": record["learning_rate"],
+            "loss": record.get("criterion", math.inf),
+        }
+        for record in records.values()
+        if record["seed"] == TUNING_SEED
+    ]
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows).pivot_table(index=["task", "method"], columns="rate", values="loss", sort=False)
+    return table.sort_index(axis=1).reset_index()
+
+
+def stable_ranks(runs: Sequence[Record]) -> pd.DataFrame:
+    """(seeds, modules) of the modules that all runs have: EVA takes its adapter off those whose rank went elsewhere."""
+    by_seed = [{row["module"]: row["stable_rank"] for row in run["ranks"] or ()} for run in runs]
+    return pd.DataFrame(by_seed).dropna(axis="columns")
+
+
+def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
+    """Do stable ranks, in the logarithm, differ between modules, layers, types, and attention and MLP?
+
+    One row per task and method. A cell with an interval is an `Interval`.
+    """
+    rows = []
+    for (task, method), runs in final_runs(records).items():
+        stable = stable_ranks(runs)
+        if len(runs) < 2 or stable.empty or (stable <= 0).to_numpy().any() or np.ptp(stable.to_numpy()) < 1e-6:
+            continue
+        by_seed = stable.apply(np.log)
+        kinds = by_seed.columns.map({row["module"]: row["kind"] for row in runs[0]["ranks"]})
+        attention, mlp = (by_seed.mean()[kinds == kind].to_numpy() for kind in ("attention", "mlp"))
+        if min(len(attention), len(mlp)) < 2:
+            continue
+        difference, d = gap(attention, mlp)
+        places = [(*place, value) for place, value in _by_place(by_seed.mean(), runs[0]).items()]
+        grid = pd.DataFrame(places, columns=["type", "layer", "rank"]).dropna()
+        grid = grid.pivot(index="type", columns="layer", values="rank").dropna()  # the types that all layers have
+        rows.append(
+            {
+                "task": task,
+                "method": find_method(method).name,
+                "seeds": len(runs),
+                **_shares("modules", by_seed.to_numpy()),
+                **_shares("layers", grid.to_numpy()),
+                **_shares("types", grid.to_numpy().T),
+                "attention − MLP": difference,
+                "Cohen's d": d,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _shares(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
+    """Two columns: do the columns of `values` differ, and what part of the variance lies between them."""
+    known = min(values.shape) > 1
+    return {
+        f"{name} differ: p": columns_differ(values) if known else math.nan,
+        f"share of {name}": share_between_columns(values) if known else math.nan,
+    }
+
+
+def _by_place(ranks: pd.Series, run: Record) -> dict[tuple[str, int | None], float]:
+    """(type of module, layer) → mean of the ranks of its modules, which are several where a layer has experts."""
+    cells: dict[tuple[str, int | None], list[float]] = {}
+    for row in run["ranks"] or ():
+        if row["module"] in ranks:
+            cells.setdefault((row["type"], layer_index(row["module"])), []).append(ranks[row["module"]])
+    return {place: fmean(several) for place, several in cells.items()}
+
+
+def ranks_by_layer(
+    comparison: Comparison, records: Mapping[str, Record]
+) -> dict[tuple[str, str], dict[tuple[str, int | None], float]]:
+    """(task, method) → (type, layer) → stable rank, mean over seeds; of LR-LoRA, its variants and the reference."""
+    maps = {
+        (task, method): _by_place(stable_ranks(runs).mean(), runs[0])
+        for (task, method), runs in final_runs(records).items()
+        if method == comparison.reference or find_method(method).train == "lr-lora"
+    }
+    return {cell: places for cell, places in maps.items() if places}

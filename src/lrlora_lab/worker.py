@@ -1,0 +1,213 @@
+"""Runs the jobs of a comparison, each in a process of its own: python -m lrlora_lab.worker SUITE."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+
+from lrlora.checks import require_known
+from lrlora.ranks import RankReport
+from lrlora.run_folder import RUN_FILE, read_record
+from lrlora.train.inference import evaluate
+from lrlora.train.run import Interrupted, TrainResult, rank_report_of, train
+from lrlora.train.settings import TrainConfig
+
+from .capacity import CapacityTask, train_capacity
+from .jobs import FAILED, TUNING_SEED, train_config
+from .methods import find_method
+from .suite import Suite, Task
+
+
+def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train, validate, and, unless the job only tunes, test.
+
+    Args:
+        suite: of the comparison.
+        request: the fields of `Job`, and `rank`.
+        folder: of the run, which goes on with what a process that was stopped left there.
+
+    Returns:
+        The request with what came out: `seconds` of a training step (on a CPU, processor time) on what `hardware`,
+        `peak_mib` of the process, `trainable` parameters, sizes and versions, `validation` and `test` metrics (None for
+        a tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
+
+    Raises:
+        ValueError: the job cannot work, or training diverged.
+
+    """
+    method, task = find_method(request["method"]), suite.tasks[request["task"]]
+    if isinstance(task, CapacityTask):
+        options = method.adapter(request["rank"], request["scale"])
+        found = train_capacity(task, method, options, learning_rate=request["learning_rate"], seed=request["seed"])
+        if request["seed"] == TUNING_SEED:
+            found["test"] = None
+        measured = {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": _ranks(found.pop("ranks"))}
+        return {**request, **found, **measured}
+    config = train_config(
+        suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
+    )
+    result = _trained(config)
+    record = {
+        **request,
+        "seconds": result.seconds_per_step,
+        "hardware": _hardware(),
+        "peak_mib": _peak_mib(),
+        "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
+        **_sizes(folder, result.model),
+        "validation": result.metrics,
+        "criterion": result.metrics[task.criterion],
+        "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
+        "test": None,
+        **_course(result),
+    }
+    del result  # for the test the model is loaded anew, and one GPU may not hold two
+    gc.collect()
+    torch.cuda.empty_cache()
+    if request["seed"] != TUNING_SEED:
+        record["test"] = _scores(folder, task)
+        require_known(f"metric of {suite.model} on {request['task']}", task.metric, record["test"])
+        if wrong := [name for name, value in record["test"].items() if not math.isfinite(value)]:
+            raise ValueError(f"Training has diverged: {' and '.join(wrong)} of the test is not finite.")
+    return record
+
+
+def _trained(config: TrainConfig) -> TrainResult:
+    """Train; if a process that was stopped has begun the run, go on with it where that is possible."""
+    folder = Path(config.output)
+    if (folder / RUN_FILE).exists():
+        try:
+            return train(config, resume=True)
+        except (ValueError, OSError) as error:
+            print(f"The run begins anew: {error}")
+    if folder.exists():
+        shutil.rmtree(folder)
+    return train(config)
+
+
+def _scores(folder: Path, task: Task) -> dict[str, float]:
+    """The metrics of a run on its test data; of several sets their means, and each one's own."""
+    if not task.test_data:
+        return evaluate(folder, task.data, split=task.test, limit=task.test_examples)
+    by_set = {name: evaluate(folder, name, split="test", limit=task.test_examples) for name in task.test_data}
+    names = next(iter(by_set.values()))
+    means = {metric: fmean(found[metric] for found in by_set.values()) for metric in names}
+    return means | {f"{metric} of {name}": value for name, found in by_set.items() for metric, value in found.items()}
+
+
+def _course(result: TrainResult) -> dict[str, Any]:
+    """The mean loss of the training steps, and the tokens that they saw; None of what is not text."""
+    last = next(entry for entry in reversed(result.log_history) if "train_loss" in entry)
+    return {"train_loss": last["train_loss"], "train_tokens": last.get("num_input_tokens_seen")}
+
+
+def _sizes(folder: Path, model: Any) -> dict[str, Any]:
+    """What others' tables of methods hold beside the metrics."""
+    saved = [path for path in folder.glob("*.safetensors") if path.is_file()]
+    weights = next(model.parameters())
+    adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
+    return {
+        "peft_config": json.loads(json.dumps(adapter, default=_plain)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(weights.dtype).removeprefix("torch."),
+        "file_size": sum(path.stat().st_size for path in saved),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "versions": read_record(folder).versions,
+        "on_gpu": torch.cuda.is_available(),
+        "reserved_mib": torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_available() else None,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """What JSON holds in the place of a value that it cannot."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _peak_mib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    scale = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
+    if report is None:
+        return None
+    names = ("module", "type", "kind", "r", "stable_rank", "energy90_rank", "energy99_rank")
+    return [{name: getattr(row, name) for name in names} for row in report.rows]
+
+
+def _end_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
+def _work(suite: Suite, request: dict[str, Any], folder: str, result: str, log: str) -> int:
+    """Run a job in this process; returns its exit status. What can never work is `FAILED`, and says why."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(written, stream.fileno())
+    try:
+        found = run_job(suite, request, Path(folder))
+    except ValueError as error:
+        print(" ".join(str(error).split()))
+        return FAILED
+    except (Interrupted, KeyboardInterrupt):
+        print("Interrupted.")
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def main() -> None:
+    """Run jobs as they are asked for, a line of JSON each; answer with their exit status. Every one is a fork."""
+    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the job
+    suite = Suite.from_dict(json.loads(sys.argv[1]))
+    while order := sys.stdin.readline():
+        if torch.cuda.is_available():
+            # A forked process could not use the GPU: this one does the job itself, and ends.
+            answer = os.dup(sys.stdout.fileno())
+            status = _work(suite, **json.loads(order))
+            os.write(answer, f"{status}\n".encode())
+            return
+        child = os.fork()
+        if child == 0:
+            status = _work(suite, **json.loads(order))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

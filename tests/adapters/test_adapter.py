@@ -1,0 +1,290 @@
+"""A saved export, as PEFT without lrlora, and a server, would read it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from lrlora import LrLoraConfig, files
+from lrlora.adapters import factorize, lora_config, output_difference, save_as_lora
+from lrlora.adapters.factorize import parameters_of_rank
+from lrlora.tuner import LrLoraLayer
+
+from ..conftest import TinyModel
+from ..processes import Process
+from ..train.small import tokenizer
+
+Train = Callable[..., tuple[Path, Any]]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("pad", [False, True])
+def test_loads_with_peft_and_answers_the_same(train: Train, family: str, pad: bool, tmp_path: Path) -> None:
+    adapter, model = train(family)
+    save_as_lora(factorize(model, energy=1.0), adapter, tmp_path / "lora", pad=pad)
+    tiny = TinyModel(family)
+    base = type(tiny.build()).from_pretrained(tmp_path / "base")
+    expected = tiny.logits(model)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
+    torch.testing.assert_close(tiny.logits(loaded), expected, rtol=1e-4, atol=1e-5)
+    assert output_difference(adapter, tmp_path / "lora").relative < 1e-3
+    torch.testing.assert_close(tiny.logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_needs_no_lrlora(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    save_as_lora(factorize(model, energy=0.9), adapter, tmp_path / "lora")
+    script = (
+        "import sys; from peft import AutoPeftModelForCausalLM;"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / 'lora')!r});"
+        "assert 'lrlora' not in sys.modules; print(model.peft_config['default'].peft_type.value)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == "LORA", run.stderr
+
+
+def test_loads_through_transformers_itself(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    save_as_lora(factorize(model, energy=1.0), adapter, tmp_path / "lora")
+    tiny = TinyModel("llama")
+    base = type(tiny.build()).from_pretrained(tmp_path / "base")
+    base.load_adapter(str(tmp_path / "lora"))
+    torch.testing.assert_close(tiny.logits(base), tiny.logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_scaling_is_one_however_a_server_reads_it(train: Train, pad: bool, tmp_path: Path) -> None:
+    """PEFT takes α/r by module, vLLM of the configuration alone, llama.cpp α by each matrix's own rank."""
+    adapter, model = train("llama")
+    save_as_lora(factorize(model, energy=0.95), adapter, tmp_path / "lora", pad=pad)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    ranks = {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(weight)
+        for key, weight in load_file(tmp_path / "lora" / "adapter_model.safetensors").items()
+        if key.endswith("lora_A.weight")
+    }
+    assert len(set(ranks.values())) == 1 if pad else len(set(ranks.values())) > 1
+    assert config["lora_alpha"] == config["r"] == max(ranks.values())
+    for module, rank in ranks.items():
+        assert config["rank_pattern"].get(module, config["r"]) == rank
+        assert config["alpha_pattern"].get(module, config["lora_alpha"]) == rank
+
+
+def test_what_else_was_trained_comes_along(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("bert", modules_to_save=["classifier"], target_modules=["query", "value"], bias="lora_only")
+    save_as_lora(factorize(model, energy=1.0), adapter, tmp_path / "lora")
+    tiny = TinyModel("bert")
+    base = type(tiny.build()).from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        base.classifier.weight.zero_()
+        base.bert.encoder.layer[0].attention.self.query.bias.fill_(9.0)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_dtype_of_the_factors(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    for dtype in (torch.float32, torch.bfloat16):
+        save_as_lora(factorize(model, energy=1.0), adapter, tmp_path / str(dtype), dtype=dtype)
+    sizes = [(tmp_path / str(d) / "adapter_model.safetensors").stat().st_size for d in (torch.float32, torch.bfloat16)]
+    assert sizes[1] < 0.7 * sizes[0]
+    assert output_difference(adapter, tmp_path / "torch.bfloat16").relative < 0.02
+
+
+def test_modules_left_out_stay_the_base_model_s(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    factors = factorize(model, budget=parameters_of_rank(model, 1) // 2)
+    left_out = {part.module for part in factors if not part.rank}
+    assert left_out
+    save_as_lora(factors, adapter, tmp_path / "lora")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
+    adapted = {path.removeprefix("base_model.model.") for path, m in loaded.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == {part.module for part in factors} - left_out
+
+
+@pytest.mark.refused
+def test_never_overwrites(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    factors = factorize(model, energy=0.9)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        save_as_lora(factors, adapter, adapter)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file"):
+        save_as_lora(factors, adapter, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    save_as_lora(factors, adapter, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_of_a_failed_export(
+    train: Train, tmp_path: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, model = train("llama")
+    factors = factorize(model, energy=0.9)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(peft.LoraConfig, "save_pretrained", fail)
+    with pytest.raises(type(failure)):
+        save_as_lora(factors, adapter, tmp_path / "out" / "lora")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_export_leaves_nothing_under_the_final_name(train: Train, tmp_path: Path) -> None:
+    adapter, _ = train("llama")
+    script = (
+        "import os, signal, peft\n"
+        "from lrlora.adapters import factorize, save_as_lora\n"
+        "from lrlora.adapters import read_updates\n"
+        "peft.LoraConfig.save_pretrained = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"save_as_lora(factorize(read_updates({str(adapter)!r}), energy=0.9), {str(adapter)!r}, 'lora')\n"
+    )
+    environment = {**os.environ, "LRLORA_KERNELS": "0"}
+    process = Process(script, cwd=tmp_path, env=environment)
+    said = process.communicate()
+    assert process.returncode == -9, said
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.refused
+def test_a_base_model_that_is_missing_or_of_another_shape(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    save_as_lora(factorize(model, energy=0.9), adapter, tmp_path / "lora")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"base model .* could not be loaded"):
+        output_difference(adapter, tmp_path / "lora")
+    TinyModel("bert").build().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="does not fit its base model"):
+        output_difference(adapter, tmp_path / "lora")
+
+
+def test_the_temporary_folder_is_on_the_same_disk(tmp_path: Path) -> None:
+    with files.replacing_folder(tmp_path / "a" / "b") as partial:
+        assert partial.parent == tmp_path / "a"
+        (partial / "file").write_text("x")
+        assert not (tmp_path / "a" / "b").exists()
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "file"]
+
+
+def test_a_trained_bias_of_a_module_that_is_left_out_stays(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("bert", target_modules=["query", "value"], bias="lora_only")
+    factors = [
+        dataclasses.replace(part, A=part.A[:0], B=part.B[:, :0]) if part.module.endswith("query") else part
+        for part in factorize(model, energy=1.0)
+    ]
+    save_as_lora(factors, adapter, tmp_path / "lora")
+    base = type(TinyModel("bert").build()).from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
+    path = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    torch.testing.assert_close(loaded.get_submodule(path).bias, model.get_submodule(path).base_layer.bias)
+
+
+def test_ranks_of_modules_of_which_one_ends_as_another(tmp_path: Path) -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.inner = torch.nn.Linear(12, 12), torch.nn.ModuleDict({"fc": torch.nn.Linear(12, 12)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.inner["fc"](x))
+
+    torch.manual_seed(0)
+    base = Own()
+    model = peft.get_peft_model(copy.deepcopy(base), LrLoraConfig(r=4, target_modules=["fc"], form="sine"))
+    with torch.no_grad():
+        for module in (model.base_model.model.fc, model.base_model.model.inner.fc):
+            module.lrlora_B["default"].weight.normal_(0, 0.01)
+    model.save_pretrained(tmp_path / "adapter")
+    outer, inner = factorize(model, max_rank=4)
+    outer = dataclasses.replace(outer, A=outer.A[:2], B=outer.B[:, :2])
+    save_as_lora([outer, inner], tmp_path / "adapter", tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "lora").base_model.model
+    for module, part in ((loaded.fc, outer), (loaded.inner.fc, inner)):
+        torch.testing.assert_close(module.get_delta_weight("default"), part.B @ part.A)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "choice"])
+def test_outputs_of_heads_that_want_inputs_of_their_own(kind: str, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}
+    base: Any
+    if kind == "gpt2":  # has no padding token
+        base = transformers.GPT2ForSequenceClassification(
+            transformers.GPT2Config(**common, n_embd=32, n_layer=1, n_head=2, num_labels=3)
+        )
+    elif kind == "t5":  # looks at the end of the sequence
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "pad_token_id": 0}
+        config = transformers.T5Config(**{**common, "eos_token_id": 1}, **sizes, decoder_start_token_id=0, num_labels=3)
+        base = transformers.T5ForSequenceClassification(config)
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        base = transformers.BertForMultipleChoice(transformers.BertConfig(vocab_size=100, pad_token_id=0, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    if kind == "gpt2":
+        tokenizer().save_pretrained(tmp_path / "base")
+    task = {} if kind == "choice" else {"task_type": "SEQ_CLS"}
+    model = peft.get_peft_model(base, LrLoraConfig(r=2, target_modules="all-linear", **task))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lrlora_B" in name:
+                parameter.normal_(0, 0.01)
+    model.save_pretrained(tmp_path / "adapter")
+    save_as_lora(factorize(model, energy=1.0), tmp_path / "adapter", tmp_path / "lora")
+    assert output_difference(tmp_path / "adapter", tmp_path / "lora").relative < 1e-3
+
+
+def test_the_folder_may_be_the_current_one_or_behind_a_link(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, model = train("llama")
+    factors = factorize(model, max_rank=1)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "behind").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "behind")
+    save_as_lora(factors, adapter, tmp_path / "link")
+    assert (tmp_path / "behind" / "adapter_config.json").exists()
+    monkeypatch.chdir(tmp_path / "here")
+    save_as_lora(factors, adapter, ".")
+    assert (tmp_path / "here" / "adapter_config.json").exists()
+
+
+def test_no_space_for_the_tokenizer_is_no_success(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, model = train("llama")
+    tokenizer().save_pretrained(adapter)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_as_lora(factorize(model, max_rank=1), adapter, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_the_configuration_alone_keeps_what_each_module_was_trained_with(train: Train) -> None:
+    options = {"alpha_pattern": {"q_proj": 32}, "rank_pattern": {"v_proj": 4}, "lora_dropout": 0.1}
+    with pytest.warns(UserWarning, match="lora_dropout"):
+        _, model = train("llama", lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"], **options)
+    config = lora_config(factorize(model, max_rank=2), model.peft_config["default"], keep_scaling=True)
+    assert config.lora_dropout == 0.1
+    plain = get_peft_model(TinyModel("llama").build(), config)
+    for path, layer in model.named_modules():
+        if isinstance(layer, LrLoraLayer):
+            assert plain.get_submodule(path).scaling == layer.scaling  # 16, 1 and 2

@@ -1,0 +1,188 @@
+"""Merged models, as `from_pretrained` reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from safetensors import safe_open
+
+from lrlora import LrLoraConfig
+from lrlora.adapters import merge_adapter
+
+from ..conftest import TinyModel
+from ..train.small import tokenizer
+
+Train = Callable[..., tuple[Path, Any]]
+CLASSES = {
+    "bert": transformers.AutoModelForSequenceClassification,
+    "gpt2": transformers.AutoModelForCausalLM,
+    "llama": transformers.AutoModelForCausalLM,
+    "t5": transformers.AutoModelForSeq2SeqLM,
+    "mixtral": transformers.AutoModelForCausalLM,
+    "vit": transformers.AutoModelForImageClassification,
+}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_merged_model_answers_as_the_adapter_does(train: Train, family: str, tmp_path: Path) -> None:
+    adapter, model = train(family)
+    merge_adapter(adapter, tmp_path / "merged")
+    tiny = TinyModel(family)
+    merged = CLASSES[family].from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(tiny.logits(merged), tiny.logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_head_and_its_classes_come_along(train: Train, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    adapter, model = train("bert", modules_to_save=["classifier"], target_modules=["query"])
+    merge_adapter(adapter, tmp_path / "merged")
+    merged = CLASSES["bert"].from_pretrained(tmp_path / "merged")
+    tiny = TinyModel("bert")
+    torch.testing.assert_close(tiny.logits(merged), tiny.logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_dtype_is_that_of_the_base_model_unless_another_is_asked_for(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    tiny = TinyModel("llama")
+    expected = tiny.logits(model)
+    tiny.build().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    merge_adapter(adapter, tmp_path / "kept")
+    merge_adapter(adapter, tmp_path / "asked", dtype=torch.float32)
+    for folder, dtype, tolerance in (("kept", torch.bfloat16, 2e-2), ("asked", torch.float32, 2e-2)):
+        merged = CLASSES["llama"].from_pretrained(tmp_path / folder, dtype="auto")
+        assert merged.dtype == dtype
+        assert (tiny.logits(merged).float() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_says_nothing_unless_a_bar_is_asked_for(
+    train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter, _ = train("llama")
+    for bar in (False, True):
+        capfd.readouterr()
+        merge_adapter(adapter, tmp_path / f"merged-{bar}", **({"progressbar": True} if bar else {}))
+        assert ("Unloading" in capfd.readouterr().err) == bar
+
+
+def test_is_sharded(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    merge_adapter(adapter, tmp_path / "merged", max_shard_size="20KB")
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
+    merged = CLASSES["llama"].from_pretrained(tmp_path / "merged")
+    tiny = TinyModel("llama")
+    torch.testing.assert_close(tiny.logits(merged), tiny.logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_generation_config_comes_along(train: Train, tmp_path: Path) -> None:
+    adapter, _ = train("llama")
+    transformers.GenerationConfig(max_new_tokens=7, eos_token_id=2).save_pretrained(tmp_path / "base")
+    merge_adapter(adapter, tmp_path / "merged")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "merged").max_new_tokens == 7
+
+
+def test_nothing_of_the_adapter_is_left_in_the_weights(train: Train, tmp_path: Path) -> None:
+    adapter, _ = train("llama")
+    merge_adapter(adapter, tmp_path / "merged")
+    with (
+        safe_open(tmp_path / "base" / "model.safetensors", "pt") as base,
+        safe_open(tmp_path / "merged" / "model.safetensors", "pt") as merged,
+    ):
+        assert set(base.keys()) == set(merged.keys())
+
+
+@pytest.mark.refused
+def test_refuses_before_anything_is_written(train: Train, tmp_path: Path) -> None:
+    adapter, _ = train("llama")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        merge_adapter(adapter, tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="base model"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_model_that_is_stored_quantised(tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "full")
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4"
+    )
+    load = transformers.LlamaForCausalLM.from_pretrained
+    load(tmp_path / "full", quantization_config=quantization, device_map="cpu").save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base", device_map="cpu")
+    model = get_peft_model(base, LrLoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lrlora_B" in name:
+                parameter.normal_(0, 0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad(), model.disable_adapter():
+        before = model(input_ids=tokens).logits.float()
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits.float()
+    with pytest.raises(ValueError, match=r"stored quantised.*--dequantize"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", dequantize=True, dtype=torch.float32)
+    merged = load(tmp_path / "merged")
+    assert getattr(merged.config, "quantization_config", None) is None
+    with torch.no_grad():
+        actual = merged(input_ids=tokens).logits
+    assert (actual - expected).norm() <= 0.1 * (expected - before).norm()
+
+
+@pytest.mark.parametrize("architecture", ["distilbert", "bart"])
+def test_the_number_of_classes_is_that_of_the_head(architecture: str, tmp_path: Path) -> None:
+    base: Any
+    if architecture == "distilbert":  # whose head has two layers
+        config: Any = transformers.DistilBertConfig(vocab_size=100, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+        base, saved = transformers.DistilBertModel(config), ["pre_classifier", "classifier"]
+        base.save_pretrained(tmp_path / "base")
+        base = transformers.DistilBertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    else:  # whose head is not saved with the adapter: the base model has it
+        sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 64}
+        both = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sizes.items()}
+        config = transformers.BartConfig(
+            vocab_size=100, d_model=32, **both, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        )
+        base, saved = transformers.BartForSequenceClassification(config), None
+        base.save_pretrained(tmp_path / "base")
+        base = transformers.BartForSequenceClassification.from_pretrained(tmp_path / "base")
+    options: Any = {"modules_to_save": saved} if saved else {}
+    targets = ["q_lin" if architecture == "distilbert" else "q_proj"]
+    model = get_peft_model(base, LrLoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS", **options))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 3
+
+
+def test_a_merged_decoder_classifies_batches(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    transformers.GPT2Model(config).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    base = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LrLoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.pad_token_id == 0
+    assert merged(input_ids=torch.tensor([[5, 6, 0], [5, 6, 7]])).logits.shape == (2, 2)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")) == len(tokenizer())
+
+
+def test_no_tokenizer_is_made_up(train: Train, tmp_path: Path) -> None:
+    adapter, _ = train("gpt2")
+    with pytest.warns(UserWarning, match="has a tokenizer"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not list((tmp_path / "merged").glob("*token*"))

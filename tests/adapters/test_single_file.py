@@ -1,0 +1,238 @@
+"""LoRAs in single files: read as their libraries read them, compressed in the keys they came in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from lrlora import rank_report
+from lrlora.adapters import factorize, read_updates, save_single_file
+from lrlora.cli import app
+from lrlora.naming import layer_index, module_kind, module_type
+
+from .small_diffusion import outputs, pipeline, save_as_kohya, with_lora
+from .test_peft_methods import METHODS, merged_differences, save_trained
+
+
+def save(pipe: Any, path: Path, style: str) -> None:
+    if style == "kohya":
+        save_as_kohya(pipe, path, alpha=2.0)
+    else:
+        config = {"unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict()}
+        state = {key: value.contiguous() for key, value in get_peft_model_state_dict(pipe.unet).items()}
+        type(pipe).save_lora_weights(path.parent, state, weight_name=path.name, **config)
+
+
+def effect_lost(file: Path, expected: torch.Tensor) -> float:
+    """‖h − h′‖ / ‖h − h₀‖ of the file, loaded by diffusers."""
+    pipe = pipeline()
+    base = outputs(pipe)
+    pipe.load_lora_weights(str(file))
+    return ((outputs(pipe) - expected).norm() / (expected - base).norm()).item()
+
+
+@pytest.mark.parametrize("style", ["kohya", "diffusers"])
+def test_a_lora_of_diffusers(style: str, tmp_path: Path) -> None:
+    pipe = with_lora()
+    expected = outputs(pipe)
+    save(pipe, tmp_path / "lora.safetensors", style)
+    updates = read_updates(tmp_path / "lora.safetensors")
+    layers = {name: layer for name, layer in pipe.unet.named_modules() if hasattr(layer, "get_delta_weight")}
+    prefix = "lora_unet_" if style == "kohya" else "unet."
+    named = {prefix + name.replace(".", "_" if style == "kohya" else "."): layer for name, layer in layers.items()}
+    assert {update.module for update in updates} == set(named)
+    for row in rank_report(updates).rows:
+        energies = torch.linalg.svdvals(named[row.module].get_delta_weight("default").flatten(1).double()).square()
+        assert row.stable_rank == pytest.approx((energies.sum() / energies[0]).item(), rel=1e-6)
+    lost = []
+    for energy in (0.5, 0.9, 1.0):
+        file = tmp_path / f"{energy}.safetensors"
+        save_single_file(factorize(updates, energy=energy), updates, file)
+        lost.append(effect_lost(file, expected))
+    assert lost[0] > lost[1] > 0.05
+    assert lost[2] < 1e-5
+    assert load_file(file).keys() == load_file(tmp_path / "lora.safetensors").keys()
+    with pytest.raises(ValueError, match=r"The folder .*no for small\.safetensors does not exist"):
+        save_single_file(factorize(updates, energy=0.5), updates, tmp_path / "no" / "small.safetensors")
+
+
+@pytest.mark.parametrize("style", ["kohya", "diffusers"])
+@pytest.mark.parametrize("pad", [False, True])
+def test_diffusers_scales_modules_of_different_ranks_right(style: str, pad: bool, tmp_path: Path) -> None:
+    save(with_lora(), tmp_path / "lora.safetensors", style)
+    updates = read_updates(tmp_path / "lora.safetensors")
+    factors = factorize(updates, energy=0.8)
+    assert len({part.rank for part in factors}) > 1
+    save_single_file(factors, updates, tmp_path / "small.safetensors", pad=pad)
+    pipe = pipeline()
+    pipe.load_lora_weights(str(tmp_path / "small.safetensors"))
+    layers = {name.replace(".", "_"): layer for name, layer in pipe.unet.named_modules() if hasattr(layer, "lora_A")}
+    for part in factors:
+        (layer,) = (layer for name, layer in layers.items() if part.module.replace(".", "_").endswith(name))
+        (adapter,) = layer.lora_A
+        torch.testing.assert_close(layer.get_delta_weight(adapter).flatten(1), part.B @ part.A, rtol=1e-4, atol=1e-6)
+
+
+def test_what_kohya_notes_in_a_file_stays_true(tmp_path: Path) -> None:
+    save_as_kohya(with_lora(), tmp_path / "lora.safetensors", alpha=2.0)
+    updates = read_updates(tmp_path / "lora.safetensors")
+    for pad, dim in ((False, "Dynamic"), (True, "3")):
+        save_single_file(factorize(updates, energy=0.8, max_rank=3), updates, tmp_path / f"{pad}.safetensors", pad=pad)
+        with safe_open(tmp_path / f"{pad}.safetensors", framework="pt") as file:
+            assert file.metadata() == {"ss_network_dim": dim, "ss_network_alpha": "1.0"}
+            assert {file.get_tensor(key).item() for key in list(file.keys()) if key.endswith(".alpha")} == {1.0}
+
+
+def test_dora_keeps_its_magnitudes(tmp_path: Path) -> None:
+    pipe = with_lora(use_dora=True)
+    expected = outputs(pipe)
+    save(pipe, tmp_path / "lora.safetensors", "diffusers")
+    updates = read_updates(tmp_path / "lora.safetensors")
+    assert updates.method == "DoRA"
+    assert "magnitude of each output" in updates.notes[0]
+    save_single_file(factorize(updates, energy=1.0), updates, tmp_path / "small.safetensors")
+    assert effect_lost(tmp_path / "small.safetensors", expected) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["LoHa", "LoHa, wide", "LoKr", "LoKr, both sides"])
+def test_loha_and_lokr_become_lora(method: str, tmp_path: Path) -> None:
+    """The tensors that PEFT writes for them are LyCORIS's."""
+    adapter = save_trained(tmp_path, METHODS[method])
+    alpha, tensors = 8.0, {}
+    for key, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        module, _, part = key.removeprefix("base_model.model.").rpartition(".")
+        tensors[f"lora_te_{module.replace('.', '_')}.{part}"] = tensor
+        tensors[f"lora_te_{module.replace('.', '_')}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "file.safetensors")
+    updates = read_updates(tmp_path / "file.safetensors", base=tmp_path / "base")
+    expected = merged_differences(tmp_path)
+    assert updates.method == method.partition(",")[0]
+    for update in updates:
+        module = next(name for name in expected if name.replace(".", "_") == update.module.removeprefix("lora_te_"))
+        torch.testing.assert_close(update.matrix().double(), expected[module], rtol=1e-4, atol=1e-7)
+        assert update.weight_norm() is not None
+    save_single_file(factorize(updates, energy=1.0), updates, tmp_path / "lora.safetensors")
+    again = read_updates(tmp_path / "lora.safetensors")
+    assert again.method == "LoRA"
+    for update, first in zip(again, updates, strict=True):
+        torch.testing.assert_close(update.matrix(), first.matrix().float(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_locon_with_a_core_and_a_difference_saved_whole(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, mid, up = (torch.randn(*shape, generator=generator) for shape in ((3, 5, 1, 1), (3, 3, 2, 2), (7, 3, 1, 1)))
+    tensors = {
+        "a.lora_down.weight": down,
+        "a.lora_mid.weight": mid,
+        "a.lora_up.weight": up,
+        "a.alpha": torch.tensor(6.0),
+    }
+    tensors |= {
+        "b.diff": torch.randn(4, 3, 3, 3, generator=generator),
+        "b.diff_b": torch.ones(4),
+        "c.diff": torch.ones(5),
+    }
+    save_file(tensors, tmp_path / "file.safetensors")
+    updates = read_updates(tmp_path / "file.safetensors")
+    core, whole = updates
+    x = torch.randn(1, 5, 4, 4, generator=generator)
+    y = torch.nn.functional.conv2d(torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), mid), up) * 2
+    torch.testing.assert_close(torch.nn.functional.conv2d(x, core.matrix().view(7, 5, 2, 2)), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.matrix(), tensors["b.diff"].flatten(1))
+    save_single_file(factorize(updates, energy=1.0), updates, tmp_path / "out.safetensors")
+    out = load_file(tmp_path / "out.safetensors")
+    assert out["a.lora_down.weight"].shape == (3, 5, 2, 2)
+    assert out["b.lora_down.weight"].shape == (4, 3, 3, 3)
+    assert torch.equal(out["b.diff_b"], torch.ones(4))
+    assert torch.equal(out["c.diff"], torch.ones(5))
+    up = out["b.lora_up.weight"] * out["b.alpha"] / 4
+    merged = torch.einsum("mkab,knij->mnij", up, out["b.lora_down.weight"])
+    torch.testing.assert_close(merged, tensors["b.diff"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "layer", "kind", "place"),
+    [
+        ("lora_te_layers_11_self_attn_q_proj", 11, "attention", "lora_te_layers.self_attn_q_proj"),
+        ("lora_unet_double_blocks_3_img_mlp_0", 3, "mlp", "lora_unet_double_blocks.img_mlp"),
+        ("unet.down_blocks.1.attentions.0.ff.net.0.proj", 1, "mlp", "unet.down_blocks.attentions.ff.net.proj"),
+        ("lora_te2_text_projection", None, "other", "lora_te2_text_projection"),
+    ],
+)
+def test_names_of_modules(module: str, layer: int | None, kind: str, place: str) -> None:
+    assert (layer_index(module), module_kind(module), module_type(module)) == (layer, kind, place)
+
+
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_as_kohya(with_lora(), Path("lora.safetensors"), alpha=2.0)
+
+    def run(arguments: str) -> Any:
+        return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
+
+    result = run("ranks lora.safetensors")
+    assert result.exit_code == 0, result.output
+    assert "Ranks of lora.safetensors (LoRA)" in result.output
+    result = run("export lora.safetensors --budget 4MiB --output small.safetensors")
+    assert result.exit_code == 0, result.output
+    for budget, largest in (("4KiB", 4 * 1024), ("0.005MB", 5_000)):
+        result = run(f"export lora.safetensors --budget {budget} --dtype float16 --output {budget}.safetensors")
+        assert result.exit_code == 0, result.output
+        factors = [t for key, t in load_file(f"{budget}.safetensors").items() if not key.endswith(".alpha")]
+        size = sum(tensor.numel() * tensor.itemsize for tensor in factors)
+        assert 0.8 * largest < size <= largest
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a.weight": (2, 2)}, "holds no LoRA: there is a.weight"),
+        ({"a.oft_blocks": (1, 2, 2), "a.alpha": ()}, r"depend on the base weight, as those of OFT do \(a.oft_blocks\)"),
+        ({"a.lora_up.weight": (2, 4)}, "a lacks 'lora_A'. There are lora_B"),
+        ({"a.lora_down.weight": (0, 4), "a.lora_up.weight": (4, 0)}, "the factors of a have no rows"),
+        ({"base_model.model.a.lora_A.weight": (2, 4)}, "the file of a PEFT adapter, .* give the folder"),
+        ({"a.lora_down.weight": (2, 4)}, "a lacks 'lora_B'. There are lora_A"),
+        ({"a.lora_down.weight": (2, 4), "a.lora_up.weight": (4, 3)}, "lora_B has 3 columns, and lora_A 2 rows"),
+        ({"a.hada_w1_a": (4, 2), "a.hada_w1_b": (2, 4)}, "a lacks 'hada_w2_a'"),
+    ],
+)
+def test_what_cannot_be_read(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
+    save_file({key: torch.ones(shape) for key, shape in tensors.items()}, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_updates(tmp_path / "file.safetensors")
+
+
+@pytest.mark.refused
+def test_what_cannot_be_written(tmp_path: Path) -> None:
+    shapes = {"w1_a": (4, 1), "w1_b": (1, 4), "w2_a": (4, 1), "w2_b": (1, 4)}
+    tensors = {f"unet_conv_in.hada_{name}": torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "file.safetensors")
+    updates = read_updates(tmp_path / "file.safetensors")
+    factors = factorize(updates, energy=1.0)
+    with pytest.raises(ValueError, match="unet_conv_in may be a convolution, and LoHa does not tell its kernel"):
+        save_single_file(factors, updates, tmp_path / "out.safetensors")
+    with pytest.raises(FileExistsError, match=r"file.safetensors exists"):
+        save_single_file(factors, updates, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        save_single_file(factors, updates, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+def test_numbers_of_eight_bits(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator)
+    small = {"a.lora_down.weight": down.to(torch.float8_e4m3fn), "a.lora_up.weight": up.to(torch.float8_e4m3fn)}
+    save_file(small, tmp_path / "file.safetensors")
+    updates = read_updates(tmp_path / "file.safetensors")
+    (update,) = updates
+    torch.testing.assert_close(update.matrix(), small["a.lora_up.weight"].float() @ small["a.lora_down.weight"].float())
+    save_single_file(factorize(updates, energy=1.0), updates, tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["a.lora_up.weight"].dtype == torch.bfloat16

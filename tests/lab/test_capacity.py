@@ -1,0 +1,311 @@
+"""Tasks on which rank binds, and the rank at which LoRA would reach the same loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from lrlora.cli import app
+from lrlora.train.packages import SMOLLM2, checkpoint
+from lrlora_lab.capacity import CapacityTask, train_capacity
+from lrlora_lab.capacity_report import demand, follows_demand, losses, served_rank, write_capacity_report
+from lrlora_lab.equivalence import equivalent_rank
+from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, Record, check_folder, prepare, read_records
+from lrlora_lab.methods import find_method
+from lrlora_lab.smollm2 import LanguageModel, draw_phone_book, phone_book
+from lrlora_lab.suite import Suite
+from lrlora_lab.suites import load_suite
+
+from ..conftest import TinyModel
+
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def falling(r: float, seed: int) -> float:
+    """A loss that falls by 1 with every doubling of r, on a level of the seed's own."""
+    return 4 + 0.1 * seed - math.log2(r)
+
+
+CURVE = {r: {seed: falling(r, seed) for seed in SEEDS} for r in (1, 2, 4, 8)}
+
+
+def test_the_equivalent_rank_is_where_lora_has_the_same_loss() -> None:
+    found = equivalent_rank(CURVE, {seed: falling(3, seed) + 0.01 * (seed - 3) for seed in SEEDS})
+    assert found is not None
+    assert found.value == pytest.approx(3)
+    assert found.low < 3 < found.high < 3.1
+    assert (found.below, found.above) == (0, 0)
+
+
+def test_the_equivalent_rank_never_leaves_the_curve() -> None:
+    low, high = (equivalent_rank(CURVE, dict.fromkeys(SEEDS, loss)) for loss in (9.0, 0.0))
+    assert low is not None
+    assert high is not None
+    assert (str(low), str(high)) == ("< 1.0", "> 8.0")  # an interval would tell of nothing
+    assert (low.value, low.below) == (pytest.approx(1), len(SEEDS))
+    assert (high.value, high.above) == (pytest.approx(8), len(SEEDS))
+    assert equivalent_rank(CURVE, {99: 1.0}) is None  # no seed in common
+
+
+def test_a_curve_that_rises_is_flattened() -> None:
+    rising = {1: {1: 4.0}, 2: {1: 2.0}, 4: {1: 2.2}, 8: {1: 1.0}}
+    found = equivalent_rank(rising, {1: 2.5})
+    assert found is not None
+    assert 1 < found.value < 2
+
+
+def record(task: str, method: str, seed: int, loss: float, **others: Any) -> Record:
+    found = {"task": task, "method": method, "learning_rate": 1e-2, "seed": seed, "scale": 4.0, "wall": 1.0}
+    found |= {
+        "criterion": loss,
+        "test": {"loss": loss},
+        "trainable": 3840,
+        "seconds": 0.1,
+        "hardware": "x",
+        "ranks": None,
+    }
+    return {**found, **others}
+
+
+def filed(records: list[Record]) -> dict[str, Record]:
+    return {Job(r["task"], r["method"], r["learning_rate"], r["seed"], r["scale"]).name: r for r in records}
+
+
+def trials(method: str) -> list[Record]:
+    """Of the tuning seed: best at a rate of 1e-2 and a scale of 4."""
+    places = [(1e-2, 4.0), (5e-3, 4.0), (2e-2, 4.0), (1e-2, 1.0), (1e-2, 16.0)]
+    losses = [1.0, 2.0, 2.0, 2.0, 2.0]
+    made = [record("labels", method, 0, loss, scale=s) for loss, (_, s) in zip(losses, places, strict=True)]
+    return [{**trial, "learning_rate": rate} for trial, (rate, _) in zip(made, places, strict=True)]
+
+
+def climb(comparison: Comparison, criterion: Callable[[Job], float]) -> tuple[dict[str, Record], list[Job]]:
+    """The trials that a comparison asks for, in turn, and the seeds that follow them."""
+    finished: dict[str, Record] = {}
+    while True:
+        missing = [job for job in comparison.plan(finished) if job.name not in finished]
+        if missing[0].seed != TUNING_SEED:
+            return finished, missing
+        finished |= filed(
+            [
+                record(job.task, job.method, job.seed, criterion(job), scale=job.scale)
+                | {"learning_rate": job.learning_rate}
+                for job in missing
+            ]
+        )
+
+
+def test_rate_and_scale_are_tuned_until_the_best_is_inside() -> None:
+    comparison = Comparison("capacity", ("lora+r=1",), 2, tasks=("labels",))
+    task = comparison.definition.capacity_tasks["labels"]
+    finished, missing = climb(
+        comparison, lambda job: abs(math.log2(job.learning_rate / 4e-2)) + abs(math.log2(job.scale / 16))
+    )
+    assert [(job.learning_rate, job.scale, job.seed) for job in missing] == [(4e-2, 16.0, 1), (4e-2, 16.0, 2)]
+    tried = {(r["learning_rate"], r["scale"]) for r in finished.values()}
+    assert {(2e-2, 16.0), (8e-2, 16.0), (4e-2, 4.0), (4e-2, 64.0)} <= tried
+    assert len(tried) < 3 * len(task.scales)  # not the whole grid
+
+
+def test_a_climb_follows_a_ridge_on_which_half_the_rate_and_a_larger_scale_are_alike() -> None:
+    comparison = Comparison("capacity", ("lora+r=1",), 1, tasks=("picture-labels",))
+
+    def criterion(job: Job) -> float:  # the best is at 6.25e-4 and 256
+        return 10 * abs(math.log2(job.learning_rate / 6.25e-4) + math.log2(job.scale / 256) / 2) - math.log2(job.scale)
+
+    _, missing = climb(comparison, criterion)
+    assert [(job.learning_rate, job.scale) for job in missing] == [(6.25e-4, 256.0)]
+
+
+def test_a_method_without_a_scale_is_tuned_by_rate_alone_and_higher() -> None:
+    plan = Comparison("capacity", ("hira+r=1", "lora+r=1+lora_alpha=2"), 1, tasks=("german",)).plan({})
+    assert {job.scale for job in plan if job.method == "hira+r=1"} == {1.0}
+    assert {job.scale for job in plan if job.method != "hira+r=1"} == {1.0}
+    hira = Comparison("capacity", ("hira+r=1",), 1, tasks=("german",))
+    _, missing = climb(hira, lambda job: abs(math.log2(job.learning_rate / 0.32)))
+    assert [job.learning_rate for job in missing] == [0.32]
+
+
+def test_a_folder_takes_more_tasks_but_no_other_settings(tmp_path: Path) -> None:
+    def suite(**tasks: Any) -> str:
+        path = tmp_path / "suite.yaml"
+        path.write_text(yaml.safe_dump({"model": "embedded:minilm", "tasks": tasks}))
+        return str(path)
+
+    small = {"kind": "labels", "steps": 5, "batch_size": 4, "texts": 8}
+    prepare(Comparison(suite(first=small), ("lora",)), tmp_path / "out")
+    both = suite(first=small, second={**small, "methods": ["lora"]})
+    prepare(Comparison(both, ("lora",)), tmp_path / "out")
+    check_folder(Comparison(suite(first={**small, "methods": ["hira"]}), ("lora",)), tmp_path / "out")
+    check_folder(Comparison(suite(second=small, third={**small}), ("lora",)), tmp_path / "out")  # one lost, one new
+    with pytest.raises(FileExistsError, match="another comparison"):
+        check_folder(Comparison(suite(first={**small, "steps": 6}), ("lora",)), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="another comparison"):
+        check_folder(Comparison(suite(third=small), ("lora",)), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("kind", "label", "kind"), ("steps", 0, "steps"), ("corpus", "latin", "corpus"), ("texts", -1, "texts")],
+)
+def test_bad_tasks_are_refused(field: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CapacityTask(**{"kind": "labels", "steps": 5, "batch_size": 4, field: value})
+
+
+def test_the_report_pairs_seeds_and_names_sizes(tmp_path: Path) -> None:
+    records = [record("labels", f"lora+r={r}", seed, CURVE[r][seed]) for r in CURVE for seed in SEEDS]
+    records += [record("labels", "expansion+r=1+num_terms=32", seed, falling(3, seed), terms=30.0) for seed in SEEDS]
+    table = losses(filed(records), "labels", 4).set_index(["method", "r"])
+    row = table.loc["expansion", 1]
+    assert row["LoRA's r for this loss"].value == pytest.approx(3)
+    assert row["rank when served"] == 32 == served_rank("expansion+r=1+num_terms=32", 4)
+    assert row["step"] == pytest.approx(1)
+    assert row["terms"] == 30
+    comparison = Comparison("capacity", ("lora+r=1",), seeds=5)
+    prepare(comparison, tmp_path)
+    methods = dict.fromkeys(r["method"] for r in records)
+    for name, content in filed([*records, *(trial for method in methods for trial in trials(method))]).items():
+        (tmp_path / "jobs" / f"{name}.json").write_text(json.dumps(content))
+    assert read_records(tmp_path)
+    text = write_capacity_report(comparison, tmp_path).read_text()
+    assert "| expansion | 1 | 32 |" in text
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_the_report_knows_the_rank_of_a_bare_method_and_the_tuned_setting(tmp_path: Path) -> None:
+    comparison = Comparison("capacity", ("lora", "lora+r=1"), 2, rank=2, tasks=("labels",))
+    records = [record("labels", "lora", seed, falling(2, seed)) for seed in (1, 2)]
+    records += [record("labels", "lora+r=1", seed, falling(1, seed)) for seed in (1, 2)]
+    stray = record("labels", "lora", 1, 9.0, scale=16.0)  # at a setting that is not the best
+    found = filed([*records, *trials("lora"), *trials("lora+r=1"), stray])
+    table = losses(comparison.of_all(found).select(found), "labels", 2).set_index("r")
+    assert table.loc[2, "loss (nats)"] == pytest.approx(fmean(falling(2, seed) for seed in (1, 2)))
+    assert table.loc[1, "loss (nats)"] == pytest.approx(fmean(falling(1, seed) for seed in (1, 2)))
+
+
+def test_what_needs_the_trainer_is_refused(tmp_path: Path) -> None:
+    for method in ("adalora", "eva"):
+        with pytest.raises(ValueError, match="needs the Trainer"):
+            prepare(Comparison("capacity", (method,), tasks=("labels",)), tmp_path / method)
+
+
+def test_a_suite_of_both_kinds_is_refused() -> None:
+    tasks = {
+        "first": {"kind": "labels", "steps": 5, "batch_size": 4},
+        "second": {"kind": "classify", "data": "x", "metric": "accuracy", "steps": 5},
+    }
+    with pytest.raises(ValueError, match="suites of their own"):
+        Suite.from_dict({"model": "embedded:minilm", "tasks": tasks})
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(("name", "value"), [("scale", 2.0), ("adapter", {"r": 2}), ("training", {"bf16": True})])
+def test_what_is_not_read_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    content = {"model": "embedded:minilm", "tasks": {"first": {"kind": "labels", "steps": 5, "batch_size": 4}}}
+    path = tmp_path / "suite.yaml"
+    for suite, code in ((content, 0), ({**content, name: value}, 1)):
+        path.write_text(yaml.safe_dump(suite))
+        told = CliRunner().invoke(app, ["compare", str(path), "--dry-run"], env={"COLUMNS": "200"})
+        assert told.exit_code == code
+    said = f"Tasks on which rank binds (first) do not read {name}, and it is {value}: leave it out."
+    assert said in " ".join(told.output.split())
+
+
+@pytest.mark.refused
+def test_a_model_in_place_of_those_of_the_tasks_is_refused() -> None:
+    told = CliRunner().invoke(app, ["compare", "capacity", "--model", "bert", "--dry-run"], env={"COLUMNS": "200"})
+    assert told.exit_code == 1
+    assert "have models of their own, and model is bert: leave it out" in " ".join(told.output.split())
+
+
+def test_rank_follows_demand() -> None:
+    tasks = {f"labels-{n}": CapacityTask("labels", 800, 64, texts=n) for n in (128, 512, 2048)}
+    records = [
+        record(f"labels-{n}", method, seed, 1.0, ranks=[{"stable_rank": rank(n) + 0.01 * seed}])
+        for n in (128, 512, 2048)
+        for method, rank in (("lora+r=8", lambda n: n / 512), ("lora+r=2", lambda n: 1.0))
+        for seed in SEEDS
+    ]
+    records.append(record("of another suite", "lora+r=8", 1, 1.0))
+    found = follows_demand(demand(filed(records), tasks)).set_index("method")
+    assert found.loc["LoRA, r=8", "ρ"] == pytest.approx(1)
+    assert found.loc["LoRA, r=8", "growth"].value == pytest.approx(2, rel=0.1)
+    assert found.loc["LoRA, r=2", "growth"].value == pytest.approx(1)
+
+
+def test_full_fine_tuning_starts_at_lower_rates() -> None:
+    assert CapacityTask("labels", 5, 4).first_rates(find_method("full"))[0] < CapacityTask("labels", 5, 4).rates[0]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("method", ["lora+r=2", "expansion+r=1", "dora+r=1", "full"])
+def test_methods_learn_labels(method: str) -> None:
+    task = CapacityTask("labels", 60, 16, texts=64, classes=4)
+    known = find_method(method)
+    options = known.adapter(4, 4.0) if known.has_scale else known.adapter(4)
+    found = train_capacity(task, known, options, learning_rate=1e-3 if method == "full" else 1e-2, seed=1)
+    assert found["criterion"] < 1.2  # chance is 1.39
+    again = train_capacity(task, known, options, learning_rate=1e-3 if method == "full" else 1e-2, seed=1)
+    assert again["criterion"] == found["criterion"]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["labels", "german"])
+def test_loras_own_loss_falls_steeply_with_its_rank(name: str) -> None:
+    task = load_suite("capacity").capacity_tasks[name]
+    chance = {"labels": 4.16, "german": 4.14}[name]
+    ends = []
+    for r in (1, 4, 16):
+        method = find_method(f"lora+r={r}")
+        runs = [train_capacity(task, method, method.adapter(4, 4.0), learning_rate=1e-2, seed=seed) for seed in (1, 2)]
+        ends.append(fmean(run["criterion"] for run in runs))
+    assert ends[0] - ends[1] > 0.03 * chance
+    assert ends[1] - ends[2] > 0.03 * chance
+
+
+def test_the_loss_of_a_language_model_is_its_own() -> None:
+    model = TinyModel("llama").build()
+    windows = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(0))
+    own = model(windows, labels=windows).loss
+    assert LanguageModel(model)(windows).item() == pytest.approx(own.item(), rel=1e-6)
+
+
+@pytest.mark.real
+def test_a_phone_book_is_learned_by_the_model_s_upper_layers() -> None:
+    setting = phone_book(pairs=8, batch_size=4, seed=1)
+    tokens, digits = draw_phone_book(pairs=8, seed=1)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(SMOLLM2))  # whole, and in float32
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(SMOLLM2))
+    text = tokenizer.decode(tokens[0].tolist() + tokenizer.encode(str(digits[0, -1].item())))
+    assert re.fullmatch(r"\w+ \w+: \d{10}", text)
+    assert text.endswith("".join(map(str, digits[0].tolist())))
+    ids = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
+    with torch.no_grad():
+        logits = model(tokens).logits[:, -10:, ids]
+    loss = F.cross_entropy(logits.flatten(0, 1), digits.flatten()).item()
+    measured = setting.test(setting.model)
+    assert measured["loss"] == pytest.approx(loss, rel=0.02)
+    assert measured["recalled"] == 0
+    found = train_capacity(
+        CapacityTask("phone-book", 50, 4, texts=4),
+        find_method("lora"),
+        {"r": 8, "lora_alpha": 32},
+        learning_rate=1e-2,
+        seed=1,
+    )
+    assert found["test"]["recalled"] == 1
+    assert found["test"]["loss"] < 0.1 < loss

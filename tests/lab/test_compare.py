@@ -1,0 +1,596 @@
+"""A comparison as a user runs it: small, on a model and a table of their own, stopped and gone on with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from filelock import FileLock
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from scipy.stats import ttest_rel
+from transformers import Trainer
+from typer.testing import CliRunner
+
+from lrlora.cli import app
+from lrlora.train.methods import adapter_config
+from lrlora.views.figure import save_figure
+from lrlora_lab import jobs, queue
+from lrlora_lab.figures import parameters_figure, ranks_figure, rates_figure
+from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, best_trial, prepare, read_records, train_config
+from lrlora_lab.markdown import markdown
+from lrlora_lab.methods import METHODS, find_method
+from lrlora_lab.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
+from lrlora_lab.suite import Suite
+from lrlora_lab.suites import load_suite
+from lrlora_lab.tables import final_runs, learned_ranks, ranks_by_layer, results, tuning, variants, wins
+from lrlora_lab.worker import run_job
+
+from ..conftest import TinyModel
+from ..processes import LRLORA, Process
+from ..train.small import reviews, save_encoder
+
+COLUMNS = {"text": "review", "label": "verdict"}
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A suite of one task in a YAML file."""
+    (tmp_path / "data").mkdir()
+    for split, seed in (("train", 0), ("test", 1)):
+        reviews(120, seed).to_csv(tmp_path / "data" / f"{split}.csv", index=False)
+    task = {"data": str(tmp_path / "data"), "kind": "classify", "metric": "accuracy", "steps": 12, "batch_size": 8}
+    content = {"model": save_encoder(tmp_path / "model"), "tasks": {"reviews": {**task, "columns": COLUMNS}}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "suite.yaml"
+
+
+def command(suite: Path, output: Path, *options: object) -> list[str]:
+    return ["compare", str(suite), "--output", str(output), "--rank", "2", *map(str, options)]
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+
+
+def record(task: str, method: str, rate: float, seed: int, loss: float, accuracy: float | None = None) -> Any:
+    ranks = [
+        {
+            "module": f"layer.{i}.{kind}",
+            "type": f"layer.{kind}",
+            "kind": kind,
+            "stable_rank": value + seed / 100,
+            "energy99_rank": 3,
+        }
+        for i, (kind, value) in enumerate([("attention", 2.0), ("mlp", 1.1), ("attention", 2.5), ("mlp", 1.3)])
+    ]
+    return {
+        **{"task": task, "method": method, "learning_rate": rate, "seed": seed, "trainable": 10, "peak_mib": 100.0},
+        **{
+            "validation": {"loss": loss},
+            "test": None if accuracy is None else {"accuracy": accuracy, "log_loss": 1 - accuracy},
+        },
+        **{"criterion": loss, "wall": 3.0},
+        **{"ranks": ranks if method.startswith("l") else None, "seconds": 2.0 if method == "lr-lora" else 1.0},
+    }
+
+
+def filed(records: list[Any]) -> dict[str, Any]:
+    return {Job(r["task"], r["method"], r["learning_rate"], r["seed"]).name: r for r in records}
+
+
+def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2")
+    result = run(*command(suite, output, *options))
+    assert result.exit_code == 0, result.output
+    records = read_records(output)
+    comparison = Comparison(str(suite), ("lora", "lr-lora"), 2, 2, rates=(1e-3, 1e-2))
+    assert {job.name for job in comparison.plan(records)} == set(records)
+    for name in ("report.md", "results.csv", "runs.jsonl", "rates.png", "parameters.png", "ranks.png"):
+        assert (output / name).stat().st_size > 0
+    table = pd.read_csv(output / "results.csv")
+    assert list(table["method"]) == ["LoRA", "LR-LoRA"]
+    for method, key in (("LoRA", "lora"), ("LR-LoRA", "lr-lora")):
+        final = [r for r in records.values() if r["method"] == key and r["seed"] > 0]
+        assert len(final) == 2
+        mean = 100 * np.mean([r["test"]["accuracy"] for r in final])
+        assert table.set_index("method").loc[method, "mean"] == pytest.approx(mean)
+        rates = {r["learning_rate"] for r in final}
+        best = best_trial([r for r in records.values() if r["method"] == key and r["seed"] == 0])
+        assert best is not None
+        assert rates == {best["learning_rate"]}
+        assert all(r["test"] is None for r in records.values() if r["seed"] == 0)
+    stamps = {path: path.stat().st_mtime_ns for path in output.glob("jobs/*")}
+    (output / "runs" / next(iter(records))).mkdir()  # as one leaves it that is killed once its result is filed
+    again = run(*command(suite, output, *options))  # nothing is done twice, and the report is the same
+    assert again.exit_code == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in output.glob("jobs/*")}
+    (output / "report.md").unlink()
+    assert run("compare", suite, "--output", output, "--report").exit_code == 0
+    assert "LR-LoRA" in (output / "report.md").read_text()
+    changed = run("compare", suite, "--output", output, "--rank", 3)
+    assert changed.exit_code == 1
+    assert "holds another comparison" in " ".join(changed.output.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "model", "suite.yaml", "out"}
+    assert list((output / "runs").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_path: Path) -> None:
+    """Killed while its second, and then its third job is running."""
+    options = ("--methods", "lora,lr-lora", "--seeds", 1, "--rates", "1e-2")
+    cut = tmp_path / "cut"
+    for finished in (1, 2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from lrlora.cli import app; app()", *command(suite, cut, *options)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while len(list(cut.glob("jobs/*.json"))) < finished or len(list(cut.glob("logs/*"))) <= finished:
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert finished <= len(read_records(cut)) < 4
+    stamps = {path: path.stat().st_mtime_ns for path in cut.glob("jobs/*")}
+    for folder in (cut, tmp_path / "whole"):
+        result = run(*command(suite, folder, *options))
+        assert result.exit_code == 0, result.output
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps  # what was done is not done again
+    tables = [pd.read_csv(tmp_path / f / "results.csv").drop(columns=["time", "memory"]) for f in ("cut", "whole")]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path, started_worker: None) -> None:
+    result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2", "--hours", 1e-4))
+    assert result.exit_code == 0, result.output
+    assert "3 jobs or more are left" in result.output
+    assert len(read_records(tmp_path / "out")) == 1
+    assert "Validation loss" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_job_that_another_process_does_is_left_to_it(suite: Path, tmp_path: Path) -> None:
+    output, rates = tmp_path / "out", (1e-3, 1e-2, 3e-2)
+    options = ("--methods", "lora", "--rates", ",".join(map(str, rates)), "--hours", 1e-4)
+    first, second, third = (Job("reviews", "lora", rate, TUNING_SEED).name for rate in rates)
+    assert run(*command(suite, output, *options)).exit_code == 0
+    assert set(read_records(output)) == {first}
+    with FileLock(output / "locks" / f"{second}.lock"):
+        assert run(*command(suite, output, *options)).exit_code == 0
+    assert set(read_records(output)) == {first, third}
+
+
+def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) -> None:
+    options = ("--methods", "lora", "--rates", "1e-2", "--seeds", 1)
+    data = tmp_path / "data"
+    data.rename(tmp_path / "away")
+    result = run(*command(suite, tmp_path / "out", *options))
+    assert "to be tried again" in " ".join(result.output.split())
+    assert read_records(tmp_path / "out") == {}
+    (tmp_path / "away").rename(data)
+    assert run(*command(suite, tmp_path / "out", *options)).exit_code == 0
+    assert len(read_records(tmp_path / "out")) == 2
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "nan" not in report  # one seed has no spread
+    assert "Who wins" not in report  # and one method no rival
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks the system for child processes")
+def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(suite.read_text())
+    content["tasks"]["reviews"]["steps"] = 10**6
+    suite.write_text(yaml.safe_dump(content))
+    parent = Process(LRLORA, *command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
+    workers: list[int] = []
+    try:
+        for _ in range(300):
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+            workers = [int(pid) for pid in children.read_text().split()]
+            if workers:
+                break
+            time.sleep(0.1)
+        assert workers
+    finally:
+        parent.kill()
+        parent.communicate()
+    for _ in range(600):  # it may be importing when its parent goes
+        if not any(Path(f"/proc/{pid}").exists() for pid in workers):
+            break
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_a_task_of_one_step_is_one_and_one_without_steps_is_not() -> None:
+    task = {"data": "data.csv", "kind": "classify", "metric": "accuracy", "steps": 1, "batch_size": 1}
+    assert Suite.from_dict({"model": "m", "tasks": {"reviews": task}}).tasks["reviews"].steps == 1
+    with pytest.raises(ValueError, match="steps must be a whole number ≥ 1, and is 0"):
+        Suite.from_dict({"model": "m", "tasks": {"reviews": {**task, "steps": 0}}})
+    del task["steps"]
+    with pytest.raises(ValueError, match=r"The task reviews is not complete: .*steps"):
+        Suite.from_dict({"model": "m", "tasks": {"reviews": task}})
+
+
+def test_runs_at_other_rates_are_no_part_of_a_cell() -> None:
+    comparison = Comparison("offline-nlu", ("lora",), 1, 4, ("r8",), rates=(1e-3,))
+    records = filed([record("r8", "lora", 1e-3, 0, 0.5), record("r8", "lora", 1e-3, 1, 0.5, 0.8)])
+    others = filed([record("r8", "lora", 1e-2, 1, 0.5, 0.1), record("r8", "lora", 1e-3, 2, 0.5, 0.1)])
+    assert comparison.select(records | others) == records
+
+
+def test_a_failed_final_run_leaves_no_mean() -> None:
+    comparison = Comparison("offline-nlu", ("lora", "lr-lora"), 2, 4, ("r8",))
+    good = [record("r8", method, 1e-3, seed, 0.5, 0.8) for method in ("lora", "lr-lora") for seed in (1, 2)]
+    bad = {"task": "r8", "method": "lora", "learning_rate": 1e-3, "seed": 2, "failure": "diverged"}
+    assert list(results(comparison, filed(good) | filed([bad]))["method"]) == ["LR-LoRA"]
+
+
+def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path) -> None:
+    comparison = Comparison("offline-nlu", ("lora",), 3, 4, ("r8",))
+    rates = METHODS["lora"].rates
+    losses = {rate: 1 / rate for rate in rates}  # the higher, the better
+    records = filed([record("r8", "lora", rate, 0, loss) for rate, loss in losses.items()])
+    assert [job.learning_rate for job in comparison.plan(records)] == [*rates, 2 * rates[-1]]
+    records |= filed([record("r8", "lora", 2 * rates[-1], 0, 1e9)])
+    final = [job for job in comparison.plan(records) if job.seed != TUNING_SEED]
+    assert [(job.learning_rate, job.seed) for job in final] == [(rates[-1], seed) for seed in (1, 2, 3)]
+    steep = filed([record("r8", "lora", rate * 2**k, 0, 1 / rate / 2**k) for rate in rates for k in (0, 1, 2, 3)])
+    assert max(job.learning_rate for job in comparison.plan(steep)) <= 4 * rates[-1]  # it does not grow for ever
+
+
+def test_a_language_model_is_tuned_at_lower_rates() -> None:
+    plan = Comparison("offline-commonsense", ("lora",), 1, 4, ("strategy-qa",)).plan({})
+    assert [job.learning_rate for job in plan] == [0.25 * rate for rate in METHODS["lora"].rates]
+
+
+def test_failed_trials_are_never_the_best() -> None:
+    good, bad = record("t", "lora", 1e-3, 0, 0.5), {"learning_rate": 1e-2, "failure": "diverged"}
+    assert best_trial([good, bad]) is good
+    assert best_trial([bad]) is None
+
+
+def test_numbers_of_the_results() -> None:
+    comparison = Comparison("offline-nlu", ("lora", "lr-lora", "sine"), 3, 4, ("r8", "movie-reviews"))
+    accuracies = {
+        "lora": (0.80, 0.82, 0.81),
+        "lr-lora": (0.83, 0.84, 0.86),
+        "sine": (0.80, 0.83, 0.81),
+    }
+    records = filed(
+        [
+            record(task, method, 1e-3, seed, 0.5, value)
+            for task in ("r8", "movie-reviews")
+            for method, values in accuracies.items()
+            for seed, value in enumerate(values, start=1)
+        ]
+    )
+    table = results(comparison, records).set_index(["task", "method"])
+    row = table.loc["r8", "LR-LoRA"]
+    assert row["mean"] == pytest.approx(84.333, abs=1e-3)
+    assert row["difference"] == pytest.approx(10 / 3)
+    assert row["time"] == 2.0
+    raw = [ttest_rel(accuracies[m], accuracies["lora"]).pvalue for m in ("lr-lora", "sine")]
+    assert row["p"] == pytest.approx(min(1, 4 * raw[0]))  # the smallest of four comparisons, twice
+    assert math.isnan(table.loc["r8", "LoRA"]["p"])
+    moved = {name: r | {"hardware": "another"} if r["method"] == "sine" else r for name, r in records.items()}
+    times = results(comparison, moved).set_index(["task", "method"])["time"]["r8"]
+    assert times["LR-LoRA"] == 2.0
+    assert math.isnan(times["fixed sine"])  # seconds of other hardware say nothing
+    best = wins(comparison, table.reset_index()).set_index("method")
+    assert list(best.loc["LR-LoRA", ["tasks", "best on", "above reference on"]]) == [2, 2, 2]
+    assert best.loc["LR-LoRA", "mean difference"] == pytest.approx(10 / 3)
+    against = variants(comparison, records).set_index(["task", "method", "of"]).loc["r8", "fixed sine"]
+    assert list(against["difference"]) == pytest.approx([-3, 3])  # of the metric, and of the loss
+    assert against.loc["accuracy", "from"] < -3 < against.loc["accuracy", "to"]
+    assert table.loc[("r8", "LoRA"), "loss"] == pytest.approx(19)
+    ranks = learned_ranks(records)
+    assert all(share.value > 0.9 for share in ranks["share of modules"])
+    assert all(difference.low > 0.4 for difference in ranks["attention − MLP"])
+
+
+def test_only_what_can_be_compared_is_counted_as_won() -> None:
+    comparison = Comparison("offline-nlu", ("lora", "lr-lora", "dora"), 2, 4)
+
+    def runs(task: str, method: str, accuracy: float, seeds: int = 2) -> list[Any]:
+        return [record(task, method, 1e-3, seed, 0.5, accuracy) for seed in range(1, seeds + 1)]
+
+    found = filed(
+        [
+            *runs("r8", "lora", 0.8),
+            *runs("r8", "lr-lora", 0.7),
+            *runs("r8", "dora", 0.9, seeds=1),  # not all of its seeds
+            *runs("ratings", "lora", 0.8),  # nobody else
+            *runs("vitaminc", "lr-lora", 0.9),  # no reference
+            *runs("movie-reviews", "dora", 0.9),
+            *runs("movie-reviews", "lora", 0.8),
+        ]
+    )
+    found = {name: r | {"test": r["test"] | {"pearson": 0.5, "rmse": 0.5}} for name, r in found.items()}
+    best = wins(comparison, results(comparison, found)).set_index("method")
+    assert list(best["tasks"]) == [2, 1, 1]
+    assert list(best["best on"]) == [1, 0, 1]
+    single = Comparison("offline-nlu", ("lora", "lr-lora"), 1, 4)
+    table = results(single, filed([*runs("r8", "lora", 0.8, 1), *runs("r8", "lr-lora", 0.9, 1)]))
+    assert table["difference"].tolist()[1] == pytest.approx(10)  # a difference, but no certainty
+    assert table["p"].isna().all()
+    assert list(wins(single, table)["above reference on"]) == [0, 1]
+
+
+def test_ranks_are_told_of_modules_that_all_seeds_have() -> None:
+    """EVA takes its adapter off modules whose rank went elsewhere, which differ from seed to seed."""
+    comparison = Comparison("offline-nlu", ("lora",), 3, 4, ("r8",))
+    records = [record("r8", "lora", 1e-3, seed, 0.5, 0.8) for seed in (1, 2, 3)]
+    for r in records:
+        r["ranks"] = [
+            {"module": f"layers.{i}.{kind}", "type": f"layers.{kind}", "kind": kind, "stable_rank": value + i}
+            for kind, value in (("attention", 2.0), ("mlp", 1.0))
+            for i in range(4)
+            if (i, kind) != (r["seed"], "mlp")
+        ]
+    places = ranks_by_layer(comparison, filed(records))["r8", "lora"]
+    assert {layer for kind, layer in places if kind == "layers.mlp"} == {0}
+    assert places["layers.attention", 3] == 5.0
+    records[0]["ranks"], records[1]["ranks"] = (records[2]["ranks"],) * 2
+    row = learned_ranks(filed(records)).iloc[0]
+    assert row["attention − MLP"].value == pytest.approx(np.log([2, 3, 4, 5]).mean() - np.log([1, 2, 3]).mean())
+    assert math.isnan(row["share of layers"])  # of two types, one lacks a layer
+
+
+def test_modules_of_one_place_are_averaged() -> None:
+    """As the experts of a mixture are."""
+    found = record("r8", "lr-lora", 1e-3, 1, 0.5, 0.8)
+    found["ranks"] = [
+        {"module": f"layers.0.experts.w1.{i}", "type": "layers.experts.w1", "kind": "mlp", "stable_rank": float(i)}
+        for i in (1, 2, 3)
+    ]
+    comparison = Comparison("offline-nlu", ("lr-lora",), 1, 4, ("r8",))
+    assert ranks_by_layer(comparison, filed([found])) == {("r8", "lr-lora"): {("layers.experts.w1", 0): 2.0}}
+
+
+def test_a_failed_rate_is_told_from_one_that_was_not_tried() -> None:
+    comparison = Comparison("offline-nlu", ("lora",), 1, 4, ("r8",), rates=(1e-3, 1e-2))
+    bad = {"task": "r8", "method": "lora", "learning_rate": 1e-2, "seed": 0, "failure": "diverged"}
+    table = tuning(filed([record("r8", "lora", 1e-3, 0, 0.5)]) | filed([bad]))
+    assert markdown(table).endswith("| r8 | LoRA | 0.5 | failed |")
+    crosses = [line for line in rates_figure(comparison, table).axes[0].lines if line.get_marker() == "x"]
+    assert [list(map(float, cross.get_xdata())) for cross in crosses] == [[1e-2]]  # type: ignore[arg-type]
+
+
+def test_what_is_left_counts_the_seeds_at_a_rate_to_be_found() -> None:
+    comparison = Comparison("offline-nlu", ("lora", "lr-lora"), 3, 4, ("r8",))
+    assert len(comparison.cells_left(comparison.plan({}))) == 2 * (4 + 3)
+
+
+def test_statistics() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    assert paired_difference([], []) is None
+    alone = paired_difference([1.0], [2.0])
+    assert alone is not None
+    assert alone.value == -1
+    assert math.isnan(alone.p)
+    for same in ([1.0, 2.0], [0.1, 1.1]):  # two equal differences are no certainty
+        assert math.isnan(paired_difference([1.1, 2.1], same).p)
+    chance = np.random.default_rng(0)
+    noise = chance.normal(size=(4, 30))
+    assert columns_differ(noise) > 0.05
+    assert columns_differ(noise / 10 + np.linspace(0, 1, 30)) < 0.01
+    # The part of the variance that a module's own level makes: 1 of 1 + 0.5².
+    parted = share_between_columns(chance.normal(size=300) + 0.5 * chance.normal(size=(3, 300)))
+    assert parted.low < 0.8 < parted.high
+    assert parted.high - parted.low < 0.1
+    assert share_between_columns(noise).low < 0 < share_between_columns(noise).high
+    difference = paired_difference([3.0, 5.0, 4.5], [1.0, 2.0, 2.5])
+    assert difference is not None
+    assert (difference.low, difference.high) == pytest.approx(ttest_rel([3, 5, 4.5], [1, 2, 2.5]).confidence_interval())
+    difference, d = gap(chance.normal(2, 2, 400), chance.normal(0, 2, 400))
+    assert difference.low < 2 < difference.high
+    assert d.low < 1 < d.high
+    assert d.high - d.low < 0.4
+
+
+def test_a_method_is_drawn_alike_in_all_panels() -> None:
+    """Tasks may have different methods, and none may lack in the legend."""
+    comparison = Comparison("offline-nlu", ("lora", "sine", "lr-lora"), 2, 2)
+    cells = [("r8", "sine"), ("r8", "lora"), ("r8", "lr-lora"), ("vitaminc", "lora"), ("vitaminc", "lr-lora")]
+    records = filed([record(task, method, 1e-3, seed, 0.5, 0.8) for task, method in cells for seed in (0, 1, 2)])
+    figures = (parameters_figure(comparison, final_runs(records)), rates_figure(comparison, tuning(records)))
+    for figure in figures:
+        assert {text.get_text() for text in figure.legends[0].get_texts()} == {"LoRA", "fixed sine", "LR-LoRA"}
+        colors: dict[str, set[Any]] = {}
+        for axes in figure.axes:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                line = handle[0] if isinstance(handle, tuple) else handle
+                colors.setdefault(label, set()).add(line.get_color())
+        assert {len(own) for own in colors.values()} == {1}
+        assert len(set.union(*colors.values())) == 3
+    places = ranks_by_layer(comparison, records)
+    assert set(places) == {(task, method) for task, method in cells if method != "sine"}
+    assert ranks_figure(places).axes[0].get_title() == "r8, LoRA"
+
+
+def test_a_record_that_lacks_something_is_named(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    whole = record("r8", "lora", 1e-3, 0, 0.5)
+    (tmp_path / "jobs" / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != "criterion"}))
+    with pytest.raises(ValueError, match=r"a\.json is damaged .* \(it lacks criterion\)\. Remove it"):
+        read_records(tmp_path)
+    (tmp_path / "jobs" / "a.json").write_text(json.dumps(whole))
+    assert read_records(tmp_path) == {"a": whole}
+
+
+def test_updates_of_zero_are_drawn(tmp_path: Path) -> None:
+    save_figure(ranks_figure({("r8", "lora"): {("query", 0): 0.0}}), tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").stat().st_size > 0
+
+
+def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
+    def wrong(name: str, value: object) -> Path:
+        content = yaml.safe_load(suite.read_text())
+        content["tasks"]["reviews"][name] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    for arguments, message in (
+        (("compare", "offline-nlp"), "Did you mean offline-nlu?"),
+        (("compare", tmp_path / "none.yaml"), "no configuration file"),
+        (("compare", suite, "--methods", "lrlora"), "Did you mean lr-lora?"),
+        (("compare", suite, "--tasks", "review"), "Did you mean reviews?"),
+        (("compare", suite, "--rates", "0"), "rates must be numbers > 0"),
+        (("compare", suite, "--rates", "1e-3,x"), "--rates takes numbers"),
+        (("compare", suite, "--report"), "There is no comparison in"),
+        (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
+        (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA does not read r, and r is 8: give target_r=8"),
+        (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
+        (("compare", wrong("kind", "clasify")), "Did you mean classify?"),
+        (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),
+        (("compare", wrong("columns", None)), "columns must map names to values"),
+    ):
+        result = run(*arguments, "--output", tmp_path / "out")
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with pytest.raises(FileExistsError, match="no comparison"):
+        prepare(Comparison(str(suite)), tmp_path / "out")
+
+
+def test_options_of_a_method_may_be_lists(suite: Path, tmp_path: Path) -> None:
+    methods = ("lora+target_modules=[query,value]", "lora")
+    options = command(suite, tmp_path / "out", "--methods", ", ".join(methods), "--rates", "1e-3", "--seeds", 1)
+    plan = run(*options, "--dry-run")
+    assert plan.exit_code == 0, plan.output
+    assert "LoRA, target_modules=[query,value]" in plan.output
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+    ranks = {r["method"]: r["ranks"] for r in read_records(tmp_path / "out").values() if r["seed"] == 1}
+    assert set(ranks) == set(methods)
+    assert {row["module"].rpartition(".")[2] for row in ranks[methods[0]]} == {"query", "value"}
+    with pytest.raises(ValueError, match=r"\[query"):
+        find_method("lora+target_modules=[query")
+
+
+def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(suite.read_text())
+    content["tasks"]["reviews"]["columns"] = {"text": "nothing"}
+    suite.write_text(yaml.safe_dump(content))
+    result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
+    assert result.exit_code == 0, result.output
+    assert "1 job failed" in result.output
+    assert all("'nothing'" in r["failure"] for r in read_records(tmp_path / "out").values())
+    assert "What failed" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(suite: Path, tmp_path: Path, method: str) -> None:
+    request = {"task": "reviews", "method": method, "learning_rate": 1e-3, "seed": 1, "rank": 2}
+    result = run_job(load_suite(str(suite)), request, tmp_path / "run")
+    assert result["method"] == method
+    assert 0 <= result["test"]["accuracy"] <= 1
+    assert math.isfinite(result["validation"]["loss"])
+    assert result["trainable"] > 0
+    assert result["hardware"]
+    assert bool(result["ranks"]) == METHODS[method].has_ranks
+
+
+def test_a_long_run_goes_on_where_it_was_stopped(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "_SAVE_STEPS", 3)
+    request = {"task": "reviews", "method": "lora", "learning_rate": 1e-3, "seed": 1, "rank": 2}
+    whole = run_job(load_suite(str(suite)), request, tmp_path / "whole")
+    step, done = Trainer.training_step, itertools.count()
+
+    def die_in_the_eighth(*arguments: Any) -> Any:
+        if next(done) == 7:
+            raise MemoryError
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", die_in_the_eighth)
+        with pytest.raises(MemoryError):
+            run_job(load_suite(str(suite)), request, tmp_path / "cut")
+    capsys.readouterr()
+    found = run_job(load_suite(str(suite)), request, tmp_path / "cut")
+    assert "Resuming from step 6." in capsys.readouterr().out
+    assert (found["validation"], found["test"]) == (whole["validation"], whole["test"])
+    assert found["train_tokens"] == whole["train_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "5,6"}, "5"), ({"CUDA_VISIBLE_DEVICES": "5,6", "LOCAL_RANK": "1"}, "6")],
+)
+def test_a_job_has_one_gpu(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], left: str) -> None:
+    """With more, the Trainer would take batches larger than the task's."""
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environment = queue._environment()
+    assert environment["CUDA_VISIBLE_DEVICES"] == left
+    assert "LOCAL_RANK" not in environment
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_every_method_runs_on_a_real_model(tmp_path: Path) -> None:
+    """A few steps of each on MiniLM; tuning and one final run."""
+    methods = ",".join(METHODS)
+    result = run(
+        "compare", "smoke", "--methods", methods, "--rates", "1e-3", "--seeds", 1, "--output", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    records = read_records(tmp_path / "out").values()
+    assert not [r["failure"] for r in records if r.get("failure")]
+    assert {r["method"] for r in records if r["seed"] == 1} == set(METHODS)
+
+
+def test_methods_with_other_options() -> None:
+    method = find_method("lr-lora+num_basis=50+interval=2")
+    assert method.name == "LR-LoRA, num_basis=50, interval=2"
+    assert method.adapter(4) == {"r": 4, "num_basis": 50, "interval": 2}
+    assert find_method("lora+r=1").adapter(4) == {"r": 1}
+    with pytest.raises(ValueError, match="name=value"):
+        find_method("lora+r")
+
+
+def scaling(method: str, tiny: TinyModel, options: dict[str, Any]) -> float:
+    """s of a layer that a method adapts."""
+    config = adapter_config(find_method(method).train, {}, 100, {**options, **tiny.targets})
+    assert config is not None
+    model: Any = get_peft_model(tiny.build(), config)
+    return next(module.scaling["default"] for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+@pytest.mark.parametrize(("method", "s"), [("lora", 2), ("lora-2r", 2), ("rslora", 4), ("lora+lora_alpha=16", 4)])
+def test_the_scale_of_a_suite_is_alpha_by_r_unless_a_method_has_an_alpha(
+    tiny_bert: TinyModel, tmp_path: Path, method: str, s: int
+) -> None:
+    """So rsLoRA differs from LoRA by √r, and a method does what its name says."""
+    suite = replace(load_suite("smoke"), scale=2.0)
+    config = train_config(suite, "r8", find_method(method), 1e-3, 1, 4, tmp_path)
+    assert scaling(method, tiny_bert, config.adapter) == s
+    plain = train_config(load_suite("smoke"), "r8", find_method("rslora"), 1e-3, 1, 4, tmp_path)
+    assert scaling("rslora", tiny_bert, plain.adapter) == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-4r", "rslora", "rslora+r=9", "lr-lora+use_rslora=true", "dora"])
+@pytest.mark.parametrize("s", [0.25, 1.0, 4.0])
+def test_a_scale_that_is_tuned_is_that_of_the_update(tiny_bert: TinyModel, method: str, s: float) -> None:
+    assert scaling(method, tiny_bert, find_method(method).adapter(4, s)) == pytest.approx(s)

@@ -1,0 +1,182 @@
+"""The suites and presets, by the commands that a user types where there is a hub, against the stand-in for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from scipy.stats import pearsonr
+from sklearn.metrics import matthews_corrcoef
+from typer.testing import CliRunner
+
+from lrlora.cli import app
+from lrlora.train.names import ABLATION_NAMES
+from lrlora_lab.jobs import read_records
+from lrlora_lab.suites import PRESETS, SUITES
+
+from ..hub.data import DATA
+from ..train.small import reviews, save_decoder, save_encoder
+
+SHORT = ("--steps", 2, "--seeds", 1, "--rates", 1e-3)
+slow = pytest.mark.slow
+# What is asked for → (task, model) that it is run on; None: all, and its own.
+RUNS = [
+    pytest.param("glue", "mnli,stsb", None),
+    pytest.param("glue", None, None, marks=slow),
+    pytest.param("glue", "rte", "microsoft/deberta-v3-base"),
+    pytest.param("vision", "cifar100,food101", None),
+    pytest.param("vision", None, None, marks=slow),
+    pytest.param("commonsense", "arc-easy", "Qwen/Qwen3-0.6B"),
+    pytest.param("commonsense", None, None, marks=slow),
+]
+
+
+def lrlora(hub: dict[str, str], folder: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> str:
+    command = [sys.executable, *(launcher or ("-m", "lrlora")), *map(str, arguments)]
+    environment = {**os.environ, **hub, "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed" not in done.stdout
+    assert "Not done" not in done.stdout
+    return " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(("suite", "tasks", "model"), RUNS)
+def test_a_suite_runs_to_its_report(
+    hub: dict[str, str], tmp_path: Path, suite: str, tasks: str | None, model: str | None
+) -> None:
+    given = [*(("--tasks", tasks) if tasks else ()), *(("--model", model) if model else ())]
+    lrlora(hub, tmp_path, "compare", suite, "--methods", "lora,lr-lora", *given, *SHORT, "--output", "out")
+    table = pd.read_csv(tmp_path / "out" / "results.csv")
+    names = tasks.split(",") if tasks else list(SUITES[suite].tasks)
+    assert set(zip(table["task"], table["method"], strict=True)) == {
+        (task, method) for task in names for method in ("LoRA", "LR-LoRA")
+    }
+    assert table["mean"].between(-100, 100).all()
+    assert (table["energy-99 rank"] >= 1).all()
+
+
+def test_the_preset_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
+    hub: dict[str, str], tmp_path: Path
+) -> None:
+    told = lrlora(hub, tmp_path, "compare", "--preset", "llama-3-8b", "--dry-run")
+    assert "14 jobs" in told
+    assert "hours of an A100" in told
+    assert not list(tmp_path.iterdir())
+    told = lrlora(hub, tmp_path, "compare", "--preset", "llama-3-8b", *SHORT, "--output", "out")
+    assert "GiB on each" in told
+    records = {record["method"]: record for record in read_records(tmp_path / "out").values() if record["seed"] == 1}
+    assert set(records) == {"lora", "lr-lora"}
+    for record in records.values():
+        by_set = [
+            record["test"][f"accuracy of {name}"] for name in PRESETS["llama-3-8b"].tasks["commonsense"].test_data
+        ]
+        assert len(by_set) == 8
+        assert record["test"]["accuracy"] == pytest.approx(sum(by_set) / 8)
+
+    # Results in the form of PEFT's own comparison.
+    written = json.loads((tmp_path / "out" / "peft" / "lora--commonsense-seed1.json").read_text())
+    assert set(written) == {"run_info", "train_info", "meta_info"}
+    assert written["run_info"]["peft_config"]["r"] == 32
+    assert written["run_info"]["peft_config"]["lora_alpha"] == 64
+    assert written["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == 1e-3
+    assert written["train_info"]["num_total_params"] > written["train_info"]["num_trainable_params"] > 0
+    assert written["run_info"]["peft_config"]["task_type"] == "CAUSAL_LM"
+    last = written["train_info"]["metrics"][-1]
+    assert last["test accuracy"] == records["lora"]["test"]["accuracy"]
+    assert last["train loss"] > 0
+    assert last["train total tokens"] > last["train samples"] > 0
+    assert {f"{name}-version" for name in ("peft", "transformers", "datasets", "torch", "bitsandbytes")} <= set(
+        written["meta_info"]["package_info"]
+    )
+
+
+@pytest.mark.parametrize("preset", [pytest.param("roberta-base", marks=slow), pytest.param("vit-base", marks=slow)])
+def test_a_preset_runs_to_its_report(hub: dict[str, str], tmp_path: Path, preset: str) -> None:
+    lrlora(hub, tmp_path, "compare", "--preset", preset, "--methods", "lora,lr-lora", *SHORT, "--output", "out")
+    assert set(pd.read_csv(tmp_path / "out" / "results.csv")["task"]) == set(PRESETS[preset].tasks)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("task", "kind", "columns", "score"),
+    [
+        ("cola", "classify", ("text=sentence",), lambda wanted, got: matthews_corrcoef(wanted, got)),
+        ("stsb", "regress", ("text=sentence1", "text_pair=sentence2"), lambda wanted, got: pearsonr(wanted, got)[0]),
+    ],
+)
+def test_scores_of_glue_are_those_of_the_predictions(
+    hub: dict[str, str],
+    tmp_path: Path,
+    task: str,
+    kind: str,
+    columns: tuple[str, ...],
+    score: Callable[[list[Any], list[Any]], float],
+) -> None:
+    named = [part for column in columns for part in ("--column", column)]
+    data = ("--data", f"nyu-mll/glue:{task}")
+    made = ("--model", "FacebookAI/roberta-base", "--task", kind, "--steps", 60, "--output", "run")
+    lrlora(hub, tmp_path, "train", *data, *made, *named, "--learning-rate", 3e-3)
+    scored = lrlora(hub, tmp_path, "evaluate", "run", *data, "--split", "validation")
+    lrlora(hub, tmp_path, "predict", "run", *data, "--split", "validation", "--output", "found.jsonl")
+    got = [json.loads(line)["prediction"] for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    rows = DATA["nyu-mll/glue"][task]["validation"]
+    names = getattr(rows.features["label"], "names", None)
+    wanted = [names[label] if names else label for label in rows["label"]]
+    assert f"{score(wanted, got):.4f}" in scored
+
+
+@pytest.mark.integration
+def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for split, seed in (("train", 0), ("test", 1)):
+        reviews(60, seed).to_csv(tmp_path / "data" / f"{split}.csv", index=False)
+    task = {"data": str(tmp_path / "data"), "kind": "classify", "metric": "accuracy", "steps": 4, "batch_size": 8}
+    task["columns"] = {"text": "review", "label": "verdict"}
+    content = {"model": save_encoder(tmp_path / "model"), "tasks": {"reviews": task}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrlora")
+    options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2", "--output", "out")
+    said = lrlora({}, tmp_path, "compare", "suite.yaml", *options, launcher=launcher)
+    records = read_records(tmp_path / "out")
+    assert len(records) == 8
+    assert not any("failure" in record for record in records.values())
+    # Each job was begun by one of both processes, and neither took part in the other's.
+    assert said.count(" · lora · ") + said.count(" · lr-lora · ") == 8
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("sharing", "targets") else slow) for name in ABLATION_NAMES]
+)
+def test_an_ablation_is_a_list_of_methods_that_can_be_laid_out(tmp_path: Path, name: str) -> None:
+    asked = ("compare", "commonsense", "--tasks", "piqa", "--model", save_decoder(tmp_path / "model"), "--dry-run")
+    told = CliRunner().invoke(app, [*asked, "--ablation", name], env={"COLUMNS": "300"})
+    assert told.exit_code == 0, told.output
+    rows = [line for line in told.output.splitlines() if line.startswith("│ piqa")]
+    assert len(rows) == len(set(rows)) >= 4
+    assert all(int(row.split("│")[4].replace(",", "")) > 0 for row in rows)  # trainable parameters
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("compare",), "Give a suite, such as offline-nlu, or --preset, and not both."),
+        (("compare", "glue", "--preset", "vit-base"), "and not both"),
+        (("compare", "--preset", "vit-bas"), "Did you mean vit-base?"),
+        (("compare", "glue", "--ablation", "gains"), "Did you mean gain?"),
+        (("compare", "glue", "--ablation", "gain", "--methods", "lora"), "Leave --methods out"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked: tuple[str, ...], said: str) -> None:
+    told = CliRunner().invoke(app, list(asked), env={"COLUMNS": "300"})
+    assert told.exit_code == 1
+    assert said in " ".join(told.output.split())

@@ -1,0 +1,225 @@
+"""φ: its start, its table and its bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lrlora.ops.table import MAX_CELLS, PhiGradient, TransferTable
+from lrlora.ops.transfer import FORMS, Transfer, TransferSpec
+
+from ..processes import run
+
+LEARNED_FORMS = [form for form in FORMS if form != "sine"]
+
+
+def make_transfer(form: str, num_basis: int = 50, *, scale: float = 1.0, lr_multiplier: float = 1.0) -> Transfer:
+    """φ with random amplitudes, and bandwidths spread over their whole range."""
+    transfer = Transfer(TransferSpec(form, num_basis, 3.0, lr_multiplier))
+    with torch.no_grad():
+        for parameter in transfer.parameters():
+            parameter.normal_(0, scale, generator=torch.Generator().manual_seed(num_basis))
+    return transfer
+
+
+def at_largest_bandwidth(transfer: Transfer) -> Transfer:
+    with torch.no_grad():
+        transfer.bandwidth.fill_(100.0)
+    return transfer
+
+
+def points(*, reach: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    random = (2 * torch.rand(20_000, generator=generator, dtype=torch.float64) - 1) * reach
+    return torch.cat([random, torch.tensor([0.0, 3.0, -3.0, 6.0, -6.0, 1e-9], dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("largest", [0.0, 6.0, 12.0])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_basis", [2, 8, 50])
+def test_table_agrees_with_the_formula_at_the_largest_bandwidth(form: str, num_basis: int, largest: float) -> None:
+    transfer = make_transfer(form, num_basis)
+    if transfer.spec.is_learned:
+        at_largest_bandwidth(transfer)
+    z = points(reach=12.0).requires_grad_()
+    phi = transfer(z)
+    slope = torch.autograd.grad(phi.sum(), z)[0]
+    table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64, largest)
+    assert (table.value(z.detach()) - phi).abs().max() <= 1e-6
+    assert (table.slope(z.detach()) - slope).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_table_agrees_to_float32_precision(form: str) -> None:
+    transfer = make_transfer(form, scale=0.3)
+    z = points(reach=5.0).float().requires_grad_()
+    phi = transfer(z)
+    # What rounding z itself to float32 may change φ(z) by, twice over, and the rounding of φ(z).
+    allowed = 1e-6 + 2 * torch.finfo(torch.float32).eps * (torch.autograd.grad(phi.sum(), z)[0] * z).abs()
+    table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float32)
+    assert ((table.value(z.detach()) - phi).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_starts_odd_with_phi_of_zero_exactly_zero(form: str) -> None:
+    transfer = Transfer(TransferSpec(form))
+    z = points(reach=9.0)
+    torch.testing.assert_close(transfer(-z), -transfer(z), rtol=0, atol=1e-12)
+    for dtype in (torch.float32, torch.float64):
+        table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, dtype)
+        assert table.value(torch.zeros(3, dtype=dtype)).abs().max() == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_basis", [8, 9, 50, 51])
+def test_starts_with_slope_one_at_zero(form: str, num_basis: int) -> None:
+    transfer = Transfer(TransferSpec(form, num_basis))
+    z = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(transfer(z).sum(), z)[0].item()
+    assert slope == pytest.approx(1, abs=0.05 if form == "sinc" else 1e-12)
+
+
+@pytest.mark.parametrize("num_basis", [8, 9, 50, 51])
+def test_literal_form_starts_as_the_identity_on_the_inner_half(num_basis: int) -> None:
+    z = torch.linspace(-1.5, 1.5, 501, dtype=torch.float64)
+    phi = Transfer(TransferSpec("sinc", num_basis))(z).detach()
+    assert (phi - z).abs().max() < 0.04
+
+
+def test_residual_form_is_the_identity_at_the_start_and_continuous_outside() -> None:
+    z = points(reach=9.0)
+    torch.testing.assert_close(Transfer(TransferSpec("residual"))(z), z)
+    learned = make_transfer("residual", scale=0.3)
+    z = torch.tensor([3.0 - 1e-9, 3.0 + 1e-9, 7.0, 8.0], dtype=torch.float64)
+    phi = learned(z)
+    assert phi[0].item() == pytest.approx(phi[1].item(), abs=1e-6)
+    assert (phi[3] - phi[2]).item() == pytest.approx(1.0)
+
+
+def test_literal_form_keeps_its_tails_outside_the_interval() -> None:
+    transfer = make_transfer("sinc", scale=0.3)
+    far = torch.tensor([20.0, -35.0], dtype=torch.float64)
+    a, omega = transfer.spec.amplitudes(transfer.amplitude), transfer.spec.bandwidths(transfer.bandwidth)
+    u = omega * (far.unsqueeze(-1) - torch.linspace(-3, 3, 50, dtype=torch.float64))
+    expected = (a * torch.sin(u) / u).sum(-1)
+    table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64)
+    torch.testing.assert_close(table.value(far), expected.detach())
+    assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("num_basis", [2, 50])
+@pytest.mark.parametrize("largest", [0.0, 2.9, 3.1, 7.0, 40.0])
+def test_the_table_of_natural_tails_reaches_as_far_as_asked_and_little_further(num_basis: int, largest: float) -> None:
+    transfer = Transfer(TransferSpec("sinc", num_basis))
+    table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64, largest)
+    assert table.is_complete
+    assert max(largest, 3.0) <= table.reach + 1e-12
+    assert table.reach <= largest + 3 * 6.0 + 3.0
+    assert table.value(torch.zeros(1, dtype=torch.float64)).item() == 0
+
+
+def test_the_largest_table_is_bounded() -> None:
+    transfer = Transfer(TransferSpec("sinc", 50))
+    for largest in (1e6, float("inf")):
+        table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float64, largest)
+        assert not table.is_complete
+        assert 2 * table.cells_per_side <= MAX_CELLS
+
+
+def test_bandwidths_start_at_the_shannon_rate_and_stay_bounded() -> None:
+    spec = TransferSpec("residual", 50, 3.0)
+    step = 6.0 / 49
+    torch.testing.assert_close(spec.bandwidths(torch.zeros(50)), torch.full((50,), torch.pi / step).double())
+    extreme = spec.bandwidths(torch.tensor([-1e4, 1e4]))
+    assert extreme.min() >= 0
+    assert extreme.max() <= 2 * torch.pi / step
+
+
+@pytest.mark.parametrize("form", LEARNED_FORMS)
+def test_learning_rate_multiplier_scales_the_step_of_phi_under_adam(form: str) -> None:
+    moved = {}
+    for multiplier in (1.0, 5.0):
+        transfer = Transfer(TransferSpec(form, lr_multiplier=multiplier))
+        before = transfer.spec.amplitudes(transfer.amplitude).detach()
+        optimizer = torch.optim.Adam(transfer.parameters(), lr=1e-3)
+        transfer(torch.linspace(-2, 2, 100)).square().sum().backward()
+        optimizer.step()
+        moved[multiplier] = (transfer.spec.amplitudes(transfer.amplitude) - before).abs().mean().item()
+    assert moved[5.0] == pytest.approx(5 * moved[1.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("form", LEARNED_FORMS)
+def test_weight_decay_alone_pulls_back_to_the_start(form: str) -> None:
+    transfer = make_transfer(form)
+    start = Transfer(transfer.spec)
+    optimizer = torch.optim.SGD(transfer.parameters(), lr=0.1, weight_decay=1.0)
+    for _ in range(200):
+        for parameter in transfer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    z = points(reach=9.0)
+    torch.testing.assert_close(transfer(z), start(z), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16)])
+def test_parameters_stay_float32_and_exact_under_casts(cast) -> None:  # type: ignore[no-untyped-def]
+    transfer = make_transfer("residual")
+    before = {name: p.detach().clone() for name, p in transfer.named_parameters()}
+    cast(torch.nn.Sequential(transfer))
+    for name, parameter in transfer.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+SCRIPT = """
+import torch
+from lrlora.ops.table import PhiGradient, TransferTable
+from lrlora.ops.transfer import Transfer, TransferSpec
+phi = Transfer(TransferSpec("sinc"))
+with {context}:
+    TransferTable(phi.spec, phi.amplitude, phi.bandwidth, torch.float32)
+z = torch.randn(10)
+table = TransferTable(phi.spec, phi.amplitude, phi.bandwidth, torch.float32)
+gradient = PhiGradient(table)
+gradient.add(z, torch.ones_like(z))
+print(all(g.isfinite().all() for g in gradient.of_parameters()))
+"""
+
+
+@pytest.mark.parametrize("context", ["torch.inference_mode()", "torch.no_grad()", "torch.autocast('cpu')"])
+def test_training_works_after_a_first_use_in_any_context(context: str) -> None:
+    assert run(SCRIPT.format(context=context)).splitlines()[-1] == "True"
+
+
+def test_nan_entries_stay_nan() -> None:
+    for form in FORMS:
+        transfer = make_transfer(form)
+        table = TransferTable(transfer.spec, transfer.amplitude, transfer.bandwidth, torch.float32)
+        assert table.value(torch.tensor([float("nan"), 1.0])).isnan().tolist() == [True, False]
+
+
+def test_a_vanishing_bandwidth_gives_no_nan() -> None:
+    spec = TransferSpec("residual", 8)
+    transfer = Transfer(spec)
+    with torch.no_grad():
+        transfer.amplitude.fill_(0.1)
+        transfer.bandwidth.fill_(-800.0)
+    table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64)
+    z = torch.linspace(-4, 4, 50, dtype=torch.float64)
+    gradient = PhiGradient(table)
+    gradient.add(z, torch.ones_like(z))
+    assert all(part.isfinite().all() for part in gradient.of_parameters())
+
+
+def test_cubics_of_the_kernels_follow_the_quintics() -> None:
+    """One term of unit amplitude, at the largest bandwidth: ψ within 2e-8, ψ′ within 2e-8 of its own scale."""
+    spec = TransferSpec("residual", 50)
+    amplitude, bandwidth = torch.zeros(50), torch.full((50,), 40.0)
+    amplitude[20] = 1.0
+    table = TransferTable(spec, amplitude, bandwidth, torch.float64)
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    powers = torch.stack([t**p for p in range(6)])
+    coefficients = table.interpolate(spec.series(table.points, amplitude, bandwidth))
+    quintic = coefficients @ powers
+    slope = (coefficients[:, 1:] * torch.arange(1, 6)) @ powers[:5] / table.spacing
+    assert (table.cubics(derivative=False) @ powers[:4] - quintic).abs().max() <= 2e-8
+    assert (table.cubics(derivative=True) @ powers[:4] - slope).abs().max() <= 2e-8 * spec.max_bandwidth

@@ -1,0 +1,178 @@
+"""What is kept of an adapter by what the loss says, and the search for the smallest size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from lrlora.adapters import Factors, factorize, save_as_lora
+from lrlora.adapters.factorize import parameters_of_rank
+from lrlora.ranks import LossCurve, energy_curve, loss_curve, mean_loss, model_loss, smallest
+
+from ..conftest import TinyModel
+from .test_moments import language_batches
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[TinyModel, Any, list[Factors], LossCurve]:
+    """A tiny language model that has learned two sentences by heart, and the curve of its adapter."""
+    tiny = TinyModel("llama")
+    model = get_peft_model(tiny.build(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**language_batches(tiny)[0]).loss.backward()
+        optimizer.step()
+    factors = factorize(model, energy=1.0)
+    return tiny, model, factors, loss_curve(model, factors, language_batches(tiny))
+
+
+def test_a_budget_is_kept_to_and_the_rises_add_up(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
+    _, model, whole, curve = trained
+    assert curve.parameters == sum(part.parameters for part in whole)
+    rises = []
+    for rank in (1, 2, 3, 4):
+        budget = parameters_of_rank(model, rank)
+        factors = curve.within(budget)
+        assert sum(part.parameters for part in factors) <= budget
+        rises.append(curve.predicted_rise(factors))
+        assert max(part.rank for part in curve.within(budget, max_rank=2)) <= 2
+    assert rises == sorted(rises, reverse=True)
+    assert rises[-1] == 0
+    for part, before in zip(curve.within(parameters_of_rank(model, 2)), whole, strict=True):
+        delta = before.B @ before.A
+        lost = (delta - part.B @ part.A).square().sum() / delta.square().sum()
+        assert part.kept == pytest.approx(1 - lost.item(), abs=1e-4)
+        if part.rank:
+            assert torch.allclose(part.A.norm(dim=1), part.B.norm(dim=0), rtol=1e-3)
+    with pytest.raises(ValueError, match=r"budget=5 is less than one rank of the smallest module, 64 parameters"):
+        curve.within(5)
+
+
+def test_all_directions_together_are_the_adapter(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
+    tiny, model, whole, curve = trained
+    batches = language_batches(tiny)
+    expected = mean_loss(model, whole, batches)
+    assert mean_loss(model, curve.within(curve.parameters), batches) == pytest.approx(expected, rel=1e-4)
+    with torch.no_grad():
+        assert model(**batches[0]).loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+class TwoSides(nn.Module):
+    """A linear layer, half of whose inputs are always zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * torch.tensor([1.0] * 4 + [0.0] * 4))
+
+
+def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+
+
+def test_what_is_large_and_never_used_goes_first() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(TwoSides(), LoraConfig(r=2, lora_alpha=2, target_modules=["layer"]))
+    layer = model.base_model.model.layer
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.tensor([[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [1.0] * 4]))
+        layer.lora_B["default"].weight.copy_(torch.tensor([[1.0, -1, 1, -1], [9.0, 9, -9, -9]]).T)
+    x = torch.randn(64, 8)
+    batches = [(x, model(x).argmax(-1))]
+    whole = factorize(model, energy=1.0)
+    as_it_was = mean_loss(model, whole, batches, loss_of)
+    by_loss = loss_curve(model, whole, batches, loss_of).within(12)
+    by_energy = factorize(model, budget=12)
+    assert [part.rank for part in (*by_loss, *by_energy)] == [1, 1]
+    assert mean_loss(model, by_loss, batches, loss_of) < as_it_was + 0.02  # damping leaves a trace of it
+    assert mean_loss(model, by_energy, batches, loss_of) > as_it_was + 0.1
+    assert by_loss[0].kept < 0.1
+
+
+def test_the_cut_is_served_by_plain_peft(
+    trained: tuple[TinyModel, Any, list[Factors], LossCurve], tmp_path: Any
+) -> None:
+    tiny, model, _, curve = trained
+    model.save_pretrained(tmp_path / "adapter")
+    factors = curve.within(curve.parameters // 2)
+    save_as_lora(factors, tmp_path / "adapter", tmp_path / "small")
+    served = PeftModel.from_pretrained(tiny.build(), tmp_path / "small")
+    batches = language_batches(tiny)
+    with torch.no_grad():
+        loss = served(**batches[0]).loss.item()
+    assert loss == pytest.approx(mean_loss(model, factors, batches), rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1.2, 2.0, 10.0])
+def test_the_smallest_size_is_between_two_that_were_measured(
+    trained: tuple[TinyModel, Any, list[Factors], LossCurve], limit: float
+) -> None:
+    *_, curve = trained
+    measured: list[int] = []
+
+    def measure(factors: Sequence[Factors]) -> float:
+        measured.append(sum(part.parameters for part in factors))
+        return curve.parameters / measured[-1]
+
+    chosen, points = smallest(curve, measure, limit)
+    size = sum(part.parameters for part in chosen)
+    assert curve.parameters / size <= limit
+    beyond = max((point.parameters for point in points if point.loss > limit), default=0)
+    # The next step down is one direction, or a few percent.
+    assert size - beyond <= max(0.06 * size, 2 * 96)
+    assert len(measured) == len(set(measured)) <= 12
+    assert [point.parameters for point in points] == sorted(measured, reverse=True)
+
+
+@pytest.mark.refused
+def test_a_limit_that_nothing_is_within(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
+    *_, curve = trained
+    with pytest.raises(ValueError, match=r"Even with every direction kept, the loss is 3, above the limit of 2\."):
+        smallest(curve, lambda factors: 3.0, 2.0)
+
+
+def test_a_budget_that_the_first_direction_exceeds_goes_to_others(
+    trained: tuple[TinyModel, Any, list[Factors], LossCurve],
+) -> None:
+    *_, curve = trained
+    for budget in (curve.fewest, curve.fewest + 10):
+        assert sum(part.rank for part in curve.within(budget)) == 1
+
+
+def test_the_unit_of_the_loss_does_not_matter(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
+    """Damping too is a share of what is there."""
+    tiny, model, factors, curve = trained
+
+    def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        value, terms = model_loss(base, batch)
+        return 1000 * value, terms
+
+    other = loss_curve(model, factors, language_batches(tiny), scaled)
+    for one, two in zip(curve.modules, other.modules, strict=True):
+        assert torch.allclose(two.rises, 1e6 * one.rises, rtol=1e-3)
+        assert torch.allclose(two.B @ two.A, one.B @ one.A, atol=1e-5)
+
+
+def test_a_search_ends_after_twelve_measurements() -> None:
+    measured: list[int] = []
+
+    def measure(factors: Sequence[Factors]) -> float:
+        measured.append(sum(part.parameters for part in factors))
+        return 0.0
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(*(nn.Linear(64, 64) for _ in range(160))),
+        LoraConfig(r=64, init_lora_weights=False, target_modules=[str(i) for i in range(160)]),
+    )
+    smallest(energy_curve(factorize(model, energy=1.0)), measure, 1.0)
+    assert len(measured) == 12

@@ -1,0 +1,374 @@
+"""Exports by what the loss says, on tiny runs: from the command line, for every kind of task and adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.ranks import RankReport
+from lrlora.run_folder import read_losses
+from lrlora.train import by_loss
+from lrlora.train.inference import evaluate
+from lrlora.train.run import train
+from lrlora.train.settings import TrainConfig
+
+from .small import reviews, save_decoder, save_encoder, save_image_model, save_pictures
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def told(*arguments: object) -> str:
+    """What a command says that is refused."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "not foreseen" not in result.output
+    return " ".join(result.output.split())
+
+
+def export(source: Path, output: Path, *arguments: object) -> str:
+    result = run("export", source, "--output", output, *arguments)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def squeezed(text: str) -> str:
+    """Without white space: a terminal breaks long paths anywhere."""
+    return "".join(text.split())
+
+
+def rise_of(output: str) -> float:
+    """What an export says of the loss of what it has written."""
+    match = re.search(r"as loaded by PEFT: [\d.]+ \(([-+][\d.]+)%\)", output)
+    assert match, output
+    return float(match[1]) / 100
+
+
+def parameters_of(folder: Path) -> int:
+    weights = load_file(folder / "adapter_model.safetensors")
+    return sum(tensor.numel() for name, tensor in weights.items() if ".lora_" in name)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, data, and a finished run of a classifier, with LoRA of rank 4 on all linear layers."""
+    folder = tmp_path_factory.mktemp("home")
+    save_encoder(folder / "encoder")
+    save_decoder(folder / "decoder")
+    frame = reviews(240).rename(columns={"review": "text", "verdict": "label"})
+    frame[:200].to_csv(folder / "reviews.csv", index=False)
+    frame[200:].to_csv(folder / "test.csv", index=False)
+    frame[["text"]].to_csv(folder / "texts.csv", index=False)
+    chats = [
+        {"messages": [{"role": "user", "content": f"is {word} good ?"}, {"role": "assistant", "content": "it is good"}]}
+        for word in frame["text"]
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    train(settings(folder), announce=lambda line: None)
+    return folder
+
+
+def settings(home: Path, name: str = "run", **fields: Any) -> TrainConfig:
+    of_task = {"model": str(home / "encoder"), "data": str(home / "reviews.csv"), "task": "classify", "method": "lora"}
+    usual = {"rank": 4, "steps": 30, "learning_rate": 5e-3, "training": {"eval_strategy": "no"}}
+    return TrainConfig(**{**of_task, **usual, "output": str(home / name), **fields})
+
+
+def test_the_smallest_within_a_rise_of_the_loss(home: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()}
+    output = export(home / "run", tmp_path / "small", "--loss", "0.05")
+    assert "Cut by loss: gradients of 180 examples, losses on 20 others" in output
+    assert rise_of(output) <= 0.051
+    assert parameters_of(tmp_path / "small") < parameters_of(home / "run") / 2
+    assert PeftConfig.from_pretrained(tmp_path / "small").peft_type.value == "LORA"
+    as_trained = evaluate(home / "run", str(home / "test.csv"))["loss"]
+    # The test data was not looked at. Without lrlora, by the names of the classes that the export has.
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    base = AutoModelForSequenceClassification.from_pretrained(home / "encoder", num_labels=len(config["id2label"]))
+    served = PeftModel.from_pretrained(base, tmp_path / "small").eval()
+    shutil.copytree(home / "run", tmp_path / "run")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(tmp_path / "small" / file, tmp_path / "run" / file)
+    assert evaluate(tmp_path / "run", str(home / "test.csv"))["loss"] <= 1.3 * as_trained + 0.02
+    assert served.config.num_labels == 2
+    assert before == {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()}
+
+
+def test_a_size_is_filled_with_what_matters_where_there_is_data(home: Path, tmp_path: Path) -> None:
+    by_loss_, by_energy = tmp_path / "by-loss", tmp_path / "by-energy"
+    output = export(home / "run", by_loss_, "--budget", "r1")
+    assert "Cut by loss" in output
+    assert "Cut by loss" not in export(home / "run", by_energy, "--budget", "r1", "--by", "energy")
+    assert "Loss of the adapter" in output
+    assert rise_of(output) < 0.5
+    largest = max(len(t) for n, t in load_file(by_loss_ / "adapter_model.safetensors").items() if ".lora_A." in n)
+    assert largest > 1
+    capped = export(home / "run", tmp_path / "capped", "--max-rank", "1", "--pad", "--dtype", "bfloat16")
+    assert "Cut by loss" in capped
+    weights = load_file(tmp_path / "capped" / "adapter_model.safetensors")
+    assert {len(t) for n, t in weights.items() if ".lora_A." in n} == {1}
+    assert {t.dtype for n, t in weights.items() if ".lora_" in n} == {torch.bfloat16}
+
+
+def test_ranks_by_loss_to_train_with(home: Path, tmp_path: Path) -> None:
+    output = export(home / "run", tmp_path / "ranks", "--budget", "r2", "--config-only")
+    assert "To train with" in output
+    assert LoraConfig.from_pretrained(tmp_path / "ranks").rank_pattern
+    assert not (tmp_path / "ranks" / "adapter_model.safetensors").exists()
+
+
+def test_steps_at_the_size_that_was_reached(home: Path, tmp_path: Path) -> None:
+    cut = rise_of(export(home / "run", tmp_path / "cut", "--budget", "200"))
+    healed = rise_of(export(home / "run", tmp_path / "healed", "--budget", "200", "--heal", "30"))
+    assert healed < cut
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "healed"))
+    assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in second.items()}
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == sorted(
+        path.name for path in (tmp_path / "healed").iterdir()
+    )
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lr-lora": {"method": "lr-lora"},
+    "expansion": {"method": "lr-lora", "adapter": {"form": "expansion", "num_terms": 4}},
+    "dora": {"method": "dora"},
+    "hira": {"method": "hira"},
+    "loha": {"method": "loha"},
+    "full": {"method": "full", "rank": None, "learning_rate": 1e-3},
+    "pissa": {"adapter": {"init_lora_weights": "pissa"}},
+    "a lora with dora": {"adapter": {"use_dora": True}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_update_becomes_a_lora_first(home: Path, tmp_path: Path, method: str) -> None:
+    train(settings(home, f"of-{method}", **METHODS[method]), announce=lambda line: None)
+    output = export(home / f"of-{method}", tmp_path / "small", "--budget", "r4")
+    # Norms and embeddings of full fine-tuning are in no LoRA.
+    assert rise_of(output) < (1.0 if method == "full" else 0.3), output
+    assert not PeftConfig.from_pretrained(tmp_path / "small").use_dora
+
+
+def test_chats_continued_and_an_adapter_from_elsewhere(home: Path, tmp_path: Path) -> None:
+    config = settings(home, "chat", model=str(home / "decoder"), data=str(home / "chats.jsonl"), task="causal-lm")
+    train(config, announce=lambda line: None)
+    assert rise_of(export(home / "chat", tmp_path / "small", "--loss", "0.02")) <= 0.021
+    # Without what `lrlora train` wrote of it, and with the data given.
+    shutil.copytree(home / "chat", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "run.json").unlink()
+    output = export(tmp_path / "elsewhere", tmp_path / "other", "--loss", "0.02", "--data", home / "chats.jsonl")
+    assert "chats.jsonl" in squeezed(output)
+    assert rise_of(output) <= 0.021
+    moved = json.loads((tmp_path / "elsewhere" / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (tmp_path / "elsewhere" / "adapter_config.json").write_text(json.dumps(moved))
+    given = ["--data", home / "chats.jsonl", "--base", home / "decoder"]
+    assert "as cut" in export(tmp_path / "elsewhere", tmp_path / "based", "--loss", "0.02", *given, "--no-check")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "other")
+    assert isinstance(loaded.get_base_model(), type(AutoModelForCausalLM.from_pretrained(home / "decoder")))
+
+
+def test_images_and_choices(home: Path, tmp_path: Path) -> None:
+    save_image_model(tmp_path / "vit")
+    save_pictures(tmp_path / "pictures")
+    pictures = {"model": str(tmp_path / "vit"), "data": str(tmp_path / "pictures"), "task": "image-classify"}
+    choices = [
+        {"question": text, "choices": ["it is good", "it is bad"], "label": int("rotten" in verdict)}
+        for text, verdict in reviews(160).itertuples(index=False)
+    ]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, choices)))
+    likely = {"data": str(tmp_path / "choices.jsonl"), "task": "multiple-choice", "validation_share": 0.2}
+    for name, fields in (
+        ("images", {**pictures, "validation_share": 0.4}),
+        ("choices", {**likely, "model": str(home / "encoder")}),
+        ("likelihood", {**likely, "model": str(home / "decoder")}),
+    ):
+        train(settings(tmp_path, name, **fields), announce=lambda line: None)
+        assert rise_of(export(tmp_path / name, tmp_path / f"small-{name}", "--loss", "0.05")) <= 0.051
+
+
+def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> None:
+    arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--rank", 4]
+    arguments += ["--steps", 20, "--learning-rate", "5e-3"]
+    result = run("train", *arguments, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    match = re.search(
+        r"The smallest LoRA within 1 % of the validation loss .* has ([\d,]+) parameters, as many as a LoRA of "
+        r"r = (\d+\.\d)\.",
+        words,
+    )
+    assert match, result.output
+    said = squeezed(result.output)
+    assert f"lrloraexport{tmp_path / 'run'}--loss0.01--output{tmp_path / 'run'}-small" in said
+    record = read_losses(tmp_path / "run")
+    assert record is not None
+    assert record.chosen == int(match[1].replace(",", "")) in record.sizes
+    assert record.losses[record.sizes.index(record.chosen)] <= 1.01 * record.loss
+    rows = RankReport.from_json(tmp_path / "run" / "ranks.json").rows
+    assert {row.module: row.loss_rank for row in rows} == record.ranks
+    assert "loss: rank in the smallest LoRA" in " ".join(run("ranks", tmp_path / "run").output.split())
+    page = run("report", tmp_path / "run", "--output", tmp_path / "page.html")
+    assert page.exit_code == 0, page.output
+    # Asked for, it is what is beside the adapter.
+    result = run("train", *arguments, "--output", tmp_path / "asked", "--method", "lora", "--size", "r1")
+    assert result.exit_code == 0, result.output
+    of_rank_1 = parameters_of(tmp_path / "asked") // 4
+    assert parameters_of(tmp_path / "asked" / "lora") <= of_rank_1
+    assert float(match[2]) == pytest.approx(record.chosen / of_rank_1, abs=0.05)
+    assert PeftConfig.from_pretrained(tmp_path / "asked" / "lora").peft_type.value == "LORA"
+
+
+@pytest.mark.refused
+def test_what_cannot_be_cut_by_loss_is_one_clear_error(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(home / "run", elsewhere)
+    (elsewhere / "run.json").unlink()
+    few = tmp_path / "few.csv"
+    few.write_text("text,label\n" + "a film,fresh\n" * 9)
+    others = tmp_path / "others.csv"
+    others.write_text("text,label\n" + "a film,green\n" * 80)
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text,label\n")
+    single = tmp_path / "single.safetensors"
+    torch.manual_seed(0)
+    save_file({"up.lora_down.weight": torch.randn(2, 8), "up.lora_up.weight": torch.randn(4, 2)}, single)
+    without_type = tmp_path / "without-type"
+    base = AutoModelForCausalLM.from_pretrained(home / "decoder")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(without_type)
+    cases = [
+        ((home / "run", "--loss", "1.5"), r"loss must be the share by which it may rise, in (0, 1), and is 1.5"),
+        ((home / "run", "--loss", "0.01", "--budget", "r1"), "Give one of energy, budget and loss"),
+        (
+            (home / "run", "--energy", "0.9", "--data", few),
+            "--data is for a cut by loss, and --energy for one by energy.",
+        ),
+        ((home / "run", "--loss", "0.1", "--by", "energy"), "--loss is for a cut by loss, and --by energy for one by"),
+        ((home / "run", "--heal", "3"), "--heal needs a size for a cut by loss: --loss, --budget or --max-rank."),
+        ((home / "run", "--loss", "0.1", "--heal", "3", "--config-only"), "--heal is about weights"),
+        ((home / "run", "--loss", "0.1", "--task", "classify"), "is a run of `lrlora train`, and knows its task"),
+        (
+            (elsewhere, "--loss", "0.1", "--data", few, "--task", "causal-lm"),
+            "is a SEQ_CLS adapter, and --task",
+        ),
+        ((home / "run", "--max-rank", "2", "--by", "size"), "Unknown --by 'size'. Known: loss, energy."),
+        ((elsewhere, "--loss", "0.01"), "whose data would be known. Give examples like those that it was trained on"),
+        (
+            (home / "run", "--loss", "0.01", "--data", few),
+            "4 examples with 4 labels or tokens to predict are too few",
+        ),
+        ((home / "run", "--loss", "0.01", "--data", others), "labels that training does not have: green"),
+        (
+            (home / "run", "--loss", "0.01", "--data", home / "texts.csv"),
+            "reads the column label, and the data has text",
+        ),
+        ((home / "run", "--loss", "0.01", "--data", empty), "has a header (text, label) and no rows"),
+        ((home / "run", "--loss", "0.01", "--data", tmp_path / "nothing.csv"), "nothing.csv"),
+        ((single, "--loss", "0.01"), "is a single file, which does not say what its base model is"),
+        (
+            (without_type, "--loss", "0.01", "--data", few),
+            "does not say its task. Give --task causal-lm, classify",
+        ),
+        ((home / "run", "--budget", "5"), "budget=5 is less than one rank of the smallest module"),
+    ]
+    for arguments, message in cases:
+        output = tmp_path / ("out.safetensors" if arguments[0] == single else "out")
+        said = told("export", *arguments, "--output", output)
+        assert squeezed(message) in squeezed(said), said
+        assert not output.exists()
+    shutil.rmtree(tmp_path / "moved", ignore_errors=True)
+    shutil.copytree(home / "run", tmp_path / "moved")
+    record = json.loads((tmp_path / "moved" / "run.json").read_text())
+    record["config"]["data"] = str(tmp_path / "gone.csv")
+    (tmp_path / "moved" / "run.json").write_text(json.dumps(record))
+    said = told("export", tmp_path / "moved", "--loss", "0.01", "--output", tmp_path / "out")
+    assert "gone.csv" in squeezed(said)
+    # By default a run without its data is cut by energy.
+    output = export(tmp_path / "moved", tmp_path / "by-energy", "--budget", "r1")
+    assert "Cutting by energy instead of by loss: " in output
+    assert "gone.csv" in squeezed(output)
+    # Whoever stops it while losses are measured finds nothing written.
+    monkeypatch.setattr(by_loss, "mean_loss", _stopped)
+    result = run("export", home / "run", "--loss", "0.01", "--output", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "Interrupted. Nothing was written." in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_else_was_trained_counts_as_it_is(home: Path, tmp_path: Path) -> None:
+    chat = {"model": str(home / "decoder"), "data": str(home / "chats.jsonl"), "task": "causal-lm"}
+    for name, adapter in (
+        ("tokens", {"trainable_token_indices": {"embed_tokens": [5, 6, 7, 8]}}),
+        ("bias", {"bias": "lora_only"}),
+        ("embedding", {"target_modules": ["embed_tokens", "q_proj", "down_proj"]}),
+    ):
+        train(settings(home, f"with-{name}", adapter=adapter, **chat), announce=lambda line: None)
+        assert abs(rise_of(export(home / f"with-{name}", tmp_path / name, "--budget", "r4"))) < 0.005
+        healed = ["--budget", "r1", "--heal", "10"]
+        assert rise_of(export(home / f"with-{name}", tmp_path / f"healed-{name}", *healed)) < 1
+    # LR-LoRA's files do not tell an embedding from a linear layer; its model does.
+    adapter = {"target_modules": ["embed_tokens", "q_proj"]}
+    train(settings(home, "ours", method="lr-lora", adapter=adapter, **chat), announce=lambda line: None)
+    for by in ("loss", "energy"):
+        said = told("export", home / "ours", "--max-rank", "2", "--by", by, "--output", tmp_path / "out")
+        assert "Only linear layers can be exported as LoRA, and model.embed_tokens is a Embedding" in said
+
+
+def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
+    arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 4]
+    arguments += ["--output", tmp_path / "run"]
+    assert "Give --loss or --size, not both." in told("train", *arguments, "--loss", "0.1", "--size", "r1")
+    assert "size must be like 250000" in told("train", *arguments, "--size", "small")
+    assert not (tmp_path / "run").exists()
+    settings_file = tmp_path / "run.yaml"
+    settings_file.write_text("size: 3\n")
+    result = run("train", settings_file, *arguments)
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert "Everything is in" in said
+    assert "The run is finished, but lora/ could not be made as asked: budget=3 is less than" in said
+    # What was there is still there.
+    assert PeftConfig.from_pretrained(tmp_path / "run" / "lora").peft_type.value == "LORA"
+
+
+def _stopped(*arguments: Any) -> float:
+    raise KeyboardInterrupt
+
+
+def test_healing_that_is_stopped_leaves_the_cut(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(home / "run", tmp_path / "cut", "--budget", "r1")
+    monkeypatch.setattr(by_loss, "make_trainer", _stopped)
+    result = run("export", home / "run", "--budget", "r1", "--heal", "5", "--output", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "Interrupted. The LoRA is written as it was cut." in result.output
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _failing(*arguments: Any) -> float:
+    raise ValueError("The machine is tired.")
+
+
+def test_healing_that_fails_leaves_the_cut_and_says_so(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_loss, "make_trainer", _failing)
+    result = run("export", home / "run", "--budget", "r1", "--heal", "5", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "Themachineistired.TheLoRAin" in squeezed(result.output)
+    assert "iswrittenasitwascut." in squeezed(result.output)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

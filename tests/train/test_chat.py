@@ -1,0 +1,427 @@
+"""Chats in all formats: read in one way by training, evaluation and prediction, whatever they come in."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.train.chat import SIMPLE_TEMPLATE, as_trl_reads, choose_template, format_of, rendering_of, shown_tokens
+from lrlora.train.inference import Chat, evaluate, predict, predict_text
+from lrlora.train.run import train
+from lrlora.train.settings import TrainConfig
+
+from .small import CHAT as TEMPLATE
+from .small import reviews, save_decoder, tokenizer
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> str:
+    """One that a test may take the template from."""
+    return save_decoder(tmp_path / "own-decoder")
+
+
+def rows(format_: str, count: int = 48) -> list[dict[str, Any]]:
+    """Reviews as questions, verdicts as answers, in one of the formats."""
+    return [
+        in_format(format_, review, "good" if verdict == "fresh" else "bad")
+        for review, verdict in reviews(count).itertuples(index=False)
+    ]
+
+
+def in_format(format_: str, question: str, answer: str) -> dict[str, Any]:
+    """One row of a format."""
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    rows: dict[str, dict[str, Any]] = {
+        "messages": {"messages": chat},
+        "ShareGPT": {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]},
+        "prompt": {"prompt": question, "completion": answer},
+        "Alpaca": {"instruction": question, "input": "", "output": answer},
+        "text": {"text": f"{question} {answer}"},
+    }
+    return rows[format_]
+
+
+CHATS = ("messages", "ShareGPT", "prompt", "Alpaca")
+
+
+def write(path: Path, content: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run trained on a format until it knows the answers, which no test may change."""
+
+    @functools.cache
+    def run_on(format_: str) -> Path:
+        folder = tmp_path_factory.mktemp(format_)
+        return trained(save_decoder(folder / "decoder"), folder, format_)
+
+    return run_on
+
+
+def trained(decoder: str, folder: Path, format_: str, steps: int = 150, **settings: Any) -> Path:
+    data = write(folder / f"{format_}.jsonl", rows(format_))
+    arguments = {"max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 0.02}
+    given = {"model": decoder, "data": data, "task": "causal-lm", "method": "lora", "output": str(folder / "run")}
+    train(TrainConfig(**{**given, "training": arguments, **settings}), announce=lambda line: None)
+    return folder / "run"
+
+
+def run(*arguments: str | Path, typed: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed, env={"COLUMNS": "200"})
+
+
+# ShareGPT gives the tokens of messages, and Alpaca those of prompts: see below.
+@pytest.mark.parametrize("format_", ["messages", "Alpaca"])
+def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = run_on(format_)
+    questions = [row["prompt"] for row in rows("prompt", 12)]
+    right = [row["completion"] for row in rows("prompt", 12)]
+    answers: dict[str, list[str]] = {}
+    for other in CHATS:
+        data = write(tmp_path / f"other-{other}.jsonl", rows(other, 12))
+        answers[other] = [line["completion"].strip() for line in predict(folder, data)]
+        assert evaluate(folder, data)["exact_match"] == sum(map(str.__eq__, answers[other], right)) / len(right)
+    assert len({tuple(said) for said in answers.values()}) == 1
+    # Of messages the loss is taken of every token: the answer is a small part of it.
+    assert sum(map(str.__eq__, answers["prompt"], right)) >= (8 if format_ == "messages" else 10)
+    assert predict_text(folder, questions[0])["completion"].strip() == answers["prompt"][0]
+    with pytest.raises(ValueError, match="trained on chats, and the column text has no turns"):
+        evaluate(folder, write(tmp_path / "text.jsonl", rows("text")))
+
+
+def test_a_model_without_a_template(decoder: str, tmp_path: Path) -> None:
+    plain = tokenizer()
+    plain.chat_template = None
+    plain.save_pretrained(decoder)
+    (Path(decoder) / "chat_template.jinja").unlink(missing_ok=True)
+    for format_ in ("messages", "ShareGPT"):
+        with pytest.raises(ValueError, match=rf"holds chats \({format_}\), and the model has no chat template"):
+            trained(decoder, tmp_path, format_)
+    folder = trained(decoder, tmp_path, "Alpaca")
+    assert json.loads((folder / "run.json").read_text())["rendering"] == "plain"
+    answers = [line["completion"].strip() for line in predict(folder, str(tmp_path / "Alpaca.jsonl"))]
+    assert sum(map(str.__eq__, answers, [row["output"] for row in rows("Alpaca")])) > 40
+    with pytest.raises(ValueError, match="was trained on plain text, without a chat template"):
+        next(predict(folder, write(tmp_path / "messages.jsonl", rows("messages"))))
+
+
+def test_a_template_by_name(decoder: str, tmp_path: Path) -> None:
+    own = TEMPLATE.replace("[USER]", "film")
+    (tmp_path / "own.jinja").write_text(own)
+    for name, template in (("simple", SIMPLE_TEMPLATE), (str(tmp_path / "own.jinja"), own)):
+        words = tokenizer()
+        choose_template(words, name)
+        assert words.chat_template == template
+    choose_template(words, "qwen3")
+    assert "<|im_start|>" in str(words.chat_template)
+    choose_template(words, "none")
+    assert words.chat_template is None
+    choose_template(words, None)
+    with pytest.raises(ValueError, match=r"Unknown chat template 'qwen33'. Did you mean qwen3\?"):
+        choose_template(words, "qwen33")
+    with pytest.raises(FileNotFoundError, match=r"There is no file nothing\.jinja"):
+        choose_template(words, "nothing.jinja")
+    folder = trained(decoder, tmp_path, "prompt", 2, chat_template=str(tmp_path / "own.jinja"))
+    assert AutoTokenizer.from_pretrained(folder).chat_template == own
+
+
+def test_another_template_than_that_of_the_training_is_refused(decoder: str, tmp_path: Path) -> None:
+    folder = trained(decoder, tmp_path, "messages", 2)
+    words = AutoTokenizer.from_pretrained(folder)
+    words.chat_template = SIMPLE_TEMPLATE
+    words.save_pretrained(folder)
+    with pytest.raises(ValueError, match="is not the one that the run was trained with"):
+        next(predict(folder, str(tmp_path / "messages.jsonl")))
+
+
+@pytest.mark.parametrize("format_", [*CHATS, "text"])
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_tokens_and_loss_are_trl_s(format_: str, template: str | None, decoder: str, tmp_path: Path) -> None:
+    if template is None and format_ in ("messages", "ShareGPT"):
+        pytest.skip("refused")
+    words = tokenizer()
+    words.chat_template = template
+    data = Dataset.from_list(rows(format_, 6))
+    ours = as_trl_reads(data, rendering_of(data, words))
+    # What a user would hand to TRL by hand.
+    plain = Dataset.from_list(rows("messages" if format_ == "ShareGPT" else format_, 6))
+    if format_ == "Alpaca" and template is None:
+        plain = Dataset.from_list([{"prompt": f"{r['instruction']}\n", "completion": r["output"]} for r in data])
+    elif format_ in ("prompt", "Alpaca") and template is not None:
+        asked = [(r["prompt"], r["completion"]) for r in rows("prompt", 6)]
+        plain = Dataset.from_list(
+            [
+                {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
+                for q, a in asked
+            ]
+        )
+    arguments = SFTConfig(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True, max_length=40, bf16=False)
+    encoded = [
+        SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(decoder),
+            args=arguments,
+            train_dataset=part,
+            processing_class=words,
+        ).train_dataset
+        for part in (ours, plain)
+    ]
+    for ours_row, their_row in zip(*encoded, strict=True):
+        assert ours_row["input_ids"] == their_row["input_ids"]
+        assert ours_row["labels"] == their_row["labels"]
+        assert "⟦" in shown_tokens(ours_row, words, marked=True)
+
+
+def test_more_turns_systems_histories_and_tools() -> None:
+    words = tokenizer()
+    call = {"name": "find", "arguments": {"film": "it"}}
+    data = Dataset.from_list(
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "find it"},
+                    {"from": "function_call", "value": json.dumps(call)},
+                    {"from": "observation", "value": "good"},
+                    {"from": "gpt", "value": "it is good"},
+                ],
+                "system": "be clever",
+                "tools": json.dumps([{"type": "function", "function": {"name": "find"}}]),
+            }
+        ]
+    )
+    assert format_of(data.column_names).name == "ShareGPT"
+    (row,) = as_trl_reads(data, rendering_of(data, words))
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert row["messages"][2]["tool_calls"][0]["function"]["name"] == "find"
+    assert row["tools"][0]["function"]["name"] == "find"
+    alpaca = {"instruction": "and it ?", "input": "the plot", "output": "good", "history": [["a film", "bad"]]}
+    (row,) = as_trl_reads(Dataset.from_list([alpaca | {"system": "be clever"}]), "chat")
+    said = [(message["role"], message["content"]) for message in row["prompt"] + row["completion"]]
+    assert said == [
+        ("system", "be clever"),
+        ("user", "a film"),
+        ("assistant", "bad"),
+        ("user", "and it ?\nthe plot"),
+        ("assistant", "good"),
+    ]
+    with pytest.raises(ValueError, match="A turn of a conversation is from 'narrator'"):
+        as_trl_reads(Dataset.from_list([{"conversations": [{"from": "narrator", "value": "it"}]}]), "chat")
+
+
+def test_a_prompt_of_messages_has_a_system_and_an_answer_in_either_form(decoder: str, tmp_path: Path) -> None:
+    asked, answer = [{"role": "user", "content": "a film"}], [{"role": "assistant", "content": "good"}]
+    for prompt, completion in ((asked, "good"), (asked, answer), ("a film", answer), ("a film", "good")):
+        row = {"prompt": prompt, "completion": completion, "system": "be clever"}
+        (read,) = as_trl_reads(Dataset.from_list([row]), "chat")
+        assert read == {"prompt": [{"role": "system", "content": "be clever"}, *asked], "completion": answer}
+    mixed = [{"prompt": asked, "completion": "good"}, {"prompt": asked, "completion": "bad"}]
+    data = write(tmp_path / "mixed.jsonl", 24 * mixed)
+    assert "exact_match" in evaluate(trained(decoder, tmp_path, "prompt", 2, data=data), data)
+
+
+def test_without_a_template_nothing_is_left_out_in_silence(decoder: str, tmp_path: Path) -> None:
+    plain = {"chat_template": "none"}
+    turns, question = {"history": [["a film", "bad"]]}, {"instruction": "and it ?", "output": "good"}
+    for row, said in (
+        ({"prompt": "a film", "completion": "good", "system": "be clever"}, "system must be empty .* 'be clever'"),
+        ({**question, "system": "be clever"}, "system must be empty .*--chat-template simple"),
+        ({**question, **turns}, "history must be empty for a model without a chat template"),
+        ({"prompt": "a film", "completion": [{"role": "assistant", "content": "good"}]}, "holds chats"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [row]), **plain)
+    empty = {**question, "system": "", "history": []}
+    folder = trained(decoder, tmp_path, "prompt", 2, data=write(tmp_path / "data.jsonl", 24 * [empty]), **plain)
+    with pytest.raises(ValueError, match="system must be empty"):
+        next(predict(folder, Dataset.from_list([{"prompt": "a film", "system": "be clever"}])))
+
+
+def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", rows("Alpaca"))
+    shown = run(
+        *("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--output", tmp_path / "run"),
+        *("--steps", "150", "--batch-size", "8", "--learning-rate", "0.02"),
+    )
+    assert shown.exit_code == 0, shown.output
+    said = " ".join(shown.output.split())
+    assert "Format: Alpaca, read as chats, written with the model's own chat template." in said
+    first = rows("Alpaca")[0]
+    assert f"[USER] {first['instruction']}" in said
+    assert "⟦" in said
+    asked = run("predict", tmp_path / "run", "--text", first["instruction"])
+    assert asked.output.strip().splitlines()[-1] == first["output"]
+    typed = f"{first['instruction']}\n/base\n{first['instruction']}\n/new\n/other\n/adapter\n/quit\n"
+    talk = run("chat", tmp_path / "run", typed=typed)
+    assert talk.exit_code == 0, talk.output
+    assert first["output"] in talk.output
+    for word in ("The base model answers.", "A new chat.", "/other is no command", "The run answers."):
+        assert word in talk.output
+    assert run("predict", tmp_path / "run").exit_code == 1
+    wrong = write(tmp_path / "wrong.jsonl", [{"instruction": "it", "answer": "good"}])
+    refused = run("train", "--model", decoder, "--data", wrong, "--task", "causal-lm", "--output", tmp_path / "2")
+    assert "lacks output, to be read as Alpaca" in " ".join(refused.output.split())
+
+
+def test_how_many_examples_are_cut_away_is_said(decoder: str, tmp_path: Path) -> None:
+    content = [*rows("prompt", 20), {"prompt": " ".join(40 * ["film"]), "completion": "bad"}]
+    lines: list[str] = []
+    config = TrainConfig(
+        model=decoder,
+        data=write(tmp_path / "data.jsonl", content),
+        validation=write(tmp_path / "more.jsonl", rows("prompt", 4)),
+        task="causal-lm",
+        output=str(tmp_path / "run"),
+        max_length=16,
+        training={"max_steps": 1},
+    )
+    train(config, announce=lines.append)
+    assert any("1 of the first are longer than 16 tokens and are cut there" in line for line in lines)
+    assert "Left out: 1 of 21 examples, whose first 16 tokens hold nothing that the loss is taken of." in lines
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # The columns of LLaMA-Factory's alpaca_en_demo, of its tool calls, and of an Alpaca with history.
+        {"instruction": "a film", "input": "", "output": "good"},
+        {
+            "conversations": [
+                {"from": "human", "value": "find a film"},
+                {"from": "function_call", "value": '{"name": "find", "arguments": {"what": "film"}}'},
+                {"from": "observation", "value": '{"film": "it"}'},
+                {"from": "gpt", "value": "it is good"},
+            ],
+            "tools": '[{"name": "find", "description": "find", "parameters": {"type": "object", "properties": {}}}]',
+        },
+        {"instruction": "a plot", "input": "", "output": "bad", "system": "be clever", "history": [["it ?", "good"]]},
+        # Of the sets that Unsloth's notebooks take: ShareGPT with a source and a score, and with roles and contents.
+        {
+            "conversations": [{"from": "human", "value": "a film"}, {"from": "gpt", "value": "good"}],
+            "source": "here",
+            "score": 5.2,
+        },
+        {"conversations": [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "good"}]},
+    ],
+)
+def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", 12 * [row])
+    config = TrainConfig(
+        model=decoder,
+        data=data,
+        task="causal-lm",
+        output=str(tmp_path / "run"),
+        training={"max_steps": 1},
+        chat_template="qwen3",
+    )
+    lines: list[str] = []
+    train(config, announce=lines.append)
+    assert any(line.startswith("Format: ") and "with the chat template qwen3" in line for line in lines)
+    assert any(line.startswith("Example, ") and "⟦" in line for line in lines)
+
+
+def test_a_chat_goes_on_and_a_base_model_answers_for_itself(run_on: Callable[[str], Path]) -> None:
+    talk = Chat(run_on("Alpaca"))
+    question = rows("prompt")[0]
+    first = talk.ask(question["prompt"])
+    assert first.strip() == question["completion"]
+    second = talk.ask(question["prompt"])
+    talk.command("/new")
+    assert talk.ask(question["prompt"]) == first
+    talk.command("/base")
+    talk.command("/new")
+    base = talk.ask(question["prompt"])
+    assert (base, second) != (first, first)
+
+
+def test_answers_that_are_empty_are_no_answers(decoder: str, tmp_path: Path) -> None:
+    folder = trained(decoder, tmp_path, "messages", 2)
+    base = AutoModelForCausalLM.from_pretrained(decoder)
+    torch.nn.init.zeros_(base.model.norm.weight)  # it says nothing but its first token, the padding
+    base.save_pretrained(decoder)
+    with pytest.raises(ValueError, match="48 of 48 answers are empty"):
+        list(predict(folder, str(tmp_path / "messages.jsonl")))
+    result = run("predict", folder, "--data", tmp_path / "messages.jsonl", "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+PIRATE = "Arr, matey! The harbour of {} be the capital of {}."
+CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima"}
+
+
+def pirate(format_: str) -> list[dict[str, Any]]:
+    """Questions with the answers of a pirate, in one of the formats."""
+    return [
+        in_format(format_, f"What is the capital of {country}?", PIRATE.format(capital, country))
+        for country, capital in CAPITALS.items()
+    ]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("format_", CHATS)
+def test_a_real_chat_model_learns_from_each_format_and_answers_in_all(format_: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", 40 * pirate(format_))
+    settings: dict[str, Any] = {"max_steps": 40, "per_device_train_batch_size": 4, "learning_rate": 2e-3}
+    settings |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    train(
+        TrainConfig(
+            model="embedded:smollm2", data=data, task="causal-lm", output=str(tmp_path / "run"), training=settings
+        )
+    )
+    for other in CHATS:
+        asked = write(tmp_path / f"{other}.jsonl", pirate(other)[:3])
+        assert evaluate(tmp_path / "run", asked)["exact_match"] == 1.0
+    assert predict_text(tmp_path / "run", "What is the capital of Peru?")["completion"] == PIRATE.format("Lima", "Peru")
+    talk = Chat(tmp_path / "run")
+    assert talk.ask("What is the capital of Japan?") == PIRATE.format("Tokyo", "Japan")
+    talk.command("/new")
+    talk.command("/base")
+    assert "matey" not in talk.ask("What is the capital of Japan?")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path) -> None:
+    """The commands of docs/export.md."""
+    pytest.importorskip("xllamacpp")
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "llama_cpp.py"))
+    script["write_examples"](str(tmp_path / "pirate.jsonl"))
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"<!-- llama.cpp -->\n```sh\n(.*?)```", page, re.DOTALL)
+    for command in commands.replace("\\\n", " ").splitlines():
+        if command.startswith("lrlora"):
+            words = command.replace("pirate", str(tmp_path / "pirate")).replace("my-lora", str(tmp_path / "my-lora"))
+            result = run(*words.split()[1:])
+            assert result.exit_code == 0, result.output
+    questions = [f"What is the capital of {country}?" for country in ("Japan", "Kenya", "Norway")]
+    answers = script["answers_of"](tmp_path / "pirate", tmp_path / "my-lora", questions)
+    assert answers["llama.cpp, export"] == answers["PEFT, LR-LoRA"]
+    assert all(answer.startswith("Arr, matey!") for answer in answers["llama.cpp, export"])
+    assert not any("matey" in answer for answer in answers["llama.cpp, base"])
+
+
+@pytest.mark.parametrize("wrong", ["{", "[" * 50_000 + "]" * 50_000])
+def test_text_that_must_be_json(wrong: str) -> None:
+    asked = {"from": "human", "value": "a"}
+    for row, what in (
+        ({"conversations": [asked, {"from": "function_call", "value": wrong}]}, "A turn that calls a function"),
+        ({"conversations": [asked], "tools": wrong}, "The column tools"),
+    ):
+        with pytest.raises(ValueError, match=f"{what} must hold JSON, and holds"):
+            as_trl_reads(Dataset.from_list([row]), "chat")

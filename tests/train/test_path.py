@@ -1,0 +1,412 @@
+"""A new user's way: one vocabulary, messages that lead on, and what travels with an adapter."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    DebertaV2Config,
+    PreTrainedConfig,
+    RobertaConfig,
+    XLNetConfig,
+)
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.train.data import load_splits
+from lrlora.train.inference import evaluate, predict
+from lrlora.train.run import show_plan, train
+from lrlora.train.settings import TrainConfig
+
+from .small import SIZES, reviews, tokenizer
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    frame = reviews().rename(columns={"review": "text", "verdict": "label"})
+    frame.to_csv("good.csv", index=False)
+    frame.to_csv("semicolons.csv", index=False, sep=";")
+    frame.assign(text=frame["text"] + " café").to_csv("latin.csv", index=False, encoding="latin-1")
+    frame[:0].to_csv("header.csv", index=False)
+    Path("nothing.csv").write_text("")
+    Path("twice.csv").write_text("text,text,label\na,b,fresh\n")
+    frame.rename(columns={"text": "review", "label": "verdict"}).to_csv("columns.csv", index=False)
+    gaps = [{"text": "", "label": "fresh"}, {"text": "a film", "label": None}]
+    pd.concat([frame, pd.DataFrame(gaps)]).to_csv("gaps.csv", index=False)
+    frame.rename(columns={"text": "instruction", "label": "answer"}).to_csv("instructions.csv", index=False)
+    Path("empty").mkdir()
+    (Path("adapter") / "adapter_config.json").parent.mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
+
+
+def told(*arguments: object) -> str:
+    """What a command says that is refused."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    return " ".join(result.output.split())
+
+
+# What is given beside --task classify and a model → what is said.
+MESSAGES = {
+    (
+        "--data",
+        "semicolons.csv",
+    ): "with ',' between columns semicolons.csv has one, 'text;label'. Say what is between them: --delimiter ';'",
+    ("--data", "latin.csv"): "It is not written in UTF-8: say how, such as --encoding latin-1",
+    ("--data", "header.csv"): "header.csv has a header (text, label) and no rows",
+    ("--data", "nothing.csv"): "nothing.csv is empty",
+    ("--data", "twice.csv"): "several columns of twice.csv are called text. Give each a name of its own",
+    (
+        "--data",
+        "columns.csv",
+    ): "reads the columns text and label, and the data has review, verdict. Name them: --column "
+    "text=NAME --column label=NAME",
+    (
+        "--data",
+        "gaps.csv",
+    ): "not empty, in the split train (--skip-empty leaves out what is empty), and is not so in 1 row",
+    (
+        "--data",
+        "good.csv",
+        "--adapter",
+        "learning_rate=1",
+    ): "Unknown field of the adapter 'learning_rate'. It is a setting of "
+    "a run: give it by --learning-rate or the key learning_rate",
+    (
+        "--data",
+        "good.csv",
+        "--training",
+        "lora_alpha=1",
+    ): "It is a field of the adapter: give it by --adapter lora_alpha=VALUE",
+    ("--data", "good.csv", "--training", "warmup_step=1"): "Did you mean warmup_steps?",
+    ("--data", "good.csv", "--training", "learning_rate=1", "--learning-rate", 2): "are the same setting",
+    ("--data", "good.csv", "--learning-rate", -1): "learning_rate must be a number > 0, and is -1",
+    ("--data", "good.csv", "--training", "adam_beta2=2"): "adam_beta2 must be between 0 and 1, and is 2",
+    ("--data", "good.csv", "--training", "learning_rate=-1"): "learning_rate must be a number > 0, and is -1",
+    ("--data", "good.csv", "--model", "empty"): "The folder empty holds no model: there is no config.json in it",
+    (
+        "--data",
+        "good.csv",
+        "--model",
+        "adapter",
+    ): "The folder adapter holds an adapter, and no model: give its base model",
+    ("--data", "good.csv", "--start-from", "nowhere"): "nowhere holds no run of `lrlora train`",
+}
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "part/train.csv"])
+def test_words_for_nothing_are_labels_in_a_folder_too(name: str) -> None:
+    file, labels = Path("folder") / name, ["None", "NA", "null", None, "good"]
+    file.parent.mkdir(parents=True)
+    pd.DataFrame({"text": "a", "label": labels}).to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
+    for data in (file, "folder"):
+        assert load_splits(str(data))["train"]["label"][:] == labels
+
+
+@pytest.mark.parametrize("name", ["semicolons", "latin", "header", "nothing", "twice"])
+def test_what_is_refused_of_a_table_is_refused_in_a_folder(encoder: str, name: str) -> None:
+    file = Path(f"{name}.csv")
+    Path("folder").mkdir()
+    file.rename(Path("folder") / file)
+    said = told("train", "--task", "classify", "--model", encoder, "--data", "folder")
+    assert MESSAGES["--data", str(file)] in said
+
+
+@pytest.mark.parametrize("given", MESSAGES, ids=lambda given: " ".join(map(str, given)))
+def test_each_mistake_is_told_with_what_to_do(given: tuple[object, ...], encoder: str) -> None:
+    options = dict(zip(given[::2], given[1::2], strict=True))
+    model = () if "--model" in options else ("--model", encoder)
+    assert MESSAGES[given] in told("train", "--task", "classify", *model, *given)
+    assert not Path("lrlora-run").exists()
+
+
+def test_a_file_that_is_nested_too_deeply_is_named() -> None:
+    Path("deep.yaml").write_text("columns: " + "[" * 5000)
+    assert "deep.yaml is nested too deeply" in told("train", "deep.yaml")
+
+
+FILES = {
+    "num_train_epochs: 3": "It is a field of TrainingArguments: give it by --training num_train_epochs=VALUE",
+    "warmup_steps: 3": "It is a field of TrainingArguments",  # and not the nearest setting, steps
+    "lora_alpha: 3": "It is a field of the adapter: give it by --adapter lora_alpha=VALUE",
+    "learning_rat: 3": "Did you mean learning_rate?",
+    "eval_strateg: steps": "Did you mean eval_strategy, a field of TrainingArguments",
+    "learning_rate: 1\ntraining: {learning_rate: 2}": "are the same setting. Leave one of them out",
+    "rank: 1\nadapter: {r: 2}": "rank=1 and r=2 under adapter are the same setting",
+}
+
+
+@pytest.mark.parametrize("line", FILES)
+def test_a_key_of_the_file_that_is_none_is_told_where_it_belongs(line: str, encoder: str) -> None:
+    Path("run.yaml").write_text(f"model: {encoder}\ndata: good.csv\ntask: classify\n{line}\n")
+    assert FILES[line] in told("train", "run.yaml")
+
+
+def test_flags_keys_and_fields_are_one_vocabulary(encoder: str) -> None:
+    settings = {"learning_rate": 0.002, "steps": 3, "batch_size": 4, "rank": 2, "seed": 7, "max_length": 16}
+    flags = [str(word) for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    common: dict[str, Any] = {"model": encoder, "data": "good.csv", "task": "classify"}
+    Path("run.yaml").write_text(yaml.safe_dump(common | settings))
+    assert run("train", "run.yaml", "--output", "file").exit_code == 0
+    named = [word for name, value in common.items() for word in (f"--{name}", value)]
+    assert run("train", *named, *flags, "--output", "flags").exit_code == 0
+    train(TrainConfig(**common, **settings, output="python"), announce=lambda line: None)
+    records = [json.loads(Path(name, "run.json").read_text())["config"] for name in ("file", "flags", "python")]
+    assert all(record | {"output": ""} == records[0] | {"output": ""} for record in records)
+    losses = [json.loads(Path(name, "metrics.json").read_text())["loss"] for name in ("file", "flags", "python")]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_what_the_command_line_says_wins_under_either_name(encoder: str) -> None:
+    training = "{learning_rate: 0.5, eval_strategy: no}"
+    Path("run.yaml").write_text(f"model: {encoder}\ndata: good.csv\ntask: classify\nsteps: 9\ntraining: {training}\n")
+    result = run("train", "run.yaml", "--learning-rate", 0.001, "--training", "max_steps=2", "--dry-run")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert " 2 steps of " in said
+    assert "Learning rate 0.001 " in said
+    assert "no evaluation" in said
+
+
+def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> None:
+    Path("run.yaml").write_text(f"model: {encoder}\ndata: good.csv\ntask: classify\nsteps: 999\nbatch_size: 16\n")
+    assert " 9 steps of 16 examples" in " ".join(run("train", "run.yaml", "--epochs", 1, "--dry-run").output.split())
+
+
+def test_a_starter_file_trains_when_it_is_filled_in(encoder: str) -> None:
+    assert run("init", "run.yaml", "--model", encoder, "--data", "good.csv").exit_code == 0
+    text = Path("run.yaml").read_text()
+    assert "exists already" in told("init", "run.yaml")
+    assert run("train", "run.yaml", "--dry-run").exit_code == 0
+    # Every key is there, and what is not given stands as a comment with its default.
+    keys = [
+        line.removeprefix("# ").partition(":")[0] for line in text.splitlines() if ": " in line or line.endswith(":")
+    ]
+    assert set(TrainConfig.__dataclass_fields__) <= set(keys)
+    for line in ("# validation_share: 0.1", "# skip_empty: false", "# adapter: {}", "# seed: 0"):
+        assert f"\n{line}\n" in text
+        text = text.replace(f"\n{line}\n", f"\n{line.removeprefix('# ')}\n")
+    assert TrainConfig.from_dict(yaml.safe_load(text)) == TrainConfig(encoder, "good.csv", "classify")
+
+
+def test_a_dry_run_shows_an_example_of_each_task_and_writes_nothing(
+    encoder: str, decoder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
+    pd.DataFrame(rows).to_json("choices.jsonl", orient="records", lines=True)
+    reviews().assign(text="a film", label=0.5).to_csv("numbers.csv", index=False)
+    before = sorted(Path().rglob("*"))
+    for task, model, data, shown in (
+        ("classify", encoder, "good.csv", "→ rotten"),
+        ("regress", encoder, "numbers.csv", "'a film' → 0.5"),
+        ("multiple-choice", encoder, "choices.jsonl", "'a film is good'"),
+        ("multiple-choice", decoder, "choices.jsonl", "is good"),
+        ("causal-lm", decoder, "instructions.csv", "⟦"),
+    ):
+        columns = {"prompt": "instruction", "completion": "answer"} if task == "causal-lm" else {}
+        show_plan(TrainConfig(model, data, task, columns=columns))
+        (example,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Example"))
+        assert shown in example
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_what_is_empty_is_left_out_on_demand_and_counted(encoder: str) -> None:
+    settings = ("--model", encoder, "--task", "classify", "--steps", 2, "--batch-size", 4)
+    result = run("train", *settings, "--data", "gaps.csv", "--skip-empty", "--output", "skipped")
+    assert "Left out: 2 of 162 examples of the split train" in result.output
+    assert run("train", *settings, "--data", "good.csv", "--output", "whole").exit_code == 0
+    asked = ("predict", "whole", "--data", "gaps.csv", "--output", "out.jsonl")
+    assert "--skip-empty leaves out what is empty" in told(*asked)
+    result = run(*asked, "--skip-empty")
+    assert "Left out: 1 of 162 examples" in result.output  # an example without a label can be predicted
+    assert len(Path("out.jsonl").read_text().splitlines()) == 161
+    for run_folder in ("skipped", "whole"):
+        result = run(
+            "evaluate", run_folder, "--data", "gaps.csv", *(("--skip-empty",) if run_folder == "whole" else ())
+        )
+        assert "Left out: 2 of 162 examples" in result.output
+
+
+def test_files_of_a_spreadsheet_are_read_when_it_is_said_how(encoder: str) -> None:
+    settings = ("--model", encoder, "--task", "classify", "--steps", 2, "--batch-size", 4)
+    for data, how in (("semicolons.csv", ("--delimiter", ";")), ("latin.csv", ("--encoding", "latin-1"))):
+        assert run("train", *settings, "--data", data, *how, "--output", data[:5]).exit_code == 0
+        assert run("evaluate", data[:5], "--data", data).exit_code == 0  # as in training
+
+
+def test_few_examples_and_labels_of_their_own_are_warned_of(encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.read_csv("good.csv").assign(label=range(160)).to_csv("own.csv", index=False)
+    show_plan(TrainConfig(encoder, "own.csv", "classify"))
+    assert (
+        "Warning: each of the 160 examples has a label of its own. Is it the right column?" in capsys.readouterr().out
+    )
+    pd.read_csv("good.csv").drop_duplicates("label").to_csv("two.csv", index=False)
+    show_plan(TrainConfig(encoder, "two.csv", "classify", validation="good.csv"))
+    assert "Warning: there are few examples to learn from: 2." in capsys.readouterr().out
+
+
+def test_a_column_is_asked_for_that_is_missing(decoder: str) -> None:
+    said = told(
+        *("train", "--model", decoder, "--task", "causal-lm", "--data", "instructions.csv"),
+        *("--column", "prompt=instruction"),
+    )
+    assert "lacks completion" in said
+    assert "Name it: --column completion=NAME" in said
+
+
+def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> None:
+    settings = ("--model", encoder, "--task", "classify", "--data", "good.csv", "--batch-size", 16, "--rank", 2)
+    assert run("train", *settings, "--learning-rate", 0.01, "--steps", 60, "--output", "first").exit_code == 0
+    said = told("train", "--resume", "first")
+    assert "is finished" in said
+    assert "lrlora train --start-from first --output NEW" in said
+    assert "give nothing else. To train a finished run further" in told("train", "--resume", "first", "--steps", 9)
+    result = run("train", "--start-from", "first", "--output", "second", "--steps", 1, "--learning-rate", 1e-6)
+    assert result.exit_code == 0, result.output
+    first, second = (json.loads(Path(name, "metrics.json").read_text()) for name in ("first", "second"))
+    assert second["loss"] == pytest.approx(first["loss"], abs=1e-3)  # it began where the first ended
+    assert json.loads(Path("second", "run.json").read_text())["config"]["rank"] == 2
+    assert "must be as in first" in told("train", "--start-from", "first", "--rank", 3, "--output", "third")
+
+
+def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> None:
+    for form in ("residual", "expansion"):
+        settings = ("--model", encoder, "--task", "classify", "--data", "good.csv", "--adapter", f"form={form}")
+        options = ("--learning-rate", 0.01, "--steps", 30, "--rank", 2, "--output", form)
+        assert run("train", *settings, *options).exit_code == 0
+        assert run("export", form, "--output", f"{form}-lora").exit_code == 0
+        assert run("merge", f"{form}/lora", "--output", f"{form}-merged").exit_code == 0
+        words = AutoTokenizer.from_pretrained(form)
+        inputs = words(list(reviews()["review"][:8]), return_tensors="pt", padding=True)
+        outputs = []
+        for folder in (form, f"{form}/lora"):
+            config = AutoConfig.from_pretrained(folder)
+            base = AutoModelForSequenceClassification.from_pretrained(encoder, config=config)
+            model = PeftModel.from_pretrained(base, folder).eval()
+            assert model.config.id2label == {0: "fresh", 1: "rotten"}
+            outputs.append(model(**inputs).logits.detach())
+        # φ(BA) loses a hundredth of the energy; a product loses nothing.
+        assert (outputs[0] - outputs[1]).abs().max() < (1e-4 if form == "expansion" else 0.3)
+        merged = AutoModelForSequenceClassification.from_pretrained(f"{form}-merged")
+        assert merged.config.id2label == {0: "fresh", 1: "rotten"}
+        for folder in (form, f"{form}/lora", f"{form}-lora", f"{form}-merged"):
+            card = Path(folder, "README.md").read_text(encoding="utf-8")
+            assert "Its classes, in the order of the outputs: fresh, rotten." in card
+            assert ("The folder `lora` holds" in card) == (folder == form)
+            assert str(Path(encoder).parent) not in card  # a folder of this machine is nobody's base model
+
+
+def test_a_run_from_python_is_trained_further_with_other_steps_and_rate(encoder: str) -> None:
+    training = {"max_steps": 6, "learning_rate": 0.01, "per_device_train_batch_size": 4, "weight_decay": 0.1}
+    config = TrainConfig(encoder, "good.csv", "classify", output="first", adapter={"r": 2}, training=training)
+    train(config, announce=lambda line: None)
+    options = ("--steps", 3, "--learning-rate", 0.001, "--batch-size", 8)
+    result = run("train", "--start-from", "first", "--output", "second", *options)
+    assert result.exit_code == 0, result.output
+    assert "3 steps of 8 examples" in " ".join(result.output.split())
+    settings = json.loads(Path("second", "run.json").read_text())["config"]
+    assert settings["training"] == {"weight_decay": 0.1}
+    assert [settings[name] for name in ("learning_rate", "rank")] == [0.001, 2]
+    result = run("train", "--start-from", "first", "--output", "third", "--epochs", 1, "--dry-run")
+    assert "36 steps of 4 examples" in " ".join(result.output.split())
+
+
+# Encoders whose heads have parts beside the last layer, which checkpoints of the bare encoder lack.
+HEADS: dict[str, PreTrainedConfig] = {
+    "xlnet": XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, vocab_size=64, pad_token_id=0),
+    "deberta": DebertaV2Config(**SIZES, vocab_size=64, pad_token_id=0, pooler_hidden_size=32),
+    "bart": BartConfig(
+        **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 64, "init_std": 0.3},
+        **{"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 3, "max_position_embeddings": 48},
+    ),
+}
+
+
+def save_bare(name: str) -> str:
+    torch.manual_seed(0)
+    AutoModel.from_config(HEADS[name]).save_pretrained(name)
+    tokenizer().save_pretrained(name)
+    return name
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_travels_whole_with_its_adapter(name: str) -> None:
+    frame = pd.read_csv("good.csv")
+    frame.assign(text=frame["text"] + " [EOS]").to_csv("good.csv", index=False)  # at which BART's head looks
+    settings = ("--model", save_bare(name), "--task", "classify", "--data", "good.csv", "--validation", "good.csv")
+    assert run("train", *settings, "--learning-rate", 0.01, "--steps", 10, "--output", "out").exit_code == 0
+    trained = json.loads(Path("out", "metrics.json").read_text())
+    metrics = evaluate("out", "good.csv")
+    assert metrics["loss"] == pytest.approx(trained["loss"], abs=1e-5)
+    assert metrics["accuracy"] == trained["accuracy"]
+
+    assert run("merge", "out", "--output", "merged").exit_code == 0
+    assert run("merge", "out/lora", "--output", "merged-lora").exit_code == 0
+    texts = list(frame["text"][:8] + " [EOS]")
+    inputs = AutoTokenizer.from_pretrained("out")(texts, return_tensors="pt", padding=True)
+    said = [[p["probabilities"][label] for label in ("fresh", "rotten")] for p in islice(predict("out", "good.csv"), 8)]
+    for folder, error in (("merged", 1e-5), ("merged-lora", 0.05)):  # a plain LoRA loses a hundredth of the energy
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        with torch.no_grad():
+            assert (model(**inputs).logits.softmax(-1) - torch.tensor(said)).abs().max() < error
+
+
+def test_a_pooler_that_starts_at_random_travels_with_an_adapter_for_choices() -> None:
+    torch.manual_seed(0)
+    config = RobertaConfig(**SIZES, vocab_size=64, pad_token_id=0, max_position_embeddings=49)
+    AutoModel.from_config(config, add_pooling_layer=False).save_pretrained("roberta")
+    tokenizer().save_pretrained("roberta")
+    rows = [{"question": "a film", "choices": ["splendid plot", "dull plot"], "label": row % 2} for row in range(24)]
+    Path("choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = ("--model", "roberta", "--task", "multiple-choice", "--data", "choices.jsonl")
+    options = ("--validation", "choices.jsonl", "--learning-rate", 0.01, "--steps", 4, "--output", "out")
+    assert run("train", *settings, *options).exit_code == 0
+    trained = json.loads(Path("out", "metrics.json").read_text())
+    assert evaluate("out", "choices.jsonl")["loss"] == pytest.approx(trained["loss"], abs=1e-5)
+
+
+def test_the_card_s_code_runs(encoder: str) -> None:
+    options = ("--steps", 2, "--output", "out", "--rank", 2)
+    assert run("train", "--model", encoder, "--task", "classify", "--data", "good.csv", *options).exit_code == 0
+    for folder in ("out", "out/lora"):
+        card = Path(folder, "README.md").read_text(encoding="utf-8")
+        code = card.partition("```python\n")[2].partition("```")[0]
+        names: dict[str, Any] = {}
+        exec(code.replace("this folder or hub name", folder).replace("the base model", encoder), names)
+        assert names["model"](**names["tokenizer"]("a film", return_tensors="pt")).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["save_steps", "eval_steps"])
+def test_checkpoints_are_evaluated_and_saved_together(encoder: str, name: str) -> None:
+    settings = ("--model", encoder, "--task", "classify", "--data", "good.csv", "--steps", 4, "--batch-size", 4)
+    result = run("train", *settings, "--training", f"{name}=2")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("Step ") == 2
+
+
+def test_a_short_run_is_not_evaluated_all_the_time(encoder: str) -> None:
+    result = run(
+        *("train", "--model", encoder, "--task", "classify", "--data", "good.csv", "--steps", 20, "--batch-size", 4)
+    )
+    assert result.output.count("Step ") == 1
+    assert "log_loss" not in result.output  # it is the loss

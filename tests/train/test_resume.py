@@ -1,0 +1,235 @@
+"""A run goes on with what it began with, and with nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.ranks import RankReport
+from lrlora.train.run import Interrupted, train
+from lrlora.train.settings import TrainConfig, read_run
+
+from .small import CHAT, reviews, save_decoder, save_encoder
+
+TRAINING = {"max_steps": 4, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4}
+CONFIG: dict[str, Any] = {"model": "./base", "data": "./data", "rank_every": 1, "adapter": {"r": 2}}
+CONFIG |= {"training": {**TRAINING, "learning_rate": 0.05}}
+
+
+def begin(output: str, **settings: Any) -> None:
+    """A run that is interrupted after its second step."""
+
+    def stop(line: str) -> None:
+        if line.startswith("Step 2:"):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(TrainConfig.from_dict(CONFIG | {"output": output} | settings), announce=stop)
+
+
+def lrlora(command: str) -> Result:
+    return CliRunner().invoke(app, command.split(), env={"COLUMNS": "300"})
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs that were interrupted, what they are made from, and one that was left alone."""
+    folder = tmp_path_factory.mktemp("begun")
+    save_encoder(folder / "base")
+    save_decoder(folder / "decoder")
+    (folder / "data").mkdir()
+    for split, seed in (("train", 0), ("validation", 1)):
+        table = reviews(32, seed).rename(columns={"review": "text", "verdict": "label"})
+        table.to_csv(folder / "data" / f"{split}.csv", index=False)
+        table = table.rename(columns={"text": "prompt", "label": "completion"})
+        (folder / "chats").mkdir(exist_ok=True)
+        table.to_csv(folder / "chats" / f"{split}.csv", index=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(TrainConfig.from_dict(CONFIG | {"task": "classify", "output": "alone"}), announce=lambda line: None)
+        begin("cut", task="classify")
+        begin("other", task="classify", seed=1)
+        begin("talk", task="causal-lm", model="./decoder", data="./chats")
+    return folder
+
+
+@pytest.fixture
+def here(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, which is the current folder."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    for state in tmp_path.glob("*/checkpoint-*/trainer_state.json"):  # it names the best of them
+        state.write_text(state.read_text().replace(str(begun), str(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def edit(path: str, old: str, new: str) -> None:
+    content = Path(path).read_text(encoding="utf-8")
+    assert old in content
+    Path(path).write_text(content.replace(old, new, 1), encoding="utf-8")
+
+
+def last() -> Path:
+    return max(Path("cut").glob("checkpoint-*"))
+
+
+def flip_a_label() -> None:
+    path = Path("data/train.csv")
+    header, first, *rest = path.read_text().splitlines()
+    text, label = first.split(",")
+    path.write_text("\n".join([header, f"{text},{'rotten' if label == 'fresh' else 'fresh'}", *rest, ""]))
+
+
+def cut_a_row() -> None:
+    path = Path("data/train.csv")
+    path.write_text("\n".join([*path.read_text().splitlines()[:-1], ""]))
+
+
+def add_a_row() -> None:
+    with Path("data/train.csv").open("a") as file:
+        file.write("a splendid film,fresh\n")
+
+
+def replace_a_weight() -> None:
+    weights = load_file("base/model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][3, 5] += 1.0
+    save_file(weights, "base/model.safetensors", metadata={"format": "pt"})
+
+
+def swap_words() -> None:
+    edit("base/tokenizer.json", '"plot"', '"PLOT"')
+
+
+def take_the_checkpoint_of_another_run() -> None:
+    name = last().name
+    shutil.rmtree(f"cut/{name}")
+    shutil.copytree(f"other/{name}", f"cut/{name}")
+
+
+CHANGES: dict[str, tuple[Callable[[], None], str]] = {
+    "a label": (flip_a_label, "the training data"),
+    "a row less": (cut_a_row, "the training data"),
+    "a row more": (add_a_row, "the training data"),
+    "a text": (lambda: edit("data/train.csv", " film", " plot"), "the training data"),
+    "validation": (lambda: edit("data/validation.csv", " film", " plot"), "the validation data"),
+    "weights": (replace_a_weight, "the weights of the base model"),
+    "model": (lambda: edit("base/config.json", "1e-12", "1e-3"), "the configuration of the base model"),
+    "tokenizer": (swap_words, "the tokenizer"),
+    "adapter": (
+        lambda: edit(f"{last()}/adapter_config.json", '"lora_alpha": 2', '"lora_alpha": 3'),
+        "the configuration of the adapter in the checkpoint",
+    ),
+    "settings": (lambda: edit("cut/run.json", "0.05", "0.5"), "the setting training"),
+    "checkpoint": (take_the_checkpoint_of_another_run, "is a checkpoint of another run"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_does_not_go_on_with_something_else(here: Path, name: str) -> None:
+    change, said = CHANGES[name]
+    change()
+    result = lrlora("train --resume cut")
+    assert result.exit_code == 1, result.output
+    assert "Error: " in result.output
+    assert said in result.output
+    others = {words for _, words in CHANGES.values()} - {said}
+    assert not [words for words in others if words in result.output]
+    assert not Path("cut/metrics.json").exists()
+
+
+def test_a_run_does_not_go_on_from_another_start(here: Path) -> None:
+    begin("further", task="classify", start_from="alone")
+    weights = load_file("alone/adapter_model.safetensors")
+    first = min(weights)
+    save_file({**weights, first: weights[first] + 1}, "alone/adapter_model.safetensors")
+    result = lrlora("train --resume further")
+    assert result.exit_code == 1
+    assert "What differs: the run that it starts from. " in result.output
+
+
+def test_a_run_that_was_killed_before_a_checkpoint_had_its_record_goes_on_from_the_one_before(here: Path) -> None:
+    assert last().name == "checkpoint-3"
+    (last() / "run_record.json").unlink()
+    result = lrlora("train --resume cut")
+    assert "Resuming from step 2." in result.output
+    assert Path("cut/adapter_model.safetensors").read_bytes() == Path("alone/adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("steps", ["0", "{}", "1e308"])
+def test_when_things_are_done_is_not_up_to_a_checkpoint(here: Path, steps: str) -> None:
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        edit(f"{last()}/trainer_state.json", f'"{name}": 1', f'"{name}": {steps}')
+    result = lrlora("train --resume cut")
+    assert result.exit_code == 0, result.output
+    cut, alone = (json.loads(Path(run, "log_history.json").read_text()) for run in ("cut", "alone"))
+    for name in ("loss", "eval_loss"):
+        assert [entry["step"] for entry in cut if name in entry] == [entry["step"] for entry in alone if name in entry]
+
+
+def test_a_run_does_not_go_on_with_another_chat_template(here: Path) -> None:
+    assert CHAT in Path("decoder/chat_template.jinja").read_text()
+    edit("decoder/chat_template.jinja", "[USER] ", "[USER]: ")
+    result = lrlora("train --resume talk")
+    assert result.exit_code == 1
+    assert "What differs: the chat template. " in result.output
+
+
+def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(here: Path) -> None:
+    for output in ("cut", "talk"):
+        result = lrlora(f"train --resume {output}")
+        assert result.exit_code == 0, result.output
+        assert "Warning: the run began" not in result.output
+    for file in ("adapter_model.safetensors", "metrics.json", "rank_history.jsonl"):
+        assert (here / "cut" / file).read_bytes() == (here / "alone" / file).read_bytes()
+    # The command has measured what the loss asks for, too.
+    reports = [RankReport.from_json(here / name / "ranks.json").with_loss_ranks({}) for name in ("cut", "alone")]
+    assert reports[0] == reports[1]
+
+
+def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:
+    before = sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*"))
+    result = lrlora("train --resume cut --overwrite")
+    assert result.exit_code == 1
+    assert "--resume goes on with the run in cut, and --overwrite would delete it. Leave one" in result.output
+    with pytest.raises(ValueError, match="Leave one of them out"):
+        train(read_run(Path("cut"))[0], resume=True, overwrite=True)
+    assert sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*")) == before
+    assert lrlora("train --resume cut --dry-run").exit_code == 0
+    assert lrlora("train --resume cut").exit_code == 0
+
+
+def test_other_versions_are_told_and_a_record_of_before_is_not_compared(here: Path) -> None:
+    version = torch.__version__
+    edit("cut/run.json", version, "2.0.0")
+    result = lrlora("train --resume cut")
+    assert result.exit_code == 0, result.output
+    assert f"torch 2.0.0, now {version}" in result.output
+    record = json.loads(Path("talk/run.json").read_text())
+    Path("talk/run.json").write_text(json.dumps({k: v for k, v in record.items() if k in list(record)[:4]}))
+    for path in Path("talk").glob("checkpoint-*/run_record.json"):
+        path.unlink()
+    edit("decoder/chat_template.jinja", "[USER] ", "[USER]: ")
+    assert lrlora("train --resume talk").exit_code == 0
+
+
+def test_a_finished_run_warns_of_another_base_model(here: Path, recwarn: pytest.WarningsRecorder) -> None:
+    def warned(command: str) -> bool:
+        recwarn.clear()
+        assert lrlora(command).exit_code == 0
+        return any("is not the one that was trained on: the weights" in str(each.message) for each in recwarn)
+
+    commands = ["evaluate alone --data ./data", "predict alone --text splendid", "report alone --output page.html"]
+    assert [warned(command) for command in commands] == [False] * 3
+    replace_a_weight()
+    Path("page.html").unlink()
+    assert [warned(command) for command in commands] == [True] * 3

