@@ -1,8 +1,8 @@
 """How large the code is, and how far a value travels through it: PYTHONPATH=COMMIT/src python benchmarks/structure.py.
 
 Counts of the lrlora that is imported: lines (code, docstrings and comments apart), files, packages and the imports
-between them, functions that take Any, options of the command line and fields of the configuration; and the course of two values
-from file to file: the configuration of a run through `train`, and the input of an adapted layer through a step.
+between them, functions that take Any, options of the command line, fields of the configuration; and the course of two
+values from file to file: the configuration of a run through `train`, and the input of an adapted layer through a step.
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from rich.table import Table
 
 from lrlora.checks import require_known
 from lrlora.cli.common import announce, app, as_text, console, one_clear_error, quiet
-from lrlora.locks import only_writer
-from lrlora.train.names import ABLATION_NAMES, PRESET_NAMES, require_suite
 
 if TYPE_CHECKING:
     from .jobs import Comparison
@@ -28,7 +26,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
     """Train MiniLM on movie reviews and on random labels with LR-LoRA and LoRA, and show the learned ranks."""
-    with one_clear_error(), only_writer(output):
+    with one_clear_error():
         quiet()
         from lrlora.run_folder import PICTURE_FILE
         from lrlora.train.run import Interrupted, rank_report_of
@@ -133,10 +131,10 @@ def _suite(suite: str | None, preset: str | None) -> str:
     if (suite is None) == (preset is None):
         raise ValueError("Give a suite, such as offline-nlu, or --preset, and not both.")
     if preset is not None:
-        require_known("preset", preset, PRESET_NAMES)
-    name = str(suite or preset)
-    require_suite(name)
-    return name
+        from .suites import PRESETS
+
+        require_known("preset", preset, PRESETS)
+    return str(suite or preset)
 
 
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:
@@ -151,7 +149,7 @@ def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: 
         if value is not None:
             given[name] = tuple(_words(value))
     if ablation is not None:
-        require_known("ablation", ablation, ABLATION_NAMES)
+        require_known("ablation", ablation, ABLATIONS)
         given["methods"] = ABLATIONS[ablation]
     return given if rates is None else {**given, "rates": parse_rates(rates)}
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lrlora.checks import require_known
 from lrlora.train.commonsense import ALL, COMMONSENSE
-from lrlora.train.names import require_suite
 from lrlora.train.settings import read_yaml
 
 from .capacity import CapacityTask
@@ -254,6 +254,8 @@ def load_suite(name: str) -> Suite:
         ValueError: there is no such suite, or the file does not hold one.
 
     """
-    require_suite(name)
+    if name.endswith((".yaml", ".yml")):
+        return Suite.from_dict(read_yaml(Path(name)))
     known = {**SUITES, **PRESETS}
-    return known[name] if name in known else Suite.from_dict(read_yaml(Path(name)))
+    require_known("suite", name, known)
+    return known[name]

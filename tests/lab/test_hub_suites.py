@@ -18,8 +18,8 @@ from sklearn.metrics import matthews_corrcoef
 from typer.testing import CliRunner
 
 from lrlora.cli import app
-from lrlora.train.names import ABLATION_NAMES
 from lrlora_lab.jobs import read_records
+from lrlora_lab.methods import ABLATIONS
 from lrlora_lab.suites import PRESETS, SUITES
 
 from ..hub.data import DATA
@@ -154,7 +154,7 @@ def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("sharing", "targets") else slow) for name in ABLATION_NAMES]
+    "name", [pytest.param(name, marks=[] if name in ("sharing", "targets") else slow) for name in ABLATIONS]
 )
 def test_an_ablation_is_a_list_of_methods_that_can_be_laid_out(tmp_path: Path, name: str) -> None:
     asked = ("compare", "commonsense", "--tasks", "piqa", "--model", save_decoder(tmp_path / "model"), "--dry-run")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +14,7 @@ from rich.table import Table
 from ..files import write_json, write_whole
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
-from ..train.names import require_data_path
-from ..train.settings import TrainConfig, parse_pairs, read_run, require_startable
+from ..train.settings import TrainConfig, parse_pairs, read_run
 from .common import announce, app, as_text, console, one_clear_error, quiet
 from .exporting import show_smallest
 from .settings import settings_as_options, settings_of, starter
@@ -65,15 +63,13 @@ def train(
             )
         else:
             run, _ = read_run(resume)
-        with nullcontext() if dry_run else only_writer(run.output):
-            require_startable(run, resume=resume is not None, overwrite=overwrite or (dry_run and resume is None))
-            quiet()
-            from ..train.run import show_plan
+        quiet()
+        from ..train.run import show_plan
 
-            if dry_run:
-                show_plan(run, announce=announce)
-            else:
-                _train(run, resume=resume is not None, overwrite=overwrite)
+        if dry_run:
+            show_plan(run, resume=resume is not None, announce=announce)
+        else:
+            _train(run, resume=resume is not None, overwrite=overwrite)
 
 
 def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -147,8 +143,6 @@ def evaluate(
     """Evaluate a finished run on data."""
     with one_clear_error():
         reading = _reading(columns, delimiter, encoding, skip_empty)
-        read_run(run)
-        require_data_path(data)
         quiet()
         from ..train.inference import evaluate
 
@@ -203,7 +197,6 @@ def predict(
 def _write_predictions(run: Path, data: str, output: Path, reading: dict[str, Any], overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
-    require_data_path(data)
     quiet()
     from ..train.inference import predict, write_predictions
 

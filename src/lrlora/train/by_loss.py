@@ -32,8 +32,7 @@ from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord, RunRecord
 from .chat import rendering_of
 from .data import choose_max_length, load_splits, load_task_data, only_split, sampled
 from .inference import OF_TRAINING, LoadedRun
-from .models import make_trainer, max_tokens, model_source, training_arguments
-from .names import require_model_folder
+from .models import make_trainer, max_tokens, model_source, require_model_folder, training_arguments
 from .progress import Announce, Progress, StopOnNonFinite
 from .settings import TrainConfig
 from .tasks import kind_for

@@ -18,10 +18,9 @@ from ..checks import require_known
 from ..files import require_regular
 from .cells import is_filled, is_known, require_rows
 from .commonsense import ALL, COMMONSENSE, load_commonsense
-from .embedded import EMBEDDED_DATA
+from .embedded import EMBEDDED, EMBEDDED_DATA
 from .embedded_texts import split_by_group
 from .labels import with_class_ids
-from .names import ANSWER_ROLES, BUILDERS, EMBEDDED, require_data_path
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import Kind
 from .untrusted_files import require_harmless
@@ -32,6 +31,10 @@ COMMONSENSE_PREFIX = "commonsense"
 _FEW_EXAMPLES = 16
 # Words such as "None" are texts and labels like others; only nothing is missing.
 _CSV = {"keep_default_na": False, "na_values": [""]}
+
+# The ending of a file of data → its builder in datasets.
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_ANSWERS = ("label", "completion", "output")  # roles that data to predict may lack
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,13 @@ class TaskData:
     splits: DatasetDict
     labels: list[str]
     notes: list[str]
+
+
+def require_data_path(name: str) -> None:
+    """Raise a FileNotFoundError if the name of data can only be that of a file or folder, and there is none."""
+    path = Path(name)
+    if (path.suffix in BUILDERS or path.is_absolute() or name.startswith(".")) and not path.exists():
+        raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
 
 
 def load_splits(name: str, delimiter: str | None = None, encoding: str | None = None) -> DatasetDict:
@@ -215,7 +225,7 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
     """
     there = data.column_names
     for role, name in columns.items():
-        if name not in there and (with_label or role not in ANSWER_ROLES):
+        if name not in there and (with_label or role not in _ANSWERS):
             raise ValueError(f"columns: {role} is to be read from {name!r}, and the data has {', '.join(there)}.")
     wanted = kind.columns(columns, there, with_label=with_label)
     if missing := [role for role, name in wanted.items() if name not in there]:
@@ -232,7 +242,7 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
 
 def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> tuple[Dataset, list[str]]:
     """The examples that hold something in each column which they must have, and a note on how many do not."""
-    optional = {*kind.optional_roles, *(() if with_label else ANSWER_ROLES)}
+    optional = {*kind.optional_roles, *(() if with_label else _ANSWERS)}
     asked = [name for name in data.column_names if name not in optional]
     secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
     columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]

@@ -11,6 +11,8 @@ from .embedded_images import load_animals, load_digits
 from .embedded_texts import TASKS, load_goal_step, load_ratings, load_social_iqa, load_strategy_qa, load_winowhy
 from .packages import MINILM, SMOLLM2, VIT, EmbeddedInput
 
+EMBEDDED = "embedded:"  # before the name of a model or data that come with packages
+
 
 @dataclass(frozen=True)
 class EmbeddedModel:

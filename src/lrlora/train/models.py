@@ -22,10 +22,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.trainer_utils import SchedulerType
 
 from ..checks import require_known, require_type
-from ..files import readable
-from .embedded import EMBEDDED_MODELS
+from ..files import read_json, readable, require_regular
+from ..untrusted import require_quick_patterns
+from .embedded import EMBEDDED, EMBEDDED_MODELS
 from .metrics import LESS_IS_BETTER
-from .names import EMBEDDED, require_model_folder
 from .packages import checkpoint
 from .settings import TrainConfig
 from .tasks import Kind, kind_for
@@ -47,6 +47,27 @@ def model_source(name: str) -> str:
         return str(checkpoint(EMBEDDED_MODELS[known].source))
     require_model_folder(name)
     return name
+
+
+def require_model_folder(name: str) -> None:
+    """Check the folder that a model's name is that of, or can only be that of.
+
+    Raises:
+        FileNotFoundError: there is none, or no model in it.
+        ValueError: a file in it would hang who reads it.
+
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"The folder {name} holds an adapter, and no model: give its base model.")
+        raise FileNotFoundError(f"The folder {name} holds no model: there is no config.json in it.")
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise FileNotFoundError(f"There is no model folder {name}.")
+    require_regular(path)
+    if (adapter := path / "adapter_config.json").is_file():  # transformers puts it on the model
+        config = read_json(adapter, dict[str, Any], "Remove it, to take the model alone.")
+        require_quick_patterns(config, f"in {adapter}")
 
 
 def hub_name(name: str) -> str | None:

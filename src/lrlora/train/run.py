@@ -1,4 +1,8 @@
-"""`train`: fine-tune a user's own model on their own data."""
+"""`train`: fine-tune a user's own model on their own data.
+
+A run is four steps: its inputs are loaded (`Inputs.read`), the Trainer is prepared and all is told and checked
+(`_prepare`), it is fitted (`_fit`), and finished: saved, with ranks, card and metrics (`_finish`).
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,10 @@ from ..checks import DEFAULT_ENERGY
 from ..files import ADAPTER_EXPECTED, readable, replacing_files, write_json, writing
 from ..locks import only_writer, remove_left
 from ..ranks import RankReport, rank_report
+from ..ranks.report import read_history
 from ..run_folder import (
     ANOTHER_CHECKPOINT,
+    HISTORY_FILE,
     LOG_FILE,
     METRICS_FILE,
     REPORT_FILE,
@@ -41,13 +47,14 @@ from ..run_folder import (
 )
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.card import write_card
+from .data import require_data_path
 from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
-from .models import give_head_its_rate, load_model, make_trainer, training_arguments
+from .models import give_head_its_rate, load_model, make_trainer, require_model_folder, training_arguments
 from .prepare import Inputs, encoded_lines, plan, record_of
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
 from .resume import KeepRecord, require_same_run
-from .settings import TrainConfig, read_run, require_startable
+from .settings import FROM_TRAIN, TrainConfig, read_run
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .unknown_settings import require_settings
 
@@ -105,7 +112,7 @@ def train(
 
     """
     with only_writer(config.output):
-        require_startable(config, resume=resume, overwrite=overwrite)
+        _require_startable(config, resume=resume, overwrite=overwrite)
         return _train(config, resume, overwrite, announce)
 
 
@@ -121,7 +128,7 @@ def _train(
     began = read_run(output)[1] if resume else None
     # A resumed run may have another number of processes, and must go on with the same examples in every step.
     examples_per_step = began.examples_per_step if began else None
-    trainer, inputs = _prepared(config, examples_per_step, announce, _callbacks(config, clock, progress, stop))
+    trainer, inputs = _prepare(config, examples_per_step, announce, _callbacks(config, clock, progress, stop))
     arguments = trainer.args
     record = record_of(config, inputs, arguments, began.run_id if began else uuid4().hex)
     last = _last_checkpoint(output, trainer, record, announce) if resume else None
@@ -132,7 +139,7 @@ def _train(
         _make_folder(output, overwrite, None if resume else record)
     _wait_for_all(arguments)
     with stop.listening(), progress.closed_at_the_end():
-        _run(trainer, last, clock, announce)
+        _fit(trainer, last, clock, announce)
     if stop.signal is not None and (done := trainer.state.global_step) < (steps := arguments.max_steps):
         where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
         raise Interrupted(f"Stopped by {stop.signal} {where}")
@@ -140,7 +147,7 @@ def _train(
     return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce)
 
 
-def show_plan(config: TrainConfig, *, announce: Announce = print) -> None:
+def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce = print) -> None:
     """Say what `train` would do, with an example as the model reads it; nothing is trained or written.
 
     Raises:
@@ -148,12 +155,67 @@ def show_plan(config: TrainConfig, *, announce: Announce = print) -> None:
         ValueError: the data or a setting cannot be used.
 
     """
-    require_startable(config, overwrite=True)
+    _require_startable(config, resume=resume, overwrite=not resume)
     with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer makes its output folder at once
-        _prepared(replace(config, output=elsewhere), None, _in_first_process(announce), [])
+        _prepare(replace(config, output=elsewhere), None, _in_first_process(announce), [])
 
 
-def _prepared(
+def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check all of a run that can be checked before data and model are loaded.
+
+    Raises:
+        FileExistsError: the output folder is in use, or its run is finished.
+        FileNotFoundError: there is no run to resume, no model folder, or no data file.
+        ValueError: the run to resume had other settings, or is to be replaced too, or its method cannot resume.
+
+    """
+    output = Path(config.output)
+    if resume and overwrite:
+        raise ValueError(
+            f"--resume goes on with the run in {output}, and --overwrite would delete it. Leave one of them out."
+        )
+    # A process that was killed at its very start has left no more than a temporary file; the lock may be here too.
+    is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
+    if resume:
+        read_run(output)
+        if config.method == "adalora":
+            raise ValueError(
+                "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
+            )
+        if (output / METRICS_FILE).exists():
+            raise FileExistsError(
+                f"The run in {output} is finished: there is nothing to resume. To train it further, in a new run: "
+                f"lrlora train --start-from {output} --output NEW, with --steps, --data or what else is to change."
+            )
+        read_history(output / HISTORY_FILE)  # which is gone on with
+    elif is_used and not (overwrite and (output / RUN_FILE).exists()):
+        hint = (
+            "replace it with --overwrite, or go on with --resume"
+            if (output / RUN_FILE).exists()
+            else "remove it yourself"
+        )
+        raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
+    require_model_folder(config.model)
+    if config.start_from is not None:
+        _require_start(config)
+    for data in (config.data, config.validation):
+        if data not in (None, FROM_TRAIN):
+            require_data_path(str(data))
+
+
+def _require_start(config: TrainConfig) -> None:
+    """Raise a ValueError unless the run to start from is finished, and of the same model, task, method and adapter."""
+    start, _ = read_run(Path(str(config.start_from)))
+    if not (Path(start.output) / METRICS_FILE).exists():
+        raise ValueError(f"The run in {start.output} is not finished: resume it with lrlora train --resume.")
+    for name in ("model", "task", "method", "adapter_fields"):
+        theirs, mine = getattr(start, name), getattr(config, name)
+        if theirs != mine:
+            name = name.removesuffix("_fields")
+            raise ValueError(f"{name} must be as in {start.output}, where it is {theirs!r}, and is {mine!r}.")
+
+
+def _prepare(
     config: TrainConfig, examples_per_step: int | None, announce: Announce, callbacks: list[TrainerCallback]
 ) -> tuple[Trainer, Inputs]:
     """The Trainer of a run, all checked and told."""
@@ -220,7 +282,7 @@ def _last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce
     return last
 
 
-def _run(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announce) -> None:
+def _fit(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announce) -> None:
     with writing(Path(str(trainer.args.output_dir))):
         if last is None:
             trainer.train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,9 +10,8 @@ from typing import Any
 
 from ..checks import check_truncation, require_known, require_type
 from ..files import readable
-from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_EXPECTED, RUN_FILE, RunRecord, read_record
+from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
 from ..sizes import parse_size
-from .names import METHOD_NAMES, OPTIONAL_ROLES, ROLES, TASKS_WITHOUT_HEAD, require_data_path, require_model_folder
 
 FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
 # Settings of a run → the fields of TrainingArguments that they are.
@@ -113,16 +111,20 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from .methods import METHODS  # only here: `lrlora train --help` shows the settings without torch
+        from .tasks import KINDS
+
         for name in ("adapter", "training", "columns"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must map names to values, and is {getattr(self, name)!r}.")
         for name in ("model", "data", "output"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name or a path, and is {getattr(self, name)!r}.")
-        require_known("task", self.task, ROLES)
-        require_known("method", self.method, METHOD_NAMES)
+        require_known("task", self.task, KINDS)
+        kind = KINDS[self.task]
+        require_known("method", self.method, METHODS)
         for role in self.columns:
-            require_known("key of columns", role, (*ROLES[self.task], *OPTIONAL_ROLES[self.task]))
+            require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
         for name in ("learning_rate", "head_learning_rate", "epochs"):
@@ -135,7 +137,7 @@ class TrainConfig:
                 raise ValueError("Give --loss or --size, not both.")
             check_truncation(loss=self.loss, budget=None if self.size is None else 1)
             parse_size(self.size or "r1", "size")
-        if self.head_learning_rate is not None and self.task in TASKS_WITHOUT_HEAD:
+        if self.head_learning_rate is not None and not kind.has_head:
             raise ValueError(
                 f"head_learning_rate={self.head_learning_rate!r} is for a new head, and {self.task} has none. Leave it "
                 "out."
@@ -178,7 +180,7 @@ class TrainConfig:
         """
         known = [f.name for f in fields(cls)]
         if not set(content) <= set(known):
-            from .unknown_settings import require_settings  # only here: it imports torch
+            from .unknown_settings import require_settings
 
             require_settings(content, "run", known, str(content.get("task")), str(content.get("method", cls.method)))
         missing = [name for name in ("model", "data", "task") if not content.get(name)]
@@ -303,66 +305,3 @@ def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
     record = read_record(folder)
     with readable(folder / RUN_FILE, RUN_EXPECTED):
         return TrainConfig.from_dict(record.config | {"output": str(folder)}), record
-
-
-def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Check all of a run that can be checked without torch.
-
-    Raises:
-        FileExistsError: the output folder is in use, or its run is finished.
-        FileNotFoundError: there is no run to resume, no model folder, or no data file.
-        ValueError: the run to resume had other settings, or is to be replaced too, or its method cannot resume.
-
-    """
-    output = Path(config.output)
-    if resume and overwrite:
-        raise ValueError(
-            f"--resume goes on with the run in {output}, and --overwrite would delete it. Leave one of them out."
-        )
-    # A process that was killed at its very start has left no more than a temporary file; the lock may be here too.
-    is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
-    if resume:
-        recorded, _ = read_run(output)
-        if config.method == "adalora":
-            raise ValueError(
-                "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
-            )
-        if (output / METRICS_FILE).exists():
-            raise FileExistsError(
-                f"The run in {output} is finished: there is nothing to resume. To train it further, in a new run: "
-                f"lrlora train --start-from {output} --output NEW, with --steps, --data or what else is to change."
-            )
-        from ..ranks.report import read_history
-
-        read_history(output / HISTORY_FILE)  # which is gone on with
-        # The folder may have been moved, or be called by another name.
-        theirs, mine = (c.to_dict() | {"output": None} for c in (recorded, config))
-        if json.dumps(theirs, sort_keys=True) != json.dumps(mine, sort_keys=True):
-            raise ValueError(
-                f"The run in {output} had other settings. Resume it with its own: lrlora train --resume {output}"
-            )
-    elif is_used and not (overwrite and (output / RUN_FILE).exists()):
-        hint = (
-            "replace it with --overwrite, or go on with --resume"
-            if (output / RUN_FILE).exists()
-            else "remove it yourself"
-        )
-        raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
-    require_model_folder(config.model)
-    if config.start_from is not None:
-        _require_start(config)
-    for data in (config.data, config.validation):
-        if data not in (None, FROM_TRAIN):
-            require_data_path(str(data))
-
-
-def _require_start(config: TrainConfig) -> None:
-    """Raise a ValueError unless the run to start from is finished, and of the same model, task, method and adapter."""
-    start, _ = read_run(Path(str(config.start_from)))
-    if not (Path(start.output) / METRICS_FILE).exists():
-        raise ValueError(f"The run in {start.output} is not finished: resume it with lrlora train --resume.")
-    for name in ("model", "task", "method", "adapter_fields"):
-        theirs, mine = getattr(start, name), getattr(config, name)
-        if theirs != mine:
-            name = name.removesuffix("_fields")
-            raise ValueError(f"{name} must be as in {start.output}, where it is {theirs!r}, and is {mine!r}.")

@@ -22,7 +22,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from ...ranks import model_loss
 from ..cells import counted, mapped, require_text
 from ..chat import shown_tokens
-from ..names import OPTIONAL_ROLES, ROLES
 
 
 class Kind:
@@ -30,6 +29,8 @@ class Kind:
 
     Attributes:
         name: as `lrlora train --task` calls it.
+        roles: what the columns of the data hold, each called by its role unless `columns` says otherwise.
+        optional_roles: of columns that are read if they are there.
         metrics: that may choose the best checkpoint; the first, unless given.
         criterion: the metric that chooses the learning rate in a comparison, a loss that holds nothing but the task.
         has_head: whether the model gets a new head.
@@ -45,6 +46,8 @@ class Kind:
     """
 
     name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+    optional_roles: ClassVar[tuple[str, ...]] = ("group",)
     metrics: ClassVar[tuple[str, ...]]
     criterion: ClassVar[str] = "loss"
     has_head: ClassVar[bool] = True
@@ -56,16 +59,6 @@ class Kind:
     model_class: ClassVar[Any] = AutoModelForSequenceClassification
     architectures: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     collator: ClassVar[Any] = DataCollatorWithPadding
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """What a column holds, by what it is called unless `columns` says otherwise."""
-        return ROLES[self.name]
-
-    @property
-    def optional_roles(self) -> tuple[str, ...]:
-        """Of columns that are read if they are there."""
-        return OPTIONAL_ROLES[self.name]
 
     def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
         """Role → column that must be there, from what the user says of some.

@@ -20,6 +20,8 @@ class CausalLm(Kind):
     """The next token of texts, of answers to prompts, or of a chat; TRL encodes and trains."""
 
     name = "causal-lm"
+    roles = ("messages", "conversations", "prompt", "completion", "instruction", "output", "text")
+    optional_roles = ("group", "tools", "chat_template_kwargs", "input", "history", "system")
     metrics = ("loss", "mean_token_accuracy", "entropy")
     has_head = False
     generates = True

@@ -23,6 +23,8 @@ class ImageClassify(Classify):
     """One of several classes for an image."""
 
     name = "image-classify"
+    roles: ClassVar[tuple[str, ...]] = ("image", "label")
+    optional_roles: ClassVar[tuple[str, ...]] = ("group",)
     reads_text = False
     adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # PEFT does not know this head
     model_class: ClassVar[Any] = AutoModelForImageClassification

@@ -28,6 +28,8 @@ class MultipleChoice(Kind):
     """The right one of several choices, by an encoder's head."""
 
     name = "multiple-choice"
+    roles = ("question", "choices", "label")
+    optional_roles = ("group", "prompts")
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # PEFT does not know this head
     collator = DataCollatorForMultipleChoice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset
@@ -20,6 +20,8 @@ class Classify(Kind):
     """One of several classes for a text, or for a pair of texts."""
 
     name = "classify"
+    roles: ClassVar[tuple[str, ...]] = ("text", "label")
+    optional_roles: ClassVar[tuple[str, ...]] = ("text_pair", "group")
     metrics = ("accuracy", "macro_f1", "matthews", "log_loss", "loss")
     criterion = "log_loss"
 
@@ -50,6 +52,8 @@ class Regress(Kind):
     """A number for a text, or for a pair of texts."""
 
     name = "regress"
+    roles = ("text", "label")
+    optional_roles = ("text_pair", "group")
     metrics = ("pearson", "spearman", "rmse", "loss")
     criterion = "rmse"
 
