@@ -138,7 +138,7 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
             return pick(B), pick(A)
 
         m, n = as_matrix(layer.get_param()).shape
-        k = min(m, n) if isinstance(phi, Transfer) else r if thin is None else thin[1].shape[-2]
+        k = r if phi is None else min(m, n) if thin is None else thin[1].shape[-2]
         learned = Learned(linear, phi if isinstance(phi, Transfer) else None, lambda: pick(inputs()))
         return Update(
             module=f"{path}.{index}" if is_stack else path,
@@ -167,7 +167,7 @@ def _learned(layer: Any, adapter: str, as_matrix: Callable[[Tensor], Tensor]) ->
 def _factors(layer: Any, adapter: str) -> Callable[[], Factors] | None:
     """Gives U and V of an expansion, or s·B and A of PEFT's LoRA on a linear layer; None where there are none."""
     if adapter in getattr(layer, "lrlora_phi", {}):
-        return None if isinstance(layer.lrlora_phi[adapter], Transfer) else lambda: layer.thin_factors(adapter)
+        return (lambda: layer.thin_factors(adapter)) if layer.lrlora_phi[adapter].is_product else None
     A, B = (getattr(layer, name, {}) for name in ("lora_A", "lora_B"))
     if adapter not in A or not (isinstance(A[adapter], nn.Linear) and isinstance(B[adapter], nn.Linear)):
         return None

@@ -18,10 +18,14 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .form import Form
+from .thin import columns, expansion_delta, expansion_factors, expansion_linear, rows
 
 
-class Expansion(nn.Module):
+class Expansion(Form):
     """M, which takes the place of φ in a layer. It has no parameters.
 
     Args:
@@ -30,9 +34,25 @@ class Expansion(nn.Module):
 
     """
 
+    is_product = True
+
     def __init__(self, num_terms: int, seed: int = 0) -> None:
         super().__init__()
         self.num_terms, self.seed = num_terms, seed
+
+    def linear(
+        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float, added_to: Tensor | None = None
+    ) -> Tensor:
+        return expansion_linear(x, A, B, self, scaling=scaling, added_to=added_to)
+
+    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
+        if rows is None:
+            return expansion_delta(A, B, self, scaling=scaling)
+        basis = self.output_signs(len(B), B.device)[rows]
+        return expansion_delta(A, F.embedding(rows, B), self, scaling=scaling, basis=basis)
+
+    def factors(self, A: Tensor, B: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
+        return expansion_factors(A, B, self, scaling=scaling)
 
     def right(self, A: Tensor) -> Tensor:
         """V: A (..., r, n) → (..., r·Q, n), in the dtype of A."""
@@ -64,16 +84,6 @@ class Expansion(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_terms={self.num_terms}, seed={self.seed}"
-
-
-def rows(A: Tensor, R: Tensor) -> Tensor:
-    """The rows R_q ∘ a_k of V, (..., r·Q, n), of A (..., r, n) and Rᵀ (Q, n)."""
-    return (A.unsqueeze(-2) * R).flatten(-3, -2)
-
-
-def columns(B: Tensor, P: Tensor) -> Tensor:
-    """The columns P_q ∘ b_k of U, (..., m, r·Q), of B (..., m, r) and P (..., m, Q)."""
-    return (B.unsqueeze(-1) * P.unsqueeze(-2)).flatten(-2)
 
 
 def signs(size: int, terms: int, name: str) -> Tensor:

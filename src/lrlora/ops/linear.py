@@ -11,7 +11,7 @@ Saved for backward are x, W (which is there anyway), A, B and the parameters of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from .dispatch import kernels_for
 from .precision import is_half, without_autocast
+from .series import TransferSpec
 from .table import PhiGradient, TransferTable
-from .transfer import Transfer, TransferSpec
+
+if TYPE_CHECKING:
+    from .transfer import Transfer
 
 # Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
 # kernels, and 64 MB each.
@@ -140,10 +143,10 @@ def _adapted_linear(
     *settings: Any,
 ) -> Tensor:
     update = _Update.of(*settings)
-    with without_autocast(x):
+    with without_autocast(x.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
-        effective = _empty_weight(x, weight, A, B)
-        if weight is None or not is_half(x):
+        effective = _empty_weight(x.dtype, weight, A, B)
+        if weight is None or not is_half(x.dtype):
             _write_weight(effective, weight, A, B, table, update)
             return F.linear(x, effective, bias).contiguous()
         _write_weight(effective, None, A, B, table, update)
@@ -177,10 +180,10 @@ def _adapted_linear_backward(
     update = _Update.of(*settings)
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
-    with without_autocast(grad_y):
+    with without_autocast(grad_y.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         gradient = PhiGradient(table)
-        buffer = _empty_weight(x, weight, A, B)
+        buffer = _empty_weight(x.dtype, weight, A, B)
         flat_y, flat_x = grad_y.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
         if needs_x:
             _write_weight(buffer, weight, A, B, table, update)
@@ -236,7 +239,7 @@ _adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_
 )
 def _delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, *settings: Any) -> Tensor:
     update = _Update.of(*settings)
-    with without_autocast(A):
+    with without_autocast(A.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         delta = A.new_empty(*B.shape[:-1], A.shape[-1])
         for out, left, right in _matrices(delta, A, B):
@@ -266,7 +269,7 @@ def _delta_weight_backward(
 ) -> list[Tensor]:
     """The gradients of the first four inputs of `delta_weight`, of those that `needs` names."""
     update = _Update.of(*settings)
-    with without_autocast(grad):
+    with without_autocast(grad.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         gradient = PhiGradient(table)
         parts = [
@@ -313,9 +316,9 @@ def _scattered(needs: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor
     return tuple(next(remaining) if is_needed else None for is_needed in needs)
 
 
-def _empty_weight(x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+def _empty_weight(dtype: torch.dtype, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
     # Laid out like W, also when W is a transposed view: then even the bits of the base layer's matmul are kept.
-    return x.new_empty(B.shape[0], A.shape[1]) if weight is None else torch.empty_like(weight)
+    return A.new_empty(B.shape[0], A.shape[1], dtype=dtype) if weight is None else torch.empty_like(weight)
 
 
 def _parameters(transfer: Transfer, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

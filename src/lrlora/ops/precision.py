@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def without_autocast(device: str) -> AbstractContextManager[object]:
     """The op chooses its own precision: autocast would form BA in half of it."""
-    device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
@@ -19,6 +18,6 @@ def at_least_float32(matrix: Tensor) -> Tensor:
     return matrix.float() if matrix.dtype.itemsize < 4 else matrix
 
 
-def is_half(x: Tensor) -> bool:
-    """Whether a tensor is of half precision."""
-    return x.dtype in (torch.bfloat16, torch.float16)
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a dtype is of half precision."""
+    return dtype in (torch.bfloat16, torch.float16)

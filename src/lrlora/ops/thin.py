@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .expansion import Expansion, columns, rows
 from .precision import at_least_float32, without_autocast
+
+if TYPE_CHECKING:
+    from .expansion import Expansion
+
+
+def rows(A: Tensor, R: Tensor) -> Tensor:
+    """The rows R_q ∘ a_k of V, (..., r·Q, n), of A (..., r, n) and Rᵀ (Q, n)."""
+    return (A.unsqueeze(-2) * R).flatten(-3, -2)
+
+
+def columns(B: Tensor, P: Tensor) -> Tensor:
+    """The columns P_q ∘ b_k of U, (..., m, r·Q), of B (..., m, r) and P (..., m, Q)."""
+    return (B.unsqueeze(-1) * P.unsqueeze(-2)).flatten(-2)
 
 
 def expansion_linear(
@@ -35,7 +47,7 @@ def expansion_linear(
     """
     is_half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and torch.is_autocast_enabled(x.device.type))
     x = x.to(x.dtype if is_half else torch.promote_types(x.dtype, A.dtype))
-    with without_autocast(x):
+    with without_autocast(x.device.type):
         # The signs go to the fewer: to the tokens, or to the r rows of A.
         if x[..., 0].numel() <= len(A) or torch._C._are_functorch_transforms_active():
             y = scaling * _with_signs_on_x(x, A.to(x.dtype), B.to(x.dtype), expansion)
@@ -116,7 +128,7 @@ def expansion_delta(
         (..., m, n), float32, or float64 if A or B are.
 
     """
-    with without_autocast(A):
+    with without_autocast(A.device.type):
         U, V = expansion_factors(at_least_float32(A), at_least_float32(B), expansion, scaling=scaling, basis=basis)
         return U @ V
 

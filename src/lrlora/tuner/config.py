@@ -11,7 +11,9 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig, PeftType
 
 from ..ops.expansion import Expansion
-from ..ops.transfer import FORMS, Transfer, TransferSpec
+from ..ops.form import Form
+from ..ops.series import FORMS, TransferSpec
+from ..ops.transfer import Transfer
 
 FORMAT_VERSION = 1
 EXPANSION = "expansion"  # the form that has signs in the place of φ
@@ -210,7 +212,7 @@ class LrLoraConfig(PeftConfig):
         if card.exists() and CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
             card.write_text(text.rstrip() + "\n\n" + CARD_SECTION, encoding="utf-8")
 
-    def new_phi(self) -> Transfer | Expansion:
+    def new_phi(self) -> Form:
         """A φ as this configuration asks for, or the expansion in its place."""
         if self.form == EXPANSION:
             return Expansion(self.num_terms, self.pattern_seed)

@@ -11,6 +11,7 @@ class Conv(LrLoraLayer):
     """A convolution of 1 to 3 dimensions with W + ΔW; W (m, n/groups, k, …) is flattened to (m, n/groups·k·…)."""
 
     plain_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    adds_products = True
 
     def _features(self) -> tuple[int, int]:
         return self.base_layer.weight[0].numel(), self.base_layer.out_channels

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import delta_weight, expansion_delta
-from ..ops.expansion import Expansion
 from .layer import LrLoraLayer
 
 
@@ -26,13 +23,7 @@ class Embedding(LrLoraLayer):
     def _adapter_output(self, x: Tensor, adapter: str) -> Tensor:
         A, B, phi = self._factors(adapter)
         tokens, padding = x.flatten(), self.base_layer.padding_idx
-        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        rows = F.embedding(tokens, B)
-        if isinstance(phi, Expansion):
-            basis = phi.output_signs(len(B), B.device)[tokens]
-            delta = expansion_delta(A, rows, phi, scaling=scaling, basis=basis)
-        else:
-            delta = delta_weight(A, rows, phi, scaling=scaling, input_gain=gain)
+        delta = phi.delta(A, B, scaling=self.scaling[adapter], gain=self.input_gain[adapter], rows=tokens)
         if padding is not None:
             delta = torch.where((tokens == padding).unsqueeze(-1), delta.detach(), delta)  # padding is never trained
         scale = self._get_embed_scale()

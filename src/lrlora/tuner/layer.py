@@ -14,9 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
-from ..ops import at_least_float32, delta_weight, expansion_delta, expansion_factors
-from ..ops.expansion import Expansion
-from ..ops.transfer import Transfer
+from ..ops import at_least_float32
+from ..ops.form import Form
 from .config import LrLoraConfig
 
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +41,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        phi: Transfer | Expansion,
+        phi: Form,
         r: int,
         alpha: float,
         config: LrLoraConfig,
@@ -78,9 +77,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """(A, B), not initialised, of the shapes that the kind of layer wants."""
         return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
 
-    def update_layer(
-        self, adapter_name: str, phi: Transfer | Expansion, r: int, alpha: float, config: LrLoraConfig
-    ) -> None:
+    def update_layer(self, adapter_name: str, phi: Form, r: int, alpha: float, config: LrLoraConfig) -> None:
         """Add an adapter, or replace the one of this name."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
@@ -111,10 +108,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def _delta(self, adapter: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight, differentiable."""
         A, B, phi = self._factors(adapter)
-        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        if isinstance(phi, Expansion):
-            return self._in_layout(expansion_delta(A, B, phi, scaling=scaling))
-        return self._in_layout(delta_weight(A, B, phi, scaling=scaling, input_gain=gain))
+        return self._in_layout(phi.delta(A, B, scaling=self.scaling[adapter], gain=self.input_gain[adapter]))
 
     @torch.no_grad()
     def linear_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -126,9 +120,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def thin_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """U (..., m, r·Q) and V (..., r·Q, n) of ΔW = U V, seen as a matrix; None where φ may make it of full rank."""
         A, B, phi = self._factors(adapter)
-        if not isinstance(phi, Expansion):
-            return None
-        return expansion_factors(at_least_float32(A), at_least_float32(B), phi, scaling=self.scaling[adapter])
+        return phi.factors(at_least_float32(A), at_least_float32(B), scaling=self.scaling[adapter])
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
@@ -139,14 +131,13 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         """A matrix (m, n), seen in the layout of the base weight."""
         return matrix
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Expansion]:
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Form]:
         """(A, B, φ)."""
         parts: list[Any] = [self.lrlora_A[adapter], self.lrlora_B[adapter], self.lrlora_phi[adapter]]
         if parts[0].weight.is_meta or parts[1].weight.is_meta:
             parts = [_onloaded(part, adapter) for part in parts]
         A, B, phi = parts
-        if isinstance(phi, Transfer):
-            phi.prepare_forward()
+        phi.prepare_forward()
         return A.weight, B.weight, phi
 
     def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
@@ -171,6 +162,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     # Kinds of base layers whose forward is known, so that `_fused_output` may stand for it.
     plain_types: tuple[type[nn.Module], ...] = ()
+    # Whether a product of thin factors is added to W too. A linear layer multiplies with them instead.
+    adds_products = False
 
     def _can_fuse(self, x: Tensor, adapters: list[str]) -> bool:
         """Whether the output may be formed from W + ΔW without calling the base layer.
@@ -181,6 +174,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         base = self.base_layer
         return (
             len(adapters) == 1
+            and (self.adds_products or not self.lrlora_phi[adapters[0]].is_product)
             and type(base) in self.plain_types
             and "forward" not in vars(base)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
@@ -357,10 +351,9 @@ def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
 
 def _as_autocast(x: Tensor) -> Tensor:
     """The input in the dtype that autocast gives to the base layer's matmul."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x.dtype, x.device.type) else x
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where this input is, and would cast it."""
-    device = x.device.type
-    return x.is_floating_point() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def autocasts(dtype: torch.dtype, device: str) -> bool:
+    """Whether autocast is on there, and would cast an input of this dtype."""
+    return dtype.is_floating_point and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

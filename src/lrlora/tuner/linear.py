@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import adapted_linear, expansion_linear
-from ..ops.expansion import Expansion
+from ..ops import adapted_linear
+from ..ops.transfer import Transfer
 from .layer import LrLoraLayer, autocasts
 
 
@@ -37,28 +37,22 @@ class Linear(LrLoraLayer):
     def _in_layout(self, matrix: Tensor) -> Tensor:
         return matrix.T if isinstance(self.base_layer, Conv1D) else matrix
 
-    def _adapter_output(
-        self, x: Tensor, adapter: str, weight: Tensor | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def _adapter_output(self, x: Tensor, adapter: str) -> Tensor:
         A, B, phi = self._factors(adapter)
-        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        if isinstance(phi, Expansion):
-            return expansion_linear(x, A, B, phi, scaling=scaling)
-        return adapted_linear(x, weight, bias, A, B, phi, scaling=scaling, input_gain=gain)
+        return phi.linear(x, A, B, scaling=self.scaling[adapter], gain=self.input_gain[adapter])
 
     def _add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         A, B, phi = self._factors(adapter)
-        if isinstance(phi, Expansion):
-            scaling = self.weights[adapter] * self.scaling[adapter]
-            return expansion_linear(x, A, B, phi, scaling=scaling, added_to=result)
-        return super()._add_update(result, x, adapter)
-
-    def _can_fuse(self, x: Tensor, adapters: list[str]) -> bool:
-        # An expansion's update is two thin matmuls beside the base layer's: never formed, and never added to W.
-        return not isinstance(self.lrlora_phi[adapters[0]], Expansion) and super()._can_fuse(x, adapters)
+        if not phi.is_product:
+            return super()._add_update(result, x, adapter)
+        scaling = self.weights[adapter] * self.scaling[adapter]
+        return phi.linear(x, A, B, scaling=scaling, gain=self.input_gain[adapter], added_to=result)
 
     def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
-        return self._adapter_output(x, adapter, self._in_layout(self.base_layer.weight), self.base_layer.bias)
+        base, (A, B, phi) = self.base_layer, self._factors(adapter)
+        assert isinstance(phi, Transfer)  # a product is not fused
+        scaling, gain = self.scaling[adapter], self.input_gain[adapter]
+        return adapted_linear(x, self._in_layout(base.weight), base.bias, A, B, phi, scaling=scaling, input_gain=gain)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.caches_weight and adapter_names is None and not torch.is_grad_enabled():
@@ -69,7 +63,11 @@ class Linear(LrLoraLayer):
 
     def _forward_cached(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         # In half precision, rounding W + ΔW would lose part of the update.
-        is_fused = not autocasts(x) and x.dtype in (torch.float32, torch.float64) and self._can_fuse(x, adapters[:1])
+        is_fused = (
+            not autocasts(x.dtype, x.device.type)
+            and x.dtype in (torch.float32, torch.float64)
+            and self._can_fuse(x, adapters[:1])
+        )
         tensors = [self.base_layer.weight, *(p for name in adapters for p in self.adapter_parameters(name))]
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         state = (x.dtype, is_fused, tuple((name, self.weights[name]) for name in adapters), versions)

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..ops.expansion import Expansion
-from ..ops.transfer import Transfer
+from ..ops.form import Form
 from ..untrusted import pattern_key
 from .config import LrLoraConfig
 from .conv import Conv
@@ -63,7 +62,7 @@ class LrLoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # What layers of this injection share; a later one, even of the same name, starts anew.
-        self._shared: dict[str, Transfer | Expansion] = {}
+        self._shared: dict[str, Form] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -254,7 +253,7 @@ class LrLoraModel(BaseTuner):
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
 
-    def _phi_of(self, config: LrLoraConfig, key: str) -> Transfer | Expansion:
+    def _phi_of(self, config: LrLoraConfig, key: str) -> Form:
         """The φ or expansion of the layer `key`: a new one, or that of an earlier layer it shares one with."""
         sharers = key if config.sharing == "module" else ""
         if sharers not in self._shared:

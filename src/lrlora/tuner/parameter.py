@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..ops.expansion import Expansion
-from ..ops.transfer import Transfer
+from ..ops.form import Form
 from .layer import LrLoraLayer
 
 
@@ -46,7 +45,7 @@ class ParamWrapper(LrLoraLayer):
         A = nn.Linear(self.in_features, self.num_experts * r, bias=False)
         return A, nn.Linear(r, self.num_experts * self.out_features, bias=False)
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Transfer | Expansion]:
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Form]:
         A, B, phi = super()._factors(adapter)
         return A.unflatten(0, (self.num_experts, -1)), B.unflatten(0, (self.num_experts, -1)), phi
 

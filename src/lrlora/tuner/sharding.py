@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.expansion import Expansion
-from ..ops.transfer import Transfer
+from ..ops.form import Form
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -42,7 +41,7 @@ def fully_shard_phi(model: nn.Module, **options: Any) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    transfers = [module for module in model.modules() if isinstance(module, (Transfer, Expansion))]
+    transfers = [module for module in model.modules() if isinstance(module, Form)]
     if not transfers:
         raise ValueError("The model has no φ to shard: add an LR-LoRA adapter before.")
     for transfer in transfers:
