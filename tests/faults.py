@@ -194,7 +194,8 @@ def cover() -> None:
         old.unlink()
     settings = COVERAGE.with_name("settings")
     settings.write_text(
-        f"[run]\nsource_pkgs = lrlora, lrlora_lab\ndata_file = {COVERAGE}\nparallel = true\npatch = subprocess\nsigterm = true\n"
+        f"[run]\nsource_pkgs = lrlora, lrlora_lab\ndata_file = {COVERAGE}\nparallel = true\npatch = subprocess\n"
+        "sigterm = true\n"
         "context = ${PYTEST_CURRENT_TEST-}\n"
     )
     options = ["--cov", f"--cov-config={settings}", "--cov-context=test", "--cov-report="]

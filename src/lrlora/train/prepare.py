@@ -109,10 +109,10 @@ def _cut(inputs: Inputs) -> str:
     return f"; {inputs.too_long:,} of the first are longer than {inputs.max_length} tokens and are cut there"
 
 
-def encoded_lines(config: TrainConfig, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
+def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
     """What became of the examples: what prompts and chats are taken for, what TRL leaves out, how the first is read."""
     if inputs.rendering is not None:
-        yield f"Format: {_format_line(config, inputs)}"
+        yield f"Format: {_format_line(chat_template, inputs)}"
     encoded, arguments = trainer.train_dataset, trainer.args
     left = inputs.examples - len(encoded)  # type: ignore[arg-type]
     if left and not getattr(arguments, "packing", False):
@@ -124,10 +124,9 @@ def encoded_lines(config: TrainConfig, trainer: Trainer, inputs: Inputs) -> Iter
     yield inputs.kind.shown(first, inputs.processor, inputs.data.labels)
 
 
-def _format_line(config: TrainConfig, inputs: Inputs) -> str:
+def _format_line(given: str | None, inputs: Inputs) -> str:
     """What the data was taken for, and how it is read."""
     found = format_of(inputs.data.splits["train"].column_names)
-    given = config.chat_template
     template = "the model's own chat template" if given is None else f"the chat template {given}"
     how = {CHAT: f"as chats, written with {template}", PLAIN: "as plain text, without a template", TEXT: "as it is"}
     return f"{found.name}, read {how[str(inputs.rendering)]}."

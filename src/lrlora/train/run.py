@@ -229,7 +229,7 @@ def _prepare(
     for line in plan(config, inputs, model, arguments):
         announce(line)
     trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
-    for line in encoded_lines(config, trainer, inputs):
+    for line in encoded_lines(config.chat_template, trainer, inputs):
         announce(line)
     prepare_sharding(trainer)
     if config.start_from is None:

@@ -151,19 +151,17 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be a whole number ≥ {least}, and is {value!r}.")
-        for name in self._short_names:
-            _require_one(name, getattr(self, name), ARGUMENTS[name], self.training, "training")
+        for name, field_name in ARGUMENTS.items():
+            if (value := getattr(self, name)) is not None:
+                _require_one(name, value, field_name, self.training, "training")
         if self.rank is not None:
             _require_one("rank", self.rank, _rank_field(self.method), self.adapter, "adapter")
 
     @property
-    def _short_names(self) -> list[str]:
-        return [name for name in ARGUMENTS if getattr(self, name) is not None]
-
-    @property
     def arguments(self) -> dict[str, Any]:
         """The fields of TrainingArguments that are given, under either name."""
-        return self.training | {ARGUMENTS[name]: getattr(self, name) for name in self._short_names}
+        given = {field_name: getattr(self, name) for name, field_name in ARGUMENTS.items()}
+        return self.training | {name: value for name, value in given.items() if value is not None}
 
     @property
     def adapter_fields(self) -> dict[str, Any]:

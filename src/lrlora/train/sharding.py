@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .settings import TrainConfig
 
 def check_sharding(config: TrainConfig) -> None:
     """Raise a ValueError if what the run asks for cannot be sharded in the way that is asked for."""
-    fsdp, deepspeed = (_is_asked_for(config, name) for name in ("fsdp", "deepspeed"))
+    fsdp, deepspeed = (_is_asked_for(config.training, name) for name in ("fsdp", "deepspeed"))
     # What transformers takes by default in `training`, and accelerate on its command line.
     version, state = ("2", "FULL_STATE_DICT") if config.training.get("fsdp") else ("1", "SHARDED_STATE_DICT")
     if fsdp and _fsdp_option(config, "version", version) != "2":
@@ -53,8 +54,8 @@ def _learns_phi(config: TrainConfig) -> bool:
     return config.method == "lr-lora" and any(True for _ in LrLoraConfig(form=form).new_phi().parameters())
 
 
-def _is_asked_for(config: TrainConfig, name: str) -> bool:
-    return bool(config.training.get(name)) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
+def _is_asked_for(training: Mapping[str, Any], name: str) -> bool:
+    return bool(training.get(name)) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
 
 
 def _fsdp_option(config: TrainConfig, name: str, default: str) -> str:
