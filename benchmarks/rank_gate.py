@@ -34,6 +34,7 @@ from lrlora.adapters import Factors, factorize  # noqa: E402
 from lrlora.adapters.factorize import best_per_parameter  # noqa: E402
 from lrlora.ranks.cut import LossCurve, directions  # noqa: E402
 from lrlora.ranks.moments import collect_moments, model_loss  # noqa: E402
+from lrlora_lab.statistics import paired_difference  # noqa: E402
 
 PAGE, RESULTS = DOCS / "rank_gate.md", DOCS / "rank_gate" / "results.jsonl"
 CLAIMS = Path("lrlora-compress") / "gate"
@@ -778,6 +779,61 @@ def work_on(name: str, method: str) -> bool:
     return True
 
 
+# Methods that count ranks, not parameters: each at two ranks, read at the size of the others.
+PAIRS = {
+    "adalora": ("adalora-3", "adalora-2"),
+    "per-parameter": ("per-parameter-4", "per-parameter-3"),
+    "eva": ("eva-4", "eva-3"),
+}
+CANDIDATES = ("loss", "scalar")
+
+
+def tested(name: str, method: str) -> dict[int, tuple[float, float]]:
+    """Seed → parameters and test loss, at the tuned rate; nothing where that is not known."""
+    try:
+        rate = tuned(name, METHODS[method].rate_of or method)
+    except NotYetError:
+        return {}
+    rows = [row for row in rows_of(name, method) if row["rate"] == rate and row["size"]]
+    return {row["seed"]: (row["size"], row["test"]) for row in rows}
+
+
+def at_size(name: str, method: str, size: int) -> dict[int, float]:
+    """Seed → test loss; of a pair of ranks, on the line through both, in the logarithm of the parameters."""
+    if method not in PAIRS:
+        return {seed: loss for seed, (_, loss) in tested(name, method).items()}
+    first, second = (tested(name, each) for each in PAIRS[method])
+    found = {}
+    for seed in first.keys() & second.keys():
+        (a, x), (b, y) = first[seed], second[seed]
+        found[seed] = x if a == b else x + (y - x) * (math.log(size) - math.log(a)) / (math.log(b) - math.log(a))
+    return found
+
+
+def differences() -> str:
+    """How much more loss every method has than each candidate, paired by seed, on each task."""
+    singles = [method for method in METHODS if method not in CURVE and method not in sum(PAIRS.values(), ())]
+    lines = []
+    for name in TASKS:
+        if not tested(name, "loss"):
+            continue
+        size = tested(name, "lora")[SEEDS[0]][0]
+        for method in (*singles, *PAIRS):
+            found = at_size(name, method, size)
+            cells = []
+            for candidate in CANDIDATES:
+                own = at_size(name, candidate, size)
+                seeds = sorted(own.keys() & found.keys())
+                gap = paired_difference([found[s] for s in seeds], [own[s] for s in seeds])
+                interval = "" if gap is None or math.isnan(gap.low) else f" ({gap.low:+.3f} to {gap.high:+.3f})"
+                cells.append("" if method == candidate or gap is None else f"{gap.value:+.3f}{interval}")
+            if found:
+                about = METHODS[method].name if method in METHODS else METHODS[PAIRS[method][0]].name.rpartition(",")[0]
+                lines.append([name, about, str(len(found)), *cells])
+    heads = ["task", "method", "seeds", *(f"more loss than {METHODS[each].name.strip('*')}" for each in CANDIDATES)]
+    return table(heads, lines)
+
+
 def updated(page: str) -> str:
     """The page with the tables of what is stored."""
     rows = [row for row in stored() if row["size"]]
@@ -796,6 +852,7 @@ def updated(page: str) -> str:
             losses = ", ".join(f"{row['test']:.3f}" for row in sorted(own, key=lambda row: row["seed"]))
             lines.append([name, about.name, f"{mean['size']:,.0f}", f"{rate:g}", f"{mean['test']:.3f}", losses])
     heads = ["task", "method", "parameters", "rate", "test loss", "by seed"]
+    page = with_section(page, "differences", differences())
     return with_section(page, "results", table(heads, lines))
 
 
