@@ -137,6 +137,7 @@ def test_every_equation_has_its_code() -> None:
         found: Any = importlib.import_module(f"lrlora.{module.replace('/', '.')}")
         for part in name.split("."):
             found = getattr(found, part)
+        assert getattr(found, "__module__", f"lrlora.{module.replace('/', '.')}").endswith(module.replace("/", "."))
 
 
 def test_the_conformance_vectors_are_those_of_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

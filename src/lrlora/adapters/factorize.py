@@ -254,7 +254,7 @@ def _is_linear(layer: nn.Module | None, update: Update) -> bool:
 def _for_energy(update: _Svd, energy: float, limit: int) -> int:
     while True:
         held = update.held()
-        # As in `rank.energy_rank`: the last bit of a share must not cost a rank.
+        # As in `ranks.measures.energy_rank`: the last bit of a share must not cost a rank.
         rank = int((held < energy - 1e-12).sum().item()) + 1
         if rank >= limit or rank <= len(held) or update.is_complete:
             update.reach(min(rank, limit))

@@ -138,7 +138,7 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
             return pick(B), pick(A)
 
         m, n = as_matrix(layer.get_param()).shape
-        k = r if phi is None else min(m, n) if thin is None else thin[1].shape[-2]
+        k = r if phi is None else r * phi.num_terms if phi.is_product else min(m, n)
         learned = Learned(linear, phi if isinstance(phi, Transfer) else None, lambda: pick(inputs()))
         return Update(
             module=f"{path}.{index}" if is_stack else path,

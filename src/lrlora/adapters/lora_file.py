@@ -18,8 +18,8 @@ from torch import Tensor
 from ..files import readable, replacing, values_of
 from ..naming import PEFT_PREFIX, natural_order
 from ..untrusted import require_plain_names, require_quick_patterns
-from .checkpoint import Checkpoint, with_weight
 from .factorize import Factors
+from .full_model import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
 from .update import MAGNITUDES_NOTE, Updates, common_dtype
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..files import ADAPTER_EXPECTED, readable
 from ..naming import PEFT_PREFIX, natural_order
 from ..untrusted import pattern_key
-from .checkpoint import Checkpoint, with_weight
+from .full_model import Checkpoint, with_weight
 from .layers import updates_of_model
 from .peft_folder import SavedAdapter, require_all_weights
 from .products import rank_of, scaling_of, update_from_parts

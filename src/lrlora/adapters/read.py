@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..files import is_full_model, require_source
-from .checkpoint import Checkpoint, updates_between
+from .full_model import Checkpoint, updates_between
 from .lora_file import SingleFile
 from .peft_folder import SavedAdapter
 from .peft_methods import updates_of_adapter

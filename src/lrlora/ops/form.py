@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -12,12 +13,19 @@ class Form(nn.Module):
     """
 
     is_product = False  # whether ΔW is a product of thin factors, which is never formed
+    num_terms = 1  # a product has a rank of up to this times r
 
     def linear(
         self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float, added_to: Tensor | None = None
     ) -> Tensor:
         """Y₀ + x ΔWᵀ of x (..., n), differentiable: (..., m); without `added_to`, y₀ is zero."""
         raise NotImplementedError
+
+    def fused_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *, scaling: float, gain: float
+    ) -> Tensor:
+        """X (W + ΔW)ᵀ + b; of forms that are no product."""
+        return F.linear(x, weight + self.delta(A, B, scaling=scaling, gain=gain).to(weight.dtype), bias)
 
     def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
         """ΔW (..., m, n), differentiable, float32 or float64; or only these rows of it, (len(rows), n)."""

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import kernels_for
+from .phi import TransferSpec
 from .precision import is_half, without_autocast
-from .series import TransferSpec
 from .table import PhiGradient, TransferTable
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .series import TransferSpec, constant
+from .phi import TransferSpec, constant
 
 DEGREE = 5
 # Cells of the table per radian of the fastest sinc. At this density φ and φ′ both err by less than 1e-6 for unit

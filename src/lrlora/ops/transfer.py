@@ -1,4 +1,4 @@
-"""φ as a module: its learned parameters, and ΔW = (s/g)·φ(g·BA) of a layer. Its formula is in `series.py`."""
+"""φ as a module: its learned parameters, and ΔW = (s/g)·φ(g·BA) of a layer. Its formula is in `phi.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .form import Form
 from .linear import adapted_linear, delta_weight
-from .series import FORMS, TransferSpec
+from .phi import FORMS, TransferSpec
 
 __all__ = ["FORMS", "Transfer", "TransferSpec"]
 
@@ -43,6 +43,11 @@ class Transfer(Form):
     ) -> Tensor:
         y = adapted_linear(x, None, None, A, B, self, scaling=scaling, input_gain=gain)
         return y if added_to is None else added_to + y
+
+    def fused_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *, scaling: float, gain: float
+    ) -> Tensor:
+        return adapted_linear(x, weight, bias, A, B, self, scaling=scaling, input_gain=gain)
 
     def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
         B = B if rows is None else F.embedding(rows, B)

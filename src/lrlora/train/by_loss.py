@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters import Factors, Updates, factorize, read_updates
 from ..adapters.card import class_names
-from ..adapters.checkpoint import FineTuned
+from ..adapters.full_model import FineTuned
 from ..adapters.loading import check_base, load_adapted
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.peft_methods import CHANGING_STARTS

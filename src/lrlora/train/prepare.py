@@ -24,7 +24,7 @@ from ..run_folder import CHAT, PLAIN, TEXT, RunRecord
 from .chat import choose_template, format_of, rendering_of
 from .data import TaskData, choose_max_length, load_task_data
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
-from .resume import fingerprints
+from .same_run import fingerprints
 from .settings import TrainConfig, read_run
 from .tasks import Kind, kind_for
 

@@ -53,7 +53,7 @@ from .metrics import plain_metrics
 from .models import give_head_its_rate, load_model, make_trainer, require_model_folder, training_arguments
 from .prepare import Inputs, encoded_lines, plan, record_of
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
-from .resume import KeepRecord, require_same_run
+from .same_run import KeepRecord, require_same_run
 from .settings import FROM_TRAIN, TrainConfig, read_run
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .unknown_settings import require_settings

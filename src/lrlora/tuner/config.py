@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 
 from ..ops.expansion import Expansion
 from ..ops.form import Form
-from ..ops.series import FORMS, TransferSpec
+from ..ops.phi import FORMS, TransferSpec
 from ..ops.transfer import Transfer
 
 FORMAT_VERSION = 1
@@ -75,7 +75,7 @@ class LrLoraConfig(PeftConfig):
         num_basis: N ≥ 2, sinc terms of φ.
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0, what scales the entries of BA to the structure of φ.
-        form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.ops.transfer`). Or "expansion", fixed signs
+        form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.ops.phi`). Or "expansion", fixed signs
             that multiply BA in the place of φ (see `lrlora.ops.expansion`).
         num_terms: Q ≥ 1, terms of the expansion: ΔW has a rank of up to r·Q.
         pattern_seed: of the expansion's random signs.

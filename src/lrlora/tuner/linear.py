@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import adapted_linear
-from ..ops.transfer import Transfer
 from .layer import LrLoraLayer, autocasts
 
 
@@ -50,9 +48,8 @@ class Linear(LrLoraLayer):
 
     def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
         base, (A, B, phi) = self.base_layer, self._factors(adapter)
-        assert isinstance(phi, Transfer)  # a product is not fused
         scaling, gain = self.scaling[adapter], self.input_gain[adapter]
-        return adapted_linear(x, self._in_layout(base.weight), base.bias, A, B, phi, scaling=scaling, input_gain=gain)
+        return phi.fused_linear(x, self._in_layout(base.weight), base.bias, A, B, scaling=scaling, gain=gain)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self.caches_weight and adapter_names is None and not torch.is_grad_enabled():
