@@ -1,6 +1,6 @@
-"""Put the results of a demo run into the README: python docs/update_readme.py [DEMO_FOLDER].
+"""Put the results of a demo run into docs/demo.md: python docs/update_demo.py [DEMO_FOLDER].
 
-Without a folder, the README is rendered again from the results stored in docs/demo.
+Without a folder, the page is made again from the results stored in docs/demo.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lrlora.ranks import MEASURES
 
 DOCS = Path(__file__).parent
 STORED = DOCS / "demo"
-README = DOCS.parent / "README.md"
+PAGE = DOCS / "demo.md"
 
 
 def store(demo: Path) -> None:
-    """Copy what the README needs from a demo's output folder to docs/demo."""
+    """Copy what the page needs from a demo's output folder to docs/demo."""
     STORED.mkdir(exist_ok=True)
     for name in ("results.json", "settings.json", "ranks.png"):
         shutil.copy(demo / name, STORED / name)
@@ -37,12 +37,12 @@ def results_of(demo: Path, task: str) -> list[dict[str, Any]]:
 
 
 def render() -> str:
-    """The README's section, in Markdown."""
+    """The generated section, in Markdown."""
     steps = json.loads((STORED / "settings.json").read_text())["steps"]
     reviews, labels = (results_of(STORED, task) for task in ("reviews", "labels"))
     first = labels[0]["seconds_per_step"]
     lines = [
-        "![Learned ranks by layer and module type, and the learned φ](docs/demo/ranks.png)",
+        "![Learned ranks by layer and module type, and the learned φ](demo/ranks.png)",
         "",
         f"MiniLM-L6 on movie-review sentiment, films held out; {steps} steps of 32, one seed:",
         "",
@@ -77,15 +77,15 @@ def render() -> str:
 
 
 def updated(readme: str) -> str:
-    """The README's text with its section rendered anew."""
+    """The page with its section made anew."""
     return with_section(readme, "demo", render())
 
 
 def main() -> None:
-    """Store the given run, if there is one, and rewrite the README between its markers."""
+    """Store the given run, if there is one, and rewrite the page between its markers."""
     if len(sys.argv) > 1:
         store(Path(sys.argv[1]))
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
