@@ -162,7 +162,7 @@ def which_checkpoint(config: dict[str, Any]) -> str:
 
 def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics to show: not the epoch, and the loss once, where the log loss is the same to four digits."""
-    left_out = {"epoch"}
+    left_out = {"epoch", "examples"}
     if f"{metrics.get('loss', 0):.4g}" == f"{metrics.get('log_loss', 1):.4g}":
         left_out.add("log_loss")
     return {name: value for name, value in metrics.items() if name not in left_out}

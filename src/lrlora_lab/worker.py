@@ -104,11 +104,16 @@ def _trained(config: TrainConfig) -> TrainResult:
 def _scores(folder: Path, task: Task) -> dict[str, float]:
     """The metrics of a run on its test data; of several sets their means, and each one's own."""
     if not task.test_data:
-        return evaluate(folder, task.data, split=task.test, limit=task.test_examples)
-    by_set = {name: evaluate(folder, name, split="test", limit=task.test_examples) for name in task.test_data}
+        return _metrics(folder, task.data, task.test, task.test_examples)
+    by_set = {name: _metrics(folder, name, "test", task.test_examples) for name in task.test_data}
     names = next(iter(by_set.values()))
     means = {metric: fmean(found[metric] for found in by_set.values()) for metric in names}
     return means | {f"{metric} of {name}": value for name, found in by_set.items() for metric, value in found.items()}
+
+
+def _metrics(folder: Path, data: str, split: str, limit: int | None) -> dict[str, float]:
+    found = evaluate(folder, data, split=split, limit=limit)
+    return {name: value for name, value in found.items() if name != "examples"}
 
 
 def _course(result: TrainResult) -> dict[str, Any]:

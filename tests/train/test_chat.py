@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.train.chat import SIMPLE_TEMPLATE, as_trl_reads, choose_template, format_of, rendering_of, shown_tokens
-from lrlora.train.inference import Chat, evaluate, predict, predict_text
+from lrlora.train.inference import Chat, evaluate, predict, predict_texts
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 
@@ -100,7 +100,7 @@ def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[
     assert len({tuple(said) for said in answers.values()}) == 1
     # Of messages the loss is taken of every token: the answer is a small part of it.
     assert sum(map(str.__eq__, answers["prompt"], right)) >= (8 if format_ == "messages" else 10)
-    assert predict_text(folder, questions[0])["completion"].strip() == answers["prompt"][0]
+    assert next(predict_texts(folder, questions[:1]))["completion"].strip() == answers["prompt"][0]
     with pytest.raises(ValueError, match="trained on chats, and the column text has no turns"):
         evaluate(folder, write(tmp_path / "text.jsonl", rows("text")))
 
@@ -387,7 +387,8 @@ def test_a_real_chat_model_learns_from_each_format_and_answers_in_all(format_: s
     for other in CHATS:
         asked = write(tmp_path / f"{other}.jsonl", pirate(other)[:3])
         assert evaluate(tmp_path / "run", asked)["exact_match"] == 1.0
-    assert predict_text(tmp_path / "run", "What is the capital of Peru?")["completion"] == PIRATE.format("Lima", "Peru")
+    (said,) = predict_texts(tmp_path / "run", ["What is the capital of Peru?"])
+    assert said["completion"] == PIRATE.format("Lima", "Peru")
     talk = Chat(tmp_path / "run")
     assert talk.ask("What is the capital of Japan?") == PIRATE.format("Tokyo", "Japan")
     talk.command("/new")

@@ -22,6 +22,7 @@ from ..checks import printable
 app = typer.Typer(
     help="Learnable-Rank LoRA: fine-tune transformers without guessing a rank.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 # Piped into a file there is no terminal to fit.

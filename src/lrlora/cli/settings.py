@@ -74,16 +74,27 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+# What stands in a YAML file for settings that map names to values, and what the command line calls them.
+_EXAMPLES = {
+    "columns": "{text: review, label: verdict}",
+    "adapter": "{lora_dropout: 0.05}",
+    "training": "{gradient_accumulation_steps: 2, report_to: tensorboard}",
+}
+
+
 def starter(given: dict[str, str]) -> str:
-    """A YAML file with every setting, what it is for, and its default; those that are not given are commented out."""
+    """A YAML file with every setting, its purpose and its default; what has no default is commented out."""
     about = _help()
     parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
     for setting in fields(TrainConfig):
-        lines = [f"# {line}" for line in textwrap.wrap(about[setting.name], 98)]
-        if setting.name in given:
-            lines.append(f"{setting.name}: {given[setting.name]}")
+        told = re.sub(r"^(ROLE|NAME)=\w+", r"\1: VALUE", about[setting.name])
+        lines = [f"# {line}" for line in textwrap.wrap(told, 98)]
+        if setting.name in _EXAMPLES:
+            lines.append(f"# {setting.name}: {_EXAMPLES[setting.name]}")
+        elif setting.name in given or setting.default is not None:
+            value = given.get(setting.name, setting.default)
+            lines.append(f"{setting.name}: {str(value).lower() if isinstance(value, bool) else value}")
         else:
-            default = "{}" if setting.default is MISSING else str(setting.default).lower()
-            lines.append(f"# {setting.name}:" if default == "none" else f"# {setting.name}: {default}")
+            lines.append(f"# {setting.name}:")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import write_json, write_whole
-from ..locks import only_writer
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
 from ..train.settings import TrainConfig, parse_pairs, read_run
 from .common import announce, app, as_text, console, one_clear_error, quiet
@@ -147,7 +149,7 @@ def evaluate(
         from ..train.inference import evaluate
 
         metrics = evaluate(run, data, split=split, announce=announce, **reading)
-        _print_metrics(metrics, f"{run} on {data}")
+        _print_metrics(metrics, f"{run} on {data}, {metrics['examples']:,} examples")
         if metrics_file:
             write_json(metrics_file, metrics)
 
@@ -163,9 +165,9 @@ def _reading(
 def predict(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
     data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSONL file to write.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL file to write; default: print the lines.")] = None,
     text: Annotated[
-        str | None, typer.Option(help="One text, in place of data: the prediction or answer is printed.")
+        str | None, typer.Option(help="One text, in place of data: its prediction as JSON, or its answer.")
     ] = None,
     split: _SPLIT = None,
     columns: _COLUMNS = None,
@@ -174,34 +176,46 @@ def predict(
     skip_empty: _SKIP_EMPTY = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Predict with a finished run: a line of JSON for each example, or the prediction for one --text."""
+    """Predict with a finished run: a line of JSON for each example, or for each line of the standard input."""
     with one_clear_error():
-        if (text is None) == (data is None):
-            raise ValueError("Give either --data and --output, or --text.")
-        if data is not None and output is None:
-            raise ValueError("--data needs --output, the JSONL file to write.")
-        read_run(run)
-        reading: dict[str, Any] = {"split": split, "announce": announce}
-        reading |= _reading(columns, delimiter, encoding, skip_empty)
+        if text is not None and data is not None:
+            raise ValueError("Give --data or --text, and not both.")
+        if text is None and data is None and sys.stdin.isatty():
+            raise ValueError("Give --data, --text, or texts through the standard input, one a line.")
+        quiet()
+        reading = {"split": split, "announce": _note, **_reading(columns, delimiter, encoding, skip_empty)}
+        from ..train.inference import predict, predict_texts
+
         if text is not None:
-            quiet()
-            from ..train.inference import predict_text
+            (said,) = predict_texts(run, [text])
+            print(said.get("completion") or json.dumps(said, ensure_ascii=False))
+            return
+        found = predict(run, data, **reading) if data is not None else predict_texts(run, _lines_of_input())
+        if output is not None:
+            _write_predictions(found, output, overwrite)
+            return
+        for prediction in found:
+            print(json.dumps(prediction, ensure_ascii=False))
 
-            said = predict_text(run, text)
-            announce(said.get("completion") or json.dumps(said, ensure_ascii=False))
-        elif data is not None and output is not None:
-            with only_writer(output):
-                _write_predictions(run, data, output, reading, overwrite)
+
+def _note(line: str) -> None:
+    """Tell what is no result: those are on the standard output, for a pipe."""
+    Console(stderr=True).print(as_text(line), highlight=False)
 
 
-def _write_predictions(run: Path, data: str, output: Path, reading: dict[str, Any], overwrite: bool) -> None:
+def _lines_of_input() -> list[str]:
+    texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("The standard input is empty. Give --data, --text, or texts, one a line.")
+    return texts
+
+
+def _write_predictions(found: Iterator[dict[str, Any]], output: Path, overwrite: bool) -> None:
+    from ..train.inference import write_predictions
+
     if output.exists() and not overwrite:
         raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
-    quiet()
-    from ..train.inference import predict, write_predictions
-
-    count = write_predictions(output, predict(run, data, **reading))
-    announce(f"{count:,} predictions: {output}")
+    announce(f"{write_predictions(output, found):,} predictions: {output}")
 
 
 @app.command()
@@ -251,6 +265,9 @@ def inputs() -> None:
 def _print_metrics(metrics: dict[str, float], title: str) -> None:
     announce(title)
     table = Table(show_header=False)
+    count = metrics.get("examples")
     for name, value in shown_metrics(metrics).items():
-        table.add_row(name, f"{value:.4f}")
+        is_share = name in ("accuracy", "exact_match") and count
+        error = f" ± {math.sqrt(value * (1 - value) / count):.4f}" if is_share and count else ""
+        table.add_row(name, f"{value:.4f}{error}")
     console.print(table)

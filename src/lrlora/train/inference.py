@@ -72,7 +72,7 @@ def evaluate(
     loaded = LoadedRun.read(Path(run)).reading(**reading)
     examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
     encoded = loaded.encoded(examples)
-    metrics = plain_metrics(loaded.trainer(encoded).evaluate())
+    metrics = {"examples": len(examples)} | plain_metrics(loaded.trainer(encoded).evaluate())
     if loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
         answers = list(_not_empty(loaded.answers(encoded)))
         pairs = zip(answers, wanted, strict=True)
@@ -103,8 +103,8 @@ def predict(
         yield {**loaded.kind.described(example), **said}
 
 
-def predict_text(run: str | Path, text: str) -> dict[str, Any]:
-    """What a finished run says of one text, or answers to it; as a line of `predict`.
+def predict_texts(run: str | Path, texts: list[str]) -> Iterator[dict[str, Any]]:
+    """The predictions of a finished run for texts, or its answers to them; as `predict`.
 
     Raises:
         ValueError: the run answers multiple choice, which one text is not, or tells images apart.
@@ -116,7 +116,7 @@ def predict_text(run: str | Path, text: str) -> dict[str, Any]:
     if config.task == "image-classify":
         raise ValueError("The run tells images apart. Give a folder of them: --data.")
     role = "prompt" if config.task == "causal-lm" else "text"
-    return next(predict(run, Dataset.from_dict({role: [text]}), columns={}))
+    return predict(run, Dataset.from_dict({role: texts}), columns={})
 
 
 def _not_empty(answers: Iterable[str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -28,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..checks import require_float32, require_known
 from ..tuner import LrLoraConfig
-from ..tuner.config import require_module_names
+from ..tuner.config import EXPANSION, require_module_names
 from ..untrusted import require_quick_patterns
 from .tasks import Kind
 
@@ -40,7 +41,8 @@ class PeftMethod:
     Args:
         config: its configuration; None for full fine-tuning.
         fixed: fields that make it this method.
-        alpha: its name for α, which is r unless given; None if it has none.
+        alpha: its name for α; None if it has none.
+        scale: α/r, unless given.
         has_ranks: whether `rank_report` can measure its update.
 
     """
@@ -48,11 +50,13 @@ class PeftMethod:
     config: type[PeftConfig] | None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     alpha: str | None = None
+    scale: int = 1
     has_ranks: bool = False
 
 
 METHODS = {
     "lr-lora": PeftMethod(LrLoraConfig, alpha="lora_alpha", has_ranks=True),
+    "expansion": PeftMethod(LrLoraConfig, {"form": EXPANSION}, alpha="lora_alpha", scale=4, has_ranks=True),
     "lora": PeftMethod(LoraConfig, alpha="lora_alpha", has_ranks=True),
     "dora": PeftMethod(LoraConfig, {"use_dora": True}, alpha="lora_alpha"),
     "adalora": PeftMethod(AdaLoraConfig),
@@ -76,7 +80,7 @@ def adapter_config(
         method: one of `METHODS`.
         head: fields of the configuration for the head, as a kind of task has them; none for a model as it is.
         total_steps: of training; AdaLoRA plans with it.
-        options: fields of the configuration; by default r = 8, α = r, and all linear layers.
+        options: fields of the configuration; by default r = 8, α = r (4·r for the expansion), and all linear layers.
 
     Raises:
         ValueError: the configuration has no such field, or refuses a value.
@@ -90,6 +94,10 @@ def adapter_config(
     names = [*inspect.signature(known.config.__init__).parameters][1:]
     for name in options:
         require_known(f"field of {known.config.__name__}", name, names)
+    if isinstance(targets := options.get("target_modules"), str) and targets != "all-linear":
+        # Names, and no regular expression, which would have to match whole paths.
+        names_alone = re.fullmatch(r"[\w.-]+(,[\w.-]+)*", targets)
+        options = {**options, "target_modules": targets.split(",") if names_alone else targets}
     require_module_names(options)
     require_float32(options, "of adapter")
     require_quick_patterns(options, "of adapter")  # they may be from a run.json that someone else wrote
@@ -103,7 +111,7 @@ def adapter_config(
         defaults |= {"tinit": total_steps // 10, "tfinal": total_steps // 2}
     else:
         rank = options.get("r", DEFAULT_RANK)
-        defaults |= {"r": rank} | ({known.alpha: rank} if known.alpha else {})
+        defaults |= {"r": rank} | ({known.alpha: known.scale * rank} if known.alpha else {})
     if options.get("init_lora_weights") == EVA:
         given = options.get("eva_config") or {}
         for name in given:

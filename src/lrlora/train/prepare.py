@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import peft
 import torch
 import transformers
 from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
@@ -23,6 +26,7 @@ from ..files import readable
 from ..run_folder import CHAT, PLAIN, TEXT, RunRecord
 from .chat import choose_template, format_of, rendering_of
 from .data import TaskData, choose_max_length, load_task_data
+from .methods import METHODS
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
 from .same_run import fingerprints
 from .settings import TrainConfig, read_run
@@ -87,20 +91,46 @@ class Inputs:
 
 
 def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) -> list[str]:
-    """What is about to happen, in three lines."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """What is about to happen, in a few lines."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable = sum(count for count, is_trained in counts if is_trained)
     schedule, splits = SchedulerType(arguments.lr_scheduler_type).value, inputs.data.splits
     evaluates = arguments.eval_strategy != "no"
     evaluation = f"evaluation every {arguments.eval_steps:g} steps" if evaluates else "no evaluation before the end"
+    examples = _examples_per_step(arguments)
+    epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
-        f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters, "
-        f"{arguments.max_steps} steps of {_examples_per_step(arguments)} examples.",
+        f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters "
+        f"({trainable / sum(count for count, _ in counts):.2%} of all), {arguments.max_steps} steps of {examples} "
+        f"examples, {epochs:.2g} epochs.",
+        *_adapter_lines(config.method, model),
         f"Data: {len(splits['train']):,} examples to train on, {len(splits['validation']):,} to validate"
         f"{_cut(inputs)}.",
         *inputs.data.notes,
         f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
         f"{evaluation}, seed {config.seed}.",
     ]
+
+
+def _adapter_lines(method: str, model: nn.Module) -> list[str]:
+    """Rank, α and targets; and a warning of a rank beyond what a layer can use."""
+    if not isinstance(model, PeftModel):
+        return []
+    config: Any = model.peft_config["default"]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    r = getattr(config, "target_r", None) if method == "adalora" else getattr(config, "r", None)
+    name = METHODS[method].alpha
+    alpha = f", α = {getattr(config, name):g}" if name else ""
+    # PEFT has put the modules that it found in the place of "all-linear".
+    targets = config.target_modules
+    told = (
+        targets if isinstance(targets, str) else ", ".join(sorted({path.rpartition(".")[2] for path in targets or ()}))
+    )
+    lines = [f"Adapter: {method}, r = {r}{alpha}, on {told} ({len(layers)} modules)."]
+    limits = [min(each.in_features, each.out_features) for each in layers if hasattr(each, "in_features")]
+    if r and (narrow := [limit for limit in limits if limit < r]):
+        lines.append(f"Warning: r = {r} is more than {len(narrow)} of {len(layers)} layers can use ({min(narrow)}).")
+    return lines
 
 
 def _cut(inputs: Inputs) -> str:

@@ -45,6 +45,7 @@ from ..run_folder import (
     last_whole_checkpoint,
     require_readable,
 )
+from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.card import write_card
 from .data import require_data_path
@@ -143,6 +144,9 @@ def _train(
     if stop.signal is not None and (done := trainer.state.global_step) < (steps := arguments.max_steps):
         where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
         raise Interrupted(f"Stopped by {stop.signal} {where}")
+    if (kept := trainer.state.best_global_step) and arguments.load_best_model_at_end:
+        measure = str(arguments.metric_for_best_model).removeprefix("eval_")
+        announce(f"Kept: step {kept} of {arguments.max_steps}, the best by {measure}.")
     metrics = plain_metrics(trainer.evaluate())
     return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce)
 
@@ -348,7 +352,7 @@ def _finish(
         if inputs.kind.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # it knows the classes
     write_json(output / LOG_FILE, [dict(filter(_is_storable, entry.items())) for entry in result.log_history])
-    if config.method == "lr-lora":
+    if METHODS[config.method].config is LrLoraConfig:
         _save_plain_lora(output, announce)  # before the card, which tells of it
     if METHODS[config.method].has_ranks:
         write_card(output, metrics)

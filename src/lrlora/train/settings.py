@@ -34,7 +34,7 @@ class TrainConfig:
         data: name on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
-        method: one of lr-lora, lora, dora, adalora, hira, randlora, loha, vera and full.
+        method: one of lr-lora, expansion, lora, dora, adalora, hira, randlora, loha, vera and full.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, what a column of the data holds; default: each is called by its role. Roles: text, text_pair
             and label for classify and regress; image and label for image-classify; question, choices (a list) and label
@@ -54,6 +54,8 @@ class TrainConfig:
             FILE.jinja, or a name that TRL knows, such as qwen3; default: the model's own, or plain text if it has none.
         max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
         rank: r, the rank of BA; default: 8.
+        alpha: α, by which the update is scaled as α/r; default: r, and 4·r for expansion.
+        targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
         learning_rate: the peak; default: 1e-3 for a model with a head and 5e-4 for a language model, and of full
             fine-tuning 5e-5 and 2e-5.
         head_learning_rate: the peak for a new classification, regression or multiple-choice head, which wants a higher
@@ -96,6 +98,8 @@ class TrainConfig:
     chat_template: str | None = None
     max_length: int | None = None
     rank: int | None = None
+    alpha: float | None = None
+    targets: str | None = None
     learning_rate: float | None = None
     head_learning_rate: float | None = None
     epochs: float | None = None
@@ -127,7 +131,7 @@ class TrainConfig:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
-        for name in ("learning_rate", "head_learning_rate", "epochs"):
+        for name in ("learning_rate", "head_learning_rate", "epochs", "alpha"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (is_number and 0 < value < float("inf")):
@@ -154,8 +158,11 @@ class TrainConfig:
         for name, field_name in ARGUMENTS.items():
             if (value := getattr(self, name)) is not None:
                 _require_one(name, value, field_name, self.training, "training")
-        if self.rank is not None:
-            _require_one("rank", self.rank, _rank_field(self.method), self.adapter, "adapter")
+        for name, other in _of_adapter(self.method).items():
+            if (value := getattr(self, name)) is not None:
+                if other is None:
+                    raise ValueError(f"{name}={value!r}: the method {self.method} has none. Leave it out.")
+                _require_one(name, value, other, self.adapter, "adapter")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -165,8 +172,10 @@ class TrainConfig:
 
     @property
     def adapter_fields(self) -> dict[str, Any]:
-        """The fields of the PEFT configuration that are given, the rank among them."""
-        return self.adapter | ({} if self.rank is None else {_rank_field(self.method): self.rank})
+        """The fields of the PEFT configuration that are given, under either name."""
+        names = _of_adapter(self.method).items()
+        given = {field_name: getattr(self, name) for name, field_name in names if field_name}
+        return self.adapter | {name: value for name, value in given.items() if value is not None}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
@@ -203,8 +212,13 @@ def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], p
         )
 
 
-def _rank_field(method: str | None) -> str:
-    return "target_r" if method == "adalora" else "r"
+def _of_adapter(method: str | None) -> dict[str, str | None]:
+    """Settings of a run → the fields of the PEFT configuration that they are; None where a method has none."""
+    from .methods import METHODS
+
+    known = METHODS.get(str(method))
+    alpha = "lora_alpha" if known is None or method == "adalora" else known.alpha
+    return {"rank": "target_r" if method == "adalora" else "r", "alpha": alpha, "targets": "target_modules"}
 
 
 def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +228,7 @@ def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     short = dict(settings)
     places = {name: ("training", other) for name, other in ARGUMENTS.items()}
-    places["rank"] = ("adapter", _rank_field(settings.get("method")))
+    places |= {name: ("adapter", other) for name, other in _of_adapter(settings.get("method")).items() if other}
     for name, (place, other) in places.items():
         if short.get(name) is None and isinstance(short.get(place), Mapping) and other in short[place]:
             short[name] = short[place][other]

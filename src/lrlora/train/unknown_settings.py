@@ -8,7 +8,17 @@ from collections.abc import Iterable
 from itertools import chain
 
 from .methods import METHODS
+from .settings import ARGUMENTS
 from .tasks import KINDS
+
+# Names of others for settings of a run.
+_ALIASES = {name: setting for setting, name in ARGUMENTS.items()} | {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "use_dora": "method dora",
+    "use_rslora": "adapter use_rslora=true",
+}
 
 
 def require_settings(given: Iterable[str], place: str, settings: Iterable[str], task: str, method: str) -> None:
@@ -43,6 +53,8 @@ def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> Valu
         return "" if there == place else f", a {what}: give it by {how}"
 
     said = f"Unknown {homes[place][0]} {name!r}."
+    if place == "run" and name in _ALIASES:
+        return ValueError(f"{said} Use {_ALIASES[name]}: --{_ALIASES[name]}, or the key {_ALIASES[name].split()[0]}.")
     if any(name in names for names in known.values()):
         return ValueError(f"{said} It is{home(name).removeprefix(',')}.")
     near = difflib.get_close_matches(str(name), dict.fromkeys(chain(*known.values())), 1, 0.5)

@@ -1,0 +1,125 @@
+"""Settings by the names that people use, and what goes to a pipe."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.train.methods import adapter_config
+from lrlora.train.settings import TrainConfig, read_yaml
+
+from .small import reviews
+
+RUN = {"model": "m", "data": "d", "task": "classify"}
+
+
+def run(*arguments: object, texts: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments], input=texts, env={"COLUMNS": "100"})
+
+
+def config_of(**settings: Any) -> Any:
+    config = TrainConfig.from_dict({**RUN, **settings})
+    return adapter_config(config.method, {}, 10, config.adapter_fields)
+
+
+def test_the_expansion_is_a_method_with_its_own_scale() -> None:
+    config = config_of(method="expansion", rank=3)
+    assert (config.form, config.r, config.lora_alpha) == ("expansion", 3, 12)
+    assert config_of(method="expansion", rank=3, alpha=6.0).lora_alpha == 6
+    assert (config_of(rank=3).form, config_of(rank=3).lora_alpha) == ("residual", 3)
+
+
+def test_alpha_and_targets_stand_beside_the_rank() -> None:
+    config = config_of(method="lora", rank=4, alpha=16.0, targets="query,value")
+    assert (config.r, config.lora_alpha, set(config.target_modules)) == (4, 16, {"query", "value"})
+    assert set(config_of(targets="query").target_modules) == {"query"}
+    assert config_of(targets=r".*\.(query|key)").target_modules == r".*\.(query|key)"
+    assert config_of().target_modules == "all-linear"
+    assert set(config_of(adapter={"target_modules": "query,value"}).target_modules) == {"query", "value"}
+    with pytest.raises(ValueError, match=r"alpha=2.0 and lora_alpha=3 under adapter are the same setting"):
+        config_of(alpha=2.0, adapter={"lora_alpha": 3})
+    with pytest.raises(ValueError, match=r"alpha=2.0: the method vera has none. Leave it out"):
+        config_of(method="vera", alpha=2.0)
+    with pytest.raises(ValueError, match="alpha must be a number > 0"):
+        config_of(alpha=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("max_steps", "Use steps: --steps"),
+        ("r", "Use rank: --rank"),
+        ("lora_alpha", "Use alpha: --alpha"),
+        ("target_modules", "Use targets: --targets"),
+        ("use_dora", "Use method dora: --method dora, or the key method"),
+    ],
+)
+def test_names_of_others_lead_to_ours(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"Unknown setting of a run '{name}'. {said}"):
+        TrainConfig.from_dict({**RUN, name: 1})
+
+
+def test_the_file_to_begin_with_holds_the_defaults(tmp_path: Path) -> None:
+    assert run("init", tmp_path / "run.yaml").exit_code == 0
+    written = read_yaml(tmp_path / "run.yaml")
+    assert (written["method"], written["seed"], written["skip_empty"]) == ("lr-lora", 0, False)
+    assert TrainConfig.from_dict(written) == TrainConfig.from_dict(
+        {"model": "embedded:minilm", "data": "embedded:movie-reviews", "task": "classify"}
+    )
+    text = (tmp_path / "run.yaml").read_text()
+    assert "# columns: {text: review, label: verdict}" in text
+    assert "=" not in text.replace("r = ", "").replace("α = ", "")
+
+
+def test_help_has_its_short_name() -> None:
+    assert run("train", "-h").output == run("train", "--help").output
+
+
+def test_results_go_to_a_pipe_one_a_line_and_whole(encoder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = reviews(40)
+    rows["review"] += " with plot and actors" * 12  # longer than any terminal
+    rows.to_csv("reviews.csv", index=False)
+    asked = ("--columns", "text=review", "--columns", "label=verdict", "--steps", "3", "--batch-size", "4")
+    trained = run("train", "--model", encoder, "--data", "reviews.csv", "--task", "classify", *asked)
+    assert trained.exit_code == 0, trained.output
+    lines = run("predict", "lrlora-run", "--data", "reviews.csv", "--split", "train").stdout.splitlines()
+    assert [json.loads(line)["text"] for line in lines] == list(rows["review"])
+    piped = run("predict", "lrlora-run", texts="\n".join(rows["review"][:3]) + "\n").stdout.splitlines()
+    assert [json.loads(line)["prediction"] for line in piped] == [json.loads(line)["prediction"] for line in lines[:3]]
+    one = run("predict", "lrlora-run", "--text", rows["review"][0]).stdout
+    assert json.loads(one)["prediction"] == json.loads(piped[0])["prediction"]
+    assert "standard input is empty" in " ".join(run("predict", "lrlora-run", texts="").output.split())
+    said = " ".join(run("evaluate", "lrlora-run", "--data", "reviews.csv", "--split", "train").output.split())
+    assert "reviews.csv, 40 examples" in said
+    assert " ± 0.0" in said
+
+
+def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(encoder: str, tmp_path: Path) -> None:
+    reviews(40).to_csv(tmp_path / "reviews.csv", index=False)
+    asked = ("train", "--model", encoder, "--data", tmp_path / "reviews.csv", "--task", "classify", "--dry-run")
+    asked += ("--columns", "text=review", "--columns", "label=verdict")
+    said = " ".join(run(*asked, "--method", "expansion", "--rank", "4", "--epochs", "2").output.split())
+    assert re.search(r"Adapter: expansion, r = 4, α = 16, on [\w, ]*query, value \(13 modules\)\.", said)
+    assert "% of all)" in said
+    assert "2 epochs" in said
+    assert "Warning" not in said
+    said = " ".join(run(*asked, "--rank", "500").output.split())
+    assert "Warning: r = 500 is more than 13 of 13 layers can use (32)" in said
+
+
+def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path) -> None:
+    reviews(80).to_csv(tmp_path / "reviews.csv", index=False)
+    asked = ("train", "--model", encoder, "--data", tmp_path / "reviews.csv", "--task", "classify", "--steps", "6")
+    asked += ("--columns", "text=review", "--columns", "label=verdict", "--output", tmp_path / "run", "--rank", "1")
+    asked += ("--training", "eval_strategy=steps", "--training", "eval_steps=2", "--training", "save_steps=2")
+    said = " ".join(run(*asked).output.split())
+    state = [e for e in json.loads((tmp_path / "run" / "log_history.json").read_text()) if "eval_accuracy" in e]
+    best = max(state, key=lambda entry: entry["eval_accuracy"])
+    assert f"Kept: step {best['step']} of 6, the best by accuracy" in said
