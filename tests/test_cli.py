@@ -48,7 +48,7 @@ def test_help_and_settings_file_say_what_the_docstring_says(tmp_path: Path) -> N
     assert run("init", settings).exit_code == 0
     written = " ".join(settings.read_text(encoding="utf-8").replace("#", " ").split())
     for text in (shown, written):
-        assert "A finished run whose adapter (or model, of full) training goes on from" in text
+        assert "Finished run to continue from, as a new run with its own schedule" in text
 
 
 def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,37 +76,33 @@ def compare(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="In place of a suite, one with the model and settings of GPUs: roberta-base, llama-3-8b, vit-base."
-        ),
+        typer.Option(help="Preset for GPUs instead of a suite: roberta-base, llama-3-8b, vit-base."),
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Names with commas between; default: the main ones.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: the main ones.")] = None,
     ablation: Annotated[
         str | None,
-        typer.Option(help="In place of methods: sharing, frozen, num-basis, interval, gain, rank or targets."),
+        typer.Option(help="Ablation instead of methods: sharing, frozen, num-basis, interval, gain, rank or targets."),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite with commas between; default: all.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model in place of the suite's.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of the suite, separated by commas; default: all.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model; default: the suite's.")] = None,
     rates: Annotated[
-        str | None, typer.Option(help="Learning rates with commas between; default: each method's.")
+        str | None, typer.Option(help="Learning rates, separated by commas; default: a grid for each method.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method on each task.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of final runs of each method on each task.")] = 3,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank r of BA; default: the suite's, which is 4 unless it says otherwise.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of training in place of each task's, for a first try.")
+        int | None, typer.Option(min=1, help="Training steps, for a first try; default: each task's.")
     ] = None,
     hours: Annotated[
-        float | None, typer.Option(min=0.0, help="Hours after which no new job is started; default: all are done.")
+        float | None, typer.Option(min=0.0, help="Hours after which no new job starts; default: no limit.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the results; default: lrlora-compare-SUITE.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; default: lrlora-compare-SUITE.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the jobs, the memory and the hours that they need; run nothing.")
+        bool, typer.Option("--dry-run", help="Show the jobs, and their memory and time; run nothing.")
     ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Run nothing: write the report of what was asked for last.")
-    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write the report of the last call; run nothing.")] = False,
 ) -> None:
     """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core."""
     with one_clear_error():

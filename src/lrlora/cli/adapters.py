@@ -24,21 +24,23 @@ if TYPE_CHECKING:
 _SOURCE_HELP = "PEFT adapter of any method (folder or hub name), LoRA in a .safetensors file, or full model."
 _BASE = Annotated[
     str | None,
-    typer.Option(help="Base model (folder, file or hub name): for full models, ‖ΔW‖/‖W0‖, and DoRA as a whole."),
+    typer.Option(
+        help="Base model (folder, file or hub name): needed for full models, ‖ΔW‖/‖W0‖, and DoRA with its magnitudes."
+    ),
 ]
 
 
-_EVERY = Annotated[bool, typer.Option("--all", help="Show every module, however many there are.")]
+_EVERY = Annotated[bool, typer.Option("--all", help="Show every module.")]
 
 
 @app.command()
 def ranks(
     source: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
     base: _BASE = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the report here as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File to write the report to, as JSON.")] = None,
     every: _EVERY = False,
 ) -> None:
-    """Print what ranks an adapter really uses, or what full fine-tuning has changed."""
+    """Print the ranks that an adapter uses, or those of a full fine-tuning."""
     with one_clear_error():
         if json and not json.parent.is_dir():
             raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")
@@ -65,14 +67,14 @@ def ranks(
 def report(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Output folders of runs, and whatever `lrlora ranks` reads."),
+        typer.Argument(metavar="SOURCE...", help="Output folders of runs, adapters, LoRA files, or full models."),
     ],
     base: _BASE = None,
-    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("lrlora-report.html"),
-    pictures: Annotated[Path | None, typer.Option(help="Folder for pictures as SVG and PNG, for papers.")] = None,
+    output: Annotated[Path, typer.Option(help="Page to write.")] = Path("lrlora-report.html"),
+    pictures: Annotated[Path | None, typer.Option(help="Folder for the charts as SVG and PNG.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the pictures.")] = False,
 ) -> None:
-    """Show what was learned, of one run or of several beside each other: one HTML page that needs no network."""
+    """Write one HTML page about one run, or several beside each other. It needs no network."""
     with one_clear_error():
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"The folder {output.parent} for {output.name} does not exist.")
@@ -106,23 +108,28 @@ _ENERGY = Annotated[
 ]
 _BUDGET = Annotated[
     str | None,
-    typer.Option(help="Size in all: parameters (250000, 250k, 1.5M), MiB (8MiB), or r4: as LoRA of rank 4."),
+    typer.Option(help="Total size: parameters (250000, 250k, 1.5M), MiB (8MiB), or r4 for that of LoRA of rank 4."),
 ]
 _MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module; default: no limit.")]
 _LOSS = Annotated[
     float | None,
-    typer.Option(help="Write the smallest LoRA whose loss on held-out examples rises by at most this share, as 0.01."),
+    typer.Option(
+        help="Maximum rise of the loss on held-out examples, as a share (0.01); writes the smallest LoRA within it."
+    ),
 ]
 _BY = Annotated[
     str | None,
-    typer.Option(help="How a size is filled: by loss (default for a run, or with --data) or energy, without data."),
+    typer.Option(
+        help="Criterion that fills a size: loss (default for a run, or with --data), or energy, which needs no data."
+    ),
 ]
 _DATA = Annotated[
     str | None,
-    typer.Option(help="Examples to measure the loss on, as for `lrlora train`; default: the run's own data."),
+    typer.Option(help="Examples to measure the loss on, as for `lrlora train`; default: the data of the run."),
 ]
 _COLUMNS = Annotated[
-    list[str] | None, typer.Option("--columns", "--column", help="ROLE=NAME, of the examples; default: as in training.")
+    list[str] | None,
+    typer.Option("--columns", "--column", help="ROLE=NAME, column of the examples; default: as in training."),
 ]
 _TASK = Annotated[
     str | None,
@@ -130,20 +137,18 @@ _TASK = Annotated[
         help="Task of an adapter that is not a run: causal-lm, classify or regress; default: from its configuration."
     ),
 ]
-_HEAL = Annotated[int, typer.Option(min=0, help="Train the LoRA for this many steps after the cut.")]
+_HEAL = Annotated[int, typer.Option(min=0, help="Number of training steps after the cut.")]
 _DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE = Annotated[
     str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
 ]
-_OUTPUT = Annotated[Path, typer.Option(help="Folder to write; must be empty or not exist.")]
+_OUTPUT = Annotated[Path, typer.Option(help="Folder to write (new or empty).")]
 
 
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
-    output: Annotated[
-        Path, typer.Option(help="Folder to write, which must be empty or not exist; for a single file, a new one.")
-    ],
+    output: Annotated[Path, typer.Option(help="Folder to write (new or empty); for a single file, a new file.")],
     loss: _LOSS = None,
     budget: _BUDGET = None,
     max_rank: _MAX_RANK = None,
@@ -155,14 +160,19 @@ def export(
     heal: _HEAL = 0,
     base: _BASE = None,
     dtype: _DTYPE = None,
-    pad: Annotated[bool, typer.Option("--pad", help="One rank for all, padded with zeros (llama.cpp).")] = False,
-    check: Annotated[bool, typer.Option(help="Load the base model and measure what the export changes.")] = True,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Pad all modules to one rank, with zeros (for llama.cpp).")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option(help="Load the base model and measure the difference that the export makes.")
+    ] = True,
     config_only: Annotated[
-        bool, typer.Option("--config-only", help="No weights: a LoraConfig, to train plain LoRA at these ranks.")
+        bool,
+        typer.Option("--config-only", help="Write a LoraConfig without weights, to train plain LoRA at these ranks."),
     ] = False,
     every: _EVERY = False,
 ) -> None:
-    """Turn any update into a plain LoRA that anything can serve, as small as you ask for."""
+    """Write any update as a plain LoRA that every server loads, as small as you ask for."""
     with one_clear_error("Nothing was written."), only_writer(output):
         for option, is_given in (("--pad", pad), ("--heal", heal)):
             if is_given and config_only:
@@ -273,9 +283,9 @@ def merge(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Dequantise a base model that is stored quantised.")
     ] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of a file of weights.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights.")] = "5GB",
 ) -> None:
-    """Add the update to the base model, and write a full model that needs no adapter."""
+    """Merge the update into the base model, and write a full model."""
     with one_clear_error("Nothing was written."), only_writer(output):
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)

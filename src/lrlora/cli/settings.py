@@ -87,7 +87,7 @@ def starter(given: dict[str, str]) -> str:
     about = _help()
     parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
     for setting in fields(TrainConfig):
-        told = re.sub(r"^(ROLE|NAME)=\w+", r"\1: VALUE", about[setting.name])
+        told = re.sub(r"^(ROLE|NAME)=", r"\1: ", about[setting.name])
         lines = [f"# {line}" for line in textwrap.wrap(told, 98)]
         if setting.name in _EXAMPLES:
             lines.append(f"# {setting.name}: {_EXAMPLES[setting.name]}")

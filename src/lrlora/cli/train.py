@@ -44,9 +44,7 @@ def init(
 @app.command()
 @settings_as_options
 def train(
-    config: Annotated[
-        Path | None, typer.Argument(help="YAML file with these settings; options on the command line override it.")
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML file with these settings; options override it.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Resume the interrupted run in this folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     dry_run: Annotated[
@@ -122,12 +120,10 @@ _SPLIT = Annotated[str | None, typer.Option(help="Split of the data; default: te
 _COLUMNS = Annotated[
     list[str] | None, typer.Option("--columns", "--column", help="ROLE=NAME; default: as in training.")
 ]
-_DELIMITER = Annotated[
-    str | None, typer.Option(help="Between the columns of a CSV file; default: as in training, or a comma.")
-]
-_ENCODING = Annotated[str | None, typer.Option(help="Of a CSV file; default: as in training, or utf-8.")]
+_DELIMITER = Annotated[str | None, typer.Option(help="Delimiter of a CSV file; default: as in training, or a comma.")]
+_ENCODING = Annotated[str | None, typer.Option(help="Encoding of a CSV file; default: as in training, or utf-8.")]
 _SKIP_EMPTY = Annotated[
-    bool | None, typer.Option("--skip-empty", help="Leave out examples in which something is empty, and say how many.")
+    bool | None, typer.Option("--skip-empty", help="Skip examples with an empty cell, and report their number.")
 ]
 
 
@@ -140,7 +136,7 @@ def evaluate(
     delimiter: _DELIMITER = None,
     encoding: _ENCODING = None,
     skip_empty: _SKIP_EMPTY = None,
-    metrics_file: Annotated[Path | None, typer.Option("--json", help="Also write the metrics here.")] = None,
+    metrics_file: Annotated[Path | None, typer.Option("--json", help="File to write the metrics to, as JSON.")] = None,
 ) -> None:
     """Evaluate a finished run on data."""
     with one_clear_error():

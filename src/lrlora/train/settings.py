@@ -30,52 +30,51 @@ class TrainConfig:
     The command line has an option for each of them, a YAML file a key, both of the same name.
 
     Args:
-        model: name on the hub, local folder, or embedded:NAME (see `lrlora inputs`).
-        data: name on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
+        model: model on the hub, local folder, or embedded:NAME (see `lrlora inputs`).
+        data: data set on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
         method: one of lr-lora, expansion, lora, dora, adalora, hira, randlora, loha, vera and full.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
-        columns: ROLE=NAME, what a column of the data holds; default: each is called by its role. Roles: text, text_pair
-            and label for classify and regress; image and label for image-classify; question, choices (a list) and label
-            (the index of the right choice) for multiple-choice, and prompts (a list) if not the question stands before
-            the choices; for causal-lm messages, or conversations (ShareGPT), or prompt and completion, or
-            instruction, input and output (Alpaca), or text; group, for examples that must not be split between training
-            and validation.
-        delimiter: between the columns of a CSV file; default: a comma, in a TSV file a tab.
-        encoding: of a CSV file, such as latin-1; default: utf-8.
-        skip_empty: leave out examples whose text or label is missing or empty, which are an error otherwise.
-        validation: data to validate on, like `data`, or "train" for a part of training; default: the data's own
-            validation split, or a part of training.
-        validation_share: part of the training data to validate on if there is nothing else, between 0 and 1.
-        train_examples: so many to train on at most, drawn at random, always the same; default: all.
-        validation_examples: so many to validate on at most, drawn in the same way; default: all.
-        chat_template: for causal-lm, how prompts and chats are written: none for plain text, simple, a file
-            FILE.jinja, or a name that TRL knows, such as qwen3; default: the model's own, or plain text if it has none.
-        max_length: tokens at which examples are cut; default: what holds 99 % of them, within the model's limit.
-        rank: r, the rank of BA; default: 8.
-        alpha: α, by which the update is scaled as α/r; default: r, and 4·r for expansion.
+        columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
+            label for classify and regress; image and label for image-classify; question, choices (a list) and label
+            (the index of the right choice) for multiple-choice, and prompts (a list) to replace the question; for
+            causal-lm messages, or conversations (ShareGPT), or prompt and completion, or instruction, input and output
+            (Alpaca), or text; group, for examples to keep on one side of the split into training and validation.
+        delimiter: delimiter of a CSV file; default: a comma, in a TSV file a tab.
+        encoding: encoding of a CSV file, such as latin-1; default: utf-8.
+        skip_empty: skip examples whose text or label is missing or empty, instead of stopping.
+        validation: validation data, like `data`, or "train" for a part of the training data; default: the validation
+            split of the data, or a part of the training data.
+        validation_share: share of the training data held out for validation, between 0 and 1.
+        train_examples: maximum number of training examples, a fixed random sample; default: all.
+        validation_examples: maximum number of validation examples, a fixed random sample; default: all.
+        chat_template: template for prompts and chats, for causal-lm: none for plain text, simple, a file FILE.jinja,
+            or a name that TRL knows, such as qwen3; default: the model's own, or plain text.
+        max_length: maximum number of tokens of an example; default: the 99th percentile, within the model's limit.
+        rank: rank r of BA; default: 8.
+        alpha: α, which scales the update by α/r; default: r, and 4·r for expansion.
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
-        learning_rate: the peak; default: 1e-3 for a model with a head and 5e-4 for a language model, and of full
+        learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
             fine-tuning 5e-5 and 2e-5.
-        head_learning_rate: the peak for a new classification, regression or multiple-choice head, which wants a higher
-            one than an adapter; default: that of all else.
-        epochs: passes over the data; default: 3.
-        steps: optimizer steps, in place of epochs; default: what the epochs take.
-        batch_size: examples in a step, on each device; default: 16, and 8 for causal-lm.
-        early_stopping: end training after so many evaluations without a better metric; default: never.
-        start_from: a finished run whose adapter (or model, of full) training goes on from, as a new run with a schedule
-            of its own; on the command line all that is not given is as in that run; default: a new adapter.
-        loss: make lora/ the smallest LoRA whose validation loss rises by at most this share; default: only print the
-            size for 0.01.
-        size: of lora/ (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4), filled with what matters most to the
-            loss; default: that of the whole update.
+        head_learning_rate: peak learning rate of a new head, which wants a higher one than an adapter; default: the
+            same.
+        epochs: number of passes over the data; default: 3.
+        steps: number of optimizer steps, instead of epochs; default: by epochs.
+        batch_size: examples per step and device; default: 16, and 8 for causal-lm.
+        early_stopping: stop after this many evaluations without a better metric; default: never.
+        start_from: finished run to continue from, as a new run with its own schedule; on the command line, settings
+            that are not given are those of that run; default: a new adapter.
+        loss: write lora/ as the smallest LoRA whose validation loss rises by at most this share; default: only print
+            its size for 0.01.
+        size: size of lora/ (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4), filled by importance to the loss;
+            default: the whole update.
         rank_every: steps between records of the learned ranks.
-        seed: of head, factors, data order and dropout.
-        adapter: NAME=VALUE, a field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
+        seed: random seed of head, factors, data order and dropout.
+        adapter: NAME=VALUE, field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
             α = r.
-        training: NAME=VALUE, a field of transformers' TrainingArguments, of TRL's SFTConfig for causal-lm; default:
-            theirs, but 6 % warm-up, at most 10 evaluations, and the best checkpoint at the end.
+        training: NAME=VALUE, field of transformers' TrainingArguments, or TRL's SFTConfig for causal-lm; default:
+            theirs, but 6 % warm-up, at most 10 evaluations, and the best checkpoint kept.
 
     Raises:
         ValueError: a value is not one of the known ones, or out of range.
