@@ -53,7 +53,7 @@ class TrainConfig:
             or a name that TRL knows, such as qwen3; default: the model's own, or plain text.
         max_length: maximum number of tokens of an example; default: the 99th percentile, within the model's limit.
         rank: rank r of BA; default: 8.
-        alpha: α, which scales the update by α/r; default: r, and 4·r for expansion.
+        alpha: scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion.
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
         learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
             fine-tuning 5e-5 and 2e-5.
