@@ -30,7 +30,7 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
         path = Path(match[1])
         return f"](code/{path if path.suffix else path / '__init__.py'}.txt)"
 
-    markdown = markdown.replace("](../README.md", "](index.md")
+    markdown = markdown.replace("](../README.md", "](index.md").replace("](../SECURITY.md", "](security.md")
     return re.sub(r"\]\(\.\./((?:src|examples)/[^)]+?)/?\)", copy, markdown)
 
 
