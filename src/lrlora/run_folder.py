@@ -27,6 +27,7 @@ PICTURE_FILE = "ranks.png"
 STATE_FILE = "trainer_state.json"
 # How a run reads prompts and chats: as turns of a chat, as plain prompts, or as texts without any.
 CHAT, PLAIN, TEXT = "chat", "plain", "text"
+ANSWERS = "answers"
 RUN_EXPECTED = "It is what `lrlora train` wrote about the run: train it anew if you have no copy."
 ANOTHER_CHECKPOINT = "Remove this checkpoint to resume from the one before it."
 
@@ -68,6 +69,8 @@ class RunRecord:
         examples_per_step: of all processes; None in runs of lrlora before it was recorded.
         rendering: how prompts and chats were read: "chat", "plain" or "text"; None of other tasks, and before it was
             recorded.
+        loss_on: "answers" where the loss of a chat is taken of the answers alone; None of all else, and before it was
+            recorded.
         chat_template: that they were written with.
         base_model: its name on the hub; None where the model was a folder, and before it was recorded.
         run_id: a random one; None before it was recorded.
@@ -81,6 +84,7 @@ class RunRecord:
     versions: dict[str, str]
     examples_per_step: int | None = None
     rendering: str | None = None
+    loss_on: str | None = None
     chat_template: str | None = None
     base_model: str | None = None
     run_id: str | None = None
@@ -125,7 +129,7 @@ def read_losses(folder: Path) -> LossRecord | None:
         return record
 
 
-_LATER = ("examples_per_step", "rendering", "chat_template", "base_model", "run_id", "fingerprints")
+_LATER = ("examples_per_step", "rendering", "loss_on", "chat_template", "base_model", "run_id", "fingerprints")
 
 
 def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:

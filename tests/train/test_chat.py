@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.train.chat import SIMPLE_TEMPLATE, as_trl_reads, choose_template, format_of, rendering_of, shown_tokens
+from lrlora.train.chat import (
+    SIMPLE_TEMPLATE,
+    as_trl_reads,
+    choose_template,
+    format_of,
+    rendering_of,
+    shown_tokens,
+    with_answers_marked,
+)
 from lrlora.train.inference import Chat, evaluate, predict, predict_texts
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
@@ -98,11 +107,50 @@ def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[
         answers[other] = [line["completion"].strip() for line in predict(folder, data)]
         assert evaluate(folder, data)["exact_match"] == sum(map(str.__eq__, answers[other], right)) / len(right)
     assert len({tuple(said) for said in answers.values()}) == 1
-    # Of messages the loss is taken of every token: the answer is a small part of it.
-    assert sum(map(str.__eq__, answers["prompt"], right)) >= (8 if format_ == "messages" else 10)
+    assert sum(map(str.__eq__, answers["prompt"], right)) >= 10
     assert next(predict_texts(folder, questions[:1]))["completion"].strip() == answers["prompt"][0]
     with pytest.raises(ValueError, match="trained on chats, and the column text has no turns"):
         evaluate(folder, write(tmp_path / "text.jsonl", rows("text")))
+
+
+def test_the_loss_of_a_chat_is_taken_of_its_answers(decoder: str, tmp_path: Path) -> None:
+    said = [("user", "is it good ?"), ("assistant", "good film"), ("user", "and the plot ?"), ("assistant", "bad")]
+    turns = [{"role": role, "content": content} for role, content in said]
+    data = write(tmp_path / "chats.jsonl", [{"messages": turns}] * 24)
+    asked = ("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--dry-run")
+    shown = " ".join(run(*asked).output.split())
+    assert "⟦good film [EOS]⟧[USER] and the plot ? [BOT]⟦bad [EOS]⟧" in shown.replace(" ⟦", "⟦").replace("⟧ ", "⟧")
+    assert "with the loss on the answers" in shown
+    whole = " ".join(run(*asked, "--training", "assistant_only_loss=false").output.split())
+    assert "⟦[USER] is it good ? [BOT] good film [EOS] [USER]" in whole
+    assert "with the loss on the answers" not in whole
+
+
+def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decoder: str) -> None:
+    words = tokenizer()
+    words.chat_template = (
+        "{% for m in messages %}{{ '[USER] ' if m['role'] == 'user' else '[BOT] ' }}"
+        "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'].split(' ')[-1] }} {% endfor %}"
+        "{% if add_generation_prompt %}[BOT] {% endif %}"
+    )
+    turns = [{"role": "user", "content": "a plot"}, {"role": "assistant", "content": "film"}] * 2
+    turns[1] = {"role": "assistant", "content": "is film"}  # of which the template keeps the last word
+    rows = Dataset.from_list([{"messages": [*turns[:1], {"role": "assistant", "content": "film"}, *turns[2:]]}])
+    (row,) = with_answers_marked(rows, words)
+    answers = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert words.decode(answers) == "film film"
+    with pytest.raises(ValueError, match="'is film' is not found in what the chat template writes"):
+        with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
+
+
+def test_a_run_from_before_goes_on_with_the_loss_of_the_whole_chat(decoder: str, tmp_path: Path) -> None:
+    folder = trained(decoder, tmp_path, "messages", 2)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["loss_on"] == "answers"
+    before = evaluate(folder, str(tmp_path / "messages.jsonl"))["loss"]
+    del record["loss_on"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert evaluate(folder, str(tmp_path / "messages.jsonl"))["loss"] != pytest.approx(before, rel=0.01)
 
 
 def test_a_model_without_a_template(decoder: str, tmp_path: Path) -> None:
@@ -259,7 +307,10 @@ def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
     )
     assert shown.exit_code == 0, shown.output
     said = " ".join(shown.output.split())
-    assert "Format: Alpaca, read as chats, written with the model's own chat template." in said
+    assert (
+        "Format: Alpaca, read as chats, written with the model's own chat template, with the loss on the answers."
+        in said
+    )
     first = rows("Alpaca")[0]
     assert f"[USER] {first['instruction']}" in said
     assert "⟦" in said
@@ -329,6 +380,10 @@ def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder
         chat_template="qwen3",
     )
     lines: list[str] = []
+    if "tools" in row:  # whose description fills all that this model reads
+        with pytest.raises(ValueError, match=r"No example has an answer within its first 48 tokens\. Give a larger"):
+            train(config)
+        config = replace(config, training={"max_steps": 1, "assistant_only_loss": False})
     train(config, announce=lines.append)
     assert any(line.startswith("Format: ") and "with the chat template qwen3" in line for line in lines)
     assert any(line.startswith("Example, ") and "⟦" in line for line in lines)

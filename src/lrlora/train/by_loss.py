@@ -28,7 +28,7 @@ from ..adapters.peft_methods import CHANGING_STARTS
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, replacing, write_json
 from ..ranks import Point, RankReport, energy_curve, loss_curve, mean_loss, smallest
-from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord, RunRecord
+from ..run_folder import ANSWERS, LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord, RunRecord
 from .chat import rendering_of
 from .data import choose_max_length, load_splits, load_task_data, only_split, sampled
 from .inference import OF_TRAINING, LoadedRun
@@ -232,6 +232,7 @@ def _made_up(
         run.record,
         max_length=choose_max_length(kind.lengths(sampled(examples, EXAMPLES), processor), limit),
         rendering=rendering_of(examples, processor) if kind.generates else None,
+        loss_on=ANSWERS if kind.generates else None,
         chat_template=processor.chat_template,
     )
     return replace(run, record=record)
@@ -354,7 +355,7 @@ def heal(
         rate = _HEALING_RATE * (known or kind.rates[0]) * subject.updates.updates[0].scaling ** 0.5
         plain = replace(config, output=scratch, steps=None, epochs=None, learning_rate=None)
         arguments = training_arguments(replace(plain, training=settings | {"learning_rate": rate}), kind, 1, length)
-        data = subject.run.encoded(subject.training)
+        data = subject.run.marked(subject.run.encoded(subject.training))
         trainer = make_trainer(kind, model, subject.run.processor, arguments, data, data, [progress, StopOnNonFinite()])
         with progress.closed_at_the_end():
             trainer.train()

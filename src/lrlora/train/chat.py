@@ -202,6 +202,57 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
     return data.map(convert, remove_columns=data.column_names, desc="Reading")
 
 
+def with_answers_marked(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Chats as `input_ids`, and `labels` of the answers alone: -100 where there is no loss. Other rows as they are.
+
+    An answer is what the template writes for a turn of the assistant, to the mark of its end.
+    """
+    if "messages" not in rows.column_names:
+        return rows
+
+    def mark(row: dict[str, Any]) -> dict[str, Any]:
+        chat = row["messages"]
+        text = render_chat(tokenizer, chat, row)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = _answers_in(text, chat, row, tokenizer)
+        labels = [
+            token if any(start <= first and last <= end for start, end in spans) else -100
+            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+        return {"input_ids": encoded["input_ids"], "labels": labels}
+
+    return rows.map(mark, remove_columns=rows.column_names, desc="Marking answers")
+
+
+def _answers_in(
+    text: str, chat: list[dict[str, Any]], row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]]:
+    """Where the turns of the assistant stand in a chat that was written with the template, by its beginnings."""
+    spans = []
+    for number, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        before = render_chat(tokenizer, chat[:number], row, add_generation_prompt=True)
+        after = render_chat(tokenizer, chat[: number + 1], row)
+        if text.startswith(before) and text.startswith(after):
+            spans.append((len(before), len(after.rstrip())))
+            continue
+        # A template that writes a turn otherwise when others follow, as those that leave out earlier thoughts.
+        said = str(message.get("content") or "").strip()
+        if not said:
+            continue
+        start = text.find(said, spans[-1][1] if spans else 0)
+        if start < 0:
+            raise ValueError(
+                f"The answer {said!r:.60} is not found in what the chat template writes, to take the loss of it alone. "
+                "Give --training assistant_only_loss=false, to take it of the whole chat."
+            )
+        end = start + len(said)
+        mark = str(tokenizer.eos_token or "")
+        spans.append((start, end + len(mark) if mark and text.startswith(mark, end) else end))
+    return spans
+
+
 def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
     """Give a tokenizer the chat template that a run is to use.
 

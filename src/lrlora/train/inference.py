@@ -26,9 +26,9 @@ from ..checks import require_known
 from ..files import readable, replacing
 from ..fingerprint import warn_of_another_model
 from ..locks import only_writer
-from ..run_folder import CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
+from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..tuner import cached_weights
-from .chat import answer_of, as_trl_reads, format_of, holds_chats, prompt_of, render_chat
+from .chat import answer_of, as_trl_reads, format_of, holds_chats, prompt_of, render_chat, with_answers_marked
 from .data import check_examples, load_splits, only_split, sampled, select_roles, without_empty
 from .labels import with_class_ids
 from .metrics import logits, plain_metrics
@@ -234,9 +234,14 @@ class LoadedRun:
             return as_trl_reads(examples, TEXT if is_text else self.record.rendering)
         return self.kind.encode(examples, self.processor, self.max_length)
 
+    def marked(self, rows: Dataset) -> Dataset:
+        """Encoded examples with the loss where it was taken in training."""
+        return with_answers_marked(rows, self.processor) if self.record.loss_on == ANSWERS else rows
+
     def trainer(self, data: Dataset) -> Trainer:
         settings = {name: value for name, value in self.config.training.items() if name not in OF_TRAINING}
         arguments = training_arguments(replace(self.config, training=settings), self.kind, 1, self.max_length)
+        data = self.marked(data)
         return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
 
     def answers(self, rows: Dataset) -> Iterator[str]:

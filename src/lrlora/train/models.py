@@ -171,6 +171,7 @@ def training_arguments(
     cls = kind.arguments_class()
     _check_arguments(config.arguments, get_type_hints(cls), kind)
     given = config.arguments
+    given.pop("assistant_only_loss", None)  # TRL's needs a template with marks; here, answers are found without
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
     steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)

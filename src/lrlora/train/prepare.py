@@ -23,8 +23,8 @@ from transformers.trainer_utils import SchedulerType
 
 from .. import __version__
 from ..files import readable
-from ..run_folder import CHAT, PLAIN, TEXT, RunRecord
-from .chat import choose_template, format_of, rendering_of
+from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT, RunRecord
+from .chat import choose_template, format_of, rendering_of, with_answers_marked
 from .data import TaskData, choose_max_length, load_task_data
 from .methods import METHODS
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
@@ -46,6 +46,7 @@ class Inputs:
     too_long: int  # examples that are cut
     rows: int  # of an epoch: the examples, or fewer where several are packed into one
     rendering: str | None  # of prompts and chats
+    loss_on: str | None = None  # "answers", or None: all that the task predicts
 
     @classmethod
     def read(cls, config: TrainConfig) -> Inputs:
@@ -74,7 +75,9 @@ class Inputs:
         too_long = sum(count > max_length for count in counts)
         rows = kind.rows(counts, max_length, config.training)
         rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
-        return cls(kind, source, data, processor, untouched, max_length, too_long, rows, rendering)
+        is_whole = not config.training.get("assistant_only_loss", True)
+        loss_on = None if is_whole or rendering != CHAT else ANSWERS
+        return cls(kind, source, data, processor, untouched, max_length, too_long, rows, rendering, loss_on)
 
     @property
     def examples(self) -> int:
@@ -87,6 +90,8 @@ class Inputs:
             self.kind.encode(self.data.splits[name], self.processor, self.max_length)
             for name in ("train", "validation")
         )
+        if self.loss_on == ANSWERS:
+            train, validation = (with_answers_marked(part, self.processor) for part in (train, validation))
         return train, validation
 
 
@@ -144,6 +149,11 @@ def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -
     if inputs.rendering is not None:
         yield f"Format: {_format_line(chat_template, inputs)}"
     encoded, arguments = trainer.train_dataset, trainer.args
+    if not len(encoded):  # type: ignore[arg-type]
+        raise ValueError(
+            f"No example has an answer within its first {inputs.max_length} tokens. Give a larger --max-length, or "
+            "shorter chats."
+        )
     left = inputs.examples - len(encoded)  # type: ignore[arg-type]
     if left and not getattr(arguments, "packing", False):
         yield (
@@ -159,7 +169,8 @@ def _format_line(given: str | None, inputs: Inputs) -> str:
     found = format_of(inputs.data.splits["train"].column_names)
     template = "the model's own chat template" if given is None else f"the chat template {given}"
     how = {CHAT: f"as chats, written with {template}", PLAIN: "as plain text, without a template", TEXT: "as it is"}
-    return f"{found.name}, read {how[str(inputs.rendering)]}."
+    part = ", with the loss on the answers" if inputs.loss_on == ANSWERS else ""
+    return f"{found.name}, read {how[str(inputs.rendering)]}{part}."
 
 
 def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments, run_id: str | None) -> RunRecord:
@@ -173,6 +184,7 @@ def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments,
         versions=versions | {module.__name__: module.__version__ for module in modules},
         examples_per_step=_examples_per_step(arguments),
         rendering=inputs.rendering,
+        loss_on=inputs.loss_on,
         chat_template=inputs.processor.chat_template if inputs.rendering == CHAT else None,
         base_model=hub_name(config.model),
         run_id=run_id,

@@ -127,9 +127,7 @@ def _train(
     announce = _in_first_process(announce)
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
     began = read_run(output)[1] if resume else None
-    # A resumed run may have another number of processes, and must go on with the same examples in every step.
-    examples_per_step = began.examples_per_step if began else None
-    trainer, inputs = _prepare(config, examples_per_step, announce, _callbacks(config, clock, progress, stop))
+    trainer, inputs = _prepare(config, began, announce, _callbacks(config, clock, progress, stop))
     arguments = trainer.args
     record = record_of(config, inputs, arguments, began.run_id if began else uuid4().hex)
     last = _last_checkpoint(output, trainer, record, announce) if resume else None
@@ -220,13 +218,18 @@ def _require_start(config: TrainConfig) -> None:
 
 
 def _prepare(
-    config: TrainConfig, examples_per_step: int | None, announce: Announce, callbacks: list[TrainerCallback]
+    config: TrainConfig, began: RunRecord | None, announce: Announce, callbacks: list[TrainerCallback]
 ) -> tuple[Trainer, Inputs]:
     """The Trainer of a run, all checked and told."""
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, [f.name for f in fields(config)], config.task, config.method)
     check_sharding(config)
     inputs = Inputs.read(config)
+    examples_per_step = None
+    if began is not None:
+        # A resumed run may have another number of processes, and must go on with the same examples in every step, and
+        # with the same loss.
+        examples_per_step, inputs = began.examples_per_step, replace(inputs, loss_on=began.loss_on)
     arguments = training_arguments(config, inputs.kind, inputs.rows, inputs.max_length, examples_per_step)
     require_tokens(config.adapter_fields, inputs.kind)
     model, adapter = _adapted_model(config, inputs, arguments.max_steps)

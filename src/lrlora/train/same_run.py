@@ -28,6 +28,7 @@ _NAMES = {
     "labels": "the classes of the data",
     "max_length": "the length at which examples are cut",
     "rendering": "how prompts and chats are read",
+    "loss_on": "the part of a chat that the loss is taken of",
     "chat_template": "the chat template",
 }
 
