@@ -293,6 +293,13 @@ def test_ranks_checks_where_to_write_before_measuring(tmp_path: Path) -> None:
     assert "nowhere for out.json does not exist" in " ".join(result.output.split())
 
 
+def test_a_folder_is_not_called_like_a_file(adapter: Path, tmp_path: Path) -> None:
+    result = run("export", adapter, "--output", tmp_path / "small.safetensors")
+    assert result.exit_code == 1
+    assert "gives a folder, and --output" in " ".join(result.output.split())
+    assert not (tmp_path / "small.safetensors").exists()
+
+
 def test_demo_never_removes_what_it_did_not_write(tmp_path: Path) -> None:
     output = tmp_path / "mine[1]"
     for folder in (output, tmp_path / "mine[1].partial"):

@@ -190,6 +190,8 @@ def export(
         check_truncation(energy=energy, max_rank=max_rank, loss=loss, budget=None if size is None else 1)
         is_file = Path(source).is_file()
         if not is_file:
+            if output.suffix == ".safetensors":
+                raise ValueError(f"{source} gives a folder, and --output {output} names a file. Give it another name.")
             free_folder(output)
         elif config_only and base is None:
             raise ValueError("--config-only writes a configuration of PEFT's, and a LoRA in a single file has none.")

@@ -294,7 +294,8 @@ class Chat:
         if said == "/base" and not isinstance(self._run.model, PeftModel):
             return "The whole model was trained: there is no base model beside it."
         self._asks_base = said == "/base"
-        return "The base model answers." if self._asks_base else "The run answers."
+        who = "The base model answers." if self._asks_base else "The run answers."
+        return f"{who} The chat goes on; /new begins another." if self._turns else who
 
     def ask(self, text: str) -> str:
         """The answer, which is also printed while it comes."""
