@@ -23,7 +23,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import vl_convert
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,6 +33,7 @@ from typer.testing import CliRunner
 from lrlora.cli import app
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
+from lrlora.views import page
 from lrlora_lab import queue
 
 from .test_robustness import run_here
@@ -109,7 +109,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         # What the page is drawn with is always the same, and takes a second to bundle.
-        patch.setattr(vl_convert, "javascript_bundle", lambda code: "")
+        patch.setattr(page, "_charts_library", lambda: "")
         patch.setattr(queue, "_run", run_here)
         save_encoder(folder / "base")
         reviews(32).rename(columns={"review": "text", "verdict": "label"}).to_csv("data.csv", index=False)

@@ -23,7 +23,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import vl_convert
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,10 +31,11 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.files import write_json
-from lrlora.train import packages as packages
+from lrlora.train import packages
 from lrlora.train.embedded import EMBEDDED_MODELS, EmbeddedModel
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
+from lrlora.views import page
 from lrlora_lab import jobs, queue
 from lrlora_lab.worker import run_job
 
@@ -97,7 +97,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         # What the page is drawn with is always the same, and takes a second to bundle.
-        patch.setattr(vl_convert, "javascript_bundle", lambda code: "")
+        patch.setattr(page, "_charts_library", lambda: "")
         patch.setenv("LRLORA_CACHE", "out-cache")
         patch.setattr(packages, "_download", lambda source, folder: Path(source.requirement).absolute())
         for package in ("base.whl", "base.tar.gz"):

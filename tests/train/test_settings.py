@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.train.methods import adapter_config
-from lrlora.train.settings import TrainConfig, read_yaml
+from lrlora.train.settings import TrainConfig, read_yaml, with_short_names
 
 from .small import reviews
 
@@ -42,6 +42,8 @@ def test_alpha_and_targets_stand_beside_the_rank() -> None:
     assert config_of(targets=r".*\.(query|key)").target_modules == r".*\.(query|key)"
     assert config_of().target_modules == "all-linear"
     assert set(config_of(adapter={"target_modules": "query,value"}).target_modules) == {"query", "value"}
+    told = with_short_names({"method": "lora", "adapter": {"target_modules": ["query"], "r": 3, "lora_alpha": 6}})
+    assert told == {"method": "lora", "adapter": {"target_modules": ["query"]}, "rank": 3, "alpha": 6}
     with pytest.raises(ValueError, match=r"alpha=2.0 and lora_alpha=3 under adapter are the same setting"):
         config_of(alpha=2.0, adapter={"lora_alpha": 3})
     with pytest.raises(ValueError, match=r"alpha=2.0: the method vera has none. Leave it out"):

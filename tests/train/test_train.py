@@ -433,7 +433,7 @@ def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
         ("lr_scheduler_kwargs={cycles: 2}", "{'cycles': 2} do not fit lr_scheduler_type=linear (TypeError"),
         ("prediction_loss_only=true", "prediction_loss_only=True leaves out the predictions"),
         ("lora_alpha=1e300", "lora_alpha of adapter must be of numbers up to 3.4e+38, and is 1e+300"),
-        ("lora_alpha=.nan", "lora_alpha of adapter must be of numbers up to 3.4e+38, and is nan"),
+        ("lora_alpha=.nan", "alpha must be a number > 0, and is nan"),
         ("alpha_pattern={query: 1e300}", "alpha_pattern of adapter must be of numbers up to 3.4e+38"),
     ],
 )

@@ -78,6 +78,8 @@ def opened(page: Page, file: Path, wrong: list[str] | None = None) -> Page:
         lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else wrong.append(request.url),
     )
     page.goto(file.as_uri())
-    page.wait_for_selector("body[data-ready]")
-    assert wrong == []
+    try:
+        page.wait_for_selector("body[data-ready]")
+    finally:
+        assert wrong == []
     return page

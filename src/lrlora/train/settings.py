@@ -229,7 +229,10 @@ def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     places = {name: ("training", other) for name, other in ARGUMENTS.items()}
     places |= {name: ("adapter", other) for name, other in _of_adapter(settings.get("method")).items() if other}
     for name, (place, other) in places.items():
-        if short.get(name) is None and isinstance(short.get(place), Mapping) and other in short[place]:
+        is_there = isinstance(short.get(place), Mapping) and other in short[place]
+        if name == "targets" and is_there and not isinstance(short[place][other], str):
+            continue  # a list, as PEFT takes it
+        if short.get(name) is None and is_there:
             short[name] = short[place][other]
             short[place] = {key: value for key, value in short[place].items() if key != other}
     return short
