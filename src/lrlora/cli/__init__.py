@@ -2,7 +2,8 @@
 
 from importlib.metadata import entry_points
 
-from . import adapters, doctor, train
+# In the order in which `--help` lists their commands.
+from . import train, adapters, doctor  # isort: skip
 from .common import app
 
 for command in entry_points(group="lrlora.commands"):
