@@ -7,11 +7,9 @@ import re
 import pandas as pd
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from lrlora.train.embedded import EMBEDDED_DATA
-from lrlora.train.embedded_texts import TASKS, _near, tokenize
-from lrlora.train.packages import MINILM, fetch
+from lrlora.train.embedded_texts import TASKS, _near
 
 pytestmark = pytest.mark.real
 
@@ -29,13 +27,6 @@ def test_splits_share_no_group_and_hold_every_label(name: str) -> None:
     assert not train.isna().any().any()
     assert set(train["group"]).isdisjoint(test["group"])
     assert set(train["text"]).isdisjoint(test["text"])
-
-
-def test_tokenises_to_the_task_s_length() -> None:
-    task = TASKS["r8"]
-    tokens = tokenize(task.load(), AutoTokenizer.from_pretrained(fetch(MINILM)), task.max_tokens)
-    assert set(tokens["train"].column_names) == {"label", "input_ids", "token_type_ids", "attention_mask"}
-    assert max(map(len, tokens["train"]["input_ids"])) == task.max_tokens
 
 
 def test_near_duplicates_are_found() -> None:

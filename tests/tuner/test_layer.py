@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrlora import LrLoraConfig, rank_report
+from lrlora.ops.form import Form
 from lrlora.ops.reference import reference_delta_weight
 
 
@@ -216,3 +217,32 @@ def test_dropout_acts_on_the_input_of_a_convolution() -> None:
     assert not torch.equal(model(x), model(x))
     mean = torch.stack([model(x) for _ in range(3000)]).mean(0)
     assert F.mse_loss(mean, model.eval()(x)).sqrt() < 0.02
+
+
+class Squared(Form):
+    """A form that lrlora does not have: ΔW = s·(BA)²."""
+
+    def linear(self, x: Tensor, A: Tensor, B: Tensor, *, added_to: Tensor | None = None, **scales: float) -> Tensor:
+        y = F.linear(x, self.delta(A, B, **scales))
+        return y if added_to is None else added_to + y
+
+    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
+        return scaling * ((B if rows is None else B[rows]) @ A).square()
+
+
+def test_a_form_of_another_kind_needs_no_more_than_a_class() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5)
+    weight, bias = base.weight.detach().clone(), base.bias.detach().clone()
+    model = get_peft_model(nn.Sequential(base), LrLoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
+    layer: Any = model.base_model.model[0]
+    layer.lrlora_phi["default"] = Squared()
+    A, B = layer.lrlora_A["default"].weight, layer.lrlora_B["default"].weight
+    B.data.normal_()
+    x = torch.randn(3, 6)
+    delta = 2 * (B @ A).square()
+    torch.testing.assert_close(model(x), F.linear(x, weight + delta, bias))
+    (row,) = rank_report(model).rows
+    sigma = torch.linalg.svdvals(delta.detach().double())
+    assert row.stable_rank == pytest.approx((sigma.square().sum() / sigma[0] ** 2).item(), rel=1e-4)
+    torch.testing.assert_close(model.merge_and_unload()(x), F.linear(x, weight + delta, bias))

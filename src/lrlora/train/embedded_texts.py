@@ -15,7 +15,6 @@ from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupShuffleSplit
-from transformers import PreTrainedTokenizerBase
 
 from .packages import (
     GOAL_INFERENCE,
@@ -57,16 +56,6 @@ def split_by_group(frame: pd.DataFrame, test_share: float) -> tuple[pd.DataFrame
     splitter = GroupShuffleSplit(n_splits=1, test_size=test_share, random_state=0)
     first, second = next(splitter.split(frame, groups=frame["group"]))
     return frame.iloc[first], frame.iloc[second]
-
-
-def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> DatasetDict:
-    """Token ids, cut at `max_tokens`, and labels; nothing else."""
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return dict(tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_tokens))
-
-    texts = [name for name in data["train"].column_names if name != "label"]
-    return data.map(encode, batched=True, remove_columns=texts, desc="Tokenizing")
 
 
 _SHORT, _ALIKE, _AT_ONCE = 8, 0.9, 256
