@@ -74,7 +74,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-# What stands in a YAML file for settings that map names to values, and what the command line calls them.
+# Examples in YAML of the settings that map names to values.
 _EXAMPLES = {
     "columns": "{text: review, label: verdict}",
     "adapter": "{lora_dropout: 0.05}",

@@ -195,7 +195,7 @@ def predict(
 
 
 def _note(line: str) -> None:
-    """Tell what is no result: those are on the standard output, for a pipe."""
+    """Print a note to stderr; results go to stdout."""
     Console(stderr=True).print(as_text(line), highlight=False)
 
 

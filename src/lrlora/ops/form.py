@@ -24,7 +24,7 @@ class Form(nn.Module):
     def fused_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *, scaling: float, gain: float
     ) -> Tensor:
-        """X (W + ΔW)ᵀ + b; of forms that are no product."""
+        """Y = x (W + ΔW)ᵀ + b, for forms that are not products."""
         return F.linear(x, weight + self.delta(A, B, scaling=scaling, gain=gain).to(weight.dtype), bias)
 
     def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ranks: what an update uses, and what the loss needs of it."""
+"""Ranks: those that an update uses, and those that its loss needs."""
 
 from .cut import LossCurve, Point, energy_curve, loss_curve, mean_loss, smallest
 from .measures import MEASURES, Measure

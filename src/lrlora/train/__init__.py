@@ -1,1 +1,1 @@
-"""`lrlora train`, and what asks a finished run: settings, data, chats, tasks, methods, and the run itself."""
+"""`lrlora train` (settings, data, chats, tasks, methods, the run), and inference with a finished run."""

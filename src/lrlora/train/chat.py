@@ -227,7 +227,10 @@ def with_answers_marked(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Da
 def _answers_in(
     text: str, chat: list[dict[str, Any]], row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """Where the turns of the assistant stand in a chat that was written with the template, by its beginnings."""
+    """(start, end) of each turn of the assistant in the rendered chat.
+
+    Found by rendering the chat up to the turn, and with it.
+    """
     spans = []
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
@@ -237,7 +240,7 @@ def _answers_in(
         if text.startswith(before) and text.startswith(after):
             spans.append((len(before), len(after.rstrip())))
             continue
-        # A template that writes a turn otherwise when others follow, as those that leave out earlier thoughts.
+        # Some templates change a turn once others follow: they drop its thoughts.
         said = str(message.get("content") or "").strip()
         if not said:
             continue

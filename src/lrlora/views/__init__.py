@@ -1,1 +1,1 @@
-"""What is shown of runs and adapters: tables, figures, and the page."""
+"""Views of runs and adapters: tables, figures, and the page."""
