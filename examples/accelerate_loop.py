@@ -11,13 +11,14 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import lrlora
-from lrlora.train.embedded_texts import TASKS, tokenize
+from lrlora.train.embedded_texts import TASKS
 from lrlora.train.packages import MINILM, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 base = str(checkpoint(MINILM))
 tokenizer = AutoTokenizer.from_pretrained(base)
-data = tokenize(TASKS["movie-reviews"].load(), tokenizer, max_tokens=48)["train"]
+data = TASKS["movie-reviews"].load()["train"]
+data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=48), remove_columns=["text", "group"])
 loader = torch.utils.data.DataLoader(data, 32, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
 
 accelerator = Accelerator(cpu=True)

@@ -17,13 +17,14 @@ from transformers import (
 )
 
 import lrlora
-from lrlora.train.embedded_texts import TASKS, tokenize
+from lrlora.train.embedded_texts import TASKS
 from lrlora.train.packages import MINILM, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 base = str(checkpoint(MINILM))  # or any model of the hub, by name
 tokenizer = AutoTokenizer.from_pretrained(base)
-data = tokenize(TASKS["movie-reviews"].load(), tokenizer, max_tokens=48)
+data = TASKS["movie-reviews"].load()
+data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=48), remove_columns=["text", "group"])
 
 
 def new_trainer(folder: str) -> Trainer:
