@@ -43,7 +43,7 @@ def learn_ranks(task: str) -> dict[str, Any]:
             TrainConfig(
                 suite.model,
                 settings.data,
-                settings.kind,
+                settings.task,
                 output=f"{scratch}/run",
                 max_length=settings.max_length,
                 head_learning_rate=settings.head_learning_rate,

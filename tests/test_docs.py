@@ -64,7 +64,7 @@ def test_training_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_suite_of_the_comparison_page_is_one() -> None:
     (suite,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert set(Suite.from_dict(yaml.safe_load(suite)).tasks) == {"reviews"}
+    assert set(Suite.from_dict(yaml.safe_load(suite)).tasks) == {"reviews", "notes"}
 
 
 def test_export_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The current folder: adapters, a finished run, one that was cut short, and a comparison."""
     training = {"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 1, "learning_rate": 0.05}
     run = {"model": "./base", "data": "data.csv", "task": "classify", "rank_every": 1, "adapter": {"r": 2}}
-    task = {"data": "data.csv", "kind": "classify", "metric": "accuracy", "steps": 2, "test": "train"}
+    task = {"data": "data.csv", "task": "classify", "metric": "accuracy", "steps": 2, "test": "train"}
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("inputs")
         patch.chdir(folder)

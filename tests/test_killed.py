@@ -67,7 +67,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Alone]:
     training = {"max_steps": 12, "per_device_train_batch_size": 4, "save_steps": 2, "eval_steps": 2, "logging_steps": 1}
     content = {"model": "./base", "data": "data", "task": "classify", "columns": columns, "output": "out"}
     content |= {"rank_every": 2, "adapter": {"r": 2}, "training": {**training, "learning_rate": 0.05}}
-    task = {"data": "data", "kind": "classify", "metric": "accuracy", "steps": 12, "batch_size": 4, "columns": columns}
+    task = {"data": "data", "task": "classify", "metric": "accuracy", "steps": 12, "batch_size": 4, "columns": columns}
 
     @cache
     def inputs() -> Path:

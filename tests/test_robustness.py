@@ -56,7 +56,7 @@ RUN = {
     "adapter": {"r": 2, "target_modules": ["query", "dense"]},
     "training": {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.05, "save_steps": 1},
 }
-TASK = {"data": "reviews.csv", "kind": "classify", "metric": "accuracy", "steps": 2, "test": "train"}
+TASK = {"data": "reviews.csv", "task": "classify", "metric": "accuracy", "steps": 2, "test": "train"}
 TASK["columns"] = RUN["columns"]
 COMPARE = "compare suite.yaml --methods lora --rates 1e-3 --seeds 1 --output compared"
 ADAPTER = "bare/adapter_config.json bare/adapter_model.safetensors"

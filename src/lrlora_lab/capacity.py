@@ -34,6 +34,7 @@ from transformers import get_cosine_schedule_with_warmup
 from lrlora.checks import require_known, require_type
 from lrlora.ranks import rank_report
 from lrlora.train.methods import METHODS, adapter_config
+from lrlora.train.progress import DivergedError
 
 from .capacity_tasks import Setting, labels, picture_labels, transfer
 from .methods import Method
@@ -49,7 +50,7 @@ class CapacityTask:
     """One task.
 
     Args:
-        kind: one of `KINDS`.
+        task: one of `KINDS`.
         steps, batch_size: of training, in texts or windows of a corpus.
         texts, classes: of "labels"; `texts` are the pictures of "picture-labels", and the names of a "phone-book".
         corpus: of "transfer" and "language".
@@ -65,7 +66,7 @@ class CapacityTask:
 
     """
 
-    kind: str
+    task: str
     steps: int
     batch_size: int
     texts: int = 2_048
@@ -80,7 +81,7 @@ class CapacityTask:
         for name in ("methods", "rates", "scales"):  # JSON and YAML know lists alone
             object.__setattr__(self, name, tuple(getattr(self, name)))
         require_type(self, CapacityTask, "task")
-        require_known("kind of task on which rank binds", self.kind, KINDS)
+        require_known("kind of task on which rank binds", self.task, KINDS)
         require_known("corpus", self.corpus, CORPORA)
         for name in ("steps", "batch_size", "texts", "classes"):
             if getattr(self, name) < 1:
@@ -121,10 +122,11 @@ def train_capacity(
         `ranks` of methods that have them.
 
     Raises:
-        ValueError: the method cannot work, or training diverged.
+        DivergedError: the loss is not finite.
+        ValueError: the method cannot work.
 
     """
-    setting = KINDS[task.kind](task, seed)
+    setting = KINDS[task.task](task, seed)
     torch.manual_seed(seed)
     if method.train == "lr-lora":
         options = {**options, "pattern_seed": seed}
@@ -136,7 +138,7 @@ def train_capacity(
     model.train()
     for loss in islice(setting.losses(model), task.steps):
         if not math.isfinite(loss.item()):
-            raise ValueError("Training has diverged: the loss is not finite.")
+            raise DivergedError("Training has diverged: the loss is not finite.")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, CLIP_NORM)
@@ -146,7 +148,7 @@ def train_capacity(
     model.eval()
     validation = setting.validation(model)
     if not math.isfinite(validation):
-        raise ValueError("Training has diverged: the loss is not finite.")
+        raise DivergedError("Training has diverged: the loss is not finite.")
     return {
         "seconds": seconds,
         "trainable": sum(parameter.numel() for parameter in trained),

@@ -140,7 +140,7 @@ def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> 
     rows = []
     for (task, method), runs in final_runs(records).items():
         asked = tasks.get(task)
-        if asked is None or (asked.kind, asked.steps, asked.classes) != ("labels", LABEL_STEPS, LABEL_CLASSES):
+        if asked is None or (asked.task, asked.steps, asked.classes) != ("labels", LABEL_STEPS, LABEL_CLASSES):
             continue
         for run in runs:
             if run["ranks"]:

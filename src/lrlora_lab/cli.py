@@ -100,11 +100,24 @@ def compare(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default: lrlora-compare-SUITE.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the jobs, and their memory and time; run nothing.")
+        bool, typer.Option("--dry-run", help="Read the data and show the jobs, their memory and time; run nothing.")
     ] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of the last call; run nothing.")] = False,
 ) -> None:
-    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core."""
+    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core.
+
+    For your own data, write a YAML file. A task has the keys of lrlora train, and a test split or test_data. Try it
+    with --dry-run and --steps 20.
+
+    \b
+      model: FacebookAI/roberta-base
+      tasks:
+        reviews:
+          data: reviews.csv
+          test_data: held-out.csv
+          task: classify
+          steps: 500
+    """
     with one_clear_error():
         name = _suite(suite, preset)
         quiet()
@@ -160,9 +173,12 @@ def _words(text: str) -> list[str]:
 
 def _show_plan(comparison: Comparison) -> None:
     from .costs import GPU, planned
+    from .task_data import check_data
 
     cells, definition = planned(comparison), comparison.definition
     known = [cell for cell in cells if cell.needs is not None]
+    for line in check_data(comparison):
+        announce(line)
     announce(
         f"Plan: {comparison.suite} on {definition.model}, r = {comparison.r}: {sum(cell.jobs for cell in cells)} jobs."
     )
@@ -197,7 +213,11 @@ def _run(comparison: Comparison, folder: Path, hours: float | None, *, report: b
     path = write_report(comparison, folder)
     failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
     if failed:
-        console.print(f"{failed} {'job' if failed == 1 else 'jobs'} failed: the report says why.", highlight=False)
+        console.print(
+            f"{failed} {'job' if failed == 1 else 'jobs'} failed: the report says why. The same command runs them "
+            "again, except those that diverged.",
+            highlight=False,
+        )
     if left:
         count = len(comparison.cells_left(left))
         said = "1 job or more is" if count == 1 else f"{count} jobs or more are"

@@ -133,7 +133,7 @@ class _Layout:
     def of(cls, suite: Suite, task: Task, method: Method, rank: int) -> _Layout:
         source = model_source(suite.model)
         config = AutoConfig.from_pretrained(source)
-        kind = kind_for(task.kind, config)
+        kind = kind_for(task.task, config)
         config.problem_type = "regression" if kind.name == "regress" else "single_label_classification"
         if kind.name == "regress":
             config.num_labels = 1
@@ -268,7 +268,7 @@ def planned(comparison: Comparison) -> list[Planned]:
 
 
 def _needs_if_known(comparison: Comparison, task: Task, key: str) -> Needs | None:
-    if task.max_length is None and KINDS[task.kind].reads_text:
+    if task.max_length is None and KINDS[task.task].reads_text:
         return None  # its texts may be of any length
     try:
         return needs(comparison.definition, task, find_method(key), comparison.r)

@@ -131,7 +131,7 @@ def _run_demo(
             keep(_review(work / folder, key, rate, settings, announce))
     task = CapacityTask("labels", LABEL_STEPS * settings.steps, LABEL_BATCH)
     for key, rate, scale in LABELS:
-        if all(result.method != find_method(key).name for result in results if result.task == task.kind):
+        if all(result.method != find_method(key).name for result in results if result.task == task.task):
             announce(f"Random labels with {find_method(key).name} …")
             keep(_label(task, key, rate, scale, settings.seed))
     if output.exists():
@@ -201,4 +201,4 @@ def _label(task: CapacityTask, key: str, rate: float, scale: float, seed: int) -
     method = find_method(key)
     options = method.adapter(method.options["r"], scale)
     found = train_capacity(task, method, options, learning_rate=rate, seed=seed)
-    return DemoResult(task.kind, method.name, None, found["trainable"], found["criterion"], None, found["seconds"])
+    return DemoResult(task.task, method.name, None, found["trainable"], found["criterion"], None, found["seconds"])

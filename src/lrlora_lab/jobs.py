@@ -33,7 +33,8 @@ SETTINGS_FILE = "comparison.json"
 CALL_FILE = "call.json"  # what was asked for last
 PACKED_FILE = "jobs.jsonl.gz"  # finished jobs that are no longer in files of their own
 _LOCKS = "locks"
-FAILED = 3  # exit status of a worker whose job can never work
+# Exit status of a worker whose job cannot work as it is, and of one whose training diverged.
+FAILED, DIVERGED = 3, 4
 # Steps between checkpoints. A shorter run has none: begun anew, it loses little.
 _SAVE_STEPS = 500
 _GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
@@ -69,6 +70,8 @@ class _Record(_Identity, total=False):
 
     scale: float
     failure: str
+    diverged: bool
+    examples: dict[str, int]
     seconds: float
     hardware: str
     peak_mib: float
@@ -309,7 +312,7 @@ def prepare(comparison: Comparison, output: Path) -> None:
                 adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
             config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
-            head = KINDS[settings.kind].adapter_fields
+            head = KINDS[settings.task].adapter_fields
             adapter_config(known.train, head, settings.steps, config.adapter)
     check_folder(comparison, output)
     (output / _LOCKS).mkdir(parents=True, exist_ok=True)
@@ -351,7 +354,7 @@ def _settings(comparison: Comparison) -> Any:
     for values in (suite, *suite["tasks"].values()):  # comparisons that were begun before these were there lack them
         for name, default in _UNLESS.items():
             if values.get(name) == default:
-                del values[name]
+                values.pop(name, None)
     return settings
 
 
@@ -361,6 +364,9 @@ _UNLESS: dict[str, Any] = {
     "training": {},
     "test_data": [],
     "climbs_diagonally": False,
+    "delimiter": None,
+    "encoding": None,
+    "skip_empty": False,
 }
 
 
@@ -382,10 +388,13 @@ def train_config(
     return TrainConfig(
         model=suite.model,
         data=task.data,
-        task=task.kind,
+        task=task.task,
         method=method.train,
         output=str(output),
         columns=task.columns,
+        delimiter=task.delimiter,
+        encoding=task.encoding,
+        skip_empty=task.skip_empty,
         validation=FROM_TRAIN,
         train_examples=task.train_examples,
         validation_examples=task.validation_examples,
@@ -403,7 +412,7 @@ def train_config(
             "save_strategy": "steps" if task.steps > _SAVE_STEPS else "no",
             "save_steps": _SAVE_STEPS,
             "save_total_limit": 1,
-            "include_num_input_tokens_seen": "non_padding" if KINDS[task.kind].reads_text else "no",
+            "include_num_input_tokens_seen": "non_padding" if KINDS[task.task].reads_text else "no",
             "load_best_model_at_end": False,
         },
     )

@@ -25,8 +25,9 @@ from filelock import FileLock, Timeout
 
 from lrlora.files import write_json
 
-from .jobs import FAILED, Comparison, Job, Record, prepare, read_records
+from .jobs import DIVERGED, FAILED, Comparison, Job, Record, prepare, read_records
 from .suite import Suite
+from .task_data import check_data
 
 
 def run_comparison(
@@ -45,7 +46,12 @@ def run_comparison(
         ValueError: an option of a method or a setting of a task cannot be.
 
     """
+    for note in check_data(comparison):
+        announce(note)
     prepare(comparison, output)
+    for name, record in read_records(output).items():
+        if record.get("failure") and not record.get("diverged", True):  # which the user may have mended
+            (output / "jobs" / f"{name}.json").unlink(missing_ok=True)
     with closing(_Worker(comparison.definition)) as worker:
         return _run_missing(worker, comparison, output, hours, announce)
 
@@ -181,8 +187,8 @@ def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str
         else:
             lines = log.read_text(encoding="utf-8").strip().splitlines()
             said = lines[-1] if lines else "no message"
-            if status != FAILED:
+            if status not in (FAILED, DIVERGED):
                 return f"{job.name} ended with status {status} ({said}); see {log}"
-            record = {**request, "failure": said}
+            record = {**request, "failure": said, "diverged": status == DIVERGED}
     write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
     return None

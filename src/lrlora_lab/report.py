@@ -18,7 +18,18 @@ from .markdown import failure_line, markdown
 from .methods import find_method
 from .peft_results import write_peft_results
 from .statistics import Interval
-from .tables import final_runs, learned_ranks, ranks_by_layer, results, tidy, tuning, variants, wins
+from .tables import (
+    SIGNIFICANT,
+    against_reference,
+    conditions,
+    final_runs,
+    learned_ranks,
+    ranks_by_layer,
+    results,
+    tidy,
+    tuning,
+    variants,
+)
 
 
 def write_report(comparison: Comparison, output: Path) -> Path:
@@ -52,6 +63,9 @@ def _results(comparison: Comparison, records: dict[str, Record], output: Path) -
     write_whole(output / "results.csv", table.to_csv(index=False))
     reference = find_method(comparison.reference).name
     parts = [
+        "Training steps, batch size and number of examples of each task.\n",
+        markdown(conditions(comparison, records)),
+        "\n## Results\n",
         "Test metric and test loss (log loss, of numbers the root of the mean squared error), times 100, mean ± "
         "standard deviation over seeds, each method at its own learning rate. The difference, with the 95 % "
         "interval of a mean over such seeds, and p (paired t-test, corrected by Holm for all of the table) are the "
@@ -59,12 +73,13 @@ def _results(comparison: Comparison, records: dict[str, Record], output: Path) -
         "Intervals do not tell how far the test examples are by chance what they are.\n",
         markdown(_compact(table)),
     ]
-    if len(won := wins(comparison, table)):
+    if len(compared := against_reference(comparison, table)):
         parts += [
-            "\n## Who wins\n",
-            f"On how many of its tasks a method has the best mean of all, and one above {reference}'s; the mean of "
-            "its differences. Methods may have different tasks, and one that failed on a task does not have it.\n",
-            markdown(won),
+            f"\n## Against {reference}\n",
+            f"Number of tasks on which a method is better or worse than {reference} at p < {SIGNIFICANT} (after "
+            "correction); on the others the difference is not statistically significant. Methods may have different "
+            "tasks, and do not have those on which a run failed.\n",
+            markdown(compared),
         ]
     save_figure(parameters_figure(comparison, final_runs(records)), output / "parameters.png")
     return [
@@ -125,8 +140,8 @@ def _failures(comparison: Comparison, records: dict[str, Record], output: Path) 
     if not failures:
         return []
     return [
-        "\n## What failed\n\nA method on a task has no mean where a final run failed. To run it again, remove its "
-        "file from the folder jobs.\n",
+        "\n## What failed\n\nA method on a task has no mean where a final run failed. The same command runs the failed "
+        "jobs again, but for those that diverged.\n",
         *map(failure_line, failures),
     ]
 

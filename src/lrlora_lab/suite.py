@@ -17,48 +17,50 @@ from .capacity import CapacityTask
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """One task: the keys of `lrlora train` of the same name, and those of its test.
 
     Args:
-        data: as for `lrlora train --data`.
-        kind: as for `lrlora train --task`.
-        metric: what the table shows: a metric of the kind of which more is better.
-        steps, batch_size: of training.
-        test: split that the final runs are scored on, once.
-        test_data: data whose split `test` they are scored on instead, each on its own, and on average; none: `data`.
-        columns: role → name, where they differ.
-        max_length: tokens.
-        train_examples, validation_examples, test_examples: at most; None: all.
-        head_learning_rate: of a new head; None: that of the adapter.
-        rate_scale: what the rates that every method tries first are multiplied by.
+        data, task, steps, batch_size, columns, delimiter, encoding, skip_empty, max_length, head_learning_rate: as
+            for `TrainConfig`.
+        train_examples, validation_examples, test_examples: maximum number of examples, a fixed random sample; None:
+            all. Validation is a part of the training data.
+        test: split of `data` that final runs are scored on.
+        test_data: one or several other data sets that final runs are scored on instead, each alone and on average.
+        metric: metric in the table, of which more is better; None: accuracy, Pearson's r, or token accuracy.
+        rate_scale: factor on the learning rates that each method tries first.
 
     Raises:
-        ValueError: kind or metric is unknown, or a number out of range.
+        ValueError: task or metric is unknown, or a number out of range.
 
     """
 
     data: str
-    kind: str
-    metric: str
+    task: str
     steps: int
     batch_size: int = 16
-    test: str = "test"
-    test_data: tuple[str, ...] = ()
     columns: dict[str, str] = field(default_factory=dict)
+    delimiter: str | None = None
+    encoding: str | None = None
+    skip_empty: bool = False
     max_length: int | None = None
+    head_learning_rate: float | None = None
     train_examples: int | None = None
     validation_examples: int | None = 1_000
     test_examples: int | None = None
-    head_learning_rate: float | None = None
+    test: str = "test"
+    test_data: str | tuple[str, ...] = ()
+    metric: str | None = None
     rate_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "test_data", tuple(self.test_data))  # JSON and YAML know lists alone
+        given = (self.test_data,) if isinstance(self.test_data, str) else tuple(self.test_data)
+        object.__setattr__(self, "test_data", given)  # JSON and YAML know lists alone
         require_type(self, Task, "task")
-        require_known("kind of task", self.kind, KINDS)
-        by_likelihood = ChoiceByLikelihood.metrics if self.kind == ChoiceByLikelihood.name else ()
-        known = [name for name in (*KINDS[self.kind].metrics, *by_likelihood) if name not in LESS_IS_BETTER]
-        require_known(f"metric of {self.kind} of which more is better", self.metric, known)
+        require_known("task", self.task, KINDS)
+        by_likelihood = ChoiceByLikelihood.metrics if self.task == ChoiceByLikelihood.name else ()
+        known = [name for name in (*KINDS[self.task].metrics, *by_likelihood) if name not in LESS_IS_BETTER]
+        object.__setattr__(self, "metric", self.metric or known[0])
+        require_known(f"metric of {self.task} of which more is better", str(self.metric), known)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
@@ -66,9 +68,14 @@ class Task:
             raise ValueError(f"rate_scale must be a number > 0, and is {self.rate_scale}.")
 
     @property
+    def tests(self) -> list[tuple[str, str | None]]:
+        """Data and split of each test; None: `test`, or the only one."""
+        return [(data, None) for data in self.test_data] or [(self.data, self.test)]
+
+    @property
     def criterion(self) -> str:
         """The metric that chooses the learning rate: a loss that holds nothing but the task. Less is better."""
-        return KINDS[self.kind].criterion
+        return KINDS[self.task].criterion
 
 
 @dataclass(frozen=True)
@@ -144,9 +151,9 @@ class Suite:
 def _task(name: str, content: Any) -> Task | CapacityTask:
     if not isinstance(content, Mapping):
         raise ValueError(f"The task {name} must map names to values, and is {content!r}.")
-    if "kind" in content:
-        require_known("kind of task", content["kind"], (*KINDS, *CAPACITY_KINDS))
-    kind: Any = CapacityTask if content.get("kind") in CAPACITY_KINDS else Task
+    if "task" in content:
+        require_known("task", content["task"], (*KINDS, *CAPACITY_KINDS))
+    kind: Any = CapacityTask if content.get("task") in CAPACITY_KINDS else Task
     for key in content:
         require_known(f"key of the task {name}", key, [f.name for f in fields(kind)])
     try:

@@ -18,7 +18,8 @@ from .methods import find_method
 from .statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from .suite import Task
 
-_NESTED = ("validation", "test", "ranks", "versions", "peft_config")  # what does not fit into a column
+_NESTED = ("validation", "test", "ranks", "versions", "peft_config", "examples")  # what does not fit into a column
+SIGNIFICANT = 0.05  # p after correction
 
 
 def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
@@ -139,26 +140,34 @@ def _mean_rank(runs: Sequence[Record], measure: str) -> float:
     return fmean(values) if values else math.nan
 
 
-def wins(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
-    """By method: on how many of its tasks it has the best mean of all, and one above the reference's.
+def against_reference(comparison: Comparison, frame: pd.DataFrame) -> pd.DataFrame:
+    """By method: number of tasks on which it is better or worse than the reference at p < 0.05, and those undecided.
 
-    Of `results`, tasks count that the reference and another method have with all their seeds.
+    Of `results`, tasks count that the method and the reference have with all their seeds.
     """
-    whole = frame[frame["seeds"] == comparison.seeds]
-    reference = find_method(comparison.reference).name
-    compared = whole.groupby("task")["method"].transform(lambda methods: len(methods) > 1 and reference in set(methods))
-    whole = whole[compared.astype(bool)]
-    # Equal ones may differ in their last bits.
-    means, differences = whole["mean"].round(6), whole["difference"].round(6)
-    best = means == means.groupby(whole["task"]).transform("max")
-    marked = whole.assign(best=best, above=differences > 0)
+    compared = frame[(frame["seeds"] == comparison.seeds) & frame["difference"].notna()]
+    is_told = compared["p"] < SIGNIFICANT
+    better, worse = is_told & (compared["difference"] > 0), is_told & (compared["difference"] < 0)
+    marked = compared.assign(better=better, worse=worse, open=~(better | worse))
     columns = {
         "tasks": ("task", "size"),
-        "best on": ("best", "sum"),
-        "above reference on": ("above", "sum"),
+        "better on": ("better", "sum"),
+        "worse on": ("worse", "sum"),
+        "undecided on": ("open", "sum"),
         "mean difference": ("difference", "mean"),
     }
     return marked.groupby("method", sort=False).agg(**columns).reset_index()
+
+
+def conditions(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
+    """One row per task: steps, batch size, and number of examples by split."""
+    rows = []
+    for name, task in comparison.definition.training_tasks.items():
+        runs = [record for record in records.values() if record["task"] == name and "examples" in record]
+        if name in comparison.task_names:
+            counts = {split: count for run in runs for split, count in run["examples"].items()}
+            rows.append({"task": name, "steps": task.steps, "batch size": task.batch_size, **counts})
+    return pd.DataFrame(rows).astype(object)
 
 
 def tuning(records: Mapping[str, Record]) -> pd.DataFrame:

@@ -26,11 +26,12 @@ from lrlora.checks import require_known
 from lrlora.ranks import RankReport
 from lrlora.run_folder import RUN_FILE, read_record
 from lrlora.train.inference import evaluate
+from lrlora.train.progress import DivergedError
 from lrlora.train.run import Interrupted, TrainResult, rank_report_of, train
 from lrlora.train.settings import TrainConfig
 
 from .capacity import CapacityTask, train_capacity
-from .jobs import FAILED, TUNING_SEED, train_config
+from .jobs import DIVERGED, FAILED, TUNING_SEED, train_config
 from .methods import find_method
 from .suite import Suite, Task
 
@@ -49,7 +50,8 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
         a tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
 
     Raises:
-        ValueError: the job cannot work, or training diverged.
+        DivergedError: a metric is not finite.
+        ValueError: the job cannot work.
 
     """
     method, task = find_method(request["method"]), suite.tasks[request["task"]]
@@ -75,16 +77,18 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
         "criterion": result.metrics[task.criterion],
         "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
         "test": None,
+        "examples": result.examples,
         **_course(result),
     }
     del result  # for the test the model is loaded anew, and one GPU may not hold two
     gc.collect()
     torch.cuda.empty_cache()
     if request["seed"] != TUNING_SEED:
-        record["test"] = _scores(folder, task)
+        record["test"] = scores = _scores(folder, task)
+        record["examples"] |= {"test": scores.pop("examples")}
         require_known(f"metric of {suite.model} on {request['task']}", task.metric, record["test"])
         if wrong := [name for name, value in record["test"].items() if not math.isfinite(value)]:
-            raise ValueError(f"Training has diverged: {' and '.join(wrong)} of the test is not finite.")
+            raise DivergedError(f"Training has diverged: {' and '.join(wrong)} of the test is not finite.")
     return record
 
 
@@ -102,18 +106,14 @@ def _trained(config: TrainConfig) -> TrainResult:
 
 
 def _scores(folder: Path, task: Task) -> dict[str, float]:
-    """The metrics of a run on its test data; of several sets their means, and each one's own."""
-    if not task.test_data:
-        return _metrics(folder, task.data, task.test, task.test_examples)
-    by_set = {name: _metrics(folder, name, "test", task.test_examples) for name in task.test_data}
+    """Metrics of a run on its test data and the number of examples; of several sets their means, and each one's own."""
+    by_set = {data: evaluate(folder, data, split=split, limit=task.test_examples) for data, split in task.tests}
+    if len(by_set) == 1:
+        return next(iter(by_set.values()))
     names = next(iter(by_set.values()))
     means = {metric: fmean(found[metric] for found in by_set.values()) for metric in names}
+    means["examples"] = sum(found.pop("examples") for found in by_set.values())
     return means | {f"{metric} of {name}": value for name, found in by_set.items() for metric, value in found.items()}
-
-
-def _metrics(folder: Path, data: str, split: str, limit: int | None) -> dict[str, float]:
-    found = evaluate(folder, data, split=split, limit=limit)
-    return {name: value for name, value in found.items() if name != "examples"}
 
 
 def _course(result: TrainResult) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _work(suite: Suite, request: dict[str, Any], folder: str, result: str, log: 
         found = run_job(suite, request, Path(folder))
     except ValueError as error:
         print(" ".join(str(error).split()))
-        return FAILED
+        return DIVERGED if isinstance(error, DivergedError) else FAILED
     except (Interrupted, KeyboardInterrupt):
         print("Interrupted.")
         return 130

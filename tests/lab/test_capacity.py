@@ -144,7 +144,7 @@ def test_a_folder_takes_more_tasks_but_no_other_settings(tmp_path: Path) -> None
         path.write_text(yaml.safe_dump({"model": "embedded:minilm", "tasks": tasks}))
         return str(path)
 
-    small = {"kind": "labels", "steps": 5, "batch_size": 4, "texts": 8}
+    small = {"task": "labels", "steps": 5, "batch_size": 4, "texts": 8}
     prepare(Comparison(suite(first=small), ("lora",)), tmp_path / "out")
     both = suite(first=small, second={**small, "methods": ["lora"]})
     prepare(Comparison(both, ("lora",)), tmp_path / "out")
@@ -162,7 +162,7 @@ def test_a_folder_takes_more_tasks_but_no_other_settings(tmp_path: Path) -> None
 )
 def test_bad_tasks_are_refused(field: str, value: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        CapacityTask(**{"kind": "labels", "steps": 5, "batch_size": 4, field: value})
+        CapacityTask(**{"task": "labels", "steps": 5, "batch_size": 4, field: value})
 
 
 def test_the_report_pairs_seeds_and_names_sizes(tmp_path: Path) -> None:
@@ -204,8 +204,8 @@ def test_what_needs_the_trainer_is_refused(tmp_path: Path) -> None:
 
 def test_a_suite_of_both_kinds_is_refused() -> None:
     tasks = {
-        "first": {"kind": "labels", "steps": 5, "batch_size": 4},
-        "second": {"kind": "classify", "data": "x", "metric": "accuracy", "steps": 5},
+        "first": {"task": "labels", "steps": 5, "batch_size": 4},
+        "second": {"task": "classify", "data": "x", "metric": "accuracy", "steps": 5},
     }
     with pytest.raises(ValueError, match="suites of their own"):
         Suite.from_dict({"model": "embedded:minilm", "tasks": tasks})
@@ -214,7 +214,7 @@ def test_a_suite_of_both_kinds_is_refused() -> None:
 @pytest.mark.refused
 @pytest.mark.parametrize(("name", "value"), [("scale", 2.0), ("adapter", {"r": 2}), ("training", {"bf16": True})])
 def test_what_is_not_read_is_refused(tmp_path: Path, name: str, value: Any) -> None:
-    content = {"model": "embedded:minilm", "tasks": {"first": {"kind": "labels", "steps": 5, "batch_size": 4}}}
+    content = {"model": "embedded:minilm", "tasks": {"first": {"task": "labels", "steps": 5, "batch_size": 4}}}
     path = tmp_path / "suite.yaml"
     for suite, code in ((content, 0), ({**content, name: value}, 1)):
         path.write_text(yaml.safe_dump(suite))

@@ -36,7 +36,7 @@ from lrlora_lab.methods import METHODS, find_method
 from lrlora_lab.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from lrlora_lab.suite import Suite
 from lrlora_lab.suites import load_suite
-from lrlora_lab.tables import final_runs, learned_ranks, ranks_by_layer, results, tuning, variants, wins
+from lrlora_lab.tables import against_reference, conditions, final_runs, learned_ranks, ranks_by_layer, results, tuning, variants
 from lrlora_lab.worker import run_job
 
 from ..conftest import TinyModel
@@ -52,7 +52,7 @@ def suite(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     for split, seed in (("train", 0), ("test", 1)):
         reviews(120, seed).to_csv(tmp_path / "data" / f"{split}.csv", index=False)
-    task = {"data": str(tmp_path / "data"), "kind": "classify", "metric": "accuracy", "steps": 12, "batch_size": 8}
+    task = {"data": str(tmp_path / "data"), "task": "classify", "metric": "accuracy", "steps": 12, "batch_size": 8}
     content = {"model": save_encoder(tmp_path / "model"), "tasks": {"reviews": {**task, "columns": COLUMNS}}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "suite.yaml"
@@ -97,8 +97,10 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2")
     result = run(*command(suite, output, *options))
     assert result.exit_code == 0, result.output
+    assert "Data of reviews: 108 examples to train on, 12 to validate, 120 to test." in result.output
     records = read_records(output)
     comparison = Comparison(str(suite), ("lora", "lr-lora"), 2, 2, rates=(1e-3, 1e-2))
+    assert list(conditions(comparison, records).iloc[0]) == ["reviews", 12, 8, 108, 12, 120]
     assert {job.name for job in comparison.plan(records)} == set(records)
     for name in ("report.md", "results.csv", "runs.jsonl", "rates.png", "parameters.png", "ranks.png"):
         assert (output / name).stat().st_size > 0
@@ -187,7 +189,7 @@ def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) ->
     assert len(read_records(tmp_path / "out")) == 2
     report = (tmp_path / "out" / "report.md").read_text()
     assert "nan" not in report  # one seed has no spread
-    assert "Who wins" not in report  # and one method no rival
+    assert "Against LoRA" not in report  # and one method no rival
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks the system for child processes")
@@ -216,7 +218,7 @@ def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
 
 
 def test_a_task_of_one_step_is_one_and_one_without_steps_is_not() -> None:
-    task = {"data": "data.csv", "kind": "classify", "metric": "accuracy", "steps": 1, "batch_size": 1}
+    task = {"data": "data.csv", "task": "classify", "metric": "accuracy", "steps": 1, "batch_size": 1}
     assert Suite.from_dict({"model": "m", "tasks": {"reviews": task}}).tasks["reviews"].steps == 1
     with pytest.raises(ValueError, match="steps must be a whole number ≥ 1, and is 0"):
         Suite.from_dict({"model": "m", "tasks": {"reviews": {**task, "steps": 0}}})
@@ -290,9 +292,15 @@ def test_numbers_of_the_results() -> None:
     times = results(comparison, moved).set_index(["task", "method"])["time"]["r8"]
     assert times["LR-LoRA"] == 2.0
     assert math.isnan(times["fixed sine"])  # seconds of other hardware say nothing
-    best = wins(comparison, table.reset_index()).set_index("method")
-    assert list(best.loc["LR-LoRA", ["tasks", "best on", "above reference on"]]) == [2, 2, 2]
-    assert best.loc["LR-LoRA", "mean difference"] == pytest.approx(10 / 3)
+    found = table.reset_index()
+    told = against_reference(comparison, found).set_index("method")
+    assert "LoRA" not in told.index
+    assert list(told.loc["LR-LoRA"]) == [2, 0, 0, 2, pytest.approx(10 / 3)]  # better by 3 points, and p = 0.2
+    found.loc[(found["task"] == "r8") & (found["method"] == "LR-LoRA"), "p"] = 0.01
+    found.loc[(found["task"] == "r8") & (found["method"] == "fixed sine"), ["difference", "p"]] = -1, 0.04
+    told = against_reference(comparison, found).set_index("method")
+    assert list(told.loc["LR-LoRA"])[:4] == [2, 1, 0, 1]
+    assert list(told.loc["fixed sine"])[:4] == [2, 0, 1, 1]
     against = variants(comparison, records).set_index(["task", "method", "of"]).loc["r8", "fixed sine"]
     assert list(against["difference"]) == pytest.approx([-3, 3])  # of the metric, and of the loss
     assert against.loc["accuracy", "from"] < -3 < against.loc["accuracy", "to"]
@@ -302,7 +310,7 @@ def test_numbers_of_the_results() -> None:
     assert all(difference.low > 0.4 for difference in ranks["attention − MLP"])
 
 
-def test_only_what_can_be_compared_is_counted_as_won() -> None:
+def test_only_tasks_with_all_seeds_of_both_methods_count() -> None:
     comparison = Comparison("offline-nlu", ("lora", "lr-lora", "dora"), 2, 4)
 
     def runs(task: str, method: str, accuracy: float, seeds: int = 2) -> list[Any]:
@@ -320,14 +328,13 @@ def test_only_what_can_be_compared_is_counted_as_won() -> None:
         ]
     )
     found = {name: r | {"test": r["test"] | {"pearson": 0.5, "rmse": 0.5}} for name, r in found.items()}
-    best = wins(comparison, results(comparison, found)).set_index("method")
-    assert list(best["tasks"]) == [2, 1, 1]
-    assert list(best["best on"]) == [1, 0, 1]
+    told = against_reference(comparison, results(comparison, found)).set_index("method")
+    assert dict(told["tasks"]) == {"LR-LoRA": 1, "DoRA": 1}
     single = Comparison("offline-nlu", ("lora", "lr-lora"), 1, 4)
     table = results(single, filed([*runs("r8", "lora", 0.8, 1), *runs("r8", "lr-lora", 0.9, 1)]))
     assert table["difference"].tolist()[1] == pytest.approx(10)  # a difference, but no certainty
     assert table["p"].isna().all()
-    assert list(wins(single, table)["above reference on"]) == [0, 1]
+    assert list(against_reference(single, table)["undecided on"]) == [1]
 
 
 def test_ranks_are_told_of_modules_that_all_seeds_have() -> None:
@@ -457,7 +464,7 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
         (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA does not read r, and r is 8: give target_r=8"),
         (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
-        (("compare", wrong("kind", "clasify")), "Did you mean classify?"),
+        (("compare", wrong("task", "clasify")), "Did you mean classify?"),
         (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),
         (("compare", wrong("columns", None)), "columns must map names to values"),
     ):
@@ -485,15 +492,77 @@ def test_options_of_a_method_may_be_lists(suite: Path, tmp_path: Path) -> None:
         find_method("lora+target_modules=[query")
 
 
-def test_what_cannot_run_is_filed_as_a_failure_and_reported(suite: Path, tmp_path: Path) -> None:
+def changed(suite: Path, **settings: object) -> Path:
+    """The suite with other settings of its task."""
     content = yaml.safe_load(suite.read_text())
-    content["tasks"]["reviews"]["columns"] = {"text": "nothing"}
+    content["tasks"]["reviews"] |= settings
     suite.write_text(yaml.safe_dump(content))
-    result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
+    return suite
+
+
+def test_a_job_that_cannot_run_is_reported_and_run_again_by_the_same_command(suite: Path, tmp_path: Path) -> None:
+    options = ("--methods", "lora", "--rates", "1e-2", "--seeds", 1)
+    config = tmp_path / "model" / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"hidden_size"', '"hidden"'))
+    result = run(*command(suite, tmp_path / "out", *options))
     assert result.exit_code == 0, result.output
     assert "1 job failed" in result.output
-    assert all("'nothing'" in r["failure"] for r in read_records(tmp_path / "out").values())
+    assert [bool(r["failure"]) for r in read_records(tmp_path / "out").values()] == [True]
     assert "What failed" in (tmp_path / "out" / "report.md").read_text()
+    config.write_text(whole)
+    again = run(*command(suite, tmp_path / "out", *options))
+    assert again.exit_code == 0, again.output
+    assert [r.get("failure") for r in read_records(tmp_path / "out").values()] == [None, None]
+
+
+def test_a_run_that_diverged_is_a_result(suite: Path, tmp_path: Path) -> None:
+    options = command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e30", "--seeds", 1)
+    assert run(*options).exit_code == 0
+    (file,) = (tmp_path / "out" / "jobs").iterdir()
+    before = file.stat().st_mtime_ns
+    assert "diverged" in read_records(tmp_path / "out")[file.stem]["failure"]
+    assert run(*options).exit_code == 0
+    assert file.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"columns": {"text": "nothing"}}, "Task reviews: columns: text is to be read from 'nothing'"),
+        ({"test": "held-out"}, "has no split held-out; it has train, test"),
+        ({"data": "train.csv"}, "has no split test; it has train. Name one with test: SPLIT, or give a file with"),
+        ({"data": "odd.csv"}, "Task reviews: The data odd.csv cannot be read: with ',' between columns"),
+    ],
+)
+def test_data_is_read_before_anything_runs(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path / "data")
+    reviews(20, 0).to_csv("odd.csv", index=False, sep=";")
+    changed(suite, **settings)
+    for options in (("--dry-run",), ()):
+        result = run(*command(suite, tmp_path / "out", *options))
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_suite_reads_data_as_train_does(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path / "data")
+    for name, count in (("mine.csv", 60), ("held-out.csv", 30)):
+        frame = reviews(count, 2).assign(verdict=lambda rows: rows["verdict"].mask(rows.index == 1))
+        frame.to_csv(name, index=False, sep=";", encoding="latin-1")
+    reading = {"delimiter": ";", "encoding": "latin-1", "skip_empty": True}
+    changed(suite, data="mine.csv", test_data="held-out.csv", metric=None, **reading)
+    options = ("--methods", "lora", "--rates", "1e-2", "--seeds", 1)
+    plan = run(*command(suite, tmp_path / "out", *options, "--dry-run"))
+    assert "Data of reviews: 53 examples to train on, 6 to validate, 29 to test." in plan.output
+    result = run(*command(suite, tmp_path / "out", *options))
+    assert result.exit_code == 0, result.output
+    (final,) = (r for r in read_records(tmp_path / "out").values() if r["seed"] == 1)
+    assert 0 <= final["test"]["accuracy"] <= 1
+    assert final["examples"] == {"train": 53, "validation": 6, "test": 29}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -143,7 +143,7 @@ def test_a_plan_says_what_it_does_not_know(tmp_path: Path) -> None:
     """A convolutional network has no layers of one width, and reads images of a size that depends on theirs."""
     ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16]).save_pretrained(tmp_path / "model")
     ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "model")
-    task = {"data": "pictures", "kind": "image-classify", "metric": "accuracy", "steps": 9}
+    task = {"data": "pictures", "task": "image-classify", "metric": "accuracy", "steps": 9}
     content = {"model": str(tmp_path / "model"), "tasks": {"pictures": task}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     asked = ["compare", str(tmp_path / "suite.yaml"), "--methods", "lora", "--dry-run"]

@@ -139,7 +139,7 @@ def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> No
     (tmp_path / "data").mkdir()
     for split, seed in (("train", 0), ("test", 1)):
         reviews(60, seed).to_csv(tmp_path / "data" / f"{split}.csv", index=False)
-    task = {"data": str(tmp_path / "data"), "kind": "classify", "metric": "accuracy", "steps": 4, "batch_size": 8}
+    task = {"data": str(tmp_path / "data"), "task": "classify", "metric": "accuracy", "steps": 4, "batch_size": 8}
     task["columns"] = {"text": "review", "label": "verdict"}
     content = {"model": save_encoder(tmp_path / "model"), "tasks": {"reviews": task}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))

@@ -211,6 +211,40 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
     return TaskData(splits, labels, notes)
 
 
+def load_examples(
+    config: TrainConfig, kind: Kind, data: str | Dataset, split: str | None, labels: list[str], *, with_label: bool
+) -> tuple[Dataset, list[str]]:
+    """The checked examples of a split, read as those of a run, and notes on them.
+
+    Args:
+        config: the run.
+        kind: of its task.
+        data: as `TrainConfig.data`, or a data set.
+        split: None: `test`, else `validation`, else the only one.
+        labels: names of the classes.
+        with_label: whether the examples must have labels.
+
+    Raises:
+        FileNotFoundError: data is missing.
+        ValueError: the data has no such split, or cannot be used.
+
+    """
+    name = data if isinstance(data, str) else "data"
+    file = (config.delimiter, config.encoding)
+    splits = load_splits(data, *file) if isinstance(data, str) else DatasetDict(test=data)
+    chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
+    require_known(f"split of {name}", chosen, splits)
+    examples = select_roles(splits[chosen], kind, config.columns, with_label=with_label)
+    notes: list[str] = []
+    if config.skip_empty:
+        examples, notes = without_empty(examples, kind, chosen, with_label=with_label)
+    if labels and with_label:
+        where = chosen if len(splits) == 1 else f"{chosen} (--split names another)"
+        examples = with_class_ids(examples, labels, where)
+    check_examples(examples, kind, chosen, with_label=with_label)
+    return examples, notes
+
+
 def sampled(data: Dataset, limit: int | None) -> Dataset:
     """So many of the examples at most, drawn at random, always the same ones."""
     return data if limit is None or limit >= len(data) else data.shuffle(seed=0).select(range(limit))

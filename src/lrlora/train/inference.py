@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
@@ -22,15 +22,13 @@ from transformers import (
 )
 
 from ..adapters.peft_folder import SavedAdapter, require_all_weights
-from ..checks import require_known
 from ..files import readable, replacing
 from ..fingerprint import warn_of_another_model
 from ..locks import only_writer
 from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..tuner import cached_weights
 from .chat import answer_of, as_trl_reads, format_of, holds_chats, prompt_of, render_chat, with_answers_marked
-from .data import check_examples, load_splits, only_split, sampled, select_roles, without_empty
-from .labels import with_class_ids
+from .data import load_examples, sampled
 from .metrics import logits, plain_metrics
 from .models import load_model, make_trainer, max_positions, model_source, training_arguments
 from .progress import Announce
@@ -192,20 +190,9 @@ class LoadedRun:
 
     def examples(self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool) -> Dataset:
         """The checked examples of data, named by their roles."""
-        name = data if isinstance(data, str) else "data"
-        file = (self.config.delimiter, self.config.encoding)
-        splits = load_splits(data, *file) if isinstance(data, str) else DatasetDict(test=data)
-        chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
-        require_known(f"split of {name}", chosen, splits)
-        examples = select_roles(splits[chosen], self.kind, self.config.columns, with_label=with_label)
-        if self.config.skip_empty:
-            examples, notes = without_empty(examples, self.kind, chosen, with_label=with_label)
-            for note in notes:
-                announce(note)
-        if self.labels and with_label:
-            where = chosen if len(splits) == 1 else f"{chosen} (--split names another)"
-            examples = with_class_ids(examples, self.labels, where)
-        check_examples(examples, self.kind, chosen, with_label=with_label)
+        examples, notes = load_examples(self.config, self.kind, data, split, self.labels, with_label=with_label)
+        for note in notes:
+            announce(note)
         if self.kind.generates:
             self._require_rendering(examples)
         return examples

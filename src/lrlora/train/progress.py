@@ -140,8 +140,12 @@ class StopOnNonFinite(TrainerCallback):
             raise _diverged(state.global_step, f"the evaluation's {' and '.join(wrong)}", args)
 
 
-def _diverged(step: int, what: str, args: TrainingArguments) -> ValueError:
-    return ValueError(
+class DivergedError(ValueError):
+    """A loss, gradient, weight or metric is not finite."""
+
+
+def _diverged(step: int, what: str, args: TrainingArguments) -> DivergedError:
+    return DivergedError(
         f"Training has diverged: at step {step} {what}. Lower the learning rate, or look for extreme values in the "
         f"data. Checkpoints in {args.output_dir} are kept."
     )

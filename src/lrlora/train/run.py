@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -75,6 +75,7 @@ class TrainResult:
         model: the trained model.
         is_first: whether this is the first of the processes that train together, which writes and tells.
         seconds_per_step: mean time of a training step; on a CPU processor time.
+        examples: number of examples, by split.
 
     """
 
@@ -84,6 +85,7 @@ class TrainResult:
     model: nn.Module
     is_first: bool = True
     seconds_per_step: float = math.nan
+    examples: dict[str, int] = field(default_factory=dict)
 
 
 def train(
@@ -338,7 +340,8 @@ def _finish(
 ) -> TrainResult:
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
-    result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step)
+    examples = {name: len(part) for name, part in inputs.data.splits.items()}
+    result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step, examples)
     if config.method == "adalora":
         set_rank_pattern(model)
     # Of a sharded model, all processes gather it together.
