@@ -172,12 +172,6 @@ def test_table_and_picture_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch) 
     assert "demo/ranks.png" in page
 
 
-def test_the_study_s_tables_are_the_stored_ones() -> None:
-    script = runpy.run_path(str(ROOT / "benchmarks" / "phi" / "report.py"))
-    page = (ROOT / "docs" / "phi.md").read_text(encoding="utf-8")
-    assert script["updated"](page) == page
-
-
 @pytest.mark.parametrize("name", ["loss", "rank_gate"])
 def test_the_tables_on_ranks_by_loss_are_the_stored_ones(name: str) -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / {"loss": "loss_cut"}.get(name, name)) + ".py")

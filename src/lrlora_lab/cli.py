@@ -117,7 +117,7 @@ def compare(
           test_data: held-out.csv
           task: classify
           steps: 500
-    """
+    """  # noqa: D301 (click reads the character)
     with one_clear_error():
         name = _suite(suite, preset)
         quiet()

@@ -36,7 +36,16 @@ from lrlora_lab.methods import METHODS, find_method
 from lrlora_lab.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from lrlora_lab.suite import Suite
 from lrlora_lab.suites import load_suite
-from lrlora_lab.tables import against_reference, conditions, final_runs, learned_ranks, ranks_by_layer, results, tuning, variants
+from lrlora_lab.tables import (
+    against_reference,
+    conditions,
+    final_runs,
+    learned_ranks,
+    ranks_by_layer,
+    results,
+    tuning,
+    variants,
+)
 from lrlora_lab.worker import run_job
 
 from ..conftest import TinyModel

@@ -48,10 +48,10 @@ def _lays_out_llama() -> bool:
 
 of_llama = pytest.mark.skipif(not _lays_out_llama(), reason="rotary embeddings cannot be laid out")
 TASKS = {
-    "roberta": Task("data", "classify", "accuracy", 1_000, batch_size=4, max_length=32),
-    "llama": Task("data", "multiple-choice", "accuracy", 1_000, batch_size=4, max_length=32),
-    "vit": Task("data", "image-classify", "accuracy", 1_000, batch_size=4),
-    "dinov2": Task("data", "image-classify", "accuracy", 1_000, batch_size=4),
+    "roberta": Task("data", "classify", 1_000, batch_size=4, max_length=32),
+    "llama": Task("data", "multiple-choice", 1_000, batch_size=4, max_length=32),
+    "vit": Task("data", "image-classify", 1_000, batch_size=4),
+    "dinov2": Task("data", "image-classify", 1_000, batch_size=4),
 }
 MODELS: dict[str, Any] = {
     "roberta": (AutoModelForSequenceClassification, RobertaConfig(**SIZES, vocab_size=100)),
