@@ -116,12 +116,14 @@ def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(enc
     assert "Warning: r = 500 is more than 13 of 13 layers can use (32)" in said
 
 
-def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rate", ["0.01", "1e-6"])  # with the second, the accuracy is always the same
+def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path, rate: str) -> None:
     reviews(80).to_csv(tmp_path / "reviews.csv", index=False)
     asked = ("train", "--model", encoder, "--data", tmp_path / "reviews.csv", "--task", "classify", "--steps", "6")
     asked += ("--columns", "text=review", "--columns", "label=verdict", "--output", tmp_path / "run", "--rank", "1")
     asked += ("--training", "eval_strategy=steps", "--training", "eval_steps=2", "--training", "save_steps=2")
+    asked += ("--learning-rate", rate)
     said = " ".join(run(*asked).output.split())
     state = [e for e in json.loads((tmp_path / "run" / "log_history.json").read_text()) if "eval_accuracy" in e]
-    best = max(state, key=lambda entry: entry["eval_accuracy"])
+    best = max(state, key=lambda entry: (entry["eval_accuracy"], -entry["eval_loss"]))
     assert f"Kept: step {best['step']} of 6, the best by accuracy" in said

@@ -140,6 +140,18 @@ class StopOnNonFinite(TrainerCallback):
             raise _diverged(state.global_step, f"the evaluation's {' and '.join(wrong)}", args)
 
 
+class TiesToLowerLoss(TrainerCallback):
+    """Makes an evaluation the best one if it equals the best metric so far at a lower loss."""
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        value = metrics.get(f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}")
+        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        if value == state.best_metric and metrics["eval_loss"] < losses.get(state.best_global_step, -math.inf):
+            state.best_metric = None  # the Trainer then takes the next one, which is this
+
+
 class DivergedError(ValueError):
     """A loss, gradient, weight or metric is not finite."""
 

@@ -53,7 +53,7 @@ from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, s
 from .metrics import plain_metrics
 from .models import give_head_its_rate, load_model, make_trainer, require_model_folder, training_arguments
 from .prepare import Inputs, encoded_lines, plan, record_of
-from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal
+from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
 from .same_run import KeepRecord, require_same_run
 from .settings import FROM_TRAIN, TrainConfig, read_run
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
@@ -271,7 +271,7 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
     callbacks: list[TrainerCallback] = [clock]
     if METHODS[config.method].has_ranks:
         callbacks.append(RankCallback(every=config.rank_every))
-    callbacks += [progress, stop, StopOnNonFinite()]
+    callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss()]
     if config.method == "adalora":
         callbacks.append(AdaLoraCallback())
     if config.early_stopping:
