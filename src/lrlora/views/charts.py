@@ -66,7 +66,7 @@ def _lines(chart: alt.Chart, dash: str, runs: Sequence[str]) -> Chart:
 def kinds(runs: Sequence[str]) -> Chart:
     """One measure in attention, MLP and other modules: one point per module, and the median.
 
-    Data "modules": run, kind, module, value; place and centre, of a point and of its run beside the others, in [0, 1].
+    Data "modules": run, kind, module, value; place and centre, positions of a point and of its run, in [0, 1].
     """
     points = (
         alt.Chart()
