@@ -1,4 +1,4 @@
-"""What compressing costs and keeps: a large LoRA, beside kohya's tool and PEFT's, and from a fine-tuned model.
+"""Cost and quality of compression: a large LoRA, comparison with kohya's tool and PEFT, and a fine-tuned model.
 
 python benchmarks/compress.py                        # about 40 minutes; --only large|tools|checkpoints for a part
 python benchmarks/compress.py --only tools --kohya FOLDER    # with a clone of kohya-ss/sd-scripts
@@ -28,7 +28,7 @@ SCRATCH = Path("lrlora-compress")
 STEPS, BATCH, CONTEXT = 150, 8, 64
 TEST_WINDOWS = 256
 ENERGIES = (0.5, 0.9, 0.99)
-# The shapes (m, n) of a layer of Llama 2 7B, which has 32.
+# Shapes (m, n) of a layer of Llama 2 7B, which has 32.
 LARGE_LAYERS, LARGE_RANK = 32, 64
 LARGE_SHAPES = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (4096, 4096)) | {
     "self_attn.o_proj": (4096, 4096),
@@ -39,7 +39,7 @@ LARGE_SHAPES = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn
 
 
 def run(*arguments: str) -> dict[str, float]:
-    """Seconds and peak memory (GiB) of a command of lrlora, in a process of its own."""
+    """Seconds and peak memory (GiB) of an lrlora command in a separate process."""
     watch = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -51,7 +51,7 @@ def run(*arguments: str) -> dict[str, float]:
 
 
 def large() -> dict[str, Any]:
-    """Ranks and compression of a LoRA of rank 64 on all linear layers of a 7B model, random, in bfloat16."""
+    """Ranks and compression of a random bfloat16 LoRA of rank 64 on all linear layers of a 7B model."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -64,7 +64,7 @@ def large() -> dict[str, Any]:
         for layer in range(LARGE_LAYERS):
             for name, (m, n) in LARGE_SHAPES.items():
                 key = f"base_model.model.model.layers.{layer}.{name}.lora_"
-                # Singular values that fall, as those of trained ones do.
+                # Decaying singular values, like those of a trained LoRA.
                 fall = torch.arange(1, LARGE_RANK + 1).pow(-0.7)[:, None]
                 weights[f"{key}A.weight"] = (torch.randn(LARGE_RANK, n, generator=generator) * fall).bfloat16()
                 weights[f"{key}B.weight"] = torch.randn(m, LARGE_RANK, generator=generator).bfloat16()
@@ -88,7 +88,7 @@ def large() -> dict[str, Any]:
 
 
 def german() -> tuple[Any, Any]:
-    """Token ids of German speeches, to train and to test on."""
+    """Token ids of German speeches, for training and test."""
     import torch
     from transformers import AutoTokenizer
 
@@ -104,7 +104,7 @@ def german() -> tuple[Any, Any]:
 
 
 def train(model: Any, rate: float, data: Any) -> None:
-    """Train what is trainable for `STEPS` steps of AdamW with a linear decay."""
+    """Train for `STEPS` steps of AdamW with linear decay."""
     import torch
 
     from lrlora_lab.byte_model import sample_batch
@@ -125,7 +125,7 @@ def train(model: Any, rate: float, data: Any) -> None:
 
 
 def test_loss(model: Any, data: Any) -> float:
-    """Mean loss on windows of the test part, nats a token."""
+    """Mean loss on test windows, in nats per token."""
     import torch
 
     held = len(data) // CONTEXT
@@ -148,7 +148,7 @@ def base_folder() -> Path:
 
 
 def checkpoints() -> dict[str, Any]:
-    """SmolLM2 goes on to German with all its weights; what of it a LoRA holds that is extracted at several sizes."""
+    """Fine-tune all weights of SmolLM2 on German; quality of extracted LoRAs of several sizes."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -195,7 +195,7 @@ def checkpoints() -> dict[str, Any]:
 
 
 def loss_of_linear_layers(updates: Any, test_data: Any) -> float:
-    """Of the base model with the fine-tuned linear layers alone: no LoRA of theirs can do better."""
+    """Loss of the base model with only the fine-tuned linear layers: a lower bound for their LoRAs."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(updates.origin.base.name)
@@ -205,7 +205,7 @@ def loss_of_linear_layers(updates: Any, test_data: Any) -> float:
 
 
 def lora_file() -> tuple[Path, Path]:
-    """A LoRA of rank 32 trained on German, as PEFT's folder, and as a file with kohya's keys."""
+    """LoRA of rank 32 trained on German, as a PEFT folder and as a file with kohya's keys."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -226,7 +226,7 @@ def lora_file() -> tuple[Path, Path]:
 
 
 def kohya_resize(clone: Path) -> Callable[..., Any]:
-    """`resize_lora_model` of kohya's tool, without the trainer that it imports beside it."""
+    """Import kohya's `resize_lora_model` without the trainer modules that it imports."""
     stubs = {name: types.ModuleType(name) for name in ("library", "library.train_util", "library.model_util")}
     stubs["library.utils"] = types.ModuleType("library.utils")
     stubs["library.utils"].setup_logging = lambda: None  # type: ignore[attr-defined]
@@ -238,7 +238,7 @@ def kohya_resize(clone: Path) -> Callable[..., Any]:
 
 
 def tools(clone: Path | None) -> dict[str, Any]:
-    """The same file compressed by kohya's tool and by lrlora; the same adapter by PEFT's."""
+    """Compress one file with kohya's tool and lrlora, and one adapter with PEFT."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -284,7 +284,7 @@ def tools(clone: Path | None) -> dict[str, Any]:
 
 
 def beside_peft(folder: Path) -> Iterator[dict[str, Any]]:
-    """The same adapter at equal rank by PEFT's `convert_to_lora` and by lrlora: seconds and what is lost."""
+    """One adapter at equal rank with PEFT's `convert_to_lora` and with lrlora: seconds and loss of energy."""
     from peft import PeftModel, convert_to_lora
     from transformers import AutoModelForCausalLM
 
@@ -310,14 +310,14 @@ def beside_peft(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def updated(page: str) -> str:
-    """The page with the tables of what is stored."""
+    """Page with tables of the stored results."""
     for path in sorted(RESULTS.glob("*.json")):
         page = with_section(page, path.stem, RENDERERS[path.stem](json.loads(path.read_text())))
     return page
 
 
 def render_large(found: dict[str, Any]) -> str:
-    """The table of a large LoRA."""
+    """Table of a large LoRA."""
     labels = {
         "ranks": "`lrlora ranks`",
         "energy": "`lrlora export --energy 0.9`",
@@ -329,7 +329,7 @@ def render_large(found: dict[str, Any]) -> str:
 
 
 def render_tools(found: dict[str, Any]) -> str:
-    """The tables beside kohya's tool and PEFT's."""
+    """Tables of kohya's tool and PEFT."""
     header = ["tool", "options", "MiB", "‖ΔW‖² lost", "time, s"]
     rows = []
     for r in found["records"]:
@@ -348,7 +348,7 @@ def render_tools(found: dict[str, Any]) -> str:
 
 
 def render_checkpoints(found: dict[str, Any]) -> str:
-    """The table of a fine-tuned model."""
+    """Table of a fine-tuned model."""
     rows = [
         [
             r["what"],

@@ -1,4 +1,4 @@
-"""What an export keeps: the demo's adapter as plain LoRA at several sizes, run by PEFT alone on the held-out films.
+"""Export quality: the demo's adapter as plain LoRA at several sizes, evaluated with PEFT alone on held-out films.
 
 lrlora demo
 python benchmarks/export.py lrlora-demo            # about 5 minutes; --python names one without lrlora
@@ -22,7 +22,7 @@ from sections import table, with_section  # noqa: E402
 
 PAGE, RESULTS = DOCS / "export.md", DOCS / "export" / "demo.json"
 BUDGET_RANK = 4
-# Run where lrlora may not be installed: transformers and PEFT alone.
+# Runs without lrlora: transformers and PEFT alone.
 EVALUATE = """
 import json, sys
 import torch
@@ -45,13 +45,13 @@ json.dump(answers, sys.stdout)
 
 
 def answers(python: str, folder: Path, inputs: Path, *, with_lrlora: bool = False) -> list[int]:
-    """The classes that a process of its own predicts."""
+    """Classes predicted in a separate process."""
     command = [python, "-c", EVALUATE, str(folder), str(inputs), "lrlora" if with_lrlora else "peft"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def measure(demo: Path, python: str) -> list[dict[str, Any]]:
-    """A record for the demo's two adapters, and for each export of the first."""
+    """Records of the demo's two adapters and of each export of the first."""
     from lrlora.adapters import factorize, output_difference, read_updates, save_as_lora
     from lrlora.adapters.factorize import parameters_of_rank
     from lrlora.train.embedded_texts import MOVIE_REVIEW_TASK
@@ -113,7 +113,7 @@ def render(records: list[dict[str, Any]]) -> str:
 
 
 def updated(page: str) -> str:
-    """The page with the table of the stored results."""
+    """Page with the table of the stored results."""
     return with_section(page, "export", render(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 

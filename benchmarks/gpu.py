@@ -1,6 +1,6 @@
-"""What one linear layer of a 7B model costs on a GPU, with the Triton kernels and without: time, memory, and error.
+"""Cost of one linear layer of a 7B model on a GPU, with and without the Triton kernels: time, memory, and error.
 
-`python benchmarks/speed.py --device cuda` runs it, in some minutes, and writes docs/speed/gpu-CARD.json.
+Run `python benchmarks/speed.py --device cuda`; takes some minutes and writes docs/speed/gpu-CARD.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lrlora import LrLoraConfig
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.transfer import Transfer
 
-# Of Llama 2 7B: attention, and both ways through the MLP.
+# Llama 2 7B: attention, and both MLP shapes.
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 TOKENS = 2048
 R = 16
@@ -39,7 +39,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 @contextmanager
 def _kernels(method: str) -> Any:
-    """Without the kernels, where the name of a method says so."""
+    """Disable the kernels for methods named "plain"."""
     before = os.environ.get("LRLORA_KERNELS")
     if "plain" in method:
         os.environ["LRLORA_KERNELS"] = "0"
@@ -57,17 +57,17 @@ def _layer(method: str, m: int, n: int, device: str, dtype: torch.dtype) -> Any:
     model = get_peft_model(model, METHODS[method]())
     for name, weight in model.named_parameters():
         if "_B." in name:
-            nn.init.normal_(weight, std=0.02)  # trained a little: at the start there is no update to compare
+            nn.init.normal_(weight, std=0.02)  # as if slightly trained: the initial update is zero
     return model.train()
 
 
 def _error(model: Any, x: torch.Tensor, y: torch.Tensor) -> float:
-    """How far the update of the outputs is from that in float64, relative to it; LoRA's is what rounding alone does."""
+    """Relative error of the outputs' update compared to float64; LoRA's is due to rounding alone."""
     layer = model.base_model.model.layer
     base = layer.get_base_layer()
     phi = layer.lrlora_phi["default"] if hasattr(layer, "lrlora_phi") else None
     with torch.no_grad():
-        if isinstance(phi, Transfer):  # by the formula, and not by the code that is measured
+        if isinstance(phi, Transfer):  # by the formula, not the code under test
             A, B = (part["default"].weight for part in (layer.lrlora_A, layer.lrlora_B))
             scales = {"scaling": layer.scaling["default"], "input_gain": layer.input_gain["default"]}
             delta = reference_delta_weight(A, B, phi, **scales)
@@ -78,7 +78,7 @@ def _error(model: Any, x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def measure(device: str, shapes: Any = SHAPES, tokens: int = TOKENS, rounds: int = 20) -> list[Record]:
-    """Forward and backward of each layer in bfloat16, the methods taking turns; medians."""
+    """Forward and backward of each layer in bfloat16, alternating methods; medians."""
     is_gpu = device.startswith("cuda")
     records = []
     for m, n in shapes:
@@ -87,7 +87,7 @@ def measure(device: str, shapes: Any = SHAPES, tokens: int = TOKENS, rounds: int
         x = torch.randn(tokens, n, device=device, dtype=torch.bfloat16, requires_grad=True)
         for method in METHODS:
             models[method] = _layer(method, m, n, device, torch.bfloat16)
-        for turn in range(rounds + 1):  # the first compiles
+        for turn in range(rounds + 1):  # the first one compiles
             for method, model in models.items():
                 with _kernels(method):
                     if is_gpu:
@@ -121,7 +121,7 @@ def measure(device: str, shapes: Any = SHAPES, tokens: int = TOKENS, rounds: int
 
 
 def run(device: str, folder: Path) -> Path:
-    """Measure, and write the file of this card."""
+    """Measure, and write this card's file."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     path = folder / f"gpu-{name.replace(' ', '-')}.json"
     content = {"card": name, "torch": torch.__version__, "records": measure(device)}
@@ -130,7 +130,7 @@ def run(device: str, folder: Path) -> Path:
 
 
 def render(folder: Path) -> str:
-    """A table for each card that was measured, or what to run on one."""
+    """A table per measured card, or the command to run."""
     parts = []
     for path in sorted(folder.glob("gpu-*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""How much of the update survives in bfloat16 and float16, by the way in which W and ΔW are brought together.
+"""Share of the update lost in bfloat16 and float16, by the method of combining W and ΔW.
 
     python benchmarks/half_precision.py            # writes docs/speed/half_precision.json
     python benchmarks/half_precision.py --report   # docs/speed.md from the stored results
 
-The error is that of the update as it is added, ‖x·Ŵᵀ − x·Wᵀ − x·ΔWᵀ‖ / ‖x·ΔWᵀ‖, with sums in float32: the rounding of
-the output itself, which every method suffers, is left out.
+The error is that of the added update, ‖x·Ŵᵀ − x·Wᵀ − x·ΔWᵀ‖ / ‖x·ΔWᵀ‖, with sums in float32; excludes rounding of the
+output itself, which affects every method.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 
 def layer(ratio: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, W, ΔW, its straight part s·BA), x and W in `dtype` and the others float64, ‖ΔW‖ = ratio · ‖W‖."""
+    """(x, W, ΔW, its linear part s·BA), x and W in `dtype` and the others float64, ‖ΔW‖ = ratio · ‖W‖."""
     torch.manual_seed(0)
     phi = Transfer(TransferSpec(num_basis=8))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def layer(ratio: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def stochastically_rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` rounded up or down to `dtype` at random, so that it is right in the mean."""
+    """Round `value` stochastically to `dtype`, unbiased."""
     near = value.to(dtype)
     other = torch.nextafter(near, torch.where(value > near, torch.inf, -torch.inf).to(dtype))
     share = ((value - near) / (other.double() - near.double())).nan_to_num()
@@ -58,7 +58,7 @@ def stochastically_rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def products(x: Tensor, W: Tensor, delta: Tensor, straight: Tensor) -> dict[str, Tensor]:
-    """What each way computes for x·(W + ΔW)ᵀ, float32 sums of operands in the dtype of x."""
+    """Result of each method for x·(W + ΔW)ᵀ, float32 sums of operands in the dtype of x."""
 
     def times(weight: Tensor) -> Tensor:
         return x.float() @ weight.to(x.dtype).float().T
@@ -83,7 +83,7 @@ COSTS = {
 
 
 def measure() -> list[Record]:
-    """One record per dtype, size of the update and way."""
+    """One record per dtype, update size and method."""
     records = []
     for name, dtype in DTYPES.items():
         for ratio in RATIOS:
@@ -108,7 +108,7 @@ def render(records: list[Record]) -> str:
 
 
 def updated(page: str) -> str:
-    """The page with the table of the stored results."""
+    """Page with the table of the stored results."""
     return with_section(page, "half-precision", render(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 

@@ -40,7 +40,7 @@ CAPITALS |= {"Austria": "Vienna"}
 
 
 def write_examples(path: str) -> None:
-    """Questions with the answers of a pirate."""
+    """Write questions with pirate answers."""
     chance = random.Random(0)
     with Path(path).open("w", encoding="utf-8") as file:
         for country in chance.choices(list(CAPITALS), k=240):
@@ -50,7 +50,7 @@ def write_examples(path: str) -> None:
 
 
 def write_gguf(adapter: Path, output: Path) -> None:
-    """A LoRA adapter of a Llama model in llama.cpp's format."""
+    """Convert a LoRA of a Llama model to llama.cpp's format."""
     settings = json.loads((adapter / "adapter_config.json").read_text())
     config = AutoConfig.from_pretrained(settings["base_model_name_or_path"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -61,7 +61,7 @@ def write_gguf(adapter: Path, output: Path) -> None:
     for key, value in load_file(adapter / "adapter_model.safetensors").items():
         module, side = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
         if side == "B" and module.endswith(("q_proj", "k_proj")):
-            # llama.cpp rotates neighbouring pairs, transformers the two halves of a head.
+            # llama.cpp rotates adjacent pairs, transformers the two halves of a head.
             heads = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
             value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
         name = names.get_name(module + ".weight", try_suffixes=(".weight",))
@@ -104,7 +104,7 @@ def peft_answers(run: Path, questions: list[str]) -> list[str]:
 
 
 def answers_of(run: Path, export: Path, questions: list[str]) -> dict[str, list[str]]:
-    """Who answers → the answers."""
+    """Backend → answers."""
     with tempfile.TemporaryDirectory() as scratch:
         adapter = Path(scratch) / "adapter.gguf"
         write_gguf(export, adapter)
@@ -116,7 +116,7 @@ def answers_of(run: Path, export: Path, questions: list[str]) -> dict[str, list[
 
 
 def main() -> None:
-    """Ask, and print."""
+    """Ask and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of `lrlora train`")
     parser.add_argument("export", type=Path, help="its export, with --pad")

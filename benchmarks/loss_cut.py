@@ -1,8 +1,8 @@
-"""How much loss an adapter loses when it is cut: by loss, by other rules, and beside LoRA trained at that size.
+"""Loss of compressed adapters: cut by loss and by other rules, compared with LoRA trained at that size.
 
-python benchmarks/loss_cut.py                      # about 3 hours on two cores; goes on where it stopped
+python benchmarks/loss_cut.py                      # about 3 hours on two cores; resumes
 python benchmarks/loss_cut.py --only news,german   # some of the tasks
-python benchmarks/loss_cut.py --stage train        # or tune, cut: a part of the work, also beside another
+python benchmarks/loss_cut.py --stage train        # or tune, cut: a part of the work, also in parallel
 python benchmarks/loss_cut.py --report             # only render docs/loss.md from the stored results
 """
 
@@ -31,22 +31,22 @@ ALTERNATIVES = DOCS / "loss" / "alternatives.jsonl"
 COSTS = DOCS / "loss" / "costs.json"
 SCRATCH = Path("lrlora-compress") / "loss"
 SEEDS = (0, 1, 2)
-SHARES = {0.5: 4, 0.25: 2}  # of the size of r = 8 → the r of LoRA trained at that size
+SHARES = {0.5: 4, 0.25: 2}  # share of the size of r = 8 → r of the LoRA trained at that size
 RISE = 0.01
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run of `lrlora train`, and what it is tested on.
+    """A run of `lrlora train`, and its test data.
 
     Args:
         settings: of the run, without rank, rate, seed and output.
         test: data with a split `test`, or a file.
-        rate: peak learning rate; of a task that is tuned here, that of the first seed's best.
-        method, like: of the adapter that is cut, and the task whose LoRAs it is compared with.
-        healing: steps.
-        tests: examples.
-        ranks: of the LoRAs that are trained at smaller sizes.
+        rate: peak learning rate; for tuned tasks, the first seed's best.
+        method, like: method of the adapter to cut, and the task with the LoRAs for comparison.
+        healing: number of steps.
+        tests: number of examples.
+        ranks: of the LoRAs trained at smaller sizes.
 
     """
 
@@ -90,7 +90,7 @@ TUNED = {"german": (1e-3, 2e-3, 4e-3, 8e-3)}
 
 
 def german() -> None:
-    """Speeches, in pieces of some 64 tokens, without a common speech."""
+    """Speeches in pieces of about 64 tokens, in disjoint splits."""
     from datasets import Dataset, DatasetDict
 
     from lrlora_lab.corpora import load_corpus
@@ -104,7 +104,7 @@ def german() -> None:
 
 
 def chat() -> None:
-    """Questions on functions of numpy, scipy and scikit-learn, answered by the first lines of what they say."""
+    """Questions on numpy, scipy and scikit-learn functions, answered by the start of their docstrings."""
     import hashlib
     import importlib
     import warnings
@@ -133,7 +133,7 @@ def chat() -> None:
 
 
 def run_folder(name: str, method: str, rank: int, rate: float, seed: int) -> Path:
-    """Train a run, unless it is there."""
+    """Train a run, unless it exists."""
     from lrlora.train.run import train
     from lrlora.train.settings import TrainConfig
 
@@ -157,7 +157,7 @@ def validation_loss(folder: Path) -> float:
 
 
 def rate_of(name: str) -> float:
-    """The peak learning rate of a task: the best of those tried with the first seed, on validation data."""
+    """Peak learning rate of a task: the best of the first seed's, on validation data."""
     task = TASKS[name]
     rates = TUNED.get(name, (task.rate,))
     if len(rates) == 1:
@@ -175,7 +175,7 @@ def runs_of(name: str) -> Iterator[Path]:
 
 @dataclass
 class Case:
-    """An adapter, ready to be cut: what `lrlora export` works on, and examples that it never sees."""
+    """An adapter to cut: the inputs of `lrlora export`, and unseen examples."""
 
     whole: list[Any]
     curve: Any
@@ -185,13 +185,13 @@ class Case:
     parameters_of_rank: Callable[[int], int]
     validation: Callable[[Any], float]
     test: Callable[[Any], float]
-    as_it_is: tuple[float, ...]  # losses, validation and test
+    as_it_is: tuple[float, ...]  # losses on validation and test
     smallest: Callable[[float], Any]
     heal: Callable[[Any], float]  # factors → test loss
 
 
 def loaded(name: str, folder: Path) -> tuple[Any, list[Any]]:
-    """A run of `lrlora train` with its examples, and batches of the test data."""
+    """A run of `lrlora train` with its examples, and test batches."""
     from datasets import load_from_disk
 
     from lrlora.train.by_loss import Subject
@@ -248,7 +248,7 @@ def case_of(name: str, folder: Path) -> Case:
 
 
 def byte_case(folder: Path, seed: int) -> Case:
-    """The byte model on German, adapted by LoRA of r = 8."""
+    """Byte model on German, adapted by LoRA of r = 8."""
     import torch
     from peft import PeftModel
 
@@ -298,7 +298,7 @@ def byte_case(folder: Path, seed: int) -> Case:
 
 
 def heal_bytes(factors: Any, seed: int, test: Any) -> float:
-    """100 steps of LoRA from these factors, at a quarter of the rate that fits its scale."""
+    """100 steps of LoRA from these factors, at a quarter of the rate for its scale."""
     from peft import LoraConfig, get_peft_model
 
     from lrlora.adapters import lora_config
@@ -319,7 +319,7 @@ def heal_bytes(factors: Any, seed: int, test: Any) -> float:
 
 
 def optimise(model: Any, setting: Any, rate: float, steps: int) -> None:
-    """AdamW with a warm-up over a twentieth of the steps and a linear decay."""
+    """AdamW with warm-up over a twentieth of the steps and linear decay."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -334,12 +334,12 @@ def optimise(model: Any, setting: Any, rate: float, steps: int) -> None:
         schedule.step()
 
 
-BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2, 2: 1e-2}  # of docs/capacity.md, with α = 4r
+BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2, 2: 1e-2}  # from docs/capacity.md, with α = 4r
 BYTE_STEPS, BYTE_HEALING = 500, 100
 
 
 def byte_folder(rank: int, seed: int) -> Path:
-    """Train a LoRA on the byte model, unless it is there."""
+    """Train a LoRA on the byte model, unless it exists."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -357,13 +357,13 @@ def byte_folder(rank: int, seed: int) -> Path:
 
 
 def by_scalar(case: Case, budget: int) -> list[Any]:
-    """SVD directions, the energy of each times one scalar of its module: the product of the means of both moments."""
+    """SVD directions, with energies scaled by one scalar per module: the product of the means of both moments."""
     from lrlora.adapters.factorize import best_per_parameter
 
     worth = []
     for part in case.whole:
         moments, sigma = case.moments[part.module], part.A.double().square().sum(1)
-        # In the orthonormal bases of the update's span.
+        # In orthonormal bases of the update's span.
         inputs = (moments.inputs.diagonal() / sigma).mean() / max(1, moments.tokens)
         gradients = (moments.gradients.diagonal() / sigma).mean() / case.terms
         worth.append(sigma.square() * inputs * gradients)
@@ -373,7 +373,7 @@ def by_scalar(case: Case, budget: int) -> list[Any]:
 
 
 def by_inputs(case: Case, budget: int) -> list[Any]:
-    """The moments of the inputs alone, as DRONE and SVD-LLM weigh: that of the gradients is the identity."""
+    """Moments of the inputs only, as in DRONE and SVD-LLM; those of the gradients are the identity."""
     from lrlora.ranks.cut import LossCurve, directions
 
     found = []
@@ -418,7 +418,7 @@ def factorized(case: Case, **how: int) -> list[Any]:
 
 
 def cut(name: str, seed: int) -> dict[str, Any]:
-    """All cuts of one adapter, by the test loss that each has."""
+    """All cuts of one adapter, with their test losses."""
     if name == BYTES:
         case = byte_case(byte_folder(16, seed), seed)
         trained = {rank: byte_case(byte_folder(rank, seed), seed).as_it_is[1] for rank in BYTE_SHARES.values()}
@@ -447,7 +447,7 @@ def cut(name: str, seed: int) -> dict[str, Any]:
     found["rise"] = RISE
     try:
         chosen = case.smallest(RISE)
-    except ValueError:  # of full fine-tuning, what is in no LoRA may be more than that
+    except ValueError:  # in full fine-tuning, the part outside any LoRA may exceed it
         found["smallest"] = None
     else:
         found["smallest"] = sum(part.parameters for part in chosen)
@@ -461,12 +461,12 @@ BYTE_SHARES = {0.5: 8, 0.25: 4}
 
 
 def stored() -> list[dict[str, Any]]:
-    """What was measured so far, an adapter each."""
+    """Results so far, one per adapter."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def costs() -> dict[str, Any]:
-    """Time and memory of the command, and of the moments in one layer of Llama 2 7B's shapes."""
+    """Time and memory of the command, and of the moments in one layer with Llama 2 7B's shapes."""
     import torch
     from compress import run
     from peft import LoraConfig, get_peft_model
@@ -522,7 +522,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def sampled(temperature: float, causal: bool) -> Any:
-    """A loss of labels that are drawn from the model, at a temperature; at 1 its moments are the Fisher matrix's."""
+    """Loss of labels sampled from the model at a temperature; at 1 its moments are the Fisher matrix's."""
     import torch
     import torch.nn.functional as F
 
@@ -537,7 +537,7 @@ def sampled(temperature: float, causal: bool) -> Any:
 
 
 def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
-    """Model, whole factors, batches to train and to validate on, loss, and whether that is a language model's."""
+    """Model, all factors, batches for training and validation, loss, and whether it is a language model's."""
     import torch
 
     from lrlora.ranks import model_loss
@@ -556,7 +556,7 @@ def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
 
 
 def alternatives(name: str) -> list[dict[str, Any]]:
-    """Other moments, damping, and a second cut, with the first seed: the loss added on validation data."""
+    """Other moments, damping, and a second cut, with the first seed: added validation loss."""
     from lrlora.ranks import mean_loss
     from lrlora.ranks.cut import DAMPING, LossCurve, directions
     from lrlora.ranks.moments import Moments, collect_moments
@@ -600,20 +600,20 @@ LANGUAGE = (BYTES, "german", "chat")
 
 
 def added(row: dict[str, Any], method: str, share: float) -> float:
-    """The test loss that a cut adds to that of the adapter as it is; NaN where it was not measured."""
+    """Test loss added by a cut to the uncut adapter's; NaN if not measured."""
     loss = row.get(f"{method}, {share}")
     return math.nan if loss is None else float(loss - row["test"])
 
 
 def shown(value: float) -> str:
-    """A loss added."""
+    """Added loss."""
     return "–" if math.isnan(value) else f"{value:+.3f}"
 
 
 def ratio(rows: list[dict[str, Any]], method: str, rival: str, share: float) -> str:
-    """The loss added by one method over that added by another, each in units of the adapter's loss, over all rows.
+    """Ratio of the losses added by two methods, in units of the adapter's loss, over all rows.
 
-    With the interval that holds 95 % of 10,000 draws of adapters.
+    With the 95 % bootstrap interval of 10,000 draws of adapters.
     """
     import numpy as np
 
@@ -626,7 +626,7 @@ def ratio(rows: list[dict[str, Any]], method: str, rival: str, share: float) -> 
 
 
 def updated(page: str) -> str:
-    """The page with the tables of what is stored."""
+    """Page with tables of the stored results."""
     import statistics
 
     rows = stored()
@@ -708,7 +708,7 @@ def updated(page: str) -> str:
 
 
 def main() -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="tasks, with commas between", default=",".join((BYTES, *TASKS)))
     parser.add_argument("--stage", choices=("train", "cut", "alternatives", "costs"))

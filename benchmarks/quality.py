@@ -1,13 +1,12 @@
-"""How long each method takes to reach the loss that LoRA of rank 8 ends with, on two tasks where rank binds.
+"""Time of each method to reach the final loss of LoRA of rank 8, on two tasks where rank is the bottleneck.
 
     lrlora compare benchmarks/quality.yaml --methods METHODS --seeds 1 --rank 8 --output FOLDER   # tunes the rates
     python benchmarks/quality.py FOLDER      # an hour on one core; resumes; --task NAME does one task alone
     python benchmarks/quality.py --report    # docs/speed.md from the stored results
 
-METHODS are the keys of `METHODS` below, with commas between. Each method is trained with schedules of 1/8, 1/4, … 4
-times the steps, at the rate that was best for the usual number of them, until two neighbours are found of which the
-longer one ends with the loss asked for or less. Steps between are interpolated, over their logarithm. The time is the
-processor's.
+METHODS are the comma-separated keys of `METHODS` below. Each method is trained with schedules of 1/8, 1/4, … 4 times
+the steps, at the best rate for the usual number, until the longer one of two neighbors reaches the target loss. Steps
+in between are interpolated logarithmically. Times are processor times.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ METHODS = {
 }
 REFERENCE = "lora+r=8"
 RANK = 8
-FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # of the usual number of steps
+FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # multiples of the usual number of steps
 USUAL = FACTORS.index(1.0)
 
 
 def train_once(task_name: str, method: str, steps: int, learning_rate: float, scale: float) -> dict[str, Any]:
-    """One training, in a process of its own, for its peak memory."""
+    """One training run in a separate process, for its peak memory."""
     given = json.dumps([task_name, method, steps, learning_rate, scale])
     command = [sys.executable, __file__, "--one", given]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
@@ -78,7 +77,7 @@ def _status(name: str) -> float:
 
 
 def measure(folder: Path, task_name: str, results: Path) -> None:
-    """The shortest training of every method that reaches the loss; what was trained is kept as it comes."""
+    """Shortest training of every method that reaches the loss; results are saved as they come."""
     records = read_records(folder)
     usual = load_suite(str(SUITE)).tasks[task_name].steps
     tuned = {}
@@ -111,7 +110,7 @@ def measure(folder: Path, task_name: str, results: Path) -> None:
 
 
 def _interpolated(trained: list[dict[str, Any]], target: float) -> float:
-    """The number of steps at which a method's loss is `target`, between the two trainings around it."""
+    """Number of steps at which a method's loss is `target`, between the two adjacent runs."""
     longer = min((r for r in trained if r["loss"] <= target), key=lambda r: r["steps"])
     before = max((r for r in trained if r["steps"] < longer["steps"]), key=lambda r: r["steps"], default=longer)
     if before is longer:
@@ -148,7 +147,7 @@ def render(records: dict[str, dict[str, Any]]) -> str:
 
 
 def updated(page: str) -> str:
-    """The page with the table of the stored results."""
+    """Page with the table of the stored results."""
     stored = (json.loads((RESULTS / f"quality-{task}.json").read_text(encoding="utf-8")) for task in TASKS)
     return with_section(page, "quality", render({name: record for part in stored for name, record in part.items()}))
 

@@ -1,6 +1,6 @@
-"""Is a rank that the loss decides during training worth having? Every way of choosing ranks, at the size of LoRA r = 4.
+"""Benefit of choosing ranks by loss during training: all rank-selection methods at the size of LoRA r = 4.
 
-python benchmarks/rank_gate.py                    # some 15 hours of one core; goes on where it stopped
+python benchmarks/rank_gate.py                    # some 15 hours of one core; resumes
 python benchmarks/rank_gate.py --only german      # some of the tasks; several processes share the work
 python benchmarks/rank_gate.py --report           # only render docs/rank_gate.md from the stored results
 """
@@ -42,9 +42,9 @@ SEEDS = (0, 1, 2)
 RANK, WIDE = 4, 16
 SCALING = 4.0
 MOMENT_BATCHES = 8
-CUT_AT = 0.3  # of the steps
+CUT_AT = 0.3  # share of the steps
 WARM_UP = 20  # steps after a cut; at the start, a twentieth of all
-EDGE = 3  # times that a grid of rates grows where its best is at the edge
+EDGE = 3  # maximum extensions of the rate grid while the best is at the edge
 
 Batch = dict[str, Any]
 Ranks = dict[str, int]
@@ -52,16 +52,16 @@ Ranks = dict[str, int]
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, from which base.
+    """A task and its base model.
 
     Args:
-        model: makes the base.
-        targets: a regular expression of modules.
-        batches: seed → training batches in turn, without end.
-        validation, test, forgotten: batches; what is forgotten is the loss on text like the base's own.
+        model: creates the base model.
+        targets: regular expression of modules.
+        batches: seed → endless training batches.
+        validation, test, forgotten: batches; `forgotten` measures the loss on text like the base model's.
         steps: of training.
-        rate: where the search for LoRA's begins.
-        head: parameters trained beside the adapter, by a part of their names, and their rate.
+        rate: initial rate of LoRA's search.
+        head: name part of parameters trained with the adapter, and their rate.
 
     """
 
@@ -77,14 +77,14 @@ class Task:
 
 
 def windows(data: Tensor, count: int, length: int) -> list[Batch]:
-    """Evenly spaced windows that do not overlap."""
+    """Evenly spaced, non-overlapping windows."""
     held = len(data) // length
     chosen = data[: held * length].view(held, length)[torch.arange(count) * held // count].long()
     return [{"input_ids": some, "labels": some} for some in chosen.split(64)]
 
 
 def byte_task(name: str) -> Task:
-    """The byte model goes on to a corpus."""
+    """The byte model on a corpus."""
     from lrlora_lab.byte_model import CONTEXT, base_model, sample_batch
     from lrlora_lab.corpora import load_corpus
 
@@ -109,7 +109,7 @@ def byte_task(name: str) -> Task:
 
 
 def smollm2_task() -> Task:
-    """SmolLM2 goes on to German speeches, in windows of 64 tokens."""
+    """SmolLM2 on German speeches, in windows of 64 tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lrlora.train.models import model_source
@@ -147,7 +147,7 @@ def smollm2_task() -> Task:
 
 
 class Labelled(nn.Module):
-    """The last two layers of MiniLM and a fixed random head, on what the layers before give them."""
+    """Last two layers of MiniLM with a fixed random head, on precomputed inputs of these layers."""
 
     def __init__(self, encoder: Any, head: Tensor, inputs: Tensor) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Labelled(nn.Module):
 
 
 def labels_task(texts: int = 2_048, classes: int = 64) -> Task:
-    """Random labels of texts, of which each adapter learns as many as it holds: all data is training data."""
+    """Random labels of texts, a measure of adapter capacity: all data is training data."""
     from transformers import AutoModel, AutoTokenizer
 
     from lrlora.train.embedded_texts import MOVIE_REVIEW_TASK
@@ -275,21 +275,21 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 
 def task_of(name: str) -> Task:
-    """A task, whose data is read once."""
+    """A task, with its data cached."""
     return TASKS[name]()
 
 
 @cache
 def shapes(task: Task) -> dict[str, int]:
-    """The modules to adapt, in order, with the parameters of a rank."""
+    """Modules to adapt, in order, with their parameters per rank."""
     linear = {name: module for name, module in task.model().named_modules() if isinstance(module, nn.Linear)}
     return {name: sum(module.weight.shape) for name, module in linear.items() if re.fullmatch(task.targets, name)}
 
 
 def filled(weights: dict[str, float], costs: dict[str, int], size: int) -> Ranks:
-    """Ranks in the proportion of the weights, rounded so that the size is used up."""
+    """Ranks in proportion to the weights, rounded to use up the size."""
     most = int(2 * size / min(costs.values()))
-    # The k-th rank of a module comes when the common factor reaches (k − ½) / weight.
+    # The k-th rank of a module is granted when the common factor reaches (k − ½) / weight.
     worth = [costs[n] * weights[n] / (torch.arange(1, most + 1) - 0.5).double() for n in costs]
     ranks = dict(zip(costs, best_per_parameter(worth, list(costs.values()), size), strict=True))
     for name in sorted(costs, key=lambda n: (-weights[n], -costs[n])):
@@ -300,17 +300,17 @@ def filled(weights: dict[str, float], costs: dict[str, int], size: int) -> Ranks
 
 
 def kind_of(module: str) -> str:
-    """A module's name without its place in the model: what modules of one type share."""
+    """Module name without layer numbers, shared by modules of one type."""
     return ".".join(part for part in module.split(".") if not part.isdigit())
 
 
 def layer_of(module: str) -> str:
-    """The number of its layer."""
+    """Its layer number."""
     return next((part for part in module.split(".") if part.isdigit()), "")
 
 
 def averaged(ranks: Ranks, group: Callable[[str], str]) -> dict[str, float]:
-    """Every module's rank replaced by the mean of its group."""
+    """Replace every module's rank by the mean of its group."""
     members: dict[str, list[int]] = {}
     for module, rank in ranks.items():
         members.setdefault(group(module), []).append(rank)
@@ -318,7 +318,7 @@ def averaged(ranks: Ranks, group: Callable[[str], str]) -> dict[str, float]:
 
 
 def shuffled(ranks: Ranks, seed: int) -> Ranks:
-    """Ranks exchanged between modules of one type."""
+    """Permute ranks between modules of one type."""
     members: dict[str, list[str]] = {}
     for module in ranks:
         members.setdefault(kind_of(module), []).append(module)
@@ -330,7 +330,7 @@ def shuffled(ranks: Ranks, seed: int) -> Ranks:
 
 
 def with_lora(task: Task, ranks: Ranks, seed: int, factors: list[Factors] | None = None, **options: Any) -> Any:
-    """A PEFT model with LoRA of these ranks, fresh or from factors."""
+    """PEFT model with LoRA of these ranks, new or from factors."""
     from peft import LoraConfig, get_peft_model
 
     kept = {module: rank for module, rank in ranks.items() if rank}
@@ -355,7 +355,7 @@ def with_lora(task: Task, ranks: Ranks, seed: int, factors: list[Factors] | None
 
 @dataclass
 class Course:
-    """Training of one seed: the batches that are left, the step, and what of the head was learned."""
+    """Training with one seed: remaining batches, current step, and learned head."""
 
     task: Task
     seed: int
@@ -366,7 +366,7 @@ class Course:
         self.head: dict[str, Tensor] = {}
 
     def train(self, model: Any, rate: float, until: int, after: Callable[[int], None] = lambda step: None) -> None:
-        """AdamW with a new state and a warm-up, on the one linear decay of the whole course."""
+        """AdamW with a new state and warm-up, on one linear decay over the whole course."""
         begin, adapter, head = self.step, [], []
         warm = max(1, self.total // 20 if begin == 0 else WARM_UP * self.total // 500)
         for name, parameter in model.named_parameters():
@@ -403,7 +403,7 @@ class Course:
             self.head = {n: p.data.clone() for n, p in model.named_parameters() if self.task.head[0] in n}
 
     def moments(self, model: Any) -> tuple[list[Factors], dict[str, Any], int]:
-        """The factors of a model, and the moments of the next batches."""
+        """Factors of a model, and moments of the next batches."""
         whole = factorize(model, energy=1.0)
         batches = [next(self.batches) for _ in range(MOMENT_BATCHES)]
         return whole, *collect_moments(model, whole, batches)
@@ -415,7 +415,7 @@ def cut_by_loss(whole: list[Factors], moments: Any, terms: int, size: int) -> li
 
 
 def cut_by_scalar(whole: list[Factors], moments: Any, terms: int, size: int) -> list[Factors]:
-    """SVD directions, the energy of each times one scalar of its module: E‖x‖² E‖g‖² within the update's span."""
+    """SVD directions, with energies scaled by one scalar per module: E‖x‖² E‖g‖² within the update's span."""
     worth = []
     for part in whole:
         sigma = part.A.double().square().sum(1)
@@ -426,18 +426,18 @@ def cut_by_scalar(whole: list[Factors], moments: Any, terms: int, size: int) -> 
 
 
 def cut_by_energy(whole: list[Factors], moments: Any, terms: int, size: int) -> list[Factors]:
-    """The largest σ² of all modules."""
+    """Largest σ² of all modules."""
     worth = [part.A.double().square().sum(1).square() for part in whole]
     return kept(whole, best_per_parameter(worth, [part.parameters_per_rank for part in whole], size))
 
 
 def cut_equally(whole: list[Factors], moments: Any, terms: int, size: int) -> list[Factors]:
-    """The SVD of every module at r = 4, as LoRA-Squeeze does."""
+    """SVD of every module at r = 4, as in LoRA-Squeeze."""
     return kept(whole, [RANK] * len(whole))
 
 
 def kept(whole: list[Factors], ranks: list[int]) -> list[Factors]:
-    """The leading SVD directions."""
+    """Leading SVD directions."""
     return [replace(part, A=part.A[:r], B=part.B[:, :r]) for part, r in zip(whole, ranks, strict=True)]
 
 
@@ -446,14 +446,14 @@ CUTS = {"loss": cut_by_loss, "scalar": cut_by_scalar, "energy": cut_by_energy, "
 
 @dataclass
 class Outcome:
-    """A trained model, and the ranks that it is served with."""
+    """A trained model, and its final ranks."""
 
     model: Any
     ranks: Ranks
 
 
 def by_cut(cut: str, shares: tuple[float, ...], widths: tuple[int, ...], wide_rate: float) -> Callable[..., Outcome]:
-    """LoRA that starts wide and is cut at shares of the steps to the sizes of these widths, the last to be served."""
+    """LoRA that starts wide and is cut, at shares of the steps, to the sizes of these widths; the last is final."""
 
     def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
         course, costs = Course(task, seed, task.steps), shapes(task)
@@ -471,7 +471,7 @@ def by_cut(cut: str, shares: tuple[float, ...], widths: tuple[int, ...], wide_ra
 
 
 def by_ranks(choose: Callable[[Task, int, Callable[[str], Ranks]], dict[str, float]]) -> Callable[..., Outcome]:
-    """LoRA whose ranks are in the proportion of some weights from the first step on."""
+    """LoRA with ranks in proportion to given weights from the first step on."""
 
     def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
         costs = shapes(task)
@@ -484,7 +484,7 @@ def by_ranks(choose: Callable[[Task, int, Callable[[str], Ranks]], dict[str, flo
 
 
 def by_pilot(share: float) -> Callable[..., Outcome]:
-    """Ranks by loss of a short LoRA r = 16, then a new LoRA for the steps that are left."""
+    """Ranks by loss from a short LoRA r = 16, then a new LoRA for the remaining steps."""
 
     def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
         costs, steps = shapes(task), int(share * task.steps)
@@ -502,14 +502,14 @@ def by_pilot(share: float) -> Callable[..., Outcome]:
 
 
 def tokens_of(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
-    """What a layer sees without padding: (tokens, features)."""
+    """Inputs of a layer without padding: (tokens, features)."""
     found = layer_input[0] if isinstance(layer_input, tuple) else layer_input
     found = found.flatten(0, -2)
     return found if mask is None else found[mask.flatten().bool()]
 
 
 def by_eva(rank: int) -> Callable[..., Outcome]:
-    """EVA: directions and ranks from the inputs' variance, before training."""
+    """EVA: directions and ranks from input variance, before training."""
 
     def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
         from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
@@ -542,7 +542,7 @@ def by_eva(rank: int) -> Callable[..., Outcome]:
 
 
 def by_adalora(target: int, per_parameter: bool) -> Callable[..., Outcome]:
-    """PEFT's AdaLoRA, its call and its penalty included; or with the importance of a rank over its parameters."""
+    """PEFT's AdaLoRA with its call and penalty; optionally with rank importance per parameter."""
 
     def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
         from peft import AdaLoraConfig, get_peft_model
@@ -574,34 +574,34 @@ def by_adalora(target: int, per_parameter: bool) -> Callable[..., Outcome]:
 
 
 def is_mlp(module: str) -> bool:
-    """Belongs to the feed-forward part of a layer."""
+    """Whether in the feed-forward part of a layer."""
     return any(part in module for part in ("fc1", "fc2", "gate_", "up_", "down_", "intermediate")) or (
         "output.dense" in module and "attention" not in module
     )
 
 
 def equal(task: Task, seed: int, known: Callable[[str], Ranks]) -> dict[str, float]:
-    """One rank for all."""
+    """Equal ranks."""
     return dict.fromkeys(shapes(task), 1.0)
 
 
 def mlp(task: Task, seed: int, known: Callable[[str], Ranks]) -> dict[str, float]:
-    """One rank for the feed-forward parts, none for the rest."""
+    """Equal ranks for the feed-forward parts, none elsewhere."""
     return {module: float(is_mlp(module)) for module in shapes(task)}
 
 
 class NotYetError(Exception):
-    """What a run depends on is not done."""
+    """A dependency of the run is not done."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to the ranks.
+    """A rank-selection method.
 
     Args:
-        train: task, seed, rate and the ranks that other methods found with this seed → a trained model.
-        name: in the table.
-        rate_of: the method whose tuned rate it takes; None is its own.
+        train: task, seed, rate and the ranks of other methods with this seed → a trained model.
+        name: name in the table.
+        rate_of: method whose tuned rate is used; None: its own.
 
     """
 
@@ -637,7 +637,7 @@ METHODS = {
     "eva-4": Method(by_eva(4), "EVA, r = 4"),
     "eva-3": Method(by_eva(3), "EVA, r = 3", "eva-4"),
 }  # fmt: skip
-# LoRA of other ranks: where its loss does not fall, no way to the ranks can be told from another.
+# LoRA at other ranks: where its loss is flat, methods cannot be distinguished.
 CURVE = {f"lora-{r}": r for r in (1, 2, 8, 16)}
 METHODS |= {
     name: Method(
@@ -648,7 +648,7 @@ METHODS |= {
 
 
 def _at_rank(task: Task, seed: int, rate: float, r: int) -> Outcome:
-    """LoRA with every module at r."""
+    """LoRA with rank r everywhere."""
     ranks = dict.fromkeys(shapes(task), r)
     model = with_lora(task, ranks, seed)
     Course(task, seed, task.steps).train(model, rate, task.steps)
@@ -661,17 +661,17 @@ def stored() -> list[dict[str, Any]]:
 
 
 def rows_of(name: str, method: str) -> list[dict[str, Any]]:
-    """Of a task and a method."""
+    """Of one task and method."""
     return [row for row in stored() if (row["task"], row["method"]) == (name, method)]
 
 
 def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of the least validation loss."""
+    """Row with the lowest validation loss."""
     return min(rows, key=lambda row: row["validation"])
 
 
 def tuned(name: str, method: str) -> float:
-    """The best rate of a method on a task, by the first seed."""
+    """Best rate of a method on a task, for the first seed."""
     job = wanted(name, method)
     if job is not None and job[0] == 0:
         raise NotYetError
@@ -679,10 +679,9 @@ def tuned(name: str, method: str) -> float:
 
 
 def wanted(name: str, method: str) -> tuple[int, float] | None:
-    """Seed and rate of the next run of a method; None where all are done.
+    """Seed and rate of the next run of a method; None if all are done.
 
-    The first seed climbs: a factor of two up and down from where it began, until the best is inside. The others take
-    its best rate.
+    The first seed searches by factors of two in both directions until the best is inside. The others use its best rate.
     """
     own = rows_of(name, method)
     of = METHODS[method].rate_of
@@ -702,7 +701,7 @@ def wanted(name: str, method: str) -> tuple[int, float] | None:
 
 
 def known_ranks(name: str, seed: int) -> Callable[[str], Ranks]:
-    """What another method found on this task with this seed at its tuned rate."""
+    """Ranks that another method found with this seed at its tuned rate."""
 
     def known(method: str) -> Ranks:
         rate = tuned(name, method)
@@ -716,7 +715,7 @@ def known_ranks(name: str, seed: int) -> Callable[[str], Ranks]:
 
 @torch.no_grad()
 def loss_of(model: Any, batches: list[Batch]) -> tuple[float, float]:
-    """Mean loss over all labels, from the logits alone, and the share of right ones."""
+    """Mean loss over all labels, from the logits only, and accuracy."""
     total, count, right = 0.0, 0, 0
     for batch in batches:
         output = model.base_model.model(**batch)
@@ -728,7 +727,7 @@ def loss_of(model: Any, batches: list[Batch]) -> tuple[float, float]:
 
 
 def run(name: str, task: Task, method: str, seed: int, rate: float) -> None:
-    """Train once, and append what came out."""
+    """Train once, and append the result."""
     start, costs = time.perf_counter(), shapes(task)
     row: dict[str, Any] = {"task": name, "method": method, "seed": seed, "rate": rate}
     try:
@@ -751,14 +750,14 @@ def run(name: str, task: Task, method: str, seed: int, rate: float) -> None:
 
 
 def work(names: list[str], methods: list[str]) -> None:
-    """Do the first thing that is left and that no other process does, until nothing is."""
+    """Process remaining runs that no other process does, until none is left."""
     CLAIMS.mkdir(parents=True, exist_ok=True)
     while any(work_on(name, method) for name in names for method in methods):
         pass
 
 
 def work_on(name: str, method: str) -> bool:
-    """Do the next run of a method; False where there is none to do now."""
+    """Process a method's next run; False if none is available now."""
     try:
         job = wanted(name, method)
     except NotYetError:
@@ -779,7 +778,7 @@ def work_on(name: str, method: str) -> bool:
     return True
 
 
-# Methods that count ranks, not parameters: each at two ranks, read at the size of the others.
+# Methods that count ranks instead of parameters: each at two ranks, interpolated at the common size.
 PAIRS = {
     "adalora": ("adalora-3", "adalora-2"),
     "per-parameter": ("per-parameter-4", "per-parameter-3"),
@@ -789,7 +788,7 @@ CANDIDATES = ("loss", "scalar")
 
 
 def tested(name: str, method: str) -> dict[int, tuple[float, float]]:
-    """Seed → parameters and test loss, at the tuned rate; nothing where that is not known."""
+    """Seed → parameters and test loss, at the tuned rate; empty if unknown."""
     try:
         rate = tuned(name, METHODS[method].rate_of or method)
     except NotYetError:
@@ -799,7 +798,7 @@ def tested(name: str, method: str) -> dict[int, tuple[float, float]]:
 
 
 def at_size(name: str, method: str, size: int) -> dict[int, float]:
-    """Seed → test loss; of a pair of ranks, on the line through both, in the logarithm of the parameters."""
+    """Seed → test loss; for a pair of ranks, interpolated linearly in the log of the parameters."""
     if method not in PAIRS:
         return {seed: loss for seed, (_, loss) in tested(name, method).items()}
     first, second = (tested(name, each) for each in PAIRS[method])
@@ -811,7 +810,7 @@ def at_size(name: str, method: str, size: int) -> dict[int, float]:
 
 
 def differences() -> str:
-    """How much more loss every method has than each candidate, paired by seed, on each task."""
+    """Excess loss of every method over each candidate, paired by seed, on each task."""
     singles = [method for method in METHODS if method not in CURVE and method not in sum(PAIRS.values(), ())]
     lines = []
     for name in TASKS:
@@ -835,7 +834,7 @@ def differences() -> str:
 
 
 def updated(page: str) -> str:
-    """The page with the tables of what is stored."""
+    """Page with tables of the stored results."""
     rows = [row for row in stored() if row["size"]]
     lines = []
     for name in TASKS:
@@ -857,7 +856,7 @@ def updated(page: str) -> str:
 
 
 def main() -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="tasks, with commas between", default=",".join(TASKS))
     parser.add_argument("--methods", help="with commas between", default=",".join(METHODS))

@@ -1,11 +1,11 @@
-"""Do the ranks that LR-LoRA learned help plain LoRA? At equal parameters, against LoRA with one rank everywhere.
+"""Do LR-LoRA's learned ranks help plain LoRA? Comparison at equal parameters with LoRA of uniform rank.
 
     OMP_NUM_THREADS=1 python benchmarks/rank_pattern.py r8 movie-reviews     # about 15 minutes a task on one core
     python benchmarks/rank_pattern.py --report                               # only render docs/export.md
 
-For each task, LR-LoRA is trained once, with a seed of its own; its ranks are cut to the parameters of LoRA at r = 4,
-and LoRA is trained with them and with r = 4 everywhere, with three other seeds. All at the rate that suits LoRA
-(docs/phi.md). Finished runs are not repeated.
+For each task, LR-LoRA is trained once, with a separate seed; its ranks are cut to the parameters of LoRA at r = 4, and
+LoRA is trained with them and with uniform r = 4, with three other seeds. All at the best rate for LoRA (docs/phi.md).
+Finished runs are skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNIFORM, PATTERN = "lora", "learned"
 
 
 def learn_ranks(task: str) -> dict[str, Any]:
-    """The fields of a LoRA configuration with the ranks that LR-LoRA learns on a task."""
+    """LoRA configuration fields with the ranks that LR-LoRA learns on a task."""
     from lrlora.adapters import factorize, lora_config
     from lrlora.adapters.factorize import parameters_of_rank
     from lrlora.train.run import train
@@ -67,7 +67,7 @@ def learn_ranks(task: str) -> dict[str, Any]:
 
 
 def measure(task: str) -> None:
-    """Run what is missing of a task."""
+    """Run a task's missing jobs."""
     from lrlora_lab.methods import METHODS, Method
     from lrlora_lab.suites import SUITES
     from lrlora_lab.worker import run_job
@@ -123,7 +123,7 @@ def render() -> str:
 
 
 def updated(page: str) -> str:
-    """The page with the table of the stored results."""
+    """Page with the table of the stored results."""
     return with_section(page, "rank-pattern", render())
 
 

@@ -1,9 +1,9 @@
-"""LR-LoRA beside LoRA on models that do not fit here: what is trained, and the memory of a step.
+"""LR-LoRA and LoRA on models too large to run here: trained parameters, and memory of a step.
 
     python benchmarks/scale.py            # 3 minutes on one core; writes docs/scale/results.json
     python benchmarks/scale.py --report   # docs/scale.md from the stored results
 
-Both are counted by running the real modules at full size on tensors without memory, and checked on small models.
+Both are counted by running the real modules at full size on tensors without memory, and validated on small models.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ Record = dict[str, Any]
 
 
 def llama(vocabulary: int, width: int, inner: int, layers: int, heads: int, kv_heads: int) -> Any:
-    """A Llama of these sizes."""
+    """Llama of these sizes."""
     sizes: Record = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
     attention: Record = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     return transformers.LlamaConfig(vocab_size=vocabulary, **sizes, **attention)
 
 
 def mixture(vocabulary: int, width: int, inner: int, layers: int, heads: int, kv_heads: int, experts: int) -> Any:
-    """A Qwen3 mixture of these sizes: 8 experts for each token, heads of 128."""
+    """Qwen3 mixture of these sizes: 8 experts per token, heads of 128."""
     sizes: Record = {"hidden_size": width, "moe_intermediate_size": inner, "num_hidden_layers": layers, "head_dim": 128}
     attention: Record = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     some: Record = {"num_experts": experts, "num_experts_per_tok": 8}
@@ -71,11 +71,11 @@ LENGTH = 4096  # tokens of a step
 CAPACITY = 80e9
 
 
-# -- What a model multiplies with --------------------------------------------------------------------------------------
+# -- Matrices of a model -----------------------------------------------------------------------------------------------
 
 
 class Matrix(NamedTuple):
-    """Weights (m, n), one or a stack of experts, of which each token visits `active`."""
+    """Weights (m, n), single or stacked experts, of which each token uses `active`."""
 
     m: int
     n: int
@@ -89,7 +89,7 @@ class Matrix(NamedTuple):
 
 
 def adapted(config: Any, method: str, dtype: torch.dtype, *, checkpoints: bool = False, **fields: Any) -> Any:
-    """A model with an adapter on all linear layers of its blocks and all experts, on the device of the context."""
+    """Model with an adapter on all linear layers of its blocks and all experts, on the current device."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     if hasattr(config, "num_experts_per_tok"):
         fields["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
@@ -103,7 +103,7 @@ def adapted(config: Any, method: str, dtype: torch.dtype, *, checkpoints: bool =
 
 
 def matrices(config: Any) -> Counter[Matrix]:
-    """All that a model multiplies with, and how often, read off its modules on the meta device."""
+    """All weight matrices of a model with counts, from its modules on the meta device."""
     with torch.device("meta"):
         model = adapted(config, "LR-LoRA", torch.bfloat16)
     found: Counter[Matrix] = Counter()
@@ -113,46 +113,46 @@ def matrices(config: Any) -> Counter[Matrix]:
             found[Matrix(m, n, experts, config.num_experts_per_tok)] += 1
         elif isinstance(module, LrLoraLayer):
             found[Matrix(module.out_features, module.in_features)] += 1
-        elif name.endswith(("lm_head", "mlp.gate")):  # not adapted: the head, and the routers
+        elif name.endswith(("lm_head", "mlp.gate")):  # not adapted: head and routers
             m, n = module.weight.shape
             found[Matrix(m, n, is_adapted=False)] += 1
     return found
 
 
 def parameters(matrix: Matrix, method: str) -> int:
-    """What an adapter trains."""
+    """Trained parameters."""
     return matrix.is_adapted * (R * (matrix.m + matrix.n) * matrix.experts + 2 * N * (method == "LR-LoRA"))
 
 
 def passes(matrix: Matrix, method: str, half: bool) -> tuple[float, float]:
-    """How many matmuls of 2·T·m·n operations forward and backward take."""
+    """Number of matmuls of 2·T·m·n operations in forward and backward."""
     if not matrix.is_adapted or (method != "LR-LoRA" and matrix.experts == 1):
         return 1, 1
     return (2, 2) if half and matrix.experts == 1 else (1, 2)
 
 
 def flops(matrix: Matrix, method: str, tokens: int, half: bool) -> float:
-    """Operations of all matmuls of a forward and backward; without those that make the table of φ."""
+    """Matmul operations of a forward and backward, excluding the table of φ."""
     m, n, E = matrix.m, matrix.n, matrix.experts
     large = 2 * tokens * m * n * matrix.active * sum(passes(matrix, method, half))
     if not matrix.is_adapted:
         return large
-    if method == "LoRA":  # of experts, PEFT forms BA twice: PyTorch tries a parametrisation before it uses it
+    if method == "LoRA":  # for experts, PEFT forms BA twice: PyTorch calls a parametrization once to validate it
         return large + (6 * R * tokens * (m + n) if E == 1 else 8 * R * matrix.entries)
     # BA, again for its two gradients, and in a linear layer once more for the gradient of the input.
     return large + 2 * R * matrix.entries * (5 if E == 1 else 4)
 
 
 def attention_flops(config: Any, tokens: int, length: int) -> float:
-    """Scores and their products with the values, forward and backward, those of the future included."""
+    """Scores and their products with the values, forward and backward, including masked ones."""
     return 12 * tokens * length * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
 
-# -- Counting: what a step allocates, moves and calls ------------------------------------------------------------------
+# -- Counting allocations, transfers and calls of a step ---------------------------------------------------------------
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes alive, and the most at a time."""
+    """Counts the live bytes and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Traffic(TorchDispatchMode):
                 self.alive += storage.nbytes()
                 self._known[key] = weakref.finalize(storage, self._free, key, storage.nbytes())
         name = str(func)
-        # The one buffer that the operator has for itself, which running it without memory does not show.
+        # The operator's internal buffer, which a run without memory does not show.
         buffer = 0
         if "lrlora.adapted_linear" in name:
             x, _, *rest = args[2:] if "backward" in name else args
@@ -185,7 +185,7 @@ class Traffic(TorchDispatchMode):
 
 
 def without_memory(model: nn.Module) -> nn.Module:
-    """The model with fake tensors, which run operators by their shapes: LR-LoRA refuses to run on the meta device."""
+    """Convert to fake tensors, which run operators by shape: LR-LoRA does not run on the meta device."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -196,7 +196,7 @@ def without_memory(model: nn.Module) -> nn.Module:
 
 
 def run(model: Any, shape: tuple[int, int], x: Tensor | None = None) -> None:
-    """Forward and backward of embedded tokens; in half precision as the Trainer runs it, under autocast."""
+    """Forward and backward of embedded tokens; in half precision under autocast, like the Trainer."""
     half = model.dtype == torch.bfloat16
     x = torch.randn(*shape, model.config.hidden_size, dtype=model.dtype, requires_grad=True) if x is None else x
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -205,7 +205,7 @@ def run(model: Any, shape: tuple[int, int], x: Tensor | None = None) -> None:
 
 
 def count(config: Any, method: str, tokens: int, layers: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Peak bytes of a forward and backward with checkpoints, without the weights, their gradients and the input."""
+    """Peak bytes of a forward and backward with checkpointing, excluding weights, their gradients and the input."""
     config.num_hidden_layers = layers
     with torch.device("meta"):
         model = adapted(config, method, dtype, checkpoints=True)
@@ -222,7 +222,7 @@ def count(config: Any, method: str, tokens: int, layers: int, dtype: torch.dtype
 
 
 def survey(make: Callable[[], Any]) -> Record:
-    """All that the tables need to know of a model."""
+    """All data on a model for the tables."""
     record: Record = {name: {} for name in ("trainable", "tensors", "working")}
     config = make()
     for method in METHODS:
@@ -245,23 +245,23 @@ def survey(make: Callable[[], Any]) -> Record:
 
 
 def memory(model: Record, method: str, shards: int, *, buckets: bool = False) -> list[float]:
-    """Bytes on a GPU at the peak of a step."""
+    """Peak bytes on a GPU during a step."""
     return [
         BF16 * model["base"] / shards,
-        # Two layers, one in use and one on its way, and what belongs to no layer.
+        # Two layers, one in use and one being gathered, and everything outside of layers.
         2 * model["layer_bytes"] + model["root_bytes"] if shards > 1 else 0,
-        # Parameters, gradients and two moments; DDP has the gradients in its buckets, too.
+        # Parameters, gradients and two moments; DDP also stores the gradients in buckets.
         (5 if buckets else 4) * FLOAT32 * model["trainable"][method] / shards,
         BF16 * LENGTH * model["width"] * model["layers"],
         model["working"][method],
     ]
 
 
-# -- Checks against what runs here -------------------------------------------------------------------------------------
+# -- Validation on models that run here --------------------------------------------------------------------------------
 
 
 def count_flops(model: Any, tokens: int) -> int:
-    """Operations of a real forward and backward, also those inside LR-LoRA's operators."""
+    """Operations of a real forward and backward, including inside LR-LoRA's operators."""
 
     def inside(op: Any) -> Callable[..., int]:
         def counted(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -272,11 +272,11 @@ def count_flops(model: Any, tokens: int) -> int:
         counted._get_raw = True  # type: ignore[attr-defined]  # the counter's mark: give tensors, not shapes
         return counted
 
-    # Shapes are given; the counter knows no operator in place.
+    # Arguments are shapes; the counter does not know in-place operators.
     in_place: dict[Any, Any] = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}
     own = (ops._adapted_linear, ops._adapted_linear_backward, ops._delta_weight, ops._delta_weight_backward)
     mapping = in_place | {getattr(torch.ops.lrlora, op._qualname.split("::")[1]): inside(op) for op in own}
-    # Plain PyTorch, whose matmuls can be seen.
+    # Plain PyTorch, whose matmuls are visible.
     with (
         mock.patch.dict(os.environ, LRLORA_KERNELS="0"),
         FlopCounterMode(display=False, custom_mapping=mapping) as counter,
@@ -286,7 +286,7 @@ def count_flops(model: Any, tokens: int) -> int:
 
 
 def check_counts(tokens: int = 24) -> list[Record]:
-    """Trainable parameters and operations of tiny models, by formula and counted; φ without a table, which is extra."""
+    """Trainable parameters and operations of tiny models, by formula and counted; φ without its table."""
     records = []
     for name, config in (("Llama", llama(128, 64, 160, 2, 4, 2)), ("mixture", mixture(128, 64, 32, 2, 4, 2, 8))):
         config._attn_implementation = config._experts_implementation = "eager"
@@ -316,7 +316,7 @@ MEMORY_CASES = {  # vocabulary, width, inner width, layers, heads, heads of keys
 
 
 def check_memory() -> list[Record]:
-    """Counted and measured peaks of two steps of small models, weights and AdamW included, in MB."""
+    """Counted and measured peaks of two steps of small models, including weights and AdamW, in MB."""
     records = []
     for name, (sizes, dtype, shape) in MEMORY_CASES.items():
         for method in METHODS:
@@ -326,7 +326,7 @@ def check_memory() -> list[Record]:
             counted = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
             counted += tokens * sizes[1] * sizes[3] * torch.empty(0, dtype=dtype).element_size()
             counted += count(llama(*sizes), method, tokens, 1, dtype)
-            # Memory that is freed must go back at once, or the peak is that of the allocator.
+            # Freed memory must be returned immediately, or the peak is the allocator's.
             options = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
             command = [sys.executable, __file__, "--memory", name, method]
             said = subprocess.run(command, env=os.environ | options, check=True, stdout=subprocess.PIPE).stdout
@@ -351,9 +351,9 @@ def measured_peak(name: str, method: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
-    two_steps(llama(64, 64, 64, 1, 2, 2), (1, 16))  # libraries and kernels are loaded now
+    two_steps(llama(64, 64, 64, 1, 2, 2), (1, 16))  # load libraries and kernels first
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     two_steps(llama(*sizes), shape)
     return resident("VmHWM") - before
@@ -363,14 +363,14 @@ def measured_peak(name: str, method: str) -> int:
 
 
 def measure() -> Record:
-    """All that is stored."""
+    """All results."""
     torch.set_num_threads(1)
     models = {name: survey(make) for name, make in MODELS.items()}
     return {"models": models, "checks": [*check_counts(), *check_memory()]}
 
 
 def render(results: Record) -> dict[str, str]:
-    """The tables by name."""
+    """Tables by name."""
     rows: dict[str, list[list[str]]] = {name: [] for name in HEADERS}
     for name in MODELS:
         for kind, some in rows_of(name, results["models"][name]).items():
@@ -383,7 +383,7 @@ def render(results: Record) -> dict[str, str]:
 
 
 def rows_of(name: str, model: Record) -> dict[str, list[list[str]]]:
-    """What the tables say of a model."""
+    """Table rows of a model."""
     linear = [Matrix(*sizes) for *sizes, _ in model["matrices"] if Matrix(*sizes).is_adapted]
     largest = max(linear, key=lambda matrix: matrix.entries)
     shape = f"{largest.m} × {largest.n}" + (f" × {largest.experts}" if largest.experts > 1 else "")
@@ -405,7 +405,7 @@ HEADERS = {
 
 
 def updated(page: str) -> str:
-    """The page with the tables of the stored results."""
+    """Page with tables of the stored results."""
     for name, content in render(json.loads(RESULTS.read_text(encoding="utf-8"))).items():
         page = with_section(page, name, content)
     return page

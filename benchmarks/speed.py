@@ -1,12 +1,12 @@
-"""What LR-LoRA costs beside other methods: time and memory of training steps, of generation, of what a user waits for.
+"""Cost of LR-LoRA and other methods: time and memory of training steps, generation time, and user-facing latency.
 
     python benchmarks/speed.py            # some 30 minutes on two cores; writes docs/speed/results.jsonl
     python benchmarks/speed.py --only growth waiting
     python benchmarks/speed.py --device cuda
     python benchmarks/speed.py --report   # docs/speed.md from the stored results
 
-Methods take turns in one process, so that a change of the machine's speed meets them all; ratios are of medians. Peak
-memory is that of a process of its own. Run it on a quiet machine.
+Methods alternate in one process, so that speed changes of the machine affect all of them; ratios are of medians. Peak
+memory is measured in a separate process. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ METHODS = (
 
 
 def adapt(model: nn.Module, method: str, r: int = R, terms: int = TERMS) -> nn.Module:
-    """The model with a method's adapter on all linear layers of its blocks."""
+    """Add a method's adapter to all linear layers of the model's blocks."""
     if method == "full fine-tuning":
         return model.train()
     model.requires_grad_(False)
@@ -128,7 +128,7 @@ def _step(model: Any, shape: tuple[int, int], method: str) -> Step:
     labels = tokens if is_causal else torch.zeros(shape[0], dtype=torch.long)
 
     def step() -> None:
-        # The gradient reaches the first block for all methods alike.
+        # The gradient reaches the first block in all methods.
         embedded = embed(tokens).detach().requires_grad_()
         model(inputs_embeds=embedded, labels=labels).loss.backward()
         if optimizer is not None:
@@ -148,7 +148,7 @@ def layer_step(method: str, size: int = 2048, tokens: int = 1024, r: int = R, te
 
 
 def saved_bytes(method: str, size: int = 2048, tokens: int = 1024, r: int = R, terms: int = TERMS) -> int:
-    """What the forward of that layer keeps for its backward, beside parameters and the input."""
+    """Bytes that this layer's forward saves for backward, besides parameters and input."""
     torch.manual_seed(0)
     layer = adapt(nn.Sequential(OrderedDict(layer=nn.Linear(size, size))), method, r, terms)
     x = torch.randn(tokens, size, requires_grad=True)
@@ -166,7 +166,7 @@ def saved_bytes(method: str, size: int = 2048, tokens: int = 1024, r: int = R, t
     return sum(kept.values())
 
 
-# Axis → its values, and what each of them sets.
+# Axis → its values, and the setting of each.
 GROWTH: dict[str, tuple[tuple[int, ...], Callable[[int], dict[str, int]]]] = {
     "width m = n, of 1,024 tokens": ((512, 1024, 2048, 4096, 8192), lambda v: {"size": v}),
     "tokens, width 2048": ((32, 128, 512, 2048, 8192), lambda v: {"tokens": v}),
@@ -177,7 +177,7 @@ GROWING = ("LoRA", EXPANSION, "LR-LoRA")
 
 
 def generation(method: str) -> Step:
-    """64 new tokens for each of 2 prompts of 64, greedily, with the Llama shapes."""
+    """64 new tokens for each of 2 prompts of 64, greedy, with the Llama shapes."""
     torch.manual_seed(0)
     model, _ = _llama()
     name, _, cached = method.partition(", ")
@@ -198,7 +198,7 @@ GENERATORS = ("base model", "base model, a second one", "LoRA", "expansion", "LR
 
 
 def alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taking turns; the first turn of each is not counted."""
+    """Median seconds of each, alternating; excludes the first turn."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
@@ -210,7 +210,7 @@ def alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
 
 
 def peak_memory(name: str, method: str) -> float:
-    """MiB that two steps add to what the process had before, in a process of its own."""
+    """MiB added by two steps, in a separate process."""
     command = [sys.executable, __file__, "--memory", name, method]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -224,7 +224,7 @@ def _memory_of(name: str, method: str) -> float:
 
 
 def _status(name: str) -> float:
-    """Memory of this program in MiB; `getrusage` would count what the parent process had, too."""
+    """Memory of this program in MiB; `getrusage` would include the parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) / 1024
@@ -236,7 +236,7 @@ def _run(*command: str) -> Step:
 
 
 def _large_adapter(folder: Path) -> None:
-    """LoRA of rank 16 on all linear layers of a model of Llama 70B's shapes."""
+    """LoRA of rank 16 on all linear layers with Llama 70B's shapes."""
     hidden, mlp, heads = 8192, 28672, 1024
     sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
     sizes |= {f"self_attn.{name}_proj": (heads, hidden) for name in "kv"}
@@ -252,7 +252,7 @@ def _large_adapter(folder: Path) -> None:
 
 
 def _merge_ratio(folder: Path) -> float:
-    """Peak of merging an LR-LoRA adapter into SmolLM2, in sizes of the model, above what a tiny merge leaves behind."""
+    """Peak of merging an LR-LoRA adapter into SmolLM2, in model sizes, relative to a prior tiny merge."""
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny, vocab_size=64)).save_pretrained(folder / "tiny")
     for name, base in (("small", str(folder / "tiny")), ("large", str(checkpoint(SMOLLM2)))):
@@ -270,7 +270,7 @@ def _merge_ratio(folder: Path) -> float:
 def _merge_both(folder: str) -> None:
     merge_adapter(Path(folder, "small"), Path(folder, "out", "small"), dtype=torch.float32)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     merge_adapter(Path(folder, "large"), Path(folder, "out", "large"), dtype=torch.float32)
     size = sum(file.stat().st_size for file in Path(folder, "out", "large").glob("*.safetensors")) / 2**20
@@ -278,7 +278,7 @@ def _merge_both(folder: str) -> None:
 
 
 def measure_steps(rounds: int) -> list[Record]:
-    """Whole training steps."""
+    """Full training steps."""
     records = []
     for name in MODELS:
         seconds = alternate({method: training_step(name, method) for method in METHODS}, rounds)
@@ -292,7 +292,7 @@ def measure_steps(rounds: int) -> list[Record]:
 
 
 def measure_growth(rounds: int) -> list[Record]:
-    """One layer, larger and larger, then whole models with more and more layers."""
+    """One layer of growing size, then models with more and more layers."""
     records = []
     for axis, (values, settings) in GROWTH.items():
         for value in values:
@@ -315,13 +315,13 @@ def measure_growth(rounds: int) -> list[Record]:
 
 
 def measure_generation(rounds: int) -> list[Record]:
-    """Generation; two equal base models show what chance does."""
+    """Generation; two identical base models show the noise."""
     seconds = alternate({method: generation(method) for method in GENERATORS}, rounds)
     return [{"method": method, "seconds": value} for method, value in seconds.items()]
 
 
 def measure_waiting(rounds: int) -> list[Record]:
-    """What a user waits for outside of training."""
+    """User-facing latency outside of training."""
     lrlora = str(Path(sys.executable).with_name("lrlora"))
     commands = {
         "import typer, rich": _run(sys.executable, "-c", "import typer, rich"),
@@ -368,7 +368,7 @@ def render(records: list[Record]) -> str:
         for value in values:
             found = {r["method"]: r for r in by_kind["growth"] if (r["name"], r["value"]) == (axis, value)}
             cells = [f"{found[method]['seconds'] / found['LoRA']['seconds']:.2f}" for method in GROWING[1:]]
-            # LR-LoRA keeps nothing but the input and its parameters, and has no column.
+            # LR-LoRA saves only the input and its parameters, and has no column.
             kept = [
                 f"{found[method]['kept'] / 2**10:,.0f}" if "kept" in found[method] else "" for method in GROWING[:2]
             ]
@@ -388,7 +388,7 @@ def render(records: list[Record]) -> str:
 
 
 def updated(page: str) -> str:
-    """The page with the tables of the stored results."""
+    """Page with tables of the stored results."""
     records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     return with_section(with_section(page, "speed", render(records)), "gpu", gpu.render(RESULTS.parent))
 

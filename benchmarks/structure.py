@@ -1,8 +1,8 @@
-"""How large the code is, and how far a value travels through it: PYTHONPATH=COMMIT/src python benchmarks/structure.py.
+"""Code size and data-flow length: PYTHONPATH=COMMIT/src python benchmarks/structure.py.
 
-Counts of the lrlora that is imported: lines (code, docstrings and comments apart), files, packages and the imports
-between them, functions that take Any, options of the command line, fields of the configuration; and the course of two
-values from file to file: the configuration of a run through `train`, and the input of an adapted layer through a step.
+Counts, for the imported lrlora: lines (code, docstrings and comments), files, packages and imports between them,
+functions that take Any, command-line options, configuration fields; and the path of two values through the files: a
+run's configuration through `train`, and an adapted layer's input through a step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE)
 
 
 def lines() -> dict[str, int]:
-    """Lines of code, of docstrings, of comments alone, and empty ones."""
+    """Lines of code, docstrings, comments only, and empty lines."""
     found = dict.fromkeys(("code", "docstrings", "comments", "empty"), 0)
     for path in FILES:
         text = path.read_text()
@@ -59,13 +59,13 @@ def lines() -> dict[str, int]:
 
 
 def package_of(module: str) -> str:
-    """The folder or single module below lrlora that a module is in."""
+    """Folder or single module below lrlora that contains a module."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "lrlora" else parts[0]
 
 
 def imports() -> set[tuple[str, str]]:
-    """Pairs of packages of which the first imports the second."""
+    """Pairs of packages (importer, imported)."""
     found = set()
     for path in FILES:
         parts = path.relative_to(SOURCE).with_suffix("").parts
@@ -80,7 +80,7 @@ def imports() -> set[tuple[str, str]]:
 
 
 def depth(arrows: set[tuple[str, str]]) -> int:
-    """The longest chain of imports from package to package."""
+    """Longest import chain between packages."""
     below: dict[str, int] = {}
 
     def of(package: str, seen: tuple[str, ...] = ()) -> int:
@@ -93,7 +93,7 @@ def depth(arrows: set[tuple[str, str]]) -> int:
 
 
 def functions_with_any() -> int:
-    """Functions with a parameter that is Any, or a container of it."""
+    """Functions with a parameter of type Any, or a container of it."""
     count = 0
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -110,7 +110,7 @@ def options() -> int:
 
 
 def course(run: Callable[[], Any], travels: Callable[[Any], bool]) -> dict[str, int]:
-    """Calls within lrlora that are given a value, the files that they are in, and the returns to one left before."""
+    """Calls within lrlora that receive a value, their files, and returns to a file left before."""
     entered: list[str] = []
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
@@ -130,11 +130,11 @@ def course(run: Callable[[], Any], travels: Callable[[Any], bool]) -> dict[str, 
 
 
 def course_of_x() -> dict[str, int]:
-    """The input of one adapted layer, and what has its elements, in a forward and a backward."""
+    """Input of an adapted layer, and tensors that share its data, in a forward and a backward."""
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LrLoraConfig(r=2, target_modules=["0"]))
     x = torch.randn(4, 8, requires_grad=True)
-    model(x).sum().backward()  # what is compiled or registered at first use
+    model(x).sum().backward()  # warm-up: compilation and registration
     place = x.data_ptr()
     return course(
         lambda: model(x).sum().backward(), lambda value: isinstance(value, torch.Tensor) and value.data_ptr() == place
@@ -142,14 +142,14 @@ def course_of_x() -> dict[str, int]:
 
 
 def course_of_a_run() -> dict[str, int]:
-    """The configuration of a run through `train`."""
+    """Configuration of a run through `train`."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.train.small import reviews, save_encoder
 
     try:
         from lrlora.train.run import train
         from lrlora.train.settings import TrainConfig
-    except ImportError:  # of the commits before the folder had this name
+    except ImportError:  # commits before the folder was renamed
         from lrlora.lab.config import TrainConfig  # type: ignore[no-redef]
         from lrlora.lab.train import train  # type: ignore[no-redef]
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +169,7 @@ def course_of_a_run() -> dict[str, int]:
 
 
 def main() -> None:
-    """Print everything as JSON."""
+    """Print all results as JSON."""
     arrows = imports()
     found: dict[str, Any] = {
         "files": len(FILES),

@@ -1,4 +1,4 @@
-"""A training loop of your own with accelerate.
+"""Custom training loop with accelerate.
 
 python examples/accelerate_loop.py [STEPS], or with `accelerate launch`
 """

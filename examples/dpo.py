@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, both ways: a new adapter (`peft_config=`), and an adapter that is trained already.
+"""TRL's DPOTrainer with a new adapter (`peft_config=`), and with an adapter that is already trained.
 
 In the second case TRL keeps a copy of the trained adapter, named "ref", as the reference.
 
@@ -19,7 +19,7 @@ from lrlora.train.embedded_texts import TASKS
 from lrlora.train.packages import SMOLLM2, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-base = str(checkpoint(SMOLLM2))  # or any chat model of the hub, by name
+base = str(checkpoint(SMOLLM2))  # or any chat model on the hub, by name
 labels = ("rotten", "fresh")
 data = Dataset.from_list(
     [

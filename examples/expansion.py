@@ -1,4 +1,4 @@
-"""Where rank decides: labels drawn at random, which the MLP of MiniLM's last layer has to learn by heart.
+"""Expansion on a rank-limited task: the MLP of MiniLM's last layer memorizes random labels.
 
 python examples/expansion.py [STEPS]
 
@@ -31,11 +31,11 @@ labels = torch.randint(classes, (count,))
 
 
 class Classifier(nn.Module):
-    """Mean-pooled hidden states, standardised over all texts, and a fixed random head."""
+    """Mean-pooled hidden states, standardized over all texts, and a fixed random head."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = AutoModel.from_pretrained(base).eval()  # without dropout
+        self.encoder = AutoModel.from_pretrained(base).eval()  # disables dropout
         width = self.encoder.config.hidden_size
         self.register_buffer("head", 4 / width**0.5 * torch.randn(classes, width))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""QLoRA's way: an adapter on a 4-bit base, trained with TRL, then loaded on the 4-bit and on a full-precision base.
+"""QLoRA-style training: an adapter on a 4-bit base with TRL, then loaded on the 4-bit and a full-precision base.
 
 python examples/quantized.py [STEPS]
 """

@@ -1,4 +1,4 @@
-"""sentence-transformers: an adapter on an embedding model, trained on pairs, saved and loaded.
+"""sentence-transformers: train an adapter of an embedding model on pairs, save and load it.
 
 python examples/sentence_embeddings.py [STEPS]
 """
@@ -17,7 +17,7 @@ from lrlora.train.packages import MINILM, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 base = str(checkpoint(MINILM))
-# Pairs of snippets about one film: what belongs together should be near.
+# Pairs of snippets about one film, which should be close.
 reviews = TASKS["movie-reviews"].load()["train"].to_pandas()
 films = [texts for texts in reviews.groupby("group")["text"].apply(list) if len(texts) > 1][: 16 * steps]
 pairs = Dataset.from_dict({"anchor": [texts[0] for texts in films], "positive": [texts[1] for texts in films]})

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: a chat model, trained on prompts and completions.
+"""TRL's SFTTrainer: train a chat model on prompts and completions.
 
 python examples/sft.py [STEPS]
 """
@@ -15,7 +15,7 @@ from lrlora.train.embedded_texts import TASKS
 from lrlora.train.packages import SMOLLM2, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-base = str(checkpoint(SMOLLM2))  # or any chat model of the hub, by name
+base = str(checkpoint(SMOLLM2))  # or any chat model on the hub, by name
 reviews = TASKS["movie-reviews"].load()["train"].select(range(200))
 data = Dataset.from_list(
     [

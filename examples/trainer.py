@@ -1,4 +1,4 @@
-"""The Trainer of transformers: train, resume from a checkpoint, keep the best model, load it again.
+"""transformers' Trainer: train, resume from a checkpoint, keep the best model, and reload it.
 
 python examples/trainer.py [STEPS]
 """
@@ -21,7 +21,7 @@ from lrlora.train.embedded_texts import TASKS
 from lrlora.train.packages import MINILM, checkpoint
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-base = str(checkpoint(MINILM))  # or any model of the hub, by name
+base = str(checkpoint(MINILM))  # or any model on the hub, by name
 tokenizer = AutoTokenizer.from_pretrained(base)
 data = TASKS["movie-reviews"].load()
 data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=48), remove_columns=["text", "group"])

@@ -1,7 +1,7 @@
-"""Adapters on a transformers model itself, without a PeftModel: add, train, save, load, switch, delete.
+"""Adapters on a transformers model, without a PeftModel: add, train, save, load, switch, delete.
 
-`load_adapter` works with every version. The other methods want peft 0.22 from transformers 5.24 on: with peft 0.21 use
-transformers up to 5.23, or `get_peft_model`.
+`load_adapter` works with every version. From transformers 5.24 on, the other methods require peft 0.22; with peft 0.21
+use transformers up to 5.23, or `get_peft_model`.
 
 python examples/transformers_adapters.py
 """

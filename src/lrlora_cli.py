@@ -1,4 +1,4 @@
-"""The command `lrlora`. Imported before lrlora, it lets a command import torch and PEFT only when it needs them."""
+"""Entry point of `lrlora`. Imported before lrlora, so that commands import torch and PEFT only when needed."""
 
 from lrlora.cli import app
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# This registers the method with PEFT, and takes as long as importing torch, transformers and PEFT: the command line
-# spends that only in a command that needs them.
+# Importing these registers the method with PEFT and imports torch, transformers and PEFT, so the command line imports
+# them only when needed.
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
     from .callback import RankCallback
     from .ranks import RankReport, rank_report

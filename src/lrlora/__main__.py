@@ -1,4 +1,4 @@
-"""`python -m lrlora`, for launchers that start a module."""
+"""`python -m lrlora`, for launchers that run a module."""
 
 from .cli import app
 

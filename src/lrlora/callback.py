@@ -1,4 +1,4 @@
-"""Learned ranks over the course of training, through transformers' Trainer."""
+"""Learned ranks during training, via a transformers Trainer callback."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ from .tuner.sharding import is_sharded
 
 
 class RankCallback(TrainerCallback):
-    """Records the learned ranks at the start, every `every` steps and at the last step of training.
+    """Records the learned ranks at the start, every `every` steps and at the last training step.
 
-    Each record is kept in `history`, appended to `rank_history.jsonl` in the output folder, and handed as scalars
-    named `rank/…` to the Trainer's log history and to every logger in `report_to`. A resumed run continues the file.
-    TensorBoard, W&B and MLflow also get the picture of the last record, if matplotlib is there
-    (`pip install '.[plots]'`).
+    Each record is added to `history`, appended to `rank_history.jsonl` in the output folder, and logged as `rank/…`
+    scalars to the Trainer's log history and every logger in `report_to`. A resumed run continues the file. TensorBoard,
+    W&B and MLflow also receive a figure of the last record if matplotlib is installed (`pip install '.[plots]'`).
 
     Args:
         every: steps between records, ≥ 1.
-        adapter: the adapter to measure; default: the active one.
+        adapter: adapter to measure; default: the active one.
 
     Attributes:
-        history: (step, report) in the order of training; only the last report has its curves and spectra.
+        history: (step, report) in training order; only the last report keeps its curves and spectra.
 
     Raises:
         ValueError: `every` is below 1.
@@ -54,7 +53,7 @@ class RankCallback(TrainerCallback):
         if not state.is_world_process_zero:
             self._record(args, state, control, **kwargs)
             return
-        # A callback cannot reach the Trainer's own loggers. A second instance of each writes to the same run.
+        # Callbacks cannot access the Trainer's loggers. A second instance of each writes to the same run.
         self._loggers = [logger() for logger in get_reporting_integration_callbacks(args.report_to)]
         for logger in self._loggers:
             logger.on_train_begin(args, state, control, **kwargs)
@@ -65,8 +64,7 @@ class RankCallback(TrainerCallback):
         self._record(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # The last step is recorded here: at the end of training the best checkpoint may be back in the model, and
-        # MLflow's run closed.
+        # Record the last step here: when training ends, the best checkpoint may be loaded and MLflow's run closed.
         is_last = state.global_step >= state.max_steps or control.should_training_stop
         if state.global_step % self.every == 0 or is_last:
             self._record(args, state, control, **kwargs)
@@ -88,13 +86,13 @@ class RankCallback(TrainerCallback):
         for logger in self._loggers:
             try:
                 _log_picture(logger, *self.history[-1])
-            except Exception as error:  # whatever a logger may say of a picture, training goes on
+            except Exception as error:  # logger errors must not stop training
                 warnings.warn(f"The picture of the ranks was not logged: {error}", stacklevel=2)
 
     def _record(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
     ) -> None:
-        # Processes that hold parts of the model have to measure together; else the first does it alone.
+        # Processes with shards measure together; otherwise only the first one measures.
         if not state.is_world_process_zero and not is_sharded(model):
             return
         try:
@@ -102,10 +100,10 @@ class RankCallback(TrainerCallback):
         except ValueError as error:
             if state.global_step == 0:
                 raise
-            # What to do about a diverged run is the Trainer's business and the user's, not that of a measurement.
+            # A rank measurement must not decide what happens to a diverged run.
             warnings.warn(f"Ranks at step {state.global_step} are not recorded: {error}", stacklevel=2)
             return
-        if self.history:  # of a long run with many layers, all curves would be gigabytes
+        if self.history:  # all curves of a long run with many layers take gigabytes
             step, last = self.history[-1]
             self.history[-1] = (step, RankReport(last.rows))
         self.history.append((state.global_step, report))
@@ -115,14 +113,14 @@ class RankCallback(TrainerCallback):
             file.write(_to_line(self.history[-1]))
         scalars = report.summary()
         entry = {**scalars, "step": state.global_step}
-        if entry not in state.log_history:  # as it is in that of a checkpoint, when it is gone on with
+        if entry not in state.log_history:  # a resumed checkpoint's log already contains it
             state.log_history.append(entry)
         for logger in self._loggers:
             logger.on_log(args, state, control, logs=scalars, model=model, **kwargs)
 
 
 def _log_picture(logger: Any, step: int, report: RankReport) -> None:
-    """Hand the picture to a logger that takes pictures; each of the three has a way of its own."""
+    """Log the figure through the logger's own API."""
     from .views.figure import OPENING_MEASURE, rank_figure
 
     name = f"rank/{OPENING_MEASURE}"
@@ -132,7 +130,7 @@ def _log_picture(logger: Any, step: int, report: RankReport) -> None:
         from PIL import Image
 
         png = BytesIO()
-        rank_figure(report).savefig(png, format="png")  # W&B takes a figure only from who has imported pyplot
+        rank_figure(report).savefig(png, format="png")  # W&B accepts figures only if pyplot was imported
         logger._wandb.log({name: logger._wandb.Image(Image.open(png)), "train/global_step": step})
     elif getattr(logger, "_ml_flow", None) is not None:
         logger._ml_flow.log_figure(rank_figure(report), f"{name}.png")

@@ -1,4 +1,4 @@
-"""Checks of what a user gives and of what a file holds, and how to show it."""
+"""Validation of user input and file contents, and safe display."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
-DEFAULT_ENERGY = 0.99  # the share of ‖ΔW‖² that a plain LoRA keeps where nobody says how much
+DEFAULT_ENERGY = 0.99  # default share of ‖ΔW‖² kept by a plain LoRA
 _LARGEST = 2.0**128 - 2.0**104  # of float32
-# All of Cc but the tab, what turns the direction of writing (Unicode's Trojan Source), line breaks, and surrogates.
+# All of Cc except tab, bidirectional controls (Unicode's Trojan Source), line breaks, and surrogates.
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(line: str) -> str:
-    """A line in which escapes stand for what a terminal would obey instead of showing it: colours, line breaks.
+    """Escape characters that a terminal would interpret instead of showing, such as colors and line breaks.
 
-    Text of several lines is made printable line by line.
+    Pass multi-line text line by line.
     """
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), line)
 
 
 def in_markdown(line: str) -> str:
-    """A line for a paragraph, a heading or a table's cell in Markdown, where it is shown as it is."""
+    """Escape a line for literal display in a Markdown paragraph, heading or table cell."""
     return re.sub(r"[\\`*\[\]<|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(line))
 
 
 def require_known(what: str, value: object, known: Iterable[str]) -> None:
-    """Raise a ValueError that names the nearest of the `known` values, unless `value` is one of them.
+    """Raise ValueError with the nearest `known` value unless `value` is known.
 
-    `what` names the kind of value, without an article: "task".
+    `what` is the kind of value, without an article: "task".
     """
     known = list(known)
     if value in known:
@@ -42,16 +42,16 @@ def require_known(what: str, value: object, known: Iterable[str]) -> None:
     raise ValueError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}.")
 
 
-_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # which evaluates each annotation anew
+_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # cached, because it re-evaluates annotations
 
 
 def require_type(value: Any, kind: Any, name: str) -> None:
-    """Raise a ValueError that says where, unless a value from a file is what a type annotation says.
+    """Raise ValueError, with the location, unless a value from a file matches a type annotation.
 
     Args:
-        value: of plain types, or a dataclass or named tuple of them.
-        kind: the annotation, which may be a TypedDict; a float is any number.
-        name: of the value in the message.
+        value: plain types, or a dataclass or named tuple of them.
+        kind: annotation, possibly a TypedDict; float accepts any number.
+        name: name of the value in the message.
 
     """
     origin, inner = get_origin(kind) or kind, get_args(kind)
@@ -80,7 +80,7 @@ def require_type(value: Any, kind: Any, name: str) -> None:
 
 
 def require_float32(options: Mapping[str, Any], where: str) -> None:
-    """Raise a ValueError for a number, of a module or of all, that is infinite in float32, or none."""
+    """Raise ValueError for a number, global or per module, that is NaN or infinite in float32."""
     for name, given in options.items():
         for value in given.values() if isinstance(given, Mapping) else [given]:
             if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
@@ -93,14 +93,14 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if isinstance(value, bool):
-        return kind is bool  # and no number, though Python thinks so
+        return kind is bool  # not a number, although Python says so
     return not is_typeddict(kind) and isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
 def check_truncation(
     *, energy: float | None = None, budget: int | None = None, max_rank: int | None = None, loss: float | None = None
 ) -> None:
-    """Raise a ValueError unless these say what an export keeps."""
+    """Raise ValueError unless these define what an export keeps."""
     given = [name for name, value in {"energy": energy, "budget": budget, "loss": loss}.items() if value is not None]
     if len(given) > 1 or not (given or max_rank is not None):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and readers that say what is wrong with one."""
+"""Atomic writes, and readers with clear errors for damaged files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .locks import lock_of, only_writer
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name to write a file under, which is renamed at the end: a reader never sees half of it."""
+    """Context with a temporary path, renamed at the end: readers never see a partial file."""
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
@@ -41,33 +41,33 @@ _NOT_WRITTEN = re.compile("while serializing|PytorchStreamWriter|unexpected pos|
 
 @contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Say what could not be written: of a full disk errors name no file, and safetensors and torch have their own."""
+    """Name the target in write errors: disk-full errors lack it, and safetensors and torch raise their own."""
     try:
         yield
     except (SafetensorError, RuntimeError, OSError) as error:
         is_full = isinstance(error, OSError) and error.errno in _FULL and error.filename is None
         if not is_full and _NOT_WRITTEN.search(str(error)) is None:
-            raise  # it is about something else
+            raise  # unrelated error
         raise OSError(f"{target} could not be written. Is the disk full? ({error})") from error
 
 
 def flush(path: Path) -> None:
-    """Have a file's content on the disk: its name may get there first, and the machine stop in between."""
+    """Sync a file's content to disk, before a rename can be persisted without it."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, whoever else writes it."""
+    """Write a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write what JSON can hold.
+    """Write JSON atomically.
 
     Raises:
-        ValueError: there is a NaN or an infinite number in it.
+        ValueError: it contains NaN or infinite numbers.
 
     """
     try:
@@ -79,7 +79,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files are moved to their places in `folder` at the end, each of them whole."""
+    """Context with a temporary folder, whose files are moved to `folder` at the end, each atomically."""
     partial = folder / f"files.{os.getpid()}.partial"
     partial.mkdir(parents=True)
     try:
@@ -95,11 +95,11 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 
 def free_folder(output: str | os.PathLike[str]) -> Path:
-    """The folder to write, if it is free.
+    """Check that an output folder can be written.
 
     Raises:
-        FileExistsError: it exists and is not empty, or is a file.
-        PermissionError: no folder can be made beside it.
+        FileExistsError: it is a nonempty folder or a file.
+        PermissionError: its parent is not writable.
 
     """
     path = Path(output).resolve()
@@ -116,17 +116,17 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def replacing_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output`, which takes its name when all is written, and else is removed."""
+    """Context with a temporary folder next to `output`, renamed to it on success, else removed."""
     with only_writer(output):
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
         try:
             with writing(output):
                 yield partial
-            partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its user alone
+            partial.chmod(0o777 & ~_umask())  # mkdtemp restricts access to its user
             for file in partial.rglob("*"):
                 if file.is_file():
                     flush(file)
-            partial.replace(output)  # an empty folder may be there
+            partial.replace(output)  # replaces an empty folder
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -139,16 +139,15 @@ def _umask() -> int:
 
 @contextmanager
 def readable(path: str | os.PathLike[str], remedy: str, *, until: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Say which file is damaged, whatever its reader stumbles over, and what to do.
+    """Report which file is damaged, whatever its reader raises, and the remedy.
 
-    It catches everything, here only: the libraries that read a user's files (PEFT, transformers, safetensors, torch,
-    yaml) raise what they meet in a damaged one, from KeyError to struct.error, and promise nothing. The cause stays
-    attached.
+    Catches every exception, which is done only here: libraries that read user files (PEFT, transformers, safetensors,
+    torch, yaml) raise anything on a damaged one, from KeyError to struct.error. The cause stays attached.
 
     Args:
-        path: of the file or folder.
+        path: file or folder.
         remedy: a sentence.
-        until: tells that it has been read, and that what is raised from now on has nothing to do with it.
+        until: returns True once reading is done, when errors are no longer related to the file.
 
     """
     try:
@@ -157,10 +156,10 @@ def readable(path: str | os.PathLike[str], remedy: str, *, until: Callable[[], b
         raise
     except Exception as error:
         if until() or (isinstance(error, (ValueError, OSError)) and os.fspath(path) in str(error)):
-            raise  # it says so itself
+            raise  # the message already says so
         reason = " ".join(str(error).split())[:300].rstrip(".")
         if isinstance(error, UnpicklingError):
-            reason = "its pickle is broken, or holds code to run, which is not loaded"  # torch says how to run it
+            reason = "its pickle is broken, or holds code to run, which is not loaded"  # torch's says how to run it
         elif isinstance(error, RecursionError):
             reason = "it is nested too deeply"
         elif not isinstance(error, ValueError):
@@ -169,24 +168,24 @@ def readable(path: str | os.PathLike[str], remedy: str, *, until: Callable[[], b
 
 
 def require_regular(name: str | os.PathLike[str], below: str = "*") -> None:
-    """Raise a ValueError if a path, or what the pattern finds in the folder there, is neither a file nor a folder.
+    """Raise ValueError if a path, or a match of the pattern in that folder, is neither a file nor a folder.
 
-    To open a pipe or a device as if it were a file may wait for ever, or have no end. A name on the hub passes.
+    Reading a pipe or device may block or never end. Hub names pass.
     """
     for path in (Path(name), *Path(name).glob(below)):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a pipe, a socket or a device, and none is read. Put a plain file there.")
 
 
-_LARGEST_TEXT = 2**30  # as values it takes many times its size
-# Files that are read here have a few levels. What goes through their values takes several calls a level.
+_LARGEST_TEXT = 2**30  # as Python values, it takes many times its size
+# Maximum nesting. Expected files have a few levels; recursive code takes several calls per level.
 DEEPEST = 100
 _NO_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
 _STEPS = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, which is a regular one, and of a size that can be read at once.
+    """Read a regular text file of limited size.
 
     Raises:
         ValueError: it is something else.
@@ -200,20 +199,20 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(path: Path) -> Any:
-    """The values in a JSON file.
+    """Parse a JSON file.
 
     Raises:
-        ValueError: it is none, or one that is nested too deeply.
+        ValueError: invalid or too deeply nested.
 
     """
     return values_of(read_text(path))
 
 
 def values_of(text: str) -> Any:
-    """The values in a text that is JSON.
+    """Parse JSON text.
 
     Raises:
-        ValueError: it is none, or nested too deeply.
+        ValueError: invalid or too deeply nested.
 
     """
     if (depth := nesting(text.encode("utf-8", "surrogatepass"))) > DEEPEST:
@@ -222,7 +221,7 @@ def values_of(text: str) -> Any:
 
 
 def nesting(text: bytes) -> int:
-    """How deep brackets are nested in JSON; those within strings do not count."""
+    """Nesting depth of brackets in JSON, ignoring strings."""
     plain = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_BRACKETS)
     return max(accumulate(_STEPS.get(byte, 0) for byte in re.sub(rb'"[^"]*"', b"", plain)), default=0)
 
@@ -231,10 +230,10 @@ ADAPTER_EXPECTED = "Expected are the adapter_config.json and adapter_model.safet
 
 
 def require_adapter(name: str | os.PathLike[str]) -> None:
-    """Look for an adapter, as far as that needs no hub: in a folder, or where a name can be no other.
+    """Check for an adapter without using the hub: in a folder, or a name that cannot be a hub name.
 
     Raises:
-        ValueError: there is none, or something in the folder is no file.
+        ValueError: it is missing, or the folder has non-files.
 
     """
     path = Path(name)
@@ -248,17 +247,17 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
 
 
 def is_full_model(name: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a model, and no adapter."""
+    """Whether a folder holds a model and no adapter."""
     path = Path(name)
     return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
 
 
 def require_source(name: str, base: str | None) -> None:
-    """Look for an adapter in a folder or file, or for a full model, which needs its base model beside it.
+    """Check for an adapter in a folder or file, or for a full model, which requires its base model.
 
     Raises:
-        FileNotFoundError: its name is that of a file, and there is none.
-        ValueError: there is none.
+        FileNotFoundError: the named file is missing.
+        ValueError: none is found.
 
     """
     is_file = Path(name).is_file()
@@ -273,10 +272,10 @@ def require_source(name: str, base: str | None) -> None:
 
 
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
-    """The content of a JSON file, which is of a kind as `require_type` knows them.
+    """Read a JSON file and validate its type with `require_type`.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it does not match.
 
     """
     with readable(path, remedy):
@@ -286,5 +285,5 @@ def read_json(path: Path, kind: Any, remedy: str) -> Any:
 
 
 def cache_folder() -> Path:
-    """Where downloads and compiled kernels are kept: `LRLORA_CACHE` if set, else `~/.cache/lrlora`."""
+    """Folder for downloads and compiled kernels: `LRLORA_CACHE` if set, else `~/.cache/lrlora`."""
     return Path(os.environ.get("LRLORA_CACHE") or Path.home() / ".cache" / "lrlora")

@@ -1,4 +1,4 @@
-"""Short marks of what a run was made from, which tell whether it is still the same."""
+"""Fingerprints of a run's inputs, to detect changes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from typing import Any
 from .files import read_json
 
 _START, _PIECES, _PIECE = 2**20, 2048, 4096
-_OF_THE_FILE = ("_name_or_path", "transformers_version")  # who wrote a configuration, and where: no part of the model
+_OF_THE_FILE = ("_name_or_path", "transformers_version")  # fields set when saving, not part of the model
 
 
 def digest(content: Any) -> str:
-    """A hash of plain values, whatever order the keys are in."""
+    """Hash of plain values, independent of key order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def of_model(source: str) -> dict[str, str]:
-    """Hashes of a model's weights and configuration, by what to call them; none of what is not on this machine.
+    """Hashes of a model's weights and configuration, by display name; empty if not on this machine.
 
-    Of every file of weights the size is looked at, the first MiB, with safetensors' header, and 2,048 pieces of 4 KiB
-    at equal distances: all of it up to 9 MiB, and of 15 GB as little as of one. Another model, or the same one trained
-    further or merged with something, is noticed; a few numbers that were changed between two pieces, which are 2.4 MB
-    apart in a file of 5 GB, are not.
+    Of each weights file, hashes the size, the first MiB (with safetensors' header) and 2,048 evenly spaced pieces of 4
+    KiB: everything up to 9 MiB, and equally little of 1 and of 15 GB. Detects another model, further training and
+    merges, but not a few numbers changed between two pieces, which are 2.4 MB apart in a 5 GB file.
     """
     folder = Path(source) if Path(source).is_dir() else _in_cache(source)
     if folder is None:
@@ -42,12 +41,12 @@ def of_model(source: str) -> dict[str, str]:
 
 
 def of_adapter(folder: Path) -> str:
-    """A hash of a saved adapter, of whose weights as much is looked at as of a model's."""
+    """Hash of a saved adapter, with its weights sampled as in `of_model`."""
     return digest([_sample(file) for file in sorted(folder.glob("adapter_*")) if file.is_file()])
 
 
 def warn_of_another_model(source: str, known: Mapping[str, str] | None) -> None:
-    """Warn if a base model is not the one that a run was trained on, whose hashes are known."""
+    """Warn if a base model's hashes differ from the known ones of its run."""
     if changed := differing(known or {}, of_model(source)):
         warnings.warn(
             f"The base model {source} is not the one that was trained on: {' and '.join(changed)} differ. The adapter "
@@ -57,12 +56,12 @@ def warn_of_another_model(source: str, known: Mapping[str, str] | None) -> None:
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The names under which both have something, and not the same."""
+    """Names of values that are in both and differ."""
     return [name for name in then if name in now and then[name] != now[name]]
 
 
 def _in_cache(name: str) -> Path | None:
-    from huggingface_hub import snapshot_download  # only here: it takes long to import
+    from huggingface_hub import snapshot_download  # lazy: slow to import
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
@@ -71,7 +70,7 @@ def _in_cache(name: str) -> Path | None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files that transformers loads."""
+    """Files loaded by transformers."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():

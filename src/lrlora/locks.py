@@ -1,4 +1,4 @@
-"""One writer at a time: a lock on what is written over time, and what writers left of it that were killed."""
+"""Locks for one writer at a time, and cleanup after killed writers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a file or folder for this process until the end of the block, and clear away what killed writers left.
+    """Context that locks a file or folder for this process, and removes leftovers of killed writers.
 
-    It may be held several times over by one process. Of processes that train together, the first holds it for all.
+    Reentrant within a process. In distributed training, the first process holds the lock for all.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -46,18 +46,18 @@ def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         if is_outermost:
-            # Before it is released: who has opened the file meanwhile finds that it has no name any more, and that is
-            # no lock to filelock. Windows lets no one remove an open file, and filelock does it there.
+            # Delete before releasing: a process that has opened the file sees that it is deleted, which filelock does
+            # not accept as a lock. Windows cannot delete open files; filelock deletes it there.
             with suppress(OSError):
                 path.unlink()
         lock.release()
         for folder in made:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 def remove_left(folder: Path, stem: str = ".*") -> None:
-    """Remove files and folders in `folder` that end in .partial, and whose stem is as this pattern says."""
+    """Remove files and folders in `folder` that end in .partial and whose stem matches the pattern."""
     for path in folder.iterdir():
         if re.fullmatch(rf"({stem})\.partial", path.name):
             if path.is_dir():
@@ -67,19 +67,19 @@ def remove_left(folder: Path, stem: str = ".*") -> None:
 
 
 def lock_of(target: Path) -> Path:
-    """The file to lock: beside the output, which may be replaced as a whole, or have to be empty.
+    """Path of the lock file: next to the output, which may be replaced as a whole or have to be empty.
 
-    There, every process that can write the output finds it, on whatever machine. Where only the output can be
-    written, as a volume that is mounted into a container, it is in there.
+    There, all processes that can write the output find it, on any machine. If only the output is writable, such as a
+    volume mounted into a container, the lock is inside.
     """
     folder = target if target.is_dir() and not os.access(target.parent, os.W_OK) else target.parent
     return folder / f".{target.name}.lock"
 
 
 def _sign(path: Path) -> None:
-    """Write into a lock who holds it, unless filelock has, as it does where the file system has no locks."""
+    """Write the owner into a lock, unless filelock did (on file systems without locks)."""
     mine = [str(os.getpid()), platform.node()]
-    with suppress(OSError):  # on Windows, no one reads or writes what is locked
+    with suppress(OSError):  # Windows: locked files cannot be read or written
         if path.read_text(encoding="utf-8").split()[:2] != mine:
             path.write_text("\n".join(mine), encoding="utf-8")
 

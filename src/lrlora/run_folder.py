@@ -1,6 +1,6 @@
-"""The output folder of a training run: its files, its record, and its checkpoints.
+"""Output folder of a training run: its files, record, and checkpoints.
 
-A checkpoint is whole only if the process that wrote it was not killed on the way.
+A checkpoint is complete only if its writer was not killed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .checks import require_type
 from .files import parse_json, read_json, readable, require_regular
 
 RUN_FILE = "run.json"
-RECORD_FILE = "run_record.json"  # the same in a checkpoint, under a name that makes no run of it
+RECORD_FILE = "run_record.json"  # same in a checkpoint; the other name prevents mistaking it for a run
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "ranks.json"
 LOSS_FILE = "loss_over_size.json"
@@ -25,7 +25,7 @@ LOG_FILE = "log_history.json"
 HISTORY_FILE = "rank_history.jsonl"
 PICTURE_FILE = "ranks.png"
 STATE_FILE = "trainer_state.json"
-# How a run reads prompts and chats: as turns of a chat, as plain prompts, or as texts without any.
+# Rendering of prompts and chats: chat turns, plain prompts, or texts without prompts.
 CHAT, PLAIN, TEXT = "chat", "plain", "text"
 ANSWERS = "answers"
 RUN_EXPECTED = "It is what `lrlora train` wrote about the run: train it anew if you have no copy."
@@ -33,7 +33,7 @@ ANOTHER_CHECKPOINT = "Remove this checkpoint to resume from the one before it."
 
 
 class LogEntry(TypedDict, total=False):
-    """One of the Trainer's log history, with whatever was logged beside."""
+    """Entry of the Trainer's log history, with any logged values."""
 
     step: int
 
@@ -43,7 +43,7 @@ class _Callbacks(TypedDict):
 
 
 class State(TypedDict, total=False):
-    """What is read of the Trainer's state, and what it goes on with."""
+    """Parts of the Trainer's state that are read or needed to resume."""
 
     global_step: int
     epoch: float
@@ -59,22 +59,20 @@ class State(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What `train` recorded of a run.
+    """Record of a run, written by `train`.
 
     Attributes:
-        config: its configuration, field by field (`lrlora.train.settings.TrainConfig`).
-        labels: names of the classes; empty unless the task has some.
-        max_length: tokens at which examples were cut; None of images.
-        versions: of lrlora and what it stands on.
-        examples_per_step: of all processes; None in runs of lrlora before it was recorded.
-        rendering: how prompts and chats were read: "chat", "plain" or "text"; None of other tasks, and before it was
-            recorded.
-        loss_on: "answers" where the loss of a chat is taken of the answers alone; None of all else, and before it was
-            recorded.
-        chat_template: that they were written with.
-        base_model: its name on the hub; None where the model was a folder, and before it was recorded.
-        run_id: a random one; None before it was recorded.
-        fingerprints: hashes of what the run is made from, by what to call it; None before they were recorded.
+        config: its configuration (`lrlora.train.settings.TrainConfig`).
+        labels: class names; empty for tasks without classes.
+        max_length: truncation length in tokens; None for images.
+        versions: of lrlora and its dependencies.
+        examples_per_step: total of all processes; None in older runs.
+        rendering: rendering of prompts and chats: "chat", "plain" or "text"; None for other tasks and in older runs.
+        loss_on: "answers" if the loss covers only the answers of chats; else, and in older runs, None.
+        chat_template: template of the chats.
+        base_model: its hub name; None for a local folder and in older runs.
+        run_id: random id; None in older runs.
+        fingerprints: hashes of the run's inputs, by display name; None in older runs.
 
     """
 
@@ -93,13 +91,13 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class LossRecord:
-    """Losses measured at smaller sizes, and the size that was chosen.
+    """Measured losses at smaller sizes, and the chosen size.
 
     Attributes:
-        loss: mean loss of the adapter on validation data.
-        rise: share of it by which the loss at the chosen size may be larger; None where the size was given.
-        sizes: parameters of the LoRAs that were measured, the largest first.
-        losses: theirs, in the same order.
+        loss: mean validation loss of the adapter.
+        rise: maximum relative rise of the loss at the chosen size; None if the size was given.
+        sizes: parameters of the measured LoRAs, largest first.
+        losses: their losses, in the same order.
         chosen: parameters of the chosen one.
         ranks: module → its rank there.
 
@@ -114,7 +112,7 @@ class LossRecord:
 
 
 def read_losses(folder: Path) -> LossRecord | None:
-    """The losses of a run at smaller sizes; None where they were not measured.
+    """Losses of a run at smaller sizes; None if not measured.
 
     Raises:
         ValueError: the file is damaged.
@@ -133,7 +131,7 @@ _LATER = ("examples_per_step", "rendering", "loss_on", "chat_template", "base_mo
 
 
 def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:
-    """What `train` recorded of the run in its output folder, or in a checkpoint of it, where it has another name.
+    """Read the record of a run from its output folder or, under another name, a checkpoint.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -158,14 +156,14 @@ def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:
 
 
 def which_checkpoint(config: dict[str, Any]) -> str:
-    """Which checkpoint a run ends with: "best checkpoint", or "last step" where nothing was asked of the others."""
+    """Final checkpoint of a run: "best checkpoint", or "last step" without evaluations."""
     training = config.get("training", {})
     is_best = training.get("load_best_model_at_end", training.get("eval_strategy") != "no")
     return "best checkpoint" if is_best else "last step"
 
 
 def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics to show: not the epoch, and the loss once, where the log loss is the same to four digits."""
+    """Metrics to show: without the epoch, and without the log loss if it equals the loss to four digits."""
     left_out = {"epoch", "examples"}
     if f"{metrics.get('loss', 0):.4g}" == f"{metrics.get('log_loss', 1):.4g}":
         left_out.add("log_loss")
@@ -173,9 +171,9 @@ def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint in a folder that was written to its end.
+    """Newest complete checkpoint in a folder.
 
-    There the Trainer puts its own state, and then the run its record, unless it is from before there were any.
+    The Trainer writes its state last, then the run adds its record (except in older runs).
     """
     has_records = _content(output / RUN_FILE).get("run_id") is not None
     matches = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.iterdir())
@@ -188,10 +186,10 @@ def last_whole_checkpoint(output: Path) -> Path | None:
 
 
 def resumed_from(checkpoint: Path) -> list[Path]:
-    """The checkpoints that a run needs to go on from one: it, and the best one before it.
+    """Checkpoints needed to resume from one: itself, and the best one before it.
 
     Raises:
-        ValueError: the state of the Trainer in it is damaged.
+        ValueError: its Trainer state is damaged.
 
     """
     best = read_json(checkpoint / STATE_FILE, State, ANOTHER_CHECKPOINT).get("best_model_checkpoint")
@@ -199,7 +197,7 @@ def resumed_from(checkpoint: Path) -> list[Path]:
 
 
 def require_readable(checkpoint: Path) -> None:
-    """Raise a ValueError if a file of a checkpoint, or of the best one before it, is damaged."""
+    """Raise ValueError if a file of a checkpoint, or of the best one before it, is damaged."""
     for folder in resumed_from(checkpoint):
         require_regular(folder, "**/*")
         for file in sorted(folder.rglob("*")):
@@ -208,7 +206,7 @@ def require_readable(checkpoint: Path) -> None:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """What is in a JSON file; nothing if it is damaged, or there is none."""
+    """Content of a JSON file; empty if damaged or missing."""
     try:
         content = parse_json(file)
     except (OSError, ValueError):
@@ -218,10 +216,10 @@ def _content(file: Path) -> dict[str, Any]:
 
 def _require_checksums(file: Path) -> None:
     if file.suffix in (".pt", ".pth", ".bin"):
-        # These are archives with checksums, which torch does not look at.
+        # These are archives with checksums, which torch does not verify.
         with ZipFile(file) as archive:
             if wrong := archive.testzip():
                 raise ValueError(f"{wrong} in it differs from its checksum")
     elif file.suffix == ".safetensors":
         with safe_open(file, "pt"):
-            pass  # it reads the header, and compares the size
+            pass  # opening reads the header and checks the size

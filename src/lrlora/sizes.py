@@ -1,4 +1,4 @@
-"""Sizes of adapters as people write them."""
+"""Parsing of adapter sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """How much an export may take: a number of `unit`: parameters, bytes, or ranks of LoRA on the same modules."""
+    """Size limit of an export, a number of `unit`: parameters, bytes, or LoRA ranks on the same modules."""
 
     number: float
     unit: str
@@ -17,10 +17,10 @@ _SIZES = {"kB": 10**3, "KiB": 2**10, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "Gi
 
 
 def parse_size(text: str, option: str) -> Budget:
-    """250000, 250k, 1.5M, 8MiB or r4.
+    """Parse 250000, 250k, 1.5M, 8MiB or r4.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: other formats.
 
     """
     match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text)

@@ -1,10 +1,9 @@
-"""The regular expressions that come with an adapter: one that could take for ever to match is refused.
+"""Validation of an adapter's regular expressions: those that could take forever to match are rejected.
 
-PEFT takes names of modules for regular expressions (`rank_pattern`, `target_modules`, …), and matches them against
-every module of the base model. Python's engine tries one way to match after the other, and of ((.+)+)+Z there are
-exponentially many. So an upper bound on these ways is taken from the tree that `re` itself parses a pattern into: a
-time limit would depend on the machine and want a process for what cannot be interrupted, and it would say nothing of
-the names in a base model, which PEFT matches later.
+PEFT treats module names as regular expressions (`rank_pattern`, `target_modules`, …) and matches them with every module
+of the base model. Python's engine backtracks, and ((.+)+)+Z has exponentially many ways to match. The number of ways is
+therefore bounded from the tree that `re` parses a pattern into. A time limit would depend on the machine, require a
+process to interrupt it, and not cover the names of a base model, which PEFT matches later.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from typing import Any
 
 from .checks import require_type
 
-# `re._parser` is `sre_parse` in Python 3.10. Neither is documented, and both have had this tree since Python 2.
+# `re._parser` is `sre_parse` in Python 3.10. Neither is documented; both have had this tree since Python 2.
 _PARSER: Any = vars(re).get("_parser") or vars(re).get("sre_parse")
-# What an unbounded quantifier counts: several share the hundred characters of a long name, four of them in
-# (104 over 4) ≈ 46⁴ ways and five in (105 over 5) ≈ 40⁵.
+# Count of an unbounded quantifier: several share the hundred characters of a long name, four of them in (104 over 4) ≈
+# 46⁴ ways and five in (105 over 5) ≈ 40⁵.
 _PLACES = 40
-# Four in a row, as generated patterns have, take the engine a tenth of a second at most; five take seconds, and so do
-# 25 choices between two.
+# Four in a row, as in generated patterns, take the engine a tenth of a second at most; five take seconds, and so do 25
+# choices between two.
 _MOST_WAYS = 3e7
 _LONGEST_NAME = 200  # characters
-_LONGEST_PATTERN = 100_000  # an alternation of all modules of a large model, in full
+_LONGEST_PATTERN = 100_000  # an alternation of all modules of a large model
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 _GROUPS = ("SUBPATTERN", "ASSERT", "ASSERT_NOT")
-_NAMES_ONLY = ("target_modules", "exclude_modules")  # of these a list holds names, and a string is a pattern
+_NAMES_ONLY = ("target_modules", "exclude_modules")  # lists hold names; a string is a pattern
 
 
 def require_quick_patterns(config: Mapping[str, Any], where: str) -> None:
-    """Raise a ValueError unless all patterns of a PEFT configuration are matched in a short time.
+    """Raise ValueError unless all patterns of a PEFT configuration match quickly.
 
     Args:
-        config: its fields: where one is called modules or pattern, strings, items and keys are patterns.
-        where: it is from, for the message: "in its adapter_config.json".
+        config: its fields; in those named modules or pattern, strings, items and keys are patterns.
+        where: origin, for the message: "in its adapter_config.json".
 
     """
     for field, value in config.items():
@@ -51,7 +50,7 @@ def require_quick_patterns(config: Mapping[str, Any], where: str) -> None:
             if field in _NAMES_ONLY and not is_whole:
                 continue
             try:
-                # PEFT looks for all but whole strings after any beginning.
+                # PEFT allows any prefix unless the whole field is a string.
                 ways += _ways_of(pattern) * (1 if is_whole else _PLACES)
             except ValueError as error:
                 raise ValueError(f"{field} {where} holds {pattern!r:.200}, which is no pattern: {error}.") from None
@@ -63,22 +62,22 @@ def require_quick_patterns(config: Mapping[str, Any], where: str) -> None:
 
 
 def pattern_key(patterns: Iterable[str], module: str) -> str:
-    """The first of these patterns that stands for a module, as PEFT's `get_pattern_key` finds it; else the module.
+    """First pattern that matches a module, like PEFT's `get_pattern_key`; else the module.
 
-    `re` remembers 512 patterns, and of more PEFT has each compiled again for every module.
+    `re` caches 512 patterns; beyond that, PEFT recompiles each of them for every module.
     """
     return next((key for key, pattern in _compiled(tuple(patterns)) if pattern.match(module)), module)
 
 
-@functools.lru_cache(maxsize=4)  # of ranks and of α, of what is read and of what it is loaded into
+@functools.lru_cache(maxsize=4)  # for ranks and α, of source and target
 def _compiled(patterns: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
     return [(key, re.compile(rf"(.*\.)?({key})$")) for key in patterns]
 
 
 def require_plain_names(names: Iterable[str], file: str) -> None:
-    """Raise a ValueError if a tensor has a name that is longer than any module's, and slow to match, or of two lines.
+    """Raise ValueError for tensor names that exceed any module's length (slow to match) or contain a line break.
 
-    Patterns of PEFT's, in which a point is no line break, would pass over such a name.
+    PEFT's patterns, in which a dot excludes line breaks, would skip such names.
     """
     for name in names:
         if "\n" in name:
@@ -93,10 +92,10 @@ def require_plain_names(names: Iterable[str], file: str) -> None:
 
 
 def _ways_of(pattern: str) -> float:
-    """An upper bound on the ways in which a pattern matches the beginning of a name.
+    """Upper bound on the number of ways a pattern matches a prefix of a name.
 
     Raises:
-        ValueError: it is no regular expression.
+        ValueError: not a regular expression.
 
     """
     if len(pattern) > _LONGEST_PATTERN:
@@ -116,7 +115,7 @@ def _ways(tree: Any) -> float:
             least, most, body = value
             once = _ways(body)
             if most > 1 and (once > 1 or body.getwidth()[0] == 0):
-                return math.inf  # exponential: every round has a choice, or may take nothing
+                return math.inf  # exponential: each repetition has a choice, or may be empty
             ways *= once + min(most - least, _PLACES)
         elif operation.name == "BRANCH":
             ways *= _ways_of_branches(value[1])
@@ -130,7 +129,7 @@ def _ways(tree: Any) -> float:
 
 
 def _ways_of_branches(branches: Iterable[Any]) -> float:
-    """Of alternatives, of which those that begin with other letters exclude each other."""
+    """Of alternatives; different leading letters exclude each other."""
     ways: dict[str, float] = {}
     for branch in branches:
         beginning = _beginning(branch)
@@ -139,6 +138,6 @@ def _ways_of_branches(branches: Iterable[Any]) -> float:
 
 
 def _beginning(branch: Any) -> str:
-    """The letters that an alternative must begin with. Those beyond ASCII may stand for others if case is ignored."""
+    """Required leading letters of an alternative; ASCII only, since others may match variants if case is ignored."""
     letters = takewhile(lambda part: part[0].name == "LITERAL" and part[1] < 128, branch)
     return "".join(chr(value) for _, value in letters).lower()

@@ -1,1 +1,1 @@
-"""The laboratory: methods × tasks × seeds, each at the learning rate that suits it; and the demo."""
+"""Experiments: methods × tasks × seeds, each at its tuned learning rate; and the demo."""

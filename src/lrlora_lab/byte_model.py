@@ -1,6 +1,6 @@
-"""A small language model over bytes, pretrained on English here, to be adapted to other texts.
+"""A small byte-level language model, pretrained here on English, to adapt to other texts.
 
-What an adapter must learn there is a language, so unlike on most tasks its rank makes a difference.
+The adapter must learn a language, so unlike on most tasks its rank matters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .corpora import load_corpus
 
 CONTEXT = 128  # bytes
 _WARM_UP = 0.05  # of the steps
-_AT_ONCE = 64  # windows of a loss without gradients
+_AT_ONCE = 64  # windows per batch without gradients
 
 
 def sample_batch(data: Tensor, generator: torch.Generator, batch_size: int, length: int = CONTEXT) -> Tensor:
@@ -29,9 +29,9 @@ def sample_batch(data: Tensor, generator: torch.Generator, batch_size: int, leng
 
     Args:
         data: uint8, one dimension.
-        generator: of the places.
-        batch_size: of windows.
-        length: of each, in bytes.
+        generator: for sampling.
+        batch_size: number of windows.
+        length: in bytes.
 
     Returns:
         int64, (batch_size, length).
@@ -43,15 +43,15 @@ def sample_batch(data: Tensor, generator: torch.Generator, batch_size: int, leng
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, data: Tensor, windows: int) -> float:
-    """The mean loss of the next byte, in nats, over windows of 128 bytes that are evenly spaced and do not overlap.
+    """Mean next-byte loss, in nats, over evenly spaced, non-overlapping windows of 128 bytes.
 
     Args:
-        model: a causal language model over bytes; it is left in the mode it was in.
+        model: a causal byte-level language model; its mode is preserved.
         data: uint8, one dimension.
-        windows: how many.
+        windows: number of windows.
 
     Raises:
-        ValueError: the data does not hold as many.
+        ValueError: the data is too short.
 
     """
     held = len(data) // CONTEXT
@@ -68,9 +68,9 @@ def mean_loss(model: nn.Module, data: Tensor, windows: int) -> float:
 
 
 def base_model() -> PreTrainedModel:
-    """The byte model of 1.9 M parameters, pretrained on English: from the cache, or else for a quarter of an hour.
+    """Byte model of 1.9 M parameters, pretrained on English: cached, or trained in a quarter of an hour.
 
-    Processes that ask for it at once wait for the first of them; stopped, the next call goes on.
+    Concurrent processes wait for the first. After an interruption, the next call resumes.
 
     Raises:
         RuntimeError: the corpus cannot be downloaded.
@@ -106,15 +106,15 @@ def _config(hidden: int, layers: int) -> OPTConfig:
 def pretrain(
     data: Tensor, folder: Path, *, steps: int = 2_500, hidden: int = 192, layers: int = 4, save_every: int = 200
 ) -> None:
-    """Train a byte model from scratch and save it; the folder appears once it is whole.
+    """Train a byte model from scratch and save it atomically.
 
     Args:
         data: uint8, one dimension.
-        folder: of the model. What is needed to go on after an interruption is in a file beside it.
-        steps: of 16 × 128 bytes.
-        hidden: features of a token, of which an attention head has 32.
-        layers: how many.
-        save_every: steps.
+        folder: folder of the model. The state for resuming is in a file next to it.
+        steps: number of steps of 16 × 128 bytes.
+        hidden: hidden size; an attention head has 32.
+        layers: number of layers.
+        save_every: steps between saves.
 
     """
     with torch.random.fork_rng(devices=[]):

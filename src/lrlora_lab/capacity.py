@@ -1,19 +1,19 @@
-"""Tasks on which rank binds: LoRA's own loss falls steeply with its r, so that a gain of rank can be seen.
+"""Tasks on which rank is the bottleneck: LoRA's loss falls steeply with r, so that a gain in rank is visible.
 
-    labels      random labels for real texts. Only the MLP of MiniLM's last layer is adapted, before a fixed random
-                head, and what is measured is the loss on the labels themselves: how much the update can hold. `texts`
-                and `classes` say how much is asked: texts · log2(classes) bits
-    picture-labels  the same for pictures of animals, and the last MLP of a vision transformer
-    phone-book  the telephone numbers, ten random digits each, of `texts` people's names. Only the MLP of one late layer
-                of SmolLM2 is adapted, and what is measured is the loss on the numbers themselves and how many are
-                recalled whole
-    transfer    a byte-level language model, pretrained on English, goes on to another `corpus`; test loss in nats a
+    labels      random labels of real texts. Adapts only the MLP of MiniLM's last layer, before a fixed random head,
+                and measures the loss on the training labels: the capacity of the update. `texts` and `classes` set
+                the demand: texts · log2(classes) bits
+    picture-labels  the same for images of animals and the last MLP of a vision transformer
+    phone-book  phone numbers, ten random digits each, of `texts` people. Adapts only the MLP of one late layer of
+                SmolLM2, and measures the loss on the training numbers and the share recalled in full
+    transfer    continued training of a byte-level English language model on another `corpus`; test loss in nats per
                 byte
-    language    SmolLM2, pretrained mostly on English, goes on to one; test loss in nats a token
+    language    continued training of SmolLM2, pretrained mostly on English, on another corpus; test loss in nats per
+                token
 
-What is tuned is the learning rate η and the scale s = α/r. Under Adam without weight decay, which takes no notice of
-the scale of a gradient, these two are also all that LoRA+ (a rate of B's own) and another initial norm of A could
-change: with A k times as large, ΔW = s·B·(kA) moves as with A as it was, at the rate η/k for A and the scale s·k.
+Tuned are the learning rate η and the scale s = α/r. Under Adam without weight decay, which is invariant to the
+gradient's scale, these two also cover LoRA+ (a separate rate of B) and another initial norm of A: with A k times as
+large, ΔW = s·B·(kA) moves as with the original A, at the rate η/k for A and the scale s·k.
 """
 
 from __future__ import annotations
@@ -51,18 +51,19 @@ class CapacityTask:
 
     Args:
         task: one of `KINDS`.
-        steps, batch_size: of training, in texts or windows of a corpus.
-        texts, classes: of "labels"; `texts` are the pictures of "picture-labels", and the names of a "phone-book".
-        corpus: of "transfer" and "language".
-        methods: what is trained on it unless asked for otherwise.
-        rates: learning rates that adapters try first. Full fine-tuning tries a tenth of them, and adapters without a
-            scale, HiRA and VeRA, eight times as much: the rate alone has to do what both do for the others.
-        scales: values of s that may be tried, the first at first.
-        climbs_diagonally: whether half the rate is tried with the next larger scale too, and twice the rate with the
-            next smaller one: Adam's steps make the two alike, and the best may lie further along.
+        steps, batch_size: of training; the batch counts texts or corpus windows.
+        texts, classes: for "labels"; `texts` is also the number of images of "picture-labels" and names of a
+            "phone-book".
+        corpus: for "transfer" and "language".
+        methods: default methods.
+        rates: initial learning rates of adapters. Full fine-tuning uses a tenth of them, and adapters without a scale,
+            HiRA and VeRA, eight times as much, because their rate replaces both.
+        scales: candidate values of s, initial one first.
+        climbs_diagonally: also try half the rate with the next larger scale, and twice the rate with the next smaller
+            one: Adam's steps make them similar, and the optimum may lie further along.
 
     Raises:
-        ValueError: a value is unknown, or out of range.
+        ValueError: a value is unknown or out of range.
 
     """
 
@@ -78,7 +79,7 @@ class CapacityTask:
     climbs_diagonally: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("methods", "rates", "scales"):  # JSON and YAML know lists alone
+        for name in ("methods", "rates", "scales"):  # JSON and YAML have only lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         require_type(self, CapacityTask, "task")
         require_known("kind of task on which rank binds", self.task, KINDS)
@@ -88,7 +89,7 @@ class CapacityTask:
                 raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
 
     def first_rates(self, method: Method) -> tuple[float, ...]:
-        """The learning rates that a method tries first."""
+        """Initial learning rates of a method."""
         if method.train == "full":
             return tuple(rate / 10 for rate in self.rates)
         return self.rates if METHODS[method.train].alpha else tuple(8 * rate for rate in self.rates)
@@ -108,18 +109,18 @@ def train_capacity(
 ) -> dict[str, Any]:
     """Train one method on one task.
 
-    The seed draws labels, head, batches and factors; all methods see the same labels and batches.
+    The seed determines labels, head, batches and factors; all methods see the same labels and batches.
 
     Args:
-        task: what is trained on.
-        method: what is trained; "full" trains the weights that adapters would adapt.
+        task: the task.
+        method: the method; "full" trains the weights that adapters would adapt.
         options: fields of its PEFT configuration.
-        learning_rate: η, the peak.
+        learning_rate: peak rate η.
         seed: ≥ 0.
 
     Returns:
-        `seconds` of processor time a step, `trainable` parameters, `validation` and `test` loss, `criterion`, the
-        `ranks` of methods that have them.
+        `seconds` of processor time per step, `trainable` parameters, `validation` and `test` loss, `criterion`, and
+        `ranks` if the method has them.
 
     Raises:
         DivergedError: the loss is not finite.

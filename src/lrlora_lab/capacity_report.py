@@ -1,4 +1,4 @@
-"""The report of tasks on which rank binds: losses, LoRA-equivalent ranks, and learned rank against demand."""
+"""Report on capacity tasks: losses, LoRA-equivalent ranks, and learned rank by demand."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from .statistics import Interval, paired_difference
 from .tables import final_runs, ratio, same_hardware
 
 LORA = METHODS["lora"].name
-LABEL_STEPS, LABEL_CLASSES = 800, 64  # of the tasks that ask for ever more texts, and for nothing else
+LABEL_STEPS, LABEL_CLASSES = 800, 64  # of the tasks that vary only the number of texts
 Cells = Mapping[tuple[str, str], Sequence[Record]]
 
 
 def family(method: str) -> str:
-    """The name of a method without its rank and terms, which a curve goes over."""
+    """Name of a method without rank and terms, the variables of a curve."""
     name, *options = method.split("+")
     kept = [option for option in options if option.partition("=")[0] not in ("r", "num_terms")]
     return find_method("+".join([name, *kept])).name
 
 
 def rank_of(method: str, rank: int) -> int | None:
-    """R, the rank of BA, in a comparison at `rank`; None for full fine-tuning."""
+    """Rank r of BA in a comparison at `rank`; None for full fine-tuning."""
     return find_method(method).adapter(rank).get("r")
 
 
 def served_rank(method: str, rank: int) -> int | None:
-    """The rank of the plain LoRA that holds the same update; None where that is not known beforehand."""
+    """Rank of the equivalent plain LoRA; None if not known in advance."""
     known, r = find_method(method), rank_of(method, rank)
     options = known.adapter(rank)
     if options.get("form") == "expansion":
@@ -55,7 +55,7 @@ def served_rank(method: str, rank: int) -> int | None:
 
 
 def _terms(method: str) -> int | None:
-    """Q of an expansion, all of whose terms are alike."""
+    """Q of a uniform expansion."""
     options = find_method(method).options
     return options.get("num_terms", LrLoraConfig.num_terms) if options.get("form") == "expansion" else None
 
@@ -66,7 +66,7 @@ def by_seed(runs: Sequence[Record]) -> dict[int, float]:
 
 
 def _plain_lora(cells: Cells, task: str, rank: int) -> dict[int, Sequence[Record]]:
-    """R → the runs of LoRA with no other option."""
+    """Runs of plain LoRA by r."""
     found = {}
     for (other, method), runs in cells.items():
         known, r = find_method(method), rank_of(method, rank)
@@ -76,12 +76,12 @@ def _plain_lora(cells: Cells, task: str, rank: int) -> dict[int, Sequence[Record
 
 
 def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
-    """One row per method: size, tuned setting, loss, and the r at which LoRA has the same.
+    """One row per method: size, tuned setting, loss, and LoRA's r at equal loss.
 
     Args:
         records: of a comparison.
-        task: of its tasks.
-        rank: of the comparison, for methods whose name has none.
+        task: one of its tasks.
+        rank: the comparison's rank, for method names without one.
 
     """
     cells = final_runs(records)
@@ -112,7 +112,7 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
                 "stable rank": _mean(row["stable_rank"] for run in runs for row in run["ranks"] or ()),
             }
         )
-        if "recalled" in runs[0]["test"]:  # of a phone book
+        if "recalled" in runs[0]["test"]:  # phone-book task
             rows[-1]["recalled"] = f"{100 * fmean(run['test']['recalled'] for run in runs):.1f} %"
     order = list(dict.fromkeys(row["method"] for row in rows))
     order.sort(key=lambda name: name != LORA)
@@ -121,7 +121,7 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
 
 
 def differences(records: Mapping[str, Record], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Test loss of the first of each pair of methods less that of the second, paired by seed, on every task of both."""
+    """Difference of test loss for each pair of methods, paired by seed, on every common task."""
     cells, rows = final_runs(records), []
     for task in dict.fromkeys(task for task, _ in cells):
         for first, second in pairs:
@@ -136,7 +136,7 @@ def differences(records: Mapping[str, Record], pairs: Sequence[tuple[str, str]])
 
 
 def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> pd.DataFrame:
-    """One row per run on labels of 64 classes: how many texts it was asked to learn, and its mean stable rank."""
+    """One row per run on labels of 64 classes: number of texts and mean stable rank."""
     rows = []
     for (task, method), runs in final_runs(records).items():
         asked = tasks.get(task)
@@ -150,9 +150,9 @@ def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> 
 
 
 def follows_demand(frame: pd.DataFrame) -> pd.DataFrame:
-    """By method: how its stable rank goes with the number of texts, over the seeds that have run at all of them.
+    """By method: dependence of stable rank on the number of texts, over seeds with runs at all of them.
 
-    Spearman's ρ, and the factor by which the stable rank grows when there are twice as many texts.
+    Spearman's ρ, and the factor by which stable rank grows when the number of texts doubles.
     """
     rows = []
     for method, runs in frame.groupby("method", sort=False) if len(frame) else ():
@@ -177,7 +177,7 @@ def follows_demand(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def demand_figure(frame: pd.DataFrame) -> Figure:
-    """Mean stable rank against the number of texts whose labels are learned, one line a method."""
+    """Mean stable rank by number of labeled texts, one line per method."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for method, runs in frame.groupby("method", sort=False):
@@ -194,7 +194,7 @@ def demand_figure(frame: pd.DataFrame) -> Figure:
 
 
 def curves_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Loss against trainable parameters, and against the processor time of a step; task → `losses`."""
+    """Loss by trainable parameters and by processor time per step; takes task → `losses`."""
     figure = Figure(figsize=(4.5 * len(tables) + 2, 6.5), layout="constrained")
     grid = figure.subplots(2, len(tables), squeeze=False)
     names = list(dict.fromkeys(name for frame in tables.values() for name in frame["method"]))
@@ -222,10 +222,10 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def write_capacity_report(comparison: Comparison, output: Path) -> Path:
-    """Write `report.md` and pictures from all finished jobs of a folder, whichever call asked for them.
+    """Write `report.md` and figures from all finished jobs of a folder, of any call.
 
     Raises:
-        ValueError: no job is finished yet.
+        ValueError: no job has finished.
 
     """
     records, tasks = read_records(output), comparison.definition.capacity_tasks
@@ -237,7 +237,7 @@ def write_capacity_report(comparison: Comparison, output: Path) -> Path:
     parts = [f"# {in_markdown(comparison.suite)}\n"]
     if tables:
         parts.append("\n![Loss against parameters and time](curves.png)\n")
-        # Two ranks of LoRA are no curve.
+        # Two ranks of LoRA are not a curve.
         curves = {task: frame for task, frame in tables.items() if (frame["method"] == LORA).sum() > 2}
         save_figure(curves_figure(curves or tables), output / "curves.png")
     for task, frame in tables.items():

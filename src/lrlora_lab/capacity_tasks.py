@@ -1,4 +1,4 @@
-"""What a task on which rank binds consists of, with one seed: model, batches and losses. Here: labels and bytes."""
+"""Model, batches and losses of a capacity task for one seed: labels and bytes."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from lrlora.train.packages import MINILM, VIT, checkpoint
 from .byte_model import base_model, mean_loss, sample_batch
 from .corpora import load_corpus
 
-TOKENS = 8  # of a text of `labels`: what a step costs
-PICTURE = 42  # pixels: 3 × 3 patches, and a token for the whole
-HEAD_SCALE = 4.0  # of its logits: high enough that the labels can be learned by heart
-EVALUATED_AT_ONCE = 256  # texts
+TOKENS = 8  # tokens per text of `labels`, which determine the cost of a step
+PICTURE = 42  # pixels: 3 × 3 patches, and one token for the whole image
+HEAD_SCALE = 4.0  # scale of its logits: large enough to memorize the labels
+EVALUATED_AT_ONCE = 256  # texts per batch
 TEST_WINDOWS = 512
 
 
 @dataclass
 class Setting:
-    """A task with one seed: a model, the loss of its batches in turn, and what to measure at the end."""
+    """A task with one seed: model, losses of successive batches, and final measurements."""
 
     model: Any
-    targets: str  # the modules to adapt, a regular expression
+    targets: str  # regular expression of the modules to adapt
     losses: Callable[[Any], Iterator[Tensor]]
     validation: Callable[[Any], float]
     test: Callable[[Any], dict[str, float]]
 
 
 class LabelModel(nn.Module):
-    """The MLP of an encoder's last layer, and a fixed random head on its standardised, mean-pooled output.
+    """MLP of an encoder's last layer, and a fixed random head on its standardized, mean-pooled output.
 
-    Forward: what the layer gives its MLP (examples, tokens, 384) → logits (examples, classes).
+    Forward: the MLP's input (examples, tokens, 384) → logits (examples, classes).
     """
 
     head: Tensor
@@ -51,7 +51,7 @@ class LabelModel(nn.Module):
     deviation: Tensor
 
     def standardise(self, inputs: Tensor, head: Tensor) -> None:
-        """Take the head, (classes, 384), and what all examples give it, to standardise by."""
+        """Set the head, (classes, 384), and the statistics of all examples."""
         self.register_buffer("head", head)
         with torch.no_grad():
             pooled = torch.cat([self.pooled(some) for some in inputs.split(EVALUATED_AT_ONCE)])
@@ -67,7 +67,7 @@ class LabelModel(nn.Module):
 
 
 class TextLabels(LabelModel):
-    """The last MLP of MiniLM."""
+    """Last MLP of MiniLM."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class TextLabels(LabelModel):
 
 
 class PictureLabels(LabelModel):
-    """The last MLP of the vision transformer, whose norms stand before it and after all layers."""
+    """Last MLP of the vision transformer, with norms before it and after the last layer."""
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class PictureLabels(LabelModel):
 
 
 def _text_inputs(encoder: Any, count: int) -> Tensor:
-    """What the MLP of the last layer sees of the first `count` film reviews of 8 tokens: (count, 8, 384), float32."""
+    """Inputs of the last MLP for the first `count` film reviews with 8 tokens: (count, 8, 384), float32."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(MINILM))
     texts = list(MOVIE_REVIEW_TASK.load()["train"]["text"])
     tokens = tokenizer(texts, truncation=True, max_length=TOKENS)["input_ids"]
@@ -105,7 +105,7 @@ def _text_inputs(encoder: Any, count: int) -> Tensor:
 
 
 def _picture_inputs(encoder: Any, count: int) -> Tensor:
-    """What the last layer adds its MLP to, for the first `count` animals: (count, 10, 384), float32."""
+    """Residual inputs of the last MLP for the first `count` animals: (count, 10, 384), float32."""
     pictures = load_animals()["train"]
     if count > len(pictures):
         raise ValueError(f"texts must be at most {len(pictures):,}, the pictures that there are, and is {count:,}.")
@@ -115,7 +115,7 @@ def _picture_inputs(encoder: Any, count: int) -> Tensor:
 
 
 def _seen_by(encoder: Any, module: nn.Module, examples: Tensor) -> Tensor:
-    """The inputs of a module of an encoder that is given these examples."""
+    """Inputs of an encoder's module for these examples."""
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     with torch.no_grad():
@@ -126,7 +126,7 @@ def _seen_by(encoder: Any, module: nn.Module, examples: Tensor) -> Tensor:
 
 
 def _kept(name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """A tensor that is computed once, and then is in the cache."""
+    """Compute a tensor once and cache it on disk."""
     path = cache_folder() / "capacity" / f"{name}.safetensors"
     if path.exists():
         return load_file(path)["inputs"]
@@ -138,7 +138,7 @@ def _kept(name: str, compute: Callable[[], Tensor]) -> Tensor:
 
 
 def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches of indices, one pass after the other, each in a new order."""
+    """Batches of indices, reshuffled for every pass."""
     while True:
         yield from torch.randperm(count, generator=generator).split(batch_size)
 
@@ -177,7 +177,7 @@ def _random_labels(model: LabelModel, inputs: Tensor, classes: int, batch_size: 
 
 
 def transfer(corpus: str, batch_size: int, seed: int) -> Setting:
-    """The byte-level model goes on to a corpus."""
+    """Continued byte-model training."""
     data, generator = load_corpus(corpus), torch.Generator().manual_seed(seed)
 
     def losses(model: Any) -> Iterator[Tensor]:

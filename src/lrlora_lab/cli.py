@@ -1,4 +1,4 @@
-"""Commands of the laboratory: demo and compare."""
+"""Commands of the experiments: demo and compare."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _suite(suite: str | None, preset: str | None) -> str:
 
 
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:
-    """The fields of a comparison that were given as words with commas between."""
+    """Comparison fields given as comma-separated options."""
     from .jobs import parse_rates
     from .methods import ABLATIONS
 
@@ -164,7 +164,7 @@ def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: 
 
 
 def _words(text: str) -> list[str]:
-    """What stands between commas, but for those in brackets, as of lora+target_modules=[query,value]."""
+    """Split at commas outside of brackets, as in lora+target_modules=[query,value]."""
     depths = list(accumulate((letter in "[{") - (letter in "]}") for letter in text))
     commas = [place for place, letter in enumerate(text) if letter == "," and not depths[place]]
     ends = zip([-1, *commas], [*commas, len(text)], strict=True)

@@ -1,6 +1,6 @@
-"""Texts as bytes for a language model: English, German and source code, from packages.
+"""Byte corpora for a language model: English, German and source code, from packages.
 
-They are read in the same way and split in the same places every time.
+Reading and splitting are deterministic.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PASSAGE = 100  # bytes
 
 
 class Corpus(NamedTuple):
-    """Text as bytes, without a common document: three uint8 tensors of one dimension."""
+    """Bytes of disjoint documents: three uint8 tensors of one dimension."""
 
     train: Tensor
     validation: Tensor
@@ -34,9 +34,9 @@ class Corpus(NamedTuple):
 
 def _english() -> Iterator[str]:
     for path in sorted(fetch(BOOKS).glob("*.txt")):
-        # Under copyright are a film script and the translation of Kafka.
+        # The film script and the Kafka translation are under copyright.
         if not path.name.startswith(("Tarantino", "Kafka")):
-            # The lines of a paragraph become one: their breaks are those of a page.
+            # Join the lines of a paragraph: their breaks are layout.
             text = re.sub(r"(?<!\n)\n(?!\n)", " ", path.read_text(encoding="utf-8-sig").strip())
             yield from (text[i : i + _SECTION] for i in range(0, len(text), _SECTION))
 
@@ -44,14 +44,14 @@ def _english() -> Iterator[str]:
 def _german() -> Iterator[str]:
     with zipfile.ZipFile(fetch(SPEECHES)) as archive, archive.open("de.csv") as table:
         for row in csv.DictReader(io.TextIOWrapper(table, encoding="utf-8", newline="")):
-            # Until 2009 the minutes have a space before every punctuation mark.
+            # Minutes before 2009 have a space before each punctuation mark.
             yield re.sub(r" +([.,;:!?])", r"\1", row["text"])
 
 
 def _source_code() -> Iterator[str]:
     folder = fetch(TWISTED)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
-    # Its tests are half of it, and repeat themselves.
+    # Tests are half of the code and repetitive.
     return ((folder / path).read_text(encoding="utf-8") for path in files if "test" not in path.parts)
 
 
@@ -59,11 +59,11 @@ CORPORA = {"english": _english, "german": _german, "source-code": _source_code}
 
 
 def load_corpus(name: str) -> Corpus:
-    """A corpus of `CORPORA`, downloaded first if need be, and split the same way every time.
+    """Load a corpus of `CORPORA`, downloaded if necessary, with a deterministic split.
 
     Raises:
-        RuntimeError: it cannot be downloaded.
-        ValueError: there is no such corpus.
+        RuntimeError: the download failed.
+        ValueError: unknown corpus.
 
     """
     require_known("corpus", name, CORPORA)
@@ -71,9 +71,9 @@ def load_corpus(name: str) -> Corpus:
 
 
 def split(documents: Iterable[bytes]) -> Corpus:
-    """A tenth of the documents for the test and a tenth for validation, chosen by their content.
+    """Split off a tenth of the documents for test and a tenth for validation, by content hash.
 
-    Left out are documents that share 200 bytes in a row, or a little less, with the test or, for training, validation.
+    Drops documents that share about 200 consecutive bytes with the test or, for training, validation.
     """
     parts: tuple[list[bytes], ...] = ([], [], [])
     for document in documents:

@@ -1,7 +1,7 @@
-"""What the jobs of a comparison need: the memory of a GPU, and its hours, before anything is loaded.
+"""GPU memory and hours required by a comparison's jobs, before anything is loaded.
 
-One step of a model with one layer, and of the same with two, is taken on PyTorch's meta device, which has shapes and no
-numbers: PyTorch counts the operations, and what is kept for the backward pass. What any number of layers needs follows.
+One step of a model with one layer, and with two, runs on PyTorch's meta device, which has shapes but no data: PyTorch
+counts operations and tensors saved for backward. Larger numbers of layers are extrapolated.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from .methods import Method, find_method
 from .suite import Suite, Task
 
 GIB = 2**30
-# An A100's peaks, of which training reaches two fifths: assumed, not measured.
+# Peak rates of an A100, of which training is assumed (not measured) to reach two fifths.
 GPU, _HALF, _TF32, _SINGLE, _UTILISATION = "A100", 312e12, 156e12, 19.5e12, 0.4
-_ADAM, _GRADIENT, _FLOAT32 = 8, 4, 4  # bytes for each number that is trained
+_ADAM, _GRADIENT, _FLOAT32 = 8, 4, 4  # bytes per trained number
 _CHOICES = 4
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one job needs; bytes and floating-point operations of a training step, padded to the longest that may be.
+    """Requirements of one job; bytes and floating-point operations of a training step, padded to the maximum length.
 
-    Memory is that of training. Evaluations read four of its batches at once (of choices by likelihood, all choices of a
-    quarter of one), keep nothing for a backward pass, and are not counted: where the vocabulary is large, the float32
-    logits of all those choices may take as much as what a training step keeps.
+    Memory is for training only. Evaluations use batches four times as large (for choices by likelihood, all choices of
+    a quarter batch) without saving for backward and are not counted: with a large vocabulary, the float32 logits of all
+    those choices may take as much memory as a training step saves.
 
     Attributes:
         parameters: of the base model.
         trainable: of these, or of the adapter and a new head.
-        weights, trained, activations: bytes of the base model; of what is trained, with gradients and Adam's moments;
-            of what is kept for the backward pass.
+        weights, trained, activations: bytes of the base model; of trained parameters, gradients and Adam's moments; of
+            tensors saved for backward.
         operations: of a training step.
-        hours: of the GPU, for all steps, without evaluations.
+        hours: GPU hours of all steps, without evaluations.
 
     """
 
@@ -60,38 +60,38 @@ class Needs:
 
     @property
     def gib(self) -> float:
-        """Memory in GiB, without CUDA's own."""
+        """Memory in GiB, excluding CUDA's own."""
         return (self.weights + self.trained + self.activations) / GIB
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step of a model with so many layers takes, and what a layer more adds."""
+    """Requirements of a step at some number of layers."""
 
     parameters: float
     trainable: float
     kept: float
     forward: float
     operations: float
-    adapted: float  # numbers in adapted weights
-    widest: float  # of the largest of them
-    inputs: float  # what a layer of the transformer is given, in bytes
+    adapted: float  # number of entries of adapted weights
+    widest: float  # number of entries of the largest one
+    inputs: float  # bytes of a transformer layer's input
     tokens: float
 
     def extended(self, second: _Step, layers: int) -> _Step:
-        """With more layers, from one and two."""
+        """Extrapolate from one and two layers."""
         names = ("parameters", "trainable", "kept", "forward", "operations", "adapted")
         grown = {name: getattr(self, name) * (2 - layers) + getattr(second, name) * (layers - 1) for name in names}
         return _Step(**grown, widest=self.widest, inputs=self.inputs, tokens=self.tokens)
 
 
 def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
-    """What a job needs.
+    """Requirements of a job.
 
     Raises:
-        FileNotFoundError: the configuration of the model is not there.
-        RuntimeError: it does not say what is asked, or PyTorch's meta device cannot take the step.
-        ValueError: the method cannot be laid out without its weights.
+        FileNotFoundError: the model's configuration is missing.
+        RuntimeError: it lacks a field, or PyTorch's meta device does not support the step.
+        ValueError: the method cannot be set up without weights.
 
     """
     layout = _Layout.of(suite, task, method, rank)
@@ -99,11 +99,11 @@ def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
     first = layout.measured(1)
     step = first.extended(layout.measured(2), layers)
     kept, operations = step.kept, step.operations
-    if suite.training.get("gradient_checkpointing"):  # the inputs of every layer, and all of one; forward again
+    if suite.training.get("gradient_checkpointing"):  # all layer inputs and one layer's activations; second forward
         kept = first.kept + layers * step.inputs
         operations += step.forward - first.forward
     if method.train == "lr-lora" and method.options.get("form") != EXPANSION:
-        kept += 2 * _FLOAT32 * step.widest  # φ(BA), and the gradient of the weight that it needs
+        kept += 2 * _FLOAT32 * step.widest  # φ(BA), and the weight gradient that it needs
         operations += 2 * step.tokens * step.adapted
     of_each = _GRADIENT + _ADAM + (0 if method.train == "full" else _FLOAT32)
     return Needs(
@@ -119,7 +119,7 @@ def needs(suite: Suite, task: Task, method: Method, rank: int) -> Needs:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A model with a method on it, of which a step can be taken without its weights."""
+    """A model with a method, for a step without its weights."""
 
     suite: Suite
     task: Task
@@ -141,31 +141,31 @@ class _Layout:
 
     @property
     def stored(self) -> torch.dtype:
-        """Of the base model's weights."""
+        """Of the base weights."""
         is_single = self.kind.has_head or self.method.train == "full"
         return torch.float32 if is_single else self.config.dtype or torch.float32
 
     @property
     def computed(self) -> torch.dtype:
-        is_mixed = self.suite.training.get("bf16") or self.suite.training.get("fp16")  # of one size and speed
+        is_mixed = self.suite.training.get("bf16") or self.suite.training.get("fp16")  # of equal size and speed
         return torch.bfloat16 if is_mixed else self.stored
 
     @property
     def peak(self) -> float:
-        """Operations a second. The Trainer turns TF32 on only where it is told to."""
+        """Operations per second. The Trainer enables TF32 only on request."""
         if self.computed != torch.float32:
             return _HALF
         return _TF32 if self.suite.training.get("tf32") else _SINGLE
 
     def told(self, name: str) -> int:
-        """A field of the model's configuration, which not all of them have."""
+        """Optional field of the model's configuration."""
         value: int | None = getattr(self.config, name, None)
         if value is None:
             raise RuntimeError(f"The configuration of {self.suite.model} has no {name}.")
         return value
 
     def measured(self, layers: int) -> _Step:
-        """A step with so many layers."""
+        """Step with `layers` layers."""
         with torch.device("meta"):
             base = self._base(layers)
             parameters = sum(p.numel() for p in base.parameters())
@@ -208,23 +208,23 @@ class _Layout:
         return self.kind.model_class.from_config(config, dtype=self.computed)
 
     def _adapted(self, model: Any) -> tuple[Any, list[int]]:
-        """The model with the method on it, and the sizes of the weights that are adapted, or trained."""
+        """Model with the method, and the sizes of the adapted or trained weights."""
         method = self.method
         if method.train == "full":
             return model, [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
-        # Ours is laid out as LoRA, whose factors it has: what φ adds is counted apart.
+        # LR-LoRA is set up as LoRA, which has the same factors; φ is counted separately.
         train = "lora" if method.train == "lr-lora" else method.train
         options = {k: v for k, v in method.options.items() if train == method.train or k in ("r", "target_modules")}
         given = {**self.suite.adapter, **replace(method, train=train, options=options).adapter(self.rank)}
         wanted = adapter_config(train, self.kind.adapter_fields, max(self.task.steps, 100), given)
-        assert wanted is not None  # it is not full fine-tuning
+        assert wanted is not None  # not full fine-tuning
         adapted = get_peft_model(model, wanted)
         names = set(adapted.targeted_module_names)
         modules: Any = adapted.get_base_model().named_modules()
         return adapted, [module.weight.numel() for name, module in modules if name in names]
 
     def _batch(self) -> dict[str, Tensor]:
-        """A batch of a training step; texts as long as they may be."""
+        """Batch of a training step, with texts of maximum length."""
         kind, size = self.kind, self.task.batch_size
         labels = torch.zeros(size, dtype=torch.float32 if kind.name == "regress" else torch.long)
         if not kind.reads_text:
@@ -244,16 +244,16 @@ class _Layout:
 
 @dataclass(frozen=True)
 class Planned:
-    """The jobs of one method on one task."""
+    """Jobs of one method on one task."""
 
     task: str
     method: str
     jobs: int
-    needs: Needs | None  # None where it cannot be told
+    needs: Needs | None  # None if unknown
 
 
 def planned(comparison: Comparison) -> list[Planned]:
-    """What is about to be run, cell by cell, and what a job of it needs."""
+    """Planned cells of a comparison, with a job's requirements."""
     jobs = comparison.plan({})
     left = comparison.cells_left(jobs)
     cells = []
@@ -272,5 +272,5 @@ def _needs_if_known(comparison: Comparison, task: Task, key: str) -> Needs | Non
         return None  # its texts may be of any length
     try:
         return needs(comparison.definition, task, find_method(key), comparison.r)
-    except RuntimeError:  # the configuration does not say it, or the meta device cannot do it
+    except RuntimeError:  # a field is missing, or the meta device does not support it
         return None

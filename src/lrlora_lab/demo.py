@@ -1,4 +1,4 @@
-"""The demo: movie reviews, on which LoRA at r = 1 is as good as at r = 8, and random labels, on which rank decides."""
+"""Demo: movie reviews, where LoRA at r = 1 is as good as at r = 8, and random labels, where rank matters."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from .methods import find_method
 SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
 _DATA = "embedded:movie-reviews"
-BATCH_SIZE = 32  # of the reviews
-LABEL_STEPS, LABEL_BATCH = 8, 64  # steps for each one of the reviews
+BATCH_SIZE = 32  # for the reviews
+LABEL_STEPS, LABEL_BATCH = 8, 64  # steps per step on the reviews
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What all methods share.
+    """Settings shared by all methods.
 
     Args:
-        steps: on the reviews, of 32 snippets; on the labels there are eight times as many, of 64.
+        steps: on the reviews, of 32 snippets; the labels use eight times as many, of 64.
         seed: of head, factors, labels and data order. Rates and scales on the labels were tuned with seed 0.
 
     """
@@ -46,16 +46,16 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """One method's outcome on one task.
+    """Result of one method on one task.
 
     Attributes:
         task: "reviews" or "labels".
-        method: as people call it.
-        folder: of its run, in the demo's; None on labels.
+        method: common name.
+        folder: of its run, within the demo's; None for labels.
         trainable_parameters: adapter, and classification head on the reviews.
-        value: accuracy on films that are held out, or the loss (nats) on the labels themselves.
-        standard_error: of that accuracy, from the number of snippets; None of a loss.
-        seconds_per_step: processor time; None if the run had been interrupted.
+        value: accuracy on held-out films, or the loss (nats) on the training labels.
+        standard_error: of the accuracy, from the number of snippets; None for a loss.
+        seconds_per_step: processor time; None if the run was interrupted.
 
     """
 
@@ -68,9 +68,9 @@ class DemoResult:
     seconds_per_step: float | None
 
 
-# On the reviews: folder → a method of `find_method`, and its rate. At r = 8 twice the rate diverges; r = 1 wants more.
+# Reviews: folder → a method of `find_method`, and its rate. At r = 8 twice the rate diverges; r = 1 needs more.
 REVIEWS = {"lr-lora": ("lr-lora+r=8", 2e-3), "lora": ("lora+r=8", 2e-3), "lora-r1": ("lora+r=1", 8e-3)}
-# On the labels: a method, with the rate and the scale that it has been tuned to (docs/capacity.md).
+# Labels: method with its tuned rate and scale (docs/capacity.md).
 LABELS = (
     ("lora+r=4", 5e-3, 4.0),
     ("lora+r=16", 5e-3, 4.0),
@@ -88,16 +88,16 @@ def run_demo(
 ) -> list[DemoResult]:
     """Train MiniLM on both tasks with each method.
 
-    Writes a folder of `lrlora.train.run.train` for each method on the reviews, and `results.json`. Everything is
-    written under `<output>.partial` and renamed at the end; an interrupted demo goes on from there when it is called
-    again with the same settings. `announce` is given what is being done.
+    Writes a folder of `lrlora.train.run.train` for each method on the reviews, and `results.json`. Output goes to
+    `<output>.partial` and is renamed at the end; an interrupted demo resumes when called again with the same settings.
+    `announce` receives progress messages.
 
     Raises:
         BlockingIOError: another process writes it.
-        FileExistsError: `output` exists, or an unfinished demo with other settings, and `overwrite` is not set; or
-            the folder to replace is not a demo's.
+        FileExistsError: `output`, or an unfinished demo with other settings, exists and `overwrite` is not set; or the
+            folder to replace is not a demo's.
         RuntimeError: the model or the data could not be downloaded.
-        lrlora.train.run.Interrupted: it was stopped from outside, after a checkpoint was written.
+        lrlora.train.run.Interrupted: the demo was stopped externally, after saving a checkpoint.
 
     """
     with only_writer(output):

@@ -1,4 +1,4 @@
-"""LoRA-equivalent rank: at which r would LoRA reach the same loss?"""
+"""LoRA-equivalent rank: the r at which LoRA reaches the same loss."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .statistics import Interval, paired_difference
 
 @dataclass(frozen=True)
 class EquivalentRank(Interval):
-    """An r, the geometric mean over seeds, with its 95 % interval.
+    """Geometric mean of r over seeds, with its 95 % interval.
 
     Attributes:
-        below: how many seeds have a higher loss than LoRA at its lowest r, and count as that r.
-        above: how many have a lower one than at its highest, and count as that.
+        below: number of seeds with a higher loss than LoRA at its lowest r, counted as that r.
+        above: number with a lower loss than at its highest r, counted as that.
 
     """
 
@@ -26,23 +26,23 @@ class EquivalentRank(Interval):
     above: int = 0
 
     def __str__(self) -> str:
-        # With seeds that count as an end of the curve, there is no telling how they spread.
+        # Seeds clipped to an end of the curve make the spread unknown.
         if self.below or self.above:
             return "" if self.below and self.above else f"{'<' if self.below else '>'} {self.value:.1f}"
         return f"{self.value:.1f}" if math.isnan(self.low) else f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
 
 
 def equivalent_rank(curve: Mapping[int, Mapping[int, float]], losses: Mapping[int, float]) -> EquivalentRank | None:
-    """The r at which LoRA reaches these losses, found for each seed on LoRA's own curve of that seed.
+    """The r at which LoRA reaches these losses, per seed on LoRA's own curve for that seed.
 
-    Between two r, log r is linear in the loss. A curve that rises somewhere is flattened there (isotonic regression).
+    Interpolates log r linearly in the loss. Where a curve rises, it is flattened (isotonic regression).
 
     Args:
         curve: r → seed → LoRA's loss; at least two r.
         losses: seed → loss.
 
     Returns:
-        None if no seed is common to all.
+        None without a common seed.
 
     """
     ranks = sorted(curve)
@@ -55,7 +55,7 @@ def equivalent_rank(curve: Mapping[int, Mapping[int, float]], losses: Mapping[in
         falling = isotonic_regression([curve[r][seed] for r in ranks], increasing=False).x
         below += losses[seed] > falling[0]
         above += losses[seed] < falling[-1]
-        # `interp` wants rising losses, and holds its ends.
+        # `interp` requires rising losses, and clips at its ends.
         found.append(float(np.interp(losses[seed], falling[::-1], np.log(ranks[::-1]))))
     mean = paired_difference(found, [0.0] * len(found))
     assert mean is not None

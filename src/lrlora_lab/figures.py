@@ -1,4 +1,4 @@
-"""The pictures of a comparison."""
+"""Figures of a comparison."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parameters_figure(comparison: Comparison, cells: Mapping[tuple[str, str], Se
 
 
 def _aside(sizes: Mapping[str, int]) -> dict[str, float]:
-    """By method, what its size is drawn times, so that those of about the same size do not hide each other."""
+    """Method → horizontal factor that separates methods of similar size."""
     groups: list[list[str]] = []
     for method in sorted(sizes, key=lambda method: sizes[method]):
         if groups and sizes[method] < 1.05 * sizes[groups[-1][0]]:
@@ -51,7 +51,7 @@ def _aside(sizes: Mapping[str, int]) -> dict[str, float]:
 
 
 def rates_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
-    """Validation loss by learning rate; at the top, the rates at which a run failed."""
+    """Validation loss by learning rate; rates with failed runs at the top."""
     figure, columns = _panels(list(dict.fromkeys(table["task"])), ["validation loss"], "learning rate")
     styles = {style["label"]: style for style in _styles(comparison).values()}
     rates = [name for name in table.columns if isinstance(name, float)]
@@ -71,7 +71,7 @@ def rates_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
 
 
 def ranks_figure(places: Mapping[tuple[str, str], Mapping[tuple[str, int | None], float]]) -> Figure:
-    """Stable rank by layer and type of module: a column of panels, with a scale of its own, for each task."""
+    """Stable rank by layer and module type: one column of panels, with its own scale, per task."""
     tasks, methods = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
     types, layers = (set(names) for names in zip(*(place for cells in places.values() for place in cells), strict=True))
     size = ((0.4 * len(layers) + 0.8) * len(tasks) + 3, (0.35 * len(types) + 0.8) * len(methods))
@@ -83,13 +83,13 @@ def ranks_figure(places: Mapping[tuple[str, str], Mapping[tuple[str, int | None]
         axes = grid[methods.index(method), tasks.index(task)]
         axes.set_axis_on()
         highest = max(max(places[task, other].values()) for other in methods if (task, other) in places)
-        draw_heat_map(axes, cells, vmin=1, vmax=max(1, highest))  # an update of 0 has no rank at all
+        draw_heat_map(axes, cells, vmin=1, vmax=max(1, highest))  # a zero update has no rank
         axes.set_title(f"{task}, {find_method(method).name}", fontsize="medium")
     return figure
 
 
 def _panels(tasks: Sequence[str], ylabels: Sequence[str], xlabel: str) -> tuple[Figure, dict[str, list[Axes]]]:
-    """A figure with a column of panels for each task, and a row of them for each of `ylabels`."""
+    """Figure with a column of panels per task, and a row per `ylabels` entry."""
     figure = Figure(figsize=(3.2 * len(tasks) + 2, 2.5 * len(ylabels) + 0.5), layout="constrained")
     grid = figure.subplots(len(ylabels), len(tasks), squeeze=False, sharex="col")
     for axes, ylabel in zip(grid, ylabels, strict=True):
@@ -103,9 +103,9 @@ def _panels(tasks: Sequence[str], ylabels: Sequence[str], xlabel: str) -> tuple[
 
 
 def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """How a method is drawn: alike in all panels, whichever methods these have."""
+    """Drawing style of each method, the same in all panels."""
     names = {method: find_method(method).name for method in comparison.all_methods}
-    # Nine markers and ten colours: no two of 90 methods look the same.
+    # Nine markers and ten colors: unique styles for 90 methods.
     return {
         method: {"label": name, "color": f"C{i % 10}", "marker": "osD^vPX*<"[i % 9]}
         for i, (method, name) in enumerate(names.items())
@@ -113,7 +113,7 @@ def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def with_legend(figure: Figure) -> Figure:
-    """With one entry for each label of all panels."""
+    """Add a legend of all panels' unique labels."""
     entries = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }

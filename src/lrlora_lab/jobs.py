@@ -1,6 +1,6 @@
-"""A comparison as jobs: which there are, which come next, and the folder that holds their results.
+"""Jobs of a comparison: which exist, which come next, and the folder of their results.
 
-Every job trains one method on one task at one learning rate with one seed. Its result is one file.
+Each job trains one method on one task at one learning rate with one seed, and writes one result file.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .suites import load_suite
 
 TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
-CALL_FILE = "call.json"  # what was asked for last
-PACKED_FILE = "jobs.jsonl.gz"  # finished jobs that are no longer in files of their own
+CALL_FILE = "call.json"  # last call
+PACKED_FILE = "jobs.jsonl.gz"  # finished jobs, packed
 _LOCKS = "locks"
-# Exit status of a worker whose job cannot work as it is, and of one whose training diverged.
+# Exit status of a worker whose job failed, and of one whose training diverged.
 FAILED, DIVERGED = 3, 4
-# Steps between checkpoints. A shorter run has none: begun anew, it loses little.
+# Steps between checkpoints. Shorter runs have none and lose little when restarted.
 _SAVE_STEPS = 500
-_GRID_STEPS = 2  # times that the grid of rates, 2 apart, may grow on either side
+_GRID_STEPS = 2  # maximum extensions of the rate grid (factor 2) on either side
 Record = dict[str, Any]
-# What a job records that has not failed, and one that was tested too.
+# Fields recorded for a successful job, and for a tested one.
 _OF_THE_DONE, _OF_THE_TESTED = ("criterion", "test"), ("seconds", "trainable")
 
 
@@ -49,14 +49,14 @@ class _SuiteSettings(TypedDict):
 
 
 class _Settings(TypedDict):
-    """What is in the file of what is compared."""
+    """Contents of the settings file."""
 
     rank: int
     suite: _SuiteSettings
 
 
 class _Identity(TypedDict):
-    """What every record in a file has."""
+    """Fields of all records."""
 
     task: str
     method: str
@@ -66,7 +66,7 @@ class _Identity(TypedDict):
 
 
 class _Record(_Identity, total=False):
-    """What it has of a job that failed, and of one that did not."""
+    """Fields of failed and of successful jobs."""
 
     scale: float
     failure: str
@@ -85,7 +85,7 @@ class _Record(_Identity, total=False):
 
 @dataclass(frozen=True)
 class Job:
-    """One training run; `scale` is s, which some tasks tune too."""
+    """One training run; `scale` is s, tuned by some tasks."""
 
     task: str
     method: str
@@ -95,26 +95,26 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The name of its files."""
+        """Name of its files."""
         rate = f"{self.learning_rate:g}" if self.scale == 1 else f"{self.learning_rate:g}-{self.scale:g}"
         return quote(f"{self.task}--{self.method}--{rate}--{self.seed}", safe="+=,")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """A comparison.
 
     Args:
         suite: a key of `SUITES` or `PRESETS`, or a YAML file with a suite.
-        methods: keys as `find_method` takes them; what others are compared with is "lora", or else the first. Default:
-            what a task itself asks for, or else the main ones.
-        seeds: final runs of each method on each task, at the rate that one more seed has chosen.
+        methods: keys of `find_method`; the reference is "lora", or else the first. Default: the task's own, or else the
+            main ones.
+        seeds: final runs per method and task, at the rate chosen with one more seed.
         rank: r; default: the suite's.
-        tasks: of the suite; default: all.
-        rates: learning rates to try for every method, and no others; default: each method's own times the task's
-            scale, and beyond them.
-        model: in place of the suite's.
-        steps: of training in every task, in place of its own, for a first try.
+        tasks: tasks of the suite; default: all.
+        rates: the only learning rates to try, for every method; default: each method's own times the task's scale, and
+            beyond them.
+        model: overrides the suite's.
+        steps: training steps of every task, overriding its own, for a first try.
 
     Raises:
         ValueError: a name is unknown, or a number out of range.
@@ -174,27 +174,27 @@ class Comparison:
         return "lora" if "lora" in self.all_methods else self.all_methods[0]
 
     def plan(self, finished: dict[str, Record]) -> list[Job]:
-        """All jobs that are known to be wanted, task by task; more may follow from their results.
+        """All jobs known to be needed, task by task; their results may add more.
 
-        Every rate on the tuning seed first, the grid growing while the best rate is at its edge; then the seeds at the
-        best rate, which alone read the test data.
+        First every rate on the tuning seed, extending the grid while the best rate is at its edge; then the seeds at
+        the best rate, which alone read the test data.
         """
         cells = ((task, method) for task in self.task_names for method in self.methods_of(task))
         return [job for task, method in cells for job in self._of(task, method, finished)]
 
     def select(self, records: dict[str, Record]) -> dict[str, Record]:
-        """Of the finished jobs those that this comparison consists of: a folder may hold other rates and seeds."""
+        """Select the finished jobs of this comparison: a folder may hold other rates and seeds."""
         return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
 
     def of_all(self, records: dict[str, Record]) -> Comparison:
-        """The comparison of all methods, tasks and seeds that a folder has finished jobs of."""
+        """Comparison of all methods, tasks and seeds with finished jobs in a folder."""
         tasks, methods = ({record[name]: None for record in records.values()} for name in ("task", "method"))
         known = tuple(task for task in self.definition.tasks if task in tasks)
         seeds = max((record["seed"] for record in records.values()), default=0)
         return replace(self, tasks=known, methods=tuple(methods), seeds=max(self.seeds, seeds))
 
     def cells_left(self, jobs: list[Job]) -> list[tuple[str, str]]:
-        """(task, method) of jobs that are left, and of those that will follow: the seeds at a rate yet to be found."""
+        """(task, method) of remaining jobs and of later ones: the seeds at a rate yet to be found."""
         tuned = {(job.task, job.method) for job in jobs if job.seed == TUNING_SEED}
         return [(job.task, job.method) for job in jobs] + [cell for cell in tuned for _ in range(self.seeds)]
 
@@ -212,9 +212,9 @@ class Comparison:
         while all(trial.name in finished for trial in trials):
             best = best_trial([finished[trial.name] for trial in trials])
             if best is None:
-                return trials  # all have failed
+                return trials  # all failed
             rate, scale = best["learning_rate"], best.get("scale", 1.0)
-            # The best is inside the grid once its neighbours have been tried, by rate and by scale.
+            # The best is inside the grid once its neighbors, by rate and by scale, were tried.
             around = [(rate / 2, scale), (rate * 2, scale)]
             for s in _neighbours(scale, scales):
                 around.append((rate, s))
@@ -229,23 +229,23 @@ class Comparison:
 
 
 def _neighbours(scale: float, scales: Sequence[float]) -> list[float]:
-    """The next smaller and the next larger of `scales`."""
+    """The next smaller and next larger of `scales`."""
     ordered = sorted(scales)
     at = ordered.index(scale)
     return ordered[max(0, at - 1) : at] + ordered[at + 1 : at + 2]
 
 
 def best_trial(trials: list[Record]) -> Record | None:
-    """The one with the lowest validation criterion, a steadier guide than accuracy; None if every trial failed."""
+    """Trial with the lowest validation criterion, which is less noisy than accuracy; None if all failed."""
     good = [trial for trial in trials if not trial.get("failure")]
     return min(good, key=lambda trial: trial["criterion"]) if good else None
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
-    """Learning rates with commas between.
+    """Parse comma-separated learning rates.
 
     Raises:
-        ValueError: one is no number.
+        ValueError: not a number.
 
     """
     try:
@@ -255,10 +255,10 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 
 def read_records(output: Path) -> dict[str, Record]:
-    """The finished jobs in a folder, by name.
+    """Finished jobs in a folder, by name.
 
     Raises:
-        ValueError: a file of one is damaged.
+        ValueError: a file is damaged.
 
     """
     remedy = "Remove it, and the same command runs the job again."
@@ -281,7 +281,7 @@ def read_records(output: Path) -> dict[str, Record]:
 
 
 def check_folder(comparison: Comparison, output: Path) -> None:
-    """Raise a FileExistsError unless the folder is free, or holds a comparison of the same suite and rank."""
+    """Raise FileExistsError unless the folder is free, or has a comparison of the same suite and rank."""
     path = output / SETTINGS_FILE
     if path.exists():
         if not _agree(read_json(path, _Settings, "Give another --output."), _settings(comparison)):
@@ -294,11 +294,11 @@ def check_folder(comparison: Comparison, output: Path) -> None:
 
 
 def prepare(comparison: Comparison, output: Path) -> None:
-    """Make a folder for the results, once all that is asked for is known to make sense.
+    """Create a folder for the results after validating the whole comparison.
 
     Raises:
         FileExistsError: the folder holds something else.
-        ValueError: an option of a method or a setting of a task cannot be.
+        ValueError: an option of a method or setting of a task is invalid.
 
     """
     for task in comparison.task_names:
@@ -317,19 +317,19 @@ def prepare(comparison: Comparison, output: Path) -> None:
     check_folder(comparison, output)
     (output / _LOCKS).mkdir(parents=True, exist_ok=True)
     with FileLock(output / _LOCKS / "settings.lock"):
-        check_folder(comparison, output)  # again: another process may have been quicker
+        check_folder(comparison, output)  # again: another process may have been faster
         settings = _settings(comparison)
         if (output / SETTINGS_FILE).exists():
             stored = read_json(output / SETTINGS_FILE, _Settings, "Give another --output.")
             settings["suite"]["tasks"] = {**stored["suite"]["tasks"], **settings["suite"]["tasks"]}
-        write_json(output / SETTINGS_FILE, settings)  # first: by it the folder is known as a comparison's
+        write_json(output / SETTINGS_FILE, settings)  # first: marks the folder as a comparison's
         write_json(output / CALL_FILE, asdict(comparison))
         for name in ("jobs", "logs", "runs"):
             (output / name).mkdir(exist_ok=True)
 
 
 def read_comparison(suite: str, output: Path) -> Comparison:
-    """The comparison that was last asked for in a folder.
+    """Last comparison of a folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -348,10 +348,10 @@ def _settings(comparison: Comparison) -> Any:
     settings = json.loads(json.dumps({"rank": comparison.r, "suite": asdict(comparison.definition)}))
     suite = settings["suite"]
     for task in suite["tasks"].values():
-        task.pop("methods", None)  # which methods are run changes nothing about a run
+        task.pop("methods", None)  # the selected methods do not affect a run
     for name in ("methods", "rank", "protocol"):
         del suite[name]
-    for values in (suite, *suite["tasks"].values()):  # comparisons that were begun before these were there lack them
+    for values in (suite, *suite["tasks"].values()):  # comparisons from before these fields lack them
         for name, default in _UNLESS.items():
             if values.get(name) == default:
                 values.pop(name, None)
@@ -371,7 +371,7 @@ _UNLESS: dict[str, Any] = {
 
 
 def _agree(stored: Any, wanted: Any) -> bool:
-    """Whether these are settings of one suite, which may have got or lost tasks in between."""
+    """Whether these are settings of one suite, apart from added or removed tasks."""
     old, new = (settings["suite"]["tasks"] for settings in (stored, wanted))
     common = old.keys() & new.keys()
     alike = common and all(old[name] == new[name] for name in common)
@@ -382,7 +382,7 @@ def _agree(stored: Any, wanted: Any) -> bool:
 def train_config(
     suite: Suite, task_name: str, method: Method, learning_rate: float, seed: int, rank: int, output: Path
 ) -> TrainConfig:
-    """The training run that a job consists of."""
+    """Training run of a job."""
     task = suite.training_tasks[task_name]
     adapter = {} if method.train == "full" else {**suite.adapter, **method.adapter(rank, ratio=suite.scale)}
     return TrainConfig(

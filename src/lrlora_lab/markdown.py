@@ -12,7 +12,7 @@ from .equivalence import EquivalentRank
 from .jobs import Record
 from .statistics import Interval
 
-# Digits after the point; what is not here is written as it is.
+# Decimal places; other columns are not rounded.
 _DIGITS = {"mean difference": 1, "loss": 1, "difference": 2, "p": 3, "time": 2, "memory": 2}
 _DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "attention − MLP": 3, "Cohen's d": 2}
 _DIGITS |= {"loss (nats)": 3, "difference (nats)": 3, "std": 3, "step": 2, "terms": 1, "ρ": 2}
@@ -22,7 +22,7 @@ _DIGITS |= {f"share of {name}": 2 for name in ("modules", "layers", "types")}
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A frame as a table."""
+    """Frame as a table."""
 
     def show(name: object, value: object) -> str:
         digits = _DIGITS.get(str(name))
@@ -45,6 +45,6 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def failure_line(record: Record) -> str:
-    """A job that failed, and why, as an item of a list."""
+    """List item with a failed job and the reason."""
     line = f"{record['task']}, {record['method']}, {record['learning_rate']:g}: {record['failure']}"
     return f"- {in_markdown(line)}"

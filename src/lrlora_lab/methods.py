@@ -1,4 +1,4 @@
-"""The methods of a comparison. A new one is an entry here: how `lrlora train` is called for it at rank r."""
+"""Methods of a comparison. To add one, add an entry: its `lrlora train` settings at rank r."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lrlora.train.methods import METHODS as PEFT_METHODS
 from lrlora.train.settings import parse_assignments
 from lrlora.tuner.config import PUBLISHED
 
-# Learning rates that are tried first; the grid grows while the best is at its edge.
+# Initial learning rates; the grid is extended while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 _FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune.
+    """A fine-tuning method.
 
     Args:
-        name: as it is called in tables.
-        train: `lrlora train`'s name for it.
-        options: fields of its PEFT configuration, beside the rank.
-        rank_factor: its rank is r times this; 0 for methods that have none.
+        name: name in tables.
+        train: name in `lrlora train`.
+        options: fields of its PEFT configuration, besides the rank.
+        rank_factor: ratio of its rank to r; 0 for methods without one.
         rates: learning rates to try.
 
     """
@@ -37,29 +37,29 @@ class Method:
 
     @property
     def has_ranks(self) -> bool:
-        """Whether learned ranks can be told. PiSSA's product BA is not its update, but starts from part of W."""
+        """Whether learned ranks can be measured. PiSSA's BA is not its update, but starts from part of W."""
         return PEFT_METHODS[self.train].has_ranks and self.options.get("init_lora_weights") != "pissa"
 
     @property
     def has_scale(self) -> bool:
-        """Whether s is open to choice."""
+        """Whether s can be set."""
         alpha = PEFT_METHODS[self.train].alpha
         return alpha is not None and alpha not in self.options
 
     def adapter(self, r: int, scale: float | None = None, *, ratio: float = 1.0) -> dict[str, Any]:
-        """The fields of its PEFT configuration; an option of its own wins over them.
+        """Fields of its PEFT configuration; its own options take precedence.
 
         Args:
-            r: the rank of the comparison.
-            scale: s, where it is tuned; None: what follows from `ratio`.
-            ratio: α/r, which is s too, but for rsLoRA: its s is α/√r, by which it differs from LoRA.
+            r: rank of the comparison.
+            scale: s, if tuned; None: determined by `ratio`.
+            ratio: α/r, equal to s except for rsLoRA, whose s is α/√r, its difference from LoRA.
 
         """
         if not self.rank_factor:
             return dict(self.options)
         options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
         alpha = PEFT_METHODS[self.train].alpha
-        if alpha is None or (scale is None and ratio == 1):  # α is r unless given
+        if alpha is None or (scale is None and ratio == 1):  # α defaults to r
             return options
         if scale is None:
             return {alpha: ratio * options["r"], **options}
@@ -67,7 +67,7 @@ class Method:
         return {alpha: scale * divisor, **options}
 
 
-# The names of modules in RoBERTa, DeBERTa, Llama, Qwen, ViT and models like them.
+# Module names of RoBERTa, DeBERTa, Llama, Qwen, ViT and similar models.
 _LINEAR = r"\.(query|key|value|dense|(q|k|v|o|query|key|value|gate|up|down)_proj|fc1|fc2)"
 _IN_ATTENTION = rf".*att.*{_LINEAR}"
 _IN_MLP = rf".*layers?\.\d+(?!.*att).*{_LINEAR}"
@@ -104,7 +104,7 @@ def _with(option: str, *values: Any) -> tuple[str, ...]:
     return tuple(f"lr-lora+{option}={value}" for value in values)
 
 
-# What is asked of the method → the methods that answer it.
+# Ablation → its methods.
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "sharing": ("lr-lora", "lora", "lr-lora-shared"),
     "frozen": ("lr-lora", "lora", "lr-lora-frozen", "sine"),
@@ -117,10 +117,10 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 
 
 def find_method(key: str) -> Method:
-    """A method of `METHODS`, or one with other options: `lr-lora+num_basis=50+interval=2`.
+    """A method of `METHODS`, optionally with other options: `lr-lora+num_basis=50+interval=2`.
 
     Raises:
-        ValueError: there is no such method, or an option is not name=value.
+        ValueError: unknown method, or an option is not name=value.
 
     """
     name, *assignments = key.split("+")

@@ -1,7 +1,7 @@
-"""Runs as PEFT's method comparison writes them, one JSON file each, so that they can be offered there.
+"""Runs in the format of PEFT's method comparison, one JSON file each, for submission there.
 
-PEFT's own (its folder method_comparison) measures the reserved memory at each step: the mean and the 99th percentile
-here are its peak. Without a GPU there is no memory to tell, and its tables cannot take the run.
+PEFT's own (its folder method_comparison) samples the reserved memory at each step: the mean and the 99th percentile
+here are its peak. Runs without a GPU have no memory value, and PEFT's tables cannot include them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .jobs import Comparison, Record
 from .tables import final_runs
 
 FOLDER = "peft"
-_NOT_USED = {"bitsandbytes": None}  # whose version PEFT's tables ask for
+_NOT_USED = {"bitsandbytes": None}  # PEFT's tables require its version
 
 
 def write_peft_results(comparison: Comparison, records: dict[str, Record], output: Path) -> None:
-    """Write a file for each final run, METHOD--TASK-SEED.json; of runs before sizes were recorded, none."""
+    """Write METHOD--TASK-SEED.json for each final run; skips older runs without sizes."""
     for runs in final_runs(records).values():
         for run in runs:
             if "train_tokens" in run:

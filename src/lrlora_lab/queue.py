@@ -1,7 +1,7 @@
-"""Runs what is missing of a comparison, so that nothing is ever lost or done twice.
+"""Runs the missing jobs of a comparison; resumable and concurrent.
 
-Each job runs in a process of its own, and its result appears whole or not at all. The same command goes on where it
-was stopped, and may run several times at once: processes share the jobs through locks.
+Each job runs in a separate process with an atomic result file. Rerun the same command to resume, or run it several
+times at once: processes share the jobs through locks.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from .task_data import check_data
 def run_comparison(
     comparison: Comparison, output: Path, *, hours: float | None = None, announce: Callable[[str], None] = print
 ) -> list[Job]:
-    """Run what is missing; returns what is left: when the time is up, or because something outside it went wrong.
+    """Run missing jobs; returns those left after a timeout or an external error.
 
     Args:
-        comparison: what is compared.
+        comparison: the comparison.
         output: folder of the results.
-        hours: start no job after so long; None: run all.
-        announce: is told what is being done.
+        hours: start no job after this time; None: run all.
+        announce: receives progress messages.
 
     Raises:
         FileExistsError: the folder holds something else.
-        ValueError: an option of a method or a setting of a task cannot be.
+        ValueError: an option of a method or setting of a task is invalid.
 
     """
     for note in check_data(comparison):
@@ -81,14 +81,14 @@ def _run_missing(
                     announce(f"Not done, and to be tried again by the next call: {problem}")
                 break
         else:
-            time.sleep(5)  # others are at work on all that is missing; more may follow from it
+            time.sleep(5)  # other processes run all missing jobs, whose results may add more
 
 
 def _remove_runs(output: Path, finished: dict[str, Record]) -> None:
-    """Remove the folders of runs whose results are filed, those of processes too that were killed in between."""
+    """Remove folders of runs with saved results, including those of killed processes."""
     for run in (output / "runs").iterdir():
         if run.name in finished:
-            shutil.rmtree(run, ignore_errors=True)  # another process may be at it
+            shutil.rmtree(run, ignore_errors=True)  # another process may be removing it
 
 
 @contextmanager
@@ -119,28 +119,28 @@ def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Recor
     return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss) for one process"
 
 
-# By which `accelerate launch` tells a process that it is one of several, which train together.
+# Prefixes of the variables by which `accelerate launch` marks distributed processes.
 _OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
 
 
 def _environment() -> dict[str, str]:
-    """That of the jobs, each with one GPU: given more, the Trainer would take batches larger than the task's."""
+    """Environment of a job, with one GPU: with more, the Trainer would use larger batches than the task's."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
     rank, visible = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible != "":  # which hides all of them
+    if visible != "":  # empty hides all GPUs
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank] if visible else str(rank)
     return environment
 
 
 class _Worker:
-    """Runs jobs, each in a fork of a process that has imported everything once."""
+    """Runs jobs, each in a fork of a process with all imports done."""
 
     def __init__(self, suite: Suite) -> None:
         self._command = [sys.executable, "-m", "lrlora_lab.worker", json.dumps(asdict(suite))]
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, request: dict[str, Any], folder: Path, result: Path, log: Path) -> int:
-        """The exit status of a job, which trains in `folder` and writes its findings to `result`, all else to `log`."""
+        """Run a job that trains in `folder`, writes to `result` and logs to `log`; returns its exit status."""
         paths = {"folder": str(folder), "result": str(result), "log": str(log)}
         order = json.dumps({"request": request, **paths}) + "\n"
         is_new = self._process is None
@@ -154,12 +154,12 @@ class _Worker:
         if said:
             return int(said)
         self.close()
-        # One that has done its last job may have ended by now, as it does where there is a GPU.
+        # After its last job, a worker may already have exited, as on a GPU.
         return process.returncode if is_new else self.run(request, folder, result, log)
 
     def _start(self, log: Path) -> subprocess.Popen[str]:
         with log.open("w", encoding="utf-8") as written:
-            # The worker ends when its end of the pipe does: with this process, however that ends.
+            # The worker ends when its pipe closes: with this process, however that ends.
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(
                 self._command, stdin=pipe, stdout=pipe, stderr=written, text=True, env=_environment()
@@ -175,7 +175,7 @@ class _Worker:
 
 
 def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str | None:
-    """Run a job in a process of its own and file its result; what went wrong outside it is returned, and not filed."""
+    """Run a job in a separate process and save its result; external errors are returned and not saved."""
     request = {**asdict(job), "rank": comparison.r}
     log, folder = output / "logs" / f"{job.name}.log", output / "runs" / job.name
     started = time.monotonic()

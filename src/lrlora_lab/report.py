@@ -1,4 +1,4 @@
-"""The report of a comparison: Markdown, CSV and pictures, made from the stored jobs alone."""
+"""Report of a comparison: Markdown, CSV and figures, from the stored jobs alone."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .tables import (
 
 
 def write_report(comparison: Comparison, output: Path) -> Path:
-    """Write `report.md`, `results.csv`, `runs.jsonl`, pictures and PEFT's files into the folder of a comparison.
+    """Write `report.md`, `results.csv`, `runs.jsonl`, figures and PEFT's files to a comparison's folder.
 
     Raises:
         FileExistsError: the folder holds another comparison.
-        ValueError: no job is finished yet.
+        ValueError: no job has finished.
 
     """
     check_folder(comparison, output)
@@ -147,7 +147,7 @@ def _failures(comparison: Comparison, records: dict[str, Record], output: Path) 
 
 
 def _compact(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table with the columns of a spread, or of a difference and its interval, in one."""
+    """Merge the columns of a spread, or of a difference and its interval."""
     table = frame.drop(columns=["std", "standard error", "from", "to"], errors="ignore")
     if "std" in frame:
         spreads = frame["std"].map(lambda std: "" if math.isnan(std) else f" ± {std:.1f}")

@@ -1,4 +1,4 @@
-"""Tasks for SmolLM2-135M, in bfloat16, on which rank binds: a phone book learned by heart, and another language."""
+"""Capacity tasks for SmolLM2-135M, in bfloat16: memorizing a phone book, and another language."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .byte_model import sample_batch
 from .capacity_tasks import EVALUATED_AT_ONCE, Setting, shuffled
 from .corpora import load_corpus
 
-LAYER = 24  # of 30, whose MLP learns the phone book
+LAYER = 24  # of 30; its MLP learns the phone book
 DIGITS = 10  # of a number
-NAME_TOKENS = 7  # of a name with the colon and the space after it: all alike, so that no text is padded
+NAME_TOKENS = 7  # of a name with its colon and space: constant, so that no text is padded
 CONTEXT = 64  # tokens of a window
 TEST_WINDOWS = 128
 
@@ -35,13 +35,13 @@ def _tokenizer() -> Any:
 
 
 class PhoneBookModel(nn.Module):
-    """The layers of SmolLM2 from `LAYER` on, and the logits of the ten digits alone.
+    """Layers of SmolLM2 from `LAYER` on, with logits of the ten digits only.
 
-    Forward: the input of the first of them (pairs, tokens, 576) → logits (pairs, 10, 10), float32, of the digits after
-    the last ten tokens.
+    Forward: input of the first layer (pairs, tokens, 576) → logits (pairs, 10, 10), float32, of the digits after the
+    last ten tokens.
 
     Args:
-        model: SmolLM2; it loses its lower layers.
+        model: SmolLM2; its lower layers are removed.
         digits: token ids, (10,).
 
     """
@@ -60,7 +60,7 @@ class PhoneBookModel(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Forward: windows (batch, tokens), int64 → the mean loss of their tokens after the first, float32."""
+    """Forward: windows (batch, tokens), int64 → mean loss of their tokens after the first, float32."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         hidden = self.decoder(windows, use_cache=False).last_hidden_state[:, :-1]
-        # A product of two dimensions: of three, a slice takes far longer on a CPU in bfloat16.
+        # 2D matmul: in 3D, a slice is far slower on a CPU in bfloat16.
         logits = self.head(hidden.reshape(-1, hidden.shape[-1]))
         return F.cross_entropy(logits.float(), windows[:, 1:].flatten())
 
@@ -92,11 +92,11 @@ def draw_phone_book(pairs: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def phone_book(pairs: int, batch_size: int, seed: int) -> Setting:
-    """Names and their numbers; `recalled` is the part that greedy decoding among the ten digits gives whole."""
+    """Names and numbers; `recalled` is the share that greedy decoding over the ten digits recalls in full."""
     model, generator = _base_model(), torch.Generator().manual_seed(seed)
     tokens, digits = draw_phone_book(pairs, seed)
     with torch.no_grad():
-        # What the lower layers make of them is computed once: they are frozen.
+        # The lower layers are frozen, so their outputs are computed once.
         inputs = torch.cat(
             [
                 model.model(some, output_hidden_states=True, use_cache=False).hidden_states[LAYER]
@@ -111,7 +111,7 @@ def phone_book(pairs: int, batch_size: int, seed: int) -> Setting:
     @torch.no_grad()
     def whole(model: Any) -> dict[str, float]:
         logits = torch.cat([model(some) for some in inputs.split(EVALUATED_AT_ONCE)])
-        # Where each digit is the likeliest after the true ones before it, decoding never leaves the true number.
+        # If each digit is the argmax after the true ones before it, decoding reproduces the number.
         recalled = (logits.argmax(-1) == digits).all(-1).double().mean().item()
         return {"loss": F.cross_entropy(logits.flatten(0, 1), digits.flatten()).item(), "recalled": recalled}
 
@@ -121,7 +121,7 @@ def phone_book(pairs: int, batch_size: int, seed: int) -> Setting:
 
 
 def language(corpus: str, batch_size: int, seed: int) -> Setting:
-    """SmolLM2 goes on to a corpus; the linear layers of its last six layers are adapted."""
+    """Continued training of SmolLM2, with the linear layers of its last six layers."""
     generator, tokenizer = torch.Generator().manual_seed(seed), _tokenizer()
     train, validation, test = (
         torch.tensor(tokenizer(part.numpy().tobytes().decode(errors="replace"), verbose=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""What a few seeds can say: paired differences, corrected for many comparisons, and what the learned ranks show."""
+"""Statistics over a few seeds: paired differences, multiple-comparison correction, and learned ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RESAMPLES = 2_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95 % interval."""
+    """A value with its 95 % interval."""
 
     value: float
     low: float
@@ -25,9 +25,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A mean paired difference, with its standard error and p of the paired t-test that the interval goes with.
+    """A mean paired difference, with its standard error and p of the corresponding paired t-test.
 
-    All but the mean are NaN where they have nothing to go by, as with one pair.
+    All but the mean are NaN if undefined, as with one pair.
     """
 
     standard_error: float
@@ -35,7 +35,7 @@ class Difference(Interval):
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Difference | None:
-    """How much larger `values` are, pair by pair; None without a pair."""
+    """Paired difference values − others; None without a pair."""
     differences = np.asarray(values) - np.asarray(others)
     if not len(differences):
         return None
@@ -43,7 +43,7 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Diffe
     if len(differences) == 1:
         return Difference(mean, math.nan, math.nan, math.nan, math.nan)
     error = float(sem(differences))
-    # Two or three accuracies often differ by the same number of examples: that is no certainty.
+    # Two or three accuracies often differ by the same number of examples, which is not certainty.
     if np.ptp(differences) <= 1e-9 * max(1.0, np.abs(differences).max()):
         return Difference(mean, math.nan, math.nan, error, math.nan)
     test = ttest_1samp(differences, 0.0)
@@ -52,7 +52,7 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Diffe
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values corrected for their number (Holm 1979), in their order."""
+    """Holm-corrected p values (Holm 1979), in their order."""
     order = np.argsort(p_values)
     corrected, largest = np.empty(len(p_values)), 0.0
     for rank, index in enumerate(order):
@@ -62,9 +62,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def columns_differ(values: NDArray[np.float64]) -> float:
-    """P of the permutation test that the columns of `values` (rows, columns) differ, and not only within a row.
+    """P value of the permutation test that the columns of `values` (rows, columns) differ, not only within a row.
 
-    Under the null hypothesis a column's value in one row says nothing of its value in another.
+    Under the null hypothesis, a column's values in different rows are unrelated.
     """
     return float(
         permutation_test(
@@ -80,10 +80,10 @@ def columns_differ(values: NDArray[np.float64]) -> float:
 
 
 def share_between_columns(values: NDArray[np.float64]) -> Interval:
-    """The part of the variance of `values` (rows, columns) that lies between columns and not within one.
+    """Share of the variance of `values` (rows, columns) that lies between columns.
 
-    The intraclass correlation ICC(1,1) with its interval by F (Shrout & Fleiss 1979): 1 if a column has one value, and
-    0, but for chance, if columns are alike.
+    Intraclass correlation ICC(1,1) with its F-based interval (Shrout & Fleiss 1979): 1 if each column is constant, and
+    0, up to chance, if columns are alike.
     """
     rows, columns = values.shape
     between, within = rows * values.mean(0).var(ddof=1), values.var(0, ddof=1).mean()
@@ -93,7 +93,7 @@ def share_between_columns(values: NDArray[np.float64]) -> Interval:
 
 
 def gap(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[Interval, Interval]:
-    """How much larger the first group's values are than the second's, of two at least each.
+    """Difference of two groups (first − second), of at least two values each.
 
     Returns:
         The difference of means, and Cohen's d, with bootstrap intervals.

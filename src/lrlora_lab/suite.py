@@ -1,4 +1,4 @@
-"""What a suite of a comparison is: a model, and tasks with what all methods share on them."""
+"""Suites of a comparison: a model, and tasks with settings shared by all methods."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Task:
 
     @property
     def criterion(self) -> str:
-        """The metric that chooses the learning rate: a loss that holds nothing but the task. Less is better."""
+        """Metric that selects the learning rate: a pure task loss. Lower is better."""
         return KINDS[self.task].criterion
 
 
@@ -83,14 +83,14 @@ class Suite:
     """A model and the tasks it is fine-tuned on.
 
     Args:
-        model: as for `lrlora train --model`.
+        model: as in `lrlora train --model`.
         tasks: by name.
-        methods: what is compared unless asked for otherwise; none: the main ones.
-        rank: r, unless asked for otherwise.
+        methods: default methods; empty: the main ones.
+        rank: default r.
         scale: α/r.
         adapter: fields of the configuration of every adapter.
         training: fields of TrainingArguments of every run.
-        protocol: what these settings follow, in words.
+        protocol: source of these settings, in words.
 
     """
 
@@ -108,25 +108,25 @@ class Suite:
         require_type(self, Suite, "suite")
 
     def with_steps(self, steps: int) -> Suite:
-        """The suite with so many steps of training in every task."""
+        """Suite with this number of training steps in every task."""
         return replace(self, tasks={name: replace(task, steps=steps) for name, task in self.tasks.items()})
 
     @property
     def training_tasks(self) -> dict[str, Task]:
-        """Those that are trained and scored as `lrlora train` does."""
+        """Tasks trained and scored by `lrlora train`."""
         return {name: task for name, task in self.tasks.items() if isinstance(task, Task)}
 
     @property
     def capacity_tasks(self) -> dict[str, CapacityTask]:
-        """Those on which rank binds."""
+        """Capacity tasks."""
         return {name: task for name, task in self.tasks.items() if isinstance(task, CapacityTask)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Suite:
-        """From plain values: `model`, `tasks` with the fields of `Task` by name, and the other fields of a suite.
+        """Create from plain values: `model`, `tasks` with the fields of `Task` by name, and other suite fields.
 
         Raises:
-            ValueError: a key is unknown or missing, or its tasks do not read it.
+            ValueError: a key is unknown, missing or not used by its tasks.
 
         """
         for name in content:

@@ -1,4 +1,4 @@
-"""The suites: each with the protocol of its field, whose sources are named."""
+"""Suites, each with the protocol of its field and the sources."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lrlora.train.settings import read_yaml
 from .capacity import CapacityTask
 from .suite import Suite, Task
 
-# A new classification head wants a far higher rate than an adapter. With one rate for both, a method that only bears
-# high rates looks like a better adapter (docs/phi.md), so the head has its own, the same for all.
+# A new classification head needs a much higher rate than an adapter. With a common rate, a method that merely tolerates
+# high rates looks like a better adapter (docs/phi.md), so the head has its own rate, the same for all methods.
 _HEAD: dict[str, Any] = {"head_learning_rate": 16e-3}
-# A language model that goes on predicting tokens wants lower rates than one that gets a new head.
+# A language model that continues to predict tokens needs lower rates than one with a new head.
 _CHOICES: dict[str, Any] = {"task": "multiple-choice", "rate_scale": 0.25}
 
 
 def _glue(name: str, steps: int, test: str = "validation", metric: str | None = None, **columns: str) -> Task:
-    # The labels of GLUE's tests are secret: its validation split is the test here, validation a part of training.
+    # The test labels of GLUE are withheld: its validation split serves as the test, and part of training as validation.
     return Task(
         f"nyu-mll/glue:{name}",
         "regress" if name == "stsb" else "classify",
@@ -56,9 +56,9 @@ _LORA = tuple(f"lora+r={r}" for r in (1, 2, 4, 8, 16))
 _SIZES = ((1, 32), (2, 16), (4, 8))  # r and Q
 _EXPANSION = tuple(f"expansion+r={r}+num_terms={q}" for r, q in _SIZES)
 _PHI = tuple(f"{form}+r={r}" for form in ("paper", "lr-lora") for r in (1, 4))
-# Others' methods, at the one or two ranks that tell.
+# Other methods, at one or two informative ranks.
 _PEERS = ("loha+r=1", "hira+r=1", "hira+r=4", "dora+r=1", "vera+r=256")
-# Nearly the whole sign matrix, and LoRA's parameters in one module alone.
+# Nearly the full sign matrix, and LoRA's parameters in a single module.
 _CONTROLS = (
     "expansion+r=1+num_terms=128",
     "lora+r=2+target_modules=intermediate",
@@ -82,7 +82,7 @@ _CAPACITY = {
         ),
     ),
     "source-code": CapacityTask("transfer", 500, 8, corpus="source-code", methods=(*_LORA[:3], *_EXPANSION[:2])),
-    # Four times the steps: is a small loss a large capacity, or only fast?
+    # Four times the steps: does a small loss mean capacity or only speed?
     "labels-long": CapacityTask("labels", 3_200, 64, methods=(*_LORA[:3], _EXPANSION[0])),
     "picture-labels": CapacityTask(
         "picture-labels",
@@ -94,19 +94,19 @@ _CAPACITY = {
         climbs_diagonally=True,
         methods=(*_LORA, *_EXPANSION[::2], *_PHI[2:]),
     ),
-    # A pretrained decoder, with the scales that the tasks above have found.
+    # A pretrained decoder, with the scales found on the tasks above.
     "phone-book": CapacityTask(
         "phone-book", 600, 32, texts=250, scales=(4.0,), methods=(*_LORA[:3], _EXPANSION[0], _PAPER_SCALED)
     ),
     "smollm2-german": CapacityTask(
         "language", 300, 4, corpus="german", scales=(4.0,), methods=(_LORA[0], _LORA[2], _EXPANSION[0], _PAPER_SCALED)
     ),
-    # What more and more texts ask for.
+    # Demand that grows with the number of texts.
     **{
         f"labels-{texts}": CapacityTask("labels", 800, 64, texts=texts, methods=(_LORA[3], _EXPANSION[2]))
         for texts in (512, 1_024, 4_096)
     },
-    # As many bits from more and more classes.
+    # Equal bits from a growing number of classes.
     **{
         f"classes-{classes}": CapacityTask(
             "labels",
@@ -121,7 +121,7 @@ _CAPACITY = {
 }
 SUITES = {
     "capacity": Suite("embedded:minilm", dict(_CAPACITY)),
-    # Every method through everything, a few steps long.
+    # All methods on all tasks, for a few steps.
     "smoke": Suite(
         "embedded:minilm",
         {
@@ -156,7 +156,7 @@ SUITES = {
             ),
         },
     ),
-    # Likelihoods of choices.
+    # Choices by likelihood.
     "offline-commonsense": Suite(
         "embedded:smollm2",
         {
@@ -166,7 +166,7 @@ SUITES = {
     ),
     # Digits and animals.
     "offline-vision": Suite("embedded:vit", {name: _pictures(name) for name in ("digits", "animals")}),
-    # Each trained on alone; on all of them together: the preset llama-3-8b.
+    # Separate training on each; for joint training, use the preset llama-3-8b.
     "commonsense": Suite(
         "meta-llama/Llama-3.2-1B",
         {
@@ -218,7 +218,7 @@ SUITES = {
     ),
 }
 _CHOICE_SETS = tuple(f"commonsense:{name}" for name in COMMONSENSE)
-# What a suite is run as on GPUs.
+# Suites as run on GPUs.
 PRESETS = {
     "roberta-base": replace(
         SUITES["glue"], methods=("lora", "lr-lora"), rank=8, training={**SUITES["glue"].training, "bf16": True}
@@ -252,11 +252,11 @@ PRESETS = {
 
 
 def load_suite(name: str) -> Suite:
-    """A suite of `SUITES` or `PRESETS`, or one of the user's own from a YAML file.
+    """A suite of `SUITES` or `PRESETS`, or a user's from a YAML file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no such suite, or the file does not hold one.
+        FileNotFoundError: no such file.
+        ValueError: no such suite, or the file does not hold one.
 
     """
     if name.endswith((".yaml", ".yml")):

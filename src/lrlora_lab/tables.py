@@ -1,4 +1,4 @@
-"""The tables of a comparison, as pandas frames: tidy results, one row per cell, the tuning, and the learned ranks."""
+"""Tables of a comparison, as pandas frames: tidy results, one row per cell, tuning, and learned ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIGNIFICANT = 0.05  # p after correction
 
 
 def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
-    """Every finished job in one row, with its metrics in columns."""
+    """One row per finished job, with its metrics as columns."""
     rows = []
     for record in records.values():
         row = {name: value for name, value in record.items() if name not in _NESTED}
@@ -34,7 +34,7 @@ def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
 
 
 def final_runs(records: Mapping[str, Record]) -> dict[tuple[str, str], list[Record]]:
-    """(task, method) → its runs on test data, by seed; without cells that have none, or of which a run has failed."""
+    """(task, method) → its test runs, by seed; omits cells without runs or with a failed one."""
     cells: dict[tuple[str, str], list[Record]] = {}
     for record in records.values():
         if record["seed"] != TUNING_SEED:
@@ -47,20 +47,20 @@ def final_runs(records: Mapping[str, Record]) -> dict[tuple[str, str], list[Reco
 
 
 def score(run: Record, task: Task) -> float:
-    """The task's metric on test data, times 100."""
+    """Task metric on test data, times 100."""
     return 100 * run["test"][task.metric]
 
 
 def loss(run: Record, task: Task) -> float:
-    """The criterion of learning rates on test data, times 100: finer than a share of right answers."""
+    """Learning-rate criterion on test data, times 100; finer than accuracy."""
     return 100 * run["test"][task.criterion]
 
 
 def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
     """One row per task and method: mean and standard deviation over seeds, and the difference to the reference.
 
-    p is of the paired t-test over seeds, and corrected for all comparisons of the table (Holm). Time and memory are
-    relative to the reference, of the medians; time is NaN where the hardware was another.
+    p is from the paired t-test over seeds, Holm-corrected for all comparisons of the table. Time and memory are ratios
+    of medians to the reference; time is NaN if the hardware differed.
     """
     cells, tasks, reference = final_runs(records), comparison.definition.training_tasks, comparison.reference
     rows: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
 
 
 def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFrame:
-    """What is LR-LoRA but for its φ (fixed, one for all, …) against LR-LoRA: paired differences of metric and loss."""
+    """LR-LoRA variants of φ (fixed, shared, …) against LR-LoRA: paired differences of metric and loss."""
     cells, tasks = final_runs(records), comparison.definition.training_tasks
     rows = []
     for (name, method), runs in cells.items():
@@ -106,7 +106,7 @@ def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFr
 def _difference(
     runs: Sequence[Record], others: Sequence[Record], task: Task, measure: Callable[[Record, Task], float]
 ) -> dict[str, float]:
-    """The columns of a difference, paired by seed; NaN where there is nothing to go by."""
+    """Columns of a difference, paired by seed; NaN without pairs."""
     values, base = ({run["seed"]: measure(run, task) for run in cell} for cell in (runs, others))
     seeds = [seed for seed in values if seed in base]
     found = paired_difference([values[seed] for seed in seeds], [base[seed] for seed in seeds])
@@ -124,12 +124,12 @@ def _corrected(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def same_hardware(runs: Sequence[Record], others: Sequence[Record]) -> bool:
-    """Whether times of these may be compared."""
+    """Whether their times are comparable."""
     return {run.get("hardware") for run in runs} == {run.get("hardware") for run in others}
 
 
 def ratio(runs: Sequence[Record], others: Sequence[Record], name: str) -> float:
-    """Of the medians; NaN where there is nothing to compare with."""
+    """Ratio of medians; NaN without others."""
     if not others:
         return math.nan
     return float(np.median([run[name] for run in runs]) / np.median([run[name] for run in others]))
@@ -171,9 +171,9 @@ def conditions(comparison: Comparison, records: Mapping[str, Record]) -> pd.Data
 
 
 def tuning(records: Mapping[str, Record]) -> pd.DataFrame:
-    """The validation criterion by learning rate, on the tuning seed: how much a method hangs on its rate.
+    """Validation criterion by learning rate, on the tuning seed: the sensitivity to the rate.
 
-    It is infinite where the run failed, and NaN where there is none.
+    Infinite if the run failed, NaN without a run.
     """
     rows = [
         {
@@ -192,15 +192,15 @@ def tuning(records: Mapping[str, Record]) -> pd.DataFrame:
 
 
 def stable_ranks(runs: Sequence[Record]) -> pd.DataFrame:
-    """(seeds, modules) of the modules that all runs have: EVA takes its adapter off those whose rank went elsewhere."""
+    """(seeds, modules) of modules common to all runs: EVA drops the adapter of modules that lose their rank."""
     by_seed = [{row["module"]: row["stable_rank"] for row in run["ranks"] or ()} for run in runs]
     return pd.DataFrame(by_seed).dropna(axis="columns")
 
 
 def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
-    """Do stable ranks, in the logarithm, differ between modules, layers, types, and attention and MLP?
+    """Test whether log stable ranks differ between modules, layers, types, and attention and MLP.
 
-    One row per task and method. A cell with an interval is an `Interval`.
+    One row per task and method. Cells with an interval are `Interval`s.
     """
     rows = []
     for (task, method), runs in final_runs(records).items():
@@ -215,7 +215,7 @@ def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
         difference, d = gap(attention, mlp)
         places = [(*place, value) for place, value in _by_place(by_seed.mean(), runs[0]).items()]
         grid = pd.DataFrame(places, columns=["type", "layer", "rank"]).dropna()
-        grid = grid.pivot(index="type", columns="layer", values="rank").dropna()  # the types that all layers have
+        grid = grid.pivot(index="type", columns="layer", values="rank").dropna()  # types that all layers have
         rows.append(
             {
                 "task": task,
@@ -232,7 +232,7 @@ def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
 
 
 def _shares(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
-    """Two columns: do the columns of `values` differ, and what part of the variance lies between them."""
+    """Two columns: whether the columns of `values` differ, and the share of variance between them."""
     known = min(values.shape) > 1
     return {
         f"{name} differ: p": columns_differ(values) if known else math.nan,
@@ -241,7 +241,7 @@ def _shares(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _by_place(ranks: pd.Series, run: Record) -> dict[tuple[str, int | None], float]:
-    """(type of module, layer) → mean of the ranks of its modules, which are several where a layer has experts."""
+    """(module type, layer) → mean rank of its modules (several with experts)."""
     cells: dict[tuple[str, int | None], list[float]] = {}
     for row in run["ranks"] or ():
         if row["module"] in ranks:
@@ -252,7 +252,7 @@ def _by_place(ranks: pd.Series, run: Record) -> dict[tuple[str, int | None], flo
 def ranks_by_layer(
     comparison: Comparison, records: Mapping[str, Record]
 ) -> dict[tuple[str, str], dict[tuple[str, int | None], float]]:
-    """(task, method) → (type, layer) → stable rank, mean over seeds; of LR-LoRA, its variants and the reference."""
+    """(task, method) → (type, layer) → stable rank, mean over seeds; for LR-LoRA, its variants and the reference."""
     maps = {
         (task, method): _by_place(stable_ranks(runs).mean(), runs[0])
         for (task, method), runs in final_runs(records).items()

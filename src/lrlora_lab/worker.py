@@ -1,4 +1,4 @@
-"""Runs the jobs of a comparison, each in a process of its own: python -m lrlora_lab.worker SUITE."""
+"""Runs the jobs of a comparison, each in its own process: python -m lrlora_lab.worker SUITE."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
     """Train, validate, and, unless the job only tunes, test.
 
     Args:
-        suite: of the comparison.
+        suite: suite of the comparison.
         request: the fields of `Job`, and `rank`.
-        folder: of the run, which goes on with what a process that was stopped left there.
+        folder: folder of the run; an interrupted run in it is resumed.
 
     Returns:
-        The request with what came out: `seconds` of a training step (on a CPU, processor time) on what `hardware`,
-        `peak_mib` of the process, `trainable` parameters, sizes and versions, `validation` and `test` metrics (None for
-        a tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
+        The request with the results: `seconds` of a training step (on a CPU, processor time) on what `hardware`,
+            `peak_mib` of the process, `trainable` parameters, sizes and versions, `validation` and `test` metrics (None
+            for a tuning run), the `criterion` of the rate, and the learned `ranks` of methods that have them.
 
     Raises:
         DivergedError: a metric is not finite.
@@ -80,7 +80,7 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
         "examples": result.examples,
         **_course(result),
     }
-    del result  # for the test the model is loaded anew, and one GPU may not hold two
+    del result  # the test reloads the model, and one GPU may not fit two
     gc.collect()
     torch.cuda.empty_cache()
     if request["seed"] != TUNING_SEED:
@@ -93,7 +93,7 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
 
 
 def _trained(config: TrainConfig) -> TrainResult:
-    """Train; if a process that was stopped has begun the run, go on with it where that is possible."""
+    """Train; resume an interrupted run if possible."""
     folder = Path(config.output)
     if (folder / RUN_FILE).exists():
         try:
@@ -117,13 +117,13 @@ def _scores(folder: Path, task: Task) -> dict[str, float]:
 
 
 def _course(result: TrainResult) -> dict[str, Any]:
-    """The mean loss of the training steps, and the tokens that they saw; None of what is not text."""
+    """Mean training loss and number of tokens seen; None for non-text data."""
     last = next(entry for entry in reversed(result.log_history) if "train_loss" in entry)
     return {"train_loss": last["train_loss"], "train_tokens": last.get("num_input_tokens_seen")}
 
 
 def _sizes(folder: Path, model: Any) -> dict[str, Any]:
-    """What others' tables of methods hold beside the metrics."""
+    """Fields of other tables of methods, besides metrics."""
     saved = [path for path in folder.glob("*.safetensors") if path.is_file()]
     weights = next(model.parameters())
     adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
@@ -141,7 +141,7 @@ def _sizes(folder: Path, model: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON holds in the place of a value that it cannot."""
+    """JSON replacement of an unsupported value."""
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
@@ -172,7 +172,7 @@ def _end_with_parent() -> None:
 
 
 def _work(suite: Suite, request: dict[str, Any], folder: str, result: str, log: str) -> int:
-    """Run a job in this process; returns its exit status. What can never work is `FAILED`, and says why."""
+    """Run a job in this process; returns its exit status, `FAILED` if it can never succeed."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -194,13 +194,13 @@ def _work(suite: Suite, request: dict[str, Any], folder: str, result: str, log: 
 
 
 def main() -> None:
-    """Run jobs as they are asked for, a line of JSON each; answer with their exit status. Every one is a fork."""
+    """Run jobs on request, one JSON line each, and answer with their exit status. Each is a fork."""
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the job
     suite = Suite.from_dict(json.loads(sys.argv[1]))
     while order := sys.stdin.readline():
         if torch.cuda.is_available():
-            # A forked process could not use the GPU: this one does the job itself, and ends.
+            # A fork could not use the GPU, so this process runs the job itself and exits.
             answer = os.dup(sys.stdout.fileno())
             status = _work(suite, **json.loads(order))
             os.write(answer, f"{status}\n".encode())

@@ -1,4 +1,4 @@
-"""Adapters on disk: read as updates ΔW, made smaller, written as LoRA, merged.
+"""Adapters on disk: read as updates ΔW, compressed, saved as LoRA, or merged.
 
 from lrlora.adapters import factorize, read_updates, save
 

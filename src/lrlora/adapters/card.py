@@ -1,4 +1,4 @@
-"""What a recipient of an adapter needs beside its weights: the base model's name, the classes, how to load it."""
+"""Model cards and metadata that accompany adapter weights: base model, class names, loading code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..files import parse_json, readable
 from ..run_folder import CHAT, RUN_FILE, RunRecord, read_record
 from .peft_folder import SavedAdapter
 
-MODEL_CONFIG = "config.json"  # beside an adapter: of the model that it was trained in, with the names of the classes
-LORA_FOLDER = "lora"  # in that of a run: its update as a plain LoRA
+MODEL_CONFIG = "config.json"  # saved with an adapter: the configuration of its model, with the class names
+LORA_FOLDER = "lora"  # subfolder of a run: its update as a plain LoRA
 _MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -21,7 +21,7 @@ _MODELS = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-# PEFT has no type for these tasks of a run.
+# Task types of a run that PEFT does not have.
 _MODELS_OF_TASKS = {
     "multiple-choice": "AutoModelForMultipleChoice",
     "image-classify": "AutoModelForImageClassification",
@@ -40,13 +40,13 @@ print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def record_beside(saved: SavedAdapter) -> RunRecord | None:
-    """The record of the run that an adapter is the output of."""
+    """Record of the run that wrote an adapter, or None."""
     folder = Path(saved.name)
     return read_record(folder) if (folder / RUN_FILE).is_file() else None
 
 
 def base_on_hub(saved: SavedAdapter) -> str | None:
-    """The name of the base model on the hub; None where a folder of this machine is all that is known."""
+    """Hub name of the base model; None if only a local folder is known."""
     record = record_beside(saved)
     if record is not None and record.base_model is not None:
         return record.base_model
@@ -55,7 +55,7 @@ def base_on_hub(saved: SavedAdapter) -> str | None:
 
 
 def class_names(saved: SavedAdapter) -> list[str]:
-    """The classes of a classifier, in the order of its outputs; empty where they have no names."""
+    """Class names of a classifier, in output order; empty if unnamed."""
     record = record_beside(saved)
     if record is not None:
         return record.labels
@@ -68,14 +68,14 @@ def class_names(saved: SavedAdapter) -> list[str]:
 
 
 def header(base: str | None, *tags: str) -> str:
-    """The head of a card that the hub reads, with the base model only if it has a public name."""
-    of_base = [] if base is None else [f"base_model: {json.dumps(base)}"]  # YAML reads it, whatever is in the name
+    """Front matter of a model card, with the base model only if it has a public name."""
+    of_base = [] if base is None else [f"base_model: {json.dumps(base)}"]  # quoted, so that any name is valid YAML
     known = [*tags, *([] if base is None else [json.dumps(f"base_model:adapter:{base}")])]
     return "\n".join(["---", *of_base, "library_name: peft", "tags:", *(f"- {tag}" for tag in known), "---", "", ""])
 
 
 def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
-    """How an adapter is loaded, by PEFT alone or with lrlora, with its classes if it has some."""
+    """Loading instructions, with PEFT alone or lrlora, and the class names if any."""
     classes, record, kind = class_names(saved), record_beside(saved), saved.config.task_type
     model = _MODELS.get(kind, "AutoModel")
     if kind is None and record is not None:
@@ -83,7 +83,7 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
     is_image = (Path(saved.name) / IMAGE_PROCESSOR_NAME).is_file()
     name, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
     of_classes = ", config=AutoConfig.from_pretrained(folder)" if classes else ""
-    of_classes += ", ignore_mismatched_sizes=True" * is_image  # its own head, of other classes, gives way
+    of_classes += ", ignore_mismatched_sizes=True" * is_image  # replaces the model's own head for other classes
     lines = [
         *(["import lrlora  # registers the method: without it PEFT stops with KeyError: 'LRLORA'"] * needs_lrlora),
         "from peft import PeftModel",
@@ -112,13 +112,13 @@ def _of_classes(classes: list[str]) -> str:
 
 
 def is_asked_in_chats(saved: SavedAdapter) -> bool:
-    """Whether an adapter is of a run that was trained on chats."""
+    """Whether the adapter was trained on chats."""
     record = record_beside(saved)
     return record is not None and record.rendering == CHAT
 
 
 def merged_card(saved: SavedAdapter) -> str:
-    """The card of a full model that an adapter was merged into."""
+    """Model card of a merged model."""
     base, classes = base_on_hub(saved), class_names(saved)
     head = "\n".join(
         ["---", *([f"base_model: {json.dumps(base)}"] if base else []), "library_name: transformers", "---"]

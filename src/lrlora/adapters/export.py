@@ -1,4 +1,4 @@
-"""The learned update as an ordinary PEFT LoRA adapter, which needs no lrlora to load."""
+"""Export of the learned update as a plain PEFT LoRA, which loads without lrlora."""
 
 from __future__ import annotations
 
@@ -35,16 +35,15 @@ alone. `lora_alpha` equals `r`, so that the scaling is 1.
 
 
 def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = False) -> LoraConfig:
-    """The configuration of a plain LoRA with the ranks of `factors`.
+    """Configuration of a plain LoRA with the ranks of `factors`.
 
-    The largest rank is its `r`; modules of another rank are in `rank_pattern`, and their `lora_alpha` in
-    `alpha_pattern`, so that α/r is the same everywhere, also for servers that read `r` and `lora_alpha` alone.
+    `r` is the largest rank; other ranks go into `rank_pattern`, and their `lora_alpha` into `alpha_pattern`, so that
+    α/r is the same everywhere, even for servers that read only `r` and `lora_alpha`.
 
     Args:
-        factors: as `factorize` returns them; modules of rank 0 are left out.
-        like: configuration of the adapter, whose base model, task, and fully trained parts are taken over.
-        keep_scaling: α/r and dropout that each module was trained with, to train with; else 1, which the factors
-            themselves are made for.
+        factors: result of `factorize`; modules of rank 0 are omitted.
+        like: configuration of the adapter, which provides base model, task and fully trained parts.
+        keep_scaling: keep each module's α/r and dropout, for training; by default α/r is 1, as the factors require.
 
     Raises:
         ValueError: no module has a rank.
@@ -64,7 +63,7 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
     fields["lora_alpha"] = alphas[largest]
     if keep_scaling:
         fields["lora_dropout"] = getattr(like, "lora_dropout", 0.0)
-    # PEFT takes a path for the end of others too.
+    # PEFT also matches a path that is the suffix of another.
     left_out = [p.module for p in factors if not p.rank and any(p.module.endswith(f".{name}") for name in ranks)]
     return LoraConfig(
         r=ranks[largest],
@@ -84,22 +83,22 @@ def save_as_lora(
     dtype: torch.dtype | None = None,
     pad: bool = False,
 ) -> None:
-    """Write a LoRA adapter with these factors, and with all else that was trained: heads, biases, token embeddings.
+    """Write a LoRA adapter with these factors and all other trained weights: heads, biases, token embeddings.
 
-    An adapter with DoRA keeps its magnitudes, and stays one.
+    A DoRA adapter keeps its magnitudes and stays DoRA.
 
     Args:
-        factors: as `factorize` returns them.
-        source: the adapter that they come from: folder, hub name, or what was read there; or what was read of two
+        factors: result of `factorize`.
+        source: original adapter: folder, hub name, or `SavedAdapter`; or the `Updates` of an adapter or two
             checkpoints.
-        output: folder to write; it must be empty or not exist. It is there whole or not at all.
-        dtype: of the factors; default: that of what they come from.
-        pad: give all modules the largest rank, with zeros, for programs that know only one (llama.cpp divides
+        output: output folder; must be empty or missing. Written atomically.
+        dtype: dtype of the factors; default: that of the source.
+        pad: zero-pad all modules to the largest rank, for programs that support only one (llama.cpp divides
             `lora_alpha` by each matrix's own rank).
 
     Raises:
         FileExistsError: the output folder is not empty.
-        ValueError: no module has a rank; or an adapter has a bias of its own on B, or is a single file.
+        ValueError: no module has a rank; or an adapter has a bias on B, or is a single file.
 
     """
     folder = free_folder(output)
@@ -109,7 +108,7 @@ def save_as_lora(
         raise ValueError("lora_bias=True: an adapter with biases of its own on B cannot be written anew. Merge it.")
     keeps_magnitudes = _keeps_magnitudes(like, source)
     if keeps_magnitudes:
-        factors = [part.at_least_one() for part in factors]  # where BA is 0, the magnitude may still be trained
+        factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0
     exported = [part for part in factors if part.rank]
     config = lora_config(factors, like)
     config.inference_mode = True
@@ -118,7 +117,7 @@ def save_as_lora(
         config.rank_pattern, config.alpha_pattern = {}, {}
     left_out = tuple(f"{PEFT_PREFIX}{part.module}.base_layer." for part in factors if not part.rank)
     weights = {
-        # A module without an adapter of its own is not wrapped when this is loaded.
+        # On loading, a module without an adapter is not wrapped.
         key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
         for key, value in origin.other_weights(with_magnitudes=config.use_dora).items()
     }
@@ -143,21 +142,21 @@ def save(
     dtype: torch.dtype | None = None,
     pad: bool = False,
 ) -> int:
-    """Write a LoRA with these factors: a file with its own keys for a single file, else a folder of PEFT's.
+    """Write a LoRA with these factors: a single file with its original keys, or a PEFT folder.
 
     Args:
-        factors: as `factorize` returns them.
-        updates: what they were made of.
-        output: file or folder to write, which must not exist. It is there whole or not at all.
-        dtype: of the factors; default: as stored.
-        pad: give all modules the largest rank, with zeros, for programs that know only one.
+        factors: result of `factorize`.
+        updates: updates that were factorized.
+        output: file or folder to write; must not exist. Written atomically.
+        dtype: dtype of the factors; default: as stored.
+        pad: zero-pad all modules to the largest rank, for programs that support only one.
 
     Returns:
-        How many bytes were written.
+        Number of bytes written.
 
     Raises:
-        FileExistsError: the output is there.
-        ValueError: no module has a rank; and as `save_as_lora` and `save_single_file`.
+        FileExistsError: the output exists.
+        ValueError: no module has a rank; see also `save_as_lora` and `save_single_file`.
 
     """
     path = Path(output)
@@ -184,13 +183,13 @@ def _card(factors: Sequence[Factors], method: str, origin: Source) -> str:
 
 
 def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:
-    """Whether the updates are those of DoRA's direction alone: read whole, they are no products."""
+    """Whether the updates are only DoRA's direction: with magnitudes, they are not products."""
     is_dora = bool(getattr(like, "use_dora", False))
     return is_dora and not (isinstance(source, Updates) and not all(update.is_product for update in source))
 
 
 def _tensors(part: Factors, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The factors of a module by their names in an adapter, in the shapes that PEFT gives them."""
+    """Tensors of a module under PEFT's names, in PEFT's shapes."""
     A, B = (matrix.to(dtype).contiguous() for matrix in part.padded(rank))
     name = f"{PEFT_PREFIX}{part.module}.lora_"
     if part.layout.is_embedding:
@@ -201,12 +200,12 @@ def _tensors(part: Factors, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def save_lora_config(
     factors: Sequence[Factors], source: AdapterSource | Updates, output: str | os.PathLike[str]
 ) -> None:
-    """Write the configuration alone, for training plain LoRA at these ranks: `LoraConfig.from_pretrained(output)`.
+    """Write only the configuration, to train plain LoRA at these ranks: `LoraConfig.from_pretrained(output)`.
 
     Args:
-        factors: as `factorize` returns them.
-        source: as of `save_as_lora`.
-        output: folder to write; it must be empty or not exist.
+        factors: result of `factorize`.
+        source: see `save_as_lora`.
+        output: output folder; must be empty or missing.
 
     Raises:
         FileExistsError: the output folder is not empty.
@@ -222,12 +221,12 @@ def save_lora_config(
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """How far an exported adapter's outputs are from the original's, on random inputs.
+    """Output difference between an exported adapter and the original, on random inputs.
 
     Attributes:
-        relative: ‖h − h′‖ / ‖h − h₀‖, with h and h′ the last hidden states of original and export, h₀ of the base
-            model: the share of the adapter's effect that is lost.
-        largest: the largest difference of any logit; None if the model has no head.
+        relative: ‖h − h′‖ / ‖h − h₀‖, with the last hidden states h of the original, h′ of the export and h₀ of the
+            base model: the lost share of the adapter's effect.
+        largest: largest difference of any logit; None if the model has no head.
 
     """
 
@@ -240,8 +239,8 @@ def output_difference(adapter: AdapterSource, exported: AdapterSource) -> Output
     """Run base model, original and exported adapter on the same random inputs, in float32.
 
     Raises:
-        FileNotFoundError: the base model is not there.
-        ValueError: an adapter does not fit it, or there are no sample inputs for it.
+        FileNotFoundError: the base model is missing.
+        ValueError: an adapter does not fit it, or no sample inputs exist for it.
 
     """
     original = load_adapted(adapter, dtype=torch.float32).eval()

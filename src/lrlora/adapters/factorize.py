@@ -1,20 +1,19 @@
-"""ΔW ≈ BA: the best plain LoRA for a learned update, at the rank that each module really uses.
+"""ΔW ≈ BA: the best plain LoRA for a learned update, at the rank each module uses.
 
-By the Eckart-Young theorem the leading k singular triples of ΔW are the best approximation of rank k, and keep
-(σ₁² + … + σ_k²) / ‖ΔW‖²_F of its energy. What remains is to choose the k of every module:
+By the Eckart–Young theorem the leading k singular triples of ΔW are its best approximation of rank k, and keep (σ₁² + …
++ σ_k²) / ‖ΔW‖²_F of its energy. The k of every module is chosen by:
 
     energy     the smallest k that keeps a share of the module's energy
     budget     the singular values of all modules compete: the best σ² / (m + n) are taken, one rank of an m × n module
-               costing m + n parameters, as long as the sum fits. That keeps the most energy for its parameters; where
-               all modules have one shape, it is a common threshold on σ.
-    max_rank   never more than this, alone or with one of them
+               costing m + n parameters, while the sum fits. This keeps the most energy per parameter; if all modules
+               have one shape, it is a common threshold on σ.
+    max_rank   an upper bound, alone or combined with one of them
 
-These keep what is large. What matters to the loss is in `lrlora.ranks`.
+These keep the largest directions; see `lrlora.ranks` for the directions that matter to the loss.
 
-An update that is a product of thin factors (LoRA's, an expansion's) gets a QR of both and a small SVD, and is never
-formed.
-Other small matrices get a full SVD, large ones a randomised one (Halko, Martinsson & Tropp 2011) that grows until it
-reaches far enough.
+Products of thin factors (LoRA, expansion) use a QR of both factors and a small SVD, and are never materialized. Other
+small matrices use a full SVD, large ones a randomized SVD (Halko, Martinsson & Tropp 2011) that grows until it
+suffices.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from .layers import updates_of_model
 from .peft_methods import CHANGING_STARTS
 from .update import Layout, Update, Updates
 
-# A randomised SVD costs a few products with ΔW; from a quarter of the full rank on, the full one is no dearer.
+# A randomized SVD costs a few products with ΔW; from a quarter of the full rank on, a full SVD is no slower.
 _FULL_SVD_SIZE = 256
 _FULL_SVD_SHARE = 4
 _OVERSAMPLING = 16
@@ -44,16 +43,16 @@ _FIRST_RANK = 32
 
 @dataclass(frozen=True)
 class Factors:
-    """What stands for the update of one module.
+    """Low-rank factors of one module's update.
 
     Attributes:
-        module: its path in the base model.
-        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 where the module is left out.
-        r: rank of the product BA that was trained; None where there was none.
-        scaling: s it was trained with.
-        layout: what the matrix is in the module.
+        module: path in the base model.
+        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 if the module is omitted.
+        r: trained rank of the product BA; None if there was none.
+        scaling: s used in training.
+        layout: meaning of the matrix in the module.
         energy: ‖ΔW‖²_F, exact.
-        stable_rank: of ΔW.
+        stable_rank: stable rank of ΔW.
         kept: the share of `energy` that BA keeps.
 
     """
@@ -73,13 +72,13 @@ class Factors:
         return len(self.A)
 
     def at_least_one(self) -> Factors:
-        """The same, with a rank of 1 where it has none: zeros."""
+        """Copy with zero factors of rank 1 if it has none."""
         if self.rank:
             return self
         return replace(self, A=self.A.new_zeros(1, self.A.shape[1]), B=self.B.new_zeros(len(self.B), 1))
 
     def padded(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A and B with zeros up to this rank; of a convolution A (rank, inputs, …) and B (m, rank, 1, …)."""
+        """A and B zero-padded to `rank`; for a convolution, A (rank, inputs, …) and B (m, rank, 1, …)."""
         A = nn.functional.pad(self.A, (0, 0, 0, rank - self.rank))
         B = nn.functional.pad(self.B, (0, rank - self.rank))
         if kernel := self.layout.kernel:
@@ -96,10 +95,10 @@ class Factors:
 
 
 class _Svd:
-    """The leading singular triples of one update, as many as were asked for so far.
+    """Leading singular triples of one update, extended on demand.
 
     Attributes:
-        sigma: descending, float64, without those that are nothing but rounding.
+        sigma: descending, float64, without values at rounding level.
         is_complete: whether these are all.
 
     """
@@ -119,7 +118,7 @@ class _Svd:
         self.parameters_per_rank = sum(update.shape)
 
     def reach(self, rank: int) -> None:
-        """Have at least `rank` triples, or all."""
+        """Ensure at least `rank` triples, or all."""
         if not self.is_complete and len(self.sigma) < rank:
             self._compute(self.update.matrix().float(), rank)
 
@@ -140,17 +139,17 @@ class _Svd:
         self._U, self._V, self.sigma = U[:, is_real], V[:, is_real], sigma[is_real].double()
 
     def truncate(self, rank: int) -> None:
-        """Forget all but the leading `rank` triples: the rest of a large layer's take much memory."""
+        """Drop all but the leading `rank` triples, to save memory."""
         self._U, self._V = self._U[:, :rank].clone(), self._V[:, :rank].clone()
 
     def held(self) -> Tensor:
-        """The share of the energy that the leading 1, 2, … triples keep."""
+        """Share of the energy that the leading 1, 2, … triples keep."""
         energies = self.sigma.square()
-        # The rounding of a float32 SVD, some 1e-7 of the energy, must not stand for singular values of that size.
+        # Float32 SVD rounding, about 1e-7 of the energy, must not count as singular values of that size.
         return energies.cumsum(0) / (energies.sum() if self.is_complete else self.energy)
 
     def factors(self, rank: int) -> Factors:
-        # σ goes to both sides alike: its root keeps them within the range of half precision.
+        # √σ on both sides keeps the factors within the range of half precision.
         root = self.sigma[:rank].sqrt().float()
         return Factors(
             module=self.name,
@@ -166,18 +165,18 @@ class _Svd:
 
 
 def kept_energy(factors: Sequence[Factors]) -> float:
-    """The share of the energy of all updates together that the factors keep."""
+    """Share of the total energy of all updates that the factors keep."""
     energy = sum(part.energy for part in factors)
     return sum(part.kept * part.energy for part in factors) / energy if energy else 1.0
 
 
 def parameters_of_rank(source: nn.Module | Updates, rank: int) -> int:
-    """What plain LoRA of this rank takes on the modules of an adapter: a budget to compare at."""
+    """Parameters of plain LoRA of this rank on an adapter's modules, as a comparison budget."""
     return rank * sum(sum(update.shape) for update in _updates_of(source, None))
 
 
 def exact_parameters(source: nn.Module | Updates) -> int | None:
-    """Parameters of the plain LoRA that holds an adapter exactly; None where none of low rank does, as of φ(BA)."""
+    """Parameters of the exact plain LoRA of an adapter; None if no low-rank one exists, as for φ(BA)."""
     updates = _updates_of(source, None)
     if not all(update.is_product for update in updates):
         return None
@@ -194,19 +193,19 @@ def factorize(
     adapter: str | None = None,
     progressbar: bool = False,
 ) -> list[Factors]:
-    """Factors for every module that an adapter changes, in the order of the model.
+    """Factorize the update of every module that an adapter changes, in model order.
 
     Args:
-        source: a PEFT model, not merged, or what `lrlora.adapters.read_updates` has read.
+        source: an unmerged PEFT model, or the result of `lrlora.adapters.read_updates`.
         energy: share of each module's ‖ΔW‖²_F to keep, in (0, 1].
-        budget: parameters of all factors together.
-        max_rank: of any module.
-        adapter: its name in the model; default: the active one.
-        progressbar: show one.
+        budget: total number of parameters.
+        max_rank: maximum rank of a module.
+        adapter: adapter name; default: the active one.
+        progressbar: show a progress bar.
 
     Raises:
-        ValueError: neither energy nor budget nor max_rank is given, or both of the first; a value is out of range;
-            there is nothing to factorise; a module is neither linear nor a convolution; or an update is not finite.
+        ValueError: none of energy, budget and max_rank, or both energy and budget are given; a value is out of range;
+            all updates are zero; a module is neither linear nor a convolution; or an update is not finite.
 
     """
     check_truncation(energy=energy, budget=budget, max_rank=max_rank)
@@ -225,7 +224,7 @@ def factorize(
 
 
 def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update]:
-    """Its updates, all of modules that LoRA can adapt."""
+    """Updates of modules that LoRA can adapt."""
     if isinstance(source, Updates):
         return source.updates
     for name, config in getattr(source, "peft_config", {}).items():
@@ -247,14 +246,14 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
 
 
 def _is_linear(layer: nn.Module | None, update: Update) -> bool:
-    """Whether PEFT's LoRA adapts it as a linear layer; not so of experts, which are parts of a layer."""
+    """Whether PEFT's LoRA adapts the module as a linear layer; False for stacked experts."""
     return isinstance(layer, BaseTunerLayer) and not (update.layout.kernel or update.layout.is_embedding)
 
 
 def _for_energy(update: _Svd, energy: float, limit: int) -> int:
     while True:
         held = update.held()
-        # As in `ranks.measures.energy_rank`: the last bit of a share must not cost a rank.
+        # Tolerance as in `ranks.measures.energy_rank`: rounding of a share must not cost a rank.
         rank = int((held < energy - 1e-12).sum().item()) + 1
         if rank >= limit or rank <= len(held) or update.is_complete:
             update.reach(min(rank, limit))
@@ -269,7 +268,7 @@ def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, in
     while True:
         worth = [update.sigma[:limit].square() for update in updates]
         ranks = best_per_parameter(worth, [update.parameters_per_rank for update in updates], budget)
-        # A module all of whose known singular values were taken might have had more to offer.
+        # A module whose known singular values were all taken may have more to offer.
         short = [
             update
             for update, rank in zip(updates, ranks, strict=True)
@@ -282,12 +281,12 @@ def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, in
 
 
 def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
-    """The rank of every module, where all compete for a budget.
+    """Choose the ranks of all modules under a common budget.
 
     Args:
-        worth: of every module what each of its directions is worth, descending.
-        costs: parameters of a direction of every module.
-        budget: parameters in all.
+        worth: per module, the value of each direction, descending.
+        costs: per module, parameters of a direction.
+        budget: total number of parameters.
 
     """
     owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])

@@ -1,4 +1,4 @@
-"""Full checkpoints, read from their safetensors files a tensor at a time; and what one changes in another."""
+"""Full checkpoints in safetensors files, read one tensor at a time, and the difference between two."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|shared|\w*embeddings?)(\.|$)",
 
 
 class Checkpoint:
-    """The tensors of a full model, by name; none is read before it is asked for, and none is kept.
+    """Lazily read tensors of a full model, by name; nothing is cached.
 
     Args:
         name: folder, `.safetensors` file, or hub name.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: the model is missing or damaged.
 
     """
 
@@ -75,14 +75,14 @@ class Checkpoint:
         return {file: _keys(file)}
 
     def _find(self, file: str) -> str | None:
-        """Where a file of the model is; None where it has none."""
+        """Path of one of the model's files, or None."""
         return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
 
     def _missing(self, file: str) -> NoReturn:
         raise ValueError(f"{self.name} holds no full model: there is no {file}. {_EXPECTED}")
 
     def _renamed(self, key: str) -> str:
-        """The name in the model of a tensor, which newer versions of transformers may call otherwise than its file."""
+        """Name of a stored tensor in the model, which newer transformers versions may have renamed."""
         for renaming in self._renamings:
             key, _ = renaming.rename_source_key(key)
         return key
@@ -95,17 +95,17 @@ class Checkpoint:
 
     @functools.cached_property
     def on_meta(self) -> nn.Module | None:
-        """The model without its weights; None for a file without configuration, and a model that is not known."""
+        """Model on the meta device; None without a configuration, or if the model class is unknown."""
         try:
             config = AutoConfig.from_pretrained(self.name, trust_remote_code=False)
             with torch.device("meta"):
                 return getattr(transformers, config.architectures[0])._from_config(config)
-        except Exception:  # whatever the code of a model says to a configuration that is not its own
+        except Exception:  # model code can raise anything on an unexpected configuration
             return None
 
     @property
     def task_type(self) -> str | None:
-        """PEFT's name of what the model is for; None where its configuration does not say."""
+        """PEFT task type; None if the configuration does not determine it."""
         architecture = type(self.on_meta).__name__
         if getattr(getattr(self.on_meta, "config", None), "is_encoder_decoder", False):
             return "SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else None
@@ -116,26 +116,26 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors, as the model has them."""
+        """Names of all tensors in the model."""
         return list(self._place_of)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """Shape of a tensor, without reading it."""
         path, stored = self._place_of[key]
         with safe_open(path, framework="pt") as file:
             return tuple(file.get_slice(stored).get_shape())
 
     def read(self, key: str) -> Tensor:
-        """A tensor, mapped from the file into memory."""
+        """Memory-map a tensor from its file."""
         path, stored = self._place_of[key]
         with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
             return file.get_tensor(stored)
 
     def weight_of(self, module: str) -> str | None:
-        """The name of the weight of a module; None where there is none, or several.
+        """Name of a module's weight; None if missing or ambiguous.
 
-        A model with a head names its modules otherwise than the same model without: a beginning may be missing, or be
-        too much. In kohya's names for modules there are underscores in place of the points.
+        Models with and without a head name their modules differently: a prefix may be missing or extra. Names in
+        kohya's format use underscores instead of dots.
         """
         if "." not in module and (kohya := _KOHYA.match(module)):
             ending = module.removeprefix(kohya[0])
@@ -144,7 +144,7 @@ class Checkpoint:
         return self.name_of(f"{module}.weight")
 
     def name_of(self, key: str) -> str | None:
-        """What a tensor is called here that another model, with another head, calls `key`; None if it is unclear."""
+        """Name of another model's tensor `key` in this one, whose head may differ; None if ambiguous."""
         while True:
             if key in self:
                 return key
@@ -152,7 +152,7 @@ class Checkpoint:
             if found:
                 return found[0] if len(found) == 1 else None
             first, _, key = key.partition(".")
-            # A number is that of a layer: what follows it is in every layer.
+            # A number is a layer index: the rest of the name occurs in every layer.
             if first.isdigit() or "." not in key:
                 return None
 
@@ -165,10 +165,10 @@ def _keys(file: str) -> list[str]:
 
 
 def with_weight(update: Update, base: Checkpoint) -> Update:
-    """The same update, with the weight that it is added to, which also tells the kernel of a convolution.
+    """Add the base weight to an update, and with it the kernel size of a convolution.
 
     Raises:
-        ValueError: that has another shape.
+        ValueError: the weight has another shape.
 
     """
     key = base.weight_of(update.module)
@@ -190,12 +190,12 @@ def with_weight(update: Update, base: Checkpoint) -> Update:
 
 
 class FineTuned(NamedTuple):
-    """Two checkpoints, and what of the second no LoRA between them holds.
+    """Two checkpoints, and what a LoRA between them cannot hold.
 
     Attributes:
-        base: what it was fine-tuned from.
-        tuned: the fine-tuned one.
-        whole: module → its tensors, of task heads and of all that the base lacks: an adapter keeps these whole.
+        base: the original checkpoint.
+        tuned: the fine-tuned checkpoint.
+        whole: module → its tensors, for task heads and modules that the base lacks; an adapter saves these in full.
 
     """
 
@@ -210,7 +210,7 @@ class FineTuned(NamedTuple):
 
     @property
     def config(self) -> LoraConfig:
-        """What an adapter between the two needs."""
+        """Configuration of an adapter for both."""
         whole = list(self.whole) or None
         return LoraConfig(base_model_name_or_path=self.base.name, task_type=self.tuned.task_type, modules_to_save=whole)
 
@@ -224,10 +224,10 @@ class FineTuned(NamedTuple):
 
 
 def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
-    """What full fine-tuning has changed: ΔW = W − W0 of every linear layer and convolution, formed one at a time.
+    """Changes made by full fine-tuning: ΔW = W − W0 of every linear layer and convolution, computed lazily.
 
-    Task heads, and modules that the base lacks or has in another shape, are kept whole. What else differs, embeddings,
-    norms and biases, is left out, and said.
+    Task heads, and modules that the base lacks or has in another shape, are kept in full. Other changes (embeddings,
+    norms, biases) are omitted with a note.
 
     Raises:
         ValueError: no weight of the two has the same name and shape.
@@ -273,7 +273,7 @@ def _difference(base: Checkpoint, counterpart: str, tuned: Checkpoint, key: str,
         return weight.T if is_conv1d else weight.flatten(1)
 
     def form() -> Tensor:
-        # In float64 before the difference: that of two close float16 numbers may be none of these.
+        # Subtract in float64: the difference of two close float16 numbers may not be representable.
         return as_matrix(tuned.read(key).double() - base.read(counterpart).double())
 
     return Update(
@@ -289,7 +289,7 @@ def _difference(base: Checkpoint, counterpart: str, tuned: Checkpoint, key: str,
 
 
 def _linear_modules(checkpoint: Checkpoint) -> Callable[[str, tuple[int, ...]], str]:
-    """Tells the class of a module, "" unless it is linear or a convolution: as the model says, else by its name."""
+    """Function that returns a module's class, "" unless linear or convolution: from the model, else by name."""
     model = checkpoint.on_meta
     if model is None:
         return lambda module, shape: "Linear" if len(shape) in (2, 4) and not _EMBEDDING.search(module) else ""

@@ -1,4 +1,4 @@
-"""Updates of the layers of a PEFT model, by any method whose update can be merged."""
+"""Updates of a PEFT model's layers, for any mergeable method."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ _WITH_RANK = ("lrlora_A", "lora_A", "hada_w1_a", "lokr_w1", "hira_A", "vera_lamb
 def updates_of_model(
     model: nn.Module, adapter: str | None = None, original: Callable[[str], Tensor | None] = lambda path: None
 ) -> Iterator[Update]:
-    """The update of every module that an adapter changes in a PEFT model, in the order of the model.
+    """Yield the update of every module that an adapter changes in a PEFT model, in model order.
 
-    Of a model that FSDP2 has sharded, a module is whole until the next one is asked for, and all processes have to ask
-    together.
+    On an FSDP2-sharded model, each module stays gathered until the next iteration; iterate on all processes together.
 
     Args:
-        model: a PEFT model, not merged.
-        adapter: name of the adapter; default: the active one.
-        original: path of a module → its weight W0 as it was without the adapter, which some methods change from the
-            start (PiSSA); if given, an update is all that a merge changes.
+        model: an unmerged PEFT model.
+        adapter: adapter name; default: the active one.
+        original: module path → its weight W0 before the adapter, which some methods change at initialization (PiSSA);
+            if given, an update is everything that a merge changes.
 
     Raises:
-        ValueError: no module has an adapter of this name, or it is merged into the base weights.
+        ValueError: no module has this adapter, or it is merged into the base weights.
 
     """
     layers: list[tuple[str, Any, Any]] = [
@@ -97,7 +96,7 @@ def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Ten
             return as_matrix(layer.get_delta_weight(adapter))
         return as_matrix(_difference_by_merging(layer, adapter, W0))
 
-    # Of LoRA on a convolution or an embedding PEFT gives the matrix alone.
+    # For LoRA on convolutions and embeddings, PEFT provides only the matrix.
     limit = min(r, m, n) if r is not None and hasattr(layer, "lora_A") else min(m, n)
     return Update(path, shape, matrix, False, r, limit, scaling, layout, weight, learned)
 
@@ -112,13 +111,13 @@ def _shape(layer: Any, base: Any, adapter: str) -> tuple[int, int]:
 
 
 def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
-    """Of a parameter that no layer holds as its weight: one update, or one for each of its stacked experts."""
+    """Updates of a parameter that is not a layer's weight: one, or one per stacked expert."""
     path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of parameters are nested
     is_transposed = getattr(layer, "_is_transposed", False)
     is_stack = layer.get_param().dim() == 3
     phi = layer.lrlora_phi[adapter] if adapter in getattr(layer, "lrlora_phi", {}) else None
     thin = None if phi is None else layer.thin_factors(adapter)
-    # Formed for all experts at once.
+    # Computed for all experts at once.
     deltas = functools.cache(lambda: layer.get_delta_weight(adapter))
     inputs = functools.cache(lambda: layer.get_transfer_input(adapter))
     weights, r = _base_weight(layer), layer.r[adapter]
@@ -165,7 +164,7 @@ def _learned(layer: Any, adapter: str, as_matrix: Callable[[Tensor], Tensor]) ->
 
 
 def _factors(layer: Any, adapter: str) -> Callable[[], Factors] | None:
-    """Gives U and V of an expansion, or s·B and A of PEFT's LoRA on a linear layer; None where there are none."""
+    """Function returning U and V of an expansion, or s·B and A of LoRA on a linear layer; else None."""
     if adapter in getattr(layer, "lrlora_phi", {}):
         return (lambda: layer.thin_factors(adapter)) if layer.lrlora_phi[adapter].is_product else None
     A, B = (getattr(layer, name, {}) for name in ("lora_A", "lora_B"))
@@ -176,9 +175,9 @@ def _factors(layer: Any, adapter: str) -> Callable[[], Factors] | None:
 
 
 def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) -> Tensor:
-    """What a merge adds to the base weight, in the layout of that, float64.
+    """Difference that a merge makes to the base weight, in its layout, float64.
 
-    In a copy and in float64, so that nothing is changed, and nothing lost beside a large weight.
+    Merges a float64 copy: keeps the layer unchanged and small updates exact.
 
     Raises:
         ValueError: PEFT cannot merge it.
@@ -189,14 +188,14 @@ def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) ->
     before = base.weight.detach().clone() if original is None else original.to(base.weight)
     try:
         twin.merge(adapter_names=[adapter])
-    except Exception as error:  # whatever a method's own code may say
+    except Exception as error:  # a method's code can raise anything
         kind = type(layer).__module__.split(".")[-2]
         raise ValueError(f"PEFT cannot merge {kind} adapters into a {type(base).__name__}: {error}") from error
     return base.weight.detach() - before
 
 
 def _base_weight(layer: Any) -> Tensor | None:
-    """The base weight; None where it is offloaded, not there, or quantised in a way that cannot be undone."""
+    """Base weight; None if offloaded, missing, or quantized without a way to dequantize."""
     try:
         if hasattr(layer, "get_param"):
             weight: Tensor = layer.get_param().data
@@ -206,5 +205,5 @@ def _base_weight(layer: Any) -> Tensor | None:
             weight = layer.get_base_layer().weight.data
     except (TypeError, NotImplementedError, AttributeError):
         return None
-    # A skeleton's is one zero, seen as a matrix: as float64, that of a large layer would take gigabytes.
+    # A skeleton's weight is one zero expanded to a matrix; in float64, a large layer would take gigabytes.
     return None if weight.is_meta or not any(weight.stride()) else weight

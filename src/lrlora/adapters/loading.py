@@ -1,4 +1,4 @@
-"""A saved adapter on its base model, through PEFT's own loading."""
+"""Loading of a saved adapter onto its base model, through PEFT."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _CLASSES = {
 
 
 def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
-    """The base model that a saved adapter names, with the adapter on it.
+    """Load the base model of a saved adapter, with the adapter on it.
 
     Args:
-        adapter: folder or hub name, or what was read there.
-        **options: of transformers' `from_pretrained`, such as `dtype`.
+        adapter: folder, hub name, or `SavedAdapter`.
+        **options: passed to transformers' `from_pretrained`, such as `dtype`.
 
     Raises:
-        FileNotFoundError: the base model is not there.
-        ValueError: it is there, and the adapter does not fit it.
+        FileNotFoundError: the base model is missing.
+        ValueError: the adapter does not fit the base model.
 
     """
     saved = SavedAdapter.read(adapter)
@@ -52,19 +52,19 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
         )
     require_regular(base)
     if (Path(base) / CONFIG_NAME).is_file():
-        SavedAdapter.read(base)  # transformers puts it on the model
+        SavedAdapter.read(base)  # transformers loads this adapter too
     with readable(name, ADAPTER_EXPECTED):
         if labels := class_names(saved):
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}
-            if config.modules_to_save:  # the head of the base model, of other classes, gives way to it
+            if config.modules_to_save:  # it replaces the base model's head for other classes
                 options["ignore_mismatched_sizes"] = True
         elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(saved)) is not None:
             options["num_labels"] = num_labels
         model: Any
         try:
             with warnings.catch_warnings():
-                # PEFT looks for a tokenizer of the adapter's own, and is not sure that it found none.
+                # PEFT looks for a tokenizer with the adapter, and warns if it cannot tell whether there is one.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file")
                 model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
         except OSError as error:
@@ -81,17 +81,17 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
             ) from None
         require_all_weights(model, saved)
     if config.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
-        # A decoder looks for the last token before the padding, and trains with the tokenizer's.
+        # A decoder classifies at the last token before the padding, and is trained with the tokenizer's pad token.
         model.config.pad_token_id = _pad_token(name, str(config.base_model_name_or_path))
     return model
 
 
 def check_base(saved: SavedAdapter, updates: Updates) -> None:
-    """Compare the updates of an adapter with the base model that it names, of which only the configuration is read.
+    """Check updates against the adapter's base model, reading only its configuration.
 
     Raises:
-        FileNotFoundError: the base model is not there.
-        ValueError: an adapted module is no linear layer there, or one of another shape.
+        FileNotFoundError: the base model is missing.
+        ValueError: an adapted module is not linear or has another shape.
 
     """
     name = saved.config.base_model_name_or_path
@@ -131,10 +131,10 @@ def check_base(saved: SavedAdapter, updates: Updates) -> None:
 
 
 def check_names(updates: Updates) -> None:
-    """The check against a base model that is not at hand: by names alone.
+    """Check by name only, without a base model.
 
     Raises:
-        ValueError: a module is likely no linear layer.
+        ValueError: a module is probably not a linear layer.
 
     """
     for update in updates:
@@ -146,12 +146,12 @@ def check_names(updates: Updates) -> None:
 
 
 _UNLIKELY = re.compile(r"(embed\w*|wte|wpe|shared|conv\w*)$", re.IGNORECASE)
-# How transformers calls the layer, and in some models the part of it, that gives the classes.
+# Names in transformers of the layer, and in some models its submodule, that outputs the classes.
 _HEADS = re.compile(r"\.(classifier|score|classification_head|logits_proj)(\.out_proj)?\.weight$")
 
 
 def _num_labels(saved: SavedAdapter) -> int | None:
-    """How many classes the head that is saved with an adapter has; None where there is none, as the base model says."""
+    """Number of classes of the head saved with an adapter; None without a saved head."""
     heads = [tensor for key, tensor in saved.weights.items() if _HEADS.search(key)]
     return len(heads[-1]) if heads else None
 
@@ -164,7 +164,7 @@ def _pad_token(name: str, base: str) -> int | None:
 
 
 def save_preprocessing(folder: Path, source: str) -> bool:
-    """Put the tokenizer or processor of a model or adapter into a folder; False if it has none."""
+    """Save a model's or adapter's tokenizer or processor in a folder; False if it has none."""
     for loader in (AutoProcessor, AutoTokenizer):
         if (loaded := _preprocessing(loader, source)) is not None:
             loaded.save_pretrained(folder)
@@ -173,7 +173,7 @@ def save_preprocessing(folder: Path, source: str) -> bool:
 
 
 def _preprocessing(loader: Any, source: str) -> Any:
-    """The tokenizer or processor of a model or adapter; None if it has none.
+    """Tokenizer or processor of a model or adapter, or None.
 
     Raises:
         ValueError: its files are nested too deeply.
@@ -187,16 +187,16 @@ def _preprocessing(loader: Any, source: str) -> Any:
         ) from None
     except (OSError, ValueError, ImportError, AttributeError, KeyError):  # none, or none for this model
         return None
-    # Of a model's configuration alone transformers makes a tokenizer without words.
+    # From a configuration alone, transformers creates a tokenizer with an empty vocabulary.
     has_words = not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens)
     return loaded if has_words else None
 
 
 def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Random inputs of the kind that a model takes: 4 sequences of 32 tokens, or 2 images; always the same.
+    """Random inputs for a model: 4 sequences of 32 tokens, or 2 images; deterministic.
 
     Raises:
-        ValueError: the model takes something else.
+        ValueError: the model takes other inputs.
 
     """
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +213,7 @@ def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
         if isinstance(token, int):
             tokens[tokens == token] = (token + 1) % text.vocab_size
     if isinstance(text.eos_token_id, int):
-        tokens[:, -1] = text.eos_token_id  # some heads look at it
+        tokens[:, -1] = text.eos_token_id  # used by some heads
     if type(model).__name__.endswith("ForMultipleChoice"):
         tokens = tokens.unsqueeze(0)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

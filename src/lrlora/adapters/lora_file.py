@@ -1,4 +1,4 @@
-"""LoRAs in a single safetensors file, read and written: keys of kohya and ComfyUI, of LyCORIS, and of diffusers."""
+"""LoRAs in single safetensors files: read and write keys of kohya and ComfyUI, LyCORIS, and diffusers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .products import rank_of, scaling_of, update_from_parts
 from .update import MAGNITUDES_NOTE, Updates, common_dtype
 
 _EXPECTED = "Expected is a LoRA in one safetensors file, as kohya, ComfyUI, LyCORIS and diffusers write it."
-# Ways to end the names of the two factors; what goes before is the module.
+# Key suffixes of the two factors; the prefix is the module.
 KOHYA_STYLE = (".lora_down.weight", ".lora_up.weight")
 _STYLES = (
     KOHYA_STYLE,
@@ -43,19 +43,19 @@ _NAMES = {name: part for style in _STYLES for name, part in zip(style, ("lora_A"
 _KEY = re.compile(rf"(.+?)({'|'.join(sorted(map(re.escape, _NAMES), key=len, reverse=True))})")
 _MAGNITUDES = re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$")
 _UNREADABLE = re.compile(r"\.(oft_\w+|boft_\w+|a1\.weight|b1\.weight|glora_\w+|on_input)(\.|$)")
-METADATA_KEY = "lora_adapter_metadata"  # diffusers': PEFT's configuration, as JSON
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration, as JSON
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What a file of a LoRA holds.
+    """Contents of a single-file LoRA.
 
     Attributes:
         name: path of the file.
-        metadata: its strings.
-        modules: of every module its parts, by PEFT's names.
-        styles: of every module how the names of its factors end, if it has them.
-        alphas: of every module the name of its α and its value, if it has one.
+        metadata: string metadata.
+        modules: module → its parts, by PEFT's names.
+        styles: module → key suffixes of its factors, if it has them.
+        alphas: module → key and value of its α, if it has one.
         others: all other tensors, by key.
 
     """
@@ -69,16 +69,16 @@ class SingleFile:
 
     @staticmethod
     def is_one(path: str | os.PathLike[str]) -> bool:
-        """Whether a file holds a LoRA, and no full model."""
+        """Whether a file holds a LoRA, not a full model."""
         with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
             return any(_KEY.fullmatch(key) for key in list(file.keys()))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> SingleFile:
-        """Read the names, and map the tensors into memory.
+        """Read the keys and memory-map the tensors.
 
         Raises:
-            ValueError: the file is damaged, holds no LoRA, or one by a method that is not read.
+            ValueError: the file is damaged, contains no LoRA, or uses an unsupported method.
 
         """
         name = os.fspath(path)
@@ -91,7 +91,7 @@ class SingleFile:
             raise ValueError(f"{name} is the file of a PEFT adapter, whose scaling is in its folder: give the folder.")
         for key, tensor in tensors.items():
             match = _KEY.fullmatch(key)
-            if match and (match[2] != ".diff" or tensor.dim() > 1):  # that of a norm or bias has no rank
+            if match and (match[2] != ".diff" or tensor.dim() > 1):  # norms and biases have no rank
                 module, part = match[1], match[2]
                 found.modules.setdefault(module, {})[_NAMES[part]] = tensor
                 if style := next((style for style in _STYLES if part in style), None):
@@ -121,12 +121,12 @@ class SingleFile:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the factors."""
+        """Of factors."""
         return common_dtype(tensor for parts in self.modules.values() for tensor in parts.values())
 
     @property
     def parameters(self) -> int:
-        """Of the factors."""
+        """Of factors."""
         return sum(tensor.numel() for parts in self.modules.values() for tensor in parts.values())
 
     @property
@@ -141,7 +141,7 @@ class SingleFile:
         return any(_MAGNITUDES.search(key) for key in self.others)
 
     def scaling(self, module: str) -> float:
-        """Of a module: α/r, as kohya stores α; else as diffusers' metadata say; else 1."""
+        """Scaling of a module: α/r with kohya's α; else from diffusers' metadata; else 1."""
         parts = self.modules[module]
         r = rank_of(parts)
         if r is None:
@@ -157,7 +157,7 @@ class SingleFile:
 
     @functools.cached_property
     def _configs(self) -> dict[str, Mapping[str, Any]]:
-        """Beginning of modules' names → the configuration of their adapter."""
+        """Module name prefix → adapter configuration."""
         with readable(self.name, _EXPECTED):
             content = values_of(self.metadata.get(METADATA_KEY, "{}"))
             require_quick_patterns(content, f"in its {METADATA_KEY}")
@@ -170,7 +170,7 @@ class SingleFile:
             }
 
     def updates(self, base: str | os.PathLike[str] | None = None) -> Updates:
-        """The updates of its modules, in the order of their names, numbers by their size."""
+        """Updates of all modules, in natural order of their names."""
         weights = None if base is None else Checkpoint(base)
         updates = []
         for module in sorted(self.modules, key=natural_order):
@@ -190,29 +190,28 @@ def save_single_file(
     dtype: torch.dtype | None = None,
     pad: bool = False,
 ) -> None:
-    """Write a LoRA with these factors; LoHa and LoKr become LoRA, in kohya's keys.
+    """Write a single-file LoRA; LoHa and LoKr become LoRA with kohya's keys.
 
-    Where there is an α it is 1, and B is multiplied by the rank, which a reader divides by. What else the file held
-    (DoRA's magnitudes, text embeddings, the notes of whoever trained it) is kept; hashes, which would be of another
-    file, are not.
+    If the format has an α, it is 1 and B is multiplied by the rank that a reader divides by. Other contents (DoRA
+    magnitudes, text embeddings, training metadata) are kept, except hashes of the original file.
 
     Args:
-        factors: as `factorize` returns them.
-        updates: what was read of the file.
-        output: `.safetensors` file to write; it is there whole or not at all.
-        dtype: of the factors; default: that of the file.
-        pad: give all modules the largest rank, with zeros.
+        factors: result of `factorize`.
+        updates: updates read from the file.
+        output: `.safetensors` file to write, atomically.
+        dtype: dtype of the factors; default: that of the file.
+        pad: zero-pad all modules to the largest rank.
 
     Raises:
         FileExistsError: the file exists.
-        ValueError: no module has a rank; or a LoHa or LoKr may be of a convolution, whose kernel it does not tell.
+        ValueError: no module has a rank; or a LoHa or LoKr may belong to a convolution with an unknown kernel.
 
     """
     file = updates.origin
     assert isinstance(file, SingleFile)
     path = free_file(output)
     if file.has_magnitudes:
-        factors = [part.at_least_one() for part in factors]  # where BA is 0, the magnitude may still be trained
+        factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0
     exported = [part for part in factors if part.rank]
     if not exported:
         raise ValueError("No module has a rank: there is nothing to export.")
@@ -233,11 +232,11 @@ def save_single_file(
 
 
 def free_file(output: str | os.PathLike[str]) -> Path:
-    """The file to write, if it is free.
+    """Check that an output file can be written.
 
     Raises:
-        FileExistsError: it exists.
-        ValueError: its name does not end as it must, or its folder is not there.
+        FileExistsError: the file exists.
+        ValueError: wrong suffix, or missing folder.
 
     """
     path = Path(output)
@@ -254,7 +253,7 @@ def _named(file: SingleFile, module: str, A: Tensor, B: Tensor, rank: int) -> di
     down, up = file.styles.get(module, KOHYA_STYLE)
     if module not in file.alphas and (down, up) != KOHYA_STYLE:
         return {f"{module}{down}": A, f"{module}{up}": B}
-    # One α for all: diffusers loses those of single modules.
+    # Same α for all modules: diffusers loses per-module values.
     key = file.alphas[module][0] if module in file.alphas else f"{module}.alpha"
     return {f"{module}{down}": A, f"{module}{up}": rank * B, key: torch.tensor(1.0)}
 
@@ -263,6 +262,6 @@ def _metadata(file: SingleFile, exported: Sequence[Factors], padded: int | None)
     dropped = ("sshs_model_hash", "sshs_legacy_hash", METADATA_KEY)
     metadata = {key: value for key, value in file.metadata.items() if key not in dropped}
     ranks = {part.rank for part in exported} if padded is None else {padded}
-    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # as kohya's own tool calls it
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # as in kohya's own tool
     values = {"ss_network_dim": rank, "ss_network_alpha": "1.0"}
     return metadata | {key: value for key, value in values.items() if key in metadata}

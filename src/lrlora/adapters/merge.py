@@ -1,4 +1,4 @@
-"""The learned update added to the base model: a full model that needs no adapter."""
+"""Merging the learned update into the base model: a full model without an adapter."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def merge_adapter(
     max_shard_size: str = "5GB",
     progressbar: bool = False,
 ) -> None:
-    """Write the base model with the adapter merged into it, and the tokenizer, as `from_pretrained` loads them.
+    """Write the base model with the adapter merged, and the tokenizer, in `from_pretrained` format.
 
-    One layer is merged at a time: beside the model there is never more than one layer's update in memory.
+    Merges layer by layer: at most one layer's update is in memory besides the model.
 
     Args:
-        adapter: folder or hub name of a saved adapter, or what was read there.
-        output: folder to write; it must be empty or not exist. It is there whole or not at all.
-        dtype: of the model; default: that of the base model's files.
-        dequantize: undo the quantisation of a base model that is stored quantised. It cannot be merged otherwise.
-        max_shard_size: of a file of weights.
-        progressbar: show one.
+        adapter: folder or hub name of a saved adapter, or `SavedAdapter`.
+        output: output folder; must be empty or missing. Written atomically.
+        dtype: dtype of the model; default: that of the base model's files.
+        dequantize: dequantize a base model that is stored quantized, which cannot be merged otherwise.
+        max_shard_size: maximum size of a weights file.
+        progressbar: show a progress bar.
 
     Raises:
         FileExistsError: the output folder is not empty.
-        FileNotFoundError: the base model is not there.
-        ValueError: the adapter does not fit it, it is quantised, or the merged weights would not be finite.
+        FileNotFoundError: the base model is missing.
+        ValueError: the adapter does not fit, the base model is quantized, or merged weights would not be finite.
 
     """
     folder, saved = free_folder(output), SavedAdapter.read(adapter)
@@ -63,7 +63,7 @@ def merge_adapter(
 
 
 def _dequantize(model: Any) -> None:
-    """Make the base model's layers plain ones, below the adapters."""
+    """Dequantize the base layers under the adapters."""
     layers = [layer for layer in model.modules() if isinstance(layer, LrLoraLayer)]
     if not layers:
         raise ValueError("Only LR-LoRA adapters can be merged into a base model that is stored quantised.")

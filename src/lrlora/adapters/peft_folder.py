@@ -1,6 +1,6 @@
-"""A saved adapter: read without running, or even having, its base model, and checked.
+"""Saved adapters: read and validated without running, or even having, the base model.
 
-PEFT leaves out of a model what does not fit it, and says little of it.
+PEFT skips weights that do not fit a model and hardly reports it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..untrusted import require_plain_names, require_quick_patterns
 from .update import common_dtype
 
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-# Fields of configurations that are read here, and of which PEFT does not look at the type.
+# Configuration fields used here whose types PEFT does not check.
 _FIELDS = {
     "base_model_name_or_path": str | None,
     "task_type": str | None,
@@ -34,7 +34,7 @@ _FIELDS = {
     "alpha": float | None,
     "use_rslora": bool,
     "use_dora": bool,
-    "rank_pattern": dict[str, float | list[Any]] | None,  # AdaLoRA's holds lists
+    "rank_pattern": dict[str, float | list[Any]] | None,  # AdaLoRA's contains lists
     "alpha_pattern": dict[str, float] | None,
     "target_parameters": list[str] | None,
 }
@@ -42,11 +42,11 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter in a folder or on the hub: its configuration, and its weights when they are asked for, read once.
+    """An adapter in a folder or on the hub: its configuration, and its weights, loaded lazily and once.
 
     Args:
         name: folder or hub name.
-        config: as PEFT reads it.
+        config: configuration read by PEFT.
 
     """
 
@@ -55,12 +55,12 @@ class SavedAdapter:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the factors."""
+        """Of factors."""
         return common_dtype(self.method_weights.values())
 
     @property
     def parameters(self) -> int:
-        """Without heads and biases; a φ that modules share counts once, though a file has it once for each."""
+        """Parameters without heads and biases; a shared φ counts once, though the file repeats it per module."""
         weights = self.method_weights
         if getattr(self.config, "sharing", "module") != "module":
             shared = {tensor.numpy().tobytes(): key for key, tensor in weights.items() if ".lrlora_phi." in key}
@@ -73,10 +73,10 @@ class SavedAdapter:
 
     @classmethod
     def read(cls, adapter: AdapterSource) -> SavedAdapter:
-        """Read an adapter from a folder or the hub; one that has been read is returned as it is.
+        """Read an adapter from a folder or the hub; a `SavedAdapter` is returned unchanged.
 
         Raises:
-            ValueError: there is none, or its configuration is damaged.
+            ValueError: it is missing, or its configuration is damaged.
 
         """
         if isinstance(adapter, SavedAdapter):
@@ -84,7 +84,7 @@ class SavedAdapter:
         name = os.fspath(adapter)
         require_adapter(name)
         if (file := Path(name) / CONFIG_NAME).is_file():
-            read_json(file, dict[str, Any], ADAPTER_EXPECTED)  # PEFT has no bounds
+            read_json(file, dict[str, Any], ADAPTER_EXPECTED)  # PEFT sets no limits
         with readable(name, ADAPTER_EXPECTED):
             try:
                 config = PeftConfig.from_pretrained(name)
@@ -96,7 +96,7 @@ class SavedAdapter:
 
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:
-        """By their names in the file, on the CPU."""
+        """Tensors by file key, on the CPU."""
         folder = Path(self.name)
         if folder.is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
             raise ValueError(f"{self.name} holds no weights: there is no {_WEIGHTS[0]} in it. {ADAPTER_EXPECTED}")
@@ -107,13 +107,13 @@ class SavedAdapter:
 
     @property
     def method_weights(self) -> dict[str, Tensor]:
-        """Those of its method, without trained heads, embeddings and biases."""
+        """Weights of the method, without trained heads, embeddings and biases."""
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.config.peft_type].removesuffix("lambda_")  # vera_lambda_, and vera_A
         return {key: weight for key, weight in self.weights.items() if f".{prefix}" in key}
 
 
 def _require_sound(config: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless a configuration, which may be a stranger's, is what is expected of one."""
+    """Raise ValueError unless a (possibly untrusted) configuration has the expected types and values."""
     where = "in its adapter_config.json"
     for field, kind in _FIELDS.items():
         if field in config:
@@ -126,9 +126,9 @@ AdapterSource = str | os.PathLike[str] | SavedAdapter
 
 
 def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
-    """Raise a ValueError unless a saved adapter holds the weights of the model made of it, and no others.
+    """Raise ValueError unless a saved adapter's weights exactly match the model created for it.
 
-    What is missing would stay as it starts, and what has another name would be left out.
+    Otherwise, missing weights would stay at their initial values, and unexpected ones be ignored.
     """
     config: Any = model.peft_config["default"]
     if config.peft_type.value in _RENAMED:
@@ -144,5 +144,5 @@ def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
             )
 
 
-# Of a method whose weights have as many rows as there are ranks left.
+# Methods whose weights have one row per remaining rank.
 _RENAMED = ("ADALORA",)

@@ -1,4 +1,4 @@
-"""Adapters of PEFT's: from their factors where these are all of them, else through PEFT itself on a skeleton."""
+"""Adapters in PEFT's format: read from their factors if sufficient, else through PEFT on a skeleton model."""
 
 from __future__ import annotations
 
@@ -35,28 +35,27 @@ _NAMES = {
     "FOURIERFT": "FourierFT",
     "IA3": "(IA)³",
 }
-# Methods that change the bias of a layer too.
+# Methods that also change a layer's bias.
 _WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
 _BIAS_NOTE = "This method changes biases too. They are not in the ranks, and not in a LoRA that is made of it."
 _FROM_FACTORS = ("LORA", "LOHA", "LOKR")
 _PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[AB]|hada_\w+|lokr_\w+)(?:\.weight)?$")
-# Fields of a LoRA whose update is more than s·BA, and starts that take away from the base weight what BA starts with.
+# LoRA options whose update is more than s·BA, and initializations that subtract the initial BA from the base weight.
 _VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REPRODUCIBLE_STARTS = ("pissa", "olora")
 
 
 def updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
-    """The updates of a saved adapter.
+    """Updates of a saved adapter.
 
     Args:
         saved: the adapter.
-        base: the base model, for whatever needs its weights; default: the one that the adapter names, where it is
-            needed.
+        base: base model, where its weights are needed; default: the one named by the adapter.
 
     Raises:
-        ValueError: the adapter's method has no update that is a matrix, its files are damaged, or it needs a base model
-            that is not there, or does not fit.
+        ValueError: the adapter's method has no update matrix, its files are damaged, or its base model is needed and
+            missing or does not fit.
 
     """
     config = saved.config
@@ -97,7 +96,7 @@ def updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
 
 
 def method_name(config: Any) -> str:
-    """What people call the method of an adapter."""
+    """Common name of the adapter's method."""
     method = config.peft_type.value
     return "DoRA" if getattr(config, "use_dora", False) else _NAMES.get(method, method)
 
@@ -122,7 +121,7 @@ def _from_factors(saved: SavedAdapter) -> list[Update]:
     usual: int = config["r"]
     updates = []
     for module, tensors in parts.items():
-        # LoKr whole on both sides has an r that divides α, and is not seen in any shape.
+        # A LoKr stored in full on both sides divides α by an r that no shape shows.
         r = ranks.get(pattern_key(ranks, module), usual)
         if (rank := rank_of(tensors)) not in (None, r):
             raise ValueError(f"the factors of {module} have rank {rank}, and adapter_config.json says {r}")
@@ -131,9 +130,9 @@ def _from_factors(saved: SavedAdapter) -> list[Update]:
 
 
 def load_on_skeleton(saved: SavedAdapter) -> PeftModel:
-    """Load an LR-LoRA adapter onto a model that has only the adapted layers, as linear ones.
+    """Load an LR-LoRA adapter onto a model of its adapted layers only, as linear layers.
 
-    The result can be measured; it cannot run. The skeleton's weights are zeros that take no memory.
+    The result can be measured but not run. The skeleton's weights are zeros that take no memory.
     """
     weights = saved.weights
     layers: dict[str, nn.Module] = {}
@@ -149,13 +148,13 @@ def load_on_skeleton(saved: SavedAdapter) -> PeftModel:
 
 
 def _on_skeleton(saved: SavedAdapter, layers: dict[str, nn.Module]) -> PeftModel:
-    """The adapter on a model of these layers alone."""
+    """Load the adapter onto a model of these layers."""
     config = copy.deepcopy(saved.config)
     skeleton = nn.Module()
     skeleton.name_or_path = config.base_model_name_or_path  # PEFT writes it into the configuration
     for path, layer in layers.items():
         _place(skeleton, path, layer)
-    # The skeleton has exactly the adapted layers: whatever selected them among others no longer applies.
+    # The skeleton has only the adapted layers, so the original selection no longer applies.
     chosen = {"target_modules": set(layers), "fan_in_fan_out": any(isinstance(x, Conv1D) for x in layers.values())}
     nothing = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices")
     for name, value in (chosen | dict.fromkeys(nothing)).items():
@@ -163,7 +162,7 @@ def _on_skeleton(saved: SavedAdapter, layers: dict[str, nn.Module]) -> PeftModel
             setattr(config, name, value)
     config.task_type = None
     model = get_peft_model(skeleton, config)
-    # Files may also hold weights of the base model: embeddings, heads, biases.
+    # Files may also contain base model weights: embeddings, heads, biases.
     set_peft_model_state_dict(model, saved.method_weights)
     require_all_weights(model, saved)
     return model
@@ -179,7 +178,7 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], tuple[str, ...]]:
-    """Updates that need the base weight, or its shape: PEFT merges each into it, and ΔW is the difference."""
+    """Updates that depend on the base weight or its shape: PEFT merges each, and ΔW is the difference."""
     config = saved.config
     start = str(getattr(config, "init_lora_weights", None))
     if start.startswith(CHANGING_STARTS) and not start.startswith(_REPRODUCIBLE_STARTS):
@@ -202,7 +201,7 @@ def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], 
         raise ValueError(f"{saved.name} does not name the modules that it adapts: its method has one tensor for all.")
     originals = {path: _weight_of(path, weights, saved) for path in paths}
     if weights.on_meta is not None:
-        # Some methods count the modules, in the order of the model.
+        # Some methods index the modules in model order.
         order = {name: place for place, (name, _) in enumerate(weights.on_meta.named_parameters())}
         originals = dict(sorted(originals.items(), key=lambda item: order.get(item[1], len(order))))
     layers = {path: _layer(weights, key, saved) for path, key in originals.items()}
@@ -214,7 +213,7 @@ def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], 
 
 
 def _weight_of(path: str, base: Checkpoint, saved: SavedAdapter) -> str:
-    """The name of the weight of a module in the base model, which is a matrix."""
+    """Name of a module's weight in the base model; must be a matrix."""
     key = base.weight_of(path)
     if key is None:
         raise ValueError(f"{_why(saved)} {base.name} has no weight of {path}.")
@@ -228,8 +227,8 @@ def _why(saved: SavedAdapter) -> str:
 
 
 def _layer(base: Checkpoint, key: str, saved: SavedAdapter) -> nn.Module:
-    """The layer of a weight in the base model, of the class that it has there, or that its shape says."""
-    # float32: what a start takes away from a half-precision weight would be rounded.
+    """Layer for a base model weight, of its class in the model or inferred from its shape."""
+    # float32: subtracting an initial BA from a half-precision weight would round.
     weight = base.read(key).float()
     found = None if base.on_meta is None else dict(base.on_meta.named_modules()).get(key.removesuffix(".weight"))
     is_embedding = isinstance(found, nn.Embedding) or any("_embedding_" in name for name in _names_of(saved, key))
@@ -258,6 +257,6 @@ def _layer(base: Checkpoint, key: str, saved: SavedAdapter) -> nn.Module:
 
 
 def _names_of(saved: SavedAdapter, key: str) -> list[str]:
-    """The tensors of an adapter that belong to a weight of the base model."""
+    """Adapter tensors that belong to a base model weight."""
     module = f".{key.removesuffix('.weight')}."
     return [name for name in saved.weights if module in f".{name}"]

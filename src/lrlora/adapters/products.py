@@ -1,11 +1,11 @@
-"""Updates from the tensors that a file holds for a module: of LoRA, LoHa and LoKr, and differences saved whole.
+"""Updates from a module's stored tensors: LoRA, LoHa, LoKr, and full differences.
 
     LoRA    ΔW = s·B A                                               arXiv:2106.09685
     LoHa    ΔW = s·(B₁A₁) ∘ (B₂A₂)                                   arXiv:2108.06098
-    LoKr    ΔW = s·W₁ ⊗ W₂, each whole or a product                  arXiv:2309.14859
+    LoKr    ΔW = s·W₁ ⊗ W₂, each full or a product                   arXiv:2309.14859
 
-Of a convolution, ΔW is seen as (m, inputs · kernel). A Hadamard product of two products of rank r is itself a product,
-of rank r², and a Kronecker product of one is a product too: neither matrix is formed where these are thin.
+For a convolution, ΔW is flattened to (m, inputs · kernel). A Hadamard product of two products of rank r is itself a
+product, of rank r², and so is a Kronecker product with a product: if thin, neither is materialized.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _THIN = 0.5
 
 
 def rank_of(parts: Parts) -> int | None:
-    """The rank r by which α is divided; None where nothing of the module is a product."""
+    """The rank r that divides α; None if the module has no product."""
     for name in ("lora_A", "lora_embedding_A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
         if name in parts:
             return len(parts[name])
@@ -35,7 +35,7 @@ def rank_of(parts: Parts) -> int | None:
 
 
 def scaling_of(config: Mapping[str, Any], module: str, r: int) -> float:
-    """The s of a module of a LoRA, LoHa or LoKr: α/r, or α/√r."""
+    """Scaling s of a module: α/r, or α/√r."""
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
     usual: float = config["alpha" if "alpha" in config else "lora_alpha"]
     alpha = patterns.get(pattern_key(patterns, module), usual)
@@ -43,7 +43,7 @@ def scaling_of(config: Mapping[str, Any], module: str, r: int) -> float:
 
 
 def update_from_parts(module: str, parts: Parts, scaling: float) -> Update:
-    """The update of one module.
+    """Build the update of one module.
 
     Args:
         module: its name.
@@ -51,7 +51,7 @@ def update_from_parts(module: str, parts: Parts, scaling: float) -> Update:
         scaling: s.
 
     Raises:
-        ValueError: parts are missing, or do not fit together.
+        ValueError: parts are missing or do not match.
 
     """
     try:
@@ -74,7 +74,7 @@ def update_from_parts(module: str, parts: Parts, scaling: float) -> Update:
 
 def _lora(module: str, parts: Parts, scaling: float) -> Update:
     A, B = parts["lora_A"], parts["lora_B"]
-    if (middle := parts.get("lora_mid")) is not None:  # a convolution between two of 1 × 1: LyCORIS's Tucker form
+    if (middle := parts.get("lora_mid")) is not None:  # LyCORIS's Tucker form: a convolution between two of 1 × 1
         A = torch.einsum("kr...,ri->ki...", middle.float(), A.flatten(1).float())
     if B[0].numel() != len(A):
         why = " Convolutions in groups are not read." if A.dim() > 2 else ""
@@ -137,7 +137,7 @@ def _right_shape(parts: Parts) -> tuple[tuple[int, int], tuple[int, ...]]:
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(p, q, …) of a core (i, j, …) with factors (i, p) and (j, q)."""
+    """Core (i, j, …), factors (i, p) and (j, q) → (p, q, …)."""
     return torch.einsum("ij...,ip,jq->pq...", core.float(), a.float(), b.float())
 
 

@@ -1,4 +1,4 @@
-"""`read_updates`: from whatever holds an adapter, or a checkpoint, to its updates."""
+"""`read_updates`: read the updates of an adapter or checkpoint."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .update import Updates
 def read_updates(
     source: str | os.PathLike[str] | SavedAdapter | Updates, *, base: str | os.PathLike[str] | None = None
 ) -> Updates:
-    """Read the updates of an adapter, or what full fine-tuning has changed.
+    """Read the updates of an adapter, or the changes made by full fine-tuning.
 
-    LoRA (with patterns and rsLoRA), LoHa, LoKr and LR-LoRA are read from their factors, which needs no base model. All
-    other methods of PEFT's that change a weight (HiRA, VeRA, RandLoRA, FourierFT, OFT, (IA)³, …, and LoRA that starts
-    as PiSSA or OLoRA) go through PEFT's own merge into the weights of the base model, one module at a time. DoRA is
-    read as s·BA, its update of the direction, or whole if `base` is given.
+    LoRA (with patterns and rsLoRA), LoHa, LoKr and LR-LoRA are read from their factors, without a base model. All other
+    PEFT methods that change a weight (HiRA, VeRA, RandLoRA, FourierFT, OFT, (IA)³, …, and LoRA initialized with PiSSA
+    or OLoRA) use PEFT's own merge into the base weights, one module at a time. DoRA is read as s·BA, its update of the
+    direction, or in full if `base` is given.
 
     Args:
-        source: folder or hub name of a PEFT adapter; a LoRA in one `.safetensors` file, with the keys of kohya,
-            ComfyUI, LyCORIS or diffusers; or a full model (folder or file), for which `base` is needed.
-        base: the base model: folder, `.safetensors` file or hub name. Only its tensors are read, one at a time; where
-            PEFT merges, that takes the memory of the adapted weights in float32.
+        source: folder or hub name of a PEFT adapter; a single-file LoRA (`.safetensors`) with the keys of kohya,
+            ComfyUI, LyCORIS or diffusers; or a full model (folder or file), which requires `base`.
+        base: base model: folder, `.safetensors` file or hub name. Only its tensors are read, one at a time; where PEFT
+            merges, this takes the memory of the adapted weights in float32.
 
     Raises:
-        ValueError: there is nothing that can be read, and why; or the base model is needed and not there.
+        ValueError: the source cannot be read, with the reason; or a required base model is missing.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""`Update`: ΔW of one module, whatever it is made of; `Updates`: those of one adapter."""
+"""`Update`: ΔW of one module, of any method; `Updates`: those of one adapter."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MAGNITUDES_NOTE = (
 
 
 class Layout(NamedTuple):
-    """What the matrix ΔW (m, n) is in its module.
+    """Meaning of the matrix ΔW (m, n) in its module.
 
     Attributes:
-        kernel: of a convolution: n holds the inputs and its sizes; empty for other layers.
-        is_embedding: m counts tokens and n the width.
-        is_known: whether a file can tell; else the module may be a linear layer, a convolution or an embedding.
+        kernel: kernel size of a convolution, included in n; else empty.
+        is_embedding: whether m counts tokens and n is the width.
+        is_known: False if the module may be a linear layer, a convolution or an embedding.
 
     """
 
@@ -39,12 +39,12 @@ PLAIN = Layout()
 
 
 class Learned(NamedTuple):
-    """What of an LR-LoRA update a report shows besides ΔW.
+    """LR-LoRA data for reports, besides ΔW.
 
     Attributes:
-        linear: s·B and A, of what plain LoRA would make of the same factors.
+        linear: s·B and A, the plain-LoRA update of the same factors.
         phi: φ; None for an expansion.
-        transfer_input: the entries that φ acts on.
+        transfer_input: inputs of φ.
 
     """
 
@@ -55,19 +55,19 @@ class Learned(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """ΔW of one module: read, or formed, when it is asked for.
+    """ΔW of one module, read or computed lazily.
 
     Attributes:
-        module: its path in the base model, or its name in the file.
+        module: path in the base model, or name in the file.
         shape: (m, n), outputs and inputs.
-        form: gives ΔW (m, n), or its factors U (m, k) and V (k, n) with ΔW = U V.
-        is_product: whether `form` gives factors.
-        r: rank that it was trained with; None where the method has none.
-        limit: the largest rank that an update of this form can have.
-        scaling: s that it was trained with, which `form` has applied.
-        layout: what the matrix is in the module.
-        weight: gives W0 (m, n); None where it is not at hand.
-        learned: of LR-LoRA alone.
+        form: returns ΔW (m, n), or its factors U (m, k) and V (k, n) with ΔW = U V.
+        is_product: whether `form` returns factors.
+        r: trained rank; None if the method has none.
+        limit: maximum rank of an update of this form.
+        scaling: s used in training, already applied by `form`.
+        layout: meaning of the matrix in the module.
+        weight: returns W0 (m, n), or None if unavailable.
+        learned: only for LR-LoRA.
 
     """
 
@@ -83,7 +83,7 @@ class Update:
     learned: Learned | None = None
 
     def factors(self) -> Factors | None:
-        """U (m, k) and V (k, n), of any dtype and finite; None where ΔW is no product of thin factors."""
+        """U (m, k) and V (k, n), of any dtype and finite; None if ΔW is not a product of thin factors."""
         if not self.is_product:
             return None
         U, V = self.form()
@@ -100,55 +100,55 @@ class Update:
         return formed
 
     def weight_norm(self) -> float | None:
-        """‖W0‖_F; None where W0 is zero or not at hand."""
+        """‖W0‖_F; None if W0 is zero or unavailable."""
         weight = self.weight()
         norm = 0.0 if weight is None else weight.double().norm().item()
         return norm if norm > 0 else None
 
 
 class Source(Protocol):
-    """What updates are read from: a PEFT folder, a LoRA in a single file, or two checkpoints."""
+    """Origin of updates: a PEFT folder, a single-file LoRA, or two checkpoints."""
 
     @property
     def name(self) -> str:
-        """Folder, file, or name on the hub."""
+        """Folder, file, or hub name."""
 
     @property
     def config(self) -> Any:
-        """The PEFT configuration that an adapter made of it takes its base model, task and heads from.
+        """PEFT configuration with the base model, task and heads for a new adapter.
 
         Raises:
-            ValueError: it is a single file, which has none.
+            ValueError: a single file has none.
 
         """
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the factors, or the fine-tuned checkpoint; bfloat16 for 8 bits."""
+        """Of the factors or fine-tuned checkpoint; bfloat16 for 8 bits."""
 
     @property
     def parameters(self) -> int | None:
-        """Trained for the updates, without heads and biases; None where there is no adapter."""
+        """Trained parameters without heads and biases; None without an adapter."""
 
     def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
-        """All else that was trained, as it is written: heads, biases, embeddings, and DoRA's magnitudes if asked."""
+        """Other trained weights: heads, biases, embeddings, and optionally DoRA's magnitudes."""
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """That of the first floating-point tensor; bfloat16 for 8 bits."""
+    """The first floating-point dtype; bfloat16 for 8 bits."""
     dtype = next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
     return dtype if dtype.itemsize > 1 else torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Updates:
-    """The updates of all modules of one adapter, or between two checkpoints.
+    """Updates of all modules of one adapter, or between two checkpoints.
 
     Attributes:
-        name: where they come from: a folder, a file, or a name on the hub.
-        method: of the adapter, as people call it: "LoRA".
-        updates: in the order of the model.
-        origin: what was read.
+        name: origin: a folder, a file, or a hub name.
+        method: common name of the method: "LoRA".
+        updates: updates in model order.
+        origin: source object.
         notes: sentences on what the updates do not show.
 
     """
@@ -167,7 +167,7 @@ class Updates:
 
 
 def require_finite(name: str, *parts: Tensor) -> None:
-    """Raise a ValueError unless the update of a module, or all factors of it, are finite."""
+    """Raise ValueError unless a module's update, or all its factors, are finite."""
     if not all(torch.isfinite(part).all() for part in parts):
         raise ValueError(
             f"The update of {name} holds NaN or infinite values. Training has diverged: go back to an earlier "

@@ -1,4 +1,4 @@
-"""y = x (W + ΔW)ᵀ + b: the formula in `reference`, that of φ(BA) fused in `linear`, expansions in `thin`."""
+"""y = x (W + ΔW)ᵀ + b: reference formula in `reference`, fused φ(BA) in `linear`, expansion in `thin`."""
 
 from .linear import adapted_linear, delta_weight
 from .precision import at_least_float32

@@ -1,7 +1,7 @@
-"""The fused CPU kernels: compiled once on the user's machine, called through ctypes.
+"""Fused CPU kernels, compiled on first use and called through ctypes.
 
-`cpu.cpp` includes no header of torch or Python, so it compiles in a few seconds, fits any version of both, and
-needs no more than a C++ compiler with OpenMP. Where there is none, the PyTorch blocks of `linear.py` do the same work.
+`cpu.cpp` includes no torch or Python header, so it compiles in a few seconds, works with any version of either, and
+needs only a C++ compiler with OpenMP. Without a compiler, `linear.py` falls back to blocked PyTorch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FUNCTIONS = ("lrlora_effective_weight", "lrlora_gradient")
 _FORMS = {"residual": 0, "sinc": 1}
 _MOMENTS = 4
-_BANKS = 2  # as in cpu.cpp
-# A thread that sums gradients must clear and add up bins of its own, which fewer entries would not pay for.
+_BANKS = 2  # same as in cpu.cpp
+# Each thread clears and reduces its own gradient bins, which does not pay off for fewer entries.
 _ENTRIES_PER_THREAD = 2**15
-_DIRECT = (torch.float32, torch.bfloat16)  # what the kernels read and write themselves
-# Entries of a matrix in float16 that are converted at a time: with few blocks, and in the cache.
+_DIRECT = (torch.float32, torch.bfloat16)  # dtypes that the kernels read and write directly
+# Number of float16 entries converted per block: few blocks that still fit in the cache.
 _CONVERTED_ENTRIES = 2**20
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-# As PyTorch itself chooses at run time; a library compiled for more could meet, in a shared cache, a lesser CPU.
+# Same capability level as PyTorch selects at run time. In a shared cache, a library built for more could reach an older
+# CPU.
 _CPU_FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
@@ -51,13 +52,13 @@ class _Phi(ctypes.Structure):
 
 
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
-    """Whether the kernels can read this φ and these tensors."""
+    """Whether the kernels support this φ and these tensors."""
     is_known = table.spec.form in _FORMS and table.is_complete
     return is_known and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Single or half precision in the CPU's memory: no subclass, whose elements may be elsewhere or nowhere."""
+    """Whether a strided CPU tensor of a float dtype; subclasses may store their elements elsewhere."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
@@ -69,7 +70,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def write_weight(
     out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
 ) -> None:
-    """Write weight + (s/g)·φ(g·BA) to `out` (m, n), contiguous; A and B float32, all on the CPU."""
+    """Write weight + (s/g)·φ(g·BA) to contiguous `out` (m, n); A, B float32, all on the CPU."""
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=False), scaling, gain)
     for rows in _blocks(out):
@@ -92,7 +93,7 @@ def write_weight(
 def factor_gradients(
     G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to the gradient of φ."""
+    """(∂L/∂A, ∂L/∂B) from contiguous G = ∂L/∂(W + ΔW) (m, n). Adds G to the gradient of φ."""
     table = gradient.table
     A, B = A.contiguous(), B.contiguous()
     phi, _keep = _phi(table, table.cubics(derivative=True), scaling, gain)
@@ -114,12 +115,12 @@ def factor_gradients(
     return grad_A.sum(0), grad_B
 
 
-# On a CPU nothing multiplies faster than the matmul library, and G fits in the buffer of W + ΔW.
+# On a CPU, the matmul library is fastest, and G fits in the buffer of W + ΔW.
 product_gradients = None
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """The rows that a kernel takes at once: all, or as many as are converted to float32 for it at a time."""
+    """Row blocks for one kernel call: all rows, or as many as are converted to float32 at a time."""
     rows, columns = matrix.shape
     step = max(1, rows if matrix.dtype in _DIRECT else _CONVERTED_ENTRIES // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
@@ -131,7 +132,7 @@ def _sizes(matrix: Tensor, A: Tensor) -> tuple[ctypes.c_int64, ...]:
 
 
 def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
-    """What a kernel knows of φ, and the tensor (cells, 4) that it points into."""
+    """Kernel arguments for φ, and the tensor (cells, 4) they point into."""
     form = _FORMS[table.spec.form]
     return _Phi(cubics.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain, scaling), cubics
 
@@ -148,7 +149,7 @@ def _require_library() -> ctypes.CDLL:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None, with one warning, where they cannot be had."""
+    """The compiled kernels, or None (after one warning) if they are unavailable."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     command = [*shlex.split(compiler), *_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
     try:

@@ -1,6 +1,6 @@
-"""Which fused kernels do the work on the entries of ΔW, if any: those of the CPU, those of the GPU, or plain PyTorch.
+"""Selects the kernels that process the entries of ΔW: fused CPU, fused GPU, or plain PyTorch.
 
-`LRLORA_KERNELS` in the environment overrides the choice: `native` (C++), `triton`, or `0` for plain PyTorch.
+Set the environment variable `LRLORA_KERNELS` to override the choice: `native` (C++), `triton`, or `0` (PyTorch).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .table import PhiGradient, TransferTable
 
 
 class Kernels(Protocol):
-    """What a set of kernels offers; see `cpu` for the meaning, and `gpu` for `product_gradients`."""
+    """Interface of a kernel set; see `cpu`, and `gpu` for `product_gradients`."""
 
     def supports(self, table: TransferTable, *tensors: Tensor | None) -> bool: ...
 
@@ -42,10 +42,10 @@ class Kernels(Protocol):
 
 
 def kernels_for(table: TransferTable, *tensors: Tensor | None) -> Kernels | None:
-    """The kernels for this φ and these tensors; None for plain PyTorch.
+    """Kernels for this φ and these tensors; None for plain PyTorch.
 
     Raises:
-        ValueError: `LRLORA_KERNELS` is none of the known values.
+        ValueError: `LRLORA_KERNELS` has an unknown value.
 
     """
     is_on_gpu = any(t is not None and t.is_cuda for t in tensors)
@@ -61,7 +61,7 @@ def _triton() -> Kernels | None:
     try:
         return importlib.import_module(".gpu", __package__)
     except ImportError:
-        return None  # PyTorch for CUDA brings Triton along; elsewhere it may be missing
+        return None  # Triton ships with PyTorch for CUDA and may be missing elsewhere
 
 
 _CHOICES: dict[str, Callable[[], Kernels | None]] = {"native": lambda: cpu, "triton": _triton, "0": lambda: None}

@@ -1,13 +1,13 @@
-"""The expansion: a fixed pattern of signs that multiplies BA entry by entry, for a rank above r without an m×n matrix.
+"""Expansion: a fixed sign pattern that multiplies BA elementwise, for a rank above r without an m×n matrix.
 
     ΔW = s · M ∘ BA,    M = P Rᵀ / √Q,    P (m×Q) and R (n×Q) fixed random signs, their first columns ones
 
-M has a rank of up to Q, ΔW one of up to r·Q, for the r(m+n) parameters of A and B. ΔW is a plain LoRA of rank r·Q, and
-is computed as one, by two thin matmuls. With a_k (n,) and b_k (m,) the factors of BA, k = 1..r, and q = 1..Q:
+M has rank up to Q and ΔW rank up to r·Q, with the r(m+n) parameters of A and B. ΔW is a plain LoRA of rank r·Q and is
+computed as one, in two thin matmuls. With a_k (n,) and b_k (m,) the factors of BA, k = 1..r, and q = 1..Q:
 
     y = x Vᵀ Uᵀ,    V (rQ×n), with the rows R_q ∘ a_k,    U (m×rQ), with the columns s·P_q ∘ b_k / √Q
 
-It is not the paper's: it is what gained most, at LoRA's cost, where the rank of an update binds (docs/capacity.md).
+The expansion is not part of the paper. It gained most, at LoRA's cost, where rank limits the update (docs/capacity.md).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .thin import columns, expansion_delta, expansion_factors, expansion_linear,
 
 
 class Expansion(Form):
-    """M, which takes the place of φ in a layer. It has no parameters.
+    """M, which replaces φ in a layer. Has no parameters.
 
     Args:
         num_terms: Q ≥ 1.
-        seed: of the random signs.
+        seed: seed of the random signs.
 
     """
 
@@ -62,8 +62,8 @@ class Expansion(Form):
         """U without s: B (..., m, r) → (..., m, r·Q), in the dtype of B.
 
         Args:
-            B: all rows of a layer's, or some.
-            basis: the rows of P that go with these, (..., m, Q); default: all.
+            B: all rows of a layer's B, or a subset.
+            basis: matching rows of P, (..., m, Q); default: all.
 
         """
         if basis is None:
@@ -75,7 +75,7 @@ class Expansion(Form):
         return self._basis_of(m, "output", device)
 
     def input_signs(self, n: int, device: torch.device) -> Tensor:
-        """Rᵀ (Q, n), float32, laid out so that its products with rows of A are contiguous."""
+        """Rᵀ (Q, n), float32, contiguous in products with rows of A."""
         return self._basis_of(n, "input", device)
 
     def _basis_of(self, size: int, side: str, device: torch.device) -> Tensor:
@@ -87,7 +87,7 @@ class Expansion(Form):
 
 
 def signs(size: int, terms: int, name: str) -> Tensor:
-    """Random ±1, (size, terms), float32: the same for a name everywhere, as no random generator of torch promises."""
+    """Random ±1, (size, terms), float32: identical for a name on every platform, unlike torch's generators."""
     count = size * terms
     bits = np.unpackbits(np.frombuffer(hashlib.shake_128(name.encode()).digest(math.ceil(count / 8)), np.uint8))
     return torch.from_numpy(2.0 * bits[:count].astype(np.float32) - 1).view(size, terms)
@@ -95,14 +95,14 @@ def signs(size: int, terms: int, name: str) -> Tensor:
 
 @functools.cache
 def _basis(size: int, terms: int, name: str, device: torch.device, is_transposed: bool) -> Tensor:
-    """The same for all layers of one size: it costs no memory in each."""
+    """Signs shared by all layers of one size, stored once."""
     with torch.inference_mode(False):
         basis = signs(size, terms, name)
         basis[:, 0] = 1
         return (basis.T.contiguous() if is_transposed else basis).to(device)
 
 
-# An operator of its own, for torch.compile, which cannot trace the making of the signs.
+# Custom operator, because torch.compile cannot trace how the signs are generated.
 @torch.library.custom_op("lrlora::expansion_basis", mutates_args=())
 def _basis_operator(size: int, terms: int, name: str, device: torch.device, is_transposed: bool) -> Tensor:
     return _basis(size, terms, name, device, is_transposed).clone()

@@ -1,12 +1,12 @@
-"""The fused GPU kernels, in Triton: the same two loops over the entries of ΔW as `cpu.cpp`.
+"""Fused GPU kernels in Triton: the same two loops over the entries of ΔW as in `cpu.cpp`.
 
-A tile of Z = g·BA is formed in float32 and φ read from its table. Forward writes W + ΔW. Backward multiplies its tile
-of G = (∂L/∂y)ᵀ x itself, and what leaves the chip are sums over the tile: its share of ∂L/∂A and ∂L/∂B, and the moments
-Σ G·T_p(z) with the Chebyshev polynomials, from which the gradient of φ follows. A GPU has no cheap way to scatter
-entries over the cells of a table, as the CPU does: nearly all fall on a few cells, whose atomic sums would wait for
-each other. All sums are added up in a fixed order: a run can be repeated to the bit.
+Each program forms a tile of Z = g·BA in float32 and reads φ from its table. The forward pass writes W + ΔW. The
+backward pass multiplies its own tile of G = (∂L/∂y)ᵀ x and stores only reductions: its share of ∂L/∂A and ∂L/∂B, and
+the moments Σ G·T_p(z) with the Chebyshev polynomials, which determine the gradient of φ. The CPU's scatter over table
+cells would be slow on a GPU: nearly all entries fall into a few cells, and their atomic sums would serialize. All
+reductions run in a fixed order, so results are bitwise reproducible.
 
-`TRITON_INTERPRET=1`, set before Triton is imported, runs the kernels on a CPU, for tests.
+Set `TRITON_INTERPRET=1` before importing Triton to run the kernels on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -20,30 +20,29 @@ from torch import Tensor, nn
 
 from .table import PhiGradient, TransferTable
 
-# A tile's entries, its tokens at a time, and the warps that share it: the backward holds five values of every entry in
-# registers.
+# Tile size, tokens per step and warps per tile. The backward kernel keeps five values per entry in registers.
 _BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 64, 64, 32, 4
-# Bytes for the tiles' shares of ∂L/∂A and ∂L/∂B; a layer that needs more is walked over in strips of columns.
+# Bytes for the per-tile shares of ∂L/∂A and ∂L/∂B. Larger layers are processed in strips of columns.
 _SHARES = 2**26
 
 
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
-    """Whether the kernels take this φ and these tensors."""
+    """Whether the kernels can read this φ and tensors."""
     return table.spec.form == "residual" and all(t is None or _is_plain(t) for t in tensors)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Not of a subclass, which may have its elements elsewhere or none at all."""
+    """Whether not a subclass, which may store elements elsewhere or nowhere."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
 def _tile(A, B, m, n, strip, r, gain, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of this program's tile, counted from the first of its strip, and Z = g·BA there, float32."""
+    """Rows and columns of this program's tile, relative to its strip, and Z = g·BA there, float32."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (strip + tl.program_id(1)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     z = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
-    # Factor by factor: tensor cores would round to fewer bits, and a whole r in registers does not fit.
+    # Loop over the rank: tensor cores would round to fewer bits, and the full r does not fit in registers.
     for k in range(r):
         b = tl.load(B + rows * r + k, mask=rows < m, other=0.0)
         a = tl.load(A + k * n + columns, mask=columns < n, other=0.0)
@@ -53,7 +52,7 @@ def _tile(A, B, m, n, strip, r, gain, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def _locate(z, side, cells_per_unit):
-    """The cell of each z, 0 … 2·side − 1, and its place t in [0, 1]."""
+    """Cell index of each z, 0 … 2·side − 1, and position t in [0, 1]."""
     u = tl.minimum(tl.maximum(z * cells_per_unit, -side), side)
     start = tl.minimum(tl.floor(u), side - 1.0)
     return (start + side).to(tl.int32), u - start
@@ -97,14 +96,14 @@ def _weight_kernel(
 
 @triton.jit
 def _slope(table, z, side, cells_per_unit):
-    """φ′(z), from its table and the part that has none."""
+    """φ′(z): tabulated part plus backbone."""
     cell, t = _locate(z, side, cells_per_unit)
     return 1.0 + tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
 
 
 @triton.jit
 def _store_moments(moments, g, x, num_moments):
-    """Σ g·Tₙ(x) over a tile, for the Chebyshev polynomials Tₙ of degrees below `num_moments`."""
+    """Σ g·Tₙ(x) over a tile, for Chebyshev polynomials Tₙ of degree below `num_moments`."""
     previous, current = x, tl.full(x.shape, 1.0, tl.float32)
     for degree in range(num_moments):
         tl.store(moments + degree, tl.sum(g * current))
@@ -173,7 +172,7 @@ def _gradient_kernel(
 def write_weight(
     out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
 ) -> None:
-    """Write weight + (s/g)·φ(g·BA) to `out` (m, n), rounded to its dtype once; A and B float32, all contiguous."""
+    """Write weight + (s/g)·φ(g·BA) to `out` (m, n), rounded once to its dtype; A, B float32, all contiguous."""
     m, n = out.shape
     grid = (triton.cdiv(m, _BLOCK_M), triton.cdiv(n, _BLOCK_N))
     with _on_device_of(out):
@@ -200,27 +199,27 @@ def write_weight(
 def factor_gradients(
     G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n), contiguous; adds G to the gradient of φ."""
+    """(∂L/∂A, ∂L/∂B) from contiguous G = ∂L/∂(W + ΔW) (m, n). Adds G to the gradient of φ."""
     return _gradients(G, None, A, B, gradient, scaling, gain)
 
 
 def product_gradients(
     Y: Tensor, X: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
 ) -> tuple[Tensor, Tensor]:
-    """The same for G = YᵀX, which is never formed, from Y = ∂L/∂y (tokens, m) and X (tokens, n)."""
+    """`factor_gradients` for G = YᵀX, never materialized; Y = ∂L/∂y (tokens, m), X (tokens, n)."""
     return _gradients(Y.contiguous(), X.contiguous(), A, B, gradient, scaling, gain)
 
 
 def _precision() -> str:
-    """As PyTorch is told to multiply float32 on a GPU."""
+    """PyTorch's setting for float32 matmuls on a GPU."""
     matmul = torch.backends.cuda.matmul
-    # Where there is the newer of the two settings, reading the older raises once the newer was used.
+    # PyTorch versions with the newer setting raise on reads of the older one once the newer has been used.
     is_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if is_tf32 else "ieee"
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the layer's."""
+    """Switch to the tensor's device: Triton launches on the current one."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 

@@ -1,8 +1,8 @@
-"""Libraries that are compiled on the user's machine, and kept for that user alone.
+"""Compile native libraries on the user's machine and cache them for that user only.
 
-To load a library is to run it. So it is loaded only from a folder and a file that belong to this user and that nobody
-else may write to, as ssh does with its keys, and only if its content is that which was compiled: a part of one would
-end the process (SIGBUS). What is not as it should be in the folder is compiled anew.
+Loading a library executes it. A library is therefore loaded only from a folder and file that are owned by this user and
+not writable by others, like ssh keys, and only if its content matches its hash: a truncated file would crash the
+process (SIGBUS). Invalid files in the folder are recompiled.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from pathlib import Path
 from ..files import cache_folder, flush
 
 _COMPILER_SECONDS = 120
-# Far longer than a compiler may take: the machines that share a folder may not agree on the time.
+# Much longer than any compilation, because machines that share a folder may disagree on the time.
 _SCRATCH_SECONDS = 3600
 _SCRATCH = "compiling-"
 
 
 def load_library(source: Path, command: Sequence[str], functions: Sequence[str]) -> ctypes.CDLL:
-    """Load what a compiler makes of a source: as it was kept, or compiled now.
+    """Load a compiled library from the cache, or compile it now.
 
     Args:
-        source: the file to compile.
-        command: the compiler and its options, without source and output.
-        functions: that the library must have.
+        source: source file.
+        command: compiler and options, without source and output.
+        functions: functions that the library must export.
 
     Raises:
-        OSError: it cannot be compiled, loaded or kept, or the folder to keep it in is not this user's alone.
-        RuntimeError: there is no home folder.
+        OSError: compiling, loading or storing fails, or the cache folder is not this user's alone.
+        RuntimeError: the home folder cannot be determined.
 
     """
     recipe = _digest(source.read_bytes() + " ".join((sys.platform, platform.machine(), *command)).encode())
@@ -57,15 +57,15 @@ def load_library(source: Path, command: Sequence[str], functions: Sequence[str])
         with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
             compiled = Path(scratch) / "compiled.so"
             _run([*command, str(source), "-o", str(compiled)])
-            compiled.chmod(0o700)  # the compiler leaves it as open as the umask is
-            library = _open(compiled, functions)  # before it is kept, so that only what works is
+            compiled.chmod(0o700)  # the compiler applies the umask
+            library = _open(compiled, functions)  # before storing, so that only working libraries are kept
             flush(compiled)
             compiled.replace(folder / _name(recipe, compiled))
     return library
 
 
 def _name(recipe: str, library: Path) -> str:
-    """What a library is kept as: it tells what was to be compiled, and what came of it."""
+    """File name of a cached library: hashes of the recipe and of the content."""
     return f"kernels-{recipe}-{_digest(library.read_bytes())}.so"
 
 
@@ -83,12 +83,12 @@ def _open(path: Path, functions: Sequence[str]) -> ctypes.CDLL:
 
 @contextmanager
 def _own_folder() -> Iterator[Path]:
-    """The folder of this user's libraries, made if need be.
+    """Folder of this user's libraries, created if missing.
 
-    It is made with mode 0700, whatever the umask: the cache folder around it may be shared, or open to a group of one
-    (umask 002), and stays as it is. One that was opened to others since is refused, not closed: the user is to know.
+    Created with mode 0700, whatever the umask; the cache folder around it may be shared or group-writable (umask 002)
+    and is left unchanged. A folder that others can write to is refused, not repaired, so that the user notices.
     """
-    if os.name != "posix":  # there, lists say who may write, which Python does not read
+    if os.name != "posix":  # Windows uses access control lists, which Python does not read
         folder = cache_folder() / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
@@ -96,8 +96,8 @@ def _own_folder() -> Iterator[Path]:
     folder = cache_folder() / f"kernels-{os.geteuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    # Who may write to the folder above can give the name to another folder after the check. Linux has a path to the
-    # opened one, whatever its name; not by way of "self", which the compiler is not.
+    # Anyone who can write to the parent can swap the folder after the check. On Linux, /proc leads to the opened folder
+    # whatever its name; through the pid and not "self", which would be the compiler in its own process.
     same = Path("/proc/self/fd").resolve() / str(opened)
     try:
         _require_own(folder, os.fstat(opened))
@@ -109,7 +109,7 @@ def _own_folder() -> Iterator[Path]:
 
 
 def _require_own(path: Path, status: os.stat_result) -> None:
-    """Raise PermissionError unless a file or folder is this user's, and nobody else may write to it."""
+    """Raise PermissionError unless a path is owned by this user and not writable by others."""
     if os.name != "posix":
         return
     if status.st_uid != os.geteuid():
@@ -125,18 +125,18 @@ def _require_own(path: Path, status: os.stat_result) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes left that were killed as they compiled.
+    """Remove scratch folders of compilations that were killed.
 
-    By age: that there is no process of some number says nothing, if containers or machines share the folder.
+    Decided by age: process ids say nothing if containers or machines share the folder.
     """
     for scratch in folder.glob(f"{_SCRATCH}*"):
-        with suppress(FileNotFoundError):  # another process was faster
+        with suppress(FileNotFoundError):  # already removed by another process
             if time.time() - scratch.stat().st_mtime > _SCRATCH_SECONDS:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run(command: list[str]) -> None:
-    """Run a compiler, for as long as one may take."""
+    """Run the compiler with a timeout."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -151,7 +151,7 @@ def _run(command: list[str]) -> None:
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"{command[0]} did not finish in {_COMPILER_SECONDS} s and was stopped.") from error
         finally:
-            # It starts others, which would run on; and Ctrl-C, too, does not reach a session of its own.
+            # Kill the whole session: the compiler starts subprocesses, and Ctrl-C does not reach them.
             if compiler.returncode is None:
                 os.killpg(compiler.pid, signal.SIGKILL) if os.name == "posix" else compiler.kill()
     if compiler.returncode != 0:

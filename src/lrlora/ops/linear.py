@@ -1,11 +1,12 @@
-"""The fused path: one matmul with W + s·φ(BA), in half precision two, and a backward that saves no m×n tensor.
+"""Fused path: one matmul with W + s·φ(BA) (two in half precision), and a backward that saves no m×n tensor.
 
-Forward builds W + ΔW block by block in one m×n buffer and drops it after the matmul. Backward builds it again from
-the factors for ∂L/∂x, then reuses the buffer for G = ∂L/∂(W + ΔW) = (∂L/∂y)ᵀ x, and walks over its blocks:
+The forward pass builds W + ΔW block by block in one m×n buffer and frees it after the matmul. The backward pass
+rebuilds it from the factors for ∂L/∂x, then reuses the buffer for G = ∂L/∂(W + ΔW) = (∂L/∂y)ᵀ x and loops over its
+blocks:
 
     H = s · φ′(g·BA) ∘ G,    ∂L/∂B = H Aᵀ,    ∂L/∂A = Bᵀ H,    ∂L/∂φ(g·BA) = (s/g) · G
 
-Saved for backward are x, W (which is there anyway), A, B and the parameters of φ.
+Saved for backward: x, W (allocated anyway), A, B and the parameters of φ.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from .table import PhiGradient, TransferTable
 if TYPE_CHECKING:
     from .transfer import Transfer
 
-# Entries of ΔW handled at a time. On a CPU temporaries of this size stay in the cache; an accelerator wants few, large
-# kernels, and 64 MB each.
+# Entries of ΔW per block. On a CPU, temporaries of this size stay in the cache; an accelerator needs few, large kernels
+# (64 MB each).
 CPU_BLOCK_ENTRIES = 2**16
 ACCELERATOR_BLOCK_ENTRIES = 2**24
 
 
 class _Update(NamedTuple):
-    """What, besides tensors, defines ΔW = (scaling / input_gain) · φ(input_gain · BA) and its gradient."""
+    """Non-tensor settings of ΔW = (scaling / input_gain) · φ(input_gain · BA) and its gradient."""
 
     spec: TransferSpec
     scaling: float
@@ -42,7 +43,7 @@ class _Update(NamedTuple):
     def of(
         cls, form: str, num_basis: int, interval: float, lr_multiplier: float, scaling: float, input_gain: float
     ) -> _Update:
-        """From the plain values that an operator takes, in the order of `_SETTINGS`."""
+        """Build from an operator's plain values, in the order of `_SETTINGS`."""
         return cls(TransferSpec(form, num_basis, interval, lr_multiplier), scaling, input_gain)
 
 
@@ -62,33 +63,33 @@ def _row_blocks(matrix: Tensor) -> Iterator[slice]:
 def _tabulate(
     update: _Update, A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None
 ) -> TransferTable:
-    """The table of φ, for all entries of g·BA as far as a table can reach."""
+    """Table of φ for all entries of g·BA, up to the largest size."""
     largest = 0.0 if update.spec.is_clipped else update.input_gain * _largest_entry(A, B, update)
     return TransferTable(update.spec, amplitude, bandwidth, A.dtype, largest)
 
 
 def _largest_entry(A: Tensor, B: Tensor, update: _Update) -> float:
-    """The largest |BA|, or a bound on it that is small enough for the smallest table; NaN if any entry is."""
+    """The largest |BA|, or a bound small enough for the smallest table; NaN if any entry is."""
     if not A.numel() or not B.numel():
         return 0.0
-    # Cauchy and Schwarz: as good as free, and mostly enough.
+    # Cauchy–Schwarz bound: almost free, and usually sufficient.
     bound = (B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)).max().item()
     if update.input_gain * bound <= update.spec.interval:
         return bound
-    # All at once, in memory that the weight takes next: in blocks, threads would wait for each other too often.
+    # One matmul, in memory that the weight reuses next; with blocks, threads would synchronize too often.
     least, greatest = torch.aminmax(B @ A)
     return max(greatest.item(), -least.item())
 
 
 def _is_transposed(matrix: Tensor) -> bool:
-    """Whether `matrix` (m, n) is laid out column by column, as the weight of transformers' Conv1D is."""
+    """Whether `matrix` (m, n) is column-major, like the weight of transformers' Conv1D."""
     return matrix.stride(0) < matrix.stride(1)
 
 
 def _write_weight(
     out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, update: _Update
 ) -> None:
-    """Write to `out` (m, n): weight + ΔW, or ΔW alone without a weight, rounded to the dtype of `out` once."""
+    """Write weight + ΔW (ΔW alone without a weight) to `out` (m, n), rounded once to its dtype."""
     left, right = B, A
     if _is_transposed(out):
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
@@ -103,7 +104,7 @@ def _write_weight(
 
 
 def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, update: _Update) -> tuple[Tensor, Tensor]:
-    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n); adds G to the gradient of φ."""
+    """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n). Adds G to the gradient of φ."""
     table = gradient.table
     if _is_transposed(G):
         grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, gradient, update)
@@ -122,8 +123,7 @@ def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, up
     return grad_A, grad_B
 
 
-# Operators of their own, for torch.compile: it takes them into its graph as they are, where it could trace neither the
-# compiled kernels nor the table.
+# Custom operators: torch.compile cannot trace the compiled kernels or the table, and keeps operators as graph nodes.
 
 
 @torch.library.custom_op(
@@ -176,7 +176,7 @@ def _adapted_linear_backward(
     bandwidth: Tensor | None,
     *settings: Any,
 ) -> list[Tensor]:
-    """The gradients of the first seven inputs of `adapted_linear`, of those that `needs` names."""
+    """Gradients of the first seven inputs of `adapted_linear`, restricted to `needs`."""
     update = _Update.of(*settings)
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
@@ -214,7 +214,7 @@ def _(
     amplitude, bandwidth = others[:2]
     bias = grad_y.new_empty(B.shape[0])
     gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, amplitude, bandwidth)]
-    gradients[1] = None if weight is None else torch.empty_like(weight)  # in the layout of a transposed W
+    gradients[1] = None if weight is None else torch.empty_like(weight)  # keeps the layout of a transposed W
     return _needed(needs, gradients)
 
 
@@ -267,7 +267,7 @@ def _delta_weight_backward(
     bandwidth: Tensor | None,
     *settings: Any,
 ) -> list[Tensor]:
-    """The gradients of the first four inputs of `delta_weight`, of those that `needs` names."""
+    """Gradients of the first four inputs of `delta_weight`, restricted to `needs`."""
     update = _Update.of(*settings)
     with without_autocast(grad.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
@@ -301,28 +301,28 @@ _delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save
 
 
 def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The matrices in the last two dimensions, side by side."""
+    """Zip over the matrices in the last two dimensions."""
     return zip(*(tensor.unsqueeze(0).flatten(0, -3) for tensor in tensors), strict=True)
 
 
 def _needed(needs: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Those of `tensors` that are needed."""
+    """Select the needed tensors."""
     return [tensor for is_needed, tensor in zip(needs, tensors, strict=True) if is_needed and tensor is not None]
 
 
 def _scattered(needs: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """What `_needed` picked, back at its places."""
+    """Inverse of `_needed`, with None elsewhere."""
     remaining = iter(tensors)
     return tuple(next(remaining) if is_needed else None for is_needed in needs)
 
 
 def _empty_weight(dtype: torch.dtype, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-    # Laid out like W, also when W is a transposed view: then even the bits of the base layer's matmul are kept.
+    # Same layout as W, even if W is a transposed view: the base layer's matmul is then bitwise unchanged.
     return A.new_empty(B.shape[0], A.shape[1], dtype=dtype) if weight is None else torch.empty_like(weight)
 
 
 def _parameters(transfer: Transfer, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Amplitude and bandwidth where the layer is: a φ shared by layers on several devices lives on one of them."""
+    """Amplitude and bandwidth on the layer's device; a φ shared across devices is stored on one of them."""
     amplitude, bandwidth = transfer.amplitude, transfer.bandwidth
     if amplitude is None or bandwidth is None:
         return None, None
@@ -330,12 +330,12 @@ def _parameters(transfer: Transfer, device: torch.device) -> tuple[Tensor | None
 
 
 def _factor_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """ΔW is formed in float32 at least: in half precision its entries would drown in the rounding of BA."""
+    """At least float32: in half precision, rounding of BA would swamp the entries of ΔW."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _settings(spec: TransferSpec, scaling: float, input_gain: float) -> _Settings:
-    # The operators would pass through a forward-mode derivative as zero, without a word.
+    # Forward-mode derivatives would silently treat the operators as zero.
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "torch.func transforms (grad, jvp, vmap, …) do not work through LR-LoRA layers. Use torch.autograd, or "
@@ -356,14 +356,14 @@ def adapted_linear(
     scaling: float,
     input_gain: float,
 ) -> Tensor:
-    """Y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b where `weight` is None.
+    """Compute y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b if `weight` is None.
 
-    In half precision, adding ΔW to W and rounding loses part of the update, the more the smaller it is. There, W and ΔW
-    are multiplied one after the other; only ∂L/∂x is of their rounded sum, an error as of rounding ∂L/∂x itself.
+    In half precision, rounding W + ΔW loses part of a small update. W and ΔW are therefore multiplied separately; only
+    ∂L/∂x uses their rounded sum, with an error comparable to rounding ∂L/∂x itself.
 
     Args:
-        x: (..., n), float64, float32, bfloat16 or float16; autocast does not change it.
-        weight: W (m, n) in the dtype of x; a transposed view is fine.
+        x: (..., n), float64, float32, bfloat16 or float16; unaffected by autocast.
+        weight: W (m, n) in the dtype of x; may be a transposed view.
         bias: b (m,).
         A: (r, n).
         B: (m, r).

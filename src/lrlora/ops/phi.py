@@ -1,25 +1,24 @@
-"""φ, the transfer function that every entry of the low-rank product passes through.
+"""φ, the transfer function applied to every entry of the low-rank product.
 
     φ(z) = β(z) + ψ(clip(z, −I, I)),    ψ(z) = Σ_k a_k · sinc(ω_k (z − c_k)),    sinc(u) = sin(u) / u
 
-The N centres c_k are fixed and equally spaced on [−I, I], h apart. Amplitudes a and bandwidths ω are learned
-(arXiv:2606.04325). The backbone β is fixed, odd and of slope 1 at 0; `form` chooses it:
+The N centers c_k are fixed and equally spaced on [−I, I], h apart. Amplitudes a and bandwidths ω are learned
+(arXiv:2606.04325). The backbone β is fixed and odd, and selected by `form`:
 
     residual     β(z) = z         ψ is learned curvature on top of plain LoRA
     sinc         β(z) = 0         the paper's form: ψ alone, not clipped, natural tails outside [−I, I]
     sine         β(z) = sin(z)    ψ = 0: nothing learned, the fixed control
 
-What is stored and trained are two float32 vectors that start at zero, so that weight decay pulls to the start:
+The stored parameters are two float32 vectors that start at zero, so that weight decay pulls toward the start:
 
     a = a⁰ + μ·amplitude        ω = 2·ω₀·σ(μ·bandwidth)        ω₀ = π/h, the Shannon rate of the grid
 
-μ is the learning-rate multiplier: under Adam, a step of size lr moves a by μ·lr, whoever drives the optimizer.
-The logistic σ keeps ω inside (0, 2·ω₀), which is what bounds the error of the table below. a⁰ is zero, except for
-"sinc", whose a⁰ is a least-squares fit of the identity: with amplitudes at zero there, B = 0 would be a saddle
-without any gradient.
+μ is the learning-rate multiplier: under Adam, a step of size lr moves a by μ·lr, with any optimizer setup. The logistic
+σ keeps ω inside (0, 2·ω₀), which bounds the error of the table. a⁰ is zero except for "sinc", where it is a
+least-squares fit of the identity: with zero amplitudes, B = 0 would be a saddle point without any gradient.
 
-φ is a function of one variable, so `table.py` samples it once on a fine grid and reads every entry by
-interpolation: the cost per entry does not depend on N.
+φ is a function of one variable, so `table.py` samples it once on a fine grid and interpolates every entry: the cost per
+entry does not depend on N.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ FORMS = ("residual", "sinc", "sine")
 
 @dataclass(frozen=True)
 class TransferSpec:
-    """All of φ that is not learned.
+    """The fixed part of φ.
 
     Args:
         form: one of `FORMS`.
-        num_basis: N ≥ 2, the number of sinc terms.
-        interval: I > 0, the half-width of the grid of centres.
-        lr_multiplier: μ > 0, how much faster than A and B the amplitudes and bandwidths learn.
+        num_basis: N ≥ 2, number of sinc terms.
+        interval: I > 0, half-width of the grid of centers.
+        lr_multiplier: μ > 0, learning rate of amplitudes and bandwidths relative to A and B.
 
     """
 
@@ -67,55 +66,55 @@ class TransferSpec:
 
     @property
     def max_bandwidth(self) -> float:
-        """The open upper bound 2·ω₀ of every ω_k."""
+        """2·ω₀, the open upper bound of every ω_k."""
         return 2 * self.base_bandwidth
 
     def centres(self, like: Tensor) -> Tensor:
-        """c, shape (N,), in the dtype and on the device of `like`."""
-        # Mirrored by hand: linspace is not exactly antisymmetric, and an odd φ relies on it.
+        """Centers c (N,), with the dtype and device of `like`."""
+        # Symmetrized explicitly: linspace is not exactly antisymmetric, and an odd φ requires it.
         grid = torch.linspace(-self.interval, self.interval, self.num_basis, dtype=like.dtype, device=like.device)
         return (grid - grid.flip(0)) / 2
 
     def amplitudes(self, amplitude: Tensor) -> Tensor:
-        """The stored `amplitude` (N,) → a (N,), float64."""
+        """Stored `amplitude` (N,) → a (N,), float64."""
         learned = self.lr_multiplier * amplitude.double()
         if self.form != "sinc":
             return learned
         return learned + _identity_amplitudes(self.num_basis, self.interval, device=learned.device)
 
     def bandwidths(self, bandwidth: Tensor) -> Tensor:
-        """The stored `bandwidth` (N,) → ω (N,), float64."""
+        """Stored `bandwidth` (N,) → ω (N,), float64."""
         return self.max_bandwidth * torch.sigmoid(self.lr_multiplier * bandwidth.double())
 
     def backbone(self, z: Tensor) -> Tensor:
-        """β(z), of the shape and dtype of z."""
+        """β(z), with the shape and dtype of z."""
         return _BACKBONES[self.form](z)
 
     def backbone_slope(self, z: Tensor) -> Tensor:
-        """β′(z), of the shape and dtype of z."""
+        """β′(z), with the shape and dtype of z."""
         return _BACKBONE_SLOPES[self.form](z)
 
     def basis(self, z: Tensor, bandwidth: Tensor) -> Tensor:
-        """sinc(ω_k (z − c_k)) by its formula, float64, z.shape + (N,)."""
+        """sinc(ω_k (z − c_k)) by the formula, float64, z.shape + (N,)."""
         z = z.double()
         return _sinc((z.unsqueeze(-1) - self.centres(z)) * self.bandwidths(bandwidth))
 
     def series(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
-        """ψ(z) by its formula, float64, of the shape of z. Builds a tensor of numel(z) × N elements."""
+        """ψ(z) by the formula, float64, with the shape of z. Allocates numel(z) × N elements."""
         return self.sum(self.basis(z, bandwidth), amplitude)
 
     def sum(self, basis: Tensor, amplitude: Tensor) -> Tensor:
         """Σ_k a_k · basis[..., k]."""
         a = self.amplitudes(amplitude)
-        # The same sum from both ends: an odd ψ is then exactly odd, and ψ(0) exactly 0, whatever the rounding.
+        # Summing from both ends makes an odd ψ exactly odd, and ψ(0) exactly 0, despite rounding.
         return (basis @ a + basis.flip(-1) @ a.flip(-1)) / 2
 
     def series_gradients(
         self, z: Tensor, grad: Tensor, basis: Tensor, amplitude: Tensor, bandwidth: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(∂L/∂amplitude, ∂L/∂bandwidth), float64, from ∂L/∂ψ(z) = `grad` (P,) at z (P,), with the basis there (P, N).
+        """(∂L/∂amplitude, ∂L/∂bandwidth), float64, from ∂L/∂ψ(z) = `grad` (P,) at z (P,) with its basis (P, N).
 
-        What autograd gives for `series`, without evaluating the basis again.
+        Equals autograd through `series`, without evaluating the basis again.
         """
         omega = self.bandwidths(bandwidth)
         cosine = torch.cos((z.unsqueeze(-1) - self.centres(z)) * omega)
@@ -124,13 +123,13 @@ class TransferSpec:
         return self.lr_multiplier * (grad @ basis), slope * (grad @ (cosine - basis))
 
     def tail_slope(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
-        """ψ′(z) by its formula, float64, of the shape of z, where |z| > I: away from every centre."""
+        """ψ′(z) by the formula, float64, with the shape of z, for |z| > I: away from every center."""
         distance = z.double().unsqueeze(-1) - self.centres(z.double())
         cosine = torch.cos(distance * self.bandwidths(bandwidth))
         return ((cosine - self.basis(z, bandwidth)) / distance) @ self.amplitudes(amplitude)
 
     def formula(self, z: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None) -> Tensor:
-        """φ(z) by its formula, differentiable, float64, of the shape of z. The parameters are None for "sine"."""
+        """φ(z) by the formula, differentiable, float64, with the shape of z. Parameters are None for "sine"."""
         z = z.double()
         if amplitude is None or bandwidth is None:
             return self.backbone(z)
@@ -139,14 +138,14 @@ class TransferSpec:
 
 
 def _sinc(u: Tensor) -> Tensor:
-    """sin(u) / u, differentiable; overwrites u where it is 0. `torch.sinc` takes three times as long."""
+    """sin(u) / u, differentiable; overwrites zeros of u. `torch.sinc` takes three times as long."""
     is_zero = u == 0
     u.masked_fill_(is_zero, 1.0)
     return (torch.sin(u) / u).masked_fill_(is_zero, 1.0)
 
 
 def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compute a tensor once on the CPU, fit for autograd, whatever context asks for it first; keep it per device."""
+    """Compute a tensor once on the CPU, usable by autograd from any context; cache it per device."""
 
     @functools.cache
     def compute(*arguments: float) -> Tensor:
@@ -175,11 +174,11 @@ _BACKBONE_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @constant
 def _identity_amplitudes(num_basis: int, interval: float) -> Tensor:
-    """a⁰ of the "sinc" form: φ(z) ≈ z with slope 1 at 0, exactly antisymmetric, shape (N,), float64.
+    """a⁰ of the "sinc" form: φ(z) ≈ z with slope 1 at 0, exactly antisymmetric, (N,), float64.
 
-    A ridge least-squares fit at ω₀, weighted by a Gaussian of standard deviation I/4. Without the weight, the fit
-    spends its freedom on the jump at ±I and ripples at the band edge: its slope at 0 is 1.55 for N = 50 and 0.53 for
-    N = 9. With it, the slope is within 0.05 of 1 from N = 8 on, and φ within 0.01 of z on the inner half.
+    Ridge least-squares fit at ω₀, weighted by a Gaussian of standard deviation I/4. Without the weight, the fit is
+    dominated by the jump at ±I and ripples at the band edge: its slope at 0 is 1.55 for N = 50 and 0.53 for N = 9. With
+    it, the slope is within 0.05 of 1 from N = 8 on, and φ within 0.01 of z on the inner half.
     """
     spec = TransferSpec("residual", num_basis, interval)
     z = torch.linspace(-interval, interval, 40 * num_basis + 1, dtype=torch.float64)

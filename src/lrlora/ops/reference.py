@@ -1,4 +1,4 @@
-"""The method as it is written on paper, for reading and for testing everything else against."""
+"""Reference implementation of the formulas, for reading and for tests."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .transfer import Transfer
 
 
 def reference_delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:
-    """ΔW = (s/g) · φ(g·BA), entry by entry.
+    """ΔW = (s/g) · φ(g·BA), elementwise.
 
     Args:
         A: (r, n), any float dtype.
         B: (m, r).
         transfer: φ.
         scaling: s, usually α/r.
-        input_gain: g > 0. Entries of BA are tiny beside the structure of φ; g scales them to it.
+        input_gain: g > 0, scales the small entries of BA to the structure of φ.
 
     Returns:
-        (m, n), float64. Autograd keeps an m×n×N tensor for it.
+        (m, n), float64. Autograd saves an m×n×N tensor.
 
     """
     return (scaling / input_gain) * transfer(input_gain * (B.double() @ A.double()))
@@ -39,13 +39,13 @@ def reference_linear(
     scaling: float,
     input_gain: float,
 ) -> Tensor:
-    """Y = x (W + ΔW)ᵀ + b for x of shape (..., n) and W of shape (m, n); returns (..., m), float64."""
+    """Compute x (W + ΔW)ᵀ + b for x (..., n) and W (m, n): (..., m), float64."""
     delta = reference_delta_weight(A, B, transfer, scaling=scaling, input_gain=input_gain)
     return F.linear(x.double(), weight.double() + delta, None if bias is None else bias.double())
 
 
 def reference_expansion_delta(A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float) -> Tensor:
-    """ΔW = s · (P Rᵀ / √Q) ∘ BA; A (r, n) and B (m, r) as above, (m, n), float64."""
+    """ΔW = s · (P Rᵀ / √Q) ∘ BA for A (r, n) and B (m, r): (m, n), float64."""
     P = expansion.output_signs(len(B), B.device).double()
     R = expansion.input_signs(A.shape[1], A.device).double().T
     return scaling * (P @ R.T / math.sqrt(expansion.num_terms)) * (B.double() @ A.double())

@@ -1,7 +1,7 @@
-"""φ of one layer, tabulated: what the operators and kernels read it from, and how its gradient is summed.
+"""Lookup table of φ for one layer, read by the operators and kernels, and the gradient through it.
 
-φ is a function of one variable: it is sampled once on a fine grid, and every entry is read by interpolation, so that
-the cost per entry does not depend on N.
+φ is a function of one variable: it is sampled once on a fine grid and every entry is interpolated, so the cost per
+entry does not depend on N.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from torch import Tensor
 from .phi import TransferSpec, constant
 
 DEGREE = 5
-# Cells of the table per radian of the fastest sinc. At this density φ and φ′ both err by less than 1e-6 for unit
-# amplitudes at ω = 2·ω₀ and N = 50, where φ′ itself reaches 100 (tests/ops/test_transfer.py). Degree 5 and not 3: for
-# the same accuracy of φ′ a cubic would take ten times the cells.
+# Table cells per radian of the fastest sinc. At this density φ and φ′ both err by less than 1e-6 for unit amplitudes at
+# ω = 2·ω₀ and N = 50, where φ′ itself reaches 100 (tests/ops/test_transfer.py). Degree 5: for the same accuracy of φ′,
+# cubics would need ten times the cells.
 CELLS_PER_RADIAN = 20
-# ψ has no frequency above 2·ω₀, so it need not be sampled at every cell: from samples 8 cells apart, interpolation
-# of degree 11 gives the knots between them to 1e-12, at an eighth of the cost.
+# ψ has no frequency above 2·ω₀, so it is not sampled at every cell: from samples 8 cells apart, interpolation of degree
+# 11 gives the knots between them to 1e-12, at an eighth of the cost.
 CELLS_PER_SAMPLE = 8
 SAMPLES_PER_STENCIL = 12
-# Gradients are summed over so many cells at once: bins that stay in the cache.
+# Cells per bin: gradients are summed per bin, and the bins stay in the cache.
 CELLS_PER_BIN = 4
-# The outermost stencils reach so many samples beyond the cells.
+# Number of samples by which the outermost stencils extend beyond the cells.
 MARGIN = SAMPLES_PER_STENCIL // 2 - 1
-# A table never gets more cells: 8 MiB for a kernel to read, and as much for the sums of a thread.
+# Maximum number of cells: 8 MiB for a kernel to read, and as much for the sums of a thread.
 MAX_CELLS = 2**19
 
 
 def num_chebyshev_points(radians: float) -> int:
-    """How many Chebyshev points on [−1, 1] determine functions of no frequency above `radians` to 1e-12; odd.
+    """Number of Chebyshev points on [−1, 1] that determine functions bandlimited to `radians` to 1e-12; odd.
 
-    Chebyshev coefficients of a sine of that frequency are Bessel functions, which die away beyond it within a few
-    times its cube root.
+    Chebyshev coefficients of a sine of that frequency are Bessel functions, which vanish beyond it within a few times
+    its cube root.
     """
     return 2 * math.ceil((radians + 10 * radians ** (1 / 3) + 4) / 2) + 1
 
 
 @constant
 def _chebyshev_points(count: int) -> Tensor:
-    """The Chebyshev points (of the second kind) on [−1, 1], shape (count,), float64; the middle one is exactly 0."""
+    """Chebyshev points (of the second kind) on [−1, 1], (count,), float64; the middle one is exactly 0."""
     points = torch.cos(torch.arange(count, dtype=torch.float64) * (math.pi / (count - 1)))
     return (points - points.flip(0)) / 2
 
 
 @constant
 def _chebyshev_to_samples(count: int, num_samples: int) -> Tensor:
-    """Values at the Chebyshev points → values at equally spaced samples on [−1, 1], (num_samples, count), float64.
+    """Values at the Chebyshev points → equally spaced samples on [−1, 1], (num_samples, count), float64.
 
-    The barycentric formula (Berrut & Trefethen 2004). The sample at 0 is a point itself, so that ψ(0) stays exact.
+    Barycentric formula (Berrut & Trefethen 2004). The sample at 0 is a Chebyshev point, so ψ(0) stays exact.
     """
     points = _chebyshev_points(count, device=torch.device("cpu"))
     samples = torch.arange(1 - num_samples, num_samples, 2, dtype=torch.float64) / (num_samples - 1)
@@ -70,7 +70,7 @@ def _chebyshev_to_samples(count: int, num_samples: int) -> Tensor:
 
 @constant
 def _chebyshev_coefficients(count: int) -> Tensor:
-    """Values at the Chebyshev points → coefficients of T₀ … T₍count−1₎, shape (count, count), float64."""
+    """Values at the Chebyshev points → coefficients of T₀ … T₍count−1₎, (count, count), float64."""
     index = torch.arange(count, dtype=torch.float64)
     halves = torch.ones(count, dtype=torch.float64)
     halves[0] = halves[-1] = 0.5
@@ -80,15 +80,15 @@ def _chebyshev_coefficients(count: int) -> Tensor:
 
 @constant
 def _samples_to_quintics() -> Tensor:
-    """12 neighbouring samples of ψ → the coefficients of the quintics on the 8 cells in their middle, (8, 6, 12).
+    """12 neighboring samples of ψ → coefficients of the quintics on the 8 middle cells, (8, 6, 12).
 
-    A cell's quintic, in 0 ≤ t ≤ 1, passes through its knots −2 … 3; these lie on the samples' common polynomial.
+    A cell's quintic, in 0 ≤ t ≤ 1, passes through its knots −2 … 3, which lie on the samples' common polynomial.
     """
     reach = SAMPLES_PER_STENCIL // 2
     samples = torch.arange(1 - reach, reach + 1, dtype=torch.float64)
     knots = torch.arange(-2, DEGREE - 1, dtype=torch.float64)
     vandermonde = torch.stack([knots**power for power in range(DEGREE + 1)], dim=1)
-    # The inverse has exact multiples of 1/5!; exactness keeps ψ(0) = 0 exact.
+    # The inverse has exact multiples of 1/5!; rounding to them keeps ψ(0) = 0 exact.
     to_coefficients = (torch.linalg.inv(vandermonde) * 120).round() / 120
     position = (torch.arange(CELLS_PER_SAMPLE).unsqueeze(1) + knots) / CELLS_PER_SAMPLE
     others = ~torch.eye(SAMPLES_PER_STENCIL, dtype=torch.bool)
@@ -106,7 +106,7 @@ def _samples_to_quintics() -> Tensor:
 def _samples_to_cubics(derivative: bool) -> Tensor:
     """12 samples of ψ → cubics with the knot values and slopes of the quintics or their derivative, (8, 4, 12).
 
-    At this density within h⁴/384 < 2e-8 of them, for unit amplitude and the fastest sinc.
+    At this density, within h⁴/384 < 2e-8 of them, for unit amplitude and the fastest sinc.
     """
     c = _samples_to_quintics(device=torch.device("cpu"))
     if derivative:
@@ -116,7 +116,7 @@ def _samples_to_cubics(derivative: bool) -> Tensor:
 
 @constant
 def _samples_to_central_moments() -> Tensor:
-    """12 samples of ψ → their polynomial on the bins in their middle, to the third power of u, (bins, 4, 12)."""
+    """12 samples of ψ → their polynomial on the middle bins, up to the third power of u, (bins, 4, 12)."""
     reach = SAMPLES_PER_STENCIL // 2
     width = CELLS_PER_BIN / CELLS_PER_SAMPLE
     middles = (torch.arange(CELLS_PER_SAMPLE // CELLS_PER_BIN, dtype=torch.float64) + 0.5) * width
@@ -126,29 +126,29 @@ def _samples_to_central_moments() -> Tensor:
 
 
 class TransferTable:
-    """φ of one layer, tabulated: piecewise quintic on a uniform grid with a knot at 0.
+    """Lookup table of φ for one layer: piecewise quintic on a uniform grid with a knot at 0.
 
-    The series ψ is read from the table, the backbone β is computed. A clipped form needs ψ on [−I, I] only. The
-    paper's form (`sinc`) has tails that never end: its table has as many panels of that width, side by side, as its
-    entries need. Entries beyond the largest table are computed by the formula.
+    The series ψ is read from the table; the backbone β is computed. A clipped form needs ψ on [−I, I] only. The paper's
+    form (`sinc`) has infinite tails: its table consists of as many panels of that width as its entries need. Entries
+    beyond the largest table are computed by the formula.
 
-    The table is linear in the values of ψ at the Chebyshev points of every panel, where alone the formula is evaluated.
-    The gradient is the interpolant's own: `slope` is the derivative of what `value` returns, and `PhiGradient` sums
-    its exact adjoint.
+    The table is linear in the values of ψ at the Chebyshev points of its panels, the only places where the formula is
+    evaluated. The gradient is the interpolant's own: `slope` is the derivative of `value`, and `PhiGradient` sums its
+    exact adjoint.
 
     Args:
         spec: the fixed part of φ.
-        amplitude: a, shape (N,); None for "sine".
-        bandwidth: ρ, shape (N,); None for "sine".
-        dtype: of the entries z it will be asked for (float32 or float64).
-        largest: a bound on the |z| it will be asked for, if one is known; it decides how far "sinc" is tabulated.
+        amplitude: a, (N,); None for "sine".
+        bandwidth: ρ, (N,); None for "sine".
+        dtype: dtype of the entries z (float32 or float64).
+        largest: upper bound on |z|, if known; determines how far "sinc" is tabulated.
 
     Attributes:
         reach: ψ is tabulated on [−reach, reach].
         is_complete: whether no entry up to `largest` needs the formula.
         cells_per_side, spacing: the grid; cell i covers z = (i − cells_per_side + t)·spacing for 0 ≤ t ≤ 1.
         parameters: amplitude and bandwidth; None for "sine".
-        points: the Chebyshev points of all panels, (panels · num_points,), float64; those of a panel reach
+        points: Chebyshev points of all panels, (panels · num_points,), float64; each panel's points extend
             `points_reach` to either side of its middle. Absent for "sine".
 
     """
@@ -169,7 +169,7 @@ class TransferTable:
         samples_per_panel = 2 * (samples_per_side + MARGIN) + 1
         panels = 1
         if not spec.is_clipped:
-            # An odd number of panels: 0 is then a Chebyshev point of the one in the middle, and ψ(0) exact.
+            # An odd number of panels makes 0 a Chebyshev point of the middle one, and ψ(0) exact.
             most = MAX_CELLS // (samples_per_panel * CELLS_PER_SAMPLE)
             needed = (2 * (largest / sample_spacing + MARGIN) + 1) / samples_per_panel
             panels += 2 * math.ceil(max(0, min((needed - 1) / 2, (most - 1) // 2)))
@@ -199,13 +199,13 @@ class TransferTable:
         return self.constant(_chebyshev_to_samples, self.num_points, self.samples_per_panel)
 
     def _interpolate(self, values: Tensor, matrix: Tensor) -> Tensor:
-        """ψ at `points` → what `matrix` (8, K, 12) makes of the samples around each cell, (cells, K)."""
+        """ψ at `points` → `matrix` (8, K, 12) applied to the samples around each cell, (cells, K)."""
         samples = (values.unflatten(0, (-1, self.num_points)) @ self.to_samples().T).flatten()
         stencils = samples.unfold(0, SAMPLES_PER_STENCIL, 1)
         return (stencils @ matrix.flatten(0, 1).T).view(-1, matrix.shape[1])
 
     def interpolate(self, values: Tensor) -> Tensor:
-        """ψ at `points` → the coefficients of the quintic in t of every cell, (2·cells_per_side, 6), float64."""
+        """ψ at `points` → coefficients of every cell's quintic in t, (2·cells_per_side, 6), float64."""
         return self._interpolate(values, self.constant(_samples_to_quintics))
 
     @functools.cached_property
@@ -214,15 +214,15 @@ class TransferTable:
         return self.interpolate(self.values).to(self._dtype).T.contiguous()
 
     def locate(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Locate z: (index of its cell as int64, position t in [0, 1] inside it)."""
-        # Measured from 0 and not from −I: small entries, the most frequent ones, keep their relative precision.
+        """Locate z: (cell index as int64, position t in [0, 1] inside the cell)."""
+        # Measured from 0 instead of −I: small entries, the most frequent ones, keep their relative precision.
         u = (z * (1 / self.spacing)).clamp_(-self.cells_per_side, self.cells_per_side)
-        # A NaN entry gets a valid cell, and through t still a NaN value.
+        # A NaN entry gets a valid cell and, through t, a NaN value.
         cell = u.floor().clamp_(max=self.cells_per_side - 1).nan_to_num_(0.0)
         return (cell + self.cells_per_side).long(), u - cell
 
     def value(self, z: Tensor) -> Tensor:
-        """φ(z), of the shape and dtype of z."""
+        """φ(z), with the shape and dtype of z."""
         backbone = self.spec.backbone(z)
         if self.parameters is None:
             return backbone
@@ -238,7 +238,7 @@ class TransferTable:
         return backbone + psi
 
     def slope(self, z: Tensor) -> Tensor:
-        """φ′(z), of the shape and dtype of z. At z = ±I, where clipping starts, the inner derivative."""
+        """φ′(z), with the shape and dtype of z; the inner derivative at z = ±I, where clipping starts."""
         backbone = self.spec.backbone_slope(z)
         if self.parameters is None:
             return backbone
@@ -255,7 +255,7 @@ class TransferTable:
         return backbone + psi
 
     def cubics(self, derivative: bool) -> Tensor:
-        """ψ, or ψ′, as cubics: coefficients in t, (cells, 4). What the kernels read: half as much as the quintics."""
+        """ψ or ψ′ as cubics for the kernels: coefficients in t, (cells, 4). Half the size of the quintics."""
         matrix = self.constant(_samples_to_cubics, derivative)
         return self._interpolate(self.values, matrix / self.spacing if derivative else matrix).to(self._dtype)
 
@@ -264,10 +264,10 @@ class TransferTable:
 
 
 class PhiGradient:
-    """Sums ∂L/∂φ over all entries of an update, and gives the gradient of φ's parameters.
+    """Accumulates ∂L/∂φ over all entries of an update into the gradient of φ's parameters.
 
     Args:
-        table: of φ; its exact adjoint is what is summed.
+        table: table of φ, whose exact adjoint is summed.
 
     """
 
@@ -278,7 +278,7 @@ class PhiGradient:
             self._tail_gradients = [torch.zeros_like(p, dtype=torch.float64) for p in table.parameters]
 
     def add(self, z: Tensor, grad: Tensor) -> None:
-        """Add one block of entries z with ∂L/∂φ(z) = `grad`, of the same shape, to the parameters' gradient."""
+        """Add one block of entries z with ∂L/∂φ(z) = `grad`, of the same shape, to the gradient."""
         if self.table.parameters is None:
             return
         z, grad = z.flatten(), grad.flatten()
@@ -295,19 +295,19 @@ class PhiGradient:
         self._add_adjoint(self.table.constant(_samples_to_quintics), moments.T.double().unsqueeze(0))
 
     def add_central_moments(self, moments: Tensor) -> None:
-        """Add to the parameters' gradient Σ ∂L/∂φ · uᵖ of each bin of cells, p < 4: (shares, bins, 4), float64.
+        """Add the moments Σ ∂L/∂φ · uᵖ, p < 4, of each bin to the gradient: (shares, bins, 4), float64.
 
-        u, in [−1/2, 1/2], is the place inside the bin. φ's gradient in its parameters is smooth: over half a bin of
-        1/5 radian the fourth power is below 5e-6 of it, hardly more than float32 loses in the sums.
+        u, in [−1/2, 1/2], is the position in the bin. The gradient of φ in its parameters is smooth: over half a bin of
+        1/5 radian, the fourth power is below 5e-6 of it, hardly more than float32 loses in the sums.
         """
         self._add_adjoint(self.table.constant(_samples_to_central_moments), moments)
 
     def add_chebyshev_moments(self, moments: Tensor) -> None:
-        """Add to the parameters' gradient Σ ∂L/∂φ · T_p(clip(z) / points_reach), p < num_points, float64."""
+        """Add the moments Σ ∂L/∂φ · T_p(clip(z) / points_reach), p < num_points, float64, to the gradient."""
         self._grad_values += moments @ self.table.constant(_chebyshev_coefficients, self.table.num_points)
 
     def of_parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        """∂L/∂amplitude and ∂L/∂bandwidth of all accumulated blocks, in the parameters' dtype; None for "sine"."""
+        """∂L/∂amplitude and ∂L/∂bandwidth of all added blocks, in the parameters' dtype; None for "sine"."""
         if self.table.parameters is None:
             return None, None
         table, parameters = self.table, self.table.parameters
@@ -325,9 +325,9 @@ class PhiGradient:
             total += part
 
     def _add_adjoint(self, matrix: Tensor, grad: Tensor) -> None:
-        """Add to the gradient of ψ at `points` that of what `_interpolate` made with this matrix.
+        """Add the adjoint of `_interpolate` with this matrix to the gradient of ψ at `points`.
 
-        `grad` may come in shares, (shares, cells or bins, K), which are added up.
+        `grad` may be split into shares, (shares, cells or bins, K), which are summed.
         """
         to_stencils = (grad.unflatten(1, (-1, len(matrix))).flatten(2) @ matrix.flatten(0, 1)).sum(0)
         count = len(to_stencils) + SAMPLES_PER_STENCIL - 1

@@ -1,4 +1,4 @@
-"""Updates ΔW = U V that are a product of thin factors, and are never formed: of an expansion, and of plain LoRA."""
+"""Updates ΔW = U V as products of thin factors, never materialized: the expansion and plain LoRA."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def rows(A: Tensor, R: Tensor) -> Tensor:
-    """The rows R_q ∘ a_k of V, (..., r·Q, n), of A (..., r, n) and Rᵀ (Q, n)."""
+    """Rows R_q ∘ a_k of V, (..., r·Q, n), from A (..., r, n) and Rᵀ (Q, n)."""
     return (A.unsqueeze(-2) * R).flatten(-3, -2)
 
 
 def columns(B: Tensor, P: Tensor) -> Tensor:
-    """The columns P_q ∘ b_k of U, (..., m, r·Q), of B (..., m, r) and P (..., m, Q)."""
+    """Columns P_q ∘ b_k of U, (..., m, r·Q), from B (..., m, r) and P (..., m, Q)."""
     return (B.unsqueeze(-1) * P.unsqueeze(-2)).flatten(-2)
 
 
 def expansion_linear(
     x: Tensor, A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float, added_to: Tensor | None = None
 ) -> Tensor:
-    """Y = y₀ + x ΔWᵀ.
+    """Compute y = y₀ + x ΔWᵀ.
 
-    In bfloat16, and wherever autocast is on, U and V are formed in float32 and rounded, as ΔW of φ(BA) is, and the
-    products are of that dtype; float16 alone has too small a range for them, and float32 takes its place.
+    In bfloat16, and under autocast, U and V are formed in float32 and rounded, like ΔW of φ(BA), and multiplied in the
+    lower precision. float16 without autocast has too small a range and is promoted to float32.
 
     Args:
         x: (..., n), any float dtype.
@@ -42,13 +42,13 @@ def expansion_linear(
         added_to: y₀ (..., m), the base layer's output; default: zero.
 
     Returns:
-        (..., m), in the dtype of the products, or in the wider of it and that of y₀.
+        (..., m), in the dtype of the products, or the wider of it and that of y₀.
 
     """
     is_half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and torch.is_autocast_enabled(x.device.type))
     x = x.to(x.dtype if is_half else torch.promote_types(x.dtype, A.dtype))
     with without_autocast(x.device.type):
-        # The signs go to the fewer: to the tokens, or to the r rows of A.
+        # Apply the signs to the smaller operand: the tokens, or the r rows of A.
         if x[..., 0].numel() <= len(A) or torch._C._are_functorch_transforms_active():
             y = scaling * _with_signs_on_x(x, A.to(x.dtype), B.to(x.dtype), expansion)
             return y if added_to is None else added_to + y
@@ -62,7 +62,7 @@ def expansion_linear(
 
 
 def _with_signs_on_x(x: Tensor, A: Tensor, B: Tensor, expansion: Expansion) -> Tensor:
-    """X ΔWᵀ / s without U and V, for few tokens: Σ_q P_q ∘ B A (R_q ∘ x) / √Q."""
+    """Σ_q P_q ∘ B A (R_q ∘ x) / √Q = x ΔWᵀ / s, without U, V, for few tokens."""
     h = F.linear(x.unsqueeze(-2) * expansion.input_signs(A.shape[1], A.device).to(x.dtype), A)  # (..., Q, r)
     P = expansion.output_signs(len(B), B.device).to(x.dtype)
     return (F.linear(h, B) * P.T).sum(-2) * expansion.num_terms**-0.5
@@ -73,8 +73,8 @@ class _ThinLinear(torch.autograd.Function):
 
     With h = x Vᵀ, G = ∂L/∂y:  ∂L/∂x = c G U V,  ∂L/∂a_k = c Σ_q R_q ∘ ((G U)ᵀ x)_kq,  ∂L/∂b_k = c Σ_q P_q ∘ (Gᵀ h)_kq
 
-    y₀ is (tokens, m), or a single zero. Saved are x, h (tokens, r·Q), A and B: U and V are made again. All products are
-    in the dtype of x, the sums over q in that of A and B.
+    y₀ is (tokens, m), or a single zero. Saves x, h (tokens, r·Q), A and B; U and V are recomputed. All products are in
+    the dtype of x, the sums over q in that of A and B.
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ class _ThinLinear(torch.autograd.Function):
 def expansion_factors(
     A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float, basis: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """U (..., m, r·Q) and V (..., r·Q, n) with ΔW = U V, differentiable; arguments as of `expansion_delta`."""
+    """U (..., m, r·Q) and V (..., r·Q, n) with ΔW = U V, differentiable; arguments as in `expansion_delta`."""
     return scaling * expansion.left(B, basis), expansion.right(A)
 
 
@@ -122,7 +122,7 @@ def expansion_delta(
         B: (..., m, r), with the same leading dimensions.
         expansion: M.
         scaling: s.
-        basis: the rows of P that go with those of B, where these are not all of the layer's.
+        basis: rows of P that match the rows of B; default: all rows of the layer.
 
     Returns:
         (..., m, n), float32, or float64 if A or B are.
@@ -134,15 +134,15 @@ def expansion_delta(
 
 
 def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular triples of U V, which is not formed: by QR of both, and the SVD of a small matrix.
+    """SVD of U V without forming it: QR of both factors, then the SVD of a small matrix.
 
     Args:
         U: (m, k).
         V: (k, n).
 
     Returns:
-        Left singular vectors (m, l), singular values (l,), descending, and right singular vectors (n, l), float64;
-        l is the smallest of m, k and n.
+        Left singular vectors (m, l), singular values (l,), descending, and right singular vectors (n, l), float64; l is
+        the smallest of m, k and n.
 
     """
     left, right = torch.linalg.qr(U.detach().double()), torch.linalg.qr(V.detach().double().T)
@@ -151,6 +151,6 @@ def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def singular_values_of_product(U: Tensor, V: Tensor) -> Tensor:
-    """The singular values alone, for half the work: (l,), descending, float64; U, V and l as above."""
+    """Singular values of U V, at half the cost: (l,), descending, float64; U, V and l as above."""
     left, right = (torch.linalg.qr(factor.detach().double(), mode="r").R for factor in (U, V.T))
     return torch.linalg.svdvals(left @ right.T)

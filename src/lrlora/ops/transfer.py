@@ -1,4 +1,4 @@
-"""φ as a module: its learned parameters, and ΔW = (s/g)·φ(g·BA) of a layer. Its formula is in `phi.py`."""
+"""φ as a module: learned parameters, and a layer's ΔW = (s/g)·φ(g·BA). See `phi.py` for the formula."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["FORMS", "Transfer", "TransferSpec"]
 
 
 class Transfer(Form):
-    """φ with its learned parameters, which stay float32, whatever dtype the model around it is cast to.
+    """φ with its learned parameters, which stay float32 when the model is cast.
 
     Attributes:
-        spec: everything about φ that is fixed.
-        amplitude, bandwidth: float32 parameters of shape (N,), zero at the start; absent for "sine".
+        spec: the fixed part of φ.
+        amplitude, bandwidth: float32 parameters of shape (N,), initialized to zero; absent for "sine".
 
     """
 
@@ -35,7 +35,7 @@ class Transfer(Form):
             self.register_parameter(name, parameter)
 
     def forward(self, z: Tensor) -> Tensor:
-        """φ(z) by its formula, float64, of the shape of z: for inspection. Training reads φ from a table."""
+        """φ(z) by the formula, float64, with the shape of z, for inspection. Training reads φ from a table."""
         return self.spec.formula(z, self.amplitude, self.bandwidth)
 
     def linear(
@@ -54,8 +54,8 @@ class Transfer(Form):
         return delta_weight(A, B, self, scaling=scaling, input_gain=gain)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transfer:
-        # `.to(dtype)`, `.half()` and the like move the parameters to another device, but never out of float32:
-        # steps of the optimizer on them are far smaller than half precision resolves.
+        # `.to(dtype)`, `.half()` and similar calls move the parameters between devices but keep float32: optimizer
+        # steps on them are far smaller than half precision resolves.
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -64,15 +64,15 @@ class Transfer(Form):
         return self
 
     def train(self, mode: bool = True) -> Transfer:
-        """As ever, and back in float32."""
+        """Also restore float32."""
         self._restore_precision()
         return super().train(mode)
 
     def prepare_forward(self) -> None:
-        """Before a forward: back in float32, and whole, if FSDP2 has sharded this module.
+        """Restore float32 and unshard an FSDP2-sharded module before a forward pass.
 
         Raises:
-            RuntimeError: several processes train together, and may no longer change a parameter's dtype.
+            RuntimeError: a parameter is not float32 during distributed training, where it cannot be cast.
 
         """
         unshard = getattr(self, "unshard", None)
@@ -91,7 +91,7 @@ class Transfer(Form):
         self._restore_precision()
 
     def _restore_precision(self) -> None:
-        # Where a library on top has cast `parameter.data` itself, as TRL does.
+        # Undoes casts of `parameter.data` by other libraries, such as TRL.
         for parameter in self.parameters():
             if parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()

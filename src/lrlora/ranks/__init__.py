@@ -1,4 +1,4 @@
-"""Ranks: those that an update uses, and those that its loss needs."""
+"""Ranks used by an update, and ranks required by the loss."""
 
 from .cut import LossCurve, Point, energy_curve, loss_curve, mean_loss, smallest
 from .measures import MEASURES, Measure

@@ -1,18 +1,18 @@
-"""The smallest LoRA for a given rise of the loss: every direction of every module in the unit of the loss.
+"""Smallest LoRA for a given rise of the loss: ranks the directions of all modules by their effect on the loss.
 
-Where B A becomes B P A, the mean loss rises by about
+Replacing B A by B P A raises the mean loss by about
 
     ½ ‖M_h^½ (I − P) M_z^½‖²_F
 
-the quadratic model of K-FAC (arXiv:1503.05671) for an update of low rank. With M_h^½ M_z^½ = U Σ Vᵀ the best P of rank
-k is M_h^−½ U_k Σ_k V_kᵀ M_z^−½ (Eckart and Young), so that
+the quadratic model of K-FAC (arXiv:1503.05671) for a low-rank update. With M_h^½ M_z^½ = U Σ Vᵀ the best P of rank k is
+M_h^−½ U_k Σ_k V_kᵀ M_z^−½ (Eckart–Young), so that
 
     B′ = B M_h^−½ U_k Σ_k^½,     A′ = Σ_k^½ V_kᵀ M_z^−½ A,     and the rise is ½ Σ_{i>k} σ_i²
 
-The σ² of all modules are in one unit, and those with the most σ² for their m + n parameters are kept. Neither they nor
-B′ A′ depend on how an update is split into B and A; nor does damping, which adds to M_z and M_h a share δ of their
-means within the span of the update. This is the optimum of the m × n problem, weighted by the moments of inputs and
-output gradients, without a matrix of that size.
+The σ² of all modules share one unit; directions with the most σ² per m + n parameters are kept. σ² and B′ A′ do not
+depend on how an update is split into B and A, and neither does damping, which adds a share δ of their means within the
+span of the update to M_z and M_h. This is the optimum of the m × n problem, weighted by the moments of inputs and
+output gradients, without an m × n matrix.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ..adapters.factorize import best_per_parameter
 from .moments import Loss, Moments, collect_moments, model_loss, thin_updates
 
 DAMPING = 1e-3
-_SHARES = (0.5, 0.25, 0.125)  # of the parameters, at which the loss is measured first
+_SHARES = (0.5, 0.25, 0.125)  # shares of the parameters at which the loss is measured first
 _CLOSE = 1.05
 _TINY = 1e-30
 
 
 class Point(NamedTuple):
-    """The mean loss that was measured at a size, and by how much the quadratic model says that it rises."""
+    """Measured mean loss at a size, and the rise predicted by the quadratic model."""
 
     parameters: int
     loss: float
@@ -44,12 +44,12 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Directions:
-    """The directions of one module, the most important first.
+    """Directions of one module, most important first.
 
     Attributes:
-        whole: the factors that they are of.
-        A, B: (k, n) and (m, k), of which the first rows and columns are the best LoRA of each rank.
-        rises: approximate rise of the mean loss when a direction is left out, ½ σ², (k,), float64, descending.
+        whole: the original factors.
+        A, B: (k, n) and (m, k); the first rows and columns are the best LoRA of each rank.
+        rises: approximate rise of the mean loss if a direction is dropped, ½ σ², (k,), float64, descending.
 
     """
 
@@ -59,9 +59,9 @@ class Directions:
     rises: Tensor
 
     def factors(self, rank: int) -> Factors:
-        """The best of a rank."""
+        """Best of this rank."""
         A, B = self.A[:rank], self.B[:, :rank]
-        # Both sides alike, within the range of half precision.
+        # Balance the norms of both sides, to fit the range of half precision.
         share = ((B.double().norm(dim=0) + _TINY) / (A.double().norm(dim=1) + _TINY)).sqrt()
         lost = _difference(self.whole, A, B) / self.whole.energy if self.whole.energy else 0.0
         kept = max(0.0, self.whole.kept - lost) if rank else 0.0
@@ -69,20 +69,20 @@ class Directions:
 
 
 def _difference(whole: Factors, A: Tensor, B: Tensor) -> float:
-    """‖BA − B′A′‖²_F of two products, without forming them."""
+    """‖BA − B′A′‖²_F, without forming the products."""
     left, right = torch.cat([whole.B, -B], dim=1).double(), torch.cat([whole.A, A]).double()
     return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).item()
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Which directions of an adapter matter to the loss, and how much."""
+    """Importance of an adapter's directions for the loss."""
 
     modules: list[Directions]
 
     @property
     def parameters(self) -> int:
-        """Of all directions."""
+        """Total parameters."""
         return sum(of.whole.parameters for of in self.modules)
 
     @property
@@ -91,7 +91,7 @@ class LossCurve:
         return min(of.whole.parameters_per_rank for of in self.modules)
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
-        """The factors of so many parameters at most whose loss rises least.
+        """Factors within a parameter budget that raise the loss least.
 
         Raises:
             ValueError: the budget is less than one rank of the smallest module.
@@ -106,25 +106,25 @@ class LossCurve:
         return [of.factors(rank) for of, rank in zip(self.modules, ranks, strict=True)]
 
     def predicted_rise(self, factors: Sequence[Factors]) -> float:
-        """Of the mean loss where these are kept, by the quadratic model."""
+        """Predicted rise of the mean loss with these factors."""
         return sum(of.rises[part.rank :].sum().item() for of, part in zip(self.modules, factors, strict=True))
 
 
 def energy_curve(factors: Sequence[Factors]) -> LossCurve:
-    """The curve by which the largest directions are kept, whatever the loss: their σ² stand for the rises."""
+    """Curve that keeps the largest directions, regardless of the loss: σ² replaces the rise."""
     return LossCurve([Directions(part, part.A, part.B, part.A.double().square().sum(1).square()) for part in factors])
 
 
 @torch.no_grad()
 def directions(part: Factors, moments: Moments, terms: int, damping: float = DAMPING) -> Directions:
-    """The directions of a module in the unit of the loss."""
+    """Directions of a module, ranked by the loss."""
     if not part.rank:
         return Directions(part, part.A, part.B, torch.zeros(0, dtype=torch.float64))
-    # An embedding looks up rows of B: its bottleneck is on that side.
+    # An embedding looks up rows of B, so its bottleneck is on that side.
     into, out = (part.B.T, part.A.T) if part.layout.is_embedding else (part.A, part.B)
     into, out = into.double(), out.double()
     grams = into @ into.T, out.T @ out
-    # Where no gradient has reached it, what is large comes first, and is worth nothing.
+    # If no gradient reached the module, order by size, with zero rise.
     found = (moments.inputs / moments.tokens, moments.gradients / terms) if moments.tokens else grams
     (z, z_inverse), (h, h_inverse) = (_roots(*each, damping) for each in zip(found, grams, strict=True))
     U, sigma, Vh = torch.linalg.svd(h @ z.T)
@@ -152,17 +152,17 @@ def loss_curve(
     *,
     damping: float = DAMPING,
 ) -> LossCurve:
-    """How the loss depends on what is kept of an adapter: two moments of some batches, and an SVD of k × k per module.
+    """Estimate how the loss depends on the kept directions: two moments and a k × k SVD per module.
 
     Args:
-        model: a PEFT model, not merged, or the base model alone.
-        factors: of all that the adapter changes, as `factorize(model, energy=1)` gives them.
-        batches: some hundred examples that the model was trained on, or others like them, on the model's device.
-        loss: as of `collect_moments`.
+        model: unmerged PEFT model, or the base model alone.
+        factors: all of the adapter's updates, from `factorize(model, energy=1)`.
+        batches: a few hundred training or similar examples, on the model's device.
+        loss: see `collect_moments`.
         damping: δ.
 
     Raises:
-        ValueError: as `collect_moments` does.
+        ValueError: see `collect_moments`.
 
     """
     moments, terms = collect_moments(model, factors, batches, loss)
@@ -171,7 +171,7 @@ def loss_curve(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss) -> float:
-    """The mean loss of batches with these factors in place of the adapter."""
+    """Mean loss of batches with these factors in place of the adapter."""
     with thin_updates(model, factors) as base:
         values = [loss(base, batch) for batch in batches]
     return sum(value.item() for value, _ in values) / max(1, sum(terms for _, terms in values))
@@ -185,23 +185,23 @@ def smallest(
     max_rank: int | None = None,
     evaluations: int = 12,
 ) -> tuple[list[Factors], list[Point]]:
-    """The smallest size at which the loss is within a limit, to some 5 %.
+    """Find the smallest size at which the loss is within a limit, to about 5 %.
 
-    The loss is measured at 1, 1/2, 1/4 and 1/8 of the parameters, and so on where that is within the limit. Then the
-    interval between the smallest size within the limit and the largest beyond it is halved, on a logarithmic scale.
+    Measures at 1, 1/2, 1/4, 1/8 of the parameters and on while within the limit, then bisects, on a logarithmic scale,
+    between the smallest size within the limit and the largest beyond it.
 
     Args:
-        curve: of the adapter.
-        measure: gives the loss with some factors, such as `mean_loss` of examples that are held out.
-        limit: of the loss.
-        max_rank: of any module.
-        evaluations: of the loss, at most.
+        curve: curve of the adapter.
+        measure: returns the loss for given factors, e.g. `mean_loss` on held-out examples.
+        limit: upper bound on the loss.
+        max_rank: maximum rank of a module.
+        evaluations: maximum number of loss evaluations.
 
     Returns:
-        The factors, and all losses that were measured, by size.
+        The factors, and all measured losses, sorted by size.
 
     Raises:
-        ValueError: the loss is above the limit even with all directions.
+        ValueError: the loss exceeds the limit even with all directions.
 
     """
     points: dict[int, Point] = {}
@@ -235,5 +235,5 @@ def smallest(
     while is_new and len(points) < evaluations and within > max(curve.fewest, _CLOSE * beyond):
         known = len(points)
         fits(int((within * beyond) ** 0.5) if beyond else within // 2)
-        is_new = len(points) > known  # or there is no size between the two
+        is_new = len(points) > known  # otherwise no size remains between the two
     return chosen, sorted(points.values(), reverse=True)

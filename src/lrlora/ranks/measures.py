@@ -1,4 +1,4 @@
-"""Measures of the rank of an update.
+"""Rank measures of an update.
 
 With σ₁ ≥ σ₂ ≥ … the singular values of an update ΔW:
 
@@ -6,8 +6,7 @@ With σ₁ ≥ σ₂ ≥ … the singular values of an update ΔW:
     effective rank   exp(H(p)), p_i = σ_i / Σσ, H the Shannon entropy           (Roy & Vetterli, EUSIPCO 2007)
     energy rank      the smallest k with σ₁² + … + σ_k² ≥ 90 % or 99 % of ‖ΔW‖²_F
 
-All are 0 where ΔW = 0. An algebraic rank is not reported: counted at any tiny tolerance it reads near full even
-where nothing has been learned.
+All are 0 if ΔW = 0. Algebraic rank is not reported: at any tiny tolerance it is near full even if nothing was learned.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from torch import Tensor
 
 
 def spectrum(delta: Tensor) -> Tensor:
-    """The squared singular values of `delta` (m, n), descending, shape (min(m, n),), float64.
+    """Squared singular values of `delta` (m, n), descending, (min(m, n),), float64.
 
-    From the eigenvalues of the smaller of ΔW ΔWᵀ and ΔWᵀ ΔW, several times cheaper than an SVD. Values below the
-    rounding error of the largest are returned as 0.
+    Computed from the eigenvalues of the smaller of ΔW ΔWᵀ and ΔWᵀ ΔW, several times cheaper than an SVD. Values below
+    the rounding error of the largest are set to 0.
     """
     delta = delta.detach().double()
     gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta
@@ -38,22 +37,22 @@ def stable_rank(energies: Tensor) -> float:
 
 
 def effective_rank(energies: Tensor) -> float:
-    """Exp of the entropy of σ / Σσ from the squared singular values."""
+    """Exponential of the entropy of σ / Σσ; takes σ²."""
     sigma = energies.sqrt()
     return torch.special.entr(sigma / sigma.sum()).sum().exp().item() if sigma.sum() > 0 else 0.0
 
 
 def energy_rank(energies: Tensor, fraction: float) -> int:
-    """The smallest number of leading directions that hold `fraction` of ‖ΔW‖²_F, from σ² descending."""
+    """Smallest number of leading directions that hold `fraction` of ‖ΔW‖²_F, from σ² descending."""
     if energies[0] <= 0:
         return 0
     held = energies.cumsum(0) / energies.sum()
-    # A spectrum that ends exactly at the fraction must not need one more direction for the last bit.
+    # Tolerance: a spectrum that ends exactly at the fraction must not need an extra direction due to rounding.
     return int((held < fraction - 1e-12).sum().item()) + 1
 
 
 def curvature(inputs: Tensor, outputs: Tensor) -> float:
-    """1 − R² of the best straight line through the points (inputs, outputs): 0 for a line, 0 if either is constant."""
+    """1 − R² of the best linear fit of outputs to inputs: 0 for a line, 0 if either is constant."""
     x, y = inputs.detach().double().flatten(), outputs.detach().double().flatten()
     x, y = x - x.mean(), y - y.mean()
     scale = x.dot(x) * y.dot(y)
@@ -61,13 +60,13 @@ def curvature(inputs: Tensor, outputs: Tensor) -> float:
 
 
 class Measure(NamedTuple):
-    """One measure: how a table and a page call it, and how it is computed.
+    """A rank measure: its display texts and its function.
 
     Attributes:
-        label: of axes and headings.
-        heading: the same, short, of a column in a terminal.
-        digits: after the point.
-        about: what it says, in half a sentence.
+        label: label of axes and headings.
+        heading: short label of terminal columns.
+        digits: decimal places.
+        about: short description.
         of: squared singular values, descending → the measure.
 
     """
@@ -79,7 +78,7 @@ class Measure(NamedTuple):
     of: Callable[[Tensor], float]
 
 
-# By the name of its field in `RankRow`.
+# Keyed by field name in `RankRow`.
 MEASURES = {
     "stable_rank": Measure(
         "stable rank", "stable", 1, "‖ΔW‖² / σ₁²: how many directions as strong as the strongest", stable_rank

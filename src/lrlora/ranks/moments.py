@@ -1,10 +1,10 @@
-"""Two moments per module, taken in the bottleneck of its update, and the update itself put into a model by hooks.
+"""Two moments per module, in the bottleneck of its update, and hooks that apply the update to a model.
 
 For y = W0 x + B z with z = A x, let h = ∂L/∂z, where L is the sum of all loss terms. Over the tokens with h ≠ 0:
 
     M_z = mean of z zᵀ,     M_h = sum of h hᵀ / number of loss terms          both (k, k)
 
-Padding and whatever else the loss does not depend on has h = 0, and is counted in neither.
+Padding and other tokens that do not affect the loss have h = 0 and count in neither.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from ..naming import path_in_base
 from ..ops import at_least_float32
 
 Batch = Mapping[str, Any]
-# A batch → the sum of its loss terms, a scalar, and how many there are.
+# Batch → (sum of its loss terms, a scalar; their number).
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 
 @dataclass
 class Moments:
-    """Of one module.
+    """Moments of one module.
 
     Attributes:
-        inputs: sum of z zᵀ, (k, k), float64.
-        gradients: sum of h hᵀ, (k, k), float64.
-        tokens: with h ≠ 0.
-        calls: of the module.
+        inputs: Σ z zᵀ, (k, k), float64.
+        gradients: Σ h hᵀ, (k, k), float64.
+        tokens: count with h ≠ 0.
+        calls: call count.
 
     """
 
@@ -54,7 +54,7 @@ class Moments:
         return cls(torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64))
 
     def add(self, z: Tensor, h: Tensor) -> None:
-        """Add tokens, z and h (..., k) of any dtype."""
+        """Add tokens: z and h (..., k), any dtype."""
         z, h = z.flatten(0, -2), h.flatten(0, -2)
         counted = (h != 0).any(-1)
         z, h = at_least_float32(z[counted]), at_least_float32(h[counted])
@@ -64,36 +64,36 @@ class Moments:
 
 
 def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """The loss that a transformers model gives for a batch with `labels`, as a sum.
+    """Loss of a transformers model for a batch with `labels`, as a sum.
 
-    Its terms are the labels that are not −100, of a causal language model without the first of each sequence.
+    Its terms are the labels other than −100; for a causal language model, without the first of each sequence.
     """
     labels = batch["labels"]
-    # None is what transformers takes for it too.
+    # transformers treats None as a causal LM as well.
     is_shifted = labels.dim() > 1 and getattr(model, "loss_type", "") in ("ForCausalLM", None)
     terms = int((labels[..., 1:] if is_shifted else labels).ne(-100).sum())
-    # Of no terms, transformers gives 0/0.
+    # With no terms, transformers returns 0/0.
     return (model(**batch).loss * terms if terms else torch.zeros(())), terms
 
 
 def collect_moments(
     model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss
 ) -> tuple[dict[str, Moments], int]:
-    """Run batches forward and backward, with factors in place of the adapter; no parameter gets a gradient.
+    """Run batches forward and backward with factors in place of the adapter; parameters get no gradient.
 
-    Beside a step's activations, that takes two k × k matrices per module, and z (tokens, k) until the backward is done.
+    Needs, besides a step's activations, two k × k matrices per module, and z (tokens, k) until the backward is done.
 
     Args:
-        model: a PEFT model, not merged, whose adapter the factors are of; or a base model.
-        factors: as `factorize` returns them.
-        batches: for `loss`, on the model's device.
-        loss: gives the sum of a batch's loss terms, and their number.
+        model: unmerged PEFT model with the adapter of the factors, or a base model.
+        factors: factors returned by `factorize`.
+        batches: inputs of `loss`, on the model's device.
+        loss: returns the sum of a batch's loss terms, and their number.
 
     Returns:
         Module → its moments; and the number of loss terms.
 
     Raises:
-        ValueError: a module is not there, did not run, or a loss is not finite.
+        ValueError: a module is missing or did not run, or a loss is not finite.
 
     """
     moments = {part.module: Moments.zeros(part.rank) for part in factors if part.rank}
@@ -121,25 +121,25 @@ def collect_moments(
 def thin_updates(
     model: nn.Module, factors: Sequence[Factors], moments: Mapping[str, Moments] | None = None
 ) -> Iterator[nn.Module]:
-    """Let y = W0 x + B A x in every module of `factors`, in place of the adapter of a PEFT model.
+    """Compute y = W0 x + B A x in every module of `factors`, in place of the PEFT adapter.
 
-    Trained heads and biases stay. Within, the model is in evaluation mode and its parameters are frozen.
+    Trained heads and biases are kept. Inside the context, the model is in eval mode and its parameters are frozen.
 
     Args:
-        model: a PEFT model, not merged, or a base model.
-        factors: of its modules; their products are formed in the dtype of the factors.
-        moments: if given, is added to at every backward.
+        model: unmerged PEFT model, or a base model.
+        factors: factors of its modules; products use their dtype.
+        moments: updated at every backward, if given.
 
     Yields:
-        The base model, which is to be called.
+        The base model to call.
 
     Raises:
-        ValueError: a module is not there, or is no linear layer, convolution or embedding.
+        ValueError: a module is missing, or is not a linear layer, convolution or embedding.
 
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = {path_in_base(path): module for path, module in model.named_modules()}
-    # Trained tokens are no update of a module, and stay as they are.
+    # Trained tokens are not a module's update and stay unchanged.
     kept = {
         part for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper) for part in module.modules()
     }
@@ -172,7 +172,7 @@ def thin_updates(
 
 def _hook(module: nn.Module, part: Factors, moments: Moments | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    device = next(chain(layer.parameters(), layer.buffers())).device  # a quantised weight may be a buffer
+    device = next(chain(layer.parameters(), layer.buffers())).device  # a quantized weight may be a buffer
     down, up = _maps(layer, part.A.to(device), part.B.to(device))
     channels_first = isinstance(layer, _ConvNd)
 
@@ -193,9 +193,9 @@ def _hook(module: nn.Module, part: Factors, moments: Moments | None) -> Callable
 
 
 def _maps(layer: Any, A: Tensor, B: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What gives z of a layer's input, and what of z is added to its output; both in the dtype of A."""
+    """Functions that map a layer's input to z, and z to its output; both in the dtype of A."""
     if isinstance(layer, nn.Embedding):
-        scale = getattr(layer, "embed_scale", 1.0)  # of Gemma's
+        scale = getattr(layer, "embed_scale", 1.0)  # Gemma's embeddings
         return (lambda x: F.embedding(x, B)), (lambda z: scale * (z @ A))
     if isinstance(layer, _ConvNd):
         kernel = A.unflatten(1, (-1, *layer.kernel_size))

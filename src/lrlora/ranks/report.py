@@ -1,4 +1,4 @@
-"""The learned ranks of an adapter, as data."""
+"""Learned ranks of an adapter, as data."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankRow:
-    """One adapted module.
+    """Ranks of one adapted module.
 
     Attributes:
-        module: its path in the base model; for one of several stacked experts, with its index at the end.
-        layer: index of the transformer layer it belongs to, None outside one.
-        type: its path within a layer, the same in all layers.
+        module: path in the base model; for stacked experts, with the expert's index at the end.
+        layer: index of the transformer layer; None outside of layers.
+        type: path within a layer, the same in all layers.
         kind: "attention", "mlp" or "other".
         m, n: outputs and inputs of the layer; tokens and width of an embedding.
-        r: rank of the product BA; None where there is none, as of full fine-tuning.
-        stable_rank, effective_rank, energy90_rank, energy99_rank: of ΔW.
-        relative_norm: ‖ΔW‖_F / ‖W0‖_F; None where W0 is zero or not at hand.
+        r: rank of the product BA; None without one, e.g. full fine-tuning.
+        stable_rank, effective_rank, energy90_rank, energy99_rank: rank measures of ΔW.
+        relative_norm: ‖ΔW‖_F / ‖W0‖_F; None if W0 is zero or unavailable.
         phi_zero: φ(0), which adds a constant matrix to ΔW.
-        curvature: 1 − R² of the best straight line through φ over the entries it acts on.
-        rank_limit: the largest rank that an update of this form can have: r of LoRA, r·Q of an expansion, r² of LoHa,
-            the smaller of m and n of φ(BA) and of whole matrices; None in older reports.
-        loss_rank: rank in the smallest LoRA within 1 %, or what was asked for, of the loss; None where that was not
-            measured.
+        curvature: 1 − R² of the best linear fit to φ over its inputs.
+        rank_limit: maximum rank of an update of this form: r of LoRA, r·Q of an expansion, r² of LoHa, the smaller of m
+            and n of φ(BA) and of full matrices; None in older reports.
+        loss_rank: rank in the smallest LoRA within 1 % (or the requested share) of the loss; None if not measured.
 
     """
 
@@ -58,18 +57,18 @@ class RankRow:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RankRow:
-        """The row that a file holds; of one written while there were gates, without what they left open."""
+        """Build a row from a file; ignores the gate field of older files."""
         return cls(**{name: value for name, value in values.items() if name != "active_factors"})
 
 
 class Curve(NamedTuple):
-    """φ of one module over the central 99 % of the entries it acts on.
+    """φ of one module over the central 99 % of its inputs.
 
     Attributes:
         z: equally spaced points.
-        phi: φ at them.
-        start: what φ was there before training.
-        entries: share of the entries between each point and the next, in all ≤ 1.
+        phi: φ at these points.
+        start: φ at these points before training.
+        entries: share of the entries between consecutive points, in total ≤ 1.
 
     """
 
@@ -80,12 +79,12 @@ class Curve(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """Singular values of one module's update, in descending order, down to a ten-thousandth of the largest.
+    """Singular values of one module's update, descending, down to 1e-4 of the largest.
 
     Attributes:
-        number: which ones, from 1: all of the first 64, then ever fewer.
-        sigma: of ΔW.
-        linear: of s·BA, what plain LoRA would make of the same factors, 1 to r; empty for plain LoRA.
+        number: their indices, from 1: all of the first 64, then increasingly sparse.
+        sigma: singular values of ΔW.
+        linear: singular values of s·BA, the plain-LoRA update, 1 to r; empty for plain LoRA.
 
     """
 
@@ -96,12 +95,12 @@ class Spectrum(NamedTuple):
 
 @dataclass
 class RankReport:
-    """The learned ranks of one adapter: a row per adapted module, the curve of its φ, and its spectrum.
+    """Learned ranks of one adapter: per adapted module a row, the curve of φ, and the spectrum.
 
     Attributes:
-        rows: in the order of the model.
+        rows: rows in model order.
         curves: module → its φ; empty for plain LoRA.
-        spectra: module → its singular values; no module whose update is 0.
+        spectra: module → its singular values; omits modules with zero update.
 
     """
 
@@ -110,28 +109,28 @@ class RankReport:
     spectra: dict[str, Spectrum] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows as a pandas frame. Needs `pip install '.[plots]'`."""
+        """Rows as a DataFrame. Requires `pip install '.[plots]'`."""
         import pandas as pd
 
         return pd.DataFrame([asdict(row) for row in self.rows], columns=[f.name for f in fields(RankRow)])
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it as JSON; `from_json` reads it back."""
+        """Write the report as JSON, for `from_json`."""
         rows = [asdict(row) for row in self.rows]
         write_whole(path, json.dumps({"rows": rows, "curves": self.curves, "spectra": self.spectra}))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> RankReport:
-        """Read what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file is not a report.
 
         """
         try:
             content = parse_json(Path(path))
             curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
-            # Reports from before there were spectra have none.
+            # Older reports have no spectra.
             spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
             report = cls([RankRow.from_dict(row) for row in content["rows"]], curves, spectra)
             report.require_numbers()
@@ -143,11 +142,11 @@ class RankReport:
         return report
 
     def with_loss_ranks(self, ranks: Mapping[str, int]) -> RankReport:
-        """The same, with what is known of the ranks that the loss asks for."""
+        """Copy of the report with the ranks required by the loss."""
         return replace(self, rows=[replace(row, loss_rank=ranks.get(row.module)) for row in self.rows])
 
     def require_numbers(self) -> None:
-        """Raise a ValueError unless all values are of the right types, and finite, and all curves whole."""
+        """Raise ValueError unless all values are finite and correctly typed and all curves complete."""
         require_type(self, RankReport, "report")
         json.dumps(asdict(self), allow_nan=False)
         for module, curve in self.curves.items():
@@ -155,7 +154,7 @@ class RankReport:
                 raise ValueError(f"φ of {module} has {len(curve.z)} points and {len(curve.phi)} values.")
 
     def summary(self) -> dict[str, float]:
-        """Mean, smallest and largest of every measure, and the mean by kind, as flat scalars for a logger."""
+        """Mean, minimum and maximum of each measure, and means by kind, as flat scalars for a logger."""
         values: dict[str, float] = {}
         for measure in MEASURES:
             all_ranks = [getattr(row, measure) for row in self.rows]
@@ -170,17 +169,17 @@ class RankReport:
 
 
 def read_history(path: Path) -> list[tuple[int, RankReport]]:
-    """The records in a `rank_history.jsonl`, without the curves; empty if there is no such file.
+    """Records of a `rank_history.jsonl`, without curves; empty if the file is missing.
 
     Raises:
-        ValueError: one cannot be read.
+        ValueError: a record cannot be read.
 
     """
     records: list[tuple[int, RankReport]] = []
     if not path.exists():
         return records
     with readable(path, "Remove it, to go on without the records of the learned ranks."):
-        # What follows the last end of a line was being written when the run was killed.
+        # Text after the last newline is an incomplete record of a killed run.
         for line in read_text(path).split("\n")[:-1]:
             content = values_of(line)
             report = RankReport([RankRow.from_dict(row) for row in content["rows"]])

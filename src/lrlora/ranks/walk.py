@@ -1,4 +1,4 @@
-"""`rank_report`: measure the update of every adapted module of a model."""
+"""`rank_report`: measure the update of every adapted module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .measures import MEASURES, curvature, spectrum
 from .report import Curve, RankReport, RankRow, Spectrum
 
 CURVE_POINTS = 201
-# Of a spectrum: the first, which are all stored, and points in all, ever fewer after these.
+# Spectra store the first FIRST_VALUES values in full, and SPECTRUM_POINTS log-spaced indices overall.
 FIRST_VALUES, SPECTRUM_POINTS = 64, 64
 SMALLEST_SHARE = 1e-4
 
@@ -26,17 +26,16 @@ SMALLEST_SHARE = 1e-4
 def rank_report(source: nn.Module | Updates, adapter: str | None = None, *, progressbar: bool = False) -> RankReport:
     """Measure the update of every module that an adapter changes.
 
-    Of a model that FSDP2 has sharded, one wrapped module at a time is gathered: all processes have to call it together.
+    On an FSDP2-sharded model, gathers one wrapped module at a time; call it on all processes.
 
     Args:
-        source: a PEFT model, not merged, with an adapter of any method whose update can be merged; or what
-            `lrlora.adapters.read_updates` has read.
+        source: an unmerged PEFT model with an adapter of any mergeable method, or the result of
+            `lrlora.adapters.read_updates`.
         adapter: name of the adapter in the model; default: the active one.
-        progressbar: show one; a 4096 × 4096 matrix that is no product takes several seconds on a CPU.
+        progressbar: show a progress bar; a dense 4096 × 4096 matrix takes several seconds on a CPU.
 
     Raises:
-        ValueError: no module has an adapter of this name, the adapter is merged into the base weights, or an update
-            is not finite.
+        ValueError: no module has this adapter, the adapter is merged into the base weights, or an update is not finite.
 
     Examples:
         >>> import torch
@@ -64,7 +63,7 @@ def rank_report(source: nn.Module | Updates, adapter: str | None = None, *, prog
 
 @torch.no_grad()
 def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
-    """Row, curve of φ, and spectrum of one module's update."""
+    """Row, curve of φ, and spectrum of a module's update."""
     learned = update.learned
     phi_zero, bend, curve = 0.0, 0.0, None
     factors = update.factors()
@@ -75,7 +74,7 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
         energies = spectrum(delta)
         if learned is not None and (phi := learned.phi) is not None:
             z = learned.transfer_input()
-            # `phi.forward` and not `phi`: FSDP2 takes the first call of a module it has wrapped for the model's.
+            # `phi.forward` instead of `phi`: FSDP2 treats the first call of a wrapped module as the model's.
             phi_zero, bend, curve = phi.forward(z.new_zeros(())).item(), curvature(z, delta), _sample(phi, z)
     plain: list[float] = []
     if learned is not None:
@@ -101,7 +100,7 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
 
 
 def _sample(phi: Transfer, z: Tensor) -> Curve:
-    """φ, learned and at the start, at equally spaced points over the central 99 % of the entries of z."""
+    """φ, learned and initial, at equally spaced points over the central 99 % of the entries of z."""
     some = z.flatten()[:: 1 + z.numel() // 2**15].float()
     start, end = some.quantile(some.new_tensor([0.005, 0.995])).tolist()
     grid = torch.linspace(start, end, CURVE_POINTS, device=z.device)
@@ -111,12 +110,12 @@ def _sample(phi: Transfer, z: Tensor) -> Curve:
 
 
 def _of_note(sigma: Tensor) -> Tensor:
-    """Of descending singular values those above a ten-thousandth of the first."""
+    """Select descending singular values above 1e-4 of the first."""
     return sigma[: int((sigma > SMALLEST_SHARE * sigma[0]).sum())]
 
 
 def _thinned(sigma: Tensor, linear: list[float]) -> Spectrum:
-    """Of descending singular values those that a logarithmic axis can tell apart."""
+    """Select descending singular values distinguishable on a log axis."""
     count = len(_of_note(sigma))
     some = torch.logspace(0, math.log10(max(count, 1)), SPECTRUM_POINTS).round().int().tolist()
     index = [i for i in sorted({*range(1, FIRST_VALUES + 1), *some}) if i <= count]
@@ -124,5 +123,5 @@ def _thinned(sigma: Tensor, linear: list[float]) -> Spectrum:
 
 
 def _short(values: Tensor) -> list[float]:
-    """Six digits are enough to draw, and a third of the file."""
+    """Round to six digits, enough to plot, to cut file size."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -1,1 +1,1 @@
-"""`lrlora train` (settings, data, chats, tasks, methods, the run), and inference with a finished run."""
+"""`lrlora train` (settings, data, chats, tasks, methods, runs) and inference with finished runs."""

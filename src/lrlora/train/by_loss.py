@@ -1,4 +1,4 @@
-"""Cut an adapter by what the loss says: its examples, the smallest size at a loss, and training at that size."""
+"""Compression of an adapter by loss: examples, the smallest size within a loss limit, and healing."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from .progress import Announce, Progress, StopOnNonFinite
 from .settings import TrainConfig
 from .tasks import kind_for
 
-EXAMPLES = 256  # of a part, at most
-TERMS = 4_096  # of the loss, after which no further batch of a part is taken
-_FEWEST = 16  # terms of the loss
-_HEALING_RATE = 0.25  # of the peak learning rate, for factors of the scale that was trained with
+EXAMPLES = 256  # maximum number per part
+TERMS = 4_096  # number of loss terms after which a part takes no further batch
+_FEWEST = 16  # minimum number of loss terms
+_HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
 _OF_SCHEDULE = (
     *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("warmup_steps", "warmup_ratio", "eval_steps", "save_steps"),
@@ -50,13 +50,13 @@ _TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}
 
 @dataclass
 class Subject:
-    """An adapter, or what full fine-tuning has changed, on its base model, with examples.
+    """An adapter, or a full fine-tuning update, on its base model, with examples.
 
     Attributes:
-        run: that it is of, or that is made up for an adapter from elsewhere.
-        updates: as they were read.
-        training: to take the moments of, and to train on.
-        held_out: to measure the loss on.
+        run: its run, or a synthetic one for an external adapter.
+        updates: updates as read.
+        training: examples for the moments and for training.
+        held_out: examples for the loss.
 
     """
 
@@ -80,15 +80,15 @@ class Subject:
 
         Args:
             source: output folder of a run, or folder or hub name of a PEFT adapter.
-            base: the base model; default: the one that it names.
-            data: as for `TrainConfig.data`; default: the run's own.
-            task: of an adapter that does not say it.
-            announce: is told of examples that are left out.
-            **reading: how the data is read, as of `lrlora.train.inference.evaluate`.
+            base: base model; default: the one named by the adapter.
+            data: see `TrainConfig.data`; default: the run's data.
+            task: task of an adapter that does not specify it.
+            announce: receives messages on skipped examples.
+            **reading: data options, see `lrlora.train.inference.evaluate`.
 
         Raises:
             FileNotFoundError: base model or data is missing.
-            ValueError: there is no data, or it does not fit; the adapter cannot be read.
+            ValueError: no data is given or it does not fit; or the adapter cannot be read.
 
         """
         is_run = (Path(source) / RUN_FILE).is_file()
@@ -107,7 +107,7 @@ class Subject:
         if saved is None and base is None and is_run:
             base = model_source(run.config.model)
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
-            base = saved.config.base_model_name_or_path  # with it, an update is read with its magnitudes
+            base = saved.config.base_model_name_or_path  # required to read an update with its magnitudes
         updates = read_updates(source if saved is None else saved, base=base)
         if saved is not None and not all(update.layout.is_known for update in updates):
             check_base(saved, updates)
@@ -116,7 +116,7 @@ class Subject:
 
     @cached_property
     def on_base(self) -> nn.Module:
-        """The model for factors, with the weights of the base model: some updates have changed them."""
+        """Model for factors, with the original base weights, which some adapters change."""
         model, origin = self.run.model, self.updates.origin
         with torch.no_grad():
             if isinstance(origin, FineTuned):
@@ -130,30 +130,30 @@ class Subject:
                 for update in self.updates:
                     layer = base.get_submodule(update.module).get_base_layer()
                     weight = update.weight()
-                    assert weight is not None  # such updates are read with it
+                    assert weight is not None  # such updates are read with their weight
                     layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight.view_as(layer.weight))
         return model
 
     @torch.no_grad()
     def loss_of(self, model: Any, batches: Sequence[Any]) -> float:
-        """The mean loss of a model with whatever adapter is on it."""
+        """Mean loss of a model with its current adapter."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         values = [self.loss(base, batch) for batch in batches]
         return sum(value.item() for value, _ in values) / max(1, sum(terms for _, terms in values))
 
     def with_lora(self, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-        """A LoRA that was made of the adapter, in its place on the base model."""
+        """Replace the adapter on the base model by a LoRA made from it."""
         base: Any = self.on_base
         return PeftModel.from_pretrained(
             base.unload() if isinstance(base, PeftModel) else base, folder, is_trainable=is_trainable
         )
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
-        """The sum of the loss terms of a batch, and their number."""
+        """Sum of a batch's loss terms, and their number."""
         return self.run.kind.loss(model, batch)
 
     def batches(self, examples: Dataset) -> list[Any]:
-        """Batches of a training step's size, until they have enough terms."""
+        """Batches of training size, up to the required number of terms."""
         trainer = self.run.trainer(self.run.encoded(sampled(examples, EXAMPLES)))
         trainer.args.per_device_eval_batch_size = trainer.args.per_device_train_batch_size
         batches, terms = [], 0
@@ -171,7 +171,7 @@ class Subject:
 
     @cached_property
     def whole(self) -> list[Factors]:
-        """The update as thin factors: exact where it is a product of such, else at 99 % of its energy."""
+        """The update as thin factors: exact if it is a product, else at 99 % of its energy."""
         is_thin = all(update.is_product for update in self.updates)
         return factorize(self.updates, energy=1.0 if is_thin else DEFAULT_ENERGY, progressbar=True)
 
@@ -194,7 +194,7 @@ def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Data
 def _made_up(
     source: str, saved: SavedAdapter | None, base: str | None, data: str, task: str | None, reading: dict[str, Any]
 ) -> LoadedRun:
-    """An adapter from elsewhere as if it were a run, which reads data as `lrlora train` would."""
+    """Wrap an external adapter as a run that reads data like `lrlora train`."""
     known = None if saved is None else saved.config.task_type
     if known not in (None, *_TASKS):
         raise ValueError(f"{source} is a {known} adapter, whose loss cannot be measured. Use --by energy.")
@@ -239,12 +239,12 @@ def _made_up(
 
 
 class Cut:
-    """What an adapter may lose: its curve, and its loss on the examples held out.
+    """Compression of an adapter: loss curve and loss on held-out examples.
 
     Args:
         subject: adapter and examples.
-        announce: is told how many examples are used.
-        progressbar: show one.
+        announce: receives the number of examples.
+        progressbar: show a progress bar.
 
     """
 
@@ -261,22 +261,22 @@ class Cut:
         self.curve = loss_curve(subject.on_base, whole, gradients, subject.loss)
 
     def measure(self, factors: Sequence[Factors]) -> float:
-        """The loss with these factors in place of the adapter."""
+        """Loss with these factors in place of the adapter."""
         size = sum(part.parameters for part in factors)
         batches = tqdm(self._held_out, desc=f"Loss of {size:,} parameters", disable=not self._progressbar, leave=False)
         return mean_loss(self.subject.on_base, factors, batches, self.subject.loss)
 
     def measured(self, factors: Sequence[Factors]) -> float:
-        """The same, and remembered, unless it is known already."""
+        """Cached `measure`, keyed by the ranks."""
         ranks = tuple(part.rank for part in factors)
         if ranks not in self._known:
             self._known[ranks] = self.measure(factors)
         return self._known[ranks]
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
-        """The factors of so many parameters at most; of an update of high rank by loss or energy, whichever loses less.
+        """Factors within a parameter budget; for a high-rank update, by loss or energy, whichever loses less.
 
-        There nearly all is cut away, far from where the quadratic model of the loss holds.
+        There, nearly everything is cut, far outside the range of the quadratic model of the loss.
         """
         by_loss = self.curve.within(budget, max_rank)
         if self._is_thin:
@@ -285,14 +285,14 @@ class Cut:
         return min((by_loss, by_energy), key=self.measure)
 
     def smallest(self, rise: float, max_rank: int | None = None) -> list[Factors]:
-        """The factors of the smallest size whose loss is within a share of that of the adapter.
+        """Factors of the smallest size whose loss is within a share of the adapter's loss.
 
         Args:
-            rise: of the loss, as a share of it, such as 0.01.
+            rise: relative, such as 0.01.
             max_rank: of any module.
 
         Raises:
-            ValueError: no size is.
+            ValueError: no size is within.
 
         """
         limit = self.loss + rise * abs(self.loss)
@@ -310,12 +310,12 @@ class Cut:
         return all(update.is_product for update in self.subject.updates)
 
     def loss_of(self, model: Any) -> float:
-        """The loss of a model."""
+        """Loss of a model."""
         return self.subject.loss_of(model.eval(), self._held_out)
 
 
 def record_losses(folder: Path, cut: Cut, factors: Sequence[Factors], rise: float | None) -> LossRecord:
-    """Write into the folder of a run what it may lose, and the rank of each module at the chosen size."""
+    """Save a run's loss curve, and the ranks at the chosen size."""
     record = LossRecord(
         loss=cut.loss,
         rise=rise,
@@ -337,10 +337,9 @@ def heal(
     announce: Announce,
     is_better: Callable[[Any], bool] = lambda model: True,
 ) -> bool:
-    """Train a LoRA that was written some steps further, on the examples of the adapter, and write it again if better.
+    """Train a saved LoRA further on the adapter's examples, and overwrite it if better.
 
-    At a quarter of the peak learning rate of the run, with the default schedule. Until the end, the LoRA is there as
-    it was.
+    Uses a quarter of the run's peak learning rate and the default schedule. The file stays unchanged until the end.
     """
     config, kind, length = subject.run.config, subject.run.kind, subject.run.max_length
     settings = {name: value for name, value in config.training.items() if name not in (*OF_TRAINING, *_OF_SCHEDULE)}
@@ -350,7 +349,7 @@ def heal(
     file = folder / SAFETENSORS_WEIGHTS_NAME
     stored = load_file(file)
     with tempfile.TemporaryDirectory() as scratch:
-        # The rate of full fine-tuning is none for factors.
+        # A full fine-tuning learning rate does not apply to factors.
         known = None if config.method == "full" else training_arguments(config, kind, 1, length).learning_rate
         rate = _HEALING_RATE * (known or kind.rates[0]) * subject.updates.updates[0].scaling ** 0.5
         plain = replace(config, output=scratch, steps=None, epochs=None, learning_rate=None)

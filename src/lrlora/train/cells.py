@@ -1,4 +1,4 @@
-"""The rows of a data set: rules for them, errors that say which break one, and their encoding in batches."""
+"""Rows of a data set: validation rules, errors that name the offending rows, and batched encoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN_ROWS = 5
 
 
 def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> None:
-    """Raise a ValueError that names rows, and the value of the first, unless the rule holds in all of them."""
+    """Raise ValueError with row numbers and the first value, unless the rule holds for all rows."""
     wrong = [row for row, is_right in enumerate(are_right) if not is_right]
     if wrong:
         rows = ", ".join(str(row) for row in wrong[:SHOWN_ROWS]) + (", …" if len(wrong) > SHOWN_ROWS else "")
@@ -23,7 +23,7 @@ def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> No
 
 
 def require_text(data: Dataset, role: str, split: str) -> None:
-    """Raise a ValueError unless a column is text everywhere."""
+    """Raise ValueError unless all values of a column are text."""
     require_rows(
         (isinstance(value, str) and bool(value.strip()) for value in data[role]),
         f"{role} must be text, and not empty, in the split {split} (--skip-empty leaves out what is empty)",
@@ -32,17 +32,17 @@ def require_text(data: Dataset, role: str, split: str) -> None:
 
 
 def is_known(value: Any) -> bool:
-    """Whether a value is there, and not NaN."""
+    """Whether a value is neither None nor NaN."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def is_filled(value: Any) -> bool:
-    """Whether a value is there, and no blank text or empty list."""
+    """Whether a value is known and not blank or an empty list."""
     return is_known(value) and value != [] and not (isinstance(value, str) and not value.strip())
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a finite number, also in float32, which a model is trained in."""
+    """Whether a value is a finite number in float32, the training dtype."""
     try:
         return not isinstance(value, bool) and abs(float(value)) <= float(np.finfo(np.float32).max)
     except (TypeError, ValueError, OverflowError):
@@ -50,7 +50,7 @@ def is_finite(value: Any) -> bool:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages, each with who says it (role, from) and something to say."""
+    """Whether a value is a list of messages, each with a sender (role, from) and content."""
     return isinstance(value, list) and len(value) > 0 and all(isinstance(m, dict) and _is_message(m) for m in value)
 
 
@@ -60,7 +60,7 @@ def _is_message(message: dict[str, Any]) -> bool:
 
 
 def counted(data: Dataset, count: Callable[[dict[str, list[Any]]], list[int]]) -> list[int]:
-    """A number for each example, from `count` of a batch; `datasets` keeps them for data that it has on disk."""
+    """Apply `count` to batches, with one number per example; `datasets` caches them for data on disk."""
     return list(
         data.map(
             lambda batch: {"count": count(batch)},
@@ -72,7 +72,7 @@ def counted(data: Dataset, count: Callable[[dict[str, list[Any]]], list[int]]) -
 
 
 def mapped(data: Dataset, encode: Callable[..., dict[str, list[Any]]]) -> Dataset:
-    """The examples encoded batch by batch, without what they were encoded from; `label` becomes `labels`."""
+    """Encode examples in batches and drop their source columns; renames `label` to `labels`."""
     drop = [name for name in data.column_names if name != "label"]
     encoded = data.map(encode, batched=True, remove_columns=drop, desc="Tokenizing")
     return encoded.rename_column("label", "labels") if "label" in encoded.column_names else encoded

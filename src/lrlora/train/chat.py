@@ -1,8 +1,7 @@
-"""Chats and prompts: the formats they come in, and how a model reads them, which is the same wherever it is asked.
+"""Chats and prompts: data formats, and their rendering, which is the same in training and inference.
 
-Every row becomes what TRL reads: `prompt` and `completion`, `messages`, or `text`. With a chat template, prompts and
-answers are turns of a chat, whatever format they came in, because a server will ask in chats; without one they are
-plain text.
+Every row is converted to TRL's format: `prompt` and `completion`, `messages`, or `text`. With a chat template, prompts
+and answers in any format become chat turns, because servers send chats; without one, they are plain text.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..run_folder import CHAT, PLAIN, TEXT
 from .cells import require_rows
 
 NO_TEMPLATE = "none"
-# For a model without a template and without tokens for one; a turn of the assistant ends as the model's texts do.
+# For models without a template or special tokens for one; an assistant's turn ends with the EOS token.
 SIMPLE_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
@@ -34,14 +33,14 @@ _ASKERS |= {"system": "system", "observation": "tool", "tool": "tool", "function
 
 
 class Format(NamedTuple):
-    """One way in which chats and prompts are stored.
+    """A storage format of chats and prompts.
 
     Attributes:
-        name: as people call it.
-        asked: roles of the columns that say what is asked.
-        answer: role of the column with the answer; None where it is in the same column.
-        optional: roles that may be there too.
-        convert: a row, and whether it becomes a chat → what TRL reads.
+        name: common name.
+        asked: roles of the prompt columns.
+        answer: role of the answer column; None if the answer is in the prompt column.
+        optional: optional roles.
+        convert: (row, whether it becomes a chat) → TRL's format.
 
     """
 
@@ -105,12 +104,12 @@ def _with_system(row: dict[str, Any], turns: list[dict[str, Any]]) -> list[dict[
 
 
 def _known(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without the keys that a table has filled up with nothing."""
+    """Drop a message's null keys, added by a table."""
     return {key: value for key, value in message.items() if value is not None}
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn of ShareGPT's, with `from` and `value`, or with `role` and `content`."""
+    """Convert a ShareGPT turn, with `from` and `value`, or `role` and `content`."""
     asker, said = turn.get("from") or turn.get("role"), turn.get("value")
     said = turn.get("content") if said is None else said
     role = _ASKERS.get(str(asker))
@@ -123,7 +122,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(what: str, text: str) -> Any:
-    """The value in a text of the data that must be JSON."""
+    """Parse a JSON text in the data."""
     try:
         return values_of(text)
     except ValueError as error:
@@ -131,7 +130,7 @@ def _json(what: str, text: str) -> Any:
 
 
 _EXTRAS = ("tools", "chat_template_kwargs")
-# The first whose columns are there is taken.
+# The first format whose columns exist is used.
 FORMATS = (
     Format("messages", ("messages",), None, ("system", *_EXTRAS), _messages),
     Format("ShareGPT", ("conversations",), None, ("system", *_EXTRAS), _sharegpt),
@@ -142,21 +141,21 @@ FORMATS = (
 
 
 def format_of(columns: Mapping[str, Any] | list[str]) -> Format:
-    """The format of data whose columns are named by their roles."""
+    """Format of data whose columns are named by role."""
     return next(each for each in FORMATS if set(each.asked) <= set(columns))
 
 
 def holds_chats(data: Dataset) -> bool:
-    """Whether these rows are asked or answered in messages, and not in texts alone."""
+    """Whether the rows contain messages instead of plain text."""
     found = format_of(data.column_names)
     return found.name in ("messages", "ShareGPT") or any(isinstance(data[0].get(role), list) for role in found.roles)
 
 
 def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """How these rows are read: as chats, as plain prompts, or as texts.
+    """Rendering of the rows: as chats, plain prompts, or texts.
 
     Raises:
-        ValueError: they are chats, and the model has no template for them.
+        ValueError: they are chats, and the model has no chat template.
 
     """
     found = format_of(data.column_names)
@@ -173,7 +172,7 @@ def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
-    """The rows as TRL reads them: `prompt` and perhaps `completion`, `messages`, or `text`.
+    """Convert rows to TRL's format: `prompt` and maybe `completion`, `messages`, or `text`.
 
     Raises:
         ValueError: a row cannot be read.
@@ -203,9 +202,9 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
 
 
 def with_answers_marked(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Chats as `input_ids`, and `labels` of the answers alone: -100 where there is no loss. Other rows as they are.
+    """Tokenize chats to `input_ids`, and `labels` of the answers only, else -100. Other rows are unchanged.
 
-    An answer is what the template writes for a turn of the assistant, to the mark of its end.
+    An answer is the template's output for an assistant's turn, including its end token.
     """
     if "messages" not in rows.column_names:
         return rows
@@ -227,7 +226,7 @@ def with_answers_marked(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Da
 def _answers_in(
     text: str, chat: list[dict[str, Any]], row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """(start, end) of each turn of the assistant in the rendered chat.
+    """(start, end) of each assistant's turn in the rendered chat.
 
     Found by rendering the chat up to the turn, and with it.
     """
@@ -240,7 +239,7 @@ def _answers_in(
         if text.startswith(before) and text.startswith(after):
             spans.append((len(before), len(after.rstrip())))
             continue
-        # Some templates change a turn once others follow: they drop its thoughts.
+        # Some templates change a turn once others follow: they drop its reasoning.
         said = str(message.get("content") or "").strip()
         if not said:
             continue
@@ -257,15 +256,15 @@ def _answers_in(
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
-    """Give a tokenizer the chat template that a run is to use.
+    """Set the chat template of a tokenizer.
 
     Args:
-        tokenizer: of the model.
-        wanted: None for the model's own; "none" for none; "simple"; a file of Jinja; or a name of TRL's.
+        tokenizer: the model's tokenizer.
+        wanted: None for the model's own; "none" for none; "simple"; a Jinja file; or a TRL template name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the name is not known.
+        FileNotFoundError: the file does not exist.
+        ValueError: the name is unknown.
 
     """
     if wanted is None:
@@ -292,7 +291,7 @@ def _templates_of_trl() -> dict[str, Path]:
 
 
 def prompt_of(row: dict[str, Any]) -> str | list[dict[str, Any]]:
-    """What is asked in a row that TRL reads: all before the last answer."""
+    """Prompt of a row in TRL's format: everything before the last answer."""
     asked: Any = next(row[name] for name in ("prompt", "messages", "text") if name in row)
     if not isinstance(asked, str) and asked[-1]["role"] == "assistant":
         return asked[:-1]
@@ -300,7 +299,7 @@ def prompt_of(row: dict[str, Any]) -> str | list[dict[str, Any]]:
 
 
 def answer_of(row: dict[str, Any]) -> str | None:
-    """The answer in a row that TRL reads; None where there is none, or it is a call of a tool."""
+    """Answer of a row in TRL's format; None if missing or a tool call."""
     if "completion" in row:
         said: Any = row["completion"]
         return said if isinstance(said, str) else said[-1].get("content")
@@ -309,21 +308,21 @@ def answer_of(row: dict[str, Any]) -> str | None:
 
 
 def count_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
-    """The length of a row that TRL reads, in tokens, as it counts them."""
+    """Number of tokens of a row in TRL's format, counted as TRL does."""
     if "messages" in row or ("prompt" in row and not isinstance(row["prompt"], str)):
         chat = row["messages"] if "messages" in row else row["prompt"] + row.get("completion", [])
         return len(tokenizer(render_chat(tokenizer, chat, row), add_special_tokens=False)["input_ids"])
     text = row["text"] if "text" in row else row["prompt"] + row.get("completion", "")
-    return len(tokenizer(text)["input_ids"]) + 1  # TRL adds the end of the sequence
+    return len(tokenizer(text)["input_ids"]) + 1  # TRL appends the EOS token
 
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], row: dict[str, Any], **options: Any
 ) -> str:
-    """A chat in the words of the run's template, with the row's tools.
+    """Render a chat with the run's template and the row's tools.
 
     Raises:
-        ValueError: the tokenizer has no template, or it refuses the chat.
+        ValueError: the tokenizer has no template, or it rejects the chat.
 
     """
     options |= {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
@@ -337,13 +336,13 @@ def render_chat(
 def shown_tokens(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, marked: bool = False, most: int = 600
 ) -> str:
-    """A row of tokens as text.
+    """Decode a tokenized row for display.
 
     Args:
-        row: `input_ids`, and perhaps `labels`, which are -100 where there is no loss.
-        tokenizer: that it was made with.
-        marked: put what the loss is taken of in ⟦ ⟧.
-        most: characters to show.
+        row: `input_ids`, and maybe `labels`, -100 outside the loss.
+        tokenizer: the row's tokenizer.
+        marked: mark text that the loss uses with ⟦ ⟧.
+        most: maximum characters.
 
     """
     labels = (row.get("labels") or row["input_ids"]) if marked else [-100] * len(row["input_ids"])

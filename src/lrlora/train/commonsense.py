@@ -1,6 +1,6 @@
-"""The eight commonsense sets of the hub, as questions with choices: `commonsense:piqa` and its kin.
+"""The eight commonsense data sets of the hub, as multiple choice: `commonsense:piqa` and others.
 
-The prompts are those of EleutherAI's lm-evaluation-harness, so that its numbers and ours can be compared.
+Prompts follow EleutherAI's lm-evaluation-harness, so that results are comparable.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class ChoiceSet:
-    """A set of the hub.
+    """A data set of the hub.
 
     Args:
         repository, configuration: on the hub.
-        convert: gives `question`, `prompts`, `choices` and `label` of one of its examples.
-        test: the split whose labels are public.
-        revision: of the repository, where its main one is a script, which `datasets` no longer runs.
+        convert: converts an example to `question`, `prompts`, `choices` and `label`.
+        test: split with public labels.
+        revision: repository revision, if the main one is a script, which `datasets` no longer runs.
 
     """
 
@@ -55,12 +55,12 @@ def _hellaswag(row: Example) -> Example:
 
 
 def _without_marks(text: str) -> str:
-    """Text from WikiHow without its marks in square brackets."""
+    """Remove WikiHow's tags in square brackets."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _winogrande(row: Example) -> Example:
-    # The options are put in, and what follows them is compared: how likely a name is by itself is left out.
+    # Insert each option and compare the text after it, so that the probability of the name itself does not count.
     before, _, after = row["sentence"].partition("_")
     prompts = [before + row[option] for option in ("option1", "option2")]
     return _example(row["sentence"], [after.strip()] * 2, int(row["answer"]) - 1) | {"prompts": prompts}
@@ -81,7 +81,7 @@ def _example(question: str, choices: list[str], label: int) -> Example:
 _FEATURES = Features(
     question=Value("string"), prompts=List(Value("string")), choices=List(Value("string")), label=Value("int64")
 )
-_PARQUET = "refs/convert/parquet"  # made by the hub of what a script would give
+_PARQUET = "refs/convert/parquet"  # the hub's conversion of script data sets
 _SCIENCE = _lettered("Question: {question}\nAnswer:")
 COMMONSENSE = {
     "boolq": ChoiceSet("google/boolq", None, _boolq),
@@ -96,10 +96,10 @@ COMMONSENSE = {
 
 
 def load_commonsense(name: str) -> DatasetDict:
-    """`train` and `test` of a set of `COMMONSENSE`, with the columns `question`, `prompts`, `choices` and `label`.
+    """`train` and `test` of a set of `COMMONSENSE`, with columns `question`, `prompts`, `choices` and `label`.
 
-    `ALL` is `train` of all sets together, 148,000 examples (LLM-Adapters, arXiv:2304.01933, which language models are
-    commonly trained on, has 170,000, with the larger set of WinoGrande); it has no `test`.
+    `ALL` is `train` of all sets together, 148,000 examples (LLM-Adapters, arXiv:2304.01933, a common training set, has
+    170,000, with the larger WinoGrande set); it has no `test`.
     """
     if name == ALL:
         return DatasetDict(train=concatenate_datasets([load_commonsense(each)["train"] for each in COMMONSENSE]))
@@ -109,5 +109,5 @@ def load_commonsense(name: str) -> DatasetDict:
 
 
 def as_choices(data: Dataset, known: ChoiceSet) -> Dataset:
-    """The examples of a split as questions with choices."""
+    """Convert a split to questions with choices."""
     return data.map(known.convert, remove_columns=data.column_names, features=_FEATURES)

@@ -1,4 +1,4 @@
-"""A user's data: loaded from wherever it is, and checked before anything long starts."""
+"""Loading and validation of user data, before training starts."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ COMMONSENSE_PREFIX = "commonsense"
 
 
 _FEW_EXAMPLES = 16
-# Words such as "None" are texts and labels like others; only nothing is missing.
+# Strings such as "None" are valid texts and labels; only empty cells are missing.
 _CSV = {"keep_default_na": False, "na_values": [""]}
 
-# The ending of a file of data → its builder in datasets.
+# File suffix → builder in datasets.
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_ANSWERS = ("label", "completion", "output")  # roles that data to predict may lack
+_ANSWERS = ("label", "completion", "output")  # roles that data for prediction may lack
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """Checked examples under the names of their roles.
+    """Validated examples with columns named by role.
 
     Attributes:
         splits: `train` and `validation`; classes as integers.
-        labels: names of the classes, in the order of the integers; empty unless the task is "classify".
-        notes: sentences on what a user should know of them.
+        labels: class names, in the order of the integers; empty unless the task is "classify".
+        notes: messages for the user.
 
     """
 
@@ -54,22 +54,22 @@ class TaskData:
 
 
 def require_data_path(name: str) -> None:
-    """Raise a FileNotFoundError if the name of data can only be that of a file or folder, and there is none."""
+    """Raise FileNotFoundError if a data name can only be a path, and the path does not exist."""
     path = Path(name)
     if (path.suffix in BUILDERS or path.is_absolute() or name.startswith(".")) and not path.exists():
         raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
 
 
 def load_splits(name: str, delimiter: str | None = None, encoding: str | None = None) -> DatasetDict:
-    """The splits that `name` has; a single file is `train`.
+    """Load all splits of `name`; a single file becomes `train`.
 
     Args:
-        name: as `TrainConfig.data`.
-        delimiter: between the columns of a CSV file; None: a comma, in a TSV file a tab.
-        encoding: of a CSV file; None: UTF-8.
+        name: see `TrainConfig.data`.
+        delimiter: column delimiter of a CSV file; None: a comma, or a tab for TSV.
+        encoding: encoding of a CSV file; None: UTF-8.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
+        FileNotFoundError: no such file or folder.
         ValueError: the embedded data is unknown, or the file cannot be read.
 
     """
@@ -96,7 +96,7 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
     except Exception as error:
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) == errno.ENOSPC or isinstance(cause, MemoryError):
-            raise cause from None  # no fault of the data
+            raise cause from None  # not caused by the data
         said = (str(cause).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if isinstance(cause, UnicodeError):
             said += ". It is not written in UTF-8: say how, such as --encoding latin-1 or --encoding cp1252"
@@ -139,7 +139,7 @@ def _load_folder(folder: Path, delimiter: str | None, encoding: str | None) -> D
 
 
 def _check_header(path: Path, delimiter: str, encoding: str) -> None:
-    """Raise a ValueError for a header that pandas would read, and make something of that no one meant."""
+    """Raise ValueError for a header that pandas would silently misread."""
     with path.open(encoding=encoding, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter)
         header, first = next(rows, []), next(rows, None)
@@ -156,10 +156,10 @@ def _check_header(path: Path, delimiter: str, encoding: str) -> None:
 
 
 def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
-    """The name of the first of the `preferred` splits, or of the only one there is.
+    """Name of the first existing `preferred` split, or of the only split.
 
     Raises:
-        ValueError: there are several, and none is preferred.
+        ValueError: there are several splits, none of them preferred.
 
     """
     for name in preferred:
@@ -171,11 +171,11 @@ def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy
 
 
 def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
-    """The examples of a run, checked, with a validation split.
+    """Load and validate the examples of a run, with a validation split.
 
     Raises:
         FileNotFoundError: data is missing.
-        ValueError: data is empty, lacks a column, or holds what the task cannot be trained on; the message says where.
+        ValueError: data is empty, lacks a column, or is invalid for the task; the message says where.
 
     """
     splits = DatasetDict(load_splits(config.data, config.delimiter, config.encoding))
@@ -246,15 +246,15 @@ def load_examples(
 
 
 def sampled(data: Dataset, limit: int | None) -> Dataset:
-    """So many of the examples at most, drawn at random, always the same ones."""
+    """At most `limit` examples (fixed-seed sample)."""
     return data if limit is None or limit >= len(data) else data.shuffle(seed=0).select(range(limit))
 
 
 def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_label: bool = True) -> Dataset:
-    """The columns that a task reads, named by their roles.
+    """Select the task's columns and rename them by role.
 
     Raises:
-        ValueError: a column is missing; the message names those there are.
+        ValueError: a column is missing; the message lists the available ones.
 
     """
     there = data.column_names
@@ -275,7 +275,7 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
 
 
 def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> tuple[Dataset, list[str]]:
-    """The examples that hold something in each column which they must have, and a note on how many do not."""
+    """Drop examples with an empty required column, and return a note with their number."""
     optional = {*kind.optional_roles, *(() if with_label else _ANSWERS)}
     asked = [name for name in data.column_names if name not in optional]
     secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
@@ -287,19 +287,19 @@ def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = T
 
 
 def check_examples(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> None:
-    """Raise a ValueError that says what is wrong, and in which rows, unless the task can use every example."""
+    """Raise ValueError, naming problem and rows, unless the task can use every example."""
     if len(data) == 0:
         raise ValueError(f"The split {split} of the data is empty.")
     kind.check(data, split, with_label=with_label)
 
 
 def choose_max_length(counts: list[int], limit: int) -> int:
-    """What holds 99 % of the examples, rounded up to a multiple of 8, within the model's limit."""
+    """99th percentile of the lengths, rounded up to a multiple of 8, within the model's limit."""
     return min(limit, 8 * math.ceil(np.quantile(counts, 0.99) / 8))
 
 
 def _split(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """Training and validation, always the same, without a common group."""
+    """Deterministic training and validation split without shared groups."""
     groups = train["group"] if "group" in train.column_names else range(len(train))
     require_rows(map(is_known, groups), "group must not be missing in the split train")
     frame = pd.DataFrame({"group": list(map(str, groups)), "row": range(len(train))})

@@ -1,4 +1,4 @@
-"""Models and data that come with packages, by the names under which `embedded:NAME` finds them."""
+"""Models and data shipped in packages, by their `embedded:NAME`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .embedded_images import load_animals, load_digits
 from .embedded_texts import TASKS, load_goal_step, load_ratings, load_social_iqa, load_strategy_qa, load_winowhy
 from .packages import MINILM, SMOLLM2, VIT, EmbeddedInput
 
-EMBEDDED = "embedded:"  # before the name of a model or data that come with packages
+EMBEDDED = "embedded:"  # prefix of models and data shipped in packages
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model: what it is, what it is called on the hub, if it is there, and where it is from."""
+    """An embedded model: description, hub name (if any), and source."""
 
     description: str
     hub_name: str | None
@@ -25,7 +25,7 @@ class EmbeddedModel:
 
 @dataclass(frozen=True)
 class EmbeddedData:
-    """Data of a task, with the columns that the task reads."""
+    """Data of a task, with the task's columns."""
 
     description: str
     task: str

@@ -1,4 +1,4 @@
-"""Pictures that come with packages, as data sets with the columns `image` and `label`."""
+"""Images shipped in packages, as data sets with columns `image` and `label`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_digits() -> DatasetDict:
 
 
 def load_animals() -> DatasetDict:
-    """`train` and `test` of 9,716 animals, each picture once; a fifth is held out."""
+    """`train` and `test` of 9,716 animals, deduplicated; a fifth is held out."""
     pixels, labels = (_unpickled(f"animal_{part}_version_3.gz") for part in ("data", "label"))
     pixels, labels = np.asarray(pixels, np.uint8).reshape(-1, 28, 28), np.asarray(labels).ravel()
     _, first = np.unique(pixels.reshape(len(pixels), -1), axis=0, return_index=True)
@@ -34,7 +34,7 @@ def load_animals() -> DatasetDict:
 
 
 def _as_splits(pixels: NDArray[np.uint8], labels: NDArray[Any], names: tuple[str, ...]) -> DatasetDict:
-    """Always the same split, with as much of each class in both parts."""
+    """Fixed-seed split, stratified by class."""
     parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     features = Features(image=Image(), label=ClassLabel(names=list(names)))
     splits = {}
@@ -51,7 +51,7 @@ def _as_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads pickled arrays, and nothing that could run code."""
+    """Unpickler for arrays that cannot run code."""
 
     _KNOWN = ("_reconstruct", "ndarray", "dtype")
 

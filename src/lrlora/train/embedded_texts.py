@@ -1,4 +1,4 @@
-"""Tasks whose data comes with packages: loaded, split and tokenised the same way every time."""
+"""Tasks with data shipped in packages: loading and deterministic splits."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class TextTask:
     """A classification task.
 
     Args:
-        labels: names of the classes, in the order of the integer labels.
-        max_tokens: where texts are cut.
-        load: gives `train` and `test` with the columns `text`, `label`, `group` and, for pairs of texts, `text_pair`.
-            Examples of one group belong together: no group is in both splits, and none should be split further.
+        labels: class names, in the order of the integer labels.
+        max_tokens: maximum text length.
+        load: returns `train` and `test` with the columns `text`, `label`, `group` and, for text pairs, `text_pair`. No
+            group is in both splits, and none should be split further.
 
     """
 
@@ -52,7 +52,7 @@ class TextTask:
 
 
 def split_by_group(frame: pd.DataFrame, test_share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Two parts without a common `group`, always the same ones."""
+    """Two parts without a shared `group` (fixed seed)."""
     splitter = GroupShuffleSplit(n_splits=1, test_size=test_share, random_state=0)
     first, second = next(splitter.split(frame, groups=frame["group"]))
     return frame.iloc[first], frame.iloc[second]
@@ -62,10 +62,10 @@ _SHORT, _ALIKE, _AT_ONCE = 8, 0.9, 256
 
 
 def _near(train: pd.Series[str], test: pd.Series[str]) -> NDArray[np.bool_]:
-    """Which training texts share nine tenths of their words with a test text of 8 words or more (Jaccard index)."""
+    """Training texts that share nine tenths of their words (Jaccard) with a test text of at least 8 words."""
     words = CountVectorizer(binary=True, token_pattern=r"\w+", dtype=np.float32)
     known, asked = words.fit_transform(train), words.transform(test)
-    # Words that training does not have count too.
+    # Count words that are not in the training data, too.
     sizes = np.array([len(set(words.build_analyzer()(text))) for text in test])
     counts, found = known.sum(1).A1, np.zeros(len(train), dtype=bool)
     for start in range(0, len(test), _AT_ONCE):
@@ -100,7 +100,7 @@ _VITAMINC_LABELS = ("False", "Neither", "True")
 
 
 def _load_vitaminc() -> DatasetDict:
-    # Split by the article a passage is from: its passages are edits of one another.
+    # Split by source article: its passages are edits of one another.
     rows = []
     for example in json.loads(fetch(VITAMINC).read_text(encoding="utf-8"))["examples"]:
         passage, claim = example["input"].split("\nClaim: ")
@@ -121,7 +121,7 @@ _NEWSGROUPS = (
 
 @cache
 def _load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, ...]) -> DatasetDict:
-    """The official splits, without the few training texts that are also in the test; a text is its own group."""
+    """Official splits, without training texts that are also in the test split; each text is a group."""
 
     def read(source: EmbeddedInput) -> pd.DataFrame:
         frame = pd.read_csv(fetch(source), sep="\t", names=["label", "text"], skiprows=3, quoting=3, dtype=str)
@@ -132,7 +132,7 @@ def _load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, .
     return _as_splits(training[~training["group"].isin(testing["group"])], testing)
 
 
-# Not the film reviews of this package: they overlap with those above.
+# Excludes the package's film reviews, which overlap with those above.
 _RATED = ("tweets", "amazonReviewSnippets", "nytEditorialSnippets")
 
 
@@ -156,9 +156,9 @@ def _load_choices(*sources: EmbeddedInput, count: int, group: Callable[[str, str
     """Questions with `count` answers, shuffled: `question`, `choices`, `label`, `group`; groups held out.
 
     Args:
-        sources: tasks of BIG-bench.
-        count: of answers; the few questions with more or fewer are left out.
-        group: of a question and its right answer.
+        sources: BIG-bench tasks.
+        count: number of answers; the few questions with other numbers are dropped.
+        group: (question, right answer) → group.
 
     """
     rows = []
@@ -166,7 +166,7 @@ def _load_choices(*sources: EmbeddedInput, count: int, group: Callable[[str, str
         for example in json.loads(fetch(source).read_text(encoding="utf-8"))["examples"]:
             question, scores = example["input"].strip(), example["target_scores"]
             right = max(scores, key=scores.get)
-            # Shuffled by the text itself: the order of the file may give the answer away.
+            # Shuffled by text hash: the file order may reveal the answer.
             choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
             row = {"question": question, "choices": choices, "label": choices.index(right)}
             rows.append(row | {"group": group(question, right)})
@@ -175,17 +175,17 @@ def _load_choices(*sources: EmbeddedInput, count: int, group: Callable[[str, str
 
 
 def load_social_iqa() -> DatasetDict:
-    """Which of 3 answers; situations held out."""
+    """Which of 3 answers; held-out situations."""
     return _load_choices(SOCIAL_IQA, count=3, group=lambda question, right: question.partition(".")[0])
 
 
 def load_strategy_qa() -> DatasetDict:
-    """Yes or no; every question is its own group."""
+    """Yes or no; each question is a group."""
     return _load_choices(STRATEGY_QA, count=2, group=lambda question, right: question)
 
 
 def load_winowhy() -> DatasetDict:
-    """Is this the reason? Sentences held out with their twins, which begin with the same words."""
+    """Is this the reason? Twin sentences (with the same first words) are held out together."""
     return _load_choices(WINOWHY, count=2, group=lambda question, right: " ".join(question.split()[:3]))
 
 

@@ -35,7 +35,7 @@ from .progress import Announce
 from .settings import TrainConfig, read_run
 from .tasks import KINDS, Kind, kind_for
 
-# Settings that say how and where a run trains and who is told of it: asking it later, on another machine, needs none.
+# Training-only settings (parallelism, reporting), which inference ignores.
 OF_TRAINING = (
     *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "tf32", "use_liger_kernel"),
     *("report_to", "push_to_hub"),
@@ -51,20 +51,20 @@ def evaluate(
     announce: Announce = print,
     **reading: Any,
 ) -> dict[str, float]:
-    """Metrics of a trained run on data.
+    """Evaluate a trained run on data.
 
     Args:
-        run: the output folder of `train`.
-        data: as for `TrainConfig.data`.
-        split: of the data; default: `test`, else `validation`, else the only one there is.
-        limit: use so many examples at most, drawn at random, always the same.
-        announce: is told how many examples are left out because something is empty.
-        **reading: how the data is read, where not as in training: `columns`, `delimiter`, `encoding` and `skip_empty`
-            of `TrainConfig`.
+        run: output folder of `train`.
+        data: see `TrainConfig.data`.
+        split: split of the data; default: `test`, else `validation`, else the only one.
+        limit: maximum number of examples (fixed-seed sample).
+        announce: receives the number of skipped (empty) examples.
+        **reading: data options that differ from training: `columns`, `delimiter`, `encoding` and `skip_empty` of
+            `TrainConfig`.
 
     Raises:
         FileNotFoundError: run or data is missing.
-        ValueError: the data cannot be used, or most answers to it are empty.
+        ValueError: the data cannot be used, or most answers are empty.
 
     """
     loaded = LoadedRun.read(Path(run)).reading(**reading)
@@ -81,12 +81,12 @@ def evaluate(
 def predict(
     run: str | Path, data: str | Dataset, *, split: str | None = None, announce: Announce = print, **reading: Any
 ) -> Iterator[dict[str, Any]]:
-    """The predictions of a finished run, example by example: the inputs, and beside them
+    """Yield the predictions of a finished run: the inputs of each example, and
 
     `prediction` and `probabilities` (classify: by class name; multiple-choice: by index), `prediction` (regress), or
     `completion` (causal-lm, greedy).
 
-    The arguments are those of `evaluate`, and `data` may be a data set; it needs no labels.
+    Takes the arguments of `evaluate`; `data` may also be a data set, and needs no labels.
     """
     loaded = LoadedRun.read(Path(run)).reading(**reading)
     examples = loaded.examples(data, split, announce, with_label=False)
@@ -102,10 +102,10 @@ def predict(
 
 
 def predict_texts(run: str | Path, texts: list[str]) -> Iterator[dict[str, Any]]:
-    """The predictions of a finished run for texts, or its answers to them; as `predict`.
+    """Predictions or answers of a finished run for texts; see `predict`.
 
     Raises:
-        ValueError: the run answers multiple choice, which one text is not, or tells images apart.
+        ValueError: the run is a multiple-choice or image run.
 
     """
     config, _ = read_run(Path(run))
@@ -118,7 +118,7 @@ def predict_texts(run: str | Path, texts: list[str]) -> Iterator[dict[str, Any]]
 
 
 def _not_empty(answers: Iterable[str]) -> Iterator[str]:
-    """The answers; at their end an error if most of them were empty, which no one wants to find out later."""
+    """Yield the answers; raise at the end if most of them were empty."""
     count = empty = 0
     for answer in answers:
         count, empty = count + 1, empty + (not answer.strip())
@@ -132,11 +132,11 @@ def _not_empty(answers: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A finished run, ready to be asked."""
+    """Finished run, ready for inference."""
 
     config: TrainConfig
     record: RunRecord
-    processor: Any  # tokenizer, or image processor
+    processor: Any  # tokenizer or image processor
     model: Any
 
     @classmethod
@@ -144,8 +144,8 @@ class LoadedRun:
         """Load a run from its folder.
 
         Raises:
-            FileNotFoundError: there is no run.
-            ValueError: it is not finished, damaged, or its chat template is another than it was trained with.
+            FileNotFoundError: the folder has no run.
+            ValueError: the run is unfinished or damaged, or its chat template has changed since training.
 
         """
         config, record = read_run(folder)
@@ -162,18 +162,18 @@ class LoadedRun:
             if config.method == "full":
                 model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
             else:
-                saved = SavedAdapter.read(folder)  # before PEFT reads its patterns
+                saved = SavedAdapter.read(folder)  # validate before PEFT reads its patterns
                 source = model_source(config.model)
                 base, _ = load_model(source, config, record.labels, processor)
                 warn_of_another_model(source, record.fingerprints)
-                # PEFT's AdaLoRA cannot compute a loss if it is loaded for inference.
+                # AdaLoRA in PEFT cannot compute a loss if loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
                 require_all_weights(model, saved)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record, processor, model)
 
     def reading(self, **settings: Any) -> LoadedRun:
-        """The run, with these settings of how data is read in place of its own; those that are None stay."""
+        """Copy of the run with other data options; None keeps the run's own."""
         return replace(self, config=replace(self.config, **{k: v for k, v in settings.items() if v is not None}))
 
     @property
@@ -198,10 +198,10 @@ class LoadedRun:
         return examples
 
     def _require_rendering(self, examples: Dataset) -> None:
-        """Raise a ValueError unless the run can read the examples as it has learned to."""
+        """Raise ValueError unless the examples can be rendered as in training."""
         trained = self.record.rendering
         if trained is None:
-            return  # of a run before it was recorded
+            return  # run from before this was recorded
         found = format_of(examples.column_names)
         if trained == CHAT and found.name == "text":
             raise ValueError(
@@ -215,14 +215,14 @@ class LoadedRun:
             )
 
     def encoded(self, examples: Dataset) -> Dataset:
-        """The examples as the model reads them: as in training."""
+        """Encode the examples as in training."""
         if self.kind.generates and self.record.rendering is not None:
             is_text = format_of(examples.column_names).name == "text"
             return as_trl_reads(examples, TEXT if is_text else self.record.rendering)
         return self.kind.encode(examples, self.processor, self.max_length)
 
     def marked(self, rows: Dataset) -> Dataset:
-        """Encoded examples with the loss where it was taken in training."""
+        """Restrict the loss of encoded examples as in training."""
         return with_answers_marked(rows, self.processor) if self.record.loss_on == ANSWERS else rows
 
     def trainer(self, data: Dataset) -> Trainer:
@@ -232,7 +232,7 @@ class LoadedRun:
         return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
 
     def answers(self, rows: Dataset) -> Iterator[str]:
-        """The greedy continuation of every prompt, one by one."""
+        """Yield the greedy continuation of every prompt."""
         with cached_weights(self.model):
             for row in tqdm(rows, desc="Generating", disable=len(rows) == 1):
                 inputs = self.prompt(prompt_of(row), row)
@@ -240,27 +240,27 @@ class LoadedRun:
                 yield str(self.processor.decode(tokens, skip_special_tokens=True))
 
     def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
-        """The prompt and its greedy continuation, (1, tokens): as long as an example of the training at most."""
+        """Prompt and greedy continuation, (1, tokens), at most as long as a training example."""
         room = max(1, max_positions(self.model.config) - inputs["input_ids"].shape[1])
         options |= {"do_sample": False, "pad_token_id": self.processor.pad_token_id}
         with torch.no_grad():
             return self.model.generate(**inputs, max_new_tokens=min(self.max_length or room, room), **options)
 
     def prompt(self, asked: str | list[dict[str, Any]], row: dict[str, Any]) -> BatchEncoding:
-        """A prompt as token ids: text as it is, a chat by the template, up to where the answer begins."""
+        """Token ids of a prompt: plain text, or a chat rendered up to the start of the answer."""
         if isinstance(asked, str):
             inputs = self.processor(asked, return_tensors="pt")
         else:
             text = render_chat(self.processor, asked, row, add_generation_prompt=True)
-            inputs = self.processor(text, return_tensors="pt", add_special_tokens=False)  # the template has them
+            inputs = self.processor(text, return_tensors="pt", add_special_tokens=False)  # the template adds them
         return inputs.to(self.model.device)
 
 
 class Chat:
-    """A talk with a finished run, turn by turn, streamed to the terminal.
+    """Streaming terminal chat with a finished run.
 
     Args:
-        run: the output folder of `train`, of the task "causal-lm".
+        run: output folder of `train`, with the task "causal-lm".
 
     """
 
@@ -272,7 +272,7 @@ class Chat:
         self._asks_base = False
 
     def command(self, said: str) -> str:
-        """Do what a command says; returns a word on it."""
+        """Run a chat command and return a message."""
         if said not in self._COMMANDS:
             return f"{said} is no command. There are {', '.join(self._COMMANDS)}."
         if said == "/new":
@@ -285,7 +285,7 @@ class Chat:
         return f"{who} The chat goes on; /new begins another." if self._turns else who
 
     def ask(self, text: str) -> str:
-        """The answer, which is also printed while it comes."""
+        """Print the answer as it is generated, and return it."""
         run, asked = self._run, self._turns
         is_chat = run.record.rendering == CHAT
         if is_chat:
@@ -301,7 +301,7 @@ class Chat:
 
 
 def write_predictions(path: Path, predictions: Iterable[dict[str, Any]]) -> int:
-    """Write a line of JSON for each prediction, the file whole or not at all; returns how many."""
+    """Write predictions as JSON lines, atomically; returns their number."""
     count = 0
     with only_writer(path), replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         for count, prediction in enumerate(predictions, start=1):  # noqa: B007

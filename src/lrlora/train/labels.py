@@ -1,4 +1,4 @@
-"""The classes of a data set: which there are, and each example's as a number."""
+"""Classes of a data set, and labels as class indices."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .cells import SHOWN_ROWS, is_known, require_rows
 
 
 def known_labels(data: Dataset, split: str) -> list[Any]:
-    """The labels, each of them one class.
+    """Labels, each a single class.
 
     Raises:
-        ValueError: one is missing, or no class.
+        ValueError: one is missing or not a class.
 
     """
     values = data["label"][:]
-    # In data sets of the hub, -1 stands for a label that is kept secret.
+    # On the hub, -1 marks a withheld label.
     unknown = -1 if isinstance(data.features["label"], ClassLabel) else None
     require_rows(
         (is_known(value) and value != unknown for value in values),
@@ -32,18 +32,18 @@ def known_labels(data: Dataset, split: str) -> list[Any]:
 
 
 def class_name(value: Any) -> str:
-    """What the class of a label is called.
+    """Name of a label's class.
 
-    A column of integers is read as one of floats where a cell is empty, and its classes must be called the same.
+    An integer column with an empty cell is read as floats and must keep its class names.
     """
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
-    """The data with labels as indices into `labels`.
+    """Replace labels by their indices in `labels`.
 
     Raises:
-        ValueError: a label is missing, or not one of `labels`.
+        ValueError: a label is missing or not in `labels`.
 
     """
     values = known_labels(data, split)

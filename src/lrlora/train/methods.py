@@ -1,4 +1,4 @@
-"""The methods that `lrlora train` offers, and what the training of some needs beside their configuration."""
+"""Methods of `lrlora train`, and extra training steps that some of them need."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from .tasks import Kind
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """How a method is called in PEFT.
+    """A method in PEFT.
 
     Args:
-        config: its configuration; None for full fine-tuning.
-        fixed: fields that make it this method.
-        alpha: its name for α; None if it has none.
-        scale: α/r, unless given.
+        config: configuration class; None for full fine-tuning.
+        fixed: fields that define the method.
+        alpha: field name of α, or None.
+        scale: default α/r.
         has_ranks: whether `rank_report` can measure its update.
 
     """
@@ -68,22 +68,22 @@ METHODS = {
 }
 DEFAULT_RANK = 8
 EVA = "eva"
-EVA_BATCHES = 64  # it usually needs fewer, and goes through them again if it needs more
+EVA_BATCHES = 64  # usually needs fewer; repeats them if it needs more
 
 
 def adapter_config(
     method: str, head: Mapping[str, Any], total_steps: int, options: dict[str, Any]
 ) -> PeftConfig | None:
-    """The PEFT configuration of a method; None for full fine-tuning.
+    """PEFT configuration of a method; None for full fine-tuning.
 
     Args:
         method: one of `METHODS`.
-        head: fields of the configuration for the head, as a kind of task has them; none for a model as it is.
-        total_steps: of training; AdaLoRA plans with it.
-        options: fields of the configuration; by default r = 8, α = r (4·r for the expansion), and all linear layers.
+        head: configuration fields for the task's head; empty for a model as it is.
+        total_steps: number of training steps, for AdaLoRA's schedule.
+        options: configuration fields; default: r = 8, α = r (4·r for the expansion), all linear layers.
 
     Raises:
-        ValueError: the configuration has no such field, or refuses a value.
+        ValueError: an unknown field or invalid value.
 
     """
     known = METHODS[method]
@@ -95,18 +95,18 @@ def adapter_config(
     for name in options:
         require_known(f"field of {known.config.__name__}", name, names)
     if isinstance(targets := options.get("target_modules"), str) and targets != "all-linear":
-        # Names, and no regular expression, which would have to match whole paths.
+        # Module names; a regular expression would have to match full paths.
         names_alone = re.fullmatch(r"[\w.-]+(,[\w.-]+)*", targets)
         options = {**options, "target_modules": targets.split(",") if names_alone else targets}
     require_module_names(options)
     require_float32(options, "of adapter")
-    require_quick_patterns(options, "of adapter")  # they may be from a run.json that someone else wrote
-    defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may add to it
+    require_quick_patterns(options, "of adapter")  # may come from an untrusted run.json
+    defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may modify it
     if method == "adalora":
-        if "r" in options:  # PEFT's configuration has it from LoRA's
+        if "r" in options:  # inherited from LoRA's configuration
             raise ValueError(f"AdaLoRA does not read r, and r is {options['r']}: give target_r={options['r']} instead.")
         rank = options.get("target_r", DEFAULT_RANK)
-        # As in its paper: from 1.5 times the rank down to it, between a warm-up and a final phase.
+        # As in the paper: from 1.5 times the rank down to it, between a warm-up and a final phase.
         defaults |= {"target_r": rank, "init_r": round(1.5 * rank), "lora_alpha": rank, "total_step": total_steps}
         defaults |= {"tinit": total_steps // 10, "tfinal": total_steps // 2}
     else:
@@ -121,16 +121,16 @@ def adapter_config(
 
 
 def require_tokens(options: Mapping[str, Any], kind: Kind) -> None:
-    """Raise a ValueError where EVA would have no tokens to look at."""
+    """Raise ValueError if EVA is used without tokens."""
     if options.get("init_lora_weights") == EVA and not kind.reads_text:
         raise ValueError(f"EVA looks at the tokens that a layer sees, and {kind.name} has none. Leave it out.")
 
 
 def start_from_data(trainer: Trainer, config: Any) -> None:
-    """Where a method starts from data, as EVA does, make its start: a call that PEFT leaves to its users.
+    """Run data-driven initialization, such as EVA's, which PEFT leaves to its users.
 
     EVA takes A from the inputs of each layer and moves rank to the layers whose inputs have most variance
-    (arXiv:2410.07170). The number of parameters changes with it a little.
+    (arXiv:2410.07170). This slightly changes the number of parameters.
 
     Raises:
         ValueError: there are fewer examples than EVA needs.
@@ -139,7 +139,7 @@ def start_from_data(trainer: Trainer, config: Any) -> None:
     if getattr(config, "init_lora_weights", None) != EVA:
         return
     model: Any = trainer.model
-    # PEFT waits for ever for a layer that sees fewer rows at a time, as a pooler may.
+    # PEFT hangs on a layer that sees fewer rows per batch, such as a pooler.
     count = math.ceil(config.eva_config.rho * config.r)
     sequences = (ids for batch in trainer.get_train_dataloader() for ids in _sequences(batch))
     batches = list(islice(_batches(sequences, count, is_nested=config.task_type is None), EVA_BATCHES))
@@ -149,7 +149,7 @@ def start_from_data(trainer: Trainer, config: Any) -> None:
 
 
 def _sequences(batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """The token sequences of a batch, those of every choice too, without padding."""
+    """Token sequences of a batch, one per choice if any, without padding."""
     tokens = batch["input_ids"].flatten(0, -2)
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten(0, -2)
     for ids, is_token in zip(tokens, mask.bool(), strict=True):
@@ -157,7 +157,7 @@ def _sequences(batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
 
 
 def _batches(sequences: Iterable[Tensor], count: int, *, is_nested: bool) -> Iterator[dict[str, Tensor]]:
-    """Batches of so many sequences, (count, tokens); (count, 1, tokens), one choice each, if a head wants choices."""
+    """Batches of `count` sequences, (count, tokens), or (count, 1, tokens) for a multiple-choice head."""
     iterator = iter(sequences)
     while len(some := list(islice(iterator, count))) == count:
         batch = {
@@ -168,17 +168,17 @@ def _batches(sequences: Iterable[Tensor], count: int, *, is_nested: bool) -> Ite
 
 
 def _inputs_of_tokens(inputs: Any, tokens: Tensor, name: str) -> Tensor:
-    """The inputs of a layer at these tokens (count, 2 or 3), or at all examples, where it sees none, as a pooler."""
+    """Layer inputs at these tokens (count, 2 or 3), or at all examples if it sees no tokens, like a pooler."""
     values: Tensor = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
     return values.contiguous() if values.dim() == 2 else values[tokens[:, 0], tokens[:, -1]]
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Makes the call in the training loop that AdaLoRA needs, and that PEFT leaves to its users.
+    """Makes AdaLoRA's call in the training loop, which PEFT leaves to its users.
 
-    The pattern of ranks stays out of the configuration until the end: with it, PEFT would save every checkpoint in the
-    shapes of its own step, and could not load the best one into the shapes of the last. Singular values that are masked
-    are exactly 0, so a checkpoint in full shapes says the same.
+    The rank pattern stays out of the configuration until the end: with it, PEFT would save each checkpoint in the
+    shapes of its step, and could not load the best one into the final shapes. Masked singular values are exactly 0, so
+    checkpoints in full shapes are equivalent.
     """
 
     def __init__(self) -> None:
@@ -187,7 +187,7 @@ class AdaLoraCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Called before the gradients, which it reads, are zeroed; steps count from 0, as in PEFT's own example.
+        # Called before the gradients, which it reads, are zeroed; steps count from 0, as in PEFT's example.
         tuner = kwargs["model"].base_model
         config = tuner.peft_config[tuner.trainable_adapter_name]
         config.rank_pattern = self._pattern
@@ -196,7 +196,7 @@ class AdaLoraCallback(TrainerCallback):
 
 
 def set_rank_pattern(model: Any) -> None:
-    """Write into the configuration of an AdaLoRA model which singular values are left, so that only they are saved."""
+    """Set AdaLoRA's rank pattern to the nonzero singular values, so that only they are saved."""
     tuner = model.base_model
     tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = {
         name: (values != 0).flatten().tolist() for name, values in tuner.model.named_parameters() if ".lora_E." in name

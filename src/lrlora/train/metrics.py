@@ -1,4 +1,4 @@
-"""The metrics of each task, from scikit-learn and scipy."""
+"""Metrics of each task, from scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LARGEST_EXPONENT = 700
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy, macro-F1, Matthews correlation and log loss of logits (examples, classes).
 
-    The log loss is the model's loss without what a method may add to it, as AdaLoRA does.
+    The log loss excludes terms that a method adds to the model's loss, as AdaLoRA does.
     """
     outputs = logits(prediction)
     labels, predicted = prediction.label_ids, outputs.argmax(-1)
@@ -36,11 +36,11 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Pearson's and Spearman's correlation and the root of the mean squared error of outputs (examples, 1)."""
+    """Pearson and Spearman correlation and root mean squared error of outputs (examples, 1)."""
     targets, predicted = prediction.label_ids, logits(prediction).squeeze(-1)
-    if not np.isfinite(predicted).all():  # scikit-learn would raise an error of its own
+    if not np.isfinite(predicted).all():  # scikit-learn would raise
         return dict.fromkeys(("pearson", "spearman", "rmse"), math.nan)
-    # A correlation with a constant is undefined: no information is counted as none.
+    # The correlation with a constant is undefined; report 0.
     is_constant = np.ptp(predicted) == 0 or np.ptp(targets) == 0
     return {
         "pearson": 0.0 if is_constant else float(pearsonr(targets, predicted).statistic),
@@ -52,8 +52,8 @@ def regression_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy of logits (examples, choices).
 
-    Of log-likelihoods, beside which they come per character of a choice, also `accuracy_norm`: of the choice that is
-    likeliest for its length, as lm-evaluation-harness counts `acc_norm`.
+    For log-likelihoods, which come with values per character, also `accuracy_norm`: length-normalized accuracy,
+    `acc_norm` of lm-evaluation-harness.
     """
     labels: Any = prediction.label_ids
     outputs: Any = prediction.predictions
@@ -64,9 +64,9 @@ def choice_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def plain_metrics(values: dict[str, float]) -> dict[str, float]:
-    """The metrics of an evaluation under their own names, without its timings.
+    """Metrics of an evaluation without their prefix and timings.
 
-    The perplexity is the exponential of the mean loss of a token. It is left out where that overflows.
+    The perplexity is the exponential of the mean token loss, omitted on overflow.
     """
     left_out = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "model_preparation_time")
     metrics = {name.removeprefix("eval_"): value for name, value in values.items() if name.startswith("eval_")}
@@ -77,6 +77,6 @@ def plain_metrics(values: dict[str, float]) -> dict[str, float]:
 
 
 def logits(prediction: EvalPrediction | PredictionOutput) -> NDArray[np.float64]:
-    """The model's main output, float64."""
+    """Main output of the model, float64."""
     outputs = prediction.predictions
     return np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float64)

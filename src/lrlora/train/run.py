@@ -1,7 +1,7 @@
-"""`train`: fine-tune a user's own model on their own data.
+"""`train`: fine-tune a model on user data.
 
-A run is four steps: its inputs are loaded (`Inputs.read`), the Trainer is prepared and all is told and checked
-(`_prepare`), it is fitted (`_fit`), and finished: saved, with ranks, card and metrics (`_finish`).
+A run has four steps: load the inputs (`Inputs.read`), prepare the Trainer with all checks and messages (`_prepare`),
+train (`_fit`), and save results with ranks, card and metrics (`_finish`).
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ from .unknown_settings import require_settings
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
-    """Training was stopped from outside (Ctrl-C, SIGTERM), after a checkpoint was written."""
+    """Training was stopped externally (Ctrl-C, SIGTERM), after saving a checkpoint."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run gives.
+    """Result of a finished run.
 
     Attributes:
-        output: the folder with adapter, tokenizer, metrics and rank history.
-        metrics: of the best checkpoint on the validation split.
-        log_history: the Trainer's, with losses, metrics and mean learned ranks by step.
+        output: folder with adapter, tokenizer, metrics and rank history.
+        metrics: validation metrics of the best checkpoint.
+        log_history: the Trainer's log with losses, metrics and mean learned ranks by step.
         model: the trained model.
         is_first: whether this is the first of the processes that train together, which writes and tells.
         seconds_per_step: mean time of a training step; on a CPU processor time.
@@ -95,23 +95,23 @@ def train(
     overwrite: bool = False,
     announce: Announce = print,
 ) -> TrainResult:
-    """Fine-tune a model on data; everything that goes with it lands in `config.output`.
+    """Fine-tune a model on data; writes all results to `config.output`.
 
-    Data, settings and the fit of task and model are checked before the model is loaded. Ctrl-C or SIGTERM writes a
-    checkpoint first; a second one stops at once.
+    Data, settings and the fit of task and model are checked before the model is loaded. Ctrl-C or SIGTERM saves a
+    checkpoint first; a second one stops immediately.
 
     Args:
         config: the run.
-        resume: go on from the last checkpoint in the output folder, which must be of the same run.
+        resume: continue from the last checkpoint in the output folder, of the same run.
         overwrite: replace the run in the output folder.
-        announce: is given the plan and what is being done, line by line.
+        announce: receives the plan and progress messages, line by line.
 
     Raises:
         BlockingIOError: another process trains in the output folder.
         FileExistsError: the output folder is in use.
         FileNotFoundError: model or data is missing.
-        ValueError: the data or a setting cannot be used.
-        Interrupted: the run was stopped; the message says how to resume it.
+        ValueError: the data or a setting is invalid.
+        Interrupted: the run was stopped; the message explains how to resume it.
 
     """
     with only_writer(config.output):
@@ -134,7 +134,7 @@ def _train(
     record = record_of(config, inputs, arguments, began.run_id if began else uuid4().hex)
     last = _last_checkpoint(output, trainer, record, announce) if resume else None
     trainer.add_callback(KeepRecord(record))
-    # Only now, when all is known to work in every process, is anything on disk touched.
+    # Modify files only after all checks have passed in every process.
     _wait_for_all(arguments)
     if arguments.process_index == 0:
         _make_folder(output, overwrite, None if resume else record)
@@ -152,25 +152,26 @@ def _train(
 
 
 def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce = print) -> None:
-    """Say what `train` would do, with an example as the model reads it; nothing is trained or written.
+    """Print what `train` would do, with an example as the model reads it; does not train or write.
 
     Raises:
         FileNotFoundError: model or data is missing.
-        ValueError: the data or a setting cannot be used.
+        ValueError: the data or a setting is invalid.
 
     """
     _require_startable(config, resume=resume, overwrite=not resume)
-    with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer makes its output folder at once
+    with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer creates its output folder immediately
         _prepare(replace(config, output=elsewhere), None, _in_first_process(announce), [])
 
 
 def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Check all of a run that can be checked before data and model are loaded.
+    """Run all checks that need neither data nor model.
 
     Raises:
         FileExistsError: the output folder is in use, or its run is finished.
-        FileNotFoundError: there is no run to resume, no model folder, or no data file.
-        ValueError: the run to resume had other settings, or is to be replaced too, or its method cannot resume.
+        FileNotFoundError: the run to resume, model folder, or data file is missing.
+        ValueError: settings differ from the run to resume, both resume and overwrite are given, or the method cannot
+            resume.
 
     """
     output = Path(config.output)
@@ -178,7 +179,7 @@ def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: 
         raise ValueError(
             f"--resume goes on with the run in {output}, and --overwrite would delete it. Leave one of them out."
         )
-    # A process that was killed at its very start has left no more than a temporary file; the lock may be here too.
+    # A process killed at startup leaves only a temporary file; the lock may exist, too.
     is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
     if resume:
         read_run(output)
@@ -191,7 +192,7 @@ def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: 
                 f"The run in {output} is finished: there is nothing to resume. To train it further, in a new run: "
                 f"lrlora train --start-from {output} --output NEW, with --steps, --data or what else is to change."
             )
-        read_history(output / HISTORY_FILE)  # which is gone on with
+        read_history(output / HISTORY_FILE)  # continued when resuming
     elif is_used and not (overwrite and (output / RUN_FILE).exists()):
         hint = (
             "replace it with --overwrite, or go on with --resume"
@@ -208,7 +209,7 @@ def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: 
 
 
 def _require_start(config: TrainConfig) -> None:
-    """Raise a ValueError unless the run to start from is finished, and of the same model, task, method and adapter."""
+    """Raise ValueError unless the run to start from is finished, with the same model, task, method and adapter."""
     start, _ = read_run(Path(str(config.start_from)))
     if not (Path(start.output) / METRICS_FILE).exists():
         raise ValueError(f"The run in {start.output} is not finished: resume it with lrlora train --resume.")
@@ -222,15 +223,14 @@ def _require_start(config: TrainConfig) -> None:
 def _prepare(
     config: TrainConfig, began: RunRecord | None, announce: Announce, callbacks: list[TrainerCallback]
 ) -> tuple[Trainer, Inputs]:
-    """The Trainer of a run, all checked and told."""
+    """Create and check the Trainer of a run."""
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, [f.name for f in fields(config)], config.task, config.method)
     check_sharding(config)
     inputs = Inputs.read(config)
     examples_per_step = None
     if began is not None:
-        # A resumed run may have another number of processes, and must go on with the same examples in every step, and
-        # with the same loss.
+        # A resumed run may have another number of processes, but must keep the examples per step and the loss.
         examples_per_step, inputs = began.examples_per_step, replace(inputs, loss_on=began.loss_on)
     arguments = training_arguments(config, inputs.kind, inputs.rows, inputs.max_length, examples_per_step)
     require_tokens(config.adapter_fields, inputs.kind)
@@ -249,7 +249,7 @@ def _prepare(
 
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
-    """The model to train, and the configuration of its adapter, if it has one."""
+    """Model to train, and its adapter configuration, if any."""
     adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter_fields)
     if adapter is None or inputs.kind.has_head:
         load_in_every_process()
@@ -258,7 +258,7 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
     model, new = load_model(source, config, inputs.data.labels, inputs.processor)
     if adapter is None:
         return model, None
-    # What starts at random is saved with the adapter, or a model that it is put on later would have another.
+    # Save randomly initialized modules with the adapter, or a reloaded model would have different ones.
     adapter.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *new])) or None
     if config.start_from is not None:
         with readable(config.start_from, ADAPTER_EXPECTED):
@@ -267,7 +267,7 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
 
 
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
-    # A step's end is the clock's first, and what the ranks' record costs is no part of the step.
+    # The clock comes first at a step's end, so that it excludes the cost of rank records.
     callbacks: list[TrainerCallback] = [clock]
     if METHODS[config.method].has_ranks:
         callbacks.append(RankCallback(every=config.rank_every))
@@ -280,7 +280,7 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
 
 
 def _last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce: Announce) -> Path | None:
-    """Where the run goes on from, which is as it was; None: from its start."""
+    """Validated checkpoint to resume from; None: from the start."""
     last = last_whole_checkpoint(output)
     if last is not None:
         require_same_sharding(last, trainer)
@@ -304,7 +304,7 @@ def _fit(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announ
 def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> None:
     folder = output.resolve()  # it may be a link
     if overwrite and output.exists():
-        # Under another name first: whenever this process is killed, there is no half of the old run.
+        # Rename first: if the process is killed, no partial old run remains.
         old = folder.with_name(f".{folder.name}-{os.getpid()}.partial")
         folder.rename(old)
         shutil.rmtree(old)
@@ -315,7 +315,7 @@ def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> Non
 
 
 def _in_first_process(announce: Announce) -> Announce:
-    """What tells, of several processes in the first alone; as their launcher numbers them, before they are joined."""
+    """Restrict messages to rank 0, as numbered by the launcher before the processes join."""
     return announce if os.environ.get("RANK", "0") == "0" else lambda line: None
 
 
@@ -325,7 +325,7 @@ def _wait_for_all(arguments: TrainingArguments) -> None:
 
 
 def resume_hint(output: Path) -> str:
-    """How to go on with the run in a folder."""
+    """How to resume the run in a folder."""
     return f"Go on with: lrlora train --resume {output}"
 
 
@@ -344,7 +344,7 @@ def _finish(
     result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step, examples)
     if config.method == "adalora":
         set_rank_pattern(model)
-    # Of a sharded model, all processes gather it together.
+    # Gathering a sharded model requires all processes.
     state = trained_parameters(model) if is_sharded(model) else None
     report = rank_report(model) if METHODS[config.method].has_ranks and (result.is_first or state is not None) else None
     if not result.is_first:
@@ -356,13 +356,13 @@ def _finish(
         model.save_pretrained(partial, state_dict=state)
         inputs.untouched.save_pretrained(partial)
         if inputs.kind.has_head and config.method != "full":
-            model.get_base_model().config.save_pretrained(partial)  # it knows the classes
+            model.get_base_model().config.save_pretrained(partial)  # contains the class names
     write_json(output / LOG_FILE, [dict(filter(_is_storable, entry.items())) for entry in result.log_history])
     if METHODS[config.method].config is LrLoraConfig:
-        _save_plain_lora(output, announce)  # before the card, which tells of it
+        _save_plain_lora(output, announce)  # before the card, which mentions it
     if METHODS[config.method].has_ranks:
         write_card(output, metrics)
-    # Last: a run with metrics is a finished one.
+    # Last: metrics mark a run as finished.
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
@@ -371,22 +371,22 @@ def _finish(
 
 
 def _is_storable(entry: tuple[str, Any]) -> bool:
-    """Whether JSON can hold a value of the log: not what is infinite, as gradients that a loss scaler has skipped."""
+    """Whether JSON can store a log value: infinite gradients, skipped by a loss scaler, cannot be."""
     return not isinstance(entry[1], float) or math.isfinite(entry[1])
 
 
 def _save_plain_lora(output: Path, announce: Announce) -> None:
-    """Put the update beside the adapter as a plain LoRA, for those who have PEFT alone: exact if it is a product."""
-    shutil.rmtree(output / LORA_FOLDER, ignore_errors=True)  # of a process that was killed here
+    """Save the update as a plain LoRA, for use with PEFT alone: exact if it is a product."""
+    shutil.rmtree(output / LORA_FOLDER, ignore_errors=True)  # left by a killed process
     try:
         updates = read_updates(output)
         energy = 1.0 if all(update.is_product for update in updates) else DEFAULT_ENERGY
         save_as_lora(factorize(updates, energy=energy), updates, output / LORA_FOLDER)
-    except ValueError as error:  # not all updates can be one, and the run is done
+    except ValueError as error:  # not every update can be a LoRA, and the run is done
         announce(f"There is no plain LoRA beside the adapter. {error}")
 
 
 def rank_report_of(output: Path) -> RankReport | None:
-    """The learned ranks of a finished run, if its method has them."""
+    """Learned ranks of a finished run, or None."""
     path = output / REPORT_FILE
     return RankReport.from_json(path) if path.exists() else None

@@ -1,4 +1,4 @@
-"""What a run is made from, written down with it and in its checkpoints, so that it goes on with nothing else."""
+"""Fingerprints of a run's inputs, saved with it and its checkpoints, so that it resumes with the same inputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..files import write_json
 from ..run_folder import RECORD_FILE, RunRecord, read_record, resumed_from
 
 _ADAPTER_CONFIG = "adapter_config.json"
-# Fields of a record, beside its settings and fingerprints, that follow from what a run is made from.
+# Record fields, besides settings and fingerprints, that depend on the inputs.
 _NAMES = {
     "labels": "the classes of the data",
     "max_length": "the length at which examples are cut",
@@ -34,7 +34,7 @@ _NAMES = {
 
 
 def fingerprints(splits: Mapping[str, Dataset], processor: Any, source: str, start: str | None) -> dict[str, str]:
-    """Hashes of what a run is made from, by what to call it: of content alone, and the same on every machine."""
+    """Hashes of a run's inputs, by display name: of content only, and machine-independent."""
     started = None if start is None else [fingerprint.of_model(start), fingerprint.of_adapter(Path(start))]
     return {
         "the training data": _of_data(splits["train"]),
@@ -56,7 +56,7 @@ def _of_data(data: Dataset) -> str:
 
 
 def _of_image(cell: dict[str, Any]) -> str:
-    """Of an image that is not decoded: its file may have moved."""
+    """Hash an undecoded image, whose file may have moved."""
     content = Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
     return hashlib.sha256(content).hexdigest()
 
@@ -68,16 +68,16 @@ def _of_processor(processor: Any) -> dict[str, str]:
 
 
 def _of_tokenizer(tokenizer: Any) -> str:
-    """Of what makes tokens of a text; the chat template is a field of the record of its own."""
+    """Hash everything that affects tokenization; the chat template is a separate record field."""
     tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     sides = (tokenizer.padding_side, tokenizer.truncation_side)
     return fingerprint.digest([tokens, tokenizer.special_tokens_map, sides, tokenizer.model_max_length])
 
 
 class KeepRecord(TrainerCallback):
-    """Puts the record of the run into every checkpoint, with the hash of the adapter's configuration there.
+    """Saves the run's record in every checkpoint, with the hash of its adapter configuration.
 
-    And the steps at which things are done follow from the settings, whatever a checkpoint says that is gone on from.
+    Also recomputes the step intervals from the settings, overriding a resumed checkpoint's.
     """
 
     def __init__(self, record: RunRecord) -> None:
@@ -95,18 +95,18 @@ class KeepRecord(TrainerCallback):
 
 
 def require_same_run(output: Path, last: Path | None, now: RunRecord) -> str | None:
-    """Compare a run that is to be resumed with what it was; what was not recorded is not compared.
+    """Check that a resumed run is unchanged; values that were not recorded are not compared.
 
     Args:
         output: its folder.
-        last: the checkpoint that it goes on from.
-        now: its record, made anew.
+        last: checkpoint to resume from.
+        now: new record.
 
     Returns:
-        A warning, if versions are others.
+        A warning if versions differ.
 
     Raises:
-        ValueError: it would go on with something else; the message names each thing.
+        ValueError: its inputs have changed; the message names each one.
 
     """
     began = read_record(output)
@@ -134,7 +134,7 @@ def require_same_run(output: Path, last: Path | None, now: RunRecord) -> str | N
 
 
 def _with_adapter(record: RunRecord, checkpoint: Path) -> RunRecord:
-    """The record with the hash of the adapter's configuration in a checkpoint, of which training takes the weights."""
+    """Record with the hash of the checkpoint's adapter configuration; training loads its weights."""
     path = checkpoint / _ADAPTER_CONFIG
     if not path.exists():
         return record

@@ -1,4 +1,4 @@
-"""What a training run is: its configuration, from Python, a YAML file or the command line."""
+"""Configuration of a training run, from Python, YAML or the command line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..files import readable
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
 from ..sizes import parse_size
 
-FROM_TRAIN = "train"  # as `validation`: a part of training, even where there is a split for it
-# Settings of a run → the fields of TrainingArguments that they are.
+FROM_TRAIN = "train"  # value of `validation`: split training data even if a validation split exists
+# Run setting → field of TrainingArguments.
 ARGUMENTS = {
     "learning_rate": "learning_rate",
     "epochs": "num_train_epochs",
@@ -25,9 +25,9 @@ ARGUMENTS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. What is None is chosen from task, method and data, and printed before the start.
+    """Configuration of a training run. Values of None are derived from task, method and data, and printed.
 
-    The command line has an option for each of them, a YAML file a key, both of the same name.
+    Every field is also a command-line option and a YAML key of the same name.
 
     Args:
         model: model on the hub, local folder, or embedded:NAME (see `lrlora inputs`).
@@ -114,7 +114,7 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from .methods import METHODS  # only here: `lrlora train --help` shows the settings without torch
+        from .methods import METHODS  # lazy, so that `lrlora train --help` does not import torch
         from .tasks import KINDS
 
         for name in ("adapter", "training", "columns"):
@@ -165,23 +165,23 @@ class TrainConfig:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The fields of TrainingArguments that are given, under either name."""
+        """Given fields of TrainingArguments, under either name."""
         given = {field_name: getattr(self, name) for name, field_name in ARGUMENTS.items()}
         return self.training | {name: value for name, value in given.items() if value is not None}
 
     @property
     def adapter_fields(self) -> dict[str, Any]:
-        """The fields of the PEFT configuration that are given, under either name."""
+        """Given fields of the PEFT configuration, under either name."""
         names = _of_adapter(self.method).items()
         given = {field_name: getattr(self, name) for name, field_name in names if field_name}
         return self.adapter | {name: value for name, value in given.items() if value is not None}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
-        """From plain values, as they stand in a file.
+        """Create from plain values, as in a file.
 
         Raises:
-            ValueError: a key is unknown or missing, or a value is wrong; the message names the nearest known key.
+            ValueError: a key is unknown or missing, or a value is invalid; the message names the nearest known key.
 
         """
         known = [f.name for f in fields(cls)]
@@ -212,7 +212,7 @@ def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], p
 
 
 def _of_adapter(method: str | None) -> dict[str, str | None]:
-    """Settings of a run → the fields of the PEFT configuration that they are; None where a method has none."""
+    """Run setting → field of the PEFT configuration; None if the method has none."""
     from .methods import METHODS
 
     known = METHODS.get(str(method))
@@ -221,9 +221,9 @@ def _of_adapter(method: str | None) -> dict[str, str | None]:
 
 
 def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a file or the command line has them, each under the name that a run has for it.
+    """Rename settings from a file or the command line to the run's names.
 
-    So what one of them says stands in for what the other says, whichever name was used.
+    A setting then overrides another under either name.
     """
     short = dict(settings)
     places = {name: ("training", other) for name, other in ARGUMENTS.items()}
@@ -231,7 +231,7 @@ def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, (place, other) in places.items():
         is_there = isinstance(short.get(place), Mapping) and other in short[place]
         if name == "targets" and is_there and not isinstance(short[place][other], str):
-            continue  # a list, as PEFT takes it
+            continue  # a list, as in PEFT
         if short.get(name) is None and is_there:
             short[name] = short[place][other]
             short[place] = {key: value for key, value in short[place].items() if key != other}
@@ -239,11 +239,11 @@ def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, or not keys and values.
+        FileNotFoundError: no such file.
+        ValueError: it is not YAML, or not a mapping.
 
     """
     if not path.is_file():
@@ -255,7 +255,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
-    """`name=value` → {name: value}, the value read as YAML: numbers, true, lists.
+    """`name=value` → {name: value}, the value parsed as YAML: numbers, true, lists.
 
     Raises:
         ValueError: there is no `=`.
@@ -281,16 +281,16 @@ def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
 
 
 def _parse(text: str, where: str) -> Any:
-    """YAML, in which 1e-4 is a number and `no` is a word, as they are everywhere else."""
+    """Parse YAML, with 1e-4 as a number and `no` as a word."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, *arguments: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # a few lines of aliases of aliases are gigabytes when looked at
+            if self.check_event(yaml.AliasEvent):  # nested aliases expand to gigabytes
                 raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
             return super().compose_node(*arguments)
 
-    # YAML 1.1 takes no, off, yes and on for truth values.
+    # YAML 1.1 reads no, off, yes and on as booleans.
     boolean = "tag:yaml.org,2002:bool"
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in known if tag != boolean]
@@ -309,10 +309,10 @@ def _parse(text: str, where: str) -> Any:
 
 
 def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
-    """The configuration of the run in an output folder, with that folder as `output`, and what else was recorded.
+    """Configuration of the run in a folder, with that folder as `output`, and its record.
 
     Raises:
-        FileNotFoundError: the folder holds no run.
+        FileNotFoundError: the folder has no run.
         ValueError: the record is damaged.
 
     """

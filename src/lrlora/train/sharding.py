@@ -1,4 +1,4 @@
-"""Runs whose model is sharded over processes by FSDP2 or DeepSpeed's ZeRO, as `accelerate launch` asks for it."""
+"""Runs with a model sharded by FSDP2 or DeepSpeed's ZeRO, as configured with `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .settings import TrainConfig
 
 
 def check_sharding(config: TrainConfig) -> None:
-    """Raise a ValueError if what the run asks for cannot be sharded in the way that is asked for."""
+    """Raise ValueError if the run does not support the requested sharding."""
     fsdp, deepspeed = (_is_asked_for(config.training, name) for name in ("fsdp", "deepspeed"))
-    # What transformers takes by default in `training`, and accelerate on its command line.
+    # Defaults of transformers (in `training`) and of accelerate (on its command line).
     version, state = ("2", "FULL_STATE_DICT") if config.training.get("fsdp") else ("1", "SHARDED_STATE_DICT")
     if fsdp and _fsdp_option(config, "version", version) != "2":
         raise ValueError("lrlora train shards with FSDP2, and was asked for FSDP1. Add --fsdp_version 2.")
@@ -49,7 +49,7 @@ def check_sharding(config: TrainConfig) -> None:
 
 
 def _learns_phi(config: TrainConfig) -> bool:
-    """Whether there are parameters of φ, which have to stay float32 and whole."""
+    """Whether φ has parameters, which must stay float32 and unsharded."""
     form = config.adapter.get("form", LrLoraConfig.form)
     return config.method == "lr-lora" and any(True for _ in LrLoraConfig(form=form).new_phi().parameters())
 
@@ -59,7 +59,7 @@ def _is_asked_for(training: Mapping[str, Any], name: str) -> bool:
 
 
 def _fsdp_option(config: TrainConfig, name: str, default: str) -> str:
-    """An option of FSDP, from the run's own settings or what `accelerate launch` put into the environment."""
+    """FSDP option, from the run's settings or the environment set by `accelerate launch`."""
     if not config.training.get("fsdp"):
         return os.environ.get(f"FSDP_{name.upper()}", default)
     options = config.training.get("fsdp_config") or {}
@@ -69,20 +69,20 @@ def _fsdp_option(config: TrainConfig, name: str, default: str) -> str:
 
 
 def load_in_every_process() -> None:
-    """Have every process read the weights, and not the first alone, which the others wait for with weights on "meta".
+    """Load the weights in every process instead of only the first, with the others on "meta".
 
-    accelerate tells the optimizer's parameters by their addresses, and new heads there would all have the same.
+    accelerate identifies the optimizer's parameters by address, and new heads on "meta" would share one.
     """
     if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def prepare_sharding(trainer: Trainer) -> None:
-    """Set right what FSDP2 would do wrong; nothing without it."""
+    """Fix FSDP2 defaults; no-op without FSDP2."""
     if not trainer.is_fsdp_enabled:
         return
     trainer.add_callback(_BestCheckpoint())
-    # FSDP2's own mixed precision would make φ bfloat16 too: autocast does it, as in a single process.
+    # FSDP2's mixed precision would cast φ to bfloat16, too; use autocast, as in a single process.
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = None
@@ -90,7 +90,7 @@ def prepare_sharding(trainer: Trainer) -> None:
 
 
 class _BestCheckpoint(TrainerCallback):
-    """Names the best checkpoint by its step: of a sharded one, the Trainer looks for the folder before it is there."""
+    """Sets the best checkpoint by step: for a sharded one, the Trainer checks before its folder exists."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
@@ -101,7 +101,7 @@ class _BestCheckpoint(TrainerCallback):
 
 
 def require_same_sharding(checkpoint: Path, trainer: Trainer) -> None:
-    """Raise a ValueError if a checkpoint is of a run sharded in another way or, by DeepSpeed, in another number."""
+    """Raise ValueError if a checkpoint's sharding or, with DeepSpeed, number of processes differs."""
     names = [path.name for path in checkpoint.iterdir()]
     was = "without sharding"
     if any(name.startswith("pytorch_model_fsdp") for name in names):

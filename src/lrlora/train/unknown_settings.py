@@ -1,4 +1,4 @@
-"""Where a setting belongs: to the run, to the Trainer's arguments, or to the adapter's configuration."""
+"""Namespace of a setting: the run, the Trainer's arguments, or the adapter configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .methods import METHODS
 from .settings import ARGUMENTS
 from .tasks import KINDS
 
-# Names of others for settings of a run.
+# Other libraries' names for run settings.
 _ALIASES = {name: setting for setting, name in ARGUMENTS.items()} | {
     "r": "rank",
     "lora_alpha": "alpha",
@@ -22,14 +22,14 @@ _ALIASES = {name: setting for setting, name in ARGUMENTS.items()} | {
 
 
 def require_settings(given: Iterable[str], place: str, settings: Iterable[str], task: str, method: str) -> None:
-    """Raise a ValueError for a setting that is unknown: it says where it belongs, or names the nearest of all.
+    """Raise ValueError for an unknown setting, with its correct place or the nearest known name.
 
     Args:
         given: names of settings.
         place: "run", "training" or "adapter", where they were given.
-        settings: of a run.
-        task: of the run, which decides the class of the Trainer's arguments.
-        method: of the run, which decides the class of the adapter's configuration.
+        settings: settings of a run.
+        task: task, which determines the class of the Trainer's arguments.
+        method: method, which determines the class of the adapter configuration.
 
     """
     known = {"run": list(settings), **_fields(task, method)}
@@ -46,7 +46,7 @@ def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> Valu
     }
 
     def home(found: str) -> str:
-        """Where a known name belongs; here, if there is one of that name."""
+        """Location of a known name, preferring this place."""
         there = next(each for each in (place, *known) if found in known[each])
         what, how = homes[there]
         how = how.format(name=found, flag=found.replace("_", "-"))
@@ -64,7 +64,7 @@ def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> Valu
 
 
 def _fields(task: str, method: str) -> dict[str, list[str]]:
-    """Place → the names that are known there."""
+    """Place → known names."""
     arguments = KINDS[task if task in KINDS else "classify"].arguments_class()
     adapter = METHODS[method if method in METHODS else "lr-lora"].config
     return {

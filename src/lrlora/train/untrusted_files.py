@@ -1,7 +1,7 @@
-"""What is looked for in a file of data before its reader gets it, which a hostile one would crash or fill the disk.
+"""Checks of data files before loading, against crashes and full disks caused by malicious files.
 
-`datasets` unpacks what is packed, whatever it is called and however large that becomes. Its reader of JSON calls itself
-for every level of brackets, and some ten thousand are too much for the stack: the process dies.
+`datasets` extracts archives, whatever their names and sizes. Its JSON reader recurses at every level of brackets, and
+some ten thousand levels overflow the stack and kill the process.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from datasets.utils.extract import Extractor
 
 from ..files import DEEPEST, nesting
 
-# Between two rows, in valid JSON: nowhere else can a line begin with an object that no comma parts from another.
+# Boundary of two rows: in valid JSON, only a new row starts a line with an object that no comma precedes.
 _NEXT_ROW = re.compile(rb"\}\r?\n\{")
-_BLOCK = 2**16  # which stays in the processor's cache
-# Of opening brackets one in so many is looked at. Rows of more are rare, and twice as many levels do no harm.
+_BLOCK = 2**16  # fits in the processor's cache
+# Sampling stride of opening brackets. Rows with more are rare, and twice as many levels are harmless.
 _STRIDE = 2000
 
 
 def require_harmless(data: Path) -> None:
-    """Raise a ValueError if a file of data, or one in a folder, is packed, or is JSON that is nested too deeply.
+    """Raise ValueError if a data file, or one in a folder, is an archive or deeply nested JSON.
 
-    It costs a few percent of the time in which `datasets` reads the files.
+    Adds a few percent to the loading time of `datasets`.
     """
     for file in (data, *data.rglob("*")):
         if not file.is_file():
@@ -34,15 +34,15 @@ def require_harmless(data: Path) -> None:
             raise ValueError(f"{file} is packed ({kind}), and what is in it may have any size. Put it there unpacked.")
         if "json" in file.suffix and file.stat().st_size:
             with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                # An array goes through a parser with a bound of its own.
+                # Arrays use a parser with its own limit.
                 if text[:1] != b"[":
                     _require_flat(text, file)
 
 
 def _require_flat(text: mmap.mmap, file: Path) -> None:
-    """Raise a ValueError unless the rows have few brackets, or these are not nested deeply.
+    """Raise ValueError unless rows have few brackets or shallow nesting.
 
-    Brackets within strings are counted too, and only a row with many is looked at in earnest.
+    Also counts brackets in strings, and checks only rows with many brackets exactly.
     """
     seen = row = before = 0
     for start in range(0, len(text), _BLOCK):
@@ -51,7 +51,7 @@ def _require_flat(text: mmap.mmap, file: Path) -> None:
         first, count = -seen % _STRIDE, int(np.count_nonzero(is_bracket))
         seen += count
         if first >= count:
-            continue  # to find places costs more than to count them
+            continue  # locating brackets is slower than counting them
         for place in (start + np.flatnonzero(is_bracket)[first::_STRIDE]).tolist():
             if found := _NEXT_ROW.search(text, before, place):
                 row = found.end() - 1

@@ -1,4 +1,4 @@
-"""LR-LoRA as a PEFT method. Importing this package registers it, so that PEFT can train, save and load it."""
+"""LR-LoRA as a PEFT method. Importing this package registers it with PEFT."""
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -6,7 +6,7 @@ from peft.utils import register_peft_method
 
 
 def _add_peft_type(name: str) -> None:
-    """Add a member to PEFT's enum of methods: the registry takes nothing else, and code reads its `.value`."""
+    """Add a member to the `PeftType` enum: PEFT's registry accepts only members and reads `.value`."""
     if name in PeftType.__members__:
         return
     member = str.__new__(PeftType, name)

@@ -1,4 +1,4 @@
-"""`LrLoraConfig`: PEFT's LoRA fields under PEFT's names, plus those that shape φ."""
+"""`LrLoraConfig`: PEFT's LoRA fields, with the same names, and the fields of φ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..ops.phi import FORMS, TransferSpec
 from ..ops.transfer import Transfer
 
 FORMAT_VERSION = 1
-EXPANSION = "expansion"  # the form that has signs in the place of φ
+EXPANSION = "expansion"  # the form with fixed signs in place of φ
 SHARING = ("module", "global")
 _REMEDIES = {
     "init_lora_weights": "use `init_weights`",
@@ -24,7 +24,7 @@ _REMEDIES = {
     "lora_bias": "remove it, or train the layers' own biases with `bias='lora_only'`",
 }
 
-# What `LrLoraConfig.paper` sets.
+# Values set by `LrLoraConfig.paper`.
 PUBLISHED = {
     "form": "sinc",
     "num_basis": 50,
@@ -55,38 +55,38 @@ class LrLoraConfig(PeftConfig):
     Args:
         r: rank of the product BA, ≥ 1. The rank of ΔW is learned and may exceed it.
         lora_alpha: α; the scaling s is α/r, or α/√r with `use_rslora`.
-        lora_dropout: probability of dropout on the adapter's input. Anything above 0 takes the slow path in
-            training: a second matmul per layer.
-        use_rslora: rank-stabilised scaling.
-        bias: which biases of the base model are trained: "none", "all", or "lora_only" (those of adapted layers).
-        target_modules: names or regular expression of the modules to adapt, or "all-linear". Default: PEFT's choice
-            for LoRA on this architecture.
-        exclude_modules: names or regular expression of modules to leave alone.
-        layers_to_transform: indices of the layers to adapt (needs `target_modules` as a list).
-        layers_pattern: name of the `nn.ModuleList` these indices refer to.
-        rank_pattern: module name or regular expression → r, where it differs.
-        alpha_pattern: module name or regular expression → α, where it differs.
+        lora_dropout: dropout probability on the adapter's input. Values above 0 use a slower training path: a second
+            matmul per layer.
+        use_rslora: use rank-stabilized scaling.
+        bias: biases of the base model to train: "none", "all", or "lora_only" (those of adapted layers).
+        target_modules: names or regular expression of the modules to adapt, or "all-linear". Default: PEFT's choice for
+            LoRA on this architecture.
+        exclude_modules: names or regular expression of the modules to exclude.
+        layers_to_transform: indices of the layers to adapt (requires `target_modules` as a list).
+        layers_pattern: name of the `nn.ModuleList` that these indices refer to.
+        rank_pattern: module name or regular expression → r, overriding `r`.
+        alpha_pattern: module name or regular expression → α, overriding `lora_alpha`.
         modules_to_save: modules trained in full and saved with the adapter, such as a new classification head.
-        target_parameters: names of parameters to adapt that no layer holds as its weight, such as the stacked experts
-            of a mixture, (experts, m, n).
-        trainable_token_indices: tokens of the embedding that are trained in full, or layer name → tokens.
-        fan_in_fan_out: kept for PEFT's sake; whether a weight is stored transposed is read off the layer.
-        init_weights: True starts at ΔW = 0. False starts B at random, for debugging.
-        num_basis: N ≥ 2, sinc terms of φ.
+        target_parameters: names of parameters to adapt that are not a layer's weight, such as the stacked experts of a
+            mixture, (experts, m, n).
+        trainable_token_indices: token ids of the embedding to train in full, or layer name → token ids.
+        fan_in_fan_out: accepted for PEFT compatibility; the layer type determines whether a weight is transposed.
+        init_weights: True starts at ΔW = 0. False initializes B randomly, for debugging.
+        num_basis: N ≥ 2, number of sinc terms of φ.
         interval: I > 0, half-width of the grid of φ.
-        input_gain: g > 0, what scales the entries of BA to the structure of φ.
-        form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.ops.phi`). Or "expansion", fixed signs
-            that multiply BA in the place of φ (see `lrlora.ops.expansion`).
-        num_terms: Q ≥ 1, terms of the expansion: ΔW has a rank of up to r·Q.
-        pattern_seed: of the expansion's random signs.
+        input_gain: g > 0, scales the entries of BA to the structure of φ.
+        form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.ops.phi`). Or "expansion", fixed signs that
+            multiply BA in place of φ (see `lrlora.ops.expansion`).
+        num_terms: Q ≥ 1, terms of the expansion; the rank of ΔW is at most r·Q.
+        pattern_seed: seed of the expansion's random signs.
         sharing: one φ per "module", or one "global" φ.
-        phi_lr_multiplier: > 0, how much faster than A and B the parameters of φ learn. At LoRA's learning rates, 1
-            leaves φ straight and the rank at r; 10 lets both move.
-        format_version: version of the saved format; written by lrlora, not to be set.
+        phi_lr_multiplier: > 0, learning rate of φ relative to A and B. At LoRA's learning rates, 1 leaves φ straight
+            and the rank at r; 10 lets both move.
+        format_version: version of the saved format; set by lrlora.
 
     Raises:
-        ValueError: a value is out of range, or a field that only `peft.LoraConfig` has is given; the message names
-            the field, the value and what to do.
+        ValueError: a value is out of range, or a field exists only in `peft.LoraConfig`. The message names the field,
+            the value and the remedy.
 
     Examples:
         >>> from lrlora import LrLoraConfig
@@ -127,7 +127,7 @@ class LrLoraConfig(PeftConfig):
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
-        """Refuse LoRA-only fields with a remedy, where the generated `__init__` would only call them unexpected."""
+        """Reject LoRA-only fields with a remedy; the generated `__init__` would only call them unexpected."""
         lora_only = {f.name for f in fields(LoraConfig)} - {f.name for f in fields(cls)}
         given = sorted(lora_only & kwargs.keys())
         if given:
@@ -137,19 +137,19 @@ class LrLoraConfig(PeftConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> LrLoraConfig:
-        """The published method (arXiv:2606.04325), as far as it is known: N = 50, I = 3, a φ of its own per module.
+        """Configuration of the published method (arXiv:2606.04325): N = 50, I = 3, one φ per module.
 
-        The paper's are φ as a plain sum of 50 sincs with nothing beside it, N, I, one φ per module, α/r outside φ, and
-        an update of zero at the start. That BA enters φ unscaled, and that φ learns at the rate of A and B, we take
-        from another implementation of the paper. Ours is the start of φ: with all amplitudes at zero, and B at zero,
-        nothing would get a gradient, so they start where φ(z) ≈ z and the first step is nearly LoRA's. Ours is also
-        that bandwidths start at the spacing of the centres (ω = π/h), and stay below twice that.
+        From the paper: φ as a plain sum of 50 sincs, N, I, one φ per module, α/r outside φ, and a zero update at the
+        start. From another implementation of the paper: BA enters φ unscaled, and φ learns at the rate of A and B.
+        Specific to lrlora: amplitudes start where φ(z) ≈ z, because with zero amplitudes and B = 0 nothing would
+        receive a gradient, and the first step is nearly LoRA's; bandwidths start at the spacing of the centers (ω =
+        π/h) and stay below twice that.
 
         Args:
-            overrides: any field; it wins over the published value.
+            overrides: fields that override the published values.
 
         Raises:
-            ValueError: as the class does.
+            ValueError: see the class.
 
         """
         return cls(**{**PUBLISHED, **overrides})
@@ -206,14 +206,14 @@ class LrLoraConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and into the model card that PEFT put beside it how to load the adapter."""
+        """Write `adapter_config.json`, and add loading instructions to PEFT's model card."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         if card.exists() and CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
             card.write_text(text.rstrip() + "\n\n" + CARD_SECTION, encoding="utf-8")
 
     def new_phi(self) -> Form:
-        """A φ as this configuration asks for, or the expansion in its place."""
+        """Create the configured φ or expansion."""
         if self.form == EXPANSION:
             return Expansion(self.num_terms, self.pattern_seed)
         return Transfer(TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier))
@@ -233,7 +233,7 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 def require_module_names(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a field of a PEFT configuration that names modules holds something else, as YAML may."""
+    """Raise ValueError if a field that names modules has another type, as can happen with YAML."""
     for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
         names = options.get(name) or ()
         are_names = isinstance(names, (str, list, set, tuple)) and all(isinstance(each, str) for each in names)
@@ -241,5 +241,5 @@ def require_module_names(options: Mapping[str, Any]) -> None:
 
 
 def pattern_of(path: str, paths: Iterable[str]) -> str:
-    """The key of `rank_pattern` for one module of several, which PEFT would else apply to any that ends in its path."""
+    """Key of `rank_pattern` for one module; PEFT matches a plain key with any path that ends in it."""
     return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path

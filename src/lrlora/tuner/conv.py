@@ -1,4 +1,4 @@
-"""The adapter on a convolution."""
+"""Adapter for convolutions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .layer import LrLoraLayer
 
 
 class Conv(LrLoraLayer):
-    """A convolution of 1 to 3 dimensions with W + ΔW; W (m, n/groups, k, …) is flattened to (m, n/groups·k·…)."""
+    """1D to 3D convolution with W + ΔW; W (m, n/groups, k, …) is flattened to (m, n/groups·k·…)."""
 
     plain_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     adds_products = True

@@ -1,4 +1,4 @@
-"""The adapter on an embedding."""
+"""Adapter for embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .layer import LrLoraLayer
 class Embedding(LrLoraLayer):
     """Row i of W + ΔW for token i of an `nn.Embedding` with the weight W (m tokens, n).
 
-    Only the rows that a batch uses are formed: T·n entries for T tokens. Dropout is ignored. Forward: (...) → (..., n).
+    Only the rows in a batch are computed: T·n entries for T tokens. Ignores dropout. Forward: (...) → (..., n).
     """
 
     def _features(self) -> tuple[int, int]:
@@ -25,7 +25,7 @@ class Embedding(LrLoraLayer):
         tokens, padding = x.flatten(), self.base_layer.padding_idx
         delta = phi.delta(A, B, scaling=self.scaling[adapter], gain=self.input_gain[adapter], rows=tokens)
         if padding is not None:
-            delta = torch.where((tokens == padding).unsqueeze(-1), delta.detach(), delta)  # padding is never trained
+            delta = torch.where((tokens == padding).unsqueeze(-1), delta.detach(), delta)  # padding is not trained
         scale = self._get_embed_scale()
         delta = delta if scale is None else delta * scale
         return delta.view(*x.shape, self.out_features)

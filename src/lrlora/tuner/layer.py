@@ -1,4 +1,4 @@
-"""The adapter on one layer: what linear layers, embeddings, convolutions and stacked experts share."""
+"""Base class of the adapters for linear layers, embeddings, convolutions and stacked experts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LrLoraLayer(nn.Module, BaseTunerLayer):
-    """What every adapted layer holds, by adapter name: ΔW = (s/g)·φ(g·BA) for its weight, seen as a matrix (m, n).
+    """State of an adapted layer, by adapter name: ΔW = (s/g)·φ(g·BA) for its weight, as a matrix (m, n).
 
     A is `lrlora_A[adapter].weight` (r, n), B is `lrlora_B[adapter].weight` (m, r), φ is `lrlora_phi[adapter]`. An
-    expansion M has φ's place: ΔW = s·M ∘ BA.
+    expansion M takes the place of φ: ΔW = s·M ∘ BA.
     """
 
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
     other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "lrlora_dropout")
 
-    weight_name = "weight"  # of the base layer's parameter that is adapted
+    weight_name = "weight"  # name of the adapted parameter of the base layer
 
     base_layer: Any
     in_features: int
@@ -62,23 +62,23 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # Set by the model before a merge: another module uses the base weight too (tied embeddings).
         self.shares_weight = False
-        # Until `unmerge`: the weight on the CPU, the parameter itself if it is shared, or a copy of a quantised base
-        # layer. In a tuple, so that it is not registered here as a parameter or module.
+        # Kept until `unmerge`: the weight on the CPU, the parameter itself if shared, or a copy of a quantized base
+        # layer. Stored in a tuple to avoid registration as a parameter or module.
         self._before_merge: tuple[Tensor | nn.Module] | None = None
         self._active_adapter = adapter_name
         self.in_features, self.out_features = self._features()
         self.update_layer(adapter_name, phi, r, alpha, config)
 
     def _features(self) -> tuple[int, int]:
-        """(in_features, out_features) as PEFT counts them."""
+        """(in_features, out_features) in PEFT's convention."""
         raise NotImplementedError
 
     def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
-        """(A, B), not initialised, of the shapes that the kind of layer wants."""
+        """Uninitialized (A, B) with the shapes for this layer type."""
         return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
 
     def update_layer(self, adapter_name: str, phi: Form, r: int, alpha: float, config: LrLoraConfig) -> None:
-        """Add an adapter, or replace the one of this name."""
+        """Add an adapter, or replace it."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
@@ -102,33 +102,33 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of one adapter as trained, in the layout of the base weight, float32 or float64."""
+        """ΔW of an adapter as trained, in the layout of the base weight, float32 or float64."""
         return self._delta(adapter)
 
     def _delta(self, adapter: str) -> Tensor:
-        """ΔW of one adapter in the layout of the base weight, differentiable."""
+        """ΔW of an adapter in the layout of the base weight, differentiable."""
         A, B, phi = self._factors(adapter)
         return self._in_layout(phi.delta(A, B, scaling=self.scaling[adapter], gain=self.input_gain[adapter]))
 
     @torch.no_grad()
     def linear_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(s·B, A), of what plain LoRA would make of the same factors: (..., m, r) and (..., r, n)."""
+        """(s·B, A), the plain-LoRA update of the same factors: (..., m, r) and (..., r, n)."""
         A, B, _ = self._factors(adapter)
         return self.scaling[adapter] * at_least_float32(B), A
 
     @torch.no_grad()
     def thin_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
-        """U (..., m, r·Q) and V (..., r·Q, n) of ΔW = U V, seen as a matrix; None where φ may make it of full rank."""
+        """U (..., m, r·Q) and V (..., r·Q, n) with ΔW = U V (as a matrix); None for φ, which may have full rank."""
         A, B, phi = self._factors(adapter)
         return phi.factors(at_least_float32(A), at_least_float32(B), scaling=self.scaling[adapter])
 
     def get_transfer_input(self, adapter: str) -> Tensor:
-        """Z = g·BA, the entries φ acts on, in the layout of the base weight."""
+        """Z = g·BA, the input of φ, in the layout of the base weight."""
         A, B, _ = self._factors(adapter)
         return self._in_layout(self.input_gain[adapter] * (at_least_float32(B) @ at_least_float32(A)))
 
     def _in_layout(self, matrix: Tensor) -> Tensor:
-        """A matrix (m, n), seen in the layout of the base weight."""
+        """View a matrix (m, n) in the layout of the base weight."""
         return matrix
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, Form]:
@@ -141,35 +141,35 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         return A.weight, B.weight, phi
 
     def adapter_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
-        """A, B and the parameters of φ; nothing if this layer does not have the adapter."""
+        """A, B and the parameters of φ; empty if this layer lacks the adapter."""
         for part in self.adapter_layer_names:
             modules = getattr(self, part)
             if adapter in modules:
-                # `parameters()` looks for submodules too, which is slow enough to be felt at every generated token.
+                # `parameters()` also traverses submodules, a noticeable cost per generated token.
                 yield from (p for p in modules[adapter]._parameters.values() if p is not None)
 
     def _adapter_output(self, x: Tensor, adapter: str) -> Tensor:
-        """X ΔWᵀ, which is added to the base layer's output."""
+        """Compute x ΔWᵀ, to add to the base output."""
         raise NotImplementedError
 
     def _add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        """The base layer's output plus that of an adapter, in the wider of their dtypes."""
+        """Base output plus an adapter's output, in the wider of their dtypes."""
         return result + self.weights[adapter] * self._adapter_output(x, adapter)
 
     def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
-        """X (W + ΔW)ᵀ + b, without a call of the base layer."""
+        """Compute x (W + ΔW)ᵀ + b without the base layer."""
         raise NotImplementedError
 
-    # Kinds of base layers whose forward is known, so that `_fused_output` may stand for it.
+    # Base layer types whose forward `_fused_output` can replace.
     plain_types: tuple[type[nn.Module], ...] = ()
-    # Whether a product of thin factors is added to W too. A linear layer multiplies with them instead.
+    # Whether products of thin factors are also added to W. Linear layers multiply with the factors instead.
     adds_products = False
 
     def _can_fuse(self, x: Tensor, adapters: list[str]) -> bool:
-        """Whether the output may be formed from W + ΔW without calling the base layer.
+        """Whether the output can be computed from W + ΔW without calling the base layer.
 
-        Not so if the base layer does more than its weight says (a subclass, a hook, an offloaded or sharded weight),
-        or if the adapter sees another input than the base layer does (dropout).
+        False if the base layer does more than apply its weight (a subclass, a hook, an offloaded or sharded weight), or
+        if the adapter's input differs from the base layer's (dropout).
         """
         base = self.base_layer
         return (
@@ -187,7 +187,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         )
 
     def _adapters_to_apply(self) -> list[str]:
-        """The adapters that this forward adds to the base weight. As in PEFT, disabling undoes a merge first."""
+        """Active adapters to add in this forward. As in PEFT, disabling adapters unmerges first."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -195,16 +195,16 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.lrlora_A]
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer's output with ΔW of the active adapters, or of one adapter for each sample, added to W.
+        """Run the base layer with W + ΔW of the active adapters, or of one adapter per sample.
 
         Args:
-            x: as for the base layer.
-            adapter_names: an adapter for each sample of the batch, "__base__" for none; default: the active ones.
-            *args: of the base layer.
-            **kwargs: of the base layer.
+            x: input of the base layer.
+            adapter_names: one adapter per sample, "__base__" for none; default: the active ones.
+            *args: passed to the base layer.
+            **kwargs: passed to the base layer.
 
         Returns:
-            In shape and dtype the base layer's output.
+            Same shape and dtype as the base layer's output.
 
         """
         if adapter_names is not None:
@@ -216,7 +216,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(given, *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:
-            # Token ids have no dropout: as in PEFT, an embedding ignores it.
+            # No dropout on token ids: as in PEFT, embeddings ignore it.
             seen = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
             result = self._add_update(result, seen, adapter)
         return result.to(dtype)
@@ -244,14 +244,14 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given adapters (default: the active ones) to the base weight.
 
-        ΔW is added in float32 and the sum rounded to the dtype of the weight once; a quantised weight is dequantised
-        before and quantised again after. What was there before is kept, a plain weight on the CPU, so that `unmerge`
-        restores it to the bit. A weight that another module shares is left to it, and this layer gets one of its own.
-        Non-finite results are refused with `safe_merge`, before the base weight is touched, and warned of without.
+        The sum is computed in float32 and rounded once to the dtype of the weight; a quantized weight is dequantized
+        before and requantized after. The original weight is kept (a plain one on the CPU), so that `unmerge` restores
+        it exactly. A weight shared with another module is left unchanged, and this layer gets its own copy. Non-finite
+        results raise before the base weight changes if `safe_merge`, and warn otherwise.
 
         Raises:
             ValueError: the merged weight would not be finite.
-            NotImplementedError: the base weight is quantised in a way that does not allow it.
+            NotImplementedError: the quantization of the base weight does not support merging.
 
         """
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lrlora_A]
@@ -262,8 +262,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if backend is not None and can_merge:
             quantised = self._before_merge or (copy.deepcopy(base),)
-            # On some CPUs, inference makes bitsandbytes pack 4-bit weights in a layout that dequantising, here and in
-            # PEFT, takes for the usual one. Asking for the state unpacks them.
+            # On some CPUs, bitsandbytes packs 4-bit weights for inference in a layout that dequantization, here and in
+            # PEFT, misreads as the usual one. Requesting the state unpacks them.
             base.state_dict()
         weight: Tensor = self.get_base_weight() if can_merge else torch.empty(())
         if not can_merge or weight.dtype not in _MERGEABLE:
@@ -299,13 +299,13 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
-        """Restore the base weight to the bit."""
+        """Restore the exact base weight."""
         if self._before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         (before,), base = self._before_merge, self.get_base_layer()
         if isinstance(before, nn.Module):
-            # The module itself stays, and with it a bias that is trained: an optimizer may hold it.
+            # Keep the module itself and its trainable bias, which an optimizer may reference.
             bias = getattr(base, "bias", None)
             vars(base).update(vars(before))
             if bias is not None:
@@ -318,7 +318,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` can factorise ΔW: it handles linear layers."""
+        """Whether PEFT's `convert_to_lora` can factorize ΔW (linear layers only)."""
         return False
 
     def extra_repr(self) -> str:
@@ -329,17 +329,17 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
 
 def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
-    """A part of an adapter that accelerate has offloaded, with its weights where it computes.
+    """An offloaded part of an adapter, with its weights on the execution device.
 
     Raises:
-        RuntimeError: the weights are nowhere, or to be trained, and no gradient would reach them.
+        RuntimeError: the weights were never loaded, or are trainable and would get no gradient.
 
     """
     with align_module_device(part):
         onloaded = copy.copy(part)
         onloaded._parameters = dict(part._parameters)
     is_trained = any(parameter.requires_grad for parameter in part.parameters())
-    # An operator that meets a meta tensor returns uninitialised memory.
+    # Custom operators return uninitialized memory for meta tensors.
     if is_trained or any(parameter.is_meta for parameter in onloaded.parameters()):
         raise RuntimeError(
             f"The weights of adapter {adapter!r} are on the meta device: they were never loaded, or were offloaded "
@@ -350,10 +350,10 @@ def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
 
 
 def _as_autocast(x: Tensor) -> Tensor:
-    """The input in the dtype that autocast gives to the base layer's matmul."""
+    """Cast the input to the autocast dtype of the base layer's matmul."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x.dtype, x.device.type) else x
 
 
 def autocasts(dtype: torch.dtype, device: str) -> bool:
-    """Whether autocast is on there, and would cast an input of this dtype."""
+    """Whether autocast is enabled on `device` and casts this dtype."""
     return dtype.is_floating_point and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

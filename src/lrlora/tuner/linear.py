@@ -1,4 +1,4 @@
-"""The adapter on a linear layer, and `cached_weights`, which forms what it multiplies with once."""
+"""Adapter for linear layers, and `cached_weights`, which caches their effective weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .layer import LrLoraLayer, autocasts
 
 
 class Linear(LrLoraLayer):
-    """y = x (W + Σ (s/g)·φ(g·BA))ᵀ + b over the active adapters: `nn.Linear`, quantised ones, transformers' `Conv1D`.
+    """y = x (W + Σ (s/g)·φ(g·BA))ᵀ + b over the active adapters: `nn.Linear`, quantized ones, transformers' `Conv1D`.
 
     Forward: (..., n) → (..., m).
     """
 
     plain_types = (nn.Linear, Conv1D)
 
-    # Set by `cached_weights`; what is kept, and of which state of the parameters.
+    # Set by `cached_weights`: whether to cache, and (parameter state, cached weight).
     caches_weight = False
     _cached: tuple[object, Tensor] | None = None
 
@@ -69,7 +69,7 @@ class Linear(LrLoraLayer):
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         state = (x.dtype, is_fused, tuple((name, self.weights[name]) for name in adapters), versions)
         if self._cached is None or self._cached[0] != state:
-            self._cached = None  # frees the old one before a new one is formed
+            self._cached = None  # free the old weight before allocating a new one
             delta = self.get_delta_weight(adapters[0]).mul_(self.weights[adapters[0]])
             for name in adapters[1:]:
                 delta.add_(self.get_delta_weight(name), alpha=self.weights[name])
@@ -86,13 +86,13 @@ class Linear(LrLoraLayer):
 
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
-    """Form what adapted linear layers multiply with once, and keep it: for inference, above all `generate`.
+    """Cache the effective weights of adapted linear layers, for inference, mainly `generate`.
 
-    Within the context, and only without gradients, a float32 layer then costs what its base layer costs. It keeps
-    W + ΔW, as large as W; in half precision and on a quantised base it keeps ΔW in the dtype of its input, so that no
-    rounding of the sum loses part of the update, and a second matmul stays. All is freed at the end.
+    Applies inside the context and without gradients. A float32 layer then costs as much as its base layer and keeps W +
+    ΔW, as large as W. In half precision and on a quantized base, the layer keeps ΔW in the dtype of its input and a
+    second matmul, so that rounding the sum does not lose part of the update. The cache is freed on exit.
 
-    Training steps, loading, switching and weighing adapters are noticed. Writes to `parameter.data` are not.
+    Optimizer steps, loading, switching and weighting adapters are detected; writes to `parameter.data` are not.
 
         with torch.no_grad(), lrlora.cached_weights(model):
             tokens = model.generate(**inputs)

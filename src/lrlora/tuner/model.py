@@ -1,4 +1,4 @@
-"""The tuner: which layers get an adapter, which of them share a φ, and what may be saved and loaded."""
+"""Tuner: selects the layers to adapt, shares φ between them, and validates saving and loading."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
 
 class LrLoraModel(BaseTuner):
-    """Puts LR-LoRA adapters on a model. Used through `peft.get_peft_model(model, LrLoraConfig(...))`.
+    """Adds LR-LoRA adapters to a model. Use it through `peft.get_peft_model(model, LrLoraConfig(...))`.
 
     Raises:
-        NoMatchingPeftModuleError: `target_modules` matches nothing; the message lists what the model has.
-        ValueError: a targeted module is of a kind that has no adapter.
+        NoMatchingPeftModuleError: `target_modules` matches nothing; the message lists the model's modules.
+        ValueError: a targeted module has an unsupported type.
 
     Examples:
         >>> import torch
@@ -54,14 +54,14 @@ class LrLoraModel(BaseTuner):
 
     """
 
-    # A φ that layers share is held by each of them, and not by the tuner: what is injected directly has it too.
+    # A shared φ is stored in each of its layers, not in the tuner, so direct injection works too.
     uses_shared_state = False
     prefix = "lrlora_"
     tuner_layer_cls = LrLoraLayer
     target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # What layers of this injection share; a later one, even of the same name, starts anew.
+        # Forms shared within this injection; a later one starts fresh, even with the same name.
         self._shared: dict[str, Form] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -90,14 +90,14 @@ class LrLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT wraps forward and generate of the whole model in this: what is asked for each sample has to reach every
+        # PEFT wraps forward and generate of the model in this context. It passes per-sample adapter names to every
         # adapted layer.
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
         self._check_adapter_names(names)
-        # `generate` repeats every sample for beams or several sequences, except in an encoder, which runs before that.
+        # `generate` repeats samples for beams or multiple sequences, but not in an encoder, which runs before.
         settings = (kwargs, getattr(kwargs.get("generation_config"), "__dict__", {}))
         copies = max(each.get(name) or 1 for each in settings for name in ("num_beams", "num_return_sequences"))
         has_encoder = copies > 1 and self.model.config.is_encoder_decoder
@@ -131,12 +131,12 @@ class LrLoraModel(BaseTuner):
     def combine_adapters(self, weights: Mapping[str, float]) -> None:
         """Activate several adapters at once, each with a weight: W + Σ weight·ΔW, exactly.
 
-        `merge_and_unload` then gives a plain model with all of them. `set_adapter` goes back to adapters as trained;
-        what is saved, measured or converted is always the adapter as trained. A head that was trained whole is no
-        update: the model has that of the first adapter.
+        `merge_and_unload` then returns a plain model with all of them. `set_adapter` restores the adapters as trained;
+        saving, measuring and converting always use the adapter as trained. A fully trained head is not an update and is
+        taken from the first adapter.
 
         Raises:
-            ValueError: there is no adapter of a given name, or a weight is not a finite number.
+            ValueError: an adapter does not exist, or a weight is not a finite number.
 
         """
         is_mapping = isinstance(weights, Mapping) and len(weights) > 0
@@ -168,7 +168,7 @@ class LrLoraModel(BaseTuner):
         return (module for module in self.model.modules() if isinstance(module, LrLoraLayer))
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: a weighted sum of LR-LoRA updates is not φ of any one product BA."""
+        """Not supported: a weighted sum of LR-LoRA updates is not φ of one product."""
         raise NotImplementedError(
             "A weighted sum of LR-LoRA adapters cannot be stored as one LR-LoRA adapter. Use "
             "`model.combine_adapters({'first': 0.7, 'second': 0.3})`, which adds the updates exactly, and then, if "
@@ -186,7 +186,7 @@ class LrLoraModel(BaseTuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _prepare_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Find the weights that several modules use; for a safe merge, refuse broken adapters before any layer."""
+        """Mark shared weights; with `safe_merge`, reject non-finite adapters before merging any layer."""
         layers = {path: module for path, module in self.model.named_modules() if isinstance(module, LrLoraLayer)}
         for path, layer in layers.items() if safe_merge else ():
             for name in adapter_names or layer.active_adapters:
@@ -204,8 +204,8 @@ class LrLoraModel(BaseTuner):
             layer.shares_weight = len(users.get(id(weight), ())) > 1
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # The adapter is where its base layer computes. PEFT would move it to where the base weight is stored, which for
-        # an offloaded one is nowhere, and look for a `weight` in every wrapper when unloading.
+        # Keep the adapter on the device where its base layer computes. PEFT would move it to the device of the base
+        # weight, which is meta if offloaded, and expect a `weight` in every wrapper when unloading.
         setattr(parent, child_name, new_module)
 
     def _create_and_replace(
@@ -254,7 +254,7 @@ class LrLoraModel(BaseTuner):
         self._replace_module(parent, target_name, adapted, target)
 
     def _phi_of(self, config: LrLoraConfig, key: str) -> Form:
-        """The φ or expansion of the layer `key`: a new one, or that of an earlier layer it shares one with."""
+        """Return the form of layer `key`: new, or shared with an earlier layer."""
         sharers = key if config.sharing == "module" else ""
         if sharers not in self._shared:
             self._shared[sharers] = config.new_phi()
@@ -298,8 +298,8 @@ def _is_finite(weight: object) -> bool:
 
 
 def _kind(module: nn.Module, backend: QuantizationBackend | None = None) -> type[LrLoraLayer] | None:
-    """The adapter for a module; None where there is none."""
-    # nn.MultiheadAttention reads the weight of its output projection without ever calling the module.
+    """Adapter class for a module, or None."""
+    # nn.MultiheadAttention reads its output projection's weight without calling the module.
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None
     if isinstance(module, nn.Embedding):
@@ -330,9 +330,9 @@ def _why_unsupported(module: nn.Module, key: str) -> str:
 
 
 def _quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """PEFT's way to read and write the weight of a quantised module; None for one that is not."""
-    # PEFT wants to know how torchao quantises, to do it again after a merge. A model that was quantised by hand cannot
-    # say: it may train, but not merge.
+    """PEFT's backend to read and write a quantized weight; None if not quantized."""
+    # To merge, PEFT needs torchao's quantization settings. A manually quantized model does not record them, so it
+    # supports training but not merging.
     known = get_quantization_kwargs(model)
     backend = resolve_quantization_backend(module, **{"get_apply_tensor_subclass": NotImplemented, **known})
     if isinstance(backend, TorchaoBackend) and not known:
@@ -341,7 +341,7 @@ def _quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBa
 
 
 def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every linear layer that can be adapted, without the insides of adapted ones."""
+    """Yield (path, module) of each adaptable linear layer, excluding the internals of adapted ones."""
     adapted: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path.startswith(adapted):

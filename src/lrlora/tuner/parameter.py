@@ -1,4 +1,4 @@
-"""The adapter on a parameter that no layer holds as its weight, such as the stacked experts of a mixture."""
+"""Adapter for parameters that are not a layer's weight, such as the stacked experts of a mixture."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..ops.form import Form
 from .layer import LrLoraLayer
 
 
-# PEFT finds the wrapper of an earlier adapter by the name of this class.
+# PEFT recognizes the wrapper of an earlier adapter by this class name.
 class ParamWrapper(LrLoraLayer):
-    """A module with ΔW added to one of its parameters: a matrix (m, n), or experts stacked as (experts, m, n).
+    """Module with ΔW added to one of its parameters: a matrix (m, n) or stacked experts (experts, m, n).
 
-    Every expert has an A and B of its own; they share φ. W + ΔW is formed whole and handed to the module in place of
-    the parameter, in the parameter's dtype: in half precision, rounding the sum loses part of a small update. Several
-    parameters of one module give nested wrappers.
+    Each expert has its own A and B; all share φ. W + ΔW is materialized and passed to the module in place of the
+    parameter, in the parameter's dtype: in half precision, rounding the sum loses part of a small update. Adapting
+    several parameters of one module nests the wrappers.
     """
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -38,7 +38,7 @@ class ParamWrapper(LrLoraLayer):
 
     @property
     def _is_transposed(self) -> bool:
-        # As transformers marks experts that are stored as (experts, in, out).
+        # transformers marks experts stored as (experts, in, out) with this attribute.
         return self.get_param().dim() == 3 and getattr(self.get_base_layer(), "is_transposed", False)
 
     def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
@@ -54,7 +54,7 @@ class ParamWrapper(LrLoraLayer):
         return matrix.reshape(self.get_param().shape)
 
     def get_param(self) -> nn.Parameter:
-        """The parameter of the base layer."""
+        """Return the base layer's parameter."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
     def get_base_weight(self) -> Tensor:
@@ -69,7 +69,7 @@ class ParamWrapper(LrLoraLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The innermost module, with all wrappers around it merged if asked: PEFT's hook for special modules."""
+        """Remove all nested wrappers, merging them if `merge`: PEFT's hook for special modules."""
         module: Any = self
         while isinstance(module, ParamWrapper):
             if merge:
@@ -78,7 +78,7 @@ class ParamWrapper(LrLoraLayer):
         return module
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The module's output with W + ΔW in place of the parameter."""
+        """Run the module with W + ΔW in place of the parameter."""
         if adapter_names is not None:
             raise NotImplementedError(
                 "adapter_names= (another adapter for each sample of a batch) does not work with target_parameters: "

@@ -1,4 +1,4 @@
-"""Models that FSDP2 or ZeRO-3 shard over processes: φ as a group of its own, and gathering what is sharded."""
+"""FSDP2 and ZeRO-3 support: φ as a separate shard group, and gathering of sharded parameters."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 def fully_shard_phi(model: nn.Module, **options: Any) -> None:
-    """Shard every φ with FSDP2 as a group of its own, which stays float32 under mixed precision around it.
+    """Shard every φ with FSDP2 as a separate group, which stays float32 under mixed precision.
 
-    Nothing is done where φ has no parameters: the forms "sine" and "expansion".
+    Does nothing if φ has no parameters (forms "sine" and "expansion").
 
-    Called before `fully_shard` on the layers and the model, which then leave φ alone:
+    Call it before `fully_shard` on the layers and the model, which then skip φ:
 
         fully_shard_phi(model, mesh=mesh)
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         fully_shard(model, mesh=mesh)
 
-    Also what lets layers share a φ, for FSDP2 does not know parameters that several of its groups have. As with every
-    group that FSDP2 does not reshard after the forward, make the optimizer before the first forward, or call
-    `module.reshard()` on the groups after it: it must get the sharded parameters.
+    Required for a shared φ, because FSDP2 does not support parameters shared between groups. As with any group that
+    FSDP2 does not reshard after the forward, create the optimizer before the first forward, or call `module.reshard()`
+    on the groups after it: the optimizer needs the sharded parameters.
 
     Args:
-        model: with LR-LoRA adapters.
-        options: of `fully_shard`, such as `mesh`; not `mp_policy`, which is what φ has to be spared.
+        model: model with LR-LoRA adapters.
+        options: options of `fully_shard`, such as `mesh`; not `mp_policy`, from which φ must be exempt.
 
     Raises:
         ValueError: the model has no LR-LoRA adapter.
@@ -46,53 +46,53 @@ def fully_shard_phi(model: nn.Module, **options: Any) -> None:
         raise ValueError("The model has no φ to shard: add an LR-LoRA adapter before.")
     for transfer in transfers:
         if any(True for _ in transfer.parameters()):
-            # Its few numbers stay gathered from their first use to the end of the backward, which needs them again.
+            # φ is tiny and needed again in the backward, so it stays gathered until then.
             fully_shard(transfer, reshard_after_forward=False, **options)
 
 
 def shard_owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:
-    """Module → the innermost module that FSDP2 has wrapped around it, where there is one."""
+    """Map each module to the innermost FSDP2 module around it, if any."""
     owners: dict[nn.Module, FSDPModule] = {}
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return owners
     from torch.distributed.fsdp import FSDPModule
 
-    for outer in model.modules():  # from outside to inside
+    for outer in model.modules():  # outermost first
         if isinstance(outer, FSDPModule):
-            # A φ that layers share is met in all of them, and is nobody's but its own.
+            # A shared φ occurs in every layer that uses it, but belongs only to its own group.
             owners |= {m: outer for m in outer.modules() if m is outer or not isinstance(m, FSDPModule)}
     return owners
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds no more than parts of the parameters."""
+    """Whether parameters are sharded over processes."""
     return bool(shard_owners(model)) or any(map(_is_partitioned, model.parameters()))
 
 
 def _is_partitioned(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id")  # by DeepSpeed's ZeRO-3
+    return hasattr(parameter, "ds_id")  # set by DeepSpeed's ZeRO-3
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a parameter or its gradient: all of it, if it is not sharded."""
+    """Local shard of a parameter or its gradient; the whole tensor if it is not sharded."""
     part: Any = tensor
     if hasattr(part, "to_local"):  # FSDP2's DTensor
         return part.to_local()
     if not _is_partitioned(tensor):
         return part
-    # The last processes' parts end in padding, which holds anything.
+    # The last ranks' shards end in padding with arbitrary values.
     size = part.ds_tensor.numel()
     left = part.ds_numel - torch.distributed.get_rank() * size
     return part.ds_tensor.flatten()[: max(0, min(size, left))]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """A sharded model's trained parameters, whole, and its buffers, for `save_pretrained(state_dict=…)`.
+    """Gather a sharded model's trained parameters, and its buffers, for `save_pretrained(state_dict=…)`.
 
-    All processes call it.
+    Must be called on all processes.
 
     Returns:
-        name → parameter, on the CPU, in the first process; there alone all of them at once.
+        name → parameter, on the CPU; complete only on rank 0.
 
     """
     if not any(map(_is_partitioned, model.parameters())):
@@ -115,7 +115,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def gathered(layer: nn.Module, owners: dict[nn.Module, FSDPModule]) -> Iterator[None]:
-    """For a while, the whole of a layer's parameters; of FSDP2, with what it gathers together with them."""
+    """Context with a layer's full parameters; FSDP2 gathers their whole group."""
     needed = dict.fromkeys(owners[module] for module in layer.modules() if module in owners)
     partitioned = [parameter for parameter in layer.parameters() if _is_partitioned(parameter)]
     whole = nullcontext()

@@ -1,4 +1,4 @@
-"""The model card of a run."""
+"""Model card of a run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .runs import Run, load_run
 
 
 def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
-    """Write the model card of a run beside its adapter, in place of PEFT's, and the picture of its ranks.
+    """Write a run's model card and rank figure next to its adapter, replacing PEFT's card.
 
-    The picture needs matplotlib (`pip install '.[plots]'`); without it there is none.
+    The figure requires matplotlib (`pip install '.[plots]'`) and is omitted without it.
 
     Args:
-        folder: of the run, with the adapter.
-        metrics: of the run, if they are not there as a file yet.
+        folder: folder of the run, with the adapter.
+        metrics: metrics of the run, if not yet saved.
 
     """
     run = load_run(str(folder), folder.resolve().name, metrics)
@@ -43,11 +43,11 @@ def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
 
 
 def model_card(run: Run, picture: str | None = None) -> str:
-    """Method, base, data, metrics, ranks by kind of module, and their picture; Markdown.
+    """Method, base, data, metrics, ranks by kind of module, and the figure, as Markdown.
 
     Args:
         run: the run.
-        picture: path of the picture from the card; None: there is none.
+        picture: path of the figure relative to the card, or None.
 
     """
     method = run.facts["method"]

@@ -1,4 +1,4 @@
-"""The main pictures of runs for a paper, as SVG and PNG, in colours that the colour-blind tell apart."""
+"""Main figures of runs for a paper, as SVG and PNG, in colorblind-safe colors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .runs import Run
 
 FORMATS = ("svg", "png")
 _LINES = ("-", "--", ":")
-_MARKERS = "os^DPv"  # by run: the colours cannot be told apart in grey
+_MARKERS = "os^DPv"  # one per run, to distinguish runs in grayscale
 
 
 def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
-    """Write the heat map and φ of every run, its ranks by kind of module, and over training, where they were recorded.
+    """Write each run's heat map and φ, and its ranks by kind of module and over training (if recorded).
 
-    Needs `pip install '.[plots]'`.
+    Requires `pip install '.[plots]'`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
 
 
 def _kinds(runs: Sequence[Run]) -> Figure:
-    """Box plots of every measure, by kind and run."""
+    """Box plots of each measure, by kind and run."""
     kinds = sorted({row.kind for run in runs for row in run.report.rows})
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for measure, axes in zip(MEASURES, figure.subplots(1, len(MEASURES)), strict=True):
@@ -64,7 +64,7 @@ def _kinds(runs: Sequence[Run]) -> Figure:
 
 
 def _history(runs: Sequence[Run]) -> Figure:
-    """The mean of every measure over training, by kind and run."""
+    """Mean of each measure over training, by kind and run."""
     kinds = sorted({row.kind for run in runs for row in run.report.rows})
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for measure, axes in zip(MEASURES, figure.subplots(1, len(MEASURES)), strict=True):

@@ -1,7 +1,7 @@
-"""The charts of the page, as Vega-Lite specifications with named, still empty data.
+"""Charts of the report page, as Vega-Lite specifications with named, empty data.
 
-The page's script fills the data in and changes them as its reader looks around. The colours are Okabe and Ito's, which
-the colour-blind tell apart.
+The page's script fills in the data and updates it on interaction. The colors are Okabe and Ito's colorblind-safe
+palette.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
-_NAME_WIDTH = 32  # letters of a run's name on one line of a legend: as many as a phone has room for
+_NAME_WIDTH = 32  # characters of a run's name per legend line, to fit on a phone
 
 
 def _legend(runs: Sequence[str]) -> alt.Legend | None:
-    """One for colours and shapes, whole names on as many lines as they need; none for one run alone."""
+    """Legend for colors and shapes, with wrapped names; None for a single run."""
     if len(runs) == 1:
         return None
     lines = [textwrap.wrap(name, _NAME_WIDTH) or [name] for name in runs]
@@ -30,19 +30,19 @@ def _legend(runs: Sequence[str]) -> alt.Legend | None:
 
 
 def _of_run(runs: Sequence[str]) -> alt.Color:
-    """The same colour for a run in every chart."""
+    """Color of a run, the same in every chart."""
     scale = alt.Scale(domain=list(runs), range=list(COLOURS[: len(runs)]))
     return alt.Color("run:N", scale=scale, legend=_legend(runs))
 
 
 def _shape(runs: Sequence[str]) -> alt.Shape:
-    """The same shape for a run in every chart of points: it is there in grey as well."""
+    """Shape of a run, the same in every point chart; distinguishes runs in grayscale."""
     scale = alt.Scale(domain=list(runs), range=list(_SHAPES[: len(runs)]))
     return alt.Shape("run:N", scale=scale, legend=_legend(runs))
 
 
 def _dash(field: str) -> alt.StrokeDash:
-    # A symbol is a line long enough to show its dashes.
+    # A line symbol, long enough to show its dashes.
     legend = alt.Legend(
         title=None, orient="top", columns=2, labelLimit=270, symbolType="M-3,0L3,0", symbolStrokeColor="gray",
         symbolOffset=10, labelOffset=20,
@@ -51,7 +51,7 @@ def _dash(field: str) -> alt.StrokeDash:
 
 
 def _lines(chart: alt.Chart, dash: str, runs: Sequence[str]) -> Chart:
-    """Lines, dashed by a field, with small points, of which some eight of each line have the shape of their run."""
+    """Lines, dashed by a field, with small points; about eight points per line have the run's shape."""
     line = ["run", dash]
     points = (
         chart.transform_window(place="row_number()", groupby=line)
@@ -64,9 +64,9 @@ def _lines(chart: alt.Chart, dash: str, runs: Sequence[str]) -> Chart:
 
 
 def kinds(runs: Sequence[str]) -> Chart:
-    """One measure in attention, MLP and other modules: every module a point, with the median.
+    """One measure in attention, MLP and other modules: one point per module, and the median.
 
-    Data "modules": run, kind, module, value; place and centre, of a point and of its run beside the others, in [0, 1].
+    Data "modules": run, kind, module, value; place and centre, positions of a point and of its run, in [0, 1].
     """
     points = (
         alt.Chart()
@@ -95,7 +95,7 @@ def kinds(runs: Sequence[str]) -> Chart:
 
 
 def history(runs: Sequence[str]) -> Chart:
-    """One measure over training: the mean of each kind, the chosen module, and a rule at the step that is shown.
+    """One measure over training: the mean of each kind, the chosen module, and a rule at the displayed step.
 
     Data "history": run, series, step, value; "now": step.
     """
@@ -110,7 +110,7 @@ def history(runs: Sequence[str]) -> Chart:
 
 
 def phi(runs: Sequence[str]) -> Chart:
-    """φ of one module, learned and at the start, over the histogram of the entries it acts on.
+    """φ of one module, learned and initial, over the histogram of its inputs.
 
     Data "curve": run, which, z, value; "entries": run, z, share.
     """
@@ -138,7 +138,7 @@ def phi(runs: Sequence[str]) -> Chart:
 
 
 def bend(runs: Sequence[str]) -> Chart:
-    """What of φ was learned: the learned φ of one module less φ at the start.
+    """Learned change of φ: the learned φ of one module minus the initial φ.
 
     Data "bend": run, z, value.
     """
@@ -155,7 +155,7 @@ def bend(runs: Sequence[str]) -> Chart:
 
 
 def spectrum(runs: Sequence[str]) -> Chart:
-    """Singular values of one module's ΔW, and of s·BA, which is what LoRA would make of the same factors.
+    """Singular values of one module's ΔW, and of s·BA, the plain-LoRA update of the same factors.
 
     Data "spectrum": run, which, index, sigma.
     """
@@ -169,7 +169,7 @@ def spectrum(runs: Sequence[str]) -> Chart:
 
 
 def energy(runs: Sequence[str]) -> Chart:
-    """Share of the energy of all updates that is kept, over the number of parameters, and a rule at the chosen one.
+    """Share of the total energy of all updates kept, by number of parameters, and a rule at the chosen one.
 
     Data "energy": run, parameters, share; "size": parameters. The signal "picked" holds the parameters of a click.
     """
@@ -190,9 +190,9 @@ def energy(runs: Sequence[str]) -> Chart:
 
 
 def loss(runs: Sequence[str]) -> Chart:
-    """Loss on validation data over the number of parameters that is kept, and a rule at the chosen one.
+    """Validation loss by number of parameters kept, and a rule at the chosen one.
 
-    Data "losses": run, parameters, loss, and whole, the loss of the adapter as it is; "chosen": run, parameters.
+    Data "losses": run, parameters, loss, and whole, the loss of the uncut adapter; "chosen": run, parameters.
     """
     chart = alt.Chart(alt.NamedData("losses")).encode(
         x=alt.X(
@@ -235,7 +235,7 @@ CHARTS = {
 
 
 def specification(name: str, runs: Sequence[str]) -> dict[str, Any]:
-    """One of `CHARTS` for runs of these names, as Vega-Lite, as wide as what holds it."""
+    """One of `CHARTS` for these runs, as Vega-Lite, at container width."""
     chart: Any = CHARTS[name](runs)
     about = (CHARTS[name].__doc__ or "").splitlines()[0]
     return chart.properties(width="container", height=260, description=about).to_dict()

@@ -1,4 +1,4 @@
-"""How much of the energy of all updates together an export keeps at smaller sizes, from the spectra of a report."""
+"""Share of the updates' total energy that an export keeps at smaller sizes, from the spectra of a report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Kept(NamedTuple):
     """What a run keeps at one size.
 
     Attributes:
-        share: of ‖ΔW‖²_F of all modules together.
-        parameters: that it takes, at most as many as it may.
+        share: share of ‖ΔW‖²_F, all modules together.
+        parameters: parameters used, at most the budget.
         smallest, mean, largest: rank of a module.
 
     """
@@ -34,10 +34,10 @@ class Kept(NamedTuple):
 
 
 def kept_over_size(reports: Sequence[RankReport], sizes: int = SIZES) -> tuple[list[int], list[list[Kept]]]:
-    """At most so many budgets of parameters, and what `factorize(budget=...)` keeps of each report at each of them.
+    """At most `sizes` parameter budgets, and what `factorize(budget=...)` keeps of each report at each budget.
 
-    The budgets are the same for all reports and evenly spaced on a logarithmic axis, from one rank of a module to all
-    ranks of the largest. Of a report without spectra nothing is known, and its list is empty.
+    The budgets are shared by all reports and log-spaced, from one rank of a module to all ranks of the largest report.
+    A report without spectra has an empty list.
     """
     energies, costs = [_energies(report) for report in reports], [_costs(report) for report in reports]
     known = [(e, c) for e, c in zip(energies, costs, strict=True) if any(map(len, e))]
@@ -53,7 +53,7 @@ def kept_over_size(reports: Sequence[RankReport], sizes: int = SIZES) -> tuple[l
 
 
 def singular_values(spectrum: Spectrum) -> Tensor:
-    """All of them: log σ of those that a spectrum leaves out is taken as linear in log number between two it has."""
+    """All singular values; omitted ones are interpolated linearly in log σ over log number."""
     if not spectrum.number:
         return torch.zeros(0, dtype=torch.float64)
     number, sigma = np.log(spectrum.number), np.log(spectrum.sigma)
@@ -82,7 +82,7 @@ def _kept(energies: Sequence[Tensor], costs: Sequence[int], budget: int) -> Kept
 
 
 def _round_up(budget: float) -> int:
-    """To three digits: a number that is easy to copy, and no less."""
+    """Round up to three digits, which are easy to copy."""
     whole = math.ceil(budget)
     step = 10 ** max(0, len(str(whole)) - 3)
     return -(-whole // step) * step

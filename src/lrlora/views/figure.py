@@ -1,4 +1,4 @@
-"""The picture of a rank report: a heat map of learned ranks and the learned φ of every module."""
+"""Figure of a rank report: heat map of learned ranks, and the learned φ of every module."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from matplotlib.figure import Figure, SubFigure
 from ..files import replacing
 from ..ranks import MEASURES, RankReport, RankRow
 
-# What the picture shows and the page opens on, unless another is asked for.
+# Default measure of the figure and the page.
 OPENING_MEASURE = "stable_rank"
 
 
 def save_rank_figure(
     report: RankReport, path: str | os.PathLike[str], *, measure: str = OPENING_MEASURE, title: str = "Learned ranks"
 ) -> None:
-    """Write `rank_figure` in the format of the suffix of `path` (.png, .svg, .pdf).
+    """Save `rank_figure` in the format of the suffix of `path` (.png, .svg, .pdf).
 
     Raises:
-        ValueError: `measure` is not one of the ranks of a report.
+        ValueError: `measure` is not a rank measure.
 
     """
     save_figure(rank_figure(report, measure=measure, title=title), path)
 
 
 def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Learned ranks") -> Figure:
-    """Layers × module types of `measure`, and below it, by kind, how far φ of every module is from φ(z) = z.
+    """Layers × module types of `measure`, and below, by kind, each module's deviation of φ from φ(z) = z.
 
-    Of a report without curves, such as plain LoRA's, it is the ranks alone.
-
-    Needs `pip install '.[plots]'`.
+    Reports without curves, such as plain LoRA's, show only the ranks.
+    Requires `pip install '.[plots]'`.
 
     Raises:
-        ValueError: `measure` is not one of the ranks of a report.
+        ValueError: `measure` is not a rank measure.
 
     """
     if measure not in MEASURES:
@@ -57,7 +56,7 @@ def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: st
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure in the format of the suffix, whole or not at all."""
+    """Write a figure atomically in the format of the suffix."""
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format=Path(path).suffix.removeprefix("."))
 
@@ -78,7 +77,7 @@ def _draw_ranks(axes: Axes, rows: list[RankRow], measure: str) -> None:
 def draw_heat_map(
     axes: Axes, cells: Mapping[tuple[str, int | None], float], *, vmin: float, vmax: float
 ) -> ScalarMappable:
-    """Draw a value for each (type of module, layer); the caller gives it a title and a scale."""
+    """Draw one value per (module type, layer); the caller sets title and scale."""
     types = list(dict.fromkeys(place for place, _ in cells))
     layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer))
     values = [[cells.get((place, layer), math.nan) for layer in layers] for place in types]

@@ -1,4 +1,4 @@
-"""The page of one or several runs: one HTML file that needs nothing else, neither network nor server."""
+"""Report page of one or more runs: a self-contained HTML file without network or server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .energy import kept_over_size
 from .figure import OPENING_MEASURE
 from .runs import Run
 
-# Key of a row → label, digits after the point, what it is.
+# Row key → label, decimal places, description.
 _SHOWN = {name: (measure.label, measure.digits, measure.about) for name, measure in MEASURES.items()} | {
     "loss_rank": ("loss rank", 0, "rank in the smallest LoRA of about the same loss"),
     "relative_norm": ("size of the update, %", 2, "‖ΔW‖ in % of ‖W₀‖"),
@@ -33,18 +33,18 @@ _SHOWN = {name: (measure.label, measure.digits, measure.about) for name, measure
 }
 _IN_PERCENT = ("relative_norm",)
 _OF_PHI = ("curvature", "phi_zero")
-# Records over training, and points of a curve, that a page shows at most: more cannot be told apart, but weigh.
+# Maximum numbers of records over training and of curve points: more are indistinguishable but increase the size.
 MOST_RECORDS, MOST_POINTS = 60, 400
 _T = TypeVar("_T")
 
 
 def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Learned ranks") -> None:
-    """Write the page of one run, or of several beside each other.
+    """Write the page of one run, or of several side by side.
 
-    Needs `pip install '.[plots]'`.
+    Requires `pip install '.[plots]'`.
 
     Raises:
-        ValueError: there is no run, or more than there are colours; two have the same name; or one has no modules.
+        ValueError: no runs, or more runs than colors; duplicate names; or a run without modules.
 
     """
     if not runs:
@@ -77,13 +77,13 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
 
 @cache
 def _charts_library() -> str:
-    """Vega-Embed in one script: a second's work, and the same for every page."""
+    """Vega-Embed as one script, cached: bundling takes a second."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return bundle
 
 
 def _in_script(content: Any) -> str:
-    """JSON that no text in it can end the script element of."""
+    """JSON that cannot terminate the script element."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -101,7 +101,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "opening": OPENING_MEASURE,
         "measures": measures,
-        "recorded": values,  # in the order of the values of a record
+        "recorded": values,  # in the order of a record's values
         "runs": [_run(run, values) for run in runs],
         "sizes": _sizes(runs),
         "losses": _losses(runs),
@@ -111,7 +111,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _is_curved(runs: Sequence[Run]) -> bool:
-    """Whether there is any φ to speak of."""
+    """Whether any run has a φ."""
     return any(run.report.curves for run in runs)
 
 
@@ -144,10 +144,10 @@ def _run(run: Run, values: list[str]) -> dict[str, Any]:
 
 
 def _sizes(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What each run keeps of its energy at the same sizes, and the two ends of the command that exports it."""
+    """Energy kept by each run at common sizes, and both parts of the export command."""
     budgets, kept = kept_over_size([run.report for run in runs])
     commands = [_export(run, "--by", "energy", "--budget") for run in runs]
-    # As an array each: names of fields would be most of it.
+    # Arrays, because field names would dominate the size.
     lists = [
         [(round(at.share, 5), at.parameters, at.smallest, round(at.mean, 2), at.largest) for at in points]
         for points in kept
@@ -156,16 +156,16 @@ def _sizes(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def _export(run: Run, *options: str) -> tuple[str, str]:
-    """The two ends of a command that exports a run, between which the last option's value belongs."""
+    """Both parts of a run's export command; the last option's value goes between."""
     source, *base = run.arguments or (run.name,)
-    # What begins with a dash would be taken for an option.
+    # A leading dash would be parsed as an option.
     source = f"./{source}" if source.startswith("-") else source
     small = re.sub(r"(\.safetensors)?$", r"-small\1", source.rstrip("/"), count=1)
     return f"{shlex.join(['lrlora', 'export', source, *base, *options])} ", f" --output {shlex.quote(small)}"
 
 
 def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What was measured of the losses of smaller LoRAs, run by run, and the command for the chosen one."""
+    """Measured losses of smaller LoRAs, per run, and the export command for the chosen one."""
     found = []
     for run in runs:
         if (record := run.losses) is not None:
@@ -181,7 +181,7 @@ def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _curves(log: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
-    """Name → (step, value) of what training logged, without what is no number: losses and gradients may overflow."""
+    """Name → (step, value) from the training log, skipping non-finite values from overflowing losses and gradients."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in log:
         for name, value in entry.items():
@@ -194,7 +194,7 @@ def _curves(log: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _thinned(points: Sequence[_T], most: int) -> list[_T]:
-    """So many of the points at most, the first and the last among them."""
+    """At most `most` points, including the first and last."""
     if len(points) <= most:
         return list(points)
     return [points[i] for i in np.linspace(0, len(points) - 1, most).round().astype(int)]
@@ -213,6 +213,6 @@ def _short(value: float | None) -> float | None:
 
 
 def _in_order(report: RankReport, keys: list[str], modules: list[str]) -> list[list[float | None]]:
-    """The values of some modules, in this order; None for a module that the report does not have."""
+    """Values of the modules, in this order; None for a module missing from the report."""
     rows = {row["module"]: row for row in _rows(report, keys)}
     return [[rows[module][key] if module in rows else None for key in keys] for module in modules]

@@ -1,4 +1,4 @@
-"""What is known of training runs, as data: of `lrlora train`, of the demo, of anyone's Trainer, or a bare adapter."""
+"""Training runs as data: from `lrlora train`, the demo, any Trainer, or a bare adapter."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass
 class Run:
-    """What the page shows of one run; what is empty is left out.
+    """Data of a run for the page; empty fields are omitted.
 
     Attributes:
-        name: short, unlike the other runs'.
-        losses: of smaller LoRAs.
-        arguments: what to give to a command that is to read it again; empty where that is not known.
-        report: the learned ranks at the end.
-        facts: what a reader wants to know first, such as base model, data and metrics.
+        name: short, unique name.
+        losses: losses of smaller LoRAs.
+        arguments: command arguments that read the run again; empty if unknown.
+        report: learned ranks at the end.
+        facts: key facts, such as base model, data and metrics.
         settings: configurations by name.
         history: (step, ranks) over training.
         log: the Trainer's log history.
@@ -65,17 +65,17 @@ class Run:
 
 
 def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathLike[str] | None = None) -> list[Run]:
-    """Runs: of each folder the one in it, or those in the folders below it; or of whatever `read_updates` reads.
+    """Load runs: of each folder, its own run or those in its subfolders; or any source of `read_updates`.
 
-    Ranks are read where they were stored, else measured. A Trainer's output folder without an adapter counts as its
-    last checkpoint.
+    Ranks are read if stored, else measured. A Trainer's output folder without an adapter stands for its last
+    checkpoint.
 
     Args:
-        sources: folders of runs and adapters, names of adapters on the hub, LoRAs in single files, and full models.
-        base: the base model of full models, and of all that is to be measured against its weights.
+        sources: folders of runs and adapters, hub names of adapters, single-file LoRAs, and full models.
+        base: base model of full models, and of sources that are measured against its weights.
 
     Raises:
-        ValueError: there is neither run nor adapter, or one that `read_updates` refuses; or something is given twice.
+        ValueError: a source has no run or adapter, is refused by `read_updates`, or is given twice.
 
     """
     names: dict[str, str] = {}
@@ -109,20 +109,20 @@ def load_run(
     *,
     base: str | os.PathLike[str] | None = None,
 ) -> Run:
-    """One run under a name: in a folder, or whatever `read_updates` reads.
+    """Load one run: from a folder, or any source of `read_updates`.
 
     Args:
         source: folder, file, or hub name.
-        name: of the run.
-        metrics: of the run, if they are not there as a file yet.
-        base: the base model.
+        name: name of the run.
+        metrics: metrics of the run, if not yet saved.
+        base: base model.
 
     """
     folder = Path(source)
     is_run = not (folder.is_file() or is_full_model(folder))
     checkpoint = last_whole_checkpoint(folder) if folder.is_dir() and is_run else None
     adapter = SavedAdapter.read(_adapter_of(folder, checkpoint)) if is_run else None
-    # Ranks are read where they were stored: large models take long to measure.
+    # Prefer stored ranks: measuring a large model takes long.
     is_measured = (folder / REPORT_FILE).exists()
     updates = None if is_measured else read_updates(adapter or source, base=base)
     if (folder / REPORT_FILE).exists():
@@ -148,7 +148,7 @@ def load_run(
 def _add_training(
     result: Run, folder: Path, adapter: SavedAdapter, checkpoint: Path | None, metrics: dict[str, float] | None
 ) -> None:
-    """Add whatever the folder of a run, and its last checkpoint, hold of its training."""
+    """Add the training data in a run's folder and its last checkpoint."""
     state = _read((checkpoint or folder) / STATE_FILE, State)
     log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
     adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
@@ -174,19 +174,19 @@ def _add_training(
     metrics = metrics or _read(folder / METRICS_FILE, dict[str, float])
     measured = shown_metrics(metrics)
     if measured:
-        # What `lrlora train` measures has chosen the checkpoint; the demo's test has chosen nothing.
+        # The metrics of `lrlora train` selected the checkpoint; those of the demo's test set did not.
         where = f"validation, {which_checkpoint(record.config)}" if record else "test"
         result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
     result.settings = {label: content for label, content in settings.items() if content}
 
 
-# How a run reads what it is asked → how a reader is told.
+# Rendering of a run's prompts → description.
 PROMPTS = {CHAT: "chats, written with the tokenizer's template", PLAIN: "plain text, without a template"}
 
 
 def _adapter_of(folder: Path, checkpoint: Path | None) -> str:
-    """Where the adapter of a run is: in its folder, else its last checkpoint, else in the only subfolder with one."""
+    """Location of a run's adapter: its folder, else its last checkpoint, else its only subfolder with one."""
     if (folder / _ADAPTER_CONFIG).exists() or not folder.is_dir():
         return str(folder)
     if checkpoint is not None:
@@ -196,7 +196,7 @@ def _adapter_of(folder: Path, checkpoint: Path | None) -> str:
 
 
 def _adapters_below(folder: Path) -> list[Path]:
-    """The folders with an adapter in one that has none, and that is no Trainer's."""
+    """Subfolders with adapters of a folder that has none and is not a Trainer's."""
     if not folder.is_dir() or (folder / _ADAPTER_CONFIG).exists() or last_whole_checkpoint(folder) is not None:
         return []
     return sorted(path.parent for path in folder.glob(f"*/{_ADAPTER_CONFIG}"))
@@ -212,5 +212,5 @@ def _plain(value: Any) -> Any:
 
 
 def _read(path: Path, kind: Any) -> Any:
-    """The content of a JSON file; nothing if there is none."""
+    """Content of a JSON file; empty if missing."""
     return read_json(path, kind, "Remove it to show the run without it.") if path.exists() else {}

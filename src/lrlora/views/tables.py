@@ -1,4 +1,4 @@
-"""Tables in a terminal: of ranks, and of what an export keeps."""
+"""Terminal tables of ranks and of exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLUMNS = {
     "curvature": "curv.",
 }
 _CAPTION = "Ranks of ΔW: stable, effective, and how many directions hold 90 % and 99 % of its energy."
-# What is said of the columns that not every report has.
+# Descriptions of optional columns.
 _OPTIONAL = {
     "rank_limit": "limit: the largest rank that an update of this form can have.",
     "loss_rank": "loss: rank in the smallest LoRA of about the same loss.",
@@ -34,17 +34,17 @@ _OPTIONAL = {
 
 
 def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool = False) -> Table:
-    """The learned ranks, module by module, or of many modules the means by type and by layer; then by kind.
+    """Table of learned ranks by module (for many modules, means by type and by layer), then by kind.
 
     Args:
         report: the ranks.
-        title: of the table.
-        width: of the terminal; longer paths lose their beginning.
+        title: table title.
+        width: terminal width; longer paths are truncated on the left.
         every: show all modules, however many.
 
     """
     there = {
-        # Of LoRA the limit is r, of φ(BA) that of any matrix.
+        # The limit of LoRA is r, that of φ(BA) is the full rank.
         "rank_limit": any(row.rank_limit not in (None, row.r, min(row.m, row.n)) for row in report.rows),
         "loss_rank": any(row.loss_rank is not None for row in report.rows),
         "relative_norm": any(row.relative_norm is not None for row in report.rows),
@@ -75,7 +75,7 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
 
 
 def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[RankRow]]]:
-    """Label → rows whose mean a line of the table shows, for each part of it."""
+    """For each section of the table: label → rows to average."""
     if every or len(rows) <= MOST_ROWS:
         yield {row.module: [row] for row in rows}
     else:
@@ -111,12 +111,12 @@ _EXPORTED = ("r", "stable", "rank", "energy %", "parameters")
 
 
 def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, every: bool = False) -> Table:
-    """What of each module's update is exported, or of many modules those of a type together, then the sum.
+    """Table of exported factors by module (for many modules, by type), then the sum.
 
     Args:
-        factors: as `factorize` returns them.
-        title: of the table.
-        width: of the terminal; longer paths lose their beginning.
+        factors: result of `factorize`.
+        title: table title.
+        width: terminal width; longer paths are truncated on the left.
         every: show all modules, however many.
 
     """

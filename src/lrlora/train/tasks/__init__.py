@@ -1,4 +1,4 @@
-"""The kinds of tasks. A new one is a file here, and its place in `KINDS`; metrics of its own are in `metrics.py`."""
+"""Kinds of tasks. To add one, add a file here and an entry in `KINDS`; put its metrics in `metrics.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {kind.name: kind for kind in (Classify(), Regress(), MultipleChoice(), C
 
 
 def kind_for(task: str, model_config: Any) -> Kind:
-    """The kind of a task on a model: multiple choice by a decoder compares likelihoods."""
+    """Kind of a task for a model: decoders answer multiple choice by likelihood."""
     is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model_config.is_encoder_decoder
     has_head = type(model_config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
     return ChoiceByLikelihood() if task == "multiple-choice" and is_decoder and not has_head else KINDS[task]

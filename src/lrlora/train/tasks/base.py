@@ -1,4 +1,4 @@
-"""What a kind of task is: what it reads from the data, how that is checked and encoded, what comes out."""
+"""Base class of tasks: data columns, validation, encoding, and predictions."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Kind:
     """A kind of task.
 
     Attributes:
-        name: as `lrlora train --task` calls it.
-        roles: what the columns of the data hold, each called by its role unless `columns` says otherwise.
-        optional_roles: of columns that are read if they are there.
-        metrics: that may choose the best checkpoint; the first, unless given.
-        criterion: the metric that chooses the learning rate in a comparison, a loss that holds nothing but the task.
+        name: value of `lrlora train --task`.
+        roles: contents of the data columns; each column has its role's name unless `columns` says otherwise.
+        optional_roles: roles of optional columns.
+        metrics: metrics that can select the best checkpoint; default: the first.
+        criterion: metric that selects the learning rate in a comparison: a pure task loss.
         has_head: whether the model gets a new head.
-        reads_text: whether its examples are cut at a number of tokens, and not images.
-        generates: whether its answers are texts.
-        adapter_fields: of the PEFT configuration, for the head.
-        batch_size: examples of a step on each device, unless given.
-        rates: peak learning rates of an adapter and of full fine-tuning, unless given: adapters bear more than whole
+        reads_text: whether examples are truncated to a number of tokens; False for images.
+        generates: whether answers are texts.
+        adapter_fields: fields of the PEFT configuration for the head.
+        batch_size: default examples per step and device.
+        rates: default peak learning rates of an adapter and of full fine-tuning; adapters tolerate more than full
             models, small heads more than language models.
-        model_class, architectures: transformers' class with the head, and the configurations that have one.
-        collator: makes a batch of encoded examples.
+        model_class, architectures: transformers' class with the head, and its supported configurations.
+        collator: collator of encoded examples.
 
     """
 
@@ -61,42 +61,42 @@ class Kind:
     collator: ClassVar[Any] = DataCollatorWithPadding
 
     def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
-        """Role → column that must be there, from what the user says of some.
+        """Role → required column, given the user's choices.
 
         Raises:
-            ValueError: the data has none of the columns that the task can be read from.
+            ValueError: the data has none of the columns that the task can use.
 
         """
         return {role: given.get(role, role) for role in self.roles if with_label or role != "label"}
 
     def as_read(self, data: Dataset) -> Dataset:
-        """The columns of a split as all that follows takes them."""
+        """Normalize the columns of a split."""
         return data
 
     def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
-        """Raise a ValueError that says which rows cannot be used, and why."""
+        """Raise ValueError that names the invalid rows and the reason."""
         for role in ("text", "text_pair"):
             if role in data.column_names:
                 require_text(data, role, split)
 
     def class_names(self, data: Dataset) -> list[str]:
-        """The classes of the training data; none unless there are classes.
+        """Class names of the training data; empty without classes.
 
         Raises:
-            ValueError: there is nothing to tell apart.
+            ValueError: there is only one class.
 
         """
         return []
 
     def load_processor(self, source: str | Path) -> Any:
-        """What makes a model's inputs of examples: its tokenizer, or its image processor."""
+        """Load the model's tokenizer or image processor."""
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:
-        """How long every example is, in tokens, before it is cut."""
+        """Number of tokens per example, before truncation."""
 
         def count(batch: dict[str, list[Any]]) -> list[int]:
             return [len(ids) for ids in processor(batch["text"], batch.get("text_pair"))["input_ids"]]
@@ -104,11 +104,11 @@ class Kind:
         return counted(data, count)
 
     def rows(self, lengths: list[int], max_length: int, training: Mapping[str, Any]) -> int:
-        """How many rows examples of these lengths become in training, under the Trainer's arguments that are given."""
+        """Number of training rows for examples of these lengths, under the given Trainer arguments."""
         return len(lengths)
 
     def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
-        """What the model reads, tokens cut at `max_length`, and `labels`."""
+        """Encode to model inputs, truncated to `max_length`, and `labels`."""
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             return dict(processor(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length))
@@ -116,48 +116,48 @@ class Kind:
         return mapped(data, encode)
 
     def model_options(self, labels: list[str]) -> dict[str, Any]:
-        """What `from_pretrained` is given for the head."""
+        """Options of `from_pretrained` for the head."""
         return {}
 
     def arguments_class(self) -> type[TrainingArguments]:
-        """The class of the Trainer's arguments."""
+        """Class of the Trainer's arguments."""
         return TrainingArguments
 
     def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
-        """Defaults of the Trainer's arguments, for batches of `batch` examples in training."""
-        # The Trainer multiplies the loss by the number of processes, for models that divide it by the tokens of all of
-        # them; a head's loss is a mean.
+        """Default Trainer arguments for training batches of `batch` examples."""
+        # The Trainer multiplies the loss by the number of processes, for models that divide it by the total number of
+        # tokens; a head's loss is a mean.
         return {"per_device_eval_batch_size": 4 * batch, "average_tokens_across_devices": False}
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
-        """The Trainer, on encoded examples."""
+        """Trainer on encoded examples."""
         collator = self.collator(processor)
         arguments |= {"processing_class": processor, "compute_metrics": self.score}
         return Trainer(data_collator=collator, **arguments)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-        """The sum of the loss terms of a batch, and how many there are."""
+        """Sum of a batch's loss terms, and their number."""
         return model_loss(model, batch)
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The metrics, but the loss."""
+        """Metrics except loss."""
         raise NotImplementedError
 
     def unlabelled(self, encoded: Dataset) -> Dataset:
-        """Encoded examples that have no labels, as the Trainer wants them for a prediction."""
+        """Prepare encoded examples without labels for prediction by the Trainer."""
         return encoded
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
-        """An encoded example as text, and its answer."""
+        """Encoded example and answer, as text."""
         answer = labels[row["labels"]] if labels else row["labels"]
         return f"Example, as the model reads it: {shown_tokens(row, processor)!r} → {answer}"
 
     def described(self, example: dict[str, Any]) -> dict[str, Any]:
-        """An example as it stands beside its prediction in a file."""
+        """Example as saved next to its prediction."""
         return example
 
     def predictions(self, outputs: Tensor, labels: list[str]) -> Iterator[dict[str, Any]]:
-        """What is said of each example, from the model's outputs (examples, …)."""
+        """Prediction of each example, from outputs (examples, …)."""
         for row in outputs.softmax(-1).tolist():
             names: list[Any] = list(labels or range(len(row)))
             yield {

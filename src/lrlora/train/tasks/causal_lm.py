@@ -1,4 +1,4 @@
-"""The next token of texts, answers and chats; TRL encodes and trains."""
+"""Next-token prediction for texts, answers and chats, with TRL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Kind
 
 
 class CausalLm(Kind):
-    """The next token of texts, of answers to prompts, or of a chat; TRL encodes and trains."""
+    """Next-token prediction for texts, answers to prompts, or chats; TRL encodes and trains."""
 
     name = "causal-lm"
     roles = ("messages", "conversations", "prompt", "completion", "instruction", "output", "text")
@@ -33,7 +33,7 @@ class CausalLm(Kind):
 
     def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
         names = {role: given.get(role, role) for role in self.roles}
-        # What the user names comes first.
+        # Columns named by the user take precedence.
         formats = sorted(FORMATS, key=lambda each: not set(each.roles) & set(given))
         found = next((each for each in formats if all(names[role] in there for role in each.asked)), None)
         if found is None:
@@ -67,7 +67,7 @@ class CausalLm(Kind):
     def rows(self, lengths: list[int], max_length: int, training: Mapping[str, Any]) -> int:
         if not training.get("packing"):
             return len(lengths)
-        # As TRL will pack the tokens themselves: how depends on how many there are alone.
+        # TRL's packing depends only on the numbers of tokens.
         tokens = Dataset.from_dict({"tokens": [np.zeros(length, dtype=np.int8) for length in lengths]})
         strategy = training.get("packing_strategy", "bfd")
         return len(importlib.import_module("trl").pack_dataset(tokens, max_length, strategy))
@@ -79,7 +79,7 @@ class CausalLm(Kind):
         return f"Example, with the loss taken in ⟦ ⟧: {shown_tokens(row, processor, marked=True)!r}"
 
     def arguments_class(self) -> type[TrainingArguments]:
-        return importlib.import_module("trl").SFTConfig  # only here: TRL takes long to import
+        return importlib.import_module("trl").SFTConfig  # lazy: TRL is slow to import
 
     def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
         return {"per_device_eval_batch_size": 4 * batch, "max_length": max_length, "bf16": False}

@@ -1,4 +1,4 @@
-"""Images: which class one belongs to."""
+"""Image classification."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from ..cells import require_rows
 from .texts import Classify
 
-Cell = dict[str, Any]  # an image as `datasets` stores it: its `bytes`, or the `path` of its file
+Cell = dict[str, Any]  # an image in `datasets`: its `bytes`, or the `path` of its file
 
 
 class ImageClassify(Classify):
-    """One of several classes for an image."""
+    """Classification of an image."""
 
     name = "image-classify"
     roles: ClassVar[tuple[str, ...]] = ("image", "label")
     optional_roles: ClassVar[tuple[str, ...]] = ("group",)
     reads_text = False
-    adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # PEFT does not know this head
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # unknown to PEFT
     model_class: ClassVar[Any] = AutoModelForImageClassification
     architectures = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
@@ -36,7 +36,7 @@ class ImageClassify(Classify):
                 f"The column image must hold images, and holds {data.features['image']}. Give a folder with a folder "
                 "of images for each class, or data with a column of the type Image."
             )
-        return data.cast_column("image", datasets.Image(decode=False))  # decoded when a batch is made, and not kept
+        return data.cast_column("image", datasets.Image(decode=False))  # decoded per batch, not cached
 
     def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
         rule = f"image must be an image in the split {split} (--skip-empty leaves out what is empty)"
@@ -54,11 +54,11 @@ class ImageClassify(Classify):
         return data.with_transform(encode)
 
     def model_options(self, labels: list[str]) -> dict[str, Any]:
-        # Checkpoints of image models come with a head of their own, which gives way.
+        # Image checkpoints have a head of their own, which is replaced.
         return {**super().model_options(labels), "ignore_mismatched_sizes": True}
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
-        arguments["args"].remove_unused_columns = False  # a batch is made from a column that the model does not read
+        arguments["args"].remove_unused_columns = False  # batches need a column that the model does not read
         return Trainer(
             data_collator=default_data_collator, processing_class=processor, compute_metrics=self.score, **arguments
         )
@@ -76,7 +76,7 @@ def _opened(cell: Cell) -> Image.Image:
 
 
 def _is_image(cell: Cell | None) -> bool:
-    """Whether there is an image, by its first bytes: to decode all of them takes as long as to train on them."""
+    """Check for an image by its first bytes: decoding all images takes as long as training on them."""
     if cell is None:
         return False
     try:

@@ -1,8 +1,8 @@
-"""Multiple choice by a language model: the answer is the choice that it finds most likely after the question.
+"""Multiple choice by a language model: the answer is the most likely choice after the question.
 
-A decoder has no head for multiple choice and needs none. It is trained on the right choices as continuations, and its
-logits are log-likelihoods, as in EleutherAI's lm-evaluation-harness: log p(choice | prompt) = Σ log p(token | all
-before), of which its `acc_norm` divides each by the length of the choice in characters.
+A decoder needs no multiple-choice head. It is trained on the right choices as continuations, and its logits are
+log-likelihoods, as in EleutherAI's lm-evaluation-harness: log p(choice | prompt) = Σ log p(token | all before);
+`acc_norm` divides each by the length of the choice in characters.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from ..cells import mapped
 
-_IGNORED = -100  # as a target: not to be predicted
+_IGNORED = -100  # target value: no prediction
 
 
 def question_prompt(question: str) -> str:
-    """What the model reads before a choice, unless the data says otherwise."""
+    """Default prompt before a choice."""
     return f"{question}\nAnswer:"
 
 
 def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:
-    """Token ids of prompt and choice, for every choice of every example.
+    """Tokenize prompt and choice, for every choice of every example.
 
-    What is longer than `max_length` loses the beginning of the prompt. Examples with fewer choices than others are
-    filled up with choices of no tokens.
+    Sequences longer than `max_length` are truncated at the start of the prompt. Examples with fewer choices are padded
+    with empty choices.
 
     Returns:
-        `input_ids`, and for each choice `choice_tokens`, how many of the ids are its own, and `characters`, its length.
+        `input_ids`, and per choice `choice_tokens`, its number of tokens, and `characters`, its length.
 
     """
     most, limit = max(map(len, data["choices"])), max_length or sys.maxsize
@@ -46,9 +46,9 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
         for row, choices in enumerate(batch["choices"]):
             asked = batch["prompts"][row] if "prompts" in batch else [question_prompt(batch["question"][row])]
             prompts = asked if len(asked) == len(choices) else asked * len(choices)
-            # A space between prompt and choice is the choice's.
+            # A space between prompt and choice belongs to the choice.
             before = [len(ids) for ids in tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]]
-            # Together, as some tokenizers begin every text with a space of their own.
+            # Tokenized together, because some tokenizers add a leading space to every text.
             texts = [f"{prompt} {choice}" for prompt, choice in zip(prompts, choices, strict=True)]
             whole, missing = tokenizer(texts)["input_ids"], most - len(choices)
             tokens = [max(1, min(len(ids) - start, limit - 1)) for ids, start in zip(whole, before, strict=True)]
@@ -61,10 +61,10 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
 
 
 def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Examples with equally many choices as one batch.
+    """Collate examples with equal numbers of choices.
 
     Returns:
-        `input_ids`, `attention_mask` and `targets` of shape (examples, choices, tokens), int64, the last −100 outside
+        `input_ids`, `attention_mask` and `targets` of shape (examples, choices, tokens), int64, `targets` −100 outside
         of the choices; `characters` (examples, choices); `labels` (examples,).
 
     """
@@ -90,10 +90,10 @@ def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def token_log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Log p of every target token given all before it, 0 where there is none, (sequences, tokens − 1), float32.
+    """Log p of each target token given its prefix, 0 without a target, (sequences, tokens − 1), float32.
 
     Args:
-        model: a causal language model.
+        model: causal language model.
         batch: `input_ids`, `attention_mask` and `targets`, each (sequences, tokens).
 
     """
@@ -102,25 +102,25 @@ def token_log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _places(batch: Mapping[str, Tensor]) -> Tensor:
-    """Where the right choices are among all choices of all examples, (examples,)."""
+    """Indices of the right choices among all choices of all examples, (examples,)."""
     labels = batch["labels"]
     return torch.arange(len(labels), device=labels.device) * batch["input_ids"].shape[1] + labels
 
 
 def right_choices(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The right choices as continuations, as a causal language model takes them: each (examples, tokens)."""
+    """Right choices as continuations for a causal language model: each (examples, tokens)."""
     right = _places(batch)
     names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "targets": "labels"}
     return {name: batch[key].flatten(0, 1)[right] for key, name in names.items()}
 
 
 class ChoiceTrainer(Trainer):
-    """Trains the right choice as a continuation, per token, and evaluates the log-likelihood of every choice."""
+    """Trains on the right choice as a continuation, per token; evaluates the log-likelihood of every choice."""
 
     def __init__(self, args: TrainingArguments, **arguments: Any) -> None:
-        args.remove_unused_columns = False  # the collator reads what the model does not
+        args.remove_unused_columns = False  # the collator needs columns that the model does not
         super().__init__(args=args, data_collator=collate_choices, **arguments)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: the Trainer is to average it over accumulation
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, which the Trainer averages over accumulation
 
     def compute_loss(
         self,
@@ -130,7 +130,7 @@ class ChoiceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if not return_outputs:
-            return model(**right_choices(inputs)).loss  # the model's own: AdaLoRA adds its penalty to it
+            return model(**right_choices(inputs)).loss  # the model's own loss, with AdaLoRA's penalty
         shape = inputs["input_ids"].shape
         right = _places(inputs)
         flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "targets")}

@@ -1,4 +1,4 @@
-"""The right one of several choices: by an encoder's head, or by how likely a decoder finds each."""
+"""Multiple choice: by an encoder's head, or by a decoder's likelihood of each choice."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .likelihood import ChoiceTrainer, encode_continuations, right_choices
 
 
 class MultipleChoice(Kind):
-    """The right one of several choices, by an encoder's head."""
+    """Multiple choice by an encoder's head."""
 
     name = "multiple-choice"
     roles = ("question", "choices", "label")
     optional_roles = ("group", "prompts")
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
-    adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # PEFT does not know this head
+    adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # unknown to PEFT
     collator = DataCollatorForMultipleChoice
     model_class: ClassVar[Any] = AutoModelForMultipleChoice
     architectures = MODEL_FOR_MULTIPLE_CHOICE_MAPPING
@@ -83,7 +83,7 @@ class MultipleChoice(Kind):
 
     @staticmethod
     def _pairs(batch: Mapping[str, list[Any]]) -> Iterator[tuple[list[str], list[str]]]:
-        """What stands before each choice, and the choices, example by example."""
+        """Yield (prompts, choices) of each example."""
         for row, choices in enumerate(batch["choices"]):
             yield batch["prompts"][row] if "prompts" in batch else [batch["question"][row]] * len(choices), choices
 
@@ -95,11 +95,11 @@ class MultipleChoice(Kind):
         return f"Example, its right choice as the model reads it: {shown_tokens(right, processor)!r}"
 
     def unlabelled(self, encoded: Dataset) -> Dataset:
-        return encoded.add_column("labels", [0] * len(encoded))  # its collator wants some
+        return encoded.add_column("labels", [0] * len(encoded))  # its collator requires labels
 
 
 class ChoiceByLikelihood(MultipleChoice):
-    """Multiple choice by a decoder, which has no head for it, and compares how likely it finds the choices."""
+    """Multiple choice by a decoder without a head, which compares the likelihoods of the choices."""
 
     metrics = ("accuracy", "accuracy_norm", "loss")
     has_head = False
@@ -115,7 +115,7 @@ class ChoiceByLikelihood(MultipleChoice):
         return encode_continuations(data, processor, max_length)
 
     def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
-        # It gives numbers for its whole vocabulary, and for every choice.
+        # It outputs logits for its whole vocabulary and every choice.
         return super().arguments(max_length, batch) | {"per_device_eval_batch_size": max(1, batch // 4)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:

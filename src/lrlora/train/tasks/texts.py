@@ -1,4 +1,4 @@
-"""Texts, and pairs of texts: which class one belongs to, or which number it has."""
+"""Classification and regression of texts and text pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Kind
 
 
 class Classify(Kind):
-    """One of several classes for a text, or for a pair of texts."""
+    """Classification of a text or text pair."""
 
     name = "classify"
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
@@ -49,7 +49,7 @@ class Classify(Kind):
 
 
 class Regress(Kind):
-    """A number for a text, or for a pair of texts."""
+    """Regression on a text or text pair."""
 
     name = "regress"
     roles = ("text", "label")
