@@ -221,7 +221,7 @@ def test_a_run_whose_settings_are_none(here: Path) -> None:
 
 def test_an_adapter_without_the_name_of_its_base_model(here: Path) -> None:
     change("lora", base_model_name_or_path=None)
-    require_refused("merge lora --output out", "The adapter lora does not say what its base model is")
+    require_refused("merge lora --output out", "The adapter lora does not name its base model. Pass it: --base MODEL")
 
 
 def pipe(path: str) -> None:

@@ -229,6 +229,27 @@ def nesting(text: bytes) -> int:
 ADAPTER_EXPECTED = "Expected are the adapter_config.json and adapter_model.safetensors that save_pretrained wrote."
 
 
+def is_hub_name(name: str | os.PathLike[str]) -> bool:
+    """Whether a name may be one of the hub: OWNER/NAME or NAME, if OWNER is no folder here.
+
+    Without this, a mistyped path is searched for on the hub, which takes a minute of retries without a network.
+    """
+    text = os.fspath(name)
+    owner = text.rpartition("/")[0]
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) is not None and not (owner and Path(owner).is_dir())
+
+
+def require_present(name: str | os.PathLike[str]) -> None:
+    """Check that a path exists or may be a hub name.
+
+    Raises:
+        FileNotFoundError: neither.
+
+    """
+    if not Path(name).exists() and not is_hub_name(name):
+        raise FileNotFoundError("There is no such folder.")
+
+
 def require_adapter(name: str | os.PathLike[str]) -> None:
     """Check for an adapter without using the hub: in a folder, or a name that cannot be a hub name.
 
@@ -241,7 +262,8 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
     if path.is_dir():
         reason = None if (path / "adapter_config.json").is_file() else "there is no adapter_config.json in it"
     else:
-        reason = None if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", os.fspath(name)) else "there is no such folder"
+        # On the hub, every adapter has an owner.
+        reason = None if is_hub_name(name) and "/" in os.fspath(name) else "there is no such folder"
     if reason is not None:
         raise ValueError(f"{name} does not hold a readable adapter: {reason}. {ADAPTER_EXPECTED}")
 

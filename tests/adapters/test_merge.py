@@ -11,9 +11,13 @@ import torch
 import transformers
 from peft import get_peft_model
 from safetensors import safe_open
+from typer.testing import CliRunner
 
 from lrlora import LrLoraConfig
 from lrlora.adapters import merge_adapter
+from lrlora.cli import app
+from lrlora.train.data import require_data_path
+from lrlora.train.models import require_model_folder
 
 from ..conftest import TinyModel
 from ..train.small import tokenizer
@@ -107,6 +111,39 @@ def test_refuses_before_anything_is_written(train: Train, tmp_path: Path) -> Non
     assert not (tmp_path / "merged").exists()
 
 
+def test_another_place_of_the_base_model(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, model = train("llama")
+    saved = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    there, runner = ("--base", str(tmp_path / "elsewhere")), CliRunner()
+    asked = ["merge", str(adapter), "--output", str(tmp_path / "merged")]
+    assert runner.invoke(app, asked).exit_code == 1
+    found = runner.invoke(app, [*asked, *there])
+    assert found.exit_code == 0, found.output
+    tiny = TinyModel("llama")
+    merged = CLASSES["llama"].from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(tiny.logits(merged), tiny.logits(model), rtol=1e-5, atol=1e-5)
+    found = runner.invoke(app, ["export", str(adapter), "--output", str(tmp_path / "lora"), *there])
+    assert found.exit_code == 0, found.output
+    assert "of the adapter's effect on the last hidden state is lost" in " ".join(found.output.split())
+    assert str(tmp_path / "base") in (tmp_path / "lora" / "adapter_config.json").read_text()
+    assert saved == {file.name: file.read_bytes() for file in adapter.iterdir()}
+
+
+def test_a_path_that_is_mistyped_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in ("runs/first", "lrlora-run"):
+        with pytest.raises(ValueError, match="there is no such folder"):
+            merge_adapter(name, "merged")
+    with pytest.raises(FileNotFoundError, match="There is no model folder runs/model"):
+        require_model_folder("runs/model")
+    with pytest.raises(FileNotFoundError, match="There is no file or folder runs/data"):
+        require_data_path("runs/data")
+    require_data_path("nyu-mll/glue:cola")
+    require_model_folder("google/vit")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_model_that_is_stored_quantised(tmp_path: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes")
@@ -131,7 +168,7 @@ def test_a_base_model_that_is_stored_quantised(tmp_path: Path, bits: int) -> Non
         before = model(input_ids=tokens).logits.float()
     with torch.no_grad():
         expected = model(input_ids=tokens).logits.float()
-    with pytest.raises(ValueError, match=r"stored quantised.*--dequantize"):
+    with pytest.raises(ValueError, match=r"stored quantized.*--dequantize"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", dequantize=True, dtype=torch.float32)
     merged = load(tmp_path / "merged")
@@ -183,6 +220,6 @@ def test_a_merged_decoder_classifies_batches(tmp_path: Path) -> None:
 
 def test_no_tokenizer_is_made_up(train: Train, tmp_path: Path) -> None:
     adapter, _ = train("gpt2")
-    with pytest.warns(UserWarning, match="has a tokenizer"):
+    with pytest.warns(UserWarning, match="without a tokenizer"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("*token*"))

@@ -50,7 +50,7 @@ def base_on_hub(saved: SavedAdapter) -> str | None:
     record = record_beside(saved)
     if record is not None and record.base_model is not None:
         return record.base_model
-    name = saved.config.base_model_name_or_path
+    name = saved.base_model
     return name if name and not Path(name).is_absolute() and not Path(name).exists() else None
 
 

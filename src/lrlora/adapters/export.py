@@ -112,6 +112,8 @@ def save_as_lora(
     exported = [part for part in factors if part.rank]
     config = lora_config(factors, like)
     config.inference_mode = True
+    if isinstance(origin, SavedAdapter):
+        config.base_model_name_or_path = like.base_model_name_or_path or origin.base
     config.use_dora = keeps_magnitudes
     if pad:
         config.rank_pattern, config.alpha_pattern = {}, {}
@@ -249,7 +251,8 @@ def output_difference(adapter: AdapterSource, exported: AdapterSource) -> Output
         base, _ = _outputs(original, inputs)
     hidden, logits = _outputs(original, inputs)
     del original
-    exported_hidden, exported_logits = _outputs(load_adapted(exported, dtype=torch.float32).eval(), inputs)
+    again = SavedAdapter.read(exported).on_base(SavedAdapter.read(adapter).base)
+    exported_hidden, exported_logits = _outputs(load_adapted(again, dtype=torch.float32).eval(), inputs)
     effect = (hidden - base).norm().item()
     return OutputDifference(
         relative=(hidden - exported_hidden).norm().item() / effect if effect > 0 else 0.0,

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..files import ADAPTER_EXPECTED, readable, require_regular
+from ..files import ADAPTER_EXPECTED, readable, require_present, require_regular
 from .card import class_names
 from .peft_folder import AdapterSource, SavedAdapter, require_all_weights
 from .update import Updates
@@ -44,12 +44,9 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     """
     saved = SavedAdapter.read(adapter)
     name, config = saved.name, saved.config
-    base = config.base_model_name_or_path
+    base = saved.base_model
     if not base:
-        raise FileNotFoundError(
-            f"The adapter {name} does not say what its base model is. Set base_model_name_or_path in its "
-            "adapter_config.json."
-        )
+        raise FileNotFoundError(f"The adapter {name} does not name its base model. Pass it: --base MODEL, or base=.")
     require_regular(base)
     if (Path(base) / CONFIG_NAME).is_file():
         SavedAdapter.read(base)  # transformers loads this adapter too
@@ -66,23 +63,24 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
             with warnings.catch_warnings():
                 # PEFT looks for a tokenizer with the adapter, and warns if it cannot tell whether there is one.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file")
-                model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
+                require_present(base)
+                with saved.as_peft_reads_it() as folder:
+                    model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(folder, **options)
         except OSError as error:
             raise FileNotFoundError(
                 f"The base model of {name}, {base}, could not be loaded: "
-                f"{str(error).splitlines()[0]} Put it there, or correct base_model_name_or_path in adapter_config.json."
+                f"{str(error).splitlines()[0]} Pass another path: --base MODEL, or base=."
             ) from None
         except RecursionError:
             raise ValueError(f"A file of {name}, or of its base model {base}, is nested too deeply.") from None
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"The adapter {name} does not fit its base model {config.base_model_name_or_path}: "
-                f"{' '.join(str(error).split())[:500]}"
+                f"The adapter {name} does not fit its base model {base}: {' '.join(str(error).split())[:500]}"
             ) from None
         require_all_weights(model, saved)
     if config.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
         # A decoder classifies at the last token before the padding, and is trained with the tokenizer's pad token.
-        model.config.pad_token_id = _pad_token(name, str(config.base_model_name_or_path))
+        model.config.pad_token_id = _pad_token(name, base)
     return model
 
 
@@ -94,20 +92,21 @@ def check_base(saved: SavedAdapter, updates: Updates) -> None:
         ValueError: an adapted module is not linear or has another shape.
 
     """
-    name = saved.config.base_model_name_or_path
+    name = saved.base_model
     if not name:
         raise FileNotFoundError(
-            f"The adapter {saved.name} does not say what its base model is. Set base_model_name_or_path in its "
-            "adapter_config.json, or leave out the check against it (--no-check)."
+            f"The adapter {saved.name} does not name its base model. Pass it (--base MODEL), or skip the check against "
+            "it (--no-check)."
         )
     require_regular(name)
     with readable(name, "Correct it, or leave out the check against it (--no-check)."):
         try:
+            require_present(name)
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"The base model {name} could not be found: {str(error).splitlines()[0]} Put it there, correct "
-                "base_model_name_or_path in adapter_config.json, or leave out the check against it (--no-check)."
+                f"The base model {name} could not be found: {str(error).splitlines()[0]} Pass another path (--base "
+                "MODEL), or skip the check against it (--no-check)."
             ) from None
     with torch.device("meta"):
         base = AutoModel.from_config(config)

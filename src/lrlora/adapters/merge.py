@@ -19,6 +19,7 @@ def merge_adapter(
     adapter: AdapterSource,
     output: str | os.PathLike[str],
     *,
+    base: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     dequantize: bool = False,
     max_shard_size: str = "5GB",
@@ -31,6 +32,7 @@ def merge_adapter(
     Args:
         adapter: folder or hub name of a saved adapter, or `SavedAdapter`.
         output: output folder; must be empty or missing. Written atomically.
+        base: base model (folder or hub name); default: the one named by the adapter.
         dtype: dtype of the model; default: that of the base model's files.
         dequantize: dequantize a base model that is stored quantized, which cannot be merged otherwise.
         max_shard_size: maximum size of a weights file.
@@ -42,22 +44,23 @@ def merge_adapter(
         ValueError: the adapter does not fit, the base model is quantized, or merged weights would not be finite.
 
     """
-    folder, saved = free_folder(output), SavedAdapter.read(adapter)
+    folder, saved = free_folder(output), SavedAdapter.read(adapter).on_base(base)
     model = load_adapted(saved, dtype=dtype or "auto")
     if getattr(model.config, "quantization_config", None) is not None:
         if not dequantize:
             raise ValueError(
-                f"The base model {model.config.name_or_path} is stored quantised. Ask for it to be dequantised "
-                "(dequantize=True, --dequantize), or name its unquantised original in adapter_config.json."
+                f"The base model {model.config.name_or_path} is stored quantized. Dequantize it (dequantize=True, "
+                "--dequantize), or pass the original as base (base=, --base)."
             )
         _dequantize(model)
     merged = model.merge_and_unload(progressbar=progressbar, safe_merge=True)
     with replacing_folder(folder) as partial:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
-        base = str(saved.config.base_model_name_or_path)
-        if not (save_preprocessing(partial, saved.name) or save_preprocessing(partial, base)):
+        source = str(saved.base_model)
+        if not (save_preprocessing(partial, saved.name) or save_preprocessing(partial, source)):
             warnings.warn(
-                f"Neither {saved.name} nor {base} has a tokenizer or processor to put beside the model.", stacklevel=2
+                f"The model is saved without a tokenizer or processor: neither {saved.name} nor {source} has one.",
+                stacklevel=2,
             )
         (partial / "README.md").write_text(merged_card(saved), encoding="utf-8")
 
@@ -66,7 +69,7 @@ def _dequantize(model: Any) -> None:
     """Dequantize the base layers under the adapters."""
     layers = [layer for layer in model.modules() if isinstance(layer, LrLoraLayer)]
     if not layers:
-        raise ValueError("Only LR-LoRA adapters can be merged into a base model that is stored quantised.")
+        raise ValueError("Only LR-LoRA adapters can be merged into a base model that is stored quantized.")
     model.get_base_model().dequantize()
     for layer in layers:
         layer.quantization_backend = None

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
 
 from ..checks import require_float32, require_type
-from ..files import ADAPTER_EXPECTED, read_json, readable, require_adapter
+from ..files import ADAPTER_EXPECTED, read_json, readable, require_adapter, write_json
 from ..tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
 from ..untrusted import require_plain_names, require_quick_patterns
 from .update import common_dtype
@@ -47,11 +51,36 @@ class SavedAdapter:
     Args:
         name: folder or hub name.
         config: configuration read by PEFT.
+        base: base model to use instead of the one named by the configuration.
 
     """
 
     name: str
     config: Any
+    base: str | None = None
+
+    @property
+    def base_model(self) -> str | None:
+        return self.base or self.config.base_model_name_or_path
+
+    def on_base(self, base: str | os.PathLike[str] | None) -> SavedAdapter:
+        """The same adapter with another base model; unchanged for None."""
+        return self if base is None else replace(self, base=os.fspath(base))
+
+    @contextmanager
+    def as_peft_reads_it(self) -> Iterator[str]:
+        """Name for PEFT's `from_pretrained`: a copy that names the other base model, if there is one."""
+        if self.base is None:
+            yield self.name
+            return
+        folder = Path(self.name) if Path(self.name).is_dir() else Path(snapshot_download(self.name))
+        with tempfile.TemporaryDirectory() as scratch:
+            for file in folder.iterdir():
+                if file.is_file():
+                    shutil.copy(file, scratch)
+            config = read_json(folder / CONFIG_NAME, dict[str, Any], ADAPTER_EXPECTED)
+            write_json(Path(scratch) / CONFIG_NAME, config | {"base_model_name_or_path": self.base})
+            yield scratch
 
     @property
     def stored_dtype(self) -> torch.dtype:

@@ -186,7 +186,7 @@ def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], 
             f"{saved.name} was started with init_lora_weights={start!r}, which took from the base weights what cannot "
             "be computed again. Save it with PEFT's path_initial_model_for_weight_conversion, as a plain LoRA."
         )
-    name = base or config.base_model_name_or_path
+    name = base or saved.base_model
     if not name:
         raise ValueError(f"{_why(saved)} The adapter does not say which it is: give it (base=, --base).")
     try:

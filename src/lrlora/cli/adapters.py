@@ -252,7 +252,10 @@ def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
     from ..adapters.loading import check_base, check_names
     from ..adapters.peft_folder import SavedAdapter
 
-    updates = read_updates(source, base=base)
+    is_model = base is not None and not Path(base).is_file()
+    is_adapter = not Path(source).is_file() and not is_full_model(source)
+    moved = SavedAdapter.read(source).on_base(base) if is_model and is_adapter else source
+    updates = read_updates(moved, base=base)
     saved = updates.origin
     if isinstance(saved, SavedAdapter) and not all(update.layout.is_known for update in updates):
         check_base(saved, updates) if check else check_names(updates)
@@ -281,9 +284,12 @@ def _print_difference(updates: Updates, output: Path) -> None:
 def merge(
     adapter: Annotated[str, typer.Argument(help="Folder or hub name of a saved adapter.")],
     output: _OUTPUT,
+    base: Annotated[
+        str | None, typer.Option(help="Base model (folder or hub name); default: the one named by the adapter.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the model; default: as stored.")] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Dequantise a base model that is stored quantised.")
+        bool, typer.Option("--dequantize", help="Dequantize a base model that is stored quantized.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights.")] = "5GB",
 ) -> None:
@@ -298,7 +304,13 @@ def merge(
 
         precision = None if dtype is None else _dtype(dtype)
         merge_adapter(
-            adapter, output, dtype=precision, dequantize=dequantize, max_shard_size=max_shard_size, progressbar=True
+            adapter,
+            output,
+            base=base,
+            dtype=precision,
+            dequantize=dequantize,
+            max_shard_size=max_shard_size,
+            progressbar=True,
         )
         size = sum(file.stat().st_size for file in output.iterdir())
         announce(f"Model: {output}, {size / 2**20:.1f} MiB")

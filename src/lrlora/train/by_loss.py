@@ -99,7 +99,7 @@ class Subject:
             )
         if is_run and task is not None:
             raise ValueError(f"{source} is a run of `lrlora train`, and knows its task. Leave out --task.")
-        saved = None if is_full_model(source) else SavedAdapter.read(source)
+        saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
         if getattr(saved and saved.config, "lora_bias", False):
             raise ValueError("lora_bias=True: an adapter with biases of its own on B cannot be written anew. Merge it.")
         run = LoadedRun.read(Path(source)) if is_run else _made_up(source, saved, base, str(data), task, reading)
@@ -107,7 +107,7 @@ class Subject:
         if saved is None and base is None and is_run:
             base = model_source(run.config.model)
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
-            base = saved.config.base_model_name_or_path  # required to read an update with its magnitudes
+            base = saved.base_model  # required to read an update with its magnitudes
         updates = read_updates(source if saved is None else saved, base=base)
         if saved is not None and not all(update.layout.is_known for update in updates):
             check_base(saved, updates)
@@ -203,12 +203,12 @@ def _made_up(
         raise ValueError(f"{source} does not say its task. Give --task {', '.join(_TASKS.values())} or regress.")
     if known is not None and _TASKS[known] != task.replace("regress", "classify"):
         raise ValueError(f"{source} is a {known} adapter, and --task is {task}. Leave it out.")
-    name = source if saved is None else base or saved.config.base_model_name_or_path
+    name = source if saved is None else saved.base_model
     if not name:
         raise ValueError(f"{source} does not say what its base model is. Give it: --base MODEL.")
     require_model_folder(name)
     kind = kind_for(task, AutoConfig.from_pretrained(name))
-    if saved is not None and base is None:
+    if saved is not None and (known is not None or base is None):
         model = load_adapted(saved)
     else:
         names = class_names(saved) if saved else []

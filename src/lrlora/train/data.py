@@ -15,7 +15,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
 from ..checks import require_known
-from ..files import require_regular
+from ..files import is_hub_name, require_regular
 from .cells import is_filled, is_known, require_rows
 from .commonsense import ALL, COMMONSENSE, load_commonsense
 from .embedded import EMBEDDED, EMBEDDED_DATA
@@ -56,7 +56,7 @@ class TaskData:
 def require_data_path(name: str) -> None:
     """Raise FileNotFoundError if a data name can only be a path, and the path does not exist."""
     path = Path(name)
-    if (path.suffix in BUILDERS or path.is_absolute() or name.startswith(".")) and not path.exists():
+    if (path.suffix in BUILDERS or not is_hub_name(name.partition(":")[0])) and not path.exists():
         raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
 
 

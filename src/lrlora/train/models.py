@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.trainer_utils import SchedulerType
 
 from ..checks import require_known, require_type
-from ..files import read_json, readable, require_regular
+from ..files import is_hub_name, read_json, readable, require_regular
 from ..untrusted import require_quick_patterns
 from .embedded import EMBEDDED, EMBEDDED_MODELS
 from .metrics import LESS_IS_BETTER
@@ -62,7 +62,7 @@ def require_model_folder(name: str) -> None:
         if (path / "adapter_config.json").is_file():
             raise FileNotFoundError(f"The folder {name} holds an adapter, and no model: give its base model.")
         raise FileNotFoundError(f"The folder {name} holds no model: there is no config.json in it.")
-    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+    if not path.is_dir() and not is_hub_name(name):
         raise FileNotFoundError(f"There is no model folder {name}.")
     require_regular(path)
     if (adapter := path / "adapter_config.json").is_file():  # transformers loads this adapter too
