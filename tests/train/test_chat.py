@@ -126,6 +126,48 @@ def test_the_loss_of_a_chat_is_taken_of_its_answers(decoder: str, tmp_path: Path
     assert "with the loss on the answers" not in whole
 
 
+def test_roles_and_chats_without_an_answer(decoder: str, tmp_path: Path) -> None:
+    asked = {"role": "user", "content": "is it good ?"}
+    answered = [asked, {"role": "assistant", "content": "good film"}]
+    command = ("train", "--model", decoder, "--task", "causal-lm", "--dry-run", "--data")
+    data = write(tmp_path / "open.jsonl", [{"messages": answered}] * 20 + [{"messages": [*answered, asked]}] * 4)
+    said = " ".join(run(*command, data, "--validation-share", "0.5").output.split())
+    assert re.search(r"Warning: \d of 12 chats do not end with an answer", said)
+    chats = [{"messages": answered}] * 20 + [{"messages": [asked, {"role": "bot", "content": "yes"}]}]
+    said = " ".join(run(*command, write(tmp_path / "bot.jsonl", chats)).output.split())
+    assert "the roles in messages must be among system, developer, user, assistant" in said
+    assert "counted from 0: 20). Row 20 holds 'bot'." in said
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (("chat", "id"), "--column messages=chat"),
+        (("question", "answer"), "--column prompt=question --column completion=answer"),
+        (("a", "b"), "--column prompt=NAME"),
+    ],
+)
+def test_a_hint_names_the_column(decoder: str, tmp_path: Path, columns: tuple[str, ...], hint: str) -> None:
+    data = write(tmp_path / "own.jsonl", [dict.fromkeys(columns, "some text")] * 20)
+    said = run("train", "--model", decoder, "--task", "causal-lm", "--data", data, "--dry-run").output
+    assert f"Name them: {hint}" in " ".join(said.split())
+
+
+def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = run_on("prompt")
+    question = reviews(1)["review"][0]
+    one = run("predict", folder, "--text", question, "--generation", "max_new_tokens=1").output.strip()
+    three = run(
+        "predict", folder, "--text", question, "--generation", "max_new_tokens=3", "--generation", "min_new_tokens=3"
+    )
+    assert len(three.output.split()) > len(one.split()) == 1
+    hot = {run("predict", folder, "--text", question, "--generation", "temperature=9.0").output for _ in range(5)}
+    assert len(hot) > 1  # drawn, not chosen
+    said = " ".join(run("predict", folder, "--text", question, "--generation", "max_token=3").output.split())
+    assert "Did you mean max_time" in said or "Did you mean max_" in said
+    assert run("chat", folder, "--generation", "max_new_tokens=1", typed=f"{question}\n/quit\n").exit_code == 0
+
+
 def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decoder: str) -> None:
     words = tokenizer()
     words.chat_template = (

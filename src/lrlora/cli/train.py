@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..files import write_json, write_whole
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
-from ..train.settings import TrainConfig, parse_pairs, read_run
+from ..train.settings import TrainConfig, parse_assignments, parse_pairs, read_run
 from .common import announce, app, as_text, console, one_clear_error, quiet
 from .exporting import show_smallest
 from .settings import settings_as_options, settings_of, starter
@@ -122,6 +122,13 @@ _COLUMNS = Annotated[
 ]
 _DELIMITER = Annotated[str | None, typer.Option(help="Delimiter of a CSV file; default: as in training, or a comma.")]
 _ENCODING = Annotated[str | None, typer.Option(help="Encoding of a CSV file; default: as in training, or utf-8.")]
+_GENERATION = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=VALUE, field of transformers' GenerationConfig, such as max_new_tokens=200 or temperature=0.7; "
+        "default: greedy, at most as long as a training example."
+    ),
+]
 _SKIP_EMPTY = Annotated[
     bool | None, typer.Option("--skip-empty", help="Skip examples with an empty cell, and report their number.")
 ]
@@ -170,6 +177,7 @@ def predict(
     delimiter: _DELIMITER = None,
     encoding: _ENCODING = None,
     skip_empty: _SKIP_EMPTY = None,
+    generation: _GENERATION = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Predict with a finished run: a line of JSON for each example, or for each line of the standard input."""
@@ -182,11 +190,16 @@ def predict(
         reading = {"split": split, "announce": _note, **_reading(columns, delimiter, encoding, skip_empty)}
         from ..train.inference import predict, predict_texts
 
+        how = parse_assignments(generation or (), "--generation")
         if text is not None:
-            (said,) = predict_texts(run, [text])
+            (said,) = predict_texts(run, [text], how)
             print(said.get("completion") or json.dumps(said, ensure_ascii=False))
             return
-        found = predict(run, data, **reading) if data is not None else predict_texts(run, _lines_of_input())
+        found = (
+            predict(run, data, generation=how, **reading)
+            if data is not None
+            else predict_texts(run, _lines_of_input(), how)
+        )
         if output is not None:
             _write_predictions(found, output, overwrite)
             return
@@ -215,7 +228,10 @@ def _write_predictions(found: Iterator[dict[str, Any]], output: Path, overwrite:
 
 
 @app.command()
-def chat(run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train --task causal-lm`.")]) -> None:
+def chat(
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train --task causal-lm`.")],
+    generation: _GENERATION = None,
+) -> None:
     """Ask a finished run, turn by turn. /base asks the base model, /adapter the run, /new begins anew, /quit ends."""
     with one_clear_error("The chat is over."):
         config, _ = read_run(run)
@@ -224,7 +240,7 @@ def chat(run: Annotated[Path, typer.Argument(help="Output folder of `lrlora trai
         quiet()
         from ..train.inference import Chat
 
-        talk = Chat(run)
+        talk = Chat(run, parse_assignments(generation or (), "--generation"))
         announce("Ask, and end with /quit. /base asks the base model, /adapter the run, /new begins anew.")
         while (said := _next_line()) is not None:
             if said.startswith("/"):

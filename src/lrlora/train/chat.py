@@ -30,6 +30,14 @@ SIMPLE_TEMPLATE = (
 )
 _ASKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 _ASKERS |= {"system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call"}
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# Common names of columns → role.
+_NAMES = {
+    **dict.fromkeys(("chat", "chats", "dialog", "dialogue", "dialogs", "turns", "conversation"), "messages"),
+    **dict.fromkeys(("question", "query", "input", "inputs"), "prompt"),
+    **dict.fromkeys(("answer", "response", "output", "target", "targets"), "completion"),
+    **dict.fromkeys(("content", "document", "body"), "text"),
+}
 
 
 class Format(NamedTuple):
@@ -143,6 +151,33 @@ FORMATS = (
 def format_of(columns: Mapping[str, Any] | list[str]) -> Format:
     """Format of data whose columns are named by role."""
     return next(each for each in FORMATS if set(each.asked) <= set(columns))
+
+
+def likely_columns(names: list[str]) -> dict[str, str]:
+    """Role → column, guessed from common names of columns."""
+    found = {_NAMES[name.lower()]: name for name in reversed(names) if name.lower() in _NAMES}
+    wanted = next((roles for roles in (("messages",), ("prompt", "completion"), ("text",)) if roles[0] in found), ())
+    return {role: found[role] for role in wanted if role in found}
+
+
+def require_roles(data: Dataset, role: str, split: str) -> None:
+    """Raise ValueError unless every message is from a known role; those of ShareGPT are converted elsewhere."""
+    unknown = [next((m["role"] for m in chat if m.get("role") not in _ROLES), None) for chat in data[role]]
+    require_rows(
+        (name is None for name in unknown),
+        f"the roles in {role} must be among {', '.join(_ROLES)} in the split {split}",
+        unknown,
+    )
+
+
+def without_answer(data: Dataset) -> int:
+    """Number of chats that do not end with an answer."""
+    name = format_of(data.column_names).name
+    if name not in ("messages", "ShareGPT"):
+        return 0
+    chats = data["messages" if name == "messages" else "conversations"]
+    last = (chat[-1].get("role") or chat[-1].get("from") for chat in chats)
+    return sum(_ASKERS.get(str(role)) not in ("assistant", "function_call") for role in last)
 
 
 def holds_chats(data: Dataset) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from tqdm import tqdm
 from transformers import (
     AutoConfig,
     BatchEncoding,
+    GenerationConfig,
     TextStreamer,
     Trainer,
 )
 
 from ..adapters.peft_folder import SavedAdapter, require_all_weights
+from ..checks import require_known
 from ..files import readable, replacing
 from ..fingerprint import warn_of_another_model
 from ..locks import only_writer
@@ -40,6 +42,10 @@ OF_TRAINING = (
     *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "tf32", "use_liger_kernel"),
     *("report_to", "push_to_hub"),
 )
+
+
+# Fields of GenerationConfig that only matter for sampling, which they turn on.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 def evaluate(
@@ -79,16 +85,23 @@ def evaluate(
 
 
 def predict(
-    run: str | Path, data: str | Dataset, *, split: str | None = None, announce: Announce = print, **reading: Any
+    run: str | Path,
+    data: str | Dataset,
+    *,
+    split: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+    announce: Announce = print,
+    **reading: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yield the predictions of a finished run: the inputs of each example, and
 
     `prediction` and `probabilities` (classify: by class name; multiple-choice: by index), `prediction` (regress), or
-    `completion` (causal-lm, greedy).
+    `completion` (causal-lm).
 
-    Takes the arguments of `evaluate`; `data` may also be a data set, and needs no labels.
+    Takes the arguments of `evaluate`; `data` may also be a data set, and needs no labels. `generation` has fields of
+    `GenerationConfig`; by default, decoding is greedy.
     """
-    loaded = LoadedRun.read(Path(run)).reading(**reading)
+    loaded = LoadedRun.read(Path(run)).reading(**reading).generating(generation)
     examples = loaded.examples(data, split, announce, with_label=False)
     encoded = loaded.encoded(examples)
     if loaded.kind.generates:
@@ -101,7 +114,9 @@ def predict(
         yield {**loaded.kind.described(example), **said}
 
 
-def predict_texts(run: str | Path, texts: list[str]) -> Iterator[dict[str, Any]]:
+def predict_texts(
+    run: str | Path, texts: list[str], generation: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
     """Predictions or answers of a finished run for texts; see `predict`.
 
     Raises:
@@ -114,7 +129,7 @@ def predict_texts(run: str | Path, texts: list[str]) -> Iterator[dict[str, Any]]
     if config.task == "image-classify":
         raise ValueError("The run tells images apart. Give a folder of them: --data.")
     role = "prompt" if config.task == "causal-lm" else "text"
-    return predict(run, Dataset.from_dict({role: texts}), columns={})
+    return predict(run, Dataset.from_dict({role: texts}), columns={}, generation=generation)
 
 
 def _not_empty(answers: Iterable[str]) -> Iterator[str]:
@@ -138,6 +153,7 @@ class LoadedRun:
     record: RunRecord
     processor: Any  # tokenizer or image processor
     model: Any
+    generation: Mapping[str, Any] = field(default_factory=dict)  # fields of GenerationConfig
 
     @classmethod
     def read(cls, folder: Path) -> LoadedRun:
@@ -175,6 +191,19 @@ class LoadedRun:
     def reading(self, **settings: Any) -> LoadedRun:
         """Copy of the run with other data options; None keeps the run's own."""
         return replace(self, config=replace(self.config, **{k: v for k, v in settings.items() if v is not None}))
+
+    def generating(self, settings: Mapping[str, Any] | None) -> LoadedRun:
+        """Copy of the run with other generation settings.
+
+        Raises:
+            ValueError: the run does not generate text, or a setting is unknown.
+
+        """
+        if settings and not self.kind.generates:
+            raise ValueError(f"Generation settings ({', '.join(settings)}) are for causal-lm, not {self.config.task}.")
+        for name in settings or ():
+            require_known("generation setting", name, GenerationConfig().to_dict())
+        return replace(self, generation=settings or {})
 
     @property
     def labels(self) -> list[str]:
@@ -232,7 +261,7 @@ class LoadedRun:
         return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
 
     def answers(self, rows: Dataset) -> Iterator[str]:
-        """Yield the greedy continuation of every prompt."""
+        """Yield the continuation of every prompt."""
         with cached_weights(self.model):
             for row in tqdm(rows, desc="Generating", disable=len(rows) == 1):
                 inputs = self.prompt(prompt_of(row), row)
@@ -240,11 +269,13 @@ class LoadedRun:
                 yield str(self.processor.decode(tokens, skip_special_tokens=True))
 
     def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
-        """Prompt and greedy continuation, (1, tokens), at most as long as a training example."""
+        """Prompt and continuation, (1, tokens): by default greedy, and at most as long as a training example."""
         room = max(1, max_positions(self.model.config) - inputs["input_ids"].shape[1])
-        options |= {"do_sample": False, "pad_token_id": self.processor.pad_token_id}
+        settings = {"do_sample": any(name in self.generation for name in _SAMPLING)}
+        settings |= {"max_new_tokens": min(self.max_length or room, room), **self.generation}
+        settings["pad_token_id"] = self.processor.pad_token_id
         with torch.no_grad():
-            return self.model.generate(**inputs, max_new_tokens=min(self.max_length or room, room), **options)
+            return self.model.generate(**inputs, **settings, **options)
 
     def prompt(self, asked: str | list[dict[str, Any]], row: dict[str, Any]) -> BatchEncoding:
         """Token ids of a prompt: plain text, or a chat rendered up to the start of the answer."""
@@ -261,13 +292,14 @@ class Chat:
 
     Args:
         run: output folder of `train`, with the task "causal-lm".
+        generation: fields of GenerationConfig.
 
     """
 
     _COMMANDS = ("/base", "/adapter", "/new", "/quit")
 
-    def __init__(self, run: str | Path) -> None:
-        self._run = LoadedRun.read(Path(run))
+    def __init__(self, run: str | Path, generation: Mapping[str, Any] | None = None) -> None:
+        self._run = LoadedRun.read(Path(run)).generating(generation)
         self._turns: list[dict[str, Any]] = []
         self._asks_base = False
 

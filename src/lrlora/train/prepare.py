@@ -24,7 +24,7 @@ from transformers.trainer_utils import SchedulerType
 from .. import __version__
 from ..files import readable
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT, RunRecord
-from .chat import choose_template, format_of, rendering_of, with_answers_marked
+from .chat import choose_template, format_of, rendering_of, with_answers_marked, without_answer
 from .data import TaskData, choose_max_length, load_task_data
 from .methods import METHODS
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
@@ -148,6 +148,8 @@ def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -
     """Data format, examples that TRL drops, and the first example as the model reads it."""
     if inputs.rendering is not None:
         yield f"Format: {_format_line(chat_template, inputs)}"
+        if unanswered := without_answer(inputs.data.splits["train"]):
+            yield f"Warning: {unanswered:,} of {inputs.examples:,} chats do not end with an answer by the assistant."
     encoded, arguments = trainer.train_dataset, trainer.args
     if not len(encoded):  # type: ignore[arg-type]
         raise ValueError(

@@ -12,8 +12,22 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..cells import counted, is_conversation, require_rows, require_text
-from ..chat import FORMATS, as_trl_reads, count_tokens, format_of, rendering_of, shown_tokens
+from ..chat import (
+    FORMATS,
+    as_trl_reads,
+    count_tokens,
+    format_of,
+    likely_columns,
+    rendering_of,
+    require_roles,
+    shown_tokens,
+)
 from .base import Kind
+
+
+def _hint(columns: list[str]) -> str:
+    found = likely_columns(columns) or {"prompt": "NAME"}
+    return " ".join(f"--column {role}={name}" for role, name in found.items())
 
 
 class CausalLm(Kind):
@@ -39,7 +53,7 @@ class CausalLm(Kind):
         if found is None:
             raise ValueError(
                 "The task causal-lm reads the columns messages, or conversations, or prompt and completion, or "
-                f"instruction and output, or text, and the data has {', '.join(there)}. Name them: --column prompt=NAME"
+                f"instruction and output, or text, and the data has {', '.join(there)}. Name them: {_hint(there)}"
             )
         if with_label and found.answer is not None and names[found.answer] not in there:
             raise ValueError(
@@ -56,6 +70,8 @@ class CausalLm(Kind):
             else:
                 rule = f"{role} must be lists of messages in the split {split}"
                 require_rows(map(is_conversation, data[role]), rule)
+                if role == "messages":
+                    require_roles(data, role, split)
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:
         def count(batch: dict[str, list[Any]]) -> list[int]:
