@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Prefix of the base model in a PEFT model and in all keys of a saved adapter.
 PEFT_PREFIX = "base_model.model."
@@ -28,6 +29,49 @@ def natural_order(path: str) -> list[tuple[int, str]]:
 def module_type(path: str) -> str:
     """Path of a module within its layer, without numbers: encoder.layer.3.mlp → encoder.layer.mlp"""
     return ".".join(part for part in _parts(path) if not part.isdecimal())
+
+
+# What holds layers, at the end of a stack's path; and blocks inside of blocks, as in the U-Net of SDXL.
+_CONTAINER = re.compile(r"[._](text_model[._]encoder[._]layers|layers?|blocks?|h)$")
+_NESTED = re.compile(r"(blocks|attentions|resnets)$")
+
+
+def stack_of(path: str) -> str | None:
+    """Short name of the stack of layers around a module, such as te1 and unet_input; None outside of layers."""
+    parts = _parts(path)
+    first = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return None if first is None else _CONTAINER.sub("", ".".join(parts[:first]).removeprefix("lora_"))
+
+
+def several_stacks(paths: Iterable[str]) -> bool:
+    """Whether modules are in more than one stack, such as an encoder and a decoder."""
+    return len({stack for path in paths if (stack := stack_of(path)) is not None}) > 1
+
+
+def position_in_stack(path: str) -> str | None:
+    """Numbers of the layer and of the blocks nested in it, such as 4.1.0; None outside of layers."""
+    numbers: list[str] = []
+    is_open = True
+    for part in _parts(path):
+        if not part.isdecimal():
+            is_open = not numbers or _NESTED.search(part) is not None
+        elif is_open:
+            numbers.append(part)
+    return ".".join(numbers) or None
+
+
+def place_in_layer(path: str) -> str:
+    """Path of a module within its layer: encoder.layer.3.attention.query → attention.query"""
+    parts = _parts(path)
+    first = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+    inside = [part for part in parts[first + 1 :] if not part.isdecimal()]
+    return ".".join([part for part in inside if not _NESTED.search(part)] or inside)
+
+
+def type_label(path: str, *, with_stack: bool) -> str:
+    """Module type in a table: the path without numbers, or the stack and the place in its layer."""
+    stack = stack_of(path)
+    return f"{stack} {place_in_layer(path)}" if with_stack and stack is not None else module_type(path)
 
 
 def layer_index(path: str) -> int | None:

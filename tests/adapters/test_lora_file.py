@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from lrlora import rank_report
 from lrlora.adapters import factorize, read_updates, save_single_file
 from lrlora.cli import app
-from lrlora.naming import layer_index, module_kind, module_type
+from lrlora.naming import layer_index, module_kind, module_type, place_in_layer, position_in_stack, stack_of
 
 from .small_diffusion import outputs, pipeline, save_as_kohya, with_lora
 from .test_peft_methods import METHODS, merged_differences, save_trained
@@ -168,6 +168,33 @@ def test_a_locon_with_a_core_and_a_difference_saved_whole(tmp_path: Path) -> Non
 )
 def test_names_of_modules(module: str, layer: int | None, kind: str, place: str) -> None:
     assert (layer_index(module), module_kind(module), module_type(module)) == (layer, kind, place)
+
+
+@pytest.mark.parametrize(
+    ("module", "stack", "position", "place"),
+    [
+        ("lora_te1_text_model_encoder_layers_3_self_attn_q_proj", "te1", "3", "self_attn_q_proj"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_ff_net_0_proj", "unet_input", "4.1.0", "ff_net.proj"),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "unet.down", "1.0.0", "attn1.to_out"),
+        ("text_encoder_2.text_model.encoder.layers.7.mlp.fc1", "text_encoder_2", "7", "mlp.fc1"),
+        ("encoder.block.0.layer.1.DenseReluDense.wi", "encoder", "0", "layer.DenseReluDense.wi"),
+        ("model.layers.3.mlp.experts.7.up_proj", "model", "3", "mlp.experts.up_proj"),
+        ("lora_te2_text_projection", None, None, "lora_te2_text_projection"),
+    ],
+)
+def test_stack_position_and_place_of_a_module(module: str, stack: str | None, position: str | None, place: str) -> None:
+    assert (stack_of(module), position_in_stack(module), place_in_layer(module)) == (stack, position, place)
+
+
+def test_stacks_are_told_apart_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"lora_te{n}_text_model_encoder_layers_{i}_mlp_fc1" for n in (1, 2) for i in range(10)]
+    tensors = {f"{name}.lora_down.weight": torch.randn(2, 8) for name in names}
+    save_file(tensors | {f"{name}.lora_up.weight": torch.randn(8, 2) for name in names}, "sdxl.safetensors")
+    said = CliRunner().invoke(app, ["ranks", "sdxl.safetensors"], env={"COLUMNS": "60"}).output
+    assert "te1 mlp_fc1 ×10 " in said
+    assert "te2 9 " in said
+    assert "text_model" not in said
 
 
 def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

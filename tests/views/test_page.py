@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from axe_playwright_python.sync_playwright import Axe
 from peft import get_peft_model
 from playwright.sync_api import Browser, Page, expect
+from safetensors.torch import save_file
 
 from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.ranks import Curve, RankRow, Spectrum
 from lrlora.views.chart_files import save_pictures
 from lrlora.views.page import write_page
-from lrlora.views.runs import Run
+from lrlora.views.runs import Run, load_runs
 
 from ..conftest import TinyModel
 from .conftest import needs_browser, opened
@@ -198,6 +200,29 @@ def test_experts_of_a_cell_can_be_told_apart(browser: Browser, tmp_path: Path) -
     page.get_by_label("Module of the cell").select_option(expected[2].module)
     number = page.locator('#module-name [data-key="stable_rank"]').inner_text()
     assert float(number) == pytest.approx(expected[2].stable_rank, abs=0.051)
+    page.close()
+
+
+@needs_browser
+def test_a_stack_has_a_map_of_its_own_with_one_cell_a_module(browser: Browser, tmp_path: Path) -> None:
+    blocks = [f"lora_unet_input_blocks_4_1_transformer_blocks_{i}_attn1_to_{k}" for i in (0, 1) for k in "qk"]
+    names = [*(f"lora_te1_text_model_encoder_layers_{i}_mlp_fc1" for i in range(3)), *blocks]
+    tensors = {f"{name}.lora_down.weight": torch.randn(2, 8) for name in names}
+    save_file(tensors | {f"{name}.lora_up.weight": torch.randn(8, 2) for name in names}, tmp_path / "a.safetensors")
+    write_page(load_runs([str(tmp_path / "a.safetensors")]), tmp_path / "a.html")
+    page = opened(browser.new_page(viewport={"width": 400, "height": 800}), tmp_path / "a.html")
+    assert [table.get_attribute("aria-label") for table in page.locator("table.map").all()] == [
+        "stable rank of a, te1",
+        "stable rank of a, unet_input",
+    ]
+    assert page.locator("#maps .cell").count() == len(names)
+    headings = page.get_by_role("table", name="unet_input").locator("thead th").all_inner_texts()
+    assert headings == ["unet_input", "4.1.0", "4.1.1"]
+    page.locator(f'.cell[data-module="{names[2]}"]').focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowDown")  # into the next map
+    page.keyboard.press("Enter")
+    expect(page.locator("#module-name")).to_contain_text(names[5])
     page.close()
 
 

@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 
 from ..files import replacing
+from ..naming import several_stacks, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
 # Default measure of the figure and the page.
@@ -63,8 +64,10 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 def _draw_ranks(axes: Axes, rows: list[RankRow], measure: str) -> None:
     cells: dict[tuple[str, int | None], list[float]] = {}
+    with_stack = several_stacks(row.module for row in rows)
     for row in rows:
-        cells.setdefault((row.type, row.layer), []).append(getattr(row, measure))
+        label = type_label(row.module, with_stack=with_stack)
+        cells.setdefault((label, row.layer), []).append(getattr(row, measure))
     means = {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
     image = draw_heat_map(axes, means, vmin=0, vmax=max(means.values()))
     axes.figure.colorbar(image, ax=axes, label=MEASURES[measure].label)

@@ -75,47 +75,59 @@ function painted(share) {
   const colour = shade(share);
   return `background:rgb(${colour});color:${luminance(colour) > 0.179 ? "#000" : "#fff"}`;
 }
-// Where a module is in its layer: its path from the layer's number on, without further numbers.
-const placeInLayer = ({ module, type, layer }) => (layer === null ? type : module.replace(/^.*?\.?\d+\./, "").replace(/\.\d+(?=\.|$)/g, ""));
-function labelsOf(rows, types) {
-  const labels = types.map((type) => placeInLayer(rows.find((row) => row.type === type)));
-  // An encoder and a decoder have the same places: there the whole path tells.
-  return types.map((type, i) => (labels.filter((label) => label === labels[i]).length > 1 ? type : labels[i]));
-}
-function mapOf(run, rows, key, largest, runIndex) {
-  const types = [...new Set(rows.map((row) => row.type))];
-  const layers = [...new Set(rows.map((row) => row.layer))].sort((a, b) => (a === null) - (b === null) || a - b);
-  const labels = labelsOf(rows, types);
+const inOrder = (a, b) => {
+  const [first, second] = [a, b].map((position) => (position === null ? [Infinity] : position.split(".").map(Number)));
+  const at = first.findIndex((number, i) => number !== second[i]);
+  return at < 0 ? first.length - second.length : first[at] - (second[at] ?? -1);
+};
+// A stack of layers: its modules by place in the layer, and by position of the layer.
+function stackOf(name, rows, key, largest, label, runIndex, above) {
+  const places = [...new Set(rows.map((row) => row.place))];
+  const positions = [...new Set(rows.map((row) => row.position))].sort(inOrder);
   const cells = new Map();
   rows.forEach((row) => {
-    const at = `${types.indexOf(row.type)},${layers.indexOf(row.layer)}`;
+    const at = `${places.indexOf(row.place)},${positions.indexOf(row.position)}`;
     cells.set(at, [...(cells.get(at) || []), row]);
   });
-  const table = make("table", { class: "map", "aria-label": `${measureOf(key).label} of ${run.name}` });
-  table.append(make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "layer"), ...layers.map((layer) => make("th", { scope: "col" }, layer === null ? "–" : String(layer))))));
+  const table = make("table", { class: "map", "aria-label": label });
+  table.append(make("thead", {}, make("tr", {}, make("th", { scope: "col" }, name ?? "layer"), ...positions.map((position) => make("th", { scope: "col" }, position ?? "–")))));
   const body = make("tbody");
-  types.forEach((type, y) => {
-    const line = make("tr", {}, make("th", { scope: "row", title: type }, labels[y]));
-    layers.forEach((_, x) => {
-      const here = cells.get(`${y},${x}`);
-      if (!here) return line.append(make("td"));
+  places.forEach((place, line) => {
+    const type = rows.find((row) => row.place === place).type, y = above + line;
+    const tr = make("tr", {}, make("th", { scope: "row", title: type }, place));
+    positions.forEach((position, x) => {
+      const here = cells.get(`${line},${x}`);
+      if (!here) return tr.append(make("td"));
       const value = mean(known(here, key));
       const isChosen = here.some((row) => row.module === state.module);
       const cell = make("button", {
         type: "button", class: "cell", style: painted(value === null || !largest ? 0 : value / largest), tabindex: "-1",
         "data-at": `${runIndex},${y},${x}`, "data-module": here[0].module, "aria-pressed": String(isChosen),
-        "aria-label": `${here.length > 1 ? `mean of ${here.length} modules ${type}, layer ${layers[x]}` : here[0].module}: ${measureOf(key).label} ${shown(value, key)}`,
+        "aria-label": `${here.length > 1 ? `mean of ${here.length} modules ${type}, layer ${position}` : here[0].module}: ${measureOf(key).label} ${shown(value, key)}`,
       }, shown(value, key));
       cell.rows = here;
-      line.append(make("td", {}, cell));
+      tr.append(make("td", {}, cell));
     });
-    body.append(line);
+    body.append(tr);
   });
   table.append(body);
-  (table.querySelector('[aria-pressed="true"]') || table.querySelector(".cell"))?.setAttribute("tabindex", "0");
+  return table;
+}
+function mapOf(run, rows, key, largest, runIndex) {
+  const stacks = [...new Set(rows.map((row) => row.stack))].filter((stack) => stack !== null);
+  const named = stacks.length > 1;
+  const tables = make("div", {});
+  (stacks.length ? stacks : [null]).forEach((stack) => {
+    // What is outside of layers is shown below the first stack.
+    const inside = rows.filter((row) => (row.stack ?? stacks[0] ?? null) === stack);
+    const label = `${measureOf(key).label} of ${run.name}${named ? `, ${stack}` : ""}`;
+    const above = tables.querySelectorAll("tbody tr").length;
+    tables.append(make("div", { class: "scroll" }, stackOf(named ? stack : null, inside, key, largest, label, runIndex, above)));
+  });
+  (tables.querySelector('[aria-pressed="true"]') || tables.querySelector(".cell"))?.setAttribute("tabindex", "0");
   const gradient = shades.map((parts) => `rgb(${parts})`).join(",");
   const scale = make("div", { class: "scale", "aria-hidden": "true" }, "0", make("i", { style: `background:linear-gradient(90deg,${gradient})` }), shown(largest, key));
-  return make("div", {}, make("h3", {}, run.name), scale, make("div", { class: "scroll" }, table));
+  return make("div", {}, make("h3", {}, run.name), scale, tables);
 }
 function choose(cell) {
   state.module = cell.rows[0].module;

@@ -19,6 +19,7 @@ import vl_convert
 from matplotlib import colormaps
 
 from ..files import write_whole
+from ..naming import place_in_layer, position_in_stack, stack_of
 from ..ranks import MEASURES, RankReport
 from .charts import CHARTS, COLOURS, specification
 from .energy import kept_over_size
@@ -203,7 +204,13 @@ def _thinned(points: Sequence[_T], most: int) -> list[_T]:
 def _rows(report: RankReport, keys: list[str]) -> list[dict[str, Any]]:
     fixed = ("module", "layer", "type", "kind", "m", "n", "r")
     return [
-        {name: row[name] for name in fixed} | {key: _short(row[key]) for key in keys}
+        {name: row[name] for name in fixed}
+        | {key: _short(row[key]) for key in keys}
+        | {
+            "stack": stack_of(row["module"]),
+            "position": position_in_stack(row["module"]),
+            "place": place_in_layer(row["module"]),
+        }
         for row in map(asdict, report.rows)
     ]
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..adapters.factorize import Factors, kept_energy
 from ..checks import printable
-from ..naming import MOST_ROWS, module_type, shortened
+from ..naming import MOST_ROWS, several_stacks, shortened, stack_of, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
 _COLUMNS = {
@@ -79,10 +79,17 @@ def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[Ra
     if every or len(rows) <= MOST_ROWS:
         yield {row.module: [row] for row in rows}
     else:
-        yield _grouped(rows, lambda row: row.type)
+        with_stack = several_stacks(row.module for row in rows)
+        yield _grouped(rows, lambda row: type_label(row.module, with_stack=with_stack))
         if len({row.layer for row in rows}) > 1:
-            yield _grouped(rows, lambda row: "outside of layers" if row.layer is None else f"layer {row.layer}")
+            yield _grouped(rows, lambda row: _layer_label(row, with_stack=with_stack))
     yield _grouped(rows, lambda row: f"all: {row.kind}")
+
+
+def _layer_label(row: RankRow, *, with_stack: bool) -> str:
+    if row.layer is None:
+        return "outside of layers"
+    return f"{stack_of(row.module)} {row.layer}" if with_stack else f"layer {row.layer}"
 
 
 def _grouped(rows: list[RankRow], label: Callable[[RankRow], str]) -> dict[str, list[RankRow]]:
@@ -126,8 +133,10 @@ def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, e
     for heading in _EXPORTED:
         table.add_column(heading, justify="right", no_wrap=True)
     groups: dict[str, list[Factors]] = {}
+    with_stack = several_stacks(part.module for part in factors)
     for part in factors:
-        name = part.module if every or len(factors) <= MOST_ROWS else module_type(part.module)
+        is_single = every or len(factors) <= MOST_ROWS
+        name = part.module if is_single else type_label(part.module, with_stack=with_stack)
         groups.setdefault(name, []).append(part)
     rows = {name if len(parts) == 1 else f"{name} ×{len(parts)}": _cells(parts) for name, parts in groups.items()}
     rows["all"] = ["", "", *_cells(factors)[2:]]
