@@ -12,10 +12,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import lrlora
 from lrlora.train.embedded_texts import TASKS
-from lrlora.train.packages import MINILM, checkpoint
+from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-base = str(checkpoint(MINILM))
+base = model_source("embedded:minilm")
 tokenizer = AutoTokenizer.from_pretrained(base)
 data = TASKS["movie-reviews"].load()["train"]
 data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=48), remove_columns=["text", "group"])

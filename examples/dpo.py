@@ -16,10 +16,10 @@ from trl import DPOConfig, DPOTrainer
 
 import lrlora
 from lrlora.train.embedded_texts import TASKS
-from lrlora.train.packages import SMOLLM2, checkpoint
+from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-base = str(checkpoint(SMOLLM2))  # or any chat model on the hub, by name
+base = model_source("embedded:smollm2")  # or any chat model on the hub, by name
 labels = ("rotten", "fresh")
 data = Dataset.from_list(
     [

@@ -16,11 +16,11 @@ from transformers import AutoModel, AutoTokenizer, get_cosine_schedule_with_warm
 
 import lrlora
 from lrlora.train.embedded_texts import TASKS
-from lrlora.train.packages import MINILM, checkpoint
+from lrlora.train.models import model_source
 
 torch.manual_seed(0)
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 800
-base = str(checkpoint(MINILM))
+base = model_source("embedded:minilm")
 count, length, classes = 2048, 8, 64
 
 tokens = AutoTokenizer.from_pretrained(base)(

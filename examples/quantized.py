@@ -14,10 +14,10 @@ from trl import SFTConfig, SFTTrainer
 
 import lrlora
 from lrlora.train.embedded_texts import TASKS
-from lrlora.train.packages import SMOLLM2, checkpoint
+from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-base = str(checkpoint(SMOLLM2))
+base = model_source("embedded:smollm2")
 tokenizer = AutoTokenizer.from_pretrained(base)
 reviews = TASKS["movie-reviews"].load()["train"].select(range(200))
 batch = tokenizer(reviews[-1]["text"], return_tensors="pt")

@@ -13,10 +13,10 @@ from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 import lrlora
 from lrlora.train.embedded_texts import TASKS
-from lrlora.train.packages import MINILM, checkpoint
+from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-base = str(checkpoint(MINILM))
+base = model_source("embedded:minilm")
 # Pairs of snippets about one film, which should be close.
 reviews = TASKS["movie-reviews"].load()["train"].to_pandas()
 films = [texts for texts in reviews.groupby("group")["text"].apply(list) if len(texts) > 1][: 16 * steps]

@@ -12,10 +12,10 @@ from trl import SFTConfig, SFTTrainer
 
 import lrlora
 from lrlora.train.embedded_texts import TASKS
-from lrlora.train.packages import SMOLLM2, checkpoint
+from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-base = str(checkpoint(SMOLLM2))  # or any chat model on the hub, by name
+base = model_source("embedded:smollm2")  # or any chat model on the hub, by name
 reviews = TASKS["movie-reviews"].load()["train"].select(range(200))
 data = Dataset.from_list(
     [

@@ -18,10 +18,10 @@ from transformers import (
 
 import lrlora
 from lrlora.train.embedded_texts import TASKS
-from lrlora.train.packages import MINILM, checkpoint
+from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-base = str(checkpoint(MINILM))  # or any model on the hub, by name
+base = model_source("embedded:minilm")  # or any model on the hub, by name
 tokenizer = AutoTokenizer.from_pretrained(base)
 data = TASKS["movie-reviews"].load()
 data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=48), remove_columns=["text", "group"])

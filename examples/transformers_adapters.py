@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import lrlora
-from lrlora.train.packages import MINILM, checkpoint
+from lrlora.train.models import model_source
 
-base = str(checkpoint(MINILM))
+base = model_source("embedded:minilm")
 batch = AutoTokenizer.from_pretrained(base)(["A film that stays with you."], return_tensors="pt")
 config = lrlora.LrLoraConfig(r=4, target_modules=["query", "value"])
 

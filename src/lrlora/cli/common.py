@@ -84,12 +84,15 @@ def as_text(lines: str) -> str:
     return escape("\n".join(map(printable, lines.split("\n"))))
 
 
+# These log while they are imported.
+for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
 def quiet() -> None:
     """Silence the messages, warnings of what is to come, and progress bars of the libraries below."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they talk of themselves while they are imported
-        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -272,6 +272,7 @@ def inputs() -> None:
         for name, data in EMBEDDED_DATA.items():
             table.add_row(f"embedded:{name}", f"--data, {data.task}", data.description)
         console.print(table)
+        announce("In Python: lrlora.train.models.model_source('embedded:minilm') is the path of the model.")
 
 
 def _print_metrics(metrics: dict[str, float], title: str) -> None:

@@ -62,7 +62,7 @@ def require_model_folder(name: str) -> None:
         if (path / "adapter_config.json").is_file():
             raise FileNotFoundError(f"The folder {name} holds an adapter, and no model: give its base model.")
         raise FileNotFoundError(f"The folder {name} holds no model: there is no config.json in it.")
-    if not path.is_dir() and not is_hub_name(name):
+    if not path.is_dir() and not is_hub_name(name) and not name.startswith(EMBEDDED):
         raise FileNotFoundError(f"There is no model folder {name}.")
     require_regular(path)
     if (adapter := path / "adapter_config.json").is_file():  # transformers loads this adapter too

@@ -109,12 +109,18 @@ def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) 
         f"({trainable / sum(count for count, _ in counts):.2%} of all), {arguments.max_steps} steps of {examples} "
         f"examples, {epochs:.2g} epochs.",
         *_adapter_lines(config.method, model),
+        *([] if config.start_from is None else [f"Starts from: {config.start_from}."]),
         f"Data: {len(splits['train']):,} examples to train on, {len(splits['validation']):,} to validate"
         f"{_cut(inputs)}.",
         *inputs.data.notes,
-        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and warm-up {arguments.warmup_steps:g}, "
+        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and {_warm_up(arguments)} of warm-up, "
         f"{evaluation}, seed {config.seed}.",
     ]
+
+
+def _warm_up(arguments: TrainingArguments) -> str:
+    steps = arguments.warmup_steps
+    return f"{100 * steps:g} %" if 0 < steps < 1 else f"{steps:g} steps"
 
 
 def _adapter_lines(method: str, model: nn.Module) -> list[str]:
