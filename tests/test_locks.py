@@ -69,6 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ("new", f"{TRAIN} --output new"),
         ("cut", "train --resume cut"),
+        ("cut", "predict cut --data ./data"),
         ("new", "merge run --output new"),
         *(
             pytest.param(output, command, marks=pytest.mark.slow)
@@ -90,7 +91,7 @@ def test_a_second_writer_is_told_and_touches_nothing(inputs: Path, output: str, 
     finally:
         process.communicate("\n")
     assert result.exit_code == 1
-    assert re.search(rf"Error: Another process \({process.pid} on \S+\) is writing to (./)?{output}\.", result.output)
+    assert re.search(rf"Another process \({process.pid} on \S+\) is writing to (./)?{output}\.", result.output)
     assert contents(inputs) == before
 
 

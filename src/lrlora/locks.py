@@ -84,6 +84,18 @@ def _sign(path: Path) -> None:
             path.write_text("\n".join(mine), encoding="utf-8")
 
 
+def writer_of(output: str | os.PathLike[str]) -> str:
+    """Process that writes to a file or folder, in words; empty if there is none."""
+    path = lock_of(Path(output).resolve())
+    if not path.exists():
+        return ""
+    try:
+        with FileLock(path, timeout=0):
+            return ""
+    except Timeout:
+        return f"Another process{_holder(path)} is writing to {output}."
+
+
 def _holder(path: Path) -> str:
     try:
         process, machine = path.read_text(encoding="utf-8").split()[:2]

@@ -50,11 +50,12 @@ def _dash(field: str) -> alt.StrokeDash:
     return alt.StrokeDash(f"{field}:N", scale=alt.Scale(range=_DASHES), sort=None, legend=legend)
 
 
-def _lines(chart: alt.Chart, dash: str, runs: Sequence[str]) -> Chart:
-    """Lines, dashed by a field, with small points; about eight points per line have the run's shape."""
+def _lines(chart: alt.Chart, dash: str, runs: Sequence[str], pointed: str = "true") -> Chart:
+    """Lines, dashed by a field, with small points where `pointed` holds; about eight per line have the run's shape."""
     line = ["run", dash]
     points = (
-        chart.transform_window(place="row_number()", groupby=line)
+        chart.transform_filter(pointed)
+        .transform_window(place="row_number()", groupby=line)
         .transform_joinaggregate(points="count()", groupby=line)
         .transform_calculate(marked="(datum.place - 1) % ceil(datum.points / 8) == 0")
         .mark_point(filled=True, opacity=1)
@@ -118,7 +119,7 @@ def phi(runs: Sequence[str]) -> Chart:
         alt.Chart(alt.NamedData("entries"))
         .mark_area(opacity=0.25, interpolate="step-after")
         .encode(
-            x=alt.X("z:Q", title="z, an entry of g·BA"),
+            x=alt.X("z:Q", title="z, an entry of g·BA (g: fixed input gain)"),
             y=alt.Y("share:Q", stack=False, title="share of entries", axis=alt.Axis(format="%", grid=False)),
             color=_of_run(runs),
         )
@@ -146,7 +147,7 @@ def bend(runs: Sequence[str]) -> Chart:
         alt.Chart(alt.NamedData("bend"))
         .mark_line(strokeWidth=2)
         .encode(
-            x=alt.X("z:Q", title="z, an entry of g·BA"),
+            x=alt.X("z:Q", title="z, an entry of g·BA (g: fixed input gain)"),
             y=alt.Y("value:Q", title="φ(z) − φ at the start"),
             color=_of_run(runs),
             tooltip=["run:N", alt.Tooltip("z:Q", format=".3~g"), alt.Tooltip("value:Q", format=".3~g")],
@@ -209,7 +210,7 @@ def loss(runs: Sequence[str]) -> Chart:
 
 
 def training(runs: Sequence[str]) -> Chart:
-    """Loss and metrics over training.
+    """Loss and metrics over training, with points at the evaluations.
 
     Data "training": run, which, step, value.
     """
@@ -219,7 +220,7 @@ def training(runs: Sequence[str]) -> Chart:
         color=_of_run(runs),
         tooltip=["run:N", "which:N", "step:Q", alt.Tooltip("value:Q", format=".4~g")],
     )
-    return _lines(chart, "which", runs)
+    return _lines(chart, "which", runs, "indexof(datum.which, 'eval_') == 0")
 
 
 CHARTS = {

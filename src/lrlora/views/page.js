@@ -240,7 +240,7 @@ function showTable() {
   $("table").tHead.replaceChildren(make("tr", {}, ...columns.map(([key, label]) => {
     const direction = state.sort !== key ? "none" : state.descending ? "descending" : "ascending";
     const arrow = { none: "", descending: " ▾", ascending: " ▴" }[direction];
-    return make("th", { scope: "col", "aria-sort": direction, class: isText(key) ? "text" : "" }, make("button", { type: "button", "data-sort": key }, label + arrow));
+    return make("th", { scope: "col", "aria-sort": direction, class: isText(key) ? "text" : "" }, make("button", { type: "button", "data-sort": key, ...(key === "phi_zero" ? { title: "what φ adds to every entry of ΔW, before scaling" } : {}) }, label + arrow));
   })));
   $("table").tBodies[0].replaceChildren(...tableRows().map((row) => make("tr", {}, ...columns.map(([key]) => {
     if (key === "module") return make("td", { class: "text" }, make("button", { type: "button", "data-open": row.module }, row.module));

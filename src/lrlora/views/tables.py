@@ -28,7 +28,7 @@ _OPTIONAL = {
     "rank_limit": "limit: the largest rank that an update of this form can have.",
     "loss_rank": "loss: rank in the smallest LoRA of about the same loss.",
     "relative_norm": "‖ΔW‖ in % of ‖W0‖.",
-    "phi_zero": "",
+    "phi_zero": "φ(0): what φ adds to every entry of ΔW, before scaling.",
     "curvature": "curv.: share of φ that no straight line explains.",
 }
 
