@@ -44,7 +44,7 @@ def render() -> str:
     lines = [
         "![Learned ranks by layer and module type, and the learned φ](demo/ranks.png)",
         "",
-        f"MiniLM-L6 on movie-review sentiment, films held out; {steps} steps of 32, one seed:",
+        f"MiniLM-L6 on movie-review sentiment, films held out; {steps} steps of 16, one seed:",
         "",
         row("", *(r["method"] for r in reviews)),
         "|---" * (len(reviews) + 1) + "|",
@@ -65,7 +65,7 @@ def render() -> str:
     lines += [
         row("modules with energy99 rank > r", *above),
         "",
-        "The MLP of its last layer, on random labels to be memorised; rate and scale tuned for each method:",
+        "The MLP of its last layer, on random labels to be memorized; rate and scale tuned for each method:",
         "",
         row("", *(r["method"] for r in labels)),
         "|---" * (len(labels) + 1) + "|",

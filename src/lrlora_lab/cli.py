@@ -35,9 +35,10 @@ def demo(
         from lrlora.views.runs import load_runs
         from lrlora.views.tables import rank_table
 
-        from .demo import DemoSettings, run_demo
+        from .demo import DemoSettings, expected_time, run_demo
 
         settings = DemoSettings(steps=steps, seed=seed)
+        announce(f"Takes about {expected_time(settings)} (h:mm:ss) on this machine, downloads not included.")
         try:
             results = run_demo(output, settings, overwrite=overwrite, announce=announce)
         except Interrupted:
@@ -50,7 +51,7 @@ def demo(
         console.print(rank_table(report, "Ranks that LR-LoRA learned on the reviews", width=console.width))
         for task, title, heading in (
             ("reviews", "Movie reviews", "accuracy, films held out"),
-            ("labels", "Random labels, to be memorised", "loss, nats"),
+            ("labels", "Random labels, to be memorized", "loss, nats"),
         ):
             table = Table(title=title, title_justify="left")
             for name in ("method", "trainable", heading, "ms a step"):
