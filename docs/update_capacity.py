@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sections import with_section
 
-from lrlora_lab.capacity_report import demand, differences, follows_demand, losses
+from lrlora_lab.capacity_report import demand, differences, follows_demand
 from lrlora_lab.jobs import Comparison, read_records
 from lrlora_lab.markdown import markdown
 from lrlora_lab.tables import learned_ranks
@@ -32,10 +32,6 @@ def updated(page: str) -> str:
     comparison, records = Comparison("capacity", seeds=5), read_records(FOLDER)
     tasks, hours = comparison.definition.capacity_tasks, sum(record["wall"] for record in records.values()) / 3600
     runs, records = len(records), comparison.of_all(records).select(records)
-    for task in tasks:
-        frame = losses(records, task, comparison.r)
-        table = markdown(frame.drop(columns="seconds")) if len(frame) else "Not run yet."
-        page = with_section(page, task, f"{table}\n") if f"<!-- {task} -->" in page else page
     page = with_section(page, "differences", f"{markdown(differences(records, PAIRS))}\n")
     followed = follows_demand(demand(records, tasks))
     page = with_section(page, "demand", f"{markdown(followed) if len(followed) else 'Not run yet.'}\n")
