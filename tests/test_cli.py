@@ -217,11 +217,11 @@ def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyMode
 
 def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        ((adapter, "--energy", "0.9", "--budget", "r4"), "Give one of energy, budget and loss"),
-        ((adapter, "--budget", "many"), "--budget must be like 250000, 250k, 1.5M, 8MiB or r4, and is 'many'"),
-        ((adapter, "--energy", "2"), "energy must be a share in"),
+        ((adapter, "--energy", "0.9", "--budget", "r4"), "Pass exactly one of energy, budget and loss"),
+        ((adapter, "--budget", "many"), "--budget must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got 'many'"),
+        ((adapter, "--energy", "2"), "energy must be in"),
         ((adapter, "--energy", "0.9", "--dtype", "int8"), "dtype"),
-        ((tmp_path / "nothing", "--energy", "0.9"), "does not hold a readable adapter"),
+        ((tmp_path / "nothing", "--energy", "0.9"), "does not contain a readable adapter"),
     ):
         result = run("export", *arguments, "--output", tmp_path / "lora")
         assert result.exit_code == 1
@@ -283,8 +283,8 @@ def test_ranks_of_a_damaged_adapter_is_one_clear_error(tmp_path: Path, config: s
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     said = " ".join(result.output.split())
-    assert re.search(r"does not hold a readable adapter|is damaged or not what it should be", said)
-    assert "Expected are the adapter_config.json" in said
+    assert re.search(r"does not contain a readable adapter|is damaged or has an unexpected format", said)
+    assert "Expected adapter_config.json" in said
 
 
 def test_ranks_checks_where_to_write_before_measuring(tmp_path: Path) -> None:

@@ -134,12 +134,12 @@ def test_zeros_of_the_spectrum_are_not_exported() -> None:
 @pytest.mark.parametrize(
     ("truncation", "message"),
     [
-        ({}, "one of energy, budget and loss.*given: none"),
-        ({"energy": 0.9, "budget": 100}, "given: energy and budget"),
-        ({"energy": 0.0}, r"energy must be a share in \(0, 1\], and is 0.0"),
-        ({"energy": 1.5}, "and is 1.5"),
+        ({}, "one of energy, budget and loss.*got none"),
+        ({"energy": 0.9, "budget": 100}, "got energy and budget"),
+        ({"energy": 0.0}, r"energy must be in \(0, 1\], got 0.0"),
+        ({"energy": 1.5}, "got 1.5"),
         ({"budget": 10}, "budget=10 is less than one rank of the smallest module, 70 parameters"),
-        ({"max_rank": 0}, "max_rank must be a whole number ≥ 1, and is 0"),
+        ({"max_rank": 0}, "max_rank must be an integer ≥ 1, got 0"),
     ],
 )
 def test_refuses_what_makes_no_sense(truncation: dict[str, Any], message: str) -> None:

@@ -112,7 +112,7 @@ def test_dora_as_a_whole_and_relative_to_the_weights(tmp_path: Path) -> None:
 @pytest.mark.refused
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     save_both(tmp_path)
-    with pytest.raises(ValueError, match=r"is a full model\. Say what it was fine-tuned from"):
+    with pytest.raises(ValueError, match=r"is a full model\. Pass the model it was fine-tuned from"):
         read_updates(tmp_path / "tuned")
     with pytest.raises(ValueError, match="There is no model at"):
         read_updates(tmp_path / "tuned", base=tmp_path / "nothing")
@@ -124,7 +124,7 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no linear layer of the same name and shape"):
         read_updates(tmp_path / "tuned", base=tmp_path / "other.safetensors")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="base is damaged or not what it should be"):
+    with pytest.raises(ValueError, match="base is damaged or has an unexpected format"):
         read_updates(tmp_path / "tuned", base=tmp_path / "base")
 
 

@@ -251,8 +251,8 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     base = AutoModelForCausalLM.from_pretrained(home / "decoder")
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(without_type)
     cases = [
-        ((home / "run", "--loss", "1.5"), r"loss must be the share by which it may rise, in (0, 1), and is 1.5"),
-        ((home / "run", "--loss", "0.01", "--budget", "r1"), "Give one of energy, budget and loss"),
+        ((home / "run", "--loss", "1.5"), r"loss must be a relative increase in (0, 1), such as 0.01, got 1.5"),
+        ((home / "run", "--loss", "0.01", "--budget", "r1"), "Pass exactly one of energy, budget and loss"),
         (
             (home / "run", "--energy", "0.9", "--data", few),
             "--data is for a cut by loss, and --energy for one by energy.",
@@ -332,7 +332,7 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 4]
     arguments += ["--output", tmp_path / "run"]
     assert "Give --loss or --size, not both." in told("train", *arguments, "--loss", "0.1", "--size", "r1")
-    assert "size must be like 250000" in told("train", *arguments, "--size", "small")
+    assert "size must be a size such as 250000" in told("train", *arguments, "--size", "small")
     assert not (tmp_path / "run").exists()
     settings_file = tmp_path / "run.yaml"
     settings_file.write_text("size: 3\n")

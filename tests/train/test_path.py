@@ -109,7 +109,7 @@ MESSAGES = {
         "--model",
         "adapter",
     ): "The folder adapter holds an adapter, and no model: give its base model",
-    ("--data", "good.csv", "--start-from", "nowhere"): "nowhere holds no run of `lrlora train`",
+    ("--data", "good.csv", "--start-from", "nowhere"): "nowhere contains no run of `lrlora train`",
 }
 
 

@@ -226,7 +226,7 @@ def test_a_finished_run_warns_of_another_base_model(here: Path, recwarn: pytest.
     def warned(command: str) -> bool:
         recwarn.clear()
         assert lrlora(command).exit_code == 0
-        return any("is not the one that was trained on: the weights" in str(each.message) for each in recwarn)
+        return any("differs from the one used in training: the weights" in str(each.message) for each in recwarn)
 
     commands = ["evaluate alone --data ./data", "predict alone --text splendid", "report alone --output page.html"]
     assert [warned(command) for command in commands] == [False] * 3

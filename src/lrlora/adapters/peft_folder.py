@@ -92,7 +92,7 @@ class SavedAdapter:
                 return cls(name, config)
             except ValueError as error:
                 reason = str(error).rstrip(".")
-                raise ValueError(f"{name} does not hold a readable adapter ({reason}). {ADAPTER_EXPECTED}") from None
+                raise ValueError(f"{name} does not contain a readable adapter ({reason}). {ADAPTER_EXPECTED}") from None
 
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
     """
     config = saved.config
     if config.peft_type is None:
-        raise ValueError(f"{saved.name} does not hold a readable adapter: it names no method. {ADAPTER_EXPECTED}")
+        raise ValueError(f"{saved.name} does not contain a readable adapter: it names no method. {ADAPTER_EXPECTED}")
     method = config.peft_type.value
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if tuner is None or not issubclass(tuner, BaseTuner):
