@@ -149,7 +149,7 @@ torch.distributed.destroy_process_group()
 def test_a_phi_that_was_cast_is_refused_among_processes(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(REFUSED)
     cast, restored = torchrun(1, tmp_path / "script.py").strip().splitlines()[-2:]
-    assert "Parameters of a Transfer are torch.bfloat16, and must be float32" in cast
+    assert "Parameters of Transfer must be float32, got torch.bfloat16" in cast
     assert restored == "A step"
 
 

@@ -219,7 +219,7 @@ def test_files_round_trip(tiny_bert: TinyModel, tmp_path: Path) -> None:
     }
     assert loaded.spectra == report.spectra
     (tmp_path / "other.json").write_text('{"rows": [{"module": 1}]}')
-    with pytest.raises(ValueError, match=r"other\.json is no rank report"):
+    with pytest.raises(ValueError, match=r"other\.json is not a readable rank report"):
         RankReport.from_json(tmp_path / "other.json")
     json.loads((tmp_path / "ranks.json").read_text(), parse_constant=lambda constant: pytest.fail(constant))
 

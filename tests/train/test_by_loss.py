@@ -283,7 +283,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             (without_type, "--loss", "0.01", "--data", few),
             "does not say its task. Give --task causal-lm, classify",
         ),
-        ((home / "run", "--budget", "5"), "budget=5 is less than one rank of the smallest module"),
+        ((home / "run", "--budget", "5"), "budget=5 is below the minimum of "),
     ]
     for arguments, message in cases:
         output = tmp_path / ("out.safetensors" if arguments[0] == single else "out")
@@ -340,7 +340,7 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     said = " ".join(result.output.split())
     assert "Everything is in" in said
-    assert "The run is finished, but lora/ could not be made as asked: budget=3 is less than" in said
+    assert "The run is finished, but lora/ could not be made as asked: budget=3 is below the minimum" in said
     # What was there is still there.
     assert PeftConfig.from_pretrained(tmp_path / "run" / "lora").peft_type.value == "LORA"
 

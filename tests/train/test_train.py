@@ -819,7 +819,7 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "classify", "--head-learning-rate", -1), "head_learning_rate must be")
     for method in ("lr-lora", "lora", "adalora"):
         options = ("--task", "classify", "--method", method, "--adapter", "target_modules=[1]")
-        assert_refused(run(*common, *options), "target_modules must be names of modules", "and is [1]")
+        assert_refused(run(*common, *options), "target_modules must be a list of module names", "got [1]")
     rate = ("--head-learning-rate", 1)
     assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "has none")
     assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
