@@ -234,7 +234,7 @@ def test_an_untrained_lora_has_nothing_to_export(tiny_bert: TinyModel, tmp_path:
     get_peft_model(tiny_bert.build(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
     result = run("export", tmp_path / "lora", "--energy", 0.9, "--output", tmp_path / "out")
     assert result.exit_code == 1
-    assert "Every update is zero" in " ".join(result.output.split())
+    assert "All updates are zero" in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -251,7 +251,7 @@ def test_export_compares_with_the_base_model_first(tmp_path: Path) -> None:
     assert "word_embeddings is a Embedding" in " ".join(result.output.split())
     result = run(*arguments, "--no-check")
     assert result.exit_code == 1
-    assert "is, by its name, no linear layer" in " ".join(result.output.split())
+    assert "does not look like a linear layer" in " ".join(result.output.split())
     (tmp_path / "base").rename(tmp_path / "moved")
     result = run(*arguments)
     assert result.exit_code == 1

@@ -210,7 +210,7 @@ def test_ranks_that_are_not_those_of_the_factors(here: Path, command: str, field
     """α is divided by them: what is read would be too large or too small, and nothing else would tell."""
     change("lora", **fields)
     wrong = next(iter(fields.get("rank_pattern", {"": fields.get("r")}).values()))
-    require_refused(command, "lora", "have rank 2", f"adapter_config.json says {wrong}")
+    require_refused(command, "lora", "have rank 2", f"adapter_config.json has {wrong}")
 
 
 def test_a_run_whose_settings_are_none(here: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_run_whose_settings_are_none(here: Path) -> None:
 
 def test_an_adapter_without_the_name_of_its_base_model(here: Path) -> None:
     change("lora", base_model_name_or_path=None)
-    require_refused("merge lora --output out", "The adapter lora does not say what its base model is")
+    require_refused("merge lora --output out", "The adapter lora has no base_model_name_or_path")
 
 
 def pipe(path: str) -> None:

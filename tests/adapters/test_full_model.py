@@ -118,10 +118,10 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         read_updates(tmp_path / "tuned", base=tmp_path / "nothing")
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds no full model: there is no model.safetensors"):
+    with pytest.raises(ValueError, match=r"contains no full model: model.safetensors is missing"):
         read_updates(tmp_path / "tuned", base=tmp_path / "pickled")
     save_file({"other.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="no linear layer of the same name and shape"):
+    with pytest.raises(ValueError, match="no linear layer with the same name and shape"):
         read_updates(tmp_path / "tuned", base=tmp_path / "other.safetensors")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="base is damaged or has an unexpected format"):
@@ -169,7 +169,7 @@ def test_what_the_base_model_lacks_is_kept_whole(tmp_path: Path) -> None:
     TinyModel("bert").train(tuned, 3, lr=1e-3)
     tuned.save_pretrained(tmp_path / "tuned")
     updates = read_updates(tmp_path / "tuned", base=tmp_path / "base")
-    assert "Kept whole, as heads of tasks are, or because the base model lacks it: bert.pooler.dense, classifier." in (
+    assert "Saved in full, as a task head or because the base model does not have it: bert.pooler.dense, classifier." in (
         updates.notes
     )
     save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")

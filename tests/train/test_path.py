@@ -309,8 +309,8 @@ def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> N
         assert merged.config.id2label == {0: "fresh", 1: "rotten"}
         for folder in (form, f"{form}/lora", f"{form}-lora", f"{form}-merged"):
             card = Path(folder, "README.md").read_text(encoding="utf-8")
-            assert "Its classes, in the order of the outputs: fresh, rotten." in card
-            assert ("The folder `lora` holds" in card) == (folder == form)
+            assert "Classes, in output order: fresh, rotten." in card
+            assert ("The folder `lora` contains" in card) == (folder == form)
             assert str(Path(encoder).parent) not in card  # a folder of this machine is nobody's base model
 
 

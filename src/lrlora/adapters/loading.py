@@ -47,8 +47,7 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     base = config.base_model_name_or_path
     if not base:
         raise FileNotFoundError(
-            f"The adapter {name} does not say what its base model is. Set base_model_name_or_path in its "
-            "adapter_config.json."
+            f"The adapter {name} has no base_model_name_or_path. Set it in its adapter_config.json."
         )
     require_regular(base)
     if (Path(base) / CONFIG_NAME).is_file():
@@ -69,8 +68,8 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
                 model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(name, **options)
         except OSError as error:
             raise FileNotFoundError(
-                f"The base model of {name}, {base}, could not be loaded: "
-                f"{str(error).splitlines()[0]} Put it there, or correct base_model_name_or_path in adapter_config.json."
+                f"The base model of {name}, {base}, could not be loaded: {str(error).splitlines()[0]} Make it "
+                "available, or correct base_model_name_or_path in adapter_config.json."
             ) from None
         except RecursionError:
             raise ValueError(f"A file of {name}, or of its base model {base}, is nested too deeply.") from None
@@ -97,17 +96,18 @@ def check_base(saved: SavedAdapter, updates: Updates) -> None:
     name = saved.config.base_model_name_or_path
     if not name:
         raise FileNotFoundError(
-            f"The adapter {saved.name} does not say what its base model is. Set base_model_name_or_path in its "
-            "adapter_config.json, or leave out the check against it (--no-check)."
+            f"The adapter {saved.name} has no base_model_name_or_path. Set it in its adapter_config.json, or skip the "
+            "check against the base model (--no-check)."
         )
     require_regular(name)
-    with readable(name, "Correct it, or leave out the check against it (--no-check)."):
+    with readable(name, "Correct it, or skip the check against it (--no-check)."):
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"The base model {name} could not be found: {str(error).splitlines()[0]} Put it there, correct "
-                "base_model_name_or_path in adapter_config.json, or leave out the check against it (--no-check)."
+                f"The base model {name} could not be found: {str(error).splitlines()[0]} Make it available, correct "
+                "base_model_name_or_path in adapter_config.json, or skip the check against the base model "
+                "(--no-check)."
             ) from None
     with torch.device("meta"):
         base = AutoModel.from_config(config)
@@ -119,13 +119,13 @@ def check_base(saved: SavedAdapter, updates: Updates) -> None:
             continue  # a task head
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise ValueError(
-                f"Only linear layers can be exported as LoRA, and {path} is a {type(module).__name__}. Merge the "
+                f"Only linear layers can be exported as LoRA, but {path} is a {type(module).__name__}. Merge the "
                 "adapter into its base model instead."
             )
         shape = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
         if shape != update.shape:
             raise ValueError(
-                f"The base model {name} does not fit the adapter: {path} has shape {shape} there, and "
+                f"The base model {name} does not fit the adapter: {path} has shape {shape} in the base model, but "
                 f"{update.shape} in the adapter."
             )
 
@@ -140,8 +140,8 @@ def check_names(updates: Updates) -> None:
     for update in updates:
         if _UNLIKELY.search(update.module):
             raise ValueError(
-                f"{update.module} is, by its name, no linear layer, and only those can be "
-                "exported as LoRA. Export with the check against the base model, or merge the adapter into it."
+                f"{update.module} does not look like a linear layer, the only type that can be exported as LoRA. "
+                "Export without --no-check, or merge the adapter into the base model."
             )
 
 
@@ -183,7 +183,7 @@ def _preprocessing(loader: Any, source: str) -> Any:
         loaded = loader.from_pretrained(source)
     except RecursionError:
         raise ValueError(
-            f"A file of the tokenizer in {source} is nested too deeply. Remove it, or fetch it anew."
+            f"A file of the tokenizer in {source} is nested too deeply. Remove the file, or download it again."
         ) from None
     except (OSError, ValueError, ImportError, AttributeError, KeyError):  # none, or none for this model
         return None
