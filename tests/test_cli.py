@@ -269,7 +269,7 @@ def test_ranks_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
     result = run("ranks", tmp_path)
     assert result.exit_code == 1
     assert "is a (IA)³ adapter" in result.output
-    assert "depends on the base model. The adapter does not say which it is" in " ".join(result.output.split())
+    assert "depends on the base model. The adapter does not name one. Pass it" in " ".join(result.output.split())
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
     result = run("ranks", tmp_path)
     assert "of type PROMPT_TUNING, which adds no matrix to any weight" in " ".join(result.output.split())

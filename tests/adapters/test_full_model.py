@@ -169,8 +169,9 @@ def test_what_the_base_model_lacks_is_kept_whole(tmp_path: Path) -> None:
     TinyModel("bert").train(tuned, 3, lr=1e-3)
     tuned.save_pretrained(tmp_path / "tuned")
     updates = read_updates(tmp_path / "tuned", base=tmp_path / "base")
-    assert "Saved in full, as a task head or because the base model does not have it: bert.pooler.dense, classifier." in (
-        updates.notes
+    assert (
+        "Saved in full, as a task head or because the base model does not have it: bert.pooler.dense, classifier."
+        in (updates.notes)
     )
     save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")
     fresh = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)

@@ -195,7 +195,10 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ("tensors", "message"),
     [
         ({"a.weight": (2, 2)}, "contains no LoRA. Tensors found: a.weight"),
-        ({"a.oft_blocks": (1, 2, 2), "a.alpha": ()}, r"depend on the base weight, such as those of OFT \(a.oft_blocks\)"),
+        (
+            {"a.oft_blocks": (1, 2, 2), "a.alpha": ()},
+            r"depend on the base weight, such as those of OFT \(a.oft_blocks\)",
+        ),
         ({"a.lora_up.weight": (2, 4)}, "a lacks 'lora_A'. Tensors found: lora_B"),
         ({"a.lora_down.weight": (0, 4), "a.lora_up.weight": (4, 0)}, "the factors of a have no rows"),
         ({"base_model.model.a.lora_A.weight": (2, 4)}, "a file of a PEFT adapter, .* Pass the folder"),

@@ -471,7 +471,7 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--rates", "1e-3,x"), "--rates takes numbers"),
         (("compare", suite, "--report"), "There is no comparison in"),
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
-        (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA does not read r, and r is 8: give target_r=8"),
+        (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA ignores r, got r=8. Set target_r=8"),
         (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
         (("compare", wrong("task", "clasify")), "Did you mean classify?"),
         (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),
@@ -538,10 +538,10 @@ def test_a_run_that_diverged_is_a_result(suite: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": {"text": "nothing"}}, "Task reviews: columns: text is to be read from 'nothing'"),
+        ({"columns": {"text": "nothing"}}, "Task reviews: columns maps text to 'nothing'"),
         ({"test": "held-out"}, "has no split held-out; it has train, test"),
         ({"data": "train.csv"}, "has no split test; it has train. Name one with test: SPLIT, or give a file with"),
-        ({"data": "odd.csv"}, "Task reviews: The data odd.csv cannot be read: with ',' between columns"),
+        ({"data": "odd.csv"}, "Task reviews: The data odd.csv cannot be read: with the delimiter ','"),
     ],
 )
 def test_data_is_read_before_anything_runs(

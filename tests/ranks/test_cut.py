@@ -51,7 +51,9 @@ def test_a_budget_is_kept_to_and_the_rises_add_up(trained: tuple[TinyModel, Any,
         assert part.kept == pytest.approx(1 - lost.item(), abs=1e-4)
         if part.rank:
             assert torch.allclose(part.A.norm(dim=1), part.B.norm(dim=0), rtol=1e-3)
-    with pytest.raises(ValueError, match=r"budget=5 is below the minimum of 64 parameters, one rank of the smallest module"):
+    with pytest.raises(
+        ValueError, match=r"budget=5 is below the minimum of 64 parameters, one rank of the smallest module"
+    ):
         curve.within(5)
 
 

@@ -130,7 +130,7 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
         "the configuration of the adapter in the checkpoint",
     ),
     "settings": (lambda: edit("cut/run.json", "0.05", "0.5"), "the setting training"),
-    "checkpoint": (take_the_checkpoint_of_another_run, "is a checkpoint of another run"),
+    "checkpoint": (take_the_checkpoint_of_another_run, "belongs to another run"),
 }
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(her
     for output in ("cut", "talk"):
         result = lrlora(f"train --resume {output}")
         assert result.exit_code == 0, result.output
-        assert "Warning: the run began" not in result.output
+        assert "Warning: the run started" not in result.output
     for file in ("adapter_model.safetensors", "metrics.json", "rank_history.jsonl"):
         assert (here / "cut" / file).read_bytes() == (here / "alone" / file).read_bytes()
     # The command has measured what the loss asks for, too.
@@ -200,8 +200,8 @@ def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:
     before = sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*"))
     result = lrlora("train --resume cut --overwrite")
     assert result.exit_code == 1
-    assert "--resume goes on with the run in cut, and --overwrite would delete it. Leave one" in result.output
-    with pytest.raises(ValueError, match="Leave one of them out"):
+    assert "--resume continues the run in cut, but --overwrite would delete it. Pass only one" in result.output
+    with pytest.raises(ValueError, match="Pass only one of them"):
         train(read_run(Path("cut"))[0], resume=True, overwrite=True)
     assert sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*")) == before
     assert lrlora("train --resume cut --dry-run").exit_code == 0

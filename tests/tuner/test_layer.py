@@ -157,7 +157,9 @@ def test_experts_against_the_formula(is_transposed: bool) -> None:
 def test_dropout_on_experts_is_refused() -> None:
     with pytest.warns(UserWarning, match="slows down training"):
         config = LrLoraConfig(target_modules=[], target_parameters=["0.up"], lora_dropout=0.1)
-    with pytest.raises(ValueError, match=r"lora_dropout=0.1 is not supported with target_parameters.*Set lora_dropout=0"):
+    with pytest.raises(
+        ValueError, match=r"lora_dropout=0.1 is not supported with target_parameters.*Set lora_dropout=0"
+    ):
         get_peft_model(nn.Sequential(Experts(False)), config)
 
 

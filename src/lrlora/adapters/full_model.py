@@ -258,7 +258,7 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
     if whole:
         notes.append(f"Saved in full, as a task head or because the base model does not have it: {_some(list(whole))}.")
     if others:
-        notes.append(f"Changed but left out, because only linear layers can be exported: {_some(others)}.")
+        notes.append(f"Also changed, but not linear layers or convolutions, so left out: {_some(others)}.")
     return Updates(tuned.name, "full fine-tuning", updates, FineTuned(base, tuned, whole), tuple(notes))
 
 
