@@ -62,8 +62,8 @@ def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest
         doctor, "_installed", lambda name: "0.1" if name in ("peft", "safetensors") else installed(name)
     )
     said = " ".join(run("doctor").output.split())
-    assert "Warning: safetensors 0.1 is installed, and lrlora needs >=" in said
-    assert "for its own add_adapter and active_adapters, and PEFT 0.1 is installed" in said
+    assert "Warning: safetensors 0.1 is installed, but lrlora needs >=" in said
+    assert "for its own add_adapter and active_adapters, but PEFT 0.1 is installed" in said
 
 
 def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
@@ -76,7 +76,7 @@ def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
     (tmp_path / "adapter_config.json").write_text("{}")
     result = run("ranks", tmp_path)
     assert result.exit_code == 1
-    assert "KeyError: 'surprise'. This was not foreseen: LRLORA_DEBUG=1" in " ".join(result.output.split())
+    assert "KeyError: 'surprise'. This error is unexpected. Set LRLORA_DEBUG=1" in " ".join(result.output.split())
     monkeypatch.setenv("LRLORA_DEBUG", "1")
     assert isinstance(run("ranks", tmp_path).exception, KeyError)
 

@@ -35,7 +35,7 @@ def told(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
-    assert "not foreseen" not in result.output
+    assert "This error is unexpected" not in result.output
     return " ".join(result.output.split())
 
 
@@ -339,8 +339,8 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     result = run("train", settings_file, *arguments)
     assert result.exit_code == 1
     said = " ".join(result.output.split())
-    assert "Everything is in" in said
-    assert "The run is finished, but lora/ could not be made as asked: budget=3 is below the minimum" in said
+    assert "Results saved to" in said
+    assert "The run is finished, but lora/ could not be written as requested: budget=3 is below the minimum" in said
     # What was there is still there.
     assert PeftConfig.from_pretrained(tmp_path / "run" / "lora").peft_type.value == "LORA"
 

@@ -195,7 +195,7 @@ def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> No
 def test_a_starter_file_trains_when_it_is_filled_in(encoder: str) -> None:
     assert run("init", "run.yaml", "--model", encoder, "--data", "good.csv").exit_code == 0
     text = Path("run.yaml").read_text()
-    assert "exists already" in told("init", "run.yaml")
+    assert "already exists" in told("init", "run.yaml")
     assert run("train", "run.yaml", "--dry-run").exit_code == 0
     # Every key is there: with its default, or as a comment.
     keys = [
@@ -279,7 +279,7 @@ def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> Non
     said = told("train", "--resume", "first")
     assert "is finished" in said
     assert "lrlora train --start-from first --output NEW" in said
-    assert "give nothing else. To train a finished run further" in told("train", "--resume", "first", "--steps", 9)
+    assert "pass no others. To train a finished run further" in told("train", "--resume", "first", "--steps", 9)
     result = run("train", "--start-from", "first", "--output", "second", "--steps", 1, "--learning-rate", 1e-6)
     assert result.exit_code == 0, result.output
     first, second = (json.loads(Path(name, "metrics.json").read_text()) for name in ("first", "second"))

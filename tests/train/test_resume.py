@@ -154,7 +154,7 @@ def test_a_run_does_not_go_on_from_another_start(here: Path) -> None:
     save_file({**weights, first: weights[first] + 1}, "alone/adapter_model.safetensors")
     result = lrlora("train --resume further")
     assert result.exit_code == 1
-    assert "What differs: the run that it starts from. " in result.output
+    assert "its inputs changed: the run that it starts from. " in result.output
 
 
 def test_a_run_that_was_killed_before_a_checkpoint_had_its_record_goes_on_from_the_one_before(here: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_run_does_not_go_on_with_another_chat_template(here: Path) -> None:
     edit("decoder/chat_template.jinja", "[USER] ", "[USER]: ")
     result = lrlora("train --resume talk")
     assert result.exit_code == 1
-    assert "What differs: the chat template. " in result.output
+    assert "its inputs changed: the chat template. " in result.output
 
 
 def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(here: Path) -> None:

@@ -97,7 +97,7 @@ def test_results_go_to_a_pipe_one_a_line_and_whole(encoder: str, tmp_path: Path,
     assert [json.loads(line)["prediction"] for line in piped] == [json.loads(line)["prediction"] for line in lines[:3]]
     one = run("predict", "lrlora-run", "--text", rows["review"][0]).stdout
     assert json.loads(one)["prediction"] == json.loads(piped[0])["prediction"]
-    assert "standard input is empty" in " ".join(run("predict", "lrlora-run", texts="").output.split())
+    assert "Standard input is empty" in " ".join(run("predict", "lrlora-run", texts="").output.split())
     said = " ".join(run("evaluate", "lrlora-run", "--data", "reviews.csv", "--split", "train").output.split())
     assert "reviews.csv, 40 examples" in said
     assert " ± 0.0" in said

@@ -117,7 +117,7 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     assert sum(p["prediction"] == v for p, v in zip(predictions, reviews()["verdict"], strict=True)) > 144
     assert all(p["probabilities"][p["prediction"]] >= 0.5 for p in predictions)
     result = run("predict", output, "--data", tmp_path / "texts.jsonl", "--output", tmp_path / "out.jsonl")
-    assert "exists already" in result.output
+    assert "already exists" in result.output
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -894,7 +894,7 @@ def test_a_kill_while_a_run_is_overwritten_leaves_no_half_of_it(
 
 
 def test_resume_takes_nothing_else_and_needs_a_run(tmp_path: Path) -> None:
-    assert_refused(run("train", "--resume", tmp_path, "--seed", 3), "give nothing else")
+    assert_refused(run("train", "--resume", tmp_path, "--seed", 3), "pass no others")
     assert_refused(run("train", "--resume", tmp_path), "contains no run", "run.json")
     assert_refused(run("evaluate", tmp_path, "--data", "x.csv"), "contains no run")
 
