@@ -116,7 +116,7 @@ ON_ADAPTERS = (
 )
 def test_a_pattern_that_never_ends(here: Path, adapter: str, command: str, field: str, value: Any) -> None:
     change(adapter, **{field: value})
-    require_refused(command.format(adapter), adapter, f"{field} in its adapter_config.json", "take for ever")
+    require_refused(command.format(adapter), adapter, f"{field} in its adapter_config.json", "take too long")
 
 
 def test_a_pattern_that_never_ends_in_a_run(here: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_pattern_that_never_ends_in_a_run(here: Path) -> None:
     require_refused("evaluate run --data data.csv", "rank_pattern in its adapter_config.json")
     Path("run.yaml").write_text(f'adapter: {{target_modules: "{ENDLESS}"}}')
     command = "train run.yaml --model ./base --data data.csv --task classify --steps 1 --output out"
-    require_refused(command, "target_modules of adapter", "take for ever")
+    require_refused(command, "target_modules of adapter", "take too long")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_pattern_that_never_ends_beside_a_base_model(here: Path, command: str)
     for file in Path("hira").glob("adapter*"):
         file.rename(Path("base", file.name))
     change("base", rank_pattern={ENDLESS: 4}, base_model_name_or_path="./base")
-    require_refused(command, "base", "rank_pattern in ", "take for ever")
+    require_refused(command, "base", "rank_pattern in ", "take too long")
 
 
 def test_a_pattern_that_never_ends_in_a_single_file(here: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_pattern_that_never_ends_in_a_single_file(here: Path) -> None:
 def test_names_that_a_pattern_takes_long_for(here: Path) -> None:
     long = {f"base_model.model.{'a' * 5000}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
     save_file(long, "lora/adapter_model.safetensors")
-    require_refused("ranks lora", "lora", "names a tensor by")
+    require_refused("ranks lora", "lora", "a tensor name has")
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -157,7 +157,7 @@ def test_names_with_a_line_break(here: Path, adapter: str) -> None:
     name = max(tensors)
     tensors[name.replace("value", "val\nue")] = tensors.pop(name)
     save_file(tensors, f"{adapter}/adapter_model.safetensors")
-    require_refused(f"ranks {adapter} --base ./base", adapter, "names a tensor", r"val\nue", "with a line break")
+    require_refused(f"ranks {adapter} --base ./base", adapter, "the tensor name", r"val\nue", "contains a line break")
 
 
 @pytest.mark.parametrize("command", [each.format("lora") for each in ON_ADAPTERS])
@@ -199,9 +199,9 @@ def test_training_does_not_start_from_a_damaged_model(here: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_numbers_that_float32_has_not(here: Path, command: str, value: float) -> None:
     change("lora", lora_alpha=value)
-    require_refused(command, "lora", "lora_alpha in its adapter_config.json must be of numbers up to 3.4e+38")
+    require_refused(command, "lora", "lora_alpha in its adapter_config.json must be finite in float32")
     change("lora", lora_alpha=2, alpha_pattern={"query": value})
-    require_refused(command, "lora", "alpha_pattern in its adapter_config.json must be of numbers up to 3.4e+38")
+    require_refused(command, "lora", "alpha_pattern in its adapter_config.json must be finite in float32")
 
 
 @pytest.mark.parametrize("command", ["ranks lora", "export lora --energy 1 --output out", "report lora"])
@@ -210,7 +210,7 @@ def test_ranks_that_are_not_those_of_the_factors(here: Path, command: str, field
     """α is divided by them: what is read would be too large or too small, and nothing else would tell."""
     change("lora", **fields)
     wrong = next(iter(fields.get("rank_pattern", {"": fields.get("r")}).values()))
-    require_refused(command, "lora", "have rank 2", f"adapter_config.json says {wrong}")
+    require_refused(command, "lora", "have rank 2", f"adapter_config.json has {wrong}")
 
 
 def test_a_run_whose_settings_are_none(here: Path) -> None:
@@ -247,7 +247,7 @@ def pipe(path: str) -> None:
 def test_pipes(here: Path, file: str, command: str) -> None:
     Path("folder").mkdir()
     pipe(file)
-    require_refused(command, file, "is a pipe, a socket or a device")
+    require_refused(command, file, "is a pipe, socket or device")
 
 
 def test_a_pipe_for_weights(here: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_pipe_in_a_checkpoint_is_passed_over(here: Path) -> None:
 
 def test_a_device_as_data(here: Path) -> None:
     Path("zeros.csv").symlink_to("/dev/zero")
-    require_refused("evaluate run --data zeros.csv", "zeros.csv is a pipe, a socket or a device")
+    require_refused("evaluate run --data zeros.csv", "zeros.csv is a pipe, socket or device")
 
 
 def run_python(code: str) -> str:

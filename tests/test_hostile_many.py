@@ -223,7 +223,7 @@ def wrong_with(command: str) -> str | None:
     errors = re.findall("(?m)^Error: .+", said)
     if status in (-signal.SIGALRM, -signal.SIGXCPU):
         return "takes too long"
-    if status not in (0, 1, 2) or "Traceback" in said or "not foreseen" in said:
+    if status not in (0, 1, 2) or "Traceback" in said or "This error is unexpected" in said:
         return f"ends with status {status}: {said[-3000:]}"
     if status and len(errors) != 1:
         return f"says {len(errors)} errors: {said[-3000:]}"

@@ -43,7 +43,7 @@ AT_ONCE = [
     for count in (2, 8)
     if name != "compare"  # whose processes share its jobs
 ]
-TOLD = ("is writing to out", "in use", "exists already", "is not empty")  # the last three: it had ended by then
+TOLD = ("is writing to out", "already exists", "exists already", "is not empty")  # the last three: it had ended by then
 Alone = tuple[Path, float | None]  # the folder of a command that was left alone, and how long it took
 
 

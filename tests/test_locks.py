@@ -133,7 +133,7 @@ def test_what_is_renamed_when_it_is_whole_needs_the_folder_around_it(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
     result = lrlora(f"{command} run --output {mount}")
     assert result.exit_code == 1
-    assert f"{mount} is written under another name beside it, and {inputs} cannot be written" in result.output
+    assert f"{mount} is written through a temporary folder in {inputs}, which is not writable" in result.output
     assert list(mount.iterdir()) == []
     (mount / "mine").write_text("")
     assert "is not empty" in lrlora(f"{command} run --output {mount}").output

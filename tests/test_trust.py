@@ -85,7 +85,7 @@ def test_code_beside_a_model_or_data(config: TrainConfig) -> None:
     Path("data/data.py").unlink()
     Path("base/config.json").write_text(json.dumps(content))
     Path("base/evil.py").write_text(CODE)
-    require_refused(TRAIN, "needs code of its own, which is not run")
+    require_refused(TRAIN, "requires custom code, which is not run")
     result = CliRunner().invoke(app, ["ranks", "run", "--base", "base"])  # reads its tensors alone
     assert result.exit_code == 0, result.output
     assert not Path("it-ran").exists()

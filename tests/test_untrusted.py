@@ -65,7 +65,7 @@ def test_the_names_of_a_large_model_pass() -> None:
 @pytest.mark.parametrize("field", ["rank_pattern", "target_modules", "modules_to_save", "layers_pattern"])
 def test_hostile_patterns_are_refused_by_field(pattern: str, field: str) -> None:
     value = {"rank_pattern": {"q_proj": 1, pattern: 4}, "modules_to_save": ["score", pattern]}.get(field, pattern)
-    with pytest.raises(ValueError, match=f"^{field} in its file holds"):
+    with pytest.raises(ValueError, match=f"^{field} in its file contains"):
         require_quick_patterns({"r": 8, field: value}, "in its file")
 
 
@@ -73,7 +73,7 @@ def test_the_patterns_of_a_field_count_together() -> None:
     per_module = {f".*layers.{i}.*{name}": 4 for i in range(48) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     require_quick_patterns({"rank_pattern": per_module, "alpha_pattern": per_module}, "here")
     slow = {f".*{i}.*{i}.*{i}": 4 for i in range(100)}
-    with pytest.raises(ValueError, match="rank_pattern here holds"):
+    with pytest.raises(ValueError, match="rank_pattern here contains"):
         require_quick_patterns({"rank_pattern": slow}, "here")
 
 

@@ -41,7 +41,7 @@ class RankCallback(TrainerCallback):
 
     def __init__(self, every: int = 50, adapter: str | None = None) -> None:
         if every < 1:
-            raise ValueError(f"every must be a number of steps ≥ 1, and is {every!r}.")
+            raise ValueError(f"every must be a number of steps ≥ 1, got {every!r}.")
         self.every = every
         self.adapter = adapter
         self.history: list[tuple[int, RankReport]] = []
@@ -87,7 +87,7 @@ class RankCallback(TrainerCallback):
             try:
                 _log_picture(logger, *self.history[-1])
             except Exception as error:  # logger errors must not stop training
-                warnings.warn(f"The picture of the ranks was not logged: {error}", stacklevel=2)
+                warnings.warn(f"The rank figure was not logged: {error}", stacklevel=2)
 
     def _record(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
@@ -101,7 +101,7 @@ class RankCallback(TrainerCallback):
             if state.global_step == 0:
                 raise
             # A rank measurement must not decide what happens to a diverged run.
-            warnings.warn(f"Ranks at step {state.global_step} are not recorded: {error}", stacklevel=2)
+            warnings.warn(f"Ranks at step {state.global_step} were not recorded: {error}", stacklevel=2)
             return
         if self.history:  # all curves of a long run with many layers take gigabytes
             step, last = self.history[-1]

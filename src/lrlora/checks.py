@@ -42,6 +42,7 @@ def require_known(what: str, value: object, known: Iterable[str]) -> None:
     raise ValueError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}.")
 
 
+_NAMES: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 _hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)  # cached, because it re-evaluates annotations
 
 
@@ -75,8 +76,8 @@ def require_type(value: Any, kind: Any, name: str) -> None:
             require_type(item, inner[1], f"{name}[{key!r}]")
     elif not _is(value, kind):
         is_mapping = is_typeddict(kind) or origin is dict
-        expected = "map names to values" if is_mapping else f"be {getattr(kind, '__name__', kind)}"
-        raise ValueError(f"{name} must {expected}, and is {value!r}.")
+        expected = "map names to values" if is_mapping else f"be {_NAMES.get(kind, getattr(kind, '__name__', kind))}"
+        raise ValueError(f"{name} must {expected}, got {value!r}.")
 
 
 def require_float32(options: Mapping[str, Any], where: str) -> None:
@@ -84,7 +85,9 @@ def require_float32(options: Mapping[str, Any], where: str) -> None:
     for name, given in options.items():
         for value in given.values() if isinstance(given, Mapping) else [given]:
             if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
-                raise ValueError(f"{name} {where} must be of numbers up to {_LARGEST:.1e}, and is {given!r:.200}.")
+                raise ValueError(
+                    f"{name} {where} must be finite in float32 (at most {_LARGEST:.1e}), got {given!r:.200}."
+                )
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -104,13 +107,12 @@ def check_truncation(
     given = [name for name, value in {"energy": energy, "budget": budget, "loss": loss}.items() if value is not None]
     if len(given) > 1 or not (given or max_rank is not None):
         raise ValueError(
-            f"Give one of energy, budget and loss, or max_rank alone, to say what to keep; given: "
-            f"{' and '.join(given) or 'none'}."
+            f"Pass exactly one of energy, budget and loss, or max_rank alone; got {' and '.join(given) or 'none'}."
         )
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must be a share in (0, 1], and is {energy!r}.")
+        raise ValueError(f"energy must be in (0, 1], got {energy!r}.")
     if loss is not None and not 0 < loss < 1:
-        raise ValueError(f"loss must be the share by which it may rise, in (0, 1), and is {loss!r}.")
+        raise ValueError(f"loss must be a relative increase in (0, 1), such as 0.01, got {loss!r}.")
     for name, value in (("budget", budget), ("max_rank", max_rank)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be a whole number ≥ 1, and is {value!r}.")
+            raise ValueError(f"{name} must be an integer ≥ 1, got {value!r}.")

@@ -73,7 +73,9 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     try:
         text = json.dumps(content, indent=1, allow_nan=False)
     except ValueError:
-        raise ValueError(f"{path} was not written: it would hold NaN or an infinite number, and JSON cannot.") from None
+        raise ValueError(
+            f"{path} was not written: its content has NaN or infinite values, which JSON does not support."
+        ) from None
     write_whole(path, text)
 
 
@@ -104,12 +106,12 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
     """
     path = Path(output).resolve()
     if path.exists() and (not path.is_dir() or any(inside != lock_of(path) for inside in path.iterdir())):
-        kind = "is not empty" if path.is_dir() else "is a file"
-        raise FileExistsError(f"The output folder {path} {kind}. Give another one, or remove it.")
+        kind = "exists and is not empty" if path.is_dir() else "exists and is a file"
+        raise FileExistsError(f"The output folder {path} {kind}. Choose another output, or remove it.")
     if path.parent.exists() and not os.access(path.parent, os.W_OK):
         raise PermissionError(
-            f"The output folder {path} is written under another name beside it, and {path.parent} cannot be written. "
-            "Give one in a folder that can."
+            f"The output folder {path} is written through a temporary folder in {path.parent}, which is not writable. "
+            "Choose an output in a writable folder."
         )
     return path
 
@@ -159,12 +161,12 @@ def readable(path: str | os.PathLike[str], remedy: str, *, until: Callable[[], b
             raise  # the message already says so
         reason = " ".join(str(error).split())[:300].rstrip(".")
         if isinstance(error, UnpicklingError):
-            reason = "its pickle is broken, or holds code to run, which is not loaded"  # torch's says how to run it
+            reason = "its pickle is corrupt, or contains code, which is not loaded"  # torch's says how to run it
         elif isinstance(error, RecursionError):
             reason = "it is nested too deeply"
         elif not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        raise ValueError(f"{path} is damaged or not what it should be ({reason}). {remedy}") from error
+        raise ValueError(f"{path} is damaged or has an unexpected format ({reason}). {remedy}") from error
 
 
 def require_regular(name: str | os.PathLike[str], below: str = "*") -> None:
@@ -174,7 +176,7 @@ def require_regular(name: str | os.PathLike[str], below: str = "*") -> None:
     """
     for path in (Path(name), *Path(name).glob(below)):
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is a pipe, a socket or a device, and none is read. Put a plain file there.")
+            raise ValueError(f"{path} is a pipe, socket or device. Replace it with a regular file.")
 
 
 _LARGEST_TEXT = 2**30  # as Python values, it takes many times its size
@@ -194,7 +196,9 @@ def read_text(path: Path) -> str:
     require_regular(path)
     size = path.stat().st_size
     if size > _LARGEST_TEXT:
-        raise ValueError(f"{path} has {size / 2**30:.1f} GiB, and no file of its kind has more than 1. Is it another?")
+        raise ValueError(
+            f"{path} has {size / 2**30:.1f} GiB, more than the limit of 1 GiB. Check that it is the right file."
+        )
     return path.read_text(encoding="utf-8")
 
 
@@ -216,7 +220,7 @@ def values_of(text: str) -> Any:
 
     """
     if (depth := nesting(text.encode("utf-8", "surrogatepass"))) > DEEPEST:
-        raise ValueError(f"its values are nested {depth} levels deep, and {DEEPEST} are read")
+        raise ValueError(f"its values are nested {depth} levels deep; the limit is {DEEPEST}")
     return json.loads(text)
 
 
@@ -226,7 +230,7 @@ def nesting(text: bytes) -> int:
     return max(accumulate(_STEPS.get(byte, 0) for byte in re.sub(rb'"[^"]*"', b"", plain)), default=0)
 
 
-ADAPTER_EXPECTED = "Expected are the adapter_config.json and adapter_model.safetensors that save_pretrained wrote."
+ADAPTER_EXPECTED = "Expected adapter_config.json and adapter_model.safetensors, as written by save_pretrained."
 
 
 def is_hub_name(name: str | os.PathLike[str]) -> bool:
@@ -247,7 +251,7 @@ def require_present(name: str | os.PathLike[str]) -> None:
 
     """
     if not Path(name).exists() and not is_hub_name(name):
-        raise FileNotFoundError("There is no such folder.")
+        raise FileNotFoundError("The folder does not exist.")
 
 
 def require_adapter(name: str | os.PathLike[str]) -> None:
@@ -260,12 +264,12 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
     path = Path(name)
     require_regular(path)
     if path.is_dir():
-        reason = None if (path / "adapter_config.json").is_file() else "there is no adapter_config.json in it"
+        reason = None if (path / "adapter_config.json").is_file() else "it has no adapter_config.json"
     else:
         # On the hub, every adapter has an owner.
-        reason = None if is_hub_name(name) and "/" in os.fspath(name) else "there is no such folder"
+        reason = None if is_hub_name(name) and "/" in os.fspath(name) else "the folder does not exist"
     if reason is not None:
-        raise ValueError(f"{name} does not hold a readable adapter: {reason}. {ADAPTER_EXPECTED}")
+        raise ValueError(f"{name} does not contain a readable adapter: {reason}. {ADAPTER_EXPECTED}")
 
 
 def is_full_model(name: str | os.PathLike[str]) -> bool:
@@ -286,9 +290,9 @@ def require_source(name: str, base: str | None) -> None:
     if name.endswith(".safetensors") and not is_file:
         raise FileNotFoundError(f"There is no file {name}.")
     if base is None and is_full_model(name):
-        raise ValueError(f"{name} is a full model. Say what it was fine-tuned from, to see what changed: --base MODEL.")
+        raise ValueError(f"{name} is a full model. Pass the model it was fine-tuned from: --base MODEL.")
     if is_file and Path(name).suffix != ".safetensors":
-        raise ValueError(f"{name} is a file that does not end in .safetensors. Only those are read.")
+        raise ValueError(f"{name} is not a .safetensors file, the only supported file type.")
     if not is_file and base is None:
         require_adapter(name)
 

@@ -34,7 +34,7 @@ def of_model(source: str) -> dict[str, str]:
     if files := _weights(folder):
         found["the weights of the base model"] = digest([_sample(file) for file in files])
     if (folder / "config.json").is_file():
-        content = read_json(folder / "config.json", dict[str, Any], "Fetch the model anew.")
+        content = read_json(folder / "config.json", dict[str, Any], "Download the model again.")
         kept = {name: value for name, value in content.items() if name not in _OF_THE_FILE}
         found["the configuration of the base model"] = digest(kept)
     return found
@@ -49,8 +49,8 @@ def warn_of_another_model(source: str, known: Mapping[str, str] | None) -> None:
     """Warn if a base model's hashes differ from the known ones of its run."""
     if changed := differing(known or {}, of_model(source)):
         warnings.warn(
-            f"The base model {source} is not the one that was trained on: {' and '.join(changed)} differ. The adapter "
-            "was made for the other.",
+            f"The base model {source} differs from the one used in training: {' and '.join(changed)} changed. The "
+            "adapter was trained for the original model.",
             stacklevel=3,
         )
 
@@ -76,7 +76,7 @@ def _weights(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            shards = read_json(index, dict[str, Any], "Fetch the model anew.").get("weight_map", {})
+            shards = read_json(index, dict[str, Any], "Download the model again.").get("weight_map", {})
             files = [folder / shard for shard in sorted(set(shards.values()))]
             return files if all(file.is_file() for file in files) else []
     return []

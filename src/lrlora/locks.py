@@ -35,8 +35,8 @@ def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise BlockingIOError(
-            f"Another process{_holder(path)} is writing to {output}. Wait until it has ended, stop it, or give another "
-            "output. Nothing was touched."
+            f"Another process{_holder(path)} is writing to {output}. Wait for it to finish, stop it, or choose "
+            "another output. No files were changed."
         ) from None
     is_outermost = lock.lock_counter == 1
     try:

@@ -28,8 +28,8 @@ STATE_FILE = "trainer_state.json"
 # Rendering of prompts and chats: chat turns, plain prompts, or texts without prompts.
 CHAT, PLAIN, TEXT = "chat", "plain", "text"
 ANSWERS = "answers"
-RUN_EXPECTED = "It is what `lrlora train` wrote about the run: train it anew if you have no copy."
-ANOTHER_CHECKPOINT = "Remove this checkpoint to resume from the one before it."
+RUN_EXPECTED = "`lrlora train` wrote this file. Restore it from a copy, or train again."
+ANOTHER_CHECKPOINT = "Remove this checkpoint to resume from the previous one."
 
 
 class LogEntry(TypedDict, total=False):
@@ -121,7 +121,7 @@ def read_losses(folder: Path) -> LossRecord | None:
     path = folder / LOSS_FILE
     if not path.exists():
         return None
-    with readable(path, "Remove it, to go on without the losses over sizes."):
+    with readable(path, "Remove it to continue without the losses over sizes."):
         record = LossRecord(**parse_json(path))
         require_type(record, LossRecord, "loss over size")
         return record
@@ -142,8 +142,7 @@ def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:
     require_regular(folder)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no run of `lrlora train`: there is no {RUN_FILE} in it. Give the folder that was its "
-            "--output."
+            f"{folder} contains no run of `lrlora train`: it has no {RUN_FILE}. Pass the --output folder of a run."
         )
     with readable(path, RUN_EXPECTED):
         content = parse_json(path)
@@ -219,7 +218,7 @@ def _require_checksums(file: Path) -> None:
         # These are archives with checksums, which torch does not verify.
         with ZipFile(file) as archive:
             if wrong := archive.testzip():
-                raise ValueError(f"{wrong} in it differs from its checksum")
+                raise ValueError(f"{wrong} does not match its checksum")
     elif file.suffix == ".safetensors":
         with safe_open(file, "pt"):
             pass  # opening reads the header and checks the size

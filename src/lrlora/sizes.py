@@ -25,7 +25,7 @@ def parse_size(text: str, option: str) -> Budget:
     """
     match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text)
     if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
-        raise ValueError(f"{option} must be like 250000, 250k, 1.5M, 8MiB or r4, and is {text!r}.")
+        raise ValueError(f"{option} must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got {text!r}.")
     number, unit = float(match[2]), match[3]
     if match[1]:
         return Budget(number, "ranks")

@@ -53,11 +53,13 @@ def require_quick_patterns(config: Mapping[str, Any], where: str) -> None:
                 # PEFT allows any prefix unless the whole field is a string.
                 ways += _ways_of(pattern) * (1 if is_whole else _PLACES)
             except ValueError as error:
-                raise ValueError(f"{field} {where} holds {pattern!r:.200}, which is no pattern: {error}.") from None
+                raise ValueError(
+                    f"{field} {where} contains {pattern!r:.200}, which is not a valid pattern: {error}."
+                ) from None
             if ways > _MOST_WAYS:
                 raise ValueError(
-                    f"{field} {where} holds {pattern!r:.200}, which could take for ever to match. Name the modules in "
-                    "full instead, or use fewer of *, + and |, and none of them within another."
+                    f"{field} {where} contains {pattern!r:.200}, which can take too long to match. List the modules "
+                    "by name, or use fewer of *, + and |, without nesting them."
                 )
 
 
@@ -82,12 +84,12 @@ def require_plain_names(names: Iterable[str], file: str) -> None:
     for name in names:
         if "\n" in name:
             raise ValueError(
-                f"{file} is damaged or not what it should be: it names a tensor {name[:80]!r}, with a line break."
+                f"{file} is damaged or has an unexpected format: the tensor name {name[:80]!r} contains a line break."
             )
         if len(name) > _LONGEST_NAME:
             raise ValueError(
-                f"{file} is damaged or not what it should be: it names a tensor by {len(name)} characters "
-                f"({name[:40]!r}…), and {_LONGEST_NAME} are read."
+                f"{file} is damaged or has an unexpected format: a tensor name has {len(name)} characters "
+                f"({name[:40]!r}…); the limit is {_LONGEST_NAME}."
             )
 
 
@@ -99,7 +101,7 @@ def _ways_of(pattern: str) -> float:
 
     """
     if len(pattern) > _LONGEST_PATTERN:
-        raise ValueError(f"it has {len(pattern)} characters, and {_LONGEST_PATTERN} are read")
+        raise ValueError(f"it has {len(pattern)} characters; the limit is {_LONGEST_PATTERN}")
     try:
         return _ways(_PARSER.parse(pattern))
     except re.error as error:

@@ -56,7 +56,7 @@ def mean_loss(model: nn.Module, data: Tensor, windows: int) -> float:
     """
     held = len(data) // CONTEXT
     if not 1 <= windows <= held:
-        raise ValueError(f"windows must be from 1 to {held}, as many as the data holds, and is {windows}.")
+        raise ValueError(f"windows must be between 1 and {held}, the number in the data, got {windows}.")
     chosen = data[: held * CONTEXT].view(held, CONTEXT)[torch.arange(windows) * held // windows].long()
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -81,7 +81,7 @@ def base_model() -> PreTrainedModel:
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             pretrain(load_corpus("english").train, folder)
-    with readable(folder, "Remove it, and it is trained anew."):
+    with readable(folder, "Remove it to train the model again."):
         return OPTForCausalLM.from_pretrained(folder)
 
 
@@ -126,7 +126,7 @@ def pretrain(
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     saved = folder.with_suffix(".checkpoint")
     if saved.exists():
-        with readable(saved, "Remove it, and training begins anew."):
+        with readable(saved, "Remove it to restart the training."):
             state = torch.load(saved)
             for name, part in stateful.items():
                 part.load_state_dict(state[name])

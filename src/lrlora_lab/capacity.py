@@ -86,7 +86,7 @@ class CapacityTask:
         require_known("corpus", self.corpus, CORPORA)
         for name in ("steps", "batch_size", "texts", "classes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
+                raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)}.")
 
     def first_rates(self, method: Method) -> tuple[float, ...]:
         """Initial learning rates of a method."""

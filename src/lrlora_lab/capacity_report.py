@@ -230,7 +230,7 @@ def write_capacity_report(comparison: Comparison, output: Path) -> Path:
     """
     records, tasks = read_records(output), comparison.definition.capacity_tasks
     if not records:
-        raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
+        raise ValueError(f"No job in {output} is finished, so there is nothing to report.")
     records = comparison.of_all(records).select(records)
     frames = {task: losses(records, task, comparison.r) for task in tasks}
     tables = {task: frame for task, frame in frames.items() if len(frame)}

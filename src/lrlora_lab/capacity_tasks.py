@@ -99,7 +99,7 @@ def _text_inputs(encoder: Any, count: int) -> Tensor:
     long_enough = [ids for ids in tokens if len(ids) == TOKENS]
     if len(long_enough) < count:
         raise ValueError(
-            f"texts must be at most {len(long_enough):,}, the reviews of {TOKENS} tokens, and is {count:,}."
+            f"texts must be at most {len(long_enough):,}, the number of reviews with {TOKENS} tokens, got {count:,}."
         )
     return _seen_by(encoder, encoder.encoder.layer[-1].intermediate, torch.tensor(long_enough[:count]))
 
@@ -108,7 +108,7 @@ def _picture_inputs(encoder: Any, count: int) -> Tensor:
     """Residual inputs of the last MLP for the first `count` animals: (count, 10, 384), float32."""
     pictures = load_animals()["train"]
     if count > len(pictures):
-        raise ValueError(f"texts must be at most {len(pictures):,}, the pictures that there are, and is {count:,}.")
+        raise ValueError(f"texts must be at most {len(pictures):,}, the number of pictures, got {count:,}.")
     pixels = torch.stack([torch.from_numpy(np.array(row["image"])) for row in pictures.select(range(count))])
     spread = F.interpolate(pixels[:, None].float() / 255, size=(PICTURE, PICTURE), mode="bilinear")
     return _seen_by(encoder, encoder.encoder.layer[-1].norm2, (2 * spread - 1).expand(-1, 3, -1, -1))

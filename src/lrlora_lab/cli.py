@@ -50,11 +50,11 @@ def demo(
         write_page(load_runs([output]), page, title=f"Movie reviews, {steps} steps")
         console.print(rank_table(report, "Ranks that LR-LoRA learned on the reviews", width=console.width))
         for task, title, heading in (
-            ("reviews", "Movie reviews", "accuracy, films held out"),
+            ("reviews", "Movie reviews", "accuracy, held-out films"),
             ("labels", "Random labels, to be memorized", "loss, nats"),
         ):
             table = Table(title=title, title_justify="left")
-            for name in ("method", "trainable", heading, "ms a step"):
+            for name in ("method", "trainable", heading, "ms per step"):
                 table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
             for result in results:
                 if result.task == task:
@@ -139,7 +139,7 @@ def compare(
 
 def _suite(suite: str | None, preset: str | None) -> str:
     if (suite is None) == (preset is None):
-        raise ValueError("Give a suite, such as offline-nlu, or --preset, and not both.")
+        raise ValueError("Pass either a suite, such as offline-nlu, or --preset.")
     if preset is not None:
         from .suites import PRESETS
 
@@ -153,7 +153,7 @@ def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: 
     from .methods import ABLATIONS
 
     if methods is not None and ablation is not None:
-        raise ValueError(f"--ablation {ablation} is a list of methods. Leave --methods out.")
+        raise ValueError(f"--ablation {ablation} already selects the methods. Remove --methods.")
     given: dict[str, Any] = {}
     for name, value in (("methods", methods), ("tasks", tasks)):
         if value is not None:
@@ -185,7 +185,7 @@ def _show_plan(comparison: Comparison) -> None:
     )
     if definition.protocol:
         announce(f"Protocol: {definition.protocol}")
-    table = Table(title=f"What a job needs, at most, on an {GPU}" if known else None, title_justify="left")
+    table = Table(title=f"Upper bounds per job on an {GPU}" if known else None, title_justify="left")
     for heading in ("task", "method", "jobs", "trainable", "GiB", "hours"):
         table.add_column(heading, justify="left" if heading in ("task", "method") else "right")
     for cell in cells:
@@ -194,14 +194,14 @@ def _show_plan(comparison: Comparison) -> None:
         table.add_row(as_text(cell.task), as_text(cell.method), str(cell.jobs), *told)
     console.print(table)
     if len(known) < len(cells):
-        announce("What is left empty is not known before it is run.")
+        announce("Empty cells are unknown before the run.")
     if known:
         hours = sum(cell.jobs * cell.needs.hours for cell in known if cell.needs is not None)
         largest = max(cell.needs.gib for cell in known if cell.needs is not None)
         announce(
-            f"In all up to {hours:,.1f} hours of an {GPU} at two fifths of its peak, shared by as many GPUs as there "
-            f"are, and {largest:.1f} GiB on each, beside CUDA's own. Texts are taken to be as long as they may be; "
-            "evaluations, and rates beyond the first ones, come on top."
+            f"Total: up to {hours:,.1f} hours on an {GPU} at two fifths of its peak, divided by the number of GPUs, "
+            f"and {largest:.1f} GiB on each, in addition to CUDA's own. Assumes texts of maximum length; evaluations "
+            "and further learning rates are not included."
         )
 
 
@@ -215,12 +215,12 @@ def _run(comparison: Comparison, folder: Path, hours: float | None, *, report: b
     failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
     if failed:
         console.print(
-            f"{failed} {'job' if failed == 1 else 'jobs'} failed: the report says why. The same command runs them "
-            "again, except those that diverged.",
+            f"{failed} {'job' if failed == 1 else 'jobs'} failed; see the report. Run the same command again to retry "
+            "them, except those that diverged.",
             highlight=False,
         )
     if left:
         count = len(comparison.cells_left(left))
-        said = "1 job or more is" if count == 1 else f"{count} jobs or more are"
-        console.print(f"{said} left: run the same command again to go on.", highlight=False)
+        said = "At least 1 job is" if count == 1 else f"At least {count} jobs are"
+        console.print(f"{said} left. Run the same command again to continue.", highlight=False)
     announce(f"Report: {path}")

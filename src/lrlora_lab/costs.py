@@ -232,11 +232,11 @@ class _Layout:
             last = "crop_size" if getattr(processor, "do_center_crop", False) else "size"
             edges = getattr(processor, last, None) or {}
             if "height" not in edges or "width" not in edges:
-                raise RuntimeError(f"The size of an image for {self.suite.model} follows from the image's own.")
+                raise RuntimeError(f"The image size for {self.suite.model} depends on the input image.")
             pixels = torch.zeros(size, 3, edges["height"], edges["width"], dtype=self.computed)
             return {"pixel_values": pixels, "labels": labels}
         if self.task.max_length is None:
-            raise ValueError("How long its texts are is not known before they are read.")
+            raise ValueError("The length of its texts is unknown before they are read.")
         choices = (_CHOICES,) if kind.has_head and kind.name == "multiple-choice" else ()
         ids = torch.zeros(size, *choices, self.task.max_length, dtype=torch.long)
         return {"input_ids": ids, "labels": labels if kind.has_head else ids}

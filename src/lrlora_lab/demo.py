@@ -166,17 +166,19 @@ def _read_results(folder: Path) -> list[DemoResult]:
     path = folder / RESULTS_FILE
     if not path.exists():
         return []
-    return [DemoResult(**result) for result in read_json(path, list[dict[str, Any]], "Give --overwrite.")]
+    return [DemoResult(**result) for result in read_json(path, list[dict[str, Any]], "Pass --overwrite.")]
 
 
 def _require_replaceable(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(
-            f"The folder {folder} exists already and holds another run. Give another --output, or replace it with "
-            "--overwrite."
+            f"The folder {folder} already exists and contains another run. Choose another --output, or replace it "
+            "with --overwrite."
         )
     if any(folder.iterdir()) and not (folder / SETTINGS_FILE).exists():
-        raise FileExistsError(f"The folder {folder} was not written by the demo: remove it yourself, or give another.")
+        raise FileExistsError(
+            f"The folder {folder} was not written by the demo. Remove it yourself, or choose another."
+        )
 
 
 def _review(

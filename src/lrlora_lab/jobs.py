@@ -137,14 +137,12 @@ class Comparison:
         for task in self.tasks:
             require_known(f"task of {self.suite}", task, self.definition.tasks)
         if self.model is not None and self.definition.capacity_tasks:
-            raise ValueError(
-                f"The tasks of {self.suite} have models of their own, and model is {self.model}: leave it out."
-            )
+            raise ValueError(f"The tasks of {self.suite} have their own models, got model={self.model}. Remove it.")
         if not all(0 < rate < math.inf for rate in self.rates):
-            raise ValueError(f"rates must be numbers > 0, and are {', '.join(map(str, self.rates))}.")
+            raise ValueError(f"rates must be numbers > 0, got {', '.join(map(str, self.rates))}.")
         for name, value in (("seeds", self.seeds), ("rank", self.rank), ("steps", self.steps)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be a whole number ≥ 1, and is {value}.")
+                raise ValueError(f"{name} must be an integer ≥ 1, got {value}.")
 
     @functools.cached_property
     def definition(self) -> Suite:
@@ -251,7 +249,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(rate) for rate in text.split(","))
     except ValueError:
-        raise ValueError(f"--rates takes numbers with commas between, and was given {text!r}.") from None
+        raise ValueError(f"--rates must be comma-separated numbers, got {text!r}.") from None
 
 
 def read_records(output: Path) -> dict[str, Record]:
@@ -261,7 +259,7 @@ def read_records(output: Path) -> dict[str, Record]:
         ValueError: a file is damaged.
 
     """
-    remedy = "Remove it, and the same command runs the job again."
+    remedy = "Remove it, and run the same command to repeat the job."
     found: dict[str, Record] = {}
     if (packed := output / PACKED_FILE).exists():
         with readable(packed, remedy), gzip.open(packed, "rt", encoding="utf-8") as file:
@@ -274,8 +272,8 @@ def read_records(output: Path) -> dict[str, Record]:
         missing = [] if record.get("failure") else [key for key in asked if key not in record]
         if missing:
             raise ValueError(
-                f"{output / 'jobs' / name}.json is damaged or not what it should be (it lacks {', '.join(missing)}). "
-                f"{remedy}"
+                f"{output / 'jobs' / name}.json is damaged or has an unexpected format (it lacks "
+                f"{', '.join(missing)}). {remedy}"
             )
     return found
 
@@ -284,13 +282,13 @@ def check_folder(comparison: Comparison, output: Path) -> None:
     """Raise FileExistsError unless the folder is free, or has a comparison of the same suite and rank."""
     path = output / SETTINGS_FILE
     if path.exists():
-        if not _agree(read_json(path, _Settings, "Give another --output."), _settings(comparison)):
+        if not _agree(read_json(path, _Settings, "Choose another --output."), _settings(comparison)):
             raise FileExistsError(
-                f"The folder {output} holds another comparison: another suite, rank or settings of its tasks. Give "
+                f"The folder {output} contains another comparison, with another suite, rank or task settings. Choose "
                 "another --output."
             )
     elif output.exists() and any(p for p in output.iterdir() if p.suffix != ".partial" and p.name != _LOCKS):
-        raise FileExistsError(f"The folder {output} is not empty, and no comparison. Give another --output.")
+        raise FileExistsError(f"The folder {output} is not empty and contains no comparison. Choose another --output.")
 
 
 def prepare(comparison: Comparison, output: Path) -> None:
@@ -307,7 +305,7 @@ def prepare(comparison: Comparison, output: Path) -> None:
             if isinstance(settings, CapacityTask):
                 if known.train == "adalora" or known.options.get("init_lora_weights") == EVA:
                     raise ValueError(
-                        f"{known.name} needs the Trainer, and {task} is trained in a loop of its own. Leave it out."
+                        f"{known.name} needs the Trainer, but {task} has its own training loop. Remove it."
                     )
                 adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
@@ -320,7 +318,7 @@ def prepare(comparison: Comparison, output: Path) -> None:
         check_folder(comparison, output)  # again: another process may have been faster
         settings = _settings(comparison)
         if (output / SETTINGS_FILE).exists():
-            stored = read_json(output / SETTINGS_FILE, _Settings, "Give another --output.")
+            stored = read_json(output / SETTINGS_FILE, _Settings, "Choose another --output.")
             settings["suite"]["tasks"] = {**stored["suite"]["tasks"], **settings["suite"]["tasks"]}
         write_json(output / SETTINGS_FILE, settings)  # first: marks the folder as a comparison's
         write_json(output / CALL_FILE, asdict(comparison))
@@ -337,7 +335,7 @@ def read_comparison(suite: str, output: Path) -> Comparison:
     """
     path = output / CALL_FILE
     if not path.exists():
-        raise FileNotFoundError(f"There is no comparison in {output}: run it first.")
+        raise FileNotFoundError(f"There is no comparison in {output}. Run it first.")
     with readable(path, "Run the comparison again without --report."):
         call = parse_json(path)
         lists = {name: tuple(value) for name, value in call.items() if isinstance(value, list)}

@@ -78,7 +78,7 @@ def _run_missing(
                 problem = _run(worker, job, comparison, output)
                 if problem:
                     given_up.add(job.name)
-                    announce(f"Not done, and to be tried again by the next call: {problem}")
+                    announce(f"Not done; the next call tries again: {problem}")
                 break
         else:
             time.sleep(5)  # other processes run all missing jobs, whose results may add more
@@ -107,7 +107,7 @@ def _claimed(output: Path, job: Job) -> Iterator[bool]:
 
 def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Record]) -> str:
     done, cells = comparison.select(finished), comparison.cells_left(left)
-    text = f"{len(done)} {'job' if len(done) == 1 else 'jobs'} done, {len(cells)} left or more"
+    text = f"{len(done)} {'job' if len(done) == 1 else 'jobs'} done, at least {len(cells)} left"
     seconds: dict[tuple[str, ...], list[float]] = {}
     for record in finished.values():
         cell = (record["task"], record["method"])

@@ -45,7 +45,7 @@ def write_report(comparison: Comparison, output: Path) -> Path:
         return write_capacity_report(comparison, output)
     records = comparison.select(read_records(output))
     if not records:
-        raise ValueError(f"No job in {output} is finished yet: there is nothing to report.")
+        raise ValueError(f"No job in {output} is finished, so there is nothing to report.")
     write_whole(output / "runs.jsonl", tidy(records).to_json(orient="records", lines=True))
     parts = [f"# {in_markdown(f'{comparison.suite}: {comparison.definition.model}')}, r = {comparison.r}\n"]
     for section in (_results, _rates, _learned_ranks, _variants, _failures):

@@ -63,9 +63,9 @@ class Task:
         require_known(f"metric of {self.task} of which more is better", str(self.metric), known)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number ≥ 1, and is {getattr(self, name)}.")
+                raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)}.")
         if not 0 < self.rate_scale < math.inf:
-            raise ValueError(f"rate_scale must be a number > 0, and is {self.rate_scale}.")
+            raise ValueError(f"rate_scale must be a number > 0, got {self.rate_scale}.")
 
     @property
     def tests(self) -> list[tuple[str, str | None]]:
@@ -132,25 +132,25 @@ class Suite:
         for name in content:
             require_known("key of a suite", name, [f.name for f in fields(cls)])
         if not content.get("model") or not isinstance(content.get("tasks"), Mapping) or not content["tasks"]:
-            raise ValueError(f"A suite has a model, and tasks by name; given: {', '.join(content) or 'nothing'}.")
+            raise ValueError(f"A suite must have a model and named tasks, got {', '.join(content) or 'nothing'}.")
         suite = cls(**{**content, "tasks": {str(name): _task(name, task) for name, task in content["tasks"].items()}})
         if suite.training_tasks and suite.capacity_tasks:
             raise ValueError(
-                f"The tasks of a suite are reported together, and {', '.join(suite.capacity_tasks)} measure something "
-                f"else than {', '.join(suite.training_tasks)}. Put them into suites of their own."
+                f"The tasks of a suite are reported together, but {', '.join(suite.capacity_tasks)} do not measure "
+                f"the same as {', '.join(suite.training_tasks)}. Put them into separate suites."
             )
         for name, default in (("scale", 1.0), ("adapter", {}), ("training", {})):
             if suite.capacity_tasks and (value := getattr(suite, name)) != default:
                 raise ValueError(
-                    f"Tasks on which rank binds ({', '.join(suite.capacity_tasks)}) do not read {name}, and it is "
-                    f"{value!r}: leave it out."
+                    f"Tasks on which rank binds ({', '.join(suite.capacity_tasks)}) ignore {name}, got {value!r}. "
+                    "Remove it."
                 )
         return suite
 
 
 def _task(name: str, content: Any) -> Task | CapacityTask:
     if not isinstance(content, Mapping):
-        raise ValueError(f"The task {name} must map names to values, and is {content!r}.")
+        raise ValueError(f"The task {name} must map names to values, got {content!r}.")
     if "task" in content:
         require_known("task", content["task"], (*KINDS, *CAPACITY_KINDS))
     kind: Any = CapacityTask if content.get("task") in CAPACITY_KINDS else Task

@@ -182,7 +182,7 @@ SUITES = {
                 ("openbookqa", 500),
             )
         },
-        protocol="Prompts and scores of lm-evaluation-harness; each set is trained on alone.",
+        protocol="Prompts and scores follow lm-evaluation-harness; each set is trained on separately.",
     ),
     "glue": Suite(
         "FacebookAI/roberta-base",
@@ -197,10 +197,11 @@ SUITES = {
             "qqp": _glue("qqp", 51_170, text="question1", text_pair="question2"),
         },
         training={"weight_decay": 0.01},
-        protocol="Epochs, batch, weight decay and the range of rates (5e-4 to 4e-3) of AdaLoRA's scripts for "
-        "DeBERTaV3-base (arXiv:2303.10512): 25 epochs of CoLA and STS-B, 30 of MRPC, 5 of QNLI and QQP, 50 of RTE, 24 "
-        "of SST-2, 7 of MNLI, of nine tenths of the training set: 1,000 examples at most of the last tenth choose the "
-        "rate. Texts are cut at 128 tokens. GLUE's validation splits are the test.",
+        protocol="Epochs, batch size, weight decay and the range of learning rates (5e-4 to 4e-3) follow AdaLoRA's "
+        "scripts for DeBERTaV3-base (arXiv:2303.10512): 25 epochs for CoLA and STS-B, 30 for MRPC, 5 for QNLI "
+        "and QQP, 50 for RTE, 24 for SST-2, 7 for MNLI, on nine tenths of the training set. Up to 1,000 examples "
+        "of the last tenth select the learning rate. Texts are truncated to 128 tokens. GLUE's validation splits "
+        "are the test.",
     ),
     "vision": Suite(
         "google/vit-base-patch16-224-in21k",
@@ -213,8 +214,8 @@ SUITES = {
         },
         methods=("full", "lora", "lr-lora", "dora"),
         training={"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "weight_decay": 1e-4},
-        protocol="As in VTAB-1k (arXiv:1910.04867), 1,000 examples to train on; 100 epochs in steps of 64, 10 of them "
-        "warm-up, cosine, no augmentation, as comparisons of adapters on it do.",
+        protocol="1,000 training examples, as in VTAB-1k (arXiv:1910.04867). 100 epochs with batch size 64, 10 warm-up "
+        "epochs, a cosine schedule and no augmentation, as in comparisons of adapters on it.",
     ),
 }
 _CHOICE_SETS = tuple(f"commonsense:{name}" for name in COMMONSENSE)
@@ -240,10 +241,11 @@ PRESETS = {
         scale=2.0,
         adapter={"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]},
         training={"warmup_steps": 100, "gradient_checkpointing": True},
-        protocol="Targets, r = 32, α = 64, 3 epochs in steps of 16, 256 tokens, 100 steps of warm-up: as in DoRA's "
-        "scripts for Llama 3 8B (arXiv:2402.09353), after LLM-Adapters (arXiv:2304.01933), whose training set has "
-        "23,000 questions of WinoGrande more. Of the 148,000 here a tenth is kept for validation. They score the "
-        "answers that a model writes; here, and in lm-evaluation-harness, the likelihoods of choices are compared.",
+        protocol="Targets, r = 32, α = 64, 3 epochs, batch size 16, 256 tokens and 100 warm-up steps follow DoRA's "
+        "scripts for Llama 3 8B (arXiv:2402.09353), after LLM-Adapters (arXiv:2304.01933), whose training set "
+        "has 23,000 more questions of WinoGrande. A tenth of the 148,000 here is held out for validation. These "
+        "papers score generated answers; here, as in lm-evaluation-harness, the likelihoods of the choices are "
+        "compared.",
     ),
     "vit-base": replace(
         SUITES["vision"], rank=8, training={**SUITES["vision"].training, "bf16": True, "dataloader_num_workers": 4}

@@ -38,14 +38,14 @@ def _checked(comparison: Comparison, name: str, task: Task) -> Iterator[str]:
     kind = KINDS[task.task]
     if not task.test_data and task.test not in (there := load_splits(task.data, task.delimiter, task.encoding)):
         raise ValueError(
-            f"{task.data} has no split {task.test}; it has {', '.join(there)}. Name one with test: SPLIT, or give a "
-            "file with test_data: FILE."
+            f"{task.data} has no split {task.test}. Available splits: {', '.join(there)}. Select one with test: "
+            "SPLIT, or pass a file with test_data: FILE."
         )
     data = load_task_data(config, kind)
-    counts = [f"{len(data.splits['train']):,} examples to train on", f"{len(data.splits['validation']):,} to validate"]
+    counts = [f"{len(data.splits['train']):,} training", f"{len(data.splits['validation']):,} validation"]
     for source, split in task.tests:
         if Path(source).exists():
             test, _ = load_examples(config, kind, source, split, data.labels, with_label=True)
-            counts.append(f"{len(sampled(test, task.test_examples)):,} to test")
-    yield f"Data of {name}: {', '.join(counts)}."
+            counts.append(f"{len(sampled(test, task.test_examples)):,} test")
+    yield f"Data of {name}: {', '.join(counts)} examples."
     yield from data.notes

@@ -99,7 +99,7 @@ def _trained(config: TrainConfig) -> TrainResult:
         try:
             return train(config, resume=True)
         except (ValueError, OSError) as error:
-            print(f"The run begins anew: {error}")
+            print(f"Restarting the run: {error}")
     if folder.exists():
         shutil.rmtree(folder)
     return train(config)

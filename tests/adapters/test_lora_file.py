@@ -221,13 +221,16 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a.weight": (2, 2)}, "holds no LoRA: there is a.weight"),
-        ({"a.oft_blocks": (1, 2, 2), "a.alpha": ()}, r"depend on the base weight, as those of OFT do \(a.oft_blocks\)"),
-        ({"a.lora_up.weight": (2, 4)}, "a lacks 'lora_A'. There are lora_B"),
+        ({"a.weight": (2, 2)}, "contains no LoRA. Tensors found: a.weight"),
+        (
+            {"a.oft_blocks": (1, 2, 2), "a.alpha": ()},
+            r"depend on the base weight, such as those of OFT \(a.oft_blocks\)",
+        ),
+        ({"a.lora_up.weight": (2, 4)}, "a lacks 'lora_A'. Tensors found: lora_B"),
         ({"a.lora_down.weight": (0, 4), "a.lora_up.weight": (4, 0)}, "the factors of a have no rows"),
-        ({"base_model.model.a.lora_A.weight": (2, 4)}, "the file of a PEFT adapter, .* give the folder"),
-        ({"a.lora_down.weight": (2, 4)}, "a lacks 'lora_B'. There are lora_A"),
-        ({"a.lora_down.weight": (2, 4), "a.lora_up.weight": (4, 3)}, "lora_B has 3 columns, and lora_A 2 rows"),
+        ({"base_model.model.a.lora_A.weight": (2, 4)}, "a file of a PEFT adapter, .* Pass the folder"),
+        ({"a.lora_down.weight": (2, 4)}, "a lacks 'lora_B'. Tensors found: lora_A"),
+        ({"a.lora_down.weight": (2, 4), "a.lora_up.weight": (4, 3)}, "lora_B has 3 columns, but lora_A has 2 rows"),
         ({"a.hada_w1_a": (4, 2), "a.hada_w1_b": (2, 4)}, "a lacks 'hada_w2_a'"),
     ],
 )
@@ -244,7 +247,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "file.safetensors")
     updates = read_updates(tmp_path / "file.safetensors")
     factors = factorize(updates, energy=1.0)
-    with pytest.raises(ValueError, match="unet_conv_in may be a convolution, and LoHa does not tell its kernel"):
+    with pytest.raises(ValueError, match="unet_conv_in may be a convolution, but LoHa does not store its kernel size"):
         save_single_file(factors, updates, tmp_path / "out.safetensors")
     with pytest.raises(FileExistsError, match=r"file.safetensors exists"):
         save_single_file(factors, updates, tmp_path / "file.safetensors")

@@ -134,7 +134,7 @@ def test_a_path_that_is_mistyped_is_not_looked_for_on_the_hub(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     for name in ("runs/first", "lrlora-run"):
-        with pytest.raises(ValueError, match="there is no such folder"):
+        with pytest.raises(ValueError, match="the folder does not exist"):
             merge_adapter(name, "merged")
     with pytest.raises(FileNotFoundError, match="There is no model folder runs/model"):
         require_model_folder("runs/model")

@@ -106,7 +106,7 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2")
     result = run(*command(suite, output, *options))
     assert result.exit_code == 0, result.output
-    assert "Data of reviews: 108 examples to train on, 12 to validate, 120 to test." in result.output
+    assert "Data of reviews: 108 training, 12 validation, 120 test examples." in result.output
     records = read_records(output)
     comparison = Comparison(str(suite), ("lora", "lr-lora"), 2, 2, rates=(1e-3, 1e-2))
     assert list(conditions(comparison, records).iloc[0]) == ["reviews", 12, 8, 108, 12, 120]
@@ -135,7 +135,7 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     assert "LR-LoRA" in (output / "report.md").read_text()
     changed = run("compare", suite, "--output", output, "--rank", 3)
     assert changed.exit_code == 1
-    assert "holds another comparison" in " ".join(changed.output.split())
+    assert "contains another comparison" in " ".join(changed.output.split())
     assert {path.name for path in tmp_path.iterdir()} == {"data", "model", "suite.yaml", "out"}
     assert list((output / "runs").iterdir()) == []
 
@@ -170,7 +170,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_p
 def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path, started_worker: None) -> None:
     result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2", "--hours", 1e-4))
     assert result.exit_code == 0, result.output
-    assert "3 jobs or more are left" in result.output
+    assert "At least 3 jobs are left" in result.output
     assert len(read_records(tmp_path / "out")) == 1
     assert "Validation loss" in (tmp_path / "out" / "report.md").read_text()
 
@@ -191,7 +191,7 @@ def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) ->
     data = tmp_path / "data"
     data.rename(tmp_path / "away")
     result = run(*command(suite, tmp_path / "out", *options))
-    assert "to be tried again" in " ".join(result.output.split())
+    assert "the next call tries again" in " ".join(result.output.split())
     assert read_records(tmp_path / "out") == {}
     (tmp_path / "away").rename(data)
     assert run(*command(suite, tmp_path / "out", *options)).exit_code == 0
@@ -229,7 +229,7 @@ def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
 def test_a_task_of_one_step_is_one_and_one_without_steps_is_not() -> None:
     task = {"data": "data.csv", "task": "classify", "metric": "accuracy", "steps": 1, "batch_size": 1}
     assert Suite.from_dict({"model": "m", "tasks": {"reviews": task}}).tasks["reviews"].steps == 1
-    with pytest.raises(ValueError, match="steps must be a whole number ≥ 1, and is 0"):
+    with pytest.raises(ValueError, match="steps must be an integer ≥ 1, got 0"):
         Suite.from_dict({"model": "m", "tasks": {"reviews": {**task, "steps": 0}}})
     del task["steps"]
     with pytest.raises(ValueError, match=r"The task reviews is not complete: .*steps"):
@@ -468,10 +468,10 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--methods", "lrlora"), "Did you mean lr-lora?"),
         (("compare", suite, "--tasks", "review"), "Did you mean reviews?"),
         (("compare", suite, "--rates", "0"), "rates must be numbers > 0"),
-        (("compare", suite, "--rates", "1e-3,x"), "--rates takes numbers"),
+        (("compare", suite, "--rates", "1e-3,x"), "--rates must be comma-separated numbers"),
         (("compare", suite, "--report"), "There is no comparison in"),
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
-        (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA does not read r, and r is 8: give target_r=8"),
+        (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA ignores r, got r=8. Set target_r=8"),
         (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
         (("compare", wrong("task", "clasify")), "Did you mean classify?"),
         (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),
@@ -538,10 +538,13 @@ def test_a_run_that_diverged_is_a_result(suite: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": {"text": "nothing"}}, "Task reviews: columns: text is to be read from 'nothing'"),
-        ({"test": "held-out"}, "has no split held-out; it has train, test"),
-        ({"data": "train.csv"}, "has no split test; it has train. Name one with test: SPLIT, or give a file with"),
-        ({"data": "odd.csv"}, "Task reviews: The data odd.csv cannot be read: with ',' between columns"),
+        ({"columns": {"text": "nothing"}}, "Task reviews: columns maps text to 'nothing'"),
+        ({"test": "held-out"}, "has no split held-out. Available splits: train, test"),
+        (
+            {"data": "train.csv"},
+            "has no split test. Available splits: train. Select one with test: SPLIT, or pass a file with",
+        ),
+        ({"data": "odd.csv"}, "Task reviews: The data odd.csv cannot be read: with the delimiter ','"),
     ],
 )
 def test_data_is_read_before_anything_runs(
@@ -566,7 +569,7 @@ def test_a_suite_reads_data_as_train_does(suite: Path, tmp_path: Path, monkeypat
     changed(suite, data="mine.csv", test_data="held-out.csv", metric=None, **reading)
     options = ("--methods", "lora", "--rates", "1e-2", "--seeds", 1)
     plan = run(*command(suite, tmp_path / "out", *options, "--dry-run"))
-    assert "Data of reviews: 53 examples to train on, 6 to validate, 29 to test." in plan.output
+    assert "Data of reviews: 53 training, 6 validation, 29 test examples." in plan.output
     result = run(*command(suite, tmp_path / "out", *options))
     assert result.exit_code == 0, result.output
     (final,) = (r for r in read_records(tmp_path / "out").values() if r["seed"] == 1)

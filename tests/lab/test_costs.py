@@ -151,5 +151,5 @@ def test_a_plan_says_what_it_does_not_know(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     (row,) = [line for line in told.output.splitlines() if "pictures" in line and "LoRA" in line]
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["pictures", "LoRA", "7", "", "", ""]
-    assert "What is left empty is not known before it is run." in told.output
-    assert "hours of an A100" not in told.output
+    assert "Empty cells are unknown before the run." in told.output
+    assert "hours on an A100" not in told.output

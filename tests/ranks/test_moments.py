@@ -255,7 +255,7 @@ def test_each_expert_has_the_moments_of_its_own_tokens() -> None:
     moments, terms = collect_moments(model, factors, [x], loss_of_tokens)
     assert [moments[f"experts.{i}"].tokens for i in range(2)] == [int((x[:, 0] <= 0).sum()), int((x[:, 0] > 0).sum())]
     assert terms == 32
-    with pytest.raises(ValueError, match=r"No token of the data reached experts.0 \(1 of 2 modules\).*Give more data"):
+    with pytest.raises(ValueError, match=r"No token reached experts.0 \(1 of 2 modules\).*Provide more data"):
         collect_moments(model, factors, [x[x[:, 0] > 0]], loss_of_tokens)
 
 
@@ -298,7 +298,7 @@ def test_a_loss_that_says_nothing_is_refused() -> None:
             loss_curve(model, factors, [])
         with torch.no_grad():
             model.get_base_model().lm_head.weight[7] = torch.nan
-        with pytest.raises(ValueError, match="The loss of the data is nan"):
+        with pytest.raises(ValueError, match="The loss on the data is nan"):
             loss_curve(model, factors, [batch])
         with pytest.raises(ValueError, match="The model has no module elsewhere"):
             mean_loss(model, [replace(factors[0], module="elsewhere")], [batch])

@@ -219,7 +219,7 @@ def test_files_round_trip(tiny_bert: TinyModel, tmp_path: Path) -> None:
     }
     assert loaded.spectra == report.spectra
     (tmp_path / "other.json").write_text('{"rows": [{"module": 1}]}')
-    with pytest.raises(ValueError, match=r"other\.json is no rank report"):
+    with pytest.raises(ValueError, match=r"other\.json is not a readable rank report"):
         RankReport.from_json(tmp_path / "other.json")
     json.loads((tmp_path / "ranks.json").read_text(), parse_constant=lambda constant: pytest.fail(constant))
 
@@ -272,7 +272,7 @@ def test_a_diverged_update_is_named(tiny_bert: TinyModel) -> None:
     model = trained(tiny_bert, LrLoraConfig(r=3, target_modules=["query"]))
     layer = model.base_model.model.bert.encoder.layer[1].attention.self.query
     layer.lrlora_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"bert.encoder.layer.1.attention.self.query holds NaN .* diverged"):
+    with pytest.raises(ValueError, match=r"bert.encoder.layer.1.attention.self.query contains NaN .* diverged"):
         rank_report(model)
 
 

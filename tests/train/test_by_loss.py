@@ -35,7 +35,7 @@ def told(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
-    assert "not foreseen" not in result.output
+    assert "This error is unexpected" not in result.output
     return " ".join(result.output.split())
 
 
@@ -90,7 +90,7 @@ def settings(home: Path, name: str = "run", **fields: Any) -> TrainConfig:
 def test_the_smallest_within_a_rise_of_the_loss(home: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()}
     output = export(home / "run", tmp_path / "small", "--loss", "0.05")
-    assert "Cut by loss: gradients of 180 examples, losses on 20 others" in output
+    assert "Cut by loss: gradients from 180 examples and losses on 20 others" in output
     assert rise_of(output) <= 0.051
     assert parameters_of(tmp_path / "small") < parameters_of(home / "run") / 2
     assert PeftConfig.from_pretrained(tmp_path / "small").peft_type.value == "LORA"
@@ -251,8 +251,8 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     base = AutoModelForCausalLM.from_pretrained(home / "decoder")
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(without_type)
     cases = [
-        ((home / "run", "--loss", "1.5"), r"loss must be the share by which it may rise, in (0, 1), and is 1.5"),
-        ((home / "run", "--loss", "0.01", "--budget", "r1"), "Give one of energy, budget and loss"),
+        ((home / "run", "--loss", "1.5"), r"loss must be a relative increase in (0, 1), such as 0.01, got 1.5"),
+        ((home / "run", "--loss", "0.01", "--budget", "r1"), "Pass exactly one of energy, budget and loss"),
         (
             (home / "run", "--energy", "0.9", "--data", few),
             "--data is for a cut by loss, and --energy for one by energy.",
@@ -260,30 +260,30 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
         ((home / "run", "--loss", "0.1", "--by", "energy"), "--loss is for a cut by loss, and --by energy for one by"),
         ((home / "run", "--heal", "3"), "--heal needs a size for a cut by loss: --loss, --budget or --max-rank."),
         ((home / "run", "--loss", "0.1", "--heal", "3", "--config-only"), "--heal is about weights"),
-        ((home / "run", "--loss", "0.1", "--task", "classify"), "is a run of `lrlora train`, and knows its task"),
+        ((home / "run", "--loss", "0.1", "--task", "classify"), "is a run of `lrlora train`, which stores its task"),
         (
             (elsewhere, "--loss", "0.1", "--data", few, "--task", "causal-lm"),
-            "is a SEQ_CLS adapter, and --task",
+            "is a SEQ_CLS adapter, which does not fit --task causal-lm",
         ),
         ((home / "run", "--max-rank", "2", "--by", "size"), "Unknown --by 'size'. Known: loss, energy."),
-        ((elsewhere, "--loss", "0.01"), "whose data would be known. Give examples like those that it was trained on"),
+        ((elsewhere, "--loss", "0.01"), "so its data is unknown. Pass examples like its training data"),
         (
             (home / "run", "--loss", "0.01", "--data", few),
             "4 examples with 4 labels or tokens to predict are too few",
         ),
-        ((home / "run", "--loss", "0.01", "--data", others), "labels that training does not have: green"),
+        ((home / "run", "--loss", "0.01", "--data", others), "labels that are not in the training data: green"),
         (
             (home / "run", "--loss", "0.01", "--data", home / "texts.csv"),
-            "reads the column label, and the data has text",
+            "needs the column label, but the data has text",
         ),
-        ((home / "run", "--loss", "0.01", "--data", empty), "has a header (text, label) and no rows"),
+        ((home / "run", "--loss", "0.01", "--data", empty), "has a header (text, label) but no rows"),
         ((home / "run", "--loss", "0.01", "--data", tmp_path / "nothing.csv"), "nothing.csv"),
         ((single, "--loss", "0.01"), "is a single file, which does not say what its base model is"),
         (
             (without_type, "--loss", "0.01", "--data", few),
-            "does not say its task. Give --task causal-lm, classify",
+            "does not store its task. Pass --task causal-lm, classify",
         ),
-        ((home / "run", "--budget", "5"), "budget=5 is less than one rank of the smallest module"),
+        ((home / "run", "--budget", "5"), "budget=5 is below the minimum of "),
     ]
     for arguments, message in cases:
         output = tmp_path / ("out.safetensors" if arguments[0] == single else "out")
@@ -325,22 +325,22 @@ def test_what_else_was_trained_counts_as_it_is(home: Path, tmp_path: Path) -> No
     train(settings(home, "ours", method="lr-lora", adapter=adapter, **chat), announce=lambda line: None)
     for by in ("loss", "energy"):
         said = told("export", home / "ours", "--max-rank", "2", "--by", by, "--output", tmp_path / "out")
-        assert "Only linear layers can be exported as LoRA, and model.embed_tokens is a Embedding" in said
+        assert "Only linear layers can be exported as LoRA, but model.embed_tokens is a Embedding" in said
 
 
 def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 4]
     arguments += ["--output", tmp_path / "run"]
-    assert "Give --loss or --size, not both." in told("train", *arguments, "--loss", "0.1", "--size", "r1")
-    assert "size must be like 250000" in told("train", *arguments, "--size", "small")
+    assert "Pass --loss or --size, not both." in told("train", *arguments, "--loss", "0.1", "--size", "r1")
+    assert "size must be a size such as 250000" in told("train", *arguments, "--size", "small")
     assert not (tmp_path / "run").exists()
     settings_file = tmp_path / "run.yaml"
     settings_file.write_text("size: 3\n")
     result = run("train", settings_file, *arguments)
     assert result.exit_code == 1
     said = " ".join(result.output.split())
-    assert "Everything is in" in said
-    assert "The run is finished, but lora/ could not be made as asked: budget=3 is less than" in said
+    assert "Results saved to" in said
+    assert "The run is finished, but lora/ could not be written as requested: budget=3 is below the minimum" in said
     # What was there is still there.
     assert PeftConfig.from_pretrained(tmp_path / "run" / "lora").peft_type.value == "LORA"
 

@@ -109,7 +109,7 @@ def test_trained_on_one_format_it_answers_in_all(format_: str, run_on: Callable[
     assert len({tuple(said) for said in answers.values()}) == 1
     assert sum(map(str.__eq__, answers["prompt"], right)) >= 10
     assert next(predict_texts(folder, questions[:1]))["completion"].strip() == answers["prompt"][0]
-    with pytest.raises(ValueError, match="trained on chats, and the column text has no turns"):
+    with pytest.raises(ValueError, match="trained on chats, but the column text has no turns"):
         evaluate(folder, write(tmp_path / "text.jsonl", rows("text")))
 
 
@@ -150,7 +150,7 @@ def test_roles_and_chats_without_an_answer(decoder: str, tmp_path: Path) -> None
 def test_a_hint_names_the_column(decoder: str, tmp_path: Path, columns: tuple[str, ...], hint: str) -> None:
     data = write(tmp_path / "own.jsonl", [dict.fromkeys(columns, "some text")] * 20)
     said = run("train", "--model", decoder, "--task", "causal-lm", "--data", data, "--dry-run").output
-    assert f"Name them: {hint}" in " ".join(said.split())
+    assert f"Map them: {hint}" in " ".join(said.split())
 
 
 def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_another_template_than_that_of_the_training_is_refused(decoder: str, tmp
     words = AutoTokenizer.from_pretrained(folder)
     words.chat_template = SIMPLE_TEMPLATE
     words.save_pretrained(folder)
-    with pytest.raises(ValueError, match="is not the one that the run was trained with"):
+    with pytest.raises(ValueError, match="differs from the one used in training"):
         next(predict(folder, str(tmp_path / "messages.jsonl")))
 
 
@@ -350,7 +350,7 @@ def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     said = " ".join(shown.output.split())
     assert (
-        "Format: Alpaca, read as chats, written with the model's own chat template, with the loss on the answers."
+        "Format: Alpaca, read as chats, rendered with the model's own chat template, with the loss on the answers."
         in said
     )
     first = rows("Alpaca")[0]
@@ -362,12 +362,12 @@ def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
     talk = run("chat", tmp_path / "run", typed=typed)
     assert talk.exit_code == 0, talk.output
     assert first["output"] in talk.output
-    for word in ("The base model answers.", "A new chat.", "/other is no command", "The run answers."):
+    for word in ("The base model answers.", "Started a new chat.", "/other is not a command", "The run answers."):
         assert word in talk.output
     assert run("predict", tmp_path / "run").exit_code == 1
     wrong = write(tmp_path / "wrong.jsonl", [{"instruction": "it", "answer": "good"}])
     refused = run("train", "--model", decoder, "--data", wrong, "--task", "causal-lm", "--output", tmp_path / "2")
-    assert "lacks output, to be read as Alpaca" in " ".join(refused.output.split())
+    assert "but no output, which the format Alpaca needs" in " ".join(refused.output.split())
 
 
 def test_how_many_examples_are_cut_away_is_said(decoder: str, tmp_path: Path) -> None:
@@ -383,8 +383,8 @@ def test_how_many_examples_are_cut_away_is_said(decoder: str, tmp_path: Path) ->
         training={"max_steps": 1},
     )
     train(config, announce=lines.append)
-    assert any("1 of the first are longer than 16 tokens and are cut there" in line for line in lines)
-    assert "Left out: 1 of 21 examples, whose first 16 tokens hold nothing that the loss is taken of." in lines
+    assert any("1 training examples are truncated to 16 tokens" in line for line in lines)
+    assert "Skipped 1 of 21 examples, whose first 16 tokens contain nothing to compute the loss on." in lines
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_files_of_other_tools_are_taken_as_they_are(row: dict[str, Any], decoder
     )
     lines: list[str] = []
     if "tools" in row:  # whose description fills all that this model reads
-        with pytest.raises(ValueError, match=r"No example has an answer within its first 48 tokens\. Give a larger"):
+        with pytest.raises(ValueError, match=r"No example has an answer within its first 48 tokens\. Increase"):
             train(config)
         config = replace(config, training={"max_steps": 1, "assistant_only_loss": False})
     train(config, announce=lines.append)

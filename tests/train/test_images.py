@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, data = ("--model", folder / "vit"), ("--data", folder / "pictures")
     result = run("train", *model, *data, "--task", "image-classify", *TRAINED, "--output", folder / "run")
     assert result.exit_code == 0, result.output
-    assert "an image of 3 × 16 × 16 numbers → " in result.output
+    assert "an image of shape 3 × 16 × 16 → " in result.output
     return folder
 
 
@@ -96,8 +96,8 @@ def test_it_is_exported_as_a_plain_lora(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--max-length", 8), "max_length=8 is for texts"),
-        (("--adapter", "init_lora_weights=eva", "--method", "lora"), "EVA looks at the tokens"),
+        (("--max-length", 8), "max_length=8 applies to text"),
+        (("--adapter", "init_lora_weights=eva", "--method", "lora"), "EVA needs token inputs"),
     ],
 )
 def test_what_is_for_texts_is_refused(folder: Path, tmp_path: Path, options: tuple[object, ...], said: str) -> None:
@@ -113,11 +113,11 @@ def test_what_is_no_image_is_told_before_training(folder: Path, tmp_path: Path) 
     common = ("--model", folder / "vit", "--task", "image-classify", "--output", tmp_path / "out")
     said = refused("train", *common, "--data", data)
     assert "image must be an image in the split train" in said
-    assert "is not so in 1 row" in said
+    assert "violated in 1 row" in said
     (tmp_path / "table.csv").write_text("image,label\nred/1.png,red\nblue/1.png,blue\n")
-    assert "The column image must hold images" in refused("train", *common, "--data", tmp_path / "table.csv")
+    assert "The column image must contain images" in refused("train", *common, "--data", tmp_path / "table.csv")
     assert not (tmp_path / "out").exists()
-    assert "tells images apart" in refused("predict", folder / "run", "--text", "red")
+    assert "classifies images" in refused("predict", folder / "run", "--text", "red")
 
 
 def test_a_picture_that_ends_too_soon_is_named(folder: Path, tmp_path: Path) -> None:

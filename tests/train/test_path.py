@@ -70,46 +70,46 @@ MESSAGES = {
     (
         "--data",
         "semicolons.csv",
-    ): "with ',' between columns semicolons.csv has one, 'text;label'. Say what is between them: --delimiter ';'",
-    ("--data", "latin.csv"): "It is not written in UTF-8: say how, such as --encoding latin-1",
-    ("--data", "header.csv"): "header.csv has a header (text, label) and no rows",
+    ): "with the delimiter ',', semicolons.csv has a single column, 'text;label'. Pass the delimiter: --delimiter ';'",
+    ("--data", "latin.csv"): "It is not UTF-8; pass its encoding, such as --encoding latin-1",
+    ("--data", "header.csv"): "header.csv has a header (text, label) but no rows",
     ("--data", "nothing.csv"): "nothing.csv is empty",
-    ("--data", "twice.csv"): "several columns of twice.csv are called text. Give each a name of its own",
+    ("--data", "twice.csv"): "several columns of twice.csv are named text. Give each a unique name",
     (
         "--data",
         "columns.csv",
-    ): "reads the columns text and label, and the data has review, verdict. Name them: --column "
+    ): "needs the columns text and label, but the data has review, verdict. Map them: --column "
     "text=NAME --column label=NAME",
     (
         "--data",
         "gaps.csv",
-    ): "not empty, in the split train (--skip-empty leaves out what is empty), and is not so in 1 row",
+    ): "nonempty text in the split train (--skip-empty skips empty examples); violated in 1 row",
     (
         "--data",
         "good.csv",
         "--adapter",
         "learning_rate=1",
     ): "Unknown field of the adapter 'learning_rate'. It is a setting of "
-    "a run: give it by --learning-rate or the key learning_rate",
+    "a run: set it with --learning-rate or the key learning_rate",
     (
         "--data",
         "good.csv",
         "--training",
         "lora_alpha=1",
-    ): "It is a field of the adapter: give it by --adapter lora_alpha=VALUE",
+    ): "It is a field of the adapter: set it with --adapter lora_alpha=VALUE",
     ("--data", "good.csv", "--training", "warmup_step=1"): "Did you mean warmup_steps?",
     ("--data", "good.csv", "--training", "learning_rate=1", "--learning-rate", 2): "are the same setting",
-    ("--data", "good.csv", "--learning-rate", -1): "learning_rate must be a number > 0, and is -1",
-    ("--data", "good.csv", "--training", "adam_beta2=2"): "adam_beta2 must be between 0 and 1, and is 2",
-    ("--data", "good.csv", "--training", "learning_rate=-1"): "learning_rate must be a number > 0, and is -1",
-    ("--data", "good.csv", "--model", "empty"): "The folder empty holds no model: there is no config.json in it",
+    ("--data", "good.csv", "--learning-rate", -1): "learning_rate must be a number > 0, got -1",
+    ("--data", "good.csv", "--training", "adam_beta2=2"): "adam_beta2 must be between 0 and 1, got 2",
+    ("--data", "good.csv", "--training", "learning_rate=-1"): "learning_rate must be a number > 0, got -1",
+    ("--data", "good.csv", "--model", "empty"): "The folder empty contains no model: it has no config.json",
     (
         "--data",
         "good.csv",
         "--model",
         "adapter",
-    ): "The folder adapter holds an adapter, and no model: give its base model",
-    ("--data", "good.csv", "--start-from", "nowhere"): "nowhere holds no run of `lrlora train`",
+    ): "The folder adapter contains an adapter, not a model. Pass its base model",
+    ("--data", "good.csv", "--start-from", "nowhere"): "nowhere contains no run of `lrlora train`",
 }
 
 
@@ -150,7 +150,7 @@ FILES = {
     "lora_alpha: 3": "Use alpha: --alpha, or the key alpha.",
     "learning_rat: 3": "Did you mean learning_rate?",
     "eval_strateg: steps": "Did you mean eval_strategy, a field of TrainingArguments",
-    "learning_rate: 1\ntraining: {learning_rate: 2}": "are the same setting. Leave one of them out",
+    "learning_rate: 1\ntraining: {learning_rate: 2}": "are the same setting. Remove one of them",
     "rank: 1\nadapter: {r: 2}": "rank=1 and r=2 under adapter are the same setting",
 }
 
@@ -184,7 +184,7 @@ def test_what_the_command_line_says_wins_under_either_name(encoder: str) -> None
     said = " ".join(result.output.split())
     assert " 2 steps of " in said
     assert "Learning rate 0.001 " in said
-    assert "no evaluation" in said
+    assert "evaluation only at the end" in said
 
 
 def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> None:
@@ -195,7 +195,7 @@ def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> No
 def test_a_starter_file_trains_when_it_is_filled_in(encoder: str) -> None:
     assert run("init", "run.yaml", "--model", encoder, "--data", "good.csv").exit_code == 0
     text = Path("run.yaml").read_text()
-    assert "exists already" in told("init", "run.yaml")
+    assert "already exists" in told("init", "run.yaml")
     assert run("train", "run.yaml", "--dry-run").exit_code == 0
     # Every key is there: with its default, or as a comment.
     keys = [
@@ -231,18 +231,18 @@ def test_a_dry_run_shows_an_example_of_each_task_and_writes_nothing(
 def test_what_is_empty_is_left_out_on_demand_and_counted(encoder: str) -> None:
     settings = ("--model", encoder, "--task", "classify", "--steps", 2, "--batch-size", 4)
     result = run("train", *settings, "--data", "gaps.csv", "--skip-empty", "--output", "skipped")
-    assert "Left out: 2 of 162 examples of the split train" in result.output
+    assert "Skipped 2 of 162 examples of the split train" in result.output
     assert run("train", *settings, "--data", "good.csv", "--output", "whole").exit_code == 0
     asked = ("predict", "whole", "--data", "gaps.csv", "--output", "out.jsonl")
-    assert "--skip-empty leaves out what is empty" in told(*asked)
+    assert "--skip-empty skips empty examples" in told(*asked)
     result = run(*asked, "--skip-empty")
-    assert "Left out: 1 of 162 examples" in result.output  # an example without a label can be predicted
+    assert "Skipped 1 of 162 examples" in result.output  # an example without a label can be predicted
     assert len(Path("out.jsonl").read_text().splitlines()) == 161
     for run_folder in ("skipped", "whole"):
         result = run(
             "evaluate", run_folder, "--data", "gaps.csv", *(("--skip-empty",) if run_folder == "whole" else ())
         )
-        assert "Left out: 2 of 162 examples" in result.output
+        assert "Skipped 2 of 162 examples" in result.output
 
 
 def test_files_of_a_spreadsheet_are_read_when_it_is_said_how(encoder: str) -> None:
@@ -256,11 +256,12 @@ def test_few_examples_and_labels_of_their_own_are_warned_of(encoder: str, capsys
     pd.read_csv("good.csv").assign(label=range(160)).to_csv("own.csv", index=False)
     show_plan(TrainConfig(encoder, "own.csv", "classify"))
     assert (
-        "Warning: each of the 160 examples has a label of its own. Is it the right column?" in capsys.readouterr().out
+        "Warning: all 160 training examples have different labels. Check that the label column is correct."
+        in capsys.readouterr().out
     )
     pd.read_csv("good.csv").drop_duplicates("label").to_csv("two.csv", index=False)
     show_plan(TrainConfig(encoder, "two.csv", "classify", validation="good.csv"))
-    assert "Warning: there are few examples to learn from: 2." in capsys.readouterr().out
+    assert "Warning: there are only 2 training examples." in capsys.readouterr().out
 
 
 def test_a_column_is_asked_for_that_is_missing(decoder: str) -> None:
@@ -268,8 +269,8 @@ def test_a_column_is_asked_for_that_is_missing(decoder: str) -> None:
         *("train", "--model", decoder, "--task", "causal-lm", "--data", "instructions.csv"),
         *("--column", "prompt=instruction"),
     )
-    assert "lacks completion" in said
-    assert "Name it: --column completion=NAME" in said
+    assert "but no completion" in said
+    assert "Map it: --column completion=NAME" in said
 
 
 def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> None:
@@ -278,13 +279,13 @@ def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> Non
     said = told("train", "--resume", "first")
     assert "is finished" in said
     assert "lrlora train --start-from first --output NEW" in said
-    assert "give nothing else. To train a finished run further" in told("train", "--resume", "first", "--steps", 9)
+    assert "pass no others. To train a finished run further" in told("train", "--resume", "first", "--steps", 9)
     result = run("train", "--start-from", "first", "--output", "second", "--steps", 1, "--learning-rate", 1e-6)
     assert result.exit_code == 0, result.output
     first, second = (json.loads(Path(name, "metrics.json").read_text()) for name in ("first", "second"))
     assert second["loss"] == pytest.approx(first["loss"], abs=1e-3)  # it began where the first ended
     assert json.loads(Path("second", "run.json").read_text())["config"]["rank"] == 2
-    assert "must be as in first" in told("train", "--start-from", "first", "--rank", 3, "--output", "third")
+    assert "must be the same as in first" in told("train", "--start-from", "first", "--rank", 3, "--output", "third")
 
 
 def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> None:
@@ -309,8 +310,8 @@ def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> N
         assert merged.config.id2label == {0: "fresh", 1: "rotten"}
         for folder in (form, f"{form}/lora", f"{form}-lora", f"{form}-merged"):
             card = Path(folder, "README.md").read_text(encoding="utf-8")
-            assert "Its classes, in the order of the outputs: fresh, rotten." in card
-            assert ("The folder `lora` holds" in card) == (folder == form)
+            assert "Classes, in output order: fresh, rotten." in card
+            assert ("The folder `lora` contains" in card) == (folder == form)
             assert str(Path(encoder).parent) not in card  # a folder of this machine is nobody's base model
 
 

@@ -130,7 +130,7 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
         "the configuration of the adapter in the checkpoint",
     ),
     "settings": (lambda: edit("cut/run.json", "0.05", "0.5"), "the setting training"),
-    "checkpoint": (take_the_checkpoint_of_another_run, "is a checkpoint of another run"),
+    "checkpoint": (take_the_checkpoint_of_another_run, "belongs to another run"),
 }
 
 
@@ -154,7 +154,7 @@ def test_a_run_does_not_go_on_from_another_start(here: Path) -> None:
     save_file({**weights, first: weights[first] + 1}, "alone/adapter_model.safetensors")
     result = lrlora("train --resume further")
     assert result.exit_code == 1
-    assert "What differs: the run that it starts from. " in result.output
+    assert "its inputs changed: the run that it starts from. " in result.output
 
 
 def test_a_run_that_was_killed_before_a_checkpoint_had_its_record_goes_on_from_the_one_before(here: Path) -> None:
@@ -181,14 +181,14 @@ def test_a_run_does_not_go_on_with_another_chat_template(here: Path) -> None:
     edit("decoder/chat_template.jinja", "[USER] ", "[USER]: ")
     result = lrlora("train --resume talk")
     assert result.exit_code == 1
-    assert "What differs: the chat template. " in result.output
+    assert "its inputs changed: the chat template. " in result.output
 
 
 def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(here: Path) -> None:
     for output in ("cut", "talk"):
         result = lrlora(f"train --resume {output}")
         assert result.exit_code == 0, result.output
-        assert "Warning: the run began" not in result.output
+        assert "Warning: the run started" not in result.output
     for file in ("adapter_model.safetensors", "metrics.json", "rank_history.jsonl"):
         assert (here / "cut" / file).read_bytes() == (here / "alone" / file).read_bytes()
     # The command has measured what the loss asks for, too.
@@ -200,8 +200,8 @@ def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:
     before = sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*"))
     result = lrlora("train --resume cut --overwrite")
     assert result.exit_code == 1
-    assert "--resume goes on with the run in cut, and --overwrite would delete it. Leave one" in result.output
-    with pytest.raises(ValueError, match="Leave one of them out"):
+    assert "--resume continues the run in cut, but --overwrite would delete it. Pass only one" in result.output
+    with pytest.raises(ValueError, match="Pass only one of them"):
         train(read_run(Path("cut"))[0], resume=True, overwrite=True)
     assert sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*")) == before
     assert lrlora("train --resume cut --dry-run").exit_code == 0
@@ -226,7 +226,7 @@ def test_a_finished_run_warns_of_another_base_model(here: Path, recwarn: pytest.
     def warned(command: str) -> bool:
         recwarn.clear()
         assert lrlora(command).exit_code == 0
-        return any("is not the one that was trained on: the weights" in str(each.message) for each in recwarn)
+        return any("differs from the one used in training: the weights" in str(each.message) for each in recwarn)
 
     commands = ["evaluate alone --data ./data", "predict alone --text splendid", "report alone --output page.html"]
     assert [warned(command) for command in commands] == [False] * 3

@@ -83,7 +83,7 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     said = " ".join(result.output.split())
     assert "100 steps of 8 examples" in said
     assert "After 10 steps: about" in said
-    assert "to validate; 0 of the first are longer" in said
+    assert "validation examples; 0 training examples are truncated" in said
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.9
     assert f"{metrics['accuracy']:.4f}" in result.output
@@ -117,7 +117,7 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     assert sum(p["prediction"] == v for p, v in zip(predictions, reviews()["verdict"], strict=True)) > 144
     assert all(p["probabilities"][p["prediction"]] >= 0.5 for p in predictions)
     result = run("predict", output, "--data", tmp_path / "texts.jsonl", "--output", tmp_path / "out.jsonl")
-    assert "exists already" in result.output
+    assert "already exists" in result.output
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -335,7 +335,7 @@ def test_eva_sees_enough_rows_at_a_time(encoder: str, decoder: str, table: str, 
     few = train_reviews(encoder, table, tmp_path / "few", *eva, "--rank", 8, "--batch-size", 4, "--steps", 2)
     assert few.exit_code == 0, few.output
     more = train_reviews(encoder, table, tmp_path / "more", *eva, "--rank", 200, "--steps", 2)
-    assert_refused_late(more, "EVA at r = 200 needs 400 examples")
+    assert_refused_late(more, "EVA with r=200 needs 400 examples")
     rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
     pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
     for name, model in (("encoder", encoder), ("decoder", decoder)):
@@ -399,7 +399,7 @@ def test_a_run_whose_metrics_are_not_finite_has_diverged(encoder: str, tmp_path:
 def test_what_json_cannot_hold_is_left_out_or_an_error(tmp_path: Path) -> None:
     assert "perplexity" not in plain_metrics({"eval_loss": 1e4})
     assert plain_metrics({"eval_loss": 0.0})["perplexity"] == 1
-    with pytest.raises(ValueError, match=r"metrics\.json was not written: it would hold NaN or an infinite number"):
+    with pytest.raises(ValueError, match=r"metrics\.json was not written: its content has NaN or infinite values"):
         write_json(tmp_path / "metrics.json", {"loss": float("inf")})
     assert list(tmp_path.iterdir()) == []
 
@@ -422,19 +422,19 @@ def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("max_grad_norm=.inf", "max_grad_norm must be finite, and is inf"),
-        ("adam_epsilon=-1", "adam_epsilon must be ≥ 0, and is -1"),
-        ("weight_decay=much", "weight_decay must be float, and is 'much'"),
-        ("dataloader_num_workers=1.5", "dataloader_num_workers must be int, and is 1.5"),
-        ("eval_accumulation_steps=0", "eval_accumulation_steps must be ≥ 1, and is 0"),
-        ("num_train_epochs=1e300", "steps, more than any can"),
-        ("lr_scheduler_kwargs=fast", "training: lr_scheduler_kwargs must map names to values, and is 'fast'"),
+        ("max_grad_norm=.inf", "max_grad_norm must be finite, got inf"),
+        ("adam_epsilon=-1", "adam_epsilon must be ≥ 0, got -1"),
+        ("weight_decay=much", "weight_decay must be a number, got 'much'"),
+        ("dataloader_num_workers=1.5", "dataloader_num_workers must be an integer, got 1.5"),
+        ("eval_accumulation_steps=0", "eval_accumulation_steps must be ≥ 1, got 0"),
+        ("num_train_epochs=1e300", "steps, which is too many"),
+        ("lr_scheduler_kwargs=fast", "training: lr_scheduler_kwargs must map names to values, got 'fast'"),
         ("lr_scheduler_kwargs=[1]", "training: lr_scheduler_kwargs must"),
-        ("lr_scheduler_kwargs={cycles: 2}", "{'cycles': 2} do not fit lr_scheduler_type=linear (TypeError"),
-        ("prediction_loss_only=true", "prediction_loss_only=True leaves out the predictions"),
-        ("lora_alpha=1e300", "lora_alpha of adapter must be of numbers up to 3.4e+38, and is 1e+300"),
-        ("lora_alpha=.nan", "alpha must be a number > 0, and is nan"),
-        ("alpha_pattern={query: 1e300}", "alpha_pattern of adapter must be of numbers up to 3.4e+38"),
+        ("lr_scheduler_kwargs={cycles: 2}", "{'cycles': 2} is invalid for lr_scheduler_type=linear (TypeError"),
+        ("prediction_loss_only=true", "prediction_loss_only=True is not supported"),
+        ("lora_alpha=1e300", "lora_alpha of adapter must be finite in float32 (at most 3.4e+38), got 1e+300"),
+        ("lora_alpha=.nan", "alpha must be a number > 0, got nan"),
+        ("alpha_pattern={query: 1e300}", "alpha_pattern of adapter must be finite in float32"),
     ],
 )
 def test_what_the_trainer_would_find_out_later_is_said_before(
@@ -490,7 +490,7 @@ def test_fewer_examples(encoder: str, table: str, tmp_path: Path) -> None:
         *("train", tmp_path / "few.yaml", "--model", encoder, "--data", table, "--task", "classify", *COLUMNS, *SMALL),
         *("--output", tmp_path / "out"),
     )
-    assert "40 examples to train on, 9 to validate" in " ".join(result.output.split())
+    assert "40 training and 9 validation examples" in " ".join(result.output.split())
 
 
 def test_early_stopping(encoder: str, table: str, tmp_path: Path) -> None:
@@ -738,8 +738,11 @@ BAD_TABLES: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
         ("the column label", "text, stars", "--column label=NAME"),
     ),
     "missing label": ({"text": ["a"] * 3, "label": ["x", None, "y"]}, ("label must not be missing", "1 row (", "0: 1")),
-    "numbers as text": ({"text": [1, 2, 3], "label": ["x", "y", "x"]}, ("text must be text", "Row 0 holds 1")),
-    "empty text": ({"text": ["a", " ", "b"], "label": ["x", "y", "x"]}, ("text must be text", "counted from 0: 1")),
+    "numbers as text": ({"text": [1, 2, 3], "label": ["x", "y", "x"]}, ("text must be nonempty text", "Row 0 is 1")),
+    "empty text": (
+        {"text": ["a", " ", "b"], "label": ["x", "y", "x"]},
+        ("text must be nonempty text", "counted from 0: 1"),
+    ),
     "fractions": ({"text": ["a"] * 4, "label": [0.5, 1.5, 2.0, 0.5]}, ("task regress",)),
     "too few": ({"text": ["a"], "label": ["x"]}, ("nothing to learn",)),
 }
@@ -785,7 +788,7 @@ def test_other_bad_data(no_weights: str, table: str, tmp_path: Path) -> None:
     other.loc[3, "verdict"] = "mouldy"
     other.to_csv(tmp_path / "other.csv", index=False)
     options = ("--data", table, "--validation", tmp_path / "other.csv", *COLUMNS)
-    assert_refused(run(*common, *options), "training does not have: mouldy", "Known: fresh, rotten")
+    assert_refused(run(*common, *options), "not in the training data: mouldy", "Known: fresh, rotten")
     frame = reviews(20).assign(stars=1.0)
     frame.loc[4, "stars"] = float("nan")
     frame.to_csv(tmp_path / "stars.csv", index=False)
@@ -810,7 +813,7 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "classify", "--adapter", "num_bases=9"), "Did you mean num_basis?")
     assert_refused(run(*common, "--task", "classify", "--adapter", "num_basis=1"), "num_basis must be an integer")
     of_adalora = ("--task", "classify", "--method", "adalora", "--adapter", "r=4")
-    assert_refused(run(*common, *of_adalora), "AdaLoRA does not read r, and r is 4: give target_r=4")
+    assert_refused(run(*common, *of_adalora), "AdaLoRA ignores r, got r=4. Set target_r=4")
     assert_refused(run(*common, "--task", "classify", "--training", "metric_for_best_model=acuracy"), "mean accuracy?")
     assert_refused(run(*common, "--task", "classify", "--training", "learning_rate=fast"), "must be a number", "'fast'")
     assert_refused(run(*common, "--task", "classify", "--training", "seed=1"), "--seed")
@@ -819,11 +822,11 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "classify", "--head-learning-rate", -1), "head_learning_rate must be")
     for method in ("lr-lora", "lora", "adalora"):
         options = ("--task", "classify", "--method", method, "--adapter", "target_modules=[1]")
-        assert_refused(run(*common, *options), "target_modules must be names of modules", "and is [1]")
+        assert_refused(run(*common, *options), "target_modules must be a list of module names", "got [1]")
     rate = ("--head-learning-rate", 1)
-    assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "has none")
+    assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "does not have")
     assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
-    assert_refused(run(*common), "says nothing of task", "--task")
+    assert_refused(run(*common), "Missing required settings: task", "--task")
     assert_refused(run("train", tmp_path / "none.yaml"), "no configuration file")
     (tmp_path / "bad.yaml").write_text("modle: x\n")
     assert_refused(run("train", tmp_path / "bad.yaml"), "'modle'", "Did you mean model?")
@@ -835,7 +838,7 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
         *(f"{y}: &{y} [{','.join(10 * ['*' + x])}]" for x, y in pairwise("abcdefghi")),
     ]
     (tmp_path / "bad.yaml").write_text("\n".join(bomb))
-    assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML: aliases (*a) are not read")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML: aliases (*a) are not supported")
     (tmp_path / "bad.yaml").write_text("model: m\ndata: [a, b]\ntask: classify\ncolumns:\n")
     assert_refused(run("train", tmp_path / "bad.yaml"), "columns must map names to values")
     assert not (tmp_path / "out").exists()
@@ -861,11 +864,13 @@ def test_an_output_folder_in_use_is_left_alone(encoder: str, table: str, tmp_pat
     output = tmp_path / "out"
     output.mkdir()
     (output / "letter.txt").write_text("dear")
-    assert_refused(train_reviews(encoder, table, output, "--overwrite"), "in use", "remove it yourself")
+    assert_refused(
+        train_reviews(encoder, table, output, "--overwrite"), "exists and is not empty", "remove it yourself"
+    )
     assert (output / "letter.txt").read_text() == "dear"
     (output / "letter.txt").unlink()
     assert train_reviews(encoder, table, output).exit_code == 0
-    assert_refused(train_reviews(encoder, table, output), "in use", "--overwrite")
+    assert_refused(train_reviews(encoder, table, output), "exists and is not empty", "--overwrite")
     assert train_reviews(encoder, table, output, "--overwrite", "--seed", 1).exit_code == 0
     assert json.loads((output / "run.json").read_text())["config"]["seed"] == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -889,9 +894,9 @@ def test_a_kill_while_a_run_is_overwritten_leaves_no_half_of_it(
 
 
 def test_resume_takes_nothing_else_and_needs_a_run(tmp_path: Path) -> None:
-    assert_refused(run("train", "--resume", tmp_path, "--seed", 3), "give nothing else")
-    assert_refused(run("train", "--resume", tmp_path), "holds no run", "run.json")
-    assert_refused(run("evaluate", tmp_path, "--data", "x.csv"), "holds no run")
+    assert_refused(run("train", "--resume", tmp_path, "--seed", 3), "pass no others")
+    assert_refused(run("train", "--resume", tmp_path), "contains no run", "run.json")
+    assert_refused(run("evaluate", tmp_path, "--data", "x.csv"), "contains no run")
 
 
 def test_embedded_inputs_are_listed() -> None:

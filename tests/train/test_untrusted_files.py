@@ -74,5 +74,5 @@ def test_packed_data(tmp_path: Path, name: str) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(gzip.compress(b"text,label\n" + b"0," * 10**6))
     source = file if name.startswith("data") else file.parent
-    with pytest.raises(ValueError, match=re.escape(f"{file} is packed (gzip)")):
+    with pytest.raises(ValueError, match=re.escape(f"{file} is an archive (gzip)")):
         load_splits(str(source))

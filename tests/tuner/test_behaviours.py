@@ -300,7 +300,7 @@ def test_combine(tiny: TinyModel, tmp_path: Path) -> None:
     model.delete_adapter("default")
     assert torch.equal(tiny.logits(model), outputs["other"])
     for wrong in ({"nobody": 1.0}, {}, ["other"], {"other": float("nan")}, {"other": "much"}):
-        with pytest.raises(ValueError, match=r"weights must map names of adapters to finite numbers.*other"):
+        with pytest.raises(ValueError, match=r"weights must map adapter names to finite numbers.*other"):
             model.combine_adapters(wrong)
     assert torch.equal(tiny.logits(model), outputs["other"])
 
@@ -324,7 +324,7 @@ def test_mixed_batch(tiny: TinyModel) -> None:
     assert torch.equal(tiny.logits(model), outputs["default"])
     with pytest.raises(ValueError, match=r"nobody.*default, other"):
         tiny.logits(model, adapter_names=["default", "nobody"])
-    with pytest.raises(ValueError, match="each of the 2 samples"):
+    with pytest.raises(ValueError, match="for a batch of 2"):
         tiny.logits(model, adapter_names=["default"])
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         tiny.logits(model.train(), adapter_names=["default", "other"])
@@ -338,7 +338,7 @@ def test_mixed_batch_of_experts(tiny: TinyModel) -> None:
     """an adapter for each sample, with adapted experts"""
     only_for(tiny, ("mixtral",), "no experts")
     model, _ = with_two_adapters(tiny)
-    with pytest.raises(NotImplementedError, match=r"experts mix the samples.*set_adapter"):
+    with pytest.raises(NotImplementedError, match=r"experts mix samples.*set_adapter"):
         tiny.logits(model, adapter_names=["default", "other"])
 
 
@@ -588,7 +588,7 @@ def test_experts(tiny: TinyModel) -> None:
     model = trained(tiny, target_modules=[])
     adapted = [name for name, module in model.named_modules() if isinstance(module, LrLoraLayer)]
     assert len(adapted) == 4
-    with pytest.raises(ValueError, match=r"target_parameters=.*must be those of the adapter 'default'"):
+    with pytest.raises(ValueError, match=r"target_parameters=.*must equal those of adapter 'default'"):
         model.add_adapter("other", LrLoraConfig(target_modules=[], target_parameters=["experts.down_proj"]))
 
 
@@ -721,5 +721,5 @@ def test_beside_lora(tiny: TinyModel) -> None:
         model.add_adapter("lora", LoraConfig(**lora))
     with pytest.raises(ValueError, match="LRLORA"):
         PeftMixedModel(tiny.build(), LrLoraConfig(**lora))
-    with pytest.raises(ValueError, match=r"lora has already adapted.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"lora already adapts.*merge_and_unload"):
         inject_adapter_in_model(LrLoraConfig(**lora), get_peft_model(tiny.build(), LoraConfig(**lora)).base_model.model)

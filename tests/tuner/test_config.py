@@ -34,7 +34,7 @@ from lrlora.ops.transfer import TransferSpec
     ],
 )
 def test_values_out_of_range_are_named(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"{field} must be .*, and is {value!r}"):
+    with pytest.raises(ValueError, match=rf"{field} must be .*, got {value!r}"):
         LrLoraConfig(**{field: value})
 
 
@@ -46,7 +46,7 @@ def test_unknown_form_and_sharing_list_the_known_ones() -> None:
 
 
 def test_ranks_in_a_pattern_are_checked_too() -> None:
-    with pytest.raises(ValueError, match=r"rank_pattern\['query'\] must be an integer ≥ 1, and is 0"):
+    with pytest.raises(ValueError, match=r"rank_pattern\['query'\] must be an integer ≥ 1, got 0"):
         LrLoraConfig(rank_pattern={"query": 0})
 
 
@@ -55,7 +55,7 @@ def test_ranks_in_a_pattern_are_checked_too() -> None:
     [("use_dora", "peft.LoraConfig"), ("init_lora_weights", "init_weights"), ("eva_config", "remove it")],
 )
 def test_fields_that_only_lora_has_are_refused_with_the_remedy(field: str, remedy: str) -> None:
-    with pytest.raises(ValueError, match=rf"LrLoraConfig has no field {field}.*{remedy}"):
+    with pytest.raises(ValueError, match=rf"LrLoraConfig does not support the LoRA-only field\(s\) {field}.*{remedy}"):
         LrLoraConfig(**{field: True})
 
 
@@ -66,7 +66,7 @@ def test_a_newer_format_asks_for_an_upgrade() -> None:
 
 @pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])
 def test_layer_selection_needs_a_list_of_targets(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"{field}=.*Give a list"):
+    with pytest.raises(ValueError, match=rf"{field}=.*Pass a list"):
         LrLoraConfig(target_modules=".*query", **{field: [0]})
 
 
@@ -76,17 +76,17 @@ def test_patterns_may_be_none_as_in_peft() -> None:
 
 
 def test_alphas_in_a_pattern_are_checked_too() -> None:
-    with pytest.raises(ValueError, match=r"alpha_pattern\['query'\] must be a finite number > 0, and is 0"):
+    with pytest.raises(ValueError, match=r"alpha_pattern\['query'\] must be a finite number > 0, got 0"):
         LrLoraConfig(alpha_pattern={"query": 0})
 
 
 def test_a_layers_pattern_without_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"layers_pattern='layer'.*Give layers_to_transform too"):
+    with pytest.raises(ValueError, match=r"layers_pattern='layer'.*Set both or neither"):
         LrLoraConfig(target_modules=["query"], layers_pattern="layer")
 
 
 def test_dropout_says_that_it_takes_the_slow_path() -> None:
-    with pytest.warns(UserWarning, match="slow path"):
+    with pytest.warns(UserWarning, match="slows down training"):
         LrLoraConfig(lora_dropout=0.1)
 
 
@@ -107,5 +107,5 @@ def test_the_published_method_by_name(tmp_path: Any) -> None:
 
 def test_overrides_win_over_the_published_values_and_are_checked() -> None:
     assert LrLoraConfig.paper(num_basis=9, input_gain=300.0).new_phi().spec == TransferSpec("sinc", 9, 3.0, 1.0)
-    with pytest.raises(ValueError, match=r"num_basis must be .*, and is 1"):
+    with pytest.raises(ValueError, match=r"num_basis must be .*, got 1"):
         LrLoraConfig.paper(num_basis=1)

@@ -71,7 +71,7 @@ def test_output_and_gradients_against_the_formula(kind: str, hooked: bool) -> No
     others = {name: p.double() for name, p in base.named_parameters() if name != "weight"}
     exact_x = x.double() if x.is_floating_point() else x
     expected = functional_call(base, {"weight": weight, **others}, (exact_x,))
-    # A hook takes the layer to its slow path, which calls the base layer.
+    # A hook takes the layer to its slows down training, which calls the base layer.
     handle = base.register_forward_hook(lambda *_: None) if hooked else None
     actual = model(x)
     if handle is not None:
@@ -155,9 +155,11 @@ def test_experts_against_the_formula(is_transposed: bool) -> None:
 
 
 def test_dropout_on_experts_is_refused() -> None:
-    with pytest.warns(UserWarning, match="slow path"):
+    with pytest.warns(UserWarning, match="slows down training"):
         config = LrLoraConfig(target_modules=[], target_parameters=["0.up"], lora_dropout=0.1)
-    with pytest.raises(ValueError, match=r"lora_dropout=0.1 cannot act on target_parameters.*Set it to 0"):
+    with pytest.raises(
+        ValueError, match=r"lora_dropout=0.1 is not supported with target_parameters.*Set lora_dropout=0"
+    ):
         get_peft_model(nn.Sequential(Experts(False)), config)
 
 
@@ -205,14 +207,14 @@ def test_empty_batches() -> None:
 
 def test_dropout_is_ignored_by_an_embedding() -> None:
     base, tokens = LAYERS["embedding"]
-    with pytest.warns(UserWarning, match="slow path"):
+    with pytest.warns(UserWarning, match="slows down training"):
         model = adapt(base, lora_dropout=0.5)
     assert torch.equal(model.train()(tokens), model.eval()(tokens))
 
 
 def test_dropout_acts_on_the_input_of_a_convolution() -> None:
     base, x = LAYERS["conv2d"]
-    with pytest.warns(UserWarning, match="slow path"):
+    with pytest.warns(UserWarning, match="slows down training"):
         model = adapt(base, lora_dropout=0.5).train()
     assert not torch.equal(model(x), model(x))
     mean = torch.stack([model(x) for _ in range(3000)]).mean(0)

@@ -175,6 +175,6 @@ def test_a_base_quantised_by_hand_trains_and_refuses_to_merge(checkpoint: Path) 
     model = adapt(base)
     train(model, steps=1)
     trained = logits(model)
-    with pytest.raises(NotImplementedError, match=r"quantised as torchao.*[Ll]oad the base model unquantised"):
+    with pytest.raises(NotImplementedError, match=r"quantized as torchao.*[Ll]oad the base model unquantized"):
         model.merge_adapter()
     assert torch.equal(logits(model), trained)

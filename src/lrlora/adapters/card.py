@@ -26,9 +26,9 @@ _MODELS_OF_TASKS = {
     "multiple-choice": "AutoModelForMultipleChoice",
     "image-classify": "AutoModelForImageClassification",
 }
-ASKING = """## Asking it
+ASKING = """## Usage
 
-It was trained on chats: ask it in chats, with the template of the tokenizer that is beside it.
+The model was trained on chats. Format prompts with the chat template of the tokenizer in this folder.
 
 ```python
 chat = [{"role": "user", "content": "…"}]
@@ -62,7 +62,7 @@ def class_names(saved: SavedAdapter) -> list[str]:
     path = Path(saved.name) / MODEL_CONFIG
     if not path.is_file():
         return []
-    with readable(path, "Remove it, to go on without the names of the classes."):
+    with readable(path, "Remove it to continue without the class names."):
         names = parse_json(path).get("id2label", {})
         return [str(names[key]) for key in sorted(names, key=int)]
 
@@ -85,7 +85,7 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
     of_classes = ", config=AutoConfig.from_pretrained(folder)" if classes else ""
     of_classes += ", ignore_mismatched_sizes=True" * is_image  # replaces the model's own head for other classes
     lines = [
-        *(["import lrlora  # registers the method: without it PEFT stops with KeyError: 'LRLORA'"] * needs_lrlora),
+        *(["import lrlora  # registers the method; without it, PEFT raises KeyError: 'LRLORA'"] * needs_lrlora),
         "from peft import PeftModel",
         f"from transformers import {'AutoConfig, ' if classes else ''}{model}, {processor}",
         "",
@@ -99,16 +99,16 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
         install.append("The method is not part of PEFT: install lrlora (`pip install .` in a clone of it).")
         if (Path(saved.name) / LORA_FOLDER).is_dir():
             install.append(
-                f"The folder `{LORA_FOLDER}` holds the update as a plain LoRA, which PEFT and servers load alone; its "
-                "card says how much of the energy it keeps."
+                f"The folder `{LORA_FOLDER}` contains the update as a plain LoRA, which PEFT and servers load without "
+                "lrlora; its card states how much of the energy it keeps."
             )
-    parts = ["## Loading it", *install, "\n".join(["```python", *lines, "```"])]
+    parts = ["## Loading", *install, "\n".join(["```python", *lines, "```"])]
     return "\n\n".join(parts) + f"\n{_of_classes(classes)}"
 
 
 def _of_classes(classes: list[str]) -> str:
     names = ", ".join(map(in_markdown, classes))
-    return f"\nIts classes, in the order of the outputs: {names}.\n" if classes else ""
+    return f"\nClasses, in output order: {names}.\n" if classes else ""
 
 
 def is_asked_in_chats(saved: SavedAdapter) -> bool:
@@ -126,7 +126,7 @@ def merged_card(saved: SavedAdapter) -> str:
     parts = [
         f"{head}\n\n# {in_markdown(base or 'A model')}, fine-tuned",
         "A full model: its base model with the update of an adapter merged into the weights by lrlora "
-        "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers alone.",
+        "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers, without lrlora.",
         *([_of_classes(classes).strip()] if classes else []),
         *([ASKING] if is_asked_in_chats(saved) else []),
     ]

@@ -217,7 +217,7 @@ def factorize(
             update.truncate(ranks[update.name])
         updates.append(update)
     if not any(update.energy for update in updates):
-        raise ValueError("Every update is zero: the adapter has not been trained, and there is nothing to export.")
+        raise ValueError("All updates are zero: the adapter has not been trained, so there is nothing to export.")
     if budget is not None:
         ranks = _within_budget(updates, budget, max_rank or max(min(update.shape) for update in updates))
     return [update.factors(ranks[update.name]) for update in updates]
@@ -231,15 +231,15 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
         start = str(getattr(config, "init_lora_weights", None))
         if adapter in (None, name) and start.startswith(CHANGING_STARTS):
             raise ValueError(
-                f"init_lora_weights={start!r} took a part of the base weights away: s·BA is not the whole update. Save "
-                "the adapter, and read it with read_updates."
+                f"init_lora_weights={start!r} changes the base weights, so s·BA is not the full update. Save the "
+                "adapter and read it with read_updates."
             )
     updates = list(updates_of_model(source, adapter))
     layers = {path_in_base(path): module for path, module in source.named_modules()}
     others = sorted({module_type(u.module) for u in updates if not _is_linear(layers.get(u.module), u)})
     if others:
         raise ValueError(
-            f"Only linear layers can be exported as LoRA, and this adapter also adapts {', '.join(others)}. Merge it "
+            f"Only linear layers can be exported as LoRA, but this adapter also adapts {', '.join(others)}. Merge it "
             "into its base model instead."
         )
     return updates
@@ -264,7 +264,9 @@ def _for_energy(update: _Svd, energy: float, limit: int) -> int:
 def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, int]:
     cheapest = min(update.parameters_per_rank for update in updates)
     if budget < cheapest:
-        raise ValueError(f"budget={budget:,} is less than one rank of the smallest module, {cheapest:,} parameters.")
+        raise ValueError(
+            f"budget={budget:,} is below the minimum of {cheapest:,} parameters, one rank of the smallest module."
+        )
     while True:
         worth = [update.sigma[:limit].square() for update in updates]
         ranks = best_per_parameter(worth, [update.parameters_per_rank for update in updates], budget)

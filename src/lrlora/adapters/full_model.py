@@ -28,7 +28,7 @@ from ..naming import PEFT_PREFIX, natural_order
 from ..untrusted import require_plain_names
 from .update import Layout, Update, Updates, common_dtype
 
-_EXPECTED = "Expected is a model as save_pretrained writes it: model.safetensors, or its shards and their index."
+_EXPECTED = "Expected a model as written by save_pretrained: model.safetensors, or shards with their index."
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForSequenceClassification": "SEQ_CLS",
@@ -79,7 +79,7 @@ class Checkpoint:
         return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False)
 
     def _missing(self, file: str) -> NoReturn:
-        raise ValueError(f"{self.name} holds no full model: there is no {file}. {_EXPECTED}")
+        raise ValueError(f"{self.name} contains no full model: {file} is missing. {_EXPECTED}")
 
     def _renamed(self, key: str) -> str:
         """Name of a stored tensor in the model, which newer transformers versions may have renamed."""
@@ -177,8 +177,8 @@ def with_weight(update: Update, base: Checkpoint) -> Update:
     shape = base.shape(key)
     if math.prod(shape) != math.prod(update.shape) or shape[0] not in update.shape:
         raise ValueError(
-            f"The base model {base.name} does not fit the adapter: {update.module} has shape {shape} there, and "
-            f"{update.shape} in the adapter."
+            f"The base model {base.name} does not fit the adapter: {update.module} has shape {shape} in the base "
+            f"model, but {update.shape} in the adapter."
         )
 
     def weight() -> Tensor:
@@ -251,13 +251,14 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
             others.append(key)
     if not updates:
         raise ValueError(
-            f"{tuned.name} and {base.name} have no linear layer of the same name and shape. Are they of one model?"
+            f"{tuned.name} and {base.name} have no linear layer with the same name and shape. Check that they are the "
+            "same model."
         )
     notes = []
     if whole:
-        notes.append(f"Kept whole, as heads of tasks are, or because the base model lacks it: {_some(list(whole))}.")
+        notes.append(f"Saved in full, as a task head or because the base model does not have it: {_some(list(whole))}.")
     if others:
-        notes.append(f"Changed too, and no linear layers, so left out: {_some(others)}.")
+        notes.append(f"Also changed, but not linear layers or convolutions, so left out: {_some(others)}.")
     return Updates(tuned.name, "full fine-tuning", updates, FineTuned(base, tuned, whole), tuple(notes))
 
 

@@ -49,11 +49,11 @@ def updates_of_model(
         known = sorted({name for _, layer, _ in layers for name in layer._get_available_adapters()})
         if not known:
             raise ValueError(
-                "The model has no adapter: wrap it with get_peft_model, or load one with PeftModel.from_pretrained."
+                "The model has no adapter. Wrap it with get_peft_model, or load one with PeftModel.from_pretrained."
             )
-        raise ValueError(f"No module has an adapter named {adapter!r}. Adapters there are: {', '.join(known)}.")
+        raise ValueError(f"No module has an adapter named {adapter!r}. Available adapters: {', '.join(known)}.")
     if any(layer.merged for _, layer, _ in with_adapter):
-        raise ValueError("The adapter is merged, and its ranks need the base weights: call unmerge_adapter() first.")
+        raise ValueError("The adapter is merged, but its ranks need the base weights. Call unmerge_adapter() first.")
     owners = shard_owners(model)
     for path, layer, name in with_adapter:
         with gathered(layer, owners):

@@ -99,7 +99,7 @@ def check_base(saved: SavedAdapter, updates: Updates) -> None:
             "it (--no-check)."
         )
     require_regular(name)
-    with readable(name, "Correct it, or leave out the check against it (--no-check)."):
+    with readable(name, "Correct it, or skip the check against it (--no-check)."):
         try:
             require_present(name)
             config = AutoConfig.from_pretrained(name)
@@ -118,13 +118,13 @@ def check_base(saved: SavedAdapter, updates: Updates) -> None:
             continue  # a task head
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise ValueError(
-                f"Only linear layers can be exported as LoRA, and {path} is a {type(module).__name__}. Merge the "
+                f"Only linear layers can be exported as LoRA, but {path} is a {type(module).__name__}. Merge the "
                 "adapter into its base model instead."
             )
         shape = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
         if shape != update.shape:
             raise ValueError(
-                f"The base model {name} does not fit the adapter: {path} has shape {shape} there, and "
+                f"The base model {name} does not fit the adapter: {path} has shape {shape} in the base model, but "
                 f"{update.shape} in the adapter."
             )
 
@@ -139,8 +139,8 @@ def check_names(updates: Updates) -> None:
     for update in updates:
         if _UNLIKELY.search(update.module):
             raise ValueError(
-                f"{update.module} is, by its name, no linear layer, and only those can be "
-                "exported as LoRA. Export with the check against the base model, or merge the adapter into it."
+                f"{update.module} does not look like a linear layer, the only type that can be exported as LoRA. "
+                "Export without --no-check, or merge the adapter into the base model."
             )
 
 
@@ -182,7 +182,7 @@ def _preprocessing(loader: Any, source: str) -> Any:
         loaded = loader.from_pretrained(source)
     except RecursionError:
         raise ValueError(
-            f"A file of the tokenizer in {source} is nested too deeply. Remove it, or fetch it anew."
+            f"A file of the tokenizer in {source} is nested too deeply. Remove the file, or download it again."
         ) from None
     except (OSError, ValueError, ImportError, AttributeError, KeyError):  # none, or none for this model
         return None

@@ -23,7 +23,7 @@ from .full_model import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
 from .update import MAGNITUDES_NOTE, Updates, common_dtype
 
-_EXPECTED = "Expected is a LoRA in one safetensors file, as kohya, ComfyUI, LyCORIS and diffusers write it."
+_EXPECTED = "Expected a single-file safetensors LoRA, as written by kohya, ComfyUI, LyCORIS or diffusers."
 # Key suffixes of the two factors; the prefix is the module.
 KOHYA_STYLE = (".lora_down.weight", ".lora_up.weight")
 _STYLES = (
@@ -88,7 +88,9 @@ class SingleFile:
             metadata = dict(file.metadata() or {})
         found = cls(name, metadata, {}, {}, {}, {})
         if any(key.startswith(PEFT_PREFIX) for key in tensors):
-            raise ValueError(f"{name} is the file of a PEFT adapter, whose scaling is in its folder: give the folder.")
+            raise ValueError(
+                f"{name} is a file of a PEFT adapter, whose scaling is stored in its folder. Pass the folder."
+            )
         for key, tensor in tensors.items():
             match = _KEY.fullmatch(key)
             if match and (match[2] != ".diff" or tensor.dim() > 1):  # norms and biases have no rank
@@ -104,12 +106,12 @@ class SingleFile:
                     found.alphas[module] = key, found.others.pop(key).item()
         if unreadable := sorted(key for key in found.others if _UNREADABLE.search(key)):
             raise ValueError(
-                f"{name} holds updates that depend on the base weight, as those of OFT do ({unreadable[0]}). They "
-                "cannot be read from this file alone."
+                f"{name} contains updates that depend on the base weight, such as those of OFT ({unreadable[0]}), "
+                "which cannot be read from this file alone."
             )
         if not found.modules:
-            some = ", ".join(sorted(tensors)[:3]) or "no tensor"
-            raise ValueError(f"{name} holds no LoRA: there is {some}. {_EXPECTED}")
+            some = ", ".join(sorted(tensors)[:3]) or "none"
+            raise ValueError(f"{name} contains no LoRA. Tensors found: {some}. {_EXPECTED}")
         return found
 
     @property
@@ -131,7 +133,7 @@ class SingleFile:
 
     @property
     def config(self) -> Any:
-        raise ValueError(f"{self.name} is a single file, and is written as one: save_single_file.")
+        raise ValueError(f"{self.name} is a single file. Use save_single_file to write it.")
 
     def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
         return self.others
@@ -214,11 +216,11 @@ def save_single_file(
         factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0
     exported = [part for part in factors if part.rank]
     if not exported:
-        raise ValueError("No module has a rank: there is nothing to export.")
+        raise ValueError("No module has a rank, so there is nothing to export.")
     if unclear := [p.module for p in exported if not p.layout.is_known and _CONVOLUTION.search(p.module)]:
         raise ValueError(
-            f"{unclear[0]} may be a convolution, and {updates.method} does not tell its kernel: it cannot be "
-            "written as LoRA."
+            f"{unclear[0]} may be a convolution, but {updates.method} does not store its kernel size, so it cannot be "
+            "saved as LoRA."
         )
     largest = max(part.rank for part in exported)
     dtype = dtype or file.stored_dtype
@@ -241,9 +243,9 @@ def free_file(output: str | os.PathLike[str]) -> Path:
     """
     path = Path(output)
     if path.suffix != ".safetensors":
-        raise ValueError(f"A single file is compressed into one: output must end in .safetensors, and is {output}.")
+        raise ValueError(f"The source is a single file, so output must end in .safetensors, got {output}.")
     if path.exists():
-        raise FileExistsError(f"The output file {path} exists. Give another one, or remove it.")
+        raise FileExistsError(f"The output file {path} exists. Choose another output, or remove it.")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"The folder {path.parent} for {path.name} does not exist.")
     return path

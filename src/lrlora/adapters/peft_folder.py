@@ -121,14 +121,14 @@ class SavedAdapter:
                 return cls(name, config)
             except ValueError as error:
                 reason = str(error).rstrip(".")
-                raise ValueError(f"{name} does not hold a readable adapter ({reason}). {ADAPTER_EXPECTED}") from None
+                raise ValueError(f"{name} does not contain a readable adapter ({reason}). {ADAPTER_EXPECTED}") from None
 
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:
         """Tensors by file key, on the CPU."""
         folder = Path(self.name)
         if folder.is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
-            raise ValueError(f"{self.name} holds no weights: there is no {_WEIGHTS[0]} in it. {ADAPTER_EXPECTED}")
+            raise ValueError(f"{self.name} contains no weights: {_WEIGHTS[0]} is missing. {ADAPTER_EXPECTED}")
         with readable(self.name, ADAPTER_EXPECTED):
             weights = load_peft_weights(self.name, device="cpu")
             require_plain_names(weights, self.name)
@@ -165,11 +165,11 @@ def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     for what, keys in (
         ("lacks", wanted - set(saved.weights)),
-        ("does not fit its configuration, which knows no", set(saved.method_weights) - wanted),
+        ("does not fit its configuration, which has no", set(saved.method_weights) - wanted),
     ):
         if keys:
             raise ValueError(
-                f"The adapter {saved.name} {what} {min(keys)} ({len(keys)} of such weights). {ADAPTER_EXPECTED}"
+                f"The adapter {saved.name} {what} {min(keys)} ({len(keys)} such weights). {ADAPTER_EXPECTED}"
             )
 
 

@@ -37,7 +37,7 @@ _NAMES = {
 }
 # Methods that also change a layer's bias.
 _WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
-_BIAS_NOTE = "This method changes biases too. They are not in the ranks, and not in a LoRA that is made of it."
+_BIAS_NOTE = "This method also changes biases, which are included neither in the ranks nor in an exported LoRA."
 _FROM_FACTORS = ("LORA", "LOHA", "LOKR")
 _PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[AB]|hada_\w+|lokr_\w+)(?:\.weight)?$")
 # LoRA options whose update is more than s·BA, and initializations that subtract the initial BA from the base weight.
@@ -60,12 +60,12 @@ def updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
     """
     config = saved.config
     if config.peft_type is None:
-        raise ValueError(f"{saved.name} does not hold a readable adapter: it names no method. {ADAPTER_EXPECTED}")
+        raise ValueError(f"{saved.name} does not contain a readable adapter: it names no method. {ADAPTER_EXPECTED}")
     method = config.peft_type.value
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if tuner is None or not issubclass(tuner, BaseTuner):
         raise ValueError(
-            f"{saved.name} is an adapter of type {method}, which adds no matrix to any weight: it has no rank."
+            f"{saved.name} is an adapter of type {method}, which adds no matrix to any weight and so has no rank."
         )
     if getattr(config, "target_parameters", None):
         raise ValueError(
@@ -88,7 +88,7 @@ def updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
         updates, notes = _through_peft(saved, base)
         base = None  # they have their weights
     if not updates:
-        raise ValueError(f"{saved.name} holds no adapted layer.")
+        raise ValueError(f"{saved.name} contains no adapted layer.")
     if base is not None:
         weights = Checkpoint(base)
         updates = [with_weight(update, weights) for update in updates]
@@ -124,7 +124,7 @@ def _from_factors(saved: SavedAdapter) -> list[Update]:
         # A LoKr stored in full on both sides divides α by an r that no shape shows.
         r = ranks.get(pattern_key(ranks, module), usual)
         if (rank := rank_of(tensors)) not in (None, r):
-            raise ValueError(f"the factors of {module} have rank {rank}, and adapter_config.json says {r}")
+            raise ValueError(f"the factors of {module} have rank {rank}, but adapter_config.json has {r}")
         updates.append(update_from_parts(module, tensors, scaling_of(config, module, r)))
     return updates
 
@@ -143,7 +143,7 @@ def load_on_skeleton(saved: SavedAdapter) -> PeftModel:
         linear.weight = nn.Parameter(zeros, requires_grad=False)
         layers[key.removesuffix(".lrlora_A.weight").removeprefix(PEFT_PREFIX)] = linear
     if not layers:
-        raise ValueError(f"{saved.name} holds no adapted linear layer.")
+        raise ValueError(f"{saved.name} contains no adapted linear layer.")
     return _on_skeleton(saved, layers)
 
 
@@ -183,12 +183,12 @@ def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], 
     start = str(getattr(config, "init_lora_weights", None))
     if start.startswith(CHANGING_STARTS) and not start.startswith(_REPRODUCIBLE_STARTS):
         raise ValueError(
-            f"{saved.name} was started with init_lora_weights={start!r}, which took from the base weights what cannot "
-            "be computed again. Save it with PEFT's path_initial_model_for_weight_conversion, as a plain LoRA."
+            f"{saved.name} uses init_lora_weights={start!r}, whose change to the base weights cannot be reproduced. "
+            "Save it as a plain LoRA with PEFT's path_initial_model_for_weight_conversion."
         )
     name = base or saved.base_model
     if not name:
-        raise ValueError(f"{_why(saved)} The adapter does not say which it is: give it (base=, --base).")
+        raise ValueError(f"{_why(saved)} The adapter does not name one. Pass it (base=, --base).")
     try:
         weights = Checkpoint(name)
     except (ValueError, OSError) as error:
@@ -198,7 +198,9 @@ def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], 
     matches = (adapted.match(key) for key in sorted(saved.weights, key=natural_order))
     paths = list(dict.fromkeys(match[1] for match in matches if match))
     if not paths:
-        raise ValueError(f"{saved.name} does not name the modules that it adapts: its method has one tensor for all.")
+        raise ValueError(
+            f"{saved.name} does not name its adapted modules, because its method has one tensor for all of them."
+        )
     originals = {path: _weight_of(path, weights, saved) for path in paths}
     if weights.on_meta is not None:
         # Some methods index the modules in model order.
@@ -216,7 +218,7 @@ def _weight_of(path: str, base: Checkpoint, saved: SavedAdapter) -> str:
     """Name of a module's weight in the base model; must be a matrix."""
     key = base.weight_of(path)
     if key is None:
-        raise ValueError(f"{_why(saved)} {base.name} has no weight of {path}.")
+        raise ValueError(f"{_why(saved)} {base.name} has no weight for {path}.")
     if len(base.shape(key)) < 2:
         raise ValueError(f"{saved.name} changes {key}, which is a vector and has no rank.")
     return key

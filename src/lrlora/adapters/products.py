@@ -68,8 +68,8 @@ def update_from_parts(module: str, parts: Parts, scaling: float) -> Update:
         difference = parts["diff"]
         return _matrix(module, tuple(difference.shape), difference.float, 1.0, None)
     except (KeyError, RuntimeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else f"has tensors that do not fit: {error}"
-        raise ValueError(f"{module} {reason}. There are {', '.join(sorted(parts))}.") from None
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"has incompatible tensors: {error}"
+        raise ValueError(f"{module} {reason}. Tensors found: {', '.join(sorted(parts))}.") from None
 
 
 def _lora(module: str, parts: Parts, scaling: float) -> Update:
@@ -77,8 +77,8 @@ def _lora(module: str, parts: Parts, scaling: float) -> Update:
     if (middle := parts.get("lora_mid")) is not None:  # LyCORIS's Tucker form: a convolution between two of 1 × 1
         A = torch.einsum("kr...,ri->ki...", middle.float(), A.flatten(1).float())
     if B[0].numel() != len(A):
-        why = " Convolutions in groups are not read." if A.dim() > 2 else ""
-        raise ValueError(f"{module}: lora_B has {B[0].numel()} columns, and lora_A {len(A)} rows.{why}")
+        why = " Grouped convolutions are not supported." if A.dim() > 2 else ""
+        raise ValueError(f"{module}: lora_B has {B[0].numel()} columns, but lora_A has {len(A)} rows.{why}")
     U, V, layout = B.flatten(1), A.flatten(1), Layout(tuple(A.shape[2:]))
     return _product(module, (len(U), V.shape[1]), lambda: (U, V), scaling, len(A), len(A), layout)
 

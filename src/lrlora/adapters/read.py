@@ -43,7 +43,10 @@ def read_updates(
     """
     if isinstance(source, Updates):
         if base is not None:
-            raise ValueError("base is for what is still to be read, and these updates have been read.")
+            raise ValueError(
+                "base cannot be combined with an Updates object, which has already been read. Pass base when reading "
+                "the source."
+            )
         return source
     if isinstance(source, SavedAdapter):
         return updates_of_adapter(source, None if base is None else os.fspath(base))

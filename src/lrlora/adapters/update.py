@@ -15,8 +15,8 @@ from ..ops.transfer import Transfer
 Factors = tuple[Tensor, Tensor]
 
 MAGNITUDES_NOTE = (
-    "DoRA: the ranks are those of s·BA, its update of the direction. The trained magnitude of each output, which "
-    "rescales the row of W0 + s·BA, is not in them."
+    "DoRA: the ranks are those of s·BA, the update of the direction. They do not include the trained magnitude of "
+    "each output, which rescales a row of W0 + s·BA."
 )
 
 
@@ -170,6 +170,6 @@ def require_finite(name: str, *parts: Tensor) -> None:
     """Raise ValueError unless a module's update, or all its factors, are finite."""
     if not all(torch.isfinite(part).all() for part in parts):
         raise ValueError(
-            f"The update of {name} holds NaN or infinite values. Training has diverged: go back to an earlier "
+            f"The update of {name} contains NaN or infinite values. Training has diverged: go back to an earlier "
             "checkpoint."
         )

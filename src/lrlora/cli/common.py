@@ -43,11 +43,9 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
         if isinstance(error, ImportError):
             missing = {"altair|vl_convert|matplotlib|pandas": "plots", "bitsandbytes|torchao": "integrations"}
             extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
-            remedy = f". Install what this command needs: pip install '.[{extra}]', in a clone of lrlora"
+            remedy = f". Install the missing dependencies: pip install '.[{extra}]', in a clone of lrlora"
         what = (str(error) or type(error).__name__) if is_foreseen else f"{type(error).__name__}: {error}"
-        remedy += (
-            "" if is_foreseen else ". This was not foreseen: LRLORA_DEBUG=1 in the environment shows where it is from."
-        )
+        remedy += "" if is_foreseen else ". This error is unexpected. Set LRLORA_DEBUG=1 to show its traceback."
         Console(stderr=True).print(f"[bold red]Error:[/] {as_text(f'{what}{remedy}')}", highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

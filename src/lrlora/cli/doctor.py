@@ -69,7 +69,7 @@ def _hardware() -> Iterator[tuple[str, str]]:
     yield "processor", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     yield "kernels", _kernels()
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    yield "GPU", ", ".join(names) or "none that PyTorch can use"
+    yield "GPU", ", ".join(names) or "none available to PyTorch"
 
 
 def _kernels() -> str:
@@ -112,7 +112,7 @@ def _seconds() -> float:
 def _cache() -> str:
     folder = cache_folder()
     if not folder.is_dir():
-        return f"{folder}, not there yet"
+        return f"{folder}, not created yet"
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return f"{folder}, {size / 2**20:.0f} MiB"
 
@@ -127,12 +127,12 @@ def _conflicts() -> Iterator[str]:
         found = _installed(requirement.name)
         is_wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if found and not requirement.specifier.contains(found, prereleases=True):
-            yield f"{requirement.name} {found} is installed, and lrlora needs {requirement.specifier}."
+            yield f"{requirement.name} {found} is installed, but lrlora needs {requirement.specifier}."
         elif is_wanted and not found:
-            yield f"{requirement.name} is not installed, and lrlora needs it."
+            yield f"{requirement.name} is not installed, but lrlora needs it."
     peft = _installed("peft")
     if peft and not Requirement(f"peft>={MIN_PEFT_VERSION}").specifier.contains(peft, prereleases=True):
         yield (
-            f"transformers {_installed('transformers')} wants PEFT {MIN_PEFT_VERSION} for its own add_adapter and "
-            f"active_adapters, and PEFT {peft} is installed. get_peft_model, and so all of lrlora, works."
+            f"transformers {_installed('transformers')} requires PEFT {MIN_PEFT_VERSION} for its own add_adapter and "
+            f"active_adapters, but PEFT {peft} is installed. get_peft_model and all of lrlora still work."
         )

@@ -35,10 +35,10 @@ def init(
     """Write a YAML file with every setting of a run, its default and what it is for, to begin with."""
     with one_clear_error():
         if file.exists() and not overwrite:
-            raise FileExistsError(f"The file {file} exists already. Give another name, or --overwrite.")
+            raise FileExistsError(f"The file {file} already exists. Choose another name, or pass --overwrite.")
         TrainConfig(model, data, task)  # it checks them
         write_whole(file, starter({"model": model, "data": data, "task": task}))
-        announce(f"Settings: {file}. Edit it, and look at the plan: lrlora train {file} --dry-run")
+        announce(f"Settings: {file}. Edit it, then check the plan: lrlora train {file} --dry-run")
 
 
 @app.command()
@@ -58,8 +58,8 @@ def train(
             run = TrainConfig.from_dict(settings_of(config, settings))
         elif config or any(value is not None for value in settings.values()):
             raise ValueError(
-                "--resume goes on with the settings of the run: give nothing else. To train a finished run further: "
-                f"lrlora train --start-from {resume} --output NEW, with what is to change."
+                "--resume uses the settings of the run; pass no others. To train a finished run further: lrlora "
+                f"train --start-from {resume} --output NEW, with changed settings."
             )
         else:
             run, _ = read_run(resume)
@@ -87,13 +87,13 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
         return
     _print_metrics(result.metrics, f"Validation, {which_checkpoint(run.to_dict())}")
     output = result.output
-    announce(f"Everything is in {output}")
+    announce(f"Results saved to {output}")
     del result  # the trained model: the next step loads it anew
     _measure_smallest(run)
     report = rank_report_of(output)
     if report is not None:
         console.print(rank_table(report, "Learned ranks", width=console.width))
-        announce(f"To look at it: lrlora report {output}, or, module by module, lrlora ranks {output} --all")
+        announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
 
 
 def _measure_smallest(run: TrainConfig) -> None:
@@ -102,18 +102,16 @@ def _measure_smallest(run: TrainConfig) -> None:
 
     is_asked_for = run.loss is not None or run.size is not None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not (is_asked_for or METHODS[run.method].has_ranks):
-        announce(
-            f"To see how small its LoRA may be: lrlora export {run.output} --loss 0.01 --output {run.output}-small"
-        )
+        announce(f"To find the smallest LoRA: lrlora export {run.output} --loss 0.01 --output {run.output}-small")
         return
     try:
         show_smallest(run)
     except KeyboardInterrupt:
-        announce("Interrupted. The run is finished; how small its LoRA may be was not measured.")
+        announce("Interrupted. The run is finished, but its smallest LoRA was not measured.")
     except Exception as error:  # a task or a model that it was not made for
         if is_asked_for:
-            raise ValueError(f"The run is finished, but lora/ could not be made as asked: {error}") from error
-        announce(f"How small its LoRA may be was not measured: {error}")
+            raise ValueError(f"The run is finished, but lora/ could not be written as requested: {error}") from error
+        announce(f"The smallest LoRA was not measured: {error}")
 
 
 _SPLIT = Annotated[str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")]
@@ -183,9 +181,9 @@ def predict(
     """Predict with a finished run: a line of JSON for each example, or for each line of the standard input."""
     with one_clear_error():
         if text is not None and data is not None:
-            raise ValueError("Give --data or --text, and not both.")
+            raise ValueError("Pass --data or --text, not both.")
         if text is None and data is None and sys.stdin.isatty():
-            raise ValueError("Give --data, --text, or texts through the standard input, one a line.")
+            raise ValueError("Pass --data, --text, or texts on standard input, one per line.")
         quiet()
         reading = {"split": split, "announce": _note, **_reading(columns, delimiter, encoding, skip_empty)}
         from ..train.inference import predict, predict_texts
@@ -215,7 +213,7 @@ def _note(line: str) -> None:
 def _lines_of_input() -> list[str]:
     texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
-        raise ValueError("The standard input is empty. Give --data, --text, or texts, one a line.")
+        raise ValueError("Standard input is empty. Pass --data, --text, or texts, one per line.")
     return texts
 
 
@@ -223,7 +221,7 @@ def _write_predictions(found: Iterator[dict[str, Any]], output: Path, overwrite:
     from ..train.inference import write_predictions
 
     if output.exists() and not overwrite:
-        raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
+        raise FileExistsError(f"The file {output} already exists. Choose another --output, or pass --overwrite.")
     announce(f"{write_predictions(output, found):,} predictions: {output}")
 
 
@@ -233,15 +231,17 @@ def chat(
     generation: _GENERATION = None,
 ) -> None:
     """Ask a finished run, turn by turn. /base asks the base model, /adapter the run, /new begins anew, /quit ends."""
-    with one_clear_error("The chat is over."):
+    with one_clear_error("Chat ended."):
         config, _ = read_run(run)
         if config.task != "causal-lm":
-            raise ValueError(f"The run in {run} is of the task {config.task}, and answers nothing. Use lrlora predict.")
+            raise ValueError(f"The run in {run} has the task {config.task} and cannot chat. Use lrlora predict.")
         quiet()
         from ..train.inference import Chat
 
         talk = Chat(run, parse_assignments(generation or (), "--generation"))
-        announce("Ask, and end with /quit. /base asks the base model, /adapter the run, /new begins anew.")
+        announce(
+            "Type a message. /base asks the base model, /adapter the trained run, /new starts a new chat, /quit ends."
+        )
         while (said := _next_line()) is not None:
             if said.startswith("/"):
                 announce(talk.command(said))
@@ -264,7 +264,7 @@ def inputs() -> None:
     with one_clear_error():
         from ..train.embedded import EMBEDDED_DATA, EMBEDDED_MODELS
 
-        table = Table(title="Models and data that need no model hub", title_justify="left")
+        table = Table(title="Models and data available without a model hub", title_justify="left")
         for heading in ("name", "for", "what"):
             table.add_column(heading, no_wrap=heading != "what")
         for name, model in EMBEDDED_MODELS.items():

@@ -156,9 +156,10 @@ def _library() -> ctypes.CDLL | None:
         return load_library(_SOURCE, command, _FUNCTIONS)
     except (OSError, RuntimeError) as error:
         warnings.warn(
-            "lrlora trains slower than it could on this CPU: its kernels could not be compiled and loaded. They need "
-            "a C++ compiler with OpenMP (CXX in the environment names one) and a folder to keep them in "
-            f"(LRLORA_CACHE names one). LRLORA_KERNELS=0 silences this. The reason: {str(error).strip()[-500:]}",
+            "The CPU kernels of lrlora could not be compiled or loaded, so training falls back to plain PyTorch, "
+            "which is slower. Install a C++ compiler with OpenMP (or set CXX), and make sure that the cache folder "
+            "is writable (or set LRLORA_CACHE). Set LRLORA_KERNELS=0 to silence this warning. Reason: "
+            f"{str(error).strip()[-500:]}",
             stacklevel=2,
         )
         return None

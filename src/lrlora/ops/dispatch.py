@@ -51,7 +51,9 @@ def kernels_for(table: TransferTable, *tensors: Tensor | None) -> Kernels | None
     is_on_gpu = any(t is not None and t.is_cuda for t in tensors)
     choice = os.environ.get("LRLORA_KERNELS") or ("triton" if is_on_gpu else "native")
     if choice not in _CHOICES:
-        raise ValueError(f"LRLORA_KERNELS must be one of {', '.join(_CHOICES)} in the environment, and is {choice!r}.")
+        raise ValueError(
+            f"The environment variable LRLORA_KERNELS must be one of {', '.join(_CHOICES)}, got {choice!r}."
+        )
     kernels = _CHOICES[choice]()
     return kernels if kernels is not None and kernels.supports(table, *tensors) else None
 

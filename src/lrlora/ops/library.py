@@ -119,8 +119,8 @@ def _require_own(path: Path, status: os.stat_result) -> None:
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(
-            f"others may write to {path} (mode {stat.S_IMODE(status.st_mode):04o}), and their code would run as yours. "
-            f"Close it with chmod go-w {path}, or set LRLORA_CACHE to another folder."
+            f"{path} is writable by other users (mode {stat.S_IMODE(status.st_mode):04o}), whose code would run as "
+            f"yours. Run chmod go-w {path}, or set LRLORA_CACHE to another folder."
         )
 
 

@@ -338,7 +338,7 @@ def _settings(spec: TransferSpec, scaling: float, input_gain: float) -> _Setting
     # Forward-mode derivatives would silently treat the operators as zero.
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            "torch.func transforms (grad, jvp, vmap, …) do not work through LR-LoRA layers. Use torch.autograd, or "
+            "torch.func transforms (grad, jvp, vmap, …) are not supported by LR-LoRA layers. Use torch.autograd, or "
             "merge the adapter first (`model.merge_and_unload()`)."
         )
     phi = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))

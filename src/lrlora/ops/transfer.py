@@ -83,10 +83,10 @@ class Transfer(Form):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             given = next(parameter.dtype for parameter in self.parameters() if parameter.dtype != torch.float32)
             raise RuntimeError(
-                f"Parameters of a {type(self).__name__} are {given}, and must be float32. If a library has cast them "
-                "(TRL does with a quantised model), call model.train() before training starts, which undoes it. Before "
-                "fully_shard in mixed precision, call lrlora.fully_shard_phi(model, mesh=mesh). For DeepSpeed, set "
-                "torch_autocast instead of bf16."
+                f"Parameters of {type(self).__name__} must be float32, got {given}. If a library cast them (TRL does "
+                "for quantized models), call model.train() before training to restore float32. Before fully_shard in "
+                "mixed precision, call lrlora.fully_shard_phi(model, mesh=mesh). For DeepSpeed, set torch_autocast "
+                "instead of bf16."
             )
         self._restore_precision()
 

@@ -99,7 +99,8 @@ class LossCurve:
         """
         if budget < self.fewest:
             raise ValueError(
-                f"budget={budget:,} is less than one rank of the smallest module, {self.fewest:,} parameters."
+                f"budget={budget:,} is below the minimum of {self.fewest:,} parameters, one rank of the smallest "
+                "module."
             )
         costs = [of.whole.parameters_per_rank for of in self.modules]
         ranks = best_per_parameter([of.rises[:max_rank] for of in self.modules], costs, budget)
@@ -224,8 +225,8 @@ def smallest(
     if not fits(curve.parameters):
         largest = points[max(points)].loss
         raise ValueError(
-            f"Even with every direction kept, the loss is {largest:.4g}, above the limit of {limit:.4g}. "
-            f"Allow a larger rise{'' if max_rank is None else ', or a larger rank'}."
+            f"Even with all directions kept, the loss is {largest:.4g}, above the limit of {limit:.4g}. Allow a "
+            f"larger rise{'' if max_rank is None else ' or a larger rank'}."
         )
     whole = within
     for share in _SHARES:

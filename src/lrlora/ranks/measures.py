@@ -81,15 +81,15 @@ class Measure(NamedTuple):
 # Keyed by field name in `RankRow`.
 MEASURES = {
     "stable_rank": Measure(
-        "stable rank", "stable", 1, "‖ΔW‖² / σ₁²: how many directions as strong as the strongest", stable_rank
+        "stable rank", "stable", 1, "‖ΔW‖² / σ₁²: number of directions as strong as the strongest", stable_rank
     ),
     "effective_rank": Measure(
         "effective rank", "effect.", 1, "exp of the entropy of the singular values", effective_rank
     ),
     "energy90_rank": Measure(
-        "energy-90 rank", "e-90", 0, "how many directions hold 90 % of ‖ΔW‖²", partial(energy_rank, fraction=0.90)
+        "energy-90 rank", "e-90", 0, "number of directions that hold 90 % of ‖ΔW‖²", partial(energy_rank, fraction=0.90)
     ),
     "energy99_rank": Measure(
-        "energy-99 rank", "e-99", 0, "how many directions hold 99 % of ‖ΔW‖²", partial(energy_rank, fraction=0.99)
+        "energy-99 rank", "e-99", 0, "number of directions that hold 99 % of ‖ΔW‖²", partial(energy_rank, fraction=0.99)
     ),
 }

@@ -104,15 +104,17 @@ def collect_moments(
             if not terms:
                 continue
             if not torch.isfinite(value):
-                raise ValueError(f"The loss of the data is {value.item()}: its gradients say nothing. Check the data.")
+                raise ValueError(
+                    f"The loss on the data is {value.item()}, so its gradients cannot be used. Check the data."
+                )
             value.backward()
             total += terms
     if not total:
-        raise ValueError("There is no loss: the data has no batch with a label.")
+        raise ValueError("The data has no batch with a label, so there is no loss.")
     if idle := [module for module, of in moments.items() if not of.calls]:
         raise ValueError(
-            f"No token of the data reached {idle[0]} ({len(idle)} of {len(moments)} modules), so the loss says nothing "
-            "of it. Give more data, or cut by energy."
+            f"No token reached {idle[0]} ({len(idle)} of {len(moments)} modules), so its effect on the loss is "
+            "unknown. Provide more data, or cut by energy (--by energy)."
         )
     return moments, total
 
@@ -146,7 +148,7 @@ def thin_updates(
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer) and module not in kept]
     tuned = [layer for layer in layers if not layer.disable_adapters]
     if any(layer.merged for layer in tuned):
-        raise ValueError("The adapter is merged into the base weights: call unmerge_adapter() first.")
+        raise ValueError("The adapter is merged into the base weights. Call unmerge_adapter() first.")
     modes = [(module, module.training) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with contextlib.ExitStack() as undo:
@@ -160,7 +162,7 @@ def thin_updates(
                 continue
             target = modules.get(part.module)
             if target is None:
-                raise ValueError(f"The model has no module {part.module}: it is not the one that the adapter is of.")
+                raise ValueError(f"The model has no module {part.module}, so it is not the base model of the adapter.")
             counted = None if moments is None else moments[part.module]
             undo.callback(target.register_forward_hook(_hook(target, part, counted)).remove)
         for layer in tuned:
@@ -203,5 +205,5 @@ def _maps(layer: Any, A: Tensor, B: Tensor) -> tuple[Callable[[Tensor], Tensor],
             lambda z: torch.einsum("mk,bk...->bm...", B, z)
         )
     if A.shape[1] != getattr(layer, "in_features", A.shape[1]):
-        raise ValueError(f"A layer has {layer.in_features} inputs, and its update {A.shape[1]}.")
+        raise ValueError(f"A layer has {layer.in_features} inputs, but its update has {A.shape[1]}.")
     return (lambda x: F.linear(x.to(A.dtype), A)), (lambda z: F.linear(z, B))

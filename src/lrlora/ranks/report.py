@@ -136,8 +136,8 @@ class RankReport:
             report.require_numbers()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is no rank report that this lrlora reads ({type(error).__name__}: {error}). Remove it, or "
-                "make it anew: lrlora ranks ADAPTER --json FILE"
+                f"{path} is not a readable rank report ({type(error).__name__}: {error}). Remove it, or create it "
+                "again: lrlora ranks ADAPTER --json FILE"
             ) from None
         return report
 
@@ -151,7 +151,7 @@ class RankReport:
         json.dumps(asdict(self), allow_nan=False)
         for module, curve in self.curves.items():
             if not 0 < len(curve.z) == len(curve.phi):
-                raise ValueError(f"φ of {module} has {len(curve.z)} points and {len(curve.phi)} values.")
+                raise ValueError(f"φ of {module} has {len(curve.z)} points but {len(curve.phi)} values.")
 
     def summary(self) -> dict[str, float]:
         """Mean, minimum and maximum of each measure, and means by kind, as flat scalars for a logger."""
@@ -178,7 +178,7 @@ def read_history(path: Path) -> list[tuple[int, RankReport]]:
     records: list[tuple[int, RankReport]] = []
     if not path.exists():
         return records
-    with readable(path, "Remove it, to go on without the records of the learned ranks."):
+    with readable(path, "Remove it to continue without the recorded ranks."):
         # Text after the last newline is an incomplete record of a killed run.
         for line in read_text(path).split("\n")[:-1]:
             content = values_of(line)

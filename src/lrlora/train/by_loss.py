@@ -94,14 +94,14 @@ class Subject:
         is_run = (Path(source) / RUN_FILE).is_file()
         if data is None and not is_run:
             raise ValueError(
-                f"{source} is no run of `lrlora train`, whose data would be known. Give examples like those that it "
-                "was trained on (--data), or keep what is large, without any (--by energy)."
+                f"{source} is not a run of `lrlora train`, so its data is unknown. Pass examples like its training "
+                "data (--data), or use --by energy, which needs no data."
             )
         if is_run and task is not None:
-            raise ValueError(f"{source} is a run of `lrlora train`, and knows its task. Leave out --task.")
+            raise ValueError(f"{source} is a run of `lrlora train`, which stores its task. Remove --task.")
         saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
         if getattr(saved and saved.config, "lora_bias", False):
-            raise ValueError("lora_bias=True: an adapter with biases of its own on B cannot be written anew. Merge it.")
+            raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
         run = LoadedRun.read(Path(source)) if is_run else _made_up(source, saved, base, str(data), task, reading)
         run = run.reading(**reading)
         if saved is None and base is None and is_run:
@@ -164,8 +164,8 @@ class Subject:
                 break
         if terms < _FEWEST:
             raise ValueError(
-                f"{len(examples)} examples with {terms} labels or tokens to predict are too few to tell what matters "
-                f"to the loss; {_FEWEST} is the least. Give more (--data), or --by energy."
+                f"{len(examples)} examples with {terms} labels or tokens to predict are too few to measure the loss; "
+                f"at least {_FEWEST} are needed. Pass more (--data), or use --by energy."
             )
         return batches
 
@@ -186,7 +186,7 @@ def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Data
     if {"train", "validation"} <= set(splits):
         parts = [run.examples(data, name, announce, with_label=True) for name in ("train", "validation")]
         return parts[0], parts[1]
-    name = only_split(splits, ("train", "validation", "test"), f"{data} has", "a file of its own")
+    name = only_split(splits, ("train", "validation", "test"), f"{data} has", "a separate file")
     parts = run.examples(data, name, announce, with_label=True).train_test_split(0.5, seed=0)
     return parts["train"], parts["test"]
 
@@ -200,12 +200,12 @@ def _made_up(
         raise ValueError(f"{source} is a {known} adapter, whose loss cannot be measured. Use --by energy.")
     task = task or _TASKS.get(str(known))
     if task is None or task not in (*_TASKS.values(), "regress"):
-        raise ValueError(f"{source} does not say its task. Give --task {', '.join(_TASKS.values())} or regress.")
+        raise ValueError(f"{source} does not store its task. Pass --task {', '.join(_TASKS.values())} or regress.")
     if known is not None and _TASKS[known] != task.replace("regress", "classify"):
-        raise ValueError(f"{source} is a {known} adapter, and --task is {task}. Leave it out.")
+        raise ValueError(f"{source} is a {known} adapter, which does not fit --task {task}. Remove --task.")
     name = source if saved is None else saved.base_model
     if not name:
-        raise ValueError(f"{source} does not say what its base model is. Give it: --base MODEL.")
+        raise ValueError(f"{source} does not name its base model. Pass it: --base MODEL.")
     require_model_folder(name)
     kind = kind_for(task, AutoConfig.from_pretrained(name))
     if saved is not None and (known is not None or base is None):
@@ -252,7 +252,9 @@ class Cut:
         self.subject, self._progressbar = subject, progressbar
         training, self._held_out = (subject.batches(part) for part in (subject.training, subject.held_out))
         used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, self._held_out))
-        announce(f"Cut by loss: gradients of {used} examples, losses on {held} others, of {subject.run.config.data}.")
+        announce(
+            f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.run.config.data}."
+        )
         self.loss = subject.loss_of(subject.run.model, self._held_out)
         self.points: list[Point] = []
         self._known: dict[tuple[int, ...], float] = {}
@@ -301,7 +303,10 @@ class Cut:
         except ValueError as error:
             if self._is_thin:
                 raise
-            why = f"Of its update, which is no product of thin factors, {1 - DEFAULT_ENERGY:.0%} was left out before."
+            why = (
+                f"The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was dropped "
+                "beforehand."
+            )
             raise ValueError(f"{error} {why}") from None
         return factors
 

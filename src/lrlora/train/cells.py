@@ -17,16 +17,16 @@ def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> No
     wrong = [row for row, is_right in enumerate(are_right) if not is_right]
     if wrong:
         rows = ", ".join(str(row) for row in wrong[:SHOWN_ROWS]) + (", …" if len(wrong) > SHOWN_ROWS else "")
-        found = f" Row {wrong[0]} holds {values[wrong[0]]!r}." if values is not None else ""
+        found = f" Row {wrong[0]} is {values[wrong[0]]!r}." if values is not None else ""
         count = f"{len(wrong)} row{'s' * (len(wrong) > 1)}"
-        raise ValueError(f"{rule}, and is not so in {count} (counted from 0: {rows}).{found}")
+        raise ValueError(f"{rule}; violated in {count} (counted from 0: {rows}).{found}")
 
 
 def require_text(data: Dataset, role: str, split: str) -> None:
     """Raise ValueError unless all values of a column are text."""
     require_rows(
         (isinstance(value, str) and bool(value.strip()) for value in data[role]),
-        f"{role} must be text, and not empty, in the split {split} (--skip-empty leaves out what is empty)",
+        f"{role} must be nonempty text in the split {split} (--skip-empty skips empty examples)",
         data[role],
     )
 

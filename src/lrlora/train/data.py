@@ -78,7 +78,7 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
         return EMBEDDED_DATA[name.removeprefix(EMBEDDED)].load()
     path = Path(name)
     if path.is_file() and path.suffix not in BUILDERS:
-        raise ValueError(f"The data {name} cannot be read: it ends in none of {', '.join(BUILDERS)}.")
+        raise ValueError(f"The data {name} cannot be read: its suffix must be one of {', '.join(BUILDERS)}.")
     require_regular(path, "**/*")
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if not is_saved:
@@ -99,7 +99,7 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
             raise cause from None  # not caused by the data
         said = (str(cause).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if isinstance(cause, UnicodeError):
-            said += ". It is not written in UTF-8: say how, such as --encoding latin-1 or --encoding cp1252"
+            said += ". It is not UTF-8; pass its encoding, such as --encoding latin-1 or --encoding cp1252"
         raise ValueError(f"The data {name} cannot be read: {said}.") from None
     require_data_path(name)
     repository, _, configuration = name.partition(":")
@@ -112,7 +112,7 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(
-            f"{name} is no file or folder here, and could not be had from the hub: {reason[0]}"
+            f"{name} is not a local file or folder, and could not be loaded from the hub: {reason[0]}"
         ) from None
 
 
@@ -144,15 +144,15 @@ def _check_header(path: Path, delimiter: str, encoding: str) -> None:
         rows = csv.reader(file, delimiter=delimiter)
         header, first = next(rows, []), next(rows, None)
     if first is None:
-        has = f"has a header ({', '.join(header)}) and no rows" if header else "is empty"
+        has = f"has a header ({', '.join(header)}) but no rows" if header else "is empty"
         raise ValueError(f"{path.name} {has}")
     if len(header) == 1 and (other := next((c for c in ";\t|," if c != delimiter and c in header[0]), None)):
         raise ValueError(
-            f"with {delimiter!r} between columns {path.name} has one, {header[0]!r}. Say what is between them: "
+            f"with the delimiter {delimiter!r}, {path.name} has a single column, {header[0]!r}. Pass the delimiter: "
             f"--delimiter {other!r}"
         )
     if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise ValueError(f"several columns of {path.name} are called {', '.join(twice)}. Give each a name of its own")
+        raise ValueError(f"several columns of {path.name} are named {', '.join(twice)}. Give each a unique name")
 
 
 def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
@@ -166,7 +166,7 @@ def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy
         if name in splits:
             return name
     if len(splits) > 1:
-        raise ValueError(f"{who} the splits {', '.join(splits)}, none of them {' or '.join(preferred)}: use {remedy}.")
+        raise ValueError(f"{who} the splits {', '.join(splits)}, but not {' or '.join(preferred)}. Use {remedy}.")
     return next(iter(splits))
 
 
@@ -180,14 +180,12 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
     """
     splits = DatasetDict(load_splits(config.data, config.delimiter, config.encoding))
     if "train" not in splits:
-        raise ValueError(f"{config.data} has no split `train`; it has {', '.join(splits)}.")
+        raise ValueError(f"{config.data} has no split `train`. Available splits: {', '.join(splits)}.")
     if config.validation == FROM_TRAIN:
         splits.pop("validation", None)
     elif config.validation is not None:
         other = load_splits(config.validation, config.delimiter, config.encoding)
-        splits["validation"] = other[
-            only_split(other, ("validation",), f"{config.validation} has", "a file of its own")
-        ]
+        splits["validation"] = other[only_split(other, ("validation",), f"{config.validation} has", "a separate file")]
     splits = DatasetDict(
         {name: select_roles(splits[name], kind, config.columns) for name in ("train", "validation") if name in splits}
     )
@@ -200,14 +198,17 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
     labels = kind.class_names(splits["train"])
     if labels:
         if len(labels) == (count := len(splits["train"])):
-            notes.append(f"Warning: each of the {count:,} examples has a label of its own. Is it the right column?")
+            notes.append(
+                f"Warning: all {count:,} training examples have different labels. Check that the label column is "
+                "correct."
+            )
         splits = DatasetDict({name: with_class_ids(part, labels, name) for name, part in splits.items()})
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split(splits["train"], config.validation_share)
     limits = {"train": config.train_examples, "validation": config.validation_examples}
     splits = DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()})
     if (count := len(splits["train"])) < _FEW_EXAMPLES:
-        notes.append(f"Warning: there are few examples to learn from: {count}.")
+        notes.append(f"Warning: there are only {count} training examples.")
     return TaskData(splits, labels, notes)
 
 
@@ -239,7 +240,7 @@ def load_examples(
     if config.skip_empty:
         examples, notes = without_empty(examples, kind, chosen, with_label=with_label)
     if labels and with_label:
-        where = chosen if len(splits) == 1 else f"{chosen} (--split names another)"
+        where = chosen if len(splits) == 1 else f"{chosen} (--split selects another)"
         examples = with_class_ids(examples, labels, where)
     check_examples(examples, kind, chosen, with_label=with_label)
     return examples, notes
@@ -260,12 +261,14 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
     there = data.column_names
     for role, name in columns.items():
         if name not in there and (with_label or role not in _ANSWERS):
-            raise ValueError(f"columns: {role} is to be read from {name!r}, and the data has {', '.join(there)}.")
+            raise ValueError(
+                f"columns maps {role} to {name!r}, which is not in the data. Available columns: {', '.join(there)}."
+            )
     wanted = kind.columns(columns, there, with_label=with_label)
     if missing := [role for role, name in wanted.items() if name not in there]:
         columns_are = f"column{'s' * (len(missing) > 1)} {' and '.join(missing)}"
         raise ValueError(
-            f"The task {kind.name} reads the {columns_are}, and the data has {', '.join(there)}. Name "
+            f"The task {kind.name} needs the {columns_are}, but the data has {', '.join(there)}. Map "
             f"{'them' if len(missing) > 1 else 'it'}: {' '.join(f'--column {role}=NAME' for role in missing)}"
         )
     optional = {role: columns.get(role, role) for role in kind.optional_roles}
@@ -282,7 +285,7 @@ def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = T
     columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
     kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
     left = len(data) - len(kept)
-    note = f"Left out: {left:,} of {len(data):,} examples of the split {split}, in which something is empty."
+    note = f"Skipped {left:,} of {len(data):,} examples of the split {split} with empty values."
     return (data.select(kept), [note]) if left else (data, [])
 
 
@@ -307,7 +310,7 @@ def _split(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
         first, second = split_by_group(frame, share)
     except ValueError:
         raise ValueError(
-            f"{len(train)} examples in {frame['group'].nunique()} groups are too few to keep {share:.0%} of them for "
-            "validation. Give more, or --validation."
+            f"{len(train)} examples in {frame['group'].nunique()} groups are too few to hold out {share:.0%} for "
+            "validation. Provide more, or pass --validation."
         ) from None
     return train.select(first["row"]), train.select(second["row"])

@@ -57,7 +57,7 @@ class _Arrays(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] != "numpy" or name not in self._KNOWN:
-            raise ValueError(f"{module}.{name} is no part of an array: do not use this file.")
+            raise ValueError(f"{module}.{name} is not part of an array. Do not use this file.")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 

@@ -125,9 +125,11 @@ def predict_texts(
     """
     config, _ = read_run(Path(run))
     if config.task == "multiple-choice":
-        raise ValueError("One text is no multiple choice. Give a file with question and choices: --data.")
+        raise ValueError(
+            "Multiple choice needs a question and choices, not a single text. Pass a file with both: --data."
+        )
     if config.task == "image-classify":
-        raise ValueError("The run tells images apart. Give a folder of them: --data.")
+        raise ValueError("The run classifies images. Pass a folder of images: --data.")
     role = "prompt" if config.task == "causal-lm" else "text"
     return predict(run, Dataset.from_dict({role: texts}), columns={}, generation=generation)
 
@@ -140,8 +142,8 @@ def _not_empty(answers: Iterable[str]) -> Iterator[str]:
         yield answer
     if 2 * empty > count:
         raise ValueError(
-            f"{empty} of {count} answers are empty: the model ends where it should begin. Was it trained on prompts of "
-            "this form? `lrlora predict RUN --text` shows one."
+            f"{empty} of {count} answers are empty. Check that the prompts have the format used in training: `lrlora "
+            "predict RUN --text` shows one."
         )
 
 
@@ -168,13 +170,13 @@ class LoadedRun:
         if not (folder / METRICS_FILE).exists():
             remedy = writer_of(folder) or f"Resume it: lrlora train --resume {folder}"
             raise ValueError(f"The run in {folder} is not finished. {remedy}")
-        with readable(folder, "It is the output of `lrlora train`: train it anew if you have no copy."):
+        with readable(folder, "`lrlora train` wrote this folder. Restore it from a copy, or train again."):
             kind = KINDS[config.task]
             processor = kind.load_processor(folder)
             if record.rendering == CHAT and processor.chat_template != record.chat_template:
                 raise ValueError(
-                    f"The chat template in {folder} is not the one that the run was trained with, which is in its "
-                    f"{RUN_FILE}. Put that back: answers to another are not those that were learned."
+                    f"The chat template in {folder} differs from the one used in training, which is stored in its "
+                    f"{RUN_FILE}. Restore that template: with another, the answers are not those that were learned."
                 )
             if config.method == "full":
                 model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
@@ -235,13 +237,13 @@ class LoadedRun:
         found = format_of(examples.column_names)
         if trained == CHAT and found.name == "text":
             raise ValueError(
-                "The run was trained on chats, and the column text has no turns. To ask what it holds: --column "
+                "The run was trained on chats, but the column text has no turns. To use it as prompts, pass --column "
                 "prompt=text"
             )
         if trained != CHAT and holds_chats(examples):
             raise ValueError(
-                f"The data holds chats ({found.name}), and the run was trained on plain text, without a chat template. "
-                "Give prompts as text, or train it with --chat-template."
+                f"The data contains chats ({found.name}), but the run was trained on plain text, without a chat "
+                "template. Provide prompts as text, or train with --chat-template."
             )
 
     def encoded(self, examples: Dataset) -> Dataset:
@@ -307,15 +309,15 @@ class Chat:
     def command(self, said: str) -> str:
         """Run a chat command and return a message."""
         if said not in self._COMMANDS:
-            return f"{said} is no command. There are {', '.join(self._COMMANDS)}."
+            return f"{said} is not a command. Available commands: {', '.join(self._COMMANDS)}."
         if said == "/new":
             self._turns = []
-            return "A new chat."
+            return "Started a new chat."
         if said == "/base" and not isinstance(self._run.model, PeftModel):
-            return "The whole model was trained: there is no base model beside it."
+            return "The full model was trained, so there is no separate base model."
         self._asks_base = said == "/base"
         who = "The base model answers." if self._asks_base else "The run answers."
-        return f"{who} The chat goes on; /new begins another." if self._turns else who
+        return f"{who} The chat continues; /new starts a new one." if self._turns else who
 
     def ask(self, text: str) -> str:
         """Print the answer as it is generated, and return it."""

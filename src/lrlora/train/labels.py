@@ -21,11 +21,11 @@ def known_labels(data: Dataset, split: str) -> list[Any]:
     unknown = -1 if isinstance(data.features["label"], ClassLabel) else None
     require_rows(
         (is_known(value) and value != unknown for value in values),
-        f"label must not be missing in the split {split} (--skip-empty leaves such examples out)",
+        f"label must not be missing in the split {split} (--skip-empty skips such examples)",
     )
     require_rows(
         (isinstance(value, (str, int, float)) for value in values),
-        f"label must be one class in the split {split}",
+        f"label must be a single class in the split {split}",
         values,
     )
     return values
@@ -52,8 +52,8 @@ def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
     unseen = sorted(set(names) - set(labels))
     if unseen:
         raise ValueError(
-            f"The split {split} has labels that training does not have: {', '.join(unseen[:SHOWN_ROWS])}. Known: "
-            f"{', '.join(labels)}."
+            f"The split {split} has labels that are not in the training data: {', '.join(unseen[:SHOWN_ROWS])}. "
+            f"Known: {', '.join(labels)}."
         )
     index = {name: i for i, name in enumerate(labels)}
     return data.remove_columns("label").add_column("label", [index[name] for name in names])

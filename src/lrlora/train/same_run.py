@@ -26,9 +26,9 @@ _ADAPTER_CONFIG = "adapter_config.json"
 # Record fields, besides settings and fingerprints, that depend on the inputs.
 _NAMES = {
     "labels": "the classes of the data",
-    "max_length": "the length at which examples are cut",
-    "rendering": "how prompts and chats are read",
-    "loss_on": "the part of a chat that the loss is taken of",
+    "max_length": "the maximum length of examples",
+    "rendering": "the rendering of prompts and chats",
+    "loss_on": "the part of a chat used for the loss",
     "chat_template": "the chat template",
 }
 
@@ -117,20 +117,20 @@ def require_same_run(output: Path, last: Path | None, now: RunRecord) -> str | N
         then = read_record(checkpoint, RECORD_FILE)
         if None not in (then.run_id, began.run_id) and then.run_id != began.run_id:
             raise ValueError(
-                f"{checkpoint} is a checkpoint of another run than the one in {output}. Remove it, to go on from the "
-                "one before it."
+                f"{checkpoint} belongs to another run than the one in {output}. Remove it to resume from the previous "
+                "checkpoint."
             )
         changed += _differences(then, _with_adapter(now, checkpoint))
     if changed:
         raise ValueError(
-            f"The run in {output} cannot be resumed: it would go on with something else than it began with. What "
-            f"differs: {'; '.join(dict.fromkeys(changed))}. Put it back, or start a new run with another --output."
+            f"The run in {output} cannot be resumed, because its inputs changed: {'; '.join(dict.fromkeys(changed))}. "
+            "Restore them, or start a new run with another --output."
         )
     newer = fingerprint.differing(began.versions, now.versions)
     if not newer:
         return None
     told = ", ".join(f"{name} {began.versions[name]}, now {now.versions[name]}" for name in newer)
-    return f"Warning: the run began with other versions ({told}), and may end a little differently for it."
+    return f"Warning: the run started with other versions ({told}), so its results may differ slightly."
 
 
 def _with_adapter(record: RunRecord, checkpoint: Path) -> RunRecord:
@@ -145,7 +145,7 @@ def _with_adapter(record: RunRecord, checkpoint: Path) -> RunRecord:
 def _differences(then: RunRecord, now: RunRecord) -> list[str]:
     settings, mine = (json.loads(json.dumps(record.config | {"output": None})) for record in (then, now))
     found = [
-        f"the setting {name}, {settings[name]!r} before and {mine[name]!r} now"
+        f"the setting {name} ({settings[name]!r} before, {mine[name]!r} now)"
         for name in fingerprint.differing(settings, mine)
     ]
     for name, words in _NAMES.items():

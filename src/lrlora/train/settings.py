@@ -119,48 +119,50 @@ class TrainConfig:
 
         for name in ("adapter", "training", "columns"):
             if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must map names to values, and is {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must map names to values, got {getattr(self, name)!r}.")
         for name in ("model", "data", "output"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a name or a path, and is {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be a name or a path, got {getattr(self, name)!r}.")
         require_known("task", self.task, KINDS)
         kind = KINDS[self.task]
         require_known("method", self.method, METHODS)
         for role in self.columns:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
         if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share must be between 0 and 1, and is {self.validation_share!r}.")
+            raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share!r}.")
         for name in ("learning_rate", "head_learning_rate", "epochs", "alpha"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (is_number and 0 < value < float("inf")):
-                raise ValueError(f"{name} must be a number > 0, and is {value!r}.")
+                raise ValueError(f"{name} must be a number > 0, got {value!r}.")
         if self.loss is not None or self.size is not None:
             if self.loss is not None and self.size is not None:
-                raise ValueError("Give --loss or --size, not both.")
+                raise ValueError("Pass --loss or --size, not both.")
             check_truncation(loss=self.loss, budget=None if self.size is None else 1)
             parse_size(self.size or "r1", "size")
         if self.head_learning_rate is not None and not kind.has_head:
             raise ValueError(
-                f"head_learning_rate={self.head_learning_rate!r} is for a new head, and {self.task} has none. Leave it "
-                "out."
+                f"head_learning_rate={self.head_learning_rate!r} applies to a new head, which {self.task} does not "
+                "have. Remove it."
             )
         if self.max_length is not None and self.task == "image-classify":
-            raise ValueError(f"max_length={self.max_length!r} is for texts, and the task is {self.task}. Leave it out.")
+            raise ValueError(f"max_length={self.max_length!r} applies to text, but the task is {self.task}. Remove it.")
         if self.chat_template is not None and self.task != "causal-lm":
-            raise ValueError(f"chat_template={self.chat_template!r} is for causal-lm, and the task is {self.task}.")
+            raise ValueError(
+                f"chat_template={self.chat_template!r} applies to causal-lm, but the task is {self.task}. Remove it."
+            )
         counts = ("max_length", "train_examples", "validation_examples", "rank", "steps", "batch_size")
         for name, least in (*((name, 1) for name in (*counts, "early_stopping", "rank_every")), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name} must be a whole number ≥ {least}, and is {value!r}.")
+                raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
         for name, field_name in ARGUMENTS.items():
             if (value := getattr(self, name)) is not None:
                 _require_one(name, value, field_name, self.training, "training")
         for name, other in _of_adapter(self.method).items():
             if (value := getattr(self, name)) is not None:
                 if other is None:
-                    raise ValueError(f"{name}={value!r}: the method {self.method} has none. Leave it out.")
+                    raise ValueError(f"{name}={value!r} is not supported by the method {self.method}. Remove it.")
                 _require_one(name, value, other, self.adapter, "adapter")
 
     @property
@@ -192,8 +194,8 @@ class TrainConfig:
         missing = [name for name in ("model", "data", "task") if not content.get(name)]
         if missing:
             raise ValueError(
-                f"The configuration says nothing of {', '.join(missing)}. Give --{' and --'.join(missing)}, or the "
-                "same as keys of the YAML file."
+                f"Missing required settings: {', '.join(missing)}. Pass --{' and --'.join(missing)}, or add them to "
+                "the YAML file."
             )
         size = content.get("size")
         config = cls(**{**content, "size": str(size)} if type(size) is int else content)
@@ -207,7 +209,7 @@ class TrainConfig:
 def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], place: str) -> None:
     if other in fields:
         raise ValueError(
-            f"{name}={value!r} and {other}={fields[other]!r} under {place} are the same setting. Leave one of them out."
+            f"{name}={value!r} and {other}={fields[other]!r} under {place} are the same setting. Remove one of them."
         )
 
 
@@ -250,7 +252,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no configuration file {path}.")
     content = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold keys and values, such as `task: classify`, and does not.")
+        raise ValueError(f"{path} must contain keys and values, such as `task: classify`.")
     return content
 
 
@@ -275,7 +277,7 @@ def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
-            raise ValueError(f"{option} takes name=value, and was given {assignment!r}.")
+            raise ValueError(f"{option} must be name=value, got {assignment!r}.")
         values[name] = value
     return values
 
@@ -287,7 +289,7 @@ def _parse(text: str, where: str) -> Any:
     class Loader(yaml.SafeLoader):
         def compose_node(self, *arguments: Any) -> Any:
             if self.check_event(yaml.AliasEvent):  # nested aliases expand to gigabytes
-                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
             return super().compose_node(*arguments)
 
     # YAML 1.1 reads no, off, yes and on as booleans.

@@ -22,29 +22,29 @@ def check_sharding(config: TrainConfig) -> None:
     # Defaults of transformers (in `training`) and of accelerate (on its command line).
     version, state = ("2", "FULL_STATE_DICT") if config.training.get("fsdp") else ("1", "SHARDED_STATE_DICT")
     if fsdp and _fsdp_option(config, "version", version) != "2":
-        raise ValueError("lrlora train shards with FSDP2, and was asked for FSDP1. Add --fsdp_version 2.")
+        raise ValueError("lrlora train supports FSDP2, not FSDP1. Pass --fsdp_version 2.")
     if fsdp and _fsdp_option(config, "state_dict_type", state) != "SHARDED_STATE_DICT":
         raise ValueError(
-            "FSDP2's checkpoints must be sharded too: as FULL_STATE_DICT, adapters cannot be saved. Give "
-            "--fsdp_state_dict_type SHARDED_STATE_DICT, or state_dict_type in fsdp_config."
+            "FSDP2 checkpoints must be sharded, because adapters cannot be saved as FULL_STATE_DICT. Pass "
+            "--fsdp_state_dict_type SHARDED_STATE_DICT, or set state_dict_type in fsdp_config."
         )
     if deepspeed and find_spec("deepspeed") is None:
-        raise ValueError("The run is to be sharded by DeepSpeed, which is not installed: pip install deepspeed")
+        raise ValueError("The run uses DeepSpeed, which is not installed: pip install deepspeed")
     precision = next((name for name in ("bf16", "fp16") if config.training.get(name)), None)
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if deepspeed and precision != "no" and _learns_phi(config):
         raise ValueError(
-            f"DeepSpeed's {precision} would make φ {precision} too. Leave the mixed precision out, and put "
-            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} into DeepSpeed\'s configuration.'
+            f"DeepSpeed's {precision} would also cast φ to {precision}. Remove the mixed precision, and add "
+            '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} to the DeepSpeed configuration.'
         )
     if (fsdp or deepspeed) and config.method == "adalora":
-        raise ValueError("AdaLoRA needs gradients and factors whole, and they are sharded. Take another method.")
+        raise ValueError("AdaLoRA needs full gradients and factors, but they are sharded. Choose another method.")
     if deepspeed and config.adapter.get("init_lora_weights") == EVA:
-        raise ValueError("EVA starts from the inputs of whole layers, and DeepSpeed loads parts of them. Use FSDP2.")
+        raise ValueError("EVA needs the inputs of whole layers, but DeepSpeed loads parts of them. Use FSDP2.")
     if fsdp and config.adapter.get("sharing", "module") != "module" and _learns_phi(config):
         raise ValueError(
-            f"adapter: sharing={config.adapter['sharing']!r} cannot be sharded here: FSDP2 does not know parameters "
-            "that several of its groups have. Leave it out, or use lrlora.fully_shard_phi in a script of your own."
+            f"adapter: sharing={config.adapter['sharing']!r} is not supported with FSDP2, which cannot share "
+            "parameters between groups. Remove it, or call lrlora.fully_shard_phi in your own script."
         )
 
 
@@ -64,7 +64,7 @@ def _fsdp_option(config: TrainConfig, name: str, default: str) -> str:
         return os.environ.get(f"FSDP_{name.upper()}", default)
     options = config.training.get("fsdp_config") or {}
     if isinstance(options, str):
-        options = read_json(Path(options), dict[str, Any], "Give it as fields, or another file.")
+        options = read_json(Path(options), dict[str, Any], "Pass the options directly, or another file.")
     return str(options.get(name, options.get(f"fsdp_{name}", default)))
 
 
@@ -114,10 +114,10 @@ def require_same_sharding(checkpoint: Path, trainer: Trainer) -> None:
     elif trainer.is_deepspeed_enabled:
         now = "under DeepSpeed"
     if was != now:
-        raise ValueError(f"The checkpoint {checkpoint} was written {was}, and this run is {now}. Resume it {was}.")
+        raise ValueError(f"The checkpoint {checkpoint} was written {was}, but this run is {now}. Resume it {was}.")
     processes = sum(name.startswith("rng_state") for name in names)
     if trainer.is_deepspeed_enabled and processes != trainer.args.world_size:
         raise ValueError(
-            f"The checkpoint {checkpoint} was written by {processes} processes, and under DeepSpeed only as many can "
-            "go on with it."
+            f"The checkpoint {checkpoint} was written by {processes} processes. DeepSpeed can resume it only with the "
+            "same number."
         )

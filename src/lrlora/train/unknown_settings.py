@@ -50,7 +50,7 @@ def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> Valu
         there = next(each for each in (place, *known) if found in known[each])
         what, how = homes[there]
         how = how.format(name=found, flag=found.replace("_", "-"))
-        return "" if there == place else f", a {what}: give it by {how}"
+        return "" if there == place else f", a {what}: set it with {how}"
 
     said = f"Unknown {homes[place][0]} {name!r}."
     if place == "run" and name in _ALIASES:

@@ -31,7 +31,7 @@ def require_harmless(data: Path) -> None:
         if not file.is_file():
             continue
         if kind := Extractor.infer_extractor_format(file):
-            raise ValueError(f"{file} is packed ({kind}), and what is in it may have any size. Put it there unpacked.")
+            raise ValueError(f"{file} is an archive ({kind}), whose content may have any size. Extract it first.")
         if "json" in file.suffix and file.stat().st_size:
             with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
                 # Arrays use a parser with its own limit.
@@ -60,8 +60,8 @@ def _require_flat(text: mmap.mmap, file: Path) -> None:
                 end = found.start() + 1 if found else len(text)
                 if (depth := nesting(text[row:end])) > DEEPEST:
                     raise ValueError(
-                        f"{file} nests brackets {depth} levels deep in what begins at byte {row}, and {DEEPEST} are "
-                        "read. Remove that row."
+                        f"{file} nests brackets {depth} levels deep in the row at byte {row}; the limit is {DEEPEST}. "
+                        "Remove that row."
                     )
                 row = end
             before = place

@@ -132,7 +132,7 @@ class LrLoraConfig(PeftConfig):
         given = sorted(lora_only & kwargs.keys())
         if given:
             advice = "; ".join(f"`{name}`: {_REMEDIES.get(name, 'remove it')}" for name in given)
-            raise ValueError(f"LrLoraConfig has no field {', '.join(given)}, which only LoRA has. {advice}.")
+            raise ValueError(f"LrLoraConfig does not support the LoRA-only field(s) {', '.join(given)}. {advice}.")
         return super().__new__(cls)
 
     @classmethod
@@ -164,16 +164,16 @@ class LrLoraConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         if self.lora_dropout > 0:
             warnings.warn(
-                f"lora_dropout={self.lora_dropout} takes the slow path of LR-LoRA in training (a second matmul in "
-                "every adapted layer). Set it to 0 for full speed.",
+                f"lora_dropout={self.lora_dropout} slows down training: every adapted layer needs a second matmul. "
+                "Set lora_dropout=0 for full speed.",
                 stacklevel=3,
             )
 
     def _check(self) -> None:
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"This adapter was saved in format_version={self.format_version}; this lrlora reads up to "
-                f"{FORMAT_VERSION}. Update your clone of lrlora, and pip install . again."
+                f"The adapter has format_version={self.format_version}, but this version of lrlora supports up to "
+                f"{FORMAT_VERSION}. Update your clone of lrlora and run `pip install .` again."
             )
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             _require(_is_integer(r) and r >= 1, name, r, "an integer ≥ 1")
@@ -195,14 +195,14 @@ class LrLoraConfig(PeftConfig):
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} works only with target_modules as a list of names, and it is the "
-                    f"string {self.target_modules!r}. Give a list, or select the layers in the regular expression."
+                    f"{name}={getattr(self, name)!r} requires target_modules to be a list, got the string "
+                    f"{self.target_modules!r}. Pass a list, or select the layers in the regular expression."
                 )
 
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, and that is None. "
-                "Give layers_to_transform too, or neither."
+                f"layers_pattern={self.layers_pattern!r} requires layers_to_transform, which is None. Set both or "
+                "neither."
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -229,7 +229,7 @@ def _is_number(value: object) -> bool:
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {expected}, and is {value!r}.")
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
 def require_module_names(options: Mapping[str, Any]) -> None:
@@ -237,7 +237,7 @@ def require_module_names(options: Mapping[str, Any]) -> None:
     for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
         names = options.get(name) or ()
         are_names = isinstance(names, (str, list, set, tuple)) and all(isinstance(each, str) for each in names)
-        _require(are_names, name, names, "names of modules, or a regular expression")
+        _require(are_names, name, names, "a list of module names or a regular expression")
 
 
 def pattern_of(path: str, paths: Iterable[str]) -> str:

@@ -224,13 +224,13 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
-                f"adapter_names must name one adapter for each of the {len(x)} samples of the batch, and names "
-                f"{len(adapter_names)}. When generating, pass num_beams and num_return_sequences as arguments."
+                f"adapter_names must have one entry per sample: got {len(adapter_names)} names for a batch of "
+                f"{len(x)}. For generate, pass num_beams and num_return_sequences as arguments."
             )
         if self.merged:
             raise ValueError(
-                f"adapter_names={adapter_names} asks for an adapter of each sample's own, and "
-                f"{', '.join(self.merged_adapters)} is merged into the base weights: call unmerge_adapter() first."
+                f"adapter_names={adapter_names} requires unmerged adapters, but {', '.join(self.merged_adapters)} is "
+                "merged into the base weights. Call unmerge_adapter() first."
             )
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -269,8 +269,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if not can_merge or weight.dtype not in _MERGEABLE:
             kind = backend.backend_name if backend is not None else weight.dtype
             raise NotImplementedError(
-                f"Cannot merge into a base layer quantised as {kind}. Load the base model unquantised and merge there, "
-                "or keep the adapter unmerged."
+                f"Cannot merge into a base layer quantized as {kind}. Load the base model unquantized to merge, or "
+                "keep the adapter unmerged."
             )
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for adapter in adapters:
@@ -280,11 +280,13 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             names = ", ".join(adapters)
             if safe_merge:
                 raise ValueError(
-                    f"Merging {names} would put non-finite values into a base weight; nothing was merged into this "
-                    "layer. Training has diverged: go back to an earlier checkpoint."
+                    f"Merging {names} would produce non-finite values in a base weight, so nothing was merged into "
+                    "this layer. Training has diverged: go back to an earlier checkpoint."
                 )
             warnings.warn(
-                f"Merging {names} puts non-finite values into a base weight. safe_merge=True refuses to.", stacklevel=2
+                f"Merging {names} produces non-finite values in a base weight. Pass safe_merge=True to raise an error "
+                "instead.",
+                stacklevel=2,
             )
         if backend is not None:
             self._before_merge = quantised
@@ -301,7 +303,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the exact base weight."""
         if self._before_merge is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged; nothing to do.", stacklevel=2)
             return
         (before,), base = self._before_merge, self.get_base_layer()
         if isinstance(before, nn.Module):
@@ -342,9 +344,8 @@ def _onloaded(part: nn.Module, adapter: str) -> nn.Module:
     # Custom operators return uninitialized memory for meta tensors.
     if is_trained or any(parameter.is_meta for parameter in onloaded.parameters()):
         raise RuntimeError(
-            f"The weights of adapter {adapter!r} are on the meta device: they were never loaded, or were offloaded "
-            "and are to be trained. Offload the base model before adding the adapter, which then stays on its "
-            "device, or load the adapter."
+            f"The weights of adapter {adapter!r} are on the meta device: they were not loaded, or are offloaded "
+            "although trainable. Load the adapter, or offload the base model before adding the adapter."
         )
     return onloaded
 

@@ -84,8 +84,8 @@ class LrLoraModel(BaseTuner):
             wanted, there = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
             if wanted and there and wanted != there:
                 raise ValueError(
-                    f"target_parameters={sorted(wanted)} must be those of the adapter {name!r} on the same model, "
-                    f"{sorted(there)}: PEFT nests the wrappers of parameters in one order for all adapters."
+                    f"target_parameters={sorted(wanted)} must equal those of adapter {name!r}, {sorted(there)}, "
+                    "because PEFT nests parameter wrappers in a single order for all adapters."
                 )
 
     @contextmanager
@@ -118,14 +118,14 @@ class LrLoraModel(BaseTuner):
 
     def _check_adapter_names(self, names: Any) -> None:
         if not isinstance(names, (list, tuple)):
-            raise TypeError(f"adapter_names must be a list of names, one for each sample, and is {names!r}.")
+            raise TypeError(f"adapter_names must be a list of names, one per sample, got {names!r}.")
         if self.training:
-            raise ValueError("adapter_names= is for inference: call model.eval() first.")
+            raise ValueError("adapter_names is only supported for inference. Call model.eval() first.")
         unknown = sorted(set(names) - set(self.peft_config) - {BASE_MODEL})
         if unknown:
             raise ValueError(
-                f"adapter_names names {', '.join(unknown)}, and the adapters of this model are "
-                f"{', '.join(self.peft_config)} (and {BASE_MODEL} for none)."
+                f"Unknown adapters in adapter_names: {', '.join(unknown)}. Available: {', '.join(self.peft_config)} "
+                f"(and {BASE_MODEL} for no adapter)."
             )
 
     def combine_adapters(self, weights: Mapping[str, float]) -> None:
@@ -142,8 +142,8 @@ class LrLoraModel(BaseTuner):
         is_mapping = isinstance(weights, Mapping) and len(weights) > 0
         if not is_mapping or not all(name in self.peft_config and _is_finite(w) for name, w in weights.items()):
             raise ValueError(
-                f"weights must map names of adapters to finite numbers, as in {{'first': 0.7, 'second': 0.3}}, and is "
-                f"{weights!r}. Adapters of this model: {', '.join(self.peft_config)}."
+                "weights must map adapter names to finite numbers, for example {'first': 0.7, 'second': 0.3}, got "
+                f"{weights!r}. Available adapters: {', '.join(self.peft_config)}."
             )
         names = list(weights)
         self.set_adapter(names[0])
@@ -171,8 +171,8 @@ class LrLoraModel(BaseTuner):
         """Not supported: a weighted sum of LR-LoRA updates is not φ of one product."""
         raise NotImplementedError(
             "A weighted sum of LR-LoRA adapters cannot be stored as one LR-LoRA adapter. Use "
-            "`model.combine_adapters({'first': 0.7, 'second': 0.3})`, which adds the updates exactly, and then, if "
-            "you want one model, `model.merge_and_unload()`."
+            "`model.combine_adapters({'first': 0.7, 'second': 0.3})`, which adds the updates exactly, and "
+            "`model.merge_and_unload()` to get a single model."
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -192,7 +192,7 @@ class LrLoraModel(BaseTuner):
             for name in adapter_names or layer.active_adapters:
                 if not all(torch.isfinite(p).all() for p in layer.adapter_parameters(name)):
                     raise ValueError(
-                        f"Merging {name} would put non-finite values into the base weight of {path}; nothing was "
+                        f"Merging {name} would produce non-finite values in the base weight of {path}, so nothing was "
                         "merged. Training has diverged: go back to an earlier checkpoint."
                     )
         users: dict[int, set[int]] = {}
@@ -229,8 +229,8 @@ class LrLoraModel(BaseTuner):
                 return
             if peft_config.lora_dropout:
                 raise ValueError(
-                    f"lora_dropout={peft_config.lora_dropout} cannot act on target_parameters, which see no input. "
-                    "Set it to 0."
+                    f"lora_dropout={peft_config.lora_dropout} is not supported with target_parameters, which have no "
+                    "input to drop. Set lora_dropout=0."
                 )
             adapted: LrLoraLayer = ParamWrapper(target, parameter_name, *adapter)
         elif isinstance(target, LrLoraLayer) and not isinstance(target, ParamWrapper):
@@ -313,19 +313,19 @@ def _kind(module: nn.Module, backend: QuantizationBackend | None = None) -> type
 def _why_unsupported(module: nn.Module, key: str) -> str:
     if isinstance(module, ParamWrapper):
         return (
-            f"target_modules matches {key!r}, of which an earlier adapter has adapted {module.parameter_name!r} as one "
-            "of its target_parameters. Name the same target_parameters for this adapter."
+            f"target_modules matches {key!r}, whose parameter {module.parameter_name!r} is already adapted by the "
+            "target_parameters of another adapter. Use the same target_parameters for this adapter."
         )
     if isinstance(module, BaseTunerLayer):
         method = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
         return (
-            f"target_modules matches {key!r}, which {method} has already adapted. LR-LoRA cannot be put on top of "
-            "another method: merge that adapter first (merge_and_unload)."
+            f"target_modules matches {key!r}, which {method} already adapts. LR-LoRA cannot be added on top of "
+            "another method. Merge that adapter first (merge_and_unload)."
         )
     return (
-        f"target_modules matches {key!r}, a {type(module).__name__}. LR-LoRA adapts torch.nn.Linear, Embedding and "
-        "Conv1d to Conv3d, quantised linear layers and transformers' Conv1D: name only such modules, or add this one "
-        "to exclude_modules."
+        f"target_modules matches {key!r}, a {type(module).__name__}. LR-LoRA supports torch.nn.Linear, Embedding and "
+        "Conv1d to Conv3d, quantized linear layers and transformers' Conv1D. Select only such modules, or add this "
+        "one to exclude_modules."
     )
 
 
@@ -355,4 +355,4 @@ def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _require_finite(state_dict: dict[str, Tensor], verb: str, remedy: str) -> None:
     for name, tensor in state_dict.items():
         if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise ValueError(f"The adapter cannot be {verb}: {name} holds NaN or infinite values. {remedy}")
+            raise ValueError(f"The adapter cannot be {verb}: {name} contains NaN or infinite values. {remedy}")

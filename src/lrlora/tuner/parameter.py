@@ -81,8 +81,8 @@ class ParamWrapper(LrLoraLayer):
         """Run the module with W + ΔW in place of the parameter."""
         if adapter_names is not None:
             raise NotImplementedError(
-                "adapter_names= (another adapter for each sample of a batch) does not work with target_parameters: "
-                "experts mix the samples. Run the samples of each adapter in a batch of their own, after set_adapter."
+                "adapter_names (per-sample adapters) is not supported with target_parameters, because experts mix "
+                "samples. Call set_adapter and run a separate batch for each adapter."
             )
         weight: Tensor = self.get_param()
         adapters = self._adapters_to_apply()

@@ -43,7 +43,7 @@ def fully_shard_phi(model: nn.Module, **options: Any) -> None:
 
     transfers = [module for module in model.modules() if isinstance(module, Form)]
     if not transfers:
-        raise ValueError("The model has no φ to shard: add an LR-LoRA adapter before.")
+        raise ValueError("The model has no φ to shard. Add an LR-LoRA adapter before calling fully_shard_phi.")
     for transfer in transfers:
         if any(True for _ in transfer.parameters()):
             # φ is tiny and needed again in the backward, so it stays gathered until then.

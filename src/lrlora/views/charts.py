@@ -161,7 +161,7 @@ def spectrum(runs: Sequence[str]) -> Chart:
     Data "spectrum": run, which, index, sigma.
     """
     chart = alt.Chart(alt.NamedData("spectrum")).encode(
-        x=alt.X("index:Q", title="which singular value", scale=alt.Scale(type="log")),
+        x=alt.X("index:Q", title="index of the singular value", scale=alt.Scale(type="log")),
         y=alt.Y("sigma:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
         color=_of_run(runs),
         tooltip=["run:N", "which:N", "index:Q", alt.Tooltip("sigma:Q", format=".3~g")],

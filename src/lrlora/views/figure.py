@@ -42,7 +42,7 @@ def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: st
 
     """
     if measure not in MEASURES:
-        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, and is {measure!r}.")
+        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}.")
     types, layers = ({getattr(row, name) for row in report.rows} for name in ("type", "layer"))
     heat_height = 0.4 * len(types) + 1.2
     is_curved = any(row.module in report.curves for row in report.rows)

@@ -49,22 +49,22 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
 
     """
     if not runs:
-        raise ValueError("runs is empty: there is nothing to show.")
+        raise ValueError("runs is empty, so there is nothing to show.")
     if len(runs) > len(COLOURS):
-        raise ValueError(f"A page tells {len(COLOURS)} runs apart at most, and was given {len(runs)}.")
+        raise ValueError(f"A page supports at most {len(COLOURS)} runs, got {len(runs)}.")
     if empty := [run.name for run in runs if not run.report.rows]:
-        raise ValueError(f"There is nothing to show of {', '.join(empty)}: the report has no modules.")
+        raise ValueError(f"Nothing to show for {', '.join(empty)}: the report has no modules.")
     if len({run.name for run in runs}) < len(runs):
-        raise ValueError(f"Every run needs a name of its own; they are {', '.join(run.name for run in runs)}.")
+        raise ValueError(f"Run names must be unique, got {', '.join(run.name for run in runs)}.")
     folder = Path(__file__).parent
     is_curved, is_learned = _is_curved(runs), any(part.linear for run in runs for part in run.report.spectra.values())
     parts = {
         "title": html.escape(title),
         "about": "ΔW = s·φ(BA): the shape of φ, learned for each module, decides how many directions its update uses."
         if is_curved
-        else "How many directions the update of each module uses.",
+        else "Number of directions that the update of each module uses.",
         "shown": "φ and spectrum" if is_curved else "spectrum",
-        "linear": " (solid), and of s·BA, what LoRA would make of the same factors (dashed)" if is_learned else "",
+        "linear": " (solid), and of s·BA, the LoRA update from the same factors (dashed)" if is_learned else "",
         "style": (folder / "page.css").read_text(encoding="utf-8"),
         "vega": _charts_library(),
         "data": _in_script(_content(runs)),

@@ -88,7 +88,7 @@ def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathL
         else:
             found = {source: folder.resolve().stem if folder.is_file() else _name(folder, source)}
         if twice := {path for path in found if _same(path) in map(_same, names)}:
-            raise ValueError(f"{', '.join(sorted(twice))} is given twice. Give every run once.")
+            raise ValueError(f"{', '.join(sorted(twice))} is given twice. Pass each run once.")
         names |= found
     is_clear = len(set(names.values())) == len(names)
     return [load_run(source, name if is_clear else source, base=base) for source, name in names.items()]
@@ -182,7 +182,7 @@ def _add_training(
 
 
 # Rendering of a run's prompts → description.
-PROMPTS = {CHAT: "chats, written with the tokenizer's template", PLAIN: "plain text, without a template"}
+PROMPTS = {CHAT: "chats, rendered with the tokenizer's template", PLAIN: "plain text, without a template"}
 
 
 def _adapter_of(folder: Path, checkpoint: Path | None) -> str:

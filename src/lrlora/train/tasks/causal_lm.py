@@ -52,13 +52,13 @@ class CausalLm(Kind):
         found = next((each for each in formats if all(names[role] in there for role in each.asked)), None)
         if found is None:
             raise ValueError(
-                "The task causal-lm reads the columns messages, or conversations, or prompt and completion, or "
-                f"instruction and output, or text, and the data has {', '.join(there)}. Name them: {_hint(there)}"
+                "The task causal-lm needs the columns messages, or conversations, or prompt and completion, or "
+                f"instruction and output, or text, but the data has {', '.join(there)}. Map them: {_hint(there)}"
             )
         if with_label and found.answer is not None and names[found.answer] not in there:
             raise ValueError(
-                f"The data has {names[found.asked[0]]}, and lacks {found.answer}, to be read as {found.name}. It has "
-                f"{', '.join(there)}. Name it: --column {found.answer}=NAME"
+                f"The data has {names[found.asked[0]]} but no {found.answer}, which the format {found.name} needs. "
+                f"Available columns: {', '.join(there)}. Map it: --column {found.answer}=NAME"
             )
         return {role: names[role] for role in found.roles if names[role] in there}
 
@@ -92,7 +92,7 @@ class CausalLm(Kind):
         return as_trl_reads(data, rendering_of(data, processor))
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
-        return f"Example, with the loss taken in ⟦ ⟧: {shown_tokens(row, processor, marked=True)!r}"
+        return f"Example, with the loss on the tokens in ⟦ ⟧: {shown_tokens(row, processor, marked=True)!r}"
 
     def arguments_class(self) -> type[TrainingArguments]:
         return importlib.import_module("trl").SFTConfig  # lazy: TRL is slow to import

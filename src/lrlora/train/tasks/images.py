@@ -33,13 +33,13 @@ class ImageClassify(Classify):
     def as_read(self, data: Dataset) -> Dataset:
         if not isinstance(data.features["image"], datasets.Image):
             raise ValueError(
-                f"The column image must hold images, and holds {data.features['image']}. Give a folder with a folder "
-                "of images for each class, or data with a column of the type Image."
+                f"The column image must contain images, got {data.features['image']}. Pass a folder with one folder "
+                "of images per class, or data with a column of type Image."
             )
         return data.cast_column("image", datasets.Image(decode=False))  # decoded per batch, not cached
 
     def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
-        rule = f"image must be an image in the split {split} (--skip-empty leaves out what is empty)"
+        rule = f"image must be an image in the split {split} (--skip-empty skips empty examples)"
         require_rows(map(_is_image, data["image"]), rule)
 
     def load_processor(self, source: str | Path) -> Any:
@@ -65,7 +65,7 @@ class ImageClassify(Classify):
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
         size = " × ".join(map(str, row["pixel_values"].shape))
-        return f"Example, as the model reads it: an image of {size} numbers → {labels[row['labels']]}"
+        return f"Example, as the model reads it: an image of shape {size} → {labels[row['labels']]}"
 
     def described(self, example: dict[str, Any]) -> dict[str, Any]:
         return {**example, "image": example["image"]["path"]}

@@ -44,10 +44,10 @@ class MultipleChoice(Kind):
                 isinstance(c, list) and len(c) > 1 and all(isinstance(choice, str) and choice.strip() for choice in c)
                 for c in choices
             ),
-            f"choices must be lists of two texts or more, none empty, in the split {split}",
+            f"choices must be lists of at least two nonempty texts in the split {split}",
         )
         if self.has_head and len({len(c) for c in choices}) > 1:
-            raise ValueError(f"All examples of the split {split} must have as many choices as the others.")
+            raise ValueError(f"All examples of the split {split} must have the same number of choices.")
         if "prompts" in data.column_names:
             prompts = data["prompts"][:]
             require_rows(
@@ -55,14 +55,14 @@ class MultipleChoice(Kind):
                     isinstance(p, list) and len(p) == len(c) and all(isinstance(t, str) and t.strip() for t in p)
                     for p, c in zip(prompts, choices, strict=True)
                 ),
-                f"prompts must be lists of texts, one for each choice and none empty, in the split {split}",
+                f"prompts must be lists of nonempty texts, one per choice, in the split {split}",
                 prompts,
             )
         if with_label:
             pairs = zip(data["label"], choices, strict=True)
             require_rows(
                 (isinstance(label, int) and 0 <= label < len(c) for label, c in pairs),
-                f"label must be the index of one of the choices, from 0, in the split {split}",
+                f"label must be the index of a choice, counted from 0, in the split {split}",
             )
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:
@@ -92,7 +92,7 @@ class MultipleChoice(Kind):
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
         right = {"input_ids": row["input_ids"][row["labels"]]}
-        return f"Example, its right choice as the model reads it: {shown_tokens(right, processor)!r}"
+        return f"Example, with its correct choice, as the model reads it: {shown_tokens(right, processor)!r}"
 
     def unlabelled(self, encoded: Dataset) -> Dataset:
         return encoded.add_column("labels", [0] * len(encoded))  # its collator requires labels

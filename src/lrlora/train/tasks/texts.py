@@ -30,13 +30,13 @@ class Classify(Kind):
         distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
         if len(distinct) < 2:
             raise ValueError(
-                f"All examples of the split train have the label {distinct[0]!r}: there is nothing to learn."
+                f"All examples of the split train have the label {distinct[0]!r}, so there is nothing to learn."
             )
         if isinstance(feature, ClassLabel):
             return list(feature.names)
         if any(isinstance(value, float) and not value.is_integer() for value in distinct):
             raise ValueError(
-                f"The labels are numbers with fractions ({distinct[0]}, {distinct[1]}, …). To predict numbers, use the "
+                f"The labels are non-integer numbers ({distinct[0]}, {distinct[1]}, …). To predict numbers, use the "
                 "task regress."
             )
         return [class_name(value) for value in distinct]
