@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from datasets import DatasetDict
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -21,6 +22,9 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+
+from lrlora.train.data import load_splits
+from lrlora.train.settings import TrainConfig
 
 GOOD, BAD = ("splendid", "moving", "clever"), ("dull", "clumsy", "tired")
 WORDS = (*GOOD, *BAD, "a", "film", "with", "plot", "and", "actors", "good", "bad", "the", "is", "it", "?")
@@ -92,3 +96,8 @@ def reviews(count: int = 160, seed: int = 0) -> pd.DataFrame:
         words = [chance.choice(GOOD if verdict == "fresh" else BAD), *chance.choices(WORDS[6:12], k=5)]
         rows.append({"review": " ".join(words), "verdict": verdict})
     return pd.DataFrame(rows)
+
+
+def read(data: str) -> DatasetDict:
+    """The splits of data for classification."""
+    return load_splits(data, TrainConfig("model", data, "classify"))

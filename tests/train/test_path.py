@@ -26,12 +26,11 @@ from transformers import (
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.train.data import load_splits
 from lrlora.train.inference import evaluate, predict
 from lrlora.train.run import show_plan, train
 from lrlora.train.settings import TrainConfig
 
-from .small import SIZES, reviews, tokenizer
+from .small import SIZES, read, reviews, tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +43,7 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frame[:0].to_csv("header.csv", index=False)
     Path("nothing.csv").write_text("")
     Path("twice.csv").write_text("text,text,label\na,b,fresh\n")
+    Path("shifted.csv").write_text("text,label\n\na film, and good,fresh\na bore, and bad,rotten\n")
     frame.rename(columns={"text": "review", "label": "verdict"}).to_csv("columns.csv", index=False)
     gaps = [{"text": "", "label": "fresh"}, {"text": "a film", "label": None}]
     pd.concat([frame, pd.DataFrame(gaps)]).to_csv("gaps.csv", index=False)
@@ -75,6 +75,10 @@ MESSAGES = {
     ("--data", "header.csv"): "header.csv has a header (text, label) but no rows",
     ("--data", "nothing.csv"): "nothing.csv is empty",
     ("--data", "twice.csv"): "several columns of twice.csv are named text. Give each a unique name",
+    (
+        "--data",
+        "shifted.csv",
+    ): "line 3 of shifted.csv has 3 fields, but the header has 2. Quote fields that contain ','",
     (
         "--data",
         "columns.csv",
@@ -119,7 +123,19 @@ def test_words_for_nothing_are_labels_in_a_folder_too(name: str) -> None:
     file.parent.mkdir(parents=True)
     pd.DataFrame({"text": "a", "label": labels}).to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
     for data in (file, "folder"):
-        assert load_splits(str(data))["train"]["label"][:] == labels
+        assert read(str(data))["train"]["label"][:] == labels
+
+
+def test_labels_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    labels = ["10", "007", "7", "1E3", "1000", "Spam", "spam "] * 4
+    pd.DataFrame({"text": [f"film {i}" for i in range(28)], "label": labels}).to_csv("codes.csv", index=False)
+    said: list[str] = []
+    train(TrainConfig(encoder, "codes.csv", "classify", steps=1, output="run"), announce=said.append)
+    assert json.loads(Path("run/run.json").read_text())["labels"] == ["007", "7", "10", "1000", "1E3", "Spam", "spam "]
+    assert "Warning: the classes 'Spam', 'spam ' differ only in case or spaces." in said
+    pd.DataFrame({"text": ["a", "b"], "label": ["0.5", "1"]}).to_csv("numbers.csv", index=False)
+    assert "use the task regress" in told("train", "--model", encoder, "--data", "numbers.csv", "--task", "classify")
 
 
 @pytest.mark.parametrize("name", ["semicolons", "latin", "header", "nothing", "twice"])

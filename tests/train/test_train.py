@@ -40,7 +40,6 @@ from lrlora import LrLoraConfig
 from lrlora.cli import app
 from lrlora.files import write_json
 from lrlora.ranks.report import read_history
-from lrlora.train.data import load_splits
 from lrlora.train.metrics import plain_metrics
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig, parse_assignments
@@ -48,7 +47,7 @@ from lrlora.train.tasks import KINDS, ChoiceByLikelihood
 from lrlora.train.tasks.likelihood import collate_choices, encode_continuations, token_log_likelihoods
 
 from ..processes import LRLORA, Process
-from .small import BAD, GOOD, SIZES, reviews, tokenizer
+from .small import BAD, GOOD, SIZES, read, reviews, tokenizer
 
 
 @pytest.fixture
@@ -771,7 +770,7 @@ def test_a_full_machine_is_no_fault_of_the_data(
 
     monkeypatch.setattr("lrlora.train.data.load_dataset", fail)
     with pytest.raises(type(trouble)):
-        load_splits(table)
+        read(table)
 
 
 def test_other_bad_data(no_weights: str, table: str, tmp_path: Path) -> None:
@@ -839,6 +838,11 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     ]
     (tmp_path / "bad.yaml").write_text("\n".join(bomb))
     assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML: aliases (*a) are not supported")
+    begun = "model: m\ndata: d\ntask: classify\n"
+    (tmp_path / "bad.yaml").write_text(f"{begun}steps: 1:30\n")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "steps must be", "'1:30'")
+    (tmp_path / "bad.yaml").write_text(f"{begun}seed: 3\nsteps: 30\nseed: 4\n")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML: the key seed occurs twice")
     (tmp_path / "bad.yaml").write_text("model: m\ndata: [a, b]\ntask: classify\ncolumns:\n")
     assert_refused(run("train", tmp_path / "bad.yaml"), "columns must map names to values")
     assert not (tmp_path / "out").exists()

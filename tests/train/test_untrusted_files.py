@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lrlora.train import untrusted_files as harmless
-from lrlora.train.data import load_splits
 
 from ..processes import Process
+from .small import read
 
 DEEP = "[" * 50_000 + "]" * 50_000
 
@@ -21,7 +21,7 @@ DEEP = "[" * 50_000 + "]" * 50_000
 def test_a_row_that_would_kill_the_process(tmp_path: Path) -> None:
     file = tmp_path / "deep.jsonl"
     file.write_text('{"text": "a"}\n' * 9 + f'{{"text": "a", "more": {DEEP}}}\n')
-    code = f"from lrlora.train.data import load_splits; load_splits({str(file)!r})"
+    code = f"from tests.train.small import read; read({str(file)!r})"
     process = Process(code)
     said = process.communicate(timeout=600)
     assert process.returncode == 1
@@ -33,7 +33,7 @@ def test_nested_data_in_a_folder(tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_text('{"a":\n' * 10_000)
     with pytest.raises(ValueError, match=re.escape(f"{file} nests brackets 10000 levels deep")):
-        load_splits(str(tmp_path))
+        read(str(tmp_path))
 
 
 def row(chance: random.Random, depth: int) -> str:
@@ -65,7 +65,7 @@ def test_depth_is_found_wherever_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 def test_many_brackets_are_not_deep(tmp_path: Path) -> None:
     rows = [{"text": "[{" * 5000, "messages": [{"content": "a]"}] * 3000}, {"text": "b", "messages": []}]
     (tmp_path / "wide.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
-    assert len(load_splits(str(tmp_path / "wide.jsonl"))["train"]) == 2
+    assert len(read(str(tmp_path / "wide.jsonl"))["train"]) == 2
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.jsonl", "folder/train.csv"])
@@ -75,4 +75,4 @@ def test_packed_data(tmp_path: Path, name: str) -> None:
     file.write_bytes(gzip.compress(b"text,label\n" + b"0," * 10**6))
     source = file if name.startswith("data") else file.parent
     with pytest.raises(ValueError, match=re.escape(f"{file} is an archive (gzip)")):
-        load_splits(str(source))
+        read(str(source))

@@ -182,7 +182,7 @@ def _own_examples(run: LoadedRun) -> tuple[Dataset, Dataset]:
 
 
 def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Dataset, Dataset]:
-    splits = load_splits(data, run.config.delimiter, run.config.encoding)
+    splits = load_splits(data, run.config)
     if {"train", "validation"} <= set(splits):
         parts = [run.examples(data, name, announce, with_label=True) for name in ("train", "validation")]
         return parts[0], parts[1]
@@ -225,7 +225,7 @@ def _made_up(
     if task == "classify" and not labels:
         labels = [str(index) for index in range(model.config.num_labels)]
     run = LoadedRun(config, RunRecord({}, labels, None, {}), processor, model).reading(**reading)
-    splits = load_splits(data, run.config.delimiter, run.config.encoding)
+    splits = load_splits(data, run.config)
     examples = run.examples(data, next(iter(splits)), lambda line: None, with_label=True)
     limit = max_tokens(processor, model.config)
     record = replace(

@@ -20,7 +20,7 @@ from .cells import is_filled, is_known, require_rows
 from .commonsense import ALL, COMMONSENSE, load_commonsense
 from .embedded import EMBEDDED, EMBEDDED_DATA
 from .embedded_texts import split_by_group
-from .labels import with_class_ids
+from .labels import alike, with_class_ids
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import Kind
 from .untrusted_files import require_harmless
@@ -60,13 +60,12 @@ def require_data_path(name: str) -> None:
         raise FileNotFoundError(f"There is no file or folder {name} to read data from.")
 
 
-def load_splits(name: str, delimiter: str | None = None, encoding: str | None = None) -> DatasetDict:
+def load_splits(name: str, config: TrainConfig) -> DatasetDict:
     """Load all splits of `name`; a single file becomes `train`.
 
     Args:
         name: see `TrainConfig.data`.
-        delimiter: column delimiter of a CSV file; None: a comma, or a tab for TSV.
-        encoding: encoding of a CSV file; None: UTF-8.
+        config: run that says how CSV files are read. Labels of classes are read as text, so that 007 is not 7.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -85,12 +84,12 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
         require_harmless(path)
     try:
         if path.is_file():
-            return _load_file(path, delimiter, encoding)
+            return _load_file(path, config)
         if is_saved:
             loaded = load_from_disk(str(path))
             return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
         if path.is_dir():
-            return _load_folder(path, delimiter, encoding)
+            return _load_folder(path, config)
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:
@@ -116,33 +115,44 @@ def load_splits(name: str, delimiter: str | None = None, encoding: str | None = 
         ) from None
 
 
-def _load_file(path: Path, delimiter: str | None, encoding: str | None) -> DatasetDict:
+def _load_file(path: Path, config: TrainConfig) -> DatasetDict:
     builder = BUILDERS[path.suffix]
     options: dict[str, Any] = {}
     if builder == "csv":
-        delimiter = delimiter or ("\t" if path.suffix == ".tsv" else ",")
-        _check_header(path, delimiter, encoding or "utf-8-sig")
-        options = {**_CSV, "sep": delimiter, "encoding": encoding}
+        delimiter = config.delimiter or ("\t" if path.suffix == ".tsv" else ",")
+        _check_header(path, delimiter, config.encoding or "utf-8-sig")
+        options = _csv_options(config) | {"sep": delimiter}
     return load_dataset(builder, data_files={"train": str(path)}, **options)
 
 
-def _load_folder(folder: Path, delimiter: str | None, encoding: str | None) -> DatasetDict:
+def _load_folder(folder: Path, config: TrainConfig) -> DatasetDict:
     builder = load_dataset_builder(str(folder))
-    given = {"sep": delimiter, "encoding": encoding}
-    options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+    options: dict[str, Any] = {}
     if builder.name == "csv":
-        config: Any = builder.config
-        for file in chain(*config.data_files.values()):
-            _check_header(Path(file), delimiter or config.sep, encoding or "utf-8-sig")
-        options |= _CSV
+        found: Any = builder.config
+        delimiter = config.delimiter or found.sep
+        for file in chain(*found.data_files.values()):
+            _check_header(Path(file), delimiter, config.encoding or "utf-8-sig")
+        options = _csv_options(config) | {"sep": delimiter}
     return load_dataset(str(folder), **options)
+
+
+def _csv_options(config: TrainConfig) -> dict[str, Any]:
+    of_classes = {config.columns.get("label", "label"): _as_text} if config.task == "classify" else None
+    return {**_CSV, "encoding": config.encoding, "converters": of_classes}
+
+
+def _as_text(cell: str) -> str | None:
+    return cell or None
 
 
 def _check_header(path: Path, delimiter: str, encoding: str) -> None:
     """Raise ValueError for a header that pandas would silently misread."""
     with path.open(encoding=encoding, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter)
-        header, first = next(rows, []), next(rows, None)
+        header = next(rows, [])
+        first = next((row for row in rows if row), None)
+        line = rows.line_num
     if first is None:
         has = f"has a header ({', '.join(header)}) but no rows" if header else "is empty"
         raise ValueError(f"{path.name} {has}")
@@ -153,6 +163,11 @@ def _check_header(path: Path, delimiter: str, encoding: str) -> None:
         )
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise ValueError(f"several columns of {path.name} are named {', '.join(twice)}. Give each a unique name")
+    if len(first) > len(header):  # pandas would use the first field as an index, and shift the columns
+        raise ValueError(
+            f"line {line} of {path.name} has {len(first)} fields, but the header has {len(header)}. Quote fields that "
+            f"contain {delimiter!r}, or name all columns"
+        )
 
 
 def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy: str) -> str:
@@ -178,13 +193,13 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
         ValueError: data is empty, lacks a column, or is invalid for the task; the message says where.
 
     """
-    splits = DatasetDict(load_splits(config.data, config.delimiter, config.encoding))
+    splits = DatasetDict(load_splits(config.data, config))
     if "train" not in splits:
         raise ValueError(f"{config.data} has no split `train`. Available splits: {', '.join(splits)}.")
     if config.validation == FROM_TRAIN:
         splits.pop("validation", None)
     elif config.validation is not None:
-        other = load_splits(config.validation, config.delimiter, config.encoding)
+        other = load_splits(config.validation, config)
         splits["validation"] = other[only_split(other, ("validation",), f"{config.validation} has", "a separate file")]
     splits = DatasetDict(
         {name: select_roles(splits[name], kind, config.columns) for name in ("train", "validation") if name in splits}
@@ -202,6 +217,7 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
                 f"Warning: all {count:,} training examples have different labels. Check that the label column is "
                 "correct."
             )
+        notes += alike(labels)
         splits = DatasetDict({name: with_class_ids(part, labels, name) for name, part in splits.items()})
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split(splits["train"], config.validation_share)
@@ -231,8 +247,7 @@ def load_examples(
 
     """
     name = data if isinstance(data, str) else "data"
-    file = (config.delimiter, config.encoding)
-    splits = load_splits(data, *file) if isinstance(data, str) else DatasetDict(test=data)
+    splits = load_splits(data, config) if isinstance(data, str) else DatasetDict(test=data)
     chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
     require_known(f"split of {name}", chosen, splits)
     examples = select_roles(splits[chosen], kind, config.columns, with_label=with_label)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -37,6 +39,36 @@ def class_name(value: Any) -> str:
     An integer column with an empty cell is read as floats and must keep its class names.
     """
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def in_order(values: Iterable[Any]) -> list[Any]:
+    """Distinct labels, sorted; numbers, also those in text, by value."""
+
+    def key(value: Any) -> tuple[str, float, str]:
+        is_number = not isinstance(value, str) or re.fullmatch(r"-?\d{1,15}", value) is not None
+        return ("" if is_number else "text", float(value) if is_number else 0.0, str(value))
+
+    return sorted(set(values), key=key)
+
+
+def is_fraction(value: Any) -> bool:
+    """Whether a label is a number, or the text of one, but not an integer."""
+    try:
+        return not float(value).is_integer()
+    except (ValueError, OverflowError):
+        return False
+
+
+def alike(labels: list[str]) -> list[str]:
+    """Warnings of classes that differ only in case or spaces."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(" ".join(label.split()).casefold(), []).append(label)
+    return [
+        f"Warning: the classes {', '.join(map(repr, group))} differ only in case or spaces."
+        for group in groups.values()
+        if len(group) > 1
+    ]
 
 
 def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:

@@ -282,6 +282,18 @@ def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
     return values
 
 
+# Type, pattern and first characters, as in YAML 1.2.
+_YAML_VALUES = (
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\d[\d_]*\.\d*|\.\d+)$|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+        "-+.0123456789",
+    ),
+)
+
+
 def _parse(text: str, where: str) -> Any:
     """Parse YAML, with 1e-4 as a number and `no` as a word."""
     import yaml
@@ -292,16 +304,20 @@ def _parse(text: str, where: str) -> Any:
                 raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
             return super().compose_node(*arguments)
 
-    # YAML 1.1 reads no, off, yes and on as booleans.
-    boolean = "tag:yaml.org,2002:bool"
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag != boolean]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver(boolean, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise yaml.YAMLError(f"the key {twice[0]} occurs twice")
+            return super().construct_mapping(node, deep)
+
+    # YAML 1.1 reads no, off, yes and on as booleans, 1:30 as 90, 010 as 8, and dates.
+    Loader.yaml_implicit_resolvers = {}
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items():
+        for tag, pattern in known:
+            if tag.rpartition(":")[2] in ("null", "merge"):
+                Loader.yaml_implicit_resolvers.setdefault(first, []).append((tag, pattern))
+    for tag, pattern, first in _YAML_VALUES:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..cells import is_finite, require_rows
-from ..labels import class_name, known_labels
+from ..labels import class_name, in_order, is_fraction, known_labels
 from ..metrics import classification_metrics, regression_metrics
 from .base import Kind
 
@@ -27,14 +27,14 @@ class Classify(Kind):
 
     def class_names(self, data: Dataset) -> list[str]:
         values, feature = known_labels(data, "train"), data.features["label"]
-        distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
+        distinct = in_order(values)
         if len(distinct) < 2:
             raise ValueError(
                 f"All examples of the split train have the label {distinct[0]!r}, so there is nothing to learn."
             )
         if isinstance(feature, ClassLabel):
             return list(feature.names)
-        if any(isinstance(value, float) and not value.is_integer() for value in distinct):
+        if any(map(is_fraction, distinct)) and all(is_fraction(value) or is_finite(value) for value in distinct):
             raise ValueError(
                 f"The labels are non-integer numbers ({distinct[0]}, {distinct[1]}, …). To predict numbers, use the "
                 "task regress."
