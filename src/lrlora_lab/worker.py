@@ -118,8 +118,9 @@ def _scores(folder: Path, task: Task) -> dict[str, float]:
 
 def _course(result: TrainResult) -> dict[str, Any]:
     """Mean training loss and number of tokens seen; None for non-text data."""
-    last = next(entry for entry in reversed(result.log_history) if "train_loss" in entry)
-    return {"train_loss": last["train_loss"], "train_tokens": last.get("num_input_tokens_seen")}
+    # A run that was killed before it was finished has no such entry.
+    last = next((entry for entry in reversed(result.log_history) if "train_loss" in entry), {})
+    return {"train_loss": last.get("train_loss"), "train_tokens": last.get("num_input_tokens_seen")}
 
 
 def _sizes(folder: Path, model: Any) -> dict[str, Any]:

@@ -258,6 +258,30 @@ def test_an_interrupted_run_resumes_with_the_same_losses(
     assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
 
 
+@pytest.mark.parametrize("method", ["lr-lora", "full"])
+def test_killed_after_its_last_checkpoint_a_run_is_finished_without_another_step(
+    encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    training = {"max_steps": 6, "eval_steps": 2, "save_steps": 2, "per_device_train_batch_size": 8}
+    settings = {"model": encoder, "data": table, "task": "classify", "method": method, "training": training}
+    config = {**settings, "columns": {"text": "review", "label": "verdict"}, "rank_every": 2}
+    whole = train(TrainConfig.from_dict({**config, "output": str(tmp_path / "whole")}))
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrlora.train.run._finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig.from_dict({**config, "output": str(tmp_path / "cut")}))
+    cut = train(TrainConfig.from_dict({**config, "output": str(tmp_path / "cut")}), resume=True)
+    assert cut.metrics == whole.metrics
+    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    steps = [entry["step"] for entry in cut.log_history if "eval_loss" in entry]
+    assert steps == [2, 4, 6, 6]  # with that of the best one at the end
+
+
 @pytest.mark.slow
 def test_memory_stays_flat_over_2000_steps(encoder: str, table: str, tmp_path: Path) -> None:
     memory: dict[int, int] = {}

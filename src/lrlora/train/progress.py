@@ -170,6 +170,7 @@ class Progress(TrainerCallback):
     def __init__(self, announce: Announce) -> None:
         self.announce = announce
         self.shown: dict[str, str] = {}
+        self.bar = tqdm(disable=True)  # until training starts
 
     @contextmanager
     def closed_at_the_end(self) -> Iterator[None]:
@@ -177,8 +178,7 @@ class Progress(TrainerCallback):
         try:
             yield
         finally:
-            if hasattr(self, "bar"):
-                self.bar.close()
+            self.bar.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -26,9 +26,11 @@ from transformers import (
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters import factorize, read_updates, save_as_lora
 from ..adapters.card import LORA_FOLDER
@@ -320,9 +322,22 @@ def _fit(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announ
         if last is None:
             trainer.train()
             return
-        announce(f"Resuming from step {last.name.rpartition('-')[2]}.")
+        step = int(last.name.rpartition("-")[2])
+        announce(f"Resuming from step {step}.")
+        if step >= trainer.args.max_steps and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            _load_trained(trainer, last)
+            return
         with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
             trainer.train(resume_from_checkpoint=str(last))
+
+
+def _load_trained(trainer: Trainer, last: Path) -> None:
+    """Load the final checkpoint of a run that was killed before it finished; the Trainer would train one more step."""
+    with readable(last, ANOTHER_CHECKPOINT):
+        trainer._load_from_checkpoint(str(last))
+        trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
 
 
 def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> None:
