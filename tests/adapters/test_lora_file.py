@@ -266,3 +266,29 @@ def test_numbers_of_eight_bits(tmp_path: Path) -> None:
     torch.testing.assert_close(update.matrix(), small["a.lora_up.weight"].float() @ small["a.lora_down.weight"].float())
     save_single_file(factorize(updates, energy=1.0), updates, tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["a.lora_up.weight"].dtype == torch.bfloat16
+
+
+def test_a_factor_beyond_half_precision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    large = {"a.lora_down.weight": torch.full((1, 8), 1e6), "a.lora_up.weight": torch.full((4, 1), 1e6)}
+    save_file(large, "large.safetensors")
+    asked = ["export", "large.safetensors", "--energy", "1", "--output"]
+    refused = CliRunner().invoke(app, [*asked, "half.safetensors", "--dtype", "float16"], env={"COLUMNS": "200"})
+    assert refused.exit_code == 1
+    assert "A factor of a exceeds the range of float16. Use --dtype bfloat16 or float32." in refused.output
+    assert not Path("half.safetensors").exists()
+    assert CliRunner().invoke(app, [*asked, "wide.safetensors", "--dtype", "bfloat16"]).exit_code == 0
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.float8_e4m3fn])
+def test_the_widest_dtype_of_the_factors_counts(tmp_path: Path, narrow: torch.dtype) -> None:
+    tensors = {
+        "a.lora_down.weight": torch.randn(2, 8).to(narrow),
+        "a.lora_up.weight": torch.randn(4, 2).to(narrow),
+        "b.alpha": torch.tensor(2.0),
+        "b.lora_down.weight": torch.randn(2, 8).bfloat16(),
+        "b.lora_up.weight": torch.randn(4, 2).bfloat16(),
+    }
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    updates = read_updates(tmp_path / "mixed.safetensors")
+    assert updates.origin.stored_dtype == (torch.float32 if narrow == torch.float16 else torch.bfloat16)

@@ -23,7 +23,7 @@ from .factorize import Factors, kept_energy
 from .loading import load_adapted, sample_inputs, save_preprocessing
 from .lora_file import SingleFile, save_single_file
 from .peft_folder import AdapterSource, SavedAdapter
-from .update import Source, Updates
+from .update import Source, Updates, as_stored
 
 _CARD = """# LoRA adapter
 
@@ -192,7 +192,7 @@ def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:
 
 def _tensors(part: Factors, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a module under PEFT's names, in PEFT's shapes."""
-    A, B = (matrix.to(dtype).contiguous() for matrix in part.padded(rank))
+    A, B = (as_stored(part.module, matrix, dtype) for matrix in part.padded(rank))
     name = f"{PEFT_PREFIX}{part.module}.lora_"
     if part.layout.is_embedding:
         return {f"{name}embedding_A": B.T.contiguous(), f"{name}embedding_B": A.T.contiguous()}

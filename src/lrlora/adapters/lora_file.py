@@ -21,7 +21,7 @@ from ..untrusted import require_plain_names, require_quick_patterns
 from .factorize import Factors
 from .full_model import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
-from .update import MAGNITUDES_NOTE, Updates, common_dtype
+from .update import MAGNITUDES_NOTE, Updates, as_stored, common_dtype
 
 _EXPECTED = "Expected a single-file safetensors LoRA, as written by kohya, ComfyUI, LyCORIS or diffusers."
 # Key suffixes of the two factors; the prefix is the module.
@@ -227,8 +227,9 @@ def save_single_file(
     tensors = dict(file.others)
     for part in exported:
         rank = largest if pad else part.rank
-        A, B = (matrix.to(dtype).contiguous() for matrix in part.padded(rank))
-        tensors |= _named(file, part.module, A, B, rank)
+        named = _named(file, part.module, *part.padded(rank), rank)
+        tensors |= {name: as_stored(part.module, matrix, dtype) for name, matrix in named.items() if matrix.dim()}
+        tensors |= {name: alpha for name, alpha in named.items() if not alpha.dim()}
     with replacing(path) as partial:
         save_file(tensors, partial, metadata=_metadata(file, exported, largest if pad else None))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -135,9 +136,25 @@ class Source(Protocol):
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The first floating-point dtype; bfloat16 for 8 bits."""
-    dtype = next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
-    return dtype if dtype.itemsize > 1 else torch.bfloat16
+    """The widest floating-point dtype of matrices, or of all tensors if none is a matrix; bfloat16 for 8 bits."""
+    floats = [tensor for tensor in tensors if tensor.dtype.is_floating_point]
+    matrices = [tensor for tensor in floats if tensor.dim() > 1] or floats
+    found = {tensor.dtype if tensor.dtype.itemsize > 1 else torch.bfloat16 for tensor in matrices}
+    return functools.reduce(torch.promote_types, found) if found else torch.float32
+
+
+def as_stored(module: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor in the dtype of its file, contiguous.
+
+    Raises:
+        ValueError: a value is outside of the range of the dtype.
+
+    """
+    cast = matrix.to(dtype).contiguous()
+    if matrix.isfinite().all() and not cast.isfinite().all():
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"A factor of {module} exceeds the range of {name}. Use --dtype bfloat16 or float32.")
+    return cast
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -274,6 +275,8 @@ def _print_difference(updates: Updates, output: Path) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         announce(f"What the export changes could not be measured: {reason}")
         return
+    if not math.isfinite(difference.relative):
+        raise ValueError("On random inputs, the outputs of the adapter or of its export are not finite.")
     largest = "" if difference.largest is None else f"; largest difference of a logit: {difference.largest:.2g}"
     announce(
         f"On random inputs {difference.relative:.2%} of the adapter's effect on the last hidden state is lost{largest}"
