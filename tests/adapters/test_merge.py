@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -108,6 +108,20 @@ def test_refuses_before_anything_is_written(train: Train, tmp_path: Path) -> Non
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="base model"):
         merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "wte"])
+def test_adapters_on_tied_weights_are_refused(tmp_path: Path, target: str) -> None:
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"is tied to .*: merged, it would change both"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

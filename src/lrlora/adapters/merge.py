@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..files import free_folder, replacing_folder
 from ..tuner import LrLoraLayer
@@ -41,7 +42,8 @@ def merge_adapter(
     Raises:
         FileExistsError: the output folder is not empty.
         FileNotFoundError: the base model is missing.
-        ValueError: the adapter does not fit, the base model is quantized, or merged weights would not be finite.
+        ValueError: the adapter does not fit or adapts tied weights, the base model is quantized, or merged weights would
+            not be finite.
 
     """
     folder, saved = free_folder(output), SavedAdapter.read(adapter).on_base(base)
@@ -53,6 +55,7 @@ def merge_adapter(
                 "--dequantize), or pass the original as base (base=, --base)."
             )
         _dequantize(model)
+    _require_untied(model)
     merged = model.merge_and_unload(progressbar=progressbar, safe_merge=True)
     with replacing_folder(folder) as partial:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -63,6 +66,20 @@ def merge_adapter(
                 stacklevel=2,
             )
         (partial / "README.md").write_text(merged_card(saved), encoding="utf-8")
+
+
+def _require_untied(model: Any) -> None:
+    """Refuse adapters on weights that another module uses too, such as tied embeddings: merging would change both."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        shared = names.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+        if len(shared) > 1:
+            raise ValueError(
+                f"The adapter changes {shared[0]}, which is tied to {shared[1]}: merged, it would change both. Use the "
+                "adapter unmerged, or export it (lrlora export)."
+            )
 
 
 def _dequantize(model: Any) -> None:
