@@ -76,3 +76,20 @@ def test_packed_data(tmp_path: Path, name: str) -> None:
     source = file if name.startswith("data") else file.parent
     with pytest.raises(ValueError, match=re.escape(f"{file} is an archive (gzip)")):
         read(str(source))
+
+
+@pytest.mark.parametrize(
+    "path", ["http://127.0.0.1:9/train.csv", "../elsewhere.csv", "/etc/passwd", "zip://a.csv::b.zip"]
+)
+def test_a_card_that_names_data_elsewhere(tmp_path: Path, path: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.csv").write_text("text,label\na,b\n")
+    (tmp_path / "elsewhere.csv").write_text("text,label\nsecret,b\n")
+    files = f"data_files:\n  - split: train\n    path: [train.csv, {path!r}]"
+    header = f"---\nconfigs:\n- config_name: default\n  {files}\n---\n"
+    (folder / "README.md").write_text(header)
+    with pytest.raises(ValueError, match="names data outside of its folder"):
+        read(str(folder))
+    (folder / "README.md").write_text(header.replace(f", {path!r}", ""))
+    assert read(str(folder))["train"]["text"][:] == ["a"]

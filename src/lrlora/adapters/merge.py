@@ -42,8 +42,8 @@ def merge_adapter(
     Raises:
         FileExistsError: the output folder is not empty.
         FileNotFoundError: the base model is missing.
-        ValueError: the adapter does not fit or adapts tied weights, the base model is quantized, or merged weights would
-            not be finite.
+        ValueError: the adapter does not fit or adapts tied weights, the base model is quantized, or merged weights are
+            not finite.
 
     """
     folder, saved = free_folder(output), SavedAdapter.read(adapter).on_base(base)

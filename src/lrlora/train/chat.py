@@ -20,8 +20,10 @@ from ..checks import require_known
 from ..files import values_of
 from ..run_folder import CHAT, PLAIN, TEXT
 from .cells import require_rows
+from .time_limit import time_limit
 
 NO_TEMPLATE = "none"
+_SECONDS = 10.0  # for one chat; a template of a stranger may loop for hours
 # For models without a template or special tokens for one; an assistant's turn ends with the EOS token.
 SIMPLE_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -363,7 +365,12 @@ def render_chat(
     options |= {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
     chat = [_known(message) for message in chat]
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+        with time_limit(_SECONDS):
+            return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
+    except TimeoutError:
+        raise ValueError(
+            f"The chat template takes more than {_SECONDS:g} seconds for the chat {str(chat)[:200]}."
+        ) from None
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise ValueError(f"The chat template refuses the chat {str(chat)[:200]}: {error}") from None
 
