@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import time
 from itertools import pairwise
@@ -280,6 +281,23 @@ def test_killed_after_its_last_checkpoint_a_run_is_finished_without_another_step
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     steps = [entry["step"] for entry in cut.log_history if "eval_loss" in entry]
     assert steps == [2, 4, 6, 6]  # with that of the best one at the end
+
+
+def test_settings_that_would_fail_after_training_are_refused(
+    encoder: str, decoder: str, table: str, tmp_path: Path
+) -> None:
+    common = ("train", *COLUMNS, "--data", table, "--output", tmp_path / "out", "--steps", 2)
+    classify = (*common, "--model", encoder, "--task", "classify")
+    asked = (*classify, "--training", "dataloader_drop_last=true", "--validation-share", "0.1")
+    assert_refused(run(*asked, "--training", "per_device_eval_batch_size=99"), "drops all", "validation examples")
+    assert_refused(run(*classify, "--training", "label_names=[x]"), "label_names=['x'] is not supported")
+    config = json.loads((Path(decoder) / "config.json").read_text())
+    shutil.copytree(decoder, tmp_path / "tied")
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tokens = ("--adapter", "trainable_token_indices=[1,2]", "--column", "text=review")
+    generate = ("train", "--data", table, "--task", "causal-lm", *tokens, "--output", tmp_path / "out", "--steps", 2)
+    assert_refused(run(*generate, "--model", tmp_path / "tied"), "trainable_token_indices is not supported", "tied")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -271,6 +271,8 @@ def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -
         raise ValueError(
             "training: prediction_loss_only=True is not supported, because the metrics need predictions. Remove it."
         )
+    if "label_names" in given:
+        raise ValueError(f"training: label_names={given['label_names']!r} is not supported. Remove it.")
     for name in ("output_dir", "seed"):
         if name in given:
             raise ValueError(f"training: {name} is a setting of the run. Pass it as --{name.removesuffix('_dir')}.")

@@ -259,6 +259,12 @@ def _prepare(
         # A resumed run may have another number of processes, but must keep the examples per step and the loss.
         examples_per_step, inputs = began.examples_per_step, replace(inputs, loss_on=began.loss_on)
     arguments = training_arguments(config, inputs.kind, inputs.rows, inputs.max_length, examples_per_step)
+    count = len(inputs.data.splits["validation"])
+    if arguments.dataloader_drop_last and count < arguments.eval_batch_size * arguments.world_size:
+        raise ValueError(
+            f"training: dataloader_drop_last=True drops all {count} validation examples, which do not fill a batch. "
+            "Remove it, or lower per_device_eval_batch_size."
+        )
     require_tokens(config.adapter_fields, inputs.kind)
     model, adapter = _adapted_model(config, inputs, arguments.max_steps)
     for line in plan(config, inputs, model, arguments):
@@ -284,6 +290,12 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
     model, new = load_model(source, config, inputs.data.labels, inputs.processor)
     if adapter is None:
         return model, None
+    is_tied = inputs.kind.generates and model.config.get_text_config().tie_word_embeddings
+    if is_tied and getattr(adapter, "trainable_token_indices", None):
+        raise ValueError(
+            f"adapter: trainable_token_indices is not supported for {config.model}, whose embeddings are tied to its "
+            "output layer: TRL cannot take the loss of PEFT's wrapper around it. Remove it."
+        )
     # Save randomly initialized modules with the adapter, or a reloaded model would have different ones.
     adapter.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *new])) or None
     if config.start_from is not None:
