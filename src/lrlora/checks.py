@@ -77,7 +77,7 @@ def require_type(value: Any, kind: Any, name: str) -> None:
     elif not _is(value, kind):
         is_mapping = is_typeddict(kind) or origin is dict
         expected = "map names to values" if is_mapping else f"be {_NAMES.get(kind, getattr(kind, '__name__', kind))}"
-        raise ValueError(f"{name} must {expected}, got {value!r}.")
+        raise ValueError(f"{name} must {expected}, got {value!r:.200}.")
 
 
 def require_float32(options: Mapping[str, Any], where: str) -> None:

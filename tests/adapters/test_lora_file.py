@@ -292,3 +292,22 @@ def test_the_widest_dtype_of_the_factors_counts(tmp_path: Path, narrow: torch.dt
     save_file(tensors, tmp_path / "mixed.safetensors")
     updates = read_updates(tmp_path / "mixed.safetensors")
     assert updates.origin.stored_dtype == (torch.float32 if narrow == torch.float16 else torch.bfloat16)
+
+
+_LORA = {"a.lora_down.weight": torch.ones(2, 8), "a.lora_up.weight": torch.ones(4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"a.diff": torch.ones(4, 8)}, "contains diff and lora tensors for a"),
+        ({"a.hada_w1_a": torch.ones(4, 2)}, "contains hada and lora tensors for a"),
+        ({"a.lora_A.weight": torch.ones(2, 8)}, "contains two tensors for lora_A of a"),
+        ({"a.alpha": torch.ones(2)}, r"a.alpha in .* must be a single number, got shape \(2,\)"),
+        ({"b.lora_down.weight": torch.tensor(1.0)}, r"b.lora_down.weight in .* must be a matrix"),
+    ],
+)
+def test_parts_of_a_module_are_never_dropped(tmp_path: Path, more: dict[str, torch.Tensor], message: str) -> None:
+    save_file(_LORA | more, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_updates(tmp_path / "odd.safetensors")

@@ -139,6 +139,23 @@ def test_a_template_that_takes_too_long_is_stopped(
     assert run(*asked, "simple").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "The chat template refuses the chat"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        (" ", "own.jinja is empty"),
+    ],
+)
+def test_templates_that_fail(decoder: str, tmp_path: Path, template: str, message: str) -> None:
+    (tmp_path / "own.jinja").write_text(template)
+    data = write(tmp_path / "chats.jsonl", rows("messages"))
+    asked = ("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--dry-run", "--chat-template")
+    said = " ".join(run(*asked, tmp_path / "own.jinja").output.split())
+    assert message in said
+    assert "unexpected" not in said
+
+
 def test_roles_and_chats_without_an_answer(decoder: str, tmp_path: Path) -> None:
     asked = {"role": "user", "content": "is it good ?"}
     answered = [asked, {"role": "assistant", "content": "good film"}]

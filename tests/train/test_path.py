@@ -43,6 +43,7 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frame[:0].to_csv("header.csv", index=False)
     Path("nothing.csv").write_text("")
     Path("twice.csv").write_text("text,text,label\na,b,fresh\n")
+    Path("nul.csv").write_text("te\0xt,label\na,b\n")
     Path("shifted.csv").write_text("text,label\n\na film, and good,fresh\na bore, and bad,rotten\n")
     frame.rename(columns={"text": "review", "label": "verdict"}).to_csv("columns.csv", index=False)
     gaps = [{"text": "", "label": "fresh"}, {"text": "a film", "label": None}]
@@ -67,6 +68,7 @@ def told(*arguments: object) -> str:
 
 # What is given beside --task classify and a model → what is said.
 MESSAGES = {
+    ("--data", "nul.csv"): "the header of nul.csv contains NUL characters",
     (
         "--data",
         "semicolons.csv",
@@ -124,6 +126,13 @@ def test_words_for_nothing_are_labels_in_a_folder_too(name: str) -> None:
     pd.DataFrame({"text": "a", "label": labels}).to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
     for data in (file, "folder"):
         assert read(str(data))["train"]["label"][:] == labels
+
+
+def test_texts_that_look_like_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = [*map(str, range(12_000)), "a word"]
+    pd.DataFrame({"text": texts, "label": ["good", "bad"] * 6_000 + ["bad"]}).to_csv("late.csv", index=False)
+    assert read("late.csv")["train"]["text"][:] == texts
 
 
 def test_labels_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str) -> None:

@@ -46,6 +46,12 @@ _UNREADABLE = re.compile(r"\.(oft_\w+|boft_\w+|a1\.weight|b1\.weight|glora_\w+|o
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration, as JSON
 
 
+def _as_matrix(tensor: Tensor, key: str, name: str) -> Tensor:
+    if not tensor.dim():
+        raise ValueError(f"{key} in {name} must be a matrix, got a single number.")
+    return tensor
+
+
 @dataclass(frozen=True)
 class SingleFile:
     """Contents of a single-file LoRA.
@@ -95,14 +101,25 @@ class SingleFile:
             match = _KEY.fullmatch(key)
             if match and (match[2] != ".diff" or tensor.dim() > 1):  # norms and biases have no rank
                 module, part = match[1], match[2]
-                found.modules.setdefault(module, {})[_NAMES[part]] = tensor
+                parts = found.modules.setdefault(module, {})
+                if _NAMES[part] in parts:
+                    raise ValueError(f"{name} contains two tensors for {_NAMES[part]} of {module}. Remove one of them.")
+                parts[_NAMES[part]] = _as_matrix(tensor, key, name)
                 if style := next((style for style in _STYLES if part in style), None):
                     found.styles[module] = style
             else:
                 found.others[key] = tensor
-        for module in found.modules:
+        for module, parts in found.modules.items():
+            kinds = sorted({part.partition("_")[0] for part in parts})
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"{name} contains {' and '.join(kinds)} tensors for {module}. Only one kind can be read."
+                )
             for key in (f"{module}.alpha", f"{module}.lora.alpha"):
-                if key in found.others and found.others[key].numel() == 1:
+                if key in found.others:
+                    if found.others[key].numel() != 1:
+                        shape = tuple(found.others[key].shape)
+                        raise ValueError(f"{key} in {name} must be a single number, got shape {shape}.")
                     found.alphas[module] = key, found.others.pop(key).item()
         if unreadable := sorted(key for key in found.others if _UNREADABLE.search(key)):
             raise ValueError(

@@ -17,7 +17,7 @@ def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> No
     wrong = [row for row, is_right in enumerate(are_right) if not is_right]
     if wrong:
         rows = ", ".join(str(row) for row in wrong[:SHOWN_ROWS]) + (", …" if len(wrong) > SHOWN_ROWS else "")
-        found = f" Row {wrong[0]} is {values[wrong[0]]!r}." if values is not None else ""
+        found = f" Row {wrong[0]} is {values[wrong[0]]!r:.200}." if values is not None else ""
         count = f"{len(wrong)} row{'s' * (len(wrong) > 1)}"
         raise ValueError(f"{rule}; violated in {count} (counted from 0: {rows}).{found}")
 

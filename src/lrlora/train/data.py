@@ -34,6 +34,8 @@ _CSV = {"keep_default_na": False, "na_values": [""]}
 
 # File suffix → builder in datasets.
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Roles whose cells in a CSV file are text, also if they look like numbers.
+_TEXTS = ("text", "text_pair", "prompt", "completion", "instruction", "input", "output", "question", "system")
 _ANSWERS = ("label", "completion", "output")  # roles that data for prediction may lack
 
 
@@ -65,7 +67,7 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
 
     Args:
         name: see `TrainConfig.data`.
-        config: run that says how CSV files are read. Labels of classes are read as text, so that 007 is not 7.
+        config: run that says how CSV files are read. Texts and labels of classes are read as text: 007 is not 7.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -138,8 +140,9 @@ def _load_folder(folder: Path, config: TrainConfig) -> DatasetDict:
 
 
 def _csv_options(config: TrainConfig) -> dict[str, Any]:
-    of_classes = {config.columns.get("label", "label"): _as_text} if config.task == "classify" else None
-    return {**_CSV, "encoding": config.encoding, "converters": of_classes}
+    roles = (*_TEXTS, "label") if config.task == "classify" else _TEXTS
+    texts = {config.columns.get(role, role): _as_text for role in roles}
+    return {**_CSV, "encoding": config.encoding, "converters": texts}
 
 
 def _as_text(cell: str) -> str | None:
@@ -161,6 +164,8 @@ def _check_header(path: Path, delimiter: str, encoding: str) -> None:
             f"with the delimiter {delimiter!r}, {path.name} has a single column, {header[0]!r}. Pass the delimiter: "
             f"--delimiter {other!r}"
         )
+    if any("\0" in name for name in header):
+        raise ValueError(f"the header of {path.name} contains NUL characters")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise ValueError(f"several columns of {path.name} are named {', '.join(twice)}. Give each a unique name")
     if len(first) > len(header):  # pandas would use the first field as an index, and shift the columns

@@ -10,12 +10,9 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 from uuid import uuid4
 
@@ -58,7 +55,7 @@ from .data import require_data_path
 from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import give_head_its_rate, load_model, make_trainer, require_model_folder, training_arguments
-from .prepare import Inputs, encoded_lines, plan, record_of
+from .prepare import Inputs, encoded_lines, plan, record_of, seconds_per_batch
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
 from .same_run import KeepRecord, require_same_run
 from .settings import FROM_TRAIN, TrainConfig, read_run
@@ -170,22 +167,8 @@ def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce =
         trainer, _ = _prepare(replace(config, output=elsewhere), None, _in_first_process(announce), [])
         arguments = trainer.args
         if arguments.world_size == 1 and not arguments.deepspeed:
-            total = arguments.max_steps * arguments.gradient_accumulation_steps * _seconds_per_batch(trainer)
+            total = arguments.max_steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
             announce(f"Time: about {timedelta(seconds=round(total))} on this machine, without evaluations.")
-
-
-def _seconds_per_batch(trainer: Trainer) -> float:
-    """Time of a forward and backward pass, the median of three after one more."""
-    model: Any = trainer.model
-    model.train()
-    times = []
-    for batch in islice(trainer.get_train_dataloader(), 4):
-        start = time.perf_counter()
-        with trainer.compute_loss_context_manager():
-            loss: Any = trainer.compute_loss(model, batch)
-        loss.backward()
-        times.append(time.perf_counter() - start)
-    return median(times[1:] or times)
 
 
 def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
