@@ -283,6 +283,21 @@ def test_killed_after_its_last_checkpoint_a_run_is_finished_without_another_step
     assert steps == [2, 4, 6, 6]  # with that of the best one at the end
 
 
+@pytest.mark.parametrize("task", ["classify", "regress"])
+def test_a_head_for_other_classes_is_replaced(encoder: str, table: str, tmp_path: Path, task: str) -> None:
+    shutil.copytree(encoder, tmp_path / "five")
+    AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=5).save_pretrained(tmp_path / "five")
+    if task == "regress":
+        frame = pd.read_csv(table).assign(verdict=lambda rows: rows.index % 3)
+        frame.to_csv(table := str(tmp_path / "numbers.csv"), index=False)
+    asked = ("train", "--model", tmp_path / "five", "--data", table, "--task", task, *COLUMNS, "--steps", 3)
+    result = run(*asked, "--output", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert run("evaluate", tmp_path / "run", "--data", table).exit_code == 0
+    merged = run("merge", tmp_path / "run", "--output", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+
+
 def test_settings_that_would_fail_after_training_are_refused(
     encoder: str, decoder: str, table: str, tmp_path: Path
 ) -> None:

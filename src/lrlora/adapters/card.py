@@ -82,8 +82,8 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
         model = _MODELS_OF_TASKS.get(record.config["task"], model)
     is_image = (Path(saved.name) / IMAGE_PROCESSOR_NAME).is_file()
     name, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
-    of_classes = ", config=AutoConfig.from_pretrained(folder)" if classes else ""
-    of_classes += ", ignore_mismatched_sizes=True" * is_image  # replaces the model's own head for other classes
+    # The head of the base model may be for other classes.
+    of_classes = ", config=AutoConfig.from_pretrained(folder), ignore_mismatched_sizes=True" if classes else ""
     lines = [
         *(["import lrlora  # registers the method; without it, PEFT raises KeyError: 'LRLORA'"] * needs_lrlora),
         "from peft import PeftModel",

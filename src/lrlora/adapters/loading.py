@@ -54,10 +54,10 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
         if labels := class_names(saved):
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: index for index, label in enumerate(labels)}
-            if config.modules_to_save:  # it replaces the base model's head for other classes
-                options["ignore_mismatched_sizes"] = True
         elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(saved)) is not None:
             options["num_labels"] = num_labels
+        if config.modules_to_save and {"id2label", "num_labels"} & options.keys():
+            options["ignore_mismatched_sizes"] = True  # its head replaces the base model's
         model: Any
         try:
             with warnings.catch_warnings():

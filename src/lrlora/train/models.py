@@ -141,6 +141,9 @@ def load_model(source: str, config: TrainConfig, labels: list[str], processor: A
         model, loading = kind.model_class.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **kind.model_options(labels)
         )
+    inside = [key for key, *_ in loading["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    if inside:
+        raise ValueError(f"The weight {inside[0]} of {config.model} does not fit its config.json. {MODEL_EXPECTED}")
     if kind.reads_text and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     return model, _new_modules(model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})

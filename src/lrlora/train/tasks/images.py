@@ -53,10 +53,6 @@ class ImageClassify(Classify):
 
         return data.with_transform(encode)
 
-    def model_options(self, labels: list[str]) -> dict[str, Any]:
-        # Image checkpoints have a head of their own, which is replaced.
-        return {**super().model_options(labels), "ignore_mismatched_sizes": True}
-
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
         arguments["args"].remove_unused_columns = False  # batches need a column that the model does not read
         return Trainer(

@@ -42,7 +42,8 @@ class Classify(Kind):
         return [class_name(value) for value in distinct]
 
     def model_options(self, labels: list[str]) -> dict[str, Any]:
-        return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        return {**names, "ignore_mismatched_sizes": True}  # a head for other classes is replaced
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         return classification_metrics(prediction)
@@ -71,7 +72,7 @@ class Regress(Kind):
         return encoded.remove_columns("labels").add_column("labels", targets)
 
     def model_options(self, labels: list[str]) -> dict[str, Any]:
-        return {"num_labels": 1, "problem_type": "regression"}
+        return {"num_labels": 1, "problem_type": "regression", "ignore_mismatched_sizes": True}
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         return regression_metrics(prediction)
