@@ -74,8 +74,8 @@ class DemoResult:
     seconds_per_step: float | None
 
 
-# Reviews: folder → a method of `find_method`, and its rate. At r = 8 twice the rate diverges; r = 1 needs more.
-REVIEWS = {"lr-lora": ("lr-lora+r=8", 2e-3), "lora": ("lora+r=8", 2e-3), "lora-r1": ("lora+r=1", 8e-3)}
+# Reviews: folder → a method of `find_method`, and its rate. LoRA of r = 1 needs a higher rate.
+REVIEWS = {"lr-lora": ("lr-lora+r=8", 2e-3), "lora": ("lora+r=8", 2e-3), "lora-r1": ("lora+r=1", 4e-3)}
 # Labels: method with its tuned rate and scale (docs/capacity.md).
 LABELS = (
     ("lora+r=4", 5e-3, 4.0),

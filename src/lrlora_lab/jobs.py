@@ -282,10 +282,10 @@ def check_folder(comparison: Comparison, output: Path) -> None:
     """Raise FileExistsError unless the folder is free, or has a comparison of the same suite and rank."""
     path = output / SETTINGS_FILE
     if path.exists():
-        if not _agree(read_json(path, _Settings, "Choose another --output."), _settings(comparison)):
+        stored = read_json(path, _Settings, "Choose another --output.")
+        if other := _difference(stored, _settings(comparison)):
             raise FileExistsError(
-                f"The folder {output} contains another comparison, with another suite, rank or task settings. Choose "
-                "another --output."
+                f"The folder {output} contains another comparison: {other} differs. Choose another --output."
             )
     elif output.exists() and any(p for p in output.iterdir() if p.suffix != ".partial" and p.name != _LOCKS):
         raise FileExistsError(f"The folder {output} is not empty and contains no comparison. Choose another --output.")
@@ -368,13 +368,21 @@ _UNLESS: dict[str, Any] = {
 }
 
 
-def _agree(stored: Any, wanted: Any) -> bool:
-    """Whether these are settings of one suite, apart from added or removed tasks."""
-    old, new = (settings["suite"]["tasks"] for settings in (stored, wanted))
-    common = old.keys() & new.keys()
-    alike = common and all(old[name] == new[name] for name in common)
-    of_all = [{**settings["suite"], "tasks": None, "rank": settings["rank"]} for settings in (stored, wanted)]
-    return bool(alike and of_all[0] == of_all[1])
+def _difference(stored: Any, wanted: Any) -> str:
+    """The first setting that differs, apart from added or removed tasks; empty if there is none."""
+    if stored["rank"] != wanted["rank"]:
+        return "rank"
+    old, new = (settings["suite"] for settings in (stored, wanted))
+    for name in sorted((old.keys() | new.keys()) - {"tasks"}):
+        if old.get(name) != new.get(name):
+            return name
+    common = sorted(old["tasks"].keys() & new["tasks"].keys())
+    for task in common:
+        before, after = old["tasks"][task], new["tasks"][task]
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                return f"{name} of the task {task}"
+    return "" if common else "every task"
 
 
 def train_config(

@@ -74,7 +74,7 @@ def _run_missing(
             with _claimed(output, job) as is_mine:
                 if not is_mine or (output / "jobs" / f"{job.name}.json").exists():
                     continue
-                announce(f"{_progress(comparison, missing, finished)} · {job.name.replace('--', ' · ')}")
+                announce(f"{_progress(comparison, missing, finished)} · {_told(job)}")
                 problem = _run(worker, job, comparison, output)
                 if problem:
                     given_up.add(job.name)
@@ -82,6 +82,11 @@ def _run_missing(
                 break
         else:
             time.sleep(5)  # other processes run all missing jobs, whose results may add more
+
+
+def _told(job: Job) -> str:
+    scale = "" if job.scale == 1 else f", scale {job.scale:g}"
+    return f"{job.task}, {job.method}, rate {job.learning_rate:g}{scale}, seed {job.seed}"
 
 
 def _remove_runs(output: Path, finished: dict[str, Record]) -> None:

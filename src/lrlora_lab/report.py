@@ -70,7 +70,7 @@ def _results(comparison: Comparison, records: dict[str, Record], output: Path) -
         "standard deviation over seeds, each method at its own learning rate. The difference, with the 95 % "
         "interval of a mean over such seeds, and p (paired t-test, corrected by Holm for all of the table) are the "
         f"metric's against {reference}; time and memory are relative to it, time unless other hardware was used. "
-        "Intervals do not tell how far the test examples are by chance what they are.\n",
+        "Intervals cover the variation between seeds, not that of the test sample.\n",
         markdown(_compact(table)),
     ]
     if len(compared := against_reference(comparison, table)):

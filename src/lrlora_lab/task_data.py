@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lrlora.train.data import load_examples, load_splits, load_task_data, sampled
+from lrlora.train.data import load_examples, load_splits, load_task_data, require_data_path, sampled
 from lrlora.train.tasks import KINDS
 
 from .jobs import Comparison, train_config
@@ -25,12 +25,16 @@ def check_data(comparison: Comparison) -> Iterator[str]:
     """
     for name in comparison.task_names:
         task = comparison.definition.training_tasks.get(name)
-        if task is None or not Path(task.data).exists():
+        if task is None:
             continue
         try:
+            for data in (task.data, *(other for other, _ in task.tests)):
+                require_data_path(data)
+            if not Path(task.data).exists():
+                continue
             yield from _checked(comparison, name, task)
-        except ValueError as error:
-            raise ValueError(f"Task {name}: {error}") from None
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"Task {name}: {error}") from None
 
 
 def _checked(comparison: Comparison, name: str, task: Task) -> Iterator[str]:

@@ -158,7 +158,7 @@ def test_a_folder_takes_more_tasks_but_no_other_settings(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),
-    [("kind", "label", "kind"), ("steps", 0, "steps"), ("corpus", "latin", "corpus"), ("texts", -1, "texts")],
+    [("task", "label", "task"), ("steps", 0, "steps"), ("corpus", "latin", "corpus"), ("texts", -1, "texts")],
 )
 def test_bad_tasks_are_refused(field: str, value: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):

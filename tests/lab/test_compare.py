@@ -188,12 +188,12 @@ def test_a_job_that_another_process_does_is_left_to_it(suite: Path, tmp_path: Pa
 
 def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) -> None:
     options = ("--methods", "lora", "--rates", "1e-2", "--seeds", 1)
-    data = tmp_path / "data"
-    data.rename(tmp_path / "away")
+    model = tmp_path / "model"
+    model.rename(tmp_path / "away")
     result = run(*command(suite, tmp_path / "out", *options))
     assert "the next call tries again" in " ".join(result.output.split())
     assert read_records(tmp_path / "out") == {}
-    (tmp_path / "away").rename(data)
+    (tmp_path / "away").rename(model)
     assert run(*command(suite, tmp_path / "out", *options)).exit_code == 0
     assert len(read_records(tmp_path / "out")) == 2
     report = (tmp_path / "out" / "report.md").read_text()

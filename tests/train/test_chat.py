@@ -166,7 +166,7 @@ def test_roles_and_chats_without_an_answer(decoder: str, tmp_path: Path) -> None
     chats = [{"messages": answered}] * 20 + [{"messages": [asked, {"role": "bot", "content": "yes"}]}]
     said = " ".join(run(*command, write(tmp_path / "bot.jsonl", chats)).output.split())
     assert "the roles in messages must be among system, developer, user, assistant" in said
-    assert "counted from 0: 20). Row 20 holds 'bot'." in said
+    assert "counted from 0: 20). Row 20 is 'bot'." in said
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
         'folder = "this folder or hub name"',
         f"base = {model}.from_pretrained({json.dumps(base_on_hub(saved) or 'the base model')}{of_classes})",
         "model = PeftModel.from_pretrained(base, folder)",
-        f"{name} = {processor}.from_pretrained(folder)",
+        f"{name} = {processor}.from_pretrained({_processor_source(saved)})",
     ]
     install = []
     if needs_lrlora:
@@ -104,6 +104,13 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
             )
     parts = ["## Loading", *install, "\n".join(["```python", *lines, "```"])]
     return "\n\n".join(parts) + f"\n{_of_classes(classes)}"
+
+
+def _processor_source(saved: SavedAdapter) -> str:
+    """Where a tokenizer or processor is loaded from: the adapter's folder, or the base model."""
+    files = ("tokenizer_config.json", "processor_config.json", IMAGE_PROCESSOR_NAME)
+    has_own = any((Path(saved.name) / file).is_file() for file in files) or not Path(saved.name).is_dir()
+    return "folder" if has_own else "base.name_or_path"
 
 
 def _of_classes(classes: list[str]) -> str:

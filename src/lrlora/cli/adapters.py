@@ -301,6 +301,8 @@ def merge(
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
         free_folder(output)
+        if Path(adapter).is_file():
+            raise ValueError(f"{adapter} is a single file, and merge needs the folder of a PEFT adapter.")
         require_adapter(adapter)
         quiet()
         from ..adapters import merge_adapter

@@ -89,6 +89,7 @@ for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
 
 def quiet() -> None:
     """Silence the messages, warnings of what is to come, and progress bars of the libraries below."""
+    warnings.formatwarning = lambda message, *where, **more: f"Warning: {message}\n"
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     import transformers

@@ -160,7 +160,7 @@ def show_smallest(run: TrainConfig) -> None:
     else:
         announce(
             f"The smallest LoRA within {100 * rise:g} % of the validation loss ({cut.loss:.4g}) has {record.chosen:,} "
-            f"parameters, as many as a LoRA of r = {record.chosen / rank:.1f}."
+            f"parameters, as many as a LoRA of r = {record.chosen / rank:.2g}."
         )
     if run.loss is None and run.size is None:
         command = ["lrlora", "export", str(folder), "--loss", str(rise), "--output", f"{folder}-small"]

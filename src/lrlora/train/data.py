@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 
 from ..checks import require_known
 from ..files import is_hub_name, require_regular
-from .cells import is_filled, is_known, require_rows
+from .cells import SHOWN_ROWS, is_filled, is_known, require_rows
 from .commonsense import ALL, COMMONSENSE, load_commonsense
 from .embedded import EMBEDDED, EMBEDDED_DATA
 from .embedded_texts import split_by_group
@@ -304,8 +304,9 @@ def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = T
     secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
     columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
     kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
-    left = len(data) - len(kept)
-    note = f"Skipped {left:,} of {len(data):,} examples of the split {split} with empty values."
+    left = sorted(set(range(len(data))) - set(kept))
+    rows = ", ".join(map(str, left[:SHOWN_ROWS])) + (", …" if len(left) > SHOWN_ROWS else "")
+    note = f"Skipped {len(left):,} of {len(data):,} examples of the split {split} with empty values (from 0: {rows})."
     return (data.select(kept), [note]) if left else (data, [])
 
 

@@ -205,7 +205,8 @@ class LoadedRun:
         if settings and not self.kind.generates:
             raise ValueError(f"Generation settings ({', '.join(settings)}) are for causal-lm, not {self.config.task}.")
         for name in settings or ():
-            require_known("generation setting", name, GenerationConfig().to_dict())
+            known = [known for known in GenerationConfig().to_dict() if not known.startswith("_")]
+            require_known("generation setting", name, known)
         return replace(self, generation=settings or {})
 
     @property

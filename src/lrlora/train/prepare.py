@@ -159,7 +159,8 @@ def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -
     if inputs.rendering is not None:
         yield f"Format: {_format_line(chat_template, inputs)}"
         if unanswered := without_answer(inputs.data.splits["train"]):
-            yield f"Warning: {unanswered:,} of {inputs.examples:,} chats do not end with an answer by the assistant."
+            last = " The loss leaves their last turns out." if inputs.loss_on == ANSWERS else ""
+            yield f"Warning: {unanswered:,} of {inputs.examples:,} chats do not end with an answer.{last}"
     encoded, arguments = trainer.train_dataset, trainer.args
     if not len(encoded):  # type: ignore[arg-type]
         raise ValueError(

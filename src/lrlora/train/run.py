@@ -203,11 +203,9 @@ def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: 
             )
         read_history(output / HISTORY_FILE)  # continued when resuming
     elif is_used and not (overwrite and (output / RUN_FILE).exists()):
-        hint = (
-            "replace it with --overwrite, or continue it with --resume"
-            if (output / RUN_FILE).exists()
-            else "remove it yourself"
-        )
+        is_run, is_finished = (output / RUN_FILE).exists(), (output / METRICS_FILE).exists()
+        hint = "replace it with --overwrite" if is_run else "remove it yourself"
+        hint += ", or continue it with --resume" * (is_run and not is_finished)
         raise FileExistsError(f"The folder {output} exists and is not empty. Choose another --output, or {hint}.")
     require_model_folder(config.model)
     if config.start_from is not None:

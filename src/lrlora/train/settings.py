@@ -194,8 +194,8 @@ class TrainConfig:
         missing = [name for name in ("model", "data", "task") if not content.get(name)]
         if missing:
             raise ValueError(
-                f"Missing required settings: {', '.join(missing)}. Pass --{' and --'.join(missing)}, or add them to "
-                "the YAML file."
+                f"Missing required settings: {', '.join(missing)}. Pass {', '.join(f'--{name}' for name in missing)}, "
+                "or add them to the YAML file."
             )
         size = content.get("size")
         config = cls(**{**content, "size": str(size)} if type(size) is int else content)
