@@ -37,13 +37,13 @@ PICTURES = ("picture-labels",)  # of `capacity`
 SPEED: dict[str, tuple[Any, Task]] = {
     "BERT-base shapes": (
         BertConfig(num_hidden_layers=4),
-        Task("", "classify", "accuracy", 1, batch_size=8, max_length=128),
+        Task("", "classify", 1, batch_size=8, max_length=128),
     ),
     "Llama shapes": (
         LlamaConfig(
             hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, vocab_size=4096
         ),
-        Task("", "multiple-choice", "accuracy", 1, batch_size=2, max_length=512),
+        Task("", "multiple-choice", 1, batch_size=2, max_length=512),
     ),
 }
 # The models of the presets: their published sizes.

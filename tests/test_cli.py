@@ -309,7 +309,7 @@ def test_demo_never_removes_what_it_did_not_write(tmp_path: Path) -> None:
             result = run("demo", "--output", output, *options)
             assert result.exit_code == 1
             assert "mine[1]" in result.output
-            assert "remove it yourself" in result.output if options else "--overwrite" in result.output
+            assert "Remove it yourself" in result.output if options else "--overwrite" in result.output
         assert (folder / "letter.txt").read_text() == "dear"
         (folder / "letter.txt").unlink()
         folder.rmdir()

@@ -794,7 +794,6 @@ BAD_TABLES: dict[str, tuple[dict[str, list[Any]], tuple[str, ...]]] = {
         ("the column label", "text, stars", "--column label=NAME"),
     ),
     "missing label": ({"text": ["a"] * 3, "label": ["x", None, "y"]}, ("label must not be missing", "1 row (", "0: 1")),
-    "numbers as text": ({"text": [1, 2, 3], "label": ["x", "y", "x"]}, ("text must be nonempty text", "Row 0 is 1")),
     "empty text": (
         {"text": ["a", " ", "b"], "label": ["x", "y", "x"]},
         ("text must be nonempty text", "counted from 0: 1"),
