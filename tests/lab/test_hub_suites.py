@@ -150,7 +150,7 @@ def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> No
     assert len(records) == 8
     assert not any("failure" in record for record in records.values())
     # Each job was begun by one of both processes, and neither took part in the other's.
-    assert said.count(" · lora · ") + said.count(" · lr-lora · ") == 8
+    assert said.count(", lora, rate ") + said.count(", lr-lora, rate ") == 8
 
 
 @pytest.mark.parametrize(
