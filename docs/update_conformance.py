@@ -1,4 +1,4 @@
-"""Make the conformance vectors anew, with lrlora's reference in float64: python docs/update_conformance.py."""
+"""Regenerate the conformance vectors with lrlora's reference in float64: python docs/update_conformance.py."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def render() -> str:
 
 
 def updated(readme: str) -> str:
-    """The page with its section made anew."""
+    """The page with its section regenerated."""
     return with_section(readme, "demo", render())
 
 

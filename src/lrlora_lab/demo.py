@@ -33,7 +33,7 @@ BATCH_SIZE = 16  # for the reviews
 TEST_EXAMPLES = 1_500  # a fixed sample of the held-out snippets
 LABEL_STEPS, LABEL_BATCH = 8, 64  # steps per step on the reviews
 # Time of the default demo in units of `_unit`, measured on two cores.
-_DEFAULT_STEPS, _UNITS = 100, 1_000
+_DEFAULT_STEPS, _UNITS = 100, 1_200
 
 
 @dataclass(frozen=True)

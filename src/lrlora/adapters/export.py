@@ -105,7 +105,7 @@ def save_as_lora(
     origin: Source = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
     like = origin.config
     if getattr(like, "lora_bias", False):
-        raise ValueError("lora_bias=True: an adapter with biases of its own on B cannot be written anew. Merge it.")
+        raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
     keeps_magnitudes = _keeps_magnitudes(like, source)
     if keeps_magnitudes:
         factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0

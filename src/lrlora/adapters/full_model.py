@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ..files import read_json, readable, require_regular
+from ..files import is_hub_name, read_json, readable, require_regular
 from ..naming import PEFT_PREFIX, natural_order
 from ..untrusted import require_plain_names
 from .update import Layout, Update, Updates, common_dtype
@@ -62,7 +62,7 @@ class Checkpoint:
         path = Path(self.name)
         if path.is_file():
             return {self.name: _keys(self.name)}
-        is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.name) and not self.name.endswith(".safetensors")
+        is_name = is_hub_name(self.name) and not self.name.endswith(".safetensors")
         if not path.is_dir() and not is_name:
             raise ValueError(f"There is no model at {self.name}. {_EXPECTED}")
         index = self._find(SAFE_WEIGHTS_INDEX_NAME)

@@ -88,7 +88,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     _print_metrics(result.metrics, f"Validation, {which_checkpoint(run.to_dict())}")
     output = result.output
     announce(f"Results saved to {output}")
-    del result  # the trained model: the next step loads it anew
+    del result  # the trained model: the next step reloads it
     _measure_smallest(run)
     report = rank_report_of(output)
     if report is not None:
@@ -230,7 +230,7 @@ def chat(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train --task causal-lm`.")],
     generation: _GENERATION = None,
 ) -> None:
-    """Ask a finished run, turn by turn. /base asks the base model, /adapter the run, /new begins anew, /quit ends."""
+    """Ask a finished run, turn by turn. /base asks the base model, /adapter the run, /new starts a new chat, /quit ends."""
     with one_clear_error("Chat ended."):
         config, _ = read_run(run)
         if config.task != "causal-lm":
