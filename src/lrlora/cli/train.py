@@ -230,7 +230,7 @@ def chat(
     run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train --task causal-lm`.")],
     generation: _GENERATION = None,
 ) -> None:
-    """Ask a finished run, turn by turn. /base asks the base model, /adapter the run, /new starts a new chat, /quit ends."""
+    """Chat with a finished run. /base asks the base model, /adapter the run, /new starts a new chat, /quit ends."""
     with one_clear_error("Chat ended."):
         config, _ = read_run(run)
         if config.task != "causal-lm":
