@@ -222,6 +222,10 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     assert "loss: rank in the smallest LoRA" in " ".join(run("ranks", tmp_path / "run").output.split())
     page = run("report", tmp_path / "run", "--output", tmp_path / "page.html")
     assert page.exit_code == 0, page.output
+    result = run("train", *arguments, "--output", tmp_path / "unmeasured", "--no-measure")
+    assert result.exit_code == 0, result.output
+    assert "To find the smallest LoRA" in result.output
+    assert read_losses(tmp_path / "unmeasured") is None
     # Asked for, it is what is beside the adapter.
     result = run("train", *arguments, "--output", tmp_path / "asked", "--method", "lora", "--size", "r1")
     assert result.exit_code == 0, result.output
@@ -271,7 +275,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             (home / "run", "--loss", "0.01", "--data", few),
             "4 examples with 4 labels or tokens to predict are too few",
         ),
-        ((home / "run", "--loss", "0.01", "--data", others), "labels that are not in the training data: green"),
+        ((home / "run", "--loss", "0.01", "--data", others), "Labels in others.csv are not in the training data: green"),
         (
             (home / "run", "--loss", "0.01", "--data", home / "texts.csv"),
             "needs the column label, but the data has text",

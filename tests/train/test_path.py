@@ -89,7 +89,7 @@ MESSAGES = {
     (
         "--data",
         "gaps.csv",
-    ): "nonempty text in the split train (--skip-empty skips empty examples); violated in 1 row",
+    ): "nonempty text in gaps.csv (--skip-empty skips empty examples); violated in 1 row",
     (
         "--data",
         "good.csv",
@@ -126,6 +126,14 @@ def test_words_for_nothing_are_labels_in_a_folder_too(name: str) -> None:
     pd.DataFrame({"text": "a", "label": labels}).to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
     for data in (file, "folder"):
         assert read(str(data))["train"]["label"][:] == labels
+
+
+def test_own_column_names_in_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame({"body": ["a film", " "] * 9, "label": ["good", "bad"] * 9}).to_csv("own.csv", index=False)
+    said = told("train", "--model", encoder, "--data", "own.csv", "--task", "classify", "--column", "text=body")
+    assert "text must be nonempty text in own.csv" in said
+    assert "Here text is the column 'body'." in said
 
 
 def test_texts_that_look_like_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +264,7 @@ def test_a_dry_run_shows_an_example_of_each_task_and_writes_nothing(
 def test_what_is_empty_is_left_out_on_demand_and_counted(encoder: str) -> None:
     settings = ("--model", encoder, "--task", "classify", "--steps", 2, "--batch-size", 4)
     result = run("train", *settings, "--data", "gaps.csv", "--skip-empty", "--output", "skipped")
-    assert "Skipped 2 of 162 examples of the split train" in result.output
+    assert "Skipped 2 of 162 examples in gaps.csv" in result.output
     assert run("train", *settings, "--data", "good.csv", "--output", "whole").exit_code == 0
     asked = ("predict", "whole", "--data", "gaps.csv", "--output", "out.jsonl")
     assert "--skip-empty skips empty examples" in told(*asked)

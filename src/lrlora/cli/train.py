@@ -50,6 +50,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and an example as the model reads it; train nothing.")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="After training, measure the smallest LoRA by loss.")
+    ] = True,
     **settings: Any,
 ) -> None:
     """Fine-tune your model on your data; save adapter, metrics and learned ranks."""
@@ -69,10 +72,10 @@ def train(
         if dry_run:
             show_plan(run, resume=resume is not None, announce=announce)
         else:
-            _train(run, resume=resume is not None, overwrite=overwrite)
+            _train(run, resume=resume is not None, overwrite=overwrite, measure=measure)
 
 
-def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) -> None:
     from ..train.run import Interrupted, rank_report_of, resume_hint, train
     from ..views.tables import rank_table
 
@@ -89,19 +92,20 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool) -> None:
     output = result.output
     announce(f"Results saved to {output}")
     del result  # the trained model: the next step reloads it
-    _measure_smallest(run)
+    _measure_smallest(run, measure)
     report = rank_report_of(output)
     if report is not None:
         console.print(rank_table(report, "Learned ranks", width=console.width))
         announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
 
 
-def _measure_smallest(run: TrainConfig) -> None:
+def _measure_smallest(run: TrainConfig, is_wanted: bool) -> None:
     """Say how small the LoRA of a finished run may be. The run is there, whatever comes of it."""
     from ..train.methods import METHODS
 
     is_asked_for = run.loss is not None or run.size is not None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not (is_asked_for or METHODS[run.method].has_ranks):
+    is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not is_measured:
         announce(f"To find the smallest LoRA: lrlora export {run.output} --loss 0.01 --output {run.output}-small")
         return
     try:

@@ -22,11 +22,11 @@ def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> No
         raise ValueError(f"{rule}; violated in {count} (counted from 0: {rows}).{found}")
 
 
-def require_text(data: Dataset, role: str, split: str) -> None:
+def require_text(data: Dataset, role: str, where: str) -> None:
     """Raise ValueError unless all values of a column are text."""
     require_rows(
         (isinstance(value, str) and bool(value.strip()) for value in data[role]),
-        f"{role} must be nonempty text in the split {split} (--skip-empty skips empty examples)",
+        f"{role} must be nonempty text in {where} (--skip-empty skips empty examples)",
         data[role],
     )
 

@@ -161,12 +161,12 @@ def likely_columns(names: list[str]) -> dict[str, str]:
     return {role: found[role] for role in wanted if role in found}
 
 
-def require_roles(data: Dataset, role: str, split: str) -> None:
+def require_roles(data: Dataset, role: str, where: str) -> None:
     """Raise ValueError unless every message is from a known role; those of ShareGPT are converted elsewhere."""
     unknown = [next((m["role"] for m in chat if m.get("role") not in _ROLES), None) for chat in data[role]]
     require_rows(
         (name is None for name in unknown),
-        f"the roles in {role} must be among {', '.join(_ROLES)} in the split {split}",
+        f"the roles in {role} must be among {', '.join(_ROLES)} in {where}",
         unknown,
     )
 

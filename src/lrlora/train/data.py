@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import errno
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -209,13 +212,16 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
     splits = DatasetDict(
         {name: select_roles(splits[name], kind, config.columns) for name in ("train", "validation") if name in splits}
     )
+    sources = {"train": config.data, "validation": config.validation or config.data}
+    where = {name: _name_of(sources[name], name) for name in splits}
     notes = []
-    for name, part in splits.items():
-        if config.skip_empty:
-            splits[name], note = without_empty(part, kind, name)
-            notes += note
-        check_examples(splits[name], kind, name)
-    labels = kind.class_names(splits["train"])
+    with _naming_columns(config.columns):
+        for name, part in splits.items():
+            if config.skip_empty:
+                splits[name], note = without_empty(part, kind, where[name])
+                notes += note
+            check_examples(splits[name], kind, where[name])
+        labels = kind.class_names(splits["train"])
     if labels:
         if len(labels) == (count := len(splits["train"])):
             notes.append(
@@ -223,7 +229,8 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
                 "correct."
             )
         notes += alike(labels)
-        splits = DatasetDict({name: with_class_ids(part, labels, name) for name, part in splits.items()})
+        with _naming_columns(config.columns):
+            splits = DatasetDict({name: with_class_ids(part, labels, where[name]) for name, part in splits.items()})
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split(splits["train"], config.validation_share)
     limits = {"train": config.train_examples, "validation": config.validation_examples}
@@ -257,13 +264,36 @@ def load_examples(
     require_known(f"split of {name}", chosen, splits)
     examples = select_roles(splits[chosen], kind, config.columns, with_label=with_label)
     notes: list[str] = []
-    if config.skip_empty:
-        examples, notes = without_empty(examples, kind, chosen, with_label=with_label)
-    if labels and with_label:
-        where = chosen if len(splits) == 1 else f"{chosen} (--split selects another)"
-        examples = with_class_ids(examples, labels, where)
-    check_examples(examples, kind, chosen, with_label=with_label)
+    where = _name_of(name, chosen)
+    with _naming_columns(config.columns):
+        if config.skip_empty:
+            examples, notes = without_empty(examples, kind, where, with_label=with_label)
+        if labels and with_label:
+            remedy = "" if len(splits) == 1 else " (--split selects another)"
+            examples = with_class_ids(examples, labels, where + remedy)
+        check_examples(examples, kind, where, with_label=with_label)
     return examples, notes
+
+
+def _name_of(data: str, split: str) -> str:
+    """Name of a part of the data in messages."""
+    return Path(data).name if Path(data).is_file() else f"the split {split}"
+
+
+@contextmanager
+def _naming_columns(columns: dict[str, str]) -> Iterator[None]:
+    """Add the user's column names to errors that name a role."""
+    try:
+        yield
+    except ValueError as error:
+        named = [
+            f"{role} is the column {name!r}"
+            for role, name in columns.items()
+            if role != name and re.search(rf"\b{role}\b", str(error))
+        ]
+        if not named:
+            raise
+        raise ValueError(f"{error} Here {', '.join(named)}.") from None
 
 
 def sampled(data: Dataset, limit: int | None) -> Dataset:
@@ -297,7 +327,7 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
     return kind.as_read(selected.rename_columns({name: role for role, name in wanted.items() if name != role}))
 
 
-def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> tuple[Dataset, list[str]]:
+def without_empty(data: Dataset, kind: Kind, where: str, *, with_label: bool = True) -> tuple[Dataset, list[str]]:
     """Drop examples with an empty required column, and return a note with their number."""
     optional = {*kind.optional_roles, *(() if with_label else _ANSWERS)}
     asked = [name for name in data.column_names if name not in optional]
@@ -306,15 +336,15 @@ def without_empty(data: Dataset, kind: Kind, split: str, *, with_label: bool = T
     kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
     left = sorted(set(range(len(data))) - set(kept))
     rows = ", ".join(map(str, left[:SHOWN_ROWS])) + (", …" if len(left) > SHOWN_ROWS else "")
-    note = f"Skipped {len(left):,} of {len(data):,} examples of the split {split} with empty values (from 0: {rows})."
+    note = f"Skipped {len(left):,} of {len(data):,} examples in {where} with empty values (from 0: {rows})."
     return (data.select(kept), [note]) if left else (data, [])
 
 
-def check_examples(data: Dataset, kind: Kind, split: str, *, with_label: bool = True) -> None:
+def check_examples(data: Dataset, kind: Kind, where: str, *, with_label: bool = True) -> None:
     """Raise ValueError, naming problem and rows, unless the task can use every example."""
     if len(data) == 0:
-        raise ValueError(f"The split {split} of the data is empty.")
-    kind.check(data, split, with_label=with_label)
+        raise ValueError(f"There are no examples in {where}.")
+    kind.check(data, where, with_label=with_label)
 
 
 def choose_max_length(counts: list[int], limit: int) -> int:
@@ -325,7 +355,7 @@ def choose_max_length(counts: list[int], limit: int) -> int:
 def _split(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """Deterministic training and validation split without shared groups."""
     groups = train["group"] if "group" in train.column_names else range(len(train))
-    require_rows(map(is_known, groups), "group must not be missing in the split train")
+    require_rows(map(is_known, groups), "group must not be missing in the training data")
     frame = pd.DataFrame({"group": list(map(str, groups)), "row": range(len(train))})
     try:
         first, second = split_by_group(frame, share)

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset
 from .cells import SHOWN_ROWS, is_known, require_rows
 
 
-def known_labels(data: Dataset, split: str) -> list[Any]:
+def known_labels(data: Dataset, where: str) -> list[Any]:
     """Labels, each a single class.
 
     Raises:
@@ -23,11 +23,11 @@ def known_labels(data: Dataset, split: str) -> list[Any]:
     unknown = -1 if isinstance(data.features["label"], ClassLabel) else None
     require_rows(
         (is_known(value) and value != unknown for value in values),
-        f"label must not be missing in the split {split} (--skip-empty skips such examples)",
+        f"label must not be missing in {where} (--skip-empty skips such examples)",
     )
     require_rows(
         (isinstance(value, (str, int, float)) for value in values),
-        f"label must be a single class in the split {split}",
+        f"label must be a single class in {where}",
         values,
     )
     return values
@@ -71,20 +71,20 @@ def alike(labels: list[str]) -> list[str]:
     ]
 
 
-def with_class_ids(data: Dataset, labels: list[str], split: str) -> Dataset:
+def with_class_ids(data: Dataset, labels: list[str], where: str) -> Dataset:
     """Replace labels by their indices in `labels`.
 
     Raises:
         ValueError: a label is missing or not in `labels`.
 
     """
-    values = known_labels(data, split)
+    values = known_labels(data, where)
     feature = data.features["label"]
     names = [feature.int2str(value) if isinstance(feature, ClassLabel) else class_name(value) for value in values]
     unseen = sorted(set(names) - set(labels))
     if unseen:
         raise ValueError(
-            f"The split {split} has labels that are not in the training data: {', '.join(unseen[:SHOWN_ROWS])}. "
+            f"Labels in {where} are not in the training data: {', '.join(unseen[:SHOWN_ROWS])}. "
             f"Known: {', '.join(labels)}."
         )
     index = {name: i for i, name in enumerate(labels)}

@@ -73,11 +73,11 @@ class Kind:
         """Normalize the columns of a split."""
         return data
 
-    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+    def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
         """Raise ValueError that names the invalid rows and the reason."""
         for role in ("text", "text_pair"):
             if role in data.column_names:
-                require_text(data, role, split)
+                require_text(data, role, where)
 
     def class_names(self, data: Dataset) -> list[str]:
         """Class names of the training data; empty without classes.

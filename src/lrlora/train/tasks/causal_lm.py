@@ -62,16 +62,16 @@ class CausalLm(Kind):
             )
         return {role: names[role] for role in found.roles if names[role] in there}
 
-    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
+    def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
         found = format_of(data.column_names)
         for role in found.roles if with_label else found.asked:
             if isinstance(data[0][role], str) or role == "text":
-                require_text(data, role, split)
+                require_text(data, role, where)
             else:
-                rule = f"{role} must be lists of messages in the split {split}"
+                rule = f"{role} must be lists of messages in {where}"
                 require_rows(map(is_conversation, data[role]), rule)
                 if role == "messages":
-                    require_roles(data, role, split)
+                    require_roles(data, role, where)
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:
         def count(batch: dict[str, list[Any]]) -> list[int]:

@@ -38,8 +38,8 @@ class ImageClassify(Classify):
             )
         return data.cast_column("image", datasets.Image(decode=False))  # decoded per batch, not cached
 
-    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
-        rule = f"image must be an image in the split {split} (--skip-empty skips empty examples)"
+    def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
+        rule = f"image must be an image in {where} (--skip-empty skips empty examples)"
         require_rows(map(_is_image, data["image"]), rule)
 
     def load_processor(self, source: str | Path) -> Any:

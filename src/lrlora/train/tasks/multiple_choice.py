@@ -36,18 +36,18 @@ class MultipleChoice(Kind):
     model_class: ClassVar[Any] = AutoModelForMultipleChoice
     architectures = MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
-    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
-        require_text(data, "question", split)
+    def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
+        require_text(data, "question", where)
         choices = data["choices"][:]
         require_rows(
             (
                 isinstance(c, list) and len(c) > 1 and all(isinstance(choice, str) and choice.strip() for choice in c)
                 for c in choices
             ),
-            f"choices must be lists of at least two nonempty texts in the split {split}",
+            f"choices must be lists of at least two nonempty texts in {where}",
         )
         if self.has_head and len({len(c) for c in choices}) > 1:
-            raise ValueError(f"All examples of the split {split} must have the same number of choices.")
+            raise ValueError(f"All examples in {where} must have the same number of choices.")
         if "prompts" in data.column_names:
             prompts = data["prompts"][:]
             require_rows(
@@ -55,14 +55,14 @@ class MultipleChoice(Kind):
                     isinstance(p, list) and len(p) == len(c) and all(isinstance(t, str) and t.strip() for t in p)
                     for p, c in zip(prompts, choices, strict=True)
                 ),
-                f"prompts must be lists of nonempty texts, one per choice, in the split {split}",
+                f"prompts must be lists of nonempty texts, one per choice, in {where}",
                 prompts,
             )
         if with_label:
             pairs = zip(data["label"], choices, strict=True)
             require_rows(
                 (isinstance(label, int) and 0 <= label < len(c) for label, c in pairs),
-                f"label must be the index of a choice, counted from 0, in the split {split}",
+                f"label must be the index of a choice, counted from 0, in {where}",
             )
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:

@@ -26,12 +26,10 @@ class Classify(Kind):
     criterion = "log_loss"
 
     def class_names(self, data: Dataset) -> list[str]:
-        values, feature = known_labels(data, "train"), data.features["label"]
+        values, feature = known_labels(data, "the training data"), data.features["label"]
         distinct = in_order(values)
         if len(distinct) < 2:
-            raise ValueError(
-                f"All examples of the split train have the label {distinct[0]!r}, so there is nothing to learn."
-            )
+            raise ValueError(f"All training examples have the label {distinct[0]!r}, so there is nothing to learn.")
         if isinstance(feature, ClassLabel):
             return list(feature.names)
         if any(map(is_fraction, distinct)) and all(is_fraction(value) or is_finite(value) for value in distinct):
@@ -58,10 +56,10 @@ class Regress(Kind):
     metrics = ("pearson", "spearman", "rmse", "loss")
     criterion = "rmse"
 
-    def check(self, data: Dataset, split: str, *, with_label: bool) -> None:
-        super().check(data, split, with_label=with_label)
+    def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
+        super().check(data, where, with_label=with_label)
         if with_label:
-            rule = f"label must be a finite number in the split {split}"
+            rule = f"label must be a finite number in {where}"
             require_rows(map(is_finite, data["label"]), rule, data["label"])
 
     def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
