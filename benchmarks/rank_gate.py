@@ -365,7 +365,14 @@ class Course:
         self.batches, self.step = self.task.batches(self.seed), 0
         self.head: dict[str, Tensor] = {}
 
-    def train(self, model: Any, rate: float, until: int, after: Callable[[int], None] = lambda step: None) -> None:
+    def train(
+        self,
+        model: Any,
+        rate: float,
+        until: int,
+        after: Callable[[int], None] = lambda step: None,
+        watch: Callable[[Any], None] = lambda optimizer: None,
+    ) -> None:
         """AdamW with a new state and warm-up, on one linear decay over the whole course."""
         begin, adapter, head = self.step, [], []
         warm = max(1, self.total // 20 if begin == 0 else WARM_UP * self.total // 500)
@@ -381,6 +388,7 @@ class Course:
         if self.task.head:
             groups.append({"params": head, "lr": self.task.head[1]})
         optimizer = torch.optim.AdamW(groups, weight_decay=0)
+        watch(optimizer)
 
         def share(done: int) -> float:
             return min(1.0, (done + 1) / warm) * (1 - (begin + done) / self.total)
@@ -393,7 +401,7 @@ class Course:
             if not torch.isfinite(loss):
                 raise FloatingPointError
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(adapter + head, 1.0)
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
             optimizer.step()
             schedule.step()
             self.step += 1
@@ -468,6 +476,20 @@ def by_cut(cut: str, shares: tuple[float, ...], widths: tuple[int, ...], wide_ra
         return Outcome(model, ranks)
 
     return train
+
+
+def by_library(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
+    """`lrlora.LearnedRanks`."""
+    from lrlora import LearnedRanks
+
+    costs, found = shapes(task), []
+    model = with_lora(task, dict.fromkeys(costs, WIDE), seed)
+
+    def watch(optimizer: Any) -> None:
+        found.append(LearnedRanks(model, optimizer, size=f"r{RANK}", steps=task.steps))
+
+    Course(task, seed, task.steps).train(model, rate, task.steps, watch=watch)
+    return Outcome(model, found[0].ranks)
 
 
 def by_ranks(choose: Callable[[Task, int, Callable[[str], Ranks]], dict[str, float]]) -> Callable[..., Outcome]:
@@ -636,6 +658,7 @@ METHODS = {
     ),
     "eva-4": Method(by_eva(4), "EVA, r = 4"),
     "eva-3": Method(by_eva(3), "EVA, r = 3", "eva-4"),
+    "library": Method(by_library, "**`LearnedRanks`: by loss, moments of the 32 steps before**", "loss"),
 }  # fmt: skip
 # LoRA at other ranks: where its loss is flat, methods cannot be distinguished.
 CURVE = {f"lora-{r}": r for r in (1, 2, 8, 16)}

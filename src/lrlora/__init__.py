@@ -9,11 +9,14 @@ __version__ = "0.1.0"
 # them only when needed.
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
     from .callback import RankCallback
+    from .learned_ranks import LearnedRanks, LearnedRanksCallback
     from .ranks import RankReport, rank_report
     from .tuner import LrLoraConfig, LrLoraModel, cached_weights
     from .tuner.sharding import fully_shard_phi
 
 __all__ = [
+    "LearnedRanks",
+    "LearnedRanksCallback",
     "LrLoraConfig",
     "LrLoraModel",
     "RankCallback",

@@ -275,7 +275,10 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             (home / "run", "--loss", "0.01", "--data", few),
             "4 examples with 4 labels or tokens to predict are too few",
         ),
-        ((home / "run", "--loss", "0.01", "--data", others), "Labels in others.csv are not in the training data: green"),
+        (
+            (home / "run", "--loss", "0.01", "--data", others),
+            "in others.csv are not in the training data: green",
+        ),
         (
             (home / "run", "--loss", "0.01", "--data", home / "texts.csv"),
             "needs the column label, but the data has text",

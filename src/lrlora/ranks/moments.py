@@ -39,28 +39,33 @@ class Moments:
     Attributes:
         inputs: Σ z zᵀ, (k, k), float64.
         gradients: Σ h hᵀ, (k, k), float64.
-        tokens: count with h ≠ 0.
+        tokens: count with h ≠ 0, (), int64.
         calls: call count.
 
     """
 
     inputs: Tensor
     gradients: Tensor
-    tokens: int = 0
+    tokens: Tensor
     calls: int = 0
 
     @classmethod
-    def zeros(cls, k: int) -> Moments:
-        return cls(torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, k, dtype=torch.float64))
+    def zeros(cls, k: int, device: torch.device | str = "cpu") -> Moments:
+        sums = torch.zeros(2, k, k, dtype=torch.float64, device=device)
+        return cls(sums[0], sums[1], torch.zeros((), dtype=torch.int64, device=device))
+
+    def cpu(self) -> Moments:
+        return Moments(self.inputs.cpu(), self.gradients.cpu(), self.tokens.cpu(), self.calls)
 
     def add(self, z: Tensor, h: Tensor) -> None:
-        """Add tokens: z and h (..., k), any dtype."""
-        z, h = z.flatten(0, -2), h.flatten(0, -2)
-        counted = (h != 0).any(-1)
-        z, h = at_least_float32(z[counted]), at_least_float32(h[counted])
-        self.inputs += (z.T @ z).double().cpu()
-        self.gradients += (h.T @ h).double().cpu()
-        self.tokens += len(z)
+        """Add tokens, except those whose h is 0 or not finite: z and h (..., k), any dtype."""
+        z, h = at_least_float32(z.flatten(0, -2)), at_least_float32(h.flatten(0, -2))
+        # Not by indexing, which would wait for the GPU.
+        counted = (h != 0).any(-1) & h.isfinite().all(-1)
+        z, h = (torch.where(counted[:, None], part, 0) for part in (z, h))
+        self.inputs += (z.T @ z).to(self.inputs)
+        self.gradients += (h.T @ h).to(self.gradients)
+        self.tokens += counted.sum().to(self.tokens)
 
 
 def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:

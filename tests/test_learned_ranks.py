@@ -1,0 +1,361 @@
+"""LoRA that learns its ranks: cut while it trains, in one's own loop and in a Trainer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lrlora import LearnedRanks, LearnedRanksCallback
+from lrlora.adapters import factorize
+from lrlora.ranks import loss_curve
+
+from .conftest import TinyModel
+
+STEPS = 60  # cut after 18
+
+
+def with_lora(family: str, **fields: Any) -> tuple[TinyModel, Any]:
+    tiny = TinyModel(family)
+    torch.manual_seed(1)
+    return tiny, get_peft_model(tiny.build(), LoraConfig(**{"r": 8, "lora_alpha": 16, **tiny.targets, **fields}))
+
+
+def trained(model: Any) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def fit(tiny: TinyModel, model: Any, size: str = "r2", steps: int = STEPS, **options: Any) -> LearnedRanks:
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
+    learned = LearnedRanks(model, optimizer, size=size, steps=steps, **options)
+    model.train()
+    for _ in range(steps):
+        tiny.loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return learned
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5", "vit"])
+def test_a_plain_lora_of_the_size_remains(family: str, tmp_path: Path) -> None:
+    tiny, model = with_lora(family)
+    size = sum(p.numel() for p in trained(model)) // 4  # of r = 2
+    learned = fit(tiny, model)
+    assert learned.ranks is not None
+    assert len(set(learned.ranks.values())) > 1
+    parameters = sum(p.numel() for p in trained(model))
+    assert 0.9 * size < parameters <= size
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.build(), tmp_path).eval()
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    assert sum(p.numel() for n, p in again.named_parameters() if "lora_" in n) == parameters
+
+
+def test_it_loads_where_lrlora_is_not_imported(tmp_path: Path) -> None:
+    tiny, model = with_lora("llama")
+    learned = fit(tiny, model)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny.build().save_pretrained(tmp_path / "base")
+    script = (
+        "import json, sys; from peft import AutoPeftModelForCausalLM;"
+        "m = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "assert 'lrlora' not in sys.modules;"
+        "print(json.dumps(sorted(layer.r['default'] for layer in m.modules() if hasattr(layer, 'lora_A'))))"
+    )
+    config = tmp_path / "adapter" / "adapter_config.json"
+    found = json.loads(config.read_text())
+    found |= {"base_model_name_or_path": str(tmp_path / "base"), "task_type": "CAUSAL_LM"}
+    config.write_text(json.dumps(found))
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "adapter")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert learned.ranks is not None
+    assert json.loads(run.stdout) == sorted(rank for rank in learned.ranks.values() if rank)
+
+
+class Parallel(nn.Module):
+    """The output depends on one of two branches alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needed, self.idle = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.needed(x) + 1e-4 * self.idle(x)
+
+
+def test_the_rank_goes_where_the_loss_needs_it() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Parallel(), LoraConfig(r=6, lora_alpha=6, target_modules=["needed", "idle"]))
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=100)
+    x = torch.randn(64, 12)
+    target = x @ (torch.randn(12, 4) @ torch.randn(4, 12))
+    for _ in range(100):
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learned.ranks == {"needed": 4, "idle": 0}
+    assert model.peft_config["default"].target_modules == {"needed"} or list(
+        model.peft_config["default"].target_modules
+    ) == ["needed"]
+    assert type(model.get_base_model().idle) is nn.Linear
+    assert (model(x) - target).square().mean() < 0.5 * target.square().mean()
+
+
+def test_the_cut_is_that_of_the_curve_by_loss() -> None:
+    tiny, model = with_lora("llama", init_lora_weights=False)
+    tokens = tiny.inputs()["input_ids"]
+    batch = {"input_ids": tokens, "labels": tokens}
+    whole = factorize(model, energy=1.0)
+    budget = sum(2 * part.parameters_per_rank for part in whole)
+    expected = loss_curve(model, whole, [batch]).within(budget)
+    optimizer = torch.optim.SGD(trained(model), lr=0.0)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=10)
+    model.eval()
+    for _ in range(learned.cut_step):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learned.ranks == {part.module: part.rank for part in expected}
+    assert min(learned.ranks.values()) != max(learned.ranks.values())
+    for part in expected:
+        if part.rank:
+            layer: Any = model.get_base_model().get_submodule(part.module)
+            found, wanted = layer.get_delta_weight("default"), part.B @ part.A
+            assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+            assert layer.scaling["default"] == 2.0
+
+
+def test_half_the_rate_before_the_cut_and_warm_up_after_it() -> None:
+    _, model = with_lora("mlp")
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 400)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=400)
+    shares = []
+    optimizer.register_step_pre_hook(
+        lambda optimizer, *rest: shares.append(optimizer.param_groups[0]["lr"] / schedule.get_last_lr()[0])
+    )
+    for _ in range(learned.cut_step + 25):
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
+        schedule.step()
+        optimizer.zero_grad()
+    assert learned.cut_step == 120
+    assert shares == pytest.approx([0.5] * 120 + [min(1.0, (step + 1) / 20) for step in range(25)])
+
+
+class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random sequences."""
+
+    def __init__(self, count: int = 48) -> None:
+        self.ids = torch.randint(3, 99, (count, 8), generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+class StopAfter(TrainerCallback):
+    """Stops as if the process was killed after a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def trainer_of(folder: Path, *callbacks: TrainerCallback, dropout: float = 0.1, **settings: Any) -> Trainer:
+    _, model = with_lora("llama", lora_dropout=dropout)
+    common = {"output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 5e-3}
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "seed": 1, "use_cpu": True}
+    arguments = TrainingArguments(**{**common, **quiet, **settings})
+    return Trainer(model, arguments, train_dataset=Texts(), eval_dataset=Texts(8), callbacks=list(callbacks))
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """Weights of a run that is never stopped."""
+    trainer = trainer_of(tmp_path_factory.mktemp("whole"), LearnedRanksCallback("r2"))
+    trainer.train()
+    return weights_of(trainer)
+
+
+@pytest.mark.parametrize("step", [3, 10, 18, 19, 40])
+def test_a_stopped_run_resumes_to_the_bit(step: int, tmp_path: Path, whole: dict[str, Tensor]) -> None:
+    stopped = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(step))
+    if step < 18:
+        with pytest.warns(UserWarning, match=f"ended at step {step}, before the cut at step 18: the adapter is wide"):
+            stopped.train()
+    else:
+        stopped.train()
+    callback = LearnedRanksCallback("r2")
+    resumed = trainer_of(tmp_path, callback)
+    resumed.train(resume_from_checkpoint=True)
+    found = weights_of(resumed)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert callback.learned is not None
+    assert callback.learned.ranks is not None
+    assert sum(callback.learned.ranks.values()) == sum(len(p) for n, p in whole.items() if "lora_A" in n)
+
+
+def test_the_best_checkpoint_is_from_after_the_cut(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6}
+    trainer = trainer_of(
+        tmp_path,
+        LearnedRanksCallback("r1"),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_runtime",  # which may be best at any step
+        greater_is_better=False,
+        **settings,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step >= 18
+    assert sum(p.numel() for p in weights_of(trainer).values()) <= sum(p.numel() for p in trainer_wide(tmp_path)) / 8
+
+
+def trainer_wide(folder: Path) -> list[Tensor]:
+    return list(weights_of(trainer_of(folder)).values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True},
+        {"optim": "adafactor"},
+        {"max_grad_norm": 0.1, "lr_scheduler_type": "cosine"},
+    ],
+)
+def test_ways_to_train(settings: dict[str, Any], tmp_path: Path) -> None:
+    callback = LearnedRanksCallback("r2")
+    trainer = trainer_of(tmp_path, callback, dropout=0.0, **settings)
+    wide = sum(p.numel() for p in weights_of(trainer).values())
+    trainer.train()
+    assert callback.learned is not None
+    assert callback.learned.ranks is not None
+    assert sum(p.numel() for p in weights_of(trainer).values()) <= wide / 4
+    assert trainer.state.log_history[-1]["train_loss"] < 4.7
+    if settings.get("gradient_checkpointing"):
+        other = LearnedRanksCallback("r2")
+        trainer_of(tmp_path, other, dropout=0.0).train()
+        assert other.learned is not None
+        assert other.learned.ranks == callback.learned.ranks
+
+
+def test_loss_scaling_skips_what_overflows() -> None:
+    tiny, model = with_lora("llama")
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=4)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=30)
+    for _ in range(80):
+        with torch.autocast("cpu", torch.float16):
+            loss = tiny.loss(model)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert learned.ranks is not None
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_another_adapter_stays(tmp_path: Path) -> None:
+    tiny, model = with_lora("llama")
+    model.add_adapter("other", LoraConfig(r=3, init_lora_weights=False, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    expected = tiny.logits(model)
+    model.set_adapter("default")
+    learned = fit(tiny, model, "r1", steps=200)
+    assert learned.ranks is not None
+    assert 0 in learned.ranks.values()
+    model.set_adapter("other")
+    assert torch.equal(tiny.logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert {
+        len(v) for n, v in load_file(tmp_path / "other" / "adapter_model.safetensors").items() if "lora_A" in n
+    } == {3}
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "said"),
+    [
+        ({"use_dora": True}, {}, "do not support use_dora=True. Remove it"),
+        ({"bias": "lora_only"}, {}, "do not support bias='lora_only'"),
+        ({"init_lora_weights": "pissa"}, {}, "init_lora_weights='pissa', which changes the base weights"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, {}, "but model.embed_tokens has another"),
+        ({}, {"size": "r8"}, "must be below the adapter's"),
+        ({}, {"size": "1"}, "and at least"),
+        ({}, {"size": "big"}, "size must be a size such as 250000"),
+        ({}, {"steps": 5}, "steps must be at least 10 for ranks to be learned, got 5"),
+        ({}, {"at": 1.0}, "at must be a share of the steps between 0 and 1, got 1.0"),
+    ],
+)
+def test_what_is_not_supported_is_refused(fields: dict[str, Any], options: dict[str, Any], said: str) -> None:
+    _, model = with_lora("llama", **fields)
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        LearnedRanks(model, torch.optim.SGD(trained(model), lr=0.1), **{"size": "r2", "steps": 20, **options})
+
+
+def test_the_trainer_refuses_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="need a PEFT model with LoRA"):
+        Trainer(TinyModel("llama").build(), callbacks=[LearnedRanksCallback("r2")])
+    with pytest.raises(ValueError, match="do not support torch_compile"):
+        trainer_of(tmp_path, LearnedRanksCallback("r2"), torch_compile=True)
+    with pytest.raises(ValueError, match="size must be a size"):
+        LearnedRanksCallback("four")
+
+
+def test_layers_that_bypass_lora_are_told() -> None:
+    _, model = with_lora("mlp", init_lora_weights=False)
+    layer: Any = model.get_base_model().first
+    layer.forward = lambda x: layer.base_layer(x) + x @ layer.get_delta_weight("default").T
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    LearnedRanks(model, optimizer, size="r2", steps=10)
+    with pytest.raises(ValueError, match="No gradient passed through lora_A of first \\(1 of 2 modules\\)"):  # noqa: PT012
+        for _ in range(10):
+            model(torch.randn(4, 16)).square().mean().backward()
+            optimizer.step()
+
+
+def test_a_convolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    build = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))  # noqa: E731
+    base = build()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["0", "3"]))
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    learned = LearnedRanks(model, optimizer, size="600", steps=40)
+    x, target = torch.randn(16, 3, 8, 8), torch.randn(16, 4)
+    for _ in range(40):
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learned.ranks is not None
+    assert sum(p.numel() for p in trained(model)) <= 600
+    model.save_pretrained(tmp_path)
+    other = build()
+    other.load_state_dict(state)
+    assert torch.allclose(PeftModel.from_pretrained(other, tmp_path)(x), model(x))
