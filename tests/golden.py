@@ -81,7 +81,7 @@ TRAIN = "train run.yaml --output"
 MAKE = [
     f"{TRAIN} phi",
     f"{TRAIN} plan --dry-run",
-    f"{TRAIN} lora --method lora --size r1",
+    f"{TRAIN} lora --method lora --size r1 --rank 4",
     f"{TRAIN} small --loss 0.05",
     "train full.yaml --output full",
     f"{TRAIN} expansion --adapter form=expansion --adapter num_terms=4",

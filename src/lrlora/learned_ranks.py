@@ -37,7 +37,8 @@ from .ranks.moments import Moments
 from .sizes import parse_size
 
 CUT_AT = 0.3  # share of the steps
-WIDTH = 4  # start: so many times the rank of the size asked for
+WIDTH = 4  # rank at the start, as a multiple of that of the size
+_WIDE = 16  # rank at the start for a size in parameters or bytes
 _WINDOW = 32  # steps that give moments
 _WIDE_RATE = 0.5  # share of the learning rate before the cut
 _WARM_UP = 20  # steps after the cut, at most a twentieth of all
@@ -101,13 +102,12 @@ class LearnedRanks:
         resume: Path | None = None,
     ) -> None:
         self._model, self._optimizer = model, _unwrapped(optimizer)
-        self._adapter = require_plain_lora(model)
+        self._adapter = _require_plain_lora(model)
         if not isinstance(at, float) or not 0 < at < 1:
             raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
-        if steps < _FEWEST_STEPS:
-            raise ValueError(f"steps must be at least {_FEWEST_STEPS} for ranks to be learned, got {steps!r}.")
+        _require_steps(steps)
         self.ranks: dict[str, int] | None = None
-        self.cut_step = max(1, round(at * steps))
+        self.cut_step = _cut_step(at, steps)
         self._steps, self._done = steps, 0
         self._rates: list[Any] = []
         self._moments: dict[str, Moments] = {}
@@ -115,7 +115,7 @@ class LearnedRanks:
             self._load_state(resume)
         self._hooks: list[Any] = []
         if self.ranks is None:
-            self._budget = _budget(size, model, self._adapter)
+            self._budget = _parameters_in(size, model, self._adapter)
             for path, layer in _layers(model, self._adapter).items():
                 self._hooks.append(layer.lora_A[self._adapter].register_forward_hook(self._watch(path)))
         self._optimizer.register_step_pre_hook(self._before_step)
@@ -219,7 +219,7 @@ class LearnedRanksCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
         _require_one_device(args)
-        require_plain_lora(model)
+        _require_plain_lora(model)
         model.register_load_state_dict_pre_hook(_fit_to_checkpoint)
 
     def on_train_begin(
@@ -251,7 +251,13 @@ class LearnedRanksCallback(TrainerCallback):
             )
 
 
-def require_plain_lora(model: Any) -> str:
+def _require_steps(steps: int) -> None:
+    """Raise ValueError if there are too few steps to learn ranks in."""
+    if steps < _FEWEST_STEPS:
+        raise ValueError(f"steps must be at least {_FEWEST_STEPS} for ranks to be learned, got {steps!r}.")
+
+
+def _require_plain_lora(model: Any) -> str:
     """Name of the adapter to cut.
 
     Raises:
@@ -298,8 +304,35 @@ def _factors(path: str, layer: Any, adapter: str) -> Factors:
     return Factors(path, A, B, len(A), scaling, layout, energy, stable_rank=math.nan, kept=1.0)
 
 
-def _budget(size: str, model: PeftModel, adapter: str) -> int:
-    """Number of parameters of a size."""
+def wide_rank(size: str) -> int:
+    """Usual rank to start from."""
+    number, unit = parse_size(size, "size")
+    return WIDTH * int(number) if unit == "ranks" else _WIDE
+
+
+def planned_cut(size: str, model: Any, args: TrainingArguments) -> tuple[int, int]:
+    """Number of parameters after the cut, and its step, for `LearnedRanksCallback` with its defaults.
+
+    Raises:
+        ValueError: see `LearnedRanks`; or the Trainer is set up in a way that the cut does not support.
+
+    """
+    _require_one_device(args)
+    _require_steps(args.max_steps)
+    return _parameters_in(size, model, _require_plain_lora(model)), _cut_step(CUT_AT, args.max_steps)
+
+
+def _cut_step(at: float, steps: int) -> int:
+    return max(1, round(at * steps))
+
+
+def _parameters_in(size: str, model: PeftModel, adapter: str) -> int:
+    """Number of parameters of a size.
+
+    Raises:
+        ValueError: it is not below that of the adapter, or below one rank of its smallest module.
+
+    """
     layers: list[Any] = list(_layers(model, adapter).values())
     weights = [(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight) for layer in layers]
     costs = [(A.numel() + B.numel()) // len(A) for A, B in weights]
@@ -340,7 +373,7 @@ def resize(model: PeftModel, adapter: str, factors: Sequence[Factors], optimizer
                 setattr(base.get_submodule(parent), name, layer.get_base_layer())
             continue
         for module, value in zip((down, up), part.padded(part.rank), strict=True):
-            weight = (value / part.scaling**0.5).to(module.weight)
+            weight = (value / part.scaling**0.5).to(module.weight).contiguous()
             replaced[module.weight] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
             module.weight = replaced[module.weight]
         is_conv = isinstance(down, _ConvNd)

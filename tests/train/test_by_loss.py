@@ -227,7 +227,7 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     assert "To find the smallest LoRA" in result.output
     assert read_losses(tmp_path / "unmeasured") is None
     # Asked for, it is what is beside the adapter.
-    result = run("train", *arguments, "--output", tmp_path / "asked", "--method", "lora", "--size", "r1")
+    result = run("train", *arguments, "--output", tmp_path / "asked", "--method", "expansion", "--size", "r1")
     assert result.exit_code == 0, result.output
     of_rank_1 = parameters_of(tmp_path / "asked") // 4
     assert parameters_of(tmp_path / "asked" / "lora") <= of_rank_1

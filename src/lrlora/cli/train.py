@@ -103,6 +103,9 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> None:
     """Say how small the LoRA of a finished run may be. The run is there, whatever comes of it."""
     from ..train.methods import METHODS
 
+    if run.learns_ranks:
+        announce(f"The adapter is a plain LoRA of {run.size}, which PEFT loads without lrlora.")
+        return
     is_asked_for = run.loss is not None or run.size is not None
     is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not is_measured:

@@ -26,6 +26,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .. import __version__
 from ..files import readable
+from ..learned_ranks import planned_cut
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT, RunRecord
 from .chat import choose_template, format_of, rendering_of, with_answers_marked, without_answer
 from .data import TaskData, choose_max_length, load_task_data
@@ -112,6 +113,7 @@ def plan(config: TrainConfig, inputs: Inputs, model: nn.Module, arguments: Any) 
         f"({trainable / sum(count for count, _ in counts):.2%} of all), {arguments.max_steps} steps of {examples} "
         f"examples, {epochs:.2g} epochs.",
         *_adapter_lines(config.method, model),
+        *_learning_lines(config, model, arguments),
         *([] if config.start_from is None else [f"Starts from: {config.start_from}."]),
         f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples{_cut(inputs)}.",
         *inputs.data.notes,
@@ -146,6 +148,14 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
             f"Warning: r = {r} exceeds the maximum rank of {len(narrow)} of {len(layers)} layers ({min(narrow)})."
         )
     return lines
+
+
+def _learning_lines(config: TrainConfig, model: Any, arguments: TrainingArguments) -> list[str]:
+    """When the adapter is cut, and to how many parameters."""
+    if config.size is None or not config.learns_ranks:
+        return []
+    size, step = planned_cut(config.size, model, arguments)
+    return [f"Ranks: learned; after {step} steps, the loss decides which {size:,} parameters stay."]
 
 
 def _cut(inputs: Inputs) -> str:

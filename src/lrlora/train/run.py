@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -34,6 +35,7 @@ from ..adapters.card import LORA_FOLDER
 from ..callback import RankCallback
 from ..checks import DEFAULT_ENERGY
 from ..files import ADAPTER_EXPECTED, readable, replacing_files, write_json, writing
+from ..learned_ranks import LearnedRanksCallback, wide_rank
 from ..locks import only_writer, remove_left
 from ..ranks import RankReport, rank_report
 from ..ranks.report import read_history
@@ -147,11 +149,21 @@ def _train(
     if stop.signal is not None and (done := trainer.state.global_step) < (steps := arguments.max_steps):
         where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
         raise Interrupted(f"Stopped by {stop.signal} {where}")
+    if config.learns_ranks:
+        announce(_cut_line(trainer))
     if (kept := trainer.state.best_global_step) and arguments.load_best_model_at_end:
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
         announce(f"Kept: step {kept} of {arguments.max_steps}, the best by {measure}.")
     metrics = plain_metrics(trainer.evaluate())
     return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce)
+
+
+def _cut_line(trainer: Trainer) -> str:
+    model: Any = trainer.model
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    ranks = sorted(layer.r["default"] for layer in layers)
+    size = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" in name)
+    return f"Ranks: {size:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
 
 
 def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce = print) -> None:
@@ -263,7 +275,8 @@ def _prepare(
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
     """Model to train, and its adapter configuration, if any."""
-    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter_fields)
+    wide = {"r": wide_rank(config.size)} if config.size is not None and config.learns_ranks else {}
+    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, wide | config.adapter_fields)
     if adapter is None or inputs.kind.has_head:
         load_in_every_process()
     set_seed(config.seed)
@@ -288,6 +301,8 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
     # The clock comes first at a step's end, so that it excludes the cost of rank records.
     callbacks: list[TrainerCallback] = [clock]
+    if config.size is not None and config.learns_ranks:
+        callbacks.append(LearnedRanksCallback(config.size))
     if METHODS[config.method].has_ranks:
         callbacks.append(RankCallback(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss()]

@@ -67,8 +67,8 @@ class TrainConfig:
             that are not given are those of that run; default: a new adapter.
         loss: write lora/ as the smallest LoRA whose validation loss rises by at most this share; default: only print
             its size for 0.01.
-        size: size of lora/ (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4), filled by importance to the loss;
-            default: the whole update.
+        size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
+            are learned in training; with others, lora/ is filled by importance to the loss; default: no limit.
         rank_every: steps between records of the learned ranks.
         seed: random seed of head, factors, data order and dropout.
         adapter: NAME=VALUE, field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
@@ -164,6 +164,11 @@ class TrainConfig:
                 if other is None:
                     raise ValueError(f"{name}={value!r} is not supported by the method {self.method}. Remove it.")
                 _require_one(name, value, other, self.adapter, "adapter")
+
+    @property
+    def learns_ranks(self) -> bool:
+        """Whether the adapter is cut while it trains."""
+        return self.method == "lora" and self.size is not None
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""`lrlora train --method lora --size`: ranks learned in training."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftConfig
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.run_folder import LOSS_FILE
+from lrlora.train.run import Interrupted, train
+from lrlora.train.settings import TrainConfig
+
+from .small import reviews, save_decoder, save_encoder
+
+
+def lrlora(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_encoder(tmp_path / "base")
+    save_decoder(tmp_path / "decoder")
+    frame = reviews(96).rename(columns={"review": "text", "verdict": "label"})
+    frame.to_csv("reviews.csv", index=False)
+    frame[["text"]].to_csv("texts.csv", index=False)
+    return tmp_path
+
+
+CONFIG: dict[str, Any] = {"model": "./base", "data": "reviews.csv", "task": "classify", "method": "lora", "size": "r1"}
+CONFIG |= {"steps": 20, "batch_size": 4, "learning_rate": 1e-2, "rank_every": 1}
+CONFIG |= {"training": {"eval_steps": 2, "save_steps": 2, "logging_steps": 1}}
+
+
+def run(output: str, announce: Callable[[str], None] = lambda line: None, **settings: Any) -> None:
+    train(TrainConfig.from_dict(CONFIG | {"output": output} | settings), announce=announce)
+
+
+def size_of(folder: Path) -> int:
+    stored = load_file(folder / "adapter_model.safetensors")
+    return sum(value.numel() for name, value in stored.items() if "lora_" in name)
+
+
+def test_a_plain_lora_of_the_size(here: Path) -> None:
+    result = lrlora(
+        *("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", "--method", "lora"),
+        *("--size", "r1", "--steps", 20, "--batch-size", 4, "--learning-rate", 1e-2, "--output", "out"),
+    )
+    assert result.exit_code == 0, result.output
+    match = re.search(r"after 6 steps, the loss decides which ([\d,]+) parameters stay", result.output)
+    assert match, result.output
+    limit = int(match[1].replace(",", ""))
+    assert "Adapter: lora, r = 4, α = 4" in result.output
+    size = size_of(here / "out")
+    assert f"Ranks: {size:,} parameters in " in result.output
+    assert 0.9 * limit < size <= limit
+    config = PeftConfig.from_pretrained("out")
+    assert config.peft_type.value == "LORA"
+    assert config.rank_pattern
+    assert not Path("out/lora").exists()
+    assert not Path("out", LOSS_FILE).exists()
+    for command in (("evaluate", "out", "--data", "reviews.csv"), ("ranks", "out"), ("report", "out")):
+        result = lrlora(*command)
+        assert result.exit_code == 0, result.output
+
+
+def test_a_language_model_and_a_size_in_bytes(here: Path) -> None:
+    run("out", model="./decoder", data="texts.csv", task="causal-lm", size="12kB", rank=8)
+    assert size_of(here / "out") <= 3_000
+    assert lrlora("predict", "out", "--text", "a film").exit_code == 0
+
+
+@pytest.mark.parametrize("step", [4, 6, 12])
+def test_an_interrupted_run_resumes_to_the_bit(here: Path, step: int) -> None:
+    def stop(line: str) -> None:
+        if line.startswith(f"Step {step}:"):
+            signal.raise_signal(signal.SIGINT)
+
+    run("alone")
+    with pytest.raises(Interrupted):
+        run("cut", announce=stop)
+    result = lrlora("train", "--resume", "cut")
+    assert result.exit_code == 0, result.output
+    for file in ("adapter_model.safetensors", "metrics.json", "rank_history.jsonl", "ranks.json"):
+        assert Path("cut", file).read_bytes() == Path("alone", file).read_bytes()
+    assert json.loads(Path("cut/adapter_config.json").read_text())["r"] == PeftConfig.from_pretrained("alone").r
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("--rank", 1), "must be below the adapter's"),
+        (("--steps", 5), "steps must be at least 10"),
+        (("--adapter", "use_dora=true"), "do not support use_dora=True"),
+        (("--adapter", "init_lora_weights=pissa"), "which changes the base weights"),
+        (("--training", "torch_compile=true"), "do not support torch_compile"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_clear_error(here: Path, settings: tuple[object, ...], said: str) -> None:
+    arguments = ("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", "--method", "lora")
+    for options in (("--dry-run",), ()):
+        result = lrlora(*arguments, "--size", "r1", "--output", "out", *settings, *options)
+        assert result.exit_code == 1, result.output
+        assert said in result.output
+        assert not Path("out").exists()
