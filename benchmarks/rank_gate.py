@@ -34,11 +34,12 @@ from lrlora.adapters import Factors, factorize  # noqa: E402
 from lrlora.adapters.factorize import best_per_parameter  # noqa: E402
 from lrlora.ranks.cut import LossCurve, directions  # noqa: E402
 from lrlora.ranks.moments import collect_moments, model_loss  # noqa: E402
-from lrlora_lab.statistics import paired_difference  # noqa: E402
+from lrlora_lab.statistics import holm, paired_difference  # noqa: E402
 
 PAGE, RESULTS = DOCS / "rank_gate.md", DOCS / "rank_gate" / "results.jsonl"
 CLAIMS = Path("lrlora-compress") / "gate"
 SEEDS = (0, 1, 2)
+STUDY, STUDY_SEEDS = ("lora", "library"), (0, 1, 2, 3, 4)
 RANK, WIDE = 4, 16
 SCALING = 4.0
 MOMENT_BATCHES = 8
@@ -719,7 +720,7 @@ def wanted(name: str, method: str) -> tuple[int, float] | None:
     else:
         best = tuned(name, of)
     done = {row["seed"] for row in own if row["rate"] == best}
-    seeds = SEEDS[:1] if method in CURVE else SEEDS
+    seeds = SEEDS[:1] if method in CURVE else STUDY_SEEDS if method in STUDY else SEEDS
     return next(((seed, best) for seed in seeds if seed not in done), None)
 
 
@@ -856,6 +857,31 @@ def differences() -> str:
     return table(heads, lines)
 
 
+def study() -> str:
+    """`LearnedRanks` and LoRA at r = 4 on every task, paired by seed, with p corrected by Holm."""
+    names = [name for name in TASKS if len(tested(name, "library").keys() & tested(name, "lora").keys()) > 1]
+    gaps, lines = {}, []
+    for name in names:
+        own, lora = tested(name, "library"), tested(name, "lora")
+        seeds = sorted(own.keys() & lora.keys())
+        gaps[name] = (paired_difference([own[s][1] for s in seeds], [lora[s][1] for s in seeds]), len(seeds))
+    values = holm([float(gap.p) for gap, _ in gaps.values() if gap is not None])
+    for (name, (gap, count)), p in zip(gaps.items(), values, strict=True):
+        assert gap is not None
+        means, forgotten = [], []
+        for method in STUDY:
+            rate = tuned(name, METHODS[method].rate_of or method)
+            rows = [row for row in rows_of(name, method) if row["rate"] == rate]
+            means.append(f"{sum(row['test'] for row in rows) / len(rows):.3f}")
+            held = [row["forgotten"] for row in rows if "forgotten" in row]
+            forgotten.append(f"{sum(held) / len(held):.2f}" if held else "")
+        lines.append(
+            [name, str(count), *means, f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})", f"{p:.4f}", *forgotten]
+        )
+    heads = ["task", "seeds", "LoRA", "learned", "difference", "p", "LoRA, base's text", "learned, base's text"]
+    return table(heads, lines)
+
+
 def updated(page: str) -> str:
     """Page with tables of the stored results."""
     rows = [row for row in stored() if row["size"]]
@@ -875,6 +901,7 @@ def updated(page: str) -> str:
             lines.append([name, about.name, f"{mean['size']:,.0f}", f"{rate:g}", f"{mean['test']:.3f}", losses])
     heads = ["task", "method", "parameters", "rate", "test loss", "by seed"]
     page = with_section(page, "differences", differences())
+    page = with_section(page, "study", study())
     return with_section(page, "results", table(heads, lines))
 
 
