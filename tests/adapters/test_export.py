@@ -17,10 +17,10 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lrlora import LrLoraConfig, files
-from lrlora.adapters import factorize, lora_config, output_difference, save_as_lora
+from lrlora.adapters import factorize, lora_config, merge_adapter, output_difference, read_updates, save_as_lora
 from lrlora.adapters.factorize import parameters_of_rank
 from lrlora.tuner import LrLoraLayer
 
@@ -117,6 +117,33 @@ def test_modules_left_out_stay_the_base_model_s(train: Train, tmp_path: Path) ->
 
 
 @pytest.mark.refused
+def test_another_weight_that_is_not_finite(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("bert", modules_to_save=["classifier"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.classifier.weight"][0] = torch.inf
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"classifier\S* contains NaN or infinite values"):
+        save_as_lora(factorize(model, energy=0.9), adapter, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"classifier\S* contains NaN or infinite values"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [("gpt2", "wpe"), ("t5", "relative_attention_bias"), ("vit", "projection")]
+)
+def test_embeddings_and_convolutions_of_lr_lora_are_refused(
+    family: str, target: str, train: Train, tmp_path: Path
+) -> None:
+    adapter, _ = train(family, target_modules=[target])
+    updates = read_updates(adapter)
+    with pytest.raises(ValueError, match="Only linear layers can be exported as LoRA"):
+        save_as_lora(factorize(updates, energy=0.9), updates, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_never_overwrites(train: Train, tmp_path: Path) -> None:
     adapter, model = train("llama")
     factors = factorize(model, energy=0.9)

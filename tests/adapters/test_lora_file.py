@@ -256,6 +256,16 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
 
 
+def test_a_bias_on_b_cannot_be_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {"up.lora_down.weight": torch.randn(2, 8), "up.lora_up.weight": torch.randn(4, 2)}
+    save_file({**tensors, "up.lora_up.bias": torch.randn(4), "up.alpha": torch.tensor(8.0)}, tmp_path / "a.safetensors")
+    updates = read_updates(str(tmp_path / "a.safetensors"))
+    with pytest.raises(ValueError, match=r"has a bias on B \(up\.lora_up\.bias\)"):
+        save_single_file(factorize(updates, energy=0.9), updates, tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
 def test_numbers_of_eight_bits(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     down, up = torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator)

@@ -169,6 +169,33 @@ def test_roles_and_chats_without_an_answer(decoder: str, tmp_path: Path) -> None
     assert "counted from 0: 20). Row 20 is 'bot'." in said
 
 
+def test_messages_in_every_column(decoder: str, tmp_path: Path) -> None:
+    asked, answered = {"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in (asked, answered)]
+    image = [{"role": "user", "content": [{"type": "image", "text": None}]}, parts[1]]
+    cases = [
+        (
+            {"prompt": [{**asked, "role": "Human"}], "completion": [answered]},
+            "the roles in prompt must be among system",
+        ),
+        ({"prompt": [asked], "completion": [asked]}, "the roles in completion must be among assistant, tool"),
+        ({"messages": image}, "The content of a message must be text, or parts of type text"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "Row 0 is 'None'"),
+        ({"messages": json.dumps([asked, answered])}, "messages must be lists of messages"),
+        ({"messages": [asked, {**answered, "content": " "}]}, "of 18 chats do not end with an answer"),
+    ]
+    for index, (row, said) in enumerate(cases):
+        data = write(tmp_path / f"{index}.jsonl", [row] * 20)
+        output = run("train", "--model", decoder, "--task", "causal-lm", "--dry-run", "--data", data).output
+        assert said in " ".join(output.split())
+    shown = []
+    for name, chat in (("plain", [asked, answered]), ("parts", parts)):
+        data = write(tmp_path / f"{name}.jsonl", [{"messages": chat}] * 20)
+        output = run("train", "--model", decoder, "--task", "causal-lm", "--dry-run", "--data", data).output
+        shown.append(next(line for line in output.splitlines() if line.startswith("Example")))
+    assert shown[0] == shown[1]
+
+
 @pytest.mark.parametrize(
     ("columns", "hint"),
     [

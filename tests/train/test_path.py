@@ -30,6 +30,7 @@ from lrlora.train.inference import evaluate, predict
 from lrlora.train.run import show_plan, train
 from lrlora.train.settings import TrainConfig
 
+from ..conftest import TinyModel
 from .small import SIZES, read, reviews, tokenizer
 
 
@@ -116,6 +117,17 @@ MESSAGES = {
         "adapter",
     ): "The folder adapter contains an adapter, not a model. Pass its base model",
     ("--data", "good.csv", "--start-from", "nowhere"): "nowhere contains no run of `lrlora train`",
+    ("--data", "good.csv", "--column", "text_pair=text"): "The column 'text' is mapped to text and text_pair",
+    ("--data", "good.csv", "--delimiter", ""): "delimiter must be a single character, got ''",
+    ("--data", "good.csv", "--training", "resume_from_checkpoint=x"): "Use: lrlora train --resume FOLDER",
+    (
+        "--data",
+        "good.csv",
+        "--loss",
+        "0.01",
+        "--validation-examples",
+        6,
+    ): "6 validation examples are too few to measure the loss of lora/; at least 16 are needed",
 }
 
 
@@ -319,6 +331,37 @@ def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> Non
     assert second["loss"] == pytest.approx(first["loss"], abs=1e-3)  # it began where the first ended
     assert json.loads(Path("second", "run.json").read_text())["config"]["rank"] == 2
     assert "must be the same as in first" in told("train", "--start-from", "first", "--rank", 3, "--output", "third")
+
+
+def test_overwriting_deletes_no_input(encoder: str) -> None:
+    arguments = ("train", "--model", encoder, "--task", "classify", "--steps", 1, "--output", "out")
+    assert run(*arguments, "--data", "good.csv").exit_code == 0
+    Path("good.csv").rename("out/good.csv")
+    assert "--overwrite would delete data=" in told(*arguments, "--data", "out/good.csv", "--overwrite")
+    start = ("train", "--start-from", "out", "--data", "out/../columns.csv", "--output", "out", "--overwrite")
+    assert "--overwrite would delete start_from=" in told(*start)
+    assert Path("out/good.csv").is_file()
+
+
+def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
+    assert run("train", "--model", encoder, "--task", "classify", "--steps", 1, "--data", "good.csv").exit_code == 0
+    weights = Path("lrlora-run/adapter_model.safetensors")
+    before = weights.read_bytes()
+    assert "already exists" in told("ranks", "lrlora-run", "--json", weights)
+    assert "already exists" in told("evaluate", "lrlora-run", "--data", "good.csv", "--json", weights)
+    command = ("predict", "lrlora-run", "--data", "good.csv", "--output", "good.csv", "--overwrite")
+    assert "would replace the data" in told(*command)
+    assert weights.read_bytes() == before
+    assert run("predict", "lrlora-run", "--text", "a film", "--output", "one.jsonl").exit_code == 0
+    assert len(Path("one.jsonl").read_text().splitlines()) == 1
+    assert "--split describes data" in told("predict", "lrlora-run", "--text", "a film", "--split", "train")
+    result = CliRunner().invoke(app, ["predict", "lrlora-run"], input="a film\n\na bore\n")
+    assert "Line 2 of the standard input is empty" in " ".join(result.output.split())
+    TinyModel("gpt2").build().save_pretrained("other")
+    assert "other has no weight of the adapter's modules" in told("ranks", "lrlora-run", "--base", "other")
+    assert "must be a size such as 5GB" in told("merge", "lrlora-run", "--output", "m", "--max-shard-size", "-5GB")
+    Path("latin.yaml").write_bytes("task: classify\noutput: café\n".encode("latin-1"))
+    assert "latin.yaml is not UTF-8" in told("train", "latin.yaml")
 
 
 def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> None:

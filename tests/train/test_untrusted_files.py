@@ -6,9 +6,13 @@ import gzip
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
+import PIL.Image
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, Features, Image, Value
 
 from lrlora.train import untrusted_files as harmless
 
@@ -91,5 +95,48 @@ def test_a_card_that_names_data_elsewhere(tmp_path: Path, path: str) -> None:
     (folder / "README.md").write_text(header)
     with pytest.raises(ValueError, match="names data outside of its folder"):
         read(str(folder))
+    for name, text in (
+        ("README.md", f"\n{header}"),
+        ("README.md", f"\ufeff{header}"),
+        (".huggingface.yaml", header.strip("-\n")),
+    ):
+        (folder / "README.md").unlink()
+        (folder / name).write_text(text, newline="")
+        with pytest.raises(ValueError, match="names data outside of its folder"):
+            read(str(folder))
+        (folder / "README.md").touch()
+    (folder / ".huggingface.yaml").unlink()
     (folder / "README.md").write_text(header.replace(f", {path!r}", ""))
     assert read(str(folder))["train"]["text"][:] == ["a"]
+
+
+def test_a_saved_data_set_that_names_files_elsewhere(tmp_path: Path) -> None:
+    rows = {"text": ["secret"], "label": ["b"]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "private")
+    shutil.copytree(tmp_path / "private", tmp_path / "data")
+    state = tmp_path / "data" / "state.json"
+    name = "data-00000-of-00001.arrow"
+    state.write_text(state.read_text().replace(name, f"../private/{name}"))
+    with pytest.raises(ValueError, match=r"state\.json names data outside of its folder"):
+        read(str(tmp_path / "data"))
+    assert read(str(tmp_path / "private"))["train"]["text"][:] == ["secret"]
+
+
+def test_cells_that_name_an_image_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "private" / "secret.png"
+    PIL.Image.new("RGB", (4, 4)).save(path)
+    own = tmp_path / "data" / "own.png"
+    shutil.copy(path, own)
+    for found, is_refused in ((path, True), (own, False), (tmp_path / "data" / ".." / "private" / path.name, True)):
+        cells = [{"path": str(found), "bytes": None}]
+        features = Features({"image": Image(decode=False), "label": Value("int64")})
+        table = Dataset.from_dict({"image": cells, "label": [0]}, features=features).cast_column("image", Image())
+        pq.write_table(table.data.table, tmp_path / "data" / f"{found.stem}-{is_refused}.parquet")
+        file = str(tmp_path / "data" / f"{found.stem}-{is_refused}.parquet")
+        if is_refused:
+            with pytest.raises(ValueError, match="names an image outside of its folder"):
+                read(file)
+        else:
+            assert len(read(file)["train"]) == 1

@@ -20,10 +20,10 @@ from ..naming import PEFT_PREFIX
 from ..tuner.config import pattern_of
 from .card import ASKING, MODEL_CONFIG, base_on_hub, header, is_asked_in_chats, loading
 from .factorize import Factors, kept_energy
-from .loading import load_adapted, sample_inputs, save_preprocessing
+from .loading import check_base, check_names, load_adapted, sample_inputs, save_preprocessing
 from .lora_file import SingleFile, save_single_file
 from .peft_folder import AdapterSource, SavedAdapter
-from .update import Source, Updates, as_stored
+from .update import Source, Updates, as_stored, require_finite
 
 _CARD = """# LoRA adapter
 
@@ -106,6 +106,8 @@ def save_as_lora(
     like = origin.config
     if getattr(like, "lora_bias", False):
         raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
+    if isinstance(source, Updates) and isinstance(origin, SavedAdapter):
+        _require_linear(source, origin)
     keeps_magnitudes = _keeps_magnitudes(like, source)
     if keeps_magnitudes:
         factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0
@@ -123,6 +125,8 @@ def save_as_lora(
         key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
         for key, value in origin.other_weights(with_magnitudes=config.use_dora).items()
     }
+    for key, value in weights.items():
+        require_finite(key, value)
     dtype = dtype or origin.stored_dtype
     for part in exported:
         weights |= _tensors(part, config.r if pad else part.rank, dtype)
@@ -134,6 +138,16 @@ def save_as_lora(
         if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
         (partial / "README.md").write_text(_card(factors, method, origin), encoding="utf-8")
+
+
+def _require_linear(updates: Updates, saved: SavedAdapter) -> None:
+    """Refuse updates of embeddings and convolutions, which a file of LR-LoRA does not tell from linear layers."""
+    if all(update.layout.is_known for update in updates):
+        return
+    try:
+        check_base(saved, updates)
+    except FileNotFoundError:  # the names are all there is
+        check_names(updates)
 
 
 def save(

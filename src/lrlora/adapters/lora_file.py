@@ -21,7 +21,7 @@ from ..untrusted import require_plain_names, require_quick_patterns
 from .factorize import Factors
 from .full_model import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
-from .update import MAGNITUDES_NOTE, Updates, as_stored, common_dtype
+from .update import MAGNITUDES_NOTE, Updates, as_stored, common_dtype, require_finite
 
 _EXPECTED = "Expected a single-file safetensors LoRA, as written by kohya, ComfyUI, LyCORIS or diffusers."
 # Key suffixes of the two factors; the prefix is the module.
@@ -42,6 +42,7 @@ _NAMES = {name: part for style in _STYLES for name, part in zip(style, ("lora_A"
 }
 _KEY = re.compile(rf"(.+?)({'|'.join(sorted(map(re.escape, _NAMES), key=len, reverse=True))})")
 _MAGNITUDES = re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$")
+_BIAS = re.compile(r"\.lora(_B|_up|\.up)(\.\w+)?\.bias$")
 _UNREADABLE = re.compile(r"\.(oft_\w+|boft_\w+|a1\.weight|b1\.weight|glora_\w+|on_input)(\.|$)")
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration, as JSON
 
@@ -242,6 +243,10 @@ def save_single_file(
     largest = max(part.rank for part in exported)
     dtype = dtype or file.stored_dtype
     tensors = dict(file.others)
+    if biased := next((key for key in tensors if _BIAS.search(key)), None):
+        raise ValueError(f"{file.name} has a bias on B ({biased}), which is scaled with B, and cannot be exported.")
+    for key, value in tensors.items():
+        require_finite(key, value)
     for part in exported:
         rank = largest if pad else part.rank
         named = _named(file, part.module, *part.padded(rank), rank)

@@ -14,6 +14,7 @@ from ..tuner import LrLoraLayer
 from .card import merged_card
 from .loading import load_adapted, save_preprocessing
 from .peft_folder import AdapterSource, SavedAdapter
+from .update import require_finite
 
 
 def merge_adapter(
@@ -57,6 +58,8 @@ def merge_adapter(
         _dequantize(model)
     _require_untied(model)
     merged = model.merge_and_unload(progressbar=progressbar, safe_merge=True)
+    for name, parameter in merged.named_parameters():
+        require_finite(name, parameter)
     with replacing_folder(folder) as partial:
         merged.save_pretrained(partial, max_shard_size=max_shard_size)
         source = str(saved.base_model)

@@ -184,7 +184,7 @@ class Updates:
 
 
 def require_finite(name: str, *parts: Tensor) -> None:
-    """Raise ValueError unless a module's update, or all its factors, are finite."""
+    """Raise ValueError unless a module's update, all its factors, or another trained weight, are finite."""
     if not all(torch.isfinite(part).all() for part in parts):
         raise ValueError(
             f"The update of {name} contains NaN or infinite values. Training has diverged: go back to an earlier "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
 from ..sizes import parse_size
 from ..train.settings import parse_pairs, read_run
-from .common import announce, app, as_text, console, one_clear_error, quiet
+from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
 from .exporting import Size, cut_of, export_by_loss, parameters_in, write_factors
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ def ranks(
 ) -> None:
     """Print the ranks that an adapter uses, or those of a full fine-tuning."""
     with one_clear_error():
-        if json and not json.parent.is_dir():
-            raise FileNotFoundError(f"The folder {json.parent} for {json.name} does not exist.")
+        require_new(json)
         require_source(source, base)
         quiet()
         from ..adapters import read_updates
@@ -53,6 +53,8 @@ def ranks(
 
         updates = read_updates(source, base=base)
         report = rank_report(updates, progressbar=True)
+        if base is not None and all(row.relative_norm is None for row in report.rows):
+            raise ValueError(f"{base} has no weight of the adapter's modules. Pass its base model.")
         if losses := read_losses(Path(source)):
             report = report.with_loss_ranks(losses.ranks)
         console.print(
@@ -300,6 +302,8 @@ def merge(
     with one_clear_error("Nothing was written."), only_writer(output):
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
+        if not re.fullmatch(r"[1-9]\d*[KMG]i?B", max_shard_size):
+            raise ValueError(f"--max-shard-size must be a size such as 5GB or 500MiB, got {max_shard_size!r}.")
         free_folder(output)
         if Path(adapter).is_file():
             raise ValueError(f"{adapter} is a single file, and merge needs the folder of a PEFT adapter.")

@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -70,6 +71,14 @@ def main(
     # are told by the one that started them, and may be waiting for each other by then, where Python cannot end them.
     if "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def require_new(file: Path | None) -> None:
+    """Raise an error if a file to write exists, or its folder does not."""
+    if file and not file.absolute().parent.is_dir():
+        raise FileNotFoundError(f"The folder {file.parent} for {file.name} does not exist.")
+    if file and file.exists():
+        raise FileExistsError(f"The file {file} already exists. Choose another name, or remove it.")
 
 
 def announce(line: str) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from ..files import write_json, write_whole
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
 from ..train.settings import TrainConfig, parse_assignments, parse_pairs, read_run
-from .common import announce, app, as_text, console, one_clear_error, quiet
+from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
 from .exporting import show_smallest
 from .settings import settings_as_options, settings_of, starter
 
@@ -152,6 +152,7 @@ def evaluate(
 ) -> None:
     """Evaluate a finished run on data."""
     with one_clear_error():
+        require_new(metrics_file)
         reading = _reading(columns, delimiter, encoding, skip_empty)
         quiet()
         from ..train.inference import evaluate
@@ -191,19 +192,24 @@ def predict(
             raise ValueError("Pass --data or --text, not both.")
         if text is None and data is None and sys.stdin.isatty():
             raise ValueError("Pass --data, --text, or texts on standard input, one per line.")
+        reading = {"split": split, **_reading(columns, delimiter, encoding, skip_empty)}
+        if data is None and (given := [name for name, value in reading.items() if value is not None]):
+            raise ValueError(f"--{given[0].replace('_', '-')} describes data. Pass --data, or remove it.")
+        if data is not None and output is not None and output.absolute() == Path(data).absolute():
+            raise ValueError(f"--output {output} would replace the data. Choose another.")
         quiet()
-        reading = {"split": split, "announce": _note, **_reading(columns, delimiter, encoding, skip_empty)}
+        reading["announce"] = _note
         from ..train.inference import predict, predict_texts
 
         how = parse_assignments(generation or (), "--generation")
-        if text is not None:
+        if text is not None and output is None:
             (said,) = predict_texts(run, [text], how)
             print(said.get("completion") or json.dumps(said, ensure_ascii=False))
             return
         found = (
             predict(run, data, generation=how, **reading)
             if data is not None
-            else predict_texts(run, _lines_of_input(), how)
+            else predict_texts(run, _lines_of_input() if text is None else [text], how)
         )
         if output is not None:
             _write_predictions(found, output, overwrite)
@@ -218,9 +224,11 @@ def _note(line: str) -> None:
 
 
 def _lines_of_input() -> list[str]:
-    texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    texts = sys.stdin.read().rstrip().splitlines()
     if not texts:
         raise ValueError("Standard input is empty. Pass --data, --text, or texts, one per line.")
+    if empty := next((number for number, line in enumerate(texts, 1) if not line.strip()), None):
+        raise ValueError(f"Line {empty} of the standard input is empty. Each line is a text to predict.")
     return texts
 
 

@@ -39,7 +39,7 @@ from .tasks import kind_for
 
 EXAMPLES = 256  # maximum number per part
 TERMS = 4_096  # number of loss terms after which a part takes no further batch
-_FEWEST = 16  # minimum number of loss terms
+FEWEST = 16  # minimum number of loss terms
 _HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
 _OF_SCHEDULE = (
     *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
@@ -162,10 +162,10 @@ class Subject:
             terms += int((batch["labels"] != -100).sum())
             if terms >= TERMS:
                 break
-        if terms < _FEWEST:
+        if terms < FEWEST:
             raise ValueError(
                 f"{len(examples)} examples with {terms} labels or tokens to predict are too few to measure the loss; "
-                f"at least {_FEWEST} are needed. Pass more (--data), or use --by energy."
+                f"at least {FEWEST} are needed. Pass more (--data), or use --by energy."
             )
         return batches
 

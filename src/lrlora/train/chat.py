@@ -65,7 +65,7 @@ class Format(NamedTuple):
 
 
 def _messages(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
-    return {"messages": _with_system(row, [_known(message) for message in row["messages"]])}
+    return {"messages": _with_system(row, _known(row["messages"]))}
 
 
 def _sharegpt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
@@ -76,7 +76,8 @@ def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     prompt, answer = row["prompt"], row.get("completion")
     if not is_chat:
         return {"prompt": prompt} | ({} if answer is None else {"completion": answer})
-    return _asked(row, [_user(prompt)] if isinstance(prompt, str) else prompt, answer)
+    answer = answer if answer is None or isinstance(answer, str) else _known(answer)
+    return _asked(row, [_user(prompt)] if isinstance(prompt, str) else _known(prompt), answer)
 
 
 def _alpaca(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
@@ -112,9 +113,21 @@ def _with_system(row: dict[str, Any], turns: list[dict[str, Any]]) -> list[dict[
     return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
 
 
-def _known(message: dict[str, Any]) -> dict[str, Any]:
-    """Drop a message's null keys, added by a table."""
-    return {key: value for key, value in message.items() if value is not None}
+def _known(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without null keys, which a table adds, and with their content as text."""
+    known = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return [{**m, "content": _as_text(m["content"])} if "content" in m else m for m in known]
+
+
+def _as_text(content: Any) -> str:
+    """Content that is text, or a list of text parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"The content of a message must be text, or parts of type text, got {content!r:.100}.")
+    return "".join(map(str, texts))
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +140,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     if role == "function_call":
         call = _json("A turn that calls a function", str(said))
         return {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
-    return {"role": role, "content": said}
+    return {"role": role, "content": _as_text(said)}
 
 
 def _json(what: str, text: str) -> Any:
@@ -163,11 +176,10 @@ def likely_columns(names: list[str]) -> dict[str, str]:
 
 def require_roles(data: Dataset, role: str, where: str) -> None:
     """Raise ValueError unless every message is from a known role; those of ShareGPT are converted elsewhere."""
-    unknown = [next((m["role"] for m in chat if m.get("role") not in _ROLES), None) for chat in data[role]]
+    allowed = ("assistant", "tool") if role == "completion" else _ROLES
+    unknown = [", ".join(str(m.get("role")) for m in chat if m.get("role") not in allowed) for chat in data[role]]
     require_rows(
-        (name is None for name in unknown),
-        f"the roles in {role} must be among {', '.join(_ROLES)} in {where}",
-        unknown,
+        (not names for names in unknown), f"the roles in {role} must be among {', '.join(allowed)} in {where}", unknown
     )
 
 
@@ -177,8 +189,13 @@ def without_answer(data: Dataset) -> int:
     if name not in ("messages", "ShareGPT"):
         return 0
     chats = data["messages" if name == "messages" else "conversations"]
-    last = (chat[-1].get("role") or chat[-1].get("from") for chat in chats)
-    return sum(_ASKERS.get(str(role)) not in ("assistant", "function_call") for role in last)
+    return sum(not _is_answer(chat[-1]) for chat in chats)
+
+
+def _is_answer(message: dict[str, Any]) -> bool:
+    role = _ASKERS.get(str(message.get("role") or message.get("from")))
+    said = message.get("content") or message.get("value") or message.get("tool_calls")
+    return role in ("assistant", "function_call") and bool(said.strip() if isinstance(said, str) else said)
 
 
 def holds_chats(data: Dataset) -> bool:
@@ -364,7 +381,7 @@ def render_chat(
 
     """
     options |= {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-    chat = [_known(message) for message in chat]
+    chat = _known(chat)
     try:
         with time_limit(_SECONDS):
             return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))

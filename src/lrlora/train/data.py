@@ -26,7 +26,7 @@ from .embedded_texts import split_by_group
 from .labels import alike, with_class_ids
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import Kind
-from .untrusted_files import require_harmless
+from .untrusted_files import require_harmless, require_own_files, require_own_images
 
 COMMONSENSE_PREFIX = "commonsense"
 
@@ -85,16 +85,22 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
         raise ValueError(f"The data {name} cannot be read: its suffix must be one of {', '.join(BUILDERS)}.")
     require_regular(path, "**/*")
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    if not is_saved:
+    if is_saved:
+        require_own_files(path)
+    else:
         require_harmless(path)
     try:
+        loaded: Any = None
         if path.is_file():
-            return _load_file(path, config)
-        if is_saved:
+            loaded = _load_file(path, config)
+        elif is_saved:
             loaded = load_from_disk(str(path))
-            return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-        if path.is_dir():
-            return _load_folder(path, config)
+            loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+        elif path.is_dir():
+            loaded = _load_folder(path, config)
+        if loaded is not None:
+            require_own_images(loaded, path)
+            return loaded
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:
@@ -323,6 +329,9 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
         )
     optional = {role: columns.get(role, role) for role in kind.optional_roles}
     wanted |= {role: name for role, name in optional.items() if name in there}
+    if twice := sorted({name for name in wanted.values() if list(wanted.values()).count(name) > 1}):
+        roles = " and ".join(role for role, name in wanted.items() if name == twice[0])
+        raise ValueError(f"The column {twice[0]!r} is mapped to {roles}. Map each role to a column of its own.")
     selected = data.select_columns(list(dict.fromkeys(wanted.values())))
     return kind.as_read(selected.rename_columns({name: role for role, name in wanted.items() if name != role}))
 

@@ -276,6 +276,8 @@ def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -
         )
     if "label_names" in given:
         raise ValueError(f"training: label_names={given['label_names']!r} is not supported. Remove it.")
+    if "resume_from_checkpoint" in given:
+        raise ValueError("training: resume_from_checkpoint has no effect. Use: lrlora train --resume FOLDER.")
     for name in ("output_dir", "seed"):
         if name in given:
             raise ValueError(f"training: {name} is a setting of the run. Pass it as --{name.removesuffix('_dir')}.")

@@ -53,6 +53,7 @@ from ..run_folder import (
 from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.card import write_card
+from .by_loss import FEWEST
 from .data import require_data_path
 from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
@@ -219,6 +220,13 @@ def _require_startable(config: TrainConfig, *, resume: bool = False, overwrite: 
         hint = "replace it with --overwrite" if is_run else "remove it yourself"
         hint += ", or continue it with --resume" * (is_run and not is_finished)
         raise FileExistsError(f"The folder {output} exists and is not empty. Choose another --output, or {hint}.")
+    if overwrite:
+        for name in ("model", "data", "validation", "start_from", "chat_template"):
+            path = Path(os.path.abspath(str(getattr(config, name) or os.sep)))
+            if path.exists() and path.is_relative_to(os.path.abspath(output)):
+                raise ValueError(
+                    f"--overwrite would delete {name}={path}, which is in {output}. Choose another --output."
+                )
     require_model_folder(config.model)
     if config.start_from is not None:
         _require_start(config)
@@ -257,6 +265,12 @@ def _prepare(
         raise ValueError(
             f"training: dataloader_drop_last=True drops all {count} validation examples, which do not fill a batch. "
             "Remove it, or lower per_device_eval_batch_size."
+        )
+    is_cut_later = config.loss is not None or (config.size is not None and not config.learns_ranks)
+    if is_cut_later and inputs.kind.has_head and count < FEWEST:
+        raise ValueError(
+            f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "
+            "Raise --validation-share, or remove --loss and --size."
         )
     require_tokens(config.adapter_fields, inputs.kind)
     model, adapter = _adapted_model(config, inputs, arguments.max_steps)
@@ -319,6 +333,11 @@ def _last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce
     if last is not None:
         require_same_sharding(last, trainer)
         require_readable(last)
+        if trainer.args.save_only_model:
+            announce(
+                "Warning: checkpoints have no state of the optimizer (save_only_model), so the results will differ "
+                "from those of an uninterrupted run."
+            )
     warning = require_same_run(output, last, record)
     if warning:
         announce(warning)

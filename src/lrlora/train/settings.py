@@ -140,6 +140,8 @@ class TrainConfig:
                 raise ValueError("Pass --loss or --size, not both.")
             check_truncation(loss=self.loss, budget=None if self.size is None else 1)
             parse_size(self.size or "r1", "size")
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
         if self.head_learning_rate is not None and not kind.has_head:
             raise ValueError(
                 f"head_learning_rate={self.head_learning_rate!r} applies to a new head, which {self.task} does not "
@@ -255,7 +257,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no configuration file {path}.")
-    content = _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
+    content = _parse(text, str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain keys and values, such as `task: classify`.")
     return content

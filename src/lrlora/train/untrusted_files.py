@@ -7,15 +7,18 @@ some ten thousand levels overflow the stack and kill the process.
 from __future__ import annotations
 
 import mmap
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, Image
+from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
 from datasets.utils.extract import Extractor
 
-from ..files import DEEPEST, nesting, read_text
+from ..files import DEEPEST, nesting, read_json, read_text
 
 # Boundary of two rows: in valid JSON, only a new row starts a line with an object that no comma precedes.
 _NEXT_ROW = re.compile(rb"\}\r?\n\{")
@@ -29,8 +32,7 @@ def require_harmless(data: Path) -> None:
 
     Adds a few percent to the loading time of `datasets`.
     """
-    if (card := data / "README.md").is_file():
-        _require_local(card)
+    _require_local_card(data)
     for file in (data, *data.rglob("*")):
         if not file.is_file():
             continue
@@ -43,21 +45,49 @@ def require_harmless(data: Path) -> None:
                     _require_flat(text, file)
 
 
-def _require_local(card: Path) -> None:
-    """Raise ValueError if a folder's card names data outside of the folder, which `datasets` would read or fetch."""
+def _require_local_card(folder: Path) -> None:
+    """Raise ValueError if a folder's metadata name data elsewhere, which `datasets` would read or fetch."""
     import yaml
+    from huggingface_hub import DatasetCard
 
-    text = read_text(card)
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    if front is None:
-        return
-    try:
-        found = yaml.safe_load(front[1])
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{card} has a header that is not YAML: {' '.join(str(error).split())[:200]}") from None
-    for value in _texts(found.get("configs") if isinstance(found, dict) else None):
-        if "://" in value or "::" in value or Path(value).is_absolute() or ".." in Path(value).parts or ":\\" in value:
-            raise ValueError(f"{card} names data outside of its folder, {value!r:.200}. Remove it from the header.")
+    found: list[tuple[Path, Any]] = []
+    card, other = folder / REPOCARD_FILENAME, folder / REPOYAML_FILENAME
+    for file in (card, other):
+        if not file.is_file():
+            continue
+        text = read_text(file)
+        try:
+            # As `datasets` reads them: another reader would find less than it does.
+            found.append((file, yaml.safe_load(text) if file == other else DatasetCard.load(file).data.to_dict()))
+        except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} has a header that is not YAML: {' '.join(str(error).split())[:200]}") from None
+    for file, values in found:
+        for value in _texts(values.get("configs") if isinstance(values, dict) else None):
+            _require_inside(value, f"{file} names data outside of its folder, {value!r:.200}. Remove it.")
+
+
+def _require_inside(path: str, said: str) -> None:
+    if "://" in path or "::" in path or Path(path).is_absolute() or ".." in Path(path).parts or ":\\" in path:
+        raise ValueError(said)
+
+
+def require_own_files(data: Path) -> None:
+    """Raise ValueError if a data set from `save_to_disk` names files outside of its folder."""
+    for file in data.rglob("state.json"):
+        state = read_json(file, dict[str, Any], "Save the data set again.")
+        for name in _texts(state.get("_data_files")):
+            _require_inside(name, f"{file} names data outside of its folder, {name!r:.200}. Save the data set again.")
+
+
+def require_own_images(splits: Mapping[Any, Dataset], data: Path) -> None:
+    """Raise ValueError if a cell names an image outside of the data's folder."""
+    root = (data if data.is_dir() else data.parent).absolute()
+    for part in splits.values():
+        for name in (name for name, feature in part.features.items() if isinstance(feature, Image)):
+            for cell in part.cast_column(name, Image(decode=False)).select_columns([name]):
+                path = (cell[name] or {}).get("path")
+                if path and cell[name]["bytes"] is None and root not in Path(os.path.abspath(path)).parents:
+                    raise ValueError(f"{data} names an image outside of its folder, {path!r:.200}. Store its bytes.")
 
 
 def _texts(values: Any) -> Iterator[str]:

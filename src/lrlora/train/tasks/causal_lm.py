@@ -65,12 +65,12 @@ class CausalLm(Kind):
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
         found = format_of(data.column_names)
         for role in found.roles if with_label else found.asked:
-            if isinstance(data[0][role], str) or role == "text":
+            if role == "text" or (isinstance(data[0][role], str) and role not in ("messages", "conversations")):
                 require_text(data, role, where)
             else:
                 rule = f"{role} must be lists of messages in {where}"
                 require_rows(map(is_conversation, data[role]), rule)
-                if role == "messages":
+                if role in ("messages", "prompt", "completion"):
                     require_roles(data, role, where)
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:
