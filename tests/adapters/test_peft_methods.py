@@ -119,6 +119,20 @@ def test_becomes_a_plain_lora_that_does_the_same(method: str, tmp_path: Path) ->
     assert (TINY.logits(exported) - original).norm() < 2e-3 * (original - base).norm()
 
 
+def test_lokr_on_a_one_dimensional_convolution(tmp_path: Path) -> None:
+    base = torch.nn.Sequential(torch.nn.Conv1d(4, 8, 3))
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    torch.manual_seed(0)
+    model = get_peft_model(base, peft.LoKrConfig(r=2, alpha=4, target_modules=["0"], init_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    updates = read_updates(tmp_path / "adapter")
+    save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")
+    again = torch.nn.Sequential(torch.nn.Conv1d(4, 8, 3))
+    again.load_state_dict(state)
+    x = torch.randn(2, 4, 7)
+    torch.testing.assert_close(PeftModel.from_pretrained(again, tmp_path / "lora").eval()(x), model.eval()(x))
+
+
 def test_the_error_is_the_least_possible_and_peft_s_own(tmp_path: Path) -> None:
     """By Eckart and Young: the singular values that are left out."""
     adapter = save_trained(tmp_path, METHODS["LoHa, wide"])

@@ -125,7 +125,7 @@ def _from_factors(saved: SavedAdapter) -> list[Update]:
         r = ranks.get(pattern_key(ranks, module), usual)
         if (rank := rank_of(tensors)) not in (None, r):
             raise ValueError(f"the factors of {module} have rank {rank}, but adapter_config.json has {r}")
-        updates.append(update_from_parts(module, tensors, scaling_of(config, module, r)))
+        updates.append(update_from_parts(module, tensors, scaling_of(config, module, r), of_peft=True))
     return updates
 
 

@@ -42,13 +42,14 @@ def scaling_of(config: Mapping[str, Any], module: str, r: int) -> float:
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
 
-def update_from_parts(module: str, parts: Parts, scaling: float) -> Update:
+def update_from_parts(module: str, parts: Parts, scaling: float, *, of_peft: bool = False) -> Update:
     """Build the update of one module.
 
     Args:
         module: its name.
         parts: by PEFT's names, without prefix and suffix: lora_A, hada_w1_a, lokr_w2; or `diff`, ΔW itself.
         scaling: s.
+        of_peft: read LoKr on Conv1d as PEFT multiplies it, which is not as LyCORIS does.
 
     Raises:
         ValueError: parts are missing or do not match.
@@ -64,7 +65,7 @@ def update_from_parts(module: str, parts: Parts, scaling: float) -> Update:
         if "hada_w1_a" in parts:
             return _loha(module, parts, scaling)
         if any(name.startswith("lokr_") for name in parts):
-            return _lokr(module, parts, scaling)
+            return _lokr(module, parts, scaling, of_peft)
         difference = parts["diff"]
         return _matrix(module, tuple(difference.shape), difference.float, 1.0, None)
     except (KeyError, RuntimeError) as error:
@@ -101,7 +102,7 @@ def _loha(module: str, parts: Parts, scaling: float) -> Update:
     return _product(module, (m, n), factors, scaling, r, r * r, Layout(is_known=False))
 
 
-def _lokr(module: str, parts: Parts, scaling: float) -> Update:
+def _lokr(module: str, parts: Parts, scaling: float, of_peft: bool) -> Update:
     r = rank_of(parts)
 
     def left() -> Tensor:
@@ -114,6 +115,8 @@ def _lokr(module: str, parts: Parts, scaling: float) -> Update:
         def matrix() -> Tensor:
             whole = parts.get("lokr_w2")
             right = whole if whole is not None else _tucker(*(parts[f"lokr_{x}"] for x in ("t2", "w2_a", "w2_b")))
+            if of_peft and right.dim() == 3:
+                return torch.kron(left(), right.float()).reshape(rows * p, columns * q, *kernel)
             return torch.kron(left().reshape(rows, columns, *[1] * (right.dim() - 2)), right.float())
 
         (p, q), kernel = _right_shape(parts)
