@@ -17,7 +17,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from lrlora import LrLoraConfig
@@ -30,7 +30,7 @@ from lrlora_lab.suite import Suite
 
 from .adapters.small_diffusion import save_as_kohya, with_lora
 from .conftest import FAMILIES, TinyModel
-from .train.small import reviews, save_encoder
+from .train.small import reviews, save_decoder, save_encoder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -109,6 +109,25 @@ def test_the_example_of_a_cut_by_loss_runs(tmp_path: Path, monkeypatch: pytest.M
     exec(example, names | {"held_out": names["batches"]})
     served = PeftModel.from_pretrained(tiny.build(), "my-lora")
     assert served.peft_config["default"].peft_type.value == "LORA"
+
+
+def test_the_examples_of_learned_ranks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_decoder(tmp_path / "base")
+    chat = {"messages": [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}]}
+    Path("chats.jsonl").write_text("\n".join([json.dumps(chat)] * 32))
+    page = (ROOT / "docs" / "learned_ranks.md").read_text(encoding="utf-8")
+    trl, loop, served = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    trl = trl.replace("SFTConfig(", 'SFTConfig(use_cpu=True, bf16=False, report_to="none", ')
+    for example in (trl, loop):
+        names: dict[str, Any] = {}
+        exec(example + served, names)
+        served_size = sum(p.numel() for n, p in names["model"].named_parameters() if "lora_" in n)
+        wide = get_peft_model(
+            AutoModelForCausalLM.from_pretrained("base"), LoraConfig(r=4, target_modules="all-linear")
+        )
+        assert 0.9 < served_size / sum(p.numel() for p in wide.parameters() if p.requires_grad) <= 1
+        shutil.rmtree("adapter")
 
 
 def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
