@@ -314,6 +314,9 @@ PAGES = [
             "speed",
             "scale",
             "train",
+            "learned_ranks",
+            "rank_gate",
+            "loss",
         )
     ),
 ]
