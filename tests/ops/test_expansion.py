@@ -49,6 +49,17 @@ def test_half_precision_keeps_the_update(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("tokens", [R, 5])
+def test_second_derivatives(tokens: int) -> None:
+    A, B = (0.1 * factor for factor in factors(torch.float64))
+    x = torch.randn(tokens, N, dtype=torch.float64)
+
+    def run(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        return expansion_linear(x, A, B, Expansion(Q), scaling=0.5).square().sum()
+
+    assert torch.autograd.gradgradcheck(run, tuple(each.requires_grad_() for each in (x, A, B)))
+
+
+@pytest.mark.parametrize("tokens", [R, 5])
 def test_gradients(tokens: int) -> None:
     A, B = (factor.requires_grad_() for factor in factors(torch.float64))
     made = Expansion(Q)

@@ -151,6 +151,13 @@ def test_gradients_against_finite_differences(form: str) -> None:
     assert torch.autograd.gradcheck(run, (case.x, case.A, case.B), eps=1e-7, atol=1e-4)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    case = make_case()
+    (gradient,) = torch.autograd.grad(fused(case).square().sum(), case.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        gradient.sum().backward()
+
+
 def test_autocast_changes_nothing() -> None:
     case = make_case(dtype=torch.float32)
     y, expected = fused(case), gradients(fused(case), case)

@@ -229,6 +229,11 @@ def _differentiate_adapted_linear(ctx: Any, grad_y: Tensor) -> tuple[Tensor | No
     return *gradients, *(None for _ in ctx.settings)
 
 
+def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError('φ(BA) has no second derivative here. Use form="expansion", or plain LoRA.')
+
+
+_adapted_linear_backward.register_autograd(_refuse_second_derivative)
 _adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_save_for_adapted_linear)
 
 
@@ -297,6 +302,7 @@ def _differentiate_delta_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
     return *gradients, *(None for _ in ctx.settings)
 
 
+_delta_weight_backward.register_autograd(_refuse_second_derivative)
 _delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save_for_delta_weight)
 
 

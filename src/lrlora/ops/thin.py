@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .precision import at_least_float32, without_autocast
 
@@ -87,9 +86,10 @@ class _ThinLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], m)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, P, R = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives, h must depend on x and A
+            h = x.reshape(-1, x.shape[-1]) @ rows(A, R).to(x.dtype).T
         needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
         G = grad.reshape(-1, len(B))
         GU = G @ columns(ctx.c * B, P).to(x.dtype)
