@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from lrlora import LearnedRanks, LearnedRanksCallback
 from lrlora.adapters import factorize
@@ -280,6 +280,24 @@ def test_loss_scaling_skips_what_overflows() -> None:
         optimizer.zero_grad()
     assert learned.ranks is not None
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny = TinyModel("llama")
+    tiny.build().save_pretrained(tmp_path / "base")
+    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantized)
+
+    model = get_peft_model(base(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    learned = fit(tiny, model)
+    assert learned.ranks is not None
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
 
 
 def test_another_adapter_stays(tmp_path: Path) -> None:
