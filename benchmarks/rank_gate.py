@@ -809,7 +809,6 @@ PAIRS = {
     "per-parameter": ("per-parameter-4", "per-parameter-3"),
     "eva": ("eva-4", "eva-3"),
 }
-CANDIDATES = ("loss", "scalar")
 
 
 def tested(name: str, method: str) -> dict[int, tuple[float, float]]:
@@ -835,27 +834,26 @@ def at_size(name: str, method: str, size: int) -> dict[int, float]:
 
 
 def differences() -> str:
-    """Excess loss of every method over each candidate, paired by seed, on each task."""
+    """Loss of every method, and its excess over the cut by loss, paired by seed, on each task."""
     singles = [method for method in METHODS if method not in CURVE and method not in sum(PAIRS.values(), ())]
     lines = []
     for name in TASKS:
-        if not tested(name, "loss"):
+        own = {seed: loss for seed, (_, loss) in tested(name, "loss").items()}
+        if not own:
             continue
         size = tested(name, "lora")[SEEDS[0]][0]
         for method in (*singles, *PAIRS):
-            found = at_size(name, method, size)
-            cells = []
-            for candidate in CANDIDATES:
-                own = at_size(name, candidate, size)
-                seeds = sorted(own.keys() & found.keys())
-                gap = paired_difference([found[s] for s in seeds], [own[s] for s in seeds])
-                interval = "" if gap is None or math.isnan(gap.low) else f" ({gap.low:+.3f} to {gap.high:+.3f})"
-                cells.append("" if method == candidate or gap is None else f"{gap.value:+.3f}{interval}")
-            if found:
-                about = METHODS[method].name if method in METHODS else METHODS[PAIRS[method][0]].name.rpartition(",")[0]
-                lines.append([name, about, str(len(found)), *cells])
-    heads = ["task", "method", "seeds", *(f"more loss than {METHODS[each].name.strip('*')}" for each in CANDIDATES)]
-    return table(heads, lines)
+            found = {seed: loss for seed, loss in at_size(name, method, size).items() if seed in own}
+            if not found:
+                continue
+            gap = paired_difference([found[s] for s in found], [own[s] for s in found])
+            assert gap is not None
+            interval = "" if math.isnan(gap.low) else f" ({gap.low:+.3f} to {gap.high:+.3f})"
+            about = METHODS[method].name if method in METHODS else METHODS[PAIRS[method][0]].name.rpartition(",")[0]
+            mean = sum(found.values()) / len(found)
+            excess = "" if method == "loss" else f"{gap.value:+.3f}{interval}"
+            lines.append([name, about, str(len(found)), f"{mean:.3f}", excess])
+    return table(["task", "method", "seeds", "test loss", "more than the cut by loss"], lines)
 
 
 def study() -> str:
@@ -901,25 +899,7 @@ def times(rounds: int = 5, steps: int = 60) -> str:
 
 def updated(page: str) -> str:
     """Page with tables of the stored results."""
-    rows = [row for row in stored() if row["size"]]
-    lines = []
-    for name in TASKS:
-        for method, about in METHODS.items():
-            own = [row for row in rows if (row["task"], row["method"]) == (name, method)]
-            if not own:
-                continue
-            try:
-                rate = tuned(name, about.rate_of or method)
-            except NotYetError:
-                continue
-            own = [row for row in own if row["rate"] == rate]
-            mean = {k: sum(row[k] for row in own) / max(1, len(own)) for k in ("test", "size")}
-            losses = ", ".join(f"{row['test']:.3f}" for row in sorted(own, key=lambda row: row["seed"]))
-            lines.append([name, about.name, f"{mean['size']:,.0f}", f"{rate:g}", f"{mean['test']:.3f}", losses])
-    heads = ["task", "method", "parameters", "rate", "test loss", "by seed"]
-    page = with_section(page, "differences", differences())
-    page = with_section(page, "study", study())
-    return with_section(page, "results", table(heads, lines))
+    return with_section(with_section(page, "differences", differences()), "study", study())
 
 
 def main() -> None:
