@@ -63,7 +63,7 @@ def test_tables_show_names_as_text(nasty: Path, table: Callable[..., Any]) -> No
 def test_the_card_of_an_export_is_valid_with_any_name(nasty: Path) -> None:
     save_as_lora(factorize(read_updates(nasty), energy=1.0), nasty, nasty / "out")
     _, header, _ = (nasty / "out" / "README.md").read_text().split("---\n", 2)
-    tags = ["lora", f"base_model:adapter:{NASTY}"]
+    tags = ["lora", "lrlora", "transformers", f"base_model:adapter:{NASTY}"]
     assert yaml.safe_load(header) == {"base_model": NASTY, "library_name": "peft", "tags": tags}
 
 

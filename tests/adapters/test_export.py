@@ -16,12 +16,15 @@ import peft
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from lrlora import LrLoraConfig, files
 from lrlora.adapters import factorize, lora_config, merge_adapter, output_difference, read_updates, save_as_lora
 from lrlora.adapters.factorize import parameters_of_rank
+from lrlora.cli import app
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
@@ -142,6 +145,23 @@ def test_embeddings_and_convolutions_of_lr_lora_are_refused(
     with pytest.raises(ValueError, match="Only linear layers can be exported as LoRA"):
         save_as_lora(factorize(updates, energy=0.9), updates, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_servers_and_the_hub_need_to_know(tmp_path: Path) -> None:
+    tiny = TinyModel("llama")
+    tiny.build().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fields = {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+    model = get_peft_model(base, LoraConfig(r=20, task_type="CAUSAL_LM", **fields))
+    model.save_pretrained(tmp_path / "adapter")
+    command = ["export", str(tmp_path / "adapter"), "--energy", "1", "--output", str(tmp_path / "out")]
+    said = " ".join(CliRunner().invoke(app, command).output.split())
+    assert "The largest rank is 20. For vLLM: --max-lora-rank 32" in said
+    assert "vLLM and llama.cpp do not load lm_head, trained in full" in said
+    card = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert card.pipeline_tag == "text-generation"
+    assert {"lora", "transformers"} <= set(card.tags)
+    assert card.library_name == "peft"
 
 
 def test_never_overwrites(train: Train, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import EvalResult, ModelCardData
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..checks import in_markdown
@@ -20,6 +22,17 @@ _MODELS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+# Task → the hub's name.
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+    "image-classify": "image-classification",
+    "multiple-choice": "multiple-choice",
 }
 # Task types of a run that PEFT does not have.
 _MODELS_OF_TASKS = {
@@ -67,11 +80,34 @@ def class_names(saved: SavedAdapter) -> list[str]:
         return [str(names[key]) for key in sorted(names, key=int)]
 
 
-def header(base: str | None, *tags: str) -> str:
-    """Front matter of a model card, with the base model only if it has a public name."""
-    of_base = [] if base is None else [f"base_model: {json.dumps(base)}"]  # quoted, so that any name is valid YAML
-    known = [*tags, *([] if base is None else [json.dumps(f"base_model:adapter:{base}")])]
-    return "\n".join(["---", *of_base, "library_name: peft", "tags:", *(f"- {tag}" for tag in known), "---", "", ""])
+def header(library: str, tags: list[str], saved: SavedAdapter | None = None, results: Sequence[EvalResult] = ()) -> str:
+    """Front matter of a model card, as the hub reads it.
+
+    Args:
+        library: peft or transformers.
+        tags: tags for search.
+        saved: adapter, for the task and the base model, which is named only if it has a public name.
+        results: metrics.
+
+    """
+    base = None if saved is None else base_on_hub(saved)
+    of_base = [f"base_model:adapter:{base}"] if base and library == "peft" else []
+    data = ModelCardData(
+        base_model=base,
+        library_name=library,
+        pipeline_tag=None if saved is None else _pipeline(saved),
+        tags=[*tags, *of_base] or None,
+        model_name=Path(saved.name).resolve().name if saved and results else None,
+        eval_results=list(results) or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def _pipeline(saved: SavedAdapter) -> str | None:
+    """The hub's name of the adapter's task."""
+    record = record_beside(saved)
+    task = None if record is None else _PIPELINES.get(record.config["task"])
+    return task or _PIPELINES.get(str(saved.config.task_type))
 
 
 def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
@@ -127,11 +163,8 @@ def is_asked_in_chats(saved: SavedAdapter) -> bool:
 def merged_card(saved: SavedAdapter) -> str:
     """Model card of a merged model."""
     base, classes = base_on_hub(saved), class_names(saved)
-    head = "\n".join(
-        ["---", *([f"base_model: {json.dumps(base)}"] if base else []), "library_name: transformers", "---"]
-    )
     parts = [
-        f"{head}\n\n# {in_markdown(base or 'A model')}, fine-tuned",
+        f"{header('transformers', [], saved)}# {in_markdown(base or 'A model')}, fine-tuned",
         "A full model: its base model with the update of an adapter merged into the weights by lrlora "
         "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers, without lrlora.",
         *([_of_classes(classes).strip()] if classes else []),

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
 from ..tuner.config import pattern_of
-from .card import ASKING, MODEL_CONFIG, base_on_hub, header, is_asked_in_chats, loading
+from .card import ASKING, MODEL_CONFIG, header, is_asked_in_chats, loading
 from .factorize import Factors, kept_energy
 from .loading import check_base, check_names, load_adapted, sample_inputs, save_preprocessing
 from .lora_file import SingleFile, save_single_file
@@ -32,6 +32,9 @@ Made by lrlora ([LR-LoRA](https://arxiv.org/abs/2606.04325)) from {method}: {ran
 alone. `lora_alpha` equals `r`, so that the scaling is 1.
 
 """
+
+
+_TAGS = ["lora", "lrlora", "transformers"]
 
 
 def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = False) -> LoraConfig:
@@ -193,9 +196,9 @@ def _card(factors: Sequence[Factors], method: str, origin: Source) -> str:
         kept=kept_energy(factors),
     )
     if not isinstance(origin, SavedAdapter):
-        return header(None, "lora") + text
+        return header("peft", _TAGS) + text
     asking = f"\n{ASKING}" if is_asked_in_chats(origin) else ""
-    return header(base_on_hub(origin), "lora") + text + loading(origin, needs_lrlora=False) + asking
+    return header("peft", _TAGS, origin) + text + loading(origin, needs_lrlora=False) + asking
 
 
 def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:

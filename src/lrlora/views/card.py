@@ -5,12 +5,14 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from huggingface_hub import EvalResult
+
 from ..adapters.card import ASKING, base_on_hub, header, is_asked_in_chats, loading
 from ..adapters.peft_folder import SavedAdapter
 from ..checks import in_markdown
 from ..files import write_whole
 from ..ranks import MEASURES
-from ..run_folder import PICTURE_FILE
+from ..run_folder import PICTURE_FILE, shown_metrics
 from .runs import Run, load_run
 
 
@@ -35,11 +37,28 @@ def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
     run.facts["base model"] = base_on_hub(saved) or Path(run.facts["base model"]).name
     is_ours = run.facts["method"] == "LR-LoRA"
     parts = [
-        header(base_on_hub(saved), "lrlora" if is_ours else "lora") + model_card(run, picture),
+        header("peft", ["lrlora", "transformers"] + ["lora"] * (not is_ours), saved, _results(run, metrics or {}))
+        + model_card(run, picture),
         loading(saved, needs_lrlora=is_ours),
         *([ASKING] if is_asked_in_chats(saved) else []),
     ]
     write_whole(folder / "README.md", "\n\n".join(parts))
+
+
+def _results(run: Run, metrics: dict[str, float]) -> list[EvalResult]:
+    """Validation metrics, as the hub shows them."""
+    task, data = run.facts.get("task", "text"), Path(run.facts.get("data", "data")).name
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split="validation",
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in shown_metrics(metrics).items()
+    ]
 
 
 def model_card(run: Run, picture: str | None = None) -> str:
