@@ -38,6 +38,7 @@ from lrlora.ranks.moments import collect_moments, model_loss  # noqa: E402
 from lrlora_lab.statistics import holm, paired_difference  # noqa: E402
 
 PAGE, RESULTS = DOCS / "rank_gate.md", DOCS / "rank_gate" / "results.jsonl"
+PICTURE = DOCS / "rank_gate" / "ranks.png"
 CLAIMS = Path("lrlora-compress") / "gate"
 SEEDS = (0, 1, 2)
 STUDY, STUDY_SEEDS = ("lora", "library"), (0, 1, 2, 3, 4)
@@ -902,6 +903,31 @@ def updated(page: str) -> str:
     return with_section(with_section(page, "differences", differences()), "study", study())
 
 
+def draw() -> None:
+    """Learned ranks by type and layer, mean over seeds, on both tasks of the byte model."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, (name, title) in zip(axes, (("german", "German"), ("source-code", "Source code")), strict=True):
+        rows = [row["ranks"] for row in rows_of(name, "library")]
+        kinds = list(dict.fromkeys(kind_of(module).rpartition(".")[2] for module in rows[0]))
+        layers = sorted({layer_of(module) for module in rows[0]}, key=int)
+        means = torch.zeros(len(kinds), len(layers))
+        for row in rows:
+            for module, rank in row.items():
+                means[kinds.index(kind_of(module).rpartition(".")[2]), layers.index(layer_of(module))] += rank / len(
+                    rows
+                )
+        axis.imshow(means, cmap="Blues", vmin=0, vmax=16, aspect="auto")
+        for i, j in torch.cartesian_prod(torch.arange(len(kinds)), torch.arange(len(layers))).tolist():
+            axis.text(
+                j, i, f"{means[i, j]:.1f}", ha="center", va="center", color="white" if means[i, j] > 9 else "black"
+            )
+        axis.set(title=f"{title}: rank of each module (LoRA: 4)", xlabel="layer", xticks=range(len(layers)))
+        axis.set_yticks(range(len(kinds)), kinds)
+    figure.savefig(PICTURE, dpi=110)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -915,6 +941,7 @@ def main() -> None:
         return
     if options.report:
         PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        draw()
         return
     work(options.only.split(","), options.methods.split(","))
 

@@ -53,7 +53,7 @@ def size_of(folder: Path) -> int:
 
 def test_a_plain_lora_of_the_size(here: Path) -> None:
     result = lrlora(
-        *("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", "--method", "lora"),
+        *("train", "--model", "base", "--data", "reviews.csv", "--task", "classify"),
         *("--size", "r1", "--steps", 20, "--batch-size", 4, "--learning-rate", 1e-2, "--output", "out"),
     )
     assert result.exit_code == 0, result.output

@@ -70,7 +70,7 @@ def test_names_of_others_lead_to_ours(name: str, said: str) -> None:
 def test_the_file_to_begin_with_holds_the_defaults(tmp_path: Path) -> None:
     assert run("init", tmp_path / "run.yaml").exit_code == 0
     written = read_yaml(tmp_path / "run.yaml")
-    assert (written["method"], written["seed"], written["skip_empty"]) == ("lr-lora", 0, False)
+    assert (written["method"], written["seed"], written["skip_empty"]) == ("auto", 0, False)
     assert TrainConfig.from_dict(written) == TrainConfig.from_dict(
         {"model": "embedded:minilm", "data": "embedded:movie-reviews", "task": "classify"}
     )

@@ -22,6 +22,8 @@ ARGUMENTS = {
     "batch_size": "per_device_train_batch_size",
 }
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -34,7 +36,8 @@ class TrainConfig:
         data: data set on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
-        method: one of lr-lora, expansion, lora, dora, adalora, hira, randlora, loha, vera and full.
+        method: one of lr-lora, expansion, lora, dora, adalora, hira, randlora, loha, vera and full; auto is lora where
+            a size is given, else lr-lora.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
             label for classify and regress; image and label for image-classify; question, choices (a list) and label
@@ -84,7 +87,7 @@ class TrainConfig:
     model: str
     data: str
     task: str
-    method: str = "lr-lora"
+    method: str = AUTO
     output: str = "lrlora-run"
     columns: dict[str, str] = field(default_factory=dict)
     delimiter: str | None = None
@@ -125,6 +128,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a name or a path, got {getattr(self, name)!r}.")
         require_known("task", self.task, KINDS)
         kind = KINDS[self.task]
+        if self.method == AUTO:
+            object.__setattr__(self, "method", "lr-lora" if self.size is None else "lora")
         require_known("method", self.method, METHODS)
         for role in self.columns:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
