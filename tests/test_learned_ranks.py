@@ -337,6 +337,19 @@ def test_what_is_not_supported_is_refused(fields: dict[str, Any], options: dict[
         LearnedRanks(model, torch.optim.SGD(trained(model), lr=0.1), **{"size": "r2", "steps": 20, **options})
 
 
+def test_an_adapter_is_not_saved_wide_in_silence(tmp_path: Path) -> None:
+    tiny, model = with_lora("mlp")
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    LearnedRanks(model, optimizer, size="r2", steps=100)
+    for _ in range(20):
+        tiny.loss(model).backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match="saved after 20 optimizer steps, before the cut after 30: it is wide"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="The optimizer must have all LoRA parameters"):
+        LearnedRanks(model, torch.optim.SGD(trained(model)[:1], lr=1e-3), size="r2", steps=100)
+
+
 def test_the_trainer_refuses_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="need a PEFT model with LoRA"):
         Trainer(TinyModel("llama").build(), callbacks=[LearnedRanksCallback("r2")])

@@ -106,6 +106,8 @@ class LearnedRanks:
         if not isinstance(at, float) or not 0 < at < 1:
             raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
         _require_steps(steps)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _require_one(torch.distributed.get_world_size() > 1, "more than one process")
         self.ranks: dict[str, int] | None = None
         self.cut_step = _cut_step(at, steps)
         self._steps, self._done = steps, 0
@@ -118,8 +120,14 @@ class LearnedRanks:
             self._budget = _parameters_in(size, model, self._adapter)
             for path, layer in _layers(model, self._adapter).items():
                 self._hooks.append(layer.lora_A[self._adapter].register_forward_hook(self._watch(path)))
+        trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        factors = [p for layer in _layers(model, self._adapter).values() for p in _weights(layer, self._adapter)]
+        if not all(id(p) in trained for p in factors):
+            raise ValueError("The optimizer must have all LoRA parameters of the model. Create it from this model.")
         self._optimizer.register_step_pre_hook(self._before_step)
         self._optimizer.register_step_post_hook(self._after_step)
+        self._warns = True
+        model.register_state_dict_pre_hook(self._before_saving)
 
     def save_state(self, folder: Path) -> None:
         """Save steps, ranks and moments, to resume from."""
@@ -156,6 +164,14 @@ class LearnedRanks:
 
         return watch
 
+    def _before_saving(self, *args: Any) -> None:
+        if self._warns and self.ranks is None:
+            warnings.warn(
+                f"The adapter is saved after {self._done} optimizer steps, before the cut after {self.cut_step}: it is "
+                "wide, not of the size asked for.",
+                stacklevel=2,
+            )
+
     def _before_step(self, optimizer: Any, *args: Any) -> None:
         warm_up = max(1, min(_WARM_UP, self._steps // 20))
         share = _WIDE_RATE if self.ranks is None else min(1.0, (self._done - self.cut_step + 1) / warm_up)
@@ -183,7 +199,7 @@ class LearnedRanks:
             )
         curve = LossCurve([directions(p, self._moments.get(p.module, Moments.zeros(p.rank)).cpu(), 1) for p in whole])
         factors = curve.within(self._budget)
-        resize(self._model, self._adapter, factors, self._optimizer)
+        _resize(self._model, self._adapter, factors, self._optimizer)
         self.ranks = {part.module: part.rank for part in factors}
         self._moments.clear()
         for hook in self._hooks:
@@ -230,6 +246,7 @@ class LearnedRanksCallback(TrainerCallback):
         self.learned = LearnedRanks(
             kwargs["model"], kwargs["optimizer"], size=self._size, steps=state.max_steps, at=self._at, resume=resume
         )
+        self.learned._warns = False  # checkpoints may be wide
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.learned is not None and state.global_step == self.learned.cut_step:
@@ -294,6 +311,10 @@ def _layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     return {path: layer for path, layer in layers.items() if adapter in layer.r}
 
 
+def _weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
 def _factors(path: str, layer: Any, adapter: str) -> Factors:
     """ΔW of a layer as its own factors, s·B and A, on the CPU."""
     down, up, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
@@ -333,8 +354,7 @@ def _parameters_in(size: str, model: PeftModel, adapter: str) -> int:
         ValueError: it is not below that of the adapter, or below one rank of its smallest module.
 
     """
-    layers: list[Any] = list(_layers(model, adapter).values())
-    weights = [(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight) for layer in layers]
+    weights = [_weights(layer, adapter) for layer in _layers(model, adapter).values()]
     costs = [(A.numel() + B.numel()) // len(A) for A, B in weights]
     whole = sum(A.numel() + B.numel() for A, B in weights)
     number, unit = parse_size(size, "size")
@@ -350,7 +370,7 @@ def _parameters_in(size: str, model: PeftModel, adapter: str) -> int:
     return int(number)
 
 
-def resize(model: PeftModel, adapter: str, factors: Sequence[Factors], optimizer: Any = None) -> None:
+def _resize(model: PeftModel, adapter: str, factors: Sequence[Factors], optimizer: Any = None) -> None:
     """Replace a LoRA by these factors in place, in model, configuration and optimizer, with the same scaling.
 
     Modules of rank 0 leave the adapter. The optimizer begins with no state for the new parameters.
@@ -408,7 +428,7 @@ def _fit_to_checkpoint(model: Any, state: Mapping[str, Tensor], prefix: str, *ar
         raise ValueError("The checkpoint is from before the cut, and cannot be loaded after it.")
     if any(ranks[part.module] != part.rank for part in whole):
         cut = [replace(p, A=p.A[: ranks[p.module]], B=p.B[:, : ranks[p.module]]) for p in whole]
-        resize(model, adapter, cut)
+        _resize(model, adapter, cut)
 
 
 def _unwrapped(optimizer: Any) -> Any:
@@ -429,5 +449,10 @@ def _require_one_device(args: TrainingArguments) -> None:
         "deepspeed": args.deepspeed,
         "fsdp": args.fsdp,
     }
-    if found := [name for name, is_given in given.items() if is_given]:
-        raise ValueError(f"Learned ranks do not support {found[0]}. Train on one device, without it.")
+    for name, is_given in given.items():
+        _require_one(bool(is_given), name)
+
+
+def _require_one(is_given: bool, name: str) -> None:
+    if is_given:
+        raise ValueError(f"Learned ranks do not support {name}. Train on one device, without it.")
