@@ -9,7 +9,6 @@ from sections import with_section
 from lrlora_lab.capacity_report import demand, differences, follows_demand
 from lrlora_lab.jobs import Comparison, read_records
 from lrlora_lab.markdown import markdown
-from lrlora_lab.tables import learned_ranks
 
 FOLDER = Path(__file__).parent / "compare" / "capacity"
 PAGE = Path(__file__).parent / "capacity.md"
@@ -23,8 +22,6 @@ PAIRS = [
     ("paper+r=4+sharing=global", "paper+r=4"),
     ("paper+r=1+lora_alpha=0.25", "lora+r=1"),
 ]
-# Methods whose learned ranks the paper's claims are looked for in.
-CLAIMED = ("lora+r=4", "paper+r=4", "expansion+r=4+num_terms=8")
 
 
 def updated(page: str) -> str:
@@ -35,9 +32,6 @@ def updated(page: str) -> str:
     page = with_section(page, "differences", f"{markdown(differences(records, PAIRS))}\n")
     followed = follows_demand(demand(records, tasks))
     page = with_section(page, "demand", f"{markdown(followed) if len(followed) else 'Not run yet.'}\n")
-    german = {name: run for name, run in records.items() if run["task"] == "german" and run["method"] in CLAIMED}
-    claims = learned_ranks(german)
-    page = with_section(page, "claims", f"{markdown(claims) if len(claims) else 'Not run yet.'}\n")
     return with_section(page, "hours", f"{runs} runs, {hours:.1f} hours of one core.\n")
 
 
