@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from sections import table, with_section
 from transformers import BertConfig, LlamaConfig, RobertaConfig, ViTConfig, ViTImageProcessor
 
@@ -139,7 +138,7 @@ def _against(suite: str, task: str, runs: list[Record], others: list[Record]) ->
 
 
 def ranks_differ() -> str:
-    """Between modules, and between attention and MLP, in logarithms of the stable rank: of φ(BA), and LoRA's counts."""
+    """Between modules, and between attention and MLP, in logarithms of φ(BA)'s stable rank; counts for LoRA."""
     rows, lora = [], []
     for _, modality, cells in _cells():
         records = {f"{task}{method}{run['seed']}": run for (task, method), runs in cells.items() for run in runs}
@@ -155,25 +154,9 @@ def ranks_differ() -> str:
     differ = sum(verdict == "confirmed" for _, verdict, _ in lora)
     heads = ["", "task", "method", "modules differ: p", "verdict", "attention − MLP, ln", "verdict"]
     return (
-        f"{table(heads, rows)}\nLoRA's modules differ on {differ} of {len(lora)} tasks; attention − MLP is significant on "
-        f"{', '.join(gaps)}.\n"
+        f"{table(heads, rows)}\nLoRA's modules differ on {differ} of {len(lora)} tasks; attention − MLP is significant "
+        f"on {', '.join(gaps)}.\n"
     )
-
-
-def vision_results() -> list[list[str]]:
-    """The results on digits and animals."""
-    frame = pd.read_csv(DOCS / "compare" / "offline-vision" / "results.csv")
-    return [
-        [
-            row["task"],
-            row["method"],
-            f"{row['mean']:.1f} ± {row['std']:.1f}",
-            f"{row['parameters']:,}",
-            f"{row['stable rank']:.2f}" if row["stable rank"] > 0 else "",
-            f"{row['energy-99 rank']:.1f}" if row["energy-99 rank"] > 0 else "",
-        ]
-        for row in frame.to_dict("records")
-    ]
 
 
 def predicted_needs() -> list[list[str]]:
@@ -217,8 +200,6 @@ def updated(page: str) -> str:
     heads = ["preset", "model, suite, r", "methods", "a job, at most", "all jobs, one A100"]
     page = with_section(page, "presets", table(heads, preset_needs()))
     page = with_section(page, "needs", table(["", "predicted", "measured"], predicted_needs()))
-    heads = ["task", "method", "accuracy × 100", "parameters", "stable rank", "energy-99 rank"]
-    page = with_section(page, "vision", table(heads, vision_results()))
     heads = ["", "task", "method", "difference", "verdict"]
     page = with_section(page, "better", table(heads, better_than_lora()))
     page = with_section(page, "shared", table(heads, one_each_beats_one_for_all()))
