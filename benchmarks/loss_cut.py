@@ -372,18 +372,6 @@ def by_scalar(case: Case, budget: int) -> list[Any]:
     return [replace(p, A=p.A[:rank], B=p.B[:, :rank]) for p, rank in zip(case.whole, ranks, strict=True)]
 
 
-def by_inputs(case: Case, budget: int) -> list[Any]:
-    """Moments of the inputs only, as in DRONE and SVD-LLM; those of the gradients are the identity."""
-    from lrlora.ranks.cut import LossCurve, directions
-
-    found = []
-    for part in case.whole:
-        gradients = case.terms * (part.B.T @ part.B).double()
-        found.append(directions(part, replace(case.moments[part.module], gradients=gradients), case.terms))
-    curve = LossCurve(found)
-    return curve.within(budget)
-
-
 def by_share(case: Case, budget: int) -> list[Any]:
     """One share of ‖ΔW‖ for all modules, as kohya's `sv_fro`: the largest within the budget."""
     from lrlora.adapters import factorize
@@ -403,7 +391,6 @@ def by_share(case: Case, budget: int) -> list[Any]:
 METHODS: dict[str, Callable[[Case, int, int], list[Any]]] = {
     "by loss": lambda case, budget, rank: case.curve.within(budget),
     "by scalar": lambda case, budget, rank: by_scalar(case, budget),
-    "by inputs": lambda case, budget, rank: by_inputs(case, budget),
     "by energy": lambda case, budget, rank: factorized(case, budget=budget),
     "every k": lambda case, budget, rank: factorized(case, max_rank=rank),
     "sv_fro": lambda case, budget, rank: by_share(case, budget),
@@ -436,8 +423,6 @@ def cut(name: str, seed: int) -> dict[str, Any]:
     for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
         budget = case.parameters_of_rank(rank)
         for method, choose in METHODS.items():
-            if method == "by inputs" and name not in (BYTES, "news"):
-                continue
             factors = choose(case, budget, rank)
             found[f"{method}, {share}"] = case.test(factors)
             if method == "by loss":
@@ -593,8 +578,8 @@ def alternatives(name: str) -> list[dict[str, Any]]:
 
 
 COLUMNS = {
-    "by loss": "by loss", "by scalar": "one scalar a module", "by inputs": "input weights", "by energy": "by energy",
-    "every k": "every module k", "sv_fro": "one share", "trained": "LoRA trained", "healed": "by loss, healed",
+    "by loss": "by loss", "by scalar": "one scalar a module", "by energy": "by energy", "every k": "every module k",
+    "trained": "LoRA trained", "healed": "by loss, healed",
 }  # fmt: skip
 LANGUAGE = (BYTES, "german", "chat")
 
@@ -678,14 +663,6 @@ def updated(page: str) -> str:
         lines.append([name, size, *cells, *said])
     heads = ["adapter", "size", "rise on validation data", "rise on test data", "predicted / actual at 1/2", "at 1/4"]
     page = with_section(page, "smallest", table(heads, lines))
-    if ALTERNATIVES.exists():
-        tried = [json.loads(line) for line in ALTERNATIVES.read_text().splitlines()]
-        tasks = list(dict.fromkeys(row["task"] for row in tried))
-        lines = [
-            [way, *(f"{row['added'][0]:+.3f} / {row['added'][1]:+.3f}" for row in tried if row["way"] == way)]
-            for way in dict.fromkeys(row["way"] for row in tried)
-        ]
-        page = with_section(page, "alternatives", table(["moments", *tasks], lines))
     if COSTS.exists():
         known = json.loads(COSTS.read_text())
         lines = [

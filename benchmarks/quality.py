@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from lrlora_lab.suites import load_suite  # noqa: E402
 
 PAGE, RESULTS = DOCS / "speed.md", DOCS / "speed"
 SUITE = Path(__file__).with_suffix(".yaml")
-TASKS = {"german": "going on to German", "labels": "labels by heart"}
+TASKS = {"german": "German", "labels": "labels"}
 METHODS = {
     "lora+r=8": "LoRA, r = 8",
     "lora+r=1": "LoRA, r = 1",
@@ -48,32 +47,15 @@ FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # multiples of the usual number 
 USUAL = FACTORS.index(1.0)
 
 
-def train_once(task_name: str, method: str, steps: int, learning_rate: float, scale: float) -> dict[str, Any]:
-    """One training run in a separate process, for its peak memory."""
-    given = json.dumps([task_name, method, steps, learning_rate, scale])
-    command = [sys.executable, __file__, "--one", given]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-
-
-def _train(task_name: str, key: str, steps: int, learning_rate: float, scale: float) -> dict[str, Any]:
+def train_once(task_name: str, key: str, steps: int, learning_rate: float, scale: float) -> dict[str, Any]:
+    """One training run."""
     from lrlora_lab.capacity import train_capacity
 
     task, method = load_suite(str(SUITE)).tasks[task_name], find_method(key)
-    before = _status("VmRSS")
     options = method.adapter(RANK, scale)
     found = train_capacity(replace(task, steps=steps), method, options, learning_rate=learning_rate, seed=1)
-    return {
-        "steps": steps,
-        "loss": found["test"]["loss"],
-        "seconds": steps * found["seconds"],
-        "trainable": found["trainable"],
-        "peak_mib": _status("VmHWM") - before,
-    }
-
-
-def _status(name: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
+    seconds = steps * found["seconds"]
+    return {"steps": steps, "loss": found["test"]["loss"], "seconds": seconds, "trainable": found["trainable"]}
 
 
 def measure(folder: Path, task_name: str, results: Path) -> None:
@@ -131,17 +113,17 @@ def render(records: dict[str, dict[str, Any]]) -> str:
                 r for r in records.values() if (r["task"], r["method"], r["steps"]) == (task, REFERENCE, usual["steps"])
             )
             enough = [r for r in trained if r["loss"] <= reference["loss"]]
-            rest = [f"{usual['peak_mib'] / reference['peak_mib']:.2f}", f"{usual['loss']:.3f}"]
+            loss = f"{usual['loss']:.3f}"
             if not enough:
                 most = max(trained, key=lambda r: r["steps"])
-                row += [f"> {most['steps']:,}", f"> {most['seconds'] / reference['seconds']:.1f}", *rest]
+                row += [f"> {most['steps']:,}", f"> {most['seconds'] / reference['seconds']:.1f}", loss]
                 continue
             steps = _interpolated(trained, reference["loss"])
             seconds = steps * usual["seconds"] / usual["steps"]
             bound = "≤ " if steps == min(r["steps"] for r in trained) else ""
-            row += [f"{bound}{steps:,.0f}", f"{bound}{seconds / reference['seconds']:.2f}", *rest]
+            row += [f"{bound}{steps:,.0f}", f"{bound}{seconds / reference['seconds']:.2f}", loss]
         rows.append(row)
-    columns = ("steps", "time", "memory", "loss after LoRA's steps")
+    columns = ("steps", "time", "loss after LoRA's steps")
     heads = [f"{title}: {what}" for title in TASKS.values() for what in columns]
     return table(["", *heads], rows)
 
@@ -158,11 +140,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", help="of the comparison that has tuned the rates")
     parser.add_argument("--task", choices=TASKS, help="measure this task alone, and leave the page as it is")
     parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(_train(*json.loads(arguments.one))))
-        return
     if not arguments.report:
         if arguments.folder is None:
             parser.error("name the output folder of lrlora compare")

@@ -375,10 +375,6 @@ def render(results: Record) -> dict[str, str]:
     for name in MODELS:
         for kind, some in rows_of(name, results["models"][name]).items():
             rows[kind] += some
-    for record in results["checks"]:
-        predicted, found = record["predicted"], record["found"]
-        error = "0" if predicted == found else f"{100 * (predicted / found - 1):+.1f} %"
-        rows["checks"].append([record["what"], f"{predicted:,.0f}", f"{found:,.0f}", error])
     return {name: table(header, rows[name]) for name, header in HEADERS.items()}
 
 
@@ -400,7 +396,6 @@ def rows_of(name: str, model: Record) -> dict[str, list[list[str]]]:
 HEADERS = {
     "counts": ["", "base, 10⁹", *(f"{m} trains, in tensors" for m in METHODS), "largest ΔW", "in float32, GB"],
     "memory": ["", "GPUs", "weights", "gathered", "adapter", "checkpoints", "working", "LoRA", "LR-LoRA", "fits"],
-    "checks": ["", "predicted", "found", "error"],
 }
 
 

@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,12 +33,10 @@ import gpu  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import HiraConfig, LoraConfig, get_peft_model  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 from sections import table, with_section  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
 from lrlora import LrLoraConfig, cached_weights  # noqa: E402
-from lrlora.adapters import merge_adapter  # noqa: E402
 from lrlora.train.packages import SMOLLM2, checkpoint  # noqa: E402
 
 RESULTS = DOCS / "speed" / "results.jsonl"
@@ -86,7 +83,7 @@ METHODS = (
 )
 
 
-def adapt(model: nn.Module, method: str, r: int = R, terms: int = TERMS) -> nn.Module:
+def adapt(model: nn.Module, method: str) -> nn.Module:
     """Add a method's adapter to all linear layers of the model's blocks."""
     if method == "full fine-tuning":
         return model.train()
@@ -94,16 +91,16 @@ def adapt(model: nn.Module, method: str, r: int = R, terms: int = TERMS) -> nn.M
     if method == "frozen base":
         return model.train()
     linear = (name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layer" in name)
-    common = {"r": r, "target_modules": sorted({name.rpartition(".")[2] for name in linear})}
+    common = {"r": R, "target_modules": sorted({name.rpartition(".")[2] for name in linear})}
     configs: dict[str, Callable[[], Any]] = {
-        "LoRA": lambda: LoraConfig(**common, lora_alpha=r),
-        METHODS[1]: lambda: LoraConfig(**common | {"r": r * terms}, lora_alpha=r * terms),
-        "DoRA": lambda: LoraConfig(**common, lora_alpha=r, use_dora=True),
+        "LoRA": lambda: LoraConfig(**common, lora_alpha=R),
+        METHODS[1]: lambda: LoraConfig(**common | {"r": R * TERMS}, lora_alpha=R * TERMS),
+        "DoRA": lambda: LoraConfig(**common, lora_alpha=R, use_dora=True),
         "HiRA": lambda: HiraConfig(**common),
         "LR-LoRA": lambda: LrLoraConfig(**common),
         "LR-LoRA, N = 50": lambda: LrLoraConfig(**common, num_basis=50),
         "the paper's form": lambda: LrLoraConfig.paper(**common),
-        EXPANSION: lambda: LrLoraConfig(**common, form="expansion", num_terms=terms),
+        EXPANSION: lambda: LrLoraConfig(**common, form="expansion", num_terms=TERMS),
     }
     return get_peft_model(model, configs[method]()).train()
 
@@ -138,41 +135,21 @@ def _step(model: Any, shape: tuple[int, int], method: str) -> Step:
     return step
 
 
-def layer_step(method: str, size: int = 2048, tokens: int = 1024, r: int = R, terms: int = TERMS) -> Step:
+def layer_step(method: str, size: int = 2048, tokens: int = 1024) -> Step:
     """Forward and backward of one linear layer, size × size."""
     torch.manual_seed(0)
-    layer = adapt(nn.Sequential(OrderedDict(layer=nn.Linear(size, size))), method, r, terms)
+    layer = adapt(nn.Sequential(OrderedDict(layer=nn.Linear(size, size))), method)
     x = torch.randn(tokens, size, requires_grad=True)
     grad = torch.randn(tokens, size)
     return lambda: layer(x).backward(grad)
 
 
-def saved_bytes(method: str, size: int = 2048, tokens: int = 1024, r: int = R, terms: int = TERMS) -> int:
-    """Bytes that this layer's forward saves for backward, besides parameters and input."""
-    torch.manual_seed(0)
-    layer = adapt(nn.Sequential(OrderedDict(layer=nn.Linear(size, size))), method, r, terms)
-    x = torch.randn(tokens, size, requires_grad=True)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return sum(kept.values())
-
-
-# Axis → its values, and the setting of each.
-GROWTH: dict[str, tuple[tuple[int, ...], Callable[[int], dict[str, int]]]] = {
-    "width m = n, of 1,024 tokens": ((512, 1024, 2048, 4096, 8192), lambda v: {"size": v}),
-    "tokens, width 2048": ((32, 128, 512, 2048, 8192), lambda v: {"tokens": v}),
-    "r, width 2048": ((1, 8, 32, 128), lambda v: {"r": v}),
-    "Q at r = 4, width 2048": ((1, 4, 16, 64), lambda v: {"r": 4, "terms": v}),
+# Axis → the argument of `layer_step`, and its values.
+GROWTH = {
+    "width m = n, of 1,024 tokens": ("size", (512, 1024, 2048, 4096, 8192)),
+    "tokens, width 2048": ("tokens", (32, 128, 512, 2048, 8192)),
 }
+LAYERS = "layers, Llama shapes, whole steps"
 GROWING = ("LoRA", EXPANSION, "LR-LoRA")
 
 
@@ -235,48 +212,6 @@ def _run(*command: str) -> Step:
     return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) and None
 
 
-def _large_adapter(folder: Path) -> None:
-    """LoRA of rank 16 on all linear layers with Llama 70B's shapes."""
-    hidden, mlp, heads = 8192, 28672, 1024
-    sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
-    sizes |= {f"self_attn.{name}_proj": (heads, hidden) for name in "kv"}
-    sizes |= {f"mlp.{name}_proj": (mlp, hidden) for name in ("gate", "up")} | {"mlp.down_proj": (hidden, mlp)}
-    weights = {}
-    for layer in range(80):
-        for name, (m, n) in sizes.items():
-            path = f"base_model.model.model.layers.{layer}.{name}"
-            weights[f"{path}.lora_A.weight"] = torch.randn(16, n, dtype=torch.bfloat16)
-            weights[f"{path}.lora_B.weight"] = torch.randn(m, 16, dtype=torch.bfloat16)
-    save_file(weights, folder / "adapter_model.safetensors")
-    LoraConfig(r=16, target_modules=[name.partition(".")[2] for name in sizes]).save_pretrained(folder)
-
-
-def _merge_ratio(folder: Path) -> float:
-    """Peak of merging an LR-LoRA adapter into SmolLM2, in model sizes, relative to a prior tiny merge."""
-    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny, vocab_size=64)).save_pretrained(folder / "tiny")
-    for name, base in (("small", str(folder / "tiny")), ("large", str(checkpoint(SMOLLM2)))):
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        config = LrLoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM")
-        get_peft_model(model, config).save_pretrained(folder / name)
-        del model
-    transformers.AutoTokenizer.from_pretrained(checkpoint(SMOLLM2)).save_pretrained(folder / "tiny")
-    script = f"import speed; speed._merge_both({str(folder)!r})"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return float(done.stdout.split()[-1])
-
-
-def _merge_both(folder: str) -> None:
-    merge_adapter(Path(folder, "small"), Path(folder, "out", "small"), dtype=torch.float32)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _status("VmRSS")
-    merge_adapter(Path(folder, "large"), Path(folder, "out", "large"), dtype=torch.float32)
-    size = sum(file.stat().st_size for file in Path(folder, "out", "large").glob("*.safetensors")) / 2**20
-    print((_status("VmHWM") - before) / size)
-
-
 def measure_steps(rounds: int) -> list[Record]:
     """Full training steps."""
     records = []
@@ -294,23 +229,15 @@ def measure_steps(rounds: int) -> list[Record]:
 def measure_growth(rounds: int) -> list[Record]:
     """One layer of growing size, then models with more and more layers."""
     records = []
-    for axis, (values, settings) in GROWTH.items():
+    for axis, (argument, values) in GROWTH.items():
         for value in values:
-            chosen = settings(value)
-            large = chosen.get("size", 2048) > 4096 or chosen.get("tokens", 0) > 4096
-            steps = {method: layer_step(method, **chosen) for method in GROWING}
-            seconds = alternate(steps, 3 if large else 2 * rounds)
-            for method in GROWING:
-                kept = saved_bytes(method, **chosen)
-                records.append(
-                    {"name": axis, "value": value, "method": method, "seconds": seconds[method], "kept": kept}
-                )
+            steps = {method: layer_step(method, **{argument: value}) for method in GROWING}
+            seconds = alternate(steps, 3 if value > 4096 else 2 * rounds)
+            records += [{"name": axis, "value": value, "method": m, "seconds": seconds[m]} for m in GROWING]
     for layers in (1, 4, 12):
         steps = {method: _step(*_llama(layers), method) for method in GROWING}
-        for method, value in alternate(steps, rounds).items():
-            records.append(
-                {"name": "layers, Llama shapes, whole steps", "value": layers, "method": method, "seconds": value}
-            )
+        seconds = alternate(steps, rounds)
+        records += [{"name": LAYERS, "value": layers, "method": m, "seconds": seconds[m]} for m in GROWING]
     return records
 
 
@@ -322,23 +249,12 @@ def measure_generation(rounds: int) -> list[Record]:
 
 def measure_waiting(rounds: int) -> list[Record]:
     """User-facing latency outside of training."""
-    lrlora = str(Path(sys.executable).with_name("lrlora"))
     commands = {
         "import typer, rich": _run(sys.executable, "-c", "import typer, rich"),
-        "lrlora --help": _run(lrlora, "--help"),
-        "an unknown task": _run("sh", "-c", f"! {lrlora} train --task clasify --model m --data d"),
+        "lrlora --help": _run(str(Path(sys.executable).with_name("lrlora")), "--help"),
         "import lrlora": _run(sys.executable, "-c", "import lrlora"),
     }
-    records: list[Record] = [{"what": what, "value": v} for what, v in alternate(commands, rounds).items()]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        _large_adapter(folder)
-        start = time.perf_counter()
-        _run(lrlora, "ranks", scratch)()
-        records.append({"what": "ranks of 70B", "value": time.perf_counter() - start})
-    with tempfile.TemporaryDirectory() as scratch:
-        records.append({"what": "merge", "value": _merge_ratio(Path(scratch))})
-    return records
+    return [{"what": what, "value": value} for what, value in alternate(commands, rounds).items()]
 
 
 MEASURES = {
@@ -363,27 +279,21 @@ def render(records: list[Record]) -> str:
         rows.append(row)
     parts = ["### A training step: time · peak memory, as multiples of LoRA's\n", table(["", *MODELS], rows)]
     rows = []
-    for axis in dict.fromkeys(r["name"] for r in by_kind["growth"]):
+    for axis in (*GROWTH, LAYERS):
         values = dict.fromkeys(r["value"] for r in by_kind["growth"] if r["name"] == axis)
         for value in values:
             found = {r["method"]: r for r in by_kind["growth"] if (r["name"], r["value"]) == (axis, value)}
             cells = [f"{found[method]['seconds'] / found['LoRA']['seconds']:.2f}" for method in GROWING[1:]]
-            # LR-LoRA saves only the input and its parameters, and has no column.
-            kept = [
-                f"{found[method]['kept'] / 2**10:,.0f}" if "kept" in found[method] else "" for method in GROWING[:2]
-            ]
-            rows.append([axis, f"{value:,}", *cells, *kept])
-    heads = ["", "", *(f"{method}: time / LoRA" for method in GROWING[1:]), *(f"{m}: KiB kept" for m in GROWING[:2])]
+            rows.append([axis, f"{value:,}", *cells])
+    heads = ["", "", *(f"{method}: time / LoRA" for method in GROWING[1:])]
     parts += ["\n### How it grows: forward and backward of one linear layer\n", table(heads, rows)]
     base = by_kind["generation"][0]["seconds"]
     rows = [[r["method"], f"{r['seconds'] / base:.2f}"] for r in by_kind["generation"]]
     parts += ["\n### 64 new tokens for each of 2 prompts of 64, Llama shapes\n", table(["", "time / base model"], rows)]
     waits = {r["what"]: r["value"] for r in by_kind["waiting"]}
     reference = waits["import typer, rich"]
-    rows = [[what, f"{waits[what] / reference:.1f} × importing typer and rich"] for what in list(waits)[1:4]]
-    rows.append(["`lrlora ranks` of a LoRA of rank 16 on all layers of 70B", f"{waits['ranks of 70B']:.0f} s"])
-    rows.append(["`lrlora merge`, peak memory", f"{waits['merge']:.2f} × the model's size"])
-    parts += ["\n### Outside of training\n", table(["", ""], rows)]
+    rows = [[what, f"{waits[what] / reference:.1f}"] for what in ("lrlora --help", "import lrlora")]
+    parts += ["\n### Starting, as multiples of importing typer and rich\n", table(["", "time"], rows)]
     return "\n".join(parts)
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from sections import with_section
 
-from lrlora_lab.capacity_report import demand, differences, follows_demand
+from lrlora_lab.capacity_report import differences
 from lrlora_lab.jobs import Comparison, read_records
 from lrlora_lab.markdown import markdown
-from lrlora_lab.tables import learned_ranks
 
 FOLDER = Path(__file__).parent / "compare" / "capacity"
 PAGE = Path(__file__).parent / "capacity.md"
@@ -19,25 +18,15 @@ PAIRS = [
     *((f"expansion+r={r}+num_terms={q}", f"lora+r={r}") for r, q in SIZES),
     ("expansion+r=1+num_terms=128", "expansion+r=1+num_terms=32"),
     *((f"hira+r={r}", f"expansion+r={r}+num_terms={q}") for r, q in SIZES),
-    *((f"{form}+r={r}", f"lora+r={r}") for form in ("paper", "lr-lora") for r in (1, 4)),
-    ("paper+r=4+sharing=global", "paper+r=4"),
-    ("paper+r=1+lora_alpha=0.25", "lora+r=1"),
 ]
-# Methods whose learned ranks the paper's claims are looked for in.
-CLAIMED = ("lora+r=4", "paper+r=4", "expansion+r=4+num_terms=8")
 
 
 def updated(page: str) -> str:
     """The page with the tables of the stored runs."""
     comparison, records = Comparison("capacity", seeds=5), read_records(FOLDER)
-    tasks, hours = comparison.definition.capacity_tasks, sum(record["wall"] for record in records.values()) / 3600
+    hours = sum(record["wall"] for record in records.values()) / 3600
     runs, records = len(records), comparison.of_all(records).select(records)
     page = with_section(page, "differences", f"{markdown(differences(records, PAIRS))}\n")
-    followed = follows_demand(demand(records, tasks))
-    page = with_section(page, "demand", f"{markdown(followed) if len(followed) else 'Not run yet.'}\n")
-    german = {name: run for name, run in records.items() if run["task"] == "german" and run["method"] in CLAIMED}
-    claims = learned_ranks(german)
-    page = with_section(page, "claims", f"{markdown(claims) if len(claims) else 'Not run yet.'}\n")
     return with_section(page, "hours", f"{runs} runs, {hours:.1f} hours of one core.\n")
 
 

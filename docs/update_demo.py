@@ -14,7 +14,6 @@ from typing import Any
 from sections import row, with_section
 
 from lrlora import RankReport
-from lrlora.ranks import MEASURES
 
 DOCS = Path(__file__).parent
 STORED = DOCS / "demo"
@@ -52,8 +51,7 @@ def render() -> str:
         row("trainable parameters, head included", *(f"{r['trainable_parameters']:,}" for r in reviews)),
     ]
     reports = [RankReport.from_json(STORED / f"{result['folder']}.json").rows for result in reviews]
-    for measure in MEASURES:
-        digits = 0 if measure.startswith("energy") else 1
+    for measure, digits in (("stable_rank", 1), ("energy99_rank", 0)):
         for kind in ("attention", "mlp"):
             ranks = ([getattr(r, measure) for r in rows if r.kind == kind] for rows in reports)
             cells = (

@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from sections import table, with_section
 from transformers import BertConfig, LlamaConfig, RobertaConfig, ViTConfig, ViTImageProcessor
 
-from lrlora_lab.capacity_report import losses
 from lrlora_lab.costs import needs, planned
 from lrlora_lab.jobs import Comparison, Record, read_comparison, read_records
-from lrlora_lab.markdown import markdown
 from lrlora_lab.methods import METHODS, find_method
 from lrlora_lab.statistics import Interval, paired_difference
 from lrlora_lab.suite import Suite, Task
@@ -61,8 +58,6 @@ PRESETS: dict[str, tuple[str, Any]] = {
     "vit-base": ("ViT-B/16, five sets of 1,000 training images, r = 8", ViTConfig()),
 }
 LORA = "lora"
-# Methods whose learned ranks are shown.
-SHOWN = ("LoRA", "LR-LoRA", "LoRA, r=4", "LR-LoRA, r=4", "the paper's form, r=4")
 Cells = dict[tuple[str, str], list[Record]]
 
 
@@ -142,46 +137,26 @@ def _against(suite: str, task: str, runs: list[Record], others: list[Record]) ->
     return _shown(found, unit), _verdict(found)
 
 
-def ranks_differ() -> list[list[str]]:
-    """Between modules, and between attention and MLP, in logarithms of the stable rank."""
-    rows = []
+def ranks_differ() -> str:
+    """Between modules, and between attention and MLP, in logarithms of φ(BA)'s stable rank; counts for LoRA."""
+    rows, lora = [], []
     for _, modality, cells in _cells():
         records = {f"{task}{method}{run['seed']}": run for (task, method), runs in cells.items() for run in runs}
-        frame = learned_ranks(records)
-        if not len(frame):
-            continue
-        for row in frame.to_dict("records"):
-            if row["method"] not in SHOWN:
-                continue
+        for row in learned_ranks(records).to_dict("records"):
             p, gap = row["modules differ: p"], row["attention − MLP"]
             shown = f"{gap.value:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"
-            differ = "confirmed" if p < 0.05 else "undecided"
-            rows.append([modality, row["task"], row["method"], f"{p:.4f}", differ, shown, _verdict(gap, either=True)])
-    return rows
-
-
-def vision_results() -> list[list[str]]:
-    """The results on digits and animals."""
-    frame = pd.read_csv(DOCS / "compare" / "offline-vision" / "results.csv")
-    return [
-        [
-            row["task"],
-            row["method"],
-            f"{row['mean']:.1f} ± {row['std']:.1f}",
-            f"{row['parameters']:,}",
-            f"{row['stable rank']:.2f}" if row["stable rank"] > 0 else "",
-            f"{row['energy-99 rank']:.1f}" if row["energy-99 rank"] > 0 else "",
-        ]
-        for row in frame.to_dict("records")
-    ]
-
-
-def picture_labels() -> pd.DataFrame:
-    """The losses on random labels of pictures, and LoRA's r for each."""
-    records = read_records(DOCS / "compare" / "capacity")
-    comparison = Comparison("capacity", tasks=PICTURES, seeds=5)
-    frame = losses(comparison.select(records), PICTURES[0], comparison.r)
-    return frame[["method", "r", "parameters", "loss (nats)", "std", "LoRA's r for this loss", "stable rank"]]
+            found = ["confirmed" if p < 0.05 else "undecided", shown, _verdict(gap, either=True)]
+            if row["method"] in ("LR-LoRA", "the paper's form, r=4"):
+                rows.append([modality, row["task"], row["method"], f"{p:.4f}", *found])
+            elif row["method"] in ("LoRA", "LoRA, r=4"):
+                lora.append((row["task"], found[0], gap))
+    gaps = [f"{task} ({gap.value:+.2f})" for task, _, gap in lora if _verdict(gap, either=True) == "confirmed"]
+    differ = sum(verdict == "confirmed" for _, verdict, _ in lora)
+    heads = ["", "task", "method", "modules differ: p", "verdict", "attention − MLP, ln", "verdict"]
+    return (
+        f"{table(heads, rows)}\nLoRA's modules differ on {differ} of {len(lora)} tasks; attention − MLP is significant "
+        f"on {', '.join(gaps)}.\n"
+    )
 
 
 def predicted_needs() -> list[list[str]]:
@@ -225,14 +200,10 @@ def updated(page: str) -> str:
     heads = ["preset", "model, suite, r", "methods", "a job, at most", "all jobs, one A100"]
     page = with_section(page, "presets", table(heads, preset_needs()))
     page = with_section(page, "needs", table(["", "predicted", "measured"], predicted_needs()))
-    heads = ["task", "method", "accuracy × 100", "parameters", "stable rank", "energy-99 rank"]
-    page = with_section(page, "vision", table(heads, vision_results()))
-    page = with_section(page, "pictures", f"{markdown(picture_labels())}\n")
     heads = ["", "task", "method", "difference", "verdict"]
     page = with_section(page, "better", table(heads, better_than_lora()))
     page = with_section(page, "shared", table(heads, one_each_beats_one_for_all()))
-    heads = ["", "task", "method", "modules differ: p", "verdict", "attention − MLP, ln", "verdict"]
-    return with_section(page, "ranks", table(heads, ranks_differ()))
+    return with_section(page, "ranks", ranks_differ())
 
 
 if __name__ == "__main__":
