@@ -182,6 +182,7 @@ def test_messages_in_every_column(decoder: str, tmp_path: Path) -> None:
         ({"messages": image}, "The content of a message must be text, or parts of type text"),
         ({"messages": [{"from": "human", "value": "x"}]}, "Row 0 is 'None'"),
         ({"messages": json.dumps([asked, answered])}, "messages must be lists of messages"),
+        ({"instruction": "do", "output": "o", "history": [["a", None]]}, "A row is not of the format Alpaca"),
         ({"messages": [asked, {**answered, "content": " "}]}, "of 18 chats do not end with an answer"),
     ]
     for index, (row, said) in enumerate(cases):
@@ -222,6 +223,15 @@ def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> N
     assert len(hot) > 1  # drawn, not chosen
     said = " ".join(run("predict", folder, "--text", question, "--generation", "max_token=3").output.split())
     assert "Did you mean max_time" in said or "Did you mean max_" in said
+    for setting, message in (
+        ("num_beams=0", "The generation settings num_beams=0 cannot be used"),
+        ("max_time=abc", "The generation settings max_time='abc' cannot be used"),
+        ("max_new_tokens=100000", "together with the answer. Shorten the prompt, or lower max_new_tokens"),
+        ("return_dict_in_generate=true", "return_dict_in_generate=True is not supported"),
+    ):
+        said = " ".join(run("predict", folder, "--text", question, "--generation", setting).output.split())
+        assert message in said
+        assert "unexpected" not in said
     assert run("chat", folder, "--generation", "max_new_tokens=1", typed=f"{question}\n/quit\n").exit_code == 0
 
 

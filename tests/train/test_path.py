@@ -148,6 +148,12 @@ def test_own_column_names_in_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "Here text is the column 'body'." in said
 
 
+def test_a_long_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame({"text": ["a" * 200_000, "b"], "label": ["x", "y"]}).to_csv("long.csv", index=False)
+    assert len(read("long.csv")["train"]["text"][0]) == 200_000
+
+
 def test_texts_that_look_like_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     texts = [*map(str, range(12_000)), "a word"]

@@ -184,7 +184,7 @@ def _preprocessing(loader: Any, source: str) -> Any:
         raise ValueError(
             f"A file of the tokenizer in {source} is nested too deeply. Remove the file, or download it again."
         ) from None
-    except (OSError, ValueError, ImportError, AttributeError, KeyError):  # none, or none for this model
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError):  # none, or none for this model
         return None
     # From a configuration alone, transformers creates a tokenizer with an empty vocabulary.
     has_words = not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens)

@@ -249,7 +249,10 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
             extras["tools"] = _json("The column tools", extras["tools"] or "null")
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = extras["chat_template_kwargs"] or {}
-        return found.convert(row, rendering == CHAT) | extras
+        try:
+            return found.convert(row, rendering == CHAT) | extras
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"A row is not of the format {found.name} ({error}): {str(row)[:200]}") from None
 
     return data.map(convert, remove_columns=data.column_names, desc="Reading")
 

@@ -160,6 +160,7 @@ def _as_text(cell: str) -> str | None:
 
 def _check_header(path: Path, delimiter: str, encoding: str) -> None:
     """Raise ValueError for a header that pandas would silently misread."""
+    csv.field_size_limit(2**31 - 1)  # pandas has no limit
     with path.open(encoding=encoding, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter)
         header = next(rows, [])

@@ -76,7 +76,10 @@ def evaluate(
     loaded = LoadedRun.read(Path(run)).reading(**reading)
     examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
     encoded = loaded.encoded(examples)
-    metrics = {"examples": len(examples)} | plain_metrics(loaded.trainer(encoded).evaluate())
+    trainer = loaded.trainer(encoded)
+    if not len(trainer.eval_dataset):  # type: ignore[arg-type]
+        raise ValueError(f"No example has an answer within its first {loaded.max_length} tokens, the run's max_length.")
+    metrics = {"examples": len(examples)} | plain_metrics(trainer.evaluate())
     if loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
         answers = list(_not_empty(loaded.answers(encoded)))
         pairs = zip(answers, wanted, strict=True)
@@ -207,6 +210,8 @@ class LoadedRun:
         for name in settings or ():
             known = [known for known in GenerationConfig().to_dict() if not known.startswith("_")]
             require_known("generation setting", name, known)
+        if (settings or {}).get("return_dict_in_generate"):
+            raise ValueError("generation setting return_dict_in_generate=True is not supported. Remove it.")
         return replace(self, generation=settings or {})
 
     @property
@@ -274,12 +279,25 @@ class LoadedRun:
 
     def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
         """Prompt and continuation, (1, tokens): by default greedy, and at most as long as a training example."""
-        room = max(1, max_positions(self.model.config) - inputs["input_ids"].shape[1])
+        length, limit = inputs["input_ids"].shape[1], max_positions(self.model.config)
+        asked = self.generation.get("max_new_tokens")
+        if length + (asked if isinstance(asked, int) else 1) > limit:
+            raise ValueError(
+                f"The prompt has {length:,} tokens, but the model takes at most {limit:,} together with the answer. "
+                "Shorten the prompt, or lower max_new_tokens."
+            )
+        room = limit - length
         settings = {"do_sample": any(name in self.generation for name in _SAMPLING)}
         settings |= {"max_new_tokens": min(self.max_length or room, room), **self.generation}
         settings["pad_token_id"] = self.processor.pad_token_id
         with torch.no_grad():
-            return self.model.generate(**inputs, **settings, **options)
+            try:
+                return self.model.generate(**inputs, **settings, **options)
+            except (ArithmeticError, TypeError, ValueError) as error:
+                if not self.generation:
+                    raise
+                given = ", ".join(f"{name}={value!r}" for name, value in self.generation.items())
+                raise ValueError(f"The generation settings {given} cannot be used: {error}") from None
 
     def prompt(self, asked: str | list[dict[str, Any]], row: dict[str, Any]) -> BatchEncoding:
         """Token ids of a prompt: plain text, or a chat rendered up to the start of the answer."""
