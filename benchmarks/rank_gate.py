@@ -860,10 +860,10 @@ def differences() -> str:
 def study() -> str:
     """`LearnedRanks` and LoRA at r = 4 on every task, paired by seed, with p corrected by Holm."""
     names = [name for name in TASKS if len(tested(name, "library").keys() & tested(name, "lora").keys()) > 1]
-    gaps, lines = {}, []
+    gaps, lines, pairs = {}, [], {}
     for name in names:
         own, lora = tested(name, "library"), tested(name, "lora")
-        seeds = sorted(own.keys() & lora.keys())
+        seeds = pairs[name] = sorted(own.keys() & lora.keys())
         gaps[name] = (paired_difference([own[s][1] for s in seeds], [lora[s][1] for s in seeds]), len(seeds))
     values = holm([float(gap.p) for gap, _ in gaps.values() if gap is not None])
     for (name, (gap, count)), p in zip(gaps.items(), values, strict=True):
@@ -871,7 +871,7 @@ def study() -> str:
         means, forgotten = [], []
         for method in STUDY:
             rate = tuned(name, METHODS[method].rate_of or method)
-            rows = [row for row in rows_of(name, method) if row["rate"] == rate]
+            rows = [r for r in rows_of(name, method) if r["rate"] == rate and r["seed"] in pairs[name]]
             means.append(f"{sum(row['test'] for row in rows) / len(rows):.3f}")
             held = [row["forgotten"] for row in rows if "forgotten" in row]
             forgotten.append(f"{sum(held) / len(held):.2f}" if held else "")
