@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,8 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from lrlora.cli import app
 
 from .processes import run as run_process
+from .train.small import save_decoder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -34,6 +41,53 @@ def test_expansion() -> None:
     losses = re.findall(r"^(LoRA|expansion), r = 4: +loss (\d+\.\d+)$", run("expansion.py", "4"), re.MULTILINE)
     assert [method for method, _ in losses] == ["LoRA", "expansion"]
     assert all(2 < float(loss) < 20 for _, loss in losses)  # the head is random, and sure of itself
+
+
+@pytest.mark.integration
+def test_after_the_command_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    save_decoder(tmp_path / "base")
+    chat = {"messages": [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}]}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join([json.dumps(chat)] * 32))
+    page = (EXAMPLES.parent / "docs" / "cookbook.md").read_text(encoding="utf-8")
+    trl, *ours = page.partition("## An adapter from `trl sft`")[2].split("```sh\n")[1].split("```")[0].splitlines()
+    quick = "--max_steps 3 --report_to none --use_cpu true --bf16 false"
+    command = [str(Path(sys.executable).with_name("trl")), *f"{trl} {quick}".split()[1:]]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for line in ours:
+        result = CliRunner().invoke(app, line.split()[1:])
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "small" / "adapter_config.json").exists()
+
+
+@pytest.mark.integration
+def test_lm_evaluation_harness_reads_an_export(tmp_path: Path) -> None:
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    instances = pytest.importorskip("lm_eval.api.instance")
+    save_decoder(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(tmp_path / "base")))  # the harness would
+    model.save_pretrained(tmp_path / "base")
+    fields = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    get_peft_model(model, LoraConfig(**fields)).save_pretrained(tmp_path / "adapter")
+    output = str(tmp_path / "small")
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "adapter"), "--max-rank", "2", "--output", output])
+    assert result.exit_code == 0, result.output
+    pair = ("is it good ?", " good film")
+    request = instances.Instance("loglikelihood", {}, pair, 0)
+    harness = models.HFLM(pretrained=str(tmp_path / "base"), peft=output, dtype="float32", device="cpu", batch_size=1)
+    ((found, _),) = harness.loglikelihood([request], disable_tqdm=True)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), output).eval()
+    plain = models.HFLM(adapted, tokenizer=harness.tokenizer, batch_size=1)
+    ((expected, _),) = plain.loglikelihood([request], disable_tqdm=True)
+    assert found == pytest.approx(expected, abs=1e-4)
+    without = models.HFLM(pretrained=str(tmp_path / "base"), dtype="float32", device="cpu", batch_size=1)
+    assert abs(without.loglikelihood([request], disable_tqdm=True)[0][0] - found) > 1e-2
 
 
 @pytest.mark.real
