@@ -216,7 +216,6 @@ def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pyte
         ("half_precision", "speed.md"),
         ("export", "export.md"),
         ("compress", "compress.md"),
-        ("rank_pattern", "export.md"),
     ],
 )
 def test_the_tables_of_benchmarks_are_the_stored_ones(benchmark: str, name: str) -> None:
