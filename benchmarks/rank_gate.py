@@ -858,28 +858,36 @@ def differences() -> str:
 
 
 def study() -> str:
-    """`LearnedRanks` and LoRA at r = 4 on every task, paired by seed, with p corrected by Holm."""
-    names = [name for name in TASKS if len(tested(name, "library").keys() & tested(name, "lora").keys()) > 1]
-    gaps, lines, pairs = {}, [], {}
-    for name in names:
-        own, lora = tested(name, "library"), tested(name, "lora")
-        seeds = pairs[name] = sorted(own.keys() & lora.keys())
-        gaps[name] = (paired_difference([own[s][1] for s in seeds], [lora[s][1] for s in seeds]), len(seeds))
-    values = holm([float(gap.p) for gap, _ in gaps.values() if gap is not None])
-    for (name, (gap, count)), p in zip(gaps.items(), values, strict=True):
+    """`LearnedRanks` and LoRA at r = 4 on every task, paired by seed, with p corrected by Holm.
+
+    "As LoRA at" is the rank at which LoRA reaches the same loss, interpolated in log r between its losses at 4 and 8.
+    """
+    found, gaps = {}, {}
+    for name in TASKS:
+        own, lora = (tested(name, method) for method in reversed(STUDY))
+        if len(seeds := sorted(own.keys() & lora.keys())) > 1:
+            found[name] = [[losses[seed][1] for seed in seeds] for losses in (lora, own)]
+            gaps[name] = paired_difference(found[name][1], found[name][0])
+    values = holm([float(gap.p) for gap in gaps.values() if gap is not None])
+    lines = []
+    for (name, gap), p in zip(gaps.items(), values, strict=True):
         assert gap is not None
-        means, forgotten = [], []
-        for method in STUDY:
-            rate = tuned(name, METHODS[method].rate_of or method)
-            rows = [r for r in rows_of(name, method) if r["rate"] == rate and r["seed"] in pairs[name]]
-            means.append(f"{sum(row['test'] for row in rows) / len(rows):.3f}")
-            held = [row["forgotten"] for row in rows if "forgotten" in row]
-            forgotten.append(f"{sum(held) / len(held):.2f}" if held else "")
-        lines.append(
-            [name, str(count), *means, f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})", f"{p:.4f}", *forgotten]
-        )
-    heads = ["task", "seeds", "LoRA", "learned", "difference", "p", "LoRA, base's text", "learned, base's text"]
-    return table(heads, lines)
+        lora, learned = (sum(losses) / len(losses) for losses in found[name])
+        twice = next((loss for _, loss in tested(name, "lora-8").values()), None)
+        equal = "" if twice is None else f"r = {4 * 2 ** ((lora - learned) / (lora - twice)):.1f}"
+        forgotten = [forgetting(name, method) for method in STUDY]
+        difference = f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
+        losses = [f"{lora:.3f}", f"{learned:.3f}"]
+        lines.append([name, str(len(found[name][0])), *losses, difference, f"{p:.4f}", equal, *forgotten])
+    heads = ["task", "seeds", "LoRA", "learned", "difference", "p", "as LoRA at"]
+    return table([*heads, "LoRA, base's text", "learned, base's text"], lines)
+
+
+def forgetting(name: str, method: str) -> str:
+    """Mean loss on text like the base model's; empty if not measured."""
+    rate = tuned(name, METHODS[method].rate_of or method)
+    held = [row["forgotten"] for row in rows_of(name, method) if row["rate"] == rate and "forgotten" in row]
+    return f"{sum(held) / len(held):.2f}" if held else ""
 
 
 def times(rounds: int = 5, steps: int = 60) -> str:

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+pytest.importorskip("diffusers")
+
 from lrlora import rank_report
 from lrlora.adapters import factorize, read_updates, save_single_file
 from lrlora.cli import app
