@@ -157,6 +157,24 @@ def test_half_the_rate_before_the_cut_and_warm_up_after_it() -> None:
     assert shares == pytest.approx([0.5] * 120 + [min(1.0, (step + 1) / 20) for step in range(25)])
 
 
+def test_a_head_in_the_same_group_keeps_its_rate() -> None:
+    tiny, model = with_lora("bert", modules_to_save=["classifier"])
+    head = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
+    optimizer = torch.optim.SGD(trained(model), lr=1e-3)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=100)
+    model.eval()
+    for step in range(learned.cut_step + 2):
+        tiny.loss(model).backward()
+        before = [p.detach().clone() for p in head]
+        optimizer.step()
+        assert len(optimizer.param_groups) == 1
+        for parameter, old in zip(head, before, strict=True):
+            assert parameter.grad is not None
+            assert torch.allclose(old - parameter, 1e-3 * parameter.grad, atol=1e-8), step
+        optimizer.zero_grad()
+    assert learned.ranks is not None
+
+
 class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Random sequences."""
 

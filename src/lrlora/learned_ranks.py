@@ -4,8 +4,8 @@ At the cut, the loss decides how much rank each module keeps, by the quadratic m
 from the ordinary steps before the cut, so that no extra pass over data is needed. What remains is a plain LoRA with a
 `rank_pattern`, which PEFT loads without lrlora; modules of rank 0 leave the adapter.
 
-The learning rate is halved before the cut, and warms up again after it: the new factors start with a new state of the
-optimizer.
+The learning rate of the factors is halved before the cut, and warms up again after it: they start with a new state of
+the optimizer. Other parameters, such as heads, keep theirs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class LearnedRanks:
         self.ranks: dict[str, int] | None = None
         self.cut_step = _cut_step(at, steps)
         self._steps, self._done = steps, 0
-        self._rates: list[Any] = []
+        self._groups: list[dict[str, Any]] = []
+        self._split: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._moments: dict[str, Moments] = {}
         if resume is not None:
             self._load_state(resume)
@@ -121,8 +122,8 @@ class LearnedRanks:
             for path, layer in _layers(model, self._adapter).items():
                 self._hooks.append(layer.lora_A[self._adapter].register_forward_hook(self._watch(path)))
         trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        factors = [p for layer in _layers(model, self._adapter).values() for p in _weights(layer, self._adapter)]
-        if not all(id(p) in trained for p in factors):
+        self._factors = _ids(model, self._adapter)
+        if not trained >= self._factors:
             raise ValueError("The optimizer must have all LoRA parameters of the model. Create it from this model.")
         self._optimizer.register_step_pre_hook(self._before_step)
         self._optimizer.register_step_post_hook(self._after_step)
@@ -137,16 +138,17 @@ class LearnedRanks:
             for name in ("inputs", "gradients", "tokens")
         }
         with replacing(folder / _STATE_FILE) as partial:
-            save_file(tensors, partial, {"steps": str(self._done), "ranks": json.dumps(self.ranks)})
+            steps = {"steps": torch.tensor(self._done)}  # old versions of safetensors read no empty file
+            save_file(tensors | steps, partial, {"ranks": json.dumps(self.ranks)})
 
     def _load_state(self, folder: Path) -> None:
         path = folder / _STATE_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {_STATE_FILE}. Resume from another checkpoint.")
         with safe_open(path, "pt") as file:
-            self._done, self.ranks = (json.loads(file.metadata()[name]) for name in ("steps", "ranks"))
+            self._done, self.ranks = int(file.get_tensor("steps")), json.loads(file.metadata()["ranks"])
             layers = _layers(self._model, self._adapter)
-            for module in {key.rpartition(".")[0] for key in file.keys()}:  # noqa: SIM118 (no mapping)
+            for module in {key.rpartition(".")[0] for key in file.keys() if key != "steps"}:  # noqa: SIM118 (no mapping)
                 device = layers[module].lora_A[self._adapter].weight.device
                 z, h, tokens = (file.get_tensor(f"{module}.{name}") for name in ("inputs", "gradients", "tokens"))
                 self._moments[module] = Moments(z.to(device), h.to(device), tokens.to(device), calls=1)
@@ -175,13 +177,23 @@ class LearnedRanks:
     def _before_step(self, optimizer: Any, *args: Any) -> None:
         warm_up = max(1, min(_WARM_UP, self._steps // 20))
         share = _WIDE_RATE if self.ranks is None else min(1.0, (self._done - self.cut_step + 1) / warm_up)
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * share
+        self._groups = optimizer.param_groups
+        if share == 1:
+            return
+        # For this step only, in groups of their own: heads, which share a group with the factors, keep their rate.
+        self._split = []
+        for group in self._groups:
+            for is_factor, rate in ((True, group["lr"] * share), (False, group["lr"])):
+                params = [p for p in group["params"] if (id(p) in self._factors) == is_factor]
+                if params:
+                    self._split.append((group, {**group, "params": params, "lr": rate}))
+        optimizer.param_groups = [part for _, part in self._split]
 
     def _after_step(self, optimizer: Any, *args: Any) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
+        for group, part in self._split:  # some optimizers count steps in their groups
+            group |= {name: value for name, value in part.items() if name not in ("params", "lr")}
+        self._split = []
+        optimizer.param_groups = self._groups
         self._done += 1
         if self.ranks is None and self._done >= self.cut_step:
             self._cut()
@@ -200,6 +212,7 @@ class LearnedRanks:
         curve = LossCurve([directions(p, self._moments.get(p.module, Moments.zeros(p.rank)).cpu(), 1) for p in whole])
         factors = curve.within(self._budget)
         _resize(self._model, self._adapter, factors, self._optimizer)
+        self._factors = _ids(self._model, self._adapter)
         self.ranks = {part.module: part.rank for part in factors}
         self._moments.clear()
         for hook in self._hooks:
@@ -309,6 +322,10 @@ def _layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     base = model.get_base_model()
     layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     return {path: layer for path, layer in layers.items() if adapter in layer.r}
+
+
+def _ids(model: PeftModel, adapter: str) -> set[int]:
+    return {id(p) for layer in _layers(model, adapter).values() for p in _weights(layer, adapter)}
 
 
 def _weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
