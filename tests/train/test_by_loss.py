@@ -229,7 +229,7 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     # Asked for, it is what is beside the adapter.
     result = run("train", *arguments, "--output", tmp_path / "asked", "--method", "expansion", "--size", "r1")
     assert result.exit_code == 0, result.output
-    of_rank_1 = parameters_of(tmp_path / "asked") // 4
+    of_rank_1 = sum(row.m + row.n for row in rows)
     assert parameters_of(tmp_path / "asked" / "lora") <= of_rank_1
     assert float(match[2]) == pytest.approx(record.chosen / of_rank_1, abs=0.05)
     assert PeftConfig.from_pretrained(tmp_path / "asked" / "lora").peft_type.value == "LORA"
@@ -337,7 +337,7 @@ def test_what_else_was_trained_counts_as_it_is(home: Path, tmp_path: Path) -> No
 
 def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 4]
-    arguments += ["--output", tmp_path / "run"]
+    arguments += ["--output", tmp_path / "run", "--method", "expansion"]
     assert "Pass --loss or --size, not both." in told("train", *arguments, "--loss", "0.1", "--size", "r1")
     assert "size must be a size such as 250000" in told("train", *arguments, "--size", "small")
     assert not (tmp_path / "run").exists()
