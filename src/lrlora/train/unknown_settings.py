@@ -53,7 +53,7 @@ def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> Valu
         return "" if there == place else f", a {what}: set it with {how}"
 
     said = f"Unknown {homes[place][0]} {name!r}."
-    if place == "run" and name in _ALIASES:
+    if place != "training" and name in _ALIASES:
         return ValueError(f"{said} Use {_ALIASES[name]}: --{_ALIASES[name]}, or the key {_ALIASES[name].split()[0]}.")
     if any(name in names for names in known.values()):
         return ValueError(f"{said} It is{home(name).removeprefix(',')}.")
