@@ -943,7 +943,8 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="measure the time of learned ranks, and write it")
     options = parser.parse_args()
     if options.time:
-        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), "times", times()), encoding="utf-8")
+        found = times()
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), "times", found), encoding="utf-8")
         return
     if options.report:
         PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
