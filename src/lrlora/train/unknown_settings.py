@@ -53,8 +53,9 @@ def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> Valu
         return "" if there == place else f", a {what}: set it with {how}"
 
     said = f"Unknown {homes[place][0]} {name!r}."
-    if place != "training" and name in _ALIASES:
-        return ValueError(f"{said} Use {_ALIASES[name]}: --{_ALIASES[name]}, or the key {_ALIASES[name].split()[0]}.")
+    alias = _ALIASES.get(name, "")
+    if (place == "run" and alias) or (place == "adapter" and alias.startswith("method")):
+        return ValueError(f"{said} Use {alias}: --{alias}, or the key {alias.split()[0]}.")
     if any(name in names for names in known.values()):
         return ValueError(f"{said} It is{home(name).removeprefix(',')}.")
     near = difflib.get_close_matches(str(name), dict.fromkeys(chain(*known.values())), 1, 0.5)
