@@ -107,7 +107,7 @@ class LearnedRanks:
             raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
         _require_steps(steps)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            _require_one(torch.distributed.get_world_size() > 1, "more than one process")
+            _refuse({"more than one process": torch.distributed.get_world_size() > 1})
         self.ranks: dict[str, int] | None = None
         self.cut_step = _cut_step(at, steps)
         self._steps, self._done = steps, 0
@@ -151,7 +151,7 @@ class LearnedRanks:
             for module in {key.rpartition(".")[0] for key in file.keys() if key != "steps"}:  # noqa: SIM118 (no mapping)
                 device = layers[module].lora_A[self._adapter].weight.device
                 z, h, tokens = (file.get_tensor(f"{module}.{name}") for name in ("inputs", "gradients", "tokens"))
-                self._moments[module] = Moments(z.to(device), h.to(device), tokens.to(device), calls=1)
+                self._moments[module] = Moments(z.to(device), h.to(device), tokens.to(device))
 
     def _watch(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def watch(down: Any, inputs: Any, z: Tensor) -> None:
@@ -160,7 +160,6 @@ class LearnedRanks:
             if path not in self._moments:
                 self._moments[path] = Moments.zeros(len(down.weight), z.device)
             moments, values = self._moments[path], z.detach()
-            moments.calls += 1
             channels = 1 if isinstance(down, _ConvNd) else -1
             z.register_hook(lambda h: moments.add(values.movedim(channels, -1), h.movedim(channels, -1)))
 
@@ -374,17 +373,13 @@ def _parameters_in(size: str, model: PeftModel, adapter: str) -> int:
     weights = [_weights(layer, adapter) for layer in _layers(model, adapter).values()]
     costs = [(A.numel() + B.numel()) // len(A) for A, B in weights]
     whole = sum(A.numel() + B.numel() for A, B in weights)
-    number, unit = parse_size(size, "size")
-    if unit == "ranks":
-        number *= sum(costs)
-    elif unit == "bytes":
-        number /= weights[0][0].element_size()
+    number = parse_size(size, "size").parameters(sum(costs), weights[0][0].element_size())
     if not min(costs) <= number < whole:
         raise ValueError(
-            f"size={size} is {int(number):,} parameters, but must be below the adapter's {whole:,} and at least "
+            f"size={size} is {number:,} parameters, but must be below the adapter's {whole:,} and at least "
             f"{min(costs):,}. Change it, or raise r of LoraConfig: {WIDTH} times the rank of the size is usual."
         )
-    return int(number)
+    return number
 
 
 def _resize(model: PeftModel, adapter: str, factors: Sequence[Factors], optimizer: Any = None) -> None:
@@ -459,17 +454,17 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 def _require_one_device(args: TrainingArguments) -> None:
     """Raise ValueError for ways to train whose parameters cannot change their shape."""
-    given = {
-        "more than one process": args.world_size > 1,
-        "more than one GPU": args.n_gpu > 1,
-        "torch_compile": args.torch_compile,
-        "deepspeed": args.deepspeed,
-        "fsdp": args.fsdp,
-    }
-    for name, is_given in given.items():
-        _require_one(bool(is_given), name)
+    _refuse(
+        {
+            "more than one process": args.world_size > 1,
+            "more than one GPU": args.n_gpu > 1,
+            "torch_compile": args.torch_compile,
+            "deepspeed": args.deepspeed,
+            "fsdp": args.fsdp,
+        }
+    )
 
 
-def _require_one(is_given: bool, name: str) -> None:
-    if is_given:
-        raise ValueError(f"Learned ranks do not support {name}. Train on one device, without it.")
+def _refuse(given: Mapping[str, Any]) -> None:
+    if found := next((name for name, is_given in given.items() if is_given), None):
+        raise ValueError(f"Learned ranks do not support {found}. Train on one device, without it.")

@@ -12,6 +12,10 @@ class Budget(NamedTuple):
     number: float
     unit: str
 
+    def parameters(self, per_rank: int, itemsize: int) -> int:
+        """Number of parameters: `per_rank` for one rank of all modules, of `itemsize` bytes each."""
+        return int(self.number * {"ranks": per_rank, "bytes": 1 / itemsize, "parameters": 1}[self.unit])
+
 
 _SIZES = {"kB": 10**3, "KiB": 2**10, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 

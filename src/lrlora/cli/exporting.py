@@ -23,9 +23,7 @@ def parameters_in(budget: Budget, updates: Updates, dtype: str | None) -> int:
     """How many parameters a size holds, for factors of a dtype; None: as stored."""
     from ..adapters.factorize import parameters_of_rank
 
-    if budget.unit == "ranks":
-        return parameters_of_rank(updates, int(budget.number))
-    return int(budget.number / (torch_dtype(dtype, updates).itemsize if budget.unit == "bytes" else 1))
+    return budget.parameters(parameters_of_rank(updates, 1), torch_dtype(dtype, updates).itemsize)
 
 
 def torch_dtype(name: str | None, updates: Updates) -> Any:

@@ -104,7 +104,7 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> None:
     from ..train.methods import METHODS
 
     if run.learns_ranks:
-        announce(f"The adapter is a plain LoRA of {run.size}, which PEFT loads without lrlora.")
+        announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
         return
     is_asked_for = run.loss is not None or run.size is not None
     is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)
