@@ -878,8 +878,9 @@ def study() -> str:
         forgotten = [forgetting(name, method) for method in STUDY]
         difference = f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
         losses = [f"{lora:.3f}", f"{learned:.3f}"]
-        lines.append([name, str(len(found[name][0])), *losses, difference, f"{p:.4f}", equal, *forgotten])
-    heads = ["task", "seeds", "LoRA", "learned", "difference", "p", "as LoRA at"]
+        rates = " / ".join(f"{tuned(name, METHODS[method].rate_of or method):g}" for method in STUDY)
+        lines.append([name, str(len(found[name][0])), rates, *losses, difference, f"{p:.2g}", equal, *forgotten])
+    heads = ["task", "seeds", "rates", "LoRA", "learned", "difference", "p", "as LoRA at"]
     return table([*heads, "LoRA, base's text", "learned, base's text"], lines)
 
 

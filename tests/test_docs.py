@@ -198,6 +198,30 @@ def test_the_tables_on_ranks_by_loss_are_the_stored_ones(name: str) -> None:
     assert script["updated"](page) == page
 
 
+def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/rank_gate.md", "docs/learned_ranks.md")]
+    study = pages[0].partition("<!-- study -->")[2].partition("<!-- /study -->")[0].splitlines()
+    rows = {
+        cells[1]: cells for cells in ([cell.strip() for cell in line.split("|")] for line in study) if len(cells) > 2
+    }
+    tasks = {name: rows[name] for name in ("german", "source-code", "news", "labels", "smollm2")}
+    heads = rows["task"]
+    found = {task: dict(zip(heads, cells, strict=True)) for task, cells in tasks.items()}
+    assert all(float(row["p"]) < 0.05 and row["difference"].startswith("-") for row in found.values())  # five of five
+    readme = " ".join(README.split())
+    german = found["german"]
+    assert f"Test loss on German text: {german['learned']}; LoRA: {german['LoRA']}" in readme
+    assert f"on German text it matches LoRA at {german['as LoRA at']}" in readme
+    guide = " ".join(pages[1].split())
+    for row in found.values():
+        assert row["difference"].split()[0].removeprefix("-") in guide
+    rates = [tuple(map(float, row["rates"].split(" / "))) for row in found.values()]
+    assert sorted(learned / lora for lora, learned in rates) == [1, 1, 1, 2, 2]
+    time = re.search(r"<!-- times -->.*?\| german \| \d+ \| ([\d.]+) \|", pages[0], re.DOTALL)
+    assert time
+    assert f"{time[1]} times LoRA's processor time" in guide
+
+
 def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     records = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))["measure"]("cpu", ((48, 32),), 16, 1)
