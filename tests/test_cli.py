@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,16 @@ def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
     assert "KeyError: 'surprise'. This error is unexpected. Set LRLORA_DEBUG=1" in " ".join(result.output.split())
     monkeypatch.setenv("LRLORA_DEBUG", "1")
     assert isinstance(run("ranks", tmp_path).exception, KeyError)
+
+
+def test_a_reader_that_has_enough_ends_a_command_in_silence() -> None:
+    command = "import sys; sys.argv = ['lrlora', 'inputs']; from lrlora.cli import app; app()"
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert b"Broken pipe" not in process.stderr.read()
+    assert process.wait() == 1
 
 
 def test_ranks_of_a_saved_adapter_without_its_base_model(adapter: Path, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
     config = PeftConfig.from_pretrained("out")
     assert config.peft_type.value == "LORA"
     assert config.rank_pattern
+    assert re.search(r"rank of BA: 1 to \d", Path("out/README.md").read_text(encoding="utf-8"))
     assert not Path("out/lora").exists()
     assert not Path("out", LOSS_FILE).exists()
     for command in (("evaluate", "out", "--data", "reviews.csv"), ("ranks", "out"), ("report", "out")):

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
         yield
     except typer.Exit:
         raise  # it is a RuntimeError
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except Exception as error:
         if os.environ.get("LRLORA_DEBUG") == "1":
             raise

@@ -165,7 +165,7 @@ def _add_training(
             ("data", config.get("data")),
             ("task", config.get("task") or adapter_config.get("task_type")),
             ("prompts", PROMPTS.get(record.rendering or "") if record else None),
-            ("rank of BA", adapter_config.get("r")),
+            ("rank of BA", _ranks(result.report) or adapter_config.get("r")),
             ("adapted modules", len(result.report.rows)),
             ("steps", max((entry["step"] for entry in log if "step" in entry), default=None)),
         )
@@ -209,6 +209,12 @@ def _without_home(value: str) -> str:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _ranks(report: RankReport) -> str | None:
+    """Trained rank of the modules, from the smallest to the largest; None if the method has none."""
+    ranks = sorted({row.r for row in report.rows if row.r is not None})
+    return f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else None
 
 
 def _read(path: Path, kind: Any) -> Any:
