@@ -41,7 +41,8 @@ PAGE, RESULTS = DOCS / "rank_gate.md", DOCS / "rank_gate" / "results.jsonl"
 PICTURE = DOCS / "rank_gate" / "ranks.png"
 CLAIMS = Path("lrlora-compress") / "gate"
 SEEDS = (0, 1, 2)
-STUDY, STUDY_SEEDS = ("lora", "library"), (0, 1, 2, 3, 4)
+STUDY_SEEDS = (0, 1, 2, 3, 4)
+STUDY = {2: ("lora-2", "library-2"), 4: ("lora", "library"), 8: ("lora-8", "library-8")}  # LoRA, LearnedRanks
 RANK, WIDE = 4, 16
 SCALING = 4.0
 MOMENT_BATCHES = 8
@@ -481,18 +482,21 @@ def by_cut(cut: str, shares: tuple[float, ...], widths: tuple[int, ...], wide_ra
     return train
 
 
-def by_library(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
-    """`lrlora.LearnedRanks`."""
+def by_library(rank: int) -> Callable[..., Outcome]:
+    """`lrlora.LearnedRanks` at the size of LoRA with this rank."""
     from lrlora import LearnedRanks
 
-    costs, found = shapes(task), []
-    model = with_lora(task, dict.fromkeys(costs, WIDE), seed)
+    def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
+        costs, found = shapes(task), []
+        model = with_lora(task, dict.fromkeys(costs, 4 * rank), seed)
 
-    def watch(optimizer: Any) -> None:
-        found.append(LearnedRanks(model, optimizer, size=f"r{RANK}", steps=task.steps))
+        def watch(optimizer: Any) -> None:
+            found.append(LearnedRanks(model, optimizer, size=f"r{rank}", steps=task.steps))
 
-    Course(task, seed, task.steps).train(model, rate, task.steps, watch=watch)
-    return Outcome(model, found[0].ranks)
+        Course(task, seed, task.steps).train(model, rate, task.steps, watch=watch)
+        return Outcome(model, found[0].ranks)
+
+    return train
 
 
 def by_ranks(choose: Callable[[Task, int, Callable[[str], Ranks]], dict[str, float]]) -> Callable[..., Outcome]:
@@ -661,16 +665,18 @@ METHODS = {
     ),
     "eva-4": Method(by_eva(4), "EVA, r = 4"),
     "eva-3": Method(by_eva(3), "EVA, r = 3", "eva-4"),
-    "library": Method(by_library, "**`LearnedRanks`: by loss, moments of the 32 steps before**", "loss"),
+    "library": Method(by_library(4), "**`LearnedRanks`: by loss, moments of the 32 steps before**", "loss"),
 }  # fmt: skip
 # LoRA at other ranks: where its loss is flat, methods cannot be distinguished.
 CURVE = {f"lora-{r}": r for r in (1, 2, 8, 16)}
 METHODS |= {
     name: Method(
-        lambda task, seed, rate, known, r=r: _at_rank(task, seed, rate, r), f"LoRA r = {r}", "lora" if r < 8 else None
+        lambda task, seed, rate, known, r=r: _at_rank(task, seed, rate, r), f"LoRA r = {r}", "lora" if r == 1 else None
     )
     for name, r in CURVE.items()
 }
+SIZES = {f"library-{r}": Method(by_library(r), f"`LearnedRanks` at r = {r}") for r in (2, 8)}
+METHODS |= SIZES
 
 
 def _at_rank(task: Task, seed: int, rate: float, r: int) -> Outcome:
@@ -722,7 +728,8 @@ def wanted(name: str, method: str) -> tuple[int, float] | None:
     else:
         best = tuned(name, of)
     done = {row["seed"] for row in own if row["rate"] == best}
-    seeds = SEEDS[:1] if method in CURVE else STUDY_SEEDS if method in STUDY else SEEDS
+    in_study = any(method in pair for pair in STUDY.values())
+    seeds = STUDY_SEEDS if in_study else SEEDS[:1] if method in CURVE else SEEDS
     return next(((seed, best) for seed in seeds if seed not in done), None)
 
 
@@ -836,7 +843,8 @@ def at_size(name: str, method: str, size: int) -> dict[int, float]:
 
 def differences() -> str:
     """Loss of every method, and its excess over the cut by loss, paired by seed, on each task."""
-    singles = [method for method in METHODS if method not in CURVE and method not in sum(PAIRS.values(), ())]
+    others = {*CURVE, *SIZES, *sum(PAIRS.values(), ())}
+    singles = [method for method in METHODS if method not in others]
     lines = []
     for name in TASKS:
         own = {seed: loss for seed, (_, loss) in tested(name, "loss").items()}
