@@ -69,7 +69,7 @@ def test_a_resumed_run_continues_the_history(tiny_bert: TinyModel, tmp_path: Pat
         file.write('{"step": 8, "ro')  # killed while writing
     checkpoint = str(tmp_path / "resumed" / "checkpoint-3")
     make_trainer(tiny_bert, tmp_path / "resumed", resumed, **saving).train(resume_from_checkpoint=checkpoint)
-    assert [step for step, _ in resumed.history] == [0, 2, 3, 4, 6]
+    assert [step for step, _ in resumed.history] == [step for step, _ in whole.history] == [0, 2, 4, 6]
     assert resumed.history[-1][1].rows == whole.history[-1][1].rows
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -63,6 +64,71 @@ def test_after_the_command_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         result = CliRunner().invoke(app, line.split()[1:])
         assert result.exit_code == 0, result.output
     assert (tmp_path / "small" / "adapter_config.json").exists()
+
+
+AXOLOTL = ("axolotl==0.19.0", "addict", "backoff", "colorama", "distro", "posthog")
+IN_AXOLOTL = """
+import json, sys
+import yaml
+from axolotl.integrations.base import PluginManager
+from axolotl.integrations.config import merge_input_args
+from axolotl.loaders.adapter import load_adapter
+from axolotl.utils.dict import DictDefault
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+given = yaml.safe_load(sys.argv[1]) | {"base_model": "base", "learning_rate": 1e-2, "micro_batch_size": 4,
+    "max_steps": 12, "datasets": [{"path": "data.jsonl", "type": "completion"}]}
+plugins = PluginManager.get_instance()
+plugins.register(given["plugins"][0])
+cfg = DictDefault(merge_input_args()[1](**given).model_dump(exclude_none=True))
+model, config = load_adapter(AutoModelForCausalLM.from_pretrained("base"), cfg, cfg.adapter)
+print("PEFT:", config.peft_type.value)
+rows = [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 48
+arguments = TrainingArguments("trained", max_steps=12, use_cpu=True, report_to=[], save_strategy="no")
+Trainer(model, arguments, train_dataset=rows, callbacks=plugins.add_callbacks_pre_trainer(cfg, model)).train()
+model.save_pretrained("out")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_plugin_for_axolotl(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "packages")]
+    subprocess.run([*command, *AXOLOTL], check=True)
+    save_decoder(tmp_path / "base")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "packages"), "AXOLOTL_DO_NOT_TRACK": "1"}
+
+    def axolotl(settings: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", IN_AXOLOTL, settings]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+
+    page = (EXAMPLES.parent / "docs" / "cookbook.md").read_text(encoding="utf-8")
+    settings = page.partition("## axolotl")[2].split("```yaml\n")[1].split("```")[0]
+    done = axolotl(settings)
+    assert "PEFT: LORA" in done.stdout, done.stderr
+    learned = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert learned["peft_type"] == "LORA"
+    assert len(set(learned["rank_pattern"].values())) > 1
+
+    known = {"adapter": "lora", "lrlora_size": None}
+    known |= {f"lora_{name}": learned[name] for name in ("rank_pattern", "alpha_pattern")}
+    done = axolotl(json.dumps(yaml.safe_load(settings) | known))
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == learned["rank_pattern"]
+
+    done = axolotl(settings.replace("lrlora_size: r4", "lrlora_config: {form: expansion}"))
+    assert "PEFT: LRLORA" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["form"] == "expansion"
+
+    for wrong, said in (
+        ("lrlora_sizes: r4", "Unknown setting 'lrlora_sizes'"),
+        ("lrlora_size: 4x", "lrlora_size must be a size such as"),
+        ("lrlora_config: {form: wave}", "form must be one of"),
+        ("lrlora_size: r4\nlrlora_config: {form: sinc}", "Remove it, or remove lrlora_config"),
+        ("peft_use_dora: true", "does not support the LoRA-only field(s) use_dora"),
+    ):
+        assert said in axolotl(settings.replace("lrlora_size: r4", wrong)).stderr
 
 
 @pytest.mark.integration

@@ -50,18 +50,17 @@ class RankCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
+        if state.is_world_process_zero:
+            # Callbacks cannot access the Trainer's loggers. A second instance of each writes to the same run.
+            self._loggers = [logger() for logger in get_reporting_integration_callbacks(args.report_to)]
+            for logger in self._loggers:
+                logger.on_train_begin(args, state, control, **kwargs)
+            path = _history_path(args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.history = [record for record in read_history(path) if record[0] < state.global_step]
+            write_whole(path, "".join(map(_to_line, self.history)))
+        if state.global_step % self.every == 0:  # an uninterrupted run has no record at other steps
             self._record(args, state, control, **kwargs)
-            return
-        # Callbacks cannot access the Trainer's loggers. A second instance of each writes to the same run.
-        self._loggers = [logger() for logger in get_reporting_integration_callbacks(args.report_to)]
-        for logger in self._loggers:
-            logger.on_train_begin(args, state, control, **kwargs)
-        path = _history_path(args)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.history = [record for record in read_history(path) if record[0] < state.global_step]
-        write_whole(path, "".join(map(_to_line, self.history)))
-        self._record(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Record the last step here: when training ends, the best checkpoint may be loaded and MLflow's run closed.

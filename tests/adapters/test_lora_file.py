@@ -234,6 +234,11 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"a.lora_down.weight": (2, 4)}, "a lacks 'lora_B'. Tensors found: lora_A"),
         ({"a.lora_down.weight": (2, 4), "a.lora_up.weight": (4, 3)}, "lora_B has 3 columns, but lora_A has 2 rows"),
         ({"a.hada_w1_a": (4, 2), "a.hada_w1_b": (2, 4)}, "a lacks 'hada_w2_a'"),
+        (
+            {"a.hada_w1_a": (4, 2), "a.hada_w1_b": (2, 4), "a.hada_w2_a": (3, 2), "a.hada_w2_b": (2, 4)},
+            "a has incompatible tensors",
+        ),
+        ({"a.lokr_w1": (2, 2), "a.lokr_w2_a": (4, 2), "a.lokr_w2_b": (3, 4)}, "a has incompatible tensors"),
     ],
 )
 def test_what_cannot_be_read(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:

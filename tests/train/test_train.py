@@ -119,6 +119,11 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     result = run("predict", output, "--data", tmp_path / "texts.jsonl", "--output", tmp_path / "out.jsonl")
     assert "already exists" in result.output
 
+    long = pd.DataFrame({"review": [" ".join(texts["review"][:30]), "a film"]})
+    long.to_json(tmp_path / "long.jsonl", orient="records", lines=True)
+    result = run("predict", output, "--data", tmp_path / "long.jsonl", "--output", tmp_path / "cut.jsonl")
+    assert f"1 of 2 examples are truncated to {record['max_length']} tokens" in " ".join(result.output.split())
+
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_integers_are_classes_of_the_same_name_beside_an_empty_cell(encoder: str, tmp_path: Path, ending: str) -> None:

@@ -56,21 +56,26 @@ def update_from_parts(module: str, parts: Parts, scaling: float, *, of_peft: boo
 
     """
     try:
-        if {"lora_A", "lora_B", "lora_mid"} & set(parts):
-            return _lora(module, parts, scaling)
-        if "lora_embedding_A" in parts:
-            A, B = parts["lora_embedding_A"], parts["lora_embedding_B"]
-            shape, layout = (A.shape[1], len(B)), Layout(is_embedding=True)
-            return _product(module, shape, lambda: (A.T, B.T), scaling, len(A), len(A), layout)
-        if "hada_w1_a" in parts:
-            return _loha(module, parts, scaling)
-        if any(name.startswith("lokr_") for name in parts):
-            return _lokr(module, parts, scaling, of_peft)
-        difference = parts["diff"]
-        return _matrix(module, tuple(difference.shape), difference.float, 1.0, None)
-    except (KeyError, RuntimeError) as error:
+        _update(module, {name: part.to("meta") for name, part in parts.items()}, scaling, of_peft).form()
+        return _update(module, parts, scaling, of_peft)
+    except (IndexError, KeyError, RuntimeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"has incompatible tensors: {error}"
         raise ValueError(f"{module} {reason}. Tensors found: {', '.join(sorted(parts))}.") from None
+
+
+def _update(module: str, parts: Parts, scaling: float, of_peft: bool) -> Update:
+    if {"lora_A", "lora_B", "lora_mid"} & set(parts):
+        return _lora(module, parts, scaling)
+    if "lora_embedding_A" in parts:
+        A, B = parts["lora_embedding_A"], parts["lora_embedding_B"]
+        shape, layout = (A.shape[1], len(B)), Layout(is_embedding=True)
+        return _product(module, shape, lambda: (A.T, B.T), scaling, len(A), len(A), layout)
+    if "hada_w1_a" in parts:
+        return _loha(module, parts, scaling)
+    if any(name.startswith("lokr_") for name in parts):
+        return _lokr(module, parts, scaling, of_peft)
+    difference = parts["diff"]
+    return _matrix(module, tuple(difference.shape), difference.float, 1.0, None)
 
 
 def _lora(module: str, parts: Parts, scaling: float) -> Update:
@@ -127,7 +132,7 @@ def _lokr(module: str, parts: Parts, scaling: float, of_peft: bool) -> Update:
         return _matrix(module, (m, n), lambda: torch.kron(left(), a.float() @ b.float()), scaling, r)
 
     def factors() -> Factors:
-        return torch.kron(left(), a.float()), torch.kron(torch.eye(columns), b.float())
+        return torch.kron(left(), a.float()), torch.kron(torch.eye(columns, device=b.device), b.float())
 
     return _product(module, (m, n), factors, scaling, r, k, Layout(is_known=False))
 

@@ -318,8 +318,10 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
     there = data.column_names
     for role, name in columns.items():
         if name not in there and (with_label or role not in _ANSWERS):
+            several = " Repeat --column for each role." if "," in name else ""
             raise ValueError(
                 f"columns maps {role} to {name!r}, which is not in the data. Available columns: {', '.join(there)}."
+                f"{several}"
             )
     wanted = kind.columns(columns, there, with_label=with_label)
     if missing := [role for role, name in wanted.items() if name not in there]:

@@ -64,7 +64,7 @@ def evaluate(
         data: see `TrainConfig.data`.
         split: split of the data; default: `test`, else `validation`, else the only one.
         limit: maximum number of examples (fixed-seed sample).
-        announce: receives the number of skipped (empty) examples.
+        announce: receives the numbers of skipped (empty) and truncated examples.
         **reading: data options that differ from training: `columns`, `delimiter`, `encoding` and `skip_empty` of
             `TrainConfig`.
 
@@ -233,6 +233,10 @@ class LoadedRun:
             announce(note)
         if self.kind.generates:
             self._require_rendering(examples)
+        elif limit := self.max_length:
+            count = sum(length > limit for length in self.kind.lengths(examples, self.processor))
+            if count:
+                announce(f"{count:,} of {len(examples):,} examples are truncated to {limit} tokens, as in training.")
         return examples
 
     def _require_rendering(self, examples: Dataset) -> None:

@@ -286,9 +286,11 @@ def _fit(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announ
             return
         step = int(last.name.rpartition("-")[2])
         announce(f"Resuming from step {step}.")
-        if step >= trainer.args.max_steps and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            _load_trained(trainer, last)
-            return
+        if step >= trainer.args.max_steps:
+            if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                _load_trained(trainer, last)
+                return
+            announce("Warning: all steps were done; with FSDP or DeepSpeed, resuming trains one more.")
         with readable(last, ANOTHER_CHECKPOINT, until=lambda: clock.has_begun):
             trainer.train(resume_from_checkpoint=str(last))
 

@@ -1,0 +1,101 @@
+"""Plugin for axolotl: `adapter: lrlora`.
+
+    plugins: [lrlora.axolotl.LrLoraPlugin]
+    adapter: lrlora
+    lora_r: 16
+    lora_alpha: 16
+    lora_target_linear: true
+    lrlora_size: r4
+
+With `lrlora_size`, axolotl trains its own LoRA, whose ranks are learned (`lrlora.LearnedRanksCallback`); without it, an
+LR-LoRA. The other settings are axolotl's: `lora_r`, `lora_alpha`, `lora_target_modules`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import BaseModel, Field, field_validator, model_validator
+from transformers import TrainerCallback
+
+from .checks import require_known
+from .learned_ranks import LearnedRanksCallback
+from .sizes import parse_size
+from .tuner import LrLoraConfig
+
+_NAME = "lrlora"
+
+
+class LrLoraArgs(BaseModel):
+    """Settings of the plugin."""
+
+    lrlora_size: str | None = Field(
+        default=None, description="Size of the adapter after its ranks are learned: r4, 200k parameters, or 4MiB."
+    )
+    lrlora_config: dict[str, Any] | None = Field(
+        default=None, description="Fields of LrLoraConfig, such as form: expansion. Not with lrlora_size."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, settings: Any) -> Any:
+        """Refuse misspelled settings, which axolotl ignores."""
+        for name in settings if isinstance(settings, dict) else ():
+            if name.startswith(_NAME):
+                require_known("setting", name, cls.model_fields)
+        return settings
+
+    @field_validator("lrlora_size")
+    @classmethod
+    def _check_size(cls, size: str | None) -> str | None:
+        if size is not None:
+            parse_size(size, "lrlora_size")
+        return size
+
+    @model_validator(mode="after")
+    def _check_together(self) -> LrLoraArgs:
+        if self.lrlora_size is not None and self.lrlora_config is not None:
+            raise ValueError("lrlora_size learns the ranks of a plain LoRA. Remove it, or remove lrlora_config.")
+        if self.lrlora_config is not None:
+            LrLoraConfig(**self.lrlora_config)
+        return self
+
+
+class LrLoraPlugin(BasePlugin):
+    """Learned ranks, or LR-LoRA, in axolotl."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{LrLoraArgs.__name__}"
+
+    def get_adapter_capabilities(self) -> list[Any]:
+        return [AdapterCapabilities(name=_NAME, lora_like=True)]
+
+    def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
+        """LR-LoRA and its configuration; None, for axolotl's own LoRA, if ranks are learned."""
+        if cfg.adapter != _NAME or cfg.lrlora_size:
+            return None
+        from axolotl.loaders.adapter import load_adapter
+
+        _, lora = load_adapter(model, cfg, "lora", config_only=True)
+        config = LrLoraConfig(**_changed_fields(lora) | (cfg.lrlora_config or {}))
+        if config_only:
+            return None, config
+        if cfg.lora_model_dir:
+            return PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference), config
+        return get_peft_model(model, config), config
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
+        return [LearnedRanksCallback(cfg.lrlora_size)] if cfg.adapter == _NAME and cfg.lrlora_size else []
+
+
+def _changed_fields(config: LoraConfig) -> dict[str, Any]:
+    """Fields that differ from their defaults; `LrLoraConfig` refuses those that it lacks."""
+    found = {}
+    for each in fields(config):
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if each.init and each.name != "peft_type" and (value := getattr(config, each.name)) != default:
+            found[each.name] = value
+    return found
