@@ -18,6 +18,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -48,6 +49,27 @@ def test_loads_with_peft_and_answers_the_same(train: Train, family: str, pad: bo
     torch.testing.assert_close(tiny.logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_padded_exports_of_other_ranks_are_swapped_into_a_prepared_model(train: Train, tmp_path: Path) -> None:
+    adapter, model = train("llama")
+    tiny = TinyModel("llama")
+    ranks = {}
+    for name, budget in (("large", 4_000), ("small", 2_000)):
+        factors = factorize(model, budget=budget)
+        save_as_lora(factors, adapter, tmp_path / name, pad=True)
+        ranks[name] = {part.rank for part in factors}
+
+    def loaded(name: str) -> Any:
+        base = type(tiny.build()).from_pretrained(tmp_path / "base")
+        return PeftModel.from_pretrained(base, tmp_path / name)
+
+    assert len(ranks["large"]) > 1
+    served = loaded("large")
+    prepare_model_for_compiled_hotswap(served, target_rank=max(ranks["large"]))
+    for name in ("small", "large"):
+        hotswap_adapter(served, str(tmp_path / name), "default", torch_device="cpu")
+        torch.testing.assert_close(tiny.logits(served), tiny.logits(loaded(name)), rtol=1e-4, atol=1e-5)
+
+
 def test_needs_no_lrlora(train: Train, tmp_path: Path) -> None:
     adapter, model = train("llama")
     save_as_lora(factorize(model, energy=0.9), adapter, tmp_path / "lora")
@@ -69,17 +91,31 @@ def test_loads_through_transformers_itself(train: Train, tmp_path: Path) -> None
     torch.testing.assert_close(tiny.logits(base), tiny.logits(model), rtol=1e-4, atol=1e-5)
 
 
+def settings_and_ranks(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    ranks = {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(weight)
+        for key, weight in load_file(folder / "adapter_model.safetensors").items()
+        if key.endswith("lora_A.weight")
+    }
+    return config, ranks
+
+
+def test_llama_cpp_scales_a_conversion_by_peft_wrongly(train: Train, tmp_path: Path) -> None:
+    """α of the file by each matrix's own rank, where PEFT has an α for each module (`docs/export.md`)."""
+    _, model = train("llama")
+    peft.save_as_lora(tmp_path / "lora", model, rank=0.9)
+    config, ranks = settings_and_ranks(tmp_path / "lora")
+    wanted = {module: config["alpha_pattern"].get(module, config["lora_alpha"]) / k for module, k in ranks.items()}
+    assert any(config["lora_alpha"] / rank != wanted[module] for module, rank in ranks.items())
+
+
 @pytest.mark.parametrize("pad", [False, True])
 def test_scaling_is_one_however_a_server_reads_it(train: Train, pad: bool, tmp_path: Path) -> None:
     """PEFT takes α/r by module, vLLM of the configuration alone, llama.cpp α by each matrix's own rank."""
     adapter, model = train("llama")
     save_as_lora(factorize(model, energy=0.95), adapter, tmp_path / "lora", pad=pad)
-    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    ranks = {
-        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(weight)
-        for key, weight in load_file(tmp_path / "lora" / "adapter_model.safetensors").items()
-        if key.endswith("lora_A.weight")
-    }
+    config, ranks = settings_and_ranks(tmp_path / "lora")
     assert len(set(ranks.values())) == 1 if pad else len(set(ranks.values())) > 1
     assert config["lora_alpha"] == config["r"] == max(ranks.values())
     for module, rank in ranks.items():
