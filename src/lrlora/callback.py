@@ -73,6 +73,8 @@ class RankCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # TensorBoard's has a file of its own; the others share the Trainer's run, which has ended.
+        self._loggers = [logger for logger in self._loggers if getattr(logger, "tb_writer", None) is not None]
         is_recorded = bool(self.history) and self.history[-1][0] == state.global_step
         if not is_recorded and not args.load_best_model_at_end:
             self._record(args, state, control, **kwargs)

@@ -1,10 +1,11 @@
-"""Serves a folder of repositories with the endpoints of the hub that `datasets` and `transformers` call.
+"""Serves a folder of repositories with the endpoints of the hub that its libraries call, to read and to upload.
 
 A file of a repository is at `{models|datasets}/{owner}/{name}/{revision, quoted}/{path}` of the folder.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -16,11 +17,15 @@ from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
+TOKEN = "hf_stand_in"  # may upload
 _REPOSITORY = r"(?P<repository>[^/]+(?:/[^/]+)?)"
 _API = re.compile(
     rf"/api/(?P<kind>models|datasets)/{_REPOSITORY}"
     r"(?:/(?P<what>revision|tree|paths-info)/(?P<name>[^/]+)(?:/(?P<path>.+))?)?"
 )
+_UPLOAD = re.compile(rf"/api/models/{_REPOSITORY}/(?P<what>preupload|commit)/main")
 _FILE = re.compile(rf"/(?:(?P<kind>datasets)/)?{_REPOSITORY}/resolve/(?P<name>[^/]+)/(?P<path>.+)")
 
 
@@ -49,8 +54,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # The body is read even where nothing uses it: the next request of the connection comes after it.
-        form = parse_qs(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
-        path = urlsplit(self.path).path
+        body = self._body().decode()
+        form, path = parse_qs(body), urlsplit(self.path).path
         try:
             if ".." in unquote(path):
                 raise RefusedError(404, "EntryNotFound", "Nothing outside the repositories is served")
@@ -60,12 +65,50 @@ class Handler(BaseHTTPRequestHandler):
                 self._information(**asked.groupdict(), form=form)
             elif asked := _FILE.fullmatch(path):
                 self._file(**asked.groupdict())
+            elif path == "/api/repos/create":
+                self._create(**json.loads(body))
+            elif path == "/api/validate-yaml":
+                yaml.safe_load(json.loads(body)["content"].split("---")[1])
+                self._json({"errors": [], "warnings": []})
+            elif asked := _UPLOAD.fullmatch(path):
+                self._upload(**asked.groupdict(), body=body)
             else:
                 raise RefusedError(404, "", f"The stand-in has no {path}")
         except RefusedError as refused:
             self._send(refused.status, b"", {"X-Error-Code": refused.code, "X-Error-Message": str(refused)})
 
     do_HEAD = do_POST = do_GET
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _create(self, name: str, organization: str | None = None, **_: Any) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise RefusedError(401, "", "Invalid username or password.")
+        repository = f"{organization or 'me'}/{name}"
+        (self.root / "models" / repository / "main").mkdir(parents=True, exist_ok=True)
+        self._json({"url": f"http://{self.headers['Host']}/{repository}"})
+
+    def _upload(self, repository: str, what: str, body: str) -> None:
+        revision = self._revision("models", repository, "main")
+        if what == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self._json({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+            return
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                path = revision / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        about = f"http://{self.headers['Host']}/{repository}/commit/{commit(revision)}"
+        self._json({"success": True, "commitOid": commit(revision), "commitUrl": about})
 
     def _revision(self, kind: str, repository: str, name: str) -> Path:
         """The folder of a revision, which is named as it is or by its commit."""

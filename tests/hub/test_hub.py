@@ -1,4 +1,4 @@
-"""What an unchanged `datasets` and `transformers` get of the stand-in hub."""
+"""Reading from the stand-in hub with unchanged `datasets` and `transformers`, and uploading to it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
+from ..train.small import reviews, save_encoder
 from .running import caches
+from .server import TOKEN
 
 _SETS = """
 from datasets import load_dataset
@@ -102,3 +105,47 @@ def test_libraries_take_the_stand_in_for_the_hub(script: str, hub: dict[str, str
     command, root = [sys.executable, "-c", script], Path(__file__).parents[2]
     ran = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr[-4000:]
+
+
+def test_a_run_is_pushed_and_so_is_an_export(hub: dict[str, str], tmp_path: Path) -> None:
+    save_encoder(tmp_path / "base")
+    reviews().to_csv(tmp_path / "reviews.csv", index=False)
+
+    def command(text: str) -> subprocess.CompletedProcess[str]:
+        program, *arguments = text.split()
+        return subprocess.run(
+            [str(Path(sys.executable).with_name(program)), *arguments],
+            env={**os.environ, **hub, **caches(tmp_path / "cache"), "COLUMNS": "300"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    def pushing(token: str, output: str) -> str:
+        columns = "--column text=review --column label=verdict"
+        train = f"lrlora train --model base --data reviews.csv --task classify {columns} --steps 3 --output {output}"
+        return f"{train} --training push_to_hub=true --training hub_model_id=me/films --training hub_token={token}"
+
+    refused = command(pushing("wrong", "refused"))
+    assert "401" in refused.stderr
+    assert not (tmp_path / "refused" / "adapter_config.json").exists()
+    assert command(f"{pushing('wrong', 'planned')} --dry-run").returncode == 0
+    pushed = command(pushing(TOKEN, "films"))
+    assert "Pushed: me/films" in pushed.stdout, pushed.stderr
+    assert command("lrlora export films --max-rank 2 --output small").returncode == 0
+    uploaded = command(f"hf upload me/small small --token {TOKEN}")
+    assert uploaded.returncode == 0, uploaded.stderr
+
+    for name in ("films", "small"):
+        local = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
+        code = f"from huggingface_hub import snapshot_download; print(snapshot_download('me/{name}'))"
+        there = Path(command_of_python(code, {**hub, **caches(tmp_path / "cache")}).splitlines()[-1])
+        found = {path.name: path.read_bytes() for path in there.iterdir() if path.is_file()}
+        assert found == local
+    metadata = ModelCard.load(tmp_path / "films" / "README.md").data
+    assert metadata.pipeline_tag == "text-classification"
+
+
+def command_of_python(code: str, environment: dict[str, str]) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout

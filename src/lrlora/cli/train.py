@@ -76,6 +76,7 @@ def train(
 
 
 def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) -> None:
+    from ..train.hub import push
     from ..train.run import Interrupted, rank_report_of, resume_hint, train
     from ..views.tables import rank_table
 
@@ -92,25 +93,26 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     output = result.output
     announce(f"Results saved to {output}")
     del result  # the trained model: the next step reloads it
-    _measure_smallest(run, measure)
+    if _measure_smallest(run, measure):
+        push(run, announce)  # what has changed
     report = rank_report_of(output)
     if report is not None:
         console.print(rank_table(report, "Learned ranks", width=console.width))
         announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
 
 
-def _measure_smallest(run: TrainConfig, is_wanted: bool) -> None:
-    """Say how small the LoRA of a finished run may be. The run is there, whatever comes of it."""
+def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
+    """Say how small the LoRA of a finished run may be, and whether its folder has changed."""
     from ..train.methods import METHODS
 
     if run.learns_ranks:
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
-        return
+        return False
     is_asked_for = run.loss is not None or run.size is not None
     is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not is_measured:
         announce(f"To find the smallest LoRA: lrlora export {run.output} --loss 0.01 --output {run.output}-small")
-        return
+        return False
     try:
         show_smallest(run)
     except KeyboardInterrupt:
@@ -119,6 +121,7 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> None:
         if is_asked_for:
             raise ValueError(f"The run is finished, but lora/ could not be written as requested: {error}") from error
         announce(f"The smallest LoRA was not measured: {error}")
+    return True
 
 
 _SPLIT = Annotated[str | None, typer.Option(help="Split of the data; default: test, or validation if there is none.")]

@@ -252,6 +252,7 @@ _ALWAYS: dict[str, Any] = {
     "load_best_model_at_end": True,
     "restore_callback_states_from_checkpoint": True,  # patience of early stopping
     "report_to": "none",
+    "hub_strategy": "end",  # `train` uploads the finished run
     "disable_tqdm": True,  # `Progress` shows the bar
 }
 

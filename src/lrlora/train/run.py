@@ -52,6 +52,7 @@ from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.card import write_card
 from .by_loss import FEWEST
+from .hub import push
 from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import give_head_its_rate, load_model, make_trainer, training_arguments
@@ -174,8 +175,9 @@ def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce =
 
     """
     require_startable(config, resume=resume, overwrite=not resume)
+    local = {**config.training, "push_to_hub": False}
     with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer creates its output folder immediately
-        trainer, _ = _prepare(replace(config, output=elsewhere), None, _in_first_process(announce), [])
+        trainer, _ = _prepare(replace(config, output=elsewhere, training=local), None, _in_first_process(announce), [])
         arguments = trainer.args
         if arguments.world_size == 1 and not arguments.deepspeed:
             total = arguments.max_steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
@@ -369,6 +371,7 @@ def _finish(
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
+    push(config, announce)
     _wait_for_all(trainer.args)
     return result
 
