@@ -70,6 +70,28 @@ def test_padded_exports_of_other_ranks_are_swapped_into_a_prepared_model(train: 
         torch.testing.assert_close(tiny.logits(served), tiny.logits(loaded(name)), rtol=1e-4, atol=1e-5)
 
 
+def test_target_modules_as_unsloth_writes_them(tmp_path: Path) -> None:
+    projections = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+    parts = r"self_attn|attention|attn|mlp|feed_forward|ffn|dense"
+    pattern = (
+        rf"(?:.*?(?:language|text).*?(?:{parts}).*?(?:{projections}).*?)"
+        rf"|(?:\bmodel\.layers\.[\d]{{1,}}\.(?:{parts})\.(?:(?:{projections})))"
+    )
+    tiny = TinyModel("llama")
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(tiny.build(), LoraConfig(target_modules=pattern, **fields))
+    model.peft_config["default"].base_model_name_or_path = "unsloth/llama-bnb-4bit"
+    model.save_pretrained(tmp_path / "adapter")
+    updates = read_updates(tmp_path / "adapter")
+    assert len(updates) == 14
+    save_as_lora(factorize(updates, energy=1.0), updates, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "unsloth/llama-bnb-4bit"
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "lora")
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_needs_no_lrlora(train: Train, tmp_path: Path) -> None:
     adapter, model = train("llama")
     save_as_lora(factorize(model, energy=0.9), adapter, tmp_path / "lora")
