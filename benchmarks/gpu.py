@@ -1,6 +1,6 @@
-"""Cost of one linear layer of a 7B model on a GPU, with and without the Triton kernels: time, memory, and error.
+"""Cost on a GPU, with and without the Triton kernels: a layer of a 7B model, steps and generation of a 1B model.
 
-Run `python benchmarks/speed.py --device cuda`; takes some minutes and writes docs/speed/gpu-CARD.json.
+Run `python benchmarks/speed.py --device cuda`; takes up to ten minutes and writes docs/speed/gpu-CARD.json.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sections import table
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrlora import LrLoraConfig
+from lrlora import LrLoraConfig, cached_weights
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.transfer import Transfer
 
@@ -28,12 +29,16 @@ from lrlora.ops.transfer import Transfer
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 TOKENS = 2048
 R = 16
+# Llama 3.2 1B.
+MODEL = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128_256}
+MODEL |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
 Record = dict[str, Any]
-METHODS: dict[str, Callable[[], Any]] = {
-    "LoRA": lambda: LoraConfig(r=R, target_modules=["layer"]),
-    "expansion, Q = 4": lambda: LrLoraConfig(r=R, form="expansion", num_terms=4, target_modules=["layer"]),
-    "LR-LoRA": lambda: LrLoraConfig(r=R, target_modules=["layer"]),
-    "LR-LoRA, plain PyTorch": lambda: LrLoraConfig(r=R, target_modules=["layer"]),
+METHODS: dict[str, Callable[..., Any]] = {
+    "LoRA": lambda **targets: LoraConfig(r=R, **targets),
+    "LoRA, r = 64": lambda **targets: LoraConfig(r=4 * R, **targets),  # learned ranks at r = 16, before the cut
+    "expansion, Q = 4": lambda **targets: LrLoraConfig(r=R, form="expansion", num_terms=4, **targets),
+    "LR-LoRA": lambda **targets: LrLoraConfig(r=R, **targets),
+    "LR-LoRA, plain PyTorch": lambda **targets: LrLoraConfig(r=R, **targets),
 }
 
 
@@ -54,7 +59,7 @@ def _kernels(method: str) -> Any:
 def _layer(method: str, m: int, n: int, device: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(layer=nn.Linear(n, m))).to(device, dtype).requires_grad_(False)
-    model = get_peft_model(model, METHODS[method]())
+    model = get_peft_model(model, METHODS[method](target_modules=["layer"]))
     for name, weight in model.named_parameters():
         if "_B." in name:
             nn.init.normal_(weight, std=0.02)  # as if slightly trained: the initial update is zero
@@ -120,11 +125,67 @@ def measure(device: str, shapes: Any = SHAPES, tokens: int = TOKENS, rounds: int
     return records
 
 
+def measure_model(
+    device: str, sizes: Any = MODEL, shape: tuple[int, int] = (4, 1024), new_tokens: int = 64, rounds: int = 5
+) -> list[Record]:
+    """Optimizer steps and greedy generation of a random language model in bfloat16; medians, one method at a time."""
+    is_gpu = device.startswith("cuda")
+    records = []
+    for method, config in METHODS.items():
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(LlamaConfig(**sizes)).to(device, torch.bfloat16)
+        model: Any = get_peft_model(base, config(target_modules="all-linear", task_type="CAUSAL_LM"))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        tokens = torch.randint(3, sizes["vocab_size"], shape, device=device)
+
+        def step(model: Any = model, optimizer: Any = optimizer, tokens: Any = tokens) -> None:
+            model.train()(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def generate(model: Any = model, tokens: Any = tokens) -> None:
+            options = {
+                "max_new_tokens": new_tokens,
+                "min_new_tokens": new_tokens,
+                "do_sample": False,
+                "pad_token_id": 0,
+            }
+            with torch.no_grad(), cached_weights(model.eval()):
+                model.generate(input_ids=tokens[:, :64], **options)
+
+        with _kernels(method):
+            for what, act in (("a step", step), (f"{new_tokens} new tokens", generate)):
+                if is_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                times = []
+                for _ in range(rounds + 1):  # the first one compiles
+                    start = time.perf_counter()
+                    act()
+                    if is_gpu:
+                        torch.cuda.synchronize()
+                    times.append(time.perf_counter() - start)
+                peak = torch.cuda.max_memory_allocated() / 2**20 if is_gpu else None
+                count = sum(p.numel() for p in base.parameters() if not p.requires_grad)
+                records.append(
+                    {
+                        "shape": f"model of {count / 1e9:.1f}B, {' × '.join(map(str, shape))}: {what}",
+                        "method": method,
+                        "seconds": median(times[1:]),
+                        "peak_mib": peak,
+                        "error": None,
+                    }
+                )
+        del base, model, optimizer, step, generate
+        if is_gpu:
+            torch.cuda.empty_cache()
+    return records
+
+
 def run(device: str, folder: Path) -> Path:
     """Measure, and write this card's file."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     path = folder / f"gpu-{name.replace(' ', '-')}.json"
-    content = {"card": name, "torch": torch.__version__, "records": measure(device)}
+    content = {"card": name, "torch": torch.__version__, "records": measure(device) + measure_model(device)}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -139,22 +200,23 @@ def render(folder: Path) -> str:
             same = [each for each in content["records"] if each["shape"] == record["shape"]]
             lora = next(each for each in same if each["method"] == "LoRA")
             memory = "" if record["peak_mib"] is None else f"{record['peak_mib']:,.0f}"
-            shape = " × ".join(map(str, record["shape"]))
+            shape = record["shape"] if isinstance(record["shape"], str) else " × ".join(map(str, record["shape"]))
             rows.append(
                 [
                     shape,
                     record["method"],
                     f"{record['seconds'] / lora['seconds']:.2f}",
                     memory,
-                    f"{record['error']:.1e}",
+                    "" if record["error"] is None else f"{record['error']:.1e}",
                 ]
             )
-        heads = ["layer", "method", "time / LoRA", "peak, MiB", "error of the update"]
+        heads = ["layer or model", "method", "time / LoRA", "peak, MiB", "error of the update"]
         parts.append(f"{content['card']}, PyTorch {content['torch']}:\n\n{table(heads, rows)}")
     if parts:
         return "\n\n".join(parts)
     return (
         "No card was measured yet: the Triton kernels were run in Triton's interpreter only, on a CPU, where their "
         "results are compared with the formula in float64. `python benchmarks/speed.py --device cuda` measures one "
-        "layer of a 7B model in bfloat16, with the kernels and without, and writes the table here.\n"
+        "layer of a 7B model, and steps and generation of a 1B model, in bfloat16, with the kernels and without, and "
+        "writes the table here.\n"
     )

@@ -201,12 +201,9 @@ def test_the_tables_on_ranks_by_loss_are_the_stored_ones(name: str) -> None:
 def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
     pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/rank_gate.md", "docs/learned_ranks.md")]
     study = pages[0].partition("<!-- study -->")[2].partition("<!-- /study -->")[0].splitlines()
-    rows = {
-        cells[1]: cells for cells in ([cell.strip() for cell in line.split("|")] for line in study) if len(cells) > 2
-    }
-    tasks = {name: rows[name] for name in ("german", "source-code", "news", "labels", "smollm2")}
-    heads = rows["task"]
-    found = {task: dict(zip(heads, cells, strict=True)) for task, cells in tasks.items()}
+    heads, *rows = ([cell.strip() for cell in line.split("|")] for line in study if line.startswith("| "))
+    found = {row["task"]: row for cells in rows if (row := dict(zip(heads, cells, strict=True)))["size"] == "r = 4"}
+    assert found.keys() == {"german", "source-code", "news", "labels", "smollm2"}
     assert all(float(row["p"]) < 0.05 and row["difference"].startswith("-") for row in found.values())  # five of five
     readme = " ".join(README.split())
     german = found["german"]
@@ -222,9 +219,16 @@ def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
     assert f"{time[1]} times LoRA's processor time" in guide
 
 
-def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    records = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))["measure"]("cpu", ((48, 32),), 16, 1)
+    script = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    whole = script["measure_model"]("cpu", sizes | {"num_attention_heads": 2}, (2, 66), new_tokens=2, rounds=1)
+    records = script["measure"]("cpu", ((48, 32),), 16, 1)
+    (tmp_path / "gpu-none.json").write_text(json.dumps({"card": "none", "torch": "0", "records": records + whole}))
+    table = script["render"](tmp_path)
+    assert len(re.findall("^\\| .*LR-LoRA \\|", table, re.MULTILINE)) == 3
+    assert "2 new tokens | LoRA, r = 64 |" in table
     errors = {record["method"]: record["error"] for record in records}
     assert all(record["seconds"] > 0 for record in records)
     assert max(errors.values()) < 0.1  # of outputs that are rounded to bfloat16
