@@ -13,6 +13,8 @@ import math
 import os
 import random
 import re
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -905,23 +907,68 @@ def forgetting(name: str, method: str) -> str:
     return f"{sum(held) / len(held):.2f}" if held else ""
 
 
-def times(rounds: int = 5, steps: int = 60) -> str:
-    """Processor time of whole trainings, learned against LoRA r = 4, alternating; medians of ratios."""
-    task = replace(task_of("german"), steps=steps)
-    found: dict[str, list[float]] = {method: [] for method in STUDY[RANK]}
-    for _ in range(rounds):
-        for method in found:
-            start = time.process_time()
-            METHODS[method].train(task, 0, 1e-3, lambda method: {})
-            found[method].append(time.process_time() - start)
-    ratios = [mine / its for its, mine in zip(*found.values(), strict=True)]
-    row = ["german", str(steps), f"{median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
-    return table(["task", "steps", "time / LoRA r = 4", "range"], [row])
+def agreement() -> str:
+    """Share of the ranks that two seeds' learned ranks have in common, Σ min(r, r') / Σ r, and that of other ranks."""
+    learned = {}
+    for name in TASKS:
+        rate = tuned(name, "loss")
+        learned[name] = [row["ranks"] for row in rows_of(name, "library") if row["rate"] == rate]
+
+    def common(a: Ranks, b: Ranks) -> float:
+        return sum(min(rank, b[module]) for module, rank in a.items()) / sum(a.values())
+
+    lines = []
+    for name, ranks in learned.items():
+        pairs = [(a, b) for a in ranks for b in ranks if a is not b]
+        others = [b for other in TASKS if other != name for b in learned[other] if b.keys() == ranks[0].keys()]
+        found = [
+            [common(a, b) for a, b in pairs],
+            [common(a, b) for a in ranks for b in others],
+            [common(a, shuffled(b, seed)) for seed, (a, b) in enumerate(pairs)],
+            [common(a, dict.fromkeys(a, RANK)) for a in ranks],
+        ]
+        lines.append([name, *(f"{sum(each) / len(each):.0%}" if each else "" for each in found)])
+    return table(["task", "another seed", "another task", "another seed, shuffled within types", "equal ranks"], lines)
+
+
+def times(rounds: int = 5) -> str:
+    """Processor time and peak memory of short trainings, learned against LoRA r = 4, alternating; medians of ratios."""
+    lines = []
+    for name, steps in (("german", 60), ("smollm2", 20)):
+        found: dict[str, list[list[float]]] = {method: [] for method in STUDY[RANK]}
+        for _ in range(rounds):
+            for method, each in found.items():
+                command = [sys.executable, __file__, "--cost", name, method, str(steps)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                each.append([float(word) for word in done.stdout.split()[-2:]])
+        ratios = [[x / y for x, y in zip(mine, its, strict=True)] for its, mine in zip(*found.values(), strict=True)]
+        time_ratios, memory_ratios = zip(*ratios, strict=True)
+        lines.append(
+            [
+                name,
+                str(steps),
+                f"{median(time_ratios):.2f}",
+                f"{min(time_ratios):.2f} to {max(time_ratios):.2f}",
+                f"{median(memory_ratios):.2f}",
+            ]
+        )
+    return table(["task", "steps", "time / LoRA r = 4", "range", "peak memory / LoRA r = 4"], lines)
+
+
+def cost(name: str, method: str, steps: int) -> tuple[float, float]:
+    """Seconds of processor time of a training, and peak memory of this process in MiB."""
+    task = replace(task_of(name), steps=steps)
+    next(task.batches(0))  # load the data
+    start = time.process_time()
+    METHODS[method].train(task, 0, 1e-3, lambda method: {})
+    return time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def updated(page: str) -> str:
     """Page with tables of the stored results."""
-    return with_section(with_section(page, "differences", differences()), "study", study())
+    for name, found in (("differences", differences()), ("study", study()), ("agreement", agreement())):
+        page = with_section(page, name, found)
+    return page
 
 
 def draw() -> None:
@@ -955,8 +1002,13 @@ def main() -> None:
     parser.add_argument("--only", help="tasks, with commas between", default=",".join(TASKS))
     parser.add_argument("--methods", help="with commas between", default=",".join(METHODS))
     parser.add_argument("--report", action="store_true")
-    parser.add_argument("--time", action="store_true", help="measure the time of learned ranks, and write it")
+    parser.add_argument("--time", action="store_true", help="measure time and memory of learned ranks, and write them")
+    parser.add_argument("--cost", nargs=3, metavar=("TASK", "METHOD", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.cost:
+        name, method, steps = options.cost
+        print(*cost(name, method, int(steps)))
+        return
     if options.time:
         found = times()
         PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), "times", found), encoding="utf-8")
