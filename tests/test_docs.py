@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
@@ -174,6 +174,25 @@ def test_the_conformance_vectors_are_those_of_the_reference(tmp_path: Path, monk
     with pytest.raises(SystemExit) as ended:
         check["main"](tmp_path / "wrong.safetensors")
     assert ended.value.code == 1
+
+
+@pytest.mark.parametrize("form", ["residual", "sinc", "sine", "expansion"])
+def test_the_files_of_an_adapter_are_the_documented_ones(form: str, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = text.partition("### Files of an adapter, format 1")[2].split("|\n\n")[0].splitlines()[5:]
+    keys = [key for row in rows for key in re.findall("`(.lrlora_.+?)`", row)]
+    assert len(keys) == 4
+    base = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    config = LrLoraConfig(r=2, target_modules=["0", "2"], form=form, num_basis=5)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    shapes = {".lrlora_A.weight": [(2, 27), (2, 8)], ".lrlora_B.weight": [(8, 2), (2, 2)]}
+    if form in ("residual", "sinc"):
+        shapes |= {key: [(5,), (5,)] for key in keys if ".lrlora_phi." in key}
+    found = {key: tuple(value.shape) for key, value in load_file(tmp_path / "adapter_model.safetensors").items()}
+    wanted = {f"base_model.model.{i}{key}": shape for key, both in shapes.items() for i, shape in zip("02", both)}
+    assert found == wanted
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (stored["peft_type"], stored["format_version"]) == ("LRLORA", 1)
 
 
 def test_there_are_exactly_two_setup_commands() -> None:
