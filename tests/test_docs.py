@@ -189,7 +189,9 @@ def test_the_files_of_an_adapter_are_the_documented_ones(form: str, tmp_path: Pa
     if form in ("residual", "sinc"):
         shapes |= {key: [(5,), (5,)] for key in keys if ".lrlora_phi." in key}
     found = {key: tuple(value.shape) for key, value in load_file(tmp_path / "adapter_model.safetensors").items()}
-    wanted = {f"base_model.model.{i}{key}": shape for key, both in shapes.items() for i, shape in zip("02", both)}
+    wanted = {
+        f"base_model.model.{i}{key}": shape for key, both in shapes.items() for i, shape in zip("02", both, strict=True)
+    }
     assert found == wanted
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (stored["peft_type"], stored["format_version"]) == ("LRLORA", 1)
