@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sections import table, with_section
-from transformers import BertConfig, LlamaConfig, RobertaConfig, ViTConfig, ViTImageProcessor
 
-from lrlora_lab.costs import needs, planned
-from lrlora_lab.jobs import Comparison, Record, read_comparison, read_records
-from lrlora_lab.methods import METHODS, find_method
+from lrlora_lab.jobs import Record, read_comparison, read_records
+from lrlora_lab.methods import find_method
 from lrlora_lab.statistics import Interval, paired_difference
-from lrlora_lab.suite import Suite, Task
+from lrlora_lab.suite import Task
 from lrlora_lab.suites import load_suite
 from lrlora_lab.tables import final_runs, learned_ranks
 
@@ -30,33 +25,6 @@ SUITES = {
     "offline-vision": "vision",
 }
 PICTURES = ("picture-labels",)  # of `capacity`
-# Two of the models of benchmarks/speed.py.
-SPEED: dict[str, tuple[Any, Task]] = {
-    "BERT-base shapes": (
-        BertConfig(num_hidden_layers=4),
-        Task("", "classify", 1, batch_size=8, max_length=128),
-    ),
-    "Llama shapes": (
-        LlamaConfig(
-            hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, vocab_size=4096
-        ),
-        Task("", "multiple-choice", 1, batch_size=2, max_length=512),
-    ),
-}
-# The models of the presets: their published sizes.
-PRESETS: dict[str, tuple[str, Any]] = {
-    "roberta-base": (
-        "RoBERTa-base, the eight of GLUE, r = 8",
-        RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
-    ),
-    "llama-3-8b": (
-        "Llama 3 8B in bfloat16, 148,000 questions of eight sets together, r = 32",
-        LlamaConfig(
-            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, dtype="bfloat16"
-        ),
-    ),
-    "vit-base": ("ViT-B/16, five sets of 1,000 training images, r = 8", ViTConfig()),
-}
 LORA = "lora"
 Cells = dict[tuple[str, str], list[Record]]
 
@@ -159,47 +127,8 @@ def ranks_differ() -> str:
     )
 
 
-def predicted_needs() -> list[list[str]]:
-    """What two models of the page on speed need by the count, beside what was measured there."""
-    measured = [json.loads(line) for line in (DOCS / "speed" / "results.jsonl").read_text().splitlines()]
-    rows = []
-    for name, (config, task) in SPEED.items():
-        steps = {each["method"]: each for each in measured if each.get("name", "").startswith(name)}
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-            suite = Suite(folder, {"task": task})
-            lora, ours = (needs(suite, task, METHODS[method], 8) for method in ("lora", "lr-lora"))
-        for method, predicted in (("LoRA", lora), ("LR-LoRA", ours)):
-            rows.append([f"{name}: {method}, MiB", f"{1024 * predicted.gib:.0f}", f"{steps[method]['peak_mib']:.0f}"])
-        operations, seconds = (
-            ours.operations / lora.operations,
-            steps["LR-LoRA"]["seconds"] / steps["LoRA"]["seconds"],
-        )
-        rows.append([f"{name}: LR-LoRA / LoRA, operations and time", f"{operations:.2f}", f"{seconds:.2f}"])
-    return rows
-
-
-def preset_needs() -> list[list[str]]:
-    """What `--dry-run` says of the presets."""
-    rows = []
-    for name, (content, config) in PRESETS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-            if isinstance(config, ViTConfig):
-                ViTImageProcessor().save_pretrained(folder)
-            comparison = Comparison(name, model=folder)
-            told = [(cell.jobs, cell.needs) for cell in planned(comparison) if cell.needs is not None]
-        methods = ", ".join(find_method(method).name for method in comparison.all_methods)
-        largest = f"{max(each.gib for _, each in told):.1f} GiB, {max(each.hours for _, each in told):.2g} hours"
-        rows.append([f"`{name}`", content, methods, largest, f"{sum(n * each.hours for n, each in told):.3g} hours"])
-    return rows
-
-
 def updated(page: str) -> str:
     """The page with the tables of the stored runs."""
-    heads = ["preset", "model, suite, r", "methods", "a job, at most", "all jobs, one A100"]
-    page = with_section(page, "presets", table(heads, preset_needs()))
-    page = with_section(page, "needs", table(["", "predicted", "measured"], predicted_needs()))
     heads = ["", "task", "method", "difference", "verdict"]
     page = with_section(page, "better", table(heads, better_than_lora()))
     page = with_section(page, "shared", table(heads, one_each_beats_one_for_all()))

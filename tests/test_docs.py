@@ -179,7 +179,7 @@ def test_the_conformance_vectors_are_those_of_the_reference(tmp_path: Path, monk
 @pytest.mark.parametrize("form", ["residual", "sinc", "sine", "expansion"])
 def test_the_files_of_an_adapter_are_the_documented_ones(form: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    rows = text.partition("### Files of an adapter, format 1")[2].split("|\n\n")[0].splitlines()[5:]
+    rows = text.partition("## Files of an adapter, format 1")[2].split("|\n\n")[0].splitlines()[5:]
     keys = [key for row in rows for key in re.findall("`(.lrlora_.+?)`", row)]
     assert len(keys) == 4
     base = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,36 +174,21 @@ def _words(text: str) -> list[str]:
 
 
 def _show_plan(comparison: Comparison) -> None:
-    from .costs import GPU, planned
+    from .methods import find_method
     from .task_data import check_data
 
-    cells, definition = planned(comparison), comparison.definition
-    known = [cell for cell in cells if cell.needs is not None]
     for line in check_data(comparison):
         announce(line)
-    announce(
-        f"Plan: {comparison.suite} on {definition.model}, r = {comparison.r}: {sum(cell.jobs for cell in cells)} jobs."
-    )
+    left, definition = comparison.cells_left(comparison.plan({})), comparison.definition
+    announce(f"Plan: {comparison.suite} on {definition.model}, r = {comparison.r}: {len(left)} jobs.")
     if definition.protocol:
         announce(f"Protocol: {definition.protocol}")
-    table = Table(title=f"Upper bounds per job on an {GPU}" if known else None, title_justify="left")
-    for heading in ("task", "method", "jobs", "trainable", "GiB", "hours"):
-        table.add_column(heading, justify="left" if heading in ("task", "method") else "right")
-    for cell in cells:
-        needs = cell.needs
-        told = ("", "", "") if needs is None else (f"{needs.trainable:,.0f}", f"{needs.gib:.1f}", f"{needs.hours:.2f}")
-        table.add_row(as_text(cell.task), as_text(cell.method), str(cell.jobs), *told)
+    table = Table("task", "method")
+    table.add_column("jobs", justify="right")
+    for (task, method), count in Counter(left).items():
+        table.add_row(as_text(task), as_text(find_method(method).name), str(count))
     console.print(table)
-    if len(known) < len(cells):
-        announce("Empty cells are unknown before the run.")
-    if known:
-        hours = sum(cell.jobs * cell.needs.hours for cell in known if cell.needs is not None)
-        largest = max(cell.needs.gib for cell in known if cell.needs is not None)
-        announce(
-            f"Total: up to {hours:,.1f} hours on an {GPU} at two fifths of its peak, divided by the number of GPUs, "
-            f"and {largest:.1f} GiB on each, in addition to CUDA's own. Assumes texts of maximum length; evaluations "
-            "and further learning rates are not included."
-        )
+    announce("Further learning rates are not included.")
 
 
 def _run(comparison: Comparison, folder: Path, hours: float | None, *, report: bool) -> None:

@@ -418,7 +418,6 @@ def train_config(
             "save_strategy": "steps" if task.steps > _SAVE_STEPS else "no",
             "save_steps": _SAVE_STEPS,
             "save_total_limit": 1,
-            "include_num_input_tokens_seen": "non_padding" if KINDS[task.task].reads_text else "no",
             "load_best_model_at_end": False,
         },
     )

@@ -16,7 +16,6 @@ from .figures import parameters_figure, ranks_figure, rates_figure
 from .jobs import Comparison, Record, check_folder, read_records
 from .markdown import failure_line, markdown
 from .methods import find_method
-from .peft_results import write_peft_results
 from .statistics import Interval
 from .tables import (
     SIGNIFICANT,
@@ -50,7 +49,6 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     parts = [f"# {in_markdown(f'{comparison.suite}: {comparison.definition.model}')}, r = {comparison.r}\n"]
     for section in (_results, _rates, _learned_ranks, _variants, _failures):
         parts += section(comparison, records, output)
-    write_peft_results(comparison, records, output)
     path = output / "report.md"
     write_whole(path, "\n".join(parts) + "\n")
     return path

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 
 from lrlora.checks import require_known
 from lrlora.ranks import RankReport
@@ -72,13 +71,13 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
         "hardware": _hardware(),
         "peak_mib": _peak_mib(),
         "trainable": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
-        **_sizes(folder, result.model),
+        "versions": read_record(folder).versions,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "validation": result.metrics,
         "criterion": result.metrics[task.criterion],
         "ranks": _ranks(rank_report_of(folder)) if method.has_ranks else None,
         "test": None,
         "examples": result.examples,
-        **_course(result),
     }
     del result  # the test reloads the model, and one GPU may not fit two
     gc.collect()
@@ -114,36 +113,6 @@ def _scores(folder: Path, task: Task) -> dict[str, float]:
     means = {metric: fmean(found[metric] for found in by_set.values()) for metric in names}
     means["examples"] = sum(found.pop("examples") for found in by_set.values())
     return means | {f"{metric} of {name}": value for name, found in by_set.items() for metric, value in found.items()}
-
-
-def _course(result: TrainResult) -> dict[str, Any]:
-    """Mean training loss and number of tokens seen; None for non-text data."""
-    # A run that was killed before it was finished has no such entry.
-    last = next((entry for entry in reversed(result.log_history) if "train_loss" in entry), {})
-    return {"train_loss": last.get("train_loss"), "train_tokens": last.get("num_input_tokens_seen")}
-
-
-def _sizes(folder: Path, model: Any) -> dict[str, Any]:
-    """Fields of other tables of methods, besides metrics."""
-    saved = [path for path in folder.glob("*.safetensors") if path.is_file()]
-    weights = next(model.parameters())
-    adapter = model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None
-    return {
-        "peft_config": json.loads(json.dumps(adapter, default=_plain)),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(weights.dtype).removeprefix("torch."),
-        "file_size": sum(path.stat().st_size for path in saved),
-        "revision": getattr(model.config, "_commit_hash", None),
-        "versions": read_record(folder).versions,
-        "on_gpu": torch.cuda.is_available(),
-        "reserved_mib": torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_available() else None,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """JSON replacement of an unsupported value."""
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _hardware() -> str:
