@@ -149,8 +149,9 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_equation_has_its_code() -> None:
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    rows = re.findall(r"\| `([\w/]+)\.py`: `([\w.]+)` \|", page)
-    assert len(rows) == len(re.findall(r"^\| .* \|$", page.partition("### From equation to code")[2], re.MULTILINE)) - 1
+    section = page.partition("### From equation to code")[2].partition("\n## ")[0]
+    rows = re.findall(r"\| `([\w/]+)\.py`: `([\w.]+)` \|", section)
+    assert len(rows) == len(re.findall(r"^\| .* \|$", section, re.MULTILINE)) - 1
     for module, name in rows:
         found: Any = importlib.import_module(f"lrlora.{module.replace('/', '.')}")
         for part in name.split("."):
