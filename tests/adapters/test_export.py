@@ -212,6 +212,7 @@ def test_what_servers_and_the_hub_need_to_know(tmp_path: Path) -> None:
     fields = {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
     model = get_peft_model(base, LoraConfig(r=20, task_type="CAUSAL_LM", **fields))
     model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     command = ["export", str(tmp_path / "adapter"), "--energy", "1", "--output", str(tmp_path / "out")]
     said = " ".join(CliRunner().invoke(app, command).output.split())
     assert "The largest rank is 20. For vLLM: --max-lora-rank 32" in said
@@ -220,6 +221,10 @@ def test_what_servers_and_the_hub_need_to_know(tmp_path: Path) -> None:
     assert card.pipeline_tag == "text-generation"
     assert {"lora", "transformers"} <= set(card.tags)
     assert card.library_name == "peft"
+    assert card.license == "apache-2.0"
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: [apache\n---\n")
+    assert CliRunner().invoke(app, [*command[:-1], str(tmp_path / "other")]).exit_code == 0
+    assert ModelCard.load(tmp_path / "other" / "README.md").data.license is None
 
 
 def test_never_overwrites(train: Train, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from scipy.stats import pearsonr
 from sklearn.metrics import matthews_corrcoef
 from typer.testing import CliRunner
@@ -116,6 +117,7 @@ def test_scores_of_glue_are_those_of_the_predictions(
     names = getattr(rows.features["label"], "names", None)
     wanted = [names[label] if names else label for label in rows["label"]]
     assert f"{score(wanted, got):.4f}" in scored
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.datasets == ["nyu-mll/glue"]
 
 
 @pytest.mark.integration

@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_load_from_cache
 from transformers.utils import IMAGE_PROCESSOR_NAME
+from yaml import YAMLError
 
 from ..checks import in_markdown
-from ..files import parse_json, readable
+from ..files import is_hub_name, parse_json, readable
 from ..run_folder import CHAT, RUN_FILE, RunRecord, read_record
 from .peft_folder import SavedAdapter
 
@@ -93,6 +94,8 @@ def header(library: str, tags: list[str], saved: SavedAdapter | None = None, res
     base = None if saved is None else base_on_hub(saved)
     of_base = [f"base_model:adapter:{base}"] if base and library == "peft" else []
     data = ModelCardData(
+        license=None if saved is None else _license_of_base(saved),
+        datasets=None if saved is None else _data_on_hub(saved),
         base_model=base,
         library_name=library,
         pipeline_tag=None if saved is None else _pipeline(saved),
@@ -101,6 +104,26 @@ def header(library: str, tags: list[str], saved: SavedAdapter | None = None, res
         eval_results=list(results) or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def _license_of_base(saved: SavedAdapter) -> str | None:
+    """License in the base model's card, if the card is on this machine."""
+    name = saved.base_model or ""
+    card = Path(name) / "README.md"
+    if not card.is_file() and is_hub_name(name):
+        card = Path(str(try_to_load_from_cache(name, "README.md")))
+    try:
+        found = (metadata_load(card) or {}).get("license") if card.is_file() else None
+    except (ValueError, YAMLError):  # not the hub's format
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _data_on_hub(saved: SavedAdapter) -> list[str] | None:
+    """Hub name of the training data; None if only a local file is known."""
+    record = record_beside(saved)
+    name = "" if record is None else str(record.config["data"]).partition(":")[0]
+    return [name] if "/" in name and is_hub_name(name) and not Path(name).exists() else None
 
 
 def _pipeline(saved: SavedAdapter) -> str | None:
