@@ -166,8 +166,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     # Whether products of thin factors are also added to W. Linear layers multiply with the factors instead.
     adds_products = False
 
-    def _can_fuse(self, x: Tensor, adapters: list[str]) -> bool:
-        """Whether the output can be computed from W + ΔW without calling the base layer.
+    def _can_fuse(self, dtype: torch.dtype, adapters: list[str]) -> bool:
+        """Whether the output for an input of `dtype` can be computed from W + ΔW without calling the base layer.
 
         False if the base layer does more than apply its weight (a subclass, a hook, an offloaded or sharded weight), or
         if the adapter's input differs from the base layer's (dropout).
@@ -181,8 +181,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
             and type(base.weight) in (nn.Parameter, Tensor)
             and not base.weight.is_meta
-            and base.weight.dtype == x.dtype
-            and x.is_floating_point()
+            and base.weight.dtype == dtype
+            and dtype.is_floating_point
             and not (self.training and getattr(self.lrlora_dropout[adapters[0]], "p", 0) > 0)
             and self.weights[adapters[0]] == 1.0
         )
@@ -212,7 +212,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         adapters = self._adapters_to_apply()
         given, x = x, _as_autocast(x)
-        if adapters and self._can_fuse(x, adapters):
+        if adapters and self._can_fuse(x.dtype, adapters):
             return self._fused_output(x, adapters[0])
         result = self.base_layer(given, *args, **kwargs)
         dtype = result.dtype

@@ -63,7 +63,7 @@ class Linear(LrLoraLayer):
         is_fused = (
             not autocasts(x.dtype, x.device.type)
             and x.dtype in (torch.float32, torch.float64)
-            and self._can_fuse(x, adapters[:1])
+            and self._can_fuse(x.dtype, adapters[:1])
         )
         tensors = [self.base_layer.weight, *(p for name in adapters for p in self.adapter_parameters(name))]
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
