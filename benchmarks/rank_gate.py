@@ -931,6 +931,38 @@ def agreement() -> str:
     return table(["task", "another seed", "another task", "another seed, shuffled within types", "equal ranks"], lines)
 
 
+def measure_curves(names: list[str]) -> None:
+    """Append the share of a wide LoRA's effect that each size loses by the curve at the cut, where not yet known."""
+    for name in names:
+        task = task_of(name)
+        costs, rate = shapes(task), tuned(name, "loss")
+        for seed in {*SEEDS} - {row["seed"] for row in rows_of(name, "curve")}:
+            course = Course(task, seed, task.steps)
+            model = with_lora(task, dict.fromkeys(costs, WIDE), seed)
+            course.train(model, rate / 2, int(CUT_AT * task.steps))
+            whole, moments, terms = course.moments(model)
+            curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
+            total = sum(of.rises.sum().item() for of in curve.modules)
+            lost = {r: curve.predicted_rise(curve.within(r * sum(costs.values()))) / total for r in STUDY}
+            with RESULTS.open("a") as file:
+                file.write(json.dumps({"task": name, "method": "curve", "seed": seed, "lost": lost}) + "\n")
+
+
+def advice() -> str:
+    """Share of the effect that each size loses by the curve at the cut, and the test loss of learned ranks there."""
+    lines = []
+    for name in TASKS:
+        rows = rows_of(name, "curve")
+        if not rows:
+            continue
+        lost = [sum(row["lost"][str(r)] for row in rows) / len(rows) for r in STUDY]
+        losses = [[loss for _, loss in tested(name, own).values()] for _, own in STUDY.values()]
+        shown = [f"{sum(each) / len(each):.3f}" if each else "" for each in losses]
+        lines.append([name, *(f"{share:.1%}" for share in lost), *shown])
+    heads = [*(f"lost at r = {r}" for r in STUDY), *(f"test loss at r = {r}" for r in STUDY)]
+    return table(["task", *heads], lines)
+
+
 def times(rounds: int = 5) -> str:
     """Processor time and peak memory of short trainings, learned against LoRA r = 4, alternating; medians of ratios."""
     lines = []
@@ -966,7 +998,12 @@ def cost(name: str, method: str, steps: int) -> tuple[float, float]:
 
 def updated(page: str) -> str:
     """Page with tables of the stored results."""
-    for name, found in (("differences", differences()), ("study", study()), ("agreement", agreement())):
+    for name, found in (
+        ("differences", differences()),
+        ("study", study()),
+        ("agreement", agreement()),
+        ("advice", advice()),
+    ):
         page = with_section(page, name, found)
     return page
 
@@ -1003,6 +1040,7 @@ def main() -> None:
     parser.add_argument("--methods", help="with commas between", default=",".join(METHODS))
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--time", action="store_true", help="measure time and memory of learned ranks, and write them")
+    parser.add_argument("--curves", action="store_true", help="measure the curves at the cut")
     parser.add_argument("--cost", nargs=3, metavar=("TASK", "METHOD", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cost:
@@ -1012,6 +1050,9 @@ def main() -> None:
     if options.time:
         found = times()
         PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), "times", found), encoding="utf-8")
+        return
+    if options.curves:
+        measure_curves(options.only.split(","))
         return
     if options.report:
         PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
