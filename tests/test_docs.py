@@ -262,7 +262,6 @@ def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pyte
     [
         ("speed", "speed.md"),
         ("quality", "speed.md"),
-        ("scale", "scale.md"),
         ("half_precision", "speed.md"),
         ("export", "export.md"),
         ("compress", "compress.md"),
@@ -296,13 +295,6 @@ def test_the_tables_of_a_page_are_the_stored_ones(monkeypatch: pytest.MonkeyPatc
     script = runpy.run_path(str(ROOT / "docs" / f"update_{name}.py"))
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert script["updated"](page) == page
-
-
-def test_the_formulas_of_the_scale_page_hold() -> None:
-    """Parameters and operations of tiny models, exactly."""
-    records = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))["check_counts"](tokens=12)
-    assert len(records) == 12
-    assert [record for record in records if record["predicted"] != record["found"]] == []
 
 
 def test_what_the_study_found_is_what_its_tables_say() -> None:
@@ -362,7 +354,6 @@ PAGES = [
             "phi",
             "compatibility",
             "speed",
-            "scale",
             "train",
             "learned_ranks",
             "rank_gate",
