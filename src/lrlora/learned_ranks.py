@@ -11,16 +11,14 @@ the optimizer. Other parameters, such as heads, keep theirs.
 from __future__ import annotations
 
 import json
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,10 +26,8 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapters import Factors, Layout, lora_config
-from .adapters.peft_methods import CHANGING_STARTS
+from .adapters.resize import fit_to_checkpoint, lora_factors, lora_layers, lora_weights, require_plain_lora, resize
 from .files import replacing
-from .naming import PEFT_PREFIX
 from .ranks.cut import LossCurve, directions
 from .ranks.moments import Moments
 from .sizes import parse_size
@@ -44,22 +40,8 @@ _WIDE_RATE = 0.5  # share of the learning rate before the cut
 _WARM_UP = 20  # steps after the cut, at most a twentieth of all
 _FEWEST_STEPS = 10
 _STATE_FILE = "learned_ranks.safetensors"
-_DOWN = (nn.Linear, _ConvNd)  # supported as lora_A
-# Fields of LoraConfig that the cut does not support, with the values it does.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "bias": ("none",),
-    "use_qalora": (False,),
-    "use_bdlora": (None,),
-    "alora_invocation_tokens": (None,),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-}
+# Model → what learns its ranks now.
+_LEARNING: weakref.WeakKeyDictionary[PeftModel, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
 
 
 class LearnedRanks:
@@ -87,7 +69,8 @@ class LearnedRanks:
 
     Raises:
         FileNotFoundError: the folder to resume from has no state.
-        ValueError: the adapter is no plain LoRA, not larger than the size, or there are too few steps.
+        ValueError: the adapter is no plain LoRA, not larger than the size, or not that of the state; there are too few
+            steps; or the optimizer cannot change its parameters.
 
     """
 
@@ -99,10 +82,11 @@ class LearnedRanks:
         size: str,
         steps: int,
         at: float = CUT_AT,
-        resume: Path | None = None,
+        resume: str | Path | None = None,
     ) -> None:
         self._model, self._optimizer = model, _unwrapped(optimizer)
-        self._adapter = _require_plain_lora(model)
+        self._adapter = require_plain_lora(model)
+        parse_size(size, "size")
         if not isinstance(at, float) or not 0 < at < 1:
             raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
         _require_steps(steps)
@@ -110,63 +94,94 @@ class LearnedRanks:
             _refuse({"more than one process": torch.distributed.get_world_size() > 1})
         self.ranks: dict[str, int] | None = None
         self.cut_step = _cut_step(at, steps)
-        self._steps, self._done = steps, 0
+        self._size, self._steps, self._done = size, steps, 0
         self._groups: list[dict[str, Any]] = []
         self._split: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._moments: dict[str, Moments] = {}
+        self._watchers: list[Any] = []  # until the cut
+        self._warns = True
         if resume is not None:
-            self._load_state(resume)
-        self._hooks: list[Any] = []
+            self._load_state(Path(resume))
+        self._factors = self._ids()
+        _require_suitable(self._optimizer, self._factors)
+        if (other := _LEARNING.get(model, lambda: None)()) is not None:
+            other._stop()
+        _LEARNING[model] = weakref.ref(self)
         if self.ranks is None:
             self._budget = _parameters_in(size, model, self._adapter)
-            for path, layer in _layers(model, self._adapter).items():
-                self._hooks.append(layer.lora_A[self._adapter].register_forward_hook(self._watch(path)))
-        trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        self._factors = _ids(model, self._adapter)
-        if not trained >= self._factors:
-            raise ValueError("The optimizer must have all LoRA parameters of the model. Create it from this model.")
-        self._optimizer.register_step_pre_hook(self._before_step)
-        self._optimizer.register_step_post_hook(self._after_step)
-        self._warns = True
-        model.register_state_dict_pre_hook(self._before_saving)
+            for path, layer in lora_layers(model, self._adapter).items():
+                down: Any = layer.lora_A[self._adapter]
+                self._watchers.append(down.register_forward_hook(self._watch(path, down)))
+            self._watchers.append(model.register_state_dict_pre_hook(self._before_saving))
+        self._steppers = (
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        )
 
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: str | Path) -> None:
         """Save steps, ranks and moments, to resume from."""
         tensors = {
             f"{module}.{name}": getattr(of, name)
             for module, of in self._moments.items()
             for name in ("inputs", "gradients", "tokens")
         }
-        with replacing(folder / _STATE_FILE) as partial:
+        with replacing(Path(folder) / _STATE_FILE) as partial:
             steps = {"steps": torch.tensor(self._done)}  # old versions of safetensors read no empty file
-            save_file(tensors | steps, partial, {"ranks": json.dumps(self.ranks)})
+            about = {"ranks": json.dumps(self.ranks), "cut": json.dumps(self.cut_step), "size": self._size}
+            save_file(tensors | steps, partial, about)
 
     def _load_state(self, folder: Path) -> None:
         path = folder / _STATE_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {_STATE_FILE}. Resume from another checkpoint.")
+        layers = lora_layers(self._model, self._adapter)
         with safe_open(path, "pt") as file:
-            self._done, self.ranks = int(file.get_tensor("steps")), json.loads(file.metadata()["ranks"])
-            layers = _layers(self._model, self._adapter)
+            about = file.metadata()
+            self._done, self.ranks = int(file.get_tensor("steps")), json.loads(about["ranks"])
+            if about.get("size", self._size) != self._size:
+                raise ValueError(f"The run has size={about['size']!r}, got {self._size!r}. Pass the same.")
             for module in {key.rpartition(".")[0] for key in file.keys() if key != "steps"}:  # noqa: SIM118 (no mapping)
                 device = layers[module].lora_A[self._adapter].weight.device
                 z, h, tokens = (file.get_tensor(f"{module}.{name}") for name in ("inputs", "gradients", "tokens"))
                 self._moments[module] = Moments(z.to(device), h.to(device), tokens.to(device))
+        if self.ranks is None:  # perhaps with other steps than before
+            self.cut_step = max(self.cut_step, self._done + (1 if self._moments else _WINDOW))
+            return
+        self.cut_step = json.loads(about.get("cut", str(min(self.cut_step, self._done))))
+        found = {path: layer.r[self._adapter] for path, layer in layers.items()}
+        if found != {module: rank for module, rank in self.ranks.items() if rank}:
+            raise ValueError(f"The adapter does not have the ranks in {path}. Load the adapter saved with it first.")
 
-    def _watch(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def is_cut(self, model: PeftModel) -> bool:
+        """Whether the ranks of this model were learned."""
+        return self._model is model and self.ranks is not None
+
+    def _stop(self) -> None:
+        """Do nothing any more."""
+        self._restore_groups()
+        for hook in (*self._watchers, *self._steppers):
+            hook.remove()
+
+    def _ids(self) -> set[int]:
+        layers = lora_layers(self._model, self._adapter).values()
+        return {id(weight) for layer in layers for weight in lora_weights(layer, self._adapter)}
+
+    def _watch(self, path: str, own: Any) -> Callable[[nn.Module, Any, Tensor], None]:
         def watch(down: Any, inputs: Any, z: Tensor) -> None:
-            if self._done < self.cut_step - _WINDOW or not z.requires_grad:
+            # A copy of the model has the same hooks.
+            if down is not own or self._done < self.cut_step - _WINDOW or not z.requires_grad:
                 return
             if path not in self._moments:
                 self._moments[path] = Moments.zeros(len(down.weight), z.device)
             moments, values = self._moments[path], z.detach()
-            channels = 1 if isinstance(down, _ConvNd) else -1
-            z.register_hook(lambda h: moments.add(values.movedim(channels, -1), h.movedim(channels, -1)))
+            # A convolution may have no batch.
+            channels = z.dim() - 1 - len(down.kernel_size) if isinstance(down, _ConvNd) else -1
+            z.register_hook(lambda h: moments.add(values.movedim(channels, -1), h.detach().movedim(channels, -1)))
 
         return watch
 
     def _before_saving(self, *args: Any) -> None:
-        if self._warns and self.ranks is None:
+        if self._warns:
             warnings.warn(
                 f"The adapter is saved after {self._done} optimizer steps, before the cut after {self.cut_step}: it is "
                 "wide, not of the size asked for.",
@@ -174,13 +189,13 @@ class LearnedRanks:
             )
 
     def _before_step(self, optimizer: Any, *args: Any) -> None:
+        self._restore_groups()  # a step may have failed
         warm_up = max(1, min(_WARM_UP, self._steps // 20))
         share = _WIDE_RATE if self.ranks is None else min(1.0, (self._done - self.cut_step + 1) / warm_up)
-        self._groups = optimizer.param_groups
         if share == 1:
             return
         # For this step only, in groups of their own: heads, which share a group with the factors, keep their rate.
-        self._split = []
+        self._groups = optimizer.param_groups
         for group in self._groups:
             for is_factor, rate in ((True, group["lr"] * share), (False, group["lr"])):
                 params = [p for p in group["params"] if (id(p) in self._factors) == is_factor]
@@ -188,33 +203,41 @@ class LearnedRanks:
                     self._split.append((group, {**group, "params": params, "lr": rate}))
         optimizer.param_groups = [part for _, part in self._split]
 
-    def _after_step(self, optimizer: Any, *args: Any) -> None:
+    def _restore_groups(self) -> None:
+        if not self._split:
+            return
         for group, part in self._split:  # some optimizers count steps in their groups
             group |= {name: value for name, value in part.items() if name not in ("params", "lr")}
-        self._split = []
-        optimizer.param_groups = self._groups
+        self._optimizer.param_groups, self._split = self._groups, []
+
+    def _after_step(self, optimizer: Any, *args: Any) -> None:
+        self._restore_groups()
+        overflow = getattr(optimizer, "found_inf", None)  # of a fused optimizer, which then skips the step itself
+        if overflow is not None and overflow.item():
+            return
         self._done += 1
         if self.ranks is None and self._done >= self.cut_step:
             self._cut()
 
     @torch.no_grad()
     def _cut(self) -> None:
-        whole = [_factors(path, layer, self._adapter) for path, layer in _layers(self._model, self._adapter).items()]
+        whole = lora_factors(self._model, self._adapter)
         if not all(part.A.isfinite().all() and part.B.isfinite().all() for part in whole):
             raise ValueError(f"The LoRA weights at step {self._done} are not finite. Lower the learning rate.")
         idle = [part.module for part in whole if part.energy and part.module not in self._moments]
         if idle:
             raise ValueError(
-                f"No gradient passed through lora_A of {idle[0]} ({len(idle)} of {len(whole)} modules). Learned ranks "
-                "need PEFT's own forward, without kernels or layers that bypass it."
+                f"No gradient passed through lora_A of {idle[0]} ({len(idle)} of {len(whole)} modules) in the last "
+                f"{_WINDOW} steps before the cut: it was not used, or a layer or kernel bypasses PEFT's forward. Leave "
+                "it out of target_modules."
             )
         curve = LossCurve([directions(p, self._moments.get(p.module, Moments.zeros(p.rank)).cpu(), 1) for p in whole])
         factors = curve.within(self._budget)
-        _resize(self._model, self._adapter, factors, self._optimizer)
-        self._factors = _ids(self._model, self._adapter)
-        self.ranks = {part.module: part.rank for part in factors}
+        resize(self._model, self._adapter, factors, self._optimizer)
+        self._factors = self._ids()
+        self.ranks, self.cut_step = {part.module: part.rank for part in factors}, self._done
         self._moments.clear()
-        for hook in self._hooks:
+        for hook in self._watchers:
             hook.remove()
 
 
@@ -243,26 +266,32 @@ class LearnedRanksCallback(TrainerCallback):
         parse_size(size, "size")
         self._size, self._at = size, at
         self.learned: LearnedRanks | None = None
+        self._is_cut = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
         _require_one_device(args)
-        _require_plain_lora(model)
-        model.register_load_state_dict_pre_hook(_fit_to_checkpoint)
+        require_plain_lora(model)
+        model.register_load_state_dict_pre_hook(fit_to_checkpoint)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _require_one_device(args)
         resume = _checkpoint(args, state) if state.global_step else None
+        model = kwargs["model"]
+        if resume is None and self.learned is not None and self.learned.is_cut(model):
+            return  # a further `train()`, with the ranks learned before
         self.learned = LearnedRanks(
-            kwargs["model"], kwargs["optimizer"], size=self._size, steps=state.max_steps, at=self._at, resume=resume
+            model, kwargs["optimizer"], size=self._size, steps=state.max_steps, at=self._at, resume=resume
         )
         self.learned._warns = False  # checkpoints may be wide
+        self._is_cut = self.learned.ranks is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.learned is not None and state.global_step == self.learned.cut_step:
+        if self.learned is not None and self.learned.ranks is not None and not self._is_cut:
             # A better one from before the cut would be larger than asked for.
+            self._is_cut = True
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -282,63 +311,19 @@ class LearnedRanksCallback(TrainerCallback):
 
 def _require_steps(steps: int) -> None:
     """Raise ValueError if there are too few steps to learn ranks in."""
-    if steps < _FEWEST_STEPS:
+    if not isinstance(steps, int) or steps < _FEWEST_STEPS:
         raise ValueError(f"steps must be at least {_FEWEST_STEPS} for ranks to be learned, got {steps!r}.")
 
 
-def _require_plain_lora(model: Any) -> str:
-    """Name of the adapter to cut.
-
-    Raises:
-        ValueError: the model has no adapter, or one that cannot be cut.
-
-    """
-    if not isinstance(model, PeftModel):
-        raise ValueError("Learned ranks need a PEFT model with LoRA. Wrap the model with get_peft_model.")
-    (adapter, *others) = model.active_adapters
-    config = model.peft_config[adapter]
-    if others or type(config) is not LoraConfig:
-        raise ValueError(f"Learned ranks need one active LoRA adapter, got {', '.join(model.active_adapters)}.")
-    for name, supported in _PLAIN.items():
-        if (value := getattr(config, name, supported[0])) not in supported:
-            raise ValueError(f"Learned ranks do not support {name}={value!r}. Remove it.")
-    if str(config.init_lora_weights).startswith(CHANGING_STARTS):
-        raise ValueError(
-            f"Learned ranks do not support init_lora_weights={config.init_lora_weights!r}, which changes the base "
-            "weights. Remove it."
-        )
-    for path, layer in _layers(model, adapter).items():
-        if layer.merged or not isinstance(dict(layer.lora_A.items()).get(adapter), _DOWN):
-            raise ValueError(
-                f"Learned ranks need an unmerged LoRA on linear layers and convolutions, but {path} has another. "
-                "Leave it out of target_modules."
-            )
-    return adapter
-
-
-def _layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """Layers with the adapter, by their path in the base model."""
-    base = model.get_base_model()
-    layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
-    return {path: layer for path, layer in layers.items() if adapter in layer.r}
-
-
-def _ids(model: PeftModel, adapter: str) -> set[int]:
-    return {id(p) for layer in _layers(model, adapter).values() for p in _weights(layer, adapter)}
-
-
-def _weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-
-
-def _factors(path: str, layer: Any, adapter: str) -> Factors:
-    """ΔW of a layer as its own factors, s·B and A, on the CPU."""
-    down, up, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
-    A, B = (part.weight.detach().float().cpu().flatten(1) for part in (down, up))
-    B = scaling * B
-    energy = ((B.double().T @ B.double()) * (A.double() @ A.double().T)).sum().item()
-    layout = Layout(kernel=tuple(down.kernel_size)) if isinstance(down, _ConvNd) else Layout()
-    return Factors(path, A, B, len(A), scaling, layout, energy, stable_rank=math.nan, kept=1.0)
+def _require_suitable(optimizer: Any, factors: set[int]) -> None:
+    """Raise ValueError for an optimizer whose steps the cut cannot take part in."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not trained >= factors:
+        raise ValueError("The optimizer must have all LoRA parameters of the model. Create it from this model.")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("Learned ranks do not support LBFGS, whose state spans all parameters. Use AdamW.")
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(f"Learned ranks need a learning rate, but {type(optimizer).__name__} has lr=None. Set it.")
 
 
 def wide_rank(size: str) -> int:
@@ -356,7 +341,7 @@ def planned_cut(size: str, model: Any, args: TrainingArguments) -> tuple[int, in
     """
     _require_one_device(args)
     _require_steps(args.max_steps)
-    return _parameters_in(size, model, _require_plain_lora(model)), _cut_step(CUT_AT, args.max_steps)
+    return _parameters_in(size, model, require_plain_lora(model)), _cut_step(CUT_AT, args.max_steps)
 
 
 def _cut_step(at: float, steps: int) -> int:
@@ -370,7 +355,7 @@ def _parameters_in(size: str, model: PeftModel, adapter: str) -> int:
         ValueError: it is not below that of the adapter, or below one rank of its smallest module.
 
     """
-    weights = [_weights(layer, adapter) for layer in _layers(model, adapter).values()]
+    weights = [lora_weights(layer, adapter) for layer in lora_layers(model, adapter).values()]
     costs = [(A.numel() + B.numel()) // len(A) for A, B in weights]
     whole = sum(A.numel() + B.numel() for A, B in weights)
     number = parse_size(size, "size").parameters(sum(costs), weights[0][0].element_size())
@@ -382,70 +367,11 @@ def _parameters_in(size: str, model: PeftModel, adapter: str) -> int:
     return number
 
 
-def _resize(model: PeftModel, adapter: str, factors: Sequence[Factors], optimizer: Any = None) -> None:
-    """Replace a LoRA by these factors in place, in model, configuration and optimizer, with the same scaling.
-
-    Modules of rank 0 leave the adapter. The optimizer begins with no state for the new parameters.
-    """
-    config: Any = model.peft_config[adapter]
-    tuner: Any = model.base_model
-    layers, base = _layers(model, adapter), model.get_base_model()
-    new = lora_config(factors, like=config, keep_scaling=True)
-    replaced: dict[Tensor, nn.Parameter | None] = {}
-    for part in factors:
-        layer: Any = layers[part.module]
-        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-        if not part.rank:
-            replaced |= {down.weight: None, up.weight: None}
-            tuner.targeted_module_names.remove(part.module)
-            if len(layer.r) > 1:
-                layer.delete_adapter(adapter)
-            else:
-                parent, _, name = part.module.rpartition(".")
-                setattr(base.get_submodule(parent), name, layer.get_base_layer())
-            continue
-        for module, value in zip((down, up), part.padded(part.rank), strict=True):
-            weight = (value / part.scaling**0.5).to(module.weight).contiguous()
-            replaced[module.weight] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-            module.weight = replaced[module.weight]
-        is_conv = isinstance(down, _ConvNd)
-        setattr(down, "out_channels" if is_conv else "out_features", part.rank)
-        setattr(up, "in_channels" if is_conv else "in_features", part.rank)
-        layer.r[adapter], layer.lora_alpha[adapter] = part.rank, part.scaling * part.rank
-    for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        setattr(config, name, getattr(new, name))
-    config.use_rslora, config.layers_to_transform, config.layers_pattern = False, None, None
-    for group in () if optimizer is None else optimizer.param_groups:
-        group["params"] = [q for p in group["params"] if (q := replaced.get(p, p)) is not None]
-    for parameter in replaced:
-        optimizer and optimizer.state.pop(parameter, None)
-
-
-def _fit_to_checkpoint(model: Any, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
-    """Resize the adapter to a checkpoint from after the cut, before PEFT loads it.
-
-    Raises:
-        ValueError: the checkpoint is from before the cut, and the adapter is cut.
-
-    """
-    adapter = model.active_adapters[0]
-    key = f"{prefix}{PEFT_PREFIX}{{}}.lora_A.{adapter}.weight"
-    ending = f".lora_A.{adapter}.weight"
-    if not any(name.endswith(ending) for name in state):
-        return
-    whole = [_factors(path, layer, adapter) for path, layer in _layers(model, adapter).items()]
-    ranks = {part.module: len(state.get(key.format(part.module), ())) for part in whole}
-    known = sum(name.endswith(ending) for name in state)
-    if known > sum(map(bool, ranks.values())) or any(ranks[part.module] > part.rank for part in whole):
-        raise ValueError("The checkpoint is from before the cut, and cannot be loaded after it.")
-    if any(ranks[part.module] != part.rank for part in whole):
-        cut = [replace(p, A=p.A[: ranks[p.module]], B=p.B[:, : ranks[p.module]]) for p in whole]
-        _resize(model, adapter, cut)
-
-
 def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside of accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+    """The optimizer inside of a wrapper, such as accelerate's or SAM's."""
+    for name in ("optimizer", "base_optimizer"):
+        optimizer = getattr(optimizer, name, optimizer)
+    return optimizer
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

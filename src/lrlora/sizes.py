@@ -27,7 +27,7 @@ def parse_size(text: str, option: str) -> Budget:
         ValueError: other formats.
 
     """
-    match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text)
+    match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text) if isinstance(text, str) else None
     if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
         raise ValueError(f"{option} must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got {text!r}.")
     number, unit = float(match[2]), match[3]

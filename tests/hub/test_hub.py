@@ -127,8 +127,8 @@ def test_a_run_is_pushed_and_so_is_an_export(hub: dict[str, str], tmp_path: Path
         return f"{train} --training push_to_hub=true --training hub_model_id=me/films --training hub_token={token}"
 
     refused = command(pushing("wrong", "refused"))
-    assert "401" in refused.stderr
-    assert not (tmp_path / "refused" / "adapter_config.json").exists()
+    assert "push_to_hub=True, but the hub does not take me/films: Client error '401" in refused.stderr
+    assert not (tmp_path / "refused").exists()
     assert command(f"{pushing('wrong', 'planned')} --dry-run").returncode == 0
     pushed = command(pushing(TOKEN, "films"))
     assert "Pushed: me/films" in pushed.stdout, pushed.stderr

@@ -81,6 +81,21 @@ def test_a_language_model_and_a_size_in_bytes(here: Path) -> None:
     assert lrlora("predict", "out", "--text", "a film").exit_code == 0
 
 
+def test_a_run_that_starts_from_one_keeps_its_ranks(here: Path) -> None:
+    run("out")
+    result = lrlora("train", "--start-from", "out", "--steps", 12, "--output", "further")
+    assert result.exit_code == 0, result.output
+    assert size_of(here / "further") == size_of(here / "out")
+    assert PeftConfig.from_pretrained("further").rank_pattern == PeftConfig.from_pretrained("out").rank_pattern
+
+
+def test_early_stopping_before_the_cut_is_told(here: Path) -> None:
+    said: list[str] = []
+    with pytest.warns(UserWarning, match="before the cut"):
+        run("out", announce=said.append, learning_rate=1e-9, early_stopping=1)
+    assert "Warning: training ended before the cut after step 6: the adapter is wide." in said
+
+
 @pytest.mark.parametrize("step", [4, 6, 12])
 def test_an_interrupted_run_resumes_to_the_bit(here: Path, step: int) -> None:
     def stop(line: str) -> None:

@@ -61,7 +61,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
             given[name] = parse(given[name], f"--{name}")
     told = read_yaml(file) if file else {}
     start = given.get("start_from", told.get("start_from"))
-    layers = [] if start is None else [{**read_run(Path(str(start)))[0].to_dict(), "output": TrainConfig.output}]
+    layers = [] if start is None else [_inherited(read_run(Path(str(start)))[0])]
     settings: dict[str, Any] = {}
     for layer in (*layers, told, given):
         method = layer.get("method", settings.get("method"))
@@ -72,6 +72,12 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
             is_nested = isinstance(value, dict) and isinstance(settings.get(name), dict)
             settings[name] = settings[name] | value if is_nested else value
     return settings
+
+
+def _inherited(config: TrainConfig) -> dict[str, Any]:
+    """Settings for a run that starts from a run with these. An adapter whose ranks were learned keeps them."""
+    settings = {**config.to_dict(), "output": TrainConfig.output}
+    return settings | {"size": None} if config.learns_ranks else settings
 
 
 # Examples in YAML of the settings that map names to values.

@@ -10,15 +10,38 @@ from .progress import Announce
 from .settings import TrainConfig
 
 
+def require_hub(config: TrainConfig) -> None:
+    """Create the repository to push to, if the Trainer arguments say `push_to_hub`.
+
+    Raises:
+        ValueError: the hub cannot be reached, or refuses.
+
+    """
+    if not config.training.get("push_to_hub"):
+        return
+    name = _name(config)
+    try:
+        create_repo(name, token=config.training.get("hub_token"), exist_ok=True)
+    except Exception as error:  # of huggingface_hub, its HTTP client, or a socket
+        raise ValueError(
+            f"training: push_to_hub=True, but the hub does not take {name}: {error} Log in with `hf auth login`, set "
+            "hub_model_id, or remove push_to_hub."
+        ) from None
+
+
+def _name(config: TrainConfig) -> str:
+    return str(config.training.get("hub_model_id") or Path(config.output).name)
+
+
 def push(config: TrainConfig, announce: Announce) -> None:
     """Upload a finished run to the hub, if its Trainer arguments say `push_to_hub`."""
     if not config.training.get("push_to_hub"):
         return
-    token, name = config.training.get("hub_token"), config.training.get("hub_model_id") or Path(config.output).name
+    token, name = config.training.get("hub_token"), _name(config)
     try:
         name = create_repo(name, token=token, exist_ok=True).repo_id
         upload_folder(repo_id=name, folder_path=config.output, token=token, commit_message="End of training")
-    except OSError as error:
+    except Exception as error:  # the run is finished, whatever comes of it
         announce(f"Warning: the run was not pushed ({error}). Push it with: hf upload {name} {config.output}")
     else:
         announce(f"Pushed: {name}")

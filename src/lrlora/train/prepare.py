@@ -19,6 +19,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -26,7 +27,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .. import __version__
 from ..files import readable
-from ..learned_ranks import planned_cut
+from ..learned_ranks import LearnedRanksCallback, planned_cut
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT, RunRecord
 from .chat import choose_template, format_of, rendering_of, with_answers_marked, without_answer
 from .data import TaskData, choose_max_length, load_task_data
@@ -194,6 +195,20 @@ def _format_line(given: str | None, inputs: Inputs) -> str:
     how = {CHAT: f"as chats, rendered with {template}", PLAIN: "as plain text, without a template", TEXT: "as is"}
     part = ", with the loss on the answers" if inputs.loss_on == ANSWERS else ""
     return f"{found.name}, read {how[str(inputs.rendering)]}{part}."
+
+
+def cut_line(trainer: Trainer) -> str:
+    """Size and ranks of an adapter that was cut, or that it was not."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, LearnedRanksCallback) and callback.learned and callback.learned.ranks is None:
+            return (
+                f"Warning: training ended before the cut after step {callback.learned.cut_step}: the adapter is wide."
+            )
+    model: Any = trainer.model
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    ranks = sorted(layer.r["default"] for layer in layers)
+    size = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" in name)
+    return f"Ranks: {size:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
 
 
 def seconds_per_batch(trainer: Trainer) -> float:

@@ -18,7 +18,6 @@ from uuid import uuid4
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -52,11 +51,11 @@ from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.card import write_card
 from .by_loss import FEWEST
-from .hub import push
+from .hub import push, require_hub
 from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, set_rank_pattern, start_from_data
 from .metrics import plain_metrics
 from .models import give_head_its_rate, load_model, make_trainer, training_arguments
-from .prepare import Inputs, encoded_lines, plan, record_of, seconds_per_batch
+from .prepare import Inputs, cut_line, encoded_lines, plan, record_of, seconds_per_batch
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
 from .same_run import KeepRecord, require_same_run
 from .settings import TrainConfig, read_run
@@ -150,20 +149,12 @@ def _train(
         where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
         raise Interrupted(f"Stopped by {stop.signal} {where}")
     if config.learns_ranks:
-        announce(_cut_line(trainer))
+        announce(cut_line(trainer))
     if (kept := trainer.state.best_global_step) and arguments.load_best_model_at_end:
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
         announce(f"Kept: step {kept} of {arguments.max_steps}, the best by {measure}.")
     metrics = plain_metrics(trainer.evaluate())
     return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce)
-
-
-def _cut_line(trainer: Trainer) -> str:
-    model: Any = trainer.model
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    ranks = sorted(layer.r["default"] for layer in layers)
-    size = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" in name)
-    return f"Ranks: {size:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
 
 
 def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce = print) -> None:
@@ -191,6 +182,7 @@ def _prepare(
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, [f.name for f in fields(config)], config.task, config.method)
     check_sharding(config)
+    require_hub(config)
     inputs = Inputs.read(config)
     examples_per_step = None
     if began is not None:

@@ -1,0 +1,324 @@
+"""Learned ranks where the training loop, the optimizer or a restart does something unusual."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Adafactor, TrainerCallback
+
+from lrlora import LearnedRanks, LearnedRanksCallback
+
+from .conftest import TinyModel
+from .test_learned_ranks import STEPS, StopAfter, fit, trained, trainer_of, with_lora
+
+
+def size_of(model: Any) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+
+
+def adam(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model), lr=5e-3)
+
+
+def step(tiny: TinyModel, model: Any, optimizer: Any, count: int) -> None:
+    for _ in range(count):
+        tiny.loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def rates_of(optimizer: Any) -> list[float]:
+    """Fills with the rates of the factors at every step."""
+    rates: list[float] = []
+    optimizer.register_step_pre_hook(lambda optimizer, *rest: rates.append(optimizer.param_groups[0]["lr"]))
+    return rates
+
+
+class WatchRates(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates = rates_of(getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]))
+
+
+@pytest.mark.parametrize(("settings", "stop"), [({"max_steps": 600}, 30), ({"max_steps": 24}, 10)])
+def test_a_resumed_run_with_other_steps_has_no_odd_rate(tmp_path: Path, settings: dict[str, Any], stop: int) -> None:
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    best |= {"load_best_model_at_end": True, "lr_scheduler_type": "constant"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is stopped before the cut
+        trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(stop), **best).train()
+    callback = LearnedRanksCallback("r2")
+    watch = WatchRates()
+    trainer = trainer_of(tmp_path, callback, watch, StopAfter(60), **best, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert min(watch.rates) > 0
+    assert callback.learned is not None
+    assert callback.learned.ranks is not None
+    assert size_of(trainer.model) <= 2176
+
+
+def test_a_configuration_serves_several_models() -> None:
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    sizes = []
+    for _ in range(2):
+        tiny = TinyModel("llama")
+        torch.manual_seed(1)
+        model = get_peft_model(tiny.build(), config)
+        fit(tiny, model, "r1")
+        sizes.append(size_of(model))
+    assert sizes[0] == sizes[1]
+    assert (config.r, config.rank_pattern) == (8, {})
+
+
+def test_an_adapter_with_the_same_configuration_keeps_its_own(tmp_path: Path) -> None:
+    tiny, model = with_lora("llama")
+    model.add_adapter("ref", model.peft_config["default"])
+    fit(tiny, model, "r1")
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny.build(), tmp_path / "ref").peft_config["default"].r == 8
+
+
+def test_a_start_that_does_not_allow_odd_ranks_is_no_hindrance(tmp_path: Path) -> None:
+    tiny, model = with_lora("llama", init_lora_weights="orthogonal")
+    learned = fit(tiny, model)
+    assert learned.ranks is not None
+    assert any(rank % 2 for rank in learned.ranks.values())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(PeftModel.from_pretrained(tiny.build(), tmp_path).eval()), tiny.logits(model))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_list_of_parameters_and_a_kept_loss_go_on(set_to_none: bool) -> None:
+    tiny, model = with_lora("llama")
+    parameters = trained(model)
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    learned = LearnedRanks(model, optimizer, size="r1", steps=STEPS)
+    losses = []
+    for _ in range(STEPS):
+        loss = tiny.loss(model)  # is alive at the cut, and its graph with it
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+        assert norm > 0
+        used = [p.grad for p in trained(model) if p.grad is not None]
+        assert torch.stack([grad.norm() for grad in used]).norm() <= 1.1e-3
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        losses.append(loss)
+    assert learned.ranks is not None
+    assert {id(p) for p in trained(model)} <= {id(p) for p in parameters}
+    assert size_of(model) < sum(p.numel() for p in parameters)
+
+
+def test_a_failed_step_leaves_the_rate_as_it_was() -> None:
+    tiny, model = with_lora("mlp")
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    LearnedRanks(model, optimizer, size="r2", steps=100)
+    rates = rates_of(optimizer)
+
+    def fails() -> float:
+        raise KeyError
+
+    tiny.loss(model).backward()
+    with pytest.raises(KeyError):
+        optimizer.step(fails)
+    step(tiny, model, optimizer, 60)
+    assert rates[:29] == pytest.approx([5e-3] * 29)
+    assert rates[-1] == pytest.approx(1e-2)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_training_again_keeps_the_ranks(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, LearnedRanksCallback("r2"))
+    trainer.train()
+    size = size_of(trainer.model)
+    trainer.train()
+    assert size_of(trainer.model) == size
+
+
+def test_a_start_over_in_the_same_process(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(8))
+    with pytest.warns(UserWarning, match="before the cut"):
+        trainer.train()
+    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c) is not StopAfter]
+    trainer.train(resume_from_checkpoint=True)
+    assert 0 < size_of(trainer.model) <= 2176
+
+    tiny, model = with_lora("llama")
+    first = LearnedRanks(model, adam(model), size="r2", steps=STEPS)
+    optimizer = adam(model)
+    second = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    step(tiny, model, optimizer, STEPS)
+    assert second.ranks is not None
+    assert first.ranks is None
+
+
+def test_a_state_of_another_size_or_for_another_adapter_is_refused(tmp_path: Path) -> None:
+    trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(30)).train()
+    with pytest.raises(ValueError, match=r"The run has size='r2', got 'r1'. Pass the same"):
+        trainer_of(tmp_path, LearnedRanksCallback("r1")).train(resume_from_checkpoint=True)
+    _, model = with_lora("llama")
+    with pytest.raises(ValueError, match=r"does not have the ranks in .* Load the adapter saved with it first"):
+        LearnedRanks(model, adam(model), size="r2", steps=STEPS, resume=str(tmp_path / "checkpoint-30"))
+
+
+def test_a_copy_of_the_model_gives_no_moments() -> None:
+    ranks = []
+    for copies in (False, True):
+        tiny, model = with_lora("llama")
+        optimizer = adam(model)
+        learned = LearnedRanks(model, optimizer, size="r1", steps=STEPS)
+        for at in range(STEPS):
+            if copies and at < 18:
+                other = copy.deepcopy(model)
+                (100 * tiny.loss(other) ** 3).backward()
+            step(tiny, model, optimizer, 1)
+        ranks.append(learned.ranks)
+    assert ranks[0] == ranks[1]
+
+
+def test_a_gradient_penalty() -> None:
+    tiny, model = with_lora("mlp")
+    optimizer = adam(model)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=40)
+    for _ in range(40):
+        loss = tiny.loss(model)
+        gradients = torch.autograd.grad(loss, trained(model), create_graph=True)
+        (loss + 1e-3 * sum(each.square().sum() for each in gradients)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learned.ranks is not None
+
+
+def test_a_convolution_without_a_batch() -> None:
+    ranks = []
+    for shape in ((1, 3, 4), (3, 4)):
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 5, 1)), conv_config())
+        optimizer = adam(model)
+        learned = LearnedRanks(model, optimizer, size="60", steps=40)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(40):
+            model(torch.randn(*shape, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ranks.append(learned.ranks)
+    assert ranks[0] == ranks[1]
+
+
+def conv_config() -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+
+
+class Sam(torch.optim.Optimizer):
+    """Steps with an optimizer of its own, as sharpness-aware minimization does."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        super().__init__(parameters, {"lr": 1e-2})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=1e-2)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        self.base_optimizer.step()
+
+
+def test_an_optimizer_around_another() -> None:
+    tiny, model = with_lora("mlp")
+    optimizer = Sam(trained(model))
+    learned = LearnedRanks(model, optimizer, size="r2", steps=40)
+    rates = rates_of(optimizer.base_optimizer)
+    step(tiny, model, optimizer, 40)
+    assert learned.ranks is not None
+    assert rates[0] == pytest.approx(5e-3)
+
+
+def test_a_fused_optimizer_that_skips_steps() -> None:
+    tiny, model = with_lora("llama")
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, growth_interval=1000)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    for _ in range(18):
+        with torch.autocast("cpu", torch.float16):
+            loss = tiny.loss(model)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert learned.ranks is None
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda model: torch.optim.LBFGS(trained(model)), "do not support LBFGS"),
+        (lambda model: Adafactor(trained(model)), "Adafactor has lr=None"),
+    ],
+)
+def test_optimizers_that_cannot_be_cut(build: Any, said: str) -> None:
+    _, model = with_lora("mlp")
+    with pytest.raises(ValueError, match=said):
+        LearnedRanks(model, build(model), size="r2", steps=STEPS)
+
+
+def frozen(model: Any) -> None:
+    model.get_base_model().first.lora_A["default"].weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "said"),
+    [
+        (lambda: with_lora("mlp", lora_alpha=-1)[1], {}, "need lora_alpha > 0, got -1 for first"),
+        (lambda: torch.compile(with_lora("mlp")[1]), {}, r"do not support torch.compile\(model\)"),
+        (
+            lambda: get_peft_model(
+                TinyModel("mlp").build(), IA3Config(target_modules=["first"], feedforward_modules=["first"])
+            ),
+            {},
+            r"one active LoRA adapter, got default \(IA3Config\)",
+        ),
+        (
+            lambda: get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 1, groups=2)), LoraConfig(r=4, target_modules=["0"])),
+            {},
+            "convolutions without groups, but 0 has another",
+        ),
+        (lambda: with_lora("mlp")[1], {"size": 4}, "size must be a size such as .*, got 4"),
+        (lambda: with_lora("mlp")[1], {"steps": "60"}, "steps must be at least 10 .*, got '60'"),
+    ],
+)
+def test_models_and_arguments_that_are_refused(build: Any, options: dict[str, Any], said: str) -> None:
+    model = build()
+    with pytest.raises(ValueError, match=said):
+        LearnedRanks(model, torch.optim.SGD(model.parameters(), lr=0.1), **{"size": "r1", "steps": STEPS, **options})
+
+
+def test_frozen_factors_are_refused() -> None:
+    _, model = with_lora("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    frozen(model)
+    with pytest.raises(ValueError, match="those of first are frozen"):
+        LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rare = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, rare: bool) -> Tensor:
+        return self.rare(self.first(x)) if rare else self.first(x)
+
+
+def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
+    model = get_peft_model(Branches(), LoraConfig(r=4, target_modules=["first", "rare"]))
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    LearnedRanks(model, optimizer, size="r1", steps=200)
+    with pytest.raises(ValueError, match=r"lora_A of rare .* in the last 32 steps before the cut: it was not used"):  # noqa: PT012
+        for at in range(60):
+            model(torch.randn(2, 8), at < 10).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
