@@ -27,6 +27,7 @@ def running_hub(folder: Path) -> Iterator[dict[str, str]]:
     with serving(folder / "hub") as address:
         yield {
             "HF_ENDPOINT": address,
+            "LRLORA_TEST_HUB": str(folder / "hub"),
             **caches(folder / "cache"),
             "HF_HUB_OFFLINE": "0",
             "HF_DATASETS_OFFLINE": "0",

@@ -89,11 +89,14 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _create(self, name: str, organization: str | None = None, **_: Any) -> None:
+    def _create(self, name: str, organization: str | None = None, visibility: str = "public", **_: Any) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             raise RefusedError(401, "", "Invalid username or password.")
         repository = f"{organization or 'me'}/{name}"
-        (self.root / "models" / repository / "main").mkdir(parents=True, exist_ok=True)
+        folder = self.root / "models" / repository
+        if not folder.exists():
+            (folder / "main").mkdir(parents=True)
+            folder.with_suffix(".visibility").write_text(visibility)
         self._json({"url": f"http://{self.headers['Host']}/{repository}"})
 
     def _upload(self, repository: str, what: str, body: str) -> None:

@@ -124,7 +124,8 @@ def test_a_run_is_pushed_and_so_is_an_export(hub: dict[str, str], tmp_path: Path
     def pushing(token: str, output: str) -> str:
         columns = "--column text=review --column label=verdict"
         train = f"lrlora train --model base --data reviews.csv --task classify {columns} --steps 3 --output {output}"
-        return f"{train} --training push_to_hub=true --training hub_model_id=me/films --training hub_token={token}"
+        settings = {"push_to_hub": "true", "hub_model_id": "me/films", "hub_token": token, "hub_private_repo": "true"}
+        return train + "".join(f" --training {name}={value}" for name, value in settings.items())
 
     refused = command(pushing("wrong", "refused"))
     assert "push_to_hub=True, but the hub does not take me/films: Client error '401" in refused.stderr
@@ -132,6 +133,7 @@ def test_a_run_is_pushed_and_so_is_an_export(hub: dict[str, str], tmp_path: Path
     assert command(f"{pushing('wrong', 'planned')} --dry-run").returncode == 0
     pushed = command(pushing(TOKEN, "films"))
     assert "Pushed: me/films" in pushed.stdout, pushed.stderr
+    assert Path(hub["LRLORA_TEST_HUB"], "models", "me", "films.visibility").read_text() == "private"
     assert command("lrlora export films --max-rank 2 --output small").returncode == 0
     uploaded = command(f"hf upload me/small small --token {TOKEN}")
     assert uploaded.returncode == 0, uploaded.stderr
