@@ -111,31 +111,31 @@ def test_a_run_is_pushed_and_so_is_an_export(hub: dict[str, str], tmp_path: Path
     save_encoder(tmp_path / "base")
     reviews().to_csv(tmp_path / "reviews.csv", index=False)
 
-    def command(text: str) -> subprocess.CompletedProcess[str]:
+    def command(text: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
         program, *arguments = text.split()
         return subprocess.run(
             [str(Path(sys.executable).with_name(program)), *arguments],
-            env={**os.environ, **hub, **caches(tmp_path / "cache"), "COLUMNS": "300"},
+            env={**os.environ, **hub, **caches(tmp_path / "cache"), "COLUMNS": "300", "HF_TOKEN": token},
             cwd=tmp_path,
             capture_output=True,
             text=True,
         )
 
-    def pushing(token: str, output: str) -> str:
+    def pushing(output: str) -> str:
         columns = "--column text=review --column label=verdict"
         train = f"lrlora train --model base --data reviews.csv --task classify {columns} --steps 3 --output {output}"
-        settings = {"push_to_hub": "true", "hub_model_id": "me/films", "hub_token": token, "hub_private_repo": "true"}
+        settings = {"push_to_hub": "true", "hub_model_id": "me/films", "hub_private_repo": "true"}
         return train + "".join(f" --training {name}={value}" for name, value in settings.items())
 
-    refused = command(pushing("wrong", "refused"))
+    refused = command(pushing("refused"), token="wrong")
     assert "push_to_hub=True, but the hub does not take me/films: Client error '401" in refused.stderr
     assert not (tmp_path / "refused").exists()
-    assert command(f"{pushing('wrong', 'planned')} --dry-run").returncode == 0
-    pushed = command(pushing(TOKEN, "films"))
+    assert command(f"{pushing('planned')} --dry-run", token="wrong").returncode == 0
+    pushed = command(pushing("films"))
     assert "Pushed: me/films" in pushed.stdout, pushed.stderr
     assert Path(hub["LRLORA_TEST_HUB"], "models", "me", "films.visibility").read_text() == "private"
     assert command("lrlora export films --max-rank 2 --output small").returncode == 0
-    uploaded = command(f"hf upload me/small small --token {TOKEN}")
+    uploaded = command("hf upload me/small small")
     assert uploaded.returncode == 0, uploaded.stderr
 
     for name in ("films", "small"):

@@ -493,6 +493,7 @@ def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
         ("lr_scheduler_kwargs=[1]", "training: lr_scheduler_kwargs must"),
         ("lr_scheduler_kwargs={cycles: 2}", "{'cycles': 2} is invalid for lr_scheduler_type=linear (TypeError"),
         ("prediction_loss_only=true", "prediction_loss_only=True is not supported"),
+        ("hub_token=secret", "hub_token would be saved with the run. Set HF_TOKEN instead"),
         ("lora_alpha=1e300", "lora_alpha of adapter must be finite in float32 (at most 3.4e+38), got 1e+300"),
         ("lora_alpha=.nan", "alpha must be a number > 0, got nan"),
         ("alpha_pattern={query: 1e300}", "alpha_pattern of adapter must be finite in float32"),

@@ -23,16 +23,14 @@ def require_hub(config: TrainConfig) -> None:
         _create(config)
     except Exception as error:  # of huggingface_hub, its HTTP client, or a socket
         raise ValueError(
-            f"training: push_to_hub=True, but the hub does not take {_name(config)}: {error} Log in with `hf auth login`, set "
-            "hub_model_id, or remove push_to_hub."
+            f"training: push_to_hub=True, but the hub does not take {_name(config)}: {error} Log in with `hf auth "
+            "login`, set hub_model_id, or remove push_to_hub."
         ) from None
 
 
 def _create(config: TrainConfig) -> str:
     """Create the repository, if there is none, and return its full name."""
-    given = config.training
-    private = given.get("hub_private_repo")
-    return create_repo(_name(config), token=given.get("hub_token"), private=private, exist_ok=True).repo_id
+    return create_repo(_name(config), private=config.training.get("hub_private_repo"), exist_ok=True).repo_id
 
 
 def _name(config: TrainConfig) -> str:
@@ -43,10 +41,10 @@ def push(config: TrainConfig, announce: Announce) -> None:
     """Upload a finished run to the hub, if its Trainer arguments say `push_to_hub`."""
     if not config.training.get("push_to_hub"):
         return
-    token, name = config.training.get("hub_token"), _name(config)
+    name = _name(config)
     try:
         name = _create(config)
-        upload_folder(repo_id=name, folder_path=config.output, token=token, commit_message="End of training")
+        upload_folder(repo_id=name, folder_path=config.output, commit_message="End of training")
     except Exception as error:  # the run is finished, whatever comes of it
         announce(f"Warning: the run was not pushed ({error}). Push it with: hf upload {name} {config.output}")
     else:

@@ -277,6 +277,8 @@ def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -
         )
     if "label_names" in given:
         raise ValueError(f"training: label_names={given['label_names']!r} is not supported. Remove it.")
+    if "hub_token" in given:
+        raise ValueError("training: hub_token would be saved with the run. Set HF_TOKEN instead, or `hf auth login`.")
     if "resume_from_checkpoint" in given:
         raise ValueError("training: resume_from_checkpoint has no effect. Use: lrlora train --resume FOLDER.")
     for name in ("output_dir", "seed"):
