@@ -206,13 +206,13 @@ def predict(
 
         how = parse_assignments(generation or (), "--generation")
         if text is not None and output is None:
-            (said,) = predict_texts(run, [text], how)
+            (said,) = predict_texts(run, [text], how, _note)
             print(said.get("completion") or json.dumps(said, ensure_ascii=False))
             return
         found = (
             predict(run, data, generation=how, **reading)
             if data is not None
-            else predict_texts(run, _lines_of_input() if text is None else [text], how)
+            else predict_texts(run, _lines_of_input() if text is None else [text], how, _note)
         )
         if output is not None:
             _write_predictions(found, output, overwrite)

@@ -118,7 +118,7 @@ def predict(
 
 
 def predict_texts(
-    run: str | Path, texts: list[str], generation: Mapping[str, Any] | None = None
+    run: str | Path, texts: list[str], generation: Mapping[str, Any] | None = None, announce: Announce = print
 ) -> Iterator[dict[str, Any]]:
     """Predictions or answers of a finished run for texts; see `predict`.
 
@@ -134,7 +134,7 @@ def predict_texts(
     if config.task == "image-classify":
         raise ValueError("The run classifies images. Pass a folder of images: --data.")
     role = "prompt" if config.task == "causal-lm" else "text"
-    return predict(run, Dataset.from_dict({role: texts}), columns={}, generation=generation)
+    return predict(run, Dataset.from_dict({role: texts}), columns={}, generation=generation, announce=announce)
 
 
 def _not_empty(answers: Iterable[str]) -> Iterator[str]:
