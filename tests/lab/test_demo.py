@@ -77,6 +77,6 @@ def test_of_two_demos_at_once_one_is_told(tmp_path: Path) -> None:
     assert sorted(process.returncode for process in processes) == [0, 1], said
     told = next(text for process, text in zip(processes, said, strict=True) if process.returncode)
     assert "is writing to out" in " ".join(told.split())
-    assert len(json.loads((tmp_path / "out" / RESULTS_FILE).read_text())) == 7
+    assert len(json.loads((tmp_path / "out" / RESULTS_FILE).read_text())) == 6
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".partial", ".lock")]
