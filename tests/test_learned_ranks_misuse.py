@@ -265,10 +265,6 @@ def test_optimizers_that_cannot_be_cut(build: Any, said: str) -> None:
         LearnedRanks(model, build(model), size="r2", steps=STEPS)
 
 
-def frozen(model: Any) -> None:
-    model.get_base_model().first.lora_A["default"].weight.requires_grad_(False)
-
-
 @pytest.mark.parametrize(
     ("build", "options", "said"),
     [
@@ -299,7 +295,7 @@ def test_models_and_arguments_that_are_refused(build: Any, options: dict[str, An
 def test_frozen_factors_are_refused() -> None:
     _, model = with_lora("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    frozen(model)
+    model.get_base_model().first.lora_A["default"].weight.requires_grad_(False)
     with pytest.raises(ValueError, match="those of first are frozen"):
         LearnedRanks(model, optimizer, size="r2", steps=STEPS)
 

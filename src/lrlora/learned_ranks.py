@@ -152,10 +152,6 @@ class LearnedRanks:
         if found != {module: rank for module, rank in self.ranks.items() if rank}:
             raise ValueError(f"The adapter does not have the ranks in {path}. Load the adapter saved with it first.")
 
-    def is_cut(self, model: PeftModel) -> bool:
-        """Whether the ranks of this model were learned."""
-        return self._model is model and self.ranks is not None
-
     def _stop(self) -> None:
         """Do nothing any more."""
         self._restore_groups()
@@ -280,7 +276,8 @@ class LearnedRanksCallback(TrainerCallback):
         _require_one_device(args)
         resume = _checkpoint(args, state) if state.global_step else None
         model = kwargs["model"]
-        if resume is None and self.learned is not None and self.learned.is_cut(model):
+        known = self.learned
+        if resume is None and known is not None and known.ranks is not None and known._model is model:
             return  # a further `train()`, with the ranks learned before
         self.learned = LearnedRanks(
             model, kwargs["optimizer"], size=self._size, steps=state.max_steps, at=self._at, resume=resume

@@ -188,7 +188,7 @@ def _show_plan(comparison: Comparison) -> None:
     for (task, method), count in Counter(left).items():
         table.add_row(as_text(task), as_text(find_method(method).name), str(count))
     console.print(table)
-    announce("Further learning rates are not included.")
+    announce("Not included: further learning rates, where the best is at an edge of the grid.")
 
 
 def _run(comparison: Comparison, folder: Path, hours: float | None, *, report: bool) -> None:

@@ -56,6 +56,7 @@ def update_from_parts(module: str, parts: Parts, scaling: float, *, of_peft: boo
 
     """
     try:
+        # Shapes are checked on the meta device, which computes nothing: an update forms its matrix only when used.
         _update(module, {name: part.to("meta") for name, part in parts.items()}, scaling, of_peft).form()
         return _update(module, parts, scaling, of_peft)
     except (IndexError, KeyError, RuntimeError) as error:

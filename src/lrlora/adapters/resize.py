@@ -153,7 +153,8 @@ def resize(model: PeftModel, adapter: str, factors: Sequence[Factors], optimizer
 def _set(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a parameter other values, of another shape.
 
-    What accumulates its gradient remembers the shape while a loss is kept, and is only made anew for another dtype.
+    While the loss of a step is alive, autograd keeps the gradient accumulator of the parameter, with the old shape. A
+    change of the dtype replaces it.
     """
     parameter.grad = None
     parameter.data = value.to(torch.float16 if value.dtype != torch.float16 else torch.float32)
