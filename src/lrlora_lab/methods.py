@@ -8,7 +8,7 @@ from typing import Any
 
 from lrlora.checks import require_known
 from lrlora.train.methods import METHODS as PEFT_METHODS
-from lrlora.train.settings import parse_assignments
+from lrlora.train.yaml import parse_assignments
 from lrlora.tuner.config import PUBLISHED
 
 # Initial learning rates; the grid is extended while the best is at its edge.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lrlora.checks import require_known
 from lrlora.train.commonsense import ALL, COMMONSENSE
-from lrlora.train.settings import read_yaml
+from lrlora.train.yaml import read_yaml
 
 from .capacity import CapacityTask
 from .suite import Suite, Task

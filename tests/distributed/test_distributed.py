@@ -353,9 +353,9 @@ def test_a_form_without_parameters_of_its_own_is_sharded_like_lora(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("lrlora.train.sharding.find_spec", lambda name: name)
-    check_sharding(TrainConfig.from_dict(settings | {"adapter": {**adapter, "form": "expansion"}}))
+    check_sharding("lr-lora", {**adapter, "form": "expansion"}, settings["training"])
     with pytest.raises(ValueError, match=r"φ|sharing"):
-        check_sharding(TrainConfig.from_dict(settings | {"adapter": adapter}))
+        check_sharding("lr-lora", adapter, settings["training"])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.train.methods import adapter_config
-from lrlora.train.settings import TrainConfig, read_yaml, with_short_names
+from lrlora.train.settings import TrainConfig, with_short_names
+from lrlora.train.yaml import read_yaml
 
 from .small import reviews
 

@@ -15,7 +15,8 @@ from ..files import free_folder, is_full_model, require_adapter, require_source
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
 from ..sizes import parse_size
-from ..train.settings import parse_pairs, read_run
+from ..train.settings import read_run
+from ..train.yaml import parse_pairs
 from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
 from .exporting import Size, cut_of, export_by_loss, parameters_in, write_factors
 

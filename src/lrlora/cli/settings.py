@@ -6,13 +6,14 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..train.settings import TrainConfig, parse_assignments, parse_pairs, read_run, read_yaml, with_short_names
+from ..train.settings import TrainConfig, read_run, with_short_names
+from ..train.yaml import parse_assignments, parse_pairs, read_yaml
 
 _REQUIRED = ("model", "data", "task")
 
@@ -76,8 +77,8 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _inherited(config: TrainConfig) -> dict[str, Any]:
     """Settings for a run that starts from a run with these. An adapter whose ranks were learned keeps them."""
-    settings = {**config.to_dict(), "output": TrainConfig.output}
-    return settings | {"size": None} if config.learns_ranks else settings
+    settings = {**asdict(config), "output": TrainConfig.output}
+    return settings | {"size": None} if config.learned_size is not None else settings
 
 
 # Examples in YAML of the settings that map names to values.

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,8 @@ from rich.table import Table
 
 from ..files import write_json, write_whole
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
-from ..train.settings import TrainConfig, parse_assignments, parse_pairs, read_run
+from ..train.settings import TrainConfig, read_run
+from ..train.yaml import parse_assignments, parse_pairs
 from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
 from .exporting import show_smallest
 from .settings import settings_as_options, settings_of, starter
@@ -89,12 +91,12 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
         raise typer.Exit(130) from None
     if not result.is_first:
         return
-    _print_metrics(result.metrics, f"Validation, {which_checkpoint(run.to_dict())}")
+    _print_metrics(result.metrics, f"Validation, {which_checkpoint(asdict(run))}")
     output = result.output
     announce(f"Results saved to {output}")
     del result  # the trained model: the next step reloads it
     if _measure_smallest(run, measure):
-        push(run, announce)  # what has changed
+        push(run.output, run.training, announce)  # what has changed
     report = rank_report_of(output)
     if report is not None:
         console.print(rank_table(report, "Learned ranks", width=console.width))
@@ -105,7 +107,7 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
     """Say how small the LoRA of a finished run may be, and whether its folder has changed."""
     from ..train.methods import METHODS
 
-    if run.learns_ranks:
+    if run.learned_size is not None:
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
         return False
     is_asked_for = run.loss is not None or run.size is not None

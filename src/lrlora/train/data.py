@@ -91,13 +91,11 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
         require_harmless(path)
     try:
         loaded: Any = None
-        if path.is_file():
-            loaded = _load_file(path, config)
-        elif is_saved:
+        if is_saved:
             loaded = load_from_disk(str(path))
             loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-        elif path.is_dir():
-            loaded = _load_folder(path, config)
+        elif path.exists():
+            loaded = _load_files(path, config)
         if loaded is not None:
             require_own_images(loaded, path)
             return loaded
@@ -126,32 +124,22 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
         ) from None
 
 
-def _load_file(path: Path, config: TrainConfig) -> DatasetDict:
-    builder = BUILDERS[path.suffix]
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        delimiter = config.delimiter or ("\t" if path.suffix == ".tsv" else ",")
-        _check_header(path, delimiter, config.encoding or "utf-8-sig")
-        options = _csv_options(config) | {"sep": delimiter}
-    return load_dataset(builder, data_files={"train": str(path)}, **options)
-
-
-def _load_folder(folder: Path, config: TrainConfig) -> DatasetDict:
-    builder = load_dataset_builder(str(folder))
-    options: dict[str, Any] = {}
+def _load_files(path: Path, config: TrainConfig) -> DatasetDict:
+    """A file as `train`, or a folder of files, CSV files as the run reads them."""
+    if path.is_file():
+        source: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": {"train": str(path)}}
+    else:
+        source = {"path": str(path)}
+    builder = load_dataset_builder(**source)
     if builder.name == "csv":
         found: Any = builder.config
-        delimiter = config.delimiter or found.sep
+        delimiter = config.delimiter or ("\t" if path.suffix == ".tsv" else found.sep)
         for file in chain(*found.data_files.values()):
             _check_header(Path(file), delimiter, config.encoding or "utf-8-sig")
-        options = _csv_options(config) | {"sep": delimiter}
-    return load_dataset(str(folder), **options)
-
-
-def _csv_options(config: TrainConfig) -> dict[str, Any]:
-    roles = (*_TEXTS, "label") if config.task == "classify" else _TEXTS
-    texts = {config.columns.get(role, role): _as_text for role in roles}
-    return {**_CSV, "encoding": config.encoding, "converters": texts}
+        roles = (*_TEXTS, "label") if config.task == "classify" else _TEXTS
+        texts = {config.columns.get(role, role): _as_text for role in roles}
+        source |= _CSV | {"sep": delimiter, "encoding": config.encoding, "converters": texts}
+    return load_dataset(**source)
 
 
 def _as_text(cell: str) -> str | None:

@@ -174,7 +174,7 @@ class LoadedRun:
             remedy = writer_of(folder) or f"Resume it: lrlora train --resume {folder}"
             raise ValueError(f"The run in {folder} is not finished. {remedy}")
         with readable(folder, "`lrlora train` wrote this folder. Restore it from a copy, or train again."):
-            kind = KINDS[config.task]
+            kind: Kind = KINDS[config.task]
             processor = kind.load_processor(folder)
             if record.rendering == CHAT and processor.chat_template != record.chat_template:
                 raise ValueError(
@@ -186,7 +186,8 @@ class LoadedRun:
             else:
                 saved = SavedAdapter.read(folder)  # validate before PEFT reads its patterns
                 source = model_source(config.model)
-                base, _ = load_model(source, config, record.labels, processor)
+                kind = kind_for(config.task, AutoConfig.from_pretrained(source))
+                base, _ = load_model(config.model, source, kind, record.labels, processor, in_float32=False)
                 warn_of_another_model(source, record.fingerprints)
                 # AdaLoRA in PEFT cannot compute a loss if loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")

@@ -77,41 +77,46 @@ def hub_name(name: str) -> str | None:
     return None if Path(name).exists() else name
 
 
-def check_model(source: str, config: TrainConfig) -> Any:
-    """Configuration of a model that fits the task.
+def check_model(name: str, source: str, task: str) -> tuple[Any, Kind]:
+    """Configuration of a model, and the kind of its task.
+
+    Args:
+        name: as given by the user.
+        source: argument of `from_pretrained`.
+        task: name of the task.
 
     Raises:
         FileNotFoundError: the model does not exist.
         ValueError: transformers has no head for the task on this architecture.
 
     """
-    with readable(config.model, MODEL_EXPECTED):
+    with readable(name, MODEL_EXPECTED):
         try:
             model_config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
             if "trust_remote_code" in str(error):
                 raise ValueError(
-                    f"The model {config.model} requires custom code, which is not run. Choose a model that "
+                    f"The model {name} requires custom code, which is not run. Choose a model that "
                     "transformers supports."
                 ) from None
             raise FileNotFoundError(
-                f"{config.model} is not a local model folder, and could not be loaded from the hub: "
+                f"{name} is not a local model folder, and could not be loaded from the hub: "
                 f"{str(error).splitlines()[0]}"
             ) from None
-    kind = kind_for(config.task, model_config)
+    kind = kind_for(task, model_config)
     if type(model_config) not in kind.architectures:
         raise ValueError(
-            f"The task {config.task} does not fit the model {config.model}: transformers has no such head for "
+            f"The task {task} does not fit the model {name}: transformers has no such head for "
             f"{model_config.model_type}. Choose another task or model."
         )
     # transformers also has causal heads for encoders, which look ahead unless configured as decoders.
     looks_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", True)
     if kind.generates and looks_ahead and not model_config.is_encoder_decoder:
         raise ValueError(
-            f"The task causal-lm does not fit the model {config.model}: {model_config.model_type} is an encoder, "
+            f"The task causal-lm does not fit the model {name}: {model_config.model_type} is an encoder, "
             "which sees the tokens to predict. Choose a decoder (Llama, Qwen, GPT-2, …)."
         )
-    return model_config
+    return model_config, kind
 
 
 # Position ids of these models start after the padding token's id.
@@ -132,18 +137,29 @@ def max_tokens(tokenizer: Any, model_config: Any) -> int:
     return int(min(tokenizer.model_max_length, positions))
 
 
-def load_model(source: str, config: TrainConfig, labels: list[str], processor: Any) -> tuple[Any, list[str]]:
-    """Load the model with the task's head, and name its modules without weights in the source."""
-    kind = kind_for(config.task, AutoConfig.from_pretrained(source))
+def load_model(
+    name: str, source: str, kind: Kind, labels: list[str], processor: Any, *, in_float32: bool
+) -> tuple[Any, list[str]]:
+    """Load the model with the task's head, and name its modules without weights in the source.
+
+    Args:
+        name: model as given by the user.
+        source: argument of `from_pretrained`.
+        kind: kind of its task.
+        labels: class names.
+        processor: the model's tokenizer or image processor.
+        in_float32: load in float32 also without a new head.
+
+    """
     # When a new head or the whole model is trained, half precision would lose the optimizer's steps.
-    dtype = torch.float32 if kind.has_head or config.method == "full" else "auto"
-    with readable(source if source == config.start_from else config.model, MODEL_EXPECTED):
+    dtype = torch.float32 if kind.has_head or in_float32 else "auto"
+    with readable(name, MODEL_EXPECTED):
         model, loading = kind.model_class.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **kind.model_options(labels)
         )
     inside = [key for key, *_ in loading["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
     if inside:
-        raise ValueError(f"The weight {inside[0]} of {config.model} does not fit its config.json. {MODEL_EXPECTED}")
+        raise ValueError(f"The weight {inside[0]} of {name} does not fit its config.json. {MODEL_EXPECTED}")
     if kind.reads_text and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     return model, _new_modules(model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
@@ -173,8 +189,8 @@ def training_arguments(
 
     """
     cls = kind.arguments_class()
-    _check_arguments(config.arguments, get_type_hints(cls), kind)
     given = config.arguments
+    _check_arguments(given, get_type_hints(cls), kind)
     given.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)

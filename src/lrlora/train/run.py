@@ -1,7 +1,7 @@
 """`train`: fine-tune a model on user data.
 
-A run has four steps: load the inputs (`Inputs.read`), prepare the Trainer with all checks and messages (`_prepare`),
-train (`_fit`), and save results with ranks, card and metrics (`_finish`).
+A run has four steps after the checks of its settings: load the inputs (`Inputs.read`), prepare the Trainer and announce
+the plan (`prepare`), train (`_fit`), and save results with ranks, card and metrics (`_finish`).
 """
 
 from __future__ import annotations
@@ -10,58 +10,39 @@ import math
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters import factorize, read_updates, save_as_lora
 from ..adapters.card import LORA_FOLDER
 from ..callback import RankCallback
 from ..checks import DEFAULT_ENERGY
-from ..files import ADAPTER_EXPECTED, readable, replacing_files, write_json, writing
-from ..learned_ranks import LearnedRanksCallback, wide_rank
+from ..files import readable, replacing_files, write_json, writing
+from ..learned_ranks import LearnedRanksCallback
 from ..locks import only_writer, remove_left
 from ..ranks import RankReport, rank_report
-from ..run_folder import (
-    ANOTHER_CHECKPOINT,
-    LOG_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-    RUN_FILE,
-    RunRecord,
-    last_whole_checkpoint,
-    require_readable,
-)
+from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord
 from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.card import write_card
-from .by_loss import FEWEST
-from .hub import push, require_hub
-from .methods import METHODS, AdaLoraCallback, adapter_config, require_tokens, set_rank_pattern, start_from_data
+from .hub import push
+from .inputs import Inputs
+from .methods import METHODS, AdaLoraCallback, set_rank_pattern
 from .metrics import plain_metrics
-from .models import give_head_its_rate, load_model, make_trainer, training_arguments
-from .prepare import Inputs, cut_line, encoded_lines, plan, record_of, seconds_per_batch
+from .plan import cut_line, seconds_per_batch
+from .prepare import prepare
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
-from .same_run import KeepRecord, require_same_run
-from .settings import TrainConfig, read_run
-from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
+from .resume import KeepRecord, last_checkpoint
+from .settings import TrainConfig
 from .startable import require_startable
-from .unknown_settings import require_settings
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -118,43 +99,32 @@ def train(
         Interrupted: the run was stopped; the message explains how to resume it.
 
     """
-    with only_writer(config.output):
-        require_startable(config, resume=resume, overwrite=overwrite)
-        return _train(config, resume, overwrite, announce)
-
-
-def _train(
-    config: TrainConfig,
-    resume: bool,
-    overwrite: bool,
-    announce: Announce,
-) -> TrainResult:
     output = Path(config.output)
     announce = _in_first_process(announce)
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
-    began = read_run(output)[1] if resume else None
-    trainer, inputs = _prepare(config, began, announce, _callbacks(config, clock, progress, stop))
-    arguments = trainer.args
-    record = record_of(config, inputs, arguments, began.run_id if began else uuid4().hex)
-    last = _last_checkpoint(output, trainer, record, announce) if resume else None
-    trainer.add_callback(KeepRecord(record))
-    # Modify files only after all checks have passed in every process.
-    _wait_for_all(arguments)
-    if arguments.process_index == 0:
-        _make_folder(output, overwrite, None if resume else record)
-    _wait_for_all(arguments)
-    with stop.listening(), progress.closed_at_the_end():
-        _fit(trainer, last, clock, announce)
-    if stop.signal is not None and (done := trainer.state.global_step) < (steps := arguments.max_steps):
-        where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
-        raise Interrupted(f"Stopped by {stop.signal} {where}")
-    if config.learns_ranks:
-        announce(cut_line(trainer))
-    if (kept := trainer.state.best_global_step) and arguments.load_best_model_at_end:
-        measure = str(arguments.metric_for_best_model).removeprefix("eval_")
-        announce(f"Kept: step {kept} of {arguments.max_steps}, the best by {measure}.")
-    metrics = plain_metrics(trainer.evaluate())
-    return _finish(trainer, config, inputs, output, metrics, clock.seconds_per_step, announce)
+    with only_writer(output):
+        began = require_startable(config, resume=resume, overwrite=overwrite)
+        inputs = Inputs.read(config)
+        per_step = None
+        if began is not None:
+            # A resumed run may have another number of processes, but must keep the examples per step and the loss.
+            per_step, inputs = began.examples_per_step, replace(inputs, loss_on=began.loss_on)
+        trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce, per_step=per_step)
+        record = inputs.record(config, trainer.args, began.run_id if began else uuid4().hex)
+        last = last_checkpoint(output, trainer, record, announce) if began else None
+        trainer.add_callback(KeepRecord(record))
+        # Modify files only after all checks have passed in every process.
+        _wait_for_all(trainer)
+        if trainer.is_world_process_zero():
+            _make_folder(output, overwrite, None if resume else record)
+        _wait_for_all(trainer)
+        with stop.listening(), progress.closed_at_the_end():
+            _fit(trainer, last, clock, announce)
+        done, steps = trainer.state.global_step, trainer.args.max_steps
+        if stop.signal is not None and done < steps:
+            where = f"after step {done} of {steps}; a checkpoint is in {output}. {resume_hint(output)}"
+            raise Interrupted(f"Stopped by {stop.signal} {where}")
+        return _finish(config, inputs, trainer, clock.seconds_per_step, announce)
 
 
 def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce = print) -> None:
@@ -165,87 +135,23 @@ def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce =
         ValueError: the data or a setting is invalid.
 
     """
+    config = replace(config, training={**config.training, "push_to_hub": False})
     require_startable(config, resume=resume, overwrite=not resume)
-    local = {**config.training, "push_to_hub": False}
+    announce = _in_first_process(announce)
     with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer creates its output folder immediately
-        trainer, _ = _prepare(replace(config, output=elsewhere, training=local), None, _in_first_process(announce), [])
+        config = replace(config, output=elsewhere)
+        trainer = prepare(config, Inputs.read(config), [], announce)
         arguments = trainer.args
         if arguments.world_size == 1 and not arguments.deepspeed:
             total = arguments.max_steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
             announce(f"Time: about {timedelta(seconds=round(total))} on this machine, without evaluations.")
 
 
-def _prepare(
-    config: TrainConfig, began: RunRecord | None, announce: Announce, callbacks: list[TrainerCallback]
-) -> tuple[Trainer, Inputs]:
-    """Create and check the Trainer of a run."""
-    for place, given in (("training", config.training), ("adapter", config.adapter)):
-        require_settings(given, place, [f.name for f in fields(config)], config.task, config.method)
-    check_sharding(config)
-    require_hub(config)
-    inputs = Inputs.read(config)
-    examples_per_step = None
-    if began is not None:
-        # A resumed run may have another number of processes, but must keep the examples per step and the loss.
-        examples_per_step, inputs = began.examples_per_step, replace(inputs, loss_on=began.loss_on)
-    arguments = training_arguments(config, inputs.kind, inputs.rows, inputs.max_length, examples_per_step)
-    count = len(inputs.data.splits["validation"])
-    if arguments.dataloader_drop_last and count < arguments.eval_batch_size * arguments.world_size:
-        raise ValueError(
-            f"training: dataloader_drop_last=True drops all {count} validation examples, which do not fill a batch. "
-            "Remove it, or lower per_device_eval_batch_size."
-        )
-    is_cut_later = config.loss is not None or (config.size is not None and not config.learns_ranks)
-    if is_cut_later and inputs.kind.has_head and count < FEWEST:
-        raise ValueError(
-            f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "
-            "Raise --validation-share, or remove --loss and --size."
-        )
-    require_tokens(config.adapter_fields, inputs.kind)
-    model, adapter = _adapted_model(config, inputs, arguments.max_steps)
-    for line in plan(config, inputs, model, arguments):
-        announce(line)
-    trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
-    for line in encoded_lines(config.chat_template, trainer, inputs):
-        announce(line)
-    prepare_sharding(trainer)
-    if config.start_from is None:
-        start_from_data(trainer, adapter)
-    if config.head_learning_rate is not None:
-        give_head_its_rate(trainer, config.head_learning_rate)
-    return trainer, inputs
-
-
-def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
-    """Model to train, and its adapter configuration, if any."""
-    wide = {"r": wide_rank(config.size)} if config.size is not None and config.learns_ranks else {}
-    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, wide | config.adapter_fields)
-    if adapter is None or inputs.kind.has_head:
-        load_in_every_process()
-    set_seed(config.seed)
-    source = config.start_from if config.start_from and adapter is None else inputs.source
-    model, new = load_model(source, config, inputs.data.labels, inputs.processor)
-    if adapter is None:
-        return model, None
-    is_tied = inputs.kind.generates and model.config.get_text_config().tie_word_embeddings
-    if is_tied and getattr(adapter, "trainable_token_indices", None):
-        raise ValueError(
-            f"adapter: trainable_token_indices is not supported for {config.model}, whose embeddings are tied to its "
-            "output layer: TRL cannot take the loss of PEFT's wrapper around it. Remove it."
-        )
-    # Save randomly initialized modules with the adapter, or a reloaded model would have different ones.
-    adapter.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *new])) or None
-    if config.start_from is not None:
-        with readable(config.start_from, ADAPTER_EXPECTED):
-            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True), adapter
-    return get_peft_model(model, adapter), adapter
-
-
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
     # The clock comes first at a step's end, so that it excludes the cost of rank records.
     callbacks: list[TrainerCallback] = [clock]
-    if config.size is not None and config.learns_ranks:
-        callbacks.append(LearnedRanksCallback(config.size))
+    if config.learned_size is not None:
+        callbacks.append(LearnedRanksCallback(config.learned_size))
     if METHODS[config.method].has_ranks:
         callbacks.append(RankCallback(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss()]
@@ -254,23 +160,6 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
     if config.early_stopping:
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
     return callbacks
-
-
-def _last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce: Announce) -> Path | None:
-    """Validated checkpoint to resume from; None: from the start."""
-    last = last_whole_checkpoint(output)
-    if last is not None:
-        require_same_sharding(last, trainer)
-        require_readable(last)
-        if trainer.args.save_only_model:
-            announce(
-                "Warning: checkpoints have no state of the optimizer (save_only_model), so the results will differ "
-                "from those of an uninterrupted run."
-            )
-    warning = require_same_run(output, last, record)
-    if warning:
-        announce(warning)
-    return last
 
 
 def _fit(trainer: Trainer, last: Path | None, clock: StepClock, announce: Announce) -> None:
@@ -316,8 +205,8 @@ def _in_first_process(announce: Announce) -> Announce:
     return announce if os.environ.get("RANK", "0") == "0" else lambda line: None
 
 
-def _wait_for_all(arguments: TrainingArguments) -> None:
-    if arguments.world_size > 1:
+def _wait_for_all(trainer: Trainer) -> None:
+    if trainer.args.world_size > 1:
         torch.distributed.barrier()
 
 
@@ -327,14 +216,16 @@ def resume_hint(output: Path) -> str:
 
 
 def _finish(
-    trainer: Trainer,
-    config: TrainConfig,
-    inputs: Inputs,
-    output: Path,
-    metrics: dict[str, float],
-    seconds_per_step: float,
-    announce: Announce,
+    config: TrainConfig, inputs: Inputs, trainer: Trainer, seconds_per_step: float, announce: Announce
 ) -> TrainResult:
+    """Evaluate the trained model, and save it with ranks, card and metrics."""
+    arguments, output = trainer.args, Path(config.output)
+    if config.learned_size is not None:
+        announce(cut_line(trainer))
+    if (kept := trainer.state.best_global_step) and arguments.load_best_model_at_end:
+        measure = str(arguments.metric_for_best_model).removeprefix("eval_")
+        announce(f"Kept: step {kept} of {arguments.max_steps}, the best by {measure}.")
+    metrics = plain_metrics(trainer.evaluate())
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
     examples = {name: len(part) for name, part in inputs.data.splits.items()}
@@ -345,7 +236,7 @@ def _finish(
     state = trained_parameters(model) if is_sharded(model) else None
     report = rank_report(model) if METHODS[config.method].has_ranks and (result.is_first or state is not None) else None
     if not result.is_first:
-        _wait_for_all(trainer.args)
+        _wait_for_all(trainer)
         return result
     if report is not None:
         report.to_json(output / REPORT_FILE)
@@ -363,8 +254,8 @@ def _finish(
     write_json(output / METRICS_FILE, metrics)
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    push(config, announce)
-    _wait_for_all(trainer.args)
+    push(config.output, config.training, announce)
+    _wait_for_all(trainer)
     return result
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import difflib
+import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,15 @@ ARGUMENTS = {
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
+}
+
+# Other libraries' names for run settings.
+_ALIASES = {name: setting for setting, name in ARGUMENTS.items()} | {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "use_dora": "method dora",
+    "use_rslora": "adapter use_rslora=true",
 }
 
 AUTO = "auto"
@@ -173,9 +184,9 @@ class TrainConfig:
                 _require_one(name, value, other, self.adapter, "adapter")
 
     @property
-    def learns_ranks(self) -> bool:
-        """Whether the adapter is cut while it trains."""
-        return self.method == "lora" and self.size is not None
+    def learned_size(self) -> str | None:
+        """Size to which the adapter is cut during training; None if its ranks are not learned."""
+        return self.size if self.method == "lora" else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -200,9 +211,7 @@ class TrainConfig:
         """
         known = [f.name for f in fields(cls)]
         if not set(content) <= set(known):
-            from .unknown_settings import require_settings
-
-            require_settings(content, "run", known, str(content.get("task")), str(content.get("method", cls.method)))
+            require_settings(content, "run", str(content.get("task")), str(content.get("method", cls.method)))
         missing = [name for name in ("model", "data", "task") if not content.get(name)]
         if missing:
             raise ValueError(
@@ -213,9 +222,6 @@ class TrainConfig:
         config = cls(**{**content, "size": str(size)} if type(size) is int else content)
         require_type(config, cls, "configuration")
         return config
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], place: str) -> None:
@@ -252,96 +258,6 @@ def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     return short
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not YAML, or not a mapping.
-
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no configuration file {path}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-    content = _parse(text, str(path))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must contain keys and values, such as `task: classify`.")
-    return content
-
-
-def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
-    """`name=value` → {name: value}, the value parsed as YAML: numbers, true, lists.
-
-    Raises:
-        ValueError: there is no `=`.
-
-    """
-    return {name: _parse(value, option) for name, value in parse_pairs(assignments, option).items()}
-
-
-def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
-    """`name=value` → {name: value}, as text.
-
-    Raises:
-        ValueError: there is no `=`.
-
-    """
-    values = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals or not name:
-            raise ValueError(f"{option} must be name=value, got {assignment!r}.")
-        values[name] = value
-    return values
-
-
-# Type, pattern and first characters, as in YAML 1.2.
-_YAML_VALUES = (
-    ("bool", r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\d[\d_]*\.\d*|\.\d+)$|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
-        "-+.0123456789",
-    ),
-)
-
-
-def _parse(text: str, where: str) -> Any:
-    """Parse YAML, with 1e-4 as a number and `no` as a word."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, *arguments: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # nested aliases expand to gigabytes
-                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
-            return super().compose_node(*arguments)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise yaml.YAMLError(f"the key {twice[0]} occurs twice")
-            return super().construct_mapping(node, deep)
-
-    # YAML 1.1 reads no, off, yes and on as booleans, 1:30 as 90, 010 as 8, and dates.
-    Loader.yaml_implicit_resolvers = {}
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items():
-        for tag, pattern in known:
-            if tag.rpartition(":")[2] in ("null", "merge"):
-                Loader.yaml_implicit_resolvers.setdefault(first, []).append((tag, pattern))
-    for tag, pattern, first in _YAML_VALUES:
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{where} is nested too deeply.") from None
-
-
 def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
     """Configuration of the run in a folder, with that folder as `output`, and its record.
 
@@ -353,3 +269,54 @@ def read_run(folder: Path) -> tuple[TrainConfig, RunRecord]:
     record = read_record(folder)
     with readable(folder / RUN_FILE, RUN_EXPECTED):
         return TrainConfig.from_dict(record.config | {"output": str(folder)}), record
+
+
+def require_settings(given: Iterable[str], place: str, task: str, method: str) -> None:
+    """Raise ValueError for an unknown setting, with its correct place or the nearest known name.
+
+    Args:
+        given: names of settings.
+        place: "run", "training" or "adapter", where they were given.
+        task: task, which determines the class of the Trainer's arguments.
+        method: method, which determines the class of the adapter configuration.
+
+    """
+    from .methods import METHODS
+    from .tasks import KINDS
+
+    arguments = KINDS[task if task in KINDS else "classify"].arguments_class()
+    adapter = METHODS[method if method in METHODS else "lr-lora"].config
+    known = {
+        "run": [each.name for each in fields(TrainConfig)],
+        "training": list(arguments.__dataclass_fields__),
+        "adapter": [*inspect.signature(adapter.__init__).parameters][1:] if adapter else [],
+    }
+    for name in given:
+        if name not in known[place] and not (place == "adapter" and method == "full"):
+            raise _unknown_setting(name, place, known)
+
+
+def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> ValueError:
+    homes = {
+        "run": ("setting of a run", "--{flag} or the key {name} of the YAML file"),
+        "training": ("field of TrainingArguments", "--training {name}=VALUE or the key training of the YAML file"),
+        "adapter": ("field of the adapter", "--adapter {name}=VALUE or the key adapter of the YAML file"),
+    }
+
+    def home(found: str) -> str:
+        """Location of a known name, preferring this place."""
+        there = next(each for each in (place, *known) if found in known[each])
+        what, how = homes[there]
+        how = how.format(name=found, flag=found.replace("_", "-"))
+        return "" if there == place else f", a {what}: set it with {how}"
+
+    said = f"Unknown {homes[place][0]} {name!r}."
+    alias = _ALIASES.get(name, "")
+    if (place == "run" and alias) or (place == "adapter" and alias.startswith("method")):
+        return ValueError(f"{said} Use {alias}: --{alias}, or the key {alias.split()[0]}.")
+    if any(name in names for names in known.values()):
+        return ValueError(f"{said} It is{home(name).removeprefix(',')}.")
+    near = difflib.get_close_matches(str(name), dict.fromkeys(chain(*known.values())), 1, 0.5)
+    if near:
+        return ValueError(f"{said} Did you mean {near[0]}{home(near[0])}?")
+    return ValueError(f"{said} Known: {', '.join(known[place])}.")

@@ -13,56 +13,62 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..files import read_json
 from ..tuner import LrLoraConfig
 from .methods import EVA
-from .settings import TrainConfig
 
 
-def check_sharding(config: TrainConfig) -> None:
-    """Raise ValueError if the run does not support the requested sharding."""
-    fsdp, deepspeed = (_is_asked_for(config.training, name) for name in ("fsdp", "deepspeed"))
+def check_sharding(method: str, adapter: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+    """Raise ValueError if a run does not support the requested sharding.
+
+    Args:
+        method: method of the run.
+        adapter: fields of its PEFT configuration.
+        training: its Trainer arguments.
+
+    """
+    fsdp, deepspeed = (_is_asked_for(training, name) for name in ("fsdp", "deepspeed"))
     # Defaults of transformers (in `training`) and of accelerate (on its command line).
-    version, state = ("2", "FULL_STATE_DICT") if config.training.get("fsdp") else ("1", "SHARDED_STATE_DICT")
-    if fsdp and _fsdp_option(config, "version", version) != "2":
+    version, state = ("2", "FULL_STATE_DICT") if training.get("fsdp") else ("1", "SHARDED_STATE_DICT")
+    if fsdp and _fsdp_option(training, "version", version) != "2":
         raise ValueError("lrlora train supports FSDP2, not FSDP1. Pass --fsdp_version 2.")
-    if fsdp and _fsdp_option(config, "state_dict_type", state) != "SHARDED_STATE_DICT":
+    if fsdp and _fsdp_option(training, "state_dict_type", state) != "SHARDED_STATE_DICT":
         raise ValueError(
             "FSDP2 checkpoints must be sharded, because adapters cannot be saved as FULL_STATE_DICT. Pass "
             "--fsdp_state_dict_type SHARDED_STATE_DICT, or set state_dict_type in fsdp_config."
         )
     if deepspeed and find_spec("deepspeed") is None:
         raise ValueError("The run uses DeepSpeed, which is not installed: pip install deepspeed")
-    precision = next((name for name in ("bf16", "fp16") if config.training.get(name)), None)
+    precision = next((name for name in ("bf16", "fp16") if training.get(name)), None)
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if deepspeed and precision != "no" and _learns_phi(config):
+    if deepspeed and precision != "no" and _learns_phi(method, adapter):
         raise ValueError(
             f"DeepSpeed's {precision} would also cast φ to {precision}. Remove the mixed precision, and add "
             '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} to the DeepSpeed configuration.'
         )
-    if (fsdp or deepspeed) and config.method == "adalora":
+    if (fsdp or deepspeed) and method == "adalora":
         raise ValueError("AdaLoRA needs full gradients and factors, but they are sharded. Choose another method.")
-    if deepspeed and config.adapter.get("init_lora_weights") == EVA:
+    if deepspeed and adapter.get("init_lora_weights") == EVA:
         raise ValueError("EVA needs the inputs of whole layers, but DeepSpeed loads parts of them. Use FSDP2.")
-    if fsdp and config.adapter.get("sharing", "module") != "module" and _learns_phi(config):
+    if fsdp and adapter.get("sharing", "module") != "module" and _learns_phi(method, adapter):
         raise ValueError(
-            f"adapter: sharing={config.adapter['sharing']!r} is not supported with FSDP2, which cannot share "
+            f"adapter: sharing={adapter['sharing']!r} is not supported with FSDP2, which cannot share "
             "parameters between groups. Remove it, or call lrlora.fully_shard_phi in your own script."
         )
 
 
-def _learns_phi(config: TrainConfig) -> bool:
+def _learns_phi(method: str, adapter: Mapping[str, Any]) -> bool:
     """Whether φ has parameters, which must stay float32 and unsharded."""
-    form = config.adapter.get("form", LrLoraConfig.form)
-    return config.method == "lr-lora" and any(True for _ in LrLoraConfig(form=form).new_phi().parameters())
+    form = adapter.get("form", LrLoraConfig.form)
+    return method == "lr-lora" and any(True for _ in LrLoraConfig(form=form).new_phi().parameters())
 
 
 def _is_asked_for(training: Mapping[str, Any], name: str) -> bool:
     return bool(training.get(name)) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true"
 
 
-def _fsdp_option(config: TrainConfig, name: str, default: str) -> str:
+def _fsdp_option(training: Mapping[str, Any], name: str, default: str) -> str:
     """FSDP option, from the run's settings or the environment set by `accelerate launch`."""
-    if not config.training.get("fsdp"):
+    if not training.get("fsdp"):
         return os.environ.get(f"FSDP_{name.upper()}", default)
-    options = config.training.get("fsdp_config") or {}
+    options = training.get("fsdp_config") or {}
     if isinstance(options, str):
         options = read_json(Path(options), dict[str, Any], "Pass the options directly, or another file.")
     return str(options.get(name, options.get(f"fsdp_{name}", default)))

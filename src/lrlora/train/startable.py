@@ -1,4 +1,4 @@
-"""Checks of a run before data and model are read: its folder, its start, and the paths that it names."""
+"""Checks of a run before data and model are read: its settings, its folder, its start, and the paths that it names."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import os
 from pathlib import Path
 
 from ..ranks.report import read_history
-from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE
+from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord
 from .data import require_data_path
+from .hub import require_hub
 from .models import require_model_folder
-from .settings import FROM_TRAIN, TrainConfig, read_run
+from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
+from .sharding import check_sharding
 
 
-def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord | None:
     """Run all checks that need neither data nor model.
+
+    Returns:
+        Record of the run to resume, if any.
 
     Raises:
         FileExistsError: the output folder is in use, or its run is finished.
@@ -29,8 +34,9 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
         )
     # A process killed at startup leaves only a temporary file; the lock may exist, too.
     is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
+    began = None
     if resume:
-        read_run(output)
+        _, began = read_run(output)
         if config.method == "adalora":
             raise ValueError(
                 "AdaLoRA runs cannot be resumed, because PEFT does not save the state of the rank allocation. Start "
@@ -61,6 +67,11 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
     for data in (config.data, config.validation):
         if data not in (None, FROM_TRAIN):
             require_data_path(str(data))
+    for place, given in (("training", config.training), ("adapter", config.adapter)):
+        require_settings(given, place, config.task, config.method)
+    check_sharding(config.method, config.adapter, config.training)
+    require_hub(config.output, config.training)
+    return began
 
 
 def _require_start(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Fingerprints of a run's inputs, saved with it and its checkpoints, so that it resumes with the same inputs."""
+"""Resuming a run: fingerprints of its inputs, saved with it and its checkpoints, and checks that they are the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, Image
 from transformers import (
     BaseImageProcessor,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -20,7 +21,9 @@ from transformers import (
 
 from .. import fingerprint
 from ..files import write_json
-from ..run_folder import RECORD_FILE, RunRecord, read_record, resumed_from
+from ..run_folder import RECORD_FILE, RunRecord, last_whole_checkpoint, read_record, require_readable, resumed_from
+from .progress import Announce
+from .sharding import require_same_sharding
 
 _ADAPTER_CONFIG = "adapter_config.json"
 # Record fields, besides settings and fingerprints, that depend on the inputs.
@@ -94,7 +97,28 @@ class KeepRecord(TrainerCallback):
             write_json(checkpoint / RECORD_FILE, asdict(_with_adapter(self._record, checkpoint)))
 
 
-def require_same_run(output: Path, last: Path | None, now: RunRecord) -> str | None:
+def last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce: Announce) -> Path | None:
+    """Checkpoint to resume from; None: from the start.
+
+    Raises:
+        ValueError: it is damaged, or the run's inputs or sharding have changed.
+
+    """
+    last = last_whole_checkpoint(output)
+    if last is not None:
+        require_same_sharding(last, trainer)
+        require_readable(last)
+        if trainer.args.save_only_model:
+            announce(
+                "Warning: checkpoints have no state of the optimizer (save_only_model), so the results will differ "
+                "from those of an uninterrupted run."
+            )
+    if warning := _require_same_run(output, last, record):
+        announce(warning)
+    return last
+
+
+def _require_same_run(output: Path, last: Path | None, now: RunRecord) -> str | None:
     """Check that a resumed run is unchanged; values that were not recorded are not compared.
 
     Args:

@@ -1,0 +1,145 @@
+"""Messages of a run before it starts: its plan, its data, and its first example."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+from statistics import median
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from ..learned_ranks import LearnedRanksCallback, planned_cut
+from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT
+from .chat import format_of, without_answer
+from .inputs import Inputs, examples_per_step
+from .methods import METHODS
+from .settings import TrainConfig
+
+
+def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArguments) -> list[str]:
+    """Summary of the run in a few lines."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable = sum(count for count, is_trained in counts if is_trained)
+    schedule, splits = SchedulerType(arguments.lr_scheduler_type).value, inputs.data.splits
+    evaluates = arguments.eval_strategy != "no"
+    evaluation = f"evaluation every {arguments.eval_steps:g} steps" if evaluates else "evaluation only at the end"
+    examples = examples_per_step(arguments)
+    ranks = []
+    if config.learned_size is not None:
+        size, step = planned_cut(config.learned_size, model, arguments)
+        ranks = [f"Ranks: learned; after {step} steps, the loss decides which {size:,} parameters stay."]
+    epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
+    return [
+        f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters "
+        f"({trainable / sum(count for count, _ in counts):.2%} of all), {arguments.max_steps} steps of {examples} "
+        f"examples, {epochs:.2g} epochs.",
+        *_adapter_lines(config.method, model),
+        *ranks,
+        *([] if config.start_from is None else [f"Starts from: {config.start_from}."]),
+        f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples{_cut(inputs)}.",
+        *inputs.data.notes,
+        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and {_warm_up(arguments)} of warm-up, "
+        f"{evaluation}, seed {config.seed}.",
+    ]
+
+
+def _warm_up(arguments: TrainingArguments) -> str:
+    steps = arguments.warmup_steps
+    return f"{100 * steps:g} %" if 0 < steps < 1 else f"{steps:g} steps"
+
+
+def _adapter_lines(method: str, model: nn.Module) -> list[str]:
+    """Rank, α and targets; and a warning about ranks that exceed a layer's size."""
+    if not isinstance(model, PeftModel):
+        return []
+    config: Any = model.peft_config["default"]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    r = getattr(config, "target_r", None) if method == "adalora" else getattr(config, "r", None)
+    name = METHODS[method].alpha
+    alpha = f", α = {getattr(config, name):g}" if name else ""
+    # PEFT replaces "all-linear" by the modules it finds.
+    targets = config.target_modules
+    told = (
+        targets if isinstance(targets, str) else ", ".join(sorted({path.rpartition(".")[2] for path in targets or ()}))
+    )
+    lines = [f"Adapter: {method}, r = {r}{alpha}, on {told} ({len(layers)} modules)."]
+    limits = [min(each.in_features, each.out_features) for each in layers if hasattr(each, "in_features")]
+    if r and (narrow := [limit for limit in limits if limit < r]):
+        lines.append(
+            f"Warning: r = {r} exceeds the maximum rank of {len(narrow)} of {len(layers)} layers ({min(narrow)})."
+        )
+    return lines
+
+
+def _cut(inputs: Inputs) -> str:
+    if inputs.max_length is None:
+        return ""
+    return f"; {inputs.too_long:,} training examples are truncated to {inputs.max_length} tokens"
+
+
+def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
+    """Data format, examples that TRL drops, and the first example as the model reads it."""
+    if inputs.rendering is not None:
+        yield f"Format: {_format_line(chat_template, inputs)}"
+        if unanswered := without_answer(inputs.data.splits["train"]):
+            last = " The loss leaves their last turns out." if inputs.loss_on == ANSWERS else ""
+            yield f"Warning: {unanswered:,} of {inputs.count:,} chats do not end with an answer.{last}"
+    encoded, arguments = trainer.train_dataset, trainer.args
+    if not len(encoded):  # type: ignore[arg-type]
+        raise ValueError(
+            f"No example has an answer within its first {inputs.max_length} tokens. Increase --max-length, or use "
+            "shorter chats."
+        )
+    left = inputs.count - len(encoded)  # type: ignore[arg-type]
+    if left and not getattr(arguments, "packing", False):
+        yield (
+            f"Skipped {left:,} of {inputs.count:,} examples, whose first {inputs.max_length} tokens contain "
+            "nothing to compute the loss on."
+        )
+    first = next(iter(encoded))  # type: ignore[arg-type]
+    yield inputs.kind.shown(first, inputs.processor, inputs.data.labels)
+
+
+def _format_line(given: str | None, inputs: Inputs) -> str:
+    """Detected data format and rendering."""
+    found = format_of(inputs.data.splits["train"].column_names)
+    template = "the model's own chat template" if given is None else f"the chat template {given}"
+    how = {CHAT: f"as chats, rendered with {template}", PLAIN: "as plain text, without a template", TEXT: "as is"}
+    part = ", with the loss on the answers" if inputs.loss_on == ANSWERS else ""
+    return f"{found.name}, read {how[str(inputs.rendering)]}{part}."
+
+
+def cut_line(trainer: Trainer) -> str:
+    """Size and ranks of an adapter whose ranks were learned, or a warning that it was not cut."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, LearnedRanksCallback) and callback.learned and callback.learned.ranks is None:
+            return (
+                f"Warning: training ended before the cut after step {callback.learned.cut_step}: the adapter is wide."
+            )
+    model: Any = trainer.model
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    ranks = sorted(layer.r["default"] for layer in layers)
+    size = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" in name)
+    return f"Ranks: {size:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
+
+
+def seconds_per_batch(trainer: Trainer) -> float:
+    """Time of a forward and backward pass, the median of three after one more."""
+    model: Any = trainer.model
+    model.train()
+    times = []
+    for batch in islice(trainer.get_train_dataloader(), 4):
+        start = time.perf_counter()
+        with trainer.compute_loss_context_manager():
+            loss: Any = trainer.compute_loss(model, batch)
+        loss.backward()
+        times.append(time.perf_counter() - start)
+    return median(times[1:] or times)
