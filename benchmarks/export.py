@@ -54,7 +54,7 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
     """Records of the demo's two adapters and of each export of the first."""
     from lrlora.adapters import factorize, output_difference, read_updates, save_as_lora
     from lrlora.adapters.factorize import parameters_of_rank
-    from lrlora.train.embedded_texts import MOVIE_REVIEW_TASK
+    from lrlora.train.embedded import MOVIE_REVIEW_TASK
 
     test = MOVIE_REVIEW_TASK.load()["test"]
     adapter = demo / "lr-lora"

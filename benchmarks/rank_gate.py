@@ -180,7 +180,7 @@ def labels_task(texts: int = 2_048, classes: int = 64) -> Task:
     """Random labels of texts, a measure of adapter capacity: all data is training data."""
     from transformers import AutoModel, AutoTokenizer
 
-    from lrlora.train.embedded_texts import MOVIE_REVIEW_TASK
+    from lrlora.train.embedded import MOVIE_REVIEW_TASK
     from lrlora.train.packages import MINILM, checkpoint
 
     @cache
@@ -220,7 +220,7 @@ def news_task() -> Task:
     """20 Newsgroups, with all linear layers of MiniLM."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from lrlora.train.embedded_texts import TASKS as TEXT_TASKS
+    from lrlora.train.embedded import TASKS as TEXT_TASKS
     from lrlora.train.packages import MINILM, checkpoint
 
     @cache

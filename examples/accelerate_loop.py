@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import lrlora
-from lrlora.train.embedded_texts import TASKS
+from lrlora.train.embedded import TASKS
 from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import lrlora
-from lrlora.train.embedded_texts import TASKS
+from lrlora.train.embedded import TASKS
 from lrlora.train.models import model_source
 
 torch.manual_seed(0)

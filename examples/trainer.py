@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import lrlora
-from lrlora.train.embedded_texts import TASKS
+from lrlora.train.embedded import TASKS
 from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60

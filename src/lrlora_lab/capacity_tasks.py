@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from lrlora.files import cache_folder, replacing
-from lrlora.train.embedded_images import load_animals
-from lrlora.train.embedded_texts import MOVIE_REVIEW_TASK
+from lrlora.train.embedded import MOVIE_REVIEW_TASK, load_animals
 from lrlora.train.packages import MINILM, VIT, checkpoint
 
 from .byte_model import base_model, mean_loss, sample_batch

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lrlora.files import read_json, write_json
 from lrlora.locks import only_writer
 from lrlora.run_folder import METRICS_FILE, RUN_FILE
-from lrlora.train.embedded_texts import MOVIE_REVIEW_TASK
+from lrlora.train.embedded import MOVIE_REVIEW_TASK
 from lrlora.train.inference import evaluate
 from lrlora.train.run import train
 from lrlora.train.settings import FROM_TRAIN, TrainConfig

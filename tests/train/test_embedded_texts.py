@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from lrlora.train.embedded import EMBEDDED_DATA
-from lrlora.train.embedded_texts import TASKS, _near
+from lrlora.train.embedded import EMBEDDED_DATA, TASKS, _near
 
 pytestmark = pytest.mark.real
 

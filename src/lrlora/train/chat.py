@@ -19,7 +19,7 @@ from ..checks import require_known
 from ..files import values_of
 from ..run_folder import CHAT, PLAIN, TEXT
 from .cells import require_rows
-from .time_limit import time_limit
+from .untrusted_files import time_limit
 
 NO_TEMPLATE = "none"
 _SECONDS = 10.0  # for one chat; a template of a stranger may loop for hours

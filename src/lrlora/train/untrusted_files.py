@@ -1,4 +1,4 @@
-"""Checks of data files before loading, against crashes and full disks caused by malicious files.
+"""Checks of data files before loading, and a time limit for templates, against crashes caused by malicious files.
 
 `datasets` extracts archives, whatever their names and sizes. Its JSON reader recurses at every level of brackets, and
 some ten thousand levels overflow the stack and kill the process.
@@ -6,10 +6,13 @@ some ten thousand levels overflow the stack and kill the process.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +128,23 @@ def _require_flat(text: mmap.mmap, file: Path) -> None:
                     )
                 row = end
             before = place
+
+
+_raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Context that raises TimeoutError in this thread after a time, in Python code of any kind.
+
+    A signal would only reach the main thread, and a thread cannot be stopped from outside in another way.
+    """
+    thread = ctypes.c_ulong(threading.get_ident())
+    timer = threading.Timer(seconds, lambda: _raise_in(thread, ctypes.py_object(TimeoutError)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        _raise_in(thread, None)  # what is still pending

@@ -10,8 +10,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..cells import is_finite, require_rows
-from ..labels import class_name, in_order, is_fraction, known_labels
+from ..cells import class_name, in_order, is_finite, is_fraction, known_labels, require_rows
 from ..metrics import classification_metrics, regression_metrics
 from .base import Kind
 
