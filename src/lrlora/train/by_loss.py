@@ -346,19 +346,19 @@ def heal(
 
     Uses a quarter of the run's peak learning rate and the default schedule. The file stays unchanged until the end.
     """
-    config, kind, length = subject.run.config, subject.run.kind, subject.run.max_length
-    settings = {name: value for name, value in config.training.items() if name not in (*OF_TRAINING, *_OF_SCHEDULE)}
-    settings |= {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    config, kind = subject.run.config, subject.run.kind
+    # A full fine-tuning learning rate does not apply to factors.
+    rate = kind.rates[0] if config.method == "full" else config.arguments.get("learning_rate", kind.rates[0])
+    rate *= _HEALING_RATE * subject.updates.updates[0].scaling ** 0.5
+    settings = {name: value for name, value in config.arguments.items() if name not in (*OF_TRAINING, *_OF_SCHEDULE)}
+    settings |= {"max_steps": steps, "learning_rate": rate}
+    settings |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     progress = Progress(announce)
     model = subject.with_lora(folder, is_trainable=True)
     file = folder / SAFETENSORS_WEIGHTS_NAME
     stored = load_file(file)
     with tempfile.TemporaryDirectory() as scratch:
-        # A full fine-tuning learning rate does not apply to factors.
-        known = None if config.method == "full" else training_arguments(config, kind, 1, length).learning_rate
-        rate = _HEALING_RATE * (known or kind.rates[0]) * subject.updates.updates[0].scaling ** 0.5
-        plain = replace(config, output=scratch, steps=None, epochs=None, learning_rate=None)
-        arguments = training_arguments(replace(plain, training=settings | {"learning_rate": rate}), kind, 1, length)
+        arguments = training_arguments(kind, settings, scratch, max_length=subject.run.record.max_length)
         data = subject.run.marked(subject.run.encoded(subject.training))
         trainer = make_trainer(kind, model, subject.run.processor, arguments, data, data, [progress, StopOnNonFinite()])
         with progress.closed_at_the_end():

@@ -78,7 +78,9 @@ def evaluate(
     encoded = loaded.encoded(examples)
     trainer = loaded.trainer(encoded)
     if not len(trainer.eval_dataset):  # type: ignore[arg-type]
-        raise ValueError(f"No example has an answer within its first {loaded.max_length} tokens, the run's max_length.")
+        raise ValueError(
+            f"No example has an answer within its first {loaded.record.max_length} tokens, the run's max_length."
+        )
     metrics = {"examples": len(examples)} | plain_metrics(trainer.evaluate())
     if loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
         answers = list(_not_empty(loaded.answers(encoded)))
@@ -113,7 +115,7 @@ def predict(
         return
     encoded = loaded.kind.unlabelled(encoded)
     outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
-    for example, said in zip(examples, loaded.kind.predictions(outputs, loaded.labels), strict=True):
+    for example, said in zip(examples, loaded.kind.predictions(outputs, loaded.record.labels), strict=True):
         yield {**loaded.kind.described(example), **said}
 
 
@@ -216,25 +218,17 @@ class LoadedRun:
         return replace(self, generation=settings or {})
 
     @property
-    def labels(self) -> list[str]:
-        return self.record.labels
-
-    @property
-    def max_length(self) -> int | None:
-        return self.record.max_length
-
-    @property
     def kind(self) -> Kind:
         return kind_for(self.config.task, self.model.config)
 
     def examples(self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool) -> Dataset:
         """The checked examples of data, named by their roles."""
-        examples, notes = load_examples(self.config, self.kind, data, split, self.labels, with_label=with_label)
+        examples, notes = load_examples(self.config, self.kind, data, split, self.record.labels, with_label=with_label)
         for note in notes:
             announce(note)
         if self.kind.generates:
             self._require_rendering(examples)
-        elif limit := self.max_length:
+        elif limit := self.record.max_length:
             count = sum(length > limit for length in self.kind.lengths(examples, self.processor))
             if count:
                 announce(f"{count:,} of {len(examples):,} examples are truncated to {limit} tokens, as in training.")
@@ -262,15 +256,15 @@ class LoadedRun:
         if self.kind.generates and self.record.rendering is not None:
             is_text = format_of(examples.column_names).name == "text"
             return as_trl_reads(examples, TEXT if is_text else self.record.rendering)
-        return self.kind.encode(examples, self.processor, self.max_length)
+        return self.kind.encode(examples, self.processor, self.record.max_length)
 
     def marked(self, rows: Dataset) -> Dataset:
         """Restrict the loss of encoded examples as in training."""
         return with_answers_marked(rows, self.processor) if self.record.loss_on == ANSWERS else rows
 
     def trainer(self, data: Dataset) -> Trainer:
-        settings = {name: value for name, value in self.config.training.items() if name not in OF_TRAINING}
-        arguments = training_arguments(replace(self.config, training=settings), self.kind, 1, self.max_length)
+        settings = {name: value for name, value in self.config.arguments.items() if name not in OF_TRAINING}
+        arguments = training_arguments(self.kind, settings, self.config.output, max_length=self.record.max_length)
         data = self.marked(data)
         return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
 
@@ -293,7 +287,7 @@ class LoadedRun:
             )
         room = limit - length
         settings = {"do_sample": any(name in self.generation for name in _SAMPLING)}
-        settings |= {"max_new_tokens": min(self.max_length or room, room), **self.generation}
+        settings |= {"max_new_tokens": min(self.record.max_length or room, room), **self.generation}
         settings["pad_token_id"] = self.processor.pad_token_id
         with torch.no_grad():
             try:

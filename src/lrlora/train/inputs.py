@@ -1,4 +1,4 @@
-"""Inputs of a run, loaded and validated, and its record."""
+"""Inputs of a run, loaded and validated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import datasets
 import peft
@@ -36,11 +37,9 @@ class Inputs:
         data: examples.
         processor: tokenizer or image processor.
         untouched: copy of the processor without the length that encoding (unless cached) leaves in a tokenizer.
-        max_length: truncation length in tokens; None for images.
         too_long: number of truncated examples.
         rows: rows of an epoch: examples, or fewer with packing.
-        rendering: rendering of prompts and chats; None for other tasks.
-        loss_on: "answers" if the loss covers only the answers of chats, else None.
+        record: record of the run.
 
     """
 
@@ -49,11 +48,9 @@ class Inputs:
     data: TaskData
     processor: Any
     untouched: Any
-    max_length: int | None
     too_long: int
     rows: int
-    rendering: str | None
-    loss_on: str | None = None
+    record: RunRecord
 
     @classmethod
     def read(cls, config: TrainConfig) -> Inputs:
@@ -70,21 +67,36 @@ class Inputs:
             raise ValueError(f"The run in {start} was trained with the labels {known}, but the data has {data.labels}.")
         with readable(config.model, MODEL_EXPECTED):
             processor = kind.load_processor(source)
-        if not kind.reads_text:
-            return cls(kind, source, data, processor, processor, None, 0, len(data.splits["train"]), None)
-        choose_template(processor, config.chat_template)
+        max_length, too_long, rows, rendering = None, 0, len(data.splits["train"]), None
+        if kind.reads_text:
+            choose_template(processor, config.chat_template)
         untouched = copy.deepcopy(processor)
-        limit = max_tokens(processor, model_config)
-        counts = kind.lengths(data.splits["train"], processor)
-        max_length = config.max_length or choose_max_length(counts, limit)
-        if max_length > limit:
-            raise ValueError(f"max_length must be at most {limit}, the limit of the model, got {max_length}.")
-        too_long = sum(count > max_length for count in counts)
-        rows = kind.rows(counts, max_length, config.training)
-        rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
+        if kind.reads_text:
+            limit = max_tokens(processor, model_config)
+            counts = kind.lengths(data.splits["train"], processor)
+            max_length = config.max_length or choose_max_length(counts, limit)
+            if max_length > limit:
+                raise ValueError(f"max_length must be at most {limit}, the limit of the model, got {max_length}.")
+            too_long = sum(count > max_length for count in counts)
+            rows = kind.rows(counts, max_length, config.training)
+        if kind.generates:
+            rendering = rendering_of(data.splits["train"], processor)
         is_whole = not config.training.get("assistant_only_loss", True)
-        loss_on = None if is_whole or rendering != CHAT else ANSWERS
-        return cls(kind, source, data, processor, untouched, max_length, too_long, rows, rendering, loss_on)
+        modules = (torch, transformers, peft, datasets)
+        record = RunRecord(
+            config=asdict(config),
+            labels=data.labels,
+            max_length=max_length,
+            versions={"lrlora": __version__, "python": platform.python_version()}
+            | {module.__name__: module.__version__ for module in modules},
+            rendering=rendering,
+            loss_on=ANSWERS if rendering == CHAT and not is_whole else None,
+            chat_template=processor.chat_template if rendering == CHAT else None,
+            base_model=hub_name(config.model),
+            run_id=uuid4().hex,
+            fingerprints=fingerprints(data.splits, untouched, source, config.start_from),
+        )
+        return cls(kind, source, data, processor, untouched, too_long, rows, record)
 
     @property
     def count(self) -> int:
@@ -94,30 +106,12 @@ class Inputs:
     def encoded(self) -> tuple[Dataset, Dataset]:
         """Encoded training and validation examples."""
         train, validation = (
-            self.kind.encode(self.data.splits[name], self.processor, self.max_length)
+            self.kind.encode(self.data.splits[name], self.processor, self.record.max_length)
             for name in ("train", "validation")
         )
-        if self.loss_on == ANSWERS:
+        if self.record.loss_on == ANSWERS:
             train, validation = (with_answers_marked(part, self.processor) for part in (train, validation))
         return train, validation
-
-    def record(self, config: TrainConfig, arguments: TrainingArguments, run_id: str | None) -> RunRecord:
-        """Record of a run with these inputs."""
-        modules = (torch, transformers, peft, datasets)
-        versions = {"lrlora": __version__, "python": platform.python_version()}
-        return RunRecord(
-            config=asdict(config),
-            labels=self.data.labels,
-            max_length=self.max_length,
-            versions=versions | {module.__name__: module.__version__ for module in modules},
-            examples_per_step=examples_per_step(arguments),
-            rendering=self.rendering,
-            loss_on=self.loss_on,
-            chat_template=self.processor.chat_template if self.rendering == CHAT else None,
-            base_model=hub_name(config.model),
-            run_id=run_id,
-            fingerprints=fingerprints(self.data.splits, self.untouched, self.source, config.start_from),
-        )
 
 
 def examples_per_step(arguments: TrainingArguments) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -27,7 +28,6 @@ from ..untrusted import require_quick_patterns
 from .embedded import EMBEDDED, EMBEDDED_MODELS
 from .metrics import LESS_IS_BETTER
 from .packages import checkpoint
-from .settings import TrainConfig
 from .tasks import Kind, kind_for
 
 MODEL_EXPECTED = "Expected a model that transformers can load. Download it again, or choose another."
@@ -173,15 +173,24 @@ def _new_modules(model: Any, weights: set[str]) -> list[str]:
 
 
 def training_arguments(
-    config: TrainConfig, kind: Kind, rows: int, max_length: int | None, examples_per_step: int | None = None
+    kind: Kind,
+    given: Mapping[str, Any],
+    output: str | Path,
+    *,
+    rows: int = 1,
+    max_length: int | None = None,
+    is_full: bool = False,
+    examples_per_step: int | None = None,
 ) -> TrainingArguments:
     """The Trainer's arguments: the task's defaults, overridden by the user.
 
     Args:
-        config: the run.
-        kind: kind of its task.
+        kind: kind of the task.
+        given: fields set by the user.
+        output: output folder.
         rows: rows of an epoch.
         max_length: in tokens; None for images.
+        is_full: whether all weights are trained, which takes a lower rate.
         examples_per_step: total over all processes; determines the batch size of each.
 
     Raises:
@@ -189,8 +198,8 @@ def training_arguments(
 
     """
     cls = kind.arguments_class()
-    given = config.arguments
     _check_arguments(given, get_type_hints(cls), kind)
+    given = dict(given)
     given.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
@@ -212,10 +221,10 @@ def training_arguments(
         raise ValueError(f"Training would take {steps:g} steps, which is too many. Reduce the steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
     metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
-    require_known(f"metric of {config.task}", metric, kind.metrics)
+    require_known(f"metric of {kind.name}", metric, kind.metrics)
     defaults = {
         "max_steps": math.ceil(steps),
-        "learning_rate": kind.rates[config.method == "full"],
+        "learning_rate": kind.rates[is_full],
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
         "eval_steps": given.get("save_steps", every),  # the best checkpoint must be a saved one
@@ -223,8 +232,7 @@ def training_arguments(
         "logging_steps": max(1, round(steps / 50)),
         "metric_for_best_model": metric,
         "greater_is_better": metric not in LESS_IS_BETTER,
-        "output_dir": str(Path(config.output).resolve()),  # checkpoints refer to the best one by this path
-        "seed": config.seed,
+        "output_dir": str(Path(output).resolve()),  # checkpoints refer to the best one by this path
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),  # the table of φ needs float64, which MPS lacks
     }
@@ -285,7 +293,7 @@ _LEAST = {
 }
 
 
-def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -> None:
+def _check_arguments(given: Mapping[str, Any], types: dict[str, Any], kind: Kind) -> None:
     """Raise ValueError for values that the Trainer rejects late or never."""
     if given.get("prediction_loss_only") and kind.metrics[0] != "loss":
         raise ValueError(
@@ -297,23 +305,8 @@ def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -
         raise ValueError("training: hub_token would be saved with the run. Set HF_TOKEN instead, or `hf auth login`.")
     if "resume_from_checkpoint" in given:
         raise ValueError("training: resume_from_checkpoint has no effect. Use: lrlora train --resume FOLDER.")
-    for name in ("output_dir", "seed"):
-        if name in given:
-            raise ValueError(f"training: {name} is a setting of the run. Pass it as --{name.removesuffix('_dir')}.")
-    for name in (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-        "num_train_epochs",
-        "learning_rate",
-    ):
-        value = given.get(name, 1)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
-            raise ValueError(f"training: {name} must be a number, got {value!r}.")
-    for name, limit in (("learning_rate", math.inf), ("adam_beta1", 1), ("adam_beta2", 1)):
-        value = given.get(name, 0.9)
-        if not isinstance(value, (int, float)) or not 0 < value < limit:
-            raise ValueError(f"training: {name} must be between 0 and {limit:g}, got {value!r}.")
+    if "output_dir" in given:
+        raise ValueError("training: output_dir is a setting of the run. Pass it as --output.")
     for name, value in given.items():
         if name in types:
             require_type(value, types[name], f"training: {name}")
@@ -321,6 +314,9 @@ def _check_arguments(given: dict[str, Any], types: dict[str, Any], kind: Kind) -
             raise ValueError(f"training: {name} must be finite, got {value!r}.")
         if value is not None and name in _LEAST and value < _LEAST[name]:
             raise ValueError(f"training: {name} must be ≥ {_LEAST[name]}, got {value!r}.")
+    for name, limit in (("learning_rate", math.inf), ("adam_beta1", 1), ("adam_beta2", 1)):
+        if not 0 < (value := given.get(name, 0.9)) < limit:
+            raise ValueError(f"training: {name} must be between 0 and {limit:g}, got {value!r}.")
 
 
 def make_trainer(

@@ -80,28 +80,28 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
 
 
 def _cut(inputs: Inputs) -> str:
-    if inputs.max_length is None:
+    if inputs.record.max_length is None:
         return ""
-    return f"; {inputs.too_long:,} training examples are truncated to {inputs.max_length} tokens"
+    return f"; {inputs.too_long:,} training examples are truncated to {inputs.record.max_length} tokens"
 
 
 def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
     """Data format, examples that TRL drops, and the first example as the model reads it."""
-    if inputs.rendering is not None:
+    if inputs.record.rendering is not None:
         yield f"Format: {_format_line(chat_template, inputs)}"
         if unanswered := without_answer(inputs.data.splits["train"]):
-            last = " The loss leaves their last turns out." if inputs.loss_on == ANSWERS else ""
+            last = " The loss leaves their last turns out." if inputs.record.loss_on == ANSWERS else ""
             yield f"Warning: {unanswered:,} of {inputs.count:,} chats do not end with an answer.{last}"
     encoded, arguments = trainer.train_dataset, trainer.args
     if not len(encoded):  # type: ignore[arg-type]
         raise ValueError(
-            f"No example has an answer within its first {inputs.max_length} tokens. Increase --max-length, or use "
-            "shorter chats."
+            f"No example has an answer within its first {inputs.record.max_length} tokens. Increase --max-length, or "
+            "use shorter chats."
         )
     left = inputs.count - len(encoded)  # type: ignore[arg-type]
     if left and not getattr(arguments, "packing", False):
         yield (
-            f"Skipped {left:,} of {inputs.count:,} examples, whose first {inputs.max_length} tokens contain "
+            f"Skipped {left:,} of {inputs.count:,} examples, whose first {inputs.record.max_length} tokens contain "
             "nothing to compute the loss on."
         )
     first = next(iter(encoded))  # type: ignore[arg-type]
@@ -113,8 +113,8 @@ def _format_line(given: str | None, inputs: Inputs) -> str:
     found = format_of(inputs.data.splits["train"].column_names)
     template = "the model's own chat template" if given is None else f"the chat template {given}"
     how = {CHAT: f"as chats, rendered with {template}", PLAIN: "as plain text, without a template", TEXT: "as is"}
-    part = ", with the loss on the answers" if inputs.loss_on == ANSWERS else ""
-    return f"{found.name}, read {how[str(inputs.rendering)]}{part}."
+    part = ", with the loss on the answers" if inputs.record.loss_on == ANSWERS else ""
+    return f"{found.name}, read {how[str(inputs.record.rendering)]}{part}."
 
 
 def cut_line(trainer: Trainer) -> str:

@@ -24,23 +24,28 @@ def prepare(
     inputs: Inputs,
     callbacks: list[TrainerCallback],
     announce: Announce,
-    *,
-    per_step: int | None = None,
 ) -> Trainer:
     """Create and check the Trainer of a run, and announce its plan.
 
     Args:
         config: the run.
-        inputs: its inputs.
+        inputs: its inputs. The examples per step of their record, if any, are kept on any number of processes.
         callbacks: of the Trainer.
         announce: receives the plan and the first example, line by line.
-        per_step: examples per step of a run to resume, on any number of processes; default: by its settings.
 
     Raises:
         ValueError: a setting is invalid, or does not fit the data.
 
     """
-    arguments = training_arguments(config, inputs.kind, inputs.rows, inputs.max_length, per_step)
+    arguments = training_arguments(
+        inputs.kind,
+        config.arguments,
+        config.output,
+        rows=inputs.rows,
+        max_length=inputs.record.max_length,
+        is_full=config.method == "full",
+        examples_per_step=inputs.record.examples_per_step,
+    )
     count = len(inputs.data.splits["validation"])
     if arguments.dataloader_drop_last and count < arguments.eval_batch_size * arguments.world_size:
         raise ValueError(

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.card import write_card
 from .hub import push
-from .inputs import Inputs
+from .inputs import Inputs, examples_per_step
 from .methods import METHODS, AdaLoraCallback, set_rank_pattern
 from .metrics import plain_metrics
 from .plan import cut_line, seconds_per_batch
@@ -105,12 +104,12 @@ def train(
     with only_writer(output):
         began = require_startable(config, resume=resume, overwrite=overwrite)
         inputs = Inputs.read(config)
-        per_step = None
         if began is not None:
             # A resumed run may have another number of processes, but must keep the examples per step and the loss.
-            per_step, inputs = began.examples_per_step, replace(inputs, loss_on=began.loss_on)
-        trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce, per_step=per_step)
-        record = inputs.record(config, trainer.args, began.run_id if began else uuid4().hex)
+            kept = {name: getattr(began, name) for name in ("run_id", "examples_per_step", "loss_on")}
+            inputs = replace(inputs, record=replace(inputs.record, **kept))
+        trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce)
+        record = replace(inputs.record, examples_per_step=examples_per_step(trainer.args))
         last = last_checkpoint(output, trainer, record, announce) if began else None
         trainer.add_callback(KeepRecord(record))
         # Modify files only after all checks have passed in every process.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..checks import check_truncation, require_known, require_type
 from ..files import readable
@@ -22,6 +23,7 @@ ARGUMENTS = {
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "batch_size": "per_device_train_batch_size",
+    "seed": "seed",
 }
 
 # Other libraries' names for run settings.
@@ -131,12 +133,8 @@ class TrainConfig:
         from .methods import METHODS  # lazy, so that `lrlora train --help` does not import torch
         from .tasks import KINDS
 
-        for name in ("adapter", "training", "columns"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must map names to values, got {getattr(self, name)!r}.")
-        for name in ("model", "data", "output"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a name or a path, got {getattr(self, name)!r}.")
+        for name, hint in get_type_hints(TrainConfig).items():
+            require_type(getattr(self, name), hint, name)
         require_known("task", self.task, KINDS)
         kind = KINDS[self.task]
         if self.method == AUTO:
@@ -144,12 +142,11 @@ class TrainConfig:
         require_known("method", self.method, METHODS)
         for role in self.columns:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
-        if not isinstance(self.validation_share, (int, float)) or not 0 < self.validation_share < 1:
+        if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share!r}.")
         for name in ("learning_rate", "head_learning_rate", "epochs", "alpha"):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (is_number and 0 < value < float("inf")):
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
         if self.loss is not None or self.size is not None:
             if self.loss is not None and self.size is not None:
@@ -172,7 +169,7 @@ class TrainConfig:
         counts = ("max_length", "train_examples", "validation_examples", "rank", "steps", "batch_size")
         for name, least in (*((name, 1) for name in (*counts, "early_stopping", "rank_every")), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is not None and value < least:
                 raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
         for name, field_name in ARGUMENTS.items():
             if (value := getattr(self, name)) is not None:
@@ -219,9 +216,7 @@ class TrainConfig:
                 "or add them to the YAML file."
             )
         size = content.get("size")
-        config = cls(**{**content, "size": str(size)} if type(size) is int else content)
-        require_type(config, cls, "configuration")
-        return config
+        return cls(**{**content, "size": str(size)} if type(size) is int else content)
 
 
 def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], place: str) -> None:
