@@ -93,7 +93,7 @@ def german() -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     from lrlora.train.packages import SMOLLM2, checkpoint
-    from lrlora_lab.corpora import load_corpus
+    from lrlora_lab.byte_model import load_corpus
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(SMOLLM2))
     corpus = load_corpus("german")

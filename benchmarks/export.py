@@ -85,7 +85,7 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
                     answers(python, folder, inputs),
                     ranks=[min(ranks), sum(ranks) / len(ranks), max(ranks)],
                     parameters=sum(part.parameters for part in factors),
-                    difference=output_difference(adapter, folder).relative,
+                    difference=output_difference(adapter, folder),
                 )
             )
         records.append(record("LoRA, the demo's", demo / "lora", answers(python, demo / "lora", inputs)))

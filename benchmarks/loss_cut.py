@@ -93,7 +93,7 @@ def german() -> None:
     """Speeches in pieces of about 64 tokens, in disjoint splits."""
     from datasets import Dataset, DatasetDict
 
-    from lrlora_lab.corpora import load_corpus
+    from lrlora_lab.byte_model import load_corpus
 
     parts = {}
     for name, data, count in zip(("train", "validation", "test"), load_corpus("german"), (800, 128, 200), strict=True):
@@ -257,9 +257,8 @@ def byte_case(folder: Path, seed: int) -> Case:
     from lrlora.ranks import mean_loss, smallest
     from lrlora.ranks.cut import LossCurve, directions
     from lrlora.ranks.moments import collect_moments
-    from lrlora_lab.byte_model import CONTEXT, sample_batch
+    from lrlora_lab.byte_model import CONTEXT, load_corpus, sample_batch
     from lrlora_lab.capacity_tasks import TEST_WINDOWS, transfer
-    from lrlora_lab.corpora import load_corpus
 
     corpus, setting = load_corpus("german"), transfer("german", 16, seed)
     model = PeftModel.from_pretrained(setting.model, folder)
@@ -526,8 +525,7 @@ def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
     import torch
 
     from lrlora.ranks import model_loss
-    from lrlora_lab.byte_model import sample_batch
-    from lrlora_lab.corpora import load_corpus
+    from lrlora_lab.byte_model import load_corpus, sample_batch
 
     if name != BYTES:
         subject, _ = loaded(name, run_folder(name, "lora", 8, rate_of(name), 0))

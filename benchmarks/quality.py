@@ -25,7 +25,7 @@ from sections import table, with_section  # noqa: E402
 
 from lrlora_lab.jobs import TUNING_SEED, best_trial, read_records  # noqa: E402
 from lrlora_lab.methods import find_method  # noqa: E402
-from lrlora_lab.suites import load_suite  # noqa: E402
+from lrlora_lab.suite import load_suite  # noqa: E402
 
 PAGE, RESULTS = DOCS / "speed.md", DOCS / "speed"
 SUITE = Path(__file__).with_suffix(".yaml")

@@ -91,8 +91,7 @@ def windows(data: Tensor, count: int, length: int) -> list[Batch]:
 
 def byte_task(name: str) -> Task:
     """The byte model on a corpus."""
-    from lrlora_lab.byte_model import CONTEXT, base_model, sample_batch
-    from lrlora_lab.corpora import load_corpus
+    from lrlora_lab.byte_model import CONTEXT, base_model, load_corpus, sample_batch
 
     corpus = cache(load_corpus)
 
@@ -119,7 +118,7 @@ def smollm2_task() -> Task:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lrlora.train.models import model_source
-    from lrlora_lab.corpora import load_corpus
+    from lrlora_lab.byte_model import load_corpus
 
     @cache
     def tokens(corpus: str, part: int, count: int) -> Tensor:

@@ -15,7 +15,7 @@ def main() -> None:
     """Open the page in Chromium, and save what a reader sees first."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1500})
+        page = browser.new_page(viewport={"width": 1280, "height": 1408})
         page.goto(Path(sys.argv[1]).absolute().as_uri())
         page.wait_for_selector("body[data-ready]")
         page.screenshot(path=PICTURE)

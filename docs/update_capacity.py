@@ -8,7 +8,7 @@ from sections import with_section
 
 from lrlora_lab.capacity_report import differences
 from lrlora_lab.jobs import Comparison, read_records
-from lrlora_lab.markdown import markdown
+from lrlora_lab.tables import markdown
 
 FOLDER = Path(__file__).parent / "compare" / "capacity"
 PAGE = Path(__file__).parent / "capacity.md"

@@ -11,8 +11,7 @@ from sections import table, with_section
 from lrlora_lab.jobs import Record, read_comparison, read_records
 from lrlora_lab.methods import find_method
 from lrlora_lab.statistics import Interval, paired_difference
-from lrlora_lab.suite import Task
-from lrlora_lab.suites import load_suite
+from lrlora_lab.suite import Task, load_suite
 from lrlora_lab.tables import final_runs, learned_ranks
 
 DOCS = Path(__file__).parent

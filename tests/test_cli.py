@@ -58,7 +58,7 @@ def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert f"transformers │ {transformers.__version__}" in said
-    assert re.search(r"ΔW of 1024 × 1024 in [\d.]+ ms, [\d.]+ times as fast as plain PyTorch", said)
+    assert re.search(r"kernels\W+native", said)
     installed = doctor._installed
     monkeypatch.setattr(
         doctor, "_installed", lambda name: "0.1" if name in ("peft", "safetensors") else installed(name)
@@ -116,9 +116,7 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
 
     before = (tmp_path / "page.html").read_bytes()
     assert "exists already" in run("report", adapter, "--output", tmp_path / "page.html").output
-    twice = run("report", adapter, adapter, "--output", tmp_path / "page.html", "--overwrite")
-    assert twice.exit_code == 1
-    assert "is given twice" in twice.output
+    assert run("report", adapter, adapter, "--output", tmp_path / "page.html", "--overwrite").exit_code == 0
     assert "is not empty" in run("report", adapter, "--output", tmp_path / "2.html", "--pictures", tmp_path).output
     assert (tmp_path / "page.html").read_bytes() == before
     assert not (tmp_path / "2.html").exists()

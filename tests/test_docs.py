@@ -370,7 +370,7 @@ def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
 
 
-@pytest.mark.parametrize("module", ["lrlora.tuner.config", "lrlora.tuner.model", "lrlora.ranks.walk"])
+@pytest.mark.parametrize("module", ["lrlora.tuner.config", "lrlora.tuner.model", "lrlora.ranks.report"])
 def test_the_examples_of_docstrings_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(module))
     assert found.attempted >= 3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,11 @@ from safetensors.torch import save_file
 
 from lrlora.adapters import factorize, read_updates, save_as_lora
 from lrlora.checks import in_markdown, printable
-from lrlora.naming import shortened
 from lrlora.ranks import rank_report
 from lrlora.views.card import model_card
 from lrlora.views.runs import Run
-from lrlora.views.tables import factors_table, rank_table
-from lrlora_lab.markdown import failure_line, markdown
+from lrlora.views.tables import factors_table, rank_table, shortened
+from lrlora_lab.tables import failure_line, markdown
 
 NASTY = "a\x1b[31mred \u202eabc\nError: |[b](c)|`<i>`"
 
@@ -91,3 +92,11 @@ def test_what_just_fits_is_not_shortened() -> None:
         "… cc",
         "… cc",
     ]
+
+
+def test_long_names_leave_the_numbers_whole(nasty: Path) -> None:
+    part = factorize(read_updates(nasty), energy=1.0)[0]
+    factors = [replace(part, module=f"{'path.' * 9}{i}") for i in range(3)]
+    console = Console(width=70, record=True, file=io.StringIO())
+    console.print(factors_table(factors, "title", width=70))
+    assert re.search(r"… (path\.)+2 +2 +2\.0 +2 +100\.00 +8 *$", console.export_text(), re.MULTILINE)

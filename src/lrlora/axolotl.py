@@ -18,12 +18,11 @@ from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 from transformers import TrainerCallback
 
-from .checks import require_known
-from .learned_ranks import LearnedRanksCallback
-from .sizes import parse_size
+from .checks import parse_size, require_known
+from .ranks.learned import LearnedRanksCallback
 from .tuner import LrLoraConfig
 
 _NAME = "lrlora"
@@ -48,17 +47,12 @@ class LrLoraArgs(BaseModel):
                 require_known("setting", name, cls.model_fields)
         return settings
 
-    @field_validator("lrlora_size")
-    @classmethod
-    def _check_size(cls, size: str | None) -> str | None:
-        if size is not None:
-            parse_size(size, "lrlora_size")
-        return size
-
     @model_validator(mode="after")
     def _check_together(self) -> LrLoraArgs:
         if self.lrlora_size is not None and self.lrlora_config is not None:
             raise ValueError("lrlora_size learns the ranks of a plain LoRA. Remove it, or remove lrlora_config.")
+        if self.lrlora_size is not None:
+            parse_size(self.lrlora_size, "lrlora_size")
         if self.lrlora_config is not None:
             LrLoraConfig(**self.lrlora_config)
         return self

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -120,23 +119,17 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
 def replacing_folder(output: Path) -> Iterator[Path]:
     """Context with a temporary folder next to `output`, renamed to it on success, else removed."""
     with only_writer(output):
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", suffix=".partial", dir=output.parent))
+        partial = output.with_name(f".{output.name}-{os.getpid()}.partial")
+        partial.mkdir()
         try:
             with writing(output):
                 yield partial
-            partial.chmod(0o777 & ~_umask())  # mkdtemp restricts access to its user
             for file in partial.rglob("*"):
                 if file.is_file():
                     flush(file)
             partial.replace(output)  # replaces an empty folder
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 @contextmanager
@@ -179,7 +172,6 @@ def require_regular(name: str | os.PathLike[str], below: str = "*") -> None:
             raise ValueError(f"{path} is a pipe, socket or device. Replace it with a regular file.")
 
 
-_LARGEST_TEXT = 2**30  # as Python values, it takes many times its size
 # Maximum nesting. Expected files have a few levels; recursive code takes several calls per level.
 DEEPEST = 100
 _NO_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
@@ -187,18 +179,13 @@ _STEPS = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 
 
 def read_text(path: Path) -> str:
-    """Read a regular text file of limited size.
+    """Read a regular text file.
 
     Raises:
         ValueError: it is something else.
 
     """
     require_regular(path)
-    size = path.stat().st_size
-    if size > _LARGEST_TEXT:
-        raise ValueError(
-            f"{path} has {size / 2**30:.1f} GiB, more than the limit of 1 GiB. Check that it is the right file."
-        )
     return path.read_text(encoding="utf-8")
 
 

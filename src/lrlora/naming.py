@@ -93,13 +93,3 @@ def module_kind(path: str) -> str:
     if _ATTENTION.search(path):
         return "attention"
     return "mlp" if _MLP.search(path) else "other"
-
-
-MOST_ROWS = 16  # of a terminal table; larger tables show means by type and layer
-
-
-def shortened(path: str, room: int) -> str:
-    """Shorten a module path to `room` characters by dropping leading parts; parts are never cut."""
-    parts = path.split(".")
-    first = next((i for i in range(len(parts)) if len(".".join(parts[i:])) + 2 * (i > 0) <= room), len(parts) - 1)
-    return ("… " if first else "") + ".".join(parts[first:])

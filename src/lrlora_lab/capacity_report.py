@@ -20,13 +20,11 @@ from lrlora.tuner import LrLoraConfig
 from lrlora.views.figure import save_figure
 
 from .capacity import CapacityTask
-from .equivalence import equivalent_rank
 from .figures import with_legend
 from .jobs import Comparison, Record, read_records
-from .markdown import failure_line, markdown
 from .methods import METHODS, find_method
-from .statistics import Interval, paired_difference
-from .tables import final_runs, ratio, same_hardware
+from .statistics import Interval, equivalent_rank, paired_difference
+from .tables import failure_line, final_runs, markdown, ratio, same_hardware
 
 LORA = METHODS["lora"].name
 LABEL_STEPS, LABEL_CLASSES = 800, 64  # of the tasks that vary only the number of texts

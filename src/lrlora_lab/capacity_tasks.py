@@ -18,8 +18,7 @@ from lrlora.files import cache_folder, replacing
 from lrlora.train.embedded import MOVIE_REVIEW_TASK, load_animals
 from lrlora.train.packages import MINILM, VIT, checkpoint
 
-from .byte_model import base_model, mean_loss, sample_batch
-from .corpora import load_corpus
+from .byte_model import base_model, load_corpus, mean_loss, sample_batch
 
 TOKENS = 8  # tokens per text of `labels`, which determine the cost of a step
 PICTURE = 42  # pixels: 3 × 3 patches, and one token for the whole image

@@ -36,10 +36,9 @@ def demo(
         from lrlora.views.runs import load_runs
         from lrlora.views.tables import rank_table
 
-        from .demo import DemoSettings, expected_time, run_demo
+        from .demo import DemoSettings, run_demo
 
         settings = DemoSettings(steps=steps, seed=seed)
-        announce(f"Takes about {expected_time(settings)} (h:mm:ss) on this machine, downloads not included.")
         try:
             results = run_demo(output, settings, overwrite=overwrite, announce=announce)
         except Interrupted:
@@ -70,16 +69,12 @@ def demo(
 @app.command()
 def compare(
     suite: Annotated[
-        str | None,
+        str,
         typer.Argument(
-            help="offline-nlu, offline-commonsense, offline-vision, capacity, glue, commonsense, vision or smoke, or a "
-            "YAML file."
+            help="offline-nlu, offline-commonsense, offline-vision, capacity, glue, commonsense, llama-3-8b, vision or "
+            "smoke, or a YAML file."
         ),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="Preset for GPUs instead of a suite: roberta-base, llama-3-8b, vit-base."),
-    ] = None,
+    ],
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: the main ones.")] = None,
     ablation: Annotated[
         str | None,
@@ -121,31 +116,20 @@ def compare(
           steps: 500
     """  # noqa: D301 (click reads the character)
     with one_clear_error():
-        name = _suite(suite, preset)
         quiet()
         from .jobs import Comparison, read_comparison
 
-        folder = output or Path(f"lrlora-compare-{Path(name).stem}")
+        folder = output or Path(f"lrlora-compare-{Path(suite).stem}")
         given: dict[str, Any] = {"seeds": seeds, "rank": rank, "model": model, "steps": steps}
         comparison = (
-            read_comparison(name, folder)
+            read_comparison(suite, folder)
             if report
-            else Comparison(name, **given, **_lists(methods, ablation, tasks, rates))
+            else Comparison(suite, **given, **_lists(methods, ablation, tasks, rates))
         )
-        if dry_run or (preset is not None and not report):
+        if dry_run:
             _show_plan(comparison)
-        if not dry_run:
+        else:
             _run(comparison, folder, hours, report=report)
-
-
-def _suite(suite: str | None, preset: str | None) -> str:
-    if (suite is None) == (preset is None):
-        raise ValueError("Pass either a suite, such as offline-nlu, or --preset.")
-    if preset is not None:
-        from .suites import PRESETS
-
-        require_known("preset", preset, PRESETS)
-    return str(suite or preset)
 
 
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:
@@ -175,7 +159,7 @@ def _words(text: str) -> list[str]:
 
 def _show_plan(comparison: Comparison) -> None:
     from .methods import find_method
-    from .task_data import check_data
+    from .queue import check_data
 
     for line in check_data(comparison):
         announce(line)

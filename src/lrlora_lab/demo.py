@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from lrlora.files import read_json, write_json
@@ -32,8 +29,6 @@ _DATA = "embedded:movie-reviews"
 BATCH_SIZE = 16  # for the reviews
 TEST_EXAMPLES = 1_500  # a fixed sample of the held-out snippets
 LABEL_STEPS, LABEL_BATCH = 8, 64  # steps per step on the reviews
-# Time of the default demo in units of `_unit`, measured on two cores.
-_DEFAULT_STEPS, _UNITS = 100, 1_200
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class DemoSettings:
 
     """
 
-    steps: int = _DEFAULT_STEPS
+    steps: int = 100
     seed: int = 1
 
 
@@ -82,23 +77,6 @@ LABELS = (
     ("lora+r=16", 5e-3, 4.0),
     ("expansion+r=4+num_terms=8", 1e-2, 4.0),
 )
-
-
-def expected_time(settings: DemoSettings) -> timedelta:
-    """Rough duration of the demo on this machine, from the time of some matrix products."""
-    return timedelta(seconds=round(_UNITS * _unit() * settings.steps / _DEFAULT_STEPS))
-
-
-def _unit() -> float:
-    """Seconds for a hundred products like those of a step, the least of five times."""
-    x, weight = torch.randn(512, 384), torch.randn(384, 1536)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(100):
-            x @ weight
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def run_demo(

@@ -10,7 +10,7 @@ import gzip
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import quote
@@ -25,11 +25,11 @@ from lrlora.train.tasks import KINDS
 
 from .capacity import CapacityTask
 from .methods import MAIN_METHODS, Method, find_method
-from .suite import Suite
-from .suites import load_suite
+from .suite import Suite, load_suite
 
 TUNING_SEED = 0
 SETTINGS_FILE = "comparison.json"
+_ANOTHER = "Choose another --output."
 CALL_FILE = "call.json"  # last call
 PACKED_FILE = "jobs.jsonl.gz"  # finished jobs, packed
 _LOCKS = "locks"
@@ -43,16 +43,11 @@ Record = dict[str, Any]
 _OF_THE_DONE, _OF_THE_TESTED = ("criterion", "test"), ("seconds", "trainable")
 
 
-class _SuiteSettings(TypedDict):
-    model: str
-    tasks: dict[str, dict[str, Any]]
-
-
 class _Settings(TypedDict):
     """Contents of the settings file."""
 
     rank: int
-    suite: _SuiteSettings
+    suite: dict[str, Any]
 
 
 class _Identity(TypedDict):
@@ -105,7 +100,7 @@ class Comparison:
     """A comparison.
 
     Args:
-        suite: a key of `SUITES` or `PRESETS`, or a YAML file with a suite.
+        suite: name of a suite in `suites/`, or a YAML file with one.
         methods: keys of `find_method`; the reference is "lora", or else the first. Default: the task's own, or else the
             main ones.
         seeds: final runs per method and task, at the rate chosen with one more seed.
@@ -282,8 +277,7 @@ def check_folder(comparison: Comparison, output: Path) -> None:
     """Raise FileExistsError unless the folder is free, or has a comparison of the same suite and rank."""
     path = output / SETTINGS_FILE
     if path.exists():
-        stored = read_json(path, _Settings, "Choose another --output.")
-        if other := _difference(stored, _settings(comparison)):
+        if other := _difference(path, comparison):
             raise FileExistsError(
                 f"The folder {output} contains another comparison: {other} differs. Choose another --output."
             )
@@ -316,11 +310,11 @@ def prepare(comparison: Comparison, output: Path) -> None:
     (output / _LOCKS).mkdir(parents=True, exist_ok=True)
     with FileLock(output / _LOCKS / "settings.lock"):
         check_folder(comparison, output)  # again: another process may have been faster
-        settings = _settings(comparison)
+        wanted: dict[str, Any] = {"rank": comparison.r, "suite": asdict(_as_run(comparison.definition))}
         if (output / SETTINGS_FILE).exists():
-            stored = read_json(output / SETTINGS_FILE, _Settings, "Choose another --output.")
-            settings["suite"]["tasks"] = {**stored["suite"]["tasks"], **settings["suite"]["tasks"]}
-        write_json(output / SETTINGS_FILE, settings)  # first: marks the folder as a comparison's
+            stored = read_json(output / SETTINGS_FILE, _Settings, _ANOTHER)
+            wanted["suite"]["tasks"] = stored["suite"]["tasks"] | wanted["suite"]["tasks"]
+        write_json(output / SETTINGS_FILE, wanted)  # first: marks the folder as a comparison's
         write_json(output / CALL_FILE, asdict(comparison))
         for name in ("jobs", "logs", "runs"):
             (output / name).mkdir(exist_ok=True)
@@ -342,46 +336,30 @@ def read_comparison(suite: str, output: Path) -> Comparison:
         return Comparison(**{**call, **lists, "suite": suite})
 
 
-def _settings(comparison: Comparison) -> Any:
-    settings = json.loads(json.dumps({"rank": comparison.r, "suite": asdict(comparison.definition)}))
-    suite = settings["suite"]
-    for task in suite["tasks"].values():
-        task.pop("methods", None)  # the selected methods do not affect a run
-    for name in ("methods", "rank", "protocol"):
-        del suite[name]
-    for values in (suite, *suite["tasks"].values()):  # comparisons from before these fields lack them
-        for name, default in _UNLESS.items():
-            if values.get(name) == default:
-                values.pop(name, None)
-    return settings
+def _as_run(suite: Suite) -> Suite:
+    """Suite without default methods, rank and protocol, which do not affect a run."""
+    tasks = {
+        name: replace(task, methods=()) if isinstance(task, CapacityTask) else task
+        for name, task in suite.tasks.items()
+    }
+    return replace(suite, tasks=tasks, methods=(), rank=Suite.rank, protocol="")
 
 
-_UNLESS: dict[str, Any] = {
-    "scale": 1.0,
-    "adapter": {},
-    "training": {},
-    "test_data": [],
-    "climbs_diagonally": False,
-    "delimiter": None,
-    "encoding": None,
-    "skip_empty": False,
-}
-
-
-def _difference(stored: Any, wanted: Any) -> str:
-    """The first setting that differs, apart from added or removed tasks; empty if there is none."""
-    if stored["rank"] != wanted["rank"]:
+def _difference(path: Path, comparison: Comparison) -> str:
+    """The first setting that differs from a settings file, apart from added or removed tasks; empty if none."""
+    stored = read_json(path, _Settings, _ANOTHER)
+    if stored["rank"] != comparison.r:
         return "rank"
-    old, new = (settings["suite"] for settings in (stored, wanted))
-    for name in sorted((old.keys() | new.keys()) - {"tasks"}):
-        if old.get(name) != new.get(name):
-            return name
-    common = sorted(old["tasks"].keys() & new["tasks"].keys())
-    for task in common:
-        before, after = old["tasks"][task], new["tasks"][task]
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
-                return f"{name} of the task {task}"
+    with readable(path, _ANOTHER):
+        old, new = _as_run(Suite.from_dict(stored["suite"])), _as_run(comparison.definition)
+    common = [task for task in old.tasks if task in new.tasks]
+    pairs: list[tuple[Any, Any, str]] = [(old.tasks[task], new.tasks[task], f" of the task {task}") for task in common]
+    for before, after, where in ((replace(old, tasks={}), replace(new, tasks={}), ""), *pairs):
+        if type(before) is not type(after):
+            return f"task{where}"
+        for each in fields(before):
+            if getattr(before, each.name) != getattr(after, each.name):
+                return f"{each.name}{where}"
     return "" if common else "every task"
 
 

@@ -1,4 +1,4 @@
-"""Runs the missing jobs of a comparison; resumable and concurrent.
+"""Checks the local data of a comparison and runs its missing jobs; resumable and concurrent.
 
 Each job runs in a separate process with an atomic result file. Rerun the same command to resume, or run it several
 times at once: processes share the jobs through locks.
@@ -24,10 +24,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lrlora.files import write_json
+from lrlora.train.data import load_examples, load_splits, load_task_data, require_data_path, sampled
+from lrlora.train.tasks import KINDS
 
-from .jobs import DIVERGED, FAILED, Comparison, Job, Record, prepare, read_records
-from .suite import Suite
-from .task_data import check_data
+from .jobs import DIVERGED, FAILED, Comparison, Job, Record, prepare, read_records, train_config
+from .methods import find_method
+from .suite import Suite, Task
 
 
 def run_comparison(
@@ -197,3 +199,45 @@ def _run(worker: _Worker, job: Job, comparison: Comparison, output: Path) -> str
             record = {**request, "failure": said, "diverged": status == DIVERGED}
     write_json(output / "jobs" / f"{job.name}.json", record | {"wall": time.monotonic() - started})
     return None
+
+
+def check_data(comparison: Comparison) -> Iterator[str]:
+    """Read the files and folders of all tasks; yield the number of examples of each, and warnings.
+
+    Data of the hub and embedded data are left to the jobs.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the data of a task cannot be used; the message names the task.
+
+    """
+    for name in comparison.task_names:
+        task = comparison.definition.training_tasks.get(name)
+        if task is None:
+            continue
+        try:
+            for data in (task.data, *(other for other, _ in task.tests)):
+                require_data_path(data)
+            if not Path(task.data).exists():
+                continue
+            yield from _checked(comparison, name, task)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"Task {name}: {error}") from None
+
+
+def _checked(comparison: Comparison, name: str, task: Task) -> Iterator[str]:
+    config = train_config(comparison.definition, name, find_method("lora"), 1.0, 1, comparison.r, Path())
+    kind = KINDS[task.task]
+    if not task.test_data and task.test not in (there := load_splits(task.data, config)):
+        raise ValueError(
+            f"{task.data} has no split {task.test}. Available splits: {', '.join(there)}. Select one with test: "
+            "SPLIT, or pass a file with test_data: FILE."
+        )
+    data = load_task_data(config, kind)
+    counts = [f"{len(data.splits['train']):,} training", f"{len(data.splits['validation']):,} validation"]
+    for source, split in task.tests:
+        if Path(source).exists():
+            test, _ = load_examples(config, kind, source, split, data.labels, with_label=True)
+            counts.append(f"{len(sampled(test, task.test_examples)):,} test")
+    yield f"Data of {name}: {', '.join(counts)} examples."
+    yield from data.notes

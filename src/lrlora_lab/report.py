@@ -14,15 +14,16 @@ from lrlora.views.figure import save_figure
 from .capacity_report import write_capacity_report
 from .figures import parameters_figure, ranks_figure, rates_figure
 from .jobs import Comparison, Record, check_folder, read_records
-from .markdown import failure_line, markdown
 from .methods import find_method
 from .statistics import Interval
 from .tables import (
     SIGNIFICANT,
     against_reference,
     conditions,
+    failure_line,
     final_runs,
     learned_ranks,
+    markdown,
     ranks_by_layer,
     results,
     tidy,

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrlora.train.packages import NAMES, SMOLLM2, checkpoint, fetch
 
-from .byte_model import sample_batch
+from .byte_model import load_corpus, sample_batch
 from .capacity_tasks import EVALUATED_AT_ONCE, Setting, shuffled
-from .corpora import load_corpus
 
 LAYER = 24  # of 30; its MLP learns the phone book
 DIGITS = 10  # of a number

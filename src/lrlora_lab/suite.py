@@ -1,15 +1,20 @@
-"""Suites of a comparison: a model, and tasks with settings shared by all methods."""
+"""Suites of a comparison: a model, and tasks with settings shared by all methods.
+
+Those of this package are YAML files in `suites/`, with the protocol of their field and its source.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from lrlora.checks import require_known, require_type
-from lrlora.train.metrics import LESS_IS_BETTER
 from lrlora.train.tasks import KINDS, ChoiceByLikelihood
+from lrlora.train.tasks.base import LESS_IS_BETTER
+from lrlora.train.yaml import read_yaml
 
 from .capacity import KINDS as CAPACITY_KINDS
 from .capacity import CapacityTask
@@ -160,3 +165,19 @@ def _task(name: str, content: Any) -> Task | CapacityTask:
         return kind(**content)
     except TypeError as error:
         raise ValueError(f"The task {name} is not complete: {error}") from None
+
+
+def load_suite(name: str) -> Suite:
+    """A suite of this package, or a user's from a YAML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such suite, or the file does not hold one.
+
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        own = {file.stem: file for file in sorted((Path(__file__).parent / "suites").glob("*.yaml"))}
+        require_known("suite", name, own)
+        path = own[name]
+    return Suite.from_dict(read_yaml(path))

@@ -1,4 +1,4 @@
-"""Tables of a comparison, as pandas frames: tidy results, one row per cell, tuning, and learned ranks."""
+"""Tables of a comparison, as pandas frames: tidy results, one row per cell, tuning, learned ranks; and as Markdown."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lrlora.checks import in_markdown
 from lrlora.naming import layer_index
 
 from .jobs import TUNING_SEED, Comparison, Record
 from .methods import find_method
-from .statistics import columns_differ, gap, holm, paired_difference, share_between_columns
+from .statistics import EquivalentRank, Interval, columns_differ, gap, holm, paired_difference, share_between_columns
 from .suite import Task
 
-_NESTED = ("validation", "test", "ranks", "versions", "peft_config", "examples")  # what does not fit into a column
+_NESTED = ("validation", "test", "ranks", "versions", "peft_config", "examples")  # fields that do not fit into a column
 SIGNIFICANT = 0.05  # p after correction
 
 
@@ -259,3 +260,41 @@ def ranks_by_layer(
         if method == comparison.reference or find_method(method).train == "lr-lora"
     }
     return {cell: places for cell, places in maps.items() if places}
+
+
+# Decimal places; other columns are not rounded.
+_DIGITS = {"mean difference": 1, "loss": 1, "difference": 2, "p": 3, "time": 2, "memory": 2}
+_DIGITS |= {"stable rank": 2, "energy-99 rank": 1, "attention − MLP": 3, "Cohen's d": 2}
+_DIGITS |= {"loss (nats)": 3, "difference (nats)": 3, "std": 3, "step": 2, "terms": 1, "ρ": 2}
+_DIGITS |= {"growth": 2, "stable rank at the fewest texts": 1, "at the most": 1}
+_DIGITS |= {f"{name} differ: p": 4 for name in ("modules", "layers", "types")}
+_DIGITS |= {f"share of {name}": 2 for name in ("modules", "layers", "types")}
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Frame as a table."""
+
+    def show(name: object, value: object) -> str:
+        digits = _DIGITS.get(str(name))
+        if value is None or isinstance(value, EquivalentRank):
+            return "" if value is None else str(value)
+        if isinstance(value, Interval):
+            values = [show(name, part) for part in (value.value, value.low, value.high)]
+            return values[0] if "" in values else f"{values[0]} ({values[1]} to {values[2]})"
+        if isinstance(value, float):
+            if math.isnan(value):
+                return ""
+            if math.isinf(value):
+                return "failed"
+            return f"{value:g}" if digits is None else f"{value:.{digits}f}"
+        return f"{value:,}" if isinstance(value, int) else in_markdown(str(value))
+
+    rows = [[show(name, value) for name, value in row.items()] for row in frame.to_dict("records")]
+    lines = [[in_markdown(str(name)) for name in frame.columns], ["---"] * len(frame.columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def failure_line(record: Record) -> str:
+    """List item with a failed job and the reason."""
+    line = f"{record['task']}, {record['method']}, {record['learning_rate']:g}: {record['failure']}"
+    return f"- {in_markdown(line)}"

@@ -45,7 +45,7 @@ def test_loads_with_peft_and_answers_the_same(train: Train, family: str, pad: bo
     expected = tiny.logits(model)
     loaded = PeftModel.from_pretrained(base, tmp_path / "lora")
     torch.testing.assert_close(tiny.logits(loaded), expected, rtol=1e-4, atol=1e-5)
-    assert output_difference(adapter, tmp_path / "lora").relative < 1e-3
+    assert output_difference(adapter, tmp_path / "lora") < 1e-3
     torch.testing.assert_close(tiny.logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -163,7 +163,7 @@ def test_dtype_of_the_factors(train: Train, tmp_path: Path) -> None:
         save_as_lora(factorize(model, energy=1.0), adapter, tmp_path / str(dtype), dtype=dtype)
     sizes = [(tmp_path / str(d) / "adapter_model.safetensors").stat().st_size for d in (torch.float32, torch.bfloat16)]
     assert sizes[1] < 0.7 * sizes[0]
-    assert output_difference(adapter, tmp_path / "torch.bfloat16").relative < 0.02
+    assert output_difference(adapter, tmp_path / "torch.bfloat16") < 0.02
 
 
 def test_modules_left_out_stay_the_base_model_s(train: Train, tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_outputs_of_heads_that_want_inputs_of_their_own(kind: str, tmp_path: Pat
                 parameter.normal_(0, 0.01)
     model.save_pretrained(tmp_path / "adapter")
     save_as_lora(factorize(model, energy=1.0), tmp_path / "adapter", tmp_path / "lora")
-    assert output_difference(tmp_path / "adapter", tmp_path / "lora").relative < 1e-3
+    assert output_difference(tmp_path / "adapter", tmp_path / "lora") < 1e-3
 
 
 def test_the_folder_may_be_the_current_one_or_behind_a_link(

@@ -13,7 +13,7 @@ from torch import nn
 
 from lrlora import LrLoraConfig
 from lrlora.adapters import factorize
-from lrlora.adapters.factorize import kept_energy, parameters_of_rank
+from lrlora.adapters.factorize import kept_energy, parameters_of_rank, svd_of_product
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
@@ -119,6 +119,20 @@ def test_an_expansion_is_exported_exactly_and_never_formed(
     for part in factorize(model, max_rank=2):
         best = torch.linalg.svdvals(updates[part.module].double()).square()
         assert part.kept == pytest.approx((best[:2].sum() / best.sum()).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(40, 6, 30), (30, 6, 40), (5, 9, 7), (8, 9, 3), (4, 1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_svd_of_a_product(m: int, k: int, n: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    U, V = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    left, sigma, right = svd_of_product(U, V)
+    product = U.double() @ V.double()
+    assert sigma.shape == (min(m, k, n),)
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(product)[: len(sigma)])
+    torch.testing.assert_close((left * sigma) @ right.T, product)
+    for vectors in (left, right):
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(sigma), dtype=torch.float64))
 
 
 def test_zeros_of_the_spectrum_are_not_exported() -> None:

@@ -17,8 +17,17 @@ from torch import Tensor
 from transformers import OPTForCausalLM
 
 from lrlora_lab import byte_model
-from lrlora_lab.byte_model import CONTEXT, base_model, mean_loss, pretrain, sample_batch
-from lrlora_lab.corpora import CORPORA, Corpus, load_corpus, split
+from lrlora_lab.byte_model import (
+    CONTEXT,
+    CORPORA,
+    Corpus,
+    base_model,
+    load_corpus,
+    mean_loss,
+    pretrain,
+    sample_batch,
+    split,
+)
 
 TINY = {"steps": 12, "hidden": 32, "layers": 1, "save_every": 5}
 

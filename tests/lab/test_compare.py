@@ -31,16 +31,15 @@ from lrlora.views.figure import save_figure
 from lrlora_lab import jobs, queue
 from lrlora_lab.figures import parameters_figure, ranks_figure, rates_figure
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, best_trial, prepare, read_records, train_config
-from lrlora_lab.markdown import markdown
 from lrlora_lab.methods import METHODS, find_method
 from lrlora_lab.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
-from lrlora_lab.suite import Suite
-from lrlora_lab.suites import load_suite
+from lrlora_lab.suite import Suite, load_suite
 from lrlora_lab.tables import (
     against_reference,
     conditions,
     final_runs,
     learned_ranks,
+    markdown,
     ranks_by_layer,
     results,
     tuning,
@@ -331,7 +330,7 @@ def test_only_tasks_with_all_seeds_of_both_methods_count() -> None:
             *runs("r8", "lr-lora", 0.7),
             *runs("r8", "dora", 0.9, seeds=1),  # not all of its seeds
             *runs("ratings", "lora", 0.8),  # nobody else
-            *runs("vitaminc", "lr-lora", 0.9),  # no reference
+            *runs("20-newsgroups", "lr-lora", 0.9),  # no reference
             *runs("movie-reviews", "dora", 0.9),
             *runs("movie-reviews", "lora", 0.8),
         ]
@@ -422,7 +421,7 @@ def test_statistics() -> None:
 def test_a_method_is_drawn_alike_in_all_panels() -> None:
     """Tasks may have different methods, and none may lack in the legend."""
     comparison = Comparison("offline-nlu", ("lora", "sine", "lr-lora"), 2, 2)
-    cells = [("r8", "sine"), ("r8", "lora"), ("r8", "lr-lora"), ("vitaminc", "lora"), ("vitaminc", "lr-lora")]
+    cells = [("r8", "sine"), ("r8", "lora"), ("r8", "lr-lora"), ("20-newsgroups", "lora"), ("20-newsgroups", "lr-lora")]
     records = filed([record(task, method, 1e-3, seed, 0.5, 0.8) for task, method in cells for seed in (0, 1, 2)])
     figures = (parameters_figure(comparison, final_runs(records)), rates_figure(comparison, tuning(records)))
     for figure in figures:

@@ -1,4 +1,4 @@
-"""The suites and presets, by the commands that a user types where there is a hub, against the stand-in for it."""
+"""The suites, by the commands that a user types where there is a hub, against the stand-in for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from lrlora.cli import app
 from lrlora_lab.jobs import read_records
 from lrlora_lab.methods import ABLATIONS
-from lrlora_lab.suites import PRESETS, SUITES
+from lrlora_lab.suite import load_suite
 
 from ..hub.data import DATA
 from ..train.small import reviews, save_decoder, save_encoder
@@ -58,7 +58,7 @@ def test_a_suite_runs_to_its_report(
     given = [*(("--tasks", tasks) if tasks else ()), *(("--model", model) if model else ())]
     lrlora(hub, tmp_path, "compare", suite, "--methods", "lora,lr-lora", *given, *SHORT, "--output", "out")
     table = pd.read_csv(tmp_path / "out" / "results.csv")
-    names = tasks.split(",") if tasks else list(SUITES[suite].tasks)
+    names = tasks.split(",") if tasks else list(load_suite(suite).tasks)
     assert set(zip(table["task"], table["method"], strict=True)) == {
         (task, method) for task in names for method in ("LoRA", "LR-LoRA")
     }
@@ -66,29 +66,23 @@ def test_a_suite_runs_to_its_report(
     assert (table["energy-99 rank"] >= 1).all()
 
 
-def test_the_preset_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
+def test_the_suite_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
     hub: dict[str, str], tmp_path: Path
 ) -> None:
-    told = lrlora(hub, tmp_path, "compare", "--preset", "llama-3-8b", "--dry-run")
+    told = lrlora(hub, tmp_path, "compare", "llama-3-8b", "--dry-run")
     assert "14 jobs" in told
     assert "commonsense │ LoRA" in told
     assert not list(tmp_path.iterdir())
-    told = lrlora(hub, tmp_path, "compare", "--preset", "llama-3-8b", *SHORT, "--output", "out")
+    told = lrlora(hub, tmp_path, "compare", "llama-3-8b", *SHORT, "--output", "out")
     assert re.search(r"Plan: llama-3-8b on \S+, r = 32: \d+ jobs\.", told)
     records = {record["method"]: record for record in read_records(tmp_path / "out").values() if record["seed"] == 1}
     assert set(records) == {"lora", "lr-lora"}
     for record in records.values():
         by_set = [
-            record["test"][f"accuracy of {name}"] for name in PRESETS["llama-3-8b"].tasks["commonsense"].test_data
+            record["test"][f"accuracy of {name}"] for name in load_suite("llama-3-8b").tasks["commonsense"].test_data
         ]
         assert len(by_set) == 8
         assert record["test"]["accuracy"] == pytest.approx(sum(by_set) / 8)
-
-
-@pytest.mark.parametrize("preset", [pytest.param("roberta-base", marks=slow), pytest.param("vit-base", marks=slow)])
-def test_a_preset_runs_to_its_report(hub: dict[str, str], tmp_path: Path, preset: str) -> None:
-    lrlora(hub, tmp_path, "compare", "--preset", preset, "--methods", "lora,lr-lora", *SHORT, "--output", "out")
-    assert set(pd.read_csv(tmp_path / "out" / "results.csv")["task"]) == set(PRESETS[preset].tasks)
 
 
 @slow
@@ -156,9 +150,7 @@ def test_an_ablation_is_a_list_of_methods_that_can_be_laid_out(tmp_path: Path, n
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("compare",), "Pass either a suite, such as offline-nlu, or --preset."),
-        (("compare", "glue", "--preset", "vit-base"), "Pass either a suite"),
-        (("compare", "--preset", "vit-bas"), "Did you mean vit-base?"),
+        (("compare", "offline-nl"), "Did you mean offline-nlu?"),
         (("compare", "glue", "--ablation", "gains"), "Did you mean gain?"),
         (("compare", "glue", "--ablation", "gain", "--methods", "lora"), "Remove --methods"),
     ],

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrlora.ops import cpu, library
+from lrlora.ops import cpu
 from lrlora.ops.table import TransferTable
 from lrlora.ops.transfer import Transfer, TransferSpec
 
@@ -269,7 +269,7 @@ def test_a_compiler_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, fresh
     os.mkfifo(outside / "alive")
     alive = os.open(outside / "alive", os.O_RDONLY | os.O_NONBLOCK)
     monkeypatch.setenv("CXX", script(outside / "c++", f"exec 3> {outside}/alive", "sleep 600", "true"))
-    monkeypatch.setattr(library, "_COMPILER_SECONDS", 2)
+    monkeypatch.setattr(cpu, "_COMPILER_SECONDS", 2)
     case = make_case(dtype=torch.float32)
     with pytest.warns(UserWarning, match="did not finish in 2 s"):
         assert relative(fused(case), formula(case)) <= 1e-6

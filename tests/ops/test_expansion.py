@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrlora.ops import expansion_delta, expansion_linear
 from lrlora.ops.expansion import Expansion, signs
 from lrlora.ops.reference import reference_expansion_delta
 from lrlora.ranks.measures import effective_rank, spectrum
@@ -25,11 +24,11 @@ def test_two_thin_matmuls_are_the_formula(seed: int) -> None:
     A, B = factors()
     made = Expansion(Q, seed)
     expected = reference_expansion_delta(A, B, made, scaling=0.5)
-    assert torch.allclose(expansion_delta(A, B, made, scaling=0.5).double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(made.delta(A, B, scaling=0.5, gain=1.0).double(), expected, rtol=1e-5, atol=1e-5)
     for tokens in (R, 7):  # few and many go different ways
         x, y0 = torch.randn(tokens, N), torch.randn(tokens, M)
         for base in (None, y0, y0.double()):
-            y = expansion_linear(x, A, B, made, scaling=0.5, added_to=base)
+            y = made.linear(x, A, B, scaling=0.5, gain=1.0, added_to=base)
             wanted = x.double() @ expected.T + (0 if base is None else base)
             assert torch.allclose(y.double(), wanted.double(), rtol=1e-4, atol=1e-4)
 
@@ -42,7 +41,7 @@ def test_half_precision_keeps_the_update(dtype: torch.dtype) -> None:
     for factor in (torch.float32, dtype):
         # The range of float16 is too small for products.
         result, tolerance = (torch.float32, 1e-6) if (dtype, factor) == FLOAT16_BASE else (dtype, 0.01)
-        y = expansion_linear(x, A.to(factor), B.to(factor), made, scaling=0.5)
+        y = made.linear(x, A.to(factor), B.to(factor), scaling=0.5, gain=1.0)
         expected = x.double() @ reference_expansion_delta(A.to(factor), B.to(factor), made, scaling=0.5).T
         assert y.dtype == result
         assert (y.double() - expected).norm() / expected.norm() < tolerance
@@ -54,7 +53,7 @@ def test_second_derivatives(tokens: int) -> None:
     x = torch.randn(tokens, N, dtype=torch.float64)
 
     def run(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        return expansion_linear(x, A, B, Expansion(Q), scaling=0.5).square().sum()
+        return Expansion(Q).linear(x, A, B, scaling=0.5, gain=1.0).square().sum()
 
     assert torch.autograd.gradgradcheck(run, tuple(each.requires_grad_() for each in (x, A, B)))
 
@@ -66,7 +65,7 @@ def test_gradients(tokens: int) -> None:
     x, base = (torch.randn(tokens, size, dtype=torch.float64, requires_grad=True) for size in (N, M))
     target = torch.randn(tokens, M, dtype=torch.float64)
     inputs = (x, base, A, B)
-    found = torch.autograd.grad((expansion_linear(x, A, B, made, scaling=0.5, added_to=base) * target).sum(), inputs)
+    found = torch.autograd.grad((made.linear(x, A, B, scaling=0.5, gain=1.0, added_to=base) * target).sum(), inputs)
     reference = base + x @ reference_expansion_delta(A, B, made, scaling=0.5).T
     expected = torch.autograd.grad((reference * target).sum(), inputs)
     for actual, wanted in zip(found, expected, strict=True):
@@ -76,20 +75,20 @@ def test_gradients(tokens: int) -> None:
 @torch.no_grad()
 def test_the_rank_is_r_times_q_and_the_size_that_of_ba() -> None:
     A, B = factors()
-    delta = expansion_delta(A, B, Expansion(Q), scaling=1.0)
+    delta = Expansion(Q).delta(A, B, scaling=1.0, gain=1.0)
     assert torch.linalg.matrix_rank(delta) == R * Q
     assert effective_rank(spectrum(delta)) > 2 * R
     # As large as BA at the same factors, so that both bear the same learning rates.
     assert (delta.norm() / (B @ A).norm()).item() == pytest.approx(1, abs=0.35)
-    assert torch.allclose(expansion_delta(A, B, Expansion(1), scaling=1.0), B @ A, atol=1e-5)  # LoRA
+    assert torch.allclose(Expansion(1).delta(A, B, scaling=1.0, gain=1.0), B @ A, atol=1e-5)  # LoRA
 
 
 def test_experts_have_factors_of_their_own_and_one_pattern() -> None:
     made = Expansion(Q)
     A, B = torch.randn(2, R, N), torch.randn(2, M, R)
-    together = expansion_delta(A, B, made, scaling=1.0)
+    together = made.delta(A, B, scaling=1.0, gain=1.0)
     for expert in range(2):
-        alone = expansion_delta(A[expert], B[expert], made, scaling=1.0)
+        alone = made.delta(A[expert], B[expert], scaling=1.0, gain=1.0)
         assert torch.allclose(together[expert], alone, atol=1e-5)
 
 

@@ -8,8 +8,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from lrlora.ops import adapted_linear
-
 from ..processes import run
 from .test_linear import GAIN, SCALING, assert_agrees, formula, fused, gradients, make_case, relative
 
@@ -55,7 +53,7 @@ def test_gradients_of_half_precision_activations() -> None:
     # Float16 alone: of bfloat16 the interpreter multiplies the integers that hold its bits.
     case = make_case(dtype=torch.float32, shape=(40, 70), bias=False)
     case = case._replace(x=case.x.detach().half().requires_grad_(), weight=torch.zeros(40, 70))
-    y = adapted_linear(case.x, None, None, *case[3:6], scaling=SCALING, input_gain=GAIN)
+    y = case.transfer.linear(case.x, case.A, case.B, scaling=SCALING, gain=GAIN)
     # No gradient of the weight's size is rounded on the way: only what comes in is.
     grad_y = case.grad_y.half()
     actual = torch.autograd.grad(y, case.trainable()[1:], grad_y)

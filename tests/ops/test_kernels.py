@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrlora.ops import adapted_linear, cpu, delta_weight
+from lrlora.ops import cpu
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.transfer import Transfer, TransferSpec
 
@@ -36,7 +36,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def update_error(case: Case) -> float:
-    delta = delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN)
+    delta = case.transfer.delta(case.A, case.B, scaling=SCALING, gain=GAIN)
     return relative(delta, reference_delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
 
 
@@ -65,7 +65,7 @@ def test_half_precision_against_the_formula(
     x = case.x.detach().to(dtype).requires_grad_()
     half = case._replace(x=x, weight=case.weight.to(dtype), bias=None, grad_y=case.grad_y.to(dtype))
     half = half if with_weight else half._replace(weight=None)
-    y = adapted_linear(*half[:6], scaling=SCALING, input_gain=GAIN)
+    y = fused(half)
     exact = formula(half if with_weight else half._replace(weight=torch.zeros_like(case.weight)))
     assert y.dtype == dtype
     assert relative(y, exact) <= tolerance
@@ -126,7 +126,7 @@ def test_thread_count_changes_rounding_only_and_repeats_are_equal(transposed: bo
             assert relative(got, expected) <= 1e-5
 
 
-def test_delta_weight_is_differentiable() -> None:
+def test_delta_is_differentiable() -> None:
     case = make_case("sinc", dtype=torch.float32)
     trainable = case.trainable()[1:]
     weight = torch.randn(37, 53)
@@ -134,7 +134,7 @@ def test_delta_weight_is_differentiable() -> None:
     def loss(delta: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad((delta * weight).sum(), trainable))
 
-    actual = loss(delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
+    actual = loss(case.transfer.delta(case.A, case.B, scaling=SCALING, gain=GAIN))
     expected = loss(reference_delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
     for got, want in zip(actual, expected, strict=True):
         assert relative(got, want) <= 1e-4
@@ -159,10 +159,10 @@ def test_nan_is_passed_on(form: str) -> None:
     case = make_case(form, dtype=torch.float32)
     B = case.B.detach().clone()
     B[7, 1] = float("nan")
-    delta = delta_weight(case.A, B, case.transfer, scaling=SCALING, input_gain=GAIN)
+    delta = case.transfer.delta(case.A, B, scaling=SCALING, gain=GAIN)
     assert delta[7].isnan().all()
     assert delta[:7].isfinite().all()
-    y = adapted_linear(case.x, case.weight, case.bias, case.A, B, case.transfer, scaling=SCALING, input_gain=GAIN)
+    y = fused(case._replace(B=B))
     assert y[..., 7].isnan().all()
 
 

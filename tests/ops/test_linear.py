@@ -11,8 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lrlora import LrLoraConfig
-from lrlora.ops import adapted_linear, delta_weight
-from lrlora.ops.reference import reference_delta_weight, reference_linear
+from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.table import TransferTable
 from lrlora.ops.transfer import FORMS, Transfer, TransferSpec
 
@@ -67,11 +66,12 @@ def make_case(
 
 
 def fused(case: Case) -> Tensor:
-    return adapted_linear(*case[:6], scaling=SCALING, input_gain=GAIN)
+    return case.transfer.fused_linear(*case[:5], scaling=SCALING, gain=GAIN)
 
 
 def formula(case: Case) -> Tensor:
-    return reference_linear(*case[:6], scaling=SCALING, input_gain=GAIN)
+    delta = reference_delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN)
+    return F.linear(case.x.double(), case.weight.double() + delta, None if case.bias is None else case.bias.double())
 
 
 def interpolated(case: Case) -> Tensor:
@@ -146,7 +146,7 @@ def test_gradients_against_finite_differences(form: str) -> None:
     case.B.data += 0.001  # gradcheck cannot stand on the kinks at ±I
 
     def run(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return adapted_linear(x, case.weight, case.bias, A, B, case.transfer, scaling=SCALING, input_gain=GAIN)
+        return fused(case._replace(x=x, A=A, B=B))
 
     assert torch.autograd.gradcheck(run, (case.x, case.A, case.B), eps=1e-7, atol=1e-4)
 
@@ -164,10 +164,10 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = fused(case)
         actual = gradients(inside, case)
-        delta = delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN)
+        delta = case.transfer.delta(case.A, case.B, scaling=SCALING, gain=GAIN)
     assert torch.equal(inside, y)
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
-    assert torch.equal(delta, delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN))
+    assert torch.equal(delta, case.transfer.delta(case.A, case.B, scaling=SCALING, gain=GAIN))
 
 
 def test_bias_and_base_weight_get_gradients_when_they_ask() -> None:
@@ -181,12 +181,12 @@ def test_bias_and_base_weight_get_gradients_when_they_ask() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("transposed", [True, False])
-def test_delta_weight_is_what_the_layer_adds(form: str, transposed: bool) -> None:
+def test_delta_is_what_the_layer_adds(form: str, transposed: bool) -> None:
     case = make_case(form, transposed=transposed)
-    delta = delta_weight(case.A, case.B, case.transfer, scaling=SCALING, input_gain=GAIN)
+    delta = case.transfer.delta(case.A, case.B, scaling=SCALING, gain=GAIN)
     expected = reference_delta_weight(case.A, case.B, case.transfer, scaling=SCALING, input_gain=GAIN)
     assert relative(delta, expected) <= 1e-8
-    update = adapted_linear(case.x, None, None, *case[3:6], scaling=SCALING, input_gain=GAIN)
+    update = case.transfer.linear(case.x, case.A, case.B, scaling=SCALING, gain=GAIN)
     assert relative(update, F.linear(case.x, expected)) <= 1e-8
 
 

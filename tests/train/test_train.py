@@ -41,10 +41,10 @@ from lrlora import LrLoraConfig
 from lrlora.cli import app
 from lrlora.files import write_json
 from lrlora.ranks.report import read_history
-from lrlora.train.metrics import plain_metrics
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 from lrlora.train.tasks import KINDS, ChoiceByLikelihood
+from lrlora.train.tasks.base import plain_metrics
 from lrlora.train.tasks.likelihood import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.train.yaml import parse_assignments
 

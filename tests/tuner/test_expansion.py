@@ -16,7 +16,6 @@ from torch.func import functional_call
 
 import lrlora
 from lrlora import LrLoraConfig
-from lrlora.ops import expansion_delta
 from lrlora.ops.reference import reference_expansion_delta
 from lrlora.tuner import LrLoraLayer
 
@@ -166,7 +165,7 @@ def test_the_update_of_half_precision_factors_is_float32(dtype: torch.dtype) -> 
     with torch.no_grad():
         layer.lrlora_B["default"].weight.normal_(0, 0.1)
         A, B, phi = layer._factors("default")
-        exact = expansion_delta(A.double(), B.double(), phi, scaling=layer.scaling["default"])
+        exact = phi.delta(A.double(), B.double(), scaling=layer.scaling["default"], gain=1.0)
     assert A.dtype == dtype
     U, V = layer.thin_factors("default")
     for delta in (layer.get_delta_weight("default"), U @ V):

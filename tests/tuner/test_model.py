@@ -241,21 +241,6 @@ def test_an_unsupported_layer_kind_is_named(tiny_bert: TinyModel) -> None:
         adapt(tiny_bert, target_modules=["LayerNorm"])
 
 
-def test_a_weight_that_changed_while_merged_is_told(recwarn: pytest.WarningsRecorder) -> None:
-    tiny = TinyModel("llama")
-    model = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules=["q_proj"]))
-    tiny.train(model, 2)
-    model.merge_adapter()
-    model.unmerge_adapter()
-    assert not [warning for warning in recwarn if "has changed since" in str(warning.message)]
-    model.merge_adapter()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    with torch.no_grad():
-        layer.get_base_weight()[0, 0] += 1e-3
-    with pytest.warns(UserWarning, match="base weight has changed since the adapter was merged"):
-        model.unmerge_adapter()
-
-
 def test_non_finite_weights_are_refused_at_merge_and_save(tiny_bert: TinyModel, tmp_path: Path) -> None:
     model = trained(tiny_bert)
     layer = adapted_layers(model)[0]

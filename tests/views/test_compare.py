@@ -14,8 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from lrlora.ranks import RankReport
 from lrlora.views.charts import CHARTS
-from lrlora.views.energy import kept_over_size
-from lrlora.views.page import write_page
+from lrlora.views.page import kept_over_size, write_page
 from lrlora.views.runs import Run
 
 from .conftest import needs_browser, opened
@@ -33,18 +32,18 @@ def test_a_slider_and_a_click_choose_a_size(page: Page, runs: list[Run]) -> None
     budgets, kept = kept_over_size([run.report for run in runs])
     slider = page.get_by_role("slider", name="Size")
     expect(page.locator("#energy svg.marks")).to_be_visible()
-    assert all(points[int(slider.input_value())].share >= 0.9 for points in kept)
+    assert all(points[int(slider.input_value())][0] >= 0.9 for points in kept)
     slider.press("Home")
     for _ in range(20):
         slider.press("ArrowRight")
     told = page.locator("#kept > div")
     for i, run in enumerate(runs):
-        at = kept[i][20]
+        share, parameters, smallest, mean, largest = kept[i][20]
         text = told.nth(i).inner_text()
-        assert text.startswith(f"{run.name} keeps {100 * at.share:.1f} % of its energy")
+        assert text.startswith(f"{run.name} keeps {100 * share:.1f} % of its energy")
         size = float(re.search(r"([\d.]+) MiB as float32", text)[1])
-        assert size == pytest.approx(4 * at.parameters / 2**20, rel=0.006)
-        assert f"ranks from {at.smallest} to {at.largest}, {at.mean:.1f} on average" in text
+        assert size == pytest.approx(4 * parameters / 2**20, rel=0.006)
+        assert f"ranks from {smallest} to {largest}, {mean:.1f} on average" in text
         words = shlex.split(told.nth(i).locator("code").inner_text())
         assert words[:3] == ["lrlora", "export", run.name]
         assert words[3:] == ["--by", "energy", "--budget", str(budgets[20]), "--output", f"{run.name}-small"]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.ranks import Curve, RankRow, Spectrum
-from lrlora.views.chart_files import save_pictures
+from lrlora.views.figure import save_pictures
 from lrlora.views.page import write_page
 from lrlora.views.runs import Run, load_runs
 
@@ -78,7 +78,7 @@ def test_a_click_on_a_cell_opens_its_module(page: Page, runs: list[Run]) -> None
         assert lines.nth(i).locator('[data-key="energy99_rank"]').inner_text() == str(row.energy99_rank)
         curvature = lines.nth(i).locator('[data-key="curvature"]').inner_text()
         assert float(curvature) == pytest.approx(row.curvature, abs=6e-4)
-    for chart in ("phi", "bend", "spectrum", "kinds", "history", "training"):
+    for chart in ("phi", "spectrum", "kinds", "history", "training"):
         expect(page.locator(f"#{chart} svg").first).to_be_visible()
 
 

@@ -6,7 +6,7 @@ updates = read_updates("my-lora.safetensors")           # or a folder, or base= 
 save(factorize(updates, energy=0.99), updates, "smaller.safetensors")
 """
 
-from .export import OutputDifference, lora_config, output_difference, save, save_as_lora, save_lora_config
+from .export import lora_config, output_difference, save, save_as_lora, save_lora_config
 from .factorize import Factors, factorize
 from .lora_file import save_single_file
 from .merge import merge_adapter
@@ -16,7 +16,6 @@ from .update import Layout, Update, Updates
 __all__ = [
     "Factors",
     "Layout",
-    "OutputDifference",
     "Update",
     "Updates",
     "factorize",

@@ -17,7 +17,7 @@ from .peft_folder import SavedAdapter
 
 MODEL_CONFIG = "config.json"  # saved with an adapter: the configuration of its model, with the class names
 LORA_FOLDER = "lora"  # subfolder of a run: its update as a plain LoRA
-_MODELS = {
+MODELS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -136,7 +136,7 @@ def _pipeline(saved: SavedAdapter) -> str | None:
 def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
     """Loading instructions, with PEFT alone or lrlora, and the class names if any."""
     classes, record, kind = class_names(saved), record_beside(saved), saved.config.task_type
-    model = _MODELS.get(kind, "AutoModel")
+    model = MODELS.get(kind, "AutoModel")
     if kind is None and record is not None:
         model = _MODELS_OF_TASKS.get(record.config["task"], model)
     is_image = (Path(saved.name) / IMAGE_PROCESSOR_NAME).is_file()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +108,11 @@ def save_as_lora(
     like = origin.config
     if getattr(like, "lora_bias", False):
         raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
-    if isinstance(source, Updates) and isinstance(origin, SavedAdapter):
-        _require_linear(source, origin)
+    if isinstance(source, Updates):
+        try:
+            check_base(source)
+        except FileNotFoundError:  # the names are all there is
+            check_names(source)
     keeps_magnitudes = _keeps_magnitudes(like, source)
     if keeps_magnitudes:
         factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0
@@ -141,16 +143,6 @@ def save_as_lora(
         if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
         (partial / "README.md").write_text(_card(factors, method, origin), encoding="utf-8")
-
-
-def _require_linear(updates: Updates, saved: SavedAdapter) -> None:
-    """Refuse updates of embeddings and convolutions, which a file of LR-LoRA does not tell from linear layers."""
-    if all(update.layout.is_known for update in updates):
-        return
-    try:
-        check_base(saved, updates)
-    except FileNotFoundError:  # the names are all there is
-        check_names(updates)
 
 
 def save(
@@ -238,24 +230,11 @@ def save_lora_config(
         config.save_pretrained(str(partial))
 
 
-@dataclass(frozen=True)
-class OutputDifference:
-    """Output difference between an exported adapter and the original, on random inputs.
-
-    Attributes:
-        relative: ‖h − h′‖ / ‖h − h₀‖, with the last hidden states h of the original, h′ of the export and h₀ of the
-            base model: the lost share of the adapter's effect.
-        largest: largest difference of any logit; None if the model has no head.
-
-    """
-
-    relative: float
-    largest: float | None
-
-
 @torch.no_grad()
-def output_difference(adapter: AdapterSource, exported: AdapterSource) -> OutputDifference:
-    """Run base model, original and exported adapter on the same random inputs, in float32.
+def output_difference(adapter: AdapterSource, exported: AdapterSource) -> float:
+    """Share of an adapter's effect that its export loses, on random inputs in float32.
+
+    ‖h − h′‖ / ‖h − h₀‖, with the last hidden states h of the original, h′ of the export and h₀ of the base model.
 
     Raises:
         FileNotFoundError: the base model is missing.
@@ -265,19 +244,15 @@ def output_difference(adapter: AdapterSource, exported: AdapterSource) -> Output
     original = load_adapted(adapter, dtype=torch.float32).eval()
     inputs = sample_inputs(original.get_base_model())
     with original.disable_adapter():
-        base, _ = _outputs(original, inputs)
-    hidden, logits = _outputs(original, inputs)
+        base = _last_hidden(original, inputs)
+    hidden = _last_hidden(original, inputs)
     del original
     again = SavedAdapter.read(exported).on_base(SavedAdapter.read(adapter).base)
-    exported_hidden, exported_logits = _outputs(load_adapted(again, dtype=torch.float32).eval(), inputs)
+    difference = hidden - _last_hidden(load_adapted(again, dtype=torch.float32).eval(), inputs)
     effect = (hidden - base).norm().item()
-    return OutputDifference(
-        relative=(hidden - exported_hidden).norm().item() / effect if effect > 0 else 0.0,
-        largest=None if logits is None or exported_logits is None else (logits - exported_logits).abs().max().item(),
-    )
+    return difference.norm().item() / effect if effect > 0 else 0.0
 
 
-def _outputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _last_hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     outputs = model(**inputs, output_hidden_states=True)
-    states = getattr(outputs, "decoder_hidden_states", None) or outputs.hidden_states
-    return states[-1], getattr(outputs, "logits", None)
+    return (getattr(outputs, "decoder_hidden_states", None) or outputs.hidden_states)[-1]

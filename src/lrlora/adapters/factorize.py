@@ -22,16 +22,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checks import check_truncation
-from ..naming import module_type, path_in_base
-from ..ops import svd_of_product
+from ..naming import module_type
 from .layers import updates_of_model
-from .peft_methods import CHANGING_STARTS
-from .update import Layout, Update, Updates
+from .update import CHANGING_STARTS, PLAIN, Layout, Update, Updates
 
 # A randomized SVD costs a few products with ΔW; from a quarter of the full rank on, a full SVD is no slower.
 _FULL_SVD_SIZE = 256
@@ -164,6 +161,23 @@ class _Svd:
         )
 
 
+def svd_of_product(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of U V without forming it: QR of both factors, then the SVD of a small matrix.
+
+    Args:
+        U: (m, k).
+        V: (k, n).
+
+    Returns:
+        Left singular vectors (m, l), singular values (l,), descending, and right singular vectors (n, l), float64; l is
+        the smallest of m, k and n.
+
+    """
+    left, right = torch.linalg.qr(U.detach().double()), torch.linalg.qr(V.detach().double().T)
+    P, sigma, Qh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    return left.Q @ P, sigma, right.Q @ Qh.T
+
+
 def kept_energy(factors: Sequence[Factors]) -> float:
     """Share of the total energy of all updates that the factors keep."""
     energy = sum(part.energy for part in factors)
@@ -235,19 +249,12 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
                 "adapter and read it with read_updates."
             )
     updates = list(updates_of_model(source, adapter))
-    layers = {path_in_base(path): module for path, module in source.named_modules()}
-    others = sorted({module_type(u.module) for u in updates if not _is_linear(layers.get(u.module), u)})
-    if others:
+    if others := sorted({module_type(update.module) for update in updates if update.layout != PLAIN}):
         raise ValueError(
             f"Only linear layers can be exported as LoRA, but this adapter also adapts {', '.join(others)}. Merge it "
             "into its base model instead."
         )
     return updates
-
-
-def _is_linear(layer: nn.Module | None, update: Update) -> bool:
-    """Whether PEFT's LoRA adapts the module as a linear layer; False for stacked experts."""
-    return isinstance(layer, BaseTunerLayer) and not (update.layout.kernel or update.layout.is_embedding)
 
 
 def _for_energy(update: _Svd, energy: float, limit: int) -> int:
@@ -262,11 +269,6 @@ def _for_energy(update: _Svd, energy: float, limit: int) -> int:
 
 
 def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, int]:
-    cheapest = min(update.parameters_per_rank for update in updates)
-    if budget < cheapest:
-        raise ValueError(
-            f"budget={budget:,} is below the minimum of {cheapest:,} parameters, one rank of the smallest module."
-        )
     while True:
         worth = [update.sigma[:limit].square() for update in updates]
         ranks = best_per_parameter(worth, [update.parameters_per_rank for update in updates], budget)
@@ -290,7 +292,14 @@ def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: in
         costs: per module, parameters of a direction.
         budget: total number of parameters.
 
+    Raises:
+        ValueError: the budget is less than one rank of the smallest module.
+
     """
+    if budget < min(costs):
+        raise ValueError(
+            f"budget={budget:,} is below the minimum of {min(costs):,} parameters, one rank of the smallest module."
+        )
     owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
     cost = torch.tensor(costs)[owner]
     order = (torch.cat(list(worth)) / cost).argsort(descending=True, stable=True)

@@ -26,15 +26,10 @@ from transformers.utils.hub import cached_file
 from ..files import is_hub_name, read_json, readable, require_regular
 from ..naming import PEFT_PREFIX, natural_order
 from ..untrusted import require_plain_names
+from .card import MODELS
 from .update import Layout, Update, Updates, common_dtype
 
 _EXPECTED = "Expected a model as written by save_pretrained: model.safetensors, or shards with their index."
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer)_")
 _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|shared|\w*embeddings?)(\.|$)", re.IGNORECASE)
@@ -109,7 +104,8 @@ class Checkpoint:
         architecture = type(self.on_meta).__name__
         if getattr(getattr(self.on_meta, "config", None), "is_encoder_decoder", False):
             return "SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else None
-        return next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None)
+        known = (task for task, name in MODELS.items() if architecture.endswith(name.removeprefix("AutoModel")))
+        return next(known, None)
 
     def __contains__(self, key: str) -> bool:
         return key in self._place_of

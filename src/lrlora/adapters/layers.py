@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..naming import path_in_base
-from ..ops import at_least_float32
+from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 from ..tuner.sharding import gathered, shard_owners
 from .update import Factors, Layout, Learned, Update
@@ -147,6 +147,7 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
             r=r,
             limit=min(k, m, n),
             scaling=layer.scaling[adapter],
+            layout=Layout(is_known=False),
             weight=lambda: None if weights is None else pick(weights),
             learned=None if phi is None else learned,
         )

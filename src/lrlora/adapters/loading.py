@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
@@ -18,16 +19,6 @@ from ..files import ADAPTER_EXPECTED, readable, require_present, require_regular
 from .card import class_names
 from .peft_folder import AdapterSource, SavedAdapter, require_all_weights
 from .update import Updates
-
-_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-    None: "AutoPeftModel",
-}
 
 
 def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
@@ -59,13 +50,14 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
         if config.modules_to_save and {"id2label", "num_labels"} & options.keys():
             options["ignore_mismatched_sizes"] = True  # its head replaces the base model's
         model: Any
+        loader = f"Auto{MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel).__name__}"
         try:
             with warnings.catch_warnings():
                 # PEFT looks for a tokenizer with the adapter, and warns if it cannot tell whether there is one.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file")
                 require_present(base)
                 with saved.as_peft_reads_it() as folder:
-                    model = getattr(peft, _CLASSES[config.task_type]).from_pretrained(folder, **options)
+                    model = getattr(peft, loader).from_pretrained(folder, **options)
         except OSError as error:
             raise FileNotFoundError(
                 f"The base model of {name}, {base}, could not be loaded: "
@@ -84,14 +76,19 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     return model
 
 
-def check_base(saved: SavedAdapter, updates: Updates) -> None:
-    """Check updates against the adapter's base model, reading only its configuration.
+def check_base(updates: Updates) -> None:
+    """Check that the modules of a saved adapter are linear layers of its base model, where its file does not say so.
+
+    Reads only the configuration of the base model. Updates of other sources pass.
 
     Raises:
         FileNotFoundError: the base model is missing.
         ValueError: an adapted module is not linear or has another shape.
 
     """
+    saved = updates.origin
+    if not isinstance(saved, SavedAdapter) or all(update.layout.is_known for update in updates):
+        return
     name = saved.base_model
     if not name:
         raise FileNotFoundError(
@@ -130,14 +127,14 @@ def check_base(saved: SavedAdapter, updates: Updates) -> None:
 
 
 def check_names(updates: Updates) -> None:
-    """Check by name only, without a base model.
+    """Check the same by name only, without a base model.
 
     Raises:
         ValueError: a module is probably not a linear layer.
 
     """
     for update in updates:
-        if _UNLIKELY.search(update.module):
+        if not update.layout.is_known and _UNLIKELY.search(update.module):
             raise ValueError(
                 f"{update.module} does not look like a linear layer, the only type that can be exported as LoRA. "
                 "Export without --no-check, or merge the adapter into the base model."

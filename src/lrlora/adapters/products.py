@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import at_least_float32
+from ..ops.form import at_least_float32
 from ..untrusted import pattern_key
 from .update import Factors, Layout, Update
 

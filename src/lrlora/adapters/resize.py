@@ -17,25 +17,14 @@ from torch.nn.modules.conv import _ConvNd
 from ..naming import PEFT_PREFIX
 from .export import lora_config
 from .factorize import Factors
-from .peft_methods import CHANGING_STARTS
-from .update import Layout
+from .update import CHANGING_STARTS, Layout
 
 _DOWN = (nn.Linear, _ConvNd)  # supported as lora_A
-# Fields of LoraConfig that a replacement does not support, with the values it does.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "bias": ("none",),
-    "use_qalora": (False,),
-    "use_bdlora": (None,),
-    "alora_invocation_tokens": (None,),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-}
+# Fields of LoraConfig that a replacement does not support.
+_UNSUPPORTED = (
+    *("use_dora", "lora_bias", "bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication"),
+    *("target_parameters", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+)
 
 
 def require_plain_lora(model: Any) -> str:
@@ -54,8 +43,8 @@ def require_plain_lora(model: Any) -> str:
     if others or type(config) is not LoraConfig:
         found = ", ".join(f"{name} ({type(model.peft_config[name]).__name__})" for name in model.active_adapters)
         raise ValueError(f"Learned ranks need one active LoRA adapter, got {found}.")
-    for name, supported in _PLAIN.items():
-        if (value := getattr(config, name, supported[0])) not in supported:
+    for name in _UNSUPPORTED:
+        if (value := getattr(config, name, None)) and value != "none":
             raise ValueError(f"Learned ranks do not support {name}={value!r}. Remove it.")
     if str(config.init_lora_weights).startswith(CHANGING_STARTS):
         raise ValueError(

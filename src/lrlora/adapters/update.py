@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..ops import at_least_float32
+from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 
 Factors = tuple[Tensor, Tensor]
@@ -21,13 +21,18 @@ MAGNITUDES_NOTE = (
 )
 
 
+# Initializations of LoRA that subtract the initial BA from the base weight: s·BA is not the full update.
+CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 class Layout(NamedTuple):
     """Meaning of the matrix ΔW (m, n) in its module.
 
     Attributes:
         kernel: kernel size of a convolution, included in n; else empty.
         is_embedding: whether m counts tokens and n is the width.
-        is_known: False if the module may be a linear layer, a convolution or an embedding.
+        is_known: False for parameters that are not a layer's weight, such as stacked experts, and if the module may be
+            a linear layer, a convolution or an embedding.
 
     """
 

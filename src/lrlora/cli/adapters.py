@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checks import DEFAULT_ENERGY, check_truncation, require_known
+from ..checks import DEFAULT_ENERGY, check_truncation, parse_size, require_known
 from ..files import free_folder, is_full_model, require_adapter, require_source
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
-from ..sizes import parse_size
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
 from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
@@ -92,7 +91,7 @@ def _write_report(sources: list[str], base: str | None, output: Path, pictures: 
     if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
         raise FileExistsError(f"The folder {pictures} is not empty. Give another one, or --overwrite.")
     quiet()
-    from ..views.chart_files import save_pictures
+    from ..views.figure import save_pictures
     from ..views.page import write_page
     from ..views.runs import load_runs
 
@@ -260,9 +259,7 @@ def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
     is_adapter = not Path(source).is_file() and not is_full_model(source)
     moved = SavedAdapter.read(source).on_base(base) if is_model and is_adapter else source
     updates = read_updates(moved, base=base)
-    saved = updates.origin
-    if isinstance(saved, SavedAdapter) and not all(update.layout.is_known for update in updates):
-        check_base(saved, updates) if check else check_names(updates)
+    check_base(updates) if check else check_names(updates)
     return updates
 
 
@@ -278,12 +275,9 @@ def _print_difference(updates: Updates, output: Path) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         announce(f"What the export changes could not be measured: {reason}")
         return
-    if not math.isfinite(difference.relative):
+    if not math.isfinite(difference):
         raise ValueError("On random inputs, the outputs of the adapter or of its export are not finite.")
-    largest = "" if difference.largest is None else f"; largest difference of a logit: {difference.largest:.2g}"
-    announce(
-        f"On random inputs {difference.relative:.2%} of the adapter's effect on the last hidden state is lost{largest}"
-    )
+    announce(f"On random inputs {difference:.2%} of the adapter's effect on the last hidden state is lost")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What all commands share: the application, the console, and errors as one message."""
+"""Application, console, and errors as one message, for all commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-# Piped into a file there is no terminal to fit.
+# Output piped into a file has no terminal width.
 console = Console() if Console().is_terminal else Console(width=120)
 
 
@@ -38,7 +38,7 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
         yield
     except typer.Exit:
         raise  # it is a RuntimeError
-    except BrokenPipeError:  # the reader, such as head, has enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except Exception as error:
@@ -71,8 +71,8 @@ def main(
     ] = False,
 ) -> None:
     """Options of all commands."""
-    # A command that is told to end clears away what it has begun, as it does on Ctrl-C. Processes that train together
-    # are told by the one that started them, and may be waiting for each other by then, where Python cannot end them.
+    # SIGTERM cleans up like Ctrl-C. Processes that train together are ended by their launcher, and may be waiting for
+    # each other in native code, where Python cannot handle the signal.
     if "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -91,7 +91,7 @@ def announce(line: str) -> None:
 
 
 def as_text(lines: str) -> str:
-    """Text for the console that is shown, whatever is in it, and not obeyed."""
+    """Escape text for the console: no markup or control character in it is interpreted."""
     return escape("\n".join(map(printable, lines.split("\n"))))
 
 
@@ -101,7 +101,7 @@ for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
 
 
 def quiet() -> None:
-    """Silence the messages, warnings of what is to come, and progress bars of the libraries below."""
+    """Silence messages, deprecation warnings and progress bars of the libraries."""
     warnings.formatwarning = lambda message, *where, **more: f"Warning: {message}\n"
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -109,7 +109,7 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # It would ask whether to run the code that some models bring along: nobody may be there, and none is run.
+    # Custom code of models is never run, so never wait for an answer to the question whether to run it.
     transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     if importlib.util.find_spec("datasets"):
         from datasets.utils.logging import disable_progress_bar

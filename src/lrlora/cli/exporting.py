@@ -1,4 +1,4 @@
-"""What `lrlora export` and the end of `lrlora train` share: sizes, what is printed of an export, and cuts by loss."""
+"""Exports by size or loss, for `lrlora export` and the end of `lrlora train`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..sizes import Budget, parse_size
+from ..checks import Budget, parse_size
 from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def parameters_in(budget: Budget, updates: Updates, dtype: str | None) -> int:
-    """How many parameters a size holds, for factors of a dtype; None: as stored."""
+    """Number of parameters of a size, for factors of a dtype; None: as stored."""
     from ..adapters.factorize import parameters_of_rank
 
     return budget.parameters(parameters_of_rank(updates, 1), torch_dtype(dtype, updates).itemsize)
 
 
 def torch_dtype(name: str | None, updates: Updates) -> Any:
-    """The dtype of this name, or that which the updates were stored in."""
+    """Dtype of this name; None: as stored."""
     import torch
 
     return updates.origin.stored_dtype if name is None else getattr(torch, name)
@@ -43,7 +43,7 @@ def write_factors(
     config_only: bool,
     every: bool,
 ) -> None:
-    """Print a table of the factors, and write them, or their configuration alone."""
+    """Print a table of the factors, and write them, or only their configuration."""
     from ..adapters import save, save_lora_config
     from ..views.tables import factors_table
 
@@ -66,7 +66,7 @@ _VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # values of its max_lora_rank fr
 
 
 def _for_servers(output: Path) -> list[str]:
-    """What servers of a language model need to know of an export."""
+    """Notes on serving an exported language model."""
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(str(output)) if output.is_dir() else None
@@ -95,19 +95,19 @@ def _sizes(updates: Updates, exported: int) -> str:
     return f"Parameters: {as_trained}{without_loss}{exported:,} as exported."
 
 
-_RISE = 0.01  # of the loss, where nobody says how much
+_RISE = 0.01  # default limit of the relative rise of the loss
 
 
 @dataclass(frozen=True)
 class Size:
-    """How small an export by loss is to be: within a rise of the loss, or a size; and no rank above a largest."""
+    """Size of an export by loss: a maximum rise of the loss, or a budget; and a maximum rank."""
 
     loss: float | None
     budget: Budget | None
     max_rank: int | None
 
     def choose(self, cut: Cut, updates: Updates, dtype: str | None) -> list[Factors]:
-        """The factors for it."""
+        """Factors of this size."""
         if self.loss is not None:
             return cut.smallest(self.loss, self.max_rank)
         size = cut.curve.parameters if self.budget is None else parameters_in(self.budget, updates, dtype)
@@ -115,7 +115,7 @@ class Size:
 
 
 def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool) -> Cut | None:
-    """An adapter, and what its loss says of it; None where that was not asked for, and cannot be had."""
+    """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
     from ..train.by_loss import Cut, Subject
 
     try:
@@ -131,10 +131,10 @@ def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_ask
 def export_by_loss(
     cut: Cut, output: Path, size: Size, *, steps: int, dtype: str | None, check: bool, **writing: Any
 ) -> None:
-    """Export what matters to the loss of examples."""
+    """Export the directions that matter to the loss of examples."""
     updates = cut.subject.updates
     factors = size.choose(cut, updates, dtype)
-    loss = cut.measured(factors)
+    loss = cut.measure(factors)
     announce(f"Loss of the adapter: {cut.loss:.4g}; {_compared('as cut', loss, cut)}")
     write_factors(factors, updates, output, dtype=dtype, **writing)
     if writing["config_only"]:
@@ -163,7 +163,7 @@ def _compared(which: str, loss: float, cut: Cut) -> str:
 
 
 def show_smallest(run: TrainConfig) -> None:
-    """Measure how small the LoRA of a finished run may be, and say it; write it where a size or loss is asked for."""
+    """Measure and print the smallest size of a finished run's LoRA; write it if the run sets a size or loss."""
     from ..adapters import save_as_lora
     from ..adapters.card import LORA_FOLDER
     from ..train.by_loss import Cut, Subject, record_losses
@@ -174,7 +174,7 @@ def show_smallest(run: TrainConfig) -> None:
     rise = (run.loss or _RISE) if run.size is None else None
     size = Size(rise, None if run.size is None else parse_size(run.size, "--size"), None)
     factors = size.choose(cut, subject.updates, None)
-    loss, rank = cut.measured(factors), sum(part.parameters_per_rank for part in factors)
+    loss, rank = cut.measure(factors), sum(part.parameters_per_rank for part in factors)
     record = record_losses(folder, cut, factors, rise)
     if rise is None:
         announce(

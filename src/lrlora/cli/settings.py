@@ -1,4 +1,4 @@
-"""The settings of a run as options of the command line, and as a YAML file to begin with."""
+"""Settings of a run as command-line options, and as a starter YAML file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _REQUIRED = ("model", "data", "task")
 
 
 def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, in place of its `**settings`, an option for each setting of a run, of the same name.
+    """Replace a command's `**settings` by an option for each setting of a run, with the help of `TrainConfig`.
 
-    Their help is what the docstring of `TrainConfig` says. What is not given is None.
+    Options that are not given are None.
     """
     about, hints = _help(), get_type_hints(TrainConfig)
     own = inspect.signature(command, eval_str=True).parameters
@@ -47,7 +47,7 @@ def _option(setting: Field[Any], hint: Any, about: str) -> inspect.Parameter:
 
 
 def _help() -> dict[str, str]:
-    """What the docstring of `TrainConfig` says of each setting."""
+    """Description of each setting in the docstring of `TrainConfig`."""
     section = (inspect.getdoc(TrainConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     joined = {name: " ".join(text.split()) for name, text in entries}
@@ -55,7 +55,7 @@ def _help() -> dict[str, str]:
 
 
 def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run: those of the run that it starts from, then of a file, then of the command line."""
+    """Merge the settings of the run to start from, a file, and the command line; later ones take precedence."""
     given = {name: value for name, value in options.items() if value is not None}
     for name, parse in (("columns", parse_pairs), ("adapter", parse_assignments), ("training", parse_assignments)):
         if name in given:
@@ -68,7 +68,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
         method = layer.get("method", settings.get("method"))
         named = with_short_names(layer | ({"method": method} if method else {}))
         if "epochs" in named:
-            settings.pop("steps", None)  # they would win
+            settings.pop("steps", None)  # steps take precedence over epochs
         for name, value in named.items():
             is_nested = isinstance(value, dict) and isinstance(settings.get(name), dict)
             settings[name] = settings[name] | value if is_nested else value
@@ -76,7 +76,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inherited(config: TrainConfig) -> dict[str, Any]:
-    """Settings for a run that starts from a run with these. An adapter whose ranks were learned keeps them."""
+    """Settings inherited from the run to start from. An adapter whose ranks were learned keeps them."""
     settings = {**asdict(config), "output": TrainConfig.output}
     return settings | {"size": None} if config.learned_size is not None else settings
 
@@ -90,7 +90,7 @@ _EXAMPLES = {
 
 
 def starter(given: dict[str, str]) -> str:
-    """A YAML file with every setting, its purpose and its default; what has no default is commented out."""
+    """YAML file with every setting, its description and its default; settings without one are commented out."""
     about = _help()
     parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
     for setting in fields(TrainConfig):

@@ -1,4 +1,4 @@
-"""Commands that train, and ask what was trained: init, train, evaluate, predict, chat, inputs."""
+"""Commands for training and inference: init, train, evaluate, predict, chat, inputs."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def init(
     ] = "classify",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Write a YAML file with every setting of a run, its default and what it is for, to begin with."""
+    """Write a YAML file with every setting of a run, its description and its default."""
     with one_clear_error():
         if file.exists() and not overwrite:
             raise FileExistsError(f"The file {file} already exists. Choose another name, or pass --overwrite.")
-        TrainConfig(model, data, task)  # it checks them
+        TrainConfig(model, data, task)  # checks the values
         write_whole(file, starter({"model": model, "data": data, "task": task}))
         announce(f"Settings: {file}. Edit it, then check the plan: lrlora train {file} --dry-run")
 
@@ -96,7 +96,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     announce(f"Results saved to {output}")
     del result  # the trained model: the next step reloads it
     if _measure_smallest(run, measure):
-        push(run.output, run.training, announce)  # what has changed
+        push(run.output, run.training, announce)  # uploads changed files only
     report = rank_report_of(output)
     if report is not None:
         console.print(rank_table(report, "Learned ranks", width=console.width))
@@ -104,7 +104,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
 
 
 def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
-    """Say how small the LoRA of a finished run may be, and whether its folder has changed."""
+    """Print the smallest size of a finished run's LoRA; returns whether its folder has changed."""
     from ..train.methods import METHODS
 
     if run.learned_size is not None:
@@ -119,7 +119,7 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
         show_smallest(run)
     except KeyboardInterrupt:
         announce("Interrupted. The run is finished, but its smallest LoRA was not measured.")
-    except Exception as error:  # a task or a model that it was not made for
+    except Exception as error:  # unsupported task or model
         if is_asked_for:
             raise ValueError(f"The run is finished, but lora/ could not be written as requested: {error}") from error
         announce(f"The smallest LoRA was not measured: {error}")
@@ -270,7 +270,7 @@ def chat(
 
 
 def _next_line() -> str | None:
-    """What is typed next; None at the end."""
+    """Next line typed; None at the end."""
     try:
         said = console.input("[bold]> [/]").strip()
     except EOFError:

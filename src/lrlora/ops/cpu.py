@@ -2,24 +2,38 @@
 
 `cpu.cpp` includes no torch or Python header, so it compiles in a few seconds, works with any version of either, and
 needs only a C++ compiler with OpenMP. Without a compiler, `linear.py` falls back to blocked PyTorch.
+
+The compiled library is cached for this user only. Loading a library executes it. It is therefore loaded only from a
+folder and file that are owned by this user and not writable by others, like ssh keys, and only if its content matches
+its hash: a truncated file would crash the process (SIGBUS). Invalid files in the folder are recompiled.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
+import platform
 import shlex
 import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .library import load_library
-from .table import CELLS_PER_BIN, PhiGradient, TransferTable
+from ..files import cache_folder, flush
+from .table import CELLS_PER_BIN, PhiGradient, TransferTable, is_plain
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FUNCTIONS = ("lrlora_effective_weight", "lrlora_gradient")
@@ -38,6 +52,10 @@ _CPU_FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
+_COMPILER_SECONDS = 120
+# Much longer than any compilation, because machines that share a folder may disagree on the time.
+_SCRATCH_SECONDS = 3600
+_SCRATCH = "compiling-"
 
 
 class _Phi(ctypes.Structure):
@@ -54,17 +72,8 @@ class _Phi(ctypes.Structure):
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels support this φ and these tensors."""
     is_known = table.spec.form in _FORMS and table.is_complete
-    return is_known and all(t is None or _is_plain(t) for t in tensors) and _library() is not None
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a strided CPU tensor of a float dtype; subclasses may store their elements elsewhere."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and tensor.layout == torch.strided
-    )
+    is_plain_on_cpu = all(t is None or (is_plain(t) and t.device.type == "cpu") for t in tensors)
+    return is_known and is_plain_on_cpu and _library() is not None
 
 
 def write_weight(
@@ -77,7 +86,7 @@ def write_weight(
         part = out[rows] if out.dtype in _DIRECT else torch.empty_like(out[rows], dtype=torch.float32)
         base = None if weight is None else weight[rows].to(part.dtype).contiguous()
         pointer = ctypes.c_void_p(None if base is None else base.data_ptr())
-        _require_library().lrlora_effective_weight(
+        _library().lrlora_effective_weight(
             *_pointers(part),
             pointer,
             *_pointers(A, B[rows]),
@@ -104,7 +113,7 @@ def factor_gradients(
     grad_A, grad_B = torch.zeros((threads, *A.shape), dtype=torch.float32, device="cpu"), torch.empty_like(B)
     for rows in _blocks(G):
         part = G[rows] if G.dtype in _DIRECT else G[rows].float()
-        _require_library().lrlora_gradient(
+        _library().lrlora_gradient(
             *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments, sums),
             *_sizes(part, A),
             phi,
@@ -141,19 +150,13 @@ def _pointers(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
     return tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
 
 
-def _require_library() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None
-    return library
-
-
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (after one warning) if they are unavailable."""
+def _library() -> Any:
+    """The compiled kernels as `ctypes.CDLL`, or None (after one warning) if they are unavailable."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     command = [*shlex.split(compiler), *_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
     try:
-        return load_library(_SOURCE, command, _FUNCTIONS)
+        return _load(command)
     except (OSError, RuntimeError) as error:
         warnings.warn(
             "The CPU kernels of lrlora could not be compiled or loaded, so training falls back to plain PyTorch, "
@@ -163,3 +166,126 @@ def _library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def _load(command: list[str]) -> ctypes.CDLL:
+    """Load the library from the cache, or compile it now with `command` (without source and output).
+
+    Raises:
+        OSError: compiling, loading or storing fails, or the cache folder is not this user's alone.
+        RuntimeError: the home folder cannot be determined.
+
+    """
+    recipe = _digest(_SOURCE.read_bytes() + " ".join((sys.platform, platform.machine(), *command)).encode())
+    with _own_folder() as folder:
+        _remove_leftovers(folder)
+        for kept in folder.glob(f"kernels-{recipe}-*.so"):
+            try:
+                _require_own(kept, kept.lstat())
+                if kept.name != _name(recipe, kept):
+                    raise OSError(f"{kept} is damaged")
+                return _open(kept)
+            except OSError:
+                kept.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
+            compiled = Path(scratch) / "compiled.so"
+            _run([*command, str(_SOURCE), "-o", str(compiled)])
+            compiled.chmod(0o700)  # the compiler applies the umask
+            library = _open(compiled)  # before storing, so that only working libraries are kept
+            flush(compiled)
+            compiled.replace(folder / _name(recipe, compiled))
+    return library
+
+
+def _name(recipe: str, library: Path) -> str:
+    """File name of a cached library: hashes of the recipe and of the content."""
+    return f"kernels-{recipe}-{_digest(library.read_bytes())}.so"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for function in _FUNCTIONS:
+        if not hasattr(library, function):
+            raise OSError(f"{path} has no function {function}")
+    return library
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """Folder of this user's libraries, created if missing.
+
+    Created with mode 0700, whatever the umask; the cache folder around it may be shared or group-writable (umask 002)
+    and is left unchanged. A folder that others can write to is refused, not repaired, so that the user notices.
+    """
+    if os.name != "posix":  # Windows uses access control lists, which Python does not read
+        folder = cache_folder() / "kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    folder = cache_folder() / f"kernels-{os.geteuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    # Anyone who can write to the parent can swap the folder after the check. On Linux, /proc leads to the opened folder
+    # whatever its name; through the pid and not "self", which would be the compiler in its own process.
+    same = Path("/proc/self/fd").resolve() / str(opened)
+    try:
+        _require_own(folder, os.fstat(opened))
+        yield same if os.path.isdir(same) else folder
+    except OSError as error:
+        raise OSError(str(error).replace(str(same), str(folder))) from error
+    finally:
+        os.close(opened)
+
+
+def _require_own(path: Path, status: os.stat_result) -> None:
+    """Raise PermissionError unless a path is owned by this user and not writable by others."""
+    if os.name != "posix":
+        return
+    if status.st_uid != os.geteuid():
+        raise PermissionError(
+            f"{path} belongs to another user (uid {status.st_uid}), whose code would run as yours. Set LRLORA_CACHE to "
+            "another folder."
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"{path} is writable by other users (mode {stat.S_IMODE(status.st_mode):04o}), whose code would run as "
+            f"yours. Run chmod go-w {path}, or set LRLORA_CACHE to another folder."
+        )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove scratch folders of compilations that were killed.
+
+    Decided by age: process ids say nothing if containers or machines share the folder.
+    """
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        with suppress(FileNotFoundError):  # already removed by another process
+            if time.time() - scratch.stat().st_mtime > _SCRATCH_SECONDS:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(command: list[str]) -> None:
+    """Run the compiler with a timeout."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as compiler:
+        try:
+            output, _ = compiler.communicate(timeout=_COMPILER_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{command[0]} did not finish in {_COMPILER_SECONDS} s and was stopped.") from error
+        finally:
+            # Kill the whole session: the compiler starts subprocesses, and Ctrl-C does not reach them.
+            if compiler.returncode is None:
+                os.killpg(compiler.pid, signal.SIGKILL) if os.name == "posix" else compiler.kill()
+    if compiler.returncode != 0:
+        raise ChildProcessError(f"{command[0]} failed ({compiler.returncode}). {output}")

@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .form import Form
-from .thin import columns, expansion_delta, expansion_factors, expansion_linear, rows
+from .form import Form, at_least_float32, without_autocast
 
 
 class Expansion(Form):
@@ -43,32 +43,66 @@ class Expansion(Form):
     def linear(
         self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float, added_to: Tensor | None = None
     ) -> Tensor:
-        return expansion_linear(x, A, B, self, scaling=scaling, added_to=added_to)
+        """Compute y = y₀ + x ΔWᵀ.
 
-    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
-        if rows is None:
-            return expansion_delta(A, B, self, scaling=scaling)
-        basis = self.output_signs(len(B), B.device)[rows]
-        return expansion_delta(A, F.embedding(rows, B), self, scaling=scaling, basis=basis)
-
-    def factors(self, A: Tensor, B: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
-        return expansion_factors(A, B, self, scaling=scaling)
-
-    def right(self, A: Tensor) -> Tensor:
-        """V: A (..., r, n) → (..., r·Q, n), in the dtype of A."""
-        return rows(A, self.input_signs(A.shape[-1], A.device).to(A.dtype))
-
-    def left(self, B: Tensor, basis: Tensor | None = None) -> Tensor:
-        """U without s: B (..., m, r) → (..., m, r·Q), in the dtype of B.
+        In bfloat16, and under autocast, U and V are formed in float32 and rounded, like ΔW of φ(BA), and multiplied in
+        the lower precision. float16 without autocast has too small a range and is promoted to float32.
 
         Args:
-            B: all rows of a layer's B, or a subset.
-            basis: matching rows of P, (..., m, Q); default: all.
+            x: (..., n), any float dtype.
+            A: (r, n).
+            B: (m, r).
+            scaling: s.
+            gain: not used.
+            added_to: y₀ (..., m), the base layer's output; default: zero.
+
+        Returns:
+            (..., m), in the dtype of the products, or the wider of it and that of y₀.
 
         """
-        if basis is None:
-            basis = self.output_signs(B.shape[-2], B.device)
-        return columns(B, (basis * self.num_terms**-0.5).to(B.dtype))
+        is_half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and torch.is_autocast_enabled(x.device.type))
+        x = x.to(x.dtype if is_half else torch.promote_types(x.dtype, A.dtype))
+        P, R = self.output_signs(len(B), B.device), self.input_signs(A.shape[1], A.device)
+        with without_autocast(x.device.type):
+            # Apply the signs to the smaller operand: the tokens, or the r rows of A.
+            if x[..., 0].numel() <= len(A) or torch._C._are_functorch_transforms_active():
+                # Σ_q P_q ∘ B A (R_q ∘ x) / √Q = x ΔWᵀ / s, without U and V.
+                h = F.linear(x.unsqueeze(-2) * R.to(x.dtype), A.to(x.dtype))  # (..., Q, r)
+                terms = F.linear(h, B.to(x.dtype)) * P.to(x.dtype).T
+                y = scaling * (terms.sum(-2) * self.num_terms**-0.5)
+                return y if added_to is None else added_to + y
+            A, B = at_least_float32(A), at_least_float32(B)
+            is_one_matmul = added_to is not None and added_to.dtype == x.dtype
+            base = added_to if is_one_matmul else x.new_zeros(())
+            c = scaling * self.num_terms**-0.5
+            y = _ThinLinear.apply(x, base, A, B, P.to(B.dtype), R.to(A.dtype), c)
+            return y if is_one_matmul or added_to is None else added_to + y
+
+    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
+        """ΔW = s · M ∘ BA = U V, differentiable.
+
+        Args:
+            A: (..., r, n).
+            B: (..., m, r), with the same leading dimensions.
+            scaling: s.
+            gain: not used.
+            rows: indices of the rows to compute, for B (m, r); default: all.
+
+        Returns:
+            (..., m, n), or (len(rows), n); float32, or float64 if A or B are.
+
+        """
+        with without_autocast(A.device.type):
+            U, V = self.factors(A, B, scaling=scaling, rows=rows)
+            return U @ V
+
+    def factors(self, A: Tensor, B: Tensor, *, scaling: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """U (..., m, r·Q) and V (..., r·Q, n) with ΔW = U V; arguments and dtypes as in `delta`."""
+        P, R = self.output_signs(B.shape[-2], B.device), self.input_signs(A.shape[-1], A.device)
+        if rows is not None:
+            P, B = P[rows], F.embedding(rows, B)
+        A, B = at_least_float32(A), at_least_float32(B)
+        return scaling * _columns(B, (P * self.num_terms**-0.5).to(B.dtype)), _rows(A, R.to(A.dtype))
 
     def output_signs(self, m: int, device: torch.device) -> Tensor:
         """P (m, Q), float32."""
@@ -84,6 +118,54 @@ class Expansion(Form):
 
     def extra_repr(self) -> str:
         return f"num_terms={self.num_terms}, seed={self.seed}"
+
+
+def _rows(A: Tensor, R: Tensor) -> Tensor:
+    """Rows R_q ∘ a_k of V, (..., r·Q, n), from A (..., r, n) and Rᵀ (Q, n)."""
+    return (A.unsqueeze(-2) * R).flatten(-3, -2)
+
+
+def _columns(B: Tensor, P: Tensor) -> Tensor:
+    """Columns P_q ∘ b_k of U, (..., m, r·Q), from B (..., m, r) and P (..., m, Q)."""
+    return (B.unsqueeze(-1) * P.unsqueeze(-2)).flatten(-2)
+
+
+class _ThinLinear(torch.autograd.Function):
+    """y = y₀ + c·x Vᵀ Uᵀ for x (tokens, n), with the rows R_q ∘ a_k of V and the columns P_q ∘ b_k of U, c = s/√Q.
+
+    With h = x Vᵀ, G = ∂L/∂y:  ∂L/∂x = c G U V,  ∂L/∂a_k = c Σ_q R_q ∘ ((G U)ᵀ x)_kq,  ∂L/∂b_k = c Σ_q P_q ∘ (Gᵀ h)_kq
+
+    y₀ is (tokens, m), or a single zero. Saves x, h (tokens, r·Q), A and B; U and V are recomputed. All products are in
+    the dtype of x, the sums over q in that of A and B.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Tensor, A: Tensor, B: Tensor, P: Tensor, R: Tensor, c: float) -> Tensor:
+        m = len(B)
+        h = x.reshape(-1, x.shape[-1]) @ _rows(A, R).to(x.dtype).T
+        ctx.save_for_backward(x, h, A, B, P, R)
+        ctx.c = c
+        y = torch.addmm(base.reshape(-1, m) if base.dim() else base, h, _columns(B, P).to(x.dtype).T, alpha=c)
+        return y.view(*x.shape[:-1], m)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, A, B, P, R = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives, h must depend on x and A
+            h = x.reshape(-1, x.shape[-1]) @ _rows(A, R).to(x.dtype).T
+        needs_x, needs_base, needs_A, needs_B = ctx.needs_input_grad[:4]
+        G = grad.reshape(-1, len(B))
+        GU = G @ _columns(ctx.c * B, P).to(x.dtype)
+        grad_x = grad_A = grad_B = None
+        if needs_x:
+            grad_x = (GU @ _rows(A, R).to(x.dtype)).view(x.shape)
+        if needs_A:
+            terms = (GU.T @ x.reshape(-1, x.shape[-1])).view(len(A), len(R), -1)
+            grad_A = (terms * R.to(x.dtype)).sum(1, dtype=A.dtype)
+        if needs_B:
+            terms = (G.T @ h).view(len(B), -1, len(R))
+            grad_B = ctx.c * (terms * P.to(x.dtype).unsqueeze(1)).sum(2, dtype=B.dtype)
+        return grad_x, grad if needs_base else None, grad_A, grad_B, None, None, None
 
 
 def signs(size: int, terms: int, name: str) -> Tensor:

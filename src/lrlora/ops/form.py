@@ -1,7 +1,13 @@
-"""`Form`: base class of the maps from A and B to ΔW, φ and the expansion. Subclass it for another form."""
+"""`Form`: base class of the maps from A and B to ΔW, φ and the expansion. Subclass it for another form.
+
+Also the precision in which forms compute.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,3 +43,13 @@ class Form(nn.Module):
 
     def prepare_forward(self) -> None:
         """Unshard and restore precision before a forward."""
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Disable autocast, which would form BA in half precision."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def at_least_float32(matrix: Tensor) -> Tensor:
+    """Convert to float32 unless float32 or float64; 8-bit dtypes have no automatic promotion."""
+    return matrix.float() if matrix.dtype.itemsize < 4 else matrix

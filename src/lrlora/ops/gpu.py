@@ -16,9 +16,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-from .table import PhiGradient, TransferTable
+from .table import PhiGradient, TransferTable, is_plain
 
 # Tile size, tokens per step and warps per tile. The backward kernel keeps five values per entry in registers.
 _BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 64, 64, 32, 4
@@ -28,12 +28,7 @@ _SHARES = 2**26
 
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels can read this φ and tensors."""
-    return table.spec.form == "residual" and all(t is None or _is_plain(t) for t in tensors)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether not a subclass, which may store elements elsewhere or nowhere."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return table.spec.form == "residual" and all(t is None or is_plain(t) for t in tensors)
 
 
 @triton.jit

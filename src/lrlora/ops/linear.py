@@ -11,20 +11,20 @@ Saved for backward: x, W (allocated anyway), A, B and the parameters of φ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import kernels_for
+from . import cpu
+from .form import without_autocast
 from .phi import TransferSpec
-from .precision import is_half, without_autocast
 from .table import PhiGradient, TransferTable
-
-if TYPE_CHECKING:
-    from .transfer import Transfer
 
 # Entries of ΔW per block. On a CPU, temporaries of this size stay in the cache; an accelerator needs few, large kernels
 # (64 MB each).
@@ -33,23 +33,51 @@ ACCELERATOR_BLOCK_ENTRIES = 2**24
 
 
 class _Update(NamedTuple):
-    """Non-tensor settings of ΔW = (scaling / input_gain) · φ(input_gain · BA) and its gradient."""
+    """Non-tensor settings of ΔW = (scaling / input_gain) · φ(input_gain · BA), in the order of `_SETTINGS`."""
 
-    spec: TransferSpec
+    form: str
+    num_basis: int
+    interval: float
+    lr_multiplier: float
     scaling: float
     input_gain: float
 
-    @classmethod
-    def of(
-        cls, form: str, num_basis: int, interval: float, lr_multiplier: float, scaling: float, input_gain: float
-    ) -> _Update:
-        """Build from an operator's plain values, in the order of `_SETTINGS`."""
-        return cls(TransferSpec(form, num_basis, interval, lr_multiplier), scaling, input_gain)
+    @property
+    def spec(self) -> TransferSpec:
+        return TransferSpec(*self[:4])
 
 
 _SETTINGS = "str form, int num_basis, float interval, float lr_multiplier, float scaling, float input_gain"
-# In the order of `_SETTINGS`.
-_Settings = tuple[str, int, float, float, float, float]
+
+
+def _kernels_for(table: TransferTable, *tensors: Tensor | None) -> Any:
+    """Module with the kernels for this φ and these tensors, `cpu` (C++) or `gpu` (Triton); None for plain PyTorch.
+
+    Set the environment variable `LRLORA_KERNELS` to override the choice: `native` (C++), `triton`, or `0` (PyTorch).
+
+    Raises:
+        ValueError: `LRLORA_KERNELS` has an unknown value.
+
+    """
+    is_on_gpu = any(t is not None and t.is_cuda for t in tensors)
+    choice = os.environ.get("LRLORA_KERNELS") or ("triton" if is_on_gpu else "native")
+    if choice not in _CHOICES:
+        raise ValueError(
+            f"The environment variable LRLORA_KERNELS must be one of {', '.join(_CHOICES)}, got {choice!r}."
+        )
+    kernels = _CHOICES[choice]()
+    return kernels if kernels is not None and kernels.supports(table, *tensors) else None
+
+
+@functools.cache
+def _triton() -> Any:
+    try:
+        return importlib.import_module(".gpu", __package__)
+    except ImportError:
+        return None  # Triton ships with PyTorch for CUDA and may be missing elsewhere
+
+
+_CHOICES: dict[str, Callable[[], Any]] = {"native": lambda: cpu, "triton": _triton, "0": lambda: None}
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -74,7 +102,7 @@ def _largest_entry(A: Tensor, B: Tensor, update: _Update) -> float:
         return 0.0
     # Cauchy–Schwarz bound: almost free, and usually sufficient.
     bound = (B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)).max().item()
-    if update.input_gain * bound <= update.spec.interval:
+    if update.input_gain * bound <= update.interval:
         return bound
     # One matmul, in memory that the weight reuses next; with blocks, threads would synchronize too often.
     least, greatest = torch.aminmax(B @ A)
@@ -93,7 +121,7 @@ def _write_weight(
     left, right = B, A
     if _is_transposed(out):
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
-    kernels = kernels_for(table, out, weight, A, B)
+    kernels = _kernels_for(table, out, weight, A, B)
     if kernels is not None:
         kernels.write_weight(out, weight, right, left, table, update.scaling, update.input_gain)
         return
@@ -109,7 +137,7 @@ def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, up
     if _is_transposed(G):
         grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, gradient, update)
         return grad_At.T.contiguous(), grad_Bt.T.contiguous()
-    kernels = kernels_for(table, G, A, B)
+    kernels = _kernels_for(table, G, A, B)
     if kernels is not None:
         return kernels.factor_gradients(G, A, B, gradient, update.scaling, update.input_gain)
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
@@ -132,7 +160,7 @@ def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, up
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, "
     f"{_SETTINGS}) -> Tensor",
 )
-def _adapted_linear(
+def adapted_linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -142,11 +170,12 @@ def _adapted_linear(
     bandwidth: Tensor | None,
     *settings: Any,
 ) -> Tensor:
-    update = _Update.of(*settings)
+    """`Transfer.fused_linear` of A and B in float32 or float64."""
+    update = _Update(*settings)
     with without_autocast(x.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         effective = _empty_weight(x.dtype, weight, A, B)
-        if weight is None or not is_half(x.dtype):
+        if weight is None or x.dtype not in (torch.bfloat16, torch.float16):
             _write_weight(effective, weight, A, B, table, update)
             return F.linear(x, effective, bias).contiguous()
         _write_weight(effective, None, A, B, table, update)
@@ -154,7 +183,7 @@ def _adapted_linear(
         return torch.addmm(y, x.reshape(-1, x.shape[-1]), effective.T).view(*x.shape[:-1], len(B))
 
 
-@_adapted_linear.register_fake
+@adapted_linear.register_fake
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], B.shape[0])
 
@@ -177,7 +206,7 @@ def _adapted_linear_backward(
     *settings: Any,
 ) -> list[Tensor]:
     """Gradients of the first seven inputs of `adapted_linear`, restricted to `needs`."""
-    update = _Update.of(*settings)
+    update = _Update(*settings)
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
     with without_autocast(grad_y.device.type):
@@ -189,7 +218,7 @@ def _adapted_linear_backward(
             _write_weight(buffer, weight, A, B, table, update)
             gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
-            kernels = kernels_for(table, flat_y, flat_x, A, B)
+            kernels = _kernels_for(table, flat_y, flat_x, A, B)
             if kernels is not None and kernels.product_gradients is not None and not needs_weight:
                 gradients[3:5] = kernels.product_gradients(
                     flat_y, flat_x, A, B, gradient, update.scaling, update.input_gain
@@ -234,7 +263,7 @@ def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
 
 
 _adapted_linear_backward.register_autograd(_refuse_second_derivative)
-_adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_save_for_adapted_linear)
+adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_save_for_adapted_linear)
 
 
 @torch.library.custom_op(
@@ -242,8 +271,9 @@ _adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_
     mutates_args=(),
     schema=f"(Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, {_SETTINGS}) -> Tensor",
 )
-def _delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, *settings: Any) -> Tensor:
-    update = _Update.of(*settings)
+def delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, *settings: Any) -> Tensor:
+    """`Transfer.delta` of A and B in float32 or float64."""
+    update = _Update(*settings)
     with without_autocast(A.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         delta = A.new_empty(*B.shape[:-1], A.shape[-1])
@@ -252,7 +282,7 @@ def _delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Ten
         return delta
 
 
-@_delta_weight.register_fake
+@delta_weight.register_fake
 def _(A: Tensor, B: Tensor, *others: Any) -> Tensor:
     return A.new_empty(*B.shape[:-1], A.shape[-1])
 
@@ -273,7 +303,7 @@ def _delta_weight_backward(
     *settings: Any,
 ) -> list[Tensor]:
     """Gradients of the first four inputs of `delta_weight`, restricted to `needs`."""
-    update = _Update.of(*settings)
+    update = _Update(*settings)
     with without_autocast(grad.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         gradient = PhiGradient(table)
@@ -303,7 +333,7 @@ def _differentiate_delta_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
 
 
 _delta_weight_backward.register_autograd(_refuse_second_derivative)
-_delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save_for_delta_weight)
+delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save_for_delta_weight)
 
 
 def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -325,82 +355,3 @@ def _scattered(needs: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor
 def _empty_weight(dtype: torch.dtype, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
     # Same layout as W, even if W is a transposed view: the base layer's matmul is then bitwise unchanged.
     return A.new_empty(B.shape[0], A.shape[1], dtype=dtype) if weight is None else torch.empty_like(weight)
-
-
-def _parameters(transfer: Transfer, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Amplitude and bandwidth on the layer's device; a φ shared across devices is stored on one of them."""
-    amplitude, bandwidth = transfer.amplitude, transfer.bandwidth
-    if amplitude is None or bandwidth is None:
-        return None, None
-    return amplitude.to(device), bandwidth.to(device)
-
-
-def _factor_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """At least float32: in half precision, rounding of BA would swamp the entries of ΔW."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _settings(spec: TransferSpec, scaling: float, input_gain: float) -> _Settings:
-    # Forward-mode derivatives would silently treat the operators as zero.
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            "torch.func transforms (grad, jvp, vmap, …) are not supported by LR-LoRA layers. Use torch.autograd, or "
-            "merge the adapter first (`model.merge_and_unload()`)."
-        )
-    phi = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))
-    return *phi, float(scaling), float(input_gain)
-
-
-def adapted_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    transfer: Transfer,
-    *,
-    scaling: float,
-    input_gain: float,
-) -> Tensor:
-    """Compute y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b if `weight` is None.
-
-    In half precision, rounding W + ΔW loses part of a small update. W and ΔW are therefore multiplied separately; only
-    ∂L/∂x uses their rounded sum, with an error comparable to rounding ∂L/∂x itself.
-
-    Args:
-        x: (..., n), float64, float32, bfloat16 or float16; unaffected by autocast.
-        weight: W (m, n) in the dtype of x; may be a transposed view.
-        bias: b (m,).
-        A: (r, n).
-        B: (m, r).
-        transfer: φ.
-        scaling: s.
-        input_gain: g > 0.
-
-    Returns:
-        (..., m) in the dtype of x.
-
-    """
-    dtype = _factor_dtype(x, A, B)
-    phi = _parameters(transfer, A.device)
-    settings = _settings(transfer.spec, scaling, input_gain)
-    return _adapted_linear(x, weight, bias, A.to(dtype), B.to(dtype), *phi, *settings)
-
-
-def delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:
-    """ΔW = (s/g)·φ(g·BA), differentiable; saves no m×n tensor.
-
-    Args:
-        A: (..., r, n).
-        B: (..., m, r), with the same leading dimensions.
-        transfer: φ.
-        scaling: s.
-        input_gain: g > 0.
-
-    Returns:
-        (..., m, n), float32, or float64 if A or B are.
-
-    """
-    dtype = _factor_dtype(A, B)
-    phi = _parameters(transfer, A.device)
-    return _delta_weight(A.to(dtype), B.to(dtype), *phi, *_settings(transfer.spec, scaling, input_gain))

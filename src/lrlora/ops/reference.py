@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .expansion import Expansion
@@ -26,22 +25,6 @@ def reference_delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling:
 
     """
     return (scaling / input_gain) * transfer(input_gain * (B.double() @ A.double()))
-
-
-def reference_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    transfer: Transfer,
-    *,
-    scaling: float,
-    input_gain: float,
-) -> Tensor:
-    """Compute x (W + ΔW)ᵀ + b for x (..., n) and W (m, n): (..., m), float64."""
-    delta = reference_delta_weight(A, B, transfer, scaling=scaling, input_gain=input_gain)
-    return F.linear(x.double(), weight.double() + delta, None if bias is None else bias.double())
 
 
 def reference_expansion_delta(A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .phi import TransferSpec, constant
 
@@ -31,6 +31,15 @@ CELLS_PER_BIN = 4
 MARGIN = SAMPLES_PER_STENCIL // 2 - 1
 # Maximum number of cells: 8 MiB for a kernel to read, and as much for the sums of a thread.
 MAX_CELLS = 2**19
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether kernels can read a tensor: strided, of a float dtype, and no subclass, which may store no elements."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and tensor.layout == torch.strided
+    )
 
 
 def num_chebyshev_points(radians: float) -> int:

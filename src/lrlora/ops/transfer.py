@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +42,80 @@ class Transfer(Form):
     def linear(
         self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float, added_to: Tensor | None = None
     ) -> Tensor:
-        y = adapted_linear(x, None, None, A, B, self, scaling=scaling, input_gain=gain)
+        y = self.fused_linear(x, None, None, A, B, scaling=scaling, gain=gain)
         return y if added_to is None else added_to + y
 
     def fused_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *, scaling: float, gain: float
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        *,
+        scaling: float,
+        gain: float,
     ) -> Tensor:
-        return adapted_linear(x, weight, bias, A, B, self, scaling=scaling, input_gain=gain)
+        """Compute y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b if `weight` is None.
+
+        In half precision, rounding W + ΔW loses part of a small update. W and ΔW are therefore multiplied separately;
+        only ∂L/∂x uses their rounded sum, with an error comparable to rounding ∂L/∂x itself. Saves x, W, A, B and the
+        parameters of φ for the backward, and no other m×n tensor.
+
+        Args:
+            x: (..., n), float64, float32, bfloat16 or float16; unaffected by autocast.
+            weight: W (m, n) in the dtype of x; may be a transposed view.
+            bias: b (m,).
+            A: (r, n).
+            B: (m, r).
+            scaling: s.
+            gain: g > 0.
+
+        Returns:
+            (..., m) in the dtype of x.
+
+        Raises:
+            NotImplementedError: called under a torch.func transform.
+
+        """
+        return adapted_linear(x, weight, bias, *self._arguments(x, A, B, scaling, gain))
 
     def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
+        """ΔW = (s/g)·φ(g·BA), differentiable; saves A, B and the parameters of φ, and no m×n tensor.
+
+        Args:
+            A: (..., r, n).
+            B: (..., m, r), with the same leading dimensions.
+            scaling: s.
+            gain: g > 0.
+            rows: indices of the rows to compute, for B (m, r); default: all.
+
+        Returns:
+            (..., m, n), or (len(rows), n); float32, or float64 if A or B are.
+
+        Raises:
+            NotImplementedError: called under a torch.func transform.
+
+        """
         B = B if rows is None else F.embedding(rows, B)
-        return delta_weight(A, B, self, scaling=scaling, input_gain=gain)
+        return delta_weight(*self._arguments(None, A, B, scaling, gain))
+
+    def _arguments(self, x: Tensor | None, A: Tensor, B: Tensor, scaling: float, gain: float) -> tuple[Any, ...]:
+        """Arguments of the operators in `linear.py` from A on, in their order."""
+        # Forward-mode derivatives would silently treat the operators as zero.
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "torch.func transforms (grad, jvp, vmap, …) are not supported by LR-LoRA layers. Use torch.autograd, "
+                "or merge the adapter first (`model.merge_and_unload()`)."
+            )
+        # At least float32: in half precision, rounding of BA would swamp the entries of ΔW.
+        is_double = any(t is not None and t.dtype == torch.float64 for t in (x, A, B))
+        dtype = torch.float64 if is_double else torch.float32
+        # A φ shared across devices is stored on one of them.
+        learned = [None if p is None else p.to(A.device) for p in (self.amplitude, self.bandwidth)]
+        spec = self.spec
+        phi = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))
+        return A.to(dtype), B.to(dtype), *learned, *phi, float(scaling), float(gain)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transfer:
         # `.to(dtype)`, `.half()` and similar calls move the parameters between devices but keep float32: optimizer

@@ -3,8 +3,7 @@
 from .cut import LossCurve, Point, energy_curve, loss_curve, mean_loss, smallest
 from .measures import MEASURES, Measure
 from .moments import model_loss
-from .report import Curve, RankReport, RankRow, Spectrum
-from .walk import rank_report
+from .report import Curve, RankReport, RankRow, Spectrum, rank_report
 
 __all__ = [
     "MEASURES",

@@ -32,6 +32,7 @@ DAMPING = 1e-3
 _SHARES = (0.5, 0.25, 0.125)  # shares of the parameters at which the loss is measured first
 _CLOSE = 1.05
 _TINY = 1e-30
+_EVALUATIONS = 12
 
 
 class Point(NamedTuple):
@@ -97,11 +98,6 @@ class LossCurve:
             ValueError: the budget is less than one rank of the smallest module.
 
         """
-        if budget < self.fewest:
-            raise ValueError(
-                f"budget={budget:,} is below the minimum of {self.fewest:,} parameters, one rank of the smallest "
-                "module."
-            )
         costs = [of.whole.parameters_per_rank for of in self.modules]
         ranks = best_per_parameter([of.rises[:max_rank] for of in self.modules], costs, budget)
         return [of.factors(rank) for of, rank in zip(self.modules, ranks, strict=True)]
@@ -179,24 +175,18 @@ def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[An
 
 
 def smallest(
-    curve: LossCurve,
-    measure: Callable[[Sequence[Factors]], float],
-    limit: float,
-    *,
-    max_rank: int | None = None,
-    evaluations: int = 12,
+    curve: LossCurve, measure: Callable[[Sequence[Factors]], float], limit: float, *, max_rank: int | None = None
 ) -> tuple[list[Factors], list[Point]]:
     """Find the smallest size at which the loss is within a limit, to about 5 %.
 
     Measures at 1, 1/2, 1/4, 1/8 of the parameters and on while within the limit, then bisects, on a logarithmic scale,
-    between the smallest size within the limit and the largest beyond it.
+    between the smallest size within the limit and the largest beyond it; measures at most 12 sizes.
 
     Args:
         curve: curve of the adapter.
         measure: returns the loss for given factors, e.g. `mean_loss` on held-out examples.
         limit: upper bound on the loss.
         max_rank: maximum rank of a module.
-        evaluations: maximum number of loss evaluations.
 
     Returns:
         The factors, and all measured losses, sorted by size.
@@ -230,10 +220,9 @@ def smallest(
         )
     whole = within
     for share in _SHARES:
-        if len(points) < evaluations:
-            fits(int(share * whole))
+        fits(int(share * whole))
     is_new = True
-    while is_new and len(points) < evaluations and within > max(curve.fewest, _CLOSE * beyond):
+    while is_new and len(points) < _EVALUATIONS and within > max(curve.fewest, _CLOSE * beyond):
         known = len(points)
         fits(int((within * beyond) ** 0.5) if beyond else within // 2)
         is_new = len(points) > known  # otherwise no size remains between the two

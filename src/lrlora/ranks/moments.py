@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..adapters import Factors
 from ..naming import path_in_base
-from ..ops import at_least_float32
+from ..ops.form import at_least_float32
 
 Batch = Mapping[str, Any]
 # Batch → (sum of its loss terms, a scalar; their number).

@@ -24,7 +24,7 @@ from ..adapters.card import class_names
 from ..adapters.full_model import FineTuned
 from ..adapters.loading import check_base, load_adapted
 from ..adapters.peft_folder import SavedAdapter
-from ..adapters.peft_methods import CHANGING_STARTS
+from ..adapters.update import CHANGING_STARTS
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, replacing, write_json
 from ..ranks import Point, RankReport, energy_curve, loss_curve, mean_loss, smallest
@@ -109,8 +109,7 @@ class Subject:
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
             base = saved.base_model  # required to read an update with its magnitudes
         updates = read_updates(source if saved is None else saved, base=base)
-        if saved is not None and not all(update.layout.is_known for update in updates):
-            check_base(saved, updates)
+        check_base(updates)
         training, held_out = _own_examples(run) if data is None else _given_examples(run, data, announce)
         return cls(run, updates, training, held_out)
 
@@ -263,16 +262,12 @@ class Cut:
         self.curve = loss_curve(subject.on_base, whole, gradients, subject.loss)
 
     def measure(self, factors: Sequence[Factors]) -> float:
-        """Loss with these factors in place of the adapter."""
-        size = sum(part.parameters for part in factors)
-        batches = tqdm(self._held_out, desc=f"Loss of {size:,} parameters", disable=not self._progressbar, leave=False)
-        return mean_loss(self.subject.on_base, factors, batches, self.subject.loss)
-
-    def measured(self, factors: Sequence[Factors]) -> float:
-        """Cached `measure`, keyed by the ranks."""
-        ranks = tuple(part.rank for part in factors)
+        """Loss with these factors in place of the adapter, measured once for each choice of ranks."""
+        ranks, size = tuple(part.rank for part in factors), sum(part.parameters for part in factors)
         if ranks not in self._known:
-            self._known[ranks] = self.measure(factors)
+            description = f"Loss of {size:,} parameters"
+            batches = tqdm(self._held_out, desc=description, disable=not self._progressbar, leave=False)
+            self._known[ranks] = mean_loss(self.subject.on_base, factors, batches, self.subject.loss)
         return self._known[ranks]
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
@@ -299,7 +294,7 @@ class Cut:
         """
         limit = self.loss + rise * abs(self.loss)
         try:
-            factors, self.points = smallest(self.curve, self.measured, limit, max_rank=max_rank)
+            factors, self.points = smallest(self.curve, self.measure, limit, max_rank=max_rank)
         except ValueError as error:
             if self._is_thin:
                 raise

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,14 +65,6 @@ class Format(NamedTuple):
         return self.asked if self.answer is None else (*self.asked, self.answer)
 
 
-def _messages(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
-    return {"messages": _with_system(row, _known(row["messages"]))}
-
-
-def _sharegpt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
-    return {"messages": _with_system(row, [_turn(turn) for turn in row["conversations"]])}
-
-
 def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     prompt, answer = row["prompt"], row.get("completion")
     if not is_chat:
@@ -88,10 +81,6 @@ def _alpaca(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     return _asked(row, [*before, _user(question)], row.get("output"))
 
 
-def _text(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
-    return {"text": row["text"]}
-
-
 def _user(content: str) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
@@ -103,14 +92,15 @@ def _assistant(content: str) -> dict[str, Any]:
 def _asked(
     row: dict[str, Any], turns: list[dict[str, Any]], answer: str | list[dict[str, Any]] | None
 ) -> dict[str, Any]:
-    prompt = {"prompt": _with_system(row, turns)}
+    prompt = _chat(row, turns, "prompt")
     if answer is None:
         return prompt
     return prompt | {"completion": [_assistant(answer)] if isinstance(answer, str) else answer}
 
 
-def _with_system(row: dict[str, Any], turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
+def _chat(row: dict[str, Any], turns: Iterable[dict[str, Any]], name: str = "messages") -> dict[str, Any]:
+    """Turns under a name, after the row's system message."""
+    return {name: [*([{"role": "system", "content": row["system"]}] if row.get("system") else []), *turns]}
 
 
 def _known(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,13 +142,16 @@ def _json(what: str, text: str) -> Any:
 
 
 _EXTRAS = ("tools", "chat_template_kwargs")
+_TURNS = ("system", *_EXTRAS)
 # The first format whose columns exist is used.
 FORMATS = (
-    Format("messages", ("messages",), None, ("system", *_EXTRAS), _messages),
-    Format("ShareGPT", ("conversations",), None, ("system", *_EXTRAS), _sharegpt),
-    Format("prompt and completion", ("prompt",), "completion", ("system", *_EXTRAS), _prompt),
-    Format("Alpaca", ("instruction",), "output", ("input", "history", "system", *_EXTRAS), _alpaca),
-    Format("text", ("text",), None, (), _text),
+    Format("messages", ("messages",), None, _TURNS, lambda row, is_chat: _chat(row, _known(row["messages"]))),
+    Format(
+        "ShareGPT", ("conversations",), None, _TURNS, lambda row, is_chat: _chat(row, map(_turn, row["conversations"]))
+    ),
+    Format("prompt and completion", ("prompt",), "completion", _TURNS, _prompt),
+    Format("Alpaca", ("instruction",), "output", ("input", "history", *_TURNS), _alpaca),
+    Format("text", ("text",), None, (), lambda row, is_chat: {"text": row["text"]}),
 )
 
 
@@ -409,12 +402,7 @@ def shown_tokens(
 
     """
     labels = (row.get("labels") or row["input_ids"]) if marked else [-100] * len(row["input_ids"])
-    parts: list[tuple[bool, list[int]]] = []
-    for token, label in zip(row["input_ids"], labels, strict=True):
-        is_trained = label != -100
-        if not parts or parts[-1][0] != is_trained:
-            parts.append((is_trained, []))
-        parts[-1][1].append(token)
-    texts = ((is_trained, str(tokenizer.decode(tokens))) for is_trained, tokens in parts)
+    parts = groupby(zip(row["input_ids"], labels, strict=True), key=lambda pair: pair[1] != -100)
+    texts = ((is_trained, str(tokenizer.decode([token for token, _ in pairs]))) for is_trained, pairs in parts)
     shown = "".join(f"⟦{text}⟧" if is_trained else text for is_trained, text in texts)
     return shown if len(shown) <= most else f"{shown[:most]} …"

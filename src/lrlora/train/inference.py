@@ -31,11 +31,11 @@ from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..tuner import cached_weights
 from .chat import answer_of, as_trl_reads, format_of, holds_chats, prompt_of, render_chat, with_answers_marked
 from .data import load_examples, sampled
-from .metrics import logits, plain_metrics
 from .models import load_model, make_trainer, max_positions, model_source, training_arguments
 from .progress import Announce
 from .settings import TrainConfig, read_run
 from .tasks import KINDS, Kind, kind_for
+from .tasks.base import logits, plain_metrics
 
 # Training-only settings (parallelism, reporting), which inference ignores.
 OF_TRAINING = (

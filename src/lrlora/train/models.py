@@ -26,9 +26,9 @@ from ..checks import require_known, require_type
 from ..files import is_hub_name, read_json, readable, require_regular
 from ..untrusted import require_quick_patterns
 from .embedded import EMBEDDED, EMBEDDED_MODELS
-from .metrics import LESS_IS_BETTER
 from .packages import checkpoint
 from .tasks import Kind, kind_for
+from .tasks.base import LESS_IS_BETTER
 
 MODEL_EXPECTED = "Expected a model that transformers can load. Download it again, or choose another."
 

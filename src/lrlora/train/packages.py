@@ -94,12 +94,8 @@ def _bigbench(task: str) -> EmbeddedInput:
     )
 
 
-# VitaminC fact verification: 54,668 claims with Wikipedia passages.
-VITAMINC = _bigbench("vitaminc_fact_verification")
-# Multiple-choice questions: everyday situations, goals and steps of how-tos, combined facts, and reasons for what a
-# pronoun refers to.
-SOCIAL_IQA, STRATEGY_QA, WINOWHY = _bigbench("social_iqa"), _bigbench("strategyqa"), _bigbench("winowhy")
-GOAL_INFERENCE, STEP_INFERENCE = (_bigbench(f"goal_step_wikihow/{part}_inference") for part in ("goal", "step"))
+# Yes-or-no questions that combine several facts.
+STRATEGY_QA = _bigbench("strategyqa")
 
 
 def _topics(name: str) -> EmbeddedInput:

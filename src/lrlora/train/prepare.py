@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import ADAPTER_EXPECTED, readable
-from ..learned_ranks import wide_rank
+from ..ranks.learned import wide_rank
 from .by_loss import FEWEST
 from .inputs import Inputs
 from .methods import adapter_config, require_tokens, start_from_data

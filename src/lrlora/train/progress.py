@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..run_folder import shown_metrics
 from ..tuner.sharding import local_part
-from .metrics import plain_metrics
+from .tasks.base import plain_metrics
 
 Announce = Callable[[str], None]
 _STEPS_TIMED = 10

@@ -22,12 +22,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters import factorize, read_updates, save_as_lora
 from ..adapters.card import LORA_FOLDER
-from ..callback import RankCallback
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
-from ..learned_ranks import LearnedRanksCallback
 from ..locks import only_writer, remove_left
 from ..ranks import RankReport, rank_report
+from ..ranks.callback import RankCallback
+from ..ranks.learned import LearnedRanksCallback
 from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord
 from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
@@ -35,13 +35,13 @@ from ..views.card import write_card
 from .hub import push
 from .inputs import Inputs, examples_per_step
 from .methods import METHODS, AdaLoraCallback, set_rank_pattern
-from .metrics import plain_metrics
 from .plan import cut_line, seconds_per_batch
 from .prepare import prepare
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
 from .resume import KeepRecord, last_checkpoint
 from .settings import TrainConfig
 from .startable import require_startable
+from .tasks.base import plain_metrics
 
 
 class Interrupted(Exception):  # noqa: N818 (it is no error)
@@ -210,7 +210,7 @@ def _wait_for_all(trainer: Trainer) -> None:
 
 
 def resume_hint(output: Path) -> str:
-    """How to resume the run in a folder."""
+    """Command that resumes the run in a folder."""
     return f"Resume it with: lrlora train --resume {output}"
 
 

@@ -11,10 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..checks import check_truncation, require_known, require_type
+from ..checks import check_truncation, parse_size, require_known, require_type
 from ..files import readable
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
-from ..sizes import parse_size
 
 FROM_TRAIN = "train"  # value of `validation`: split training data even if a validation split exists
 # Run setting → field of TrainingArguments.

@@ -147,4 +147,4 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        _raise_in(thread, None)  # what is still pending
+        _raise_in(thread, None)  # cancels a pending exception

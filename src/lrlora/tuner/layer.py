@@ -14,8 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
 
-from ..ops import at_least_float32
-from ..ops.form import Form
+from ..ops.form import Form, at_least_float32
 from .config import LrLoraConfig
 
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -65,7 +64,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         # Kept until `unmerge`: the weight on the CPU, the parameter itself if shared, or a copy of a quantized base
         # layer. Stored in a tuple to avoid registration as a parameter or module.
         self._before_merge: tuple[Tensor | nn.Module] | None = None
-        self._left_by_merge: tuple[torch.dtype, float] | None = None
         self._active_adapter = adapter_name
         self.in_features, self.out_features = self._features()
         self.update_layer(adapter_name, phi, r, alpha, config)
@@ -300,7 +298,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             self._before_merge = self._before_merge or (weight.data.to("cpu", copy=True),)
             weight.data.copy_(merged)
         self.merged_adapters.extend(adapters)
-        self._left_by_merge = None if backend is not None else _signature(self.get_base_weight())
 
     def unmerge(self) -> None:
         """Restore the exact base weight."""
@@ -308,12 +305,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged; nothing to do.", stacklevel=2)
             return
         (before,), base = self._before_merge, self.get_base_layer()
-        if self._left_by_merge is not None and _is_other(self.get_base_weight(), *self._left_by_merge):
-            warnings.warn(
-                "The base weight has changed since the adapter was merged, and unmerging discards the change. If an "
-                "adapter of another model is merged into the same base model, unmerge in reverse order.",
-                stacklevel=2,
-            )
         if isinstance(before, nn.Module):
             # Keep the module itself and its trainable bias, which an optimizer may reference.
             bias = getattr(base, "bias", None)
@@ -336,15 +327,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lrlora." + super().__repr__()
-
-
-def _signature(weight: Tensor) -> tuple[torch.dtype, float]:
-    return weight.dtype, torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).item()
-
-
-def _is_other(weight: Tensor, dtype: torch.dtype, norm: float) -> bool:
-    """Whether a weight has changed since its signature was taken; False if it was cast, or not finite."""
-    return weight.dtype == dtype and math.isfinite(norm) and not math.isclose(_signature(weight)[1], norm, rel_tol=1e-9)
 
 
 def _onloaded(part: nn.Module, adapter: str) -> nn.Module:

@@ -66,7 +66,15 @@ class LrLoraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            names = sorted({path.rpartition(".")[2] for path, _ in _adaptable_modules(model)})
+            modules = dict(model.named_modules())
+            inside_adapted = tuple(f"{path}." for path, module in modules.items() if isinstance(module, BaseTunerLayer))
+            names = sorted(
+                {
+                    path.rpartition(".")[2]
+                    for path, module in modules.items()
+                    if not path.startswith(inside_adapted) and (isinstance(module, Linear) or _kind(module) is Linear)
+                }
+            )
             raise NoMatchingPeftModuleError(
                 f"{error} The linear layers of this model are named: {', '.join(names) or '(it has none)'}."
             ) from None
@@ -338,18 +346,6 @@ def _quantization_backend(module: nn.Module, model: nn.Module) -> QuantizationBa
     if isinstance(backend, TorchaoBackend) and not known:
         backend.supports_merge = False
     return backend
-
-
-def _adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) of each adaptable linear layer, excluding the internals of adapted ones."""
-    adapted: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if path.startswith(adapted):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            adapted = (*adapted, f"{path}.")
-        if isinstance(module, Linear) or _kind(module) is Linear:
-            yield path, module
 
 
 def _require_finite(state_dict: dict[str, Tensor], verb: str, remedy: str) -> None:

@@ -1,7 +1,6 @@
 """Charts of the report page, as Vega-Lite specifications with named, empty data.
 
-The page's script fills in the data and updates it on interaction. The colors are Okabe and Ito's colorblind-safe
-palette.
+The page's script fills in the data and updates it on interaction.
 """
 
 from __future__ import annotations
@@ -13,11 +12,16 @@ from typing import Any
 
 import altair as alt
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+from .figure import COLOURS
+
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 _NAME_WIDTH = 32  # characters of a run's name per legend line, to fit on a phone
+_STEP = alt.X("step:Q", title="step")
+_PARAMETERS = alt.X(
+    "parameters:Q", title="parameters", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s")
+)
 
 
 def _legend(runs: Sequence[str]) -> alt.Legend | None:
@@ -64,26 +68,25 @@ def _lines(chart: alt.Chart, dash: str, runs: Sequence[str], pointed: str = "tru
     return alt.layer(chart.mark_line(strokeWidth=2).encode(strokeDash=_dash(dash)), points)
 
 
+def _chart(data: str, runs: Sequence[str], x: alt.X, y: alt.Y, *tips: str | alt.Tooltip) -> alt.Chart:
+    """Named data in the color of their run, without marks."""
+    return alt.Chart(alt.NamedData(data)).encode(x=x, y=y, color=_of_run(runs), tooltip=["run:N", *tips])
+
+
 def kinds(runs: Sequence[str]) -> Chart:
     """One measure in attention, MLP and other modules: one point per module, and the median.
 
     Data "modules": run, kind, module, value; place and centre, positions of a point and of its run, in [0, 1].
     """
+    x = alt.X("kind:N", title=None, axis=alt.Axis(labelAngle=0))
     points = (
-        alt.Chart()
+        _chart("modules", runs, x, alt.Y("value:Q", title=None), "module:N", alt.Tooltip("value:Q", format=".3~f"))
         .mark_point(filled=True, size=28, opacity=0.55)
-        .encode(
-            x=alt.X("kind:N", title=None, axis=alt.Axis(labelAngle=0)),
-            xOffset=alt.XOffset("place:Q", scale=alt.Scale(domain=[0, 1])),
-            y=alt.Y("value:Q", title=None),
-            color=_of_run(runs),
-            shape=_shape(runs),
-            tooltip=["run:N", "module:N", alt.Tooltip("value:Q", format=".3~f")],
-        )
+        .encode(xOffset=alt.XOffset("place:Q", scale=alt.Scale(domain=[0, 1])), shape=_shape(runs))
     )
     width = alt.ExprRef(f"min(36, 0.8 * bandwidth('x') / {len(runs)})")
     medians = (
-        alt.Chart()
+        alt.Chart(alt.NamedData("modules"))
         .mark_tick(thickness=3, size=width, orient="horizontal")
         .encode(
             x="kind:N",
@@ -92,7 +95,7 @@ def kinds(runs: Sequence[str]) -> Chart:
             color=_of_run(runs),
         )
     )
-    return alt.layer(points, medians, data=alt.NamedData("modules"))
+    return alt.layer(points, medians)
 
 
 def history(runs: Sequence[str]) -> Chart:
@@ -100,12 +103,8 @@ def history(runs: Sequence[str]) -> Chart:
 
     Data "history": run, series, step, value; "now": step.
     """
-    chart = alt.Chart(alt.NamedData("history")).encode(
-        x=alt.X("step:Q", title="step"),
-        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=True)),
-        color=_of_run(runs),
-        tooltip=["run:N", "series:N", "step:Q", alt.Tooltip("value:Q", format=".3~f")],
-    )
+    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=True))
+    chart = _chart("history", runs, _STEP, y, "series:N", "step:Q", alt.Tooltip("value:Q", format=".3~f"))
     rule = alt.Chart(alt.NamedData("now")).mark_rule(color="gray").encode(x="step:Q")
     return alt.layer(_lines(chart, "series", runs), rule)
 
@@ -124,35 +123,10 @@ def phi(runs: Sequence[str]) -> Chart:
             color=_of_run(runs),
         )
     )
-    lines = (
-        alt.Chart(alt.NamedData("curve"))
-        .mark_line(strokeWidth=2)
-        .encode(
-            x="z:Q",
-            y=alt.Y("value:Q", title="φ(z)"),
-            color=_of_run(runs),
-            strokeDash=_dash("which"),
-            tooltip=["run:N", "which:N", alt.Tooltip("z:Q", format=".3~g"), alt.Tooltip("value:Q", format=".3~g")],
-        )
-    )
+    tips = [alt.Tooltip("z:Q", format=".3~g"), alt.Tooltip("value:Q", format=".3~g")]
+    chart = _chart("curve", runs, alt.X("z:Q"), alt.Y("value:Q", title="φ(z)"), "which:N", *tips)
+    lines = chart.mark_line(strokeWidth=2).encode(strokeDash=_dash("which"))
     return alt.layer(bars, lines).resolve_scale(y="independent")
-
-
-def bend(runs: Sequence[str]) -> Chart:
-    """Learned change of φ: the learned φ of one module minus the initial φ.
-
-    Data "bend": run, z, value.
-    """
-    return (
-        alt.Chart(alt.NamedData("bend"))
-        .mark_line(strokeWidth=2)
-        .encode(
-            x=alt.X("z:Q", title="z, an entry of g·BA (g: fixed input gain)"),
-            y=alt.Y("value:Q", title="φ(z) − φ at the start"),
-            color=_of_run(runs),
-            tooltip=["run:N", alt.Tooltip("z:Q", format=".3~g"), alt.Tooltip("value:Q", format=".3~g")],
-        )
-    )
 
 
 def spectrum(runs: Sequence[str]) -> Chart:
@@ -160,12 +134,9 @@ def spectrum(runs: Sequence[str]) -> Chart:
 
     Data "spectrum": run, which, index, sigma.
     """
-    chart = alt.Chart(alt.NamedData("spectrum")).encode(
-        x=alt.X("index:Q", title="index of the singular value", scale=alt.Scale(type="log")),
-        y=alt.Y("sigma:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e")),
-        color=_of_run(runs),
-        tooltip=["run:N", "which:N", "index:Q", alt.Tooltip("sigma:Q", format=".3~g")],
-    )
+    x = alt.X("index:Q", title="index of the singular value", scale=alt.Scale(type="log"))
+    y = alt.Y("sigma:Q", title="singular value", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e"))
+    chart = _chart("spectrum", runs, x, y, "which:N", "index:Q", alt.Tooltip("sigma:Q", format=".3~g"))
     return _lines(chart, "which", runs)
 
 
@@ -177,14 +148,9 @@ def energy(runs: Sequence[str]) -> Chart:
     picked = alt.selection_point(
         name="picked", encodings=["x"], nearest=True, on="click", toggle=False, clear=False, empty=False
     )
-    chart = alt.Chart(alt.NamedData("energy")).encode(
-        x=alt.X(
-            "parameters:Q", title="parameters", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s")
-        ),
-        y=alt.Y("share:Q", title="energy kept", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
-        color=_of_run(runs),
-        tooltip=["run:N", alt.Tooltip("parameters:Q", format=","), alt.Tooltip("share:Q", format=".1%")],
-    )
+    y = alt.Y("share:Q", title="energy kept", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%"))
+    tips = [alt.Tooltip("parameters:Q", format=","), alt.Tooltip("share:Q", format=".1%")]
+    chart = _chart("energy", runs, _PARAMETERS, y, *tips)
     points = chart.mark_point(filled=True, size=36, opacity=1, cursor="pointer").encode(shape=_shape(runs))
     rule = alt.Chart(alt.NamedData("size")).mark_rule(color="gray").encode(x="parameters:Q")
     return alt.layer(rule, chart.mark_line(strokeWidth=2), points.add_params(picked))
@@ -195,14 +161,9 @@ def loss(runs: Sequence[str]) -> Chart:
 
     Data "losses": run, parameters, loss, and whole, the loss of the uncut adapter; "chosen": run, parameters.
     """
-    chart = alt.Chart(alt.NamedData("losses")).encode(
-        x=alt.X(
-            "parameters:Q", title="parameters", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s")
-        ),
-        y=alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False)),
-        color=_of_run(runs),
-        tooltip=["run:N", alt.Tooltip("parameters:Q", format=","), alt.Tooltip("loss:Q", format=".4~g")],
-    )
+    y = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False))
+    tips = [alt.Tooltip("parameters:Q", format=","), alt.Tooltip("loss:Q", format=".4~g")]
+    chart = _chart("losses", runs, _PARAMETERS, y, *tips)
     points = chart.mark_point(filled=True, size=36, opacity=1).encode(shape=_shape(runs))
     across = alt.Chart(alt.NamedData("losses")).mark_rule().encode(y="max(whole):Q", color=_of_run(runs))
     rule = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[3, 3]).encode(x="parameters:Q", color=_of_run(runs))
@@ -214,12 +175,8 @@ def training(runs: Sequence[str]) -> Chart:
 
     Data "training": run, which, step, value.
     """
-    chart = alt.Chart(alt.NamedData("training")).encode(
-        x=alt.X("step:Q", title="step"),
-        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-        color=_of_run(runs),
-        tooltip=["run:N", "which:N", "step:Q", alt.Tooltip("value:Q", format=".4~g")],
-    )
+    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
+    chart = _chart("training", runs, _STEP, y, "which:N", "step:Q", alt.Tooltip("value:Q", format=".4~g"))
     return _lines(chart, "which", runs, "indexof(datum.which, 'eval_') == 0")
 
 
@@ -227,7 +184,6 @@ CHARTS = {
     "kinds": kinds,
     "history": history,
     "phi": phi,
-    "bend": bend,
     "spectrum": spectrum,
     "loss": loss,
     "energy": energy,

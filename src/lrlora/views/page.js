@@ -62,19 +62,6 @@ function showMaps() {
   $("maps").querySelectorAll(".scroll").forEach((part, i) => { part.scrollLeft = scrolled[i] ?? 0; });
   if (focused) document.querySelector(`[data-at="${focused}"]`)?.focus({ preventScroll: true });
 }
-function shade(share) {
-  const at = share * (shades.length - 1), below = Math.floor(at), above = Math.min(below + 1, shades.length - 1);
-  return shades[below].map((part, i) => Math.round(part + (at - below) * (shades[above][i] - part)));
-}
-// WCAG 2: black on a colour is the better contrast above a luminance of 0.179, white below it.
-function luminance(colour) {
-  const [red, green, blue] = colour.map((part) => (part <= 10 ? part / 3294.6 : ((part / 255 + 0.055) / 1.055) ** 2.4));
-  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
-}
-function painted(share) {
-  const colour = shade(share);
-  return `background:rgb(${colour});color:${luminance(colour) > 0.179 ? "#000" : "#fff"}`;
-}
 const inOrder = (a, b) => {
   const [first, second] = [a, b].map((position) => (position === null ? [Infinity] : position.split(".").map(Number)));
   const at = first.findIndex((number, i) => number !== second[i]);
@@ -99,9 +86,12 @@ function stackOf(name, rows, key, largest, label, runIndex, above) {
       const here = cells.get(`${line},${x}`);
       if (!here) return tr.append(make("td"));
       const value = mean(known(here, key));
+      const share = value === null || !largest ? 0 : value / largest;
+      // White on dark and black on light shades: each pair has a contrast of at least 4.5.
+      const painted = `background:rgb(${shades[Math.round(share * (shades.length - 1))]});color:${share > 0.47 ? "#000" : "#fff"}`;
       const isChosen = here.some((row) => row.module === state.module);
       const cell = make("button", {
-        type: "button", class: "cell", style: painted(value === null || !largest ? 0 : value / largest), tabindex: "-1",
+        type: "button", class: "cell", style: painted, tabindex: "-1",
         "data-at": `${runIndex},${y},${x}`, "data-module": here[0].module, "aria-pressed": String(isChosen),
         "aria-label": `${here.length > 1 ? `mean of ${here.length} modules ${type}, layer ${position}` : here[0].module}: ${measureOf(key).label} ${shown(value, key)}`,
       }, shown(value, key));
@@ -178,17 +168,14 @@ function showModule() {
     name.replaceChildren(others);
   }
   $("module-name").replaceChildren(name, ...lines);
-  const curve = [], entries = [], bend = [], spectrum = [];
+  const curve = [], entries = [], spectrum = [];
   runs.forEach((run) => {
     const phi = run.curves[state.module];
     if (phi) {
       const z = phi.phi.map((_, i) => phi.z[0] + ((phi.z[1] - phi.z[0]) * i) / (phi.phi.length - 1));
       z.forEach((point, i) => {
         curve.push({ run: run.name, which: "learned", z: point, value: phi.phi[i] });
-        if (phi.start.length) {
-          curve.push({ run: run.name, which: "start", z: point, value: phi.start[i] });
-          bend.push({ run: run.name, z: point, value: phi.phi[i] - phi.start[i] });
-        }
+        if (phi.start.length) curve.push({ run: run.name, which: "start", z: point, value: phi.start[i] });
       });
       phi.entries.forEach((share, i) => entries.push({ run: run.name, z: z[i], share }));
     }
@@ -198,7 +185,7 @@ function showModule() {
       values.linear.forEach((sigma, i) => sigma > 0 && spectrum.push({ run: run.name, which: "s·BA", index: i + 1, sigma }));
     }
   });
-  return Promise.all([fill("phi", { curve, entries }), fill("bend", { bend }), fill("spectrum", { spectrum })]);
+  return Promise.all([fill("phi", { curve, entries }), fill("spectrum", { spectrum })]);
 }
 
 function showKinds() {
@@ -301,6 +288,43 @@ async function redraw() {
   }
   $("smallest").replaceChildren();
   await Promise.all([show(), showTraining(), showSize(), showLosses()]);
+}
+
+// What each run would keep at a smaller size.
+function showSizes() {
+  const { sizes } = data;
+  $("sizes").hidden = !sizes;
+  if (!sizes) return;
+  const shares = sizes.kept.filter((points) => points.length);
+  // At first, the size at which every run keeps nine tenths.
+  const enough = sizes.budgets.findIndex((_, at) => shares.every((points) => points[at][0] >= 0.9));
+  $("size").max = sizes.budgets.length - 1;
+  $("size").value = enough;
+  $("size").addEventListener("input", showSize);
+}
+function showSize() {
+  if (!data.sizes) return undefined;
+  const { budgets, kept, commands } = data.sizes;
+  const at = Number($("size").value), parameters = budgets[at].toLocaleString("en");
+  $("size-shown").textContent = `${parameters} parameters`;
+  $("size").setAttribute("aria-valuetext", `${parameters} parameters`);
+  const mebibytes = (bytes) => (bytes / 2 ** 20).toLocaleString("en", { maximumSignificantDigits: 3 });
+  $("kept").replaceChildren(...runs.flatMap((run, i) => {
+    if (!kept[i].length) return [];
+    const [share, taken, smallest, mean, largest] = kept[i][at];
+    const ranks = smallest === largest ? `rank ${largest} in every module` : `ranks from ${smallest} to ${largest}, ${mean.toFixed(1)} on average`;
+    return [make("div", { style: `--run: ${colours[i]}` },
+      make("p", {}, make("b", {}, run.name), ` keeps ${(100 * share).toFixed(1)} % of its energy in ${mebibytes(4 * taken)} MiB as float32, ${mebibytes(2 * taken)} MiB as bfloat16, with ${ranks}.`),
+      make("code", {}, commands[i].join(budgets[at])))];
+  }));
+  const energy = runs.flatMap((run, i) => kept[i].map(([share], j) => ({ run: run.name, parameters: budgets[j], share })));
+  return fill("energy", { energy, size: [{ parameters: budgets[at] }] });
+}
+function pickSize(name, { parameters: [picked] = [] }) {
+  const at = data.sizes.budgets.indexOf(picked);
+  if (at < 0) return;
+  $("size").value = at;
+  showSize();
 }
 
 function showLosses() {

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import vl_convert
 from matplotlib import colormaps
+from torch import Tensor
 
+from ..adapters.factorize import best_per_parameter
 from ..files import write_whole
 from ..naming import place_in_layer, position_in_stack, stack_of
-from ..ranks import MEASURES, RankReport
-from .charts import CHARTS, COLOURS, specification
-from .energy import kept_over_size
-from .figure import OPENING_MEASURE
+from ..ranks import MEASURES, RankReport, Spectrum
+from .charts import CHARTS, specification
+from .figure import COLOURS, OPENING_MEASURE
 from .runs import Run
 
 # Row key → label, decimal places, description.
@@ -34,8 +36,10 @@ _SHOWN = {name: (measure.label, measure.digits, measure.about) for name, measure
 }
 _IN_PERCENT = ("relative_norm",)
 _OF_PHI = ("curvature", "phi_zero")
-# Maximum numbers of records over training and of curve points: more are indistinguishable but increase the size.
-MOST_RECORDS, MOST_POINTS = 60, 400
+# Maximum numbers of records over training, of curve points, and of sizes of an export: more are indistinguishable but
+# increase the size of the page.
+MOST_RECORDS, MOST_POINTS, MOST_SIZES = 60, 400, 60
+_Kept = tuple[float, int, int, float, int]
 _T = TypeVar("_T")
 
 
@@ -69,7 +73,7 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
         "vega": _charts_library(),
         "data": _in_script(_content(runs)),
         "charts": _in_script({name: specification(name, [run.name for run in runs]) for name in CHARTS}),
-        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("compare.js", "page.js")),
+        "script": (folder / "page.js").read_text(encoding="utf-8"),
     }
     template = (folder / "page.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
@@ -98,7 +102,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         | {"factor": 100 if key in _IN_PERCENT else 1}
         for key in keys
     ]
-    shades = (255 * colormaps["cividis"](np.linspace(0, 1, 17))[:, :3]).round().astype(int).tolist()
+    shades = (255 * colormaps["cividis"](np.linspace(0, 1, 65))[:, :3]).round().astype(int).tolist()
     return {
         "opening": OPENING_MEASURE,
         "measures": measures,
@@ -148,12 +152,54 @@ def _sizes(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Energy kept by each run at common sizes, and both parts of the export command."""
     budgets, kept = kept_over_size([run.report for run in runs])
     commands = [_export(run, "--by", "energy", "--budget") for run in runs]
-    # Arrays, because field names would dominate the size.
-    lists = [
-        [(round(at.share, 5), at.parameters, at.smallest, round(at.mean, 2), at.largest) for at in points]
-        for points in kept
+    return {"budgets": budgets, "kept": kept, "commands": commands} if budgets else None
+
+
+def kept_over_size(reports: Sequence[RankReport]) -> tuple[list[int], list[list[_Kept]]]:
+    """Parameter budgets, and what `factorize(budget=...)` keeps of each report at each budget.
+
+    The budgets are shared by all reports and log-spaced, from one rank of a module to all ranks of the largest report.
+    What is kept: the share of ‖ΔW‖²_F, all modules together; the parameters used, at most the budget; the smallest,
+    mean and largest rank of a module. A report without spectra has an empty list.
+    """
+    runs = [
+        (
+            [singular_values(report.spectra.get(row.module, Spectrum([], []))).square() for row in report.rows],
+            [row.m + row.n for row in report.rows],
+        )
+        for report in reports
     ]
-    return {"budgets": budgets, "kept": lists, "commands": commands} if budgets else None
+    known = [run for run in runs if any(map(len, run[0]))]
+    if not known:
+        return [], [[] for _ in runs]
+    first = max(min(cost for values, cost in zip(*run, strict=True) if len(values)) for run in known)
+    last = max(sum(len(values) * cost for values, cost in zip(*run, strict=True)) for run in known)
+    budgets = sorted({_round_up(budget) for budget in np.geomspace(first, last, MOST_SIZES).tolist()})
+    return budgets, [[_kept(*run, budget) for budget in budgets] if any(map(len, run[0])) else [] for run in runs]
+
+
+def singular_values(spectrum: Spectrum) -> Tensor:
+    """All singular values; omitted ones are interpolated linearly in log σ over log number."""
+    if not spectrum.number:
+        return torch.zeros(0, dtype=torch.float64)
+    number, sigma = np.log(spectrum.number), np.log(spectrum.sigma)
+    return torch.from_numpy(np.exp(np.interp(np.log(np.arange(1, spectrum.number[-1] + 1)), number, sigma)))
+
+
+def _kept(energies: Sequence[Tensor], costs: Sequence[int], budget: int) -> _Kept:
+    ranks = best_per_parameter(energies, costs, budget)
+    held = sum(values[:rank].sum().item() for values, rank in zip(energies, ranks, strict=True))
+    share = held / sum(values.sum().item() for values in energies)
+    parameters = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    # A tuple, because field names would dominate the size of the page.
+    return round(share, 5), parameters, min(ranks), round(sum(ranks) / len(ranks), 2), max(ranks)
+
+
+def _round_up(budget: float) -> int:
+    """Round up to three digits, which are easy to copy."""
+    whole = math.ceil(budget)
+    step = 10 ** max(0, len(str(whole)) - 3)
+    return -(-whole // step) * step
 
 
 def _export(run: Run, *options: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapters import read_updates
 from ..adapters.peft_folder import SavedAdapter
-from ..adapters.peft_methods import method_name
+from ..adapters.read import method_name
 from ..files import is_full_model, read_json
 from ..fingerprint import warn_of_another_model
 from ..ranks import RankReport, rank_report
@@ -71,35 +71,25 @@ def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathL
     checkpoint.
 
     Args:
-        sources: folders of runs and adapters, hub names of adapters, single-file LoRAs, and full models.
+        sources: folders of runs and adapters, hub names of adapters, single-file LoRAs, and full models; one given
+            twice is read once.
         base: base model of full models, and of sources that are measured against its weights.
 
     Raises:
-        ValueError: a source has no run or adapter, is refused by `read_updates`, or is given twice.
+        ValueError: a source has no run or adapter, or is refused by `read_updates`.
 
     """
     names: dict[str, str] = {}
     for given in sources:
         source = os.fspath(given)
-        folder = Path(source)
-        below = _adapters_below(folder)
+        path = Path(source).resolve()
+        below = _adapters_below(Path(source))
         if len(below) > 1:
-            found = {str(path): f"{folder.resolve().name}: {path.name}" for path in below}
+            names |= {str(run): f"{path.name}: {run.name}" for run in below}
         else:
-            found = {source: folder.resolve().stem if folder.is_file() else _name(folder, source)}
-        if twice := {path for path in found if _same(path) in map(_same, names)}:
-            raise ValueError(f"{', '.join(sorted(twice))} is given twice. Pass each run once.")
-        names |= found
+            names[source] = path.stem if path.is_file() else path.name if path.is_dir() else source
     is_clear = len(set(names.values())) == len(names)
     return [load_run(source, name if is_clear else source, base=base) for source, name in names.items()]
-
-
-def _name(folder: Path, source: str) -> str:
-    return folder.resolve().name if folder.is_dir() else source
-
-
-def _same(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def load_run(
@@ -123,13 +113,9 @@ def load_run(
     checkpoint = last_whole_checkpoint(folder) if folder.is_dir() and is_run else None
     adapter = SavedAdapter.read(_adapter_of(folder, checkpoint)) if is_run else None
     # Prefer stored ranks: measuring a large model takes long.
-    is_measured = (folder / REPORT_FILE).exists()
-    updates = None if is_measured else read_updates(adapter or source, base=base)
-    if (folder / REPORT_FILE).exists():
-        report = RankReport.from_json(folder / REPORT_FILE)
-    else:
-        assert updates is not None  # nothing is stored
-        report = rank_report(updates, progressbar=True)
+    stored = folder / REPORT_FILE
+    updates = None if stored.exists() else read_updates(adapter or source, base=base)
+    report = RankReport.from_json(stored) if updates is None else rank_report(updates, progressbar=True)
     result = Run(name, report)
     if adapter is not None:
         _add_training(result, folder, adapter, checkpoint, metrics)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from rich import box
 from rich.markup import escape
@@ -10,9 +11,11 @@ from rich.table import Table
 
 from ..adapters.factorize import Factors, kept_energy
 from ..checks import printable
-from ..naming import MOST_ROWS, several_stacks, shortened, stack_of, type_label
+from ..naming import several_stacks, stack_of, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
+MOST_ROWS = 16  # of a table of modules; larger tables show means by type and layer
+_T = TypeVar("_T")
 _COLUMNS = {
     "r": "r",
     "rank_limit": "limit",
@@ -53,24 +56,12 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
     }
     columns = {name: heading for name, heading in _COLUMNS.items() if there.get(name, True)}
     sections = [
-        [(label, [_format(name, _mean(rows, name)) for name in columns]) for label, rows in section.items()]
+        {label: [_format(name, _mean(rows, name)) for name in columns] for label, rows in section.items()}
         for section in _sections(report.rows, every=every)
     ]
-    cells = [[*columns.values()], *(values for section in sections for _, values in section)]
-    room = width - sum(max(map(len, column)) + 1 for column in zip(*cells, strict=True)) - 1
     means = "Means over modules. " if len(sections) > 2 else ""
-    caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if there[name] and about)])
-    table = Table(
-        title=printable(title), title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.padding, table.pad_edge = (0, 0), False
-    table.add_column("module", no_wrap=True)
-    for heading in columns.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for section in sections:
-        for label, values in section:
-            table.add_row(escape(printable(shortened(label, room))), *values)
-        table.add_section()
+    table = _table(title, [*columns.values()], sections, width)
+    table.caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if there[name] and about)])
     return table
 
 
@@ -92,10 +83,10 @@ def _layer_label(row: RankRow, *, with_stack: bool) -> str:
     return f"{stack_of(row.module)} {row.layer}" if with_stack else f"layer {row.layer}"
 
 
-def _grouped(rows: list[RankRow], label: Callable[[RankRow], str]) -> dict[str, list[RankRow]]:
-    groups: dict[str, list[RankRow]] = {}
-    for row in rows:
-        groups.setdefault(label(row), []).append(row)
+def _grouped(parts: Iterable[_T], label: Callable[[_T], str]) -> dict[str, list[_T]]:
+    groups: dict[str, list[_T]] = {}
+    for part in parts:
+        groups.setdefault(label(part), []).append(part)
     return {f"{name} ×{len(group)}" if len(group) > 1 else name: group for name, group in groups.items()}
 
 
@@ -127,25 +118,11 @@ def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, e
         every: show all modules, however many.
 
     """
-    table = Table(title=printable(title), title_justify="left", box=box.SIMPLE_HEAD)
-    table.padding, table.pad_edge = (0, 1), False
-    table.add_column("module", no_wrap=True)
-    for heading in _EXPORTED:
-        table.add_column(heading, justify="right", no_wrap=True)
-    groups: dict[str, list[Factors]] = {}
+    is_single = every or len(factors) <= MOST_ROWS
     with_stack = several_stacks(part.module for part in factors)
-    for part in factors:
-        is_single = every or len(factors) <= MOST_ROWS
-        name = part.module if is_single else type_label(part.module, with_stack=with_stack)
-        groups.setdefault(name, []).append(part)
-    rows = {name if len(parts) == 1 else f"{name} ×{len(parts)}": _cells(parts) for name, parts in groups.items()}
-    rows["all"] = ["", "", *_cells(factors)[2:]]
-    room = width - sum(max(map(len, column)) + 2 for column in zip(_EXPORTED, *rows.values(), strict=True))
-    for name, cells in rows.items():
-        if name == "all":
-            table.add_section()
-        table.add_row(escape(printable(shortened(name, room))), *cells)
-    return table
+    groups = _grouped(factors, lambda of: of.module if is_single else type_label(of.module, with_stack=with_stack))
+    rows = {label: _cells(parts) for label, parts in groups.items()}
+    return _table(title, _EXPORTED, [rows, {"all": ["", "", *_cells(factors)[2:]]}], width, padding=1)
 
 
 def _cells(parts: Sequence[Factors]) -> list[str]:
@@ -159,3 +136,29 @@ def _cells(parts: Sequence[Factors]) -> list[str]:
         f"{100 * kept_energy(parts):.2f}",
         f"{sum(part.parameters for part in parts):,}",
     ]
+
+
+def _table(
+    title: str, headings: Sequence[str], sections: list[dict[str, list[str]]], width: int, padding: int = 0
+) -> Table:
+    """Table of sections of label → cells, with labels shortened to fit the width."""
+    table = Table(title=printable(title), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge = (0, padding), False
+    table.add_column("module", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    cells = [headings, *(values for section in sections for values in section.values())]
+    # Each column has a divider and padding on both sides; the table has two edges.
+    room = width - sum(max(map(len, column)) + 1 + 2 * padding for column in zip(*cells, strict=True)) - 2
+    for section in sections:
+        for label, values in section.items():
+            table.add_row(escape(printable(shortened(label, room))), *values)
+        table.add_section()
+    return table
+
+
+def shortened(path: str, room: int) -> str:
+    """Shorten a module path to `room` characters by dropping leading parts; parts are never cut."""
+    parts = path.split(".")
+    first = next((i for i in range(len(parts)) if len(".".join(parts[i:])) + 2 * (i > 0) <= room), len(parts) - 1)
+    return ("… " if first else "") + ".".join(parts[first:])

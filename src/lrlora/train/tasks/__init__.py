@@ -1,4 +1,4 @@
-"""Kinds of tasks. To add one, add a file here and an entry in `KINDS`; put its metrics in `metrics.py`."""
+"""Kinds of tasks. To add one, add a file here and an entry in `KINDS`."""
 
 from __future__ import annotations
 

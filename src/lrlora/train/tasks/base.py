@@ -1,13 +1,15 @@
-"""Base class of tasks: data columns, validation, encoding, and predictions."""
+"""Base class of tasks: data columns, validation, encoding, metrics and predictions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -18,10 +20,14 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers.trainer_utils import PredictionOutput
 
 from ...ranks import model_loss
 from ..cells import counted, mapped, require_text
 from ..chat import shown_tokens
+
+LESS_IS_BETTER = ("loss", "log_loss", "rmse", "entropy")  # metrics
+_LARGEST_EXPONENT = 700
 
 
 class Kind:
@@ -164,3 +170,22 @@ class Kind:
                 "prediction": names[int(np.argmax(row))],
                 "probabilities": dict(zip(map(str, names), row, strict=True)),
             }
+
+
+def plain_metrics(values: dict[str, float]) -> dict[str, float]:
+    """Metrics of an evaluation without their prefix and timings.
+
+    The perplexity is the exponential of the mean token loss, omitted on overflow.
+    """
+    left_out = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "model_preparation_time")
+    metrics = {name.removeprefix("eval_"): value for name, value in values.items() if name.startswith("eval_")}
+    metrics = {name: value for name, value in metrics.items() if name not in left_out}
+    if "accuracy" not in metrics and "pearson" not in metrics and metrics["loss"] < _LARGEST_EXPONENT:
+        metrics["perplexity"] = math.exp(metrics["loss"])
+    return metrics
+
+
+def logits(prediction: EvalPrediction | PredictionOutput) -> NDArray[np.float64]:
+    """Main output of the model, float64."""
+    outputs = prediction.predictions
+    return np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs, dtype=np.float64)

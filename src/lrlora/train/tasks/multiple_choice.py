@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from datasets import Dataset
+from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,8 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ...ranks import model_loss
 from ..cells import counted, mapped, require_rows, require_text
 from ..chat import shown_tokens
-from ..metrics import choice_metrics
-from .base import Kind
+from .base import Kind, logits
 from .likelihood import ChoiceTrainer, encode_continuations, right_choices
 
 
@@ -88,7 +88,17 @@ class MultipleChoice(Kind):
             yield batch["prompts"][row] if "prompts" in batch else [batch["question"][row]] * len(choices), choices
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
-        return choice_metrics(prediction)
+        """Accuracy of logits (examples, choices).
+
+        For log-likelihoods, which come with values per character, also `accuracy_norm`: length-normalized accuracy,
+        `acc_norm` of lm-evaluation-harness.
+        """
+        labels: Any = prediction.label_ids
+        outputs: Any = prediction.predictions
+        found = {"accuracy": float(accuracy_score(labels, logits(prediction).argmax(-1)))}
+        if isinstance(outputs, tuple):
+            found["accuracy_norm"] = float(accuracy_score(labels, outputs[1].argmax(-1)))
+        return found
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
         right = {"input_ids": row["input_ids"][row["labels"]]}

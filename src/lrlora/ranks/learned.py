@@ -26,11 +26,11 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapters.resize import fit_to_checkpoint, lora_factors, lora_layers, lora_weights, require_plain_lora, resize
-from .files import replacing
-from .ranks.cut import LossCurve, directions
-from .ranks.moments import Moments
-from .sizes import parse_size
+from ..adapters.resize import fit_to_checkpoint, lora_factors, lora_layers, lora_weights, require_plain_lora, resize
+from ..checks import parse_size
+from ..files import replacing
+from .cut import LossCurve, directions
+from .moments import Moments
 
 CUT_AT = 0.3  # share of the steps
 WIDTH = 4  # rank at the start, as a multiple of that of the size
