@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from lrlora.checks import require_known, require_type
 from lrlora.files import parse_json, read_json, readable, write_json
-from lrlora.train.methods import EVA, adapter_config
+from lrlora.train.methods import adapter_config
 from lrlora.train.settings import FROM_TRAIN, TrainConfig
 from lrlora.train.tasks import KINDS
 
@@ -297,10 +297,8 @@ def prepare(comparison: Comparison, output: Path) -> None:
         for method in comparison.methods_of(task):
             settings, known = comparison.definition.tasks[task], find_method(method)
             if isinstance(settings, CapacityTask):
-                if known.train == "adalora" or known.options.get("init_lora_weights") == EVA:
-                    raise ValueError(
-                        f"{known.name} needs the Trainer, but {task} has its own training loop. Remove it."
-                    )
+                if known.train == "adalora":
+                    raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
                 adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
             config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)

@@ -81,7 +81,6 @@ METHODS = {
     "dora": Method("DoRA", "dora"),
     "adalora": Method("AdaLoRA", "adalora"),
     "pissa": Method("PiSSA", "lora", {"init_lora_weights": "pissa"}),
-    "eva": Method("EVA", "lora", {"init_lora_weights": "eva"}),
     "hira": Method("HiRA", "hira"),
     "randlora": Method("RandLoRA", "randlora"),
     "loha": Method("LoHa", "loha"),

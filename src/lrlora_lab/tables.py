@@ -193,7 +193,7 @@ def tuning(records: Mapping[str, Record]) -> pd.DataFrame:
 
 
 def stable_ranks(runs: Sequence[Record]) -> pd.DataFrame:
-    """(seeds, modules) of modules common to all runs: EVA drops the adapter of modules that lose their rank."""
+    """(seeds, modules) of modules common to all runs: a method may drop the adapter of some modules."""
     by_seed = [{row["module"]: row["stable_rank"] for row in run["ranks"] or ()} for run in runs]
     return pd.DataFrame(by_seed).dropna(axis="columns")
 

@@ -346,7 +346,7 @@ def test_only_tasks_with_all_seeds_of_both_methods_count() -> None:
 
 
 def test_ranks_are_told_of_modules_that_all_seeds_have() -> None:
-    """EVA takes its adapter off modules whose rank went elsewhere, which differ from seed to seed."""
+    """A method may take its adapter off modules whose rank went elsewhere, which differ from seed to seed."""
     comparison = Comparison("offline-nlu", ("lora",), 3, 4, ("r8",))
     records = [record("r8", "lora", 1e-3, seed, 0.5, 0.8) for seed in (1, 2, 3)]
     for r in records:

@@ -97,7 +97,7 @@ def test_it_is_exported_as_a_plain_lora(folder: Path) -> None:
     ("options", "said"),
     [
         (("--max-length", 8), "max_length=8 applies to text"),
-        (("--adapter", "init_lora_weights=eva", "--method", "lora"), "EVA needs token inputs"),
+        (("--adapter", "init_lora_weights=eva", "--method", "lora"), "a pass over the data before training"),
     ],
 )
 def test_what_is_for_texts_is_refused(folder: Path, tmp_path: Path, options: tuple[object, ...], said: str) -> None:

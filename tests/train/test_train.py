@@ -377,46 +377,6 @@ def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-3)
 
 
-def test_eva_moves_rank_before_training(encoder: str, table: str, tmp_path: Path) -> None:
-    eva = ("--method", "lora", "--adapter", "init_lora_weights=eva", "--head-learning-rate", 0.02)
-    eva += ("--training", "eval_steps=6", "--training", "save_steps=6")
-    result = train_reviews(encoder, table, tmp_path / "out", *eva, "--steps", 60, "--learning-rate", 0.01)
-    assert result.exit_code == 0, result.output
-    ranks = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["rank_pattern"]
-    assert len(set(ranks.values())) > 1
-    before = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert before["accuracy"] > 0.8
-    evaluated = run("evaluate", tmp_path / "out", "--data", table, "--json", tmp_path / "metrics.json")
-    assert evaluated.exit_code == 0, evaluated.output
-    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] > 0.8
-
-
-def test_eva_sees_enough_rows_at_a_time(encoder: str, decoder: str, table: str, tmp_path: Path) -> None:
-    eva = ("--method", "lora", "--adapter", "init_lora_weights=eva")
-    # A pooler sees one row of each of 4 texts, and twice the rank is wanted.
-    few = train_reviews(encoder, table, tmp_path / "few", *eva, "--rank", 8, "--batch-size", 4, "--steps", 2)
-    assert few.exit_code == 0, few.output
-    more = train_reviews(encoder, table, tmp_path / "more", *eva, "--rank", 200, "--steps", 2)
-    assert_refused_late(more, "EVA with r=200 needs 400 examples")
-    rows = [{"question": "a film", "choices": ["is good", "is bad"], "label": i % 2} for i in range(40)]
-    pd.DataFrame(rows).to_json(tmp_path / "choices.jsonl", orient="records", lines=True)
-    for name, model in (("encoder", encoder), ("decoder", decoder)):
-        result = run(
-            *("train", "--model", model, "--data", tmp_path / "choices.jsonl", "--task", "multiple-choice", *eva),
-            *(*SMALL, "--output", tmp_path / name),
-        )
-        assert result.exit_code == 0, result.output
-
-
-def assert_refused_late(result: Result, *words: str) -> None:
-    """Refused by one error, after the plan was printed."""
-    assert result.exit_code == 1, result.output
-    said = " ".join(result.output.split())
-    assert said.count("Error:") == 1
-    for word in words:
-        assert word in said
-
-
 def test_a_diverged_run_ends_and_says_where(encoder: str, table: str, tmp_path: Path) -> None:
     model = BertModel.from_pretrained(encoder)
     with torch.no_grad():

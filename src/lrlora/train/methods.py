@@ -1,37 +1,29 @@
-"""Methods of `lrlora train`, and extra training steps that some of them need."""
+"""Methods of `lrlora train`, and the call that AdaLoRA needs in each step."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from itertools import islice
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft import (
     AdaLoraConfig,
-    EvaConfig,
     HiraConfig,
     LoHaConfig,
     LoraConfig,
     PeftConfig,
     RandLoraConfig,
     VeraConfig,
-    initialize_lora_eva_weights,
 )
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checks import require_float32, require_known
 from ..tuner import LrLoraConfig
 from ..tuner.config import EXPANSION, require_module_names
 from ..untrusted import require_quick_patterns
-from .tasks import Kind
 
 
 @dataclass(frozen=True)
@@ -67,8 +59,6 @@ METHODS = {
     "full": PeftMethod(None),
 }
 DEFAULT_RANK = 8
-EVA = "eva"
-EVA_BATCHES = 64  # usually needs fewer; repeats them if it needs more
 
 
 def adapter_config(
@@ -98,6 +88,11 @@ def adapter_config(
         # Module names; a regular expression would have to match full paths.
         names_alone = re.fullmatch(r"[\w.-]+(,[\w.-]+)*", targets)
         options = {**options, "target_modules": targets.split(",") if names_alone else targets}
+    if options.get("init_lora_weights") == "eva":
+        raise ValueError(
+            "adapter: init_lora_weights='eva' takes a pass over the data before training, which lrlora train does not "
+            "make. Remove it, or call peft.initialize_lora_eva_weights in your own script."
+        )
     require_module_names(options)
     require_float32(options, "of adapter")
     require_quick_patterns(options, "of adapter")  # may come from an untrusted run.json
@@ -112,67 +107,7 @@ def adapter_config(
     else:
         rank = options.get("r", DEFAULT_RANK)
         defaults |= {"r": rank} | ({known.alpha: known.scale * rank} if known.alpha else {})
-    if options.get("init_lora_weights") == EVA:
-        given = options.get("eva_config") or {}
-        for name in given:
-            require_known("field of EvaConfig", name, [f.name for f in fields(EvaConfig)])
-        options = {**options, "eva_config": EvaConfig(**given)}
     return known.config(**{**defaults, **known.fixed, **options})
-
-
-def require_tokens(options: Mapping[str, Any], kind: Kind) -> None:
-    """Raise ValueError if EVA is used without tokens."""
-    if options.get("init_lora_weights") == EVA and not kind.reads_text:
-        raise ValueError(f"EVA needs token inputs, which {kind.name} does not have. Remove it.")
-
-
-def start_from_data(trainer: Trainer, config: Any) -> None:
-    """Run data-driven initialization, such as EVA's, which PEFT leaves to its users.
-
-    EVA takes A from the inputs of each layer and moves rank to the layers whose inputs have most variance
-    (arXiv:2410.07170). This slightly changes the number of parameters.
-
-    Raises:
-        ValueError: there are fewer examples than EVA needs.
-
-    """
-    if getattr(config, "init_lora_weights", None) != EVA:
-        return
-    model: Any = trainer.model
-    # PEFT hangs on a layer that sees fewer rows per batch, such as a pooler.
-    count = math.ceil(config.eva_config.rho * config.r)
-    sequences = (ids for batch in trainer.get_train_dataloader() for ids in _sequences(batch))
-    batches = list(islice(_batches(sequences, count, is_nested=config.task_type is None), EVA_BATCHES))
-    if not batches:
-        raise ValueError(
-            f"EVA with r={config.r} needs {count} examples for initialization. Provide more, or use a lower rank."
-        )
-    initialize_lora_eva_weights(model, batches, prepare_layer_inputs_fn=_inputs_of_tokens, show_progress_bar=False)
-
-
-def _sequences(batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Token sequences of a batch, one per choice if any, without padding."""
-    tokens = batch["input_ids"].flatten(0, -2)
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten(0, -2)
-    for ids, is_token in zip(tokens, mask.bool(), strict=True):
-        yield ids[is_token]
-
-
-def _batches(sequences: Iterable[Tensor], count: int, *, is_nested: bool) -> Iterator[dict[str, Tensor]]:
-    """Batches of `count` sequences, (count, tokens), or (count, 1, tokens) for a multiple-choice head."""
-    iterator = iter(sequences)
-    while len(some := list(islice(iterator, count))) == count:
-        batch = {
-            "input_ids": pad_sequence(some, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True),
-        }
-        yield {name: part.unsqueeze(1) for name, part in batch.items()} if is_nested else batch
-
-
-def _inputs_of_tokens(inputs: Any, tokens: Tensor, name: str) -> Tensor:
-    """Layer inputs at these tokens (count, 2 or 3), or at all examples if it sees no tokens, like a pooler."""
-    values: Tensor = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
-    return values.contiguous() if values.dim() == 2 else values[tokens[:, 0], tokens[:, -1]]
 
 
 class AdaLoraCallback(TrainerCallback):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import ADAPTER_EXPECTED, readable
 from ..ranks.learned import wide_rank
 from .by_loss import FEWEST
 from .inputs import Inputs
-from .methods import adapter_config, require_tokens, start_from_data
+from .methods import adapter_config
 from .models import give_head_its_rate, load_model, make_trainer, training_arguments
 from .plan import encoded_lines, plan
 from .progress import Announce
@@ -58,24 +58,21 @@ def prepare(
             f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "
             "Raise --validation-share, or remove --loss and --size."
         )
-    model, adapter = _adapted_model(config, inputs, arguments.max_steps)
+    model = _adapted_model(config, inputs, arguments.max_steps)
     for line in plan(config, inputs, model, arguments):
         announce(line)
     trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
     for line in encoded_lines(config.chat_template, trainer, inputs):
         announce(line)
     prepare_sharding(trainer)
-    if config.start_from is None:
-        start_from_data(trainer, adapter)
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate)
     return trainer
 
 
-def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any, PeftConfig | None]:
-    """Model to train, and its adapter configuration, if any."""
+def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:
+    """Model to train, with its adapter, if any."""
     options = config.adapter_fields
-    require_tokens(options, inputs.kind)
     if config.learned_size is not None:
         options = {"r": wide_rank(config.learned_size)} | options
     adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, options)
@@ -86,7 +83,7 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
     name, source = (config.start_from,) * 2 if config.start_from and is_full else (config.model, inputs.source)
     model, new = load_model(name, source, inputs.kind, inputs.data.labels, inputs.processor, in_float32=is_full)
     if adapter is None:
-        return model, None
+        return model
     is_tied = inputs.kind.generates and model.config.get_text_config().tie_word_embeddings
     if is_tied and getattr(adapter, "trainable_token_indices", None):
         raise ValueError(
@@ -97,5 +94,5 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> tuple[Any
     adapter.modules_to_save = list(dict.fromkeys([*(adapter.modules_to_save or []), *new])) or None
     if config.start_from is not None:
         with readable(config.start_from, ADAPTER_EXPECTED):
-            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True), adapter
-    return get_peft_model(model, adapter), adapter
+            return PeftModel.from_pretrained(model, config.start_from, is_trainable=True)
+    return get_peft_model(model, adapter)

@@ -12,7 +12,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..files import read_json
 from ..tuner import LrLoraConfig
-from .methods import EVA
 
 
 def check_sharding(method: str, adapter: Mapping[str, Any], training: Mapping[str, Any]) -> None:
@@ -45,8 +44,6 @@ def check_sharding(method: str, adapter: Mapping[str, Any], training: Mapping[st
         )
     if (fsdp or deepspeed) and method == "adalora":
         raise ValueError("AdaLoRA needs full gradients and factors, but they are sharded. Choose another method.")
-    if deepspeed and adapter.get("init_lora_weights") == EVA:
-        raise ValueError("EVA needs the inputs of whole layers, but DeepSpeed loads parts of them. Use FSDP2.")
     if fsdp and adapter.get("sharing", "module") != "module" and _learns_phi(method, adapter):
         raise ValueError(
             f"adapter: sharing={adapter['sharing']!r} is not supported with FSDP2, which cannot share "
