@@ -22,8 +22,9 @@ import torch  # noqa: E402
 from sections import table, with_section  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from lrlora.ops.phi import TransferSpec  # noqa: E402
 from lrlora.ops.reference import reference_delta_weight  # noqa: E402
-from lrlora.ops.transfer import Transfer, TransferSpec  # noqa: E402
+from lrlora.ops.transfer import Transfer  # noqa: E402
 
 RESULTS = DOCS / "speed" / "half_precision.json"
 PAGE = DOCS / "speed.md"

@@ -194,7 +194,7 @@ def loaded(name: str, folder: Path) -> tuple[Any, list[Any]]:
     """A run of `lrlora train` with its examples, and test batches."""
     from datasets import load_from_disk
 
-    from lrlora.train.by_loss import Subject
+    from lrlora.train.compress import Subject
     from lrlora.train.models import model_source
 
     task = TASKS[name]
@@ -213,7 +213,7 @@ def case_of(name: str, folder: Path) -> Case:
     from lrlora.ranks import mean_loss, smallest
     from lrlora.ranks.cut import LossCurve, directions
     from lrlora.ranks.moments import collect_moments
-    from lrlora.train.by_loss import heal
+    from lrlora.train.compress import heal
 
     subject, test = loaded(name, folder)
     held_out, training = subject.batches(subject.held_out), subject.batches(subject.training)

@@ -13,8 +13,9 @@ from torch import Tensor
 from lrlora.adapters import Factors
 from lrlora.adapters.update import PLAIN
 from lrlora.ops.expansion import Expansion
+from lrlora.ops.phi import TransferSpec
 from lrlora.ops.reference import reference_delta_weight, reference_expansion_delta
-from lrlora.ops.transfer import Transfer, TransferSpec
+from lrlora.ops.transfer import Transfer
 from lrlora.ranks.cut import DAMPING, directions
 from lrlora.ranks.moments import Moments
 

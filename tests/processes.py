@@ -19,7 +19,7 @@ _CONTEXT.set_forkserver_preload(
         "lrlora.cli",
         "lrlora.train.run",
         "lrlora.train.inference",
-        "lrlora.train.by_loss",
+        "lrlora.train.compress",
         "lrlora_lab.worker",
         "lrlora_lab.report",
         "lrlora.views.page",

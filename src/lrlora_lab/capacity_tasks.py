@@ -48,7 +48,7 @@ class LabelModel(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def standardise(self, inputs: Tensor, head: Tensor) -> None:
+    def standardize(self, inputs: Tensor, head: Tensor) -> None:
         """Set the head, (classes, 384), and the statistics of all examples."""
         self.register_buffer("head", head)
         with torch.no_grad():
@@ -160,7 +160,7 @@ def _random_labels(model: LabelModel, inputs: Tensor, classes: int, batch_size: 
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(0, classes, (count,), generator=generator)
     width = inputs.shape[-1]
-    model.standardise(inputs, torch.randn(classes, width, generator=generator) * (HEAD_SCALE / math.sqrt(width)))
+    model.standardize(inputs, torch.randn(classes, width, generator=generator) * (HEAD_SCALE / math.sqrt(width)))
 
     def losses(model: Any) -> Iterator[Tensor]:
         for some in shuffled(count, batch_size, generator):

@@ -209,7 +209,7 @@ class Comparison:
             rate, scale = best["learning_rate"], best.get("scale", 1.0)
             # The best is inside the grid once its neighbors, by rate and by scale, were tried.
             around = [(rate / 2, scale), (rate * 2, scale)]
-            for s in _neighbours(scale, scales):
+            for s in _neighbors(scale, scales):
                 around.append((rate, s))
                 if is_diagonal:
                     around.append((rate / 2 if s > scale else rate * 2, s))
@@ -221,7 +221,7 @@ class Comparison:
         return trials
 
 
-def _neighbours(scale: float, scales: Sequence[float]) -> list[float]:
+def _neighbors(scale: float, scales: Sequence[float]) -> list[float]:
     """The next smaller and next larger of `scales`."""
     ordered = sorted(scales)
     at = ordered.index(scale)

@@ -22,8 +22,9 @@ import pytest
 import torch
 
 from lrlora.ops import cpu
+from lrlora.ops.phi import TransferSpec
 from lrlora.ops.table import TransferTable
-from lrlora.ops.transfer import Transfer, TransferSpec
+from lrlora.ops.transfer import Transfer
 
 from .test_linear import formula, fused, make_case, relative
 

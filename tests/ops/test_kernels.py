@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lrlora.ops import cpu
+from lrlora.ops.phi import TransferSpec
 from lrlora.ops.reference import reference_delta_weight
-from lrlora.ops.transfer import Transfer, TransferSpec
+from lrlora.ops.transfer import Transfer
 
 from .test_linear import GAIN, SCALING, Case, assert_agrees, formula, fused, gradients, make_case, relative
 

@@ -11,9 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lrlora import LrLoraConfig
+from lrlora.ops.phi import FORMS, TransferSpec
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.table import TransferTable
-from lrlora.ops.transfer import FORMS, Transfer, TransferSpec
+from lrlora.ops.transfer import Transfer
 
 SCALING, GAIN = 2.0, 100.0
 

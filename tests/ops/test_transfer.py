@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lrlora.ops.phi import FORMS, TransferSpec
 from lrlora.ops.table import MAX_CELLS, PhiGradient, TransferTable
-from lrlora.ops.transfer import FORMS, Transfer, TransferSpec
+from lrlora.ops.transfer import Transfer
 
 from ..processes import run
 
@@ -173,7 +174,8 @@ def test_parameters_stay_float32_and_exact_under_casts(cast) -> None:  # type: i
 SCRIPT = """
 import torch
 from lrlora.ops.table import PhiGradient, TransferTable
-from lrlora.ops.transfer import Transfer, TransferSpec
+from lrlora.ops.phi import TransferSpec
+from lrlora.ops.transfer import Transfer
 phi = Transfer(TransferSpec("sinc"))
 with {context}:
     TransferTable(phi.spec, phi.amplitude, phi.bandwidth, torch.float32)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lrlora import LrLoraConfig
-from lrlora.ops.transfer import TransferSpec
+from lrlora.ops.phi import TransferSpec
 
 
 @pytest.mark.parametrize(

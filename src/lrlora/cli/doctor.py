@@ -73,7 +73,8 @@ def _kernels() -> str:
     """Kernels that form ΔW on the processor, or why there are none."""
     import torch
 
-    from ..ops.transfer import Transfer, TransferSpec
+    from ..ops.phi import TransferSpec
+    from ..ops.transfer import Transfer
 
     with warnings.catch_warnings(record=True) as told, torch.no_grad():
         warnings.simplefilter("always")

@@ -15,7 +15,7 @@ from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
     from ..adapters import Factors, Updates
-    from ..train.by_loss import Cut
+    from ..train.compress import Cut
     from ..train.settings import TrainConfig
 
 
@@ -116,7 +116,7 @@ class Size:
 
 def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool) -> Cut | None:
     """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
-    from ..train.by_loss import Cut, Subject
+    from ..train.compress import Cut, Subject
 
     try:
         subject = Subject.read(source, base=base, announce=announce, **examples)
@@ -148,7 +148,7 @@ def export_by_loss(
 
 
 def _heal(cut: Cut, output: Path, steps: int, loss: float) -> None:
-    from ..train.by_loss import heal
+    from ..train.compress import heal
 
     try:
         is_better = heal(cut.subject, output, steps, announce, lambda model: cut.loss_of(model) < loss)
@@ -166,7 +166,7 @@ def show_smallest(run: TrainConfig) -> None:
     """Measure and print the smallest size of a finished run's LoRA; write it if the run sets a size or loss."""
     from ..adapters import save_as_lora
     from ..adapters.card import LORA_FOLDER
-    from ..train.by_loss import Cut, Subject, record_losses
+    from ..train.compress import Cut, Subject, record_losses
 
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)

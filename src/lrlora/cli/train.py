@@ -72,7 +72,7 @@ def train(
         from ..train.run import show_plan
 
         if dry_run:
-            show_plan(run, resume=resume is not None, announce=announce)
+            show_plan(run, resume=resume is not None, overwrite=overwrite, announce=announce)
         else:
             _train(run, resume=resume is not None, overwrite=overwrite, measure=measure)
 

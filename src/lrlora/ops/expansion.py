@@ -7,7 +7,8 @@ computed as one, in two thin matmuls. With a_k (n,) and b_k (m,) the factors of 
 
     y = x Vᵀ Uᵀ,    V (rQ×n), with the rows R_q ∘ a_k,    U (m×rQ), with the columns s·P_q ∘ b_k / √Q
 
-The expansion is not part of the paper. It gained most, at LoRA's cost, where rank limits the update (docs/capacity.md).
+The expansion is not part of the paper. It helps most where rank limits the update, at about LoRA's cost
+(docs/capacity.md).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Expansion(Form):
         """Compute y = y₀ + x ΔWᵀ.
 
         In bfloat16, and under autocast, U and V are formed in float32 and rounded, like ΔW of φ(BA), and multiplied in
-        the lower precision. float16 without autocast has too small a range and is promoted to float32.
+        the lower precision. float16 without autocast has too small a range: it is promoted to the dtype of A.
 
         Args:
             x: (..., n), any float dtype.
@@ -106,13 +107,13 @@ class Expansion(Form):
 
     def output_signs(self, m: int, device: torch.device) -> Tensor:
         """P (m, Q), float32."""
-        return self._basis_of(m, "output", device)
+        return self._signs_of(m, "output", device)
 
     def input_signs(self, n: int, device: torch.device) -> Tensor:
         """Rᵀ (Q, n), float32, contiguous in products with rows of A."""
-        return self._basis_of(n, "input", device)
+        return self._signs_of(n, "input", device)
 
-    def _basis_of(self, size: int, side: str, device: torch.device) -> Tensor:
+    def _signs_of(self, size: int, side: str, device: torch.device) -> Tensor:
         make = _basis_operator if torch.compiler.is_compiling() else _basis
         return make(size, self.num_terms, f"{side}, {self.seed}, {size}", device, side == "input")
 

@@ -1,4 +1,4 @@
-"""Fused path: one matmul with W + s·φ(BA) (two in half precision), and a backward that saves no m×n tensor.
+"""Fused path: one matmul with W + (s/g)·φ(g·BA), two in half precision, and a backward that saves no m×n tensor.
 
 The forward pass builds W + ΔW block by block in one m×n buffer and frees it after the matmul. The backward pass
 rebuilds it from the factors for ∂L/∂x, then reuses the buffer for G = ∂L/∂(W + ΔW) = (∂L/∂y)ᵀ x and loops over its
@@ -32,8 +32,8 @@ CPU_BLOCK_ENTRIES = 2**16
 ACCELERATOR_BLOCK_ENTRIES = 2**24
 
 
-class _Update(NamedTuple):
-    """Non-tensor settings of ΔW = (scaling / input_gain) · φ(input_gain · BA), in the order of `_SETTINGS`."""
+class _Delta(NamedTuple):
+    """Settings of ΔW = (scaling / input_gain) · φ(input_gain · BA), in the order of `_SETTINGS`."""
 
     form: str
     num_basis: int
@@ -89,15 +89,15 @@ def _row_blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 def _tabulate(
-    update: _Update, A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None
+    update: _Delta, A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None
 ) -> TransferTable:
     """Table of φ for all entries of g·BA, up to the largest size."""
     largest = 0.0 if update.spec.is_clipped else update.input_gain * _largest_entry(A, B, update)
     return TransferTable(update.spec, amplitude, bandwidth, A.dtype, largest)
 
 
-def _largest_entry(A: Tensor, B: Tensor, update: _Update) -> float:
-    """The largest |BA|, or a bound small enough for the smallest table; NaN if any entry is."""
+def _largest_entry(A: Tensor, B: Tensor, update: _Delta) -> float:
+    """The largest |BA|, or an upper bound of it that is within the interval; NaN if any entry is."""
     if not A.numel() or not B.numel():
         return 0.0
     # Cauchy–Schwarz bound: almost free, and usually sufficient.
@@ -115,7 +115,7 @@ def _is_transposed(matrix: Tensor) -> bool:
 
 
 def _write_weight(
-    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, update: _Update
+    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, update: _Delta
 ) -> None:
     """Write weight + ΔW (ΔW alone without a weight) to `out` (m, n), rounded once to its dtype."""
     left, right = B, A
@@ -131,7 +131,7 @@ def _write_weight(
         out[rows] = delta if weight is None else delta.add_(weight[rows])
 
 
-def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, update: _Update) -> tuple[Tensor, Tensor]:
+def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, update: _Delta) -> tuple[Tensor, Tensor]:
     """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n). Adds G to the gradient of φ."""
     table = gradient.table
     if _is_transposed(G):
@@ -171,7 +171,7 @@ def adapted_linear(
     *settings: Any,
 ) -> Tensor:
     """`Transfer.fused_linear` of A and B in float32 or float64."""
-    update = _Update(*settings)
+    update = _Delta(*settings)
     with without_autocast(x.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         effective = _empty_weight(x.dtype, weight, A, B)
@@ -206,7 +206,7 @@ def _adapted_linear_backward(
     *settings: Any,
 ) -> list[Tensor]:
     """Gradients of the first seven inputs of `adapted_linear`, restricted to `needs`."""
-    update = _Update(*settings)
+    update = _Delta(*settings)
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
     with without_autocast(grad_y.device.type):
@@ -273,7 +273,7 @@ adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_s
 )
 def delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, *settings: Any) -> Tensor:
     """`Transfer.delta` of A and B in float32 or float64."""
-    update = _Update(*settings)
+    update = _Delta(*settings)
     with without_autocast(A.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         delta = A.new_empty(*B.shape[:-1], A.shape[-1])
@@ -303,7 +303,7 @@ def _delta_weight_backward(
     *settings: Any,
 ) -> list[Tensor]:
     """Gradients of the first four inputs of `delta_weight`, restricted to `needs`."""
-    update = _Update(*settings)
+    update = _Delta(*settings)
     with without_autocast(grad.device.type):
         table = _tabulate(update, A, B, amplitude, bandwidth)
         gradient = PhiGradient(table)

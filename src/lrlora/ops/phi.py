@@ -69,7 +69,7 @@ class TransferSpec:
         """2·ω₀, the open upper bound of every ω_k."""
         return 2 * self.base_bandwidth
 
-    def centres(self, like: Tensor) -> Tensor:
+    def centers(self, like: Tensor) -> Tensor:
         """Centers c (N,), with the dtype and device of `like`."""
         # Symmetrized explicitly: linspace is not exactly antisymmetric, and an odd φ requires it.
         grid = torch.linspace(-self.interval, self.interval, self.num_basis, dtype=like.dtype, device=like.device)
@@ -97,7 +97,7 @@ class TransferSpec:
     def basis(self, z: Tensor, bandwidth: Tensor) -> Tensor:
         """sinc(ω_k (z − c_k)) by the formula, float64, z.shape + (N,)."""
         z = z.double()
-        return _sinc((z.unsqueeze(-1) - self.centres(z)) * self.bandwidths(bandwidth))
+        return _sinc((z.unsqueeze(-1) - self.centers(z)) * self.bandwidths(bandwidth))
 
     def series(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
         """ψ(z) by the formula, float64, with the shape of z. Allocates numel(z) × N elements."""
@@ -117,14 +117,14 @@ class TransferSpec:
         Equals autograd through `series`, without evaluating the basis again.
         """
         omega = self.bandwidths(bandwidth)
-        cosine = torch.cos((z.unsqueeze(-1) - self.centres(z)) * omega)
+        cosine = torch.cos((z.unsqueeze(-1) - self.centers(z)) * omega)
         # dω/dρ = μ·ω·(1 − ω/(2ω₀)), and ω·∂sinc(ω d)/∂ω = cos(ω d) − sinc(ω d).
         slope = self.lr_multiplier * (1 - omega / self.max_bandwidth) * self.amplitudes(amplitude)
         return self.lr_multiplier * (grad @ basis), slope * (grad @ (cosine - basis))
 
     def tail_slope(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
         """ψ′(z) by the formula, float64, with the shape of z, for |z| > I: away from every center."""
-        distance = z.double().unsqueeze(-1) - self.centres(z.double())
+        distance = z.double().unsqueeze(-1) - self.centers(z.double())
         cosine = torch.cos(distance * self.bandwidths(bandwidth))
         return ((cosine - self.basis(z, bandwidth)) / distance) @ self.amplitudes(amplitude)
 
@@ -183,7 +183,7 @@ def _identity_amplitudes(num_basis: int, interval: float) -> Tensor:
     spec = TransferSpec("residual", num_basis, interval)
     z = torch.linspace(-interval, interval, 40 * num_basis + 1, dtype=torch.float64)
     weight = torch.exp(-(z / (interval / 4)).square() / 2)
-    basis = _sinc((z.unsqueeze(-1) - spec.centres(z)) * spec.base_bandwidth)
+    basis = _sinc((z.unsqueeze(-1) - spec.centers(z)) * spec.base_bandwidth)
     gram = basis.T @ (weight.unsqueeze(-1) * basis)
     ridge = 1e-4 * gram.diagonal().mean() * torch.eye(num_basis, dtype=torch.float64)
     fitted = torch.linalg.solve(gram + ridge, basis.T @ (weight * z))

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from .form import Form
 from .linear import adapted_linear, delta_weight
-from .phi import FORMS, TransferSpec
-
-__all__ = ["FORMS", "Transfer", "TransferSpec"]
+from .phi import TransferSpec
 
 
 class Transfer(Form):
@@ -101,7 +99,7 @@ class Transfer(Form):
         return delta_weight(*self._arguments(None, A, B, scaling, gain))
 
     def _arguments(self, x: Tensor | None, A: Tensor, B: Tensor, scaling: float, gain: float) -> tuple[Any, ...]:
-        """Arguments of the operators in `linear.py` from A on, in their order."""
+        """Arguments of the operators in `linear.py`, starting with A."""
         # Forward-mode derivatives would silently treat the operators as zero.
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import require_known
 from ..files import values_of
 from ..run_folder import CHAT, PLAIN, TEXT
-from .cells import require_rows
+from .row_checks import require_rows
 from .untrusted_files import time_limit
 
 NO_TEMPLATE = "none"

@@ -19,9 +19,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 
 from ..checks import require_known
 from ..files import is_hub_name, require_regular
-from .cells import SHOWN_ROWS, alike, is_filled, is_known, require_rows, with_class_ids
 from .commonsense import ALL, COMMONSENSE, load_commonsense
 from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
+from .row_checks import SHOWN_ROWS, alike, is_filled, is_known, require_rows, with_class_ids
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import Kind
 from .untrusted_files import require_harmless, require_own_files, require_own_images

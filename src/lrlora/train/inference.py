@@ -128,14 +128,13 @@ def predict_texts(
         ValueError: the run is a multiple-choice or image run.
 
     """
-    config, _ = read_run(Path(run))
-    if config.task == "multiple-choice":
+    kind = KINDS[read_run(Path(run))[0].task]
+    role = "prompt" if kind.generates else "text"
+    if role not in kind.roles:
+        asked = " and ".join(name for name in kind.roles if name != "label")
         raise ValueError(
-            "Multiple choice needs a question and choices, not a single text. Pass a file with both: --data."
+            f"The task {kind.name} needs {asked}, not a single text. Pass data with these columns: --data."
         )
-    if config.task == "image-classify":
-        raise ValueError("The run classifies images. Pass a folder of images: --data.")
-    role = "prompt" if config.task == "causal-lm" else "text"
     return predict(run, Dataset.from_dict({role: texts}), columns={}, generation=generation, announce=announce)
 
 

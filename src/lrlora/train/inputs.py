@@ -36,7 +36,7 @@ class Inputs:
         source: path or hub name of the model.
         data: examples.
         processor: tokenizer or image processor.
-        untouched: copy of the processor without the length that encoding (unless cached) leaves in a tokenizer.
+        saved_processor: copy of the processor to save; encoding changes the truncation settings of the other.
         too_long: number of truncated examples.
         rows: rows of an epoch: examples, or fewer with packing.
         record: record of the run.
@@ -47,14 +47,14 @@ class Inputs:
     source: str
     data: TaskData
     processor: Any
-    untouched: Any
+    saved_processor: Any
     too_long: int
     rows: int
     record: RunRecord
 
     @classmethod
     def read(cls, config: TrainConfig) -> Inputs:
-        """Load the data and the tokenizer or image processor, and check that they fit the task and the model."""
+        """Load data and processor, check that they fit task and model, and make the record."""
         source = model_source(config.model)
         model_config, kind = check_model(config.model, source, config.task)
         if not kind.has_head and config.head_learning_rate is not None:
@@ -70,7 +70,7 @@ class Inputs:
         max_length, too_long, rows, rendering = None, 0, len(data.splits["train"]), None
         if kind.reads_text:
             choose_template(processor, config.chat_template)
-        untouched = copy.deepcopy(processor)
+        saved_processor = copy.deepcopy(processor)
         if kind.reads_text:
             limit = max_tokens(processor, model_config)
             counts = kind.lengths(data.splits["train"], processor)
@@ -81,7 +81,7 @@ class Inputs:
             rows = kind.rows(counts, max_length, config.training)
         if kind.generates:
             rendering = rendering_of(data.splits["train"], processor)
-        is_whole = not config.training.get("assistant_only_loss", True)
+        on_answers = rendering == CHAT and config.training.get("assistant_only_loss", True)
         modules = (torch, transformers, peft, datasets)
         record = RunRecord(
             config=asdict(config),
@@ -90,13 +90,13 @@ class Inputs:
             versions={"lrlora": __version__, "python": platform.python_version()}
             | {module.__name__: module.__version__ for module in modules},
             rendering=rendering,
-            loss_on=ANSWERS if rendering == CHAT and not is_whole else None,
+            loss_on=ANSWERS if on_answers else None,
             chat_template=processor.chat_template if rendering == CHAT else None,
             base_model=hub_name(config.model),
             run_id=uuid4().hex,
-            fingerprints=fingerprints(data.splits, untouched, source, config.start_from),
+            fingerprints=fingerprints(data.splits, saved_processor, source, config.start_from),
         )
-        return cls(kind, source, data, processor, untouched, too_long, rows, record)
+        return cls(kind, source, data, processor, saved_processor, too_long, rows, record)
 
     @property
     def count(self) -> int:
@@ -104,7 +104,7 @@ class Inputs:
         return len(self.data.splits["train"])
 
     def encoded(self) -> tuple[Dataset, Dataset]:
-        """Encoded training and validation examples."""
+        """Training and validation examples for the Trainer; TRL tokenizes those of causal-lm."""
         train, validation = (
             self.kind.encode(self.data.splits[name], self.processor, self.record.max_length)
             for name in ("train", "validation")

@@ -9,6 +9,7 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -44,7 +45,8 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
         *_adapter_lines(config.method, model),
         *ranks,
         *([] if config.start_from is None else [f"Starts from: {config.start_from}."]),
-        f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples{_cut(inputs)}.",
+        f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples"
+        f"{_truncated(inputs)}.",
         *inputs.data.notes,
         f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and {_warm_up(arguments)} of warm-up, "
         f"{evaluation}, seed {config.seed}.",
@@ -79,14 +81,19 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
     return lines
 
 
-def _cut(inputs: Inputs) -> str:
+def _truncated(inputs: Inputs) -> str:
     if inputs.record.max_length is None:
         return ""
     return f"; {inputs.too_long:,} training examples are truncated to {inputs.record.max_length} tokens"
 
 
-def encoded_lines(chat_template: str | None, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
-    """Data format, examples that TRL drops, and the first example as the model reads it."""
+def describe_encoded(chat_template: str | None, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
+    """Data format, number of examples that TRL drops, and the first example as the model reads it.
+
+    Raises:
+        ValueError: no example is left to train on.
+
+    """
     if inputs.record.rendering is not None:
         yield f"Format: {_format_line(chat_template, inputs)}"
         if unanswered := without_answer(inputs.data.splits["train"]):
@@ -132,7 +139,7 @@ def cut_line(trainer: Trainer) -> str:
 
 
 def seconds_per_batch(trainer: Trainer) -> float:
-    """Time of a forward and backward pass, the median of three after one more."""
+    """Time of a forward and backward pass: the median of three, after one warm-up batch."""
     model: Any = trainer.model
     model.train()
     times = []
@@ -141,5 +148,7 @@ def seconds_per_batch(trainer: Trainer) -> float:
         with trainer.compute_loss_context_manager():
             loss: Any = trainer.compute_loss(model, batch)
         loss.backward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return median(times[1:] or times)

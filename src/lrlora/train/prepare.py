@@ -1,4 +1,4 @@
-"""Preparation of a run: settings, model and Trainer, checked and announced before anything is written."""
+"""Preparation of a run: settings, model and Trainer, checked and announced before the files of the run are written."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import ADAPTER_EXPECTED, readable
 from ..ranks.learned import wide_rank
-from .by_loss import FEWEST
+from .compress import FEWEST
 from .inputs import Inputs
 from .methods import adapter_config
 from .models import give_head_its_rate, load_model, make_trainer, training_arguments
-from .plan import encoded_lines, plan
+from .plan import describe_encoded, plan
 from .progress import Announce
 from .settings import TrainConfig
 from .sharding import load_in_every_process, prepare_sharding
@@ -29,7 +29,7 @@ def prepare(
 
     Args:
         config: the run.
-        inputs: its inputs. The examples per step of their record, if any, are kept on any number of processes.
+        inputs: its inputs. `record.examples_per_step`, if set, fixes the examples per step of all processes together.
         callbacks: of the Trainer.
         announce: receives the plan and the first example, line by line.
 
@@ -52,8 +52,8 @@ def prepare(
             f"training: dataloader_drop_last=True drops all {count} validation examples, which do not fill a batch. "
             "Remove it, or lower per_device_eval_batch_size."
         )
-    is_cut_later = (config.loss or config.size) is not None and config.learned_size is None
-    if is_cut_later and inputs.kind.has_head and count < FEWEST:
+    is_compressed_after = config.loss is not None or (config.size is not None and config.learned_size is None)
+    if is_compressed_after and inputs.kind.has_head and count < FEWEST:
         raise ValueError(
             f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "
             "Raise --validation-share, or remove --loss and --size."
@@ -62,7 +62,7 @@ def prepare(
     for line in plan(config, inputs, model, arguments):
         announce(line)
     trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
-    for line in encoded_lines(config.chat_template, trainer, inputs):
+    for line in describe_encoded(config.chat_template, trainer, inputs):
         announce(line)
     prepare_sharding(trainer)
     if config.head_learning_rate is not None:

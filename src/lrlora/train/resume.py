@@ -113,12 +113,12 @@ def last_checkpoint(output: Path, trainer: Trainer, record: RunRecord, announce:
                 "Warning: checkpoints have no state of the optimizer (save_only_model), so the results will differ "
                 "from those of an uninterrupted run."
             )
-    if warning := _require_same_run(output, last, record):
+    if warning := _check_same_run(output, last, record):
         announce(warning)
     return last
 
 
-def _require_same_run(output: Path, last: Path | None, now: RunRecord) -> str | None:
+def _check_same_run(output: Path, last: Path | None, now: RunRecord) -> str | None:
     """Check that a resumed run is unchanged; values that were not recorded are not compared.
 
     Args:
@@ -158,7 +158,7 @@ def _require_same_run(output: Path, last: Path | None, now: RunRecord) -> str | 
 
 
 def _with_adapter(record: RunRecord, checkpoint: Path) -> RunRecord:
-    """Record with the hash of the checkpoint's adapter configuration; training loads its weights."""
+    """Record with the hash of the checkpoint's adapter configuration, by which PEFT loads its weights."""
     path = checkpoint / _ADAPTER_CONFIG
     if not path.exists():
         return record

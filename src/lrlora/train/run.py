@@ -36,15 +36,15 @@ from .hub import push
 from .inputs import Inputs, examples_per_step
 from .methods import METHODS, AdaLoraCallback, set_rank_pattern
 from .plan import cut_line, seconds_per_batch
+from .preflight import require_startable
 from .prepare import prepare
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
 from .resume import KeepRecord, last_checkpoint
 from .settings import TrainConfig
-from .startable import require_startable
 from .tasks.base import plain_metrics
 
 
-class Interrupted(Exception):  # noqa: N818 (it is no error)
+class Interrupted(Exception):  # noqa: N818 (not an error)
     """Training was stopped externally (Ctrl-C, SIGTERM), after saving a checkpoint."""
 
 
@@ -57,8 +57,8 @@ class TrainResult:
         metrics: validation metrics of the best checkpoint.
         log_history: the Trainer's log with losses, metrics and mean learned ranks by step.
         model: the trained model.
-        is_first: whether this is the first of the processes that train together, which writes and tells.
-        seconds_per_step: mean time of a training step; on a CPU processor time.
+        is_first: whether this is the main process, which writes files and prints.
+        seconds_per_step: mean time of a training step; CPU time when training on a CPU.
         examples: number of examples, by split.
 
     """
@@ -81,7 +81,7 @@ def train(
 ) -> TrainResult:
     """Fine-tune a model on data; writes all results to `config.output`.
 
-    Data, settings and the fit of task and model are checked before the model is loaded. Ctrl-C or SIGTERM saves a
+    Settings, data and the fit of task and model are checked before training. Ctrl-C or SIGTERM saves a
     checkpoint first; a second one stops immediately.
 
     Args:
@@ -102,15 +102,15 @@ def train(
     announce = _in_first_process(announce)
     clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
     with only_writer(output):
-        began = require_startable(config, resume=resume, overwrite=overwrite)
+        resumed = require_startable(config, resume=resume, overwrite=overwrite)
         inputs = Inputs.read(config)
-        if began is not None:
+        if resumed is not None:
             # A resumed run may have another number of processes, but must keep the examples per step and the loss.
-            kept = {name: getattr(began, name) for name in ("run_id", "examples_per_step", "loss_on")}
-            inputs = replace(inputs, record=replace(inputs.record, **kept))
+            unchanged = {name: getattr(resumed, name) for name in ("run_id", "examples_per_step", "loss_on")}
+            inputs = replace(inputs, record=replace(inputs.record, **unchanged))
         trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce)
         record = replace(inputs.record, examples_per_step=examples_per_step(trainer.args))
-        last = last_checkpoint(output, trainer, record, announce) if began else None
+        last = last_checkpoint(output, trainer, record, announce) if resumed else None
         trainer.add_callback(KeepRecord(record))
         # Modify files only after all checks have passed in every process.
         _wait_for_all(trainer)
@@ -126,16 +126,19 @@ def train(
         return _finish(config, inputs, trainer, clock.seconds_per_step, announce)
 
 
-def show_plan(config: TrainConfig, *, resume: bool = False, announce: Announce = print) -> None:
-    """Print what `train` would do, with an example as the model reads it; does not train or write.
+def show_plan(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, announce: Announce = print
+) -> None:
+    """Print the plan of `train`, with an example as the model reads it; does not train or write.
 
     Raises:
+        FileExistsError: the output folder is in use.
         FileNotFoundError: model or data is missing.
         ValueError: the data or a setting is invalid.
 
     """
     config = replace(config, training={**config.training, "push_to_hub": False})
-    require_startable(config, resume=resume, overwrite=not resume)
+    require_startable(config, resume=resume, overwrite=overwrite)
     announce = _in_first_process(announce)
     with tempfile.TemporaryDirectory() as elsewhere:  # the Trainer creates its output folder immediately
         config = replace(config, output=elsewhere)
@@ -221,9 +224,9 @@ def _finish(
     arguments, output = trainer.args, Path(config.output)
     if config.learned_size is not None:
         announce(cut_line(trainer))
-    if (kept := trainer.state.best_global_step) and arguments.load_best_model_at_end:
+    if (best := trainer.state.best_global_step) and arguments.load_best_model_at_end:
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
-        announce(f"Kept: step {kept} of {arguments.max_steps}, the best by {measure}.")
+        announce(f"Kept: step {best} of {arguments.max_steps}, the best by {measure}.")
     metrics = plain_metrics(trainer.evaluate())
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
@@ -241,7 +244,7 @@ def _finish(
         report.to_json(output / REPORT_FILE)
     with replacing_files(output) as partial:
         model.save_pretrained(partial, state_dict=state)
-        inputs.untouched.save_pretrained(partial)
+        inputs.saved_processor.save_pretrained(partial)
         if inputs.kind.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # contains the class names
     write_json(output / LOG_FILE, [dict(filter(_is_storable, entry.items())) for entry in result.log_history])

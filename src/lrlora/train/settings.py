@@ -39,7 +39,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Configuration of a training run. Values of None are derived from task, method and data, and printed.
+    """Configuration of a training run.
 
     Every field is also a command-line option and a YAML key of the same name.
 
@@ -72,16 +72,16 @@ class TrainConfig:
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
         learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
             fine-tuning 5e-5 and 2e-5.
-        head_learning_rate: peak learning rate of a new head, which wants a higher one than an adapter; default: the
-            same.
+        head_learning_rate: peak learning rate of a new head, which usually needs a higher rate than an adapter;
+            default: the same.
         epochs: number of passes over the data; default: 3.
         steps: number of optimizer steps, instead of epochs; default: by epochs.
         batch_size: examples per step and device; default: 16, and 8 for causal-lm.
         early_stopping: stop after this many evaluations without a better metric; default: never.
         start_from: finished run to continue from, as a new run with its own schedule; on the command line, settings
             that are not given are those of that run; default: a new adapter.
-        loss: write lora/ as the smallest LoRA whose validation loss rises by at most this share; default: only print
-            its size for 0.01.
+        loss: write lora/ as the smallest LoRA whose validation loss rises by at most this share; default: report the
+            size for 0.01, and write nothing.
         size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
             are learned in training; with others, lora/ is filled by importance to the loss; default: no limit.
         rank_every: steps between records of the learned ranks.
@@ -147,11 +147,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
-        if self.loss is not None or self.size is not None:
-            if self.loss is not None and self.size is not None:
+        if self.loss is not None:
+            if self.size is not None:
                 raise ValueError("Pass --loss or --size, not both.")
-            check_truncation(loss=self.loss, budget=None if self.size is None else 1)
-            parse_size(self.size or "r1", "size")
+            check_truncation(loss=self.loss)
+        if self.size is not None:
+            parse_size(self.size, "size")
         if self.delimiter is not None and len(self.delimiter) != 1:
             raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
         if self.head_learning_rate is not None and not kind.has_head:
@@ -159,9 +160,9 @@ class TrainConfig:
                 f"head_learning_rate={self.head_learning_rate!r} applies to a new head, which {self.task} does not "
                 "have. Remove it."
             )
-        if self.max_length is not None and self.task == "image-classify":
+        if self.max_length is not None and not kind.reads_text:
             raise ValueError(f"max_length={self.max_length!r} applies to text, but the task is {self.task}. Remove it.")
-        if self.chat_template is not None and self.task != "causal-lm":
+        if self.chat_template is not None and not kind.generates:
             raise ValueError(
                 f"chat_template={self.chat_template!r} applies to causal-lm, but the task is {self.task}. Remove it."
             )
@@ -218,10 +219,10 @@ class TrainConfig:
         return cls(**{**content, "size": str(size)} if type(size) is int else content)
 
 
-def _require_one(name: str, value: Any, other: str, fields: Mapping[str, Any], place: str) -> None:
-    if other in fields:
+def _require_one(name: str, value: Any, other: str, given: Mapping[str, Any], place: str) -> None:
+    if other in given:
         raise ValueError(
-            f"{name}={value!r} and {other}={fields[other]!r} under {place} are the same setting. Remove one of them."
+            f"{name}={value!r} and {other}={given[other]!r} under {place} are the same setting. Remove one of them."
         )
 
 
@@ -237,7 +238,7 @@ def _of_adapter(method: str | None) -> dict[str, str | None]:
 def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rename settings from a file or the command line to the run's names.
 
-    A setting then overrides another under either name.
+    Later settings then override earlier ones under either name.
     """
     short = dict(settings)
     places = {name: ("training", other) for name, other in ARGUMENTS.items()}

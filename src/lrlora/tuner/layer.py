@@ -260,7 +260,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         can_merge = backend is None or backend.supports_merge
         base = self.get_base_layer()
         if backend is not None and can_merge:
-            quantised = self._before_merge or (copy.deepcopy(base),)
+            quantized = self._before_merge or (copy.deepcopy(base),)
             # On some CPUs, bitsandbytes packs 4-bit weights for inference in a layout that dequantization, here and in
             # PEFT, misreads as the usual one. Requesting the state unpacks them.
             base.state_dict()
@@ -288,7 +288,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
                 stacklevel=2,
             )
         if backend is not None:
-            self._before_merge = quantised
+            self._before_merge = quantized
             self.set_base_weight(merged)
         elif self.shares_weight:
             parameter = getattr(base, self.weight_name)

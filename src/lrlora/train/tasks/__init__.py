@@ -1,4 +1,4 @@
-"""Kinds of tasks. To add one, add a file here and an entry in `KINDS`."""
+"""Kinds of tasks. To add one, add a file here, an entry in `KINDS`, and its name in the docstring of `TrainConfig`."""
 
 from __future__ import annotations
 

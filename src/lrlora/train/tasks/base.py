@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from transformers.trainer_utils import PredictionOutput
 
 from ...ranks import model_loss
-from ..cells import counted, mapped, require_text
 from ..chat import shown_tokens
+from ..row_checks import counted, mapped, require_text
 
 LESS_IS_BETTER = ("loss", "log_loss", "rmse", "entropy")  # metrics
 _LARGEST_EXPONENT = 700
@@ -114,7 +114,7 @@ class Kind:
         return len(lengths)
 
     def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
-        """Encode to model inputs, truncated to `max_length`, and `labels`."""
+        """Encode to model inputs, truncated to `max_length`, and `labels`; for causal-lm, to rows for TRL."""
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             return dict(processor(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length))

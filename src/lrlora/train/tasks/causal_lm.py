@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..cells import counted, is_conversation, require_rows, require_text
 from ..chat import (
     FORMATS,
     as_trl_reads,
@@ -22,6 +21,7 @@ from ..chat import (
     require_roles,
     shown_tokens,
 )
+from ..row_checks import counted, is_conversation, require_rows, require_text
 from .base import Kind
 
 

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from ..cells import require_rows
+from ..row_checks import require_rows
 from .texts import Classify
 
 Cell = dict[str, Any]  # an image in `datasets`: its `bytes`, or the `path` of its file

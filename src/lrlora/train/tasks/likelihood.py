@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from ..cells import mapped
+from ..row_checks import mapped
 
 _IGNORED = -100  # target value: no prediction
 

@@ -18,8 +18,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
 from ...ranks import model_loss
-from ..cells import counted, mapped, require_rows, require_text
 from ..chat import shown_tokens
+from ..row_checks import counted, mapped, require_rows, require_text
 from .base import Kind, logits
 from .likelihood import ChoiceTrainer, encode_continuations, right_choices
 

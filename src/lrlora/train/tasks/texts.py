@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_me
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..cells import class_name, in_order, is_finite, is_fraction, known_labels, require_rows
+from ..row_checks import class_name, in_order, is_finite, is_fraction, known_labels, require_rows
 from .base import Kind, logits
 
 

@@ -1,4 +1,4 @@
-"""Checks of a run before data and model are read: its settings, its folder, its start, and the paths that it names."""
+"""Checks of a run before data and model are read: its settings, output folder, adapter to start from, and paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sharding import check_sharding
 
 
 def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord | None:
-    """Run all checks that need neither data nor model.
+    """Run all checks that need neither data nor model, and create the repository on the hub, if the run pushes to it.
 
     Returns:
         Record of the run to resume, if any.
@@ -23,7 +23,7 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
     Raises:
         FileExistsError: the output folder is in use, or its run is finished.
         FileNotFoundError: the run to resume, model folder, or data file is missing.
-        ValueError: settings differ from the run to resume, both resume and overwrite are given, or the method cannot
+        ValueError: a setting is unknown or not supported, both resume and overwrite are given, or the method cannot
             resume.
 
     """
@@ -34,9 +34,9 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
         )
     # A process killed at startup leaves only a temporary file; the lock may exist, too.
     is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
-    began = None
+    resumed = None
     if resume:
-        _, began = read_run(output)
+        _, resumed = read_run(output)
         if config.method == "adalora":
             raise ValueError(
                 "AdaLoRA runs cannot be resumed, because PEFT does not save the state of the rank allocation. Start "
@@ -63,7 +63,7 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
                 )
     require_model_folder(config.model)
     if config.start_from is not None:
-        _require_start(config)
+        _check_start_from(config)
     for data in (config.data, config.validation):
         if data not in (None, FROM_TRAIN):
             require_data_path(str(data))
@@ -71,10 +71,10 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
         require_settings(given, place, config.task, config.method)
     check_sharding(config.method, config.adapter, config.training)
     require_hub(config.output, config.training)
-    return began
+    return resumed
 
 
-def _require_start(config: TrainConfig) -> None:
+def _check_start_from(config: TrainConfig) -> None:
     """Raise ValueError unless the run to start from is finished, with the same model, task, method and adapter."""
     start, _ = read_run(Path(str(config.start_from)))
     if not (Path(start.output) / METRICS_FILE).exists():
