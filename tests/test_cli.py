@@ -115,7 +115,7 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
     assert run_shown["spectra"].keys() == {row.module for row in rows if row.stable_rank > 0}
 
     before = (tmp_path / "page.html").read_bytes()
-    assert "exists already" in run("report", adapter, "--output", tmp_path / "page.html").output
+    assert "already exists" in run("report", adapter, "--output", tmp_path / "page.html").output
     assert run("report", adapter, adapter, "--output", tmp_path / "page.html", "--overwrite").exit_code == 0
     assert "is not empty" in run("report", adapter, "--output", tmp_path / "2.html", "--pictures", tmp_path).output
     assert (tmp_path / "page.html").read_bytes() == before
@@ -180,7 +180,7 @@ def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
     for module in config.target_modules:
         assert module in result.output
     refused = run("export", adapter, "--energy", "0.9", "--pad", "--config-only", "--output", tmp_path / "ranks")
-    assert "--pad is about weights, and --config-only writes none" in " ".join(refused.output.split())
+    assert "--pad changes weights, but --config-only writes none" in " ".join(refused.output.split())
     result = run("merge", adapter, "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.output
     AutoModel.from_pretrained(tmp_path / "merged")
@@ -203,7 +203,7 @@ def test_interrupted_while_it_is_checked_an_export_is_there(
     monkeypatch.setattr("lrlora.adapters.output_difference", lambda *_: signal.raise_signal(signal.SIGINT))
     result = run("export", tmp_path / "adapter", "--output", tmp_path / "lora")
     assert result.exit_code == 130
-    assert "Interrupted. The LoRA is written; what the export changes was not measured." in result.output
+    assert "Interrupted. The LoRA is written, but not compared with the original." in result.output
     assert "Nothing was written" not in result.output
     assert PeftConfig.from_pretrained(tmp_path / "lora").peft_type.value == "LORA"
     assert not list(tmp_path.glob(".*"))

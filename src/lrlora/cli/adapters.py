@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..checks import DEFAULT_ENERGY, check_truncation, parse_size, require_known
-from ..files import free_folder, is_full_model, require_adapter, require_source
+from ..files import free_folder, is_full_model, require_source
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
 from ..train.settings import read_run
@@ -42,10 +42,9 @@ def ranks(
     json: Annotated[Path | None, typer.Option(help="File to write the report to, as JSON.")] = None,
     every: _EVERY = False,
 ) -> None:
-    """Print the ranks that an adapter uses, or those of a full fine-tuning."""
+    """Print the ranks used by an adapter, or by full fine-tuning."""
     with one_clear_error():
         require_new(json)
-        require_source(source, base)
         quiet()
         from ..adapters import read_updates
         from ..ranks import rank_report
@@ -77,7 +76,7 @@ def report(
     pictures: Annotated[Path | None, typer.Option(help="Folder for the charts as SVG and PNG.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the pictures.")] = False,
 ) -> None:
-    """Write one HTML page about one run, or several beside each other. It needs no network."""
+    """Write an HTML page on one run, or several side by side. It needs no network."""
     with one_clear_error():
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"The folder {output.parent} for {output.name} does not exist.")
@@ -87,9 +86,9 @@ def report(
 
 def _write_report(sources: list[str], base: str | None, output: Path, pictures: Path | None, overwrite: bool) -> None:
     if output.exists() and not overwrite:
-        raise FileExistsError(f"The file {output} exists already. Give another --output, or --overwrite.")
+        raise FileExistsError(f"The file {output} already exists. Choose another --output, or pass --overwrite.")
     if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
-        raise FileExistsError(f"The folder {pictures} is not empty. Give another one, or --overwrite.")
+        raise FileExistsError(f"The folder {pictures} is not empty. Choose another, or pass --overwrite.")
     quiet()
     from ..views.figure import save_pictures
     from ..views.page import write_page
@@ -175,11 +174,11 @@ def export(
     ] = False,
     every: _EVERY = False,
 ) -> None:
-    """Write any update as a plain LoRA that every server loads, as small as you ask for."""
+    """Write an update of any method as a plain LoRA of the requested size."""
     with one_clear_error("Nothing was written."), only_writer(output):
         for option, is_given in (("--pad", pad), ("--heal", heal)):
             if is_given and config_only:
-                raise ValueError(f"{option} is about weights, and --config-only writes none. Leave one of them out.")
+                raise ValueError(f"{option} changes weights, but --config-only writes none. Pass only one of them.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
         size = None if budget is None else parse_size(budget, "--budget")
@@ -194,10 +193,14 @@ def export(
         is_file = Path(source).is_file()
         if not is_file:
             if output.suffix == ".safetensors":
-                raise ValueError(f"{source} gives a folder, and --output {output} names a file. Give it another name.")
+                raise ValueError(
+                    f"The export of {source} is a folder, but --output {output} names a file. Choose another."
+                )
             free_folder(output)
         elif config_only and base is None:
-            raise ValueError("--config-only writes a configuration of PEFT's, and a LoRA in a single file has none.")
+            raise ValueError(
+                "--config-only writes a PEFT configuration, which a single-file LoRA does not have. Remove it."
+            )
         quiet()
         base = _base_of(source) if base is None else base
         require_source(source, base)
@@ -217,12 +220,12 @@ def export(
         factors = factorize(updates, energy=energy, budget=parameters, max_rank=max_rank, progressbar=True)
         write_factors(factors, updates, output, dtype=dtype, pad=pad, config_only=config_only, every=every)
     if check and not config_only:
-        with one_clear_error("The LoRA is written; what the export changes was not measured."):
+        with one_clear_error("The LoRA is written, but not compared with the original."):
             _print_difference(updates, output)
 
 
 def _base_of(source: str) -> str | None:
-    """The base model of a run that has trained the whole model, which its files do not name."""
+    """Base model of a full fine-tuning run, whose files do not name it; None for other sources."""
     folder = Path(source)
     if not (folder / RUN_FILE).is_file() or not is_full_model(folder):
         return None
@@ -232,20 +235,20 @@ def _base_of(source: str) -> str | None:
 
 
 def _is_by_loss(source: str, by: str | None, asked_for: list[str], given: Mapping[str, Any]) -> bool:
-    """Whether the export keeps what matters to the loss: where it is asked for, or there is data to tell it by."""
+    """Whether to cut by loss: if asked for, or if the source is a run, whose data is known."""
     require_known("--by", by or "loss", ("loss", "energy"))
     other = "--by energy" if by == "energy" else "--energy" if given["energy"] is not None else None
     if asked_for and other:
-        raise ValueError(f"{asked_for[0]} is for a cut by loss, and {other} for one by energy. Leave one of them out.")
+        raise ValueError(f"{asked_for[0]} cuts by loss, but {other} by energy. Pass only one of them.")
     if asked_for and given["size"] is None:
-        raise ValueError(f"{asked_for[0]} needs a size for a cut by loss: --loss, --budget or --max-rank.")
+        raise ValueError(f"{asked_for[0]} cuts by loss and needs a size: --loss, --budget or --max-rank.")
     is_run = (Path(source) / RUN_FILE).is_file()
     if other or given["size"] is None or not (asked_for or is_run):
         return False
     if Path(source).is_file():
         raise ValueError(
-            f"{source} is a single file, which does not say what its base model is, and without that model there is no "
-            "loss. Give a size (--budget, --max-rank) or --energy, by which it keeps what is large."
+            f"{source} is a single file, which does not name its base model, so its loss cannot be measured. Cut it by "
+            "energy: pass --budget, --max-rank or --energy only."
         )
     return True
 
@@ -268,12 +271,12 @@ def _print_difference(updates: Updates, output: Path) -> None:
     from ..adapters.peft_folder import SavedAdapter
 
     if not isinstance(updates.origin, SavedAdapter):
-        return  # a single file does not say what its base model is, and of a checkpoint it would be the whole model
+        return  # a single file does not name its base model; a checkpoint has a full model in place of an adapter
     try:
         difference = output_difference(updates.origin, output)
-    except Exception as error:  # whatever a model may say of inputs that are not its own, the export is there
+    except Exception as error:  # the export is written, whatever a model raises on random inputs
         reason = " ".join(str(error).split()) or type(error).__name__
-        announce(f"What the export changes could not be measured: {reason}")
+        announce(f"The export could not be compared with the original: {reason}")
         return
     if not math.isfinite(difference):
         raise ValueError("On random inputs, the outputs of the adapter or of its export are not finite.")
@@ -299,10 +302,8 @@ def merge(
             require_known("dtype", dtype, _DTYPES)
         if not re.fullmatch(r"[1-9]\d*[KMG]i?B", max_shard_size):
             raise ValueError(f"--max-shard-size must be a size such as 5GB or 500MiB, got {max_shard_size!r}.")
-        free_folder(output)
         if Path(adapter).is_file():
-            raise ValueError(f"{adapter} is a single file, and merge needs the folder of a PEFT adapter.")
-        require_adapter(adapter)
+            raise ValueError(f"{adapter} is a single file, but merge needs the folder of a PEFT adapter.")
         quiet()
         from ..adapters import merge_adapter
 

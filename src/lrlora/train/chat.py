@@ -33,13 +33,6 @@ SIMPLE_TEMPLATE = (
 _ASKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 _ASKERS |= {"system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call"}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# Common names of columns → role.
-_NAMES = {
-    **dict.fromkeys(("chat", "chats", "dialog", "dialogue", "dialogs", "turns", "conversation"), "messages"),
-    **dict.fromkeys(("question", "query", "input", "inputs"), "prompt"),
-    **dict.fromkeys(("answer", "response", "output", "target", "targets"), "completion"),
-    **dict.fromkeys(("content", "document", "body"), "text"),
-}
 
 
 class Format(NamedTuple):
@@ -158,13 +151,6 @@ FORMATS = (
 def format_of(columns: Mapping[str, Any] | list[str]) -> Format:
     """Format of data whose columns are named by role."""
     return next(each for each in FORMATS if set(each.asked) <= set(columns))
-
-
-def likely_columns(names: list[str]) -> dict[str, str]:
-    """Role → column, guessed from common names of columns."""
-    found = {_NAMES[name.lower()]: name for name in reversed(names) if name.lower() in _NAMES}
-    wanted = next((roles for roles in (("messages",), ("prompt", "completion"), ("text",)) if roles[0] in found), ())
-    return {role: found[role] for role in wanted if role in found}
 
 
 def require_roles(data: Dataset, role: str, where: str) -> None:

@@ -124,13 +124,13 @@ def _format_line(given: str | None, inputs: Inputs) -> str:
     return f"{found.name}, read {how[str(inputs.record.rendering)]}{part}."
 
 
-def cut_line(trainer: Trainer) -> str:
-    """Size and ranks of an adapter whose ranks were learned, or a warning that it was not cut."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, LearnedRanksCallback) and callback.learned and callback.learned.ranks is None:
-            return (
-                f"Warning: training ended before the cut after step {callback.learned.cut_step}: the adapter is wide."
-            )
+def learned_ranks(trainer: Trainer) -> str | None:
+    """Size and ranks of an adapter whose ranks were learned, or a warning that it was not cut; None for others."""
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, LearnedRanksCallback)]
+    if not callbacks:
+        return None
+    if (learned := callbacks[0].learned) and learned.ranks is None:
+        return f"Warning: training ended before the cut after step {learned.cut_step}: the adapter is wide."
     model: Any = trainer.model
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     ranks = sorted(layer.r["default"] for layer in layers)

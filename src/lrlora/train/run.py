@@ -35,7 +35,7 @@ from ..views.card import write_card
 from .hub import push
 from .inputs import Inputs, examples_per_step
 from .methods import METHODS, AdaLoraCallback, set_rank_pattern
-from .plan import cut_line, seconds_per_batch
+from .plan import learned_ranks, seconds_per_batch
 from .preflight import require_startable
 from .prepare import prepare
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
@@ -222,8 +222,8 @@ def _finish(
 ) -> TrainResult:
     """Evaluate the trained model, and save it with ranks, card and metrics."""
     arguments, output = trainer.args, Path(config.output)
-    if config.learned_size is not None:
-        announce(cut_line(trainer))
+    if line := learned_ranks(trainer):
+        announce(line)
     if (best := trainer.state.best_global_step) and arguments.load_best_model_at_end:
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
         announce(f"Kept: step {best} of {arguments.max_steps}, the best by {measure}.")

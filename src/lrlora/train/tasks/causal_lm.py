@@ -16,7 +16,6 @@ from ..chat import (
     as_trl_reads,
     count_tokens,
     format_of,
-    likely_columns,
     rendering_of,
     require_roles,
     shown_tokens,
@@ -24,10 +23,21 @@ from ..chat import (
 from ..row_checks import counted, is_conversation, require_rows, require_text
 from .base import Kind
 
+# Common names of columns → role.
+_ROLES = {
+    **dict.fromkeys(("chat", "chats", "dialog", "dialogue", "dialogs", "turns", "conversation"), "messages"),
+    **dict.fromkeys(("question", "query", "input", "inputs"), "prompt"),
+    **dict.fromkeys(("answer", "response", "output", "target", "targets"), "completion"),
+    **dict.fromkeys(("content", "document", "body"), "text"),
+}
+
 
 def _hint(columns: list[str]) -> str:
-    found = likely_columns(columns) or {"prompt": "NAME"}
-    return " ".join(f"--column {role}={name}" for role, name in found.items())
+    """Options that map columns with common names to their roles."""
+    found = {_ROLES[name.lower()]: name for name in reversed(columns) if name.lower() in _ROLES}
+    wanted = next((roles for roles in (("messages",), ("prompt", "completion"), ("text",)) if roles[0] in found), ())
+    likely = {role: found[role] for role in wanted if role in found} or {"prompt": "NAME"}
+    return " ".join(f"--column {role}={name}" for role, name in likely.items())
 
 
 class CausalLm(Kind):

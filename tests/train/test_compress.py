@@ -259,11 +259,11 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
         ((home / "run", "--loss", "0.01", "--budget", "r1"), "Pass exactly one of energy, budget and loss"),
         (
             (home / "run", "--energy", "0.9", "--data", few),
-            "--data is for a cut by loss, and --energy for one by energy.",
+            "--data cuts by loss, but --energy by energy.",
         ),
-        ((home / "run", "--loss", "0.1", "--by", "energy"), "--loss is for a cut by loss, and --by energy for one by"),
-        ((home / "run", "--heal", "3"), "--heal needs a size for a cut by loss: --loss, --budget or --max-rank."),
-        ((home / "run", "--loss", "0.1", "--heal", "3", "--config-only"), "--heal is about weights"),
+        ((home / "run", "--loss", "0.1", "--by", "energy"), "--loss cuts by loss, but --by energy by energy."),
+        ((home / "run", "--heal", "3"), "--heal cuts by loss and needs a size: --loss, --budget or --max-rank."),
+        ((home / "run", "--loss", "0.1", "--heal", "3", "--config-only"), "--heal changes weights"),
         ((home / "run", "--loss", "0.1", "--task", "classify"), "is a run of `lrlora train`, which stores its task"),
         (
             (elsewhere, "--loss", "0.1", "--data", few, "--task", "causal-lm"),
@@ -285,7 +285,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
         ),
         ((home / "run", "--loss", "0.01", "--data", empty), "has a header (text, label) but no rows"),
         ((home / "run", "--loss", "0.01", "--data", tmp_path / "nothing.csv"), "nothing.csv"),
-        ((single, "--loss", "0.01"), "is a single file, which does not say what its base model is"),
+        ((single, "--loss", "0.01"), "is a single file, which does not name its base model"),
         (
             (without_type, "--loss", "0.01", "--data", few),
             "does not store its task. Pass --task causal-lm, classify",
