@@ -306,7 +306,7 @@ def test_ranks_checks_where_to_write_before_measuring(tmp_path: Path) -> None:
 def test_a_folder_is_not_called_like_a_file(adapter: Path, tmp_path: Path) -> None:
     result = run("export", adapter, "--output", tmp_path / "small.safetensors")
     assert result.exit_code == 1
-    assert "gives a folder, and --output" in " ".join(result.output.split())
+    assert "is a folder, but --output" in " ".join(result.output.split())
     assert not (tmp_path / "small.safetensors").exists()
 
 

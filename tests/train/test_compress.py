@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from lrlora.cli import app
 from lrlora.ranks import RankReport
 from lrlora.run_folder import read_losses
-from lrlora.train import by_loss
+from lrlora.train import compress
 from lrlora.train.inference import evaluate
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
@@ -309,7 +309,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     assert "Cutting by energy instead of by loss: " in output
     assert "gone.csv" in squeezed(output)
     # Whoever stops it while losses are measured finds nothing written.
-    monkeypatch.setattr(by_loss, "mean_loss", _stopped)
+    monkeypatch.setattr(compress, "mean_loss", _stopped)
     result = run("export", home / "run", "--loss", "0.01", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. Nothing was written." in result.output
@@ -358,7 +358,7 @@ def _stopped(*arguments: Any) -> float:
 
 def test_healing_that_is_stopped_leaves_the_cut(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(home / "run", tmp_path / "cut", "--budget", "r1")
-    monkeypatch.setattr(by_loss, "make_trainer", _stopped)
+    monkeypatch.setattr(compress, "make_trainer", _stopped)
     result = run("export", home / "run", "--budget", "r1", "--heal", "5", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. The LoRA is written as it was cut." in result.output
@@ -373,7 +373,7 @@ def _failing(*arguments: Any) -> float:
 def test_healing_that_fails_leaves_the_cut_and_says_so(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(by_loss, "make_trainer", _failing)
+    monkeypatch.setattr(compress, "make_trainer", _failing)
     result = run("export", home / "run", "--budget", "r1", "--heal", "5", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "Themachineistired.TheLoRAin" in squeezed(result.output)
