@@ -9,7 +9,11 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-CODE = [path.relative_to(ROOT) for folder in ("src", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+CODE = [
+    path.relative_to(ROOT)
+    for folder, kind in (("src", "*.py"), ("src", "*.yaml"), ("examples", "*.py"))
+    for path in sorted((ROOT / folder).rglob(kind))
+]
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,7 +73,6 @@ def test_the_suite_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
     assert "commonsense │ LoRA" in told
     assert not list(tmp_path.iterdir())
     told = lrlora(hub, tmp_path, "compare", "llama-3-8b", *SHORT, "--output", "out")
-    assert re.search(r"Plan: llama-3-8b on \S+, r = 32: \d+ jobs\.", told)
     records = {record["method"]: record for record in read_records(tmp_path / "out").values() if record["seed"] == 1}
     assert set(records) == {"lora", "lr-lora"}
     for record in records.values():

@@ -147,7 +147,8 @@ class TransferTable:
 
     Args:
         spec: the fixed part of φ.
-        amplitude, bandwidth: learned parameters of φ, (N,); None for "sine".
+        amplitude: learned parameter of φ, (N,); None for "sine".
+        bandwidth: learned parameter of φ, (N,); None for "sine".
         dtype: dtype of the entries z (float32 or float64).
         largest: upper bound on |z|, if known; determines how far "sinc" is tabulated.
 
