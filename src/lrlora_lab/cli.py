@@ -97,7 +97,7 @@ def compare(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default: lrlora-compare-SUITE.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the data and show the jobs, their memory and time; run nothing.")
+        bool, typer.Option("--dry-run", help="Read the data and show the jobs; run nothing.")
     ] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of the last call; run nothing.")] = False,
 ) -> None:
