@@ -117,7 +117,7 @@ def test_what_is_no_image_is_told_before_training(folder: Path, tmp_path: Path) 
     (tmp_path / "table.csv").write_text("image,label\nred/1.png,red\nblue/1.png,blue\n")
     assert "The column image must contain images" in refused("train", *common, "--data", tmp_path / "table.csv")
     assert not (tmp_path / "out").exists()
-    assert "classifies images" in refused("predict", folder / "run", "--text", "red")
+    assert "needs image, not a single text" in refused("predict", folder / "run", "--text", "red")
 
 
 def test_a_picture_that_ends_too_soon_is_named(folder: Path, tmp_path: Path) -> None:
