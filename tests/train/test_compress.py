@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.ranks import RankReport
+from lrlora.ranks import RankReport, energy_curve
 from lrlora.run_folder import read_losses
 from lrlora.train import compress
 from lrlora.train.inference import evaluate
@@ -160,6 +160,19 @@ def test_any_update_becomes_a_lora_first(home: Path, tmp_path: Path, method: str
     # Norms and embeddings of full fine-tuning are in no LoRA.
     assert rise_of(output) < (1.0 if method == "full" else 0.3), output
     assert not PeftConfig.from_pretrained(tmp_path / "small").use_dora
+
+
+def test_of_two_cuts_to_the_same_ranks_the_better_one_is_taken(home: Path) -> None:
+    train(settings(home, "high", method="full", rank=None, learning_rate=1e-3), announce=lambda line: None)
+    cut = compress.Cut(
+        compress.Subject.read(str(home / "high"), announce=lambda line: None), announce=lambda line: None
+    )
+    size = sum(part.parameters_per_rank for part in cut.subject.whole)
+    both = cut.curve.within(size, 1), energy_curve(cut.subject.whole).within(size, 1)
+    assert [[part.rank for part in factors] for factors in both] == 2 * [[1] * len(cut.subject.whole)]
+    by_loss, by_energy = map(cut.measure, both)
+    assert by_energy < by_loss
+    assert cut.measure(cut.within(size, 1)) == by_energy
 
 
 def test_chats_continued_and_an_adapter_from_elsewhere(home: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def export_by_loss(
     """Export the directions that matter to the loss of examples."""
     updates = cut.subject.updates
     factors = size.choose(cut, updates, dtype)
-    loss = cut.measure(factors)
+    loss = cut.measured(factors)
     announce(f"Loss of the adapter: {cut.loss:.4g}; {_compared('as cut', loss, cut)}")
     write_factors(factors, updates, output, dtype=dtype, **writing)
     if writing["config_only"]:
@@ -174,7 +174,7 @@ def show_smallest(run: TrainConfig) -> None:
     rise = (run.loss or _RISE) if run.size is None else None
     size = Size(rise, None if run.size is None else parse_size(run.size, "--size"), None)
     factors = size.choose(cut, subject.updates, None)
-    loss, rank = cut.measure(factors), sum(part.parameters_per_rank for part in factors)
+    loss, rank = cut.measured(factors), sum(part.parameters_per_rank for part in factors)
     record = record_losses(folder, cut, factors, rise)
     if rise is None:
         announce(

@@ -262,12 +262,16 @@ class Cut:
         self.curve = loss_curve(subject.on_base, whole, gradients, subject.loss)
 
     def measure(self, factors: Sequence[Factors]) -> float:
-        """Loss with these factors in place of the adapter, measured once for each choice of ranks."""
-        ranks, size = tuple(part.rank for part in factors), sum(part.parameters for part in factors)
+        """Loss with these factors in place of the adapter."""
+        size = sum(part.parameters for part in factors)
+        batches = tqdm(self._held_out, desc=f"Loss of {size:,} parameters", disable=not self._progressbar, leave=False)
+        return mean_loss(self.subject.on_base, factors, batches, self.subject.loss)
+
+    def measured(self, factors: Sequence[Factors]) -> float:
+        """Cached `measure`, keyed by the ranks: for factors of one curve."""
+        ranks = tuple(part.rank for part in factors)
         if ranks not in self._known:
-            description = f"Loss of {size:,} parameters"
-            batches = tqdm(self._held_out, desc=description, disable=not self._progressbar, leave=False)
-            self._known[ranks] = mean_loss(self.subject.on_base, factors, batches, self.subject.loss)
+            self._known[ranks] = self.measure(factors)
         return self._known[ranks]
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
@@ -294,7 +298,7 @@ class Cut:
         """
         limit = self.loss + rise * abs(self.loss)
         try:
-            factors, self.points = smallest(self.curve, self.measure, limit, max_rank=max_rank)
+            factors, self.points = smallest(self.curve, self.measured, limit, max_rank=max_rank)
         except ValueError as error:
             if self._is_thin:
                 raise

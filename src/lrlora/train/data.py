@@ -131,7 +131,7 @@ def _load_files(path: Path, config: TrainConfig) -> DatasetDict:
     builder = load_dataset_builder(**source)
     if builder.name == "csv":
         found: Any = builder.config
-        delimiter = config.delimiter or ("\t" if path.suffix == ".tsv" else found.sep)
+        delimiter = config.delimiter or ("\t" if path.is_file() and path.suffix == ".tsv" else found.sep)
         for file in chain(*found.data_files.values()):
             _check_header(Path(file), delimiter, config.encoding or "utf-8-sig")
         roles = (*_TEXTS, "label") if config.task == "classify" else _TEXTS
