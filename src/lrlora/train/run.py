@@ -22,11 +22,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters import factorize, read_updates, save_as_lora
 from ..adapters.card import LORA_FOLDER
+from ..callback import RankCallback
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
 from ..locks import only_writer, remove_left
 from ..ranks import RankReport, rank_report
-from ..ranks.callback import RankCallback
 from ..ranks.learned import LearnedRanksCallback
 from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord
 from ..tuner import LrLoraConfig

@@ -13,10 +13,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from ..files import write_whole
-from ..run_folder import HISTORY_FILE
-from ..tuner.sharding import is_sharded
-from .report import RankReport, rank_report, read_history
+from .files import write_whole
+from .ranks.report import RankReport, rank_report, read_history
+from .run_folder import HISTORY_FILE
+from .tuner.sharding import is_sharded
 
 
 class RankCallback(TrainerCallback):
@@ -121,7 +121,7 @@ class RankCallback(TrainerCallback):
 
 def _log_picture(logger: Any, step: int, report: RankReport) -> None:
     """Log the figure through the logger's own API."""
-    from ..views.figure import OPENING_MEASURE, rank_figure
+    from .views.figure import OPENING_MEASURE, rank_figure
 
     name = f"rank/{OPENING_MEASURE}"
     if getattr(logger, "tb_writer", None) is not None:
