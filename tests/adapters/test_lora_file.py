@@ -248,6 +248,19 @@ def test_what_cannot_be_read(tensors: dict[str, tuple[int, ...]], message: str, 
 
 
 @pytest.mark.refused
+def test_a_file_with_modules_called_like_embeddings_is_exported_unchecked(tmp_path: Path) -> None:
+    tensors = {"context_embedder.alpha": torch.tensor(2.0)}
+    for i in (1, 2):
+        tensors |= {
+            f"context_embedder.hada_w{i}_a": torch.randn(16, 2),
+            f"context_embedder.hada_w{i}_b": torch.randn(2, 8),
+        }
+    save_file(tensors, tmp_path / "style.safetensors")
+    command = ["export", str(tmp_path / "style.safetensors"), "--energy", "0.9", "--no-check", "--output"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "small.safetensors")])
+    assert result.exit_code == 0, result.output
+
+
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     shapes = {"w1_a": (4, 1), "w1_b": (1, 4), "w2_a": (4, 1), "w2_b": (1, 4)}
     tensors = {f"unet_conv_in.hada_{name}": torch.ones(shape) for name, shape in shapes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -144,6 +145,12 @@ def test_a_run_is_pushed_and_so_is_an_export(hub: dict[str, str], tmp_path: Path
         there = Path(command_of_python(code, {**hub, **caches(tmp_path / "cache")}).splitlines()[-1])
         found = {path.name: path.read_bytes() for path in there.iterdir() if path.is_file()}
         assert found == local
+    # The base model, downloaded while the run begins, is part of its record.
+    columns = "--column text=review --column label=verdict"
+    first = "lrlora train --model FacebookAI/roberta-base --data reviews.csv --task classify --steps 1 --output first"
+    assert command(f"{first} {columns}").returncode == 0
+    record = json.loads((tmp_path / "first" / "run.json").read_text())
+    assert "the weights of the base model" in record["fingerprints"]
     metadata = ModelCard.load(tmp_path / "films" / "README.md").data
     assert metadata.pipeline_tag == "text-classification"
     assert {result.metric_type for result in metadata.eval_results} >= {"accuracy", "loss"}

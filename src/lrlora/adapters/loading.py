@@ -127,13 +127,13 @@ def check_base(updates: Updates) -> None:
 
 
 def check_names(updates: Updates) -> None:
-    """Check the same by name only, without a base model.
+    """Check the same by name only, without a base model. Updates of other sources pass.
 
     Raises:
         ValueError: a module is probably not a linear layer.
 
     """
-    for update in updates:
+    for update in updates if isinstance(updates.origin, SavedAdapter) else ():
         if not update.layout.is_known and _UNLIKELY.search(update.module):
             raise ValueError(
                 f"{update.module} does not look like a linear layer, the only type that can be exported as LoRA. "

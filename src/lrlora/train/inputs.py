@@ -94,7 +94,6 @@ class Inputs:
             chat_template=processor.chat_template if rendering == CHAT else None,
             base_model=hub_name(config.model),
             run_id=uuid4().hex,
-            fingerprints=fingerprints(data.splits, saved_processor, source, config.start_from),
         )
         return cls(kind, source, data, processor, saved_processor, too_long, rows, record)
 
@@ -102,6 +101,10 @@ class Inputs:
     def count(self) -> int:
         """Number of training examples."""
         return len(self.data.splits["train"])
+
+    def fingerprints(self, start: str | None) -> dict[str, str]:
+        """Hashes of the inputs and of the run to start from; call it when the model is loaded, and so downloaded."""
+        return fingerprints(self.data.splits, self.saved_processor, self.source, start)
 
     def encoded(self) -> tuple[Dataset, Dataset]:
         """Training and validation examples for the Trainer; TRL tokenizes those of causal-lm."""

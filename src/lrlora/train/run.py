@@ -109,7 +109,11 @@ def train(
             unchanged = {name: getattr(resumed, name) for name in ("run_id", "examples_per_step", "loss_on")}
             inputs = replace(inputs, record=replace(inputs.record, **unchanged))
         trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce)
-        record = replace(inputs.record, examples_per_step=examples_per_step(trainer.args))
+        record = replace(
+            inputs.record,
+            examples_per_step=examples_per_step(trainer.args),
+            fingerprints=inputs.fingerprints(config.start_from),
+        )
         last = last_checkpoint(output, trainer, record, announce) if resumed else None
         trainer.add_callback(KeepRecord(record))
         # Modify files only after all checks have passed in every process.
