@@ -311,9 +311,7 @@ def test_what_the_study_found_is_what_its_tables_say() -> None:
         for worth in worths:
             assert worth == "–" or any(f"| {r} | 32 |" in row and f"| {worth} |" in row for row in rows), worth
     labels, german, _ = (cell.split()[0] for cell in claimed[2][1:])
-    assert f"the loss of LoRA r = {german} on German text and {labels} on random labels" in " ".join(
-        readme.split()
-    )
+    assert f"the loss of LoRA r = {german} on German text and {labels} on random labels" in " ".join(readme.split())
     part = re.search(r"then worth LoRA at r = ([\d.]+), no longer", found)[1]
     assert f"| {part} (" in section["labels-long"]
     assert len(readme.split()) <= 700

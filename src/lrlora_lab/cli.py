@@ -96,9 +96,7 @@ def compare(
         float | None, typer.Option(min=0.0, help="Hours after which no new job starts; default: no limit.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default: lrlora-compare-SUITE.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the data and show the jobs; run nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the data and show the jobs; run nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of the last call; run nothing.")] = False,
 ) -> None:
     """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core.
