@@ -36,11 +36,11 @@ def update(given: dict[str, Tensor], form: str, s: float, g: float, interval: fl
     if form == "sine":
         return s / g * z.sin()
     count = len(given["amplitude"])
-    centres = torch.linspace(-interval, interval, count, dtype=z.dtype)
+    centers = torch.linspace(-interval, interval, count, dtype=z.dtype)
     base = torch.pi * (count - 1) / (2 * interval)
     a, omega = given["start"] + mu * given["amplitude"], 2 * base * torch.sigmoid(mu * given["bandwidth"])
     inside = z.clamp(-interval, interval) if form == "residual" else z
-    u = omega * (inside.unsqueeze(-1) - centres)
+    u = omega * (inside.unsqueeze(-1) - centers)
     psi = torch.where(u == 0, 1.0, u.sin() / torch.where(u == 0, 1.0, u)) @ a
     return s / g * (psi + (z if form == "residual" else 0))
 

@@ -67,10 +67,9 @@ class Inputs:
             raise ValueError(f"The run in {start} was trained with the labels {known}, but the data has {data.labels}.")
         with readable(config.model, MODEL_EXPECTED):
             processor = kind.load_processor(source)
-        max_length, too_long, rows, rendering = None, 0, len(data.splits["train"]), None
-        if kind.reads_text:
-            choose_template(processor, config.chat_template)
+        choose_template(processor, config.chat_template)
         saved_processor = copy.deepcopy(processor)
+        max_length, too_long, rows = None, 0, len(data.splits["train"])
         if kind.reads_text:
             limit = max_tokens(processor, model_config)
             counts = kind.lengths(data.splits["train"], processor)
@@ -79,8 +78,7 @@ class Inputs:
                 raise ValueError(f"max_length must be at most {limit}, the limit of the model, got {max_length}.")
             too_long = sum(count > max_length for count in counts)
             rows = kind.rows(counts, max_length, config.training)
-        if kind.generates:
-            rendering = rendering_of(data.splits["train"], processor)
+        rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
         on_answers = rendering == CHAT and config.training.get("assistant_only_loss", True)
         modules = (torch, transformers, peft, datasets)
         record = RunRecord(
