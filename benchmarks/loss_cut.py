@@ -210,9 +210,9 @@ def case_of(name: str, folder: Path) -> Case:
     """A run of `lrlora train`."""
     from lrlora.adapters import save_as_lora
     from lrlora.adapters.factorize import parameters_of_rank
-    from lrlora.ranks import mean_loss, smallest
-    from lrlora.ranks.cut import LossCurve, directions
-    from lrlora.ranks.moments import collect_moments
+    from lrlora.learned import mean_loss, smallest
+    from lrlora.learned.directions import LossCurve, directions
+    from lrlora.learned.moments import collect_moments
     from lrlora.train.compress import heal
 
     subject, test = loaded(name, folder)
@@ -254,9 +254,9 @@ def byte_case(folder: Path, seed: int) -> Case:
 
     from lrlora.adapters import factorize
     from lrlora.adapters.factorize import parameters_of_rank
-    from lrlora.ranks import mean_loss, smallest
-    from lrlora.ranks.cut import LossCurve, directions
-    from lrlora.ranks.moments import collect_moments
+    from lrlora.learned import mean_loss, smallest
+    from lrlora.learned.directions import LossCurve, directions
+    from lrlora.learned.moments import collect_moments
     from lrlora_lab.byte_model import CONTEXT, load_corpus, sample_batch
     from lrlora_lab.capacity_tasks import TEST_WINDOWS, transfer
 
@@ -301,7 +301,7 @@ def heal_bytes(factors: Any, seed: int, test: Any) -> float:
     from peft import LoraConfig, get_peft_model
 
     from lrlora.adapters import lora_config
-    from lrlora.ranks import mean_loss
+    from lrlora.learned import mean_loss
     from lrlora_lab.capacity_tasks import transfer
 
     setting = transfer("german", 16, seed + 100)
@@ -458,7 +458,7 @@ def costs() -> dict[str, Any]:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
     from lrlora.adapters import factorize
-    from lrlora.ranks.moments import collect_moments
+    from lrlora.learned.moments import collect_moments
 
     found: dict[str, Any] = {}
     for name, folder in (
@@ -490,7 +490,7 @@ def costs() -> dict[str, Any]:
         seconds["moments"].append(time.perf_counter() - start)
     start = time.perf_counter()
     moments, terms = collect_moments(model, whole, [x.clone()], loss)
-    from lrlora.ranks.cut import directions
+    from lrlora.learned.directions import directions
 
     start = time.perf_counter()
     for part in whole:
@@ -524,7 +524,7 @@ def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
     """Model, all factors, batches for training and validation, loss, and whether it is a language model's."""
     import torch
 
-    from lrlora.ranks import model_loss
+    from lrlora.learned import model_loss
     from lrlora_lab.byte_model import load_corpus, sample_batch
 
     if name != BYTES:
@@ -540,9 +540,9 @@ def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
 
 def alternatives(name: str) -> list[dict[str, Any]]:
     """Other moments, damping, and a second cut, with the first seed: added validation loss."""
-    from lrlora.ranks import mean_loss
-    from lrlora.ranks.cut import DAMPING, LossCurve, directions
-    from lrlora.ranks.moments import Moments, collect_moments
+    from lrlora.learned import mean_loss
+    from lrlora.learned.directions import DAMPING, LossCurve, directions
+    from lrlora.learned.moments import Moments, collect_moments
 
     model, whole, training, others, loss, causal = grounds_of(name)
     base, size = mean_loss(model, whole, others, loss), sum(part.parameters for part in whole)

@@ -35,8 +35,8 @@ from sections import table, with_section  # noqa: E402
 
 from lrlora.adapters import Factors, factorize  # noqa: E402
 from lrlora.adapters.factorize import best_per_parameter  # noqa: E402
-from lrlora.ranks.cut import LossCurve, directions  # noqa: E402
-from lrlora.ranks.moments import collect_moments, model_loss  # noqa: E402
+from lrlora.learned.directions import LossCurve, directions  # noqa: E402
+from lrlora.learned.moments import collect_moments, model_loss  # noqa: E402
 from lrlora_lab.statistics import holm, paired_difference  # noqa: E402
 
 PAGE, RESULTS = DOCS / "rank_gate.md", DOCS / "rank_gate" / "results.jsonl"

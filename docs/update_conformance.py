@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lrlora.adapters import Factors
 from lrlora.adapters.update import PLAIN
+from lrlora.learned.directions import DAMPING, directions
+from lrlora.learned.moments import Moments
 from lrlora.ops.expansion import Expansion
 from lrlora.ops.phi import TransferSpec
 from lrlora.ops.reference import reference_delta_weight, reference_expansion_delta
 from lrlora.ops.transfer import Transfer
-from lrlora.ranks.cut import DAMPING, directions
-from lrlora.ranks.moments import Moments
 
 FILE = Path(__file__).parent / "conformance" / "vectors.safetensors"
 M, N, R, TOKENS, TERMS = 24, 20, 3, 5, 4

@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 # them only when needed.
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
     from .callback import RankCallback
+    from .learned import LearnedRanks, LearnedRanksCallback
     from .ranks import RankReport, rank_report
-    from .ranks.learned import LearnedRanks, LearnedRanksCallback
     from .tuner import LrLoraConfig, LrLoraModel, cached_weights
     from .tuner.sharding import fully_shard_phi
 

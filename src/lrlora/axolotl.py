@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, model_validator
 from transformers import TrainerCallback
 
 from .checks import parse_size, require_known
-from .ranks.learned import LearnedRanksCallback
+from .learned.callback import LearnedRanksCallback
 from .tuner import LrLoraConfig
 
 _NAME = "lrlora"

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.ranks import RankReport, energy_curve
+from lrlora.learned import energy_curve
+from lrlora.ranks import RankReport
 from lrlora.run_folder import read_losses
 from lrlora.train import compress
 from lrlora.train.inference import evaluate

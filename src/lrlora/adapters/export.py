@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX
 from ..tuner.config import pattern_of
+from ..untrusted import pattern_key
 from .card import ASKING, MODEL_CONFIG, header, is_asked_in_chats, loading
 from .factorize import Factors, kept_energy
 from .loading import check_base, check_names, load_adapted, sample_inputs, save_preprocessing
@@ -36,7 +39,9 @@ alone. `lora_alpha` equals `r`, so that the scaling is 1.
 _TAGS = ["lora", "lrlora", "transformers"]
 
 
-def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = False) -> LoraConfig:
+def lora_config(
+    factors: Sequence[Factors], like: Any, *, keep_scaling: bool = False, modules: Iterable[str] = ()
+) -> LoraConfig:
     """Configuration of a plain LoRA with the ranks of `factors`.
 
     `r` is the largest rank; other ranks go into `rank_pattern`, and their `lora_alpha` into `alpha_pattern`, so that
@@ -46,9 +51,10 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
         factors: result of `factorize`; modules of rank 0 are omitted.
         like: configuration of the adapter, which provides base model, task and fully trained parts.
         keep_scaling: keep each module's α/r and dropout, for training; by default α/r is 1, as the factors require.
+        modules: paths of further modules of the base model, which must not be adapted.
 
     Raises:
-        ValueError: no module has a rank.
+        ValueError: no module has a rank, or PEFT cannot tell a module from another by its name.
 
     """
     ranks = {part.module: part.rank for part in factors if part.rank}
@@ -65,16 +71,36 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
     fields["lora_alpha"] = alphas[largest]
     if keep_scaling:
         fields["lora_dropout"] = getattr(like, "lora_dropout", 0.0)
-    # PEFT also matches a path that is the suffix of another.
-    left_out = [p.module for p in factors if not p.rank and any(p.module.endswith(f".{name}") for name in ranks)]
-    return LoraConfig(
+    config = LoraConfig(
         r=ranks[largest],
-        target_modules=list(ranks),
-        exclude_modules=left_out or None,
+        target_modules=_targets(ranks, [*modules, *(part.module for part in factors)], like),
         rank_pattern={pattern_of(m, ranks): rank for m, rank in ranks.items() if rank != ranks[largest]},
         alpha_pattern={pattern_of(m, ranks): alpha for m, alpha in alphas.items() if alpha != alphas[largest]},
         **fields,
     )
+    _require_found(config, factors)
+    return config
+
+
+def _targets(kept: Collection[str], modules: Iterable[str], like: Any) -> list[str] | str:
+    """Names of the kept modules; as a pattern where PEFT, which also matches the end of a path, would find others."""
+    is_by_name = not isinstance(getattr(like, "target_modules", None), str) and not any(
+        getattr(like, field, None) for field in ("exclude_modules", "layers_to_transform")
+    )
+    is_plain = is_by_name or all("." in module for module in kept)  # no other module is likely to end in a whole path
+    others = set(modules).difference(kept)
+    if is_plain and not any(other[dot.end() :] in kept for other in others for dot in re.finditer(r"\.", other)):
+        return list(kept)
+    return "|".join(map(re.escape, kept))
+
+
+def _require_found(config: LoraConfig, factors: Sequence[Factors]) -> None:
+    """Raise ValueError unless PEFT finds just the modules of this configuration, with their ranks."""
+    ranks: dict[str, int] = config.rank_pattern or {}
+    for part in factors:
+        found = ranks.get(pattern_key(ranks, part.module), config.r)
+        if bool(check_target_module_exists(config, part.module)) != (part.rank > 0) or (part.rank not in (0, found)):
+            raise ValueError(f"PEFT would not load {part.module} as it is: its name matches that of another module.")
 
 
 def save_as_lora(

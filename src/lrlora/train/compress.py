@@ -27,7 +27,8 @@ from ..adapters.peft_folder import SavedAdapter
 from ..adapters.update import CHANGING_STARTS
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, replacing, write_json
-from ..ranks import Point, RankReport, energy_curve, loss_curve, mean_loss, smallest
+from ..learned.directions import Point, energy_curve, loss_curve, mean_loss, smallest
+from ..ranks import RankReport
 from ..run_folder import ANSWERS, LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord, RunRecord
 from .chat import rendering_of
 from .data import choose_max_length, load_splits, load_task_data, only_split, sampled

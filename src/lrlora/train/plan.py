@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from ..ranks.learned import LearnedRanksCallback, planned_cut
+from ..learned.callback import LearnedRanksCallback, planned_cut
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT
 from .chat import format_of, without_answer
 from .inputs import Inputs, examples_per_step

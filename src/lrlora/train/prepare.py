@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import ADAPTER_EXPECTED, readable
-from ..ranks.learned import wide_rank
+from ..learned.size import wide_rank
 from .compress import FEWEST
 from .inputs import Inputs
 from .methods import adapter_config

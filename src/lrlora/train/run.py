@@ -25,9 +25,9 @@ from ..adapters.card import LORA_FOLDER
 from ..callback import RankCallback
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
+from ..learned.callback import LearnedRanksCallback
 from ..locks import only_writer, remove_left
 from ..ranks import RankReport, rank_report
-from ..ranks.learned import LearnedRanksCallback
 from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord
 from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.trainer_utils import PredictionOutput
 
-from ...ranks import model_loss
+from ...learned.moments import model_loss
 from ..chat import shown_tokens
 from ..row_checks import counted, mapped, require_text
 

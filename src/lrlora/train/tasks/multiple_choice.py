@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
-from ...ranks import model_loss
+from ...learned.moments import model_loss
 from ..chat import shown_tokens
 from ..row_checks import counted, mapped, require_rows, require_text
 from .base import Kind, logits

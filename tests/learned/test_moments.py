@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lrlora.adapters import Factors, factorize
 from lrlora.adapters.update import Layout
-from lrlora.ranks import loss_curve, mean_loss
-from lrlora.ranks.cut import directions
-from lrlora.ranks.moments import collect_moments, thin_updates
+from lrlora.learned import loss_curve, mean_loss
+from lrlora.learned.directions import directions
+from lrlora.learned.moments import collect_moments, thin_updates
 
 from ..conftest import TinyModel
 
@@ -65,7 +65,7 @@ KINDS: dict[str, Any] = {
 
 
 def a_layer(kind: str) -> tuple[OneLayer, Factors, list[Any], Tensor, Tensor]:
-    """A layer with an update of rank 5, batches, and the whole moments of what it gets and of what its output gets."""
+    """A layer with an update of rank 5, batches, and the whole moments of its inputs and of its output's gradients."""
     torch.manual_seed(0)
     build, outputs, layout, draw, tokens = KINDS[kind]
     model = OneLayer(build().double(), outputs)
@@ -98,7 +98,10 @@ def a_layer(kind: str) -> tuple[OneLayer, Factors, list[Any], Tensor, Tensor]:
                 outs.append(gradient)
     X, G = torch.cat(inputs), torch.cat(outs)
     # An embedding's matrix is (tokens, width): its inputs are rows.
-    return model, part, batches, X.T @ X / len(X), G.T @ G / len(G)
+    delta = delta.T if kind == "embedding" else delta
+    w_h, w_z = (G @ delta).square().sum(1), (X @ delta.T).square().sum(1)
+    terms = sum(len(labels) for _, labels in batches)
+    return model, part, batches, (X.T * w_h) @ X / (w_h * w_z).sum(), (G.T * w_z) @ G / terms
 
 
 def root(matrix: Tensor) -> Tensor:
@@ -173,34 +176,43 @@ def test_factors_stand_for_the_adapter_and_leave_the_model_as_it_was(family: str
         assert torch.equal(tiny.logits(model), expected)
 
 
-def language_batches(tiny: TinyModel, padding: int = 0) -> list[dict[str, Tensor]]:
+def language_batches(tiny: TinyModel, padding: int = 0, side: str = "right") -> list[dict[str, Tensor]]:
     tokens = tiny.inputs()["input_ids"]
     labels = tokens.clone()
     labels[:, :2] = -100  # a prompt
     mask = torch.ones_like(tokens)
+    sides = (0, padding) if side == "right" else (padding, 0)
     return [
         {
-            "input_ids": F.pad(tokens, (0, padding), value=5),
-            "labels": F.pad(labels, (0, padding), value=-100),
-            "attention_mask": F.pad(mask, (0, padding)),
+            "input_ids": F.pad(tokens, sides, value=5),
+            "labels": F.pad(labels, sides, value=-100),
+            "attention_mask": F.pad(mask, sides),
+            "position_ids": F.pad(torch.arange(7).expand(2, 7), sides),
         }
     ]
 
 
-def test_padding_is_counted_nowhere_and_prompts_are() -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side: str) -> None:
     with with_lora("llama") as (tiny, model):
         factors = factorize(model, energy=1.0)
         plain, terms = collect_moments(model, factors, language_batches(tiny))
-        padded, same = collect_moments(model, factors, language_batches(tiny, 5))
+        padded, same = collect_moments(model, factors, language_batches(tiny, 5, side))
     assert terms == same == 10
     for module, moments in plain.items():
-        assert padded[module].tokens == moments.tokens
-        for name in ("inputs", "gradients"):
-            expected = getattr(moments, name)
-            assert (getattr(padded[module], name) - expected).norm() <= 1e-4 * expected.norm(), (module, name)
-    # The last token predicts nothing; the first two, of the prompt, reach the loss through keys and values.
-    assert plain["model.layers.0.self_attn.k_proj"].tokens == 2 * 6
-    assert plain["model.layers.1.mlp.down_proj"].tokens == 2 * 5
+        torch.testing.assert_close(padded[module].inputs, moments.inputs, rtol=1e-5, atol=1e-5 * moments.inputs.max())
+        assert padded[module].weight.item() == pytest.approx(moments.weight.item(), rel=1e-5)
+
+
+def test_the_prompt_counts_where_it_reaches_the_loss() -> None:
+    with with_lora("llama") as (tiny, model):
+        factors, (batch,) = factorize(model, energy=1.0), language_batches(tiny)
+        other = {**batch, "input_ids": batch["input_ids"].clone()}
+        other["input_ids"][:, 0] += 1  # of the prompt
+        found = [collect_moments(model, factors, [each])[0] for each in (batch, other)]
+    # The first two tokens, of the prompt, reach the loss through keys and values, but not through the last MLP.
+    first, second = (of["model.layers.0.self_attn.v_proj"].inputs for of in found)
+    assert (first - second).norm() > 0.01 * first.norm()
 
 
 class Checkpointed(nn.Module):
@@ -230,9 +242,7 @@ def test_checkpointed_activations_give_the_same_moments() -> None:
         found.append(collect_moments(model, factorize(model, energy=1.0), [x], loss_of_tokens)[0])
     assert found[1]["first"].calls == 2  # computed again
     for module, moments in found[0].items():
-        assert torch.allclose(found[1][module].inputs, moments.inputs)
-        assert torch.allclose(found[1][module].gradients, moments.gradients)
-        assert found[1][module].tokens == 20
+        assert torch.allclose(found[1][module].sums[:-1], moments.sums[:-1])
 
 
 class Experts(nn.Module):
@@ -252,9 +262,12 @@ def test_each_expert_has_the_moments_of_its_own_tokens() -> None:
     config = LoraConfig(r=2, target_modules=["experts.0", "experts.1"], init_lora_weights=False)
     model = get_peft_model(Experts(), config)
     factors, x = factorize(model, energy=1.0), torch.randn(32, 6)
+    is_first = x[:, :1] <= 0
     moments, terms = collect_moments(model, factors, [x], loss_of_tokens)
-    assert [moments[f"experts.{i}"].tokens for i in range(2)] == [int((x[:, 0] <= 0).sum()), int((x[:, 0] > 0).sum())]
     assert terms == 32
+    others, _ = collect_moments(model, factors, [torch.where(is_first, x, 2 * x)], loss_of_tokens)
+    assert torch.allclose(others["experts.0"].sums, moments["experts.0"].sums)
+    assert not torch.allclose(others["experts.1"].sums, moments["experts.1"].sums)
     with pytest.raises(ValueError, match=r"No token reached experts.0 \(1 of 2 modules\).*Provide more data"):
         collect_moments(model, factors, [x[x[:, 0] > 0]], loss_of_tokens)
 

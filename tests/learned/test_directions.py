@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrlora.adapters import Factors, factorize, save_as_lora
 from lrlora.adapters.factorize import parameters_of_rank
-from lrlora.ranks import LossCurve, energy_curve, loss_curve, mean_loss, model_loss, smallest
+from lrlora.learned import LossCurve, energy_curve, loss_curve, mean_loss, model_loss, smallest
 
 from ..conftest import TinyModel
 from .test_moments import language_batches

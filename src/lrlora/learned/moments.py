@@ -1,19 +1,22 @@
 """Two moments per module, in the bottleneck of its update, and hooks that apply the update to a model.
 
-For y = W0 x + B z with z = A x, let h = ∂L/∂z, where L is the sum of all loss terms. Over the tokens with h ≠ 0:
+For y = W0 x + B z with z = A x, let h = ∂L/∂z, where L is the sum of all loss terms. The curvature of the loss is about
+Σ_t (h hᵀ) ⊗ (z zᵀ), and its partial traces over the tokens t are
 
-    M_z = mean of z zᵀ,     M_h = sum of h hᵀ / number of loss terms          both (k, k)
+    M_z = Σ w_h z zᵀ / T,     M_h = Σ w_z h hᵀ / number of loss terms          both (k, k)
+    w_h = hᵀ(BᵀB)⁻¹h,     w_z = zᵀ(AAᵀ)⁻¹z,     T = Σ w_h w_z
 
-Padding and other tokens that do not affect the loss have h = 0 and count in neither.
+w_h and w_z are the squares of ∂L/∂y and x within the span of the update. So padding, whose h is 0, counts in neither;
+no token counts, or does not, because of rounding; and nothing depends on how ΔW is split into B and A. Neither does the
+ridge of the inverses: λ(AAᵀ)⁻¹ is added to BᵀB, and λ(BᵀB)⁻¹ to AAᵀ.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,45 +30,85 @@ from ..adapters import Factors
 from ..naming import path_in_base
 from ..ops.form import at_least_float32
 
+_RIDGE = 1e-2  # share of the mean σ² of the update
 Batch = Mapping[str, Any]
 # Batch → (sum of its loss terms, a scalar; their number).
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 
-@dataclass
-class Moments:
+class Moments(NamedTuple):
     """Moments of one module.
 
     Attributes:
-        inputs: Σ z zᵀ, (k, k), float64.
-        gradients: Σ h hᵀ, (k, k), float64.
-        tokens: count with h ≠ 0, (), int64.
-        calls: call count.
+        h_metric, z_metric: (BᵀB)⁻¹ and (AAᵀ)⁻¹ with ridge, (k, k), float64.
+        sums: all sums below, in one tensor, (2 k² + 2,), float64.
 
     """
 
-    inputs: Tensor
-    gradients: Tensor
-    tokens: Tensor
-    calls: int = 0
+    h_metric: Tensor
+    z_metric: Tensor
+    sums: Tensor
 
     @classmethod
-    def zeros(cls, k: int, device: torch.device | str = "cpu") -> Moments:
-        sums = torch.zeros(2, k, k, dtype=torch.float64, device=device)
-        return cls(sums[0], sums[1], torch.zeros((), dtype=torch.int64, device=device))
+    def zeros(cls, part: Factors, device: torch.device | str | None = None) -> Moments:
+        """Moments of no tokens yet, for an update."""
+        inner, outer = grams(part)
+        ridge = _RIDGE * (inner * outer).sum() / part.rank * torch.eye(part.rank, dtype=inner.dtype)
+        # (BᵀB + λ(AAᵀ)⁻¹)⁻¹, and the reverse, without the inner inverse: early in training, B is nearly singular.
+        h_metric = inner @ torch.linalg.inv(outer @ inner + ridge)
+        z_metric = outer @ torch.linalg.inv(inner @ outer + ridge)
+        return cls(h_metric.to(device), z_metric.to(device), inner.new_zeros(2 * part.rank**2 + 2, device=device))
 
-    def cpu(self) -> Moments:
-        return Moments(self.inputs.cpu(), self.gradients.cpu(), self.tokens.cpu(), self.calls)
+    def to(self, device: torch.device | str, *, copy: bool = False) -> Moments:
+        """Moments on a device."""
+        return Moments(*(part.to(device, copy=copy) for part in self))
+
+    @property
+    def inputs(self) -> Tensor:
+        """Σ w_h z zᵀ, (k, k)."""
+        return self.sums[: self.h_metric.numel()].view_as(self.h_metric)
+
+    @property
+    def gradients(self) -> Tensor:
+        """Σ w_z h hᵀ, (k, k)."""
+        return self.sums[self.h_metric.numel() : -2].view_as(self.h_metric)
+
+    @property
+    def weight(self) -> Tensor:
+        """T = Σ w_h w_z, ()."""
+        return self.sums[-2]
+
+    @property
+    def calls(self) -> Tensor:
+        """Number of calls of the module, ()."""
+        return self.sums[-1]
 
     def add(self, z: Tensor, h: Tensor) -> None:
-        """Add tokens, except those whose h is 0 or not finite: z and h (..., k), any dtype."""
-        z, h = at_least_float32(z.flatten(0, -2)), at_least_float32(h.flatten(0, -2))
+        """Add tokens, except those with values that are not finite: z and h (..., k), any dtype."""
+        z, h = (at_least_float32(part).reshape(-1, part.shape[-1]) for part in (z, h))
         # Not by indexing, which would wait for the GPU.
-        counted = (h != 0).any(-1) & h.isfinite().all(-1)
+        counted = h.isfinite().all(-1) & z.isfinite().all(-1)
         z, h = (torch.where(counted[:, None], part, 0) for part in (z, h))
-        self.inputs += (z.T @ z).to(self.inputs)
-        self.gradients += (h.T @ h).to(self.gradients)
-        self.tokens += counted.sum().to(self.tokens)
+        h_weight = ((h @ self.h_metric.to(h)) * h).sum(-1)
+        z_weight = ((z @ self.z_metric.to(z)) * z).sum(-1)
+        inputs, gradients = z.T @ (h_weight[:, None] * z), h.T @ (z_weight[:, None] * h)
+        weight = (h_weight * z_weight).sum()
+        self.sums[:-1].add_(torch.cat([inputs.flatten(), gradients.flatten(), weight[None]]).to(self.sums))
+
+
+def grams(part: Factors) -> tuple[Tensor, Tensor]:
+    """Gram matrices of the two sides of an update: AAᵀ and BᵀB, (k, k), float64."""
+    into, out = sides(part)
+    return into @ into.T, out.T @ out
+
+
+def sides(part: Factors) -> tuple[Tensor, Tensor]:
+    """Matrices that map inputs to z, (k, n), and z to outputs, (m, k), float64.
+
+    An embedding looks up rows of B, so its bottleneck is on that side.
+    """
+    A, B = part.A.double(), part.B.double()
+    return (B.T, A.T) if part.layout.is_embedding else (A, B)
 
 
 def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -101,7 +144,7 @@ def collect_moments(
         ValueError: a module is missing or did not run, or a loss is not finite.
 
     """
-    moments = {part.module: Moments.zeros(part.rank) for part in factors if part.rank}
+    moments = {part.module: Moments.zeros(part) for part in factors if part.rank}
     total = 0
     with thin_updates(model, factors, moments) as base, torch.enable_grad():
         for batch in batches:
@@ -177,23 +220,28 @@ def thin_updates(
         yield base
 
 
+def channel_dim(layer: nn.Module) -> int:
+    """Dimension of z that holds its k values."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
+
+
+def watch(z: Tensor, moments: Moments, channels: int) -> None:
+    """Add z and its gradient to the moments at every backward; `channels` is the dimension of size k."""
+    moments.sums[-1].add_(1)
+    values = z.detach().movedim(channels, -1)
+    z.register_hook(lambda h: moments.add(values, h.detach().movedim(channels, -1)))
+
+
 def _hook(module: nn.Module, part: Factors, moments: Moments | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     device = next(chain(layer.parameters(), layer.buffers())).device  # a quantized weight may be a buffer
     down, up = _maps(layer, part.A.to(device), part.B.to(device))
-    channels_first = isinstance(layer, _ConvNd)
+    channels = channel_dim(layer)
 
     def add(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         z = down(arguments[0])
         if moments is not None and torch.is_grad_enabled():
-            moments.calls += 1
-            z.requires_grad_()
-
-            def count(h: Tensor) -> None:
-                pair = (z.detach(), h)
-                moments.add(*(part.movedim(1, -1) for part in pair) if channels_first else pair)
-
-            z.register_hook(count)
+            watch(z.requires_grad_(), moments, channels)
         return output + up(z).to(output.dtype)
 
     return add

@@ -10,9 +10,9 @@ M_h^−½ U_k Σ_k V_kᵀ M_z^−½ (Eckart–Young), so that
     B′ = B M_h^−½ U_k Σ_k^½,     A′ = Σ_k^½ V_kᵀ M_z^−½ A,     and the rise is ½ Σ_{i>k} σ_i²
 
 The σ² of all modules share one unit; directions with the most σ² per m + n parameters are kept. σ² and B′ A′ do not
-depend on how an update is split into B and A, and neither does damping, which adds a share δ of their means within the
-span of the update to M_z and M_h. This is the optimum of the m × n problem, weighted by the moments of inputs and
-output gradients, without an m × n matrix.
+depend on how an update is split into B and A, and neither does damping, which adds to M_z and M_h a share δ of AAᵀ and
+BᵀB, scaled to have their mean over the update. This is the optimum of the m × n problem, weighted by the moments of
+inputs and output gradients, without an m × n matrix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..adapters.factorize import best_per_parameter
-from .moments import Loss, Moments, collect_moments, model_loss, thin_updates
+from .moments import Loss, Moments, collect_moments, grams, model_loss, sides, thin_updates
 
 DAMPING = 1e-3
 _SHARES = (0.5, 0.25, 0.125)  # shares of the parameters at which the loss is measured first
@@ -113,31 +113,30 @@ def energy_curve(factors: Sequence[Factors]) -> LossCurve:
 
 
 @torch.no_grad()
-def directions(part: Factors, moments: Moments, terms: int, damping: float = DAMPING) -> Directions:
-    """Directions of a module, ranked by the loss."""
-    if not part.rank:
-        return Directions(part, part.A, part.B, torch.zeros(0, dtype=torch.float64))
-    # An embedding looks up rows of B, so its bottleneck is on that side.
-    into, out = (part.B.T, part.A.T) if part.layout.is_embedding else (part.A, part.B)
-    into, out = into.double(), out.double()
-    grams = into @ into.T, out.T @ out
-    # If no gradient reached the module, order by size, with zero rise.
-    found = (moments.inputs / moments.tokens, moments.gradients / terms) if moments.tokens else grams
-    (z, z_inverse), (h, h_inverse) = (_roots(*each, damping) for each in zip(found, grams, strict=True))
+def directions(part: Factors, moments: Moments | None, terms: int, damping: float = DAMPING) -> Directions:
+    """Directions of a module, ranked by the loss; by size, with zero rise, if no gradient reached it."""
+    (into, out), (inner, outer) = sides(part), grams(part)
+    energy = (inner * outer).sum()
+    if not energy:
+        return Directions(part, part.A, part.B, torch.zeros(part.rank, dtype=torch.float64))
+    is_known = moments is not None and bool(moments.weight)
+    M_z, M_h = inner, outer
+    if moments is not None and is_known:
+        M_z, M_h = (moments.inputs / moments.weight).to(inner), (moments.gradients / terms).to(outer)
+    z, z_inverse = _roots(M_z + damping * ((outer * M_z).sum() / energy) * inner)
+    h, h_inverse = _roots(M_h + damping * ((inner * M_h).sum() / energy) * outer)
     U, sigma, Vh = torch.linalg.svd(h @ z.T)
     root = sigma.sqrt()
     first, second = out @ h_inverse @ (U * root), (root[:, None] * Vh) @ z_inverse.T @ into
     B, A = (second.T, first.T) if part.layout.is_embedding else (first, second)
-    return Directions(part, A.to(part.A), B.to(part.B), sigma.square() / 2 * bool(moments.tokens))
+    return Directions(part, A.to(part.A), B.to(part.B), sigma.square() / 2 * is_known)
 
 
-def _roots(moment: Tensor, gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """W with WᵀW = M + λ G, and its pseudo-inverse; λ is a share of the mean of M where G is the identity."""
-    mean = (torch.linalg.pinv(gram, hermitian=True) * moment).sum() / len(gram)
-    values, vectors = torch.linalg.eigh(moment + damping * mean * gram)
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """W with WᵀW = M, and its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh(moment)
     root = values.clamp(min=0).sqrt()
-    is_there = values > values[-1] * 1e-12
-    inverse = torch.where(is_there, 1 / root, 0.0)
+    inverse = torch.where(values > values[-1] * 1e-12, 1 / root, 0.0)
     return root[:, None] * vectors.T, vectors * inverse
 
 
@@ -163,7 +162,7 @@ def loss_curve(
 
     """
     moments, terms = collect_moments(model, factors, batches, loss)
-    return LossCurve([directions(p, moments.get(p.module, Moments.zeros(0)), terms, damping) for p in factors])
+    return LossCurve([directions(part, moments.get(part.module), terms, damping) for part in factors])
 
 
 @torch.no_grad()

@@ -1,0 +1,262 @@
+"""A plain LoRA of a live PEFT model: its factors, their replacement in place, and what is written of it.
+
+A cut changes no shape. The directions that are kept come first; the other rows of A and columns of B are zero, and stay
+so, since the gradient of a row of A needs its column of B and the reverse. What is saved leaves them out.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..adapters import Factors
+from ..adapters.export import lora_config
+from ..adapters.update import CHANGING_STARTS, Layout
+from ..naming import PEFT_PREFIX
+from .parameters import whole, write
+
+_DOWN = (nn.Linear, _ConvNd)  # supported as lora_A
+# Fields of LoraConfig that a cut does not support.
+_UNSUPPORTED = (
+    *("use_dora", "lora_bias", "bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication"),
+    *("target_parameters", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+)
+
+
+def peft_model(model: Any) -> PeftModel:
+    """The PEFT model inside of what DDP, torch.compile or DeepSpeed made of it.
+
+    Raises:
+        ValueError: there is none, or FSDP1 or DataParallel is around it.
+
+    """
+    inner = model
+    while not isinstance(inner, PeftModel):
+        _refuse_wrapper(inner)
+        outer, inner = inner, getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None or inner is outer:
+            raise ValueError("Learned ranks need a PEFT model with LoRA. Wrap the model with get_peft_model.")
+    for module in inner.modules():
+        _refuse_wrapper(module)
+    return inner
+
+
+def _refuse_wrapper(module: Any) -> None:
+    name = type(module).__name__
+    if name in ("FullyShardedDataParallel", "DataParallel"):
+        instead = "FSDP2 (fully_shard, or fsdp_version: 2)" if name.startswith("Fully") else "torchrun, for DDP"
+        raise ValueError(f"Learned ranks do not support {name}, which replaces parameters. Use {instead}.")
+
+
+def require_plain_lora(model: PeftModel) -> str:
+    """Name of the adapter, which can be cut.
+
+    Raises:
+        ValueError: it cannot.
+
+    """
+    (adapter, *others) = model.active_adapters
+    config = model.peft_config[adapter]
+    if others or type(config) is not LoraConfig:
+        found = ", ".join(f"{name} ({type(model.peft_config[name]).__name__})" for name in model.active_adapters)
+        raise ValueError(f"Learned ranks need one active LoRA adapter, got {found}.")
+    for name in _UNSUPPORTED:
+        if (value := getattr(config, name, None)) and value != "none":
+            raise ValueError(f"Learned ranks do not support {name}={value!r}. Remove it.")
+    if str(config.init_lora_weights).startswith(CHANGING_STARTS):
+        raise ValueError(
+            f"Learned ranks do not support init_lora_weights={config.init_lora_weights!r}, which changes the base "
+            "weights. Remove it."
+        )
+    for path, layer in lora_layers(model, adapter).items():
+        _require_plain(path, layer, adapter)
+    return adapter
+
+
+def _require_plain(path: str, layer: Any, adapter: str) -> None:
+    base = layer.get_base_layer()
+    is_whole = not isinstance(base, nn.MultiheadAttention) and getattr(base, "groups", 1) == 1
+    if layer.merged or not is_whole or not isinstance(dict(layer.lora_A.items()).get(adapter), _DOWN):
+        raise ValueError(
+            "Learned ranks need an unmerged LoRA on linear layers and convolutions without groups, but "
+            f"{path} has another. Leave it out of target_modules."
+        )
+    if not all(weight.requires_grad for weight in lora_weights(layer, adapter)):
+        raise ValueError(f"Learned ranks need trainable LoRA weights, but those of {path} are frozen.")
+    if layer.scaling[adapter] <= 0:
+        raise ValueError(f"Learned ranks need lora_alpha > 0, got {layer.lora_alpha[adapter]} for {path}.")
+
+
+def lora_layers(model: PeftModel, adapter: str) -> dict[str, Any]:
+    """Layers with the adapter, by their path in the base model."""
+    base = model.get_base_model()
+    layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    return {path: layer for path, layer in layers.items() if adapter in layer.r}
+
+
+def lora_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """The parameters A and B."""
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def lora_factors(model: PeftModel, adapter: str) -> list[Factors]:
+    """ΔW of each layer as its own factors, s·B and A, on the CPU; call it on every process."""
+    return [_factors(path, layer, adapter) for path, layer in lora_layers(model, adapter).items()]
+
+
+def _factors(path: str, layer: Any, adapter: str) -> Factors:
+    down, scaling = layer.lora_A[adapter], layer.scaling[adapter]
+    A, B = (whole(weight).cpu().flatten(1) for weight in lora_weights(layer, adapter))
+    B = scaling * B
+    energy = ((B.double().T @ B.double()) * (A.double() @ A.double().T)).sum().item()
+    layout = Layout(kernel=tuple(down.kernel_size)) if isinstance(down, _ConvNd) else Layout()
+    return Factors(path, A, B, len(A), scaling, layout, energy, stable_rank=math.nan, kept=1.0)
+
+
+def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
+    """Overwrite the factors in place, with zeros beyond their ranks; call it on every process."""
+    layers = lora_layers(model, adapter)
+    for part in factors:
+        weights = lora_weights(layers[part.module], adapter)
+        for weight, value in zip(weights, part.padded(layers[part.module].r[adapter]), strict=True):
+            write(weight, value / part.scaling**0.5)
+
+
+def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> None:
+    """Leave the zeros beyond the ranks out of the live model too, where nothing is sharded.
+
+    The parameters stay the same objects, without gradients. Modules of rank 0 leave the adapter.
+    """
+    tuner: Any = model.base_model
+    model.peft_config[adapter] = small_config(model, adapter, ranks)
+    for path, layer in lora_layers(model, adapter).items():
+        down, up, rank = layer.lora_A[adapter], layer.lora_B[adapter], ranks[path]
+        for weight, dim in ((down.weight, 0), (up.weight, 1)):
+            small = weight.data.narrow(dim, 0, rank).clone(memory_format=torch.contiguous_format)
+            weight.grad = None
+            # While the last loss is alive, autograd expects gradients of the old shape, until the dtype changes.
+            weight.data = small.to(torch.float64)
+            weight.data = small
+        if rank:
+            is_conv = isinstance(down, _ConvNd)
+            setattr(down, "out_channels" if is_conv else "out_features", rank)
+            setattr(up, "in_channels" if is_conv else "in_features", rank)
+            layer.r[adapter], layer.lora_alpha[adapter] = rank, layer.scaling[adapter] * rank
+            continue
+        tuner.targeted_module_names.remove(path)
+        if len(layer.r) > 1:
+            layer.delete_adapter(adapter)
+        else:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_base_model().get_submodule(parent), name, layer.get_base_layer())
+
+
+def small_config(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:
+    """Configuration of the plain LoRA of these ranks, with the same scaling, as a copy."""
+    layers = lora_layers(model, adapter)
+    config: Any = copy.copy(model.peft_config[adapter])
+    parts = []
+    for path, rank in ranks.items():
+        A, B = torch.empty(rank, 0), torch.empty(0, rank)  # a configuration needs no values
+        parts.append(Factors(path, A, B, rank, layers[path].scaling[adapter], Layout(), 0.0, 0.0, 1.0))
+    modules = [path for path, _ in model.get_base_model().named_modules()]
+    new: Any = lora_config(parts, like=config, keep_scaling=True, modules=modules)
+    for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        setattr(config, name, getattr(new, name))
+    config.use_rslora, config.layers_to_transform, config.layers_pattern = False, None, None
+    config.init_lora_weights = True  # others, such as orthogonal, may not allow these ranks when PEFT loads them
+    return config
+
+
+def _keys(path: str, adapter: str) -> Iterator[tuple[str, int]]:
+    """Names of A and B in a state dict, and the dimension of each that is the rank."""
+    for dim, name in enumerate(("lora_A", "lora_B")):
+        yield f"{PEFT_PREFIX}{path}.{name}.{adapter}.weight", dim
+
+
+class SmallSave:
+    """`save_pretrained` that writes the plain LoRA of the learned ranks: of the model, or of a gathered state.
+
+    It replaces the method of one model; copies and pickles of the model have their own.
+    """
+
+    def __init__(self, model: PeftModel, adapter: str, cut_step: int) -> None:
+        self.model, self.adapter, self.cut_step = model, adapter, cut_step
+        self.ranks: dict[str, int] | None = None
+        self.warns = True  # if the adapter is still wide
+
+    def __call__(self, save_directory: Any, *args: Any, state_dict: Any = None, **options: Any) -> None:
+        model, save = self.model, type(self.model).save_pretrained
+        if self.ranks is None:
+            if self.warns:
+                warnings.warn(
+                    f"The adapter is saved before its cut after step {self.cut_step}: it is wide, not of the size "
+                    "asked for.",
+                    stacklevel=2,
+                )
+            save(model, save_directory, *args, state_dict=state_dict, **options)
+            return
+        state = self._small(model.state_dict() if state_dict is None else state_dict, self.ranks)
+        wide = model.peft_config[self.adapter]
+        model.peft_config[self.adapter] = small_config(model, self.adapter, self.ranks)
+        try:
+            save(model, save_directory, *args, state_dict=state, **options)
+        finally:
+            model.peft_config[self.adapter] = wide
+
+    def _small(self, state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+        small = dict(state)
+        for path, rank in ranks.items():
+            for key, dim in _keys(path, self.adapter):
+                if (value := small.pop(key, None)) is None:
+                    continue
+                require_zero(value.narrow(dim, rank, value.shape[dim] - rank), path)
+                if rank:
+                    small[key] = value.narrow(dim, 0, rank).contiguous()
+        return small
+
+
+def require_zero(dropped: Tensor, path: str) -> None:
+    """Raise ValueError unless what was cut is still zero."""
+    if dropped.any():
+        raise ValueError(
+            f"The directions that were cut from {path} are not zero any more: the optimizer changes weights without a "
+            "gradient, or this is an average of weights (EMA) from before and after the cut. Use AdamW, and begin an "
+            "average after the cut."
+        )
+
+
+def pad_state(model: Any, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
+    """Hook before a state dict is loaded: zeros for what a checkpoint from after the cut leaves out.
+
+    Raises:
+        ValueError: the state dict has larger ranks than the model.
+
+    """
+    adapter = model.active_adapters[0]
+    layers = lora_layers(model, adapter)
+    names = {
+        prefix + key: (weight, dim)
+        for path, layer in layers.items()
+        for (key, dim), weight in zip(_keys(path, adapter), lora_weights(layer, adapter), strict=True)
+    }
+    if not names.keys() & state.keys():
+        return
+    for key, (weight, dim) in names.items():
+        missing = list(getattr(weight, "ds_shape", weight.shape))  # ZeRO-3 leaves parameters empty
+        if key in state:
+            missing[dim] -= state[key].shape[dim]
+        if missing[dim] < 0:
+            raise ValueError("The checkpoint is from before the cut, and cannot be loaded after it.")
+        if missing[dim]:
+            zeros = torch.zeros(missing, dtype=weight.dtype, device=state[key].device if key in state else None)
+            state[key] = torch.cat([state[key].to(zeros), zeros], dim) if key in state else zeros

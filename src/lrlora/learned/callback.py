@@ -1,0 +1,145 @@
+"""`LearnedRanks` for a Trainer."""
+
+from __future__ import annotations
+
+import base64
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..checks import parse_size
+from .adapter import pad_state, peft_model, require_plain_lora
+from .learn import CUT_AT, LearnedRanks, cut_step
+from .size import parameters_in
+
+
+class LearnedRanksCallback(TrainerCallback, ExportableState):
+    """`LearnedRanks` for a transformers or TRL Trainer with a plain `peft.LoraConfig`.
+
+        trainer = SFTTrainer(..., peft_config=LoraConfig(r=16, target_modules="all-linear"),
+                             callbacks=[LearnedRanksCallback("r4")])
+
+    Works with DDP, FSDP2, DeepSpeed and `torch_compile`. Pass it to the Trainer when it is created, so that checkpoints
+    from after the cut can be resumed. The best checkpoint (`load_best_model_at_end`) is one from after the cut.
+
+    Args:
+        size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
+        at: share of the steps after which the adapter is cut, in (0, 1).
+        max_rank: largest rank of any module; default: that of the adapter.
+        announce: receives a line at the cut.
+
+    Attributes:
+        learned: `LearnedRanks` with the ranks; None before training.
+
+    Raises:
+        ValueError: `size` is no size; when training begins: see `LearnedRanks`.
+
+    """
+
+    def __init__(
+        self,
+        size: str,
+        *,
+        at: float = CUT_AT,
+        max_rank: int | None = None,
+        announce: Callable[[str], None] = tqdm.write,
+    ) -> None:
+        parse_size(size, "size")
+        self._options: dict[str, Any] = {"size": size, "at": at, "max_rank": max_rank}
+        self._announce = announce
+        self.learned: LearnedRanks | None = None
+        self._is_cut = False
+
+    def state(self) -> dict[str, Any]:
+        """State in a checkpoint's `trainer_state.json`, so that a run continues from the checkpoint that it loads."""
+        return {"args": self._options, "attributes": {"_stored": self.learned and _as_json(self.learned.state_dict())}}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _require_supported(args)
+        model = peft_model(kwargs["model"])
+        require_plain_lora(model)
+        model.register_load_state_dict_pre_hook(pad_state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _require_supported(args)
+        model, known = peft_model(kwargs["model"]), self.learned
+        if not state.global_step and known is not None and known.ranks is not None and known._model is model:
+            return  # a further `train()`, with the ranks learned before
+        self.learned = LearnedRanks(model, kwargs["optimizer"], steps=state.max_steps, **self._options)
+        self.learned._save.warns = self.learned._ends = False  # checkpoints may be wide; the end comes after the last
+        if state.global_step:
+            states: Any = state.stateful_callbacks or {}
+            stored = states.get(type(self).__name__, {}).get("attributes", {}).get("_stored")
+            if stored is None:
+                raise ValueError(
+                    f"The checkpoint of step {state.global_step} has no learned ranks: it was written without "
+                    "LearnedRanksCallback. Resume from another."
+                )
+            self.learned.load_state_dict(_from_json(stored))
+        self._is_cut = self.learned.ranks is not None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.learned is not None and self.learned.ranks is None and hasattr(kwargs["lr_scheduler"], "_last_lr"):
+            kwargs["lr_scheduler"]._last_lr = self.learned.rates  # the Trainer logs them
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        learned = self.learned
+        if learned is not None and learned.ranks is not None and not self._is_cut:
+            self._is_cut = True
+            # A better one from before the cut would be larger than asked for.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            if state.is_world_process_zero:
+                self._announce(learned.summary)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.learned is not None:
+            self.learned.finish()
+        if self.learned is not None and self.learned.ranks is None:
+            warnings.warn(
+                f"Training ended at step {state.global_step}, before the cut at step {self.learned.cut_step}: the "
+                f"adapter is wide, not of size {self._options['size']}.",
+                stacklevel=2,
+            )
+
+
+def _as_json(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with its moments as text."""
+    tensors = {f"{path}:{index}": part for path, of in state["moments"].items() for index, part in enumerate(of)}
+    return {**state, "moments": base64.b64encode(save(tensors)).decode() if tensors else ""}
+
+
+def _from_json(stored: dict[str, Any]) -> dict[str, Any]:
+    moments: dict[str, list[Tensor]] = {}
+    tensors = load(base64.b64decode(stored["moments"])) if stored["moments"] else {}
+    for key in sorted(tensors):
+        moments.setdefault(key.rpartition(":")[0], []).append(tensors[key])
+    return {**stored, "moments": moments}
+
+
+def planned_cut(size: str, model: Any, args: TrainingArguments) -> tuple[int, int]:
+    """Number of parameters after the cut, and its step, for `LearnedRanksCallback` with its defaults.
+
+    Raises:
+        ValueError: see `LearnedRanks`; or the Trainer is set up in a way that the cut does not support.
+
+    """
+    _require_supported(args)
+    return parameters_in(size, model, require_plain_lora(model)), cut_step(CUT_AT, args.max_steps)
+
+
+def _require_supported(args: TrainingArguments) -> None:
+    """Raise ValueError for ways to train that replace the parameters by others."""
+    if args.n_gpu > 1:
+        raise ValueError("Learned ranks do not support DataParallel on several GPUs. Use torchrun, for DDP.")

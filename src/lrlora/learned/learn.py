@@ -1,0 +1,441 @@
+"""LoRA that learns its ranks: it starts wide, is cut once to a size, and trains on.
+
+At the cut, the loss decides how much rank each module keeps, by the quadratic model of `directions`. Its moments come
+from the ordinary steps before the cut, so that no extra pass over data is needed. The kept directions are rotated to
+the front and the others set to zero, where they stay (`adapter`): no parameter changes its shape, so that every way to
+train goes on. What is written is a plain LoRA with a `rank_pattern`, which PEFT loads without lrlora.
+
+The factors learn at half the rate before the cut: a wide LoRA bears less. Other parameters, such as heads, keep theirs.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..adapters import Factors
+from ..tuner.sharding import is_sharded, local_part
+from .adapter import (
+    SmallSave,
+    lora_factors,
+    lora_layers,
+    lora_weights,
+    pad_state,
+    peft_model,
+    put,
+    require_plain_lora,
+    require_zero,
+    shrink,
+)
+from .directions import LossCurve, directions
+from .moments import Moments, channel_dim, watch
+from .parameters import is_zero, processes, restart, whole
+from .size import parameters_in
+
+CUT_AT = 0.3  # share of the steps
+_WINDOW = 32  # steps that give moments
+_WIDE_RATE = 0.5  # share of the learning rate before the cut
+_FEWEST_STEPS = 10
+_FIRST_CUT = 3  # B is 0 in the first step, and with a warm-up also in the second
+_CHECKED = (1, 10)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
+# Model → what learns its ranks now.
+_LEARNING: weakref.WeakKeyDictionary[PeftModel, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
+
+
+class LearnedRanks:
+    """Cuts a LoRA while it trains, and thereby learns its ranks.
+
+    It needs no call in the training loop: it acts after `optimizer.step()`. Create it after the optimizer, on every
+    process:
+
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        ranks = LearnedRanks(model, optimizer, size="r4", steps=1000)
+        ...                          # an ordinary training loop of 1000 steps
+        model.save_pretrained("out")  # a plain LoRA, with the parameters of r = 4
+
+    The model may be wrapped by DDP, `torch.compile` or DeepSpeed, or sharded by FSDP2. Its parameters keep their shapes
+    until the last step; then, in one process, the live model becomes small too.
+
+    To resume, load model and optimizer, and then `load_state_dict`; `accelerator.register_for_checkpointing` does it.
+
+    Args:
+        model: PEFT model with a plain LoRA on linear layers and convolutions.
+        optimizer: optimizer of its parameters.
+        size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
+        steps: total number of optimizer steps.
+        at: share of the steps after which the adapter is cut, in (0, 1).
+        max_rank: largest rank of any module; default: that of the adapter.
+
+    Attributes:
+        ranks: module → rank after the cut; None before it.
+        cut_step: optimizer step after which the adapter is cut.
+
+    Raises:
+        ValueError: the adapter is no plain LoRA, or not larger than the size; there are too few steps; or the optimizer
+            lacks its parameters, or does not keep zeros at zero.
+
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        size: str,
+        steps: int,
+        at: float = CUT_AT,
+        max_rank: int | None = None,
+    ) -> None:
+        self._model = peft_model(model)
+        self._adapter = require_plain_lora(self._model)
+        self._size, self._steps, self._max_rank, self._done = size, steps, max_rank, 0
+        self.ranks: dict[str, int] | None = None
+        self.cut_step = cut_step(at, steps)
+        self._parameters = parameters_in(size, self._model, self._adapter, max_rank)
+        self._optimizer, self._inner = _unwrapped(optimizer)
+        self._layers = lora_layers(self._model, self._adapter)
+        _require_suitable(self._optimizer, self._inner, self._factors)
+        self._before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
+        self._reached: set[str] | None = set()  # modules whose lora_A ran in the first step
+        self._moments: dict[str, Moments] = {}  # of all processes
+        self._own: dict[str, Moments] = {}  # of this process
+        self._ends = True  # with the last step
+        self.summary = ""
+        if (other := _LEARNING.get(self._model, lambda: None)()) is not None:
+            other._stop()
+        _LEARNING[self._model] = weakref.ref(self)
+        self._save = SmallSave(self._model, self._adapter, self.cut_step)
+        setattr(self._model, "save_pretrained", self._save)  # noqa: B010 (of this model alone)
+        self._watchers: list[Any] = []
+        self._watch(_reach)
+        self._hooks: list[Any] = [
+            self._model.register_load_state_dict_pre_hook(pad_state),
+            self._inner.register_step_pre_hook(self._before_update),
+            self._inner.register_step_post_hook(self._after_update),
+        ]
+        if self._optimizer is self._inner:
+            self._hooks.append(self._inner.register_step_post_hook(self._after_step))
+        else:
+            self._hooks.append(_StepHook(self._optimizer, self._after_step))
+
+    def _watch(self, hook: Callable[..., None] | None) -> None:
+        """Replace the forward hooks on lora_A; None: by no others."""
+        for watcher in self._watchers:
+            watcher.remove()
+        self._watchers = (
+            []
+            if hook is None
+            else [
+                layer.lora_A[self._adapter].register_forward_hook(partial(hook, self, path))
+                for path, layer in self._layers.items()
+            ]
+        )
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled code does not notice hooks that come and go
+
+    @property
+    def _factors(self) -> list[nn.Parameter]:
+        """A and B of every module; some ways to train replace the parameters of the model."""
+        return [weight for layer in self._layers.values() for weight in lora_weights(layer, self._adapter)]
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates of the optimizer's groups, as the factors in them are trained."""
+        share, factors = _WIDE_RATE if self.ranks is None else 1.0, {id(weight) for weight in self._factors}
+        groups = self._inner.param_groups
+        return [g["lr"] * (share if any(id(p) in factors for p in g["params"]) else 1.0) for g in groups]
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles of a model do not learn its ranks."""
+        return type(None), ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, ranks and moments, the same on every process."""
+        return {
+            **{"done": self._done, "cut_step": self.cut_step, "size": self._size, "max_rank": self._max_rank},
+            "ranks": self.ranks,
+            "moments": {path: [*of.to("cpu", copy=True)] for path, of in self._moments.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state, after model and optimizer were loaded.
+
+        Raises:
+            ValueError: it is that of another size, or of an adapter with other ranks.
+
+        """
+        for name, value in (("size", self._size), ("max_rank", self._max_rank)):
+            if state[name] != value:
+                raise ValueError(f"The run has {name}={state[name]!r}, got {value!r}. Pass the same.")
+        self._done, self._reached = state["done"], None
+        self._watch(None)
+        if state["ranks"] is None:  # perhaps with other steps than before
+            self._moments = {path: Moments(*of).to(self._device(path)) for path, of in state["moments"].items()}
+            self._own = {}
+            self.cut_step = max(self.cut_step, self._done + (1 if self._moments else _WINDOW))
+            self._save.cut_step = self.cut_step
+            self._open_window()
+            return
+        wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
+        if any(wide.get(path, 0) < rank for path, rank in state["ranks"].items()):
+            raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
+        self._require_ranks(state["ranks"])
+        self.cut_step = state["cut_step"]
+        self._end_learning(state["ranks"])
+
+    def _device(self, path: str) -> torch.device:
+        return lora_weights(self._layers[path], self._adapter)[0].device
+
+    def _stop(self) -> None:
+        """Do nothing any more."""
+        for hook in (*self._watchers, *self._hooks):
+            hook.remove()
+
+    def _open_window(self) -> None:
+        """Begin or continue to collect moments of the modules whose update is not zero."""
+        if self.ranks is not None or self._done < self.cut_step - _WINDOW:
+            return
+        if not self._watchers:
+            self._watch(torch.compiler.disable(_collect))  # hooks on gradients cannot be traced
+        if len(self._moments) < len(self._layers):
+            for part in lora_factors(self._model, self._adapter):
+                if part.energy and part.module not in self._moments:
+                    self._moments[part.module] = Moments.zeros(part, self._device(part.module))
+        for path, of in self._moments.items():
+            if path not in self._own:
+                self._own[path] = of if processes() == 1 else of._replace(sums=torch.zeros_like(of.sums))
+
+    def _share_moments(self) -> None:
+        """Add the moments of the last step of all processes; each has the gradient of its own mean loss."""
+        if processes() == 1 or not self._own:
+            return
+        own = torch.cat([of.sums for of in self._own.values()])
+        dist.all_reduce(own)
+        parts = own.div_(processes() ** 2).split([of.sums.numel() for of in self._own.values()])
+        for path, part in zip(self._own, parts, strict=True):
+            self._moments[path].sums.add_(part)
+            self._own[path].sums.zero_()
+
+    def _before_update(self, optimizer: Any, *args: Any) -> None:
+        if self._reached is not None:
+            self._require_reached(self._reached)
+            self._reached = None
+            self._watch(None)
+        self._before = []  # of a step that failed
+        if self.ranks is not None:
+            return
+        factors = {id(weight) for weight in self._factors}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if self._is_flat or id(parameter) in factors:
+                    part = local_part(parameter.detach())
+                    self._before.append((part, part.clone()))
+
+    @property
+    def _is_flat(self) -> bool:
+        """Whether the optimizer steps ZeRO's partitions, which hold all parameters."""
+        return self._optimizer is not self._inner
+
+    def _after_update(self, *args: Any) -> None:
+        for part, before in self._before:
+            part.lerp_(before, 1 - _WIDE_RATE)
+        self._before = []
+
+    def _require_reached(self, reached: set[str]) -> None:
+        """Raise ValueError if a kernel trains a module without calling its lora_A, whose values would not be seen."""
+        for path, layer in self._layers.items():
+            gradient = lora_weights(layer, self._adapter)[1].grad  # ZeRO keeps it elsewhere
+            is_trained = not reached if self._is_flat else gradient is not None and bool(local_part(gradient).any())
+            if path not in reached and is_trained:
+                raise ValueError(
+                    f"{path} trains without a call of its lora_A: a fused kernel bypasses PEFT's forward. Disable it, "
+                    "or leave the module out of target_modules."
+                )
+
+    def _after_step(self, *args: Any) -> None:
+        overflow = getattr(self._optimizer, "found_inf", None)  # of a fused optimizer, which then skips the step itself
+        if (overflow is not None and overflow.item()) or getattr(self._optimizer, "overflow", False):
+            return
+        self._done += 1
+        if self.ranks is None:
+            self._share_moments()
+            self._open_window()
+            if self._done >= self.cut_step:
+                self._cut()
+        elif self._done - self.cut_step in _CHECKED:
+            self._require_ranks(self.ranks)
+        if self._ends and self._done >= self._steps:
+            self.finish()
+
+    def _require_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Raise ValueError unless everything beyond the ranks is zero."""
+        for path, layer in self._layers.items():
+            for dim, weight in enumerate(lora_weights(layer, self._adapter)):
+                value, rank = whole(weight), ranks.get(path, 0)
+                require_zero(value.narrow(dim, rank, value.shape[dim] - rank), path)
+
+    @torch.no_grad()
+    def _cut(self) -> None:
+        wide = lora_factors(self._model, self._adapter)
+        if not all(part.A.isfinite().all() and part.B.isfinite().all() for part in wide):
+            raise ValueError(f"The LoRA weights at step {self._done} are not finite. Lower the learning rate.")
+        reached = {path for path, of in self._moments.items() if of.calls}
+        idle = [part.module for part in wide if part.energy and part.module not in reached]
+        if idle:
+            raise ValueError(
+                f"No gradient passed through lora_A of {idle[0]} ({len(idle)} of {len(wide)} modules) in the last "
+                f"{_WINDOW} steps before the cut: it was not used. Leave it out of target_modules."
+            )
+        if not any(of.weight for of in self._moments.values()):
+            raise ValueError(
+                f"No gradient reached the adapter before its cut at step {self._done}, so its ranks cannot be learned. "
+                "Was the learning rate 0 until then? Shorten its warm-up, or raise at."
+            )
+        moments = {path: of.to("cpu") for path, of in self._moments.items()}
+        curve = LossCurve([directions(part, moments.get(part.module), 1) for part in wide])
+        factors = curve.within(self._parameters, self._max_rank)
+        if processes() > 1:  # others may round otherwise
+            shared = [factors]
+            dist.broadcast_object_list(shared, src=0)
+            (factors,) = shared
+        put(self._model, self._adapter, factors)
+        self._restart()
+        self.cut_step = self._done
+        self.summary = _summary(self._done, wide, factors)
+        self._end_learning({part.module: part.rank for part in factors})
+
+    def _restart(self) -> None:
+        factors = self._factors
+        trained = sum(parameter.requires_grad for parameter in self._model.parameters())
+        restart(self._inner, factors, are_all=trained == len(factors))
+
+    def _end_learning(self, ranks: dict[str, int]) -> None:
+        self.ranks = self._save.ranks = ranks
+        self._moments, self._own = {}, {}
+        self._watch(None)
+
+    def finish(self) -> None:
+        """Make the live model as small as what is saved; only after the cut, in one process without sharding.
+
+        Called after the last step.
+        """
+        is_whole = processes() == 1 and not self._is_flat and not is_sharded(self._model)
+        if self.ranks is None or not is_whole or vars(self._model).get("save_pretrained") is not self._save:
+            return
+        self._restart()
+        shrink(self._model, self._adapter, self.ranks)
+        del self._model.save_pretrained
+
+
+def _reach(learned: LearnedRanks | None, path: str, *args: Any) -> None:
+    """Forward hook in the first step; without `learned` in a copy of the model."""
+    if learned is not None and learned._reached is not None:
+        learned._reached.add(path)
+
+
+def _collect(learned: LearnedRanks | None, path: str, down: nn.Module, inputs: Any, z: Tensor) -> None:
+    """Forward hook in the steps that give moments."""
+    if learned is not None and z.requires_grad and path in learned._own:
+        watch(z, learned._own[path], channel_dim(down))
+
+
+class _StepHook:
+    """Calls a function after every step of an optimizer without hooks of its own, such as ZeRO's."""
+
+    def __init__(self, optimizer: Any, function: Callable[[], None]) -> None:
+        self._optimizer, step = optimizer, optimizer.step
+
+        def step_and_call(*args: Any, **options: Any) -> Any:
+            result = step(*args, **options)
+            function()
+            return result
+
+        optimizer.step = step_and_call
+
+    def remove(self) -> None:
+        """Restore the method."""
+        vars(self._optimizer).pop("step", None)
+
+
+def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
+    before, after = (sum(part.parameters for part in parts) for parts in (wide, cut))
+    left_out, largest = sum(not part.rank for part in cut), max(cut, key=lambda part: part.rank)
+    return (
+        f"Ranks learned at step {step}: {before:,} to {after:,} parameters; {left_out} of {len(cut)} modules left out; "
+        f"largest rank {largest.rank} ({largest.module})."
+    )
+
+
+def cut_step(at: float, steps: int) -> int:
+    """Step of the cut.
+
+    Raises:
+        ValueError: it is not within the steps.
+
+    """
+    if not isinstance(at, float) or not 0 < at < 1:
+        raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
+    if not isinstance(steps, int) or steps < _FEWEST_STEPS:
+        raise ValueError(f"steps must be at least {_FEWEST_STEPS} for ranks to be learned, got {steps!r}.")
+    step = max(_FIRST_CUT, round(at * steps))
+    if step >= steps:
+        raise ValueError(f"at={at} leaves no step of {steps} after the cut. Lower it.")
+    return step
+
+
+def _require_suitable(optimizer: Any, inner: Any, factors: list[nn.Parameter]) -> None:
+    """Raise ValueError for an optimizer whose steps the cut cannot take part in."""
+    stepped = {id(p) for group in inner.param_groups for p in group["params"]}
+    if optimizer is inner and not stepped >= {id(weight) for weight in factors}:
+        raise ValueError("The optimizer must have all LoRA parameters of the model. Create it from this model.")
+    if isinstance(inner, torch.optim.LBFGS):
+        raise ValueError("Learned ranks do not support LBFGS, whose state spans all parameters. Use AdamW.")
+    name = type(inner).__name__
+    if any(group.get("lr") is None for group in inner.param_groups):
+        raise ValueError(f"Learned ranks need a learning rate, but {name} has lr=None. Set it.")
+    if not _keeps_zeros(inner):
+        raise ValueError(
+            f"Learned ranks need an optimizer that leaves zeros without a gradient at zero, but {name} with these "
+            "settings does not. Use AdamW, without gradient centralization or noise, and with eps > 0."
+        )
+
+
+def _keeps_zeros(optimizer: Any) -> bool:
+    """Step a copy of the optimizer on matrices with zero rows or columns; True if it cannot be copied."""
+    for mask in (torch.tensor([[1.0], [0.0]]).expand(2, 3), torch.tensor([1.0, 0.0]).expand(3, 2)):
+        parameter = nn.Parameter(mask.clone())
+        try:
+            probe = copy.copy(optimizer)
+            options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} | {"lr": 1e-3}
+            probe.state, probe.param_groups = defaultdict(dict), [options | {"params": [parameter]}]
+            for _ in range(2):
+                parameter.grad = mask.clone()
+                probe.step()
+        except Exception:  # an optimizer may need more than its own interface; the zeros are checked after the cut too
+            return True
+        if bool((parameter.detach()[mask == 0] != 0).any()):
+            return False
+    return True
+
+
+def _unwrapped(optimizer: Any) -> tuple[Any, Any]:
+    """The optimizer whose step updates the model once, and the innermost one, without wrappers such as accelerate's."""
+    inner, outer = optimizer, None
+    while True:
+        if is_zero(inner):
+            outer = inner
+        found = getattr(inner, "optimizer", None) or getattr(inner, "base_optimizer", None)
+        if found is None:
+            return outer or inner, inner
+        inner = found

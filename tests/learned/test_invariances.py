@@ -1,0 +1,110 @@
+"""What must not change σ²: the unit of the loss, padding, batches, the attention, the order of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lrlora.adapters import Factors, factorize
+from lrlora.learned import loss_curve, model_loss
+
+from ..conftest import TinyModel
+from .test_moments import language_batches
+
+
+@pytest.fixture(scope="module")
+def subject() -> tuple[TinyModel, Any, list[Factors]]:
+    tiny = TinyModel("llama")
+    model = get_peft_model(tiny.build(), LoraConfig(r=4, lora_alpha=8, **tiny.targets))
+    tiny.train(model, 10)
+    return tiny, model, factorize(model, energy=1.0)
+
+
+def rises(model: Any, factors: list[Factors], batches: list[Any], **options: Any) -> Tensor:
+    """Of all directions of all modules."""
+    return torch.cat([of.rises for of in loss_curve(model, factors, batches, **options).modules])
+
+
+def require_equal(found: Tensor, expected: Tensor) -> None:
+    """To 1e-5; for the least of them, of what rounding leaves of the largest."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7 * expected.max().item())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(subject: tuple[TinyModel, Any, list[Factors]], side: str) -> None:
+    tiny, model, factors = subject
+    expected = rises(model, factors, language_batches(tiny))
+    require_equal(rises(model, factors, language_batches(tiny, 5, side)), expected)
+
+
+def test_the_unit_of_the_loss(subject: tuple[TinyModel, Any, list[Factors]]) -> None:
+    tiny, model, factors = subject
+
+    def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        value, terms = model_loss(base, batch)
+        return 1000 * value, terms
+
+    found = rises(model, factors, language_batches(tiny), loss=scaled)
+    require_equal(found, 1e6 * rises(model, factors, language_batches(tiny)))
+
+
+def test_the_kind_of_attention(subject: tuple[TinyModel, Any, list[Factors]]) -> None:
+    tiny, model, factors = subject
+    found = []
+    for kind in ("eager", "sdpa"):
+        model.get_base_model().set_attn_implementation(kind)
+        found.append(rises(model, factors, language_batches(tiny)))
+    require_equal(*found)
+
+
+def split(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{name: part[i : i + 1] for name, part in batch.items()} for i in range(2)]
+
+
+@pytest.mark.parametrize("order", [split, lambda batch: split(batch)[::-1]])
+def test_batches_and_their_order(
+    subject: tuple[TinyModel, Any, list[Factors]], order: Callable[[Any], list[Any]]
+) -> None:
+    tiny, model, factors = subject
+    (batch,) = language_batches(tiny)
+    require_equal(rises(model, factors, order(batch)), rises(model, factors, [batch]))
+
+
+class Bytes(nn.Module):
+    """Tokens that do not see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_the_order_of_tokens() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Bytes(), LoraConfig(r=4, target_modules=["first", "last"], init_lora_weights=False))
+    factors, x, labels = factorize(model, energy=1.0), torch.randn(64, 8), torch.randint(5, (64,))
+    loss = lambda model, at: (nn.functional.cross_entropy(model(x[at]), labels[at], reduction="sum"), len(at))  # noqa: E731
+    found = [rises(model, factors, [order], loss=loss) for order in (torch.arange(64), torch.randperm(64))]
+    require_equal(*found)
+
+
+def test_a_huge_gradient_beside_a_tiny_input_does_not_count() -> None:
+    """As that of a pad before the first token, whose embedding is zero: a normalization multiplies its gradient."""
+    torch.manual_seed(0)
+    model = get_peft_model(Bytes(), LoraConfig(r=4, target_modules=["first", "last"], init_lora_weights=False))
+    factors, x = factorize(model, energy=1.0), torch.randn(64, 8)
+    pad = 1e-6 * torch.randn(1, 8)
+
+    def loss(model: Any, pads: bool) -> tuple[Tensor, int]:
+        value = model(x).square().sum()
+        return value + (1e3 * model(pad).sum() if pads else 0), 64
+
+    expected, found = (rises(model, factors, [pads], loss=loss)[:4] for pads in (False, True))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
