@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from peft import PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from lrlora import LrLoraConfig, rank_report
-from lrlora.adapters import factorize, read_updates, save_as_lora
+from lrlora.adapters import factorize, merge_adapter, read_updates, save_as_lora
+from lrlora.cli import app
 from lrlora.ranks import MEASURES
 
 from ..conftest import TinyModel
@@ -175,6 +178,18 @@ def test_a_base_model_that_is_needed_and_not_there(tmp_path: Path) -> None:
     corda.save_pretrained(tmp_path / "corda" / "adapter")
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
         read_updates(tmp_path / "corda" / "adapter")
+
+
+@pytest.mark.refused
+def test_a_start_by_chance_is_not_read(tmp_path: Path) -> None:
+    adapter = save_trained(tmp_path, peft.LoraConfig(r=4, init_lora_weights="pissa_niter_4", **_ALL))
+    for read in (read_updates, partial(merge_adapter, output=tmp_path / "merged")):
+        with pytest.raises(ValueError, match=r"'pissa_niter_4', whose change .* cannot be reproduced\. Save it as"):
+            read(adapter)
+    result = CliRunner().invoke(app, ["export", str(adapter), "--output", str(tmp_path / "lora")])
+    assert result.exit_code == 1
+    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "lora").exists()
 
 
 def test_a_live_model_of_any_method() -> None:

@@ -106,6 +106,10 @@ MESSAGES = {
     ): "It is a field of the adapter: set it with --adapter lora_alpha=VALUE",
     ("--data", "good.csv", "--training", "warmup_step=1"): "Did you mean warmup_steps?",
     ("--data", "good.csv", "--adapter", "use_dora=true"): "Use method dora: --method dora",
+    (
+        *("--data", "good.csv", "--method", "lora"),
+        *("--adapter", "init_lora_weights=pissa_niter_4"),
+    ): "and another one when the adapter is loaded. Use init_lora_weights=pissa.",
     ("--data", "good.csv", "--training", "learning_rate=1", "--learning-rate", 2): "are the same setting",
     ("--data", "good.csv", "--learning-rate", -1): "learning_rate must be a number > 0, got -1",
     ("--data", "good.csv", "--training", "adam_beta2=2"): "adam_beta2 must be between 0 and 1, got 2",
