@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,32 @@ def test_what_a_method_does_to_biases_is_said(tmp_path: Path) -> None:
     assert read_updates(tmp_path / "adapter").notes == (
         "This method also changes biases, which are included neither in the ranks nor in an exported LoRA.",
     )
+
+
+def test_an_export_that_is_another_adapter_is_an_error(tmp_path: Path) -> None:
+    tiny = TinyModel("bert")
+    base = tiny.build()
+    for name, parameter in base.named_parameters():
+        if name.endswith("value.bias"):
+            torch.nn.init.constant_(parameter, 5.0)  # whose change no LoRA has
+    base.save_pretrained(tmp_path / "base")
+    config = peft.IA3Config(target_modules=["value"], feedforward_modules=[], task_type="SEQ_CLS")
+    model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    for options, code in (((), 1), (("--max-rank", "1"), 0)):
+        output = tmp_path / f"lora-{code}"
+        result = CliRunner().invoke(app, ["export", str(tmp_path / "adapter"), "--output", str(output), *options])
+        said = "".join(result.output.split())
+        assert result.exit_code == code, result.output
+        assert ("Donotuseit;mergetheadapterinstead" in said) == code
+        lost = re.search(r"Onrandominputs([\d.]+)%", said)
+        assert lost
+        assert float(lost[1]) > 50
+        assert (output / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("method", ["HiRA", "(IA)³", "LoRA"])

@@ -401,6 +401,16 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     assert PeftConfig.from_pretrained(tmp_path / "run" / "lora").peft_type.value == "LORA"
 
 
+def test_a_file_that_loads_as_another_adapter_is_an_error(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress.Cut, "loss_of", lambda cut, model: cut.base)
+    result = run("export", home / "run", "--budget", "r2", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "asloadedbyPEFTitlosesmorethanhalfoftheadapter'sgain,whichthecutdidnot" in squeezed(result.output)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def _stopped(*arguments: Any) -> float:
     raise KeyboardInterrupt
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ from .common import announce, app, as_text, console, one_clear_error, quiet, req
 from .exporting import Size, cut_of, export_by_loss, parameters_in, write_factors
 
 if TYPE_CHECKING:
-    from ..adapters import Updates
+    from ..adapters import Factors, Updates
 
 
 _SOURCE_HELP = "PEFT adapter of any method (folder or hub name), LoRA in a .safetensors file, or full model."
@@ -221,7 +221,7 @@ def export(
         write_factors(factors, updates, output, dtype=dtype, pad=pad, config_only=config_only, every=every)
     if check and not config_only:
         with one_clear_error("The LoRA is written, but not compared with the original."):
-            _print_difference(updates, output)
+            _print_difference(updates, factors, output)
 
 
 def _base_of(source: str) -> str | None:
@@ -266,7 +266,7 @@ def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
     return updates
 
 
-def _print_difference(updates: Updates, output: Path) -> None:
+def _print_difference(updates: Updates, factors: Sequence[Factors], output: Path) -> None:
     from ..adapters import output_difference
     from ..adapters.peft_folder import SavedAdapter
 
@@ -281,6 +281,12 @@ def _print_difference(updates: Updates, output: Path) -> None:
     if not math.isfinite(difference):
         raise ValueError("On random inputs, the outputs of the adapter or of its export are not finite.")
     announce(f"On random inputs {difference:.2%} of the adapter's effect on the last hidden state is lost")
+    kept = min(part.kept for part in factors if part.energy)
+    if difference > 0.5 and kept >= DEFAULT_ENERGY:  # a cut to less may lose as much
+        raise ValueError(
+            f"{output} is written, but {difference:.0%} of the adapter's effect is lost, although every module keeps "
+            f"at least {kept:.2%} of its energy. Do not use it; merge the adapter instead (lrlora merge)."
+        )
 
 
 @app.command()

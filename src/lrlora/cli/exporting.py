@@ -145,6 +145,11 @@ def export_by_loss(
         if check:
             loaded = cut.loss_of(cut.subject.with_lora(output))
             announce(f"Loss of {output} {_compared('as loaded by PEFT', loaded, cut)}")
+            if loaded - loss > cut.gain / 2 > 0:
+                raise ValueError(
+                    f"{output} is written, but as loaded by PEFT it loses more than half of the adapter's gain, which "
+                    "the cut did not. Do not use it; merge the adapter instead (lrlora merge)."
+                )
 
 
 def _heal(cut: Cut, output: Path, steps: int, loss: float) -> None:
