@@ -351,7 +351,13 @@ def test_overwriting_deletes_no_input(encoder: str) -> None:
     assert "--overwrite would delete data=" in told(*arguments, "--data", "out/good.csv", "--overwrite")
     start = ("train", "--start-from", "out", "--data", "out/../columns.csv", "--output", "out", "--overwrite")
     assert "--overwrite would delete start_from=" in told(*start)
+    settings = Path("out/settings.yaml")
+    settings.write_text(f"model: {encoder}\ntask: classify\ndata: columns.csv\noutput: out\n")
+    assert "--overwrite would delete config=out/settings.yaml" in told("train", settings, "--overwrite")
+    Path("link").symlink_to("out")
+    assert "--overwrite would delete data=" in told(*arguments[:-1], "link", "--data", "out/good.csv", "--overwrite")
     assert Path("out/good.csv").is_file()
+    assert settings.is_file()
 
 
 def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
@@ -361,7 +367,16 @@ def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
     assert "already exists" in told("ranks", "lrlora-run", "--json", weights)
     assert "already exists" in told("evaluate", "lrlora-run", "--data", "good.csv", "--json", weights)
     command = ("predict", "lrlora-run", "--data", "good.csv", "--output", "good.csv", "--overwrite")
-    assert "would replace the data" in told(*command)
+    assert "--overwrite would delete data=good.csv, or a part of it" in told(*command)
+    assert "--overwrite would delete run=lrlora-run" in told(*command[:-2], weights, "--overwrite")
+    Path("data").mkdir()
+    Path("good.csv").rename("data/train.csv")
+    Path("good.csv").symlink_to("data/train.csv")
+    for data, output in (("data", "data/train.csv"), ("good.csv", "data/train.csv"), ("data/train.csv", "good.csv")):
+        said = told("predict", "lrlora-run", "--data", data, "--output", output, "--overwrite")
+        assert f"--overwrite would delete data={data}" in said
+    assert "--overwrite would delete data=good.csv" in told("init", "good.csv", "--data", "good.csv", "--overwrite")
+    assert Path("data/train.csv").read_text().startswith("text,label")
     assert weights.read_bytes() == before
     assert run("predict", "lrlora-run", "--text", "a film", "--output", "one.jsonl").exit_code == 0
     assert len(Path("one.jsonl").read_text().splitlines()) == 1

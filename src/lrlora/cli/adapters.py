@@ -90,10 +90,19 @@ def _write_report(sources: list[str], base: str | None, output: Path, pictures: 
     if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
         raise FileExistsError(f"The folder {pictures} is not empty. Choose another, or pass --overwrite.")
     quiet()
-    from ..views.figure import save_pictures
-    from ..views.page import write_page
+    from ..views.figure import has_pictures, save_pictures
+    from ..views.page import is_page, write_page
     from ..views.runs import load_runs
 
+    if output.exists() and not is_page(output):
+        raise FileExistsError(
+            f"{output} is not a page of `lrlora report`, so it is not replaced. Choose another --output."
+        )
+    if pictures and pictures.exists() and any(pictures.iterdir()) and not has_pictures(pictures):
+        raise FileExistsError(
+            f"The folder {pictures} was not written by `lrlora report`, so nothing in it is replaced. Choose another "
+            "--pictures."
+        )
     runs = load_runs(sources, base=base)
     write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
     announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")
