@@ -153,6 +153,13 @@ def test_own_column_names_in_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "Here text is the column 'body'." in said
 
 
+def test_a_column_s_name_may_hold_an_equals_sign(encoder: str) -> None:
+    reviews().rename(columns={"review": "te=xt", "verdict": "from=pkg"}).to_csv("equals.csv", index=False)
+    columns = ("--column", "text=te=xt", "--column", "label=from=pkg")
+    result = run("train", "--model", encoder, "--data", "equals.csv", "--task", "classify", *columns, "--dry-run")
+    assert result.exit_code == 0, result.output
+
+
 def test_a_long_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pd.DataFrame({"text": ["a" * 200_000, "b"], "label": ["x", "y"]}).to_csv("long.csv", index=False)
