@@ -122,6 +122,28 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "2.html").exists()
 
 
+def test_a_report_replaces_reports_alone(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_bert.build(), LoraConfig(r=3, target_modules=["query"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    table, page, pictures, own = (tmp_path / name for name in ("train.csv", "page.html", "images", "pictures"))
+    table.write_text("text,label\na film,good\n")
+    pictures.mkdir()
+    (pictures / "kinds.png").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in (table, *(tmp_path / "adapter").iterdir(), *pictures.iterdir())}
+    for output in (table, tmp_path / "adapter" / "adapter_model.safetensors"):
+        result = run("report", tmp_path / "adapter", "--output", output, "--overwrite")
+        assert result.exit_code == 1
+        assert "is not a page of `lrlora report`, so it is not replaced" in " ".join(result.output.split())
+    result = run("report", tmp_path / "adapter", "--output", page, "--pictures", pictures, "--overwrite")
+    assert result.exit_code == 1
+    assert "was not written by `lrlora report`, so nothing in it is replaced" in " ".join(result.output.split())
+    assert before == {path: path.read_bytes() for path in before}
+    assert not page.exists()
+    for options in ((), ("--overwrite",)):
+        result = run("report", tmp_path / "adapter", "--output", page, "--pictures", own, *options)
+        assert result.exit_code == 0, result.output
+
+
 def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> None:
     from .test_callback import RankCallback, make_trainer
 

@@ -115,6 +115,28 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
     return path
 
 
+def require_no_input(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
+    """Check that replacing an output deletes no input, nor a file of one.
+
+    Args:
+        output: file, or folder, which is replaced as a whole.
+        **inputs: files, folders or other names, by what they are.
+
+    Raises:
+        ValueError: it would.
+
+    """
+    target = Path(output).resolve()
+    for name, given in inputs.items():
+        if given is None or not Path(given).exists():
+            continue
+        path = Path(given).absolute()
+        places = (path.resolve(), path.parent.resolve() / path.name)  # a link, and what it leads to
+        is_part = target.is_file() and target.is_relative_to(places[0])
+        if is_part or any(place.is_relative_to(target) for place in places):
+            raise ValueError(f"--overwrite would delete {name}={given}, or a part of it. Choose another output.")
+
+
 @contextmanager
 def replacing_folder(output: Path) -> Iterator[Path]:
     """Context with a temporary folder next to `output`, renamed to it on success, else removed."""

@@ -125,7 +125,7 @@ def compare(
             else Comparison(suite, **given, **_lists(methods, ablation, tasks, rates))
         )
         if dry_run:
-            _show_plan(comparison)
+            _show_plan(comparison, folder)
         else:
             _run(comparison, folder, hours, report=report)
 
@@ -155,10 +155,12 @@ def _words(text: str) -> list[str]:
     return [text[before + 1 : after].strip() for before, after in ends]
 
 
-def _show_plan(comparison: Comparison) -> None:
+def _show_plan(comparison: Comparison, folder: Path) -> None:
+    from .jobs import check
     from .methods import find_method
     from .queue import check_data
 
+    check(comparison, folder)
     for line in check_data(comparison):
         announce(line)
     left, definition = comparison.cells_left(comparison.plan({})), comparison.definition

@@ -20,7 +20,7 @@ from filelock import FileLock
 from lrlora.checks import require_known, require_type
 from lrlora.files import parse_json, read_json, readable, write_json
 from lrlora.train.methods import adapter_config
-from lrlora.train.settings import FROM_TRAIN, TrainConfig
+from lrlora.train.settings import FROM_TRAIN, TrainConfig, require_settings
 from lrlora.train.tasks import KINDS
 
 from .capacity import CapacityTask
@@ -285,8 +285,8 @@ def check_folder(comparison: Comparison, output: Path) -> None:
         raise FileExistsError(f"The folder {output} is not empty and contains no comparison. Choose another --output.")
 
 
-def prepare(comparison: Comparison, output: Path) -> None:
-    """Create a folder for the results after validating the whole comparison.
+def check(comparison: Comparison, output: Path) -> None:
+    """Validate the whole comparison, apart from its data, and the folder for its results.
 
     Raises:
         FileExistsError: the folder holds something else.
@@ -302,9 +302,21 @@ def prepare(comparison: Comparison, output: Path) -> None:
                 adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
             config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
+            require_settings(config.training, "training", settings.task, known.train)
             head = KINDS[settings.task].adapter_fields
             adapter_config(known.train, head, settings.steps, config.adapter)
     check_folder(comparison, output)
+
+
+def prepare(comparison: Comparison, output: Path) -> None:
+    """Create a folder for the results of a comparison that `check` accepts.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: an option of a method or setting of a task is invalid.
+
+    """
+    check(comparison, output)
     (output / _LOCKS).mkdir(parents=True, exist_ok=True)
     with FileLock(output / _LOCKS / "settings.lock"):
         check_folder(comparison, output)  # again: another process may have been faster

@@ -237,3 +237,58 @@ def test_no_tokenizer_is_made_up(train: Train, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="without a tokenizer"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not list((tmp_path / "merged").glob("*token*"))
+
+
+def tied_and_trained(tmp_path: Path, family: str, **options: Any) -> tuple[Any, Any]:
+    """A model with tied embeddings, and an adapter with random trained parts on it, saved."""
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    base: Any = {
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)
+        ),
+        "llama": lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**sizes, vocab_size=16, tie_word_embeddings=True)
+        ),
+        "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=16)),
+    }[family]()
+    if family == "bert":
+        torch.nn.init.ones_(base.cls.predictions.bias)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), LoraConfig(r=2, **options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    return type(base), model
+
+
+@pytest.mark.parametrize(("family", "targets"), [("gpt2", ["c_attn"]), ("llama", ["q_proj"])])
+def test_trained_tokens_of_tied_embeddings_are_merged(family: str, targets: list[str], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": targets, "trainable_token_indices": [3, 5], "task_type": "CAUSAL_LM"}
+    kind, model = tied_and_trained(tmp_path, family, **options)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        expected, merged = (
+            each(input_ids=tokens).logits for each in (model, kind.from_pretrained(tmp_path / "merged").eval())
+        )
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [5]}}),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5]}}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [3]}),
+        ("bert", {"target_modules": ["query"], "trainable_token_indices": [3]}),  # whose tied layer has a bias
+    ],
+)
+def test_tied_tokens_that_answer_otherwise_once_merged(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    tied_and_trained(tmp_path, family, **options, task_type=None if family == "bert" else "CAUSAL_LM")
+    with pytest.raises(ValueError, match="is tied to"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from peft import PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from lrlora import LrLoraConfig, rank_report
-from lrlora.adapters import factorize, read_updates, save_as_lora
+from lrlora.adapters import factorize, merge_adapter, read_updates, save_as_lora
+from lrlora.cli import app
 from lrlora.ranks import MEASURES
 
 from ..conftest import TinyModel
@@ -177,6 +181,18 @@ def test_a_base_model_that_is_needed_and_not_there(tmp_path: Path) -> None:
         read_updates(tmp_path / "corda" / "adapter")
 
 
+@pytest.mark.refused
+def test_a_start_by_chance_is_not_read(tmp_path: Path) -> None:
+    adapter = save_trained(tmp_path, peft.LoraConfig(r=4, init_lora_weights="pissa_niter_4", **_ALL))
+    for read in (read_updates, partial(merge_adapter, output=tmp_path / "merged")):
+        with pytest.raises(ValueError, match=r"'pissa_niter_4', whose change .* cannot be reproduced\. Save it as"):
+            read(adapter)
+    result = CliRunner().invoke(app, ["export", str(adapter), "--output", str(tmp_path / "lora")])
+    assert result.exit_code == 1
+    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "lora").exists()
+
+
 def test_a_live_model_of_any_method() -> None:
     for method in ("LoHa", "OFT", "AdaLoRA"):
         model = get_peft_model(TINY.build(), METHODS[method])
@@ -234,6 +250,32 @@ def test_what_a_method_does_to_biases_is_said(tmp_path: Path) -> None:
     assert read_updates(tmp_path / "adapter").notes == (
         "This method also changes biases, which are included neither in the ranks nor in an exported LoRA.",
     )
+
+
+def test_an_export_that_is_another_adapter_is_an_error(tmp_path: Path) -> None:
+    tiny = TinyModel("bert")
+    base = tiny.build()
+    for name, parameter in base.named_parameters():
+        if name.endswith("value.bias"):
+            torch.nn.init.constant_(parameter, 5.0)  # whose change no LoRA has
+    base.save_pretrained(tmp_path / "base")
+    config = peft.IA3Config(target_modules=["value"], feedforward_modules=[], task_type="SEQ_CLS")
+    model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    for options, code in (((), 1), (("--max-rank", "1"), 0)):
+        output = tmp_path / f"lora-{code}"
+        result = CliRunner().invoke(app, ["export", str(tmp_path / "adapter"), "--output", str(output), *options])
+        said = "".join(result.output.split())
+        assert result.exit_code == code, result.output
+        assert ("Donotuseit;mergetheadapterinstead" in said) == code
+        lost = re.search(r"Onrandominputs([\d.]+)%", said)
+        assert lost
+        assert float(lost[1]) > 50
+        assert (output / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("method", ["HiRA", "(IA)³", "LoRA"])

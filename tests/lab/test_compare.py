@@ -454,9 +454,9 @@ def test_updates_of_zero_are_drawn(tmp_path: Path) -> None:
 
 
 def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
-    def wrong(name: str, value: object) -> Path:
+    def wrong(name: str, value: object, place: str | None = None) -> Path:
         content = yaml.safe_load(suite.read_text())
-        content["tasks"]["reviews"][name] = value
+        (content.setdefault(place, {}) if place else content["tasks"]["reviews"])[name] = value
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content))
         return path
@@ -471,16 +471,22 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--report"), "There is no comparison in"),
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
         (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA ignores r, got r=8. Set target_r=8"),
+        (("compare", suite, "--methods", "lora,lora+size=r4"), "Unknown field of LoraConfig 'size'"),
+        (("compare", wrong("warmup_step", 3, "training")), "Did you mean warmup_steps?"),
         (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
         (("compare", wrong("task", "clasify")), "Did you mean classify?"),
         (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),
         (("compare", wrong("columns", None)), "columns must map names to values"),
     ):
-        result = run(*arguments, "--output", tmp_path / "out")
-        assert result.exit_code == 1
-        assert message in " ".join(result.output.split())
+        for options in ((), ("--dry-run",)):
+            result = run(*arguments, "--output", tmp_path / "out", *options)
+            assert result.exit_code == 1
+            assert message in " ".join(result.output.split())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
+    plan = run("compare", suite, "--output", tmp_path / "out", "--dry-run")
+    assert plan.exit_code == 1
+    assert "is not empty and contains no comparison" in " ".join(plan.output.split())
     with pytest.raises(FileExistsError, match="no comparison"):
         prepare(Comparison(str(suite)), tmp_path / "out")
 

@@ -108,6 +108,42 @@ def test_the_smallest_within_a_rise_of_the_loss(home: Path, tmp_path: Path) -> N
     assert before == {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()}
 
 
+def test_at_least_half_of_a_small_gain_is_kept(home: Path, tmp_path: Path) -> None:
+    chat = {"model": str(home / "decoder"), "data": str(home / "chats.jsonl"), "task": "causal-lm"}
+    train(settings(home, "short", learning_rate=1e-4, **chat), announce=lambda line: None)
+    output = export(home / "short", tmp_path / "small", "--loss", "0.01")
+    cut = compress.Cut(compress.Subject.read(str(home / "short"), announce=print), announce=print)
+    with cut.subject.run.model.disable_adapter():
+        base = cut.loss_of(cut.subject.run.model)
+    assert base < 1.01 * cut.loss  # nothing at all is within the rise
+    assert f"Loss of the adapter: {cut.loss:.4g}, without it: {base:.4g}; as cut: " in output
+    lost = re.search(r"as loaded by PEFT: [\d.]+ \(.*?%\), ([\d.]+)% of the gain lost", output)
+    assert lost
+    assert 0 < float(lost[1]) <= 50
+    assert cut.loss_of(cut.subject.with_lora(tmp_path / "small")) <= (cut.loss + base) / 2
+
+
+def test_an_adapter_that_gains_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(home / "run", tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    against = {name: -tensor if ".lora_B." in name else tensor for name, tensor in weights.items()}
+    save_file(against, tmp_path / "run" / "adapter_model.safetensors")
+    said = told("export", tmp_path / "run", "--loss", "0.01", "--output", tmp_path / "out")
+    assert "The adapter gains nothing on the held-out examples" in said
+    assert "Cut it by energy (--energy) or to a size (--budget)" in said
+    assert not (tmp_path / "out").exists()
+    assert "of the gain" not in export(tmp_path / "run", tmp_path / "sized", "--budget", "r1")
+    # At the end of training, it is said, and the run is finished.
+    monkeypatch.setattr(compress.Cut, "gain", 0.0)
+    arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 2]
+    for options in ([], ["--loss", "0.01"]):
+        result = run("train", *arguments, "--output", tmp_path / f"new{len(options)}", *options)
+        assert result.exit_code == 0, result.output
+        said = " ".join(result.output.split())
+        assert "The smallest LoRA was not chosen: The adapter gains nothing on the held-out examples" in said
+        assert "To view the ranks" in said
+
+
 def test_a_size_is_filled_with_what_matters_where_there_is_data(home: Path, tmp_path: Path) -> None:
     by_loss_, by_energy = tmp_path / "by-loss", tmp_path / "by-energy"
     output = export(home / "run", by_loss_, "--budget", "r1")
@@ -364,6 +400,16 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     assert "The run is finished, but lora/ could not be written as requested: budget=3 is below the minimum" in said
     # What was there is still there.
     assert PeftConfig.from_pretrained(tmp_path / "run" / "lora").peft_type.value == "LORA"
+
+
+def test_a_file_that_loads_as_another_adapter_is_an_error(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress.Cut, "loss_of", lambda cut, model: cut.base)
+    result = run("export", home / "run", "--budget", "r2", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "asloadedbyPEFTitlosesmorethanhalfoftheadapter'sgain,whichthecutdidnot" in squeezed(result.output)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def _stopped(*arguments: Any) -> float:

@@ -106,6 +106,10 @@ MESSAGES = {
     ): "It is a field of the adapter: set it with --adapter lora_alpha=VALUE",
     ("--data", "good.csv", "--training", "warmup_step=1"): "Did you mean warmup_steps?",
     ("--data", "good.csv", "--adapter", "use_dora=true"): "Use method dora: --method dora",
+    (
+        *("--data", "good.csv", "--method", "lora"),
+        *("--adapter", "init_lora_weights=pissa_niter_4"),
+    ): "and another one when the adapter is loaded. Use init_lora_weights=pissa.",
     ("--data", "good.csv", "--training", "learning_rate=1", "--learning-rate", 2): "are the same setting",
     ("--data", "good.csv", "--learning-rate", -1): "learning_rate must be a number > 0, got -1",
     ("--data", "good.csv", "--training", "adam_beta2=2"): "adam_beta2 must be between 0 and 1, got 2",
@@ -147,6 +151,13 @@ def test_own_column_names_in_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said = told("train", "--model", encoder, "--data", "own.csv", "--task", "classify", "--column", "text=body")
     assert "text must be nonempty text in own.csv" in said
     assert "Here text is the column 'body'." in said
+
+
+def test_a_column_s_name_may_hold_an_equals_sign(encoder: str) -> None:
+    reviews().rename(columns={"review": "te=xt", "verdict": "from=pkg"}).to_csv("equals.csv", index=False)
+    columns = ("--column", "text=te=xt", "--column", "label=from=pkg")
+    result = run("train", "--model", encoder, "--data", "equals.csv", "--task", "classify", *columns, "--dry-run")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_long_first_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +358,13 @@ def test_overwriting_deletes_no_input(encoder: str) -> None:
     assert "--overwrite would delete data=" in told(*arguments, "--data", "out/good.csv", "--overwrite")
     start = ("train", "--start-from", "out", "--data", "out/../columns.csv", "--output", "out", "--overwrite")
     assert "--overwrite would delete start_from=" in told(*start)
+    settings = Path("out/settings.yaml")
+    settings.write_text(f"model: {encoder}\ntask: classify\ndata: columns.csv\noutput: out\n")
+    assert "--overwrite would delete config=out/settings.yaml" in told("train", settings, "--overwrite")
+    Path("link").symlink_to("out")
+    assert "--overwrite would delete data=" in told(*arguments[:-1], "link", "--data", "out/good.csv", "--overwrite")
     assert Path("out/good.csv").is_file()
+    assert settings.is_file()
 
 
 def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
@@ -357,7 +374,16 @@ def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
     assert "already exists" in told("ranks", "lrlora-run", "--json", weights)
     assert "already exists" in told("evaluate", "lrlora-run", "--data", "good.csv", "--json", weights)
     command = ("predict", "lrlora-run", "--data", "good.csv", "--output", "good.csv", "--overwrite")
-    assert "would replace the data" in told(*command)
+    assert "--overwrite would delete data=good.csv, or a part of it" in told(*command)
+    assert "--overwrite would delete run=lrlora-run" in told(*command[:-2], weights, "--overwrite")
+    Path("data").mkdir()
+    Path("good.csv").rename("data/train.csv")
+    Path("good.csv").symlink_to("data/train.csv")
+    for data, output in (("data", "data/train.csv"), ("good.csv", "data/train.csv"), ("data/train.csv", "good.csv")):
+        said = told("predict", "lrlora-run", "--data", data, "--output", output, "--overwrite")
+        assert f"--overwrite would delete data={data}" in said
+    assert "--overwrite would delete data=good.csv" in told("init", "good.csv", "--data", "good.csv", "--overwrite")
+    assert Path("data/train.csv").read_text().startswith("text,label")
     assert weights.read_bytes() == before
     assert run("predict", "lrlora-run", "--text", "a film", "--output", "one.jsonl").exit_code == 0
     assert len(Path("one.jsonl").read_text().splitlines()) == 1

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..files import ADAPTER_EXPECTED, readable, require_present, require_regular
 from .card import class_names
-from .peft_folder import AdapterSource, SavedAdapter, require_all_weights
+from .peft_folder import AdapterSource, SavedAdapter, require_all_weights, require_reproducible_start
 from .update import Updates
 
 
@@ -30,10 +30,11 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
 
     Raises:
         FileNotFoundError: the base model is missing.
-        ValueError: the adapter does not fit the base model.
+        ValueError: the adapter does not fit the base model, or its change to the base weights cannot be reproduced.
 
     """
     saved = SavedAdapter.read(adapter)
+    require_reproducible_start(saved)
     name, config = saved.name, saved.config
     base = saved.base_model
     if not base:

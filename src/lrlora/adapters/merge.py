@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..files import free_folder, replacing_folder
@@ -72,13 +74,25 @@ def merge_adapter(
 
 
 def _require_untied(model: Any) -> None:
-    """Refuse adapters on weights that another module uses too, such as tied embeddings: merging would change both."""
+    """Refuse adapters on weights that another module uses too, such as tied embeddings: merging would change both.
+
+    Trained tokens pass if PEFT trains them in all of these modules; it leaves out the bias of a linear one.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
-    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
-        shared = names.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
-        if len(shared) > 1:
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    tokens = [layer for layer in layers if isinstance(layer, TrainableTokensLayer)]
+    followers = Counter(
+        id(layer.weight)
+        for layer in tokens
+        if layer.tied_adapter is not None and getattr(layer.base_layer, "bias", None) is None
+    )
+    for layer in layers:
+        base = layer.get_base_layer()
+        weight = id(getattr(getattr(base, "token_adapter", base), "weight", None))  # tokens may be trained below LoRA
+        shared = names.get(weight, [])
+        if len(shared) > 1 and not (layer in tokens and followers[weight] == len(shared) - 1):
             raise ValueError(
                 f"The adapter changes {shared[0]}, which is tied to {shared[1]}: merged, it would change both. Use the "
                 "adapter unmerged, or export it (lrlora export)."

@@ -26,7 +26,7 @@ from ..checks import require_float32, require_type
 from ..files import ADAPTER_EXPECTED, read_json, readable, require_adapter, write_json
 from ..tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
 from ..untrusted import require_plain_names, require_quick_patterns
-from .update import common_dtype
+from .update import CHANGING_STARTS, common_dtype
 
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 # Configuration fields used here whose types PEFT does not check.
@@ -152,6 +152,17 @@ def _require_sound(config: Mapping[str, Any]) -> None:
 
 
 AdapterSource = str | os.PathLike[str] | SavedAdapter
+_REPRODUCIBLE_STARTS = ("pissa", "olora")  # "pissa_niter_4" is a randomized SVD, another one each time
+
+
+def require_reproducible_start(saved: SavedAdapter) -> None:
+    """Raise ValueError unless loading a saved adapter changes the base weights as the training did, if at all."""
+    start = getattr(saved.config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith(CHANGING_STARTS) and start not in _REPRODUCIBLE_STARTS:
+        raise ValueError(
+            f"{saved.name} uses init_lora_weights={start!r}, whose change to the base weights cannot be reproduced. "
+            "Save it as a plain LoRA with PEFT's path_initial_model_for_weight_conversion, or train with 'pissa'."
+        )
 
 
 def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:

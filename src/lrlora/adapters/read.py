@@ -25,7 +25,7 @@ from ..untrusted import pattern_key
 from .full_model import Checkpoint, updates_between, with_weight
 from .layers import updates_of_model
 from .lora_file import SingleFile
-from .peft_folder import SavedAdapter, require_all_weights
+from .peft_folder import SavedAdapter, require_all_weights, require_reproducible_start
 from .products import rank_of, scaling_of, update_from_parts
 from .update import CHANGING_STARTS, MAGNITUDES_NOTE, Layout, Update, Updates
 
@@ -48,7 +48,6 @@ _FROM_FACTORS = ("LORA", "LOHA", "LOKR")
 _PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[AB]|hada_\w+|lokr_\w+)(?:\.weight)?$")
 # LoRA options whose update is more than s·BA.
 _VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
-_REPRODUCIBLE_STARTS = ("pissa", "olora")
 
 
 def read_updates(
@@ -222,12 +221,7 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
 def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], tuple[str, ...]]:
     """Updates that depend on the base weight or its shape: PEFT merges each, and ΔW is the difference."""
     config = saved.config
-    start = str(getattr(config, "init_lora_weights", None))
-    if start.startswith(CHANGING_STARTS) and not start.startswith(_REPRODUCIBLE_STARTS):
-        raise ValueError(
-            f"{saved.name} uses init_lora_weights={start!r}, whose change to the base weights cannot be reproduced. "
-            "Save it as a plain LoRA with PEFT's path_initial_model_for_weight_conversion."
-        )
+    require_reproducible_start(saved)
     name = base or saved.base_model
     if not name:
         raise ValueError(f"{_why(saved)} The adapter does not name one. Pass it (base=, --base).")

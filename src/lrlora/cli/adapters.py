@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ from .common import announce, app, as_text, console, one_clear_error, quiet, req
 from .exporting import Size, cut_of, export_by_loss, parameters_in, write_factors
 
 if TYPE_CHECKING:
-    from ..adapters import Updates
+    from ..adapters import Factors, Updates
 
 
 _SOURCE_HELP = "PEFT adapter of any method (folder or hub name), LoRA in a .safetensors file, or full model."
@@ -90,10 +90,19 @@ def _write_report(sources: list[str], base: str | None, output: Path, pictures: 
     if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
         raise FileExistsError(f"The folder {pictures} is not empty. Choose another, or pass --overwrite.")
     quiet()
-    from ..views.figure import save_pictures
-    from ..views.page import write_page
+    from ..views.figure import has_pictures, save_pictures
+    from ..views.page import is_page, write_page
     from ..views.runs import load_runs
 
+    if output.exists() and not is_page(output):
+        raise FileExistsError(
+            f"{output} is not a page of `lrlora report`, so it is not replaced. Choose another --output."
+        )
+    if pictures and pictures.exists() and any(pictures.iterdir()) and not has_pictures(pictures):
+        raise FileExistsError(
+            f"The folder {pictures} was not written by `lrlora report`, so nothing in it is replaced. Choose another "
+            "--pictures."
+        )
     runs = load_runs(sources, base=base)
     write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
     announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")
@@ -221,7 +230,7 @@ def export(
         write_factors(factors, updates, output, dtype=dtype, pad=pad, config_only=config_only, every=every)
     if check and not config_only:
         with one_clear_error("The LoRA is written, but not compared with the original."):
-            _print_difference(updates, output)
+            _print_difference(updates, factors, output)
 
 
 def _base_of(source: str) -> str | None:
@@ -266,7 +275,7 @@ def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
     return updates
 
 
-def _print_difference(updates: Updates, output: Path) -> None:
+def _print_difference(updates: Updates, factors: Sequence[Factors], output: Path) -> None:
     from ..adapters import output_difference
     from ..adapters.peft_folder import SavedAdapter
 
@@ -281,6 +290,12 @@ def _print_difference(updates: Updates, output: Path) -> None:
     if not math.isfinite(difference):
         raise ValueError("On random inputs, the outputs of the adapter or of its export are not finite.")
     announce(f"On random inputs {difference:.2%} of the adapter's effect on the last hidden state is lost")
+    kept = min(part.kept for part in factors if part.energy)
+    if difference > 0.5 and kept >= DEFAULT_ENERGY:  # a cut to less may lose as much
+        raise ValueError(
+            f"{output} is written, but {difference:.0%} of the adapter's effect is lost, although every module keeps "
+            f"at least {kept:.2%} of its energy. Do not use it; merge the adapter instead (lrlora merge)."
+        )
 
 
 @app.command()

@@ -20,6 +20,7 @@ from rich.markup import escape
 
 from .. import __version__
 from ..checks import printable
+from ..files import require_no_input
 
 app = typer.Typer(
     help="Learnable-Rank LoRA: fine-tune transformers without guessing a rank.",
@@ -75,6 +76,13 @@ def main(
     # each other in native code, where Python cannot handle the signal.
     if "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def require_replaceable(file: Path, overwrite: bool, **inputs: str | Path | None) -> None:
+    """Raise an error if a file to write exists and is not to be replaced, or is an input of the command."""
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"The file {file} already exists. Choose another name, or pass --overwrite.")
+    require_no_input(file, **inputs)
 
 
 def require_new(file: Path | None) -> None:

@@ -135,7 +135,7 @@ def export_by_loss(
     updates = cut.subject.updates
     factors = size.choose(cut, updates, dtype)
     loss = cut.measured(factors)
-    announce(f"Loss of the adapter: {cut.loss:.4g}; {_compared('as cut', loss, cut)}")
+    announce(f"Loss of the adapter: {cut.loss:.4g}, without it: {cut.base:.4g}; {_compared('as cut', loss, cut)}")
     write_factors(factors, updates, output, dtype=dtype, **writing)
     if writing["config_only"]:
         return
@@ -145,6 +145,11 @@ def export_by_loss(
         if check:
             loaded = cut.loss_of(cut.subject.with_lora(output))
             announce(f"Loss of {output} {_compared('as loaded by PEFT', loaded, cut)}")
+            if loaded - loss > cut.gain / 2 > 0:
+                raise ValueError(
+                    f"{output} is written, but as loaded by PEFT it loses more than half of the adapter's gain, which "
+                    "the cut did not. Do not use it; merge the adapter instead (lrlora merge)."
+                )
 
 
 def _heal(cut: Cut, output: Path, steps: int, loss: float) -> None:
@@ -159,7 +164,9 @@ def _heal(cut: Cut, output: Path, steps: int, loss: float) -> None:
 
 
 def _compared(which: str, loss: float, cut: Cut) -> str:
-    return f"{which}: {loss:.4g} ({(loss - cut.loss) / max(abs(cut.loss), 1e-9):+.2%})"
+    rise = loss - cut.loss
+    lost = f", {max(0, rise) / cut.gain:.1%} of the gain lost" if cut.gain > 0 else ""
+    return f"{which}: {loss:.4g} ({rise / max(abs(cut.loss), 1e-9):+.2%}){lost}"
 
 
 def show_smallest(run: TrainConfig) -> None:
@@ -173,7 +180,13 @@ def show_smallest(run: TrainConfig) -> None:
     cut = Cut(subject, announce=announce, progressbar=True)
     rise = (run.loss or _RISE) if run.size is None else None
     size = Size(rise, None if run.size is None else parse_size(run.size, "--size"), None)
-    factors = size.choose(cut, subject.updates, None)
+    try:
+        factors = size.choose(cut, subject.updates, None)
+    except ValueError as error:
+        if rise is None:
+            raise
+        announce(f"The smallest LoRA was not chosen: {error}")  # the run is finished
+        return
     loss, rank = cut.measured(factors), sum(part.parameters_per_rank for part in factors)
     record = record_losses(folder, cut, factors, rise)
     if rise is None:

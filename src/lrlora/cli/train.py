@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..files import write_json, write_whole
+from ..files import require_no_input, write_json, write_whole
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
-from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
+from .common import announce, app, as_text, console, one_clear_error, quiet, require_new, require_replaceable
 from .exporting import show_smallest
 from .settings import settings_as_options, settings_of, starter
 
@@ -36,8 +35,7 @@ def init(
 ) -> None:
     """Write a YAML file with every setting of a run, its description and its default."""
     with one_clear_error():
-        if file.exists() and not overwrite:
-            raise FileExistsError(f"The file {file} already exists. Choose another name, or pass --overwrite.")
+        require_replaceable(file, overwrite, model=model, data=data)
         TrainConfig(model, data, task)  # checks the values
         write_whole(file, starter({"model": model, "data": data, "task": task}))
         announce(f"Settings: {file}. Edit it, then check the plan: lrlora train {file} --dry-run")
@@ -61,6 +59,8 @@ def train(
     with one_clear_error():
         if resume is None:
             run = TrainConfig.from_dict(settings_of(config, settings))
+            if overwrite:
+                require_no_input(run.output, config=config)
         elif config or any(value is not None for value in settings.values()):
             raise ValueError(
                 "--resume uses the settings of the run; pass no others. To train a finished run further: lrlora "
@@ -200,11 +200,11 @@ def predict(
         reading = {"split": split, **_reading(columns, delimiter, encoding, skip_empty)}
         if data is None and (given := [name for name, value in reading.items() if value is not None]):
             raise ValueError(f"--{given[0].replace('_', '-')} describes data. Pass --data, or remove it.")
-        if data is not None and output is not None and output.absolute() == Path(data).absolute():
-            raise ValueError(f"--output {output} would replace the data. Choose another.")
+        if output is not None:
+            require_replaceable(output, overwrite, run=run, data=data)
         quiet()
         reading["announce"] = _note
-        from ..train.inference import predict, predict_texts
+        from ..train.inference import predict, predict_texts, write_predictions
 
         how = parse_assignments(generation or (), "--generation")
         if text is not None and output is None:
@@ -217,7 +217,7 @@ def predict(
             else predict_texts(run, _lines_of_input() if text is None else [text], how, _note)
         )
         if output is not None:
-            _write_predictions(found, output, overwrite)
+            announce(f"{write_predictions(output, found):,} predictions: {output}")
             return
         for prediction in found:
             print(json.dumps(prediction, ensure_ascii=False))
@@ -235,14 +235,6 @@ def _lines_of_input() -> list[str]:
     if empty := next((number for number, line in enumerate(texts, 1) if not line.strip()), None):
         raise ValueError(f"Line {empty} of the standard input is empty. Each line is a text to predict.")
     return texts
-
-
-def _write_predictions(found: Iterator[dict[str, Any]], output: Path, overwrite: bool) -> None:
-    from ..train.inference import write_predictions
-
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"The file {output} already exists. Choose another --output, or pass --overwrite.")
-    announce(f"{write_predictions(output, found):,} predictions: {output}")
 
 
 @app.command()

@@ -261,6 +261,12 @@ class Cut:
         whole = subject.whole
         gradients = tqdm(training, desc="Gradients of the loss", disable=not progressbar)
         self.curve = loss_curve(subject.on_base, whole, gradients, subject.loss)
+        self.base = self.measure([])  # trained heads, biases and tokens stay
+
+    @property
+    def gain(self) -> float:
+        """Loss that the update saves on held-out examples."""
+        return self.base - self.loss
 
     def measure(self, factors: Sequence[Factors]) -> float:
         """Loss with these factors in place of the adapter."""
@@ -287,27 +293,35 @@ class Cut:
         return min((by_loss, by_energy), key=self.measure)
 
     def smallest(self, rise: float, max_rank: int | None = None) -> list[Factors]:
-        """Factors of the smallest size whose loss is within a share of the adapter's loss.
+        """Factors of the smallest size whose loss is within a share of the adapter's loss, and keeps half of its gain.
 
         Args:
             rise: relative, such as 0.01.
             max_rank: of any module.
 
         Raises:
-            ValueError: no size is within.
+            ValueError: no size is within, or there is no gain.
 
         """
-        limit = self.loss + rise * abs(self.loss)
-        try:
-            factors, self.points = smallest(self.curve, self.measured, limit, max_rank=max_rank)
-        except ValueError as error:
-            if self._is_thin:
-                raise
-            why = (
-                f"The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was dropped "
-                "beforehand."
+        if self.gain <= 0:
+            raise ValueError(
+                f"The adapter gains nothing on the held-out examples (loss {self.loss:.4g}, {self.base:.4g} without "
+                "it), so no size can be chosen by loss. Cut it by energy (--energy) or to a size (--budget), or pass "
+                "other examples (--data)."
             )
-            raise ValueError(f"{error} {why}") from None
+        allowed, half = rise * abs(self.loss), self.gain / 2
+        try:
+            factors, self.points = smallest(
+                self.curve, self.measured, self.loss + min(allowed, half), max_rank=max_rank
+            )
+        except ValueError as error:
+            why = "" if allowed <= half else " A rise of more than half of the adapter's gain is not allowed."
+            if not self._is_thin:
+                why += (
+                    f" The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was "
+                    "dropped beforehand."
+                )
+            raise ValueError(f"{error}{why}") from None
         return factors
 
     @property

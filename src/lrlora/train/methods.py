@@ -93,6 +93,11 @@ def adapter_config(
             "adapter: init_lora_weights='eva' takes a pass over the data before training, which lrlora train does not "
             "make. Remove it, or call peft.initialize_lora_eva_weights in your own script."
         )
+    if str(start := options.get("init_lora_weights")).startswith("pissa_niter"):
+        raise ValueError(
+            f"adapter: init_lora_weights={start!r} takes a randomized SVD out of the base weights, and another one "
+            "when the adapter is loaded. Use init_lora_weights=pissa."
+        )
     require_module_names(options)
     require_float32(options, "of adapter")
     require_quick_patterns(options, "of adapter")  # may come from an untrusted run.json

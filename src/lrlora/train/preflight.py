@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from ..files import require_no_input
 from ..ranks.report import read_history
 from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord
 from .data import require_data_path
@@ -55,12 +55,8 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
         hint += ", or continue it with --resume" * (is_run and not is_finished)
         raise FileExistsError(f"The folder {output} exists and is not empty. Choose another --output, or {hint}.")
     if overwrite:
-        for name in ("model", "data", "validation", "start_from", "chat_template"):
-            path = Path(os.path.abspath(str(getattr(config, name) or os.sep)))
-            if path.exists() and path.is_relative_to(os.path.abspath(output)):
-                raise ValueError(
-                    f"--overwrite would delete {name}={path}, which is in {output}. Choose another --output."
-                )
+        inputs = ("model", "data", "validation", "start_from", "chat_template")
+        require_no_input(output, **{name: getattr(config, name) for name in inputs})
     require_model_folder(config.model)
     if config.start_from is not None:
         _check_start_from(config)

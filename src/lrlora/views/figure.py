@@ -140,6 +140,11 @@ def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
             save_figure(figure, target / f"{name}.{suffix}")
 
 
+def has_pictures(folder: Path) -> bool:
+    """Whether a folder holds pictures of `save_pictures`."""
+    return (folder / f"kinds.{FORMATS[0]}").is_file()
+
+
 def _of_all_measures(
     runs: Sequence[Run], draw: Callable[[Axes, str, Sequence[Run], list[str]], None], columns: int
 ) -> Figure:

@@ -80,6 +80,11 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
     write_whole(path, page)
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of `write_page`."""
+    return path.is_file() and b'<meta name="generator" content="lrlora">' in path.read_bytes()[:200]
+
+
 @cache
 def _charts_library() -> str:
     """Vega-Embed as one script, cached: bundling takes a second."""
