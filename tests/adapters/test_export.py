@@ -398,3 +398,41 @@ def test_the_configuration_alone_keeps_what_each_module_was_trained_with(train: 
     for path, layer in model.named_modules():
         if isinstance(layer, LrLoraLayer):
             assert plain.get_submodule(path).scaling == layer.scaling  # 16, 1 and 2
+
+
+class Named(torch.nn.Module):
+    """Modules whose names end in one another: proj, a.proj, b.a.proj."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Module(), torch.nn.Module()
+        self.a.proj, self.b.a = torch.nn.Linear(8, 8), torch.nn.Module()
+        self.b.a.proj, self.b.proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b.proj(self.b.a.proj(torch.tanh(self.a.proj(torch.tanh(self.proj(x))))))
+
+
+@pytest.mark.parametrize("pattern", [False, True])
+def test_modules_whose_names_end_in_one_another_load_as_saved(pattern: bool, tmp_path: Path) -> None:
+    build = lambda: (torch.manual_seed(0), Named())[1]  # noqa: E731
+    torch.manual_seed(1)
+    targets = r"(b\.a\.|a\.)?proj" if pattern else ["proj", "a.proj", "b.a.proj"]
+    config = LoraConfig(r=2, target_modules=targets, exclude_modules=None if pattern else r"b\.proj")
+    model = get_peft_model(build(), dataclasses.replace(config, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    factors = factorize(model, energy=1.0)
+    assert len(factors) == 3
+    empty = {"A": torch.empty(0, 8), "B": torch.empty(8, 0)}
+    kept = [dataclasses.replace(part, **empty) if part.module == "a.proj" else part for part in factors]
+    save_as_lora(kept, tmp_path / "adapter", tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "lora")
+    found = {
+        path: layer.get_delta_weight("default")
+        for path, layer in loaded.get_base_model().named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert found.keys() == {"proj", "b.a.proj"}
+    for part in kept:
+        if part.rank:
+            torch.testing.assert_close(found[part.module], part.B @ part.A, rtol=1e-4, atol=1e-6)

@@ -29,6 +29,7 @@ from lrlora.train.sharding import check_sharding
 from ..conftest import TinyModel
 from ..processes import LRLORA, Process
 from ..train.small import SIZES, reviews, save_decoder, tokenizer
+from .learn_ranks import learn
 from .train_sharded import build, train
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,34 @@ def test_several_processes_do_what_one_does(family: str, way: str, processes: in
     assert max(row.relative_norm or 0 for row in RankReport.from_json(tmp_path / "ranks.json").rows) > 0
 
 
+@pytest.mark.parametrize(
+    "way",
+    ["compile", "ddp", "fsdp", "fsdp-bf16", *(pytest.param(way, marks=pytest.mark.slow) for way in ("zero2", "zero3"))],
+)
+def test_ranks_are_learned_by_several_processes_as_by_one(way: str, tmp_path: Path) -> None:
+    if way.startswith("zero"):
+        need_deepspeed()
+    model, alone = learn("alone")
+    if way == "compile":
+        compiled, found = learn(way)
+        compiled.save_pretrained(tmp_path)
+    else:
+        torchrun(2, ROOT / "tests" / "distributed" / "learn_ranks.py", way, tmp_path)
+        found = json.loads((tmp_path / "found.json").read_text())
+    half = way.endswith("bf16")
+    for module, rises in alone["rises"].items():
+        assert found["rises"][module] == pytest.approx(rises, rel=0.1 if half else 1e-4, abs=5e-2 * rises[0] * half)
+    assert found["ranks"] == alone["ranks"]
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-2 if half else 1e-5)
+    assert found["summary"] == alone["summary"]
+    # PEFT alone loads what was saved there, as small as that of one process.
+    tiny = TinyModel("llama")
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path).eval()
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model.eval()), rtol=0, atol=0.2 if half else 1e-4)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(len(value) for name, value in stored.items() if "lora_A" in name) == sum(alone["ranks"].values())
+
+
 def test_mixed_precision_leaves_phi_in_float32(tmp_path: Path) -> None:
     torchrun(2, ROOT / "tests" / "distributed" / "train_sharded.py", "llama", "fsdp-bf16", tmp_path)
     _, losses = train("llama", "fsdp-bf16")
@@ -189,6 +218,43 @@ def test_lrlora_train_in_two_processes(settings: dict[str, Any], tmp_path: Path)
     assert list((tmp_path / "two").glob("checkpoint-*")) == []
 
 
+LEARNED = {"method": "lora", "size": "r1"}
+
+
+def assert_learned_alike(one: Path, other: Path) -> None:
+    """Two runs that learned ranks: losses, ranks, reports and adapters."""
+    assert losses(other) == pytest.approx(losses(one), abs=1e-5)
+    rows, others = (RankReport.from_json(folder / "ranks.json").rows for folder in (one, other))
+    assert [(row.module, row.r) for row in others] == [(row.module, row.r) for row in rows]
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    torch.testing.assert_close(others, weights, rtol=0, atol=1e-4)
+
+
+def test_lrlora_train_learns_ranks_in_two_processes(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings | LEARNED))
+    said = torchrun(2, "-m", "lrlora", "train", tmp_path / "run.yaml", "--batch-size", 4, "--output", tmp_path / "two")
+    assert said.count("Ranks learned at step 5:") == 1
+    assert_learned_alike(train_run(TrainConfig.from_dict(settings | LEARNED)).output, tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 9])  # among the steps that give moments, and after the cut
+def test_learned_ranks_resume_with_another_number_of_processes(
+    step: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def stop(line: str) -> None:
+        if line.startswith(f"Step {step}:"):
+            raise KeyboardInterrupt
+
+    settings |= LEARNED
+    settings["training"] |= {"save_steps": 1, "eval_steps": 1}
+    whole = train_run(TrainConfig.from_dict(settings))
+    with pytest.raises(KeyboardInterrupt):
+        train_run(TrainConfig.from_dict(settings | {"output": str(tmp_path / "cut")}), announce=stop)
+    torchrun(2, "-m", "lrlora", "train", "--resume", tmp_path / "cut")
+    assert_learned_alike(whole.output, tmp_path / "cut")
+
+
 @pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(settings: dict[str, Any], tmp_path: Path) -> None:
     def stop(line: str) -> None:
@@ -235,6 +301,36 @@ def test_lrlora_train_in_processes_of_torchrun(settings: dict[str, Any], tmp_pat
     assert losses(tmp_path / "two") == pytest.approx(
         losses(train_run(TrainConfig.from_dict(settings)).output), abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        pytest.param("fsdp", [OF_BERT], marks=pytest.mark.integration),
+        pytest.param("fsdp", [OF_BERT, "--mixed_precision=bf16"], marks=pytest.mark.slow),
+        pytest.param("zero2", [], marks=pytest.mark.slow),
+        pytest.param("zero3", [], marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_are_learned_under_accelerate_launch(
+    way: str, options: list[str], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    if way != "fsdp":
+        need_deepspeed()
+    settings |= LEARNED
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    two = tmp_path / "two"
+    said = launch(*accelerate(way, 2, *options), tmp_path / "run.yaml", "--batch-size=4", f"--output={two}")
+    assert said.count("Ranks learned at step 5:") == 1
+    one = train_run(TrainConfig.from_dict(settings)).output
+    if way == "fsdp" and len(options) == 1:
+        assert_learned_alike(one, two)
+        return
+    # Half precision, and under ZeRO the half rate and the state of the optimizer, which the head shares, differ.
+    assert losses(two) == pytest.approx(losses(one), abs=0.1)
+    stored = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+    sizes = [sum(part.numel() for name, part in each.items() if "lora_" in name) for each in stored]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
 @pytest.mark.integration

@@ -155,19 +155,19 @@ def shares_of(model: Any, optimizer: Any, factor: nn.Parameter) -> list[float]:
     return shares
 
 
-def test_half_the_rate_before_the_cut() -> None:
+def test_half_the_rate_before_the_cut_and_warm_up_after_it() -> None:
     _, model = with_lora("mlp")
     optimizer = torch.optim.SGD(trained(model), lr=1e-3)
     learned = LearnedRanks(model, optimizer, size="r2", steps=400, at=0.25)
     shares = shares_of(model, optimizer, model.get_base_model().last.lora_B["default"].weight)
     for step in range(learned.cut_step + 25):
-        assert learned.rates == [1e-3 * (0.5 if step < 100 else 1.0)]
+        assert learned.rates == [pytest.approx(1e-3 * (0.5 if step < 100 else min(1.0, (step - 99) / 20)))]
         model(torch.randn(4, 16)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert learned.cut_step == 100
     assert shares[:99] == pytest.approx([0.5] * 99, rel=1e-3)
-    assert shares[100:] == pytest.approx([1.0] * 25, rel=1e-3)
+    assert shares[100:] == pytest.approx([min(1.0, (step + 1) / 20) for step in range(25)], rel=5e-3)
 
 
 def test_a_head_in_the_same_group_keeps_its_rate() -> None:

@@ -252,7 +252,9 @@ def pad_state(model: Any, state: MutableMapping[str, Tensor], prefix: str, *args
     if not names.keys() & state.keys():
         return
     for key, (weight, dim) in names.items():
-        missing = list(getattr(weight, "ds_shape", weight.shape))  # ZeRO-3 leaves parameters empty
+        missing = list(weight.shape)
+        if hasattr(weight, "ds_id"):
+            continue  # ZeRO-3 keeps the values elsewhere, all of them
         if key in state:
             missing[dim] -= state[key].shape[dim]
         if missing[dim] < 0:

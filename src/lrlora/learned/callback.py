@@ -89,7 +89,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.learned is not None and self.learned.ranks is None and hasattr(kwargs["lr_scheduler"], "_last_lr"):
+        if self.learned is not None and hasattr(kwargs["lr_scheduler"], "_last_lr"):
             kwargs["lr_scheduler"]._last_lr = self.learned.rates  # the Trainer logs them
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -5,7 +5,8 @@ from the ordinary steps before the cut, so that no extra pass over data is neede
 the front and the others set to zero, where they stay (`adapter`): no parameter changes its shape, so that every way to
 train goes on. What is written is a plain LoRA with a `rank_pattern`, which PEFT loads without lrlora.
 
-The factors learn at half the rate before the cut: a wide LoRA bears less. Other parameters, such as heads, keep theirs.
+The factors learn at half the rate before the cut, since a wide LoRA bears less, and warm up after it, since the
+optimizer begins anew with them. Other parameters, such as heads, keep their rate.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from .adapter import (
 from .directions import LossCurve, directions
 from .moments import Moments, channel_dim, watch
 from .parameters import is_zero, processes, restart, whole
-from .size import parameters_in
+from .size import costs_of, parameters_in
 
 CUT_AT = 0.3  # share of the steps
 _WINDOW = 32  # steps that give moments
 _WIDE_RATE = 0.5  # share of the learning rate before the cut
+_WARM_UP = 20  # steps after the cut, at most a twentieth of all
 _FEWEST_STEPS = 10
 _FIRST_CUT = 3  # B is 0 in the first step, and with a warm-up also in the second
 _CHECKED = (1, 10)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
@@ -100,9 +102,11 @@ class LearnedRanks:
         self._model = peft_model(model)
         self._adapter = require_plain_lora(self._model)
         self._size, self._steps, self._max_rank, self._done = size, steps, max_rank, 0
+        self._warm_up = max(1, min(_WARM_UP, steps // 20))
         self.ranks: dict[str, int] | None = None
         self.cut_step = cut_step(at, steps)
-        self._parameters = parameters_in(size, self._model, self._adapter, max_rank)
+        self._costs = costs_of(self._model, self._adapter)
+        self._budget = parameters_in(size, self._model, self._adapter, max_rank)
         self._optimizer, self._inner = _unwrapped(optimizer)
         self._layers = lora_layers(self._model, self._adapter)
         _require_suitable(self._optimizer, self._inner, self._factors)
@@ -150,9 +154,21 @@ class LearnedRanks:
         return [weight for layer in self._layers.values() for weight in lora_weights(layer, self._adapter)]
 
     @property
+    def parameters(self) -> int:
+        """Number of parameters of the adapter after the cut; its limit before."""
+        return self._budget if self.ranks is None else sum(self._costs[path] * r for path, r in self.ranks.items())
+
+    @property
+    def _share(self) -> float:
+        """Share of the learning rate at which the factors learn in the next step."""
+        if self.ranks is None:
+            return _WIDE_RATE
+        return min(1.0, (self._done - self.cut_step + 1) / self._warm_up)
+
+    @property
     def rates(self) -> list[float]:
         """Learning rates of the optimizer's groups, as the factors in them are trained."""
-        share, factors = _WIDE_RATE if self.ranks is None else 1.0, {id(weight) for weight in self._factors}
+        share, factors = self._share, {id(weight) for weight in self._factors}
         groups = self._inner.param_groups
         return [g["lr"] * (share if any(id(p) in factors for p in g["params"]) else 1.0) for g in groups]
 
@@ -163,8 +179,8 @@ class LearnedRanks:
     def state_dict(self) -> dict[str, Any]:
         """Steps, ranks and moments, the same on every process."""
         return {
-            **{"done": self._done, "cut_step": self.cut_step, "size": self._size, "max_rank": self._max_rank},
-            "ranks": self.ranks,
+            **{"size": self._size, "max_rank": self._max_rank, "done": self._done},
+            **{"cut_step": self.cut_step, "warm_up": self._warm_up, "ranks": self.ranks},
             "moments": {path: [*of.to("cpu", copy=True)] for path, of in self._moments.items()},
         }
 
@@ -191,7 +207,7 @@ class LearnedRanks:
         if any(wide.get(path, 0) < rank for path, rank in state["ranks"].items()):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._require_ranks(state["ranks"])
-        self.cut_step = state["cut_step"]
+        self.cut_step, self._warm_up = state["cut_step"], state["warm_up"]
         self._end_learning(state["ranks"])
 
     def _device(self, path: str) -> torch.device:
@@ -207,7 +223,7 @@ class LearnedRanks:
         if self.ranks is not None or self._done < self.cut_step - _WINDOW:
             return
         if not self._watchers:
-            self._watch(torch.compiler.disable(_collect))  # hooks on gradients cannot be traced
+            self._watch(_collect)
         if len(self._moments) < len(self._layers):
             for part in lora_factors(self._model, self._adapter):
                 if part.energy and part.module not in self._moments:
@@ -233,7 +249,7 @@ class LearnedRanks:
             self._reached = None
             self._watch(None)
         self._before = []  # of a step that failed
-        if self.ranks is not None:
+        if self._share == 1:
             return
         factors = {id(weight) for weight in self._factors}
         for group in optimizer.param_groups:
@@ -249,7 +265,7 @@ class LearnedRanks:
 
     def _after_update(self, *args: Any) -> None:
         for part, before in self._before:
-            part.lerp_(before, 1 - _WIDE_RATE)
+            part.lerp_(before, 1 - self._share)
         self._before = []
 
     def _require_reached(self, reached: set[str]) -> None:
@@ -275,7 +291,7 @@ class LearnedRanks:
                 self._cut()
         elif self._done - self.cut_step in _CHECKED:
             self._require_ranks(self.ranks)
-        if self._ends and self._done >= self._steps:
+        if self._ends and self._done >= self._steps and processes() == 1:
             self.finish()
 
     def _require_ranks(self, ranks: Mapping[str, int]) -> None:
@@ -304,7 +320,7 @@ class LearnedRanks:
             )
         moments = {path: of.to("cpu") for path, of in self._moments.items()}
         curve = LossCurve([directions(part, moments.get(part.module), 1) for part in wide])
-        factors = curve.within(self._parameters, self._max_rank)
+        factors = curve.within(self._budget, self._max_rank)
         if processes() > 1:  # others may round otherwise
             shared = [factors]
             dist.broadcast_object_list(shared, src=0)
@@ -326,11 +342,11 @@ class LearnedRanks:
         self._watch(None)
 
     def finish(self) -> None:
-        """Make the live model as small as what is saved; only after the cut, in one process without sharding.
+        """Make the live model as small as what is saved, after training; only after the cut, without sharding.
 
-        Called after the last step.
+        In one process, called after the last step.
         """
-        is_whole = processes() == 1 and not self._is_flat and not is_sharded(self._model)
+        is_whole = not self._is_flat and not is_sharded(self._model)
         if self.ranks is None or not is_whole or vars(self._model).get("save_pretrained") is not self._save:
             return
         self._restart()
@@ -344,6 +360,7 @@ def _reach(learned: LearnedRanks | None, path: str, *args: Any) -> None:
         learned._reached.add(path)
 
 
+@torch.compiler.disable  # hooks on gradients cannot be traced
 def _collect(learned: LearnedRanks | None, path: str, down: nn.Module, inputs: Any, z: Tensor) -> None:
     """Forward hook in the steps that give moments."""
     if learned is not None and z.requires_grad and path in learned._own:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..learned.callback import LearnedRanksCallback, planned_cut
+from ..learned.learn import LearnedRanks
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT
 from .chat import format_of, without_answer
 from .inputs import Inputs, examples_per_step
@@ -124,18 +124,18 @@ def _format_line(given: str | None, inputs: Inputs) -> str:
     return f"{found.name}, read {how[str(inputs.record.rendering)]}{part}."
 
 
-def learned_ranks(trainer: Trainer) -> str | None:
-    """Size and ranks of an adapter whose ranks were learned, or a warning that it was not cut; None for others."""
-    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, LearnedRanksCallback)]
-    if not callbacks:
-        return None
-    if (learned := callbacks[0].learned) and learned.ranks is None:
+def learned_in(trainer: Trainer) -> LearnedRanks | None:
+    """Learned ranks of a run; None if it learns none, or did not begin."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((each.learned for each in callbacks if isinstance(each, LearnedRanksCallback)), None)
+
+
+def learned_line(learned: LearnedRanks) -> str:
+    """Size and ranks of an adapter whose ranks were learned, or a warning that it was not cut."""
+    if learned.ranks is None:
         return f"Warning: training ended before the cut after step {learned.cut_step}: the adapter is wide."
-    model: Any = trainer.model
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    ranks = sorted(layer.r["default"] for layer in layers)
-    size = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if "lora_" in name)
-    return f"Ranks: {size:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
+    ranks = sorted(rank for rank in learned.ranks.values() if rank)
+    return f"Ranks: {learned.parameters:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
 
 
 def seconds_per_batch(trainer: Trainer) -> float:

@@ -197,7 +197,7 @@ class Progress(TrainerCallback):
         done = state.global_step - self.first
         if done == _STEPS_TIMED:
             left = (state.max_steps - state.global_step) * (time.perf_counter() - self.start) / done
-            self._say(f"After {done} steps: about {timedelta(seconds=round(left))} remaining, excluding evaluations.")
+            self.say(f"After {done} steps: about {timedelta(seconds=round(left))} remaining, excluding evaluations.")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -215,8 +215,9 @@ class Progress(TrainerCallback):
             return  # evaluation of the best checkpoint, after training
         values = ", ".join(f"{name} {value:.4g}" for name, value in shown_metrics(plain_metrics(metrics)).items())
         rank = f", stable rank {self.shown['stable rank']}" if "stable rank" in self.shown else ""
-        self._say(f"Step {state.global_step}: {values}{rank}")
+        self.say(f"Step {state.global_step}: {values}{rank}")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Announce a line without breaking the bar."""
         with self.bar.external_write_mode():
             self.announce(line)

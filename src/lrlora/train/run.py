@@ -35,7 +35,7 @@ from ..views.card import write_card
 from .hub import push
 from .inputs import Inputs, examples_per_step
 from .methods import METHODS, AdaLoraCallback, set_rank_pattern
-from .plan import learned_ranks, seconds_per_batch
+from .plan import learned_in, learned_line, seconds_per_batch
 from .preflight import require_startable
 from .prepare import prepare
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
@@ -157,7 +157,7 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
     # The clock comes first at a step's end, so that it excludes the cost of rank records.
     callbacks: list[TrainerCallback] = [clock]
     if config.learned_size is not None:
-        callbacks.append(LearnedRanksCallback(config.learned_size))
+        callbacks.append(LearnedRanksCallback(config.learned_size, announce=progress.say))
     if METHODS[config.method].has_ranks:
         callbacks.append(RankCallback(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss()]
@@ -226,8 +226,9 @@ def _finish(
 ) -> TrainResult:
     """Evaluate the trained model, and save it with ranks, card and metrics."""
     arguments, output = trainer.args, Path(config.output)
-    if line := learned_ranks(trainer):
-        announce(line)
+    learned = learned_in(trainer)
+    if learned is not None:
+        announce(learned_line(learned))
     if (best := trainer.state.best_global_step) and arguments.load_best_model_at_end:
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
         announce(f"Kept: step {best} of {arguments.max_steps}, the best by {measure}.")
@@ -245,6 +246,8 @@ def _finish(
         _wait_for_all(trainer)
         return result
     if report is not None:
+        if learned is not None and learned.ranks is not None:  # a sharded model keeps what was cut, as zeros
+            report = report.of_ranks(learned.ranks)
         report.to_json(output / REPORT_FILE)
     with replacing_files(output) as partial:
         model.save_pretrained(partial, state_dict=state)

@@ -1,0 +1,285 @@
+"""What was cut stays zero, whatever trains; and is left out of what is saved."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import Adafactor
+
+from lrlora import LearnedRanks, LearnedRanksCallback
+
+from ..conftest import TinyModel
+from .test_learn import STEPS, StopAfter, fit, trained, trainer_of, weights_of, with_lora
+
+Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+KEEP: dict[str, Optimizer] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=5e-3, weight_decay=0.1),
+    "AdamW, amsgrad": lambda p: torch.optim.AdamW(p, lr=5e-3, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=5e-3),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=5e-3),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=5e-3),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=5e-3, momentum=0.5),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=5e-2),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=5e-3),
+    "Adafactor of torch": lambda p: torch.optim.Adafactor(p, lr=5e-3),
+    "Adafactor of transformers": lambda p: Adafactor(p, lr=5e-3, relative_step=False, scale_parameter=False),
+    "Muon": lambda p: torch.optim.Muon(p, lr=5e-3),
+}
+
+
+def until(learned: LearnedRanks, tiny: TinyModel, model: Any, optimizer: Any, step: int) -> None:
+    while learned._done < step:
+        tiny.loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", KEEP)
+def test_optimizers_that_keep_zeros(name: str) -> None:
+    tiny, model = with_lora("llama")
+    optimizer = KEEP[name](trained(model))
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    until(learned, tiny, model, optimizer, STEPS - 1)
+    assert learned.ranks is not None
+    for path, rank in learned.ranks.items():
+        layer = model.get_base_model().get_submodule(path)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert A.shape[0] == B.shape[1] == 8
+        assert not A[rank:].any()
+        assert not B[:, rank:].any()
+        assert rank == 0 or A[:rank].abs().sum(1).min() > 0
+
+
+class Centralized(torch.optim.AdamW):
+    """Gradients without their mean."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad = p.grad - p.grad.mean(1, keepdim=True)
+        return super().step(closure)
+
+
+class Noisy(torch.optim.SGD):
+    """Langevin dynamics."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data += 1e-4 * torch.randn_like(p)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p: Centralized(p, lr=5e-3),
+        lambda p: Noisy(p, lr=5e-3),
+        lambda p: torch.optim.AdamW(p, lr=5e-3, eps=0.0),
+    ],
+)
+def test_optimizers_that_do_not_keep_zeros_are_refused(build: Optimizer) -> None:
+    _, model = with_lora("llama")
+    with pytest.raises(ValueError, match="need an optimizer that leaves zeros without a gradient at zero"):
+        LearnedRanks(model, build(trained(model)), size="r2", steps=STEPS)
+
+
+class Lookahead:
+    """Averages with weights of some steps before (arXiv:1907.08610)."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.count = optimizer, 0
+        self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.count += 1
+        if self.count % 5 == 0:
+            for group in self.param_groups:
+                for slow, p in zip(self.slow, group["params"], strict=True):
+                    p.data.lerp_(slow, 0.5)
+                    slow.copy_(p.data)
+
+
+def test_an_average_with_weights_from_before_the_cut_is_noticed() -> None:
+    tiny, model = with_lora("llama")
+    optimizer = Lookahead(torch.optim.AdamW(trained(model), lr=5e-3))
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    with pytest.raises(ValueError, match=r"were cut from .* are not zero any more"):
+        until(learned, tiny, model, optimizer, STEPS)
+
+
+def test_an_ema_is_saved_if_it_began_after_the_cut(tmp_path: Path) -> None:
+    tiny, model = with_lora("llama")
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    averages = []
+    for step in range(STEPS - 1):
+        if step in (1, learned.cut_step):
+            averages.append(AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)))
+        until(learned, tiny, model, optimizer, step + 1)
+        for each in averages:
+            each.update_parameters(model)
+    early, late = (each.module for each in averages)
+    late.save_pretrained(tmp_path / "late")
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "late").eval()
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(late.eval()))
+    assert size_of(tmp_path / "late") <= 2176
+    with pytest.warns(UserWarning, match="it is wide"):
+        early.save_pretrained(tmp_path / "early")
+
+
+def size_of(folder: Path) -> int:
+    stored = load_file(folder / "adapter_model.safetensors")
+    return sum(value.numel() for name, value in stored.items() if "lora_" in name)
+
+
+def test_what_is_saved_in_the_midst_of_training_is_small_and_the_same(tmp_path: Path) -> None:
+    tiny, model = with_lora("llama")
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    until(learned, tiny, model, optimizer, 30)
+    model.eval()
+    gathered = {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+    model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
+    assert model.peft_config["default"].r == 8  # the model trains on
+    for name in ("own", "gathered"):
+        assert size_of(tmp_path / name) <= 2176
+        loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / name).eval()
+        torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model))
+        # And what was saved is loaded back, into the wide model.
+        other = with_lora("llama")[1]
+        LearnedRanks(other, torch.optim.SGD(trained(other), lr=0.1), size="r2", steps=STEPS)
+        other.load_adapter(tmp_path / name, "default", is_trainable=True)
+        assert torch.equal(tiny.logits(other.eval()), tiny.logits(model))
+
+
+def test_an_own_loop_resumes_to_the_bit() -> None:
+    states: dict[int, Any] = {}
+
+    def run(begin: int, end: int) -> list[Tensor]:
+        tiny, model = with_lora("llama")
+        optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
+        learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+        if begin:
+            model.load_state_dict(states[begin]["model"])
+            optimizer.load_state_dict(states[begin]["optimizer"])
+            learned.load_state_dict(states[begin]["ranks"])
+        for step in range(begin + 1, end + 1):
+            until(learned, tiny, model, optimizer, step)
+            if step in (5, 18, 30) and not begin:
+                parts = {"model": model, "optimizer": optimizer, "ranks": learned}
+                states[step] = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        return [p.detach().clone() for p in trained(model)]
+
+    expected = run(0, STEPS)
+    for step in states:
+        assert all(map(torch.equal, run(step, STEPS), expected)), step
+
+
+@pytest.mark.parametrize("step", [5, 25])
+def test_a_moved_checkpoint_resumes_with_its_own_moments(step: int, tmp_path: Path) -> None:
+    """Not with those of another run in the output folder."""
+    results = []
+    for name, seed in (("a", 1), ("b", 2)):
+        whole = trainer_of(tmp_path / f"whole-{name}", LearnedRanksCallback("r2"), seed=seed, dropout=0.0)
+        whole.train()
+        results.append(weights_of(whole))
+        stopped = trainer_of(tmp_path / name, LearnedRanksCallback("r2"), StopAfter(step), seed=seed, dropout=0.0)
+        if step < 18:
+            with pytest.warns(UserWarning, match="before the cut"):
+                stopped.train()
+        else:
+            stopped.train()
+    (tmp_path / "a" / f"checkpoint-{step}").rename(tmp_path / "moved")
+    resumed = trainer_of(tmp_path / "b", LearnedRanksCallback("r2"), seed=1, dropout=0.0)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "moved"))
+    assert all(torch.equal(results[0][name], value) for name, value in weights_of(resumed).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "warm_up"), [({"at": 0.001, "steps": 100}, 0), ({"at": 0.05, "steps": 20}, 0), ({"steps": 20}, 10)]
+)
+def test_the_ranks_are_not_those_of_the_first_modules(options: dict[str, Any], warm_up: int) -> None:
+    tiny, model = with_lora("llama")
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= warm_up))
+    learned = LearnedRanks(model, optimizer, size="r2", **options)
+
+    def run() -> None:
+        for _ in range(10):
+            tiny.loss(model).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+    if warm_up:
+        with pytest.raises(ValueError, match="No gradient reached the adapter before its cut at step 6"):
+            run()
+        return
+    run()
+    assert learned.ranks is not None
+    assert learned.cut_step == 3
+    ranks = list(learned.ranks.values())
+    assert ranks != sorted(ranks, reverse=True)
+
+
+def test_the_largest_rank() -> None:
+    tiny, model = with_lora("llama")
+    learned = fit(tiny, model, max_rank=3)
+    assert learned.ranks is not None
+    assert max(learned.ranks.values()) == 3
+
+
+class Flat(nn.Module):
+    """One example at a time, without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def test_one_dimensional_inputs() -> None:
+    model = get_peft_model(Flat(), LoraConfig(r=4, target_modules=["first", "last"]))
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    learned = LearnedRanks(model, optimizer, size="r1", steps=20)
+    for _ in range(20):
+        model(torch.randn(6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learned.ranks is not None
+
+
+def test_a_model_that_learns_is_pickled_and_copied_without_the_optimizer(tmp_path: Path) -> None:
+    tiny, model = with_lora("mlp")
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    for step in (1, 10, 30):  # before, in and after the steps that give moments
+        until(learned, tiny, model, optimizer, step)
+        torch.save(model, tmp_path / "model.pt")
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        for other in (again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(tiny.logits(other.eval()), tiny.logits(model.eval()))
+            tiny.loss(other).backward()
+        model.train()
+        largest = 4 * sum(p.numel() for p in model.parameters()) + 100_000
+        assert (tmp_path / "model.pt").stat().st_size < largest  # no state of the optimizer
+    until(learned, tiny, model, optimizer, STEPS)
+    assert learned.ranks is not None
