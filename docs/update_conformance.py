@@ -13,7 +13,7 @@ from torch import Tensor
 from lrlora.adapters import Factors
 from lrlora.adapters.update import PLAIN
 from lrlora.learned.directions import DAMPING, directions
-from lrlora.learned.moments import Moments
+from lrlora.learned.moments import RIDGE, Moments
 from lrlora.ops.expansion import Expansion
 from lrlora.ops.phi import TransferSpec
 from lrlora.ops.reference import reference_delta_weight, reference_expansion_delta
@@ -56,10 +56,11 @@ def vectors() -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     cases["expansion"] = {"form": "expansion", "s": SCALING, "g": 1.0, "interval": INTERVAL, "mu": 1.0}
     z, h = drawn(50, R), drawn(50, R)
     part = Factors("module", drawn(R, N), drawn(M, R), R, 1.0, PLAIN, 1.0, 1.0, 1.0)
-    moments = Moments(z.T @ z, h.T @ h, 50)
-    tensors |= {"cut/A": part.A, "cut/B": part.B, "cut/M_z": moments.inputs / 50, "cut/M_h": moments.gradients / 50}
+    moments = Moments.zeros(part)
+    moments.add(z, h)
+    tensors |= {"cut/A": part.A, "cut/B": part.B, "cut/z": z, "cut/h": h}
     tensors["cut/out_rises"] = directions(part, moments, 50).rises
-    cases["cut"] = {"damping": DAMPING}
+    cases["cut"] = {"damping": DAMPING, "ridge": RIDGE}
     return cases, tensors
 
 

@@ -45,13 +45,21 @@ def update(given: dict[str, Tensor], form: str, s: float, g: float, interval: fl
     return s / g * (psi + (z if form == "residual" else 0))
 
 
-def cut(given: dict[str, Tensor], damping: float) -> Tensor:
-    """½ σ² of M_h^½ M_z^½, damped in the span of the update."""
+def cut(given: dict[str, Tensor], damping: float, ridge: float) -> Tensor:
+    """½ σ² of M_h^½ M_z^½ for one loss term a token, damped in the span of the update."""
+    A, B, z, h = (given[name] for name in "ABzh")
+    inner, outer = A @ A.T, B.T @ B
+    energy = (inner * outer).sum()
+    margin = ridge * energy / len(A)
+    h_weight = (h * (h @ torch.linalg.inv(outer + margin * torch.linalg.inv(inner)))).sum(1)
+    z_weight = (z * (z @ torch.linalg.inv(inner + margin * torch.linalg.inv(outer)))).sum(1)
+    M_z = (z.T * h_weight) @ z / (h_weight * z_weight).sum()
+    M_h = (h.T * z_weight) @ h / len(h)
     roots = []
-    for moment, gram in ((given["M_h"], given["B"].T @ given["B"]), (given["M_z"], given["A"] @ given["A"].T)):
-        mean = (torch.linalg.inv(gram) * moment).sum() / len(gram)
+    for moment, gram, other in ((M_h, outer, inner), (M_z, inner, outer)):
+        mean = (other * moment).sum() / energy
         values, vectors = torch.linalg.eigh(moment + damping * mean * gram)
-        roots.append(values.clamp(min=0).sqrt()[:, None] * vectors.T)
+        roots.append(values.sqrt()[:, None] * vectors.T)
     return torch.linalg.svdvals(roots[0] @ roots[1].T).square() / 2
 
 

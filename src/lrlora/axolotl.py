@@ -21,8 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 from transformers import TrainerCallback
 
-from .checks import parse_size, require_known
-from .learned.callback import LearnedRanksCallback
+from .checks import require_known
+from .learned import LearnedRanksCallback, Size
 from .tuner import LrLoraConfig
 
 _NAME = "lrlora"
@@ -52,7 +52,7 @@ class LrLoraArgs(BaseModel):
         if self.lrlora_size is not None and self.lrlora_config is not None:
             raise ValueError("lrlora_size learns the ranks of a plain LoRA. Remove it, or remove lrlora_config.")
         if self.lrlora_size is not None:
-            parse_size(self.lrlora_size, "lrlora_size")
+            Size.parse(self.lrlora_size, "lrlora_size")
         if self.lrlora_config is not None:
             LrLoraConfig(**self.lrlora_config)
         return self

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..checks import DEFAULT_ENERGY, check_truncation, parse_size, require_known
+from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, is_full_model, require_source
+from ..learned.size import Size
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
 from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
-from .exporting import Size, cut_of, export_by_loss, parameters_in, write_factors
+from .exporting import Target, cut_of, export_by_loss, parameters_in, write_factors
 
 if TYPE_CHECKING:
     from ..adapters import Factors, Updates
@@ -190,7 +191,7 @@ def export(
                 raise ValueError(f"{option} changes weights, but --config-only writes none. Pass only one of them.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
-        size = None if budget is None else parse_size(budget, "--budget")
+        size = None if budget is None else Size.parse(budget, "--budget")
         roles = parse_pairs(columns, "--columns") if columns else None
         examples = {"data": data, "columns": roles, "task": task}
         wanted = {"loss": loss, **examples, "heal": heal or None, "by loss": by if by == "loss" else None}
@@ -215,7 +216,7 @@ def export(
         require_source(source, base)
         if is_by_loss and (cut := cut_of(source, base, examples, is_asked_for=bool(asked_for))) is not None:
             export_by_loss(
-                cut, output, Size(loss, size, max_rank), steps=heal, dtype=dtype, check=check, pad=pad,
+                cut, output, Target(loss, size, max_rank), steps=heal, dtype=dtype, check=check, pad=pad,
                 config_only=config_only, every=every,
             )  # fmt: skip
             return

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import Budget, parse_size
+from ..learned.size import Size
 from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..train.settings import TrainConfig
 
 
-def parameters_in(budget: Budget, updates: Updates, dtype: str | None) -> int:
+def parameters_in(budget: Size, updates: Updates, dtype: str | None) -> int:
     """Number of parameters of a size, for factors of a dtype; None: as stored."""
     from ..adapters.factorize import parameters_of_rank
 
@@ -99,11 +99,11 @@ _RISE = 0.01  # default limit of the relative rise of the loss
 
 
 @dataclass(frozen=True)
-class Size:
+class Target:
     """Size of an export by loss: a maximum rise of the loss, or a budget; and a maximum rank."""
 
     loss: float | None
-    budget: Budget | None
+    budget: Size | None
     max_rank: int | None
 
     def choose(self, cut: Cut, updates: Updates, dtype: str | None) -> list[Factors]:
@@ -129,11 +129,11 @@ def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_ask
 
 
 def export_by_loss(
-    cut: Cut, output: Path, size: Size, *, steps: int, dtype: str | None, check: bool, **writing: Any
+    cut: Cut, output: Path, target: Target, *, steps: int, dtype: str | None, check: bool, **writing: Any
 ) -> None:
     """Export the directions that matter to the loss of examples."""
     updates = cut.subject.updates
-    factors = size.choose(cut, updates, dtype)
+    factors = target.choose(cut, updates, dtype)
     loss = cut.measured(factors)
     announce(f"Loss of the adapter: {cut.loss:.4g}, without it: {cut.base:.4g}; {_compared('as cut', loss, cut)}")
     write_factors(factors, updates, output, dtype=dtype, **writing)
@@ -179,9 +179,9 @@ def show_smallest(run: TrainConfig) -> None:
     subject = Subject.read(str(folder), announce=announce)
     cut = Cut(subject, announce=announce, progressbar=True)
     rise = (run.loss or _RISE) if run.size is None else None
-    size = Size(rise, None if run.size is None else parse_size(run.size, "--size"), None)
+    target = Target(rise, None if run.size is None else Size.parse(run.size, "--size"), None)
     try:
-        factors = size.choose(cut, subject.updates, None)
+        factors = target.choose(cut, subject.updates, None)
     except ValueError as error:
         if rise is None:
             raise

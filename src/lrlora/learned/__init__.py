@@ -1,15 +1,21 @@
 """Ranks that the loss decides: during training (`LearnedRanks`), and of any adapter (`loss_curve`)."""
 
-from .callback import LearnedRanksCallback
-from .directions import LossCurve, Point, energy_curve, loss_curve, mean_loss, smallest
-from .learn import LearnedRanks
-from .moments import model_loss
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or "lrlora_cli" not in sys.modules:  # see `lrlora`
+    from .callback import LearnedRanksCallback
+    from .directions import LossCurve, Point, energy_curve, loss_curve, mean_loss, smallest
+    from .learn import LearnedRanks
+    from .moments import model_loss
+    from .size import Size
 
 __all__ = [
     "LearnedRanks",
     "LearnedRanksCallback",
     "LossCurve",
     "Point",
+    "Size",
     "energy_curve",
     "loss_curve",
     "mean_loss",

@@ -108,6 +108,14 @@ def lora_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
+def costs_of(model: PeftModel, adapter: str) -> dict[str, int]:
+    """Module → number of parameters of one rank."""
+    return {
+        path: sum(getattr(w, "ds_numel", w.numel()) for w in lora_weights(layer, adapter)) // layer.r[adapter]
+        for path, layer in lora_layers(model, adapter).items()  # ZeRO-3 leaves parameters empty
+    }
+
+
 def lora_factors(model: PeftModel, adapter: str) -> list[Factors]:
     """ΔW of each layer as its own factors, s·B and A, on the CPU; call it on every process."""
     return [_factors(path, layer, adapter) for path, layer in lora_layers(model, adapter).items()]

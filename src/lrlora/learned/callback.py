@@ -13,10 +13,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..checks import parse_size
 from .adapter import pad_state, peft_model, require_plain_lora
-from .learn import CUT_AT, LearnedRanks, cut_step
-from .size import parameters_in
+from .learn import CUT_AT, LearnedRanks, budget_of, cut_step
+from .size import Size
 
 
 class LearnedRanksCallback(TrainerCallback, ExportableState):
@@ -50,7 +49,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         max_rank: int | None = None,
         announce: Callable[[str], None] = tqdm.write,
     ) -> None:
-        parse_size(size, "size")
+        Size.parse(size)
         self._options: dict[str, Any] = {"size": size, "at": at, "max_rank": max_rank}
         self._announce = announce
         self.learned: LearnedRanks | None = None
@@ -136,7 +135,7 @@ def planned_cut(size: str, model: Any, args: TrainingArguments) -> tuple[int, in
 
     """
     _require_supported(args)
-    return parameters_in(size, model, require_plain_lora(model)), cut_step(CUT_AT, args.max_steps)
+    return budget_of(size, model, require_plain_lora(model)), cut_step(CUT_AT, args.max_steps)
 
 
 def _require_supported(args: TrainingArguments) -> None:

@@ -28,6 +28,7 @@ from ..adapters import Factors
 from ..tuner.sharding import is_sharded, local_part
 from .adapter import (
     SmallSave,
+    costs_of,
     lora_factors,
     lora_layers,
     lora_weights,
@@ -41,7 +42,7 @@ from .adapter import (
 from .directions import LossCurve, directions
 from .moments import Moments, channel_dim, watch
 from .parameters import is_zero, processes, restart, whole
-from .size import costs_of, parameters_in
+from .size import Size
 
 CUT_AT = 0.3  # share of the steps
 _WINDOW = 32  # steps that give moments
@@ -106,7 +107,9 @@ class LearnedRanks:
         self.ranks: dict[str, int] | None = None
         self.cut_step = cut_step(at, steps)
         self._costs = costs_of(self._model, self._adapter)
-        self._budget = parameters_in(size, self._model, self._adapter, max_rank)
+        self._budget = budget_of(size, self._model, self._adapter)
+        if max_rank is not None and max_rank < 1:
+            raise ValueError(f"max_rank must be an integer ≥ 1, got {max_rank!r}.")
         self._optimizer, self._inner = _unwrapped(optimizer)
         self._layers = lora_layers(self._model, self._adapter)
         _require_suitable(self._optimizer, self._inner, self._factors)
@@ -392,6 +395,19 @@ def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
         f"Ranks learned at step {step}: {before:,} to {after:,} parameters; {left_out} of {len(cut)} modules left out; "
         f"largest rank {largest.rank} ({largest.module})."
     )
+
+
+def budget_of(size: str, model: PeftModel, adapter: str) -> int:
+    """Number of parameters of a size, for a live adapter.
+
+    Raises:
+        ValueError: see `Size`.
+
+    """
+    layers, costs = lora_layers(model, adapter), costs_of(model, adapter)
+    whole = sum(cost * layers[path].r[adapter] for path, cost in costs.items())
+    (first, *_) = layers.values()
+    return Size.parse(size).below(whole, costs.values(), lora_weights(first, adapter)[0].element_size())
 
 
 def cut_step(at: float, steps: int) -> int:

@@ -30,7 +30,7 @@ from ..adapters import Factors
 from ..naming import path_in_base
 from ..ops.form import at_least_float32
 
-_RIDGE = 1e-2  # share of the mean σ² of the update
+RIDGE = 1e-2  # share of the mean σ² of the update
 Batch = Mapping[str, Any]
 # Batch → (sum of its loss terms, a scalar; their number).
 Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
@@ -53,7 +53,7 @@ class Moments(NamedTuple):
     def zeros(cls, part: Factors, device: torch.device | str | None = None) -> Moments:
         """Moments of no tokens yet, for an update."""
         inner, outer = grams(part)
-        ridge = _RIDGE * (inner * outer).sum() / part.rank * torch.eye(part.rank, dtype=inner.dtype)
+        ridge = RIDGE * (inner * outer).sum() / part.rank * torch.eye(part.rank, dtype=inner.dtype)
         # (BᵀB + λ(AAᵀ)⁻¹)⁻¹, and the reverse, without the inner inverse: early in training, B is nearly singular.
         h_metric = inner @ torch.linalg.inv(outer @ inner + ridge)
         z_metric = outer @ torch.linalg.inv(inner @ outer + ridge)

@@ -1,52 +1,72 @@
-"""Sizes of a LoRA: in ranks, parameters or bytes."""
+"""Size of a LoRA: r4, 200k or 4MiB."""
 
 from __future__ import annotations
 
-from peft import PeftModel
-
-from ..checks import parse_size
-from .adapter import lora_layers, lora_weights
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
 
 WIDTH = 4  # rank at the start, as a multiple of that of the size
 _WIDE = 16  # rank at the start for a size in parameters or bytes
+_UNITS = {"kB": 10**3, "KiB": 2**10, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
-def wide_rank(size: str) -> int:
-    """Usual rank to start from."""
-    number, unit = parse_size(size, "size")
-    return WIDTH * int(number) if unit == "ranks" else _WIDE
+@dataclass(frozen=True)
+class Size:
+    """A number of `unit`: parameters, bytes, or LoRA ranks on the same modules.
 
-
-def costs_of(model: PeftModel, adapter: str) -> dict[str, int]:
-    """Module → number of parameters of one rank."""
-    return {
-        path: sum(getattr(w, "ds_numel", w.numel()) for w in lora_weights(layer, adapter)) // layer.r[adapter]
-        for path, layer in lora_layers(model, adapter).items()  # ZeRO-3 leaves parameters empty
-    }
-
-
-def parameters_in(size: str, model: PeftModel, adapter: str, max_rank: int | None = None) -> int:
-    """Number of parameters of a size, for a live adapter.
-
-    Raises:
-        ValueError: it is not below that of the adapter, or below one rank of its smallest module.
-
+    `text` is the size as given, `option` its name in messages.
     """
-    layers, costs = lora_layers(model, adapter), costs_of(model, adapter)
-    whole = sum(cost * layers[path].r[adapter] for path, cost in costs.items())
-    budget, (first, *_) = parse_size(size, "size"), layers.values()
-    number = budget.parameters(sum(costs.values()), lora_weights(first, adapter)[0].element_size())
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank must be an integer ≥ 1, got {max_rank!r}.")
-    fewest = min(costs.values())
-    if number < fewest:
-        hint = f" Did you mean r{size}?" if budget.unit == "parameters" else ""
-        raise ValueError(
-            f"size={size} is {number:,} parameters, but one rank of the smallest module has {fewest:,}.{hint}"
-        )
-    if number >= whole:
-        raise ValueError(
-            f"size={size} is {number:,} parameters, but must be below the adapter's {whole:,}. Lower it, or raise r of "
-            f"LoraConfig: {WIDTH} times the rank of the size is usual."
-        )
-    return number
+
+    text: str
+    number: float
+    unit: str
+    option: str = "size"
+
+    @classmethod
+    def parse(cls, text: str, option: str = "size") -> Size:
+        """Parse 250000, 250k, 1.5M, 8MiB or r4.
+
+        Raises:
+            ValueError: other formats.
+
+        """
+        match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text) if isinstance(text, str) else None
+        if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
+            raise ValueError(f"{option} must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got {text!r}.")
+        number, unit = float(match[2]), match[3]
+        if match[1]:
+            return cls(text, number, "ranks", option)
+        if unit in _UNITS:
+            return cls(text, number * _UNITS[unit], "bytes", option)
+        return cls(text, number * {None: 1, "k": 1e3, "M": 1e6}[unit], "parameters", option)
+
+    @property
+    def wide_rank(self) -> int:
+        """Usual rank to start training from."""
+        return WIDTH * int(self.number) if self.unit == "ranks" else _WIDE
+
+    def parameters(self, per_rank: int, itemsize: int) -> int:
+        """Number of parameters: `per_rank` for one rank of all modules, of `itemsize` bytes each."""
+        return int(self.number * {"ranks": per_rank, "bytes": 1 / itemsize, "parameters": 1}[self.unit])
+
+    def below(self, whole: int, costs: Collection[int], itemsize: int) -> int:
+        """Number of parameters, for an adapter of `whole` parameters, with `costs` for one rank of each module.
+
+        Raises:
+            ValueError: it is not below that of the adapter, or below one rank of its smallest module.
+
+        """
+        number = self.parameters(sum(costs), itemsize)
+        if number < min(costs):
+            hint = f" Did you mean r{self.text}?" if self.unit == "parameters" else ""
+            raise ValueError(
+                f"{self.option}={self.text} is {number:,} parameters, but one rank of the smallest module has "
+                f"{min(costs):,}.{hint}"
+            )
+        if number >= whole:
+            raise ValueError(
+                f"{self.option}={self.text} is {number:,} parameters, but must be below the adapter's {whole:,}. Lower "
+                f"it, or start from a higher rank (r of LoraConfig, --rank): {WIDTH} times that of the size is usual."
+            )
+        return number

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import ADAPTER_EXPECTED, readable
-from ..learned.size import wide_rank
+from ..learned.size import Size
 from .compress import FEWEST
 from .inputs import Inputs
 from .methods import adapter_config
@@ -74,7 +74,7 @@ def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:
     """Model to train, with its adapter, if any."""
     options = config.adapter_fields
     if config.learned_size is not None:
-        options = {"r": wide_rank(config.learned_size)} | options
+        options = {"r": Size.parse(config.learned_size).wide_rank} | options
     adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, options)
     if adapter is None or inputs.kind.has_head:
         load_in_every_process()

@@ -11,8 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..checks import check_truncation, parse_size, require_known, require_type
+from ..checks import check_truncation, require_known, require_type
 from ..files import readable
+from ..learned.size import Size
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
 
 FROM_TRAIN = "train"  # value of `validation`: split training data even if a validation split exists
@@ -152,7 +153,7 @@ class TrainConfig:
                 raise ValueError("Pass --loss or --size, not both.")
             check_truncation(loss=self.loss)
         if self.size is not None:
-            parse_size(self.size, "size")
+            Size.parse(self.size)
         if self.delimiter is not None and len(self.delimiter) != 1:
             raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
         if self.head_learning_rate is not None and not kind.has_head:
