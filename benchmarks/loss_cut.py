@@ -363,7 +363,7 @@ def by_scalar(case: Case, budget: int) -> list[Any]:
     for part in case.whole:
         moments, sigma = case.moments[part.module], part.A.double().square().sum(1)
         # In orthonormal bases of the update's span.
-        inputs = (moments.inputs.diagonal() / sigma).mean() / max(1, moments.tokens)
+        inputs = (moments.inputs.diagonal() / sigma).mean() / moments.weight
         gradients = (moments.gradients.diagonal() / sigma).mean() / case.terms
         worth.append(sigma.square() * inputs * gradients)
     costs = [part.parameters_per_rank for part in case.whole]
@@ -542,15 +542,14 @@ def alternatives(name: str) -> list[dict[str, Any]]:
     """Other moments, damping, and a second cut, with the first seed: added validation loss."""
     from lrlora.learned import mean_loss
     from lrlora.learned.directions import DAMPING, LossCurve, directions
-    from lrlora.learned.moments import Moments, collect_moments
+    from lrlora.learned.moments import collect_moments
 
     model, whole, training, others, loss, causal = grounds_of(name)
     base, size = mean_loss(model, whole, others, loss), sum(part.parameters for part in whole)
 
     def curve(batches: Any, loss: Any, damping: float = DAMPING, kept: Any = whole) -> LossCurve:
         moments, terms = collect_moments(model, kept, batches, loss)
-        none = Moments.zeros(0)
-        return LossCurve([directions(part, moments.get(part.module, none), terms, damping) for part in kept])
+        return LossCurve([directions(part, moments.get(part.module), terms, damping) for part in kept])
 
     def twice(budget: int) -> Any:
         halfway = curve(training, loss).within(int((size * budget) ** 0.5))

@@ -433,8 +433,8 @@ def cut_by_scalar(whole: list[Factors], moments: Any, terms: int, size: int) -> 
     for part in whole:
         sigma = part.A.double().square().sum(1)
         of = moments[part.module]
-        inputs, gradients = ((m.diagonal() / sigma).mean() for m in (of.inputs, of.gradients))
-        worth.append(sigma.square() * inputs / max(1, of.tokens) * gradients / terms)
+        inputs, gradients = ((m.diagonal() / sigma).mean() for m in (of.inputs / of.weight, of.gradients / terms))
+        worth.append(sigma.square() * inputs * gradients)
     return kept(whole, best_per_parameter(worth, [part.parameters_per_rank for part in whole], size))
 
 
@@ -667,6 +667,7 @@ METHODS = {
     "eva-4": Method(by_eva(4), "EVA, r = 4"),
     "eva-3": Method(by_eva(3), "EVA, r = 3", "eva-4"),
     "library": Method(by_library(4), "**`LearnedRanks`: by loss, moments of the 32 steps before**", "loss"),
+    "in-place": Method(by_library(4), "**`LearnedRanks` as it is now: partial traces, cut in place**", "loss"),
 }  # fmt: skip
 # LoRA at other ranks: where its loss is flat, methods cannot be distinguished.
 CURVE = {f"lora-{r}": r for r in (1, 2, 8, 16)}
@@ -899,6 +900,21 @@ def study() -> str:
     return table([*heads, "LoRA, base's text", "learned, base's text"], lines)
 
 
+def changes() -> str:
+    """`LearnedRanks` that counted tokens and changed shapes, and as it is now, paired by seed."""
+    lines = []
+    for name in TASKS:
+        before, now = (tested(name, method) for method in ("library", "in-place"))
+        seeds = sorted(before.keys() & now.keys())
+        if len(seeds) > 1:
+            losses = [[of[seed][1] for seed in seeds] for of in (before, now)]
+            gap = paired_difference(losses[1], losses[0])
+            assert gap is not None
+            means = [f"{sum(each) / len(each):.3f}" for each in losses]
+            lines.append([name, str(len(seeds)), *means, f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"])
+    return table(["task", "seeds", "before", "now", "difference"], lines)
+
+
 def forgetting(name: str, method: str) -> str:
     """Mean loss on text like the base model's; empty if not measured."""
     rate = tuned(name, METHODS[method].rate_of or method)
@@ -1000,6 +1016,7 @@ def updated(page: str) -> str:
     for name, found in (
         ("differences", differences()),
         ("study", study()),
+        ("changes", changes()),
         ("agreement", agreement()),
         ("advice", advice()),
     ):

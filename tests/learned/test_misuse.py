@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Adafactor
 
 from lrlora import LearnedRanks, LearnedRanksCallback
@@ -315,3 +317,17 @@ def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
             model(torch.randn(2, 8), at < 10).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+
+
+def test_wrappers_that_replace_parameters_are_refused_by_name() -> None:
+    _, model = with_lora("mlp")
+    with pytest.raises(ValueError, match=r"do not support DataParallel.* Use torchrun, for DDP"):
+        LearnedRanks(nn.DataParallel(model), adam(model), size="r2", steps=STEPS)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        for each in (sharded, model):
+            with pytest.raises(ValueError, match=r"do not support FSDP1 .* Use FSDP2"):
+                LearnedRanks(each, adam(sharded), size="r2", steps=STEPS)
+    finally:
+        dist.destroy_process_group()

@@ -41,20 +41,19 @@ def peft_model(model: Any) -> PeftModel:
     """
     inner = model
     while not isinstance(inner, PeftModel):
-        _refuse_wrapper(inner)
-        outer, inner = inner, getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None or inner is outer:
+        if isinstance(inner, nn.DataParallel):
+            raise ValueError(
+                "Learned ranks do not support DataParallel, which copies the model. Use torchrun, for DDP."
+            )
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
             raise ValueError("Learned ranks need a PEFT model with LoRA. Wrap the model with get_peft_model.")
-    for module in inner.modules():
-        _refuse_wrapper(module)
+    if any(hasattr(parameter, "_fsdp_flattened") for parameter in model.parameters()):
+        raise ValueError(
+            "Learned ranks do not support FSDP1 (FullyShardedDataParallel), which flattens parameters. Use FSDP2 "
+            "(fully_shard, or fsdp_version: 2)."
+        )
     return inner
-
-
-def _refuse_wrapper(module: Any) -> None:
-    name = type(module).__name__
-    if name in ("FullyShardedDataParallel", "DataParallel"):
-        instead = "FSDP2 (fully_shard, or fsdp_version: 2)" if name.startswith("Fully") else "torchrun, for DDP"
-        raise ValueError(f"Learned ranks do not support {name}, which replaces parameters. Use {instead}.")
 
 
 def require_plain_lora(model: PeftModel) -> str:
