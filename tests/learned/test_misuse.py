@@ -321,7 +321,7 @@ def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
 
 def test_wrappers_that_replace_parameters_are_refused_by_name() -> None:
     _, model = with_lora("mlp")
-    with pytest.raises(ValueError, match=r"do not support DataParallel.* Use torchrun, for DDP"):
+    with pytest.raises(ValueError, match=r"do not support DataParallel.* Use DDP"):
         LearnedRanks(nn.DataParallel(model), adam(model), size="r2", steps=STEPS)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -103,9 +103,9 @@ class LearnedRanks:
         self._model = peft_model(model)
         self._adapter = require_plain_lora(self._model)
         self._size, self._steps, self._max_rank, self._done = size, steps, max_rank, 0
-        self._warm_up = max(1, min(_WARM_UP, steps // 20))
         self.ranks: dict[str, int] | None = None
         self.cut_step = cut_step(at, steps)
+        self._warm_up = max(1, min(_WARM_UP, steps // 20))
         self._costs = costs_of(self._model, self._adapter)
         self._budget = budget_of(size, self._model, self._adapter)
         if max_rank is not None and max_rank < 1:
@@ -446,7 +446,8 @@ def _require_suitable(optimizer: Any, inner: Any, factors: list[nn.Parameter]) -
 
 def _keeps_zeros(optimizer: Any) -> bool:
     """Step a copy of the optimizer on matrices with zero rows or columns; True if it cannot be copied."""
-    for mask in (torch.tensor([[1.0], [0.0]]).expand(2, 3), torch.tensor([1.0, 0.0]).expand(3, 2)):
+    (like, *_), rows = optimizer.param_groups[0]["params"], torch.tensor([[1.0], [0.0]]).expand(2, 3)
+    for mask in (rows.to(like.device, like.dtype), rows.T.to(like.device, like.dtype)):
         parameter = nn.Parameter(mask.clone())
         try:
             probe = copy.copy(optimizer)
