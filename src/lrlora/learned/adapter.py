@@ -42,9 +42,7 @@ def peft_model(model: Any) -> PeftModel:
     inner = model
     while not isinstance(inner, PeftModel):
         if isinstance(inner, nn.DataParallel):
-            raise ValueError(
-                "Learned ranks do not support DataParallel, which copies the model. Use torchrun, for DDP."
-            )
+            raise ValueError("Learned ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if inner is None:
             raise ValueError("Learned ranks need a PEFT model with LoRA. Wrap the model with get_peft_model.")
