@@ -18,14 +18,12 @@ from transformers import AutoModel
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.files import DEEPEST
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 
 from .processes import Process
 from .train.small import reviews, save_encoder
 
-ENDLESS = "((.+)+)+Z"
 DEEP = "[" * 50_000 + "]" * 50_000
 SIZES = (10_000, 20_000, 40_000)  # which the adapter, a page of its optimizer and all of that are longer than
 SECONDS = 60  # that nothing here should need, whatever the machine
@@ -103,63 +101,6 @@ ON_ADAPTERS = (
 )
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("command", ON_ADAPTERS)
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("rank_pattern", {ENDLESS: 4}),
-        ("target_modules", ENDLESS),
-        ("exclude_modules", ENDLESS),
-        ("modules_to_save", ["score", ENDLESS]),
-    ],
-)
-def test_a_pattern_that_never_ends(here: Path, adapter: str, command: str, field: str, value: Any) -> None:
-    change(adapter, **{field: value})
-    require_refused(command.format(adapter), adapter, f"{field} in its adapter_config.json", "take too long")
-
-
-def test_a_pattern_that_never_ends_in_a_run(here: Path) -> None:
-    change("run", rank_pattern={ENDLESS: 4})
-    require_refused("evaluate run --data data.csv", "rank_pattern in its adapter_config.json")
-    Path("run.yaml").write_text(f'adapter: {{target_modules: "{ENDLESS}"}}')
-    command = "train run.yaml --model ./base --data data.csv --task classify --steps 1 --output out"
-    require_refused(command, "target_modules of adapter", "take too long")
-
-
-@pytest.mark.parametrize(
-    "command", ["merge lora --output out", "train --model ./base --data data.csv --task classify --output out"]
-)
-def test_a_pattern_that_never_ends_beside_a_base_model(here: Path, command: str) -> None:
-    """Where transformers finds an adapter, it puts it on the model."""
-    for file in Path("hira").glob("adapter*"):
-        file.rename(Path("base", file.name))
-    change("base", rank_pattern={ENDLESS: 4}, base_model_name_or_path="./base")
-    require_refused(command, "base", "rank_pattern in ", "take too long")
-
-
-def test_a_pattern_that_never_ends_in_a_single_file(here: Path) -> None:
-    tensors = {f"unet.{'a' * 60}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
-    config = {"unet.lora_alpha": 8, "unet.r": 2, "unet.alpha_pattern": {ENDLESS: 4}}
-    save_file(tensors, "one.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-    require_refused("ranks one.safetensors", "one.safetensors", "unet.alpha_pattern in its lora_adapter_metadata")
-
-
-def test_names_that_a_pattern_takes_long_for(here: Path) -> None:
-    long = {f"base_model.model.{'a' * 5000}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
-    save_file(long, "lora/adapter_model.safetensors")
-    require_refused("ranks lora", "lora", "a tensor name has")
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_names_with_a_line_break(here: Path, adapter: str) -> None:
-    tensors = load_file(f"{adapter}/adapter_model.safetensors")
-    name = max(tensors)
-    tensors[name.replace("value", "val\nue")] = tensors.pop(name)
-    save_file(tensors, f"{adapter}/adapter_model.safetensors")
-    require_refused(f"ranks {adapter} --base ./base", adapter, "the tensor name", r"val\nue", "contains a line break")
-
-
 @pytest.mark.parametrize("command", [each.format("lora") for each in ON_ADAPTERS])
 @pytest.mark.parametrize(
     ("field", "value"),
@@ -168,8 +109,6 @@ def test_names_with_a_line_break(here: Path, adapter: str) -> None:
         ("base_model_name_or_path", 3),
         ("r", "8"),
         ("alpha_pattern", {"query": "8"}),
-        ("modules_to_save", [["score"]]),
-        ("target_modules", ["query", None]),
     ],
 )
 def test_fields_of_the_wrong_type(here: Path, command: str, field: str, value: Any) -> None:
@@ -287,10 +226,9 @@ def run_python(code: str) -> str:
         ("run/rank_history.jsonl", "report run --output out.html"),
     ],
 )
-@pytest.mark.parametrize("depth", [DEEPEST + 1, 50_000])
-def test_nested_json(here: Path, file: str, command: str, depth: int) -> None:
-    Path(file).write_text("[" * depth + "]" * depth + "\n")
-    require_refused(command, file, f"nested {depth} levels deep")
+def test_nested_json(here: Path, file: str, command: str) -> None:
+    Path(file).write_text(DEEP + "\n")
+    require_refused(command, file, "nested too deeply")
 
 
 @pytest.mark.parametrize(

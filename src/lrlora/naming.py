@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -93,3 +94,16 @@ def module_kind(path: str) -> str:
     if _ATTENTION.search(path):
         return "attention"
     return "mlp" if _MLP.search(path) else "other"
+
+
+def pattern_key(patterns: Iterable[str], module: str) -> str:
+    """First pattern that matches a module, like PEFT's `get_pattern_key`; else the module.
+
+    `re` caches 512 patterns; beyond that, PEFT recompiles each of them for every module.
+    """
+    return next((key for key, pattern in _compiled(tuple(patterns)) if pattern.match(module)), module)
+
+
+@functools.lru_cache(maxsize=4)  # for ranks and α, of source and target
+def _compiled(patterns: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
+    return [(key, re.compile(rf"(.*\.)?({key})$")) for key in patterns]

@@ -126,19 +126,6 @@ def test_the_loss_of_a_chat_is_taken_of_its_answers(decoder: str, tmp_path: Path
     assert "with the loss on the answers" not in whole
 
 
-def test_a_template_that_takes_too_long_is_stopped(
-    decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lrlora.train.chat._SECONDS", 0.5)
-    nested = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    (tmp_path / "nested.jinja").write_text(nested)
-    data = write(tmp_path / "chats.jsonl", rows("messages"))
-    asked = ("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--dry-run", "--chat-template")
-    said = " ".join(run(*asked, tmp_path / "nested.jinja").output.split())
-    assert "The chat template takes more than 0.5 seconds" in said
-    assert run(*asked, "simple").exit_code == 0
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [

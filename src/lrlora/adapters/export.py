@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import free_folder, replacing_folder
-from ..naming import PEFT_PREFIX
+from ..naming import PEFT_PREFIX, pattern_key
 from ..tuner.config import pattern_of
-from ..untrusted import pattern_key
 from .card import ASKING, MODEL_CONFIG, header, is_asked_in_chats, loading
 from .factorize import Factors, kept_energy
 from .loading import check_base, check_names, load_adapted, sample_inputs, save_preprocessing

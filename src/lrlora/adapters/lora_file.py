@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..files import readable, replacing, values_of
 from ..naming import PEFT_PREFIX, natural_order
-from ..untrusted import require_plain_names, require_quick_patterns
 from .factorize import Factors
 from .full_model import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
@@ -91,7 +90,6 @@ class SingleFile:
         name = os.fspath(path)
         with readable(name, _EXPECTED), safe_open(name, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            require_plain_names(tensors, name)
             metadata = dict(file.metadata() or {})
         found = cls(name, metadata, {}, {}, {}, {})
         if any(key.startswith(PEFT_PREFIX) for key in tensors):
@@ -180,7 +178,6 @@ class SingleFile:
         """Module name prefix → adapter configuration."""
         with readable(self.name, _EXPECTED):
             content = values_of(self.metadata.get(METADATA_KEY, "{}"))
-            require_quick_patterns(content, f"in its {METADATA_KEY}")
             components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
             return {
                 component: {

@@ -25,7 +25,6 @@ from torch import Tensor
 from ..checks import require_float32, require_type
 from ..files import ADAPTER_EXPECTED, read_json, readable, require_adapter, write_json
 from ..tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
-from ..untrusted import require_plain_names, require_quick_patterns
 from .update import CHANGING_STARTS, common_dtype
 
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -130,9 +129,7 @@ class SavedAdapter:
         if folder.is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
             raise ValueError(f"{self.name} contains no weights: {_WEIGHTS[0]} is missing. {ADAPTER_EXPECTED}")
         with readable(self.name, ADAPTER_EXPECTED):
-            weights = load_peft_weights(self.name, device="cpu")
-            require_plain_names(weights, self.name)
-        return weights
+            return load_peft_weights(self.name, device="cpu")
 
     @property
     def method_weights(self) -> dict[str, Tensor]:
@@ -148,7 +145,6 @@ def _require_sound(config: Mapping[str, Any]) -> None:
         if field in config:
             require_type(config[field], kind, f"{field} {where}")
     require_float32(config, where)
-    require_quick_patterns(config, where)
 
 
 AdapterSource = str | os.PathLike[str] | SavedAdapter

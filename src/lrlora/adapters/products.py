@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..naming import pattern_key
 from ..ops.form import at_least_float32
-from ..untrusted import pattern_key
 from .update import Factors, Layout, Update
 
 Parts = Mapping[str, Tensor]

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..files import ADAPTER_EXPECTED, is_full_model, readable, require_source
-from ..naming import PEFT_PREFIX, natural_order
-from ..untrusted import pattern_key
+from ..naming import PEFT_PREFIX, natural_order, pattern_key
 from .full_model import Checkpoint, updates_between, with_weight
 from .layers import updates_of_model
 from .lora_file import SingleFile

@@ -24,7 +24,7 @@ from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
 from .row_checks import SHOWN_ROWS, alike, is_filled, is_known, require_rows, with_class_ids
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import Kind
-from .untrusted_files import require_harmless, require_own_files, require_own_images
+from .untrusted_files import require_local_card, require_own_files, require_own_images
 
 COMMONSENSE_PREFIX = "commonsense"
 
@@ -86,7 +86,7 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
     if is_saved:
         require_own_files(path)
     else:
-        require_harmless(path)
+        require_local_card(path)
     try:
         loaded: Any = None
         if is_saved:

@@ -26,7 +26,7 @@ from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
 from ..files import readable, replacing
 from ..fingerprint import warn_of_another_model
-from ..locks import only_writer, writer_of
+from ..locks import only_writer
 from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..tuner import cached_weights
 from .chat import answer_of, as_trl_reads, format_of, holds_chats, prompt_of, render_chat, with_answers_marked
@@ -172,8 +172,7 @@ class LoadedRun:
         """
         config, record = read_run(folder)
         if not (folder / METRICS_FILE).exists():
-            remedy = writer_of(folder) or f"Resume it: lrlora train --resume {folder}"
-            raise ValueError(f"The run in {folder} is not finished. {remedy}")
+            raise ValueError(f"The run in {folder} is not finished. Resume it: lrlora train --resume {folder}")
         with readable(folder, "`lrlora train` wrote this folder. Restore it from a copy, or train again."):
             kind: Kind = KINDS[config.task]
             processor = kind.load_processor(folder)

@@ -23,7 +23,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..checks import require_float32, require_known
 from ..tuner import LrLoraConfig
 from ..tuner.config import EXPANSION, require_module_names
-from ..untrusted import require_quick_patterns
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,6 @@ def adapter_config(
         )
     require_module_names(options)
     require_float32(options, "of adapter")
-    require_quick_patterns(options, "of adapter")  # may come from an untrusted run.json
     defaults: dict[str, Any] = {"target_modules": "all-linear", **copy.deepcopy(dict(head))}  # PEFT may modify it
     if method == "adalora":
         if "r" in options:  # inherited from LoRA's configuration

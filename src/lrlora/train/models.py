@@ -23,8 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.trainer_utils import SchedulerType
 
 from ..checks import require_known, require_type
-from ..files import is_hub_name, read_json, readable, require_regular
-from ..untrusted import require_quick_patterns
+from ..files import is_hub_name, readable, require_regular
 from .embedded import EMBEDDED, EMBEDDED_MODELS
 from .packages import checkpoint
 from .tasks import Kind, kind_for
@@ -65,9 +64,6 @@ def require_model_folder(name: str) -> None:
     if not path.is_dir() and not is_hub_name(name) and not name.startswith(EMBEDDED):
         raise FileNotFoundError(f"There is no model folder {name}.")
     require_regular(path)
-    if (adapter := path / "adapter_config.json").is_file():  # transformers loads this adapter too
-        config = read_json(adapter, dict[str, Any], "Remove it to load only the model.")
-        require_quick_patterns(config, f"in {adapter}")
 
 
 def hub_name(name: str) -> str | None:

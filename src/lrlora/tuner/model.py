@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..naming import pattern_key
 from ..ops.form import Form
-from ..untrusted import pattern_key
 from .config import LrLoraConfig
 from .conv import Conv
 from .embedding import Embedding
