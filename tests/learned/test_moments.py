@@ -20,7 +20,7 @@ from lrlora.adapters import Factors, factorize
 from lrlora.adapters.update import Layout
 from lrlora.learned import loss_curve, mean_loss
 from lrlora.learned.directions import directions
-from lrlora.learned.moments import collect_moments, thin_updates
+from lrlora.learned.moments import RIDGE, collect_moments, thin_updates
 
 from ..conftest import TinyModel
 
@@ -98,8 +98,11 @@ def a_layer(kind: str) -> tuple[OneLayer, Factors, list[Any], Tensor, Tensor]:
                 outs.append(gradient)
     X, G = torch.cat(inputs), torch.cat(outs)
     # An embedding's matrix is (tokens, width): its inputs are rows.
-    delta = delta.T if kind == "embedding" else delta
-    w_h, w_z = (G @ delta).square().sum(1), (X @ delta.T).square().sum(1)
+    into, out = (B.T, A.T) if kind == "embedding" else (A, B)
+    z, h, inner, outer = X @ into.T, G @ out, into @ into.T, out.T @ out
+    ridge = RIDGE * energy / 5
+    w_h = (h * (h @ torch.linalg.inv(outer + ridge * torch.linalg.inv(inner)))).sum(1)
+    w_z = (z * (z @ torch.linalg.inv(inner + ridge * torch.linalg.inv(outer)))).sum(1)
     terms = sum(len(labels) for _, labels in batches)
     return model, part, batches, (X.T * w_h) @ X / (w_h * w_z).sum(), (G.T * w_z) @ G / terms
 

@@ -140,14 +140,10 @@ class LearnedRanks:
         """Replace the forward hooks on lora_A; None: by no others."""
         for watcher in self._watchers:
             watcher.remove()
-        self._watchers = (
-            []
-            if hook is None
-            else [
-                layer.lora_A[self._adapter].register_forward_hook(partial(hook, self, path))
-                for path, layer in self._layers.items()
-            ]
-        )
+        self._watchers = []
+        if hook is not None:
+            for path, layer in self._layers.items():
+                self._watchers.append(layer.lora_A[self._adapter].register_forward_hook(partial(hook, self, path)))
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # compiled code does not notice hooks that come and go
 
