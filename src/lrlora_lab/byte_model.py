@@ -88,8 +88,9 @@ def base_model() -> PreTrainedModel:
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             pretrain(load_corpus("english").train, folder)
-    with readable(folder, "Remove it to train the model again."):
-        return OPTForCausalLM.from_pretrained(folder)
+        # Under the lock: two threads that load at once leave transformers without weight tying.
+        with readable(folder, "Remove it to train the model again."):
+            return OPTForCausalLM.from_pretrained(folder)
 
 
 def _config(hidden: int, layers: int) -> OPTConfig:
