@@ -54,16 +54,16 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
     """Records of the demo's two adapters and of each export of the first."""
     from lrlora.adapters import factorize, output_difference, read_updates, save_as_lora
     from lrlora.adapters.factorize import parameters_of_rank
-    from lrlora.train.embedded import MOVIE_REVIEW_TASK
+    from lrlora.train.embedded import load_movie_reviews
 
-    test = MOVIE_REVIEW_TASK.load()["test"]
+    test = load_movie_reviews()["test"]
     adapter = demo / "lr-lora"
     model = read_updates(adapter)
     truncations: dict[str, dict[str, Any]] = {f"energy {energy}": {"energy": energy} for energy in (0.9, 0.99, 0.999)}
     truncations[f"budget of LoRA r = {BUDGET_RANK}"] = {"budget": parameters_of_rank(model, BUDGET_RANK)}
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.json"
-        inputs.write_text(json.dumps({"texts": list(test["text"]), "max_tokens": MOVIE_REVIEW_TASK.max_tokens}))
+        inputs.write_text(json.dumps({"texts": list(test["text"]), "max_tokens": 48}))
         original = answers(sys.executable, adapter, inputs, with_lrlora=True)
 
         def record(name: str, folder: Path, given: list[int], **more: Any) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def run_folder(name: str, method: str, rank: int, rate: float, seed: int) -> Pat
     """Train a run, unless it exists."""
     from lrlora.train.run import train
     from lrlora.train.settings import TrainConfig
+    from lrlora_lab.inputs import located
 
     for make in (german, chat):
         if not (SCRATCH / make.__name__).exists():
@@ -145,6 +146,7 @@ def run_folder(name: str, method: str, rank: int, rate: float, seed: int) -> Pat
     if not (folder / "metrics.json").exists():
         start = time.perf_counter()
         settings = TASKS[name].settings | ({"rank": rank} if rank else {})
+        settings |= {name: located(settings[name]) for name in ("model", "data")}
         config = TrainConfig(**settings, method=method, learning_rate=rate, seed=seed, output=str(folder))
         found = train(config, overwrite=(folder / "run.json").exists(), announce=lambda line: None)
         print(f"{folder.name}: {found.metrics} in {time.perf_counter() - start:.0f} s", flush=True)
@@ -196,11 +198,13 @@ def loaded(name: str, folder: Path) -> tuple[Any, list[Any]]:
 
     from lrlora.train.compress import Subject
     from lrlora.train.models import model_source
+    from lrlora_lab.inputs import located
 
     task = TASKS[name]
-    base = model_source(task.settings["model"]) if task.method == "full" else None
+    base = model_source(located(task.settings["model"])) if task.method == "full" else None
     subject = Subject.read(str(folder), base=base, announce=lambda line: None)
-    said = load_from_disk(task.test)["test"] if Path(task.test).exists() else task.test
+    test = located(task.test)
+    said = load_from_disk(test)["test"] if Path(test).exists() else test
     examples = subject.run.examples(said, "test", lambda line: None, with_label=True)
     examples = examples.shuffle(seed=1).select(range(min(task.tests, len(examples))))
     return subject, list(subject.run.trainer(subject.run.encoded(examples)).get_eval_dataloader())

@@ -179,7 +179,7 @@ def labels_task(texts: int = 2_048, classes: int = 64) -> Task:
     """Random labels of texts, a measure of adapter capacity: all data is training data."""
     from transformers import AutoModel, AutoTokenizer
 
-    from lrlora.train.embedded import MOVIE_REVIEW_TASK
+    from lrlora.train.embedded import load_movie_reviews
     from lrlora.train.packages import MINILM, checkpoint
 
     @cache
@@ -189,7 +189,7 @@ def labels_task(texts: int = 2_048, classes: int = 64) -> Task:
     @cache
     def data() -> tuple[Tensor, Tensor]:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint(MINILM))
-        found = tokenizer(list(MOVIE_REVIEW_TASK.load()["train"]["text"]), truncation=True, max_length=8)["input_ids"]
+        found = tokenizer(list(load_movie_reviews()["train"]["text"]), truncation=True, max_length=8)["input_ids"]
         ids = torch.tensor([each for each in found if len(each) == 8][:texts])
         hidden = []
         with torch.no_grad():
@@ -219,12 +219,12 @@ def news_task() -> Task:
     """20 Newsgroups, with all linear layers of MiniLM."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from lrlora.train.embedded import TASKS as TEXT_TASKS
     from lrlora.train.packages import MINILM, checkpoint
+    from lrlora_lab.inputs import DATA
 
     @cache
     def data() -> dict[str, list[tuple[list[int], int]]]:
-        tokenizer, found = AutoTokenizer.from_pretrained(checkpoint(MINILM)), TEXT_TASKS["20-newsgroups"].load()
+        tokenizer, found = AutoTokenizer.from_pretrained(checkpoint(MINILM)), DATA["20-newsgroups"]()
         training, testing = found["train"].shuffle(seed=1), found["test"].shuffle(seed=1)
         parts = {
             "validation": training.select(range(1_024)),

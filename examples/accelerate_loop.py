@@ -11,13 +11,13 @@ from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import lrlora
-from lrlora.train.embedded import TASKS
+from lrlora.train.embedded import load_movie_reviews
 from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 base = model_source("embedded:minilm")
 tokenizer = AutoTokenizer.from_pretrained(base)
-data = TASKS["movie-reviews"].load()["train"]
+data = load_movie_reviews()["train"]
 data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=48), remove_columns=["text", "group"])
 loader = torch.utils.data.DataLoader(data, 32, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 import lrlora
-from lrlora.train.embedded import TASKS
+from lrlora.train.embedded import load_movie_reviews
 from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 10
@@ -28,7 +28,7 @@ data = Dataset.from_list(
             "chosen": [{"role": "assistant", "content": labels[review["label"]]}],
             "rejected": [{"role": "assistant", "content": labels[1 - review["label"]]}],
         }
-        for review in TASKS["movie-reviews"].load()["train"].select(range(100))
+        for review in load_movie_reviews()["train"].select(range(100))
     ]
 )
 

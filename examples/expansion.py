@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import lrlora
-from lrlora.train.embedded import TASKS
+from lrlora.train.embedded import load_movie_reviews
 from lrlora.train.models import model_source
 
 torch.manual_seed(0)
@@ -24,7 +24,7 @@ base = model_source("embedded:minilm")
 count, length, classes = 2048, 8, 64
 
 tokens = AutoTokenizer.from_pretrained(base)(
-    list(TASKS["movie-reviews"].load()["train"]["text"]), truncation=True, max_length=length
+    list(load_movie_reviews()["train"]["text"]), truncation=True, max_length=length
 )["input_ids"]
 tokens = torch.tensor([ids for ids in tokens if len(ids) == length][:count])
 labels = torch.randint(classes, (count,))

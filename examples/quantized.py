@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 import lrlora
-from lrlora.train.embedded import TASKS
+from lrlora.train.embedded import load_movie_reviews
 from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 base = model_source("embedded:smollm2")
 tokenizer = AutoTokenizer.from_pretrained(base)
-reviews = TASKS["movie-reviews"].load()["train"].select(range(200))
+reviews = load_movie_reviews()["train"].select(range(200))
 batch = tokenizer(reviews[-1]["text"], return_tensors="pt")
 
 

@@ -12,13 +12,13 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
 import lrlora
-from lrlora.train.embedded import TASKS
+from lrlora.train.embedded import load_movie_reviews
 from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 base = model_source("embedded:minilm")
 # Pairs of snippets about one film, which should be close.
-reviews = TASKS["movie-reviews"].load()["train"].to_pandas()
+reviews = load_movie_reviews()["train"].to_pandas()
 films = [texts for texts in reviews.groupby("group")["text"].apply(list) if len(texts) > 1][: 16 * steps]
 pairs = Dataset.from_dict({"anchor": [texts[0] for texts in films], "positive": [texts[1] for texts in films]})
 

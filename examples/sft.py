@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import lrlora
-from lrlora.train.embedded import TASKS
+from lrlora.train.embedded import load_movie_reviews
 from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 base = model_source("embedded:smollm2")  # or any chat model on the hub, by name
-reviews = TASKS["movie-reviews"].load()["train"].select(range(200))
+reviews = load_movie_reviews()["train"].select(range(200))
 data = Dataset.from_list(
     [
         {

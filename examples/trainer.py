@@ -17,13 +17,13 @@ from transformers import (
 )
 
 import lrlora
-from lrlora.train.embedded import TASKS
+from lrlora.train.embedded import load_movie_reviews
 from lrlora.train.models import model_source
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 base = model_source("embedded:minilm")  # or any model on the hub, by name
 tokenizer = AutoTokenizer.from_pretrained(base)
-data = TASKS["movie-reviews"].load()
+data = load_movie_reviews()
 data = data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=48), remove_columns=["text", "group"])
 
 

@@ -278,9 +278,7 @@ def make(folder: Path, reading: Path | None) -> None:
         call(read, processes.LRLORA, command, said)
 
 
-PASSING = re.compile(
-    r"second|time|date|memory|flos|hours|version|run_id|wall|peak|that it starts from|configuration of"
-)
+PASSING = re.compile(r"second|time|date|memory|flos|hours|version|wall|peak")
 MEASURED = re.compile(
     r"\d[\d.,:]*\s?(ms|s|min|h|seconds?|minutes?|hours?|it/s|s/it|steps/s|MiB/s)\b|\d\d:\d\d(:\d\d)?|\d+%\||[━╸╺█▏▎▍▌▋▊▉]+"
     r"|20\d\d-\d\d-\d\d|\.py:\d+|\[W?\d{4} .*?\]"

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        "lrlora.cli",
+        "lrlora_lab.cli",
         "lrlora.train.run",
         "lrlora.train.inference",
         "lrlora.train.compress",
@@ -25,7 +25,7 @@ _CONTEXT.set_forkserver_preload(
         "lrlora.views.page",
     ]
 )
-LRLORA = "from lrlora.cli import app; app()"
+LRLORA = "import lrlora_lab.cli; from lrlora.cli import app; app()"
 
 
 class _End:

@@ -84,7 +84,7 @@ def test_what_was_not_foreseen_is_one_message_or_a_traceback_on_demand(
 
 
 def test_a_reader_that_has_enough_ends_a_command_in_silence() -> None:
-    command = "import sys; sys.argv = ['lrlora', 'inputs']; from lrlora.cli import app; app()"
+    command = "import sys; sys.argv = ['lrlora', 'inputs']; from lrlora_cli import app; app()"
     process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout
     assert process.stderr

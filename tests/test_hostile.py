@@ -24,7 +24,6 @@ from lrlora.train.settings import TrainConfig
 from .processes import Process
 from .train.small import reviews, save_encoder
 
-DEEP = "[" * 50_000 + "]" * 50_000
 SIZES = (10_000, 20_000, 40_000)  # which the adapter, a page of its optimizer and all of that are longer than
 SECONDS = 60  # that nothing here should need, whatever the machine
 ADAPTERS = ("lora", "hira")
@@ -163,88 +162,6 @@ def test_an_adapter_without_the_name_of_its_base_model(here: Path) -> None:
     require_refused("merge lora --output out", "The adapter lora does not name its base model. Pass it: --base MODEL")
 
 
-def pipe(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
-    os.mkfifo(path)
-
-
-@pytest.mark.parametrize(
-    ("file", "command"),
-    [
-        ("lora/adapter_config.json", "ranks lora"),
-        ("base/config.json", "merge lora --output out"),
-        ("base/config.json", "ranks lora --base ./base"),
-        ("base/config.json", "export run --energy 1 --output out"),
-        ("base/tokenizer.json", "train --model ./base --data data.csv --task classify --output out"),
-        ("run/ranks.json", "report run --output out.html"),
-        ("run/run.json", "evaluate run --data data.csv"),
-        ("run/tokenizer.json", "evaluate run --data data.csv"),
-        ("data.csv", "evaluate run --data data.csv"),
-        ("folder/train.csv", "train --model ./base --data ./folder --task classify --output out"),
-    ],
-)
-def test_pipes(here: Path, file: str, command: str) -> None:
-    Path("folder").mkdir()
-    pipe(file)
-    require_refused(command, file, "is a pipe, socket or device")
-
-
-def test_a_pipe_for_weights(here: Path) -> None:
-    """In a process of its own, as the code that reads them cannot be interrupted."""
-    Path("lora/adapter_model.safetensors").rename("lora/adapter_model.bin")
-    pipe("lora/adapter_model.safetensors")
-    said = run_python("from lrlora.adapters import read_updates; read_updates('lora')")
-    assert "ValueError: lora/adapter_model.safetensors is a pipe" in said
-
-
-def test_a_pipe_in_a_checkpoint_is_passed_over(here: Path) -> None:
-    Path("run/checkpoint-1").mkdir()
-    pipe("run/checkpoint-1/trainer_state.json")
-    assert call("report run --output out.html").exit_code == 0
-
-
-def test_a_device_as_data(here: Path) -> None:
-    Path("zeros.csv").symlink_to("/dev/zero")
-    require_refused("evaluate run --data zeros.csv", "zeros.csv is a pipe, socket or device")
-
-
-def run_python(code: str) -> str:
-    """What a process says in the end that runs this code, and must fail with an exception."""
-    process = Process(code)
-    said = process.communicate(timeout=10 * SECONDS)
-    assert process.returncode == 1, said
-    return said
-
-
-@pytest.mark.parametrize(
-    ("file", "command"),
-    [
-        ("lora/adapter_config.json", "ranks lora"),
-        ("run/run.json", "evaluate run --data data.csv"),
-        ("run/ranks.json", "report run --output out.html"),
-        ("run/log_history.json", "report run --output out.html"),
-        ("run/rank_history.jsonl", "report run --output out.html"),
-    ],
-)
-def test_nested_json(here: Path, file: str, command: str) -> None:
-    Path(file).write_text(DEEP + "\n")
-    require_refused(command, file, "nested too deeply")
-
-
-@pytest.mark.parametrize(
-    ("file", "command"),
-    [
-        ("run/tokenizer_config.json", "evaluate run --data data.csv"),
-        ("base/config.json", "merge lora --output out"),
-        ("base/config.json", "export run --energy 1 --output out"),
-        ("base/tokenizer_config.json", "merge lora --output out"),
-    ],
-)
-def test_nested_json_that_others_read(here: Path, file: str, command: str) -> None:
-    Path(file).write_text(DEEP + "\n")
-    require_refused(command, file.partition("/")[0], "is nested too deeply")
-
-
 # In a process of its own: here, what pytest writes would have no room either.
 FULL_DISK = """
 import resource, sys
@@ -281,9 +198,3 @@ def test_a_full_disk_is_said_of_a_single_file(here: Path) -> None:
     tensors = load_file("lora/adapter_model.safetensors")
     save_file({key.removeprefix("base_model.model."): value for key, value in tensors.items()}, "one.safetensors")
     require_full_disk_told("export one.safetensors --energy 1 --output two.safetensors", "two.safetensors could not be")
-
-
-def test_numbers_that_are_none(here: Path) -> None:
-    """² is a digit to Python, and no number."""
-    save_file({f"layer.².lora_{part}.weight": torch.eye(2) for part in "AB"}, "one.safetensors")
-    assert call("ranks one.safetensors").exit_code == 0

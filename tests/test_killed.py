@@ -137,7 +137,7 @@ def results(folder: Path) -> dict[str, Any]:
             times = ("_runtime", "_per_second", "train_loss")
             found[name] = [{k: v for k, v in e.items() if not k.endswith(times)} for e in entries]
         elif name == "run.json":
-            found[name] = json.loads(path.read_text(encoding="utf-8")) | {"run_id": None}  # it is random
+            found[name] = json.loads(path.read_text(encoding="utf-8"))
         elif name.startswith(("jobs", "locks", "logs", "peft", "runs.jsonl", "report.md")):
             found[name] = None  # it is there; the table is made of it
         elif not name.startswith("checkpoint-"):  # one may be left if a run was killed as it removed them

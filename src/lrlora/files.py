@@ -176,55 +176,19 @@ def readable(path: str | os.PathLike[str], remedy: str, *, until: Callable[[], b
         reason = " ".join(str(error).split())[:300].rstrip(".")
         if isinstance(error, UnpicklingError):
             reason = "its pickle is corrupt, or contains code, which is not loaded"  # torch's says how to run it
-        elif isinstance(error, RecursionError):
-            reason = "it is nested too deeply"
         elif not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{path} is damaged or has an unexpected format ({reason}). {remedy}") from error
-
-
-def require_regular(name: str | os.PathLike[str], below: str = "*") -> None:
-    """Raise ValueError if a path, or a match of the pattern in that folder, is neither a file nor a folder.
-
-    Reading a pipe or device may block or never end. Hub names pass.
-    """
-    for path in (Path(name), *Path(name).glob(below)):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is a pipe, socket or device. Replace it with a regular file.")
-
-
-def read_text(path: Path) -> str:
-    """Read a regular text file.
-
-    Raises:
-        ValueError: it is something else.
-
-    """
-    require_regular(path)
-    return path.read_text(encoding="utf-8")
 
 
 def parse_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        ValueError: invalid or too deeply nested.
+        ValueError: it is invalid.
 
     """
-    return values_of(read_text(path))
-
-
-def values_of(text: str) -> Any:
-    """Parse JSON text.
-
-    Raises:
-        ValueError: invalid or too deeply nested.
-
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("its values are nested too deeply") from None
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 ADAPTER_EXPECTED = "Expected adapter_config.json and adapter_model.safetensors, as written by save_pretrained."
@@ -255,11 +219,10 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
     """Check for an adapter without using the hub: in a folder, or a name that cannot be a hub name.
 
     Raises:
-        ValueError: it is missing, or the folder has non-files.
+        ValueError: it is missing.
 
     """
     path = Path(name)
-    require_regular(path)
     if path.is_dir():
         reason = None if (path / "adapter_config.json").is_file() else "it has no adapter_config.json"
     else:

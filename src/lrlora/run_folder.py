@@ -9,15 +9,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
-from zipfile import ZipFile
-
-from safetensors import safe_open
 
 from .checks import require_type
-from .files import parse_json, read_json, readable, require_regular
+from .files import parse_json, readable
 
 RUN_FILE = "run.json"
-RECORD_FILE = "run_record.json"  # same in a checkpoint; the other name prevents mistaking it for a run
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "ranks.json"
 LOSS_FILE = "loss_over_size.json"
@@ -66,13 +62,12 @@ class RunRecord:
         labels: class names; empty for tasks without classes.
         max_length: truncation length in tokens; None for images.
         versions: of lrlora and its dependencies.
-        examples_per_step: total of all processes; None in older runs.
-        rendering: rendering of prompts and chats: "chat", "plain" or "text"; None for other tasks and in older runs.
-        loss_on: "answers" if the loss covers only the answers of chats; else, and in older runs, None.
+        data_sums: SHA-256 of the examples, by split.
+        examples_per_step: total of all processes.
+        rendering: rendering of prompts and chats: "chat", "plain" or "text"; None for other tasks.
+        loss_on: "answers" if the loss covers only the answers of chats; else None.
         chat_template: template of the chats.
-        base_model: its hub name; None for a local folder and in older runs.
-        run_id: random id; None in older runs.
-        fingerprints: hashes of the run's inputs, by display name; None in older runs.
+        base_model: its hub name; None for a local folder.
 
     """
 
@@ -80,13 +75,12 @@ class RunRecord:
     labels: list[str]
     max_length: int | None
     versions: dict[str, str]
+    data_sums: dict[str, str]
     examples_per_step: int | None = None
     rendering: str | None = None
     loss_on: str | None = None
     chat_template: str | None = None
     base_model: str | None = None
-    run_id: str | None = None
-    fingerprints: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,28 +121,21 @@ def read_losses(folder: Path) -> LossRecord | None:
         return record
 
 
-_LATER = ("examples_per_step", "rendering", "loss_on", "chat_template", "base_model", "run_id", "fingerprints")
-
-
-def read_record(folder: Path, name: str = RUN_FILE) -> RunRecord:
-    """Read the record of a run from its output folder or, under another name, a checkpoint.
+def read_record(folder: Path) -> RunRecord:
+    """Read the record of a run from its output folder.
 
     Raises:
         FileNotFoundError: the folder holds no run.
         ValueError: the record is damaged.
 
     """
-    path = folder / name
-    require_regular(folder)
+    path = folder / RUN_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} contains no run of `lrlora train`: it has no {RUN_FILE}. Pass the --output folder of a run."
         )
     with readable(path, RUN_EXPECTED):
-        content = parse_json(path)
-        later = {field: content.get(field) for field in _LATER}
-        versions = content.get("versions", {})
-        record = RunRecord(content["config"], content["labels"], content["max_length"], versions, **later)
+        record = RunRecord(**parse_json(path))
         require_type(record, RunRecord, "run")
         require_type(record.config.get("training", {}), dict[str, Any], "run.config['training']")
         return record
@@ -170,38 +157,12 @@ def shown_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def last_whole_checkpoint(output: Path) -> Path | None:
-    """Newest complete checkpoint in a folder.
-
-    The Trainer writes its state last, then the run adds its record (except in older runs).
-    """
-    has_records = _content(output / RUN_FILE).get("run_id") is not None
+    """Newest complete checkpoint in a folder: the Trainer writes its state last."""
     matches = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.iterdir())
     for step, name in sorted(((int(match[1]), match[0]) for match in matches if match), reverse=True):
-        folder = output / name
-        is_recorded = not has_records or (folder / RECORD_FILE).is_file()
-        if is_recorded and _content(folder / STATE_FILE).get("global_step") == step:
-            return folder
+        if _content(output / name / STATE_FILE).get("global_step") == step:
+            return output / name
     return None
-
-
-def resumed_from(checkpoint: Path) -> list[Path]:
-    """Checkpoints needed to resume from one: itself, and the best one before it.
-
-    Raises:
-        ValueError: its Trainer state is damaged.
-
-    """
-    best = read_json(checkpoint / STATE_FILE, State, ANOTHER_CHECKPOINT).get("best_model_checkpoint")
-    return [checkpoint, Path(best or checkpoint)]
-
-
-def require_readable(checkpoint: Path) -> None:
-    """Raise ValueError if a file of a checkpoint, or of the best one before it, is damaged."""
-    for folder in resumed_from(checkpoint):
-        require_regular(folder, "**/*")
-        for file in sorted(folder.rglob("*")):
-            with readable(file, ANOTHER_CHECKPOINT):
-                _require_checksums(file)
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -211,14 +172,3 @@ def _content(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _require_checksums(file: Path) -> None:
-    if file.suffix in (".pt", ".pth", ".bin"):
-        # These are archives with checksums, which torch does not verify.
-        with ZipFile(file) as archive:
-            if wrong := archive.testzip():
-                raise ValueError(f"{wrong} does not match its checksum")
-    elif file.suffix == ".safetensors":
-        with safe_open(file, "pt"):
-            pass  # opening reads the header and checks the size

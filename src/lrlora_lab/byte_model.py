@@ -24,7 +24,9 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, get_cosine_
 
 from lrlora.checks import require_known
 from lrlora.files import cache_folder, readable, replacing
-from lrlora.train.packages import BOOKS, SPEECHES, TWISTED, fetch
+from lrlora.train.packages import fetch
+
+from .inputs import BOOKS, SPEECHES, TWISTED
 
 CONTEXT = 128  # bytes
 _WARM_UP = 0.05  # of the steps

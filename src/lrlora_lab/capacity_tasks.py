@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from lrlora.files import cache_folder, replacing
-from lrlora.train.embedded import MOVIE_REVIEW_TASK, load_animals
-from lrlora.train.packages import MINILM, VIT, checkpoint
+from lrlora.train.embedded import load_movie_reviews
+from lrlora.train.packages import MINILM, checkpoint
 
 from .byte_model import base_model, load_corpus, mean_loss, sample_batch
+from .inputs import load_animals, vision_model
 
 TOKENS = 8  # tokens per text of `labels`, which determine the cost of a step
 PICTURE = 42  # pixels: 3 × 3 patches, and one token for the whole image
@@ -92,7 +93,7 @@ class PictureLabels(LabelModel):
 def _text_inputs(encoder: Any, count: int) -> Tensor:
     """Inputs of the last MLP for the first `count` film reviews with 8 tokens: (count, 8, 384), float32."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(MINILM))
-    texts = list(MOVIE_REVIEW_TASK.load()["train"]["text"])
+    texts = list(load_movie_reviews()["train"]["text"])
     tokens = tokenizer(texts, truncation=True, max_length=TOKENS)["input_ids"]
     long_enough = [ids for ids in tokens if len(ids) == TOKENS]
     if len(long_enough) < count:
@@ -150,7 +151,7 @@ def labels(texts: int, classes: int, batch_size: int, seed: int) -> Setting:
 
 def picture_labels(pictures: int, classes: int, batch_size: int, seed: int) -> Setting:
     """Random labels of pictures of animals."""
-    encoder = AutoModel.from_pretrained(checkpoint(VIT)).eval()
+    encoder = AutoModel.from_pretrained(vision_model()).eval()
     inputs = _kept(f"picture-labels-{pictures}-{PICTURE}", lambda: _picture_inputs(encoder, pictures))
     return _random_labels(PictureLabels(encoder), inputs, classes, batch_size, seed)
 

@@ -71,8 +71,7 @@ def compare(
     suite: Annotated[
         str,
         typer.Argument(
-            help="offline-nlu, offline-commonsense, offline-vision, capacity, glue, commonsense, llama-3-8b, vision or "
-            "smoke, or a YAML file."
+            help="offline-nlu, offline-commonsense, offline-vision, capacity, llama-3-8b or smoke, or a YAML file."
         ),
     ],
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: the main ones.")] = None,

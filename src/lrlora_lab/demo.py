@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from lrlora.files import read_json, write_json
 from lrlora.locks import only_writer
 from lrlora.run_folder import METRICS_FILE, RUN_FILE
-from lrlora.train.embedded import MOVIE_REVIEW_TASK
 from lrlora.train.inference import evaluate
 from lrlora.train.run import train
 from lrlora.train.settings import FROM_TRAIN, TrainConfig
@@ -175,7 +174,7 @@ def _review(
         output=str(folder),
         validation=FROM_TRAIN,
         validation_examples=256,
-        max_length=MOVIE_REVIEW_TASK.max_tokens,
+        max_length=48,
         rank_every=25,
         seed=settings.seed,
         adapter=method.adapter(method.options["r"]),

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrlora.train.packages import NAMES, SMOLLM2, checkpoint, fetch
+from lrlora.train.packages import SMOLLM2, checkpoint, fetch
 
 from .byte_model import load_corpus, sample_batch
 from .capacity_tasks import EVALUATED_AT_ONCE, Setting, shuffled
+from .inputs import NAMES
 
 LAYER = 24  # of 30; its MLP learns the phone book
 DIGITS = 10  # of a number

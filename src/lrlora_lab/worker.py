@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +31,7 @@ from lrlora.train.run import Interrupted, TrainResult, rank_report_of, train
 from lrlora.train.settings import TrainConfig
 
 from .capacity import CapacityTask, train_capacity
+from .inputs import located
 from .jobs import DIVERGED, FAILED, TUNING_SEED, train_config
 from .methods import find_method
 from .suite import Suite, Task
@@ -64,6 +66,7 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
     config = train_config(
         suite, request["task"], method, request["learning_rate"], request["seed"], request["rank"], folder
     )
+    config = replace(config, model=located(config.model), data=located(config.data))
     result = _trained(config)
     record = {
         **request,
@@ -106,7 +109,9 @@ def _trained(config: TrainConfig) -> TrainResult:
 
 def _scores(folder: Path, task: Task) -> dict[str, float]:
     """Metrics of a run on its test data and the number of examples; of several sets their means, and each one's own."""
-    by_set = {data: evaluate(folder, data, split=split, limit=task.test_examples) for data, split in task.tests}
+    by_set = {
+        data: evaluate(folder, located(data), split=split, limit=task.test_examples) for data, split in task.tests
+    }
     if len(by_set) == 1:
         return next(iter(by_set.values()))
     names = next(iter(by_set.values()))

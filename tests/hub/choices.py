@@ -35,12 +35,6 @@ def _boolq(writer: Writer, split: str, index: int) -> Row:
     return {"question": f"is the {animal} in the {asked}", "answer": answer, "passage": passage}
 
 
-def _super_glue_boolq(writer: Writer, split: str, index: int) -> Row:
-    row = _boolq(writer, split, index)
-    label = -1 if split == "test" else int(row["answer"])
-    return {"question": row["question"], "passage": row["passage"], "idx": index, "label": label}
-
-
 def _piqa(writer: Writer, split: str, index: int) -> Row:
     thing, label = writer.choice(THINGS), writer.randrange(2)
     wrong = writer.others(THINGS, thing, 1)[0]
@@ -110,12 +104,6 @@ def _openbookqa(writer: Writer, split: str, index: int) -> Row:
     return {"id": f"7-{index}", "question_stem": question.rstrip("?"), "choices": choices, "answerKey": answer}
 
 
-def _additional(writer: Writer, split: str, index: int) -> Row:
-    measured = {"humanScore": round(writer.random(), 2), "clarity": round(writer.uniform(1, 2), 2)}
-    row = {**_openbookqa(writer, split, index), "fact1": writer.sentence().lower()}
-    return {**row, **measured, "turkIdAnonymized": f"{writer.getrandbits(40):010x}"}
-
-
 def _lettered(writer: Writer, count: int, labels: str) -> tuple[str, dict[str, list[str]], str]:
     """A question whose answer is the place that it names."""
     place, right = writer.choice(PLACES), writer.randrange(count)
@@ -132,21 +120,14 @@ def _strings(names: str) -> dict[str, Value]:
 def choice_sets() -> dict[str, dict[str, DatasetDict]]:
     """The sets by repository and configuration."""
     boolq = {"question": _TEXT, "answer": Value("bool"), "passage": _TEXT}
-    boolq_label = {"label": ClassLabel(names=["False", "True"])}
     piqa = {**_strings("goal sol1 sol2"), "label": ClassLabel(names=["0", "1"])}
     siqa = _strings("context question answerA answerB answerC label")
     swag = {"ind": Value("int32"), **_strings("activity_label ctx_a ctx_b ctx"), "endings": List(_TEXT)}
     arc = {"id": _TEXT, "question": _TEXT, "choices": _CHOICES, "answerKey": _TEXT}
     book = {"id": _TEXT, "question_stem": _TEXT, "choices": _CHOICES, "answerKey": _TEXT}
-    more = {"fact1": _TEXT, "humanScore": Value("float32"), "clarity": Value("float32"), "turkIdAnonymized": _TEXT}
     three, unusual = "train validation test", "train test validation"
     return {
         "google/boolq": {"default": _set("train validation", boolq, _boolq)},
-        "aps/super_glue": {
-            "boolq": _set(
-                three, {**_strings("question passage"), "idx": Value("int32"), **boolq_label}, _super_glue_boolq
-            )
-        },
         "ybisk/piqa": {"plain_text": _set(unusual, piqa, _piqa)},
         "baber/piqa": {"default": _set(three, {**piqa, "label": Value("int64")}, _piqa)},
         "allenai/social_i_qa": {"default": _set("train validation", siqa, _social_iqa)},
@@ -155,14 +136,10 @@ def choice_sets() -> dict[str, dict[str, DatasetDict]]:
             "default": _set(unusual, {**swag, **_strings("source_id split split_type label")}, _hellaswag)
         },
         "allenai/winogrande": {
-            f"winogrande_{size}": _set(unusual, _strings("sentence option1 option2 answer"), _winogrande, size)
-            for size in ("debiased", "l", "m", "s", "xl", "xs")
+            "winogrande_xl": _set(unusual, _strings("sentence option1 option2 answer"), _winogrande)
         },
         "allenai/ai2_arc": {
             f"ARC-{level}": _set("train test validation", arc, _arc, level) for level in ("Challenge", "Easy")
         },
-        "allenai/openbookqa": {
-            "additional": _set(three, {**book, **more}, _additional),
-            "main": _set(three, book, _openbookqa),
-        },
+        "allenai/openbookqa": {"main": _set(three, book, _openbookqa)},
     }

@@ -6,14 +6,11 @@ from datasets import DatasetDict
 
 from .choices import choice_sets
 from .glue import glue
-from .images import image_sets
 
 # by repository and configuration
-DATA: dict[str, dict[str, DatasetDict]] = {"nyu-mll/glue": glue(), **choice_sets(), **image_sets()}
+DATA: dict[str, dict[str, DatasetDict]] = {"nyu-mll/glue": glue(), **choice_sets()}
 
 # Their main branch has a script alone, which `datasets` no longer runs.
 SCRIPTS = ("ybisk/piqa", "allenai/social_i_qa")
 # Their cards say nothing of the data: the files' names do.
 PLAIN = ("baber/piqa", "lighteval/siqa")
-# Chosen where no configuration is named, though there are several.
-DEFAULTS = {"uoft-cs/cifar10": "plain_text", "uoft-cs/cifar100": "cifar100"}

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,10 +23,6 @@ _SMALL: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 _DECODER: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 2048}
-_CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def _texts() -> Iterator[str]:
@@ -45,8 +38,7 @@ def _texts() -> Iterator[str]:
     for configurations in DATA.values():
         for splits in configurations.values():
             for data in splits.values():
-                if not any(isinstance(feature, Image) for feature in data.features.values()):
-                    yield from strings(data[:])
+                yield from strings(data[:])
 
 
 def _byte_pairs(texts: list[str], special: list[str], size: int = 600) -> Tokenizer:
@@ -77,28 +69,6 @@ def _roberta(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return transformers.RobertaForMaskedLM(config), tokenizer
 
 
-def _deberta(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    # Not by the trainer, which chooses other pieces each time: whole words as often as they occur, and single letters.
-    counts = Counter(f"▁{word}" for text in texts for word in text.split())
-    pieces = [(word, math.log(count / counts.total())) for word, count in sorted(counts.items())]
-    letters = [(letter, -20.0) for letter in sorted(set("".join(counts)))]
-    special = [(token, 0.0) for token in ("[PAD]", "[CLS]", "[SEP]", "[UNK]")]
-    vocabulary = [*special, *letters, *pieces, ("[MASK]", 0.0)]
-    tokenizer = transformers.DebertaV2Tokenizer(vocab=vocabulary, unk_id=3, model_max_length=512)
-    relative: dict[str, Any] = {
-        "relative_attention": True,
-        "position_buckets": 32,
-        "norm_rel_ebd": "layer_norm",
-        "share_att_key": True,
-        "pos_att_type": ["p2c", "c2p"],
-        "position_biased_input": False,
-        "max_relative_positions": -1,
-    }
-    sizes: dict[str, Any] = {"max_position_embeddings": 512, "type_vocab_size": 0, "layer_norm_eps": 1e-7}
-    config = transformers.DebertaV2Config(**_SMALL, **relative, **sizes, vocab_size=len(tokenizer))
-    return transformers.DebertaV2Model(config), tokenizer
-
-
 def _llama(texts: list[str], tied: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     begin, end = "<|begin_of_text|>", "<|end_of_text|>"
     trained = _byte_pairs(texts, [begin, end])
@@ -118,20 +88,6 @@ def _llama(texts: list[str], tied: bool) -> tuple[PreTrainedModel, PreTrainedTok
     return transformers.LlamaForCausalLM(config), tokenizer
 
 
-def _qwen(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    trained = _byte_pairs(texts, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer = transformers.Qwen2Tokenizer(
-        **_pairs(trained), eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"], chat_template=_CHAT
-    )
-    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "tie_word_embeddings": True, "head_dim": 16}
-    config = transformers.Qwen3Config(**_DECODER, **ids, vocab_size=len(tokenizer))
-    return transformers.Qwen3ForCausalLM(config), tokenizer
-
-
-def _vit() -> tuple[PreTrainedModel, None]:
-    return transformers.ViTModel(transformers.ViTConfig(**_SMALL, image_size=32, patch_size=8)), None
-
-
 def _pairs(tokenizer: Tokenizer) -> dict[str, Any]:
     model = json.loads(tokenizer.to_str())["model"]
     return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
@@ -142,11 +98,8 @@ def save_models(root: Path) -> None:
     texts = list(_texts())
     recipes: dict[str, tuple[Any, torch.dtype]] = {
         "FacebookAI/roberta-base": (lambda: _roberta(texts), torch.float32),
-        "microsoft/deberta-v3-base": (lambda: _deberta(texts), torch.float16),
         "meta-llama/Llama-3.2-1B": (lambda: _llama(texts, tied=True), torch.bfloat16),
         "meta-llama/Meta-Llama-3-8B": (lambda: _llama(texts, tied=False), torch.bfloat16),
-        "Qwen/Qwen3-0.6B": (lambda: _qwen(texts), torch.bfloat16),
-        "google/vit-base-patch16-224-in21k": (_vit, torch.float32),
     }
     for seed, (name, (build, dtype)) in enumerate(recipes.items()):
         with torch.random.fork_rng():
@@ -154,12 +107,4 @@ def save_models(root: Path) -> None:
             model, tokenizer = build()
         folder = root / name / "main"
         model.to(dtype).save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    # Written by hand: what the library writes depends on whether torchvision is installed.
-    half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    size = {"size": {"height": 32, "width": 32}, "do_resize": True, "do_normalize": True, "resample": 2}
-    preprocessor = {"image_processor_type": "ViTImageProcessor", **size, **half}
-    (root / "google/vit-base-patch16-224-in21k/main/preprocessor_config.json").write_text(
-        json.dumps(preprocessor, indent=2)
-    )
+        tokenizer.save_pretrained(folder)

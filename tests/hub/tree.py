@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 import pyarrow.parquet as parquet
 import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List
 
-from .data import DATA, DEFAULTS, PLAIN, SCRIPTS
+from .data import DATA, PLAIN, SCRIPTS
 from .models import save_models
 
 _CONVERTED = quote("refs/convert/parquet", safe="")  # the hub makes this branch of every set
@@ -76,8 +76,6 @@ def _features(features: Features | dict[str, Any]) -> list[dict[str, Any]]:
             kind = {
                 "dtype": {"class_label": {"names": {str(index): label for index, label in enumerate(feature.names)}}}
             }
-        elif isinstance(feature, Image):
-            kind = {"dtype": "image"}
         elif isinstance(feature, List):
             kind = {"sequence": feature.feature.dtype}
         elif isinstance(feature, dict):
@@ -90,5 +88,4 @@ def _features(features: Features | dict[str, Any]) -> list[dict[str, Any]]:
 
 def _files(repository: str, configuration: str, splits: DatasetDict) -> dict[str, Any]:
     files = [{"split": split, "path": f"{_folder(configuration)}/{split}-*"} for split in splits]
-    chosen = {"default": True} if DEFAULTS.get(repository) == configuration else {}
-    return {"config_name": configuration, "data_files": files, **chosen}
+    return {"config_name": configuration, "data_files": files}

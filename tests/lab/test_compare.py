@@ -146,7 +146,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_p
     cut = tmp_path / "cut"
     for finished in (1, 2):
         process = subprocess.Popen(
-            [sys.executable, "-c", "from lrlora.cli import app; app()", *command(suite, cut, *options)],
+            [sys.executable, "-c", "from lrlora_cli import app; app()", *command(suite, cut, *options)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

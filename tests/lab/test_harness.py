@@ -26,9 +26,8 @@ import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-from lrlora.train.data import load_splits
-from lrlora.train.settings import TrainConfig
 from lrlora.train.tasks import ChoiceByLikelihood
+from lrlora_lab.commonsense import load_commonsense
 
 sets, name = json.loads(sys.argv[1]), "meta-llama/Llama-3.2-1B"
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
@@ -37,8 +36,7 @@ arguments = TrainingArguments("out", use_cpu=True, report_to="none", per_device_
 kind, found = ChoiceByLikelihood(), {}
 trainer = kind.trainer(tokenizer, model=model, args=arguments)
 for task, ours in sets.items():
-    config = TrainConfig(name, f"commonsense:{ours}", "multiple-choice")
-    data = load_splits(config.data, config)["test"]
+    data = load_commonsense(ours)["test"]
     result = trainer.predict(kind.encode(data, tokenizer, None))
     rows = zip(result.predictions[0].tolist(), data["choices"])
     samples = sorted(theirs["samples"][task], key=lambda sample: sample["doc_id"])

@@ -18,7 +18,6 @@ from lrlora.adapters import read_updates
 from lrlora.naming import module_kind, module_type
 from lrlora.ranks import MEASURES
 from lrlora.ranks.measures import curvature, effective_rank, energy_rank, spectrum, stable_rank
-from lrlora.ranks.report import read_history, singular_values_of_product
 
 from ..conftest import TinyModel
 
@@ -40,16 +39,6 @@ def test_measures_on_a_known_spectrum(shape: tuple[int, int]) -> None:
     assert effective_rank(energies) == pytest.approx(math.exp(-sum(q * math.log(q) for q in p)), rel=1e-4)
     assert energy_rank(energies, 0.90) == 2  # 20 / 21.25 = 0.941
     assert energy_rank(energies, 0.99) == 4  # 21 / 21.25 = 0.988
-
-
-@pytest.mark.parametrize(("m", "k", "n"), [(40, 6, 30), (30, 6, 40), (5, 9, 7), (8, 9, 3), (4, 1, 4)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_singular_values_of_a_product(m: int, k: int, n: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    U, V = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    sigma = singular_values_of_product(U, V)
-    assert sigma.shape == (min(m, k, n),)
-    torch.testing.assert_close(sigma, torch.linalg.svdvals(U.double() @ V.double())[: len(sigma)])
 
 
 def test_equal_singular_values_use_every_direction() -> None:
@@ -245,18 +234,6 @@ def test_scalars_for_a_logger_are_means_and_extremes(tiny_bert: TinyModel, capfd
     everything = [row.stable_rank for row in report.rows]
     assert found["rank/stable_rank_mean"] == pytest.approx(sum(everything) / len(everything))
     assert (found["rank/stable_rank_min"], found["rank/stable_rank_max"]) == (min(everything), max(everything))
-
-
-def test_files_from_when_there_were_gates_are_read(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    report = rank_report(get_peft_model(tiny_bert.build(), LrLoraConfig(target_modules=["query"])))
-    report.to_json(tmp_path / "ranks.json")
-    content = json.loads((tmp_path / "ranks.json").read_text())
-    for row in content["rows"]:
-        row["active_factors"] = 3
-    (tmp_path / "ranks.json").write_text(json.dumps(content))
-    (tmp_path / "history.jsonl").write_text(json.dumps({"step": 5, "rows": content["rows"]}) + "\n")
-    assert RankReport.from_json(tmp_path / "ranks.json").rows == report.rows
-    assert [(step, kept.rows) for step, kept in read_history(tmp_path / "history.jsonl")] == [(5, report.rows)]
 
 
 def test_unknown_adapter_and_merged_model_are_refused(tiny_bert: TinyModel) -> None:

@@ -202,11 +202,6 @@ def test_each_mistake_is_told_with_what_to_do(given: tuple[object, ...], encoder
     assert not Path("lrlora-run").exists()
 
 
-def test_a_file_that_is_nested_too_deeply_is_named() -> None:
-    Path("deep.yaml").write_text("columns: " + "[" * 5000)
-    assert "deep.yaml is nested too deeply" in told("train", "deep.yaml")
-
-
 FILES = {
     "num_train_epochs: 3": "Use epochs: --epochs, or the key epochs.",
     "warmup_steps: 3": "It is a field of TrainingArguments",  # and not the nearest setting, steps

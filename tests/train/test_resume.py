@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
@@ -19,7 +17,7 @@ from lrlora.ranks import RankReport
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig, read_run
 
-from .small import CHAT, reviews, save_decoder, save_encoder
+from .small import reviews, save_decoder, save_encoder
 
 TRAINING = {"max_steps": 4, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4}
 CONFIG: dict[str, Any] = {"model": "./base", "data": "./data", "rank_every": 1, "adapter": {"r": 2}}
@@ -58,7 +56,6 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         train(TrainConfig.from_dict(CONFIG | {"task": "classify", "output": "alone"}), announce=lambda line: None)
         begin("cut", task="classify")
-        begin("other", task="classify", seed=1)
         begin("talk", task="causal-lm", model="./decoder", data="./chats")
     return folder
 
@@ -79,10 +76,6 @@ def edit(path: str, old: str, new: str) -> None:
     Path(path).write_text(content.replace(old, new, 1), encoding="utf-8")
 
 
-def last() -> Path:
-    return max(Path("cut").glob("checkpoint-*"))
-
-
 def flip_a_label() -> None:
     path = Path("data/train.csv")
     header, first, *rest = path.read_text().splitlines()
@@ -100,37 +93,12 @@ def add_a_row() -> None:
         file.write("a splendid film,fresh\n")
 
 
-def replace_a_weight() -> None:
-    weights = load_file("base/model.safetensors")
-    weights["encoder.layer.1.output.dense.weight"][3, 5] += 1.0
-    save_file(weights, "base/model.safetensors", metadata={"format": "pt"})
-
-
-def swap_words() -> None:
-    edit("base/tokenizer.json", '"plot"', '"PLOT"')
-
-
-def take_the_checkpoint_of_another_run() -> None:
-    name = last().name
-    shutil.rmtree(f"cut/{name}")
-    shutil.copytree(f"other/{name}", f"cut/{name}")
-
-
 CHANGES: dict[str, tuple[Callable[[], None], str]] = {
     "a label": (flip_a_label, "the training data"),
     "a row less": (cut_a_row, "the training data"),
     "a row more": (add_a_row, "the training data"),
     "a text": (lambda: edit("data/train.csv", " film", " plot"), "the training data"),
     "validation": (lambda: edit("data/validation.csv", " film", " plot"), "the validation data"),
-    "weights": (replace_a_weight, "the weights of the base model"),
-    "model": (lambda: edit("base/config.json", "1e-12", "1e-3"), "the configuration of the base model"),
-    "tokenizer": (swap_words, "the tokenizer"),
-    "adapter": (
-        lambda: edit(f"{last()}/adapter_config.json", '"lora_alpha": 2', '"lora_alpha": 3'),
-        "the configuration of the adapter in the checkpoint",
-    ),
-    "settings": (lambda: edit("cut/run.json", "0.05", "0.5"), "the setting training"),
-    "checkpoint": (take_the_checkpoint_of_another_run, "belongs to another run"),
 }
 
 
@@ -147,48 +115,16 @@ def test_a_run_does_not_go_on_with_something_else(here: Path, name: str) -> None
     assert not Path("cut/metrics.json").exists()
 
 
-def test_a_run_does_not_go_on_from_another_start(here: Path) -> None:
-    begin("further", task="classify", start_from="alone")
-    weights = load_file("alone/adapter_model.safetensors")
-    first = min(weights)
-    save_file({**weights, first: weights[first] + 1}, "alone/adapter_model.safetensors")
-    result = lrlora("train --resume further")
-    assert result.exit_code == 1
-    assert "its inputs changed: the run that it starts from. " in result.output
-
-
-def test_a_run_that_was_killed_before_a_checkpoint_had_its_record_goes_on_from_the_one_before(here: Path) -> None:
-    assert last().name == "checkpoint-3"
-    (last() / "run_record.json").unlink()
-    result = lrlora("train --resume cut")
-    assert "Resuming from step 2." in result.output
-    assert Path("cut/adapter_model.safetensors").read_bytes() == Path("alone/adapter_model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("steps", ["0", "{}", "1e308"])
-def test_when_things_are_done_is_not_up_to_a_checkpoint(here: Path, steps: str) -> None:
-    for name in ("logging_steps", "eval_steps", "save_steps"):
-        edit(f"{last()}/trainer_state.json", f'"{name}": 1', f'"{name}": {steps}')
-    result = lrlora("train --resume cut")
-    assert result.exit_code == 0, result.output
-    cut, alone = (json.loads(Path(run, "log_history.json").read_text()) for run in ("cut", "alone"))
-    for name in ("loss", "eval_loss"):
-        assert [entry["step"] for entry in cut if name in entry] == [entry["step"] for entry in alone if name in entry]
-
-
-def test_a_run_does_not_go_on_with_another_chat_template(here: Path) -> None:
-    assert CHAT in Path("decoder/chat_template.jinja").read_text()
-    edit("decoder/chat_template.jinja", "[USER] ", "[USER]: ")
-    result = lrlora("train --resume talk")
-    assert result.exit_code == 1
-    assert "its inputs changed: the chat template. " in result.output
+def test_a_run_does_not_go_on_with_other_settings(here: Path) -> None:
+    with pytest.raises(ValueError, match=r"its inputs changed: the setting seed \(0 before, 1 now\)"):
+        train(replace(read_run(Path("cut"))[0], seed=1), resume=True)
+    assert not Path("cut/metrics.json").exists()
 
 
 def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(here: Path) -> None:
     for output in ("cut", "talk"):
         result = lrlora(f"train --resume {output}")
         assert result.exit_code == 0, result.output
-        assert "Warning: the run started" not in result.output
     for file in ("adapter_model.safetensors", "metrics.json", "rank_history.jsonl"):
         assert (here / "cut" / file).read_bytes() == (here / "alone" / file).read_bytes()
     # The command has measured what the loss asks for, too.
@@ -206,30 +142,3 @@ def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:
     assert sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*")) == before
     assert lrlora("train --resume cut --dry-run").exit_code == 0
     assert lrlora("train --resume cut").exit_code == 0
-
-
-def test_other_versions_are_told_and_a_record_of_before_is_not_compared(here: Path) -> None:
-    version = torch.__version__
-    edit("cut/run.json", version, "2.0.0")
-    result = lrlora("train --resume cut")
-    assert result.exit_code == 0, result.output
-    assert f"torch 2.0.0, now {version}" in result.output
-    record = json.loads(Path("talk/run.json").read_text())
-    Path("talk/run.json").write_text(json.dumps({k: v for k, v in record.items() if k in list(record)[:4]}))
-    for path in Path("talk").glob("checkpoint-*/run_record.json"):
-        path.unlink()
-    edit("decoder/chat_template.jinja", "[USER] ", "[USER]: ")
-    assert lrlora("train --resume talk").exit_code == 0
-
-
-def test_a_finished_run_warns_of_another_base_model(here: Path, recwarn: pytest.WarningsRecorder) -> None:
-    def warned(command: str) -> bool:
-        recwarn.clear()
-        assert lrlora(command).exit_code == 0
-        return any("differs from the one used in training: the weights" in str(each.message) for each in recwarn)
-
-    commands = ["evaluate alone --data ./data", "predict alone --text splendid", "report alone --output page.html"]
-    assert [warned(command) for command in commands] == [False] * 3
-    replace_a_weight()
-    Path("page.html").unlink()
-    assert [warned(command) for command in commands] == [True] * 3

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ..files import is_hub_name, read_json, readable, require_regular
+from ..files import is_hub_name, read_json, readable
 from ..naming import PEFT_PREFIX, natural_order
 from .card import MODELS
 from .update import Layout, Update, Updates, common_dtype
@@ -47,7 +47,6 @@ class Checkpoint:
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
         self.name = os.fspath(name)
-        require_regular(self.name)
         with readable(self.name, _EXPECTED):
             found = {key: file for file, keys in self._files().items() for key in keys}
         self._place_of = {self._renamed(key): (file, key) for key, file in found.items()}

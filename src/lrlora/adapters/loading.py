@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..files import ADAPTER_EXPECTED, readable, require_present, require_regular
+from ..files import ADAPTER_EXPECTED, readable, require_present
 from .card import class_names
 from .peft_folder import AdapterSource, SavedAdapter, require_all_weights, require_reproducible_start
 from .update import Updates
@@ -39,7 +39,6 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     base = saved.base_model
     if not base:
         raise FileNotFoundError(f"The adapter {name} does not name its base model. Pass it: --base MODEL, or base=.")
-    require_regular(base)
     if (Path(base) / CONFIG_NAME).is_file():
         SavedAdapter.read(base)  # transformers loads this adapter too
     with readable(name, ADAPTER_EXPECTED):
@@ -64,8 +63,6 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
                 f"The base model of {name}, {base}, could not be loaded: "
                 f"{str(error).splitlines()[0]} Pass another path: --base MODEL, or base=."
             ) from None
-        except RecursionError:
-            raise ValueError(f"A file of {name}, or of its base model {base}, is nested too deeply.") from None
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"The adapter {name} does not fit its base model {base}: {' '.join(str(error).split())[:500]}"
@@ -96,7 +93,6 @@ def check_base(updates: Updates) -> None:
             f"The adapter {saved.name} does not name its base model. Pass it (--base MODEL), or skip the check against "
             "it (--no-check)."
         )
-    require_regular(name)
     with readable(name, "Correct it, or skip the check against it (--no-check)."):
         try:
             require_present(name)
@@ -170,18 +166,9 @@ def save_preprocessing(folder: Path, source: str) -> bool:
 
 
 def _preprocessing(loader: Any, source: str) -> Any:
-    """Tokenizer or processor of a model or adapter, or None.
-
-    Raises:
-        ValueError: its files are nested too deeply.
-
-    """
+    """Tokenizer or processor of a model or adapter, or None."""
     try:
         loaded = loader.from_pretrained(source)
-    except RecursionError:
-        raise ValueError(
-            f"A file of the tokenizer in {source} is nested too deeply. Remove the file, or download it again."
-        ) from None
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError):  # none, or none for this model
         return None
     # From a configuration alone, transformers creates a tokenizer with an empty vocabulary.

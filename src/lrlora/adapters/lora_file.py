@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import readable, replacing, values_of
+from ..files import readable, replacing
 from ..naming import PEFT_PREFIX, natural_order
 from .factorize import Factors
 from .full_model import Checkpoint, with_weight
@@ -177,7 +178,7 @@ class SingleFile:
     def _configs(self) -> dict[str, Mapping[str, Any]]:
         """Module name prefix → adapter configuration."""
         with readable(self.name, _EXPECTED):
-            content = values_of(self.metadata.get(METADATA_KEY, "{}"))
+            content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
             components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
             return {
                 component: {

@@ -18,7 +18,7 @@ from ..run_folder import RUN_FILE, read_losses
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
 from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
-from .exporting import Target, cut_of, export_by_loss, parameters_in, write_factors
+from .exporting import Target, cut_of, export_by_loss, parameters_in, torch_dtype, write_factors
 
 if TYPE_CHECKING:
     from ..adapters import Factors, Updates
@@ -323,21 +323,14 @@ def merge(
         quiet()
         from ..adapters import merge_adapter
 
-        precision = None if dtype is None else _dtype(dtype)
         merge_adapter(
             adapter,
             output,
             base=base,
-            dtype=precision,
+            dtype=torch_dtype(dtype),
             dequantize=dequantize,
             max_shard_size=max_shard_size,
             progressbar=True,
         )
         size = sum(file.stat().st_size for file in output.iterdir())
         announce(f"Model: {output}, {size / 2**20:.1f} MiB")
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)

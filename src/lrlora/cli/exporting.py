@@ -23,14 +23,14 @@ def parameters_in(budget: Size, updates: Updates, dtype: str | None) -> int:
     """Number of parameters of a size, for factors of a dtype; None: as stored."""
     from ..adapters.factorize import parameters_of_rank
 
-    return budget.parameters(parameters_of_rank(updates, 1), torch_dtype(dtype, updates).itemsize)
+    return budget.parameters(parameters_of_rank(updates, 1), torch_dtype(dtype, updates.origin.stored_dtype).itemsize)
 
 
-def torch_dtype(name: str | None, updates: Updates) -> Any:
-    """Dtype of this name; None: as stored."""
+def torch_dtype(name: str | None, stored: Any = None) -> Any:
+    """Dtype of this name; the stored one without a name."""
     import torch
 
-    return updates.origin.stored_dtype if name is None else getattr(torch, name)
+    return stored if name is None else getattr(torch, name)
 
 
 def write_factors(
@@ -56,7 +56,7 @@ def write_factors(
         announce(f"To train with: LoraConfig.from_pretrained({str(output)!r})")
         return
     announce(_sizes(updates, sum(part.parameters for part in factors)))
-    size_on_disk = save(factors, updates, output, dtype=torch_dtype(dtype, updates), pad=pad)
+    size_on_disk = save(factors, updates, output, dtype=torch_dtype(dtype, updates.origin.stored_dtype), pad=pad)
     announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
     for note in _for_servers(output):
         announce(note)

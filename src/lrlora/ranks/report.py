@@ -8,17 +8,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters import Update, Updates
+from ..adapters.factorize import svd_of_product
 from ..adapters.layers import updates_of_model
 from ..adapters.update import require_finite
 from ..checks import require_type
-from ..files import parse_json, read_text, readable, values_of, write_whole
+from ..files import parse_json, readable, write_whole
 from ..naming import layer_index, module_kind, module_type
 from ..ops.transfer import Transfer
 from .measures import MEASURES, curvature, spectrum
@@ -48,7 +49,7 @@ class RankRow:
         phi_zero: φ(0), which adds a constant matrix to ΔW.
         curvature: 1 − R² of the best linear fit to φ over its inputs.
         rank_limit: maximum rank of an update of this form: r of LoRA, r·Q of an expansion, r² of LoHa, the smaller of m
-            and n of φ(BA) and of full matrices; None in older reports.
+            and n of φ(BA) and of full matrices.
         loss_rank: rank in the smallest LoRA within 1 % (or the requested share) of the loss; None if not measured.
 
     """
@@ -67,13 +68,8 @@ class RankRow:
     relative_norm: float | None
     phi_zero: float
     curvature: float
-    rank_limit: int | None = None
+    rank_limit: int
     loss_rank: int | None = None
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RankRow:
-        """Build a row from a file; ignores the gate field of older files."""
-        return cls(**{name: value for name, value in values.items() if name != "active_factors"})
 
 
 class Curve(NamedTuple):
@@ -145,9 +141,8 @@ class RankReport:
         try:
             content = parse_json(Path(path))
             curves = {module: Curve(*parts) for module, parts in content["curves"].items()}
-            # Older reports have no spectra.
-            spectra = {module: Spectrum(*parts) for module, parts in content.get("spectra", {}).items()}
-            report = cls([RankRow.from_dict(row) for row in content["rows"]], curves, spectra)
+            spectra = {module: Spectrum(*parts) for module, parts in content["spectra"].items()}
+            report = cls([RankRow(**row) for row in content["rows"]], curves, spectra)
             report.require_numbers()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -200,9 +195,9 @@ def read_history(path: Path) -> list[tuple[int, RankReport]]:
         return records
     with readable(path, "Remove it to continue without the recorded ranks."):
         # Text after the last newline is an incomplete record of a killed run.
-        for line in read_text(path).split("\n")[:-1]:
-            content = values_of(line)
-            report = RankReport([RankRow.from_dict(row) for row in content["rows"]])
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            content = json.loads(line)
+            report = RankReport([RankRow(**row) for row in content["rows"]])
             require_type(content["step"], int, "step")
             report.require_numbers()
             records.append((content["step"], report))
@@ -254,7 +249,7 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
     phi_zero, bend, curve = 0.0, 0.0, None
     factors = update.factors()
     if factors is not None:
-        energies = singular_values_of_product(*factors).square()
+        energies = svd_of_product(*factors)[1].square()
     else:
         delta = update.matrix()
         energies = spectrum(delta)
@@ -266,7 +261,7 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
     if learned is not None:
         linear = learned.linear()
         require_finite(update.module, *linear)
-        plain = _short(_of_note(singular_values_of_product(*linear)))
+        plain = _short(_of_note(svd_of_product(*linear)[1]))
     norm = update.weight_norm()
     row = RankRow(
         module=update.module,
@@ -283,21 +278,6 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
         **{name: measure.of(energies) for name, measure in MEASURES.items()},  # type: ignore[arg-type]
     )
     return row, curve, _thinned(energies.sqrt(), plain)
-
-
-def singular_values_of_product(U: Tensor, V: Tensor) -> Tensor:
-    """Singular values of U V without forming it, at half the cost of `adapters.factorize.svd_of_product`.
-
-    Args:
-        U: (m, k).
-        V: (k, n).
-
-    Returns:
-        (l,), descending, float64; l is the smallest of m, k and n.
-
-    """
-    left, right = (torch.linalg.qr(factor.detach().double(), mode="r").R for factor in (U, V.T))
-    return torch.linalg.svdvals(left @ right.T)
 
 
 def _sample(phi: Transfer, z: Tensor) -> Curve:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import require_known
-from ..files import values_of
 from ..run_folder import CHAT, PLAIN, TEXT
 from .row_checks import require_rows
 
@@ -127,7 +127,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
 def _json(what: str, text: str) -> Any:
     """Parse a JSON text in the data."""
     try:
-        return values_of(text)
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{what} must hold JSON, and holds {text!r:.100}: {error}.") from None
 

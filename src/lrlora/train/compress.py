@@ -224,7 +224,7 @@ def _made_up(
     labels = [] if task != "classify" else class_names(saved) if saved else list(model.config.id2label.values())
     if task == "classify" and not labels:
         labels = [str(index) for index in range(model.config.num_labels)]
-    run = LoadedRun(config, RunRecord({}, labels, None, {}), processor, model).reading(**reading)
+    run = LoadedRun(config, RunRecord({}, labels, None, {}, {}), processor, model).reading(**reading)
     splits = load_splits(data, run.config)
     examples = run.examples(data, next(iter(splits)), lambda line: None, with_label=True)
     limit = max_tokens(processor, model.config)

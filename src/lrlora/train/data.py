@@ -18,16 +18,12 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
 from ..checks import require_known
-from ..files import is_hub_name, require_regular
-from .commonsense import ALL, COMMONSENSE, load_commonsense
+from ..files import is_hub_name
 from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
 from .row_checks import SHOWN_ROWS, alike, is_filled, is_known, require_rows, with_class_ids
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import Kind
 from .untrusted_files import require_local_card, require_own_files, require_own_images
-
-COMMONSENSE_PREFIX = "commonsense"
-
 
 _FEW_EXAMPLES = 16
 # Strings such as "None" are valid texts and labels; only empty cells are missing.
@@ -81,7 +77,6 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
     path = Path(name)
     if path.is_file() and path.suffix not in BUILDERS:
         raise ValueError(f"The data {name} cannot be read: its suffix must be one of {', '.join(BUILDERS)}.")
-    require_regular(path, "**/*")
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     if is_saved:
         require_own_files(path)
@@ -109,11 +104,7 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
         raise ValueError(f"The data {name} cannot be read: {said}.") from None
     require_data_path(name)
     repository, _, configuration = name.partition(":")
-    if repository == COMMONSENSE_PREFIX:
-        require_known("commonsense set", configuration, (*COMMONSENSE, ALL))
     try:
-        if repository == COMMONSENSE_PREFIX:
-            return load_commonsense(configuration)
         return load_dataset(repository, configuration or None)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]

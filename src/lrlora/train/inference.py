@@ -25,7 +25,6 @@ from transformers import (
 from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
 from ..files import readable, replacing
-from ..fingerprint import warn_of_another_model
 from ..locks import only_writer
 from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
 from ..tuner import cached_weights
@@ -188,7 +187,6 @@ class LoadedRun:
                 source = model_source(config.model)
                 kind = kind_for(config.task, AutoConfig.from_pretrained(source))
                 base, _ = load_model(config.model, source, kind, record.labels, processor, in_float32=False)
-                warn_of_another_model(source, record.fingerprints)
                 # AdaLoRA in PEFT cannot compute a loss if loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
                 require_all_weights(model, saved)
@@ -235,8 +233,6 @@ class LoadedRun:
     def _require_rendering(self, examples: Dataset) -> None:
         """Raise ValueError unless the examples can be rendered as in training."""
         trained = self.record.rendering
-        if trained is None:
-            return  # run from before this was recorded
         found = format_of(examples.column_names)
         if trained == CHAT and found.name == "text":
             raise ValueError(
@@ -251,9 +247,9 @@ class LoadedRun:
 
     def encoded(self, examples: Dataset) -> Dataset:
         """Encode the examples as in training."""
-        if self.kind.generates and self.record.rendering is not None:
+        if self.kind.generates:
             is_text = format_of(examples.column_names).name == "text"
-            return as_trl_reads(examples, TEXT if is_text else self.record.rendering)
+            return as_trl_reads(examples, TEXT if is_text else str(self.record.rendering))
         return self.kind.encode(examples, self.processor, self.record.max_length)
 
     def marked(self, rows: Dataset) -> Dataset:

@@ -7,7 +7,6 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import datasets
 import peft
@@ -22,7 +21,7 @@ from ..run_folder import ANSWERS, CHAT, RunRecord
 from .chat import choose_template, rendering_of, with_answers_marked
 from .data import TaskData, choose_max_length, load_task_data
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
-from .resume import fingerprints
+from .resume import data_sums
 from .settings import TrainConfig, read_run
 from .tasks import Kind
 
@@ -87,11 +86,11 @@ class Inputs:
             max_length=max_length,
             versions={"lrlora": __version__, "python": platform.python_version()}
             | {module.__name__: module.__version__ for module in modules},
+            data_sums=data_sums(data.splits),
             rendering=rendering,
             loss_on=ANSWERS if on_answers else None,
             chat_template=processor.chat_template if rendering == CHAT else None,
             base_model=hub_name(config.model),
-            run_id=uuid4().hex,
         )
         return cls(kind, source, data, processor, saved_processor, too_long, rows, record)
 
@@ -99,10 +98,6 @@ class Inputs:
     def count(self) -> int:
         """Number of training examples."""
         return len(self.data.splits["train"])
-
-    def fingerprints(self, start: str | None) -> dict[str, str]:
-        """Hashes of the inputs and of the run to start from; call it when the model is loaded, and so downloaded."""
-        return fingerprints(self.data.splits, self.saved_processor, self.source, start)
 
     def encoded(self) -> tuple[Dataset, Dataset]:
         """Training and validation examples for the Trainer; TRL tokenizes those of causal-lm."""

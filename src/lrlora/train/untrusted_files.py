@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, Image
 from datasets.config import REPOCARD_FILENAME, REPOYAML_FILENAME
 
-from ..files import read_json, read_text
+from ..files import read_json
 
 
 def require_local_card(folder: Path) -> None:
@@ -23,11 +23,11 @@ def require_local_card(folder: Path) -> None:
     for file in (card, other):
         if not file.is_file():
             continue
-        text = read_text(file)
+        text = file.read_text(encoding="utf-8")
         try:
             # As `datasets` reads them: another reader would find less than it does.
             found.append((file, yaml.safe_load(text) if file == other else DatasetCard.load(file).data.to_dict()))
-        except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{file} has a header that is not YAML: {' '.join(str(error).split())[:200]}") from None
     for file, values in found:
         for value in _texts(values.get("configs") if isinstance(values, dict) else None):

@@ -71,11 +71,6 @@ def _parse(text: str, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def compose_node(self, *arguments: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # nested aliases expand to gigabytes
-                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
-            return super().compose_node(*arguments)
-
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -94,5 +89,3 @@ def _parse(text: str, where: str) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{where} is nested too deeply.") from None

@@ -13,7 +13,6 @@ from ..adapters import read_updates
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.read import method_name
 from ..files import is_full_model, read_json
-from ..fingerprint import warn_of_another_model
 from ..ranks import RankReport, rank_report
 from ..ranks.report import read_history
 from ..run_folder import (
@@ -139,8 +138,6 @@ def _add_training(
     log = _read(folder / LOG_FILE, list[LogEntry]) or state.get("log_history", [])
     adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
     record = read_record(folder) if (folder / RUN_FILE).exists() else None
-    if record:
-        warn_of_another_model(str(adapter.config.base_model_name_or_path), record.fingerprints)
     result.history, result.log = read_history(folder / HISTORY_FILE), log
     result.losses = read_losses(folder)
     config = record.config | {"output": str(folder)} if record else {}

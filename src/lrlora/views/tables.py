@@ -48,7 +48,7 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
     """
     there = {
         # The limit of LoRA is r, that of φ(BA) is the full rank.
-        "rank_limit": any(row.rank_limit not in (None, row.r, min(row.m, row.n)) for row in report.rows),
+        "rank_limit": any(row.rank_limit not in (row.r, min(row.m, row.n)) for row in report.rows),
         "loss_rank": any(row.loss_rank is not None for row in report.rows),
         "relative_norm": any(row.relative_norm is not None for row in report.rows),
         "phi_zero": bool(report.curves),

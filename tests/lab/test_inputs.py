@@ -6,9 +6,12 @@ import re
 
 import pandas as pd
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
-from lrlora.train.embedded import EMBEDDED_DATA, TASKS, _near
+from lrlora.train.embedded import _near, load_movie_reviews
+from lrlora_lab.inputs import DATA, located
+
+LOADERS = {"movie-reviews": load_movie_reviews, **DATA}
 
 pytestmark = pytest.mark.real
 
@@ -17,11 +20,10 @@ SIZES = {"movie-reviews": 12_500, "20-newsgroups": 18_000, "r8": 7_600}
 
 @pytest.mark.parametrize("name", SIZES)
 def test_splits_share_no_group_and_hold_every_label(name: str) -> None:
-    task = TASKS[name]
-    data = task.load()
+    data = LOADERS[name]()
     train, test = data["train"].to_pandas(), data["test"].to_pandas()
     assert len(train) + len(test) > SIZES[name]
-    assert set(train["label"]) == set(test["label"]) == set(range(len(task.labels)))
+    assert set(train["label"]) == set(test["label"]) == set(range(data["train"].features["label"].num_classes))
     assert not train.isna().any().any()
     assert set(train["group"]).isdisjoint(test["group"])
     assert set(train["text"]).isdisjoint(test["text"])
@@ -60,7 +62,7 @@ def test_no_test_text_is_nearly_in_training(name: str) -> None:
         columns = [name for name in ("question", "text", "text_pair") if name in split.column_names]
         return [words(" ".join(parts)) for parts in zip(*(split[name] for name in columns), strict=True)]
 
-    data = EMBEDDED_DATA[name].load()
+    data = LOADERS[name]()
     train = texts(data["train"])
     holders: dict[str, list[int]] = {}
     for index, text in enumerate(train):
@@ -76,7 +78,7 @@ def test_no_test_text_is_nearly_in_training(name: str) -> None:
 
 @pytest.mark.slow
 def test_choices_are_whole_and_held_out() -> None:
-    data = EMBEDDED_DATA["strategy-qa"].load()
+    data = DATA["strategy-qa"]()
     train, test = data["train"].to_pandas(), data["test"].to_pandas()
     assert set(train["group"]).isdisjoint(test["group"])
     assert set(train["question"]).isdisjoint(test["question"])
@@ -85,3 +87,10 @@ def test_choices_are_whole_and_held_out() -> None:
         assert set(split["label"]) == {0, 1}
     # A model that always says the same is near chance.
     assert test["label"].value_counts(normalize=True).max() < 0.6
+
+
+def test_a_suite_reads_its_inputs_from_folders() -> None:
+    data = load_from_disk(located("embedded:ratings"))
+    assert data["train"].column_names == ["text", "label", "group"]
+    assert located("embedded:ratings") == located("embedded:ratings")
+    assert located("mine.csv") == "mine.csv"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from lrlora.train.commonsense import COMMONSENSE, as_choices
+from lrlora_lab.commonsense import COMMONSENSE, as_choices
 
 ARC = {"text": ["a", "b", "c", "d"], "label": ["A", "B", "C", "D"]}
 # The columns of each set, and what is read before the right choice, and the choice, as in lm-evaluation-harness.
