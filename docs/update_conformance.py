@@ -32,8 +32,8 @@ def vectors() -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
 
     def drawn(*shape: int) -> Tensor:
-        # Of float32: what an implementation in float32 reads without rounding.
-        return torch.randn(*shape, generator=generator).double()
+        # Drawn in float64, since float32 draws differ between processors; of float32, so that none rounds them.
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).float().double()
 
     for form, (gain, count, multiplier) in FORMS.items():
         phi = Transfer(TransferSpec(form, count, INTERVAL, multiplier))
