@@ -20,7 +20,7 @@ from ..conftest import TinyModel
 
 def report_of(sigmas: list[list[float]], shapes: list[tuple[int, int]]) -> RankReport:
     rows = [
-        RankRow(str(i), i, "type", "mlp", m, n, 4, 1.0, 1.0, 1, 1, None, 0.0, 0.0) for i, (m, n) in enumerate(shapes)
+        RankRow(str(i), i, "type", "mlp", m, n, 4, 1.0, 1.0, 1, 1, None, 0.0, 0.0, 4) for i, (m, n) in enumerate(shapes)
     ]
     spectra = {str(i): Spectrum(list(range(1, len(s) + 1)), s) for i, s in enumerate(sigmas) if s}
     return RankReport(rows, spectra=spectra)

@@ -252,7 +252,18 @@ def test_a_large_model_fits_in_six_megabytes(browser: Browser, tmp_path: Path) -
                 ranks = [math.ceil(100 * value) for value in some(4)]
                 rows.append(
                     RankRow(
-                        module, layer, f"model.layers.{kind}.{name}_proj", kind, 4096, 4096, 8, *ranks, 0.01, 0.0, 0.1
+                        module,
+                        layer,
+                        f"model.layers.{kind}.{name}_proj",
+                        kind,
+                        4096,
+                        4096,
+                        8,
+                        *ranks,
+                        0.01,
+                        0.0,
+                        0.1,
+                        4096,
                     )
                 )
                 curves[module] = Curve(some(201), some(201), some(201), some(200))
