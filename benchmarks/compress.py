@@ -72,7 +72,7 @@ def large() -> dict[str, Any]:
         targets = [name.partition(".")[2] for name in LARGE_SHAPES]
         LoraConfig(r=LARGE_RANK, lora_alpha=LARGE_RANK, target_modules=targets).save_pretrained(str(folder))
     found: dict[str, Any] = {"ranks": run("ranks", str(folder))}
-    for name, how in (("energy", ["--energy", "0.9"]), ("budget", ["--budget", "r16"])):
+    for name, how in (("energy", ["--energy", "0.9"]), ("budget", ["--size", "r16"])):
         output = SCRATCH / f"large-{name}"
         subprocess.run(["rm", "-rf", str(output)], check=True)
         found[name] = run("export", str(folder), *how, "--no-check", "--output", str(output))
@@ -275,7 +275,7 @@ def tools(clone: Path | None) -> dict[str, Any]:
             options = f"--dynamic_method {method} --dynamic_param {parameter:g}" if method else f"--new_rank {rank}"
             records.append({"tool": "kohya", "options": f"`{options}`", **record})
             factors = sum(t.numel() for key, t in resized.items() if not key.endswith(".alpha"))
-            options = f"`--budget {factors}`, as large"
+            options = f"`--size {factors}`, as large"
             records.append({"tool": "lrlora", "options": options, **ours(budget=factors)})
     for energy in (0.81, 0.9):
         records.append({"tool": "lrlora", "options": f"`--energy {energy}`", **ours(energy=energy)})
@@ -321,7 +321,7 @@ def render_large(found: dict[str, Any]) -> str:
     labels = {
         "ranks": "`lrlora ranks`",
         "energy": "`lrlora export --energy 0.9`",
-        "budget": "`lrlora export --budget r16`",
+        "budget": "`lrlora export --size r16`",
     }
     rows = [[label, f"{found[n]['seconds']:.0f} s", f"{found[n]['gibibytes']:.1f} GiB"] for n, label in labels.items()]
     rows.append(["SVD of every m × n matrix, from one of each shape", f"{found['full_svd_hours']:.1f} hours", ""])

@@ -12,6 +12,7 @@ import argparse
 import inspect
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,10 +30,12 @@ from sections import table, with_section  # noqa: E402
 PAGE, RESULTS = DOCS / "loss.md", DOCS / "loss" / "results.jsonl"
 ALTERNATIVES = DOCS / "loss" / "alternatives.jsonl"
 COSTS = DOCS / "loss" / "costs.json"
+KEPT = DOCS / "loss" / "kept.jsonl"
 SCRATCH = Path("lrlora-compress") / "loss"
 SEEDS = (0, 1, 2)
 SHARES = {0.5: 4, 0.25: 2}  # share of the size of r = 8 → r of the LoRA trained at that size
-RISE = 0.01
+KEEPS = (0.95, 0.99)
+HELD_OUT = (256, 4_096)  # examples and loss terms for the losses on validation data
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,6 @@ class Case:
     validation: Callable[[Any], float]
     test: Callable[[Any], float]
     as_it_is: tuple[float, ...]  # losses on validation and test
-    smallest: Callable[[float], Any]
     heal: Callable[[Any], float]  # factors → test loss
 
 
@@ -214,14 +216,19 @@ def case_of(name: str, folder: Path) -> Case:
     """A run of `lrlora train`."""
     from lrlora.adapters import save_as_lora
     from lrlora.adapters.factorize import parameters_of_rank
-    from lrlora.learned import mean_loss, smallest
+    from lrlora.learned import mean_loss
     from lrlora.learned.directions import LossCurve, directions
+    from lrlora.learned.gain import losses_of
     from lrlora.learned.moments import collect_moments
-    from lrlora.train.compress import heal
+    from lrlora.train.compress import heal, mean_of
 
     subject, test = loaded(name, folder)
-    held_out, training = subject.batches(subject.held_out), subject.batches(subject.training)
-    as_it_is = tuple(subject.loss_of(subject.run.model, batches) for batches in (held_out, test))
+    held_out, training = (subject.batches(part, *HELD_OUT) for part in (subject.held_out, subject.training))
+
+    def loss_of(model: Any, batches: list[Any]) -> float:
+        return mean_of(losses_of(model.get_base_model(), batches, subject.loss))
+
+    as_it_is = tuple(loss_of(subject.run.model, batches) for batches in (held_out, test))
     model, whole = subject.on_base, [part for part in subject.whole if part.rank]
     moments, terms = collect_moments(model, whole, training, subject.loss)
     curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
@@ -234,7 +241,7 @@ def case_of(name: str, folder: Path) -> Case:
             output = Path(scratch) / "healed"
             save_as_lora(factors, subject.updates, output)
             heal(subject, output, TASKS[name].healing, lambda line: None)
-            return subject.loss_of(subject.with_lora(output).eval(), test)
+            return loss_of(subject.with_lora(output).eval(), test)
 
     return Case(
         whole=whole,
@@ -246,7 +253,6 @@ def case_of(name: str, folder: Path) -> Case:
         validation=validation,
         test=lambda factors: mean_loss(model, factors, test, subject.loss),
         as_it_is=as_it_is,
-        smallest=lambda rise: smallest(curve, validation, as_it_is[0] * (1 + rise))[0],
         heal=healed,
     )
 
@@ -258,7 +264,7 @@ def byte_case(folder: Path, seed: int) -> Case:
 
     from lrlora.adapters import factorize
     from lrlora.adapters.factorize import parameters_of_rank
-    from lrlora.learned import mean_loss, smallest
+    from lrlora.learned import mean_loss
     from lrlora.learned.directions import LossCurve, directions
     from lrlora.learned.moments import collect_moments
     from lrlora_lab.byte_model import CONTEXT, load_corpus, sample_batch
@@ -295,7 +301,6 @@ def byte_case(folder: Path, seed: int) -> Case:
         validation=validation,
         test=lambda factors: mean_loss(model, factors, test),
         as_it_is=as_it_is,
-        smallest=lambda rise: smallest(curve, validation, as_it_is[0] * (1 + rise))[0],
         heal=healed,
     )
 
@@ -391,6 +396,71 @@ def by_share(case: Case, budget: int) -> list[Any]:
     return best
 
 
+def keep(name: str, seed: int) -> list[dict[str, Any]]:
+    """What `lrlora export --keep` keeps of a run on test data that it never saw."""
+    from lrlora.adapters import save_as_lora
+    from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part, mean_of
+    from lrlora.train.inference import evaluate
+    from lrlora_lab.inputs import located
+
+    task = TASKS[name]
+    folder = run_folder(name, task.method, 8, rate_of(name), seed)
+    subject, test = loaded(name, folder)
+    unseen = Part(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
+    cut = Cut(subject, announce=lambda line: None)
+    metric = subject.run.kind.metrics[0]
+    metric = "mean_token_accuracy" if metric == "loss" else metric
+    whole = sum(part.parameters for part in subject.whole)
+    rows = []
+    for share in KEEPS:
+        try:
+            factors = cut.smallest(share, announce=lambda line: print(f"{name}, seed {seed}: {line}", flush=True))
+        except ValueError as error:
+            rows.append({"task": name, "seed": seed, "keep": share, "refused": str(error)})
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            save_as_lora(factors, subject.updates, Path(scratch) / "lora")
+            scores = [
+                evaluate(each, located(task.test), split="test", limit=task.tests, announce=lambda line: None)[metric]
+                for each in (folder, Path(scratch) / "lora")
+            ]
+        rows.append(
+            {
+                "task": name, "seed": seed, "keep": share,
+                "size": sum(part.parameters for part in factors) / whole,
+                "confirmed": cut.confirm.kept(factors).share, "test": unseen.kept(factors)._asdict(),
+                "without": mean_of(unseen.without), "whole": mean_of(unseen.whole),
+                "cut": mean_of(unseen.losses(factors)), "metric": metric, "before": scores[0], "after": scores[1],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def kept_table() -> str:
+    """Shares that were kept, over seeds."""
+    rows = [json.loads(line) for line in KEPT.read_text().splitlines()]
+    lines = []
+    for name in dict.fromkeys(row["task"] for row in rows):
+        for share in KEEPS:
+            group = [row for row in rows if row["task"] == name and row["keep"] == share and "size" in row]
+            if not group:
+                lines.append([name, f"{share:g}", "none", "–", "–", "–"])
+                continue
+            tests = [row["test"]["share"] for row in group]
+            nats = [statistics.mean(row[key] for row in group) for key in ("without", "whole", "cut")]
+            metrics = [statistics.mean(row[key] for row in group) for key in ("before", "after")]
+            lines.append(
+                [
+                    name, f"{share:g}", f"{statistics.mean(row['size'] for row in group):.0%}",
+                    f"{statistics.mean(tests):.1%} ({min(tests):.1%} to {max(tests):.1%})",
+                    "{:.3f}, {:.3f}, {:.3f}".format(*nats),
+                    "{}: {:.3f}, {:.3f}".format(group[0]["metric"].replace("_", " "), *metrics),
+                ]
+            )  # fmt: skip
+    heads = ["adapter", "asked", "size", "kept on test data", "nats without, whole, cut", "metric whole, cut"]
+    return table(heads, lines)
+
+
 METHODS: dict[str, Callable[[Case, int, int], list[Any]]] = {
     "by loss": lambda case, budget, rank: case.curve.within(budget),
     "by scalar": lambda case, budget, rank: by_scalar(case, budget),
@@ -409,6 +479,9 @@ def factorized(case: Case, **how: int) -> list[Any]:
 
 def cut(name: str, seed: int) -> dict[str, Any]:
     """All cuts of one adapter, with their test losses."""
+    from lrlora.learned.gain import losses_of
+    from lrlora.train.compress import mean_of
+
     if name == BYTES:
         case = byte_case(byte_folder(16, seed), seed)
         trained = {rank: byte_case(byte_folder(rank, seed), seed).as_it_is[1] for rank in BYTE_SHARES.values()}
@@ -420,7 +493,7 @@ def cut(name: str, seed: int) -> dict[str, Any]:
         trained = {}
         for rank, folder in others.items():
             subject, test = loaded(like, folder)
-            trained[rank] = subject.loss_of(subject.run.model, test)
+            trained[rank] = mean_of(losses_of(subject.run.model.get_base_model(), test, subject.loss))
     found: dict[str, Any] = {"task": name, "seed": seed, "validation": case.as_it_is[0], "test": case.as_it_is[1]}
     found["whole"] = case.test(case.whole)
     for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
@@ -432,16 +505,6 @@ def cut(name: str, seed: int) -> dict[str, Any]:
                 found[f"predicted, {share}"] = case.curve.predicted_rise(factors)
         found[f"trained, {share}"] = trained.get(rank)
         found[f"parameters, {share}"] = budget
-    found["rise"] = RISE
-    try:
-        chosen = case.smallest(RISE)
-    except ValueError:  # in full fine-tuning, the part outside any LoRA may exceed it
-        found["smallest"] = None
-    else:
-        found["smallest"] = sum(part.parameters for part in chosen)
-        found["smallest, validation"], found["smallest, test"] = case.validation(chosen), case.test(chosen)
-    for share, rank in (BYTE_SHARES if name == BYTES else {0.5: 4}).items():
-        found[f"healed, {share}"] = case.heal(case.curve.within(case.parameters_of_rank(rank)))
     return found
 
 
@@ -471,7 +534,7 @@ def costs() -> dict[str, Any]:
     ):
         output = SCRATCH / "smallest"
         subprocess.run(["rm", "-rf", str(output)], check=True)
-        found[name] = run("export", str(folder), "--loss", "0.01", "--output", str(output))
+        found[name] = run("export", str(folder), "--keep", "0.99", "--output", str(output))
     config = LlamaConfig(num_hidden_layers=1, dtype=torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     layer, rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
@@ -651,24 +714,17 @@ def updated(page: str) -> str:
     page = with_section(page, "ratios", table(heads, lines))
     lines = []
     for name, group in groups.items():
-        reached = [row for row in group if row["smallest"] is not None]
-        if reached:
-            size = f"{statistics.mean(row['smallest'] / (row['parameters, 0.5'] * 2) for row in reached):.0%}"
-            rises = [[row[f"smallest, {part}"] / row[part] - 1 for row in reached] for part in ("validation", "test")]
-            cells = [f"{statistics.mean(rise):+.2%} ({min(rise):+.2%} to {max(rise):+.2%})" for rise in rises]
-        else:
-            size, cells = "none", ["–", "–"]
         predicted = [statistics.mean(row[f"predicted, {share}"] for row in group) for share in SHARES]
         actual = [statistics.mean(added(row, "by loss", share) for row in group) for share in SHARES]
         said = [f"{one:.3f} / {two:.3f}" for one, two in zip(predicted, actual, strict=True)]
-        lines.append([name, size, *cells, *said])
-    heads = ["adapter", "size", "rise on validation data", "rise on test data", "predicted / actual at 1/2", "at 1/4"]
-    page = with_section(page, "smallest", table(heads, lines))
+        lines.append([name, *said])
+    page = with_section(page, "predicted", table(["adapter", "at 1/2", "at 1/4"], lines))
+    page = with_section(page, "kept", kept_table())
     if COSTS.exists():
         known = json.loads(COSTS.read_text())
         lines = [
             [
-                f"`lrlora export --loss 0.01`, {name}, LoRA r = 8",
+                f"`lrlora export --keep 0.99`, {name}, LoRA r = 8",
                 f"{known[name]['seconds']:.0f} s",
                 f"{known[name]['gibibytes']:.1f} GiB",
             ]
@@ -689,7 +745,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="tasks, with commas between", default=",".join((BYTES, *TASKS)))
-    parser.add_argument("--stage", choices=("train", "cut", "alternatives", "costs"))
+    parser.add_argument("--stage", choices=("train", "cut", "keep", "alternatives", "costs"))
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     if options.report:
@@ -702,6 +758,14 @@ def main() -> None:
         return
     if options.stage == "costs":
         COSTS.write_text(json.dumps(costs(), indent=1) + "\n")
+        return
+    if options.stage == "keep":
+        for name in options.only.split(","):
+            for seed in SEEDS:
+                known = KEPT.read_text().splitlines() if KEPT.exists() else []
+                if not any((row := json.loads(line))["task"] == name and row["seed"] == seed for line in known):
+                    with KEPT.open("a") as file:
+                        file.writelines(json.dumps(row) + "\n" for row in keep(name, seed))
         return
     for name in options.only.split(","):
         if options.stage != "cut":

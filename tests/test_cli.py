@@ -206,7 +206,7 @@ def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
     result = run("merge", adapter, "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.output
     AutoModel.from_pretrained(tmp_path / "merged")
-    result = run("export", adapter, "--budget", "r2", "--config-only", "--output", tmp_path / "ranks")
+    result = run("export", adapter, "--size", "r2", "--config-only", "--output", tmp_path / "ranks")
     assert result.exit_code == 0, result.output
     assert [file.name for file in (tmp_path / "ranks").iterdir()] == ["adapter_config.json"]
     lora = LoraConfig.from_pretrained(tmp_path / "ranks")
@@ -249,8 +249,8 @@ def test_what_an_expansion_takes_is_printed_before_and_after(tiny_bert: TinyMode
 
 def test_an_export_that_cannot_be_is_one_clear_error(adapter: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        ((adapter, "--energy", "0.9", "--budget", "r4"), "Pass exactly one of energy, budget and loss"),
-        ((adapter, "--budget", "many"), "--budget must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got 'many'"),
+        ((adapter, "--energy", "0.9", "--size", "r4"), "Pass exactly one of energy, keep, size, or max_rank alone"),
+        ((adapter, "--size", "many"), "--size must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got 'many'"),
         ((adapter, "--energy", "2"), "energy must be in"),
         ((adapter, "--energy", "0.9", "--dtype", "int8"), "dtype"),
         ((tmp_path / "nothing", "--energy", "0.9"), "does not contain a readable adapter"),

@@ -140,7 +140,8 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert {command.split()[0] for command in commands} == {"train", "predict", "ranks", "report", "export"}
     for command in commands:
         words = [models.get(word, word) for word in shlex.split(command)]
-        words += ["--steps", "4"] if words[0] == "train" else []
+        if words[0] == "train":
+            words += ["--steps", "60", "--learning-rate", "1e-2", "--validation-share", "0.25"]
         result = CliRunner().invoke(app, words, input="is it good ?\n/quit\n")
         assert result.exit_code == 0, result.output
     assert Path("lrlora-report.html").exists()

@@ -58,7 +58,7 @@ READ = {
     "export bare --max-rank 1 --output out": ADAPTER,
     "export bare --energy 0.9 --no-check --output out": ADAPTER,
     "merge bare --output out": ADAPTER,
-    "export bare --budget r1 --config-only --output out": ADAPTER,
+    "export bare --size r1 --config-only --output out": ADAPTER,
     "report bare --output out.html": ADAPTER,
     "evaluate run --data reviews.jsonl --json out.json": f"{ADAPTER.replace('bare', 'run')} reviews.jsonl run/run.json "
     "run/tokenizer.json",

@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 DEFAULT_ENERGY = 0.99  # default share of ‖ΔW‖² kept by a plain LoRA
+DEFAULT_KEEP = 0.99  # default share of the gain kept by a cut by loss
 _LARGEST = 2.0**128 - 2.0**104  # of float32
 # All of Cc except tab, bidirectional controls (Unicode's Trojan Source), line breaks, and surrogates.
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -100,19 +101,22 @@ def _is(value: Any, kind: Any) -> bool:
     return not is_typeddict(kind) and isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
-def check_truncation(
-    *, energy: float | None = None, budget: int | None = None, max_rank: int | None = None, loss: float | None = None
-) -> None:
-    """Raise ValueError unless these define what an export keeps."""
-    given = [name for name, value in {"energy": energy, "budget": budget, "loss": loss}.items() if value is not None]
+def check_truncation(*, energy: float | None = None, max_rank: int | None = None, **others: float | None) -> None:
+    """Raise ValueError unless these define what an export keeps.
+
+    `others` are those that the caller offers: `keep`, and a number of parameters under the caller's name.
+    """
+    options = {"energy": energy, **others}
+    given = [name for name, value in options.items() if value is not None]
     if len(given) > 1 or not (given or max_rank is not None):
         raise ValueError(
-            f"Pass exactly one of energy, budget and loss, or max_rank alone; got {' and '.join(given) or 'none'}."
+            f"Pass exactly one of {', '.join(options)}, or max_rank alone; got {' and '.join(given) or 'none'}."
         )
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy!r}.")
-    if loss is not None and not 0 < loss < 1:
-        raise ValueError(f"loss must be a relative increase in (0, 1), such as 0.01, got {loss!r}.")
-    for name, value in (("budget", budget), ("max_rank", max_rank)):
+    keep = others.pop("keep", None)
+    if keep is not None and not 0 < keep < 1:
+        raise ValueError(f"keep must be a share of the gain in (0, 1), such as 0.99, got {keep!r}.")
+    for name, value in (*others.items(), ("max_rank", max_rank)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be an integer ≥ 1, got {value!r}.")

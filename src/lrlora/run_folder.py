@@ -85,22 +85,24 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class LossRecord:
-    """Measured losses at smaller sizes, and the chosen size.
+    """Share of the adapter's gain that smaller LoRAs keep, and the chosen one.
 
     Attributes:
         loss: mean validation loss of the adapter.
-        rise: maximum relative rise of the loss at the chosen size; None if the size was given.
+        base: that without it.
+        keep: share asked for; None if the size was given.
         sizes: parameters of the measured LoRAs, largest first.
-        losses: their losses, in the same order.
+        kept: the share that each keeps.
         chosen: parameters of the chosen one.
         ranks: module → its rank there.
 
     """
 
     loss: float
-    rise: float | None
+    base: float
+    keep: float | None
     sizes: list[int]
-    losses: list[float]
+    kept: list[float]
     chosen: int
     ranks: dict[str, int]
 

@@ -148,11 +148,11 @@ def test_zeros_of_the_spectrum_are_not_exported() -> None:
 @pytest.mark.parametrize(
     ("truncation", "message"),
     [
-        ({}, "one of energy, budget and loss.*got none"),
+        ({}, "one of energy, budget, or max_rank alone; got none"),
         ({"energy": 0.9, "budget": 100}, "got energy and budget"),
         ({"energy": 0.0}, r"energy must be in \(0, 1\], got 0.0"),
         ({"energy": 1.5}, "got 1.5"),
-        ({"budget": 10}, "budget=10 is below the minimum of 70 parameters, one rank of the smallest module"),
+        ({"budget": 10}, "10 parameters are below the minimum of 70, one rank of the smallest module"),
         ({"max_rank": 0}, "max_rank must be an integer ≥ 1, got 0"),
     ],
 )

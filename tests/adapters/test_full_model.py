@@ -141,7 +141,7 @@ def test_a_page_of_an_adapter_beside_the_full_model(tmp_path: Path) -> None:
     shown = json.loads(content)
     assert [run["facts"]["method"] for run in shown["runs"]] == ["LoHa", "full fine-tuning"]
     command = "".join(shown["sizes"]["commands"][1])
-    assert command.startswith(f"lrlora export {tmp_path / 'tuned'} --base {tmp_path / 'base'} --by energy --budget ")
+    assert command.startswith(f"lrlora export {tmp_path / 'tuned'} --base {tmp_path / 'base'} --by energy --size ")
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

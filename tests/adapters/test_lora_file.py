@@ -209,10 +209,10 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result = run("ranks lora.safetensors")
     assert result.exit_code == 0, result.output
     assert "Ranks of lora.safetensors (LoRA)" in result.output
-    result = run("export lora.safetensors --budget 4MiB --output small.safetensors")
+    result = run("export lora.safetensors --size 4MiB --output small.safetensors")
     assert result.exit_code == 0, result.output
     for budget, largest in (("4KiB", 4 * 1024), ("0.005MB", 5_000)):
-        result = run(f"export lora.safetensors --budget {budget} --dtype float16 --output {budget}.safetensors")
+        result = run(f"export lora.safetensors --size {budget} --dtype float16 --output {budget}.safetensors")
         assert result.exit_code == 0, result.output
         factors = [t for key, t in load_file(f"{budget}.safetensors").items() if not key.endswith(".alpha")]
         size = sum(tensor.numel() * tensor.itemsize for tensor in factors)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrlora.adapters import Factors, factorize, save_as_lora
 from lrlora.adapters.factorize import parameters_of_rank
-from lrlora.learned import LossCurve, energy_curve, loss_curve, mean_loss, model_loss, smallest
+from lrlora.learned import Kept, LossCurve, energy_curve, loss_curve, mean_loss, model_loss, smallest
 
 from ..conftest import TinyModel
 from .test_moments import language_batches
@@ -51,9 +51,7 @@ def test_a_budget_is_kept_to_and_the_rises_add_up(trained: tuple[TinyModel, Any,
         assert part.kept == pytest.approx(1 - lost.item(), abs=1e-4)
         if part.rank:
             assert torch.allclose(part.A.norm(dim=1), part.B.norm(dim=0), rtol=1e-3)
-    with pytest.raises(
-        ValueError, match=r"budget=5 is below the minimum of 64 parameters, one rank of the smallest module"
-    ):
+    with pytest.raises(ValueError, match=r"5 parameters are below the minimum of 64, one rank of the smallest module"):
         curve.within(5)
 
 
@@ -114,21 +112,22 @@ def test_the_cut_is_served_by_plain_peft(
     assert loss == pytest.approx(mean_loss(model, factors, batches), rel=1e-4)
 
 
-@pytest.mark.parametrize("limit", [1.2, 2.0, 10.0])
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
 def test_the_smallest_size_is_between_two_that_were_measured(
-    trained: tuple[TinyModel, Any, list[Factors], LossCurve], limit: float
+    trained: tuple[TinyModel, Any, list[Factors], LossCurve], keep: float
 ) -> None:
     *_, curve = trained
     measured: list[int] = []
 
-    def measure(factors: Sequence[Factors]) -> float:
+    def measure(factors: Sequence[Factors]) -> Kept:
         measured.append(sum(part.parameters for part in factors))
-        return curve.parameters / measured[-1]
+        share = measured[-1] / curve.parameters
+        return Kept(1.0, share, 1.0)  # the lower bound decides
 
-    chosen, points = smallest(curve, measure, limit)
+    chosen, points = smallest(curve, measure, keep)
     size = sum(part.parameters for part in chosen)
-    assert curve.parameters / size <= limit
-    beyond = max((point.parameters for point in points if point.loss > limit), default=0)
+    assert size / curve.parameters >= keep
+    beyond = max((point.parameters for point in points if point.kept.low < keep), default=0)
     # The next step down is one direction, or a few percent.
     assert size - beyond <= max(0.06 * size, 2 * 96)
     assert len(measured) == len(set(measured)) <= 12
@@ -136,10 +135,10 @@ def test_the_smallest_size_is_between_two_that_were_measured(
 
 
 @pytest.mark.refused
-def test_a_limit_that_nothing_is_within(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
+def test_a_share_that_nothing_keeps(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
     *_, curve = trained
-    with pytest.raises(ValueError, match=r"Even with all directions kept, the loss is 3, above the limit of 2\."):
-        smallest(curve, lambda factors: 3.0, 2.0)
+    with pytest.raises(ValueError, match=r"Even with all directions, 98\.0% \(97\.0% to 99\.0%\)"):
+        smallest(curve, lambda factors: Kept(0.98, 0.97, 0.99), 0.975)
 
 
 def test_a_budget_that_the_first_direction_exceeds_goes_to_others(
@@ -167,14 +166,14 @@ def test_the_unit_of_the_loss_does_not_matter(trained: tuple[TinyModel, Any, lis
 def test_a_search_ends_after_twelve_measurements() -> None:
     measured: list[int] = []
 
-    def measure(factors: Sequence[Factors]) -> float:
+    def measure(factors: Sequence[Factors]) -> Kept:
         measured.append(sum(part.parameters for part in factors))
-        return 0.0
+        return Kept(1.0, 1.0, 1.0)
 
     torch.manual_seed(0)
     model = get_peft_model(
         nn.Sequential(*(nn.Linear(64, 64) for _ in range(160))),
         LoraConfig(r=64, init_lora_weights=False, target_modules=[str(i) for i in range(160)]),
     )
-    smallest(energy_curve(factorize(model, energy=1.0)), measure, 1.0)
+    smallest(energy_curve(factorize(model, energy=1.0)), measure, 0.5)
     assert len(measured) == 12

@@ -568,9 +568,8 @@ def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path) -> None:
     assert not any("matey" in answer for answer in answers["llama.cpp, base"])
 
 
-@pytest.mark.parametrize("wrong", ["{", "[" * 50_000 + "]" * 50_000])
-def test_text_that_must_be_json(wrong: str) -> None:
-    asked = {"from": "human", "value": "a"}
+def test_text_that_must_be_json() -> None:
+    wrong, asked = "{", {"from": "human", "value": "a"}
     for row, what in (
         ({"conversations": [asked, {"from": "function_call", "value": wrong}]}, "A turn that calls a function"),
         ({"conversations": [asked], "tools": wrong}, "The column tools"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
-from lrlora.learned import energy_curve
+from lrlora.learned import energy_curve, example_losses, mean_loss
 from lrlora.ranks import RankReport
 from lrlora.run_folder import read_losses
 from lrlora.train import compress
@@ -51,9 +53,11 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def rise_of(output: str) -> float:
-    """What an export says of the loss of what it has written."""
-    match = re.search(r"as loaded by PEFT: [\d.]+ \(([-+][\d.]+)%\)", output)
+def kept_by(output: str) -> float:
+    """Share of the gain that an export has kept, by what is written."""
+    match = re.search(
+        r"As loaded by PEFT from .*?: [\d.]+, (-?[\d.]+)% \(-?[\d.]+% to [\d.]+%\) of the gain kept", output
+    )
     assert match, output
     return float(match[1]) / 100
 
@@ -69,9 +73,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     save_encoder(folder / "encoder")
     save_decoder(folder / "decoder")
-    frame = reviews(240).rename(columns={"review": "text", "verdict": "label"})
-    frame[:200].to_csv(folder / "reviews.csv", index=False)
-    frame[200:].to_csv(folder / "test.csv", index=False)
+    frame = reviews(360).rename(columns={"review": "text", "verdict": "label"})
+    frame[:320].to_csv(folder / "reviews.csv", index=False)
+    frame[320:].to_csv(folder / "test.csv", index=False)
     frame[["text"]].to_csv(folder / "texts.csv", index=False)
     chats = [
         {"messages": [{"role": "user", "content": f"is {word} good ?"}, {"role": "assistant", "content": "it is good"}]}
@@ -84,43 +88,55 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(home: Path, name: str = "run", **fields: Any) -> TrainConfig:
     of_task = {"model": str(home / "encoder"), "data": str(home / "reviews.csv"), "task": "classify", "method": "lora"}
-    usual = {"rank": 4, "steps": 30, "learning_rate": 5e-3, "training": {"eval_strategy": "no"}}
+    usual = {"rank": 4, "steps": 60, "learning_rate": 1e-2, "training": {"eval_strategy": "no"}}
+    usual |= {"validation_share": 0.25}
     return TrainConfig(**{**of_task, **usual, "output": str(home / name), **fields})
 
 
-def test_the_smallest_within_a_rise_of_the_loss(home: Path, tmp_path: Path) -> None:
+def test_the_smallest_that_keeps_a_share_of_the_gain(home: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()}
-    output = export(home / "run", tmp_path / "small", "--loss", "0.05")
-    assert "Cut by loss: gradients from 180 examples and losses on 20 others" in output
-    assert rise_of(output) <= 0.051
+    output = export(home / "run", tmp_path / "small", "--keep", "0.9")
+    assert "Cut by loss: gradients from 240 examples and losses on 80 others" in output
+    assert kept_by(output) >= 0.9
+    assert re.search(r"of the gain kept; accuracy [\d.]+, before [\d.]+\.", output)
     assert parameters_of(tmp_path / "small") < parameters_of(home / "run") / 2
     assert PeftConfig.from_pretrained(tmp_path / "small").peft_type.value == "LORA"
-    as_trained = evaluate(home / "run", str(home / "test.csv"))["loss"]
     # The test data was not looked at. Without lrlora, by the names of the classes that the export has.
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     base = AutoModelForSequenceClassification.from_pretrained(home / "encoder", num_labels=len(config["id2label"]))
     served = PeftModel.from_pretrained(base, tmp_path / "small").eval()
-    shutil.copytree(home / "run", tmp_path / "run")
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copy(tmp_path / "small" / file, tmp_path / "run" / file)
-    assert evaluate(tmp_path / "run", str(home / "test.csv"))["loss"] <= 1.3 * as_trained + 0.02
     assert served.config.num_labels == 2
+    as_trained, as_cut = (
+        evaluate(tmp_path / "small" if cut else home / "run", str(home / "test.csv")) for cut in (0, 1)
+    )
+    guess = math.log(2)
+    assert guess - as_cut["loss"] >= 0.8 * (guess - as_trained["loss"])
     assert before == {path: path.read_bytes() for path in (home / "run").rglob("*") if path.is_file()}
 
 
-def test_at_least_half_of_a_small_gain_is_kept(home: Path, tmp_path: Path) -> None:
+def test_a_new_head_s_random_answers_inflate_nothing(home: Path, tmp_path: Path) -> None:
+    """Without the adapter the trained head is worse than guessing, which is what the gain is counted from."""
+    shutil.copytree(home / "run", tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    (head,) = (name for name in weights if name.endswith("classifier.weight"))
+    save_file({**weights, head: 300 * weights[head]}, tmp_path / "run" / "adapter_model.safetensors")
+    subject = compress.Subject.read(str(tmp_path / "run"), announce=lambda line: None)
+    cut = compress.Cut(subject, announce=lambda line: None)
+    assert cut.base == pytest.approx(math.log(2), abs=0.02)
+    assert compress.mean_of(example_losses(subject.on_base, [], cut.confirm.batches)) > 2 * cut.base
+
+
+def test_a_small_gain_is_kept_or_the_cut_refused(home: Path, tmp_path: Path) -> None:
     chat = {"model": str(home / "decoder"), "data": str(home / "chats.jsonl"), "task": "causal-lm"}
-    train(settings(home, "short", learning_rate=1e-4, **chat), announce=lambda line: None)
-    output = export(home / "short", tmp_path / "small", "--loss", "0.01")
+    train(settings(home, "short", learning_rate=1e-4, steps=20, **chat), announce=lambda line: None)
     cut = compress.Cut(compress.Subject.read(str(home / "short"), announce=print), announce=print)
-    with cut.subject.run.model.disable_adapter():
-        base = cut.loss_of(cut.subject.run.model)
-    assert base < 1.01 * cut.loss  # nothing at all is within the rise
-    assert f"Loss of the adapter: {cut.loss:.4g}, without it: {base:.4g}; as cut: " in output
-    lost = re.search(r"as loaded by PEFT: [\d.]+ \(.*?%\), ([\d.]+)% of the gain lost", output)
-    assert lost
-    assert 0 < float(lost[1]) <= 50
-    assert cut.loss_of(cut.subject.with_lora(tmp_path / "small")) <= (cut.loss + base) / 2
+    assert cut.base < 1.01 * cut.loss
+    output = export(home / "short", tmp_path / "small", "--keep", "0.9")
+    assert (
+        f"Loss of the adapter: {cut.loss:.4g}, without it: {cut.base:.4g}; gain {cut.base - cut.loss:.4g} nats."
+        in output
+    )
+    assert kept_by(output) >= 0.9
 
 
 def test_an_adapter_that_gains_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,49 +144,58 @@ def test_an_adapter_that_gains_nothing(home: Path, tmp_path: Path, monkeypatch: 
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     against = {name: -tensor if ".lora_B." in name else tensor for name, tensor in weights.items()}
     save_file(against, tmp_path / "run" / "adapter_model.safetensors")
-    said = told("export", tmp_path / "run", "--loss", "0.01", "--output", tmp_path / "out")
-    assert "The adapter gains nothing on the held-out examples" in said
-    assert "Cut it by energy (--energy) or to a size (--budget)" in said
+    said = told("export", tmp_path / "run", "--keep", "0.99", "--output", tmp_path / "out")
+    assert "The adapter gains nothing that 80 held-out examples could show" in said
+    assert "Cut it by energy (--energy) or to a size (--size)" in said
     assert not (tmp_path / "out").exists()
-    assert "of the gain" not in export(tmp_path / "run", tmp_path / "sized", "--budget", "r1")
+    assert "of the gain" not in export(tmp_path / "run", tmp_path / "sized", "--size", "r1")
     # At the end of training, it is said, and the run is finished.
-    monkeypatch.setattr(compress.Cut, "gain", 0.0)
-    arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 2]
-    for options in ([], ["--loss", "0.01"]):
+    arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 3]
+    arguments += ["--learning-rate", "1e-6"]
+    for options in ([], ["--keep", "0.99"]):
         result = run("train", *arguments, "--output", tmp_path / f"new{len(options)}", *options)
         assert result.exit_code == 0, result.output
         said = " ".join(result.output.split())
-        assert "The smallest LoRA was not chosen: The adapter gains nothing on the held-out examples" in said
+        assert "The smallest LoRA was not chosen: The adapter gains nothing that" in said, said[-3000:]
         assert "To view the ranks" in said
+
+
+def test_too_few_examples_are_told_with_the_number_that_would_do(home: Path, tmp_path: Path) -> None:
+    train(settings(home, "narrow", rank=1), announce=lambda line: None)  # has nothing to spare
+    pd.read_csv(home / "test.csv")[:36].to_csv(tmp_path / "few.csv", index=False)
+    output = export(home / "narrow", tmp_path / "small", "--keep", "0.998", "--data", tmp_path / "few.csv")
+    assert re.search(r"Too few examples to cut: [\d,]+ parameters keep .* of the gain on half of them, but ", output)
+    assert parameters_of(tmp_path / "small") == parameters_of(home / "narrow")
 
 
 def test_a_size_is_filled_with_what_matters_where_there_is_data(home: Path, tmp_path: Path) -> None:
     by_loss_, by_energy = tmp_path / "by-loss", tmp_path / "by-energy"
-    output = export(home / "run", by_loss_, "--budget", "r1")
+    output = export(home / "run", by_loss_, "--size", "r2")
     assert "Cut by loss" in output
-    assert "Cut by loss" not in export(home / "run", by_energy, "--budget", "r1", "--by", "energy")
+    assert "Cut by loss" not in export(home / "run", by_energy, "--size", "r2", "--by", "energy")
     assert "Loss of the adapter" in output
-    assert rise_of(output) < 0.5
+    assert kept_by(output) > 0.5
     largest = max(len(t) for n, t in load_file(by_loss_ / "adapter_model.safetensors").items() if ".lora_A." in n)
-    assert largest > 1
-    capped = export(home / "run", tmp_path / "capped", "--max-rank", "1", "--pad", "--dtype", "bfloat16")
-    assert "Cut by loss" in capped
+    assert largest > 2
+    options = ("--max-rank", "1", "--pad", "--dtype", "bfloat16")
+    assert "Cut by loss" in export(home / "run", tmp_path / "capped", *options, "--by", "loss")
+    assert "Cut by loss" not in export(home / "run", tmp_path / "quick", *options)  # as for any adapter
     weights = load_file(tmp_path / "capped" / "adapter_model.safetensors")
     assert {len(t) for n, t in weights.items() if ".lora_A." in n} == {1}
     assert {t.dtype for n, t in weights.items() if ".lora_" in n} == {torch.bfloat16}
 
 
 def test_ranks_by_loss_to_train_with(home: Path, tmp_path: Path) -> None:
-    output = export(home / "run", tmp_path / "ranks", "--budget", "r2", "--config-only")
+    output = export(home / "run", tmp_path / "ranks", "--size", "r2", "--config-only")
     assert "To train with" in output
     assert LoraConfig.from_pretrained(tmp_path / "ranks").rank_pattern
     assert not (tmp_path / "ranks" / "adapter_model.safetensors").exists()
 
 
 def test_steps_at_the_size_that_was_reached(home: Path, tmp_path: Path) -> None:
-    cut = rise_of(export(home / "run", tmp_path / "cut", "--budget", "200"))
-    healed = rise_of(export(home / "run", tmp_path / "healed", "--budget", "200", "--heal", "30"))
-    assert healed < cut
+    cut = kept_by(export(home / "run", tmp_path / "cut", "--size", "200"))
+    healed = kept_by(export(home / "run", tmp_path / "healed", "--size", "200", "--heal", "30"))
+    assert healed > cut
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "healed"))
     assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in second.items()}
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == sorted(
@@ -193,9 +218,9 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", METHODS)
 def test_any_update_becomes_a_lora_first(home: Path, tmp_path: Path, method: str) -> None:
     train(settings(home, f"of-{method}", **METHODS[method]), announce=lambda line: None)
-    output = export(home / f"of-{method}", tmp_path / "small", "--budget", "r4")
+    output = export(home / f"of-{method}", tmp_path / "small", "--size", "r4")
     # Norms and embeddings of full fine-tuning are in no LoRA.
-    assert rise_of(output) < (1.0 if method == "full" else 0.3), output
+    assert kept_by(output) > (0.5 if method == "full" else 0.8), output
     assert not PeftConfig.from_pretrained(tmp_path / "small").use_dora
 
 
@@ -207,25 +232,26 @@ def test_of_two_cuts_to_the_same_ranks_the_better_one_is_taken(home: Path) -> No
     size = sum(part.parameters_per_rank for part in cut.subject.whole)
     both = cut.curve.within(size, 1), energy_curve(cut.subject.whole).within(size, 1)
     assert [[part.rank for part in factors] for factors in both] == 2 * [[1] * len(cut.subject.whole)]
-    by_loss, by_energy = map(cut.measure, both)
+    base, batches = cut.subject.on_base, cut.search.batches
+    by_loss, by_energy, chosen = (mean_loss(base, factors, batches) for factors in (*both, cut.within(size, 1)))
     assert by_energy != by_loss
-    assert cut.measure(cut.within(size, 1)) == min(by_loss, by_energy)
+    assert chosen == min(by_loss, by_energy)
 
 
 def test_chats_continued_and_an_adapter_from_elsewhere(home: Path, tmp_path: Path) -> None:
     config = settings(home, "chat", model=str(home / "decoder"), data=str(home / "chats.jsonl"), task="causal-lm")
     train(config, announce=lambda line: None)
-    assert rise_of(export(home / "chat", tmp_path / "small", "--loss", "0.02")) <= 0.021
+    assert kept_by(export(home / "chat", tmp_path / "small", "--keep", "0.98")) >= 0.98
     # Without what `lrlora train` wrote of it, and with the data given.
     shutil.copytree(home / "chat", tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "run.json").unlink()
-    output = export(tmp_path / "elsewhere", tmp_path / "other", "--loss", "0.02", "--data", home / "chats.jsonl")
+    output = export(tmp_path / "elsewhere", tmp_path / "other", "--keep", "0.98", "--data", home / "chats.jsonl")
     assert "chats.jsonl" in squeezed(output)
-    assert rise_of(output) <= 0.021
+    assert kept_by(output) >= 0.98
     moved = json.loads((tmp_path / "elsewhere" / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (tmp_path / "elsewhere" / "adapter_config.json").write_text(json.dumps(moved))
     given = ["--data", home / "chats.jsonl", "--base", home / "decoder"]
-    assert "as cut" in export(tmp_path / "elsewhere", tmp_path / "based", "--loss", "0.02", *given, "--no-check")
+    assert "As cut: " in export(tmp_path / "elsewhere", tmp_path / "based", "--keep", "0.98", *given, "--no-check")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "other")
     assert isinstance(loaded.get_base_model(), type(AutoModelForCausalLM.from_pretrained(home / "decoder")))
 
@@ -246,27 +272,27 @@ def test_images_and_choices(home: Path, tmp_path: Path) -> None:
         ("likelihood", {**likely, "model": str(home / "decoder")}),
     ):
         train(settings(tmp_path, name, **fields), announce=lambda line: None)
-        assert rise_of(export(tmp_path / name, tmp_path / f"small-{name}", "--loss", "0.05")) <= 0.051
+        assert "of the gain kept" in export(tmp_path / name, tmp_path / f"small-{name}", "--size", "r2")
 
 
 def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> None:
     arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--rank", 4]
-    arguments += ["--steps", 20, "--learning-rate", "5e-3"]
+    arguments += ["--steps", 60, "--learning-rate", "1e-2", "--validation-share", "0.25"]
     result = run("train", *arguments, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
     match = re.search(
-        r"The smallest LoRA within 1 % of the validation loss .* has ([\d,]+) parameters, as many as a LoRA of "
-        r"r = (\d+\.\d)\.",
+        r"The smallest LoRA that keeps 0\.99 of the gain has ([\d,]+) parameters, as many as a LoRA of r = ([\d.]+)\.",
         words,
     )
     assert match, result.output
     said = squeezed(result.output)
-    assert f"lrloraexport{tmp_path / 'run'}--loss0.01--output{tmp_path / 'run'}-small" in said
+    assert f"lrloraexport{tmp_path / 'run'}--keep0.99--output{tmp_path / 'run'}-small" in said
     record = read_losses(tmp_path / "run")
     assert record is not None
     assert record.chosen == int(match[1].replace(",", "")) in record.sizes
-    assert record.losses[record.sizes.index(record.chosen)] <= 1.01 * record.loss
+    assert record.kept[0] == pytest.approx(1, abs=1e-3)
+    assert record.kept[record.sizes.index(record.chosen)] >= record.keep == 0.99
     rows = RankReport.from_json(tmp_path / "run" / "ranks.json").rows
     assert {row.module: row.loss_rank for row in rows} == record.ranks
     assert "loss: rank in the smallest LoRA" in " ".join(run("ranks", tmp_path / "run").output.split())
@@ -305,42 +331,45 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     base = AutoModelForCausalLM.from_pretrained(home / "decoder")
     get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(without_type)
     cases = [
-        ((home / "run", "--loss", "1.5"), r"loss must be a relative increase in (0, 1), such as 0.01, got 1.5"),
-        ((home / "run", "--loss", "0.01", "--budget", "r1"), "Pass exactly one of energy, budget and loss"),
+        ((home / "run", "--keep", "1.5"), r"keep must be a share of the gain in (0, 1), such as 0.99, got 1.5"),
+        (
+            (home / "run", "--keep", "0.99", "--size", "r1"),
+            "Pass exactly one of energy, keep, size, or max_rank alone; got keep and size",
+        ),
         (
             (home / "run", "--energy", "0.9", "--data", few),
             "--data cuts by loss, but --energy by energy.",
         ),
-        ((home / "run", "--loss", "0.1", "--by", "energy"), "--loss cuts by loss, but --by energy by energy."),
-        ((home / "run", "--heal", "3"), "--heal cuts by loss and needs a size: --loss, --budget or --max-rank."),
-        ((home / "run", "--loss", "0.1", "--heal", "3", "--config-only"), "--heal changes weights"),
-        ((home / "run", "--loss", "0.1", "--task", "classify"), "is a run of `lrlora train`, which stores its task"),
+        ((home / "run", "--keep", "0.99", "--by", "energy"), "--keep cuts by loss, but --by energy by energy."),
+        ((home / "run", "--heal", "3"), "--heal cuts by loss and needs a size: --keep, --size or --max-rank."),
+        ((home / "run", "--keep", "0.99", "--heal", "3", "--config-only"), "--heal changes weights"),
+        ((home / "run", "--keep", "0.99", "--task", "classify"), "is a run of `lrlora train`, which stores its task"),
         (
-            (elsewhere, "--loss", "0.1", "--data", few, "--task", "causal-lm"),
+            (elsewhere, "--keep", "0.99", "--data", few, "--task", "causal-lm"),
             "is a SEQ_CLS adapter, which does not fit --task causal-lm",
         ),
         ((home / "run", "--max-rank", "2", "--by", "size"), "Unknown --by 'size'. Known: loss, energy."),
-        ((elsewhere, "--loss", "0.01"), "so its data is unknown. Pass examples like its training data"),
+        ((elsewhere, "--keep", "0.99"), "so its data is unknown. Pass examples like its training data"),
         (
-            (home / "run", "--loss", "0.01", "--data", few),
+            (home / "run", "--keep", "0.99", "--data", few),
             "4 examples with 4 labels or tokens to predict are too few",
         ),
         (
-            (home / "run", "--loss", "0.01", "--data", others),
+            (home / "run", "--keep", "0.99", "--data", others),
             "in others.csv are not in the training data: green",
         ),
         (
-            (home / "run", "--loss", "0.01", "--data", home / "texts.csv"),
+            (home / "run", "--keep", "0.99", "--data", home / "texts.csv"),
             "needs the column label, but the data has text",
         ),
-        ((home / "run", "--loss", "0.01", "--data", empty), "has a header (text, label) but no rows"),
-        ((home / "run", "--loss", "0.01", "--data", tmp_path / "nothing.csv"), "nothing.csv"),
-        ((single, "--loss", "0.01"), "is a single file, which does not name its base model"),
+        ((home / "run", "--keep", "0.99", "--data", empty), "has a header (text, label) but no rows"),
+        ((home / "run", "--keep", "0.99", "--data", tmp_path / "nothing.csv"), "nothing.csv"),
+        ((single, "--keep", "0.99"), "is a single file, which does not name its base model"),
         (
-            (without_type, "--loss", "0.01", "--data", few),
-            "does not store its task. Pass --task causal-lm, classify",
+            (without_type, "--keep", "0.99", "--data", few),
+            "does not store its task: set task_type in its adapter_config.json. For an export, pass --task causal-lm",
         ),
-        ((home / "run", "--budget", "5"), "budget=5 is below the minimum of "),
+        ((home / "run", "--size", "5"), "5 parameters are below the minimum of "),
     ]
     for arguments, message in cases:
         output = tmp_path / ("out.safetensors" if arguments[0] == single else "out")
@@ -352,15 +381,15 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     record = json.loads((tmp_path / "moved" / "run.json").read_text())
     record["config"]["data"] = str(tmp_path / "gone.csv")
     (tmp_path / "moved" / "run.json").write_text(json.dumps(record))
-    said = told("export", tmp_path / "moved", "--loss", "0.01", "--output", tmp_path / "out")
+    said = told("export", tmp_path / "moved", "--keep", "0.99", "--output", tmp_path / "out")
     assert "gone.csv" in squeezed(said)
     # By default a run without its data is cut by energy.
-    output = export(tmp_path / "moved", tmp_path / "by-energy", "--budget", "r1")
+    output = export(tmp_path / "moved", tmp_path / "by-energy", "--size", "r1")
     assert "Cutting by energy instead of by loss: " in output
     assert "gone.csv" in squeezed(output)
     # Whoever stops it while losses are measured finds nothing written.
-    monkeypatch.setattr(compress, "mean_loss", _stopped)
-    result = run("export", home / "run", "--loss", "0.01", "--output", tmp_path / "out")
+    monkeypatch.setattr(compress, "example_losses", _stopped)
+    result = run("export", home / "run", "--keep", "0.99", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. Nothing was written." in result.output
     assert not (tmp_path / "out").exists()
@@ -374,9 +403,9 @@ def test_what_else_was_trained_counts_as_it_is(home: Path, tmp_path: Path) -> No
         ("embedding", {"target_modules": ["embed_tokens", "q_proj", "down_proj"]}),
     ):
         train(settings(home, f"with-{name}", adapter=adapter, **chat), announce=lambda line: None)
-        assert abs(rise_of(export(home / f"with-{name}", tmp_path / name, "--budget", "r4"))) < 0.005
-        healed = ["--budget", "r1", "--heal", "10"]
-        assert rise_of(export(home / f"with-{name}", tmp_path / f"healed-{name}", *healed)) < 1
+        assert kept_by(export(home / f"with-{name}", tmp_path / name, "--size", "r4")) > 0.98
+        healed = ["--size", "r1", "--heal", "10"]
+        assert kept_by(export(home / f"with-{name}", tmp_path / f"healed-{name}", *healed)) > 0
     # LR-LoRA's files do not tell an embedding from a linear layer; its model does.
     adapter = {"target_modules": ["embed_tokens", "q_proj"]}
     train(settings(home, "ours", method="lr-lora", adapter=adapter, **chat), announce=lambda line: None)
@@ -388,7 +417,7 @@ def test_what_else_was_trained_counts_as_it_is(home: Path, tmp_path: Path) -> No
 def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 4]
     arguments += ["--output", tmp_path / "run", "--method", "expansion"]
-    assert "Pass --loss or --size, not both." in told("train", *arguments, "--loss", "0.1", "--size", "r1")
+    assert "Pass --keep or --size, not both." in told("train", *arguments, "--keep", "0.99", "--size", "r1")
     assert "size must be a size such as 250000" in told("train", *arguments, "--size", "small")
     assert not (tmp_path / "run").exists()
     settings_file = tmp_path / "run.yaml"
@@ -397,7 +426,7 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     said = " ".join(result.output.split())
     assert "Results saved to" in said
-    assert "The run is finished, but lora/ could not be written as requested: budget=3 is below the minimum" in said
+    assert "The run is finished, but lora/ could not be written as requested: 3 parameters are" in said
     # What was there is still there.
     assert PeftConfig.from_pretrained(tmp_path / "run" / "lora").peft_type.value == "LORA"
 
@@ -405,8 +434,13 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
 def test_a_file_that_loads_as_another_adapter_is_an_error(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compress.Cut, "loss_of", lambda cut, model: cut.base)
-    result = run("export", home / "run", "--budget", "r2", "--output", tmp_path / "out")
+    monkeypatch.setattr(compress.Cut, "metric_of", lambda cut, model: "")
+    losses_of = compress.Part.losses_of
+    is_export = iter((False, False, True))
+    monkeypatch.setattr(
+        compress.Part, "losses_of", lambda part, model: part.without if next(is_export) else losses_of(part, model)
+    )
+    result = run("export", home / "run", "--size", "r2", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "asloadedbyPEFTitlosesmorethanhalfoftheadapter'sgain,whichthecutdidnot" in squeezed(result.output)
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -417,9 +451,9 @@ def _stopped(*arguments: Any) -> float:
 
 
 def test_healing_that_is_stopped_leaves_the_cut(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export(home / "run", tmp_path / "cut", "--budget", "r1")
+    export(home / "run", tmp_path / "cut", "--size", "r1")
     monkeypatch.setattr(compress, "make_trainer", _stopped)
-    result = run("export", home / "run", "--budget", "r1", "--heal", "5", "--output", tmp_path / "out")
+    result = run("export", home / "run", "--size", "r1", "--heal", "5", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. The LoRA is written as it was cut." in result.output
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "out"))
@@ -434,7 +468,7 @@ def test_healing_that_fails_leaves_the_cut_and_says_so(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compress, "make_trainer", _failing)
-    result = run("export", home / "run", "--budget", "r1", "--heal", "5", "--output", tmp_path / "out")
+    result = run("export", home / "run", "--size", "r1", "--heal", "5", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "Themachineistired.TheLoRAin" in squeezed(result.output)
     assert "iswrittenasitwascut." in squeezed(result.output)

@@ -128,8 +128,8 @@ MESSAGES = {
     (
         "--data",
         "good.csv",
-        "--loss",
-        "0.01",
+        "--keep",
+        "0.99",
         "--validation-examples",
         6,
     ): "6 validation examples are too few to measure the loss of lora/; at least 16 are needed",

@@ -38,7 +38,7 @@ def runs() -> list[Run]:
         log = [{"step": step, "loss": 1 / step, "eval_loss": 2 / step, "eval_accuracy": 0.5} for step in (5, 10)]
         facts = {"method": name, "accuracy, held out": "0.5"}
         ranks = {row.module: 1 for row in history[-1][1].rows}
-        losses = LossRecord(0.5, 0.01, [400, 200, 100], [0.5, 0.504, 0.61], 200, ranks)
+        losses = LossRecord(0.5, 0.9, 0.99, [400, 200, 100], [1.0, 0.99, 0.72], 200, ranks)
         settings = {"adapter": {"r": 2}}
         found.append(Run(name, history[-1][1], facts, settings, history, log, losses=losses))
     return found

@@ -46,7 +46,7 @@ def test_a_slider_and_a_click_choose_a_size(page: Page, runs: list[Run]) -> None
         assert f"ranks from {smallest} to {largest}, {mean:.1f} on average" in text
         words = shlex.split(told.nth(i).locator("code").inner_text())
         assert words[:3] == ["lrlora", "export", run.name]
-        assert words[3:] == ["--by", "energy", "--budget", str(budgets[20]), "--output", f"{run.name}-small"]
+        assert words[3:] == ["--by", "energy", "--size", str(budgets[20]), "--output", f"{run.name}-small"]
     expect(slider).to_have_attribute("aria-valuetext", f"{budgets[20]:,} parameters")
     chart = page.locator("#energy svg.marks")
     chart.scroll_into_view_if_needed()
@@ -66,7 +66,7 @@ def test_a_slider_and_a_click_choose_a_size(page: Page, runs: list[Run]) -> None
 def test_a_command_takes_any_name(runs: list[Run], tmp_path: Path) -> None:
     write_page([replace(runs[0], name="--help; rm $HOME '</script>")], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert r"""lrlora export './--help; rm $HOME '\"'\"'\u003c/script>' --by energy --budget """ in text
+    assert r"""lrlora export './--help; rm $HOME '\"'\"'\u003c/script>' --by energy --size """ in text
 
 
 @needs_browser
@@ -164,8 +164,9 @@ def test_losses_over_sizes_are_drawn_with_the_command_of_the_chosen_one(
     page = browser.new_page()
     page.goto((tmp_path / "page.html").as_uri())
     expect(page.locator("#loss svg.marks")).to_be_visible()
-    expect(page.locator("#smallest")).to_contain_text("200 parameters, the smallest within 1 % of the loss 0.5000.")
-    expect(page.locator("#smallest pre")).to_contain_text(" --loss 0.01 --output ")
+    gain = "what the adapter gains (loss 0.9000 to 0.5000)."
+    expect(page.locator("#smallest")).to_contain_text(f"200 parameters, the fewest that keep 99 % of {gain}")
+    expect(page.locator("#smallest pre")).to_contain_text(" --keep 0.99 --output ")
     page.locator("#measure").select_option("loss rank")
     assert page.locator("#maps .cell").first.inner_text() == "1"
     page.goto((tmp_path / "without.html").as_uri())

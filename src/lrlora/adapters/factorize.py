@@ -298,7 +298,7 @@ def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: in
     """
     if budget < min(costs):
         raise ValueError(
-            f"budget={budget:,} is below the minimum of {min(costs):,} parameters, one rank of the smallest module."
+            f"{budget:,} parameters are below the minimum of {min(costs):,}, one rank of the smallest module."
         )
     owner = torch.cat([torch.full((len(w),), index) for index, w in enumerate(worth)])
     cost = torch.tensor(costs)[owner]

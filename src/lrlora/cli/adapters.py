@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,15 +118,15 @@ _ENERGY = Annotated[
         help=f"Keep this share of each module's ‖ΔW‖², in (0, 1]; default: {DEFAULT_ENERGY}, if no size is given."
     ),
 ]
-_BUDGET = Annotated[
+_SIZE = Annotated[
     str | None,
     typer.Option(help="Total size: parameters (250000, 250k, 1.5M), MiB (8MiB), or r4 for that of LoRA of rank 4."),
 ]
 _MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module; default: no limit.")]
-_LOSS = Annotated[
+_KEEP = Annotated[
     float | None,
     typer.Option(
-        help="Maximum rise of the loss on held-out examples, as a share (0.01); writes the smallest LoRA within it."
+        help="Share of what the adapter gains on held-out examples to keep (0.99); writes the smallest LoRA that does."
     ),
 ]
 _BY = Annotated[
@@ -161,8 +161,8 @@ _OUTPUT = Annotated[Path, typer.Option(help="Folder to write (new or empty).")]
 def export(
     source: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
     output: Annotated[Path, typer.Option(help="Folder to write (new or empty); for a single file, a new file.")],
-    loss: _LOSS = None,
-    budget: _BUDGET = None,
+    keep: _KEEP = None,
+    size: _SIZE = None,
     max_rank: _MAX_RANK = None,
     energy: _ENERGY = None,
     by: _BY = None,
@@ -191,15 +191,15 @@ def export(
                 raise ValueError(f"{option} changes weights, but --config-only writes none. Pass only one of them.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
-        size = None if budget is None else Size.parse(budget, "--budget")
+        total = None if size is None else Size.parse(size, "--size")
         roles = parse_pairs(columns, "--columns") if columns else None
         examples = {"data": data, "columns": roles, "task": task}
-        wanted = {"loss": loss, **examples, "heal": heal or None, "by loss": by if by == "loss" else None}
+        wanted = {"keep": keep, **examples, "heal": heal or None, "by loss": by if by == "loss" else None}
         asked_for = [f"--{name}" for name, value in wanted.items() if value is not None]
-        is_by_loss = _is_by_loss(source, by, asked_for, {"energy": energy, "size": loss or budget or max_rank})
-        if all(value is None for value in (energy, loss, budget, max_rank)):
+        is_by_loss = _is_by_loss(source, by, asked_for, energy=energy, size=keep or size, max_rank=max_rank)
+        if all(value is None for value in (energy, keep, size, max_rank)):
             energy = DEFAULT_ENERGY
-        check_truncation(energy=energy, max_rank=max_rank, loss=loss, budget=None if size is None else 1)
+        check_truncation(energy=energy, keep=keep, max_rank=max_rank, size=None if size is None else 1)
         is_file = Path(source).is_file()
         if not is_file:
             if output.suffix == ".safetensors":
@@ -214,9 +214,12 @@ def export(
         quiet()
         base = _base_of(source) if base is None else base
         require_source(source, base)
-        if is_by_loss and (cut := cut_of(source, base, examples, is_asked_for=bool(asked_for))) is not None:
+        if (
+            is_by_loss
+            and (cut := cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check)) is not None
+        ):
             export_by_loss(
-                cut, output, Target(loss, size, max_rank), steps=heal, dtype=dtype, check=check, pad=pad,
+                cut, output, Target(keep, total, max_rank), steps=heal, dtype=dtype, check=check, pad=pad,
                 config_only=config_only, every=every,
             )  # fmt: skip
             return
@@ -226,7 +229,7 @@ def export(
         if is_file:
             free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
         updates = _read_to_export(source, base, check=check and not config_only)
-        parameters = None if size is None else parameters_in(size, updates, dtype)
+        parameters = None if total is None else parameters_in(total, updates, dtype)
         factors = factorize(updates, energy=energy, budget=parameters, max_rank=max_rank, progressbar=True)
         write_factors(factors, updates, output, dtype=dtype, pad=pad, config_only=config_only, every=every)
     if check and not config_only:
@@ -244,21 +247,26 @@ def _base_of(source: str) -> str | None:
     return model_source(read_run(folder)[0].model)
 
 
-def _is_by_loss(source: str, by: str | None, asked_for: list[str], given: Mapping[str, Any]) -> bool:
-    """Whether to cut by loss: if asked for, or if the source is a run, whose data is known."""
+def _is_by_loss(
+    source: str, by: str | None, asked_for: list[str], *, energy: float | None, size: Any, max_rank: int | None
+) -> bool:
+    """Whether to cut by loss: if asked for, or if the source is a run, whose data is known, and a size is given.
+
+    A maximum rank alone is a quick cut by energy, as for any adapter.
+    """
     require_known("--by", by or "loss", ("loss", "energy"))
-    other = "--by energy" if by == "energy" else "--energy" if given["energy"] is not None else None
+    other = "--by energy" if by == "energy" else "--energy" if energy is not None else None
     if asked_for and other:
         raise ValueError(f"{asked_for[0]} cuts by loss, but {other} by energy. Pass only one of them.")
-    if asked_for and given["size"] is None:
-        raise ValueError(f"{asked_for[0]} cuts by loss and needs a size: --loss, --budget or --max-rank.")
+    if asked_for and size is None and max_rank is None:
+        raise ValueError(f"{asked_for[0]} cuts by loss and needs a size: --keep, --size or --max-rank.")
     is_run = (Path(source) / RUN_FILE).is_file()
-    if other or given["size"] is None or not (asked_for or is_run):
+    if other or not (asked_for or (is_run and size is not None)):
         return False
     if Path(source).is_file():
         raise ValueError(
             f"{source} is a single file, which does not name its base model, so its loss cannot be measured. Cut it by "
-            "energy: pass --budget, --max-rank or --energy only."
+            "energy: pass --size, --max-rank or --energy only."
         )
     return True
 

@@ -5,25 +5,28 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import DEFAULT_KEEP
 from ..learned.size import Size
 from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..adapters import Factors, Updates
     from ..train.compress import Cut
     from ..train.settings import TrainConfig
 
 
-def parameters_in(budget: Size, updates: Updates, dtype: str | None) -> int:
+def parameters_in(size: Size, updates: Updates, dtype: str | None) -> int:
     """Number of parameters of a size, for factors of a dtype; None: as stored."""
     from ..adapters.factorize import parameters_of_rank
 
-    return budget.parameters(parameters_of_rank(updates, 1), torch_dtype(dtype, updates.origin.stored_dtype).itemsize)
+    return size.parameters(parameters_of_rank(updates, 1), torch_dtype(dtype, updates.origin.stored_dtype).itemsize)
 
 
 def torch_dtype(name: str | None, stored: Any = None) -> Any:
@@ -95,32 +98,31 @@ def _sizes(updates: Updates, exported: int) -> str:
     return f"Parameters: {as_trained}{without_loss}{exported:,} as exported."
 
 
-_RISE = 0.01  # default limit of the relative rise of the loss
-
-
 @dataclass(frozen=True)
 class Target:
-    """Size of an export by loss: a maximum rise of the loss, or a budget; and a maximum rank."""
+    """Size of an export by loss: a share of the gain to keep, or a size; and a maximum rank."""
 
-    loss: float | None
-    budget: Size | None
+    keep: float | None
+    size: Size | None
     max_rank: int | None
 
     def choose(self, cut: Cut, updates: Updates, dtype: str | None) -> list[Factors]:
         """Factors of this size."""
-        if self.loss is not None:
-            return cut.smallest(self.loss, self.max_rank)
-        size = cut.curve.parameters if self.budget is None else parameters_in(self.budget, updates, dtype)
+        if self.keep is not None:
+            return cut.smallest(self.keep, self.max_rank, announce=announce)
+        size = cut.curve.parameters if self.size is None else parameters_in(self.size, updates, dtype)
         return cut.within(size, self.max_rank)
 
 
-def cut_of(source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool) -> Cut | None:
+def cut_of(
+    source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool
+) -> Cut | None:
     """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
     from ..train.compress import Cut, Subject
 
     try:
         subject = Subject.read(source, base=base, announce=announce, **examples)
-        return Cut(subject, announce=announce, progressbar=True)
+        return Cut(subject, with_metric=check, announce=announce, progressbar=True)
     except (ValueError, OSError) as error:
         if is_asked_for:
             raise
@@ -134,43 +136,64 @@ def export_by_loss(
     """Export the directions that matter to the loss of examples."""
     updates = cut.subject.updates
     factors = target.choose(cut, updates, dtype)
-    loss = cut.measured(factors)
-    announce(f"Loss of the adapter: {cut.loss:.4g}, without it: {cut.base:.4g}; {_compared('as cut', loss, cut)}")
+    losses = cut.confirm.losses(factors)
+    for line in _gain_lines(cut, losses):
+        announce(line)
     write_factors(factors, updates, output, dtype=dtype, **writing)
     if writing["config_only"]:
         return
     with one_clear_error("The LoRA is written as it was cut."):
         if steps:
-            _heal(cut, output, steps, loss)
+            _heal(cut, output, steps, losses)
         if check:
-            loaded = cut.loss_of(cut.subject.with_lora(output))
-            announce(f"Loss of {output} {_compared('as loaded by PEFT', loaded, cut)}")
-            if loaded - loss > cut.gain / 2 > 0:
-                raise ValueError(
-                    f"{output} is written, but as loaded by PEFT it loses more than half of the adapter's gain, which "
-                    "the cut did not. Do not use it; merge the adapter instead (lrlora merge)."
-                )
+            _check_loaded(cut, output, losses)
 
 
-def _heal(cut: Cut, output: Path, steps: int, loss: float) -> None:
-    from ..train.compress import heal
+def _gain_lines(cut: Cut, losses: Tensor) -> Iterator[str]:
+    """Losses of the adapter, of none, and of the cut, and the share of the gain that is kept."""
+    from ..train.compress import mean_of
+
+    yield f"Loss of the adapter: {cut.loss:.4g}, without it: {cut.base:.4g}; gain {cut.base - cut.loss:.4g} nats."
+    yield f"As cut: {mean_of(losses):.4g}{_share(cut, losses)}."
+
+
+def _share(cut: Cut, losses: Tensor) -> str:
+    gain = cut.confirm.gain
+    return f", {gain.kept(losses)} of the gain kept" if gain.low > 0 else ""
+
+
+def _check_loaded(cut: Cut, output: Path, as_cut: Tensor) -> None:
+    """Print what PEFT makes of a file, and raise ValueError if that is much less than was cut."""
+    from ..train.compress import mean_of
+
+    model = cut.subject.with_lora(output)
+    losses = cut.confirm.losses_of(model)
+    metric = f"; {cut.metric_of(model)}, before {cut.metric.rpartition(' ')[2]}" if cut.metric else ""
+    announce(f"As loaded by PEFT from {output}: {mean_of(losses):.4g}{_share(cut, losses)}{metric}.")
+    gain = cut.confirm.gain
+    if gain.low > 0 and gain.kept(as_cut).share - gain.kept(losses).share > 0.5:
+        raise ValueError(
+            f"{output} is written, but as loaded by PEFT it loses more than half of the adapter's gain, which the cut "
+            "did not. Do not use it; merge the adapter instead (lrlora merge)."
+        )
+
+
+def _heal(cut: Cut, output: Path, steps: int, losses: Tensor) -> None:
+    from ..train.compress import heal, mean_of
+
+    def is_better(model: Any) -> bool:
+        return mean_of(cut.confirm.losses_of(model)) < mean_of(losses)
 
     try:
-        is_better = heal(cut.subject, output, steps, announce, lambda model: cut.loss_of(model) < loss)
+        healed = heal(cut.subject, output, steps, announce, is_better)
     except Exception as error:
         raise RuntimeError(f"{error} The LoRA in {output} is written as it was cut.") from error
-    if not is_better:
+    if not healed:
         announce(f"{steps} steps of training did not lower the loss. The LoRA stays as it was cut.")
 
 
-def _compared(which: str, loss: float, cut: Cut) -> str:
-    rise = loss - cut.loss
-    lost = f", {max(0, rise) / cut.gain:.1%} of the gain lost" if cut.gain > 0 else ""
-    return f"{which}: {loss:.4g} ({rise / max(abs(cut.loss), 1e-9):+.2%}){lost}"
-
-
 def show_smallest(run: TrainConfig) -> None:
-    """Measure and print the smallest size of a finished run's LoRA; write it if the run sets a size or loss."""
+    """Measure and print the smallest size of a finished run's LoRA; write it if the run sets a size or a share."""
     from ..adapters import save_as_lora
     from ..adapters.card import LORA_FOLDER
     from ..train.compress import Cut, Subject, record_losses
@@ -178,28 +201,28 @@ def show_smallest(run: TrainConfig) -> None:
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)
     cut = Cut(subject, announce=announce, progressbar=True)
-    rise = (run.loss or _RISE) if run.size is None else None
-    target = Target(rise, None if run.size is None else Size.parse(run.size, "--size"), None)
+    keep = (run.keep or DEFAULT_KEEP) if run.size is None else None
+    target = Target(keep, None if run.size is None else Size.parse(run.size, "--size"), None)
     try:
         factors = target.choose(cut, subject.updates, None)
     except ValueError as error:
-        if rise is None:
+        if keep is None:
             raise
         announce(f"The smallest LoRA was not chosen: {error}")  # the run is finished
         return
-    loss, rank = cut.measured(factors), sum(part.parameters_per_rank for part in factors)
-    record = record_losses(folder, cut, factors, rise)
-    if rise is None:
+    rank = sum(part.parameters_per_rank for part in factors)
+    record = record_losses(folder, cut, factors, keep)
+    if keep is not None:
         announce(
-            f"LoRA of {run.size}: {record.chosen:,} parameters, validation loss {loss:.4g} ({cut.loss:.4g} before)."
+            f"The smallest LoRA that keeps {keep:.4g} of the gain has {record.chosen:,} parameters, as many as a LoRA "
+            f"of r = {record.chosen / rank:.2g}."
         )
     else:
-        announce(
-            f"The smallest LoRA within {100 * rise:g} % of the validation loss ({cut.loss:.4g}) has {record.chosen:,} "
-            f"parameters, as many as a LoRA of r = {record.chosen / rank:.2g}."
-        )
-    if run.loss is None and run.size is None:
-        command = ["lrlora", "export", str(folder), "--loss", str(rise), "--output", f"{folder}-small"]
+        announce(f"LoRA of {run.size}: {record.chosen:,} parameters.")
+    for line in _gain_lines(cut, cut.confirm.losses(factors)):
+        announce(line)
+    if run.keep is None and run.size is None:
+        command = ["lrlora", "export", str(folder), "--keep", str(keep), "--output", f"{folder}-small"]
         announce(f"To write it: {shlex.join(command)}")
         return
     with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as scratch:

@@ -110,10 +110,10 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
     if run.learned_size is not None:
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
         return False
-    is_asked_for = run.loss is not None or run.size is not None
+    is_asked_for = run.keep is not None or run.size is not None
     is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not is_measured:
-        announce(f"To find the smallest LoRA: lrlora export {run.output} --loss 0.01 --output {run.output}-small")
+        announce(f"To find the smallest LoRA: lrlora export {run.output} --keep 0.99 --output {run.output}-small")
         return False
     try:
         show_smallest(run)
@@ -146,7 +146,7 @@ _SKIP_EMPTY = Annotated[
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`, or folder of an adapter.")],
     data: Annotated[str, typer.Option(help="Hub name, file, folder or embedded:NAME.")],
     split: _SPLIT = None,
     columns: _COLUMNS = None,
@@ -155,7 +155,7 @@ def evaluate(
     skip_empty: _SKIP_EMPTY = None,
     metrics_file: Annotated[Path | None, typer.Option("--json", help="File to write the metrics to, as JSON.")] = None,
 ) -> None:
-    """Evaluate a finished run on data."""
+    """Evaluate a finished run, or an adapter that names its base model and task, on data."""
     with one_clear_error():
         require_new(metrics_file)
         reading = _reading(columns, delimiter, encoding, skip_empty)
@@ -177,7 +177,7 @@ def _reading(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`.")],
+    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train`, or folder of an adapter.")],
     data: Annotated[str | None, typer.Option(help="Hub name, file, folder or embedded:NAME.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL file to write; default: print the lines.")] = None,
     text: Annotated[
@@ -191,7 +191,7 @@ def predict(
     generation: _GENERATION = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Predict with a finished run: a line of JSON for each example, or for each line of the standard input."""
+    """Predict with a run or an adapter: a line of JSON for each example, or for each line of the standard input."""
     with one_clear_error():
         if text is not None and data is not None:
             raise ValueError("Pass --data or --text, not both.")
@@ -239,14 +239,11 @@ def _lines_of_input() -> list[str]:
 
 @app.command()
 def chat(
-    run: Annotated[Path, typer.Argument(help="Output folder of `lrlora train --task causal-lm`.")],
+    run: Annotated[Path, typer.Argument(help="Run of the task causal-lm, or folder of such an adapter.")],
     generation: _GENERATION = None,
 ) -> None:
-    """Chat with a finished run. /base asks the base model, /adapter the run, /new starts a new chat, /quit ends."""
+    """Chat with a run or an adapter. /base asks the base model, /adapter the run, /new starts anew, /quit ends."""
     with one_clear_error("Chat ended."):
-        config, _ = read_run(run)
-        if config.task != "causal-lm":
-            raise ValueError(f"The run in {run} has the task {config.task} and cannot chat. Use lrlora predict.")
         quiet()
         from ..train.inference import Chat
 

@@ -6,17 +6,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:  # see `lrlora`
     from .callback import LearnedRanksCallback
     from .directions import LossCurve, Point, energy_curve, loss_curve, mean_loss, smallest
+    from .gain import Gain, Kept, example_losses
     from .learn import LearnedRanks
     from .moments import model_loss
     from .size import Size
 
 __all__ = [
+    "Gain",
+    "Kept",
     "LearnedRanks",
     "LearnedRanksCallback",
     "LossCurve",
     "Point",
     "Size",
     "energy_curve",
+    "example_losses",
     "loss_curve",
     "mean_loss",
     "model_loss",

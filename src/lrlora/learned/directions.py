@@ -1,4 +1,4 @@
-"""Smallest LoRA for a given rise of the loss: ranks the directions of all modules by their effect on the loss.
+"""Smallest LoRA that keeps a share of the gain: ranks the directions of all modules by their effect on the loss.
 
 Replacing B A by B P A raises the mean loss by about
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..adapters.factorize import best_per_parameter
+from .gain import Kept
 from .moments import Loss, Moments, collect_moments, grams, model_loss, sides, thin_updates
 
 DAMPING = 1e-3
@@ -36,11 +37,10 @@ _EVALUATIONS = 12
 
 
 class Point(NamedTuple):
-    """Measured mean loss at a size, and the rise predicted by the quadratic model."""
+    """Share of the gain kept at a size."""
 
     parameters: int
-    loss: float
-    predicted_rise: float
+    kept: Kept
 
 
 @dataclass(frozen=True)
@@ -174,24 +174,25 @@ def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[An
 
 
 def smallest(
-    curve: LossCurve, measure: Callable[[Sequence[Factors]], float], limit: float, *, max_rank: int | None = None
+    curve: LossCurve, measure: Callable[[Sequence[Factors]], Kept], keep: float, *, max_rank: int | None = None
 ) -> tuple[list[Factors], list[Point]]:
-    """Find the smallest size at which the loss is within a limit, to about 5 %.
+    """Find the smallest size that keeps a share of the gain, to about 5 %.
 
-    Measures at 1, 1/2, 1/4, 1/8 of the parameters and on while within the limit, then bisects, on a logarithmic scale,
-    between the smallest size within the limit and the largest beyond it; measures at most 12 sizes.
+    Measures at 1, 1/2, 1/4, 1/8 of the parameters and on while the lower bound is at least the share, then bisects, on
+    a logarithmic scale, between the smallest size that keeps it and the largest that does not; measures at most 12
+    sizes.
 
     Args:
         curve: curve of the adapter.
-        measure: returns the loss for given factors, e.g. `mean_loss` on held-out examples.
-        limit: upper bound on the loss.
+        measure: returns the share that given factors keep, from `Gain.kept` on held-out examples.
+        keep: share to keep, between 0 and 1.
         max_rank: maximum rank of a module.
 
     Returns:
-        The factors, and all measured losses, sorted by size.
+        The factors, and all measured sizes, sorted.
 
     Raises:
-        ValueError: the loss exceeds the limit even with all directions.
+        ValueError: even all directions keep less.
 
     """
     points: dict[int, Point] = {}
@@ -203,8 +204,8 @@ def smallest(
         factors = curve.within(max(budget, curve.fewest), max_rank)
         size = sum(part.parameters for part in factors)
         if size not in points:
-            points[size] = Point(size, measure(factors), curve.predicted_rise(factors))
-        is_within = points[size].loss <= limit
+            points[size] = Point(size, measure(factors))
+        is_within = points[size].kept.low >= keep
         if is_within and (not chosen or size < within):
             within, chosen = size, factors
         elif not is_within:
@@ -212,10 +213,9 @@ def smallest(
         return is_within
 
     if not fits(curve.parameters):
-        largest = points[max(points)].loss
         raise ValueError(
-            f"Even with all directions kept, the loss is {largest:.4g}, above the limit of {limit:.4g}. Allow a "
-            f"larger rise{'' if max_rank is None else ' or a larger rank'}."
+            f"Even with all directions, {points[max(points)].kept} of the gain are kept, and {keep:.4g} is asked for. "
+            f"Ask for less{'' if max_rank is None else ', or for a larger rank'}."
         )
     whole = within
     for share in _SHARES:

@@ -1,4 +1,4 @@
-"""Compression of an adapter by loss: examples, the smallest size within a loss limit, and healing."""
+"""Compression of an adapter by loss: examples, the smallest size that keeps a share of the gain, and healing."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import Factors, Updates, factorize, read_updates
-from ..adapters.card import class_names
 from ..adapters.full_model import FineTuned
-from ..adapters.loading import check_base, load_adapted
+from ..adapters.loading import check_base
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.update import CHANGING_STARTS
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, replacing, write_json
 from ..learned.directions import Point, energy_curve, loss_curve, mean_loss, smallest
+from ..learned.gain import Gain, Kept, example_losses, losses_of
 from ..ranks import RankReport
-from ..run_folder import ANSWERS, LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord, RunRecord
-from .chat import rendering_of
-from .data import choose_max_length, load_splits, load_task_data, only_split, sampled
+from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
+from ..tuner import cached_weights
+from .data import load_splits, load_task_data, only_split
 from .inference import OF_TRAINING, LoadedRun
-from .models import make_trainer, max_tokens, model_source, require_model_folder, training_arguments
+from .models import make_trainer, model_source, training_arguments
 from .progress import Announce, Progress, StopOnNonFinite
-from .settings import TrainConfig
-from .tasks import kind_for
+from .tasks import Kind
+from .tasks.base import plain_metrics
 
-EXAMPLES = 256  # maximum number per part
-TERMS = 4_096  # number of loss terms after which a part takes no further batch
+# Maximum number of examples, and of loss terms after which no further batch is read.
+EXAMPLES, TERMS = 256, 4_096  # for the gradients
+HELD_OUT, HELD_OUT_TERMS = 512, 16_384  # for the losses
 FEWEST = 16  # minimum number of loss terms
+_LARGER = 1.2  # factor between sizes that are tried to confirm a share
 _HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
 _OF_SCHEDULE = (
     *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("warmup_steps", "warmup_ratio", "eval_steps", "save_steps"),
 )
-_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Subject:
     """An adapter, or a full fine-tuning update, on its base model, with examples.
 
     Attributes:
-        run: its run, or a synthetic one for an external adapter.
+        run: its run, or an adapter from elsewhere read as one.
         updates: updates as read.
         training: examples for the moments and for training.
         held_out: examples for the loss.
@@ -103,8 +103,10 @@ class Subject:
         saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
         if getattr(saved and saved.config, "lora_bias", False):
             raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
-        run = LoadedRun.read(Path(source)) if is_run else _made_up(source, saved, base, str(data), task, reading)
-        run = run.reading(**reading)
+        run = (
+            LoadedRun.read(Path(source)) if is_run else LoadedRun.of_adapter(source, base=base, task=task, saved=saved)
+        )
+        run = run.reading(data=data, **reading)
         if saved is None and base is None and is_run:
             base = model_source(run.config.model)
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
@@ -134,13 +136,6 @@ class Subject:
                     layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight.view_as(layer.weight))
         return model
 
-    @torch.no_grad()
-    def loss_of(self, model: Any, batches: Sequence[Any]) -> float:
-        """Mean loss of a model with its current adapter."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        values = [self.loss(base, batch) for batch in batches]
-        return sum(value.item() for value, _ in values) / max(1, sum(terms for _, terms in values))
-
     def with_lora(self, folder: Path, *, is_trainable: bool = False) -> PeftModel:
         """Replace the adapter on the base model by a LoRA made from it."""
         base: Any = self.on_base
@@ -152,19 +147,22 @@ class Subject:
         """Sum of a batch's loss terms, and their number."""
         return self.run.kind.loss(model, batch)
 
-    def batches(self, examples: Dataset) -> list[Any]:
-        """Batches of training size, up to the required number of terms."""
-        trainer = self.run.trainer(self.run.encoded(sampled(examples, EXAMPLES)))
-        trainer.args.per_device_eval_batch_size = trainer.args.per_device_train_batch_size
-        batches, terms = [], 0
+    def batches(self, examples: Dataset, count: int, terms: int) -> list[Any]:
+        """Batches of at most `count` examples, in random order, until they have this number of loss terms."""
+        examples = examples.shuffle(seed=0).select(range(min(count, len(examples))))
+        trainer = self.run.trainer(self.run.encoded(examples))
+        # At least four batches, which can be divided.
+        size = min(trainer.args.per_device_train_batch_size, -(-len(examples) // 4))
+        trainer.args.per_device_eval_batch_size = size
+        batches, found = [], 0
         for batch in trainer.get_eval_dataloader():
             batches.append(batch)
-            terms += int((batch["labels"] != -100).sum())
-            if terms >= TERMS:
+            found += int((batch["labels"] != -100).sum())
+            if found >= terms:
                 break
-        if terms < FEWEST:
+        if found < FEWEST:
             raise ValueError(
-                f"{len(examples)} examples with {terms} labels or tokens to predict are too few to measure the loss; "
+                f"{len(examples)} examples with {found} labels or tokens to predict are too few to measure the loss; "
                 f"at least {FEWEST} are needed. Pass more (--data), or use --by energy."
             )
         return batches
@@ -191,95 +189,122 @@ def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Data
     return parts["train"], parts["test"]
 
 
-def _made_up(
-    source: str, saved: SavedAdapter | None, base: str | None, data: str, task: str | None, reading: dict[str, Any]
-) -> LoadedRun:
-    """Wrap an external adapter as a run that reads data like `lrlora train`."""
-    known = None if saved is None else saved.config.task_type
-    if known not in (None, *_TASKS):
-        raise ValueError(f"{source} is a {known} adapter, whose loss cannot be measured. Use --by energy.")
-    task = task or _TASKS.get(str(known))
-    if task is None or task not in (*_TASKS.values(), "regress"):
-        raise ValueError(f"{source} does not store its task. Pass --task {', '.join(_TASKS.values())} or regress.")
-    if known is not None and _TASKS[known] != task.replace("regress", "classify"):
-        raise ValueError(f"{source} is a {known} adapter, which does not fit --task {task}. Remove --task.")
-    name = source if saved is None else saved.base_model
-    if not name:
-        raise ValueError(f"{source} does not name its base model. Pass it: --base MODEL.")
-    require_model_folder(name)
-    kind = kind_for(task, AutoConfig.from_pretrained(name))
-    if saved is not None and (known is not None or base is None):
-        model = load_adapted(saved)
-    else:
-        names = class_names(saved) if saved else []
-        model = kind.model_class.from_pretrained(name, **(kind.model_options(names) if names else {}))
-        model = PeftModel.from_pretrained(model, source) if saved else model
-    if known is not None and kind.has_head and model.config.num_labels == 1:
-        task, kind = "regress", kind_for("regress", model.config)
-    config = TrainConfig(name, data, task, method="lora", output=tempfile.gettempdir())
-    try:
-        processor = kind.load_processor(source)
-    except (OSError, ValueError):  # it has none of its own
-        processor = kind.load_processor(name)
-    labels = [] if task != "classify" else class_names(saved) if saved else list(model.config.id2label.values())
-    if task == "classify" and not labels:
-        labels = [str(index) for index in range(model.config.num_labels)]
-    run = LoadedRun(config, RunRecord({}, labels, None, {}, {}), processor, model).reading(**reading)
-    splits = load_splits(data, run.config)
-    examples = run.examples(data, next(iter(splits)), lambda line: None, with_label=True)
-    limit = max_tokens(processor, model.config)
-    record = replace(
-        run.record,
-        max_length=choose_max_length(kind.lengths(sampled(examples, EXAMPLES), processor), limit),
-        rendering=rendering_of(examples, processor) if kind.generates else None,
-        loss_on=ANSWERS if kind.generates else None,
-        chat_template=processor.chat_template,
-    )
-    return replace(run, record=record)
+class Part:
+    """Held-out examples: their batches, and what the adapter gains on them.
+
+    Create it before `Subject.on_base`, which may change the weights that the adapter was trained on.
+    """
+
+    def __init__(self, subject: Subject, batches: list[Any], training: list[Any]) -> None:
+        self.subject, self.batches, self._training = subject, batches, training
+        with cached_weights(subject.run.model):
+            self.whole = self.losses_of(subject.run.model)
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    @cached_property
+    def without(self) -> Tensor:
+        """`example_losses` without the adapter; trained heads, biases and tokens stay."""
+        without = self.losses([])
+        guessed = _guessed(self.subject.run.kind, self.batches, self._training)
+        if guessed is not None and guessed.sum() < without[:, 0].sum():
+            return torch.stack([guessed, without[:, 1]], dim=1)
+        return without
+
+    @cached_property
+    def gain(self) -> Gain:
+        return Gain(self.without, self.whole)
+
+    def losses_of(self, model: Any) -> Tensor:
+        """`example_losses` of a model with its current adapter."""
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        return losses_of(base.eval(), self.batches, self.subject.loss)
+
+    def losses(self, factors: Sequence[Factors]) -> Tensor:
+        """`example_losses` of factors of one curve, cached by their ranks."""
+        ranks = tuple(part.rank for part in factors)
+        if ranks not in self._known:
+            self._known[ranks] = example_losses(self.subject.on_base, factors, self.batches, self.subject.loss)
+        return self._known[ranks]
+
+    def kept(self, factors: Sequence[Factors]) -> Kept:
+        """Share of the gain that factors keep."""
+        return self.gain.kept(self.losses(factors))
+
+
+def mean_of(losses: Tensor) -> float:
+    """Mean of `example_losses` over the loss terms."""
+    return (losses[:, 0].sum() / losses[:, 1].sum()).item()
+
+
+def _guessed(kind: Kind, batches: list[Any], training: list[Any]) -> Tensor | None:
+    """Losses (examples,) of the best constant answer: label shares, or the mean; None without a head.
+
+    A new head's random answers are worse than no answer, and would make any adapter look good.
+    """
+    if not kind.has_head:
+        return None
+    known, labels = (torch.cat([batch["labels"].flatten().cpu() for batch in part]) for part in (training, batches))
+    if known.is_floating_point():
+        return (labels.double() - known.double().mean()).square()
+    counts = torch.bincount(known, minlength=int(labels.max()) + 1).double() + 1
+    return -(counts / counts.sum()).log()[labels]
 
 
 class Cut:
-    """Compression of an adapter: loss curve and loss on held-out examples.
+    """Compression of an adapter: its curve, and the share of its gain that is kept on held-out examples.
+
+    Half of the held-out examples are for the search of a size, the other half confirms it.
 
     Args:
         subject: adapter and examples.
+        with_metric: measure the task's metric, too, which is then in `metric`.
         announce: receives the number of examples.
         progressbar: show a progress bar.
 
     """
 
-    def __init__(self, subject: Subject, *, announce: Announce = print, progressbar: bool = False) -> None:
-        self.subject, self._progressbar = subject, progressbar
-        training, self._held_out = (subject.batches(part) for part in (subject.training, subject.held_out))
-        used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, self._held_out))
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        with_metric: bool = False,
+        announce: Announce = print,
+        progressbar: bool = False,
+    ) -> None:
+        self.subject = subject
+        training = subject.batches(subject.training, EXAMPLES, TERMS)
+        held_out = subject.batches(subject.held_out, HELD_OUT, HELD_OUT_TERMS)
+        used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, held_out))
         announce(
             f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.run.config.data}."
         )
-        self.loss = subject.loss_of(subject.run.model, self._held_out)
+        self.search, self.confirm = (Part(subject, part, training) for part in (held_out[::2], held_out[1::2]))
+        self.metric = self.metric_of(subject.run.model) if with_metric else ""
         self.points: list[Point] = []
-        self._known: dict[tuple[int, ...], float] = {}
-        whole = subject.whole
         gradients = tqdm(training, desc="Gradients of the loss", disable=not progressbar)
-        self.curve = loss_curve(subject.on_base, whole, gradients, subject.loss)
-        self.base = self.measure([])  # trained heads, biases and tokens stay
+        self.curve = loss_curve(subject.on_base, subject.whole, gradients, subject.loss)
+        self._progressbar = progressbar
 
     @property
-    def gain(self) -> float:
-        """Loss that the update saves on held-out examples."""
-        return self.base - self.loss
+    def loss(self) -> float:
+        """Mean loss of the adapter on the examples that confirm."""
+        return mean_of(self.confirm.whole)
 
-    def measure(self, factors: Sequence[Factors]) -> float:
-        """Loss with these factors in place of the adapter."""
-        size = sum(part.parameters for part in factors)
-        batches = tqdm(self._held_out, desc=f"Loss of {size:,} parameters", disable=not self._progressbar, leave=False)
-        return mean_loss(self.subject.on_base, factors, batches, self.subject.loss)
+    @property
+    def base(self) -> float:
+        """Mean loss without it."""
+        return mean_of(self.confirm.without)
 
-    def measured(self, factors: Sequence[Factors]) -> float:
-        """Cached `measure`, keyed by the ranks: for factors of one curve."""
-        ranks = tuple(part.rank for part in factors)
-        if ranks not in self._known:
-            self._known[ranks] = self.measure(factors)
-        return self._known[ranks]
+    def require_gain(self) -> None:
+        """Raise ValueError unless the adapter has a measurable gain."""
+        parts = (self.search, self.confirm)
+        without, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("without", "whole"))
+        if Gain(without, whole).low <= 0:
+            raise ValueError(
+                f"The adapter gains nothing that {len(whole)} held-out examples could show (loss {mean_of(whole):.4g}, "
+                f"{mean_of(without):.4g} without it), so no share of it can be kept. Cut it by energy (--energy) or to "
+                "a size (--size), or pass other examples (--data)."
+            )
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
         """Factors within a parameter budget; for a high-rank update, by loss or energy, whichever loses less.
@@ -290,56 +315,86 @@ class Cut:
         if self._is_thin:
             return by_loss
         by_energy = energy_curve(self.subject.whole).within(budget, max_rank)
-        return min((by_loss, by_energy), key=self.measure)
+        batches, loss = self.search.batches, self.subject.loss
+        return min((by_loss, by_energy), key=lambda factors: mean_loss(self.subject.on_base, factors, batches, loss))
 
-    def smallest(self, rise: float, max_rank: int | None = None) -> list[Factors]:
-        """Factors of the smallest size whose loss is within a share of the adapter's loss, and keeps half of its gain.
+    def smallest(self, keep: float, max_rank: int | None = None, *, announce: Announce = print) -> list[Factors]:
+        """Factors of the smallest size that keeps a share of the gain.
 
         Args:
-            rise: relative, such as 0.01.
+            keep: share, such as 0.99: the lower bound on the search's examples, and the share on the others.
             max_rank: of any module.
+            announce: receives the number of examples that would allow a smaller size.
 
         Raises:
-            ValueError: no size is within, or there is no gain.
+            ValueError: no size keeps it, or there is no gain.
 
         """
-        if self.gain <= 0:
-            raise ValueError(
-                f"The adapter gains nothing on the held-out examples (loss {self.loss:.4g}, {self.base:.4g} without "
-                "it), so no size can be chosen by loss. Cut it by energy (--energy) or to a size (--budget), or pass "
-                "other examples (--data)."
-            )
-        allowed, half = rise * abs(self.loss), self.gain / 2
+        self.require_gain()
         try:
-            factors, self.points = smallest(
-                self.curve, self.measured, self.loss + min(allowed, half), max_rank=max_rank
-            )
+            with tqdm(desc="Sizes", disable=not self._progressbar, leave=False) as bar:
+
+                def measure(factors: Sequence[Factors]) -> Kept:
+                    bar.update()
+                    return self.search.kept(factors)
+
+                factors, self.points = smallest(self.curve, measure, keep, max_rank=max_rank)
         except ValueError as error:
-            why = "" if allowed <= half else " A rise of more than half of the adapter's gain is not allowed."
-            if not self._is_thin:
-                why += (
-                    f" The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was "
-                    "dropped beforehand."
-                )
+            why = (
+                ""
+                if self._is_thin
+                else f" The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was "
+                "dropped beforehand."
+            )
             raise ValueError(f"{error}{why}") from None
+        size = sum(part.parameters for part in factors)
+        whole = self.points[0].parameters
+        while self.confirm.kept(factors).share < keep and size < whole:
+            size = min(whole, int(_LARGER * size) + 1)
+            factors = self.curve.within(size, max_rank)
+        if size == whole:
+            self._tell_why_whole(keep, max_rank, announce)
         return factors
+
+    def _tell_why_whole(self, keep: float, max_rank: int | None, announce: Announce) -> None:
+        likely = [point for point in self.points[1:] if point.kept.share > keep]
+        if not likely:
+            return
+        point = likely[-1]
+        confirmed = self.confirm.kept(self.curve.within(point.parameters, max_rank))
+        needed = 2 * self.search.gain.examples_for(point.kept, keep)
+        why = (
+            f"only {confirmed} on as many others. Pass more examples (--data)."
+            if confirmed.share < keep
+            else f"{keep:.4g} is not certain. About {needed:,} held-out examples would show it."
+        )
+        announce(
+            f"Too few examples to cut: {point.parameters:,} parameters keep {point.kept} of the gain on half of them, "
+            f"but {why}"
+        )
 
     @property
     def _is_thin(self) -> bool:
         return all(update.is_product for update in self.subject.updates)
 
-    def loss_of(self, model: Any) -> float:
-        """Loss of a model."""
-        return self.subject.loss_of(model.eval(), self._held_out)
+    def metric_of(self, model: Any) -> str:
+        """Main metric of a model on the held-out examples, such as "accuracy 0.91"; empty if it is the loss."""
+        run = replace(self.subject.run, model=model)
+        name = next((name for name in run.kind.metrics if name != "loss"), None)
+        examples = self.subject.held_out.shuffle(seed=0).select(range(min(HELD_OUT, len(self.subject.held_out))))
+        metrics = plain_metrics(run.trainer(run.encoded(examples)).evaluate())
+        name = name if name in metrics else "mean_token_accuracy" if "mean_token_accuracy" in metrics else None
+        return "" if name is None else f"{name.replace('_', ' ')} {metrics[name]:.3f}"
 
 
-def record_losses(folder: Path, cut: Cut, factors: Sequence[Factors], rise: float | None) -> LossRecord:
-    """Save a run's loss curve, and the ranks at the chosen size."""
+def record_losses(folder: Path, cut: Cut, factors: Sequence[Factors], keep: float | None) -> LossRecord:
+    """Save the share of a run's gain over the size, and the ranks at the chosen one."""
     record = LossRecord(
         loss=cut.loss,
-        rise=rise,
+        base=cut.base,
+        keep=keep,
         sizes=[point.parameters for point in cut.points],
-        losses=[point.loss for point in cut.points],
+        kept=[point.kept.share for point in cut.points],
         chosen=sum(part.parameters for part in factors),
         ranks={part.module: part.rank for part in factors},
     )

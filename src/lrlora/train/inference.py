@@ -1,8 +1,9 @@
-"""Evaluate and predict with a finished run."""
+"""Evaluate and predict with a finished run, or with any adapter whose base model and task are known."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,15 +23,33 @@ from transformers import (
     Trainer,
 )
 
+from ..adapters.card import class_names
+from ..adapters.loading import load_adapted
 from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
-from ..files import readable, replacing
+from ..files import is_full_model, readable, replacing
 from ..locks import only_writer
-from ..run_folder import ANSWERS, CHAT, METRICS_FILE, RUN_FILE, TEXT, RunRecord
+from ..run_folder import ANSWERS, CHAT, METRICS_FILE, PLAIN, RUN_FILE, TEXT, RunRecord
 from ..tuner import cached_weights
-from .chat import answer_of, as_trl_reads, format_of, holds_chats, prompt_of, render_chat, with_answers_marked
+from .chat import (
+    answer_of,
+    as_trl_reads,
+    format_of,
+    holds_chats,
+    prompt_of,
+    render_chat,
+    rendering_of,
+    with_answers_marked,
+)
 from .data import load_examples, sampled
-from .models import load_model, make_trainer, max_positions, model_source, training_arguments
+from .models import (
+    load_model,
+    make_trainer,
+    max_positions,
+    model_source,
+    require_model_folder,
+    training_arguments,
+)
 from .progress import Announce
 from .settings import TrainConfig, read_run
 from .tasks import KINDS, Kind, kind_for
@@ -43,6 +62,8 @@ OF_TRAINING = (
 )
 
 
+_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}  # task_type of an adapter → task
+_NEW_TOKENS = 256  # default maximum for an adapter from elsewhere
 # Fields of GenerationConfig that only matter for sampling, which they turn on.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
@@ -59,7 +80,7 @@ def evaluate(
     """Evaluate a trained run on data.
 
     Args:
-        run: output folder of `train`.
+        run: output folder of `train`, or an adapter.
         data: see `TrainConfig.data`.
         split: split of the data; default: `test`, else `validation`, else the only one.
         limit: maximum number of examples (fixed-seed sample).
@@ -89,7 +110,7 @@ def evaluate(
 
 
 def predict(
-    run: str | Path,
+    run: str | Path | LoadedRun,
     data: str | Dataset,
     *,
     split: str | None = None,
@@ -105,7 +126,8 @@ def predict(
     Takes the arguments of `evaluate`; `data` may also be a data set, and needs no labels. `generation` has fields of
     `GenerationConfig`; by default, decoding is greedy.
     """
-    loaded = LoadedRun.read(Path(run)).reading(**reading).generating(generation)
+    loaded = run if isinstance(run, LoadedRun) else LoadedRun.read(Path(run))
+    loaded = loaded.reading(**reading).generating(generation)
     examples = loaded.examples(data, split, announce, with_label=False)
     encoded = loaded.encoded(examples)
     if loaded.kind.generates:
@@ -127,14 +149,15 @@ def predict_texts(
         ValueError: the run is a multiple-choice or image run.
 
     """
-    kind = KINDS[read_run(Path(run))[0].task]
+    loaded = LoadedRun.read(Path(run))
+    kind = loaded.kind
     role = "prompt" if kind.generates else "text"
     if role not in kind.roles:
         asked = " and ".join(name for name in kind.roles if name != "label")
         raise ValueError(
             f"The task {kind.name} needs {asked}, not a single text. Pass data with these columns: --data."
         )
-    return predict(run, Dataset.from_dict({role: texts}), columns={}, generation=generation, announce=announce)
+    return predict(loaded, Dataset.from_dict({role: texts}), columns={}, generation=generation, announce=announce)
 
 
 def _not_empty(answers: Iterable[str]) -> Iterator[str]:
@@ -152,7 +175,7 @@ def _not_empty(answers: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """Finished run, ready for inference."""
+    """Finished run, or an adapter from elsewhere, ready for inference."""
 
     config: TrainConfig
     record: RunRecord
@@ -162,13 +185,15 @@ class LoadedRun:
 
     @classmethod
     def read(cls, folder: Path) -> LoadedRun:
-        """Load a run from its folder.
+        """Load a run from its folder, or an adapter by `of_adapter`.
 
         Raises:
-            FileNotFoundError: the folder has no run.
-            ValueError: the run is unfinished or damaged, or its chat template has changed since training.
+            ValueError: the folder has neither; the run is unfinished or damaged; or its chat template has changed since
+                training.
 
         """
+        if not (folder / RUN_FILE).exists():
+            return cls.of_adapter(str(folder))
         config, record = read_run(folder)
         if not (folder / METRICS_FILE).exists():
             raise ValueError(f"The run in {folder} is not finished. Resume it: lrlora train --resume {folder}")
@@ -190,6 +215,65 @@ class LoadedRun:
                 # AdaLoRA in PEFT cannot compute a loss if loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
                 require_all_weights(model, saved)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return cls(config, record, processor, model)
+
+    @classmethod
+    def of_adapter(
+        cls, source: str, *, base: str | None = None, task: str | None = None, saved: SavedAdapter | None = None
+    ) -> LoadedRun:
+        """Load an adapter from elsewhere, or a full model.
+
+        Prompts and chats are rendered as the data says: chats with the model's template. Examples are truncated only
+        at the model's limit.
+
+        Args:
+            source: folder or hub name.
+            base: base model of the adapter; default: the one that it names.
+            task: task of an adapter that does not store it.
+            saved: the adapter as read.
+
+        Raises:
+            FileNotFoundError: the base model is missing.
+            ValueError: base model or task is unknown.
+
+        """
+        if saved is None and not is_full_model(source):
+            saved = SavedAdapter.read(source).on_base(base)
+        known = None if saved is None else saved.config.task_type
+        if known not in (None, *_TASKS):
+            raise ValueError(f"{source} is a {known} adapter. Supported: {', '.join(_TASKS)}.")
+        task = task or _TASKS.get(str(known))
+        if task is None or task not in (*_TASKS.values(), "regress"):
+            raise ValueError(
+                f"{source} does not store its task: set task_type in its adapter_config.json. For an export, pass "
+                f"--task {', '.join(_TASKS.values())} or regress."
+            )
+        if known is not None and _TASKS[known] != task.replace("regress", "classify"):
+            raise ValueError(f"{source} is a {known} adapter, which does not fit --task {task}. Remove --task.")
+        name = source if saved is None else saved.base_model
+        if not name:
+            raise ValueError(f"{source} does not name its base model. Pass it: --base MODEL.")
+        require_model_folder(name)
+        kind = kind_for(task, AutoConfig.from_pretrained(name))
+        names = class_names(saved) if saved else []
+        if saved is not None and (known is not None or base is None):
+            model: Any = load_adapted(saved)
+        else:
+            model = kind.model_class.from_pretrained(name, **(kind.model_options(names) if names else {}))
+            model = PeftModel.from_pretrained(model, source) if saved else model
+        if known is not None and kind.has_head and model.config.num_labels == 1:
+            task, kind = "regress", kind_for("regress", model.config)
+        try:
+            processor = kind.load_processor(source)
+        except (OSError, ValueError):  # it has none of its own
+            processor = kind.load_processor(name)
+        labels: list[str] = []
+        if task == "classify":
+            unnamed = map(str, range(model.config.num_labels))
+            labels = names or [*(unnamed if saved else map(str, model.config.id2label.values()))]
+        config = TrainConfig(name, source, task, method="lora", output=tempfile.gettempdir())
+        record = RunRecord({}, labels, None, {}, {}, loss_on=ANSWERS if kind.generates else None)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record, processor, model)
 
@@ -233,6 +317,8 @@ class LoadedRun:
     def _require_rendering(self, examples: Dataset) -> None:
         """Raise ValueError unless the examples can be rendered as in training."""
         trained = self.record.rendering
+        if trained is None:
+            return  # an adapter from elsewhere
         found = format_of(examples.column_names)
         if trained == CHAT and found.name == "text":
             raise ValueError(
@@ -249,7 +335,8 @@ class LoadedRun:
         """Encode the examples as in training."""
         if self.kind.generates:
             is_text = format_of(examples.column_names).name == "text"
-            return as_trl_reads(examples, TEXT if is_text else str(self.record.rendering))
+            rendering = self.record.rendering or rendering_of(examples, self.processor)
+            return as_trl_reads(examples, TEXT if is_text else rendering)
         return self.kind.encode(examples, self.processor, self.record.max_length)
 
     def marked(self, rows: Dataset) -> Dataset:
@@ -281,7 +368,7 @@ class LoadedRun:
             )
         room = limit - length
         settings = {"do_sample": any(name in self.generation for name in _SAMPLING)}
-        settings |= {"max_new_tokens": min(self.record.max_length or room, room), **self.generation}
+        settings |= {"max_new_tokens": min(self.record.max_length or _NEW_TOKENS, room), **self.generation}
         settings["pad_token_id"] = self.processor.pad_token_id
         with torch.no_grad():
             try:
@@ -303,11 +390,14 @@ class LoadedRun:
 
 
 class Chat:
-    """Streaming terminal chat with a finished run.
+    """Streaming terminal chat with a finished run, or an adapter.
 
     Args:
-        run: output folder of `train`, with the task "causal-lm".
+        run: its folder.
         generation: fields of GenerationConfig.
+
+    Raises:
+        ValueError: the task is not causal-lm.
 
     """
 
@@ -315,6 +405,10 @@ class Chat:
 
     def __init__(self, run: str | Path, generation: Mapping[str, Any] | None = None) -> None:
         self._run = LoadedRun.read(Path(run)).generating(generation)
+        if not self._run.kind.generates:
+            raise ValueError(f"{run} has the task {self._run.config.task} and cannot chat. Use lrlora predict.")
+        is_templated = self._run.processor.chat_template is not None
+        self._is_chat = (self._run.record.rendering or (CHAT if is_templated else PLAIN)) == CHAT
         self._turns: list[dict[str, Any]] = []
         self._asks_base = False
 
@@ -334,15 +428,14 @@ class Chat:
     def ask(self, text: str) -> str:
         """Print the answer as it is generated, and return it."""
         run, asked = self._run, self._turns
-        is_chat = run.record.rendering == CHAT
-        if is_chat:
+        if self._is_chat:
             asked.append({"role": "user", "content": text})
-        inputs = run.prompt(asked if is_chat else text, {})
+        inputs = run.prompt(asked if self._is_chat else text, {})
         streamer = TextStreamer(run.processor, skip_prompt=True, skip_special_tokens=True)
         with run.model.disable_adapter() if self._asks_base else cached_weights(run.model):
             tokens = run.generate(inputs, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
         answer = str(run.processor.decode(tokens, skip_special_tokens=True))
-        if is_chat:
+        if self._is_chat:
             asked.append({"role": "assistant", "content": answer})
         return answer
 

@@ -36,7 +36,14 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
     ranks = []
     if config.learned_size is not None:
         size, step = planned_cut(config.learned_size, model, arguments)
-        ranks = [f"Ranks: learned; after {step} steps, the loss decides which {size:,} parameters stay."]
+        wide = model.peft_config["default"].r
+        ranks = [
+            f"Ranks: learned: r = {wide} until step {step}, then the {size:,} parameters ({config.size}) that the loss "
+            "needs most."
+        ]
+    elif config.size is not None or config.keep is not None:
+        goal = f"of {config.size}" if config.size else f"that keeps {config.keep:.4g} of the gain"
+        ranks = [f"After training: lora/ is a plain LoRA {goal}, of the directions that the loss needs most."]
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
         f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters "

@@ -81,8 +81,8 @@ class TrainConfig:
         early_stopping: stop after this many evaluations without a better metric; default: never.
         start_from: finished run to continue from, as a new run with its own schedule; on the command line, settings
             that are not given are those of that run; default: a new adapter.
-        loss: write lora/ as the smallest LoRA whose validation loss rises by at most this share; default: report the
-            size for 0.01, and write nothing.
+        keep: write lora/ as the smallest LoRA that keeps this share of the gain on validation data; default: report
+            the size for 0.99, and write nothing.
         size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
             are learned in training; with others, lora/ is filled by importance to the loss; default: no limit.
         rank_every: steps between records of the learned ranks.
@@ -122,7 +122,7 @@ class TrainConfig:
     batch_size: int | None = None
     early_stopping: int | None = None
     start_from: str | None = None
-    loss: float | None = None
+    keep: float | None = None
     size: str | None = None
     rank_every: int = 50
     seed: int = 0
@@ -148,10 +148,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
-        if self.loss is not None:
+        if self.keep is not None:
             if self.size is not None:
-                raise ValueError("Pass --loss or --size, not both.")
-            check_truncation(loss=self.loss)
+                raise ValueError("Pass --keep or --size, not both.")
+            check_truncation(keep=self.keep)
         if self.size is not None:
             Size.parse(self.size)
         if self.delimiter is not None and len(self.delimiter) != 1:

@@ -157,17 +157,16 @@ def energy(runs: Sequence[str]) -> Chart:
 
 
 def loss(runs: Sequence[str]) -> Chart:
-    """Validation loss by number of parameters kept, and a rule at the chosen one.
+    """Share of the gain in loss kept, by number of parameters, and a rule at the chosen one.
 
-    Data "losses": run, parameters, loss, and whole, the loss of the uncut adapter; "chosen": run, parameters.
+    Data "losses": run, parameters, kept; "chosen": run, parameters.
     """
-    y = alt.Y("loss:Q", title="loss", scale=alt.Scale(zero=False))
-    tips = [alt.Tooltip("parameters:Q", format=","), alt.Tooltip("loss:Q", format=".4~g")]
+    y = alt.Y("kept:Q", title="gain kept", scale=alt.Scale(zero=False), axis=alt.Axis(format="%"))
+    tips = [alt.Tooltip("parameters:Q", format=","), alt.Tooltip("kept:Q", format=".1%")]
     chart = _chart("losses", runs, _PARAMETERS, y, *tips)
     points = chart.mark_point(filled=True, size=36, opacity=1).encode(shape=_shape(runs))
-    across = alt.Chart(alt.NamedData("losses")).mark_rule().encode(y="max(whole):Q", color=_of_run(runs))
     rule = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[3, 3]).encode(x="parameters:Q", color=_of_run(runs))
-    return alt.layer(across, rule, chart.mark_line(strokeWidth=2), points)
+    return alt.layer(rule, chart.mark_line(strokeWidth=2), points)
 
 
 def training(runs: Sequence[str]) -> Chart:

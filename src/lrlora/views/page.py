@@ -156,7 +156,7 @@ def _run(run: Run, values: list[str]) -> dict[str, Any]:
 def _sizes(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Energy kept by each run at common sizes, and both parts of the export command."""
     budgets, kept = kept_over_size([run.report for run in runs])
-    commands = [_export(run, "--by", "energy", "--budget") for run in runs]
+    commands = [_export(run, "--by", "energy", "--size") for run in runs]
     return {"budgets": budgets, "kept": kept, "commands": commands} if budgets else None
 
 
@@ -217,18 +217,18 @@ def _export(run: Run, *options: str) -> tuple[str, str]:
 
 
 def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Measured losses of smaller LoRAs, per run, and the export command for the chosen one."""
+    """Share of the gain that smaller LoRAs keep, per run, and the export command for the chosen one."""
     found = []
     for run in runs:
         if (record := run.losses) is not None:
-            option, value = ("--budget", record.chosen) if record.rise is None else ("--loss", record.rise)
+            option, value = ("--size", record.chosen) if record.keep is None else ("--keep", record.keep)
             points = [
-                {"run": run.name, "parameters": size, "loss": loss, "whole": record.loss}
-                for size, loss in zip(record.sizes, record.losses, strict=True)
+                {"run": run.name, "parameters": size, "kept": kept}
+                for size, kept in zip(record.sizes, record.kept, strict=True)
             ]
             begin, end = _export(run, option)
-            found.append({"run": run.name, "points": points, "chosen": record.chosen, "rise": record.rise})
-            found[-1] |= {"loss": record.loss, "command": f"{begin}{value}{end}"}
+            found.append({"run": run.name, "points": points, "chosen": record.chosen, "keep": record.keep})
+            found[-1] |= {"loss": record.loss, "base": record.base, "command": f"{begin}{value}{end}"}
     return found
 
 

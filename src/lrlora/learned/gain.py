@@ -1,0 +1,117 @@
+"""Share of an adapter's gain that a smaller one keeps on held-out examples, and its sampling error.
+
+    kept = Σ_i (w_i − c_i) / Σ_i (w_i − a_i)
+
+with the loss of example i, summed over its loss terms, without the adapter (w), with it (a), and with the smaller one
+(c). Intervals are those of a paired bootstrap (Efron 1979): examples are drawn with replacement, each with all of its
+losses. The losses of an adapter and of most of it are nearly equal on each example, so the share is known far better
+than either loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Factors
+from .moments import Loss, model_loss, thin_updates
+
+_DRAWS = 2_000
+_TAIL = 0.05  # of the bootstrap, on either side
+
+
+class Kept(NamedTuple):
+    """Share of the gain, and the 5 % and 95 % quantiles of its bootstrap."""
+
+    share: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        low = f"{self.low:.1%}" if math.isfinite(self.low) else "unknown"
+        return f"{self.share:.1%} ({low} to {self.high:.1%})"
+
+
+class Gain:
+    """Loss that an adapter saves on held-out examples.
+
+    Args:
+        without: `example_losses` without the adapter, (examples, 2).
+        whole: those with it.
+
+    Attributes:
+        nats: mean per loss term.
+        low: its 5 % quantile; the adapter has a measurable gain if this is positive.
+
+    """
+
+    def __init__(self, without: Tensor, whole: Tensor) -> None:
+        self._without, self._whole = without, whole
+        counts = torch.multinomial(
+            torch.ones(len(whole)), _DRAWS * len(whole), replacement=True, generator=torch.Generator().manual_seed(0)
+        ).view(_DRAWS, len(whole))
+        # Number of times that each draw has each example, (draws, examples).
+        self._draws = torch.zeros(_DRAWS, len(whole), dtype=torch.float64).scatter_add_(
+            1, counts, torch.ones_like(counts, dtype=torch.float64)
+        )
+        saved = without[:, 0] - whole[:, 0]
+        self.nats = (saved.sum() / whole[:, 1].sum()).item()
+        self.low = (self._draws @ saved / (self._draws @ whole[:, 1])).quantile(_TAIL).item()
+
+    def kept(self, cut: Tensor) -> Kept:
+        """Share that a smaller adapter keeps.
+
+        Args:
+            cut: its `example_losses`, (examples, 2), on the same examples.
+
+        """
+        left, saved = (self._without[:, 0] - part[:, 0] for part in (cut, self._whole))
+        drawn, of = self._draws @ left, self._draws @ saved
+        # A draw without a gain says nothing good of the share.
+        shares = torch.where(of > 0, drawn / of, -math.inf)
+        share = (left.sum() / saved.sum()).item()
+        return Kept(share, *shares.quantile(torch.tensor([_TAIL, 1 - _TAIL]).double(), interpolation="lower").tolist())
+
+    def examples_for(self, kept: Kept, keep: float) -> int:
+        """Number of examples that would show that a share above `keep` is above it."""
+        return math.ceil(len(self._whole) * ((kept.share - kept.low) / (kept.share - keep)) ** 2)
+
+
+@torch.no_grad()
+def example_losses(
+    model: nn.Module, factors: Sequence[Factors], batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss
+) -> Tensor:
+    """Losses of single examples with these factors in place of the adapter; without factors, of the base model.
+
+    Args:
+        model: unmerged PEFT model, or the base model alone.
+        factors: factors of its modules.
+        batches: with `labels`, (examples, …), on the model's device.
+        loss: see `collect_moments`.
+
+    Returns:
+        Sum of the loss terms of each example, and their number, (examples, 2), float64.
+
+    """
+    with thin_updates(model, factors) as base:
+        return losses_of(base, batches, loss)
+
+
+@torch.no_grad()
+def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss) -> Tensor:
+    """`example_losses` of a model as it is."""
+    found = []
+    for batch in batches:
+        count = len(batch["labels"])
+        for row in range(count):
+            one = {
+                name: value[row : row + 1] if torch.is_tensor(value) and len(value) == count else value
+                for name, value in batch.items()
+            }
+            value, terms = loss(model, one)
+            found.append((value.item() if terms else 0.0, terms))
+    return torch.tensor(found, dtype=torch.float64)

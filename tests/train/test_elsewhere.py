@@ -1,0 +1,89 @@
+"""Adapters that `lrlora train` did not write: evaluated, and asked, as with PEFT alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from lrlora.cli import app
+from lrlora.train.inference import Chat, evaluate, predict_texts
+
+from .small import reviews, save_decoder, save_encoder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier's and a language model's adapter, by PEFT, and examples."""
+    folder = tmp_path_factory.mktemp("home")
+    save_encoder(folder / "encoder")
+    save_decoder(folder / "decoder")
+    torch.manual_seed(0)
+    options = {"r": 2, "init_lora_weights": False, "target_modules": "all-linear"}
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "encoder", num_labels=2)
+    get_peft_model(base, LoraConfig(task_type="SEQ_CLS", **options)).save_pretrained(folder / "classifier")
+    language = AutoModelForCausalLM.from_pretrained(folder / "decoder")
+    get_peft_model(language, LoraConfig(task_type="CAUSAL_LM", **options)).save_pretrained(folder / "talker")
+    frame = reviews(40).rename(columns={"review": "text", "verdict": "label"})
+    frame.assign(label=(frame["label"] == frame["label"][0]).astype(int)).to_csv(folder / "reviews.csv", index=False)
+    return folder
+
+
+def test_scores_are_those_of_own_code_with_peft(home: Path, tmp_path: Path) -> None:
+    scored = run("evaluate", home / "classifier", "--data", home / "reviews.csv", "--json", tmp_path / "scores.json")
+    assert scored.exit_code == 0, scored.output
+    model = AutoPeftModelForSequenceClassification.from_pretrained(home / "classifier", num_labels=2).eval()
+    tokenizer, rows = AutoTokenizer.from_pretrained(home / "encoder"), pd.read_csv(home / "reviews.csv")
+    with torch.no_grad():
+        logits = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in rows["text"]])
+    labels = torch.tensor(rows["label"])
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert found["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+    said = list(predict_texts(home / "classifier", [rows["text"][0]]))
+    assert said[0]["prediction"] == f"{logits[0].argmax().item()}"
+
+
+def test_a_chat_is_continued_as_by_peft(home: Path) -> None:
+    said = Chat(home / "talker", {"max_new_tokens": 4}).ask("is the film good ?")
+    model = AutoPeftModelForCausalLM.from_pretrained(home / "talker").eval()
+    tokenizer = AutoTokenizer.from_pretrained(home / "decoder")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "is the film good ?"}], tokenize=False, add_generation_prompt=True
+    )
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert said == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.refused
+def test_what_is_not_known_is_told(home: Path, tmp_path: Path) -> None:
+    def told(*arguments: object) -> str:
+        result = run(*arguments)
+        assert result.exit_code == 1, result.output
+        return " ".join(result.output.split())
+
+    content = json.loads((home / "talker" / "adapter_config.json").read_text())
+    for name, fields, message in (
+        ("task", {"task_type": None}, "does not store its task: set task_type in its adapter_config.json"),
+        ("base", {"base_model_name_or_path": None}, "does not name its base model"),
+        ("other", {"task_type": "TOKEN_CLS"}, "is a TOKEN_CLS adapter. Supported: CAUSAL_LM, SEQ_CLS"),
+    ):
+        (tmp_path / name).mkdir()
+        for file in (home / "talker").iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(content | fields))
+        assert message in told("predict", tmp_path / name, "--text", "good")
+    assert "has the task classify and cannot chat" in told("chat", home / "classifier")
+    with pytest.raises(ValueError, match="does not contain a readable adapter"):
+        evaluate(tmp_path, str(home / "reviews.csv"))
