@@ -2,7 +2,7 @@
 
 python benchmarks/rank_gate.py                    # some 15 hours of one core; resumes
 python benchmarks/rank_gate.py --only german      # some of the tasks; several processes share the work
-python benchmarks/rank_gate.py --report           # only render docs/rank_gate.md from the stored results
+python benchmarks/rank_gate.py --report           # only render rank_gate.md from the stored results
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from lrlora.learned.directions import LossCurve, directions  # noqa: E402
 from lrlora.learned.moments import collect_moments, model_loss  # noqa: E402
 from lrlora_lab.statistics import holm, paired_difference  # noqa: E402
 
-PAGE, RESULTS = DOCS / "rank_gate.md", DOCS / "rank_gate" / "results.jsonl"
-PICTURE = DOCS / "rank_gate" / "ranks.png"
+HERE = Path(__file__).parent
+PAGE, RESULTS = HERE / "rank_gate.md", HERE / "rank_gate" / "results.jsonl"
+PICTURE = DOCS / "ranks.png"
 CLAIMS = Path("lrlora-compress") / "gate"
 SEEDS = (0, 1, 2)
 STUDY_SEEDS = (0, 1, 2, 3, 4)

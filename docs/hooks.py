@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 CODE = [
     path.relative_to(ROOT)
-    for folder, kind in (("src", "*.py"), ("src", "*.yaml"), ("examples", "*.py"))
+    for folder, kind in (("src", "*.py"), ("src", "*.yaml"), ("examples", "*.py"), ("benchmarks", "*.md"))
     for path in sorted((ROOT / folder).rglob(kind))
 ]
 
@@ -35,11 +35,11 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
         return f"](code/{path if path.suffix else path / '__init__.py'}.txt)"
 
     markdown = markdown.replace("](../README.md", "](index.md").replace("](../SECURITY.md", "](security.md")
-    return re.sub(r"\]\(\.\./((?:src|examples)/[^)]+?)/?\)", copy, markdown)
+    return re.sub(r"\]\(\.\./((?:src|examples|benchmarks)/[^)]+?)/?\)", copy, markdown)
 
 
 def _start_page() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"\]\(docs/", "](", text)
+    text = re.sub(r"\]\(docs/", "](", text).replace("](benchmarks/", "](../benchmarks/")
     text = re.sub(r"\]\((SECURITY|CONTRIBUTING|CHANGELOG)\.md\)", lambda match: f"]({match[1].lower()}.md)", text)
     return text.replace("](examples)", "](cookbook.md)")
