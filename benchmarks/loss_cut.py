@@ -444,20 +444,20 @@ def kept_table() -> str:
         for share in KEEPS:
             group = [row for row in rows if row["task"] == name and row["keep"] == share and "size" in row]
             if not group:
-                lines.append([name, f"{share:g}", "none", "–", "–", "–"])
+                lines.append([name, f"{share:g}", "0", "none", "–", "–", "–"])
                 continue
             tests = [row["test"]["share"] for row in group]
             nats = [statistics.mean(row[key] for row in group) for key in ("without", "whole", "cut")]
             metrics = [statistics.mean(row[key] for row in group) for key in ("before", "after")]
             lines.append(
                 [
-                    name, f"{share:g}", f"{statistics.mean(row['size'] for row in group):.0%}",
+                    name, f"{share:g}", str(len(group)), f"{statistics.mean(row['size'] for row in group):.0%}",
                     f"{statistics.mean(tests):.1%} ({min(tests):.1%} to {max(tests):.1%})",
                     "{:.3f}, {:.3f}, {:.3f}".format(*nats),
                     "{}: {:.3f}, {:.3f}".format(group[0]["metric"].replace("_", " "), *metrics),
                 ]
             )  # fmt: skip
-    heads = ["adapter", "asked", "size", "kept on test data", "nats without, whole, cut", "metric whole, cut"]
+    heads = ["adapter", "asked", "seeds", "size", "kept on test data", "nats without, whole, cut", "metric whole, cut"]
     return table(heads, lines)
 
 

@@ -39,7 +39,7 @@ from .tasks.base import plain_metrics
 
 # Maximum number of examples, and of loss terms after which no further batch is read.
 EXAMPLES, TERMS = 256, 4_096  # for the gradients
-HELD_OUT, HELD_OUT_TERMS = 512, 16_384  # for the losses
+HELD_OUT, HELD_OUT_TERMS = 384, 8_192  # for the losses
 FEWEST = 16  # minimum number of loss terms
 _LARGER = 1.2  # factor between sizes that are tried to confirm a share
 _HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
