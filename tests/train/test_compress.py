@@ -417,6 +417,8 @@ def test_what_else_was_trained_counts_as_it_is(home: Path, tmp_path: Path) -> No
 def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
     arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 4]
     arguments += ["--output", tmp_path / "run", "--method", "expansion"]
+    said = told("train", *arguments, "--keep", "0.9", "--no-measure")
+    assert "--keep measures the loss, but --no-measure does not. Pass only one of them." in said
     assert "Pass --keep or --size, not both." in told("train", *arguments, "--keep", "0.99", "--size", "r1")
     assert "size must be a size such as 250000" in told("train", *arguments, "--size", "small")
     assert not (tmp_path / "run").exists()
