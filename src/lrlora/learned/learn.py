@@ -433,16 +433,16 @@ def _require_suitable(optimizer: Any, inner: Any, factors: list[nn.Parameter]) -
     name = type(inner).__name__
     if any(group.get("lr") is None for group in inner.param_groups):
         raise ValueError(f"Learned ranks need a learning rate, but {name} has lr=None. Set it.")
-    if not _keeps_zeros(inner):
+    if not _keeps_zeros(inner, factors[0]):
         raise ValueError(
             f"Learned ranks need an optimizer that leaves zeros without a gradient at zero, but {name} with these "
             "settings does not. Use AdamW, without gradient centralization or noise, and with eps > 0."
         )
 
 
-def _keeps_zeros(optimizer: Any) -> bool:
+def _keeps_zeros(optimizer: Any, like: Tensor) -> bool:
     """Step a copy of the optimizer on matrices with zero rows or columns; True if it cannot be copied."""
-    (like, *_), rows = optimizer.param_groups[0]["params"], torch.tensor([[1.0], [0.0]]).expand(2, 3)
+    rows = torch.tensor([[1.0], [0.0]]).expand(2, 3)
     for mask in (rows.to(like.device, like.dtype), rows.T.to(like.device, like.dtype)):
         parameter = nn.Parameter(mask.clone())
         try:
