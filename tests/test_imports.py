@@ -58,3 +58,8 @@ def test_the_installed_command_reads_adapters_without_a_model_s_code(config: Pef
     result = lrlora("ranks", tmp_path, then=no_models)
     assert result.returncode == 0, result.stderr
     assert "attention.self.query" in result.stdout
+
+
+def test_the_module_has_the_commands_of_the_script() -> None:
+    run = subprocess.run([sys.executable, "-m", "lrlora", "--help"], capture_output=True, text=True)
+    assert all(command in run.stdout for command in ("train", "export", "compare", "demo")), run.stderr

@@ -1,5 +1,5 @@
 """`python -m lrlora`, for launchers that run a module."""
 
-from .cli import app
+from lrlora_cli import app
 
 app()

@@ -41,6 +41,7 @@ from .tasks.base import plain_metrics
 EXAMPLES, TERMS = 256, 4_096  # for the gradients
 HELD_OUT, HELD_OUT_TERMS = 384, 8_192  # for the losses
 FEWEST = 16  # minimum number of loss terms
+_BATCHES = 4  # to divide, where there are as many examples
 _LARGER = 1.2  # factor between sizes that are tried to confirm a share
 _HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
 _OF_SCHEDULE = (
@@ -151,19 +152,18 @@ class Subject:
         """Batches of at most `count` examples, in random order, until they have this number of loss terms."""
         examples = examples.shuffle(seed=0).select(range(min(count, len(examples))))
         trainer = self.run.trainer(self.run.encoded(examples))
-        # At least four batches, which can be divided.
-        size = min(trainer.args.per_device_train_batch_size, -(-len(examples) // 4))
+        size = min(trainer.args.per_device_train_batch_size, -(-len(examples) // _BATCHES))
         trainer.args.per_device_eval_batch_size = size
         batches, found = [], 0
         for batch in trainer.get_eval_dataloader():
             batches.append(batch)
             found += int((batch["labels"] != -100).sum())
-            if found >= terms:
+            if found >= terms and len(batches) >= _BATCHES:
                 break
-        if found < FEWEST:
+        if found < FEWEST or len(batches) < 2:
             raise ValueError(
                 f"{len(examples)} examples with {found} labels or tokens to predict are too few to measure the loss; "
-                f"at least {FEWEST} are needed. Pass more (--data), or use --by energy."
+                f"at least {FEWEST}, in two examples, are needed. Pass more (--data), or use --by energy."
             )
         return batches
 
@@ -352,6 +352,8 @@ class Cut:
         while self.confirm.kept(factors).share < keep and size < whole:
             size = min(whole, int(_LARGER * size) + 1)
             factors = self.curve.within(size, max_rank)
+            self.points.append(Point(sum(part.parameters for part in factors), self.search.kept(factors)))
+        self.points = sorted({point.parameters: point for point in self.points}.values(), reverse=True)
         if size == whole:
             self._tell_why_whole(keep, max_rank, announce)
         return factors
