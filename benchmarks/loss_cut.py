@@ -728,7 +728,8 @@ def updated(page: str) -> str:
                 f"{known[name]['seconds']:.0f} s",
                 f"{known[name]['gibibytes']:.1f} GiB",
             ]
-            for name in ("MiniLM", "SmolLM2")
+            for name in known
+            if name != "layer"
         ]
         layer = known["layer"]
         lines += [
