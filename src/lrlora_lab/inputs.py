@@ -24,7 +24,6 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from numpy.typing import NDArray
 from PIL import Image as Pictures
 from sklearn.model_selection import train_test_split
-from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from lrlora.files import cache_folder
 from lrlora.train.embedded import EMBEDDED, as_splits, split_by_group
@@ -125,6 +124,7 @@ def vision_model() -> Path:
 def _save_vit(folder: Path) -> None:
     """Save the backbone of `VIT` as the original Dinov2Model, and a processor for small images."""
     import onnx
+    from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor  # prints what it would prefer
 
     path = fetch(VIT)
     graph = onnx.load(path).graph
