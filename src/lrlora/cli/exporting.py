@@ -153,7 +153,9 @@ def _gain_lines(cut: Cut, losses: Tensor) -> Iterator[str]:
     """Losses of the adapter, of none, and of the cut, and the share of the gain that is kept."""
     from ..train.compress import mean_of
 
-    yield f"Loss of the adapter: {cut.loss:.4g}, without it: {cut.base:.4g}; gain {cut.base - cut.loss:.4g} nats."
+    unit = "" if cut.subject.run.config.task == "regress" else " nats"  # there, the loss is a squared error
+    gain = cut.confirm.gain.nats
+    yield f"Loss of the adapter: {cut.loss:.4g}, without it: {cut.base:.4g}; gain {gain:.4g}{unit}."
     yield f"As cut: {mean_of(losses):.4g}{_share(cut, losses)}."
 
 

@@ -68,7 +68,7 @@ def train(
             )
         else:
             run, _ = read_run(resume)
-        if option := _filling(run):
+        if option := run.filled_by:
             if not measure:
                 raise ValueError(f"{option} measures the loss, but --no-measure does not. Pass only one of them.")
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -111,11 +111,6 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
         announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
 
 
-def _filling(run: TrainConfig) -> str | None:
-    """Option that fills lora/ by loss after training; None without one."""
-    return "--keep" if run.keep is not None else "--size" if run.size is not None and not run.learned_size else None
-
-
 def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
     """Print the smallest size of a finished run's LoRA; returns whether its folder has changed."""
     from ..train.methods import METHODS
@@ -123,7 +118,7 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
     if run.learned_size is not None:
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
         return False
-    is_asked_for = _filling(run) is not None
+    is_asked_for = run.filled_by is not None
     is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not is_measured:
         announce(f"To find the smallest LoRA: lrlora export {run.output} --keep 0.99 --output {run.output}-small")

@@ -30,7 +30,7 @@ from ..learned.gain import Gain, Kept, example_losses, losses_of
 from ..ranks import RankReport
 from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights
-from .data import load_splits, load_task_data, only_split
+from .data import load_splits, load_task_data, only_split, sampled
 from .inference import OF_TRAINING, LoadedRun
 from .models import make_trainer, model_source, training_arguments
 from .progress import Announce, Progress, StopOnNonFinite
@@ -383,8 +383,7 @@ class Cut:
         """Main metric of a model on the held-out examples, such as "accuracy 0.91"; empty if it is the loss."""
         run = replace(self.subject.run, model=model)
         name = next((name for name in run.kind.metrics if name != "loss"), None)
-        examples = self.subject.held_out.shuffle(seed=0).select(range(min(HELD_OUT, len(self.subject.held_out))))
-        metrics = plain_metrics(run.trainer(run.encoded(examples)).evaluate())
+        metrics = plain_metrics(run.trainer(run.encoded(sampled(self.subject.held_out, HELD_OUT))).evaluate())
         name = name if name in metrics else "mean_token_accuracy" if "mean_token_accuracy" in metrics else None
         return "" if name is None else f"{name.replace('_', ' ')} {metrics[name]:.3f}"
 

@@ -89,7 +89,7 @@ EMBEDDED_MODELS = {
         MINILM,
     ),
     "smollm2": EmbeddedModel(
-        "SmolLM2-135M-Instruct, a chat model, dequantized from 4 bits, 93 MB",
+        "SmolLM2-135M-Instruct, a chat model, dequantized from 4 bits by the package gguf, 93 MB",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         SMOLLM2,
     ),

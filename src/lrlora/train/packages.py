@@ -84,7 +84,9 @@ def checkpoint(source: EmbeddedInput) -> Path:
 
     """
     path = fetch(source)
-    return made_once(path.with_suffix(""), lambda folder: _save_from_gguf(path, folder)) if path.suffix else path
+    if path.suffix != ".gguf":
+        return path
+    return made_once(path.with_suffix(""), lambda folder: _save_from_gguf(path, folder))
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:

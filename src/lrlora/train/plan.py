@@ -41,7 +41,7 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
             f"Ranks: learned: r = {wide} until step {step}, then the {size:,} parameters ({config.size}) that the loss "
             "needs most."
         ]
-    elif config.size is not None or config.keep is not None:
+    elif config.filled_by:
         goal = f"of {config.size}" if config.size else f"that keeps {config.keep:.4g} of the gain"
         ranks = [f"After training: lora/ is a plain LoRA {goal}, of the directions that the loss needs most."]
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))

@@ -52,8 +52,7 @@ def prepare(
             f"training: dataloader_drop_last=True drops all {count} validation examples, which do not fill a batch. "
             "Remove it, or lower per_device_eval_batch_size."
         )
-    is_compressed_after = config.keep is not None or (config.size is not None and config.learned_size is None)
-    if is_compressed_after and inputs.kind.has_head and count < FEWEST:
+    if config.filled_by and inputs.kind.has_head and count < FEWEST:
         raise ValueError(
             f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "
             "Raise --validation-share, or remove --keep and --size."

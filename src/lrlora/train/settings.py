@@ -187,6 +187,13 @@ class TrainConfig:
         return self.size if self.method == "lora" else None
 
     @property
+    def filled_by(self) -> str | None:
+        """Option that fills lora/ by loss after training; None without one."""
+        return (
+            "--keep" if self.keep is not None else "--size" if self.size is not None and not self.learned_size else None
+        )
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Given fields of TrainingArguments, under either name."""
         given = {field_name: getattr(self, name) for name, field_name in ARGUMENTS.items()}
