@@ -543,9 +543,9 @@ def costs() -> dict[str, Any]:
     whole, x = factorize(model, energy=1.0), torch.randn(1, 512, config.hidden_size, dtype=torch.bfloat16)
     positions = rotary(x, torch.arange(512)[None])
 
-    def loss(layer: Any, batch: Any) -> tuple[Any, int]:
+    def loss(layer: Any, batch: Any) -> tuple[Any, Any]:
         output = layer(batch.requires_grad_(), position_embeddings=positions)
-        return (output[0] if isinstance(output, tuple) else output).float().square().sum(), 512
+        return (output[0] if isinstance(output, tuple) else output).float().square().sum(), torch.tensor(512)
 
     seconds: dict[str, list[float]] = {"step": [], "moments": []}
     for _ in range(3):
@@ -577,12 +577,13 @@ def sampled(temperature: float, causal: bool) -> Any:
     import torch
     import torch.nn.functional as F
 
-    def loss(model: Any, batch: Any) -> tuple[Any, int]:
+    def loss(model: Any, batch: Any) -> tuple[Any, Any]:
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
-        if causal:
-            logits = logits[:, :-1][batch["labels"][:, 1:] != -100]
+        is_counted = batch["labels"][:, 1:] != -100 if causal else torch.ones(len(logits), 1, dtype=torch.bool)
+        logits = logits[:, :-1] if causal else logits[:, None]
         drawn = torch.distributions.Categorical(logits=logits.detach() / temperature).sample()
-        return F.cross_entropy(logits, drawn, reduction="sum"), len(drawn)
+        terms = F.cross_entropy(logits.transpose(1, 2), drawn, reduction="none")
+        return (terms * is_counted).sum(1), is_counted.sum(1)
 
     return loss
 

@@ -756,7 +756,7 @@ def loss_of(model: Any, batches: list[Batch]) -> tuple[float, float]:
     for batch in batches:
         output = model.base_model.model(**batch)
         value, terms = model_loss(model.base_model.model, batch)
-        total, count = total + float(value), count + terms
+        total, count = total + float(value.sum()), count + int(terms.sum())
         if batch["labels"].dim() == 1:
             right += int((output.logits.argmax(-1) == batch["labels"]).sum())
     return total / count, right / count

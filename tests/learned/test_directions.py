@@ -75,8 +75,8 @@ class TwoSides(nn.Module):
         return self.layer(x * torch.tensor([1.0] * 4 + [0.0] * 4))
 
 
-def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none"), torch.ones(len(batch[1]))
 
 
 def test_what_is_large_and_never_used_goes_first() -> None:
@@ -153,7 +153,7 @@ def test_the_unit_of_the_loss_does_not_matter(trained: tuple[TinyModel, Any, lis
     """Damping too is a share of what is there."""
     tiny, model, factors, curve = trained
 
-    def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         value, terms = model_loss(base, batch)
         return 1000 * value, terms
 

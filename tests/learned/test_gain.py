@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lrlora.adapters import factorize
-from lrlora.learned import Gain, example_losses, mean_loss
+from lrlora.learned import Gain, example_losses
+from lrlora.learned.moments import thin_updates
 
 from ..conftest import TinyModel
 from .test_moments import language_batches
@@ -70,6 +71,15 @@ def test_losses_of_single_examples_are_those_of_their_batch() -> None:
     losses = example_losses(model, factors, batches)
     assert losses.shape == (sum(len(batch["labels"]) for batch in batches), 2)
     assert losses[0, 1] == 1
-    assert (losses[:, 0].sum() / losses[:, 1].sum()).item() == pytest.approx(
-        mean_loss(model, factors, batches), rel=1e-5
-    )
+    with thin_updates(model, factors) as base:
+        for row in range(2):
+            alone = base(**{name: part[row : row + 1] for name, part in batches[0].items()}).loss.item()
+            assert (losses[row, 0] / losses[row, 1]).item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_model_with_another_loss_needs_a_function() -> None:
+    tiny_llama = TinyModel("llama")
+    model = tiny_llama.build()
+    model.loss_function = lambda logits, labels, **rest: logits.square().mean()
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM computes a loss of .* Pass its loss as a function"):
+        example_losses(model, [], language_batches(tiny_llama))

@@ -45,7 +45,7 @@ def test_padding(subject: tuple[TinyModel, Any, list[Factors]], side: str) -> No
 def test_the_unit_of_the_loss(subject: tuple[TinyModel, Any, list[Factors]]) -> None:
     tiny, model, factors = subject
 
-    def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         value, terms = model_loss(base, batch)
         return 1000 * value, terms
 
@@ -90,7 +90,10 @@ def test_the_order_of_tokens() -> None:
     torch.manual_seed(0)
     model = get_peft_model(Bytes(), LoraConfig(r=4, target_modules=["first", "last"], init_lora_weights=False))
     factors, x, labels = factorize(model, energy=1.0), torch.randn(64, 8), torch.randint(5, (64,))
-    loss = lambda model, at: (nn.functional.cross_entropy(model(x[at]), labels[at], reduction="sum"), len(at))  # noqa: E731
+
+    def loss(model: Any, at: Tensor) -> tuple[Tensor, Tensor]:
+        return nn.functional.cross_entropy(model(x[at]), labels[at], reduction="none"), torch.ones(len(at))
+
     found = [rises(model, factors, [order], loss=loss) for order in (torch.arange(64), torch.randperm(64))]
     require_equal(*found)
 
@@ -102,9 +105,9 @@ def test_a_huge_gradient_beside_a_tiny_input_does_not_count() -> None:
     factors, x = factorize(model, energy=1.0), torch.randn(64, 8)
     pad = 1e-6 * torch.randn(1, 8)
 
-    def loss(model: Any, pads: bool) -> tuple[Tensor, int]:
-        value = model(x).square().sum()
-        return value + (1e3 * model(pad).sum() if pads else 0), 64
+    def loss(model: Any, pads: bool) -> tuple[Tensor, Tensor]:
+        values = model(x).square().sum(1)
+        return (torch.cat([values, 1e3 * model(pad).sum(1)]) if pads else values), torch.ones(64)
 
     expected, found = (rises(model, factors, [pads], loss=loss)[:4] for pads in (False, True))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)

@@ -40,9 +40,9 @@ class OneLayer(nn.Module):
         return (y.movedim(1, -1) if isinstance(self.layer, nn.Conv2d) else y) @ self.head.T
 
 
-def cross_entropy(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+def cross_entropy(model: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     logits = model(batch[0]).flatten(0, -2)
-    return F.cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])
+    return F.cross_entropy(logits, batch[1], reduction="none"), torch.ones(len(batch[1]))
 
 
 KINDS: dict[str, Any] = {
@@ -233,8 +233,8 @@ class Checkpointed(nn.Module):
         return checkpoint(block, x, use_reentrant=False) if self.is_on else block(x)
 
 
-def loss_of_tokens(model: Any, x: Tensor) -> tuple[Tensor, int]:
-    return F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long), reduction="sum"), len(x)
+def loss_of_tokens(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long), reduction="none"), torch.ones(len(x))
 
 
 def test_checkpointed_activations_give_the_same_moments() -> None:

@@ -169,8 +169,8 @@ def loss_curve(
 def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss) -> float:
     """Mean loss of batches with these factors in place of the adapter."""
     with thin_updates(model, factors) as base:
-        values = [loss(base, batch) for batch in batches]
-    return sum(value.item() for value, _ in values) / max(1, sum(terms for _, terms in values))
+        losses = [loss(base, batch) for batch in batches]
+    return sum(sums.sum().item() for sums, _ in losses) / max(1, sum(int(terms.sum()) for _, terms in losses))
 
 
 def smallest(

@@ -14,6 +14,7 @@ ridge of the inverses: λ(AAᵀ)⁻¹ is added to BᵀB, and λ(BᵀB)⁻¹ to A
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -32,8 +33,10 @@ from ..ops.form import at_least_float32
 
 RIDGE = 1e-2  # share of the mean σ² of the update
 Batch = Mapping[str, Any]
-# Batch → (sum of its loss terms, a scalar; their number).
-Loss = Callable[[nn.Module, Any], tuple[Tensor, int]]
+_IGNORED = -100  # label
+_SAME_LOSS = 0.05  # rounding of a model that computes its loss in bfloat16
+# Model and batch → sum of the loss terms of each example, and their number, both (examples,).
+Loss = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
 class Moments(NamedTuple):
@@ -111,17 +114,40 @@ def sides(part: Factors) -> tuple[Tensor, Tensor]:
     return (B.T, A.T) if part.layout.is_embedding else (A, B)
 
 
-def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """Loss of a transformers model for a batch with `labels`, as a sum.
+def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Losses of the examples of a batch with `labels`, from the logits of a transformers model.
 
-    Its terms are the labels other than −100; for a causal language model, without the first of each sequence.
+    The terms are the cross-entropies of labels other than −100, for a causal language model of the next token; the
+    squared errors of labels of floating point.
+
+    Returns:
+        Sum of the terms of each example, and their number; both (examples,).
+
+    Raises:
+        ValueError: the model itself computes another loss.
+
     """
-    labels = batch["labels"]
-    # transformers treats None as a causal LM as well.
-    is_shifted = labels.dim() > 1 and getattr(model, "loss_type", "") in ("ForCausalLM", None)
-    terms = int((labels[..., 1:] if is_shifted else labels).ne(-100).sum())
-    # With no terms, transformers returns 0/0.
-    return (model(**batch).loss * terms if terms else torch.zeros(())), terms
+    outputs, labels = model(**batch), batch["labels"]
+    logits, own = at_least_float32(outputs.logits), outputs.loss.item()
+    del outputs  # and the graph of the model's loss
+    if labels.is_floating_point():
+        terms = (logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).square()
+        is_counted = torch.ones_like(terms, dtype=torch.bool)
+    else:
+        # transformers treats None as a causal LM as well.
+        if labels.dim() > 1 and getattr(model, "loss_type", "") in ("ForCausalLM", None):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        terms = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
+        terms, is_counted = (part.reshape(len(labels), -1) for part in (terms, labels != _IGNORED))
+    sums, numbers = terms.sum(1), is_counted.sum(1)
+    mean = (sums.sum() / numbers.sum()).item()
+    # With no terms, both are 0/0.
+    if math.isfinite(mean) and not math.isclose(mean, own, rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS):
+        raise ValueError(
+            f"{type(model).__name__} computes a loss of {own:.4g}, but the mean cross-entropy (or squared error) of "
+            f"its logits is {mean:.4g}. Pass its loss as a function (loss=)."
+        )
+    return sums, numbers
 
 
 def collect_moments(
@@ -135,7 +161,7 @@ def collect_moments(
         model: unmerged PEFT model with the adapter of the factors, or a base model.
         factors: factors returned by `factorize`.
         batches: inputs of `loss`, on the model's device.
-        loss: returns the sum of a batch's loss terms, and their number.
+        loss: returns the sum of the loss terms of each example of a batch, and their number, both (examples,).
 
     Returns:
         Module → its moments; and the number of loss terms.
@@ -148,7 +174,8 @@ def collect_moments(
     total = 0
     with thin_updates(model, factors, moments) as base, torch.enable_grad():
         for batch in batches:
-            value, terms = loss(base, batch)
+            sums, numbers = loss(base, batch)
+            value, terms = sums.sum(), int(numbers.sum())
             if not terms:
                 continue
             if not torch.isfinite(value):

@@ -144,8 +144,8 @@ class Subject:
             base.unload() if isinstance(base, PeftModel) else base, folder, is_trainable=is_trainable
         )
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
-        """Sum of a batch's loss terms, and their number."""
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Sum of the loss terms of each example, and their number; both (examples,)."""
         return self.run.kind.loss(model, batch)
 
     def batches(self, examples: Dataset, count: int, terms: int) -> list[Any]:

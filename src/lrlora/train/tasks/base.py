@@ -141,8 +141,8 @@ class Kind:
         arguments |= {"processing_class": processor, "compute_metrics": self.score}
         return Trainer(data_collator=collator, **arguments)
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-        """Sum of a batch's loss terms, and their number."""
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum of the loss terms of each example, and their number; both (examples,)."""
         return model_loss(model, batch)
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:

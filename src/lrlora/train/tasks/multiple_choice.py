@@ -128,7 +128,7 @@ class ChoiceByLikelihood(MultipleChoice):
         # It outputs logits for its whole vocabulary and every choice.
         return super().arguments(max_length, batch) | {"per_device_eval_batch_size": max(1, batch // 4)}
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return model_loss(model, right_choices(batch))
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
