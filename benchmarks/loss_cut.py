@@ -503,6 +503,8 @@ def cut(name: str, seed: int) -> dict[str, Any]:
             found[f"{method}, {share}"] = case.test(factors)
             if method == "by loss":
                 found[f"predicted, {share}"] = case.curve.predicted_rise(factors)
+                if share == max(SHARES) or name == BYTES:
+                    found[f"healed, {share}"] = case.heal(factors)
         found[f"trained, {share}"] = trained.get(rank)
         found[f"parameters, {share}"] = budget
     return found
