@@ -32,6 +32,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from lrlora.checks import require_known, require_type
+from lrlora.learned import LearnedRanks
 from lrlora.ranks import rank_report
 from lrlora.train.methods import METHODS, adapter_config
 from lrlora.train.progress import DivergedError
@@ -105,7 +106,7 @@ KINDS: dict[str, Callable[[CapacityTask, int], Setting]] = {
 
 
 def train_capacity(
-    task: CapacityTask, method: Method, options: dict[str, Any], *, learning_rate: float, seed: int
+    task: CapacityTask, method: Method, rank: int, scale: float, *, learning_rate: float, seed: int
 ) -> dict[str, Any]:
     """Train one method on one task.
 
@@ -114,7 +115,8 @@ def train_capacity(
     Args:
         task: the task.
         method: the method; "full" trains the weights that adapters would adapt.
-        options: fields of its PEFT configuration.
+        rank: r of the comparison.
+        scale: s.
         learning_rate: peak rate η.
         seed: ≥ 0.
 
@@ -129,12 +131,15 @@ def train_capacity(
     """
     setting = KINDS[task.task](task, seed)
     torch.manual_seed(seed)
+    options = method.adapter(rank, scale)
     if method.train == "lr-lora":
         options = {**options, "pattern_seed": seed}
     model = _adapted(setting, task, method, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, task.steps // 10), task.steps)
+    if size := method.size(rank):
+        LearnedRanks(model, optimizer, size=size, steps=task.steps)
     started = time.process_time()
     model.train()
     for loss in islice(setting.losses(model), task.steps):
@@ -152,7 +157,7 @@ def train_capacity(
         raise DivergedError("Training has diverged: the loss is not finite.")
     return {
         "seconds": seconds,
-        "trainable": sum(parameter.numel() for parameter in trained),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "validation": {"loss": validation},
         "criterion": validation,
         "test": setting.test(model),

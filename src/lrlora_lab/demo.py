@@ -201,6 +201,5 @@ def _review(
 
 def _label(task: CapacityTask, key: str, rate: float, scale: float, seed: int) -> DemoResult:
     method = find_method(key)
-    options = method.adapter(method.options["r"], scale)
-    found = train_capacity(task, method, options, learning_rate=rate, seed=seed)
+    found = train_capacity(task, method, method.options["r"], scale, learning_rate=rate, seed=seed)
     return DemoResult(task.task, method.name, None, found["trainable"], found["criterion"], None, found["seconds"])

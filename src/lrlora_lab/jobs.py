@@ -394,6 +394,7 @@ def train_config(
         validation_examples=task.validation_examples,
         max_length=task.max_length,
         head_learning_rate=task.head_learning_rate,
+        size=method.size(rank),
         rank_every=task.steps,
         seed=seed,
         adapter=adapter,

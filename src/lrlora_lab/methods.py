@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrlora.checks import require_known
+from lrlora.learned.size import WIDTH
 from lrlora.train.methods import METHODS as PEFT_METHODS
 from lrlora.train.yaml import parse_assignments
 from lrlora.tuner.config import PUBLISHED
@@ -26,6 +27,7 @@ class Method:
         options: fields of its PEFT configuration, besides the rank.
         rank_factor: ratio of its rank to r; 0 for methods without one.
         rates: learning rates to try.
+        learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r.
 
     """
 
@@ -34,6 +36,11 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     rank_factor: int = 1
     rates: tuple[float, ...] = _ADAPTER_RATES
+    learns_ranks: bool = False
+
+    def size(self, r: int) -> str | None:
+        """Size to which its ranks are learned in a comparison of rank r; None without."""
+        return f"r{r}" if self.learns_ranks else None
 
     @property
     def has_ranks(self) -> bool:
@@ -75,6 +82,7 @@ _IN_MLP = rf".*layers?\.\d+(?!.*att).*{_LINEAR}"
 METHODS = {
     "full": Method("full fine-tuning", "full", rank_factor=0, rates=_FULL_RATES),
     "lora": Method("LoRA", "lora"),
+    "learned": Method("learned ranks", "lora", rank_factor=WIDTH, learns_ranks=True),
     "lora-2r": Method("LoRA at 2r", "lora", rank_factor=2),
     "lora-4r": Method("LoRA at 4r", "lora", rank_factor=4),
     "rslora": Method("rsLoRA", "lora", {"use_rslora": True}),
@@ -96,7 +104,7 @@ METHODS = {
     "lr-lora-mlp": Method("LR-LoRA on MLPs", "lr-lora", {"target_modules": _IN_MLP}),
     "expansion": Method("expansion", "lr-lora", {"form": "expansion"}),
 }
-MAIN_METHODS = ("lora", "lora-2r", "sine", "dora", "adalora", "lr-lora")
+MAIN_METHODS = ("lora", "learned", "lora-2r", "dora", "adalora", "lr-lora")
 
 
 def _with(option: str, *values: Any) -> tuple[str, ...]:

@@ -57,8 +57,14 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
     """
     method, task = find_method(request["method"]), suite.tasks[request["task"]]
     if isinstance(task, CapacityTask):
-        options = method.adapter(request["rank"], request["scale"])
-        found = train_capacity(task, method, options, learning_rate=request["learning_rate"], seed=request["seed"])
+        found = train_capacity(
+            task,
+            method,
+            request["rank"],
+            request["scale"],
+            learning_rate=request["learning_rate"],
+            seed=request["seed"],
+        )
         if request["seed"] == TUNING_SEED:
             found["test"] = None
         measured = {"hardware": _hardware(), "peak_mib": _peak_mib(), "ranks": _ranks(found.pop("ranks"))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -18,7 +18,7 @@ from ..train.yaml import parse_assignments, parse_pairs, read_yaml
 _REQUIRED = ("model", "data", "task")
 
 
-def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
+def settings_as_options(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
     """Replace a command's `**settings` by an option for each setting of a run, with the help of `TrainConfig`.
 
     Options that are not given are None.
@@ -26,7 +26,11 @@ def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     about, hints = _help(), get_type_hints(TrainConfig)
     own = inspect.signature(command, eval_str=True).parameters
     parameters = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
-    options = [_option(field, hints[field.name], about[field.name]) for field in fields(TrainConfig)]
+    options = [
+        _option(field, hints[field.name], about[field.name])
+        for field in fields(TrainConfig)
+        if field.name not in without
+    ]
     position = 1 + [each.name for each in parameters].index("config")
     signature = inspect.Signature([*parameters[:position], *options, *parameters[position:]])
     vars(command)["__signature__"] = signature

@@ -416,7 +416,10 @@ def cut_step(at: float, steps: int) -> int:
     if not isinstance(at, float) or not 0 < at < 1:
         raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
     if not isinstance(steps, int) or steps < _FEWEST_STEPS:
-        raise ValueError(f"steps must be at least {_FEWEST_STEPS} for ranks to be learned, got {steps!r}.")
+        raise ValueError(
+            f"steps must be at least {_FEWEST_STEPS} for ranks to be learned, got {steps!r}. Train "
+            "longer, or with one rank for all modules (--method lora)."
+        )
     step = max(_FIRST_CUT, round(at * steps))
     if step >= steps:
         raise ValueError(f"at={at} leaves no step of {steps} after the cut. Lower it.")

@@ -49,8 +49,8 @@ class TrainConfig:
         data: data set on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
-        method: one of lr-lora, expansion, lora, dora, adalora, hira, randlora, loha, vera and full; auto is lora where
-            a size is given, else lr-lora.
+        method: one of lora, lr-lora (the paper's), expansion, dora, adalora, hira, randlora, loha, vera and full; auto
+            is lora, with learned ranks.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
             label for classify and regress; image and label for image-classify; question, choices (a list) and label
@@ -68,7 +68,8 @@ class TrainConfig:
         chat_template: template for prompts and chats, for causal-lm: none for plain text, simple, a file FILE.jinja,
             or a name that TRL knows, such as qwen3; default: the model's own, or plain text.
         max_length: maximum number of tokens of an example; default: the 99th percentile, within the model's limit.
-        rank: rank r of BA; default: 8.
+        rank: rank r of BA; default: 8. Where ranks are learned, the rank before that, by default 4 times that of the
+            size.
         alpha: scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion.
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
         learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
@@ -84,7 +85,8 @@ class TrainConfig:
         keep: write lora/ as the smallest LoRA that keeps this share of the gain on validation data; default: report
             the size for 0.99, and write nothing.
         size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
-            are learned in training; with others, lora/ is filled by importance to the loss; default: no limit.
+            are learned in training; with others, lora/ is filled by importance to the loss; default: without a method
+            that of the rank, with one no limit.
         rank_every: steps between records of the learned ranks.
         seed: random seed of head, factors, data order and dropout.
         adapter: NAME=VALUE, field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
@@ -130,7 +132,7 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from .methods import METHODS  # lazy, so that `lrlora train --help` does not import torch
+        from .methods import DEFAULT_RANK, METHODS  # lazy, so that `lrlora train --help` does not import torch
         from .tasks import KINDS
 
         for name, hint in get_type_hints(TrainConfig).items():
@@ -138,7 +140,10 @@ class TrainConfig:
         require_known("task", self.task, KINDS)
         kind = KINDS[self.task]
         if self.method == AUTO:
-            object.__setattr__(self, "method", "lr-lora" if self.size is None else "lora")
+            object.__setattr__(self, "method", "lora")
+            if self.size is None and self.keep is None and self.start_from is None:
+                object.__setattr__(self, "size", f"r{DEFAULT_RANK if self.rank is None else self.rank}")
+                object.__setattr__(self, "rank", None)
         require_known("method", self.method, METHODS)
         for role in self.columns:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))

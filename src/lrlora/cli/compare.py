@@ -1,0 +1,91 @@
+"""Command compare."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .common import announce, app, console, one_clear_error, quiet
+from .settings import settings_as_options, settings_of
+
+_OUTPUT = "lrlora-compare"
+# Settings that the comparison chooses.
+_OWN = ("method", "size", "learning_rate", "seed", "keep", "start_from")
+
+
+@app.command()
+@partial(settings_as_options, without=_OWN)
+def compare(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with these settings; options override it.")] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods of lrlora train, and learned for LoRA with learned ranks; the first is compared with."
+        ),
+    ] = "lora,learned",
+    rates: Annotated[
+        str | None, typer.Option(help="Learning rates, separated by commas; default: a grid around the task's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of runs of each method at its best rate.")] = 3,
+    test_data: Annotated[
+        str | None, typer.Option(help="Data for the scores; default: the split test of the data.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of the first run; train nothing.")] = False,
+    **settings: Any,
+) -> None:
+    """Compare methods on your data, at the same rank: learning rates tuned, several seeds. Run it again to resume."""
+    with one_clear_error():
+        told = {"output": _OUTPUT} | settings_of(config, settings)
+        if given := [name for name in _OWN if name in told]:
+            raise ValueError(
+                f"{given[0]} is chosen by the comparison. Remove it, or pass --methods, --rates or --seeds."
+            )
+        quiet()
+        from ..train.comparison import Comparison, Outcome
+        from ..train.comparison import compare as run
+        from ..train.run import Interrupted, show_plan
+
+        comparison = Comparison(told, tuple(_words(methods)), _numbers(rates), seeds, test_data)
+        first = [(method, rate) for method in comparison.methods for rate in comparison.first_rates(method)]
+        count = len(first) + seeds * len(comparison.methods)
+        announce(f"{count} runs of lrlora train in {comparison.output}, or more if a best rate is at an edge.")
+        if dry_run:
+            show_plan(comparison.run(*first[0], 0), overwrite=comparison.output.exists(), announce=announce)
+            return
+        try:
+            outcome: Outcome = run(comparison, announce=announce)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+        _print(outcome)
+
+
+def _print(outcome: Any) -> None:
+    table = Table(title=f"{outcome.metric} on {outcome.data}, {outcome.examples:,} examples", title_justify="left")
+    for name in ("method", "rate", "trained parameters", "mean ± standard deviation", "difference (95 %)"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for score in outcome.scores:
+        spread = f" ± {stdev(score.values):.3f}" if len(score.values) > 1 else ""
+        difference, half = outcome.difference(score)
+        shown = "" if score is outcome.scores[0] else f"{difference:+.3f} ± {half:.3f}"
+        table.add_row(
+            score.method, f"{score.rate:g}", f"{score.trainable:,}", f"{fmean(score.values):.3f}{spread}", shown
+        )
+    console.print(table)
+    for line in outcome.answers():
+        announce(line)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text or ""))
+    except ValueError:
+        raise ValueError(f"--rates must be numbers separated by commas, got {text!r}.") from None

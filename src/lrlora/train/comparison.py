@@ -1,0 +1,314 @@
+"""Comparison of methods on your own data: `lrlora compare`.
+
+Every job is a run of `train` in a folder of its own. Each method first tries a grid of learning rates with seed 0,
+which grows while the best by validation loss is at its edge; then several seeds at the best rate, which are scored on
+test data.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from scipy.stats import ttest_1samp
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..checks import require_known
+from ..files import parse_json, readable, write_json, write_whole
+from ..run_folder import METRICS_FILE, RUN_FILE
+from .data import load_splits
+from .inference import evaluate
+from .methods import DEFAULT_RANK, METHODS
+from .progress import Announce, DivergedError
+from .run import train
+from .settings import TrainConfig, read_run
+from .tasks import KINDS
+from .tasks.base import LESS_IS_BETTER
+
+LEARNED = "learned"
+_TEST_FILE, _DIVERGED_FILE = "test.json", "diverged.txt"
+_GRID = (1, 2, 4)  # times the default rate
+_EXTENSIONS = 2  # of the grid, by a factor of 2, on either side
+_POINTS = 0.03  # difference of an accuracy for which the number of examples is given
+_Z = 1.96  # 95 % interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods to compare on one task.
+
+    Args:
+        settings: those of the runs (see `TrainConfig`), without method, size, learning rate and seed.
+        methods: of `train`, or "learned" for LoRA with learned ranks; the first is the reference.
+        rates: learning rates of every method; default: 1, 2 and 4 times the task's, and beyond while the best is at the
+            edge.
+        seeds: number of runs at the best rate.
+        test_data: data for the scores, like `data`; default: the split `test` of the data.
+
+    Raises:
+        ValueError: a method or setting is unknown or out of range.
+
+    """
+
+    settings: dict[str, Any]
+    methods: tuple[str, ...] = ("lora", LEARNED)
+    rates: tuple[float, ...] = ()
+    seeds: int = 3
+    test_data: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.methods)) != len(self.methods) or len(self.methods) < 2:
+            raise ValueError(f"methods must be at least two different ones, got {', '.join(self.methods)}.")
+        for method in self.methods:
+            require_known("method", method, (LEARNED, *METHODS))
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be an integer ≥ 1, got {self.seeds}.")
+        for method in self.methods:
+            self.run(method, self.first_rates(method)[0], 0)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings["output"])
+
+    @property
+    def task(self) -> str:
+        return str(self.settings.get("task"))
+
+    def first_rates(self, method: str) -> tuple[float, ...]:
+        """Learning rates to try first."""
+        default = KINDS[self.task if self.task in KINDS else "classify"].rates[method == "full"]
+        return tuple(sorted(self.rates)) or tuple(times * default for times in _GRID)
+
+    def run(self, method: str, rate: float, seed: int) -> TrainConfig:
+        """Configuration of a job."""
+        rank = self.settings.get("rank") or DEFAULT_RANK
+        sized: dict[str, Any] = {"rank": rank, "method": method}
+        if method == LEARNED:
+            sized = {"rank": None, "method": "lora", "size": f"r{rank}"}
+        elif method == "full":
+            sized["rank"] = None
+        folder = self.output / f"{method}-{rate:g}-{seed}"
+        return TrainConfig.from_dict(
+            self.settings | sized | {"learning_rate": rate, "seed": seed, "output": str(folder)}
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of one method.
+
+    Attributes:
+        method: as given.
+        rate: the best.
+        trainable: number of trained parameters, as saved.
+        values: metric of each seed.
+
+    """
+
+    method: str
+    rate: float
+    trainable: int
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of all methods, the reference first.
+
+    Attributes:
+        scores: by method.
+        metric: name.
+        data: what it is measured on, in words.
+        examples: their number.
+
+    """
+
+    scores: list[Score]
+    metric: str
+    data: str
+    examples: int
+
+    def difference(self, score: Score) -> tuple[float, float]:
+        """Mean difference to the reference over seeds, and half its 95 % interval; infinite with one seed.
+
+        Of an accuracy, the interval includes the sampling of the examples, as if those of both methods were
+        independent.
+        """
+        differences = np.subtract(score.values, self.scores[0].values)
+        half = 0.0
+        if len(differences) < 2:
+            half = math.inf
+        elif np.ptp(differences) > 0:
+            interval = ttest_1samp(differences, 0.0).confidence_interval()
+            half = float(interval.high - interval.low) / 2
+        if self._is_share:
+            half = math.hypot(half, _Z * math.sqrt(self._variance(score) / self.examples))
+        return float(differences.mean()), half
+
+    @property
+    def _is_share(self) -> bool:
+        return "accuracy" in self.metric
+
+    def _variance(self, score: Score) -> float:
+        """Of the difference of its accuracy to the reference's, times the number of examples."""
+        return sum(mean * (1 - mean) for mean in (fmean(self.scores[0].values), fmean(score.values)))
+
+    def answers(self) -> Iterator[str]:
+        """Each difference in a sentence."""
+        first, is_loss = self.scores[0], self.metric in LESS_IS_BETTER
+        for score in self.scores[1:]:
+            difference, half = self.difference(score)
+            shown = f"{difference:+.3f} ({difference - half:+.3f} to {difference + half:+.3f})"
+            if abs(difference) > half:
+                word = "better" if (difference < 0) == is_loss else "worse"
+                yield f"{score.method} is {word} than {first.method}: {self.metric} {shown}."
+                continue
+            known = f"{len(score.values)} seed{'s' * (len(score.values) > 1)}"
+            if not self._is_share:
+                yield f"No difference between {score.method} and {first.method} that {known} could show: {shown}."
+                continue
+            needed = math.ceil(self._variance(score) * (_Z / _POINTS) ** 2)
+            more = f" About {needed:,} examples would show {100 * _POINTS:g} points." if needed > self.examples else ""
+            yield (
+                f"No difference between {score.method} and {first.method} that {known} and {self.examples:,} examples "
+                f"could show: {shown}.{more}"
+            )
+
+
+def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
+    """Train all missing jobs, and score the methods.
+
+    Call it again to resume. Each job is an ordinary run, which `lrlora train` may also have trained elsewhere.
+
+    Raises:
+        FileExistsError: the output folder holds runs with other settings.
+        FileNotFoundError: model or data is missing.
+        ValueError: the data or a setting is invalid, or a method diverged at all rates.
+        lrlora.train.run.Interrupted: it was stopped, after a checkpoint.
+
+    """
+    test, split, shown = _test_of(comparison)
+    for method in comparison.methods:
+        for config in _known_runs(comparison, method):
+            _require_same(config)
+    scores, metric, examples = [], "", 0
+    for method in comparison.methods:
+        rate = _tuned(comparison, method, announce)
+        values = []
+        for seed in range(1, comparison.seeds + 1):
+            config = comparison.run(method, rate, seed)
+            if not math.isfinite(_loss(config, announce)):
+                raise ValueError(f"{method} diverged with seed {seed} at its best rate, {rate:g}. Pass lower --rates.")
+            found = _scored(config, test, split)
+            metric, examples = metric or _metric(comparison.task, found), int(found["examples"])
+            announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {found[metric]:.4g} on {shown}.")
+            values.append(found[metric])
+        scores.append(Score(method, rate, _trained_parameters(Path(config.output)), values))
+    return Outcome(scores, metric, shown, examples)
+
+
+def _metric(task: str, found: Mapping[str, float]) -> str:
+    """Metric that decides: the loss of a text, else the task's first."""
+    kind = KINDS[task]
+    return kind.criterion if kind.generates else next(name for name in kind.metrics if name in found)
+
+
+def _test_of(comparison: Comparison) -> tuple[str, str | None, str]:
+    """Data and split of the scores, and their description."""
+    config = comparison.run(comparison.methods[0], comparison.first_rates(comparison.methods[0])[0], 0)
+    if comparison.test_data is not None:
+        load_splits(comparison.test_data, config)
+        return comparison.test_data, None, comparison.test_data
+    if "test" in load_splits(config.data, config):
+        return config.data, "test", "the split test"
+    raise ValueError(f"{config.data} has no split test, which scores the methods. Pass --test-data.")
+
+
+def _known_runs(comparison: Comparison, method: str) -> Iterator[TrainConfig]:
+    """Jobs whose folder exists."""
+    for folder in comparison.output.glob(f"{method}-*-*"):
+        rate, _, seed = folder.name.removeprefix(f"{method}-").rpartition("-")
+        try:
+            config = comparison.run(method, float(rate), int(seed))
+        except ValueError:
+            continue  # of a method whose name this one begins
+        if Path(config.output) == folder and (folder / RUN_FILE).exists():
+            yield config
+
+
+def _require_same(config: TrainConfig) -> None:
+    known, _ = read_run(Path(config.output))
+    if differing := [name for name, value in vars(config).items() if getattr(known, name) != value]:
+        raise FileExistsError(
+            f"{config.output} is a run with another {differing[0]}. Choose another --output, or remove it."
+        )
+
+
+def _tuned(comparison: Comparison, method: str, announce: Announce) -> float:
+    """The rate with the least validation loss, with seed 0."""
+    rates = list(comparison.first_rates(method))
+    losses: dict[float, float] = {}
+    while True:
+        for rate in rates:
+            if rate not in losses:
+                losses[rate] = _loss(comparison.run(method, rate, 0), announce)
+                loss = f"{losses[rate]:.4g}" if math.isfinite(losses[rate]) else "diverged"
+                announce(f"{method}, rate {rate:g}: validation loss {loss}.")
+        best = min(losses, key=lambda rate: losses[rate])
+        if not math.isfinite(losses[best]):
+            raise ValueError(
+                f"{method} diverged at all rates tried: {', '.join(f'{r:g}' for r in rates)}. Pass --rates."
+            )
+        grown = len(rates) - len(comparison.first_rates(method))
+        if comparison.rates or grown >= _EXTENSIONS or best not in (rates[0], rates[-1]):
+            return best
+        rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
+
+
+def _loss(config: TrainConfig, announce: Announce) -> float:
+    """Validation loss of a job, trained unless it is finished; infinite if it diverged."""
+    folder = Path(config.output)
+    if (folder / _DIVERGED_FILE).exists():
+        return math.inf
+    if not (folder / METRICS_FILE).exists():
+        was_begun = (folder / RUN_FILE).exists()
+        if was_begun and config.method == "adalora":  # which cannot be resumed
+            shutil.rmtree(folder)
+            was_begun = False
+        announce(f"Training {folder} …")
+        try:
+            train(config, resume=was_begun, announce=lambda line: None)
+        except DivergedError as error:
+            write_whole(folder / _DIVERGED_FILE, str(error))
+            return math.inf
+        gc.collect()  # the next model needs its memory
+    with readable(folder / METRICS_FILE, "Remove the folder to repeat the run."):
+        return float(parse_json(folder / METRICS_FILE)[KINDS[config.task].criterion])
+
+
+def _scored(config: TrainConfig, test: str, split: str | None) -> dict[str, float]:
+    """Metrics of a finished job on test data."""
+    path = Path(config.output) / _TEST_FILE
+    if not path.exists():
+        write_json(path, {"data": test, **evaluate(config.output, test, split=split, announce=lambda line: None)})
+    with readable(path, "Remove it to repeat the evaluation."):
+        found = parse_json(path)
+        if found.pop("data") != test:
+            raise FileExistsError(f"{path} is of other data than {test}. Choose another --output, or remove it.")
+        return dict(found)
+
+
+def _trained_parameters(folder: Path) -> int:
+    """Number of parameters that a run saved."""
+    name = SAFETENSORS_WEIGHTS_NAME if (folder / SAFETENSORS_WEIGHTS_NAME).exists() else SAFE_WEIGHTS_NAME
+    with safe_open(folder / name, "pt") as weights:
+        return sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
