@@ -23,8 +23,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import lrlora_lab.cli  # noqa: F401 (adds its commands)
-
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 _TOKENS = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
+        "lrlora.cli",
         "lrlora_lab.cli",
         "lrlora.train.run",
         "lrlora.train.inference",
@@ -25,7 +26,8 @@ _CONTEXT.set_forkserver_preload(
         "lrlora.views.page",
     ]
 )
-LRLORA = "import lrlora_lab.cli; from lrlora.cli import app; app()"
+LRLORA = "from lrlora.cli import app; app()"
+LAB = "from lrlora_lab.cli import app; app()"
 
 
 class _End:

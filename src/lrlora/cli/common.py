@@ -22,10 +22,11 @@ from .. import __version__
 from ..checks import printable
 from ..files import require_no_input
 
+CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    help="Learnable-Rank LoRA: fine-tune transformers without guessing a rank.",
+    help="Learnable rank for LoRA: fine-tune transformers without guessing a rank.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
     pretty_exceptions_enable=False,
 )
 # Output piped into a file has no terminal width.

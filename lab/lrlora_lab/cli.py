@@ -1,4 +1,4 @@
-"""Commands of the experiments: demo and compare."""
+"""Command line of the experiments: `lrlora-lab compare`."""
 
 from __future__ import annotations
 
@@ -11,59 +11,18 @@ import typer
 from rich.table import Table
 
 from lrlora.checks import require_known
-from lrlora.cli.common import announce, app, as_text, console, one_clear_error, quiet
+from lrlora.cli.common import CONTEXT, announce, as_text, console, one_clear_error, quiet
 
 if TYPE_CHECKING:
     from .jobs import Comparison
 
 
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder for adapters, reports and the picture.")] = Path("lrlora-demo"),
-    steps: Annotated[
-        int, typer.Option(min=1, help="Optimizer steps on the reviews; there are eight times as many on the labels.")
-    ] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of head, factors, labels and data order.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
-) -> None:
-    """Train MiniLM on movie reviews and on random labels with LR-LoRA and LoRA, and show the learned ranks."""
-    with one_clear_error():
-        quiet()
-        from lrlora.run_folder import PICTURE_FILE
-        from lrlora.train.run import Interrupted, rank_report_of
-        from lrlora.views.figure import save_rank_figure
-        from lrlora.views.page import write_page
-        from lrlora.views.runs import load_runs
-        from lrlora.views.tables import rank_table
+app = typer.Typer(no_args_is_help=True, context_settings=CONTEXT, pretty_exceptions_enable=False)
 
-        from .demo import DemoSettings, run_demo
 
-        settings = DemoSettings(steps=steps, seed=seed)
-        try:
-            results = run_demo(output, settings, overwrite=overwrite, announce=announce)
-        except Interrupted:
-            raise KeyboardInterrupt from None
-        report = rank_report_of(output / "lr-lora")
-        assert report is not None  # the method has ranks
-        picture, page = output / PICTURE_FILE, output / "report.html"
-        save_rank_figure(report, picture, title=f"LR-LoRA on movie reviews, {steps} steps")
-        write_page(load_runs([output]), page, title=f"Movie reviews, {steps} steps")
-        console.print(rank_table(report, "Ranks that LR-LoRA learned on the reviews", width=console.width))
-        for task, title, heading in (
-            ("reviews", "Movie reviews", "accuracy, held-out films"),
-            ("labels", "Random labels, to be memorized", "loss, nats"),
-        ):
-            table = Table(title=title, title_justify="left")
-            for name in ("method", "trainable", heading, "ms per step"):
-                table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-            for result in results:
-                if result.task == task:
-                    error = "" if result.standard_error is None else f" ± {result.standard_error:.3f}"
-                    took = "" if result.seconds_per_step is None else f"{1e3 * result.seconds_per_step:.0f}"
-                    parameters = f"{result.trainable_parameters:,}"
-                    table.add_row(result.method, parameters, f"{result.value:.3f}{error}", took)
-            console.print(table)
-        announce(f"Adapters, reports and history: {output}\nPicture: {picture}\nPage: {page}")
+@app.callback()
+def main() -> None:
+    """Experiments behind lrlora."""
 
 
 @app.command()
@@ -94,7 +53,7 @@ def compare(
     hours: Annotated[
         float | None, typer.Option(min=0.0, help="Hours after which no new job starts; default: no limit.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the results; default: lrlora-compare-SUITE.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; default: lrlora-lab-SUITE.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the data and show the jobs; run nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of the last call; run nothing.")] = False,
 ) -> None:
@@ -116,7 +75,7 @@ def compare(
         quiet()
         from .jobs import Comparison, read_comparison
 
-        folder = output or Path(f"lrlora-compare-{Path(suite).stem}")
+        folder = output or Path(f"lrlora-lab-{Path(suite).stem}")
         given: dict[str, Any] = {"seeds": seeds, "rank": rank, "model": model, "steps": steps}
         comparison = (
             read_comparison(suite, folder)
