@@ -57,7 +57,7 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
     from lrlora.train.embedded import load_movie_reviews
 
     test = load_movie_reviews()["test"]
-    adapter = demo / "lr-lora"
+    adapter = demo / "reviews-lr-lora"
     model = read_updates(adapter)
     truncations: dict[str, dict[str, Any]] = {f"energy {energy}": {"energy": energy} for energy in (0.9, 0.99, 0.999)}
     truncations[f"budget of LoRA r = {BUDGET_RANK}"] = {"budget": parameters_of_rank(model, BUDGET_RANK)}
@@ -88,7 +88,9 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
                     difference=output_difference(adapter, folder),
                 )
             )
-        records.append(record("LoRA, the demo's", demo / "lora", answers(python, demo / "lora", inputs)))
+        records.append(
+            record("LoRA, the demo's", demo / "reviews-lora", answers(python, demo / "reviews-lora", inputs))
+        )
     return records
 
 

@@ -4,7 +4,7 @@ r"""From a file of chats to llama.cpp: an exported adapter of embedded:smollm2 o
     python -c "import sys; sys.path.append('benchmarks'); import llama_cpp; llama_cpp.write_examples('pirate.jsonl')"
     lrlora train --model embedded:smollm2 --data pirate.jsonl --task causal-lm --rank 8 --steps 40 --batch-size 4 \
         --learning-rate 2e-3 --output pirate
-    lrlora export pirate --energy 0.99 --max-rank 16 --pad --output my-lora
+    lrlora export pirate --energy 0.99 --max-rank 16 --for llama.cpp --output my-lora
     python benchmarks/llama_cpp.py pirate my-lora "What is the capital of Japan?" …
 
 Prints what PEFT with the LR-LoRA adapter, llama.cpp with the export, and llama.cpp without it answer, all greedily. All
@@ -119,7 +119,7 @@ def main() -> None:
     """Ask and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of `lrlora train`")
-    parser.add_argument("export", type=Path, help="its export, with --pad")
+    parser.add_argument("export", type=Path, help="its export, with --for llama.cpp")
     parser.add_argument("question", nargs="+")
     arguments = parser.parse_args()
     columns = answers_of(arguments.run, arguments.export, arguments.question)

@@ -9,15 +9,13 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from sections import row, with_section
-
-from lrlora import RankReport
+from sections import table, with_section
 
 DOCS = Path(__file__).parent
 STORED = DOCS / "demo"
 PAGE = DOCS / "demo.md"
+TITLES = {"topics": "News topics, 8 classes", "reviews": "Movie reviews, 2 classes, films held out"}
 
 
 def store(demo: Path) -> None:
@@ -25,58 +23,33 @@ def store(demo: Path) -> None:
     STORED.mkdir(exist_ok=True)
     for name in ("results.json", "settings.json", "ranks.png"):
         shutil.copy(demo / name, STORED / name)
-    for result in results_of(demo, "reviews"):
-        report = RankReport.from_json(demo / result["folder"] / "ranks.json")
-        RankReport(report.rows).to_json(STORED / f"{result['folder']}.json")
-
-
-def results_of(demo: Path, task: str) -> list[dict[str, Any]]:
-    """The results on "reviews", which have a folder each, or "labels"."""
-    return [result for result in json.loads((demo / "results.json").read_text()) if result["task"] == task]
 
 
 def render() -> str:
     """The generated section, in Markdown."""
-    steps = json.loads((STORED / "settings.json").read_text())["steps"]
-    reviews, labels = (results_of(STORED, task) for task in ("reviews", "labels"))
-    first = labels[0]["seconds_per_step"]
-    lines = [
-        "![Learned ranks by layer and module type, and the learned φ](demo/ranks.png)",
-        "",
-        f"MiniLM-L6 on movie-review sentiment, films held out; {steps} steps of 16, one seed:",
-        "",
-        row("", *(r["method"] for r in reviews)),
-        "|---" * (len(reviews) + 1) + "|",
-        row("accuracy ± standard error", *(f"{r['value']:.3f} ± {r['standard_error']:.3f}" for r in reviews)),
-        row("trainable parameters, head included", *(f"{r['trainable_parameters']:,}" for r in reviews)),
-    ]
-    reports = [RankReport.from_json(STORED / f"{result['folder']}.json").rows for result in reviews]
-    for measure, digits in (("stable_rank", 1), ("energy99_rank", 0)):
-        for kind in ("attention", "mlp"):
-            ranks = ([getattr(r, measure) for r in rows if r.kind == kind] for rows in reports)
-            cells = (
-                f"{min(values):.{digits}f} / {sum(values) / len(values):.1f} / {max(values):.{digits}f}"
-                for values in ranks
-            )
-            lines.append(row(f"{measure.replace('_', ' ')}, {kind}: min / mean / max", *cells))
-    above = (f"{sum(r.energy99_rank > r.r for r in rows)} of {len(rows)}" for rows in reports)
-    lines += [
-        row("modules with energy99 rank > r", *above),
-        "",
-        "The MLP of its last layer, on random labels to be memorized; rate and scale tuned for each method:",
-        "",
-        row("", *(r["method"] for r in labels)),
-        "|---" * (len(labels) + 1) + "|",
-        row("loss on the labels, nats (chance: 4.16)", *(f"{r['value']:.2f}" for r in labels)),
-        row("trainable parameters", *(f"{r['trainable_parameters']:,}" for r in labels)),
-        row("time of a step, relative to LoRA, r=4", *(f"{r['seconds_per_step'] / first:.2f}" for r in labels)),
-    ]
-    return "\n".join(lines) + "\n"
+    settings, results = (json.loads((STORED / f"{name}.json").read_text()) for name in ("settings", "results"))
+    parts = ["![Learned ranks by layer and module type](demo/ranks.png)\n"]
+    for task, title in TITLES.items():
+        rows = [result for result in results if result["task"] == task]
+        first = rows[0]["seconds_per_step"]
+        lines = [
+            [
+                row["method"],
+                f"{row['parameters']:,}",
+                f"{row['loss']:.3f}",
+                f"{row['accuracy']:.3f} ± {row['standard_error']:.3f}",
+                "" if row["seconds_per_step"] is None else f"{row['seconds_per_step'] / first:.2f}",
+            ]
+            for row in rows
+        ]
+        heads = ["method", "parameters, head included", "test loss", "accuracy ± standard error", "time of a step"]
+        parts.append(f"{title}; {settings['steps']} steps of 16, seed {settings['seed']}:\n\n" + table(heads, lines))
+    return "\n".join(parts)
 
 
-def updated(readme: str) -> str:
+def updated(page: str) -> str:
     """The page with its section regenerated."""
-    return with_section(readme, "demo", render())
+    return with_section(page, "demo", render())
 
 
 def main() -> None:

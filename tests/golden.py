@@ -95,7 +95,7 @@ MAKE = [
     "compare capacity --methods lora,lr-lora --tasks labels-512 --rates 1e-2 --seeds 1 --steps 20 --output capacity",
     "init settings.yaml",
     "export phi --output phi-99",
-    "export phi --energy 0.9 --output phi-90 --pad",
+    "export phi --energy 0.9 --output phi-90 --for llama.cpp",
     "export phi --size r1 --output phi-r1",
     "export phi --size r1 --by energy --output phi-energy --dtype bfloat16",
     "export phi --keep 0.8 --heal 2 --output phi-loss",
@@ -270,12 +270,12 @@ def make(folder: Path, reading: Path | None) -> None:
     said: dict[str, Any] = {}
     call(made, ADAPTERS, "", said)
     for command in MAKE:
-        call(made, processes.LRLORA, command, said)
+        call(made, processes.LAB if command.startswith("compare") else processes.LRLORA, command, said)
     call(made, STOPPED, f"{TRAIN} stopped", said)
     shutil.copytree((reading or folder) / "made", read)
     said = {}
     for command in READ:
-        call(read, processes.LRLORA, command, said)
+        call(read, processes.LAB if command.startswith("compare") else processes.LRLORA, command, said)
 
 
 PASSING = re.compile(r"second|time|date|memory|flos|hours|version|wall|peak")

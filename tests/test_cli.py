@@ -201,8 +201,10 @@ def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
     assert config.peft_type.value == "LORA"
     for module in config.target_modules:
         assert module in result.output
-    refused = run("export", adapter, "--energy", "0.9", "--pad", "--config-only", "--output", tmp_path / "ranks")
-    assert "--pad changes weights, but --config-only writes none" in " ".join(refused.output.split())
+    refused = run(
+        "export", adapter, "--energy", "0.9", "--for", "vllm", "--config-only", "--output", tmp_path / "ranks"
+    )
+    assert "--for changes weights, but --config-only writes none" in " ".join(refused.output.split())
     result = run("merge", adapter, "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.output
     AutoModel.from_pretrained(tmp_path / "merged")

@@ -145,7 +145,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         result = CliRunner().invoke(app, words, input="is it good ?\n/quit\n")
         assert result.exit_code == 0, result.output
     assert Path("lrlora-report.html").exists()
-    assert Path("lrlora-run/lora/adapter_config.json").exists()
+    assert Path("served/adapter_config.json").exists()
 
 
 def test_every_equation_has_its_code() -> None:
@@ -232,7 +232,7 @@ def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
     readme = " ".join(README.split())
     german = found["german"]
     assert f"Test loss on German text: {german['learned']}; LoRA: {german['LoRA']}" in readme
-    assert f"on German text the loss of LoRA {german['as LoRA at']}" in readme
+    assert f"the loss of LoRA {german['as LoRA at']} on German text" in readme
     guide = " ".join(pages[1].split())
     for row in found.values():
         assert row["difference"].split()[0].removeprefix("-") in guide

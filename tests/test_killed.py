@@ -19,7 +19,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from .processes import LRLORA, Process
+from .processes import LAB, LRLORA, Process
 from .train.small import reviews, save_encoder
 
 COMMANDS = {
@@ -49,7 +49,8 @@ Alone = tuple[Path, float | None]  # the folder of a command that was left alone
 
 def run(command: str, folder: Path, after: float | None = None) -> float | None:
     """Run a command in a process that is killed after so many seconds; how long it took, if it was not."""
-    process, began = Process(LRLORA, *command.split(), cwd=folder), time.monotonic()
+    code = LAB if command.startswith("compare") else LRLORA
+    process, began = Process(code, *command.split(), cwd=folder), time.monotonic()
     try:
         output = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:

@@ -29,6 +29,7 @@ from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
 from lrlora.views import page
 from lrlora_lab import jobs, queue
+from lrlora_lab.cli import app as lab
 from lrlora_lab.worker import run_job
 
 from .train.small import reviews, save_encoder
@@ -140,7 +141,9 @@ def call(command: str) -> Result:
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
     signal.alarm(SECONDS)
     try:
-        return CliRunner().invoke(app, shlex.split(command), env={"COLUMNS": "300"})
+        return CliRunner().invoke(
+            lab if command.startswith("compare") else app, shlex.split(command), env={"COLUMNS": "300"}
+        )
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

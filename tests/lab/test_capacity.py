@@ -17,10 +17,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from lrlora.cli import app
 from lrlora.train.packages import SMOLLM2, checkpoint
 from lrlora_lab.capacity import CapacityTask, train_capacity
 from lrlora_lab.capacity_report import demand, follows_demand, losses, served_rank, write_capacity_report
+from lrlora_lab.cli import app
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, Record, check_folder, prepare, read_records
 from lrlora_lab.methods import find_method
 from lrlora_lab.smollm2 import LanguageModel, draw_phone_book, phone_book

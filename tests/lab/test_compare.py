@@ -25,10 +25,10 @@ from scipy.stats import ttest_rel
 from transformers import Trainer
 from typer.testing import CliRunner
 
-from lrlora.cli import app
 from lrlora.train.methods import adapter_config
 from lrlora.views.figure import save_figure
 from lrlora_lab import jobs, queue
+from lrlora_lab.cli import app
 from lrlora_lab.figures import parameters_figure, ranks_figure, rates_figure
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, best_trial, prepare, read_records, train_config
 from lrlora_lab.methods import METHODS, find_method
@@ -48,7 +48,7 @@ from lrlora_lab.tables import (
 from lrlora_lab.worker import run_job
 
 from ..conftest import TinyModel
-from ..processes import LRLORA, Process
+from ..processes import LAB, Process
 from ..train.small import reviews, save_encoder
 
 COLUMNS = {"text": "review", "label": "verdict"}
@@ -146,7 +146,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_p
     cut = tmp_path / "cut"
     for finished in (1, 2):
         process = subprocess.Popen(
-            [sys.executable, "-c", "from lrlora_cli import app; app()", *command(suite, cut, *options)],
+            [sys.executable, "-c", "from lrlora_lab.cli import app; app()", *command(suite, cut, *options)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -205,7 +205,7 @@ def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
     content = yaml.safe_load(suite.read_text())
     content["tasks"]["reviews"]["steps"] = 10**6
     suite.write_text(yaml.safe_dump(content))
-    parent = Process(LRLORA, *command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
+    parent = Process(LAB, *command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
     workers: list[int] = []
     try:
         for _ in range(300):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lrlora.cli import app
+from lrlora_lab.cli import app
 from lrlora_lab.jobs import read_records
 from lrlora_lab.methods import ABLATIONS
 from lrlora_lab.suite import load_suite
@@ -23,7 +23,7 @@ slow = pytest.mark.slow
 
 
 def lrlora(hub: dict[str, str], folder: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> str:
-    command = [sys.executable, *(launcher or ("-m", "lrlora")), *map(str, arguments)]
+    command = [sys.executable, *(launcher or ("-m", "lrlora_lab")), *map(str, arguments)]
     environment = {**os.environ, **hub, "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> No
     task["columns"] = {"text": "review", "label": "verdict"}
     content = {"model": save_encoder(tmp_path / "model"), "tasks": {"reviews": task}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrlora")
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrlora_lab")
     options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2", "--output", "out")
     said = lrlora({}, tmp_path, "compare", "suite.yaml", *options, launcher=launcher)
     records = read_records(tmp_path / "out")

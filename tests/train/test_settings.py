@@ -33,7 +33,7 @@ def test_the_expansion_is_a_method_with_its_own_scale() -> None:
     config = config_of(method="expansion", rank=3)
     assert (config.form, config.r, config.lora_alpha) == ("expansion", 3, 12)
     assert config_of(method="expansion", rank=3, alpha=6.0).lora_alpha == 6
-    assert (config_of(rank=3).form, config_of(rank=3).lora_alpha) == ("residual", 3)
+    assert (config_of(method="lr-lora", rank=3).form, config_of(method="lr-lora", rank=3).lora_alpha) == ("residual", 3)
 
 
 def test_alpha_and_targets_stand_beside_the_rank() -> None:
@@ -89,7 +89,7 @@ def test_results_go_to_a_pipe_one_a_line_and_whole(encoder: str, tmp_path: Path,
     rows = reviews(40)
     rows["review"] += " with plot and actors" * 12  # longer than any terminal
     rows.to_csv("reviews.csv", index=False)
-    asked = ("--columns", "text=review", "--columns", "label=verdict", "--steps", "3", "--batch-size", "4")
+    asked = ("--columns", "text=review", "--columns", "label=verdict", "--steps", "10", "--batch-size", "4")
     trained = run("train", "--model", encoder, "--data", "reviews.csv", "--task", "classify", *asked)
     assert trained.exit_code == 0, trained.output
     lines = run("predict", "lrlora-run", "--data", "reviews.csv", "--split", "train").stdout.splitlines()
@@ -113,7 +113,7 @@ def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(enc
     assert "% of all)" in said
     assert "2 epochs" in said
     assert "Warning" not in said
-    said = " ".join(run(*asked, "--rank", "500").output.split())
+    said = " ".join(run(*asked, "--method", "lora", "--rank", "500").output.split())
     assert "Warning: r = 500 exceeds the maximum rank of 13 of 13 layers (32)" in said
 
 
@@ -121,10 +121,32 @@ def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(enc
 def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path, rate: str) -> None:
     reviews(80).to_csv(tmp_path / "reviews.csv", index=False)
     asked = ("train", "--model", encoder, "--data", tmp_path / "reviews.csv", "--task", "classify", "--steps", "6")
-    asked += ("--columns", "text=review", "--columns", "label=verdict", "--output", tmp_path / "run", "--rank", "1")
+    asked += (
+        "--columns",
+        "text=review",
+        "--columns",
+        "label=verdict",
+        "--output",
+        tmp_path / "run",
+        "--method",
+        "lora",
+    )
     asked += ("--training", "eval_strategy=steps", "--training", "eval_steps=2", "--training", "save_steps=2")
     asked += ("--learning-rate", rate)
     said = " ".join(run(*asked).output.split())
     state = [e for e in json.loads((tmp_path / "run" / "log_history.json").read_text()) if "eval_accuracy" in e]
     best = max(state, key=lambda entry: (entry["eval_accuracy"], -entry["eval_loss"]))
     assert f"Kept: step {best['step']} of 6, the best by accuracy" in said
+
+
+def test_without_a_method_ranks_are_learned_at_the_size_of_the_rank() -> None:
+    def config(**settings: Any) -> TrainConfig:
+        return TrainConfig("model", "data", "classify", **settings)
+
+    assert (config().method, config().size, config().rank) == ("lora", "r8", None)
+    assert (config(rank=16).size, config(rank=16).rank) == ("r16", None)
+    assert (config(size="200k", rank=16).size, config(size="200k", rank=16).rank) == ("200k", 16)
+    assert config(keep=0.99).size is None
+    assert (config(method="lora").size, config(method="lora", rank=4).rank) == (None, 4)
+    assert config(method="lr-lora").learned_size is None
+    assert TrainConfig.from_dict({**vars(config(rank=16))}) == config(rank=16)  # as a resumed run reads it

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checks import require_known
 from ..files import free_folder, replacing_folder
 from ..naming import PEFT_PREFIX, pattern_key
 from ..tuner.config import pattern_of
@@ -24,13 +26,14 @@ from .factorize import Factors, kept_energy
 from .loading import check_base, check_names, load_adapted, sample_inputs, save_preprocessing
 from .lora_file import SingleFile, save_single_file
 from .peft_folder import AdapterSource, SavedAdapter
+from .servers import ONE_ALPHA, SERVERS, served
 from .update import Source, Updates, as_stored, require_finite
 
 _CARD = """# LoRA adapter
 
 Made by lrlora ([LR-LoRA](https://arxiv.org/abs/2606.04325)) from {method}: {ranks} ranks in {modules} modules,
 {parameters:,} parameters, {kept:.4%} of the energy of the update. It is an ordinary LoRA adapter and loads with PEFT
-alone. `lora_alpha` equals `r`, so that the scaling is 1.
+alone.
 
 """
 
@@ -108,7 +111,7 @@ def save_as_lora(
     output: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    pad: bool = False,
+    server: str = "peft",
 ) -> None:
     """Write a LoRA adapter with these factors and all other trained weights: heads, biases, token embeddings.
 
@@ -120,14 +123,15 @@ def save_as_lora(
             checkpoints.
         output: output folder; must be empty or missing. Written atomically.
         dtype: dtype of the factors; default: that of the source.
-        pad: zero-pad all modules to the largest rank, for programs that support only one (llama.cpp divides
-            `lora_alpha` by each matrix's own rank).
+        server: name in `SERVERS` of the program that reads it.
 
     Raises:
         FileExistsError: the output folder is not empty.
-        ValueError: no module has a rank; or an adapter has a bias on B, or is a single file.
+        ValueError: no module has a rank; an adapter has a bias on B, or is a single file; or the server cannot read it.
 
     """
+    require_known("server", server, SERVERS)
+    form = SERVERS[server].form
     folder = free_folder(output)
     origin: Source = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
     like = origin.config
@@ -141,15 +145,18 @@ def save_as_lora(
     keeps_magnitudes = _keeps_magnitudes(like, source)
     if keeps_magnitudes:
         factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0
-    exported = [part for part in factors if part.rank]
-    config = lora_config(factors, like)
+    written = SERVERS[server].formed(factors)
+    exported = [part for part in written if part.rank]
+    config = lora_config(written, like)
     config.inference_mode = True
     if isinstance(origin, SavedAdapter):
         config.base_model_name_or_path = like.base_model_name_or_path or origin.base
     config.use_dora = keeps_magnitudes
-    if pad:
-        config.rank_pattern, config.alpha_pattern = {}, {}
-    left_out = tuple(f"{PEFT_PREFIX}{part.module}.base_layer." for part in factors if not part.rank)
+    SERVERS[server].require_readable(config)
+    if form == ONE_ALPHA:
+        config.lora_alpha, config.alpha_pattern = 1, {}
+        exported = [replace(part, B=part.rank * part.B) for part in exported]
+    left_out = tuple(f"{PEFT_PREFIX}{part.module}.base_layer." for part in written if not part.rank)
     weights = {
         # On loading, a module without an adapter is not wrapped.
         key.replace(".base_layer.", ".") if key.startswith(left_out) else key: value
@@ -159,7 +166,7 @@ def save_as_lora(
         require_finite(key, value)
     dtype = dtype or origin.stored_dtype
     for part in exported:
-        weights |= _tensors(part, config.r if pad else part.rank, dtype)
+        weights |= _tensors(part, dtype)
     method = source.method if isinstance(source, Updates) else "an adapter"
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -167,7 +174,7 @@ def save_as_lora(
         config.save_pretrained(str(partial))
         if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
-        (partial / "README.md").write_text(_card(factors, method, origin), encoding="utf-8")
+        (partial / "README.md").write_text(_card(written, config, method, origin, server), encoding="utf-8")
 
 
 def save(
@@ -176,7 +183,7 @@ def save(
     output: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    pad: bool = False,
+    server: str = "peft",
 ) -> int:
     """Write a LoRA with these factors: a single file with its original keys, or a PEFT folder.
 
@@ -185,7 +192,7 @@ def save(
         updates: updates that were factorized.
         output: file or folder to write; must not exist. Written atomically.
         dtype: dtype of the factors; default: as stored.
-        pad: zero-pad all modules to the largest rank, for programs that support only one.
+        server: see `save_as_lora`; for a single file "peft" or "hot-swap".
 
     Returns:
         Number of bytes written.
@@ -197,13 +204,14 @@ def save(
     """
     path = Path(output)
     if isinstance(updates.origin, SingleFile):
-        save_single_file(factors, updates, path, dtype=dtype, pad=pad)
+        require_known("server of a single file", server, ("peft", "hot-swap"))
+        save_single_file(factors, updates, path, dtype=dtype, pad=server == "hot-swap")
         return path.stat().st_size
-    save_as_lora(factors, updates, path, dtype=dtype, pad=pad)
+    save_as_lora(factors, updates, path, dtype=dtype, server=server)
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _card(factors: Sequence[Factors], method: str, origin: Source) -> str:
+def _card(factors: Sequence[Factors], config: LoraConfig, method: str, origin: Source, server: str) -> str:
     exported = [part for part in factors if part.rank]
     text = _CARD.format(
         method=method,
@@ -212,6 +220,9 @@ def _card(factors: Sequence[Factors], method: str, origin: Source) -> str:
         parameters=sum(part.parameters for part in exported),
         kept=kept_energy(factors),
     )
+    ranks = [(part.rank, part.parameters_per_rank) for part in factors]
+    if line := served(ranks, config, None if server == "peft" else server):
+        text += f"{line}\n\n"
     if not isinstance(origin, SavedAdapter):
         return header("peft", _TAGS) + text
     asking = f"\n{ASKING}" if is_asked_in_chats(origin) else ""
@@ -224,9 +235,9 @@ def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:
     return is_dora and not (isinstance(source, Updates) and not all(update.is_product for update in source))
 
 
-def _tensors(part: Factors, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(part: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a module under PEFT's names, in PEFT's shapes."""
-    A, B = (as_stored(part.module, matrix, dtype) for matrix in part.padded(rank))
+    A, B = (as_stored(part.module, matrix, dtype) for matrix in part.padded(part.rank))
     name = f"{PEFT_PREFIX}{part.module}.lora_"
     if part.layout.is_embedding:
         return {f"{name}embedding_A": B.T.contiguous(), f"{name}embedding_B": A.T.contiguous()}

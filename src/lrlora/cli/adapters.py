@@ -172,9 +172,14 @@ def export(
     heal: _HEAL = 0,
     base: _BASE = None,
     dtype: _DTYPE = None,
-    pad: Annotated[
-        bool, typer.Option("--pad", help="Pad all modules to one rank, with zeros (for llama.cpp).")
-    ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="Program that loads it: peft, vllm, sglang, lorax, tensorrt-llm, llama.cpp, or hot-swap of PEFT or "
+            "diffusers; default: peft, which suits vllm.",
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option(help="Load the base model and measure the difference that the export makes.")
     ] = True,
@@ -186,11 +191,15 @@ def export(
 ) -> None:
     """Write an update of any method as a plain LoRA of the requested size."""
     with one_clear_error("Nothing was written."), only_writer(output):
-        for option, is_given in (("--pad", pad), ("--heal", heal)):
+        for option, is_given in (("--for", server), ("--heal", heal)):
             if is_given and config_only:
                 raise ValueError(f"{option} changes weights, but --config-only writes none. Pass only one of them.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
+        if server is not None:
+            from ..adapters.servers import SERVERS
+
+            require_known("--for", server, ("peft", "hot-swap") if Path(source).is_file() else SERVERS)
         total = None if size is None else Size.parse(size, "--size")
         roles = parse_pairs(columns, "--columns") if columns else None
         examples = {"data": data, "columns": roles, "task": task}
@@ -219,7 +228,7 @@ def export(
             and (cut := cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check)) is not None
         ):
             export_by_loss(
-                cut, output, Target(keep, total, max_rank), steps=heal, dtype=dtype, check=check, pad=pad,
+                cut, output, Target(keep, total, max_rank), steps=heal, dtype=dtype, check=check, server=server,
                 config_only=config_only, every=every,
             )  # fmt: skip
             return
@@ -231,7 +240,7 @@ def export(
         updates = _read_to_export(source, base, check=check and not config_only)
         parameters = None if total is None else parameters_in(total, updates, dtype)
         factors = factorize(updates, energy=energy, budget=parameters, max_rank=max_rank, progressbar=True)
-        write_factors(factors, updates, output, dtype=dtype, pad=pad, config_only=config_only, every=every)
+        write_factors(factors, updates, output, dtype=dtype, server=server, config_only=config_only, every=every)
     if check and not config_only:
         with one_clear_error("The LoRA is written, but not compared with the original."):
             _print_difference(updates, factors, output)

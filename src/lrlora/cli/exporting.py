@@ -42,12 +42,14 @@ def write_factors(
     output: Path,
     *,
     dtype: str | None,
-    pad: bool,
+    server: str | None,
     config_only: bool,
     every: bool,
 ) -> None:
     """Print a table of the factors, and write them, or only their configuration."""
     from ..adapters import save, save_lora_config
+    from ..adapters.peft_folder import SavedAdapter
+    from ..adapters.servers import served
     from ..views.tables import factors_table
 
     title = as_text(f"LoRA for {updates.name} ({updates.method})")
@@ -59,33 +61,14 @@ def write_factors(
         announce(f"To train with: LoraConfig.from_pretrained({str(output)!r})")
         return
     announce(_sizes(updates, sum(part.parameters for part in factors)))
-    size_on_disk = save(factors, updates, output, dtype=torch_dtype(dtype, updates.origin.stored_dtype), pad=pad)
+    size_on_disk = save(
+        factors, updates, output, dtype=torch_dtype(dtype, updates.origin.stored_dtype), server=server or "peft"
+    )
     announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
-    for note in _for_servers(output):
-        announce(note)
-
-
-_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # values of its max_lora_rank from its default on
-
-
-def _for_servers(output: Path) -> list[str]:
-    """Notes on serving an exported language model."""
-    from peft import PeftConfig
-
-    config: Any = PeftConfig.from_pretrained(str(output)) if output.is_dir() else None
-    if config is None or config.task_type != "CAUSAL_LM":
-        return []
-    largest = max([config.r, *config.rank_pattern.values()])
-    fitting = next((rank for rank in _VLLM_RANKS if rank >= largest), None)
-    notes = []
-    if fitting is None:
-        notes.append(f"vLLM takes ranks of at most {_VLLM_RANKS[-1]}, and the largest is {largest}: pass --max-rank.")
-    elif fitting > _VLLM_RANKS[0]:
-        notes.append(f"The largest rank is {largest}. For vLLM: --max-lora-rank {fitting}")
-    whole = [*(config.modules_to_save or []), *(["token embeddings"] if config.trainable_token_indices else [])]
-    if whole:
-        notes.append(f"vLLM and llama.cpp do not load {', '.join(whole)}, trained in full: serve a merged model.")
-    return notes
+    if isinstance(updates.origin, SavedAdapter):
+        ranks = [(part.rank, part.parameters_per_rank) for part in factors]
+        if line := served(ranks, updates.origin.config, server):
+            announce(line)
 
 
 def _sizes(updates: Updates, exported: int) -> str:

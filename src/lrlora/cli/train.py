@@ -111,12 +111,27 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
         announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
 
 
+def _served(run: Path) -> str:
+    """What vLLM reserves for the adapter of a language model's run."""
+    from peft import PeftConfig
+
+    from ..adapters.servers import served
+    from ..train.run import rank_report_of
+
+    report = rank_report_of(run)
+    assert report is not None  # its ranks were learned
+    ranks = [(row.r or 0, row.m + row.n) for row in report.rows]
+    return served(ranks, PeftConfig.from_pretrained(str(run)))
+
+
 def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
     """Print the smallest size of a finished run's LoRA; returns whether its folder has changed."""
     from ..train.methods import METHODS
 
     if run.learned_size is not None:
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
+        if line := _served(Path(run.output)):
+            announce(line)
         return False
     is_asked_for = run.filled_by is not None
     is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)

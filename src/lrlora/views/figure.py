@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 
+from ..checks import require_known
 from ..files import replacing
 from ..naming import several_stacks, type_label
 from ..ranks import MEASURES, RankReport, RankRow
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Default measure of the figure and the page.
 OPENING_MEASURE = "stable_rank"
+TRAINED_RANK = "r"
+_LABELS = {TRAINED_RANK: "rank r", **{name: measure.label for name, measure in MEASURES.items()}}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 FORMATS = ("svg", "png")
 _LINES = ("-", "--", ":")
@@ -43,6 +46,8 @@ def save_rank_figure(
 def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Learned ranks") -> Figure:
     """Layers × module types of `measure`, and below, by kind, each module's deviation of φ from φ(z) = z.
 
+    `measure` may also be "r".
+
     Reports without curves, such as plain LoRA's, show only the ranks.
     Requires `pip install '.[plots]'`.
 
@@ -50,8 +55,7 @@ def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: st
         ValueError: `measure` is not a rank measure.
 
     """
-    if measure not in MEASURES:
-        raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}.")
+    require_known("measure", measure, _LABELS)
     types, layers = ({getattr(row, name) for row in report.rows} for name in ("type", "layer"))
     heat_height = 0.4 * len(types) + 1.2
     is_curved = any(row.module in report.curves for row in report.rows)
@@ -79,9 +83,10 @@ def _draw_ranks(axes: Axes, rows: list[RankRow], measure: str) -> None:
         cells.setdefault((label, row.layer), []).append(getattr(row, measure))
     means = {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
     image = draw_heat_map(axes, means, vmin=0, vmax=max(means.values()))
-    axes.figure.colorbar(image, ax=axes, label=MEASURES[measure].label)
+    axes.figure.colorbar(image, ax=axes, label=_LABELS[measure])
     ranks = sorted({row.r for row in rows if row.r is not None})
-    title = f"{MEASURES[measure].label} of ΔW" + f"; rank of BA: r = {', '.join(map(str, ranks))}" * bool(ranks)
+    rank = f"; rank of BA: r = {', '.join(map(str, ranks))}" * (bool(ranks) and measure != TRAINED_RANK)
+    title = f"{_LABELS[measure]}{' of ΔW' * (measure in MEASURES)}{rank}"
     averaged = any(len(several) > 1 for several in cells.values())
     axes.set_title(title + "; mean where several modules share a cell" * averaged, fontsize="medium")
 

@@ -1,0 +1,149 @@
+"""Servers of LoRA: the files that each computes right, and what it reserves for an adapter.
+
+Read from their source, with versions and evidence in docs/servers.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .factorize import Factors
+
+# Forms of the files. OWN: own ranks, and α = r for each module. ONE_ALPHA: own ranks, and one α, divided by the rank of
+# each module. ONE_RANK: all modules padded with zeros.
+OWN, ONE_ALPHA, ONE_RANK = "own ranks", "one alpha", "one rank"
+_HEADS = {"classifier", "score"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a server reads and holds a LoRA.
+
+    Args:
+        title: name in messages.
+        form: OWN, ONE_ALPHA or ONE_RANK.
+        ranks: ranks that it holds, ascending; empty: any.
+        reserves_largest: whether it holds all modules at the largest rank.
+        option: option that sets this rank; empty: none.
+        itemsize: bytes of a value.
+        reads_all: whether it also reads DoRA, and heads, tokens and biases trained in full.
+        reads: names of such heads that it reads at any rate.
+
+    """
+
+    title: str
+    form: str = OWN
+    ranks: tuple[int, ...] = ()
+    reserves_largest: bool = False
+    option: str = ""
+    itemsize: int = 2
+    reads_all: bool = False
+    reads: frozenset[str] = frozenset()
+
+    def rank(self, largest: int) -> int:
+        """The rank that it holds for an adapter with this largest rank.
+
+        Raises:
+            ValueError: it is too large.
+
+        """
+        fitting = next((rank for rank in self.ranks if rank >= largest), None) if self.ranks else largest
+        if fitting is None:
+            raise ValueError(
+                f"{self.title} takes ranks of at most {self.ranks[-1]}, and the largest is {largest}. Pass --max-rank."
+            )
+        return fitting
+
+    def formed(self, factors: Sequence[Factors]) -> list[Factors]:
+        """Factors as they are written: padded with zeros for ONE_RANK, those of rank 0 as well."""
+        if self.form != ONE_RANK:
+            return list(factors)
+        rank = self.rank(max(part.rank for part in factors))
+        return [
+            replace(
+                part,
+                A=nn.functional.pad(part.A, (0, 0, 0, rank - part.rank)),
+                B=nn.functional.pad(part.B, (0, rank - part.rank)),
+            )
+            for part in factors
+        ]
+
+    def require_readable(self, config: Any) -> None:
+        """Raise ValueError if it does not read all that a PEFT configuration of LoRA says was trained."""
+        if self.reads_all:
+            return
+        whole = [name for name in config.modules_to_save or [] if name not in self.reads]
+        others = {"DoRA": "use_dora", "token embeddings": "trainable_token_indices"}
+        whole += [name for name, field in others.items() if getattr(config, field, None)]
+        whole += ["biases"] if getattr(config, "bias", "none") != "none" else []
+        if whole:
+            raise ValueError(
+                f"{self.title} reads the factors of LoRA alone, but the adapter also has {', '.join(whole)}. Serve a "
+                "merged model (lrlora merge)."
+            )
+
+    def reserved(self, ranks: Sequence[tuple[int, int]]) -> str:
+        """What it reserves for an adapter, in a sentence.
+
+        Args:
+            ranks: rank, and parameters per rank, of each module.
+
+        Raises:
+            ValueError: see `rank`.
+
+        """
+        used = sum(rank * cost for rank, cost in ranks) * self.itemsize
+        precision = "bfloat16" if self.itemsize == 2 else "float32"
+        if not self.reserves_largest:
+            return f"{self.title} holds each module at its own rank: {used / 1e6:.1f} MB in {precision}."
+        rank = self.rank(max(rank for rank, _ in ranks))
+        held = rank * sum(cost for _, cost in ranks) * self.itemsize
+        option = f" ({self.option.format(rank=rank)})" if self.option else ""
+        return (
+            f"{self.title} reserves r = {rank} in {len(ranks)} modules: {held / 1e6:.1f} MB a slot in {precision}"
+            f"{option}; the adapter has {used / 1e6:.1f} MB."
+        )
+
+
+VLLM = Server(
+    "vLLM",
+    ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+    reserves_largest=True,
+    option="--max-lora-rank {rank}",
+    reads=frozenset(_HEADS),
+)
+SERVERS = {
+    "peft": Server("PEFT", itemsize=4, reads_all=True),
+    "vllm": VLLM,
+    "sglang": Server("SGLang", ONE_RANK, reserves_largest=True, option="--max-lora-rank {rank}"),
+    "lorax": Server("LoRAX", ONE_RANK, ranks=(8, *range(16, 513, 16)), reserves_largest=True),
+    "tensorrt-llm": Server("TensorRT-LLM", ONE_ALPHA),
+    "llama.cpp": Server("llama.cpp", ONE_ALPHA, itemsize=4),
+    "hot-swap": Server(
+        "A hot-swap", ONE_RANK, reserves_largest=True, option="target_rank={rank}", itemsize=4, reads_all=True
+    ),
+}
+
+
+def served(ranks: Sequence[tuple[int, int]], config: Any, server: str | None = None) -> str:
+    """What a server reserves for an adapter, in a sentence; by default vLLM for a language model, else empty.
+
+    Args:
+        ranks: rank, and parameters per rank, of each module.
+        config: its PEFT configuration.
+        server: name in `SERVERS`.
+
+    """
+    if server is not None:
+        return SERVERS[server].reserved(ranks)
+    if config.task_type != "CAUSAL_LM":
+        return ""
+    try:
+        VLLM.require_readable(config)
+        return VLLM.reserved(ranks)
+    except ValueError as error:
+        return str(error)

@@ -1,0 +1,158 @@
+"""Exports for servers: each reads the files by its own rule (docs/servers.md), and must get ΔW."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from lrlora.adapters import factorize, save_as_lora
+from lrlora.adapters.servers import SERVERS
+from lrlora.cli import app
+
+from ..conftest import TinyModel
+
+BASE = "base_model.model."
+Read = Callable[[dict[str, Any], str, Tensor, Tensor], Tensor]
+
+
+def by_peft(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Tensor:
+    """PEFT, transformers, and vLLM since 0.32: α and r by module; the shapes must agree with them."""
+    rank = config["rank_pattern"].get(module, config["r"])
+    assert A.shape[0] == B.shape[1] == rank
+    return config["alpha_pattern"].get(module, config["lora_alpha"]) / rank * B @ A
+
+
+def by_config(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Tensor:
+    """vLLM before 0.32: shapes of the file, but one α/r."""
+    return config["lora_alpha"] / config["r"] * B @ A
+
+
+def by_shape(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Tensor:
+    """llama.cpp and TensorRT-LLM: α of the configuration by each matrix's own rank."""
+    return config["lora_alpha"] / B.shape[1] * B @ A
+
+
+def by_one_rank(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Tensor:
+    """SGLang and LoRAX stack matrices of the shape that r gives."""
+    assert A.shape[0] == B.shape[1] == config["r"]
+    return config["lora_alpha"] / config["r"] * B @ A
+
+
+READERS: dict[str, list[Read]] = {
+    "peft": [by_peft],
+    "vllm": [by_peft, by_config],
+    "sglang": [by_one_rank],
+    "lorax": [by_one_rank],
+    "tensorrt-llm": [by_peft, by_shape],
+    "llama.cpp": [by_peft, by_shape],
+    "hot-swap": [by_peft, by_config],
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of a Llama with α = 8 and unlike ranks; one of its modules does nothing."""
+    folder, tiny = tmp_path_factory.mktemp("servers"), TinyModel("llama")
+    base = tiny.build()
+    base.save_pretrained(folder / "base")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False,
+        rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 7}, alpha_pattern={"v_proj": 3},
+    )  # fmt: skip
+    model = get_peft_model(type(base).from_pretrained(folder / "base"), config)
+    with torch.no_grad():
+        model.get_submodule(f"{BASE}model.layers.1.self_attn.k_proj").lora_B["default"].weight.zero_()
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_each_server_reads_the_update(adapter: Path, server: str, tmp_path: Path) -> None:
+    tiny = TinyModel("llama")
+    trained = PeftModel.from_pretrained(type(tiny.build()).from_pretrained(adapter.parent / "base"), adapter)
+    wanted = {
+        name.removeprefix(BASE): module.get_delta_weight("default")
+        for name, module in trained.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    factors = factorize(trained, energy=1.0)
+    save_as_lora(factors, adapter, tmp_path / "out", server=server)
+    config, tensors = json.loads((tmp_path / "out" / "adapter_config.json").read_text()), {}
+    for key, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        tensors[key.removeprefix(BASE).removesuffix(".weight")] = tensor
+    modules = {key.rpartition(".lora_")[0] for key in tensors}
+    for reader in READERS[server]:
+        for module, delta in wanted.items():
+            if module not in modules:
+                assert not delta.any()
+                continue
+            found = reader(config, module, tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"])
+            torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-5)
+    if SERVERS[server].form == "one rank":
+        assert modules == set(wanted)  # SGLang and LoRAX want all modules of a type
+        assert config["r"] == SERVERS[server].rank(7)
+    else:
+        assert len({tensors[f"{module}.lora_A"].shape[0] for module in modules}) > 1
+    again = PeftModel.from_pretrained(type(tiny.build()).from_pretrained(adapter.parent / "base"), tmp_path / "out")
+    torch.testing.assert_close(tiny.logits(again), tiny.logits(trained), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang", "lorax", "llama.cpp", "peft"])
+def test_the_command_says_what_is_reserved(adapter: Path, server: str, tmp_path: Path) -> None:
+    options = [
+        "export",
+        str(adapter),
+        "--energy",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+        "--for",
+        server,
+        "--no-check",
+    ]
+    done = CliRunner().invoke(app, options, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    shapes = TinyModel("llama").build()
+    per_rank = sum(
+        sum(module.weight.shape)
+        for name, module in shapes.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    )
+    expected = {"vllm": 8 * per_rank * 2, "sglang": 7 * per_rank * 2, "lorax": 8 * per_rank * 2}
+    title = SERVERS[server].title
+    if server in expected:
+        rank = {"sglang": 7}.get(server, 8)
+        assert f"{title} reserves r = {rank} in 14 modules: {expected[server] / 1e6:.1f} MB a slot in bfloat16" in said
+    else:
+        assert f"{title} holds each module at its own rank" in said
+
+
+@pytest.mark.refused
+def test_what_a_server_cannot_read_is_refused_before_it_is_written(adapter: Path, tmp_path: Path) -> None:
+    trained = PeftModel.from_pretrained(TinyModel("llama").build(), adapter)
+    factors = factorize(trained, energy=1.0)
+    trained.peft_config["default"].use_dora = False
+    changed = tmp_path / "changed"
+    trained.save_pretrained(changed)
+    config = json.loads((changed / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["lm_head"]}))
+    for server in ("vllm", "llama.cpp"):
+        with pytest.raises(
+            ValueError, match=f"{SERVERS[server].title} reads the factors of LoRA alone.*lm_head.*merge"
+        ):
+            save_as_lora(factors, changed, tmp_path / "out", server=server)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"server must be one of|Unknown server"):
+        save_as_lora(factors, adapter, tmp_path / "out", server="vlm")
+    with pytest.raises(ValueError, match="vLLM takes ranks of at most 512, and the largest is 600"):
+        SERVERS["vllm"].rank(600)

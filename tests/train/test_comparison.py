@@ -1,0 +1,134 @@
+"""`lrlora compare`: methods on data of one's own."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from lrlora.cli import app
+from lrlora.train import comparison as module
+from lrlora.train.comparison import Comparison, Outcome, Score
+
+from .small import reviews, save_encoder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> list[object]:
+    """Options for a model and data with a test split, in 12 steps."""
+    (tmp_path / "data").mkdir()
+    for split, seed in (("train", 0), ("test", 1)):
+        reviews(120, seed).to_csv(tmp_path / "data" / f"{split}.csv", index=False)
+    return [
+        *("--model", save_encoder(tmp_path / "model"), "--data", tmp_path / "data", "--task", "classify"),
+        *("--columns", "text=review", "--columns", "label=verdict", "--steps", 12, "--rank", 2),
+        *("--training", "eval_strategy=no", "--output", tmp_path / "out"),
+    ]
+
+
+def test_learned_ranks_are_compared_with_lora(own: list[object], tmp_path: Path) -> None:
+    options = [*own, "--rates", "1e-2,2e-2", "--seeds", 2]
+    done = run(*options)
+    assert done.exit_code == 0, done.output
+    assert "8 runs of lrlora train" in done.output
+    assert "accuracy on the split test, 120 examples" in done.output
+    assert re.search(r"learned (is|and)", " ".join(done.output.split()))
+    runs = {path.name: json.loads((path / "run.json").read_text())["config"] for path in (tmp_path / "out").iterdir()}
+    assert sum(name.startswith("learned-") for name in runs) == 4
+    assert all(config["size"] == ("r2" if name.startswith("learned") else None) for name, config in runs.items())
+    scored = [name for name in runs if (tmp_path / "out" / name / "test.json").exists()]
+    assert len(scored) == 4
+    assert not any(name.endswith("-0") for name in scored)  # the seed of the rates reads no test data
+
+
+def test_what_is_done_is_not_done_again(own: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [*own, "--rates", "1e-2", "--seeds", 1, "--methods", "lora,full"]
+    train, count = module.train, 0
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return train(*given, **options)
+
+    monkeypatch.setattr(module, "train", interrupted)
+    assert run(*options).exit_code != 0
+    assert run(*options).exit_code == 0
+    assert count == 5
+    assert run(*options).exit_code == 0
+    assert count == 5
+    changed = run(*options, "--steps", 13)
+    assert changed.exit_code == 1
+    assert "is a run with another steps" in " ".join(changed.output.split())
+
+
+def test_the_grid_grows_at_its_edge(own: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"model": own[1], "data": str(own[3]), "task": "classify", "output": "out"}
+    comparison, tried = Comparison(settings, ("lora", "learned")), []
+
+    def loss(config: Any, announce: Any) -> float:
+        tried.append(config.learning_rate)
+        return math.inf if config.learning_rate > 0.01 else -config.learning_rate
+
+    monkeypatch.setattr(module, "_loss", loss)
+    assert module._tuned(comparison, "lora", print) == pytest.approx(8e-3)
+    assert tried == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
+    monkeypatch.setattr(module, "_loss", lambda config, announce: math.inf)
+    with pytest.raises(ValueError, match="lora diverged at all rates tried"):
+        module._tuned(comparison, "lora", print)
+
+
+@pytest.mark.parametrize(
+    ("values", "examples", "said"),
+    [
+        ([0.81, 0.83, 0.82], 100, "No difference between learned and lora that 3 seeds and 100 examples could show"),
+        ([0.91, 0.93, 0.92], 2_000, r"learned is better than lora: accuracy \+0.110"),
+        ([0.71, 0.73, 0.72], 2_000, "learned is worse than lora"),
+    ],
+)
+def test_the_answer_takes_seeds_and_examples_into_account(values: list[float], examples: int, said: str) -> None:
+    scores = [Score("lora", 1e-3, 10, [0.80, 0.82, 0.81]), Score("learned", 1e-3, 10, values)]
+    (line,) = Outcome(scores, "accuracy", "the split test", examples).answers()
+    assert re.search(said, line), line
+    if examples == 100:
+        assert "About 1,2" in line  # 2 p (1 − p) (1.96 / 0.03)²
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--methods", "lora"), "at least two different"),
+        (("--methods", "lora,lerned"), "Did you mean learned?"),
+        (("--rates", "fast"), "--rates must be numbers"),
+        (("--seeds", 0), "seeds must be an integer ≥ 1"),
+        (("--task", "clasify"), "Did you mean classify?"),
+        (("--learning-rate", 1e-3), "No such option"),
+    ],
+)
+def test_bad_options_are_refused_before_any_run(
+    own: list[object], tmp_path: Path, options: tuple[object, ...], said: str
+) -> None:
+    done = run(*own, *options)
+    assert done.exit_code != 0
+    assert said in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.refused
+def test_without_test_data_nothing_is_trained(own: list[object], tmp_path: Path) -> None:
+    (tmp_path / "data" / "test.csv").unlink()
+    done = run(*own)
+    assert "has no split test, which scores the methods. Pass --test-data." in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
