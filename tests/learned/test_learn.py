@@ -61,6 +61,21 @@ def test_a_plain_lora_of_the_size_remains(family: str, tmp_path: Path) -> None:
     assert sum(p.numel() for n, p in again.named_parameters() if "lora_" in n) == parameters
 
 
+@pytest.mark.parametrize(("steps", "first"), [(40, 6), (400, 88)])
+def test_moments_are_not_those_of_the_first_steps(steps: int, first: int) -> None:
+    """Their metric is that of B, which is nearly 0 in the first steps."""
+    tiny, model = with_lora("llama")
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=steps)
+    begun = []
+    for _ in range(first + 2):
+        tiny.loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        begun.append(bool(learned.state_dict()["moments"]))
+    assert begun.index(True) == first - 1
+
+
 def test_it_loads_where_lrlora_is_not_imported(tmp_path: Path) -> None:
     tiny, model = with_lora("llama")
     learned = fit(tiny, model)

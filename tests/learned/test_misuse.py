@@ -312,7 +312,7 @@ def test_a_module_that_was_not_used_before_the_cut_is_named() -> None:
     model = get_peft_model(Branches(), LoraConfig(r=4, target_modules=["first", "rare"]))
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
     LearnedRanks(model, optimizer, size="r1", steps=200)
-    with pytest.raises(ValueError, match=r"lora_A of rare .* in the last 32 steps before the cut: it was not used"):  # noqa: PT012
+    with pytest.raises(ValueError, match=r"lora_A of rare .* in the last \d+ steps before the cut: it was not used"):  # noqa: PT012
         for at in range(60):
             model(torch.randn(2, 8), at < 10).square().mean().backward()
             optimizer.step()

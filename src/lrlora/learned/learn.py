@@ -45,7 +45,7 @@ from .parameters import is_zero, processes, restart, whole
 from .size import Size
 
 CUT_AT = 0.3  # share of the steps
-_WINDOW = 32  # steps that give moments
+_WINDOW = 32  # most steps that give moments
 _WIDE_RATE = 0.5  # share of the learning rate before the cut
 _WARM_UP = 20  # steps after the cut, at most a twentieth of all
 _FEWEST_STEPS = 10
@@ -106,6 +106,8 @@ class LearnedRanks:
         self.ranks: dict[str, int] | None = None
         self.cut_step = cut_step(at, steps)
         self._warm_up = max(1, min(_WARM_UP, steps // 20))
+        # The metric of the moments is that of the window's begin: not of the first steps, when B is nearly 0.
+        self._window = min(_WINDOW, (self.cut_step + 1) // 2)
         self._costs = costs_of(self._model, self._adapter)
         self._budget = budget_of(size, self._model, self._adapter)
         if max_rank is not None and max_rank < 1:
@@ -198,7 +200,7 @@ class LearnedRanks:
         if state["ranks"] is None:  # perhaps with other steps than before
             self._moments = {path: Moments(*of).to(self._device(path)) for path, of in state["moments"].items()}
             self._own = {}
-            self.cut_step = max(self.cut_step, self._done + (1 if self._moments else _WINDOW))
+            self.cut_step = max(self.cut_step, self._done + (1 if self._moments else self._window))
             self._save.cut_step = self.cut_step
             self._open_window()
             return
@@ -219,7 +221,7 @@ class LearnedRanks:
 
     def _open_window(self) -> None:
         """Begin or continue to collect moments of the modules whose update is not zero."""
-        if self.ranks is not None or self._done < self.cut_step - _WINDOW:
+        if self.ranks is not None or self._done < self.cut_step - self._window:
             return
         if not self._watchers:
             self._watch(_collect)
@@ -310,7 +312,7 @@ class LearnedRanks:
         if idle:
             raise ValueError(
                 f"No gradient passed through lora_A of {idle[0]} ({len(idle)} of {len(wide)} modules) in the last "
-                f"{_WINDOW} steps before the cut: it was not used. Leave it out of target_modules."
+                f"{self._window} steps before the cut: it was not used. Leave it out of target_modules."
             )
         if not any(of.weight for of in self._moments.values()):
             raise ValueError(
