@@ -31,6 +31,7 @@ PAGE, RESULTS = DOCS / "loss.md", DOCS / "loss" / "results.jsonl"
 ALTERNATIVES = DOCS / "loss" / "alternatives.jsonl"
 COSTS = DOCS / "loss" / "costs.json"
 KEPT = DOCS / "loss" / "kept.jsonl"
+OWN = DOCS / "loss" / "own.jsonl"
 SCRATCH = Path("lrlora-compress") / "loss"
 SEEDS = (0, 1, 2)
 SHARES = {0.5: 4, 0.25: 2}  # share of the size of r = 8 → r of the LoRA trained at that size
@@ -436,6 +437,38 @@ def keep(name: str, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def own(name: str, seed: int) -> dict[str, Any]:
+    """Cuts by what the adapted model writes or labels itself, measured on real test data."""
+    from lrlora.learned import loss_curve
+    from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part, mean_of
+    from lrlora.train.own_text import own_examples
+
+    task = TASKS[name]
+    subject, test = loaded(name, run_folder(name, task.method, 8, rate_of(name), seed))
+    unseen = Part(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
+    drawn, words = own_examples(subject.run)
+    if not subject.run.kind.generates:
+        drawn = subject.run.examples(drawn, None, lambda line: None, with_label=True)
+    parts = drawn.train_test_split(0.5, seed=0)
+    alone = replace(subject, training=parts["train"], held_out=parts["test"], data=words, is_own=True)
+    row: dict[str, Any] = {
+        "task": name,
+        "seed": seed,
+        "whole": mean_of(unseen.whole),
+        "without": mean_of(unseen.without),
+    }
+    whole = sum(part.parameters for part in subject.whole)
+    for source, examples in (("real", subject), ("own", alone)):
+        batches = examples.batches(examples.training, EXAMPLES, TERMS)
+        curve = loss_curve(subject.on_base, subject.whole, batches, subject.loss)
+        for share in SHARES:
+            row[f"{source}, {share}"] = mean_of(unseen.losses(curve.within(int(share * whole))))
+            unseen._known.clear()
+    factors = Cut(alone, announce=lambda line: None).smallest(KEEPS[0], announce=lambda line: None)
+    row |= {"size": sum(part.parameters for part in factors) / whole, "kept": unseen.kept(factors)._asdict()}
+    return row
+
+
 def kept_table() -> str:
     """Shares that were kept, over seeds."""
     rows = [json.loads(line) for line in KEPT.read_text().splitlines()]
@@ -458,6 +491,32 @@ def kept_table() -> str:
                 ]
             )  # fmt: skip
     heads = ["adapter", "asked", "seeds", "size", "kept on test data", "nats without, whole, cut", "metric whole, cut"]
+    return table(heads, lines)
+
+
+def own_table() -> str:
+    """Cuts without data, over seeds."""
+    rows, cuts = ([json.loads(line) for line in path.read_text().splitlines()] for path in (OWN, RESULTS))
+    lines = []
+    for name in dict.fromkeys(row["task"] for row in rows):
+        group = [row for row in rows if row["task"] == name]
+        others = [row for row in cuts if row["task"] == name]
+        cells = [
+            "{:+.3f}, {:+.3f}".format(
+                *(statistics.mean(row[f"{source}, {s}"] - row["whole"] for row in group) for s in SHARES)
+            )
+            for source in ("real", "own")
+        ]
+        cells += [
+            "{:+.3f}, {:+.3f}".format(*(statistics.mean(added(row, method, s) for row in others) for s in SHARES))
+            for method in ("by energy", "every k")
+        ]
+        kept = [row["kept"]["share"] for row in group]
+        size = f"{statistics.mean(row['size'] for row in group):.0%}"
+        lines.append(
+            [name, str(len(group)), *cells, size, f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})"]
+        )
+    heads = ["adapter", "seeds", "its own data", "without data", "by energy", "every module k", "size for 0.95", "kept"]
     return table(heads, lines)
 
 
@@ -723,6 +782,7 @@ def updated(page: str) -> str:
         lines.append([name, *said])
     page = with_section(page, "predicted", table(["adapter", "at 1/2", "at 1/4"], lines))
     page = with_section(page, "kept", kept_table())
+    page = with_section(page, "own", own_table())
     if COSTS.exists():
         known = json.loads(COSTS.read_text())
         lines = [
@@ -749,7 +809,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="tasks, with commas between", default=",".join((BYTES, *TASKS)))
-    parser.add_argument("--stage", choices=("train", "cut", "keep", "alternatives", "costs"))
+    parser.add_argument("--stage", choices=("train", "cut", "keep", "own", "alternatives", "costs"))
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     if options.report:
@@ -763,13 +823,15 @@ def main() -> None:
     if options.stage == "costs":
         COSTS.write_text(json.dumps(costs(), indent=1) + "\n")
         return
-    if options.stage == "keep":
+    if options.stage in ("keep", "own"):
+        path = {"keep": KEPT, "own": OWN}[options.stage]
         for name in options.only.split(","):
             for seed in SEEDS:
-                known = KEPT.read_text().splitlines() if KEPT.exists() else []
+                known = path.read_text().splitlines() if path.exists() else []
                 if not any((row := json.loads(line))["task"] == name and row["seed"] == seed for line in known):
-                    with KEPT.open("a") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in keep(name, seed))
+                    found = keep(name, seed) if options.stage == "keep" else [own(name, seed)]
+                    with path.open("a") as file:
+                        file.writelines(json.dumps(row) + "\n" for row in found)
         return
     for name in options.only.split(","):
         if options.stage != "cut":

@@ -349,7 +349,8 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             "is a SEQ_CLS adapter, which does not fit --task causal-lm",
         ),
         ((home / "run", "--max-rank", "2", "--by", "size"), "Unknown --by 'size'. Known: loss, energy."),
-        ((elsewhere, "--keep", "0.99"), "so its data is unknown. Pass examples like its training data"),
+        ((elsewhere, "--keep", "0.99", "--heal", "3"), "--heal trains on examples, and there are none. Pass --data."),
+        ((elsewhere, "--keep", "0.99", "--task", "regress"), "cannot be cut by loss without examples. Pass --data."),
         (
             (home / "run", "--keep", "0.99", "--data", few),
             "4 examples with 4 labels or tokens to predict are too few",

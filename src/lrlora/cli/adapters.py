@@ -137,7 +137,10 @@ _BY = Annotated[
 ]
 _DATA = Annotated[
     str | None,
-    typer.Option(help="Examples to measure the loss on, as for `lrlora train`; default: the data of the run."),
+    typer.Option(
+        help="Examples to measure the loss on, as for `lrlora train`; default: the data of the run, or text that the "
+        "adapted model writes or labels itself."
+    ),
 ]
 _COLUMNS = Annotated[
     list[str] | None,
@@ -225,7 +228,8 @@ def export(
         require_source(source, base)
         if (
             is_by_loss
-            and (cut := cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check)) is not None
+            and (cut := cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check, heals=heal > 0))
+            is not None
         ):
             export_by_loss(
                 cut, output, Target(keep, total, max_rank), steps=heal, dtype=dtype, check=check, server=server,

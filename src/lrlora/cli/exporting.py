@@ -98,13 +98,15 @@ class Target:
 
 
 def cut_of(
-    source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool
+    source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool, heals: bool
 ) -> Cut | None:
     """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
     from ..train.compress import Cut, Subject
 
     try:
         subject = Subject.read(source, base=base, announce=announce, **examples)
+        if heals and subject.is_own:
+            raise ValueError("--heal trains on examples, and there are none. Pass --data.")
         return Cut(subject, with_metric=check, announce=announce, progressbar=True)
     except (ValueError, OSError) as error:
         if is_asked_for:

@@ -33,6 +33,7 @@ from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, sampled
 from .inference import OF_TRAINING, LoadedRun
 from .models import make_trainer, model_source, training_arguments
+from .own_text import own_examples
 from .progress import Announce, Progress, StopOnNonFinite
 from .tasks import Kind
 from .tasks.base import plain_metrics
@@ -42,6 +43,7 @@ EXAMPLES, TERMS = 256, 4_096  # for the gradients
 HELD_OUT, HELD_OUT_TERMS = 384, 8_192  # for the losses
 FEWEST = 16  # minimum number of loss terms
 _BATCHES = 4  # to divide, where there are as many examples
+_OWN_BATCH = 8
 _LARGER = 1.2  # factor between sizes that are tried to confirm a share
 _HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
 _OF_SCHEDULE = (
@@ -59,6 +61,8 @@ class Subject:
         updates: updates as read.
         training: examples for the moments and for training.
         held_out: examples for the loss.
+        data: where they are from, in words.
+        is_own: whether they are those of `own_examples`.
 
     """
 
@@ -66,6 +70,8 @@ class Subject:
     updates: Updates
     training: Dataset
     held_out: Dataset
+    data: str
+    is_own: bool = False
 
     @classmethod
     def read(
@@ -83,7 +89,7 @@ class Subject:
         Args:
             source: output folder of a run, or folder or hub name of a PEFT adapter.
             base: base model; default: the one named by the adapter.
-            data: see `TrainConfig.data`; default: the run's data.
+            data: see `TrainConfig.data`; default: the run's data, or that of `own_examples`.
             task: task of an adapter that does not specify it.
             announce: receives messages on skipped examples.
             **reading: data options, see `lrlora.train.inference.evaluate`.
@@ -94,11 +100,6 @@ class Subject:
 
         """
         is_run = (Path(source) / RUN_FILE).is_file()
-        if data is None and not is_run:
-            raise ValueError(
-                f"{source} is not a run of `lrlora train`, so its data is unknown. Pass examples like its training "
-                "data (--data), or use --by energy, which needs no data."
-            )
         if is_run and task is not None:
             raise ValueError(f"{source} is a run of `lrlora train`, which stores its task. Remove --task.")
         saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
@@ -114,8 +115,15 @@ class Subject:
             base = saved.base_model  # required to read an update with its magnitudes
         updates = read_updates(source if saved is None else saved, base=base)
         check_base(updates)
-        training, held_out = _own_examples(run) if data is None else _given_examples(run, data, announce)
-        return cls(run, updates, training, held_out)
+        if data is None and not is_run:
+            own, words = own_examples(run)
+            if not run.kind.generates:
+                own = run.examples(own, None, announce, with_label=True)
+            announce(f"No data was given: cut by {words}. What is kept there may differ on your task (--data).")
+            parts = own.train_test_split(0.5, seed=0)
+            return cls(run, updates, parts["train"], parts["test"], words, is_own=True)
+        training, held_out = _examples_of_run(run) if data is None else _given_examples(run, data, announce)
+        return cls(run, updates, training, held_out, run.config.data)
 
     @cached_property
     def on_base(self) -> nn.Module:
@@ -151,11 +159,16 @@ class Subject:
     def batches(self, examples: Dataset, count: int, terms: int) -> list[Any]:
         """Batches of at most `count` examples, in random order, until they have this number of loss terms."""
         examples = examples.shuffle(seed=0).select(range(min(count, len(examples))))
-        trainer = self.run.trainer(self.run.encoded(examples))
-        size = min(trainer.args.per_device_train_batch_size, -(-len(examples) // _BATCHES))
-        trainer.args.per_device_eval_batch_size = size
+        most = -(-len(examples) // _BATCHES)
+        if "input_ids" in examples.column_names:  # text that the model wrote
+            tokens = examples.with_format("torch", device=self.run.model.device)
+            loader: Any = tokens.iter(min(_OWN_BATCH, most))
+        else:
+            trainer = self.run.trainer(self.run.encoded(examples))
+            trainer.args.per_device_eval_batch_size = min(trainer.args.per_device_train_batch_size, most)
+            loader = trainer.get_eval_dataloader()
         batches, found = [], 0
-        for batch in trainer.get_eval_dataloader():
+        for batch in loader:
             batches.append(batch)
             found += int((batch["labels"] != -100).sum())
             if found >= terms and len(batches) >= _BATCHES:
@@ -174,7 +187,7 @@ class Subject:
         return factorize(self.updates, energy=1.0 if is_thin else DEFAULT_ENERGY, progressbar=True)
 
 
-def _own_examples(run: LoadedRun) -> tuple[Dataset, Dataset]:
+def _examples_of_run(run: LoadedRun) -> tuple[Dataset, Dataset]:
     splits = load_task_data(run.config, run.kind).splits
     return splits["train"], splits["validation"]
 
@@ -275,11 +288,9 @@ class Cut:
         training = subject.batches(subject.training, EXAMPLES, TERMS)
         held_out = subject.batches(subject.held_out, HELD_OUT, HELD_OUT_TERMS)
         used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, held_out))
-        announce(
-            f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.run.config.data}."
-        )
+        announce(f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.data}.")
         self.search, self.confirm = (Part(subject, part, training) for part in (held_out[::2], held_out[1::2]))
-        self.metric = self.metric_of(subject.run.model) if with_metric else ""
+        self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else ""
         self.points: list[Point] = []
         gradients = tqdm(training, desc="Gradients of the loss", disable=not progressbar)
         self.curve = loss_curve(subject.on_base, subject.whole, gradients, subject.loss)
