@@ -48,7 +48,7 @@ def new_trainer(folder: str) -> Trainer:
         train_dataset=data["train"],
         eval_dataset=data["test"].select(range(min(512, 8 * steps))),
         data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[lrlora.RankCallback(every=max(1, steps // 2))],
+        callbacks=[lrlora.RankLogger(every=max(1, steps // 2))],
     )
 
 

@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lrlora import LrLoraConfig, RankCallback, rank_report
+from lrlora import LrLoraConfig, RankLogger, rank_report
 from lrlora.ranks.report import read_history
 from lrlora.run_folder import HISTORY_FILE
 from lrlora.train.progress import StepClock
@@ -26,7 +26,7 @@ from lrlora.train.progress import StepClock
 from .conftest import TinyModel
 
 
-def make_trainer(tiny: TinyModel, folder: Path, callback: RankCallback, **arguments: Any) -> Trainer:
+def make_trainer(tiny: TinyModel, folder: Path, callback: RankLogger, **arguments: Any) -> Trainer:
     torch.manual_seed(0)
     model = get_peft_model(tiny.build(), LrLoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
     examples = [{"input_ids": [i % 90 + 3, 5, 6], "labels": i % 2} for i in range(64)]
@@ -37,7 +37,7 @@ def make_trainer(tiny: TinyModel, folder: Path, callback: RankCallback, **argume
 
 
 def test_records_start_every_k_steps_and_end(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    callback = RankCallback(every=4)
+    callback = RankLogger(every=4)
     trainer = make_trainer(tiny_bert, tmp_path, callback)
     trainer.train()
     assert [step for step, _ in callback.history] == [0, 4, 6]
@@ -51,7 +51,7 @@ def test_records_start_every_k_steps_and_end(tiny_bert: TinyModel, tmp_path: Pat
 
 
 def test_hands_the_summary_to_report_to(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    make_trainer(tiny_bert, tmp_path, RankCallback(every=3), report_to="tensorboard").train()
+    make_trainer(tiny_bert, tmp_path, RankLogger(every=3), report_to="tensorboard").train()
     steps: set[int] = set()
     pictures: dict[int, bytes] = {}
     for folder in {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}:
@@ -67,11 +67,11 @@ def test_hands_the_summary_to_report_to(tiny_bert: TinyModel, tmp_path: Path) ->
 
 IN_TRACKIO = """
 from pathlib import Path
-from lrlora import RankCallback
+from lrlora import RankLogger
 from tests.conftest import TinyModel
 from tests.test_callback import make_trainer
 
-make_trainer(TinyModel("bert"), Path("out"), RankCallback(every=3), report_to="trackio", project="ranks").train()
+make_trainer(TinyModel("bert"), Path("out"), RankLogger(every=3), report_to="trackio", project="ranks").train()
 """
 
 
@@ -91,10 +91,10 @@ def test_trackio_shows_the_ranks(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_continues_the_history(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    whole, resumed = RankCallback(every=2), RankCallback(every=2)
+    whole, resumed = RankLogger(every=2), RankLogger(every=2)
     make_trainer(tiny_bert, tmp_path / "whole", whole).train()
     saving = {"save_strategy": "steps", "save_steps": 3}
-    make_trainer(tiny_bert, tmp_path / "resumed", RankCallback(every=2), **saving).train()
+    make_trainer(tiny_bert, tmp_path / "resumed", RankLogger(every=2), **saving).train()
     with (tmp_path / "resumed" / HISTORY_FILE).open("a") as file:
         file.write('{"step": 8, "ro')  # killed while writing
     checkpoint = str(tmp_path / "resumed" / "checkpoint-3")
@@ -104,7 +104,7 @@ def test_a_resumed_run_continues_the_history(tiny_bert: TinyModel, tmp_path: Pat
 
 
 def test_the_last_step_is_recorded_before_the_best_checkpoint_comes_back(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    callback = RankCallback(every=4)
+    callback = RankLogger(every=4)
     best = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
     steps = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
     trainer = make_trainer(tiny_bert, tmp_path, callback, **best, **steps)
@@ -136,16 +136,16 @@ def test_the_clock_counts_steps_and_not_what_comes_between(tmp_path: Path) -> No
 
 def test_every_must_be_positive() -> None:
     with pytest.raises(ValueError, match="every must be a number of steps ≥ 1, got 0"):
-        RankCallback(every=0)
+        RankLogger(every=0)
 
 
 def test_what_cannot_be_measured_at_the_start_is_an_error(tiny_bert: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other"):
-        make_trainer(tiny_bert, tmp_path, RankCallback(every=2, adapter="other")).train()
+        make_trainer(tiny_bert, tmp_path, RankLogger(every=2, adapter="other")).train()
 
 
 def test_a_diverged_run_goes_on_without_a_record(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    callback = RankCallback(every=2)
+    callback = RankLogger(every=2)
     trainer = make_trainer(tiny_bert, tmp_path, callback)
 
     class Diverge(TrainerCallback):

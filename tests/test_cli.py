@@ -145,11 +145,11 @@ def test_a_report_replaces_reports_alone(tiny_bert: TinyModel, tmp_path: Path) -
 
 
 def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    from .test_callback import RankCallback, make_trainer
+    from .test_callback import RankLogger, make_trainer
 
     for name in ("first", "second"):
         saving = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
-        make_trainer(tiny_bert, tmp_path / name / "out", RankCallback(every=2), **saving).train()
+        make_trainer(tiny_bert, tmp_path / name / "out", RankLogger(every=2), **saving).train()
     outputs = ("--output", tmp_path / "page.html", "--pictures", tmp_path / "pictures")
     result = run("report", tmp_path / "first" / "out", tmp_path / "second" / "out", *outputs)
     assert result.exit_code == 0, result.output

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Importing these registers the method with PEFT and imports torch, transformers and PEFT, so the command line imports
 # them only when needed.
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
-    from .callback import RankCallback
+    from .callback import RankLogger
     from .learned import LearnedRanks, LearnedRanksCallback
     from .ranks import RankReport, rank_report
     from .tuner import LrLoraConfig, LrLoraModel, cached_weights
@@ -19,7 +19,7 @@ __all__ = [
     "LearnedRanksCallback",
     "LrLoraConfig",
     "LrLoraModel",
-    "RankCallback",
+    "RankLogger",
     "RankReport",
     "__version__",
     "cached_weights",

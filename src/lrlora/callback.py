@@ -1,4 +1,4 @@
-"""Learned ranks during training, via a transformers Trainer callback."""
+"""Ranks of ΔW during training, logged by a transformers Trainer callback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .run_folder import HISTORY_FILE
 from .tuner.sharding import is_sharded
 
 
-class RankCallback(TrainerCallback):
+class RankLogger(TrainerCallback):
     """Records the learned ranks at the start, every `every` steps and at the last training step.
 
     Each record is added to `history`, appended to `rank_history.jsonl` in the output folder, and logged as `rank/…`

@@ -71,7 +71,7 @@ def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, li
         for layer in inner.model.layers if family == "llama" else inner.bert.encoder.layer:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        rank_report(model)  # as `RankCallback` does before the first step
+        rank_report(model)  # as `RankLogger` does before the first step
     optimizer: Any = network if way == "zero3" and world > 1 else adamw(network)
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(STEPS):

@@ -68,7 +68,9 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
     config = PeftConfig.from_pretrained("out")
     assert config.peft_type.value == "LORA"
     assert config.rank_pattern
-    assert re.search(r"rank of BA: 1 to \d", Path("out/README.md").read_text(encoding="utf-8"))
+    card = Path("out/README.md").read_text(encoding="utf-8")
+    assert re.search(r"rank of BA: 1 to \d", card)
+    assert f"ranks: learned: LoRA r = 4, cut after 30% of the steps to {size:,} parameters (r1)" in card
     assert not Path("out/lora").exists()
     assert not Path("out", LOSS_FILE).exists()
     for command in (("evaluate", "out", "--data", "reviews.csv"), ("ranks", "out"), ("report", "out")):
@@ -80,6 +82,16 @@ def test_a_language_model_and_a_size_in_bytes(here: Path) -> None:
     run("out", model="./decoder", data="texts.csv", task="causal-lm", size="12kB", rank=8)
     assert size_of(here / "out") <= 3_000
     assert lrlora("predict", "out", "--text", "a film").exit_code == 0
+
+
+def test_it_says_what_vllm_reserves_for_a_language_model(here: Path) -> None:
+    result = lrlora(
+        *("train", "--model", "./decoder", "--data", "texts.csv", "--task", "causal-lm", "--size", "r1"),
+        *("--steps", 20, "--batch-size", 4, "--output", "out"),
+    )
+    assert re.search(
+        r"vLLM reserves r = 8 in \d+ modules: [\d.]+ MB a slot in bfloat16", " ".join(result.output.split())
+    )
 
 
 def test_a_run_that_starts_from_one_keeps_its_ranks(here: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     assert f"accuracy {metrics['accuracy']:.4g}" in re.search("- validation, best checkpoint: .*", card)[0]
     assert f"- data: {table}" in card
     assert "| energy-99 rank | " in card
-    assert "![Learned ranks](ranks.png)" in card
+    assert "![Ranks of ΔW by layer and module type](ranks.png)" in card
     assert (output / "ranks.png").stat().st_size > 1000
     assert [step for step, _ in read_history(output / "rank_history.jsonl")] == [0, 50, 100]
     record = json.loads((output / "run.json").read_text())

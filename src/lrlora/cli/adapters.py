@@ -105,7 +105,7 @@ def _write_report(sources: list[str], base: str | None, output: Path, pictures: 
             "--pictures."
         )
     runs = load_runs(sources, base=base)
-    write_page(runs, output, title=f"Learned ranks: {', '.join(run.name for run in runs)}")
+    write_page(runs, output, title=f"Ranks: {', '.join(run.name for run in runs)}")
     announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")
     if pictures:
         save_pictures(runs, pictures)

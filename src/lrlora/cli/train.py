@@ -107,7 +107,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
         push(run.output, run.training, announce)  # uploads changed files only
     report = rank_report_of(output)
     if report is not None:
-        console.print(rank_table(report, "Learned ranks", width=console.width))
+        console.print(rank_table(report, "Ranks of ΔW", width=console.width))
         announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
 
 

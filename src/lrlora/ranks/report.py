@@ -106,7 +106,7 @@ class Spectrum(NamedTuple):
 
 @dataclass
 class RankReport:
-    """Learned ranks of one adapter: per adapted module a row, the curve of φ, and the spectrum.
+    """Ranks of one adapter: per adapted module a row, the curve of φ, and the spectrum.
 
     Attributes:
         rows: rows in model order.

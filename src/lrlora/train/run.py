@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters import factorize, read_updates, save_as_lora
 from ..adapters.card import LORA_FOLDER
-from ..callback import RankCallback
+from ..callback import RankLogger
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
 from ..learned.callback import LearnedRanksCallback
@@ -154,7 +154,7 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
     if config.learned_size is not None:
         callbacks.append(LearnedRanksCallback(config.learned_size, announce=progress.say))
     if METHODS[config.method].has_ranks:
-        callbacks.append(RankCallback(every=config.rank_every))
+        callbacks.append(RankLogger(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss()]
     if config.method == "adalora":
         callbacks.append(AdaLoraCallback())
@@ -280,6 +280,6 @@ def _save_plain_lora(output: Path, announce: Announce) -> None:
 
 
 def rank_report_of(output: Path) -> RankReport | None:
-    """Learned ranks of a finished run, or None."""
+    """Ranks of a finished run, or None."""
     path = output / REPORT_FILE
     return RankReport.from_json(path) if path.exists() else None

@@ -32,7 +32,7 @@ def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
         from .figure import save_rank_figure
 
         picture = PICTURE_FILE
-        save_rank_figure(run.report, folder / picture, title=f"Learned ranks, {run.name}")
+        save_rank_figure(run.report, folder / picture, title=f"Ranks of ΔW, {run.name}")
     saved = SavedAdapter.read(folder)
     run.facts["base model"] = base_on_hub(saved) or Path(run.facts["base model"]).name
     is_ours = run.facts["method"] == "LR-LoRA"
@@ -87,6 +87,6 @@ def model_card(run: Run, picture: str | None = None) -> str:
         "\n".join(f"- {name}: {in_markdown(value)}" for name, value in run.facts.items()),
         "## Ranks of ΔW",
         "\n".join(lines),
-        *([f"![Learned ranks]({picture})"] if picture else []),
+        *([f"![Ranks of ΔW by layer and module type]({picture})"] if picture else []),
     ]
     return "\n\n".join(parts)

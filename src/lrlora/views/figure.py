@@ -32,7 +32,7 @@ _MARKERS = "os^DPv"  # one per run, to distinguish runs in grayscale
 
 
 def save_rank_figure(
-    report: RankReport, path: str | os.PathLike[str], *, measure: str = OPENING_MEASURE, title: str = "Learned ranks"
+    report: RankReport, path: str | os.PathLike[str], *, measure: str = OPENING_MEASURE, title: str = "Ranks of ΔW"
 ) -> None:
     """Save `rank_figure` in the format of the suffix of `path` (.png, .svg, .pdf).
 
@@ -43,7 +43,7 @@ def save_rank_figure(
     save_figure(rank_figure(report, measure=measure, title=title), path)
 
 
-def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Learned ranks") -> Figure:
+def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Ranks of ΔW") -> Figure:
     """Layers × module types of `measure`, and below, by kind, each module's deviation of φ from φ(z) = z.
 
     `measure` may also be "r".

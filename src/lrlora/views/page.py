@@ -43,7 +43,7 @@ _Kept = tuple[float, int, int, float, int]
 _T = TypeVar("_T")
 
 
-def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Learned ranks") -> None:
+def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Ranks") -> None:
     """Write the page of one run, or of several side by side.
 
     Requires `pip install '.[plots]'`.

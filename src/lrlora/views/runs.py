@@ -13,6 +13,8 @@ from ..adapters import read_updates
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.read import method_name
 from ..files import is_full_model, read_json
+from ..learned.learn import CUT_AT
+from ..learned.size import Size
 from ..ranks import RankReport, rank_report
 from ..ranks.report import read_history
 from ..run_folder import (
@@ -148,6 +150,7 @@ def _add_training(
             ("data", config.get("data")),
             ("task", config.get("task") or adapter_config.get("task_type")),
             ("prompts", PROMPTS.get(record.rendering or "") if record else None),
+            ("ranks", _how_learned(config, result.report)),
             ("rank of BA", _ranks(result.report) or adapter_config.get("r")),
             ("adapted modules", len(result.report.rows)),
             ("steps", max((entry["step"] for entry in log if "step" in entry), default=None)),
@@ -162,6 +165,16 @@ def _add_training(
         result.facts[where] = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     settings = {"adapter": adapter_config, "training": config, "versions": record.versions if record else None}
     result.settings = {label: content for label, content in settings.items() if content}
+
+
+def _how_learned(config: dict[str, Any], report: RankReport) -> str | None:
+    """How the ranks of a run were learned; None if they were not."""
+    size = config.get("size")
+    if size is None or config.get("method") != "lora":
+        return None
+    wide = config.get("rank") or Size.parse(size).wide_rank
+    parameters = sum((row.r or 0) * (row.m + row.n) for row in report.rows)
+    return f"learned: LoRA r = {wide}, cut after {CUT_AT:.0%} of the steps to {parameters:,} parameters ({size})"
 
 
 # Rendering of a run's prompts → description.
