@@ -54,13 +54,13 @@ def size_of(folder: Path) -> int:
 def test_a_plain_lora_of_the_size(here: Path) -> None:
     result = lrlora(
         *("train", "--model", "base", "--data", "reviews.csv", "--task", "classify"),
-        *("--size", "r1", "--steps", 20, "--batch-size", 4, "--learning-rate", 1e-2, "--output", "out"),
+        *("--size", "r2", "--steps", 20, "--batch-size", 4, "--learning-rate", 1e-2, "--output", "out"),
     )
     assert result.exit_code == 0, result.output
     match = re.search(r"until step 6, then the ([\d,]+) parameters", " ".join(result.output.split()))
     assert match, result.output
     limit = int(match[1].replace(",", ""))
-    assert "Adapter: lora, r = 4, α = 4" in result.output
+    assert "Adapter: lora, r = 8, α = 8" in result.output
     size = size_of(here / "out")
     assert re.search(r"Ranks learned at step 6: [\d,]+ to " + f"{size:,} parameters; ", result.output)
     assert f"Ranks: {size:,} parameters in " in result.output
@@ -69,8 +69,8 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
     assert config.peft_type.value == "LORA"
     assert config.rank_pattern
     card = Path("out/README.md").read_text(encoding="utf-8")
-    assert re.search(r"rank of BA: 1 to \d", card)
-    assert f"ranks: learned: LoRA r = 4, cut after 30% of the steps to {size:,} parameters (r1)" in card
+    assert re.search(r"rank of BA: \d to \d", card)
+    assert f"ranks: learned: LoRA r = 8, cut after 30% of the steps to {size:,} parameters (r2)" in card
     assert not Path("out/lora").exists()
     assert not Path("out", LOSS_FILE).exists()
     for command in (("evaluate", "out", "--data", "reviews.csv"), ("ranks", "out"), ("report", "out")):
