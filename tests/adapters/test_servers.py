@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -156,3 +156,34 @@ def test_what_a_server_cannot_read_is_refused_before_it_is_written(adapter: Path
         save_as_lora(factors, adapter, tmp_path / "out", server="vlm")
     with pytest.raises(ValueError, match="vLLM takes ranks of at most 512, and the largest is 600"):
         SERVERS["vllm"].rank(600)
+
+
+def test_many_adapters_at_once(adapter: Path, tmp_path: Path) -> None:
+    """Those that fail stop none of the others, and a second call writes only what is missing."""
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        save_file(
+            {"up.lora_down.weight": torch.randn(4, 8), "up.lora_up.weight": torch.randn(8, 4)},
+            tmp_path / f"{name}.safetensors",
+        )
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    sources = [tmp_path / "one.safetensors", tmp_path / "broken.safetensors", tmp_path / "two.safetensors", adapter]
+    command = ["export", *map(str, sources), "--max-rank", "2", "--no-check", "--output", str(tmp_path / "small")]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert done.exit_code == 1
+    said = done.output.splitlines()
+    assert sum("failed" in line for line in said) == 1
+    written = tmp_path / "small"
+    assert sorted(path.name for path in written.iterdir()) == ["adapter", "one.safetensors", "two.safetensors"]
+    assert load_file(written / "two.safetensors")["up.lora_down.weight"].shape == (2, 8)
+    before = (written / "one.safetensors").stat().st_mtime_ns
+    (tmp_path / "broken.safetensors").unlink()
+    again = CliRunner().invoke(app, [word for word in command if "broken" not in word], env={"COLUMNS": "200"})
+    assert again.exit_code == 0, again.output
+    assert sum("was there" in line for line in again.output.splitlines()) == 3
+    assert (written / "one.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "one.safetensors").write_bytes(b"")
+    same = ["export", str(sources[0]), str(tmp_path / "other" / "one.safetensors"), "--output", str(tmp_path / "new")]
+    refused = CliRunner().invoke(app, same, env={"COLUMNS": "200"})
+    assert "Two sources have the same name. Export them one by one." in refused.output

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, is_full_model, require_source
@@ -157,13 +159,26 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE = Annotated[
     str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
 ]
+_FOR = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="Program that loads it: peft, vllm, sglang, lorax, tensorrt-llm, llama.cpp, or hot-swap of PEFT or "
+        "diffusers; default: peft, which suits vllm.",
+    ),
+]
 _OUTPUT = Annotated[Path, typer.Option(help="Folder to write (new or empty).")]
 
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
-    output: Annotated[Path, typer.Option(help="Folder to write (new or empty); for a single file, a new file.")],
+    sources: Annotated[list[str], typer.Argument(help=f"{_SOURCE_HELP} Several are exported one by one.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write (new or empty); for a single file, a new file; for several sources, a folder of them."
+        ),
+    ],
     keep: _KEEP = None,
     size: _SIZE = None,
     max_rank: _MAX_RANK = None,
@@ -175,14 +190,7 @@ def export(
     heal: _HEAL = 0,
     base: _BASE = None,
     dtype: _DTYPE = None,
-    server: Annotated[
-        str | None,
-        typer.Option(
-            "--for",
-            help="Program that loads it: peft, vllm, sglang, lorax, tensorrt-llm, llama.cpp, or hot-swap of PEFT or "
-            "diffusers; default: peft, which suits vllm.",
-        ),
-    ] = None,
+    server: _FOR = None,
     check: Annotated[
         bool, typer.Option(help="Load the base model and measure the difference that the export makes.")
     ] = True,
@@ -193,61 +201,136 @@ def export(
     every: _EVERY = False,
 ) -> None:
     """Write an update of any method as a plain LoRA of the requested size."""
-    with one_clear_error("Nothing was written."), only_writer(output):
+    with one_clear_error("Nothing was written."):
         for option, is_given in (("--for", server), ("--heal", heal)):
             if is_given and config_only:
                 raise ValueError(f"{option} changes weights, but --config-only writes none. Pass only one of them.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
-        if server is not None:
-            from ..adapters.servers import SERVERS
+        wanted = _Export(
+            keep=keep,
+            size=None if size is None else Size.parse(size, "--size"),
+            max_rank=max_rank,
+            energy=energy,
+            by=by,
+            examples={"data": data, "columns": parse_pairs(columns, "--columns") if columns else None, "task": task},
+            heal=heal,
+            base=base,
+            dtype=dtype,
+            server=server,
+            check=check,
+            config_only=config_only,
+            every=every,
+        )
+        outputs = {source: output / Path(source).name for source in sources}
+        if len(set(outputs.values())) < len(sources):
+            raise ValueError("Two sources have the same name. Export them one by one.")
+    if len(sources) == 1:
+        wanted.write(sources[0], output)
+    else:
+        _write_all(wanted, outputs)
 
-            require_known("--for", server, ("peft", "hot-swap") if Path(source).is_file() else SERVERS)
-        total = None if size is None else Size.parse(size, "--size")
-        roles = parse_pairs(columns, "--columns") if columns else None
-        examples = {"data": data, "columns": roles, "task": task}
-        wanted = {"keep": keep, **examples, "heal": heal or None, "by loss": by if by == "loss" else None}
-        asked_for = [f"--{name}" for name, value in wanted.items() if value is not None]
-        is_by_loss = _is_by_loss(source, by, asked_for, energy=energy, size=keep or size, max_rank=max_rank)
-        if all(value is None for value in (energy, keep, size, max_rank)):
-            energy = DEFAULT_ENERGY
-        check_truncation(energy=energy, keep=keep, max_rank=max_rank, size=None if size is None else 1)
-        is_file = Path(source).is_file()
-        if not is_file:
-            if output.suffix == ".safetensors":
-                raise ValueError(
-                    f"The export of {source} is a folder, but --output {output} names a file. Choose another."
-                )
-            free_folder(output)
-        elif config_only and base is None:
-            raise ValueError(
-                "--config-only writes a PEFT configuration, which a single-file LoRA does not have. Remove it."
+
+def _write_all(wanted: _Export, outputs: Mapping[str, Path]) -> None:
+    """Export several sources; those that are there are left, and a failure stops none of the others."""
+    table, failed = Table("adapter", box=None), 0
+    for heading in ("MiB", "exported", ""):
+        table.add_column(heading, justify="right")
+    for source, output in outputs.items():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        note = "" if not output.exists() else "was there"
+        try:
+            if not note:
+                announce(f"{source}:")
+                wanted.write(source, output)
+        except typer.Exit:
+            failed, note = failed + 1, "failed"
+        sizes = [f"{_mebibytes(path):.2f}" if path.exists() else "" for path in (Path(source), output)]
+        table.add_row(as_text(source), *sizes, note)
+    console.print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _mebibytes(path: Path) -> float:
+    files = [path] if path.is_file() else [*path.glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files) / 2**20
+
+
+@dataclass(frozen=True)
+class _Export:
+    """Options of an export."""
+
+    keep: float | None
+    size: Size | None
+    max_rank: int | None
+    energy: float | None
+    by: str | None
+    examples: dict[str, Any]
+    heal: int
+    base: str | None
+    dtype: str | None
+    server: str | None
+    check: bool
+    config_only: bool
+    every: bool
+
+    def write(self, source: str, output: Path) -> None:
+        """Export one source."""
+        writing: dict[str, Any] = {
+            "dtype": self.dtype, "server": self.server, "config_only": self.config_only, "every": self.every,
+        }  # fmt: skip
+        with one_clear_error("Nothing was written."), only_writer(output):
+            is_file = Path(source).is_file()
+            if self.server is not None:
+                from ..adapters.servers import SERVERS
+
+                require_known("--for", self.server, ("peft", "hot-swap") if is_file else SERVERS)
+            wanted = {"keep": self.keep, **self.examples, "heal": self.heal or None}
+            wanted |= {"by loss": self.by if self.by == "loss" else None}
+            asked_for = [f"--{name}" for name, value in wanted.items() if value is not None]
+            is_by_loss = _is_by_loss(
+                source, self.by, asked_for, energy=self.energy, size=self.keep or self.size, max_rank=self.max_rank
             )
-        quiet()
-        base = _base_of(source) if base is None else base
-        require_source(source, base)
-        if (
-            is_by_loss
-            and (cut := cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check, heals=heal > 0))
-            is not None
-        ):
-            export_by_loss(
-                cut, output, Target(keep, total, max_rank), steps=heal, dtype=dtype, check=check, server=server,
-                config_only=config_only, every=every,
-            )  # fmt: skip
-            return
-        from ..adapters import factorize
-        from ..adapters.lora_file import SingleFile, free_file
+            nothing = all(value is None for value in (self.energy, self.keep, self.size, self.max_rank))
+            energy = DEFAULT_ENERGY if nothing else self.energy
+            check_truncation(
+                energy=energy, keep=self.keep, max_rank=self.max_rank, size=None if self.size is None else 1
+            )
+            if not is_file:
+                if output.suffix == ".safetensors":
+                    raise ValueError(
+                        f"The export of {source} is a folder, but --output {output} names a file. Choose another."
+                    )
+                free_folder(output)
+            elif self.config_only and self.base is None:
+                raise ValueError(
+                    "--config-only writes a PEFT configuration, which a single-file LoRA does not have. Remove it."
+                )
+            quiet()
+            base = _base_of(source) if self.base is None else self.base
+            require_source(source, base)
+            cut = None
+            if is_by_loss:
+                cut = cut_of(
+                    source, base, self.examples, is_asked_for=bool(asked_for), check=self.check, heals=self.heal > 0
+                )
+            if cut is not None:
+                target = Target(self.keep, self.size, self.max_rank)
+                export_by_loss(cut, output, target, steps=self.heal, check=self.check, **writing)
+                return
+            from ..adapters import factorize
+            from ..adapters.lora_file import SingleFile, free_file
 
-        if is_file:
-            free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
-        updates = _read_to_export(source, base, check=check and not config_only)
-        parameters = None if total is None else parameters_in(total, updates, dtype)
-        factors = factorize(updates, energy=energy, budget=parameters, max_rank=max_rank, progressbar=True)
-        write_factors(factors, updates, output, dtype=dtype, server=server, config_only=config_only, every=every)
-    if check and not config_only:
-        with one_clear_error("The LoRA is written, but not compared with the original."):
-            _print_difference(updates, factors, output)
+            if is_file:
+                free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
+            updates = _read_to_export(source, base, check=self.check and not self.config_only)
+            parameters = None if self.size is None else parameters_in(self.size, updates, self.dtype)
+            factors = factorize(updates, energy=energy, budget=parameters, max_rank=self.max_rank, progressbar=True)
+            write_factors(factors, updates, output, **writing)
+        if self.check and not self.config_only:
+            with one_clear_error("The LoRA is written, but not compared with the original."):
+                _print_difference(updates, factors, output)
 
 
 def _base_of(source: str) -> str | None:
