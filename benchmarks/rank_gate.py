@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -484,8 +484,8 @@ def by_cut(cut: str, shares: tuple[float, ...], widths: tuple[int, ...], wide_ra
     return train
 
 
-def by_library(rank: int) -> Callable[..., Outcome]:
-    """`lrlora.LearnedRanks` at the size of LoRA with this rank."""
+def by_library(rank: int, max_rank: int | None = None) -> Callable[..., Outcome]:
+    """`lrlora.LearnedRanks` at the size of LoRA with this rank, and at most a rank of each module."""
     from lrlora import LearnedRanks
 
     def train(task: Task, seed: int, rate: float, known: Callable[[str], Ranks]) -> Outcome:
@@ -493,7 +493,7 @@ def by_library(rank: int) -> Callable[..., Outcome]:
         model = with_lora(task, dict.fromkeys(costs, 4 * rank), seed)
 
         def watch(optimizer: Any) -> None:
-            found.append(LearnedRanks(model, optimizer, size=f"r{rank}", steps=task.steps))
+            found.append(LearnedRanks(model, optimizer, size=f"r{rank}", steps=task.steps, max_rank=max_rank))
 
         Course(task, seed, task.steps).train(model, rate, task.steps, watch=watch)
         return Outcome(model, found[0].ranks)
@@ -680,6 +680,10 @@ METHODS |= {
 }
 SIZES = {f"library-{r}": Method(by_library(r), f"`LearnedRanks` at r = {r}") for r in (2, 8)}
 METHODS |= SIZES
+SERVED = {
+    f"at-most-{k}": Method(by_library(4, k), f"learned ranks of the size of r = 4, at most {k}", "loss") for k in (6, 8)
+}
+METHODS |= SERVED
 
 
 def _at_rank(task: Task, seed: int, rate: float, r: int) -> Outcome:
@@ -916,6 +920,35 @@ def changes() -> str:
     return table(["task", "seeds", "before", "now", "difference"], lines)
 
 
+def served() -> str:
+    """Learned ranks where a server reserves the largest rank, beside LoRA at that rank."""
+    lines = []
+    for name in ("german", "source-code"):
+        costs = shapes(task_of(name))
+        rivals = {"lora": "LoRA r = 4", "in-place": "learned ranks of the size of r = 4"}
+        rivals |= {method: METHODS[method].name for method in SERVED} | {"lora-8": "LoRA r = 8"}
+        for method, title in rivals.items():
+            rows = [row for row in rows_of(name, method) if row["seed"] in (0, 1, 2)]
+            rate = tuned(name, METHODS[method].rate_of or method)
+            rows = [row for row in rows if row["rate"] == rate]
+            if not rows:
+                continue
+            largest = {"lora": 4, "lora-8": 8}.get(method) or max(max(row["ranks"].values()) for row in rows)
+            size = fmean(row["size"] for row in rows) / sum(costs.values())
+            losses = [row["test"] for row in rows]
+            lines.append(
+                [
+                    name,
+                    title,
+                    str(len(rows)),
+                    f"r = {size:.2g}",
+                    f"r = {largest}",
+                    f"{fmean(losses):.3f} ± {stdev(losses):.3f}",
+                ]
+            )
+    return table(["task", "method", "seeds", "size", "reserved", "test loss"], lines)
+
+
 def forgetting(name: str, method: str) -> str:
     """Mean loss on text like the base model's; empty if not measured."""
     rate = tuned(name, METHODS[method].rate_of or method)
@@ -1018,6 +1051,7 @@ def updated(page: str) -> str:
         ("differences", differences()),
         ("study", study()),
         ("changes", changes()),
+        ("served", served()),
         ("agreement", agreement()),
         ("advice", advice()),
     ):
