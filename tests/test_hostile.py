@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.save_pretrained(name)
         reviews(32).rename(columns={"review": "text", "verdict": "label"}).to_csv("data.csv", index=False)
         training = {"max_steps": 1, "per_device_train_batch_size": 4}
-        train(TrainConfig("./base", "data.csv", "classify", output="run", adapter={"r": 2}, training=training))
+        train(TrainConfig("./base", "data.csv", "classify", method="lr-lora", output="run", adapter={"r": 2}, training=training))
     return folder
 
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_said_and_nothing_left(here: Path, command: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_full_disk_is_said_of_a_checkpoint(here: Path, size: int) -> None:
-    command = "train --model ./base --data data.csv --task classify --steps 1 --rank 2 --output out"
+    command = "train --model ./base --data data.csv --task classify --method lr-lora --steps 1 --rank 2 --output out"
     require_full_disk_told(command, str(here / "out"), "could not be written. Is the disk full?", size=size)
 
 

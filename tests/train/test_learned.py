@@ -125,12 +125,20 @@ def test_an_interrupted_run_resumes_to_the_bit(here: Path, step: int) -> None:
     assert json.loads(Path("cut/adapter_config.json").read_text())["r"] == PeftConfig.from_pretrained("alone").r
 
 
+def test_a_run_too_short_to_learn_ranks_has_one(here: Path) -> None:
+    result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", "--steps", 5)
+    assert "Ranks: 5 steps are too few to learn them, so r = 8 in all modules." in result.output, result.output
+    config = PeftConfig.from_pretrained("lrlora-run")
+    assert (config.r, config.rank_pattern) == (8, {})
+    assert "learned: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.refused
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         (("--rank", 1), "must be below the adapter's"),
-        (("--steps", 5), "steps must be at least 10"),
+        (("--steps", 5, "--size", "1k"), "steps must be at least 10"),
         (("--adapter", "use_dora=true"), "do not support use_dora=True"),
         (("--adapter", "init_lora_weights=pissa"), "which changes the base weights"),
         (("--size", 4), r"one rank of the smallest module has \d+. Did you mean r4?"),

@@ -89,7 +89,7 @@ def test_results_go_to_a_pipe_one_a_line_and_whole(encoder: str, tmp_path: Path,
     rows = reviews(40)
     rows["review"] += " with plot and actors" * 12  # longer than any terminal
     rows.to_csv("reviews.csv", index=False)
-    asked = ("--columns", "text=review", "--columns", "label=verdict", "--steps", "10", "--batch-size", "4")
+    asked = ("--columns", "text=review", "--columns", "label=verdict", "--steps", "3", "--batch-size", "4")
     trained = run("train", "--model", encoder, "--data", "reviews.csv", "--task", "classify", *asked)
     assert trained.exit_code == 0, trained.output
     lines = run("predict", "lrlora-run", "--data", "reviews.csv", "--split", "train").stdout.splitlines()

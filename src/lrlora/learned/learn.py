@@ -48,7 +48,7 @@ CUT_AT = 0.3  # share of the steps
 _WINDOW = 32  # most steps that give moments
 _WIDE_RATE = 0.5  # share of the learning rate before the cut
 _WARM_UP = 20  # steps after the cut, at most a twentieth of all
-_FEWEST_STEPS = 10
+FEWEST_STEPS = 10
 _FIRST_CUT = 3  # B is 0 in the first step, and with a warm-up also in the second
 _CHECKED = (1, 10)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
 # Model → what learns its ranks now.
@@ -417,9 +417,9 @@ def cut_step(at: float, steps: int) -> int:
     """
     if not isinstance(at, float) or not 0 < at < 1:
         raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
-    if not isinstance(steps, int) or steps < _FEWEST_STEPS:
+    if not isinstance(steps, int) or steps < FEWEST_STEPS:
         raise ValueError(
-            f"steps must be at least {_FEWEST_STEPS} for ranks to be learned, got {steps!r}. Train "
+            f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps!r}. Train "
             "longer, or with one rank for all modules (--method lora)."
         )
     step = max(_FIRST_CUT, round(at * steps))

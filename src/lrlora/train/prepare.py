@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import ADAPTER_EXPECTED, readable
+from ..learned.callback import LearnedRanksCallback
+from ..learned.learn import FEWEST_STEPS
 from ..learned.size import Size
 from .compress import FEWEST
 from .inputs import Inputs
@@ -57,6 +60,11 @@ def prepare(
             f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "
             "Raise --validation-share, or remove --keep and --size."
         )
+    if (rank := _rank_of_short(config, arguments.max_steps)) is not None:
+        announce(f"Ranks: {arguments.max_steps} steps are too few to learn them, so r = {rank} in all modules.")
+        fields = {name: value for name, value in config.adapter.items() if name != "r"}
+        config = replace(config, size=None, rank=rank, adapter=fields)
+        callbacks = [each for each in callbacks if not isinstance(each, LearnedRanksCallback)]
     model = _adapted_model(config, inputs, arguments.max_steps)
     for line in plan(config, inputs, model, arguments):
         announce(line)
@@ -67,6 +75,14 @@ def prepare(
     if config.head_learning_rate is not None:
         give_head_its_rate(trainer, config.head_learning_rate)
     return trainer
+
+
+def _rank_of_short(config: TrainConfig, steps: int) -> int | None:
+    """Rank of a LoRA of the size, if there are too few steps to learn ranks; None otherwise."""
+    if config.learned_size is None or steps >= FEWEST_STEPS:
+        return None
+    size = Size.parse(config.learned_size)
+    return int(size.number) if size.unit == "ranks" else None
 
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:

@@ -170,8 +170,8 @@ def _add_training(
 def _how_learned(config: dict[str, Any], report: RankReport) -> str | None:
     """How the ranks of a run were learned; None if they were not."""
     size = config.get("size")
-    if size is None or config.get("method") != "lora":
-        return None
+    if size is None or config.get("method") != "lora" or len({row.r for row in report.rows}) < 2:
+        return None  # a short run has one rank
     wide = config.get("rank") or Size.parse(size).wide_rank
     parameters = sum((row.r or 0) * (row.m + row.n) for row in report.rows)
     return f"learned: LoRA r = {wide}, cut after {CUT_AT:.0%} of the steps to {parameters:,} parameters ({size})"
