@@ -44,7 +44,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.save_pretrained(name)
         reviews(32).rename(columns={"review": "text", "verdict": "label"}).to_csv("data.csv", index=False)
         training = {"max_steps": 1, "per_device_train_batch_size": 4}
-        train(TrainConfig("./base", "data.csv", "classify", method="lr-lora", output="run", adapter={"r": 2}, training=training))
+        train(
+            TrainConfig(
+                "./base", "data.csv", "classify", method="lr-lora", output="run", adapter={"r": 2}, training=training
+            )
+        )
     return folder
 
 

@@ -36,7 +36,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     Path("data").mkdir()
     reviews(32).rename(columns={"review": "text", "verdict": "label"}).to_csv("data/train.csv", index=False)
     training = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "per_device_train_batch_size": 4}
-    return TrainConfig("./base", "./data", "classify", method="lr-lora", output="run", adapter={"r": 2}, training=training)
+    return TrainConfig(
+        "./base", "./data", "classify", method="lr-lora", output="run", adapter={"r": 2}, training=training
+    )
 
 
 TRAIN = "train --model ./base --data ./data --task classify --steps 1 --output out"

@@ -196,7 +196,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     # At the start φ's gradients are hardly more than rounding, of which Adam's usual 1e-8 makes whole steps.
     training |= {"adam_epsilon": 1e-5}
     paths = {"model": str(tmp_path / "m"), "data": str(tmp_path / "reviews.csv"), "output": str(tmp_path / "one")}
-    return {**paths, "task": "classify", "training": training}
+    return {**paths, "task": "classify", "method": "lr-lora", "training": training}
 
 
 def losses(folder: Path) -> list[float]:

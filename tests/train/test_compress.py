@@ -151,7 +151,7 @@ def test_an_adapter_that_gains_nothing(home: Path, tmp_path: Path, monkeypatch: 
     assert "of the gain" not in export(tmp_path / "run", tmp_path / "sized", "--size", "r1")
     # At the end of training, it is said, and the run is finished.
     arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--steps", 3]
-    arguments += ["--learning-rate", "1e-6"]
+    arguments += ["--learning-rate", "1e-6", "--method", "lora"]
     for options in ([], ["--keep", "0.99"]):
         result = run("train", *arguments, "--output", tmp_path / f"new{len(options)}", *options)
         assert result.exit_code == 0, result.output
@@ -177,7 +177,7 @@ def test_a_size_is_filled_with_what_matters_where_there_is_data(home: Path, tmp_
     assert kept_by(output) > 0.5
     largest = max(len(t) for n, t in load_file(by_loss_ / "adapter_model.safetensors").items() if ".lora_A." in n)
     assert largest > 2
-    options = ("--max-rank", "1", "--pad", "--dtype", "bfloat16")
+    options = ("--max-rank", "1", "--for", "hot-swap", "--dtype", "bfloat16")
     assert "Cut by loss" in export(home / "run", tmp_path / "capped", *options, "--by", "loss")
     assert "Cut by loss" not in export(home / "run", tmp_path / "quick", *options)  # as for any adapter
     weights = load_file(tmp_path / "capped" / "adapter_model.safetensors")
@@ -276,7 +276,18 @@ def test_images_and_choices(home: Path, tmp_path: Path) -> None:
 
 
 def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> None:
-    arguments = ["--model", home / "encoder", "--data", home / "reviews.csv", "--task", "classify", "--rank", 4]
+    arguments = [
+        "--model",
+        home / "encoder",
+        "--data",
+        home / "reviews.csv",
+        "--task",
+        "classify",
+        "--rank",
+        4,
+        "--method",
+        "lora",
+    ]
     arguments += ["--steps", 60, "--learning-rate", "1e-2", "--validation-share", "0.25"]
     result = run("train", *arguments, "--output", tmp_path / "run")
     assert result.exit_code == 0, result.output
