@@ -14,7 +14,9 @@ from .common import announce, app, console, one_clear_error, quiet
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for adapters, reports and the picture.")] = Path("lrlora-demo"),
-    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps of each run, of 16 texts.")] = 100,
+    steps: Annotated[
+        int, typer.Option(min=10, help="Optimizer steps on the topics, of 16 texts; half as many on the reviews.")
+    ] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Seed of head, factors and data order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:

@@ -69,7 +69,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
 def evaluate(
-    run: str | Path,
+    run: str | Path | LoadedRun,
     data: str,
     *,
     split: str | None = None,
@@ -93,7 +93,7 @@ def evaluate(
         ValueError: the data cannot be used, or most answers are empty.
 
     """
-    loaded = LoadedRun.read(Path(run)).reading(**reading)
+    loaded = (run if isinstance(run, LoadedRun) else LoadedRun.read(Path(run))).reading(**reading)
     examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
     encoded = loaded.encoded(examples)
     trainer = loaded.trainer(encoded)
