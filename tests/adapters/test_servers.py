@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import platform
+import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from typer.testing import CliRunner
 from lrlora.adapters import factorize, save_as_lora
 from lrlora.adapters.servers import SERVERS
 from lrlora.cli import app
+from lrlora.train.packages import EmbeddedInput, fetch
 
 from ..conftest import TinyModel
 
@@ -187,3 +193,56 @@ def test_many_adapters_at_once(adapter: Path, tmp_path: Path) -> None:
     same = ["export", str(sources[0]), str(tmp_path / "other" / "one.safetensors"), "--output", str(tmp_path / "new")]
     refused = CliRunner().invoke(app, same, env={"COLUMNS": "200"})
     assert "Two sources have the same name. Export them one by one." in refused.output
+
+
+VLLM = EmbeddedInput(
+    requirement="vllm==0.33.0",
+    sha256="4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa",
+    member="vllm/lora/peft_helper.py",
+)
+SGLANG = EmbeddedInput(
+    requirement="sglang==0.5.23",
+    sha256="00b3cd5b265ac76c64185fbb6b95424f324ddd9f428d0306b77bc9db9d859937",
+    member="sglang/srt/lora/lora_config.py",
+)
+
+
+def loaded(path: Path, monkeypatch: pytest.MonkeyPatch, **stubs: dict[str, Any]) -> Any:
+    """A module of a server alone, with stand-ins for those that need a GPU."""
+    for name, content in stubs.items():
+        stub = types.ModuleType(name.replace("__", "."))
+        vars(stub).update(content)
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    spec = importlib.util.spec_from_file_location(f"server_{path.stem}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.version_info[:2] != (3, 11), reason="other wheels")
+def test_the_readers_of_vllm_and_sglang(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own code for adapter folders, from their packages, which are large to download."""
+    trained = PeftModel.from_pretrained(TinyModel("llama").build(), adapter)
+    factors = factorize(trained, energy=1.0)
+    for server in ("vllm", "sglang"):
+        save_as_lora(factors, adapter, tmp_path / server, server=server)
+    logger = types.SimpleNamespace(info_once=print, warning=print, info=print)
+    of_vllm = loaded(
+        fetch(VLLM), monkeypatch, regex=vars(re), vllm={}, vllm__config={},
+        vllm__config__lora={"LoRAConfig": object}, vllm__logger={"init_logger": lambda name: logger},
+    )  # fmt: skip
+    helper = of_vllm.PEFTHelper.from_local_dir(str(tmp_path / "vllm"), 4096)
+    helper.validate_legal(types.SimpleNamespace(max_lora_rank=8))
+    with pytest.raises(ValueError, match="LoRA rank 7 is greater than max_lora_rank"):
+        helper.validate_legal(types.SimpleNamespace(max_lora_rank=4))
+    ranks = {part.module: part.rank for part in factors if part.rank}
+    for module, rank in ranks.items():
+        assert helper.get_rank_and_scaling(module) == (rank, 1.0)
+    of_sglang = loaded(fetch(SGLANG), monkeypatch)
+    config = of_sglang.LoRAConfig(path=str(tmp_path / "sglang"))
+    assert (config.r, config.lora_alpha) == (7, 7)
