@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: train a chat model on prompts and completions.
+"""TRL's SFTTrainer: train a chat model on prompts and completions, with learned ranks.
 
 python examples/sft.py [STEPS]
 """
@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -32,7 +33,8 @@ with tempfile.TemporaryDirectory() as folder:
         model=AutoModelForCausalLM.from_pretrained(base),
         processing_class=AutoTokenizer.from_pretrained(base),
         train_dataset=data,
-        peft_config=lrlora.LrLoraConfig(r=4, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[lrlora.LearnedRanksCallback("r4")],  # as many parameters as LoRA r = 4
         args=SFTConfig(
             output_dir=folder,
             max_steps=steps,

@@ -158,16 +158,16 @@ def test_lm_evaluation_harness_reads_an_export(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_accelerate() -> None:
-    output = run("accelerate_loop.py", "2")
+    output = run("accelerate_loop.py", "10")
     assert re.search(r"^0 0\.\d+$", output, re.MULTILINE)
-    assert float(output.splitlines()[-1]) >= 1
+    assert re.match(r"Ranks learned at step 3: 675,840 to 1\d\d,\d{3} parameters", output.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.real
 def test_trl_sft() -> None:
     pytest.importorskip("trl")
-    assert "q_proj" in run("sft.py", "2")
+    assert "q_proj" in run("sft.py", "10")
 
 
 @pytest.mark.slow
