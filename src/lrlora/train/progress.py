@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,6 +165,9 @@ def _diverged(step: int, what: str, args: TrainingArguments) -> DivergedError:
     )
 
 
+_LINES_APART = 60  # seconds between the lines of a bar in a file
+
+
 class Progress(TrainerCallback):
     """Progress bar with loss, metric and mean rank; one line per evaluation; a time estimate."""
 
@@ -189,6 +193,7 @@ class Progress(TrainerCallback):
             desc="Training",
             unit="step",
             disable=not state.is_world_process_zero,
+            mininterval=0.1 if sys.stderr.isatty() else _LINES_APART,
         )
         self.first, self.start = state.global_step, time.perf_counter()
 
@@ -206,7 +211,7 @@ class Progress(TrainerCallback):
         for name, key, source in (("loss", "loss", logs), ("stable rank", "rank/stable_rank_mean", ranks)):
             if key in source:
                 self.shown[name] = f"{source[key]:.4g}"
-        self.bar.set_postfix(self.shown)
+        self.bar.set_postfix(self.shown, refresh=False)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
@@ -219,5 +224,8 @@ class Progress(TrainerCallback):
 
     def say(self, line: str) -> None:
         """Announce a line without breaking the bar."""
+        if not sys.stderr.isatty():
+            self.announce(line)
+            return
         with self.bar.external_write_mode():
             self.announce(line)
