@@ -2,8 +2,8 @@ r"""From a file of chats to llama.cpp: an exported adapter of embedded:smollm2 o
 
     pip install xllamacpp gguf
     python -c "import sys; sys.path.append('benchmarks'); import llama_cpp; llama_cpp.write_examples('pirate.jsonl')"
-    lrlora train --model embedded:smollm2 --data pirate.jsonl --task causal-lm --rank 8 --steps 40 --batch-size 4 \
-        --learning-rate 2e-3 --output pirate
+    lrlora train --model embedded:smollm2 --data pirate.jsonl --task causal-lm --method lr-lora --rank 8 --steps 40 \
+        --batch-size 4 --learning-rate 2e-3 --output pirate
     lrlora export pirate --energy 0.99 --max-rank 16 --for llama.cpp --output my-lora
     python benchmarks/llama_cpp.py pirate my-lora "What is the capital of Japan?" …
 

@@ -441,16 +441,11 @@ def own(name: str, seed: int) -> dict[str, Any]:
     """Cuts by what the adapted model writes or labels itself, measured on real test data."""
     from lrlora.learned import loss_curve
     from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part, mean_of
-    from lrlora.train.own_text import own_examples
 
     task = TASKS[name]
     subject, test = loaded(name, run_folder(name, task.method, 8, rate_of(name), seed))
     unseen = Part(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
-    drawn, words = own_examples(subject.run)
-    if not subject.run.kind.generates:
-        drawn = subject.run.examples(drawn, None, lambda line: None, with_label=True)
-    parts = drawn.train_test_split(0.5, seed=0)
-    alone = replace(subject, training=parts["train"], held_out=parts["test"], data=words, is_own=True)
+    alone = subject.on_own_text()
     row: dict[str, Any] = {
         "task": name,
         "seed": seed,

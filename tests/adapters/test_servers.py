@@ -164,6 +164,31 @@ def test_what_a_server_cannot_read_is_refused_before_it_is_written(adapter: Path
         SERVERS["vllm"].rank(600)
 
 
+@pytest.mark.refused
+def test_resized_embeddings_are_refused_though_no_configuration_names_them(adapter: Path, tmp_path: Path) -> None:
+    trained = PeftModel.from_pretrained(TinyModel("llama").build(), adapter)
+    trained.save_pretrained(tmp_path / "resized", save_embedding_layers=True)
+    factors = factorize(trained, energy=1.0)
+    save_as_lora(factors, tmp_path / "resized", tmp_path / "peft")
+    with pytest.raises(ValueError, match=r"vLLM reads the factors of LoRA alone.*embed_tokens"):
+        save_as_lora(factors, tmp_path / "resized", tmp_path / "vllm", server="vllm")
+
+
+def test_an_interruption_ends_an_export_of_several(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        begun.append(arguments)
+        raise KeyboardInterrupt
+
+    begun: list[Any] = []
+    monkeypatch.setattr("lrlora.adapters.read_updates", interrupt)
+    (tmp_path / "other").symlink_to(adapter)
+    command = ["export", str(adapter), str(tmp_path / "other"), "--energy", "1", "--output", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, command).exit_code == 130
+    assert len(begun) == 1
+
+
 def test_many_adapters_at_once(adapter: Path, tmp_path: Path) -> None:
     """Those that fail stop none of the others, and a second call writes only what is missing."""
     torch.manual_seed(0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lrlora.adapters import factorize
-from lrlora.learned import Gain, example_losses
+from lrlora.learned import Gain, example_losses, model_loss
 from lrlora.learned.moments import thin_updates
 
 from ..conftest import TinyModel
@@ -75,6 +76,20 @@ def test_losses_of_single_examples_are_those_of_their_batch() -> None:
         for row in range(2):
             alone = base(**{name: part[row : row + 1] for name, part in batches[0].items()}).loss.item()
             assert (losses[row, 0] / losses[row, 1]).item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_language_model_that_also_reads_images() -> None:
+    """Its kind of loss has another name, and its labels are shifted too."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text = {**sizes, "intermediate_size": 32, "head_dim": 8, "vocab_size": 100}
+    vision = {**sizes, "intermediate_size": 32, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, image_token_index=99)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    batch = {"input_ids": torch.randint(5, 90, (2, 7))}
+    batch |= {"attention_mask": torch.ones(2, 7, dtype=torch.long), "labels": batch["input_ids"]}
+    sums, numbers = model_loss(model, batch)
+    assert numbers.tolist() == [6, 6]
+    assert (sums.sum() / 12).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
 def test_a_model_with_another_loss_needs_a_function() -> None:

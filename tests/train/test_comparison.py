@@ -73,6 +73,22 @@ def test_what_is_done_is_not_done_again(own: list[object], tmp_path: Path, monke
     assert "is a run with another steps" in " ".join(changed.output.split())
 
 
+def test_a_file_of_settings_and_rates_of_many_digits(own: list[object], tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    CliRunner().invoke(app, ["init", str(file), "--model", str(own[1]), "--data", str(own[3]), "--task", "classify"])
+    options = [file, *own[6:], "--rates", "0.0031622776601683794,1e-2", "--seeds", 1, "--methods", "lora,dora"]
+    for _ in range(2):  # the second finds the folders of the first
+        done = run(*options)
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "lora-0.0031622776601683794-0").is_dir()
+
+
+def test_ranks_that_were_not_learned_are_not_compared(own: list[object]) -> None:
+    done = run(*own, "--rates", "1e-2", "--seeds", 1, "--steps", 6)
+    assert done.exit_code == 1
+    assert "6 steps are too few to learn them" in " ".join(done.output.split())
+
+
 def test_the_grid_grows_at_its_edge(own: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"model": own[1], "data": str(own[3]), "task": "classify", "output": "out"}
     comparison, tried = Comparison(settings, ("lora", "learned")), []
@@ -114,6 +130,8 @@ def test_the_answer_takes_seeds_and_examples_into_account(values: list[float], e
         (("--rates", "fast"), "--rates must be numbers"),
         (("--seeds", 0), "seeds must be an integer ≥ 1"),
         (("--task", "clasify"), "Did you mean classify?"),
+        (("--rates", "1e-3,inf"), "learning_rate must be a number > 0"),
+        (("--task", "causal-lm", "--methods", "lora,adalora"), "Leave adalora out"),
         (("--learning-rate", 1e-3), "No such option"),
     ],
 )

@@ -360,6 +360,10 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             "is a SEQ_CLS adapter, which does not fit --task causal-lm",
         ),
         ((home / "run", "--max-rank", "2", "--by", "size"), "Unknown --by 'size'. Known: loss, energy."),
+        (
+            (home / "run", "--keep", "0.99", "--heal", "3", "--for", "llama.cpp"),
+            "--heal trains the factors as PEFT holds",
+        ),
         ((elsewhere, "--keep", "0.99", "--heal", "3"), "--heal trains on examples, and there are none. Pass --data."),
         ((elsewhere, "--keep", "0.99", "--task", "regress"), "cannot be cut by loss without examples. Pass --data."),
         (

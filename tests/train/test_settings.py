@@ -146,6 +146,7 @@ def test_without_a_method_ranks_are_learned_at_the_size_of_the_rank() -> None:
     assert (config().method, config().size, config().rank) == ("lora", "r8", None)
     assert (config(rank=16).size, config(rank=16).rank) == ("r16", None)
     assert (config(size="200k", rank=16).size, config(size="200k", rank=16).rank) == ("200k", 16)
+    assert (config(adapter={"r": 4, "lora_dropout": 0.1}).size, config(adapter={"r": 4}).adapter) == ("r4", {})
     assert config(keep=0.99).size is None
     assert (config(method="lora").size, config(method="lora", rank=4).rank) == (None, 4)
     assert config(method="lr-lora").learned_size is None

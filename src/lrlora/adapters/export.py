@@ -152,7 +152,6 @@ def save_as_lora(
     if isinstance(origin, SavedAdapter):
         config.base_model_name_or_path = like.base_model_name_or_path or origin.base
     config.use_dora = keeps_magnitudes
-    SERVERS[server].require_readable(config)
     if form == ONE_ALPHA:
         config.lora_alpha, config.alpha_pattern = 1, {}
         exported = [replace(part, B=part.rank * part.B) for part in exported]
@@ -164,6 +163,7 @@ def save_as_lora(
     }
     for key, value in weights.items():
         require_finite(key, value)
+    SERVERS[server].require_readable(config, weights)
     dtype = dtype or origin.stored_dtype
     for part in exported:
         weights |= _tensors(part, dtype)
@@ -174,7 +174,7 @@ def save_as_lora(
         config.save_pretrained(str(partial))
         if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
-        (partial / "README.md").write_text(_card(written, config, method, origin, server), encoding="utf-8")
+        (partial / "README.md").write_text(_card(factors, written, config, method, origin, server), encoding="utf-8")
 
 
 def save(
@@ -211,8 +211,15 @@ def save(
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def _card(factors: Sequence[Factors], config: LoraConfig, method: str, origin: Source, server: str) -> str:
-    exported = [part for part in factors if part.rank]
+def _card(
+    factors: Sequence[Factors],
+    written: Sequence[Factors],
+    config: LoraConfig,
+    method: str,
+    origin: Source,
+    server: str,
+) -> str:
+    exported = [part for part in written if part.rank]
     text = _CARD.format(
         method=method,
         ranks=sum(part.rank for part in exported),

@@ -5,7 +5,7 @@ Read from their source, with versions and evidence in docs/servers.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from .factorize import Factors
 # Forms of the files. OWN: own ranks, and α = r for each module. ONE_ALPHA: own ranks, and one α, divided by the rank of
 # each module. ONE_RANK: all modules padded with zeros.
 OWN, ONE_ALPHA, ONE_RANK = "own ranks", "one alpha", "one rank"
-_HEADS = {"classifier", "score"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Server:
     option: str = ""
     itemsize: int = 2
     reads_all: bool = False
-    reads: frozenset[str] = frozenset()
+    reads: tuple[str, ...] = ()
 
     def rank(self, largest: int) -> int:
         """The rank that it holds for an adapter with this largest rank.
@@ -72,14 +71,22 @@ class Server:
             for part in factors
         ]
 
-    def require_readable(self, config: Any) -> None:
-        """Raise ValueError if it does not read all that a PEFT configuration of LoRA says was trained."""
+    def require_readable(self, config: Any, keys: Iterable[str] = ()) -> None:
+        """Raise ValueError if it does not read all that was trained.
+
+        Args:
+            config: PEFT configuration of a LoRA.
+            keys: of the weights besides the factors.
+
+        """
         if self.reads_all:
             return
         whole = [name for name in config.modules_to_save or [] if name not in self.reads]
         others = {"DoRA": "use_dora", "token embeddings": "trainable_token_indices"}
         whole += [name for name, field in others.items() if getattr(config, field, None)]
         whole += ["biases"] if getattr(config, "bias", "none") != "none" else []
+        # PEFT also saves resized embeddings, which its configuration does not name.
+        whole += [key for key in keys if not any(f".{name}." in key for name in (*self.reads, *whole))]
         if whole:
             raise ValueError(
                 f"{self.title} reads the factors of LoRA alone, but the adapter also has {', '.join(whole)}. Serve a "
@@ -114,7 +121,7 @@ VLLM = Server(
     ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
     reserves_largest=True,
     option="--max-lora-rank {rank}",
-    reads=frozenset(_HEADS),
+    reads=("classifier", "score"),
 )
 SERVERS = {
     "peft": Server("PEFT", itemsize=4, reads_all=True),

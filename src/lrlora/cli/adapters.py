@@ -225,10 +225,15 @@ def export(
         outputs = {source: output / Path(source).name for source in sources}
         if len(set(outputs.values())) < len(sources):
             raise ValueError("Two sources have the same name. Export them one by one.")
+        if len(sources) > 1:
+            output.mkdir(parents=True, exist_ok=True)
     if len(sources) == 1:
         wanted.write(sources[0], output)
     else:
         _write_all(wanted, outputs)
+
+
+_INTERRUPTED = 130  # exit status
 
 
 def _write_all(wanted: _Export, outputs: Mapping[str, Path]) -> None:
@@ -237,13 +242,14 @@ def _write_all(wanted: _Export, outputs: Mapping[str, Path]) -> None:
     for heading in ("MiB", "exported", ""):
         table.add_column(heading, justify="right")
     for source, output in outputs.items():
-        output.parent.mkdir(parents=True, exist_ok=True)
         note = "" if not output.exists() else "was there"
         try:
             if not note:
                 announce(f"{source}:")
                 wanted.write(source, output)
-        except typer.Exit:
+        except typer.Exit as stop:
+            if stop.exit_code == _INTERRUPTED:
+                raise
             failed, note = failed + 1, "failed"
         sizes = [f"{_mebibytes(path):.2f}" if path.exists() else "" for path in (Path(source), output)]
         table.add_row(as_text(source), *sizes, note)
@@ -282,9 +288,9 @@ class _Export:
         }  # fmt: skip
         with one_clear_error("Nothing was written."), only_writer(output):
             is_file = Path(source).is_file()
-            if self.server is not None:
-                from ..adapters.servers import SERVERS
+            from ..adapters.servers import OWN, SERVERS
 
+            if self.server is not None:
                 require_known("--for", self.server, ("peft", "hot-swap") if is_file else SERVERS)
             wanted = {"keep": self.keep, **self.examples, "heal": self.heal or None}
             wanted |= {"by loss": self.by if self.by == "loss" else None}
@@ -310,11 +316,16 @@ class _Export:
             quiet()
             base = _base_of(source) if self.base is None else self.base
             require_source(source, base)
+            if self.heal and self.examples["data"] is None and not (Path(source) / RUN_FILE).is_file():
+                raise ValueError("--heal trains on examples, and there are none. Pass --data.")
+            if self.heal and self.server is not None and SERVERS[self.server].form != OWN:
+                raise ValueError(
+                    f"--heal trains the factors as PEFT holds them. Export without --for {self.server}, and that LoRA "
+                    "with it."
+                )
             cut = None
             if is_by_loss:
-                cut = cut_of(
-                    source, base, self.examples, is_asked_for=bool(asked_for), check=self.check, heals=self.heal > 0
-                )
+                cut = cut_of(source, base, self.examples, is_asked_for=bool(asked_for), check=self.check)
             if cut is not None:
                 target = Target(self.keep, self.size, self.max_rank)
                 export_by_loss(cut, output, target, steps=self.heal, check=self.check, **writing)

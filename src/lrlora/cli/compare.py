@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,8 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..train.settings import TrainConfig
 from .common import announce, app, console, one_clear_error, quiet
-from .settings import settings_as_options, settings_of
+from .settings import REQUIRED, settings_as_options, settings_of
 
 _OUTPUT = "lrlora-compare"
 # Settings that the comparison chooses.
@@ -40,7 +43,12 @@ def compare(
 ) -> None:
     """Compare methods on your data, at the same rank: learning rates tuned, several seeds. Run it again to resume."""
     with one_clear_error():
-        told = {"output": _OUTPUT} | settings_of(config, settings)
+        told = settings_of(config, settings)
+        defaults = {field.name: field.default for field in fields(TrainConfig)}
+        told = {name: value for name, value in told.items() if name in REQUIRED or value != defaults.get(name)}
+        told.setdefault("output", _OUTPUT)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("compare trains in one process. Start it without a launcher.")
         if given := [name for name in _OWN if name in told]:
             raise ValueError(
                 f"{given[0]} is chosen by the comparison. Remove it, or pass --methods, --rates or --seeds."
@@ -72,9 +80,8 @@ def _print(outcome: Any) -> None:
         spread = f" ± {stdev(score.values):.3f}" if len(score.values) > 1 else ""
         difference, half = outcome.difference(score)
         shown = "" if score is outcome.scores[0] else f"{difference:+.3f} ± {half:.3f}"
-        table.add_row(
-            score.method, f"{score.rate:g}", f"{score.trainable:,}", f"{fmean(score.values):.3f}{spread}", shown
-        )
+        trained = "" if score.trainable is None else f"{score.trainable:,}"
+        table.add_row(score.method, f"{score.rate:g}", trained, f"{fmean(score.values):.3f}{spread}", shown)
     console.print(table)
     for line in outcome.answers():
         announce(line)

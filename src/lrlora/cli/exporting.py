@@ -47,6 +47,8 @@ def write_factors(
     every: bool,
 ) -> None:
     """Print a table of the factors, and write them, or only their configuration."""
+    from peft import PeftConfig
+
     from ..adapters import save, save_lora_config
     from ..adapters.peft_folder import SavedAdapter
     from ..adapters.servers import served
@@ -67,7 +69,7 @@ def write_factors(
     announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
     if isinstance(updates.origin, SavedAdapter):
         ranks = [(part.rank, part.parameters_per_rank) for part in factors]
-        if line := served(ranks, updates.origin.config, server):
+        if line := served(ranks, PeftConfig.from_pretrained(str(output)), server):
             announce(line)
 
 
@@ -98,15 +100,13 @@ class Target:
 
 
 def cut_of(
-    source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool, heals: bool
+    source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool
 ) -> Cut | None:
     """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
     from ..train.compress import Cut, Subject
 
     try:
         subject = Subject.read(source, base=base, announce=announce, **examples)
-        if heals and subject.is_own:
-            raise ValueError("--heal trains on examples, and there are none. Pass --data.")
         return Cut(subject, with_metric=check, announce=announce, progressbar=True)
     except (ValueError, OSError) as error:
         if is_asked_for:

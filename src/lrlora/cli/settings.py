@@ -15,7 +15,7 @@ import typer
 from ..train.settings import TrainConfig, read_run, with_short_names
 from ..train.yaml import parse_assignments, parse_pairs, read_yaml
 
-_REQUIRED = ("model", "data", "task")
+REQUIRED = ("model", "data", "task")
 
 
 def settings_as_options(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
@@ -43,7 +43,7 @@ def _option(setting: Field[Any], hint: Any, about: str) -> inspect.Parameter:
     flag = f"--{setting.name.replace('_', '-')}"
     names = (flag, "--column") if setting.name == "columns" else (flag,)
     has_default = not any(setting.default is nothing for nothing in (MISSING, None, False))
-    about = f"{about} Required." if setting.name in _REQUIRED else about
+    about = f"{about} Required." if setting.name in REQUIRED else about
     about = f"{about.rstrip('.')}; default: {setting.default}." if has_default else about
     option = typer.Option(*names, help=about, show_default=False)
     annotation = Annotated[kind, option]

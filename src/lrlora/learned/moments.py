@@ -34,7 +34,7 @@ from ..ops.form import at_least_float32
 RIDGE = 1e-2  # share of the mean σ² of the update
 Batch = Mapping[str, Any]
 _IGNORED = -100  # label
-_SAME_LOSS = 0.05  # rounding of a model that computes its loss in bfloat16
+_ROUNDING = {"rel_tol": 0.05, "abs_tol": 1e-3}  # of a model that computes its loss in bfloat16
 # Model and batch → sum of the loss terms of each example, and their number, both (examples,).
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
@@ -114,6 +114,12 @@ def sides(part: Factors) -> tuple[Tensor, Tensor]:
     return (B.T, A.T) if part.layout.is_embedding else (A, B)
 
 
+def _predicts_next(model: Any) -> bool:
+    """Whether transformers shifts the labels of a model; None as a kind of loss is that of a causal LM as well."""
+    kind = getattr(model, "loss_type", "")
+    return kind in ("ForCausalLM", None) or (kind == "ForConditionalGeneration" and not model.config.is_encoder_decoder)
+
+
 def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Losses of the examples of a batch with `labels`, from the logits of a transformers model.
 
@@ -134,15 +140,14 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         terms = (logits.reshape(len(labels), -1) - labels.reshape(len(labels), -1)).square()
         is_counted = torch.ones_like(terms, dtype=torch.bool)
     else:
-        # transformers treats None as a causal LM as well.
-        if labels.dim() > 1 and getattr(model, "loss_type", "") in ("ForCausalLM", None):
+        if labels.dim() > 1 and _predicts_next(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
         terms = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
         terms, is_counted = (part.reshape(len(labels), -1) for part in (terms, labels != _IGNORED))
     sums, numbers = terms.sum(1), is_counted.sum(1)
     mean = (sums.sum() / numbers.sum()).item()
     # With no terms, both are 0/0.
-    if math.isfinite(mean) and not math.isclose(mean, own, rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS):
+    if math.isfinite(mean) and not math.isclose(mean, own, **_ROUNDING):
         raise ValueError(
             f"{type(model).__name__} computes a loss of {own:.4g}, but the mean cross-entropy (or squared error) of "
             f"its logits is {mean:.4g}. Pass its loss as a function (loss=)."

@@ -7,6 +7,7 @@ test data.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import shutil
@@ -17,10 +18,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from scipy.stats import ttest_1samp
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers import AutoConfig
 
 from ..checks import require_known
 from ..files import parse_json, readable, write_json, write_whole
@@ -28,16 +27,17 @@ from ..run_folder import METRICS_FILE, RUN_FILE
 from .data import load_splits
 from .inference import evaluate
 from .methods import DEFAULT_RANK, METHODS
+from .models import model_source
 from .progress import Announce, DivergedError
 from .run import train
 from .settings import TrainConfig, read_run
-from .tasks import KINDS
+from .tasks import KINDS, Kind, kind_for
 from .tasks.base import LESS_IS_BETTER
 
 LEARNED = "learned"
-_TEST_FILE, _DIVERGED_FILE = "test.json", "diverged.txt"
+_TEST_FILE, _TRAINED_FILE, _DIVERGED_FILE = "test.json", "trained.json", "diverged.txt"
 _GRID = (1, 2, 4)  # times the default rate
-_EXTENSIONS = 2  # of the grid, by a factor of 2, on either side
+_EXTENSIONS = 2  # of the grid, by a factor of 2
 _POINTS = 0.03  # difference of an accuracy for which the number of examples is given
 _Z = 1.96  # 95 % interval
 
@@ -72,8 +72,11 @@ class Comparison:
             require_known("method", method, (LEARNED, *METHODS))
         if self.seeds < 1:
             raise ValueError(f"seeds must be an integer ≥ 1, got {self.seeds}.")
+        if "adalora" in self.methods and self.task in KINDS and KINDS[self.task].generates:
+            raise ValueError("The loss of a language model with adalora includes its penalty. Leave adalora out.")
         for method in self.methods:
-            self.run(method, self.first_rates(method)[0], 0)
+            for rate in self.first_rates(method):
+                self.run(method, rate, 0)
 
     @property
     def output(self) -> Path:
@@ -85,8 +88,14 @@ class Comparison:
 
     def first_rates(self, method: str) -> tuple[float, ...]:
         """Learning rates to try first."""
-        default = KINDS[self.task if self.task in KINDS else "classify"].rates[method == "full"]
-        return tuple(sorted(self.rates)) or tuple(times * default for times in _GRID)
+        return tuple(sorted(self.rates)) or tuple(times * self.kind.rates[method == "full"] for times in _GRID)
+
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """Task, which for multiple choice depends on the model."""
+        if self.task != "multiple-choice":
+            return KINDS[self.task if self.task in KINDS else "classify"]
+        return kind_for(self.task, AutoConfig.from_pretrained(model_source(str(self.settings.get("model")))))
 
     def run(self, method: str, rate: float, seed: int) -> TrainConfig:
         """Configuration of a job."""
@@ -96,7 +105,7 @@ class Comparison:
             sized = {"rank": None, "method": "lora", "size": f"r{rank}"}
         elif method == "full":
             sized["rank"] = None
-        folder = self.output / f"{method}-{rate:g}-{seed}"
+        folder = self.output / f"{method}-{float(rate)!r}-{seed}"
         return TrainConfig.from_dict(
             self.settings | sized | {"learning_rate": rate, "seed": seed, "output": str(folder)}
         )
@@ -109,14 +118,14 @@ class Score:
     Attributes:
         method: as given.
         rate: the best.
-        trainable: number of trained parameters, as saved.
+        trainable: number of trained parameters, if known.
         values: metric of each seed.
 
     """
 
     method: str
     rate: float
-    trainable: int
+    trainable: int | None
     values: list[float]
 
 
@@ -209,16 +218,15 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
             if not math.isfinite(_loss(config, announce)):
                 raise ValueError(f"{method} diverged with seed {seed} at its best rate, {rate:g}. Pass lower --rates.")
             found = _scored(config, test, split)
-            metric, examples = metric or _metric(comparison.task, found), int(found["examples"])
+            metric, examples = metric or _metric(comparison.kind, found), int(found["examples"])
             announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {found[metric]:.4g} on {shown}.")
             values.append(found[metric])
         scores.append(Score(method, rate, _trained_parameters(Path(config.output)), values))
     return Outcome(scores, metric, shown, examples)
 
 
-def _metric(task: str, found: Mapping[str, float]) -> str:
+def _metric(kind: Kind, found: Mapping[str, float]) -> str:
     """Metric that decides: the loss of a text, else the task's first."""
-    kind = KINDS[task]
     return kind.criterion if kind.generates else next(name for name in kind.metrics if name in found)
 
 
@@ -285,12 +293,17 @@ def _loss(config: TrainConfig, announce: Announce) -> float:
             shutil.rmtree(folder)
             was_begun = False
         announce(f"Training {folder} …")
+        said: list[str] = []
         try:
-            train(config, resume=was_begun, announce=lambda line: None)
+            model: Any = train(config, resume=was_begun, announce=said.append).model
         except DivergedError as error:
             write_whole(folder / _DIVERGED_FILE, str(error))
             return math.inf
+        write_json(folder / _TRAINED_FILE, sum(p.numel() for p in model.parameters() if p.requires_grad))
+        del model
         gc.collect()  # the next model needs its memory
+        if unlearned := next((line for line in said if "too few to learn" in line or "before the cut" in line), None):
+            raise ValueError(f"{folder} did not learn its ranks: {unlearned} Raise --steps, or leave {LEARNED} out.")
     with readable(folder / METRICS_FILE, "Remove the folder to repeat the run."):
         return float(parse_json(folder / METRICS_FILE)[KINDS[config.task].criterion])
 
@@ -299,7 +312,10 @@ def _scored(config: TrainConfig, test: str, split: str | None) -> dict[str, floa
     """Metrics of a finished job on test data."""
     path = Path(config.output) / _TEST_FILE
     if not path.exists():
-        write_json(path, {"data": test, **evaluate(config.output, test, split=split, announce=lambda line: None)})
+        write_json(
+            path,
+            {"data": test, **evaluate(config.output, test, split=split, answers=False, announce=lambda line: None)},
+        )
     with readable(path, "Remove it to repeat the evaluation."):
         found = parse_json(path)
         if found.pop("data") != test:
@@ -307,8 +323,6 @@ def _scored(config: TrainConfig, test: str, split: str | None) -> dict[str, floa
         return dict(found)
 
 
-def _trained_parameters(folder: Path) -> int:
-    """Number of parameters that a run saved."""
-    name = SAFETENSORS_WEIGHTS_NAME if (folder / SAFETENSORS_WEIGHTS_NAME).exists() else SAFE_WEIGHTS_NAME
-    with safe_open(folder / name, "pt") as weights:
-        return sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+def _trained_parameters(folder: Path) -> int | None:
+    """Number of trained parameters of a run; None if it was trained elsewhere."""
+    return parse_json(folder / _TRAINED_FILE) if (folder / _TRAINED_FILE).exists() else None

@@ -116,14 +116,19 @@ class Subject:
         updates = read_updates(source if saved is None else saved, base=base)
         check_base(updates)
         if data is None and not is_run:
-            own, words = own_examples(run)
-            if not run.kind.generates:
-                own = run.examples(own, None, announce, with_label=True)
-            announce(f"No data was given: cut by {words}. What is kept there may differ on your task (--data).")
-            parts = own.train_test_split(0.5, seed=0)
-            return cls(run, updates, parts["train"], parts["test"], words, is_own=True)
+            subject = cls(run, updates, Dataset.from_dict({}), Dataset.from_dict({}), "").on_own_text()
+            announce(f"No data was given: cut by {subject.data}. What is kept there may differ on your task (--data).")
+            return subject
         training, held_out = _examples_of_run(run) if data is None else _given_examples(run, data, announce)
         return cls(run, updates, training, held_out, run.config.data)
+
+    def on_own_text(self) -> Subject:
+        """Copy with `own_examples`, half of them held out."""
+        own, words = own_examples(self.run)
+        if not self.run.kind.generates:
+            own = self.run.examples(own, None, lambda line: None, with_label=True)
+        parts = own.train_test_split(0.5, seed=0)
+        return replace(self, training=parts["train"], held_out=parts["test"], data=words, is_own=True)
 
     @cached_property
     def on_base(self) -> nn.Module:

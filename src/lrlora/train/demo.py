@@ -145,7 +145,7 @@ def _read_results(folder: Path) -> list[DemoResult]:
     path = folder / RESULTS_FILE
     if not path.exists():
         return []
-    return [DemoResult(**result) for result in read_json(path, list[dict[str, Any]], "Pass --overwrite.")]
+    return [DemoResult(**result) for result in read_json(path, list[dict[str, Any]], f"Remove {folder}.")]
 
 
 def _require_replaceable(folder: Path, overwrite: bool) -> None:

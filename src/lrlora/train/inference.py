@@ -74,6 +74,7 @@ def evaluate(
     *,
     split: str | None = None,
     limit: int | None = None,
+    answers: bool = True,
     announce: Announce = print,
     **reading: Any,
 ) -> dict[str, float]:
@@ -84,6 +85,7 @@ def evaluate(
         data: see `TrainConfig.data`.
         split: split of the data; default: `test`, else `validation`, else the only one.
         limit: maximum number of examples (fixed-seed sample).
+        answers: whether a language model also generates its answers, for the share of exact matches.
         announce: receives the numbers of skipped (empty) and truncated examples.
         **reading: data options that differ from training: `columns`, `delimiter`, `encoding` and `skip_empty` of
             `TrainConfig`.
@@ -102,9 +104,8 @@ def evaluate(
             f"No example has an answer within its first {loaded.record.max_length} tokens, the run's max_length."
         )
     metrics = {"examples": len(examples)} | plain_metrics(trainer.evaluate())
-    if loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
-        answers = list(_not_empty(loaded.answers(encoded)))
-        pairs = zip(answers, wanted, strict=True)
+    if answers and loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
+        pairs = zip(_not_empty(loaded.answers(encoded)), wanted, strict=True)
         metrics["exact_match"] = float(np.mean([got.strip() == (want or "").strip() for got, want in pairs]))
     return metrics
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import re
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from .chat import render_chat
 from .inference import LoadedRun
 from .models import max_positions
+from .tasks.base import logits
 
 _TEXTS, _TOKENS, _AT_ONCE = 192, 64, 32  # written by a language model
 _FIXED_TEXTS, _LENGTH = 640, (80, 400)  # for a classifier, in characters
@@ -48,24 +48,17 @@ def own_examples(run: LoadedRun) -> tuple[Dataset, str]:
 def _written(run: LoadedRun) -> Dataset:
     start = _start(run)
     length = min(_TOKENS, max_positions(run.model.config) - len(start))
-    rows = []
+    rows: list[list[int]] = []
     for _ in tqdm(range(0, _TEXTS, _AT_ONCE), desc="Writing text", leave=False):
-        prompt = torch.tensor([start] * _AT_ONCE, device=run.model.device)
-        # No end of a sequence: all of them have one length, and the model goes on with another text.
-        sampling: dict[str, Any] = {
-            "do_sample": True,
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "eos_token_id": None,
-        }
-        tokens = run.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=length,
-            pad_token_id=run.processor.pad_token_id or 0,
-            **sampling,
-        )
+        # Not by `generate`: the model's own settings, such as a repetition penalty, would change the distribution.
+        tokens, past = torch.tensor([start] * _AT_ONCE, device=run.model.device), None
+        for _ in range(length):
+            outputs = run.model(
+                input_ids=tokens if past is None else tokens[:, -1:], past_key_values=past, use_cache=True
+            )
+            past = outputs.past_key_values
+            drawn = torch.distributions.Categorical(logits=outputs.logits[:, -1].float()).sample()
+            tokens = torch.cat([tokens, drawn[:, None]], dim=1)
         rows += tokens.tolist()
     return Dataset.from_dict(
         {
@@ -91,9 +84,9 @@ def _start(run: LoadedRun) -> list[int]:
 
 def _labelled(run: LoadedRun) -> Dataset:
     texts = fixed_texts()[:_FIXED_TEXTS]
-    encoded = run.encoded(run.kind.unlabelled(Dataset.from_dict({"text": texts})))
-    logits = torch.tensor(np.asarray(run.trainer(encoded).predict(encoded).predictions)).float()
-    labels = torch.distributions.Categorical(logits=logits).sample()
+    encoded = run.encoded(Dataset.from_dict({"text": texts}))
+    predicted = torch.tensor(logits(run.trainer(encoded).predict(encoded))).float()
+    labels = torch.distributions.Categorical(logits=predicted).sample()
     return Dataset.from_dict({"text": texts, "label": [run.record.labels[label] for label in labels.tolist()]})
 
 
@@ -101,7 +94,6 @@ def fixed_texts() -> list[str]:
     """Sentences of Python's own documentation, in a fixed random order."""
     low, high = _LENGTH
     paragraphs = (" ".join(part.split()) for topic in pydoc_data.topics.topics.values() for part in topic.split("\n\n"))
-    plain = dict.fromkeys(
-        text for text in paragraphs if low <= len(text) <= high and re.match(r"[A-Z][a-z]+ [a-z]", text)
-    )
-    return [list(plain)[place] for place in np.random.default_rng(0).permutation(len(plain))]
+    fitting = (text for text in paragraphs if low <= len(text) <= high and re.match(r"[A-Z][a-z]+ [a-z]", text))
+    plain = list(dict.fromkeys(fitting))
+    return [plain[place] for place in np.random.default_rng(0).permutation(len(plain))]

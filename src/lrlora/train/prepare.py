@@ -79,7 +79,7 @@ def prepare(
 
 def _rank_of_short(config: TrainConfig, steps: int) -> int | None:
     """Rank of a LoRA of the size, if there are too few steps to learn ranks; None otherwise."""
-    if config.learned_size is None or steps >= FEWEST_STEPS:
+    if config.learned_size is None or steps >= FEWEST_STEPS or config.start_from is not None:
         return None
     size = Size.parse(config.learned_size)
     return int(size.number) if size.unit == "ranks" else None

@@ -50,7 +50,7 @@ class TrainConfig:
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
         method: one of lora, lr-lora (the paper's), expansion, dora, adalora, hira, randlora, loha, vera and full; auto
-            is lora, with learned ranks.
+            is lora, with learned ranks unless `keep` or `start_from` is given.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
             label for classify and regress; image and label for image-classify; question, choices (a list) and label
@@ -142,8 +142,10 @@ class TrainConfig:
         if self.method == AUTO:
             object.__setattr__(self, "method", "lora")
             if self.size is None and self.keep is None and self.start_from is None:
-                object.__setattr__(self, "size", f"r{DEFAULT_RANK if self.rank is None else self.rank}")
-                object.__setattr__(self, "rank", None)
+                adapter = dict(self.adapter)
+                rank = self.rank if self.rank is not None else adapter.pop("r", DEFAULT_RANK)
+                for name, value in (("size", f"r{rank}"), ("rank", None), ("adapter", adapter)):
+                    object.__setattr__(self, name, value)
         require_known("method", self.method, METHODS)
         for role in self.columns:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
@@ -293,7 +295,7 @@ def require_settings(given: Iterable[str], place: str, task: str, method: str) -
     from .tasks import KINDS
 
     arguments = KINDS[task if task in KINDS else "classify"].arguments_class()
-    adapter = METHODS[method if method in METHODS else "lr-lora"].config
+    adapter = METHODS[method if method in METHODS else "lora"].config
     known = {
         "run": [each.name for each in fields(TrainConfig)],
         "training": list(arguments.__dataclass_fields__),
