@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from datasets import Dataset, load_from_disk
 
-from lrlora.train.embedded import _near, load_movie_reviews
+from lrlora.train.embedded import EMBEDDED_DATA, _near
 from lrlora_lab.inputs import DATA, located
 
-LOADERS = {"movie-reviews": load_movie_reviews, **DATA}
+LOADERS = {**{name: data.load for name, data in EMBEDDED_DATA.items()}, **DATA}
 
 pytestmark = pytest.mark.real
 

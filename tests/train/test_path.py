@@ -105,7 +105,7 @@ MESSAGES = {
         "lora_alpha=1",
     ): "It is a field of the adapter: set it with --adapter lora_alpha=VALUE",
     ("--data", "good.csv", "--training", "warmup_step=1"): "Did you mean warmup_steps?",
-    ("--data", "good.csv", "--adapter", "use_dora=true"): "Use method dora: --method dora",
+    ("--data", "good.csv", "--adapter", "use_dora=true"): "Learned ranks do not support use_dora=True",
     (
         *("--data", "good.csv", "--method", "lora"),
         *("--adapter", "init_lora_weights=pissa_niter_4"),
@@ -332,7 +332,20 @@ def test_a_column_is_asked_for_that_is_missing(decoder: str) -> None:
 
 
 def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> None:
-    settings = ("--model", encoder, "--task", "classify", "--data", "good.csv", "--batch-size", 16, "--rank", 2)
+    settings = (
+        "--model",
+        encoder,
+        "--task",
+        "classify",
+        "--data",
+        "good.csv",
+        "--batch-size",
+        16,
+        "--rank",
+        2,
+        "--method",
+        "lr-lora",
+    )
     assert run("train", *settings, "--learning-rate", 0.01, "--steps", 60, "--output", "first").exit_code == 0
     said = told("train", "--resume", "first")
     assert "is finished" in said
@@ -395,7 +408,7 @@ def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
 def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> None:
     for form in ("residual", "expansion"):
         settings = ("--model", encoder, "--task", "classify", "--data", "good.csv", "--adapter", f"form={form}")
-        options = ("--learning-rate", 0.01, "--steps", 30, "--rank", 2, "--output", form)
+        options = ("--learning-rate", 0.01, "--steps", 30, "--rank", 2, "--method", "lr-lora", "--output", form)
         assert run("train", *settings, *options).exit_code == 0
         assert run("export", form, "--output", f"{form}-lora").exit_code == 0
         assert run("merge", f"{form}/lora", "--output", f"{form}-merged").exit_code == 0
@@ -421,7 +434,9 @@ def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> N
 
 def test_a_run_from_python_is_trained_further_with_other_steps_and_rate(encoder: str) -> None:
     training = {"max_steps": 6, "learning_rate": 0.01, "per_device_train_batch_size": 4, "weight_decay": 0.1}
-    config = TrainConfig(encoder, "good.csv", "classify", output="first", adapter={"r": 2}, training=training)
+    config = TrainConfig(
+        encoder, "good.csv", "classify", method="lr-lora", output="first", adapter={"r": 2}, training=training
+    )
     train(config, announce=lambda line: None)
     options = ("--steps", 3, "--learning-rate", 0.001, "--batch-size", 8)
     result = run("train", "--start-from", "first", "--output", "second", *options)
@@ -458,7 +473,8 @@ def test_a_head_travels_whole_with_its_adapter(name: str) -> None:
     frame = pd.read_csv("good.csv")
     frame.assign(text=frame["text"] + " [EOS]").to_csv("good.csv", index=False)  # at which BART's head looks
     settings = ("--model", save_bare(name), "--task", "classify", "--data", "good.csv", "--validation", "good.csv")
-    assert run("train", *settings, "--learning-rate", 0.01, "--steps", 10, "--output", "out").exit_code == 0
+    options = ("--method", "lr-lora", "--learning-rate", 0.01, "--steps", 10, "--output", "out")
+    assert run("train", *settings, *options).exit_code == 0
     trained = json.loads(Path("out", "metrics.json").read_text())
     metrics = evaluate("out", "good.csv")
     assert metrics["loss"] == pytest.approx(trained["loss"], abs=1e-5)
@@ -490,7 +506,7 @@ def test_a_pooler_that_starts_at_random_travels_with_an_adapter_for_choices() ->
 
 
 def test_the_card_s_code_runs(encoder: str) -> None:
-    options = ("--steps", 2, "--output", "out", "--rank", 2)
+    options = ("--steps", 2, "--output", "out", "--rank", 2, "--method", "lr-lora")
     assert run("train", "--model", encoder, "--task", "classify", "--data", "good.csv", *options).exit_code == 0
     for folder in ("out", "out/lora"):
         card = Path(folder, "README.md").read_text(encoding="utf-8")

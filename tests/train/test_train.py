@@ -78,7 +78,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_path: Path, drawn: None) -> None:
     output = tmp_path / "out"
-    result = train_reviews(encoder, table, output, "--steps", 100, "--learning-rate", 0.01)
+    options = ("--method", "lr-lora", "--steps", 100, "--learning-rate", 0.01)
+    result = train_reviews(encoder, table, output, *options)
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "100 steps of 8 examples" in said
@@ -156,6 +157,7 @@ def test_options_win_over_the_file(encoder: str, table: str, tmp_path: Path) -> 
         "task": "classify",
         "columns": {"text": "review", "label": "verdict"},
         "output": str(tmp_path / "from-file"),
+        "method": "lr-lora",
         "adapter": {"r": 3, "num_basis": 5},
         "training": {"max_steps": 4, "weight_decay": 0.5, "learning_rate": "rate"},
     }
@@ -316,7 +318,7 @@ def test_settings_that_would_fail_after_training_are_refused(
     shutil.copytree(decoder, tmp_path / "tied")
     (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     tokens = ("--adapter", "trainable_token_indices=[1,2]", "--column", "text=review")
-    generate = ("train", "--data", table, "--task", "causal-lm", *tokens, "--output", tmp_path / "out", "--steps", 2)
+    generate = ("train", "--data", table, "--task", "causal-lm", *tokens, "--output", tmp_path / "out", "--steps", 20)
     assert_refused(run(*generate, "--model", tmp_path / "tied"), "trainable_token_indices is not supported", "tied")
     assert not (tmp_path / "out").exists()
 
@@ -407,7 +409,7 @@ def test_a_run_whose_metrics_are_not_finite_has_diverged(encoder: str, tmp_path:
     evaluation = "eval_strategy=no" if when == "after" else "eval_steps=3"
     result = run(
         *("train", "--model", encoder, "--data", tmp_path / "ratings.csv", "--task", "regress", *COLUMNS, *SMALL),
-        *("--output", tmp_path / "out", "--training", evaluation, "--training", "save_steps=3"),
+        *("--method", "lora", "--output", tmp_path / "out", "--training", evaluation, "--training", "save_steps=3"),
         *(() if when == "after" else ("--training", "load_best_model_at_end=false")),
     )
     assert result.exit_code == 1
@@ -832,8 +834,11 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "classify", "--method", "lrlora"), "Did you mean lr-lora?")
     assert_refused(run(*common, "--task", "causal-lm", "--column", "text=review"), "'label'")
     assert_refused(run(*common, "--task", "classify", "--training", "learning_rat=1"), "Did you mean learning_rate?")
-    assert_refused(run(*common, "--task", "classify", "--adapter", "num_bases=9"), "Did you mean num_basis?")
-    assert_refused(run(*common, "--task", "classify", "--adapter", "num_basis=1"), "num_basis must be an integer")
+    ours = (*common, "--task", "classify", "--method", "lr-lora")
+    assert_refused(run(*ours, "--adapter", "num_bases=9"), "Did you mean num_basis?")
+    assert_refused(run(*ours, "--adapter", "num_basis=1"), "num_basis must be an integer")
+    told = "'num_basis' is a field of the adapter of --method lr-lora"
+    assert_refused(run(*common, "--task", "classify", "--adapter", "num_basis=3"), told)
     of_adalora = ("--task", "classify", "--method", "adalora", "--adapter", "r=4")
     assert_refused(run(*common, *of_adalora), "AdaLoRA ignores r, got r=4. Set target_r=4")
     assert_refused(run(*common, "--task", "classify", "--training", "metric_for_best_model=acuracy"), "mean accuracy?")

@@ -142,6 +142,8 @@ class TrainConfig:
         if self.method == AUTO:
             object.__setattr__(self, "method", "lora")
             if self.size is None and self.keep is None and self.start_from is None:
+                if self.rank is not None:
+                    _require_one("rank", self.rank, "r", self.adapter, "adapter")
                 adapter = dict(self.adapter)
                 rank = self.rank if self.rank is not None else adapter.pop("r", DEFAULT_RANK)
                 for name, value in (("size", f"r{rank}"), ("rank", None), ("adapter", adapter)):
@@ -299,11 +301,20 @@ def require_settings(given: Iterable[str], place: str, task: str, method: str) -
     known = {
         "run": [each.name for each in fields(TrainConfig)],
         "training": list(arguments.__dataclass_fields__),
-        "adapter": [*inspect.signature(adapter.__init__).parameters][1:] if adapter else [],
+        "adapter": _fields_of(adapter),
     }
     for name in given:
+        if place == "adapter" and name not in known[place]:
+            for other, of in METHODS.items():
+                if other != method and name in _fields_of(of.config):
+                    raise ValueError(f"{name!r} is a field of the adapter of --method {other}.")
         if name not in known[place] and not (place == "adapter" and method == "full"):
             raise _unknown_setting(name, place, known)
+
+
+def _fields_of(config: Any) -> list[str]:
+    """Fields of a PEFT configuration; empty for full fine-tuning."""
+    return [*inspect.signature(config.__init__).parameters][1:] if config else []
 
 
 def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> ValueError:
