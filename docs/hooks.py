@@ -11,7 +11,13 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 CODE = [
     path.relative_to(ROOT)
-    for folder, kind in (("src", "*.py"), ("src", "*.yaml"), ("examples", "*.py"), ("benchmarks", "*.md"))
+    for folder, kind in (
+        ("src", "*.py"),
+        ("lab", "*.py"),
+        ("lab", "*.yaml"),
+        ("examples", "*.py"),
+        ("benchmarks", "*.md"),
+    )
     for path in sorted((ROOT / folder).rglob(kind))
 ]
 
@@ -20,7 +26,8 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the start page, and the code that pages link to, as text."""
     files.append(File.generated(config, "index.md", content=_start_page()))
     for name in ("SECURITY", "CONTRIBUTING", "CHANGELOG"):
-        text = (ROOT / f"{name}.md").read_text(encoding="utf-8").replace("](docs/", "](").replace("](src/", "](../src/")
+        text = (ROOT / f"{name}.md").read_text(encoding="utf-8").replace("](docs/", "](")
+        text = re.sub(r"\]\((src|lab)/", r"](../\1/", text)
         files.append(File.generated(config, f"{name.lower()}.md", content=text))
     for path in CODE:
         files.append(File.generated(config, f"code/{path}.txt", abs_src_path=str(ROOT / path)))
@@ -35,7 +42,7 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
         return f"](code/{path if path.suffix else path / '__init__.py'}.txt)"
 
     markdown = markdown.replace("](../README.md", "](index.md").replace("](../SECURITY.md", "](security.md")
-    return re.sub(r"\]\(\.\./((?:src|examples|benchmarks)/[^)]+?)/?\)", copy, markdown)
+    return re.sub(r"\]\(\.\./((?:src|lab|examples|benchmarks)/[^)]+?)/?\)", copy, markdown)
 
 
 def _start_page() -> str:
