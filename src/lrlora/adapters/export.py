@@ -144,7 +144,7 @@ def save_as_lora(
             check_names(source)
     keeps_magnitudes = _keeps_magnitudes(like, source)
     if keeps_magnitudes:
-        factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0
+        factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
     written = SERVERS[server].formed(factors)
     exported = [part for part in written if part.rank]
     config = lora_config(written, like)
@@ -244,7 +244,7 @@ def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:
 
 def _tensors(part: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a module under PEFT's names, in PEFT's shapes."""
-    A, B = (as_stored(part.module, matrix, dtype) for matrix in part.padded(part.rank))
+    A, B = (as_stored(part.module, matrix, dtype) for matrix in part.weights)
     name = f"{PEFT_PREFIX}{part.module}.lora_"
     if part.layout.is_embedding:
         return {f"{name}embedding_A": B.T.contiguous(), f"{name}embedding_B": A.T.contiguous()}

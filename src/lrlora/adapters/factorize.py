@@ -68,19 +68,18 @@ class Factors:
     def rank(self) -> int:
         return len(self.A)
 
-    def at_least_one(self) -> Factors:
-        """Copy with zero factors of rank 1 if it has none."""
-        if self.rank:
-            return self
-        return replace(self, A=self.A.new_zeros(1, self.A.shape[1]), B=self.B.new_zeros(len(self.B), 1))
+    def padded(self, rank: int) -> Factors:
+        """Copy with zero rows of A and columns of B up to `rank`."""
+        missing = max(0, rank - self.rank)
+        A, B = nn.functional.pad(self.A, (0, 0, 0, missing)), nn.functional.pad(self.B, (0, missing))
+        return replace(self, A=A, B=B)
 
-    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A and B zero-padded to `rank`; for a convolution, A (rank, inputs, …) and B (m, rank, 1, …)."""
-        A = nn.functional.pad(self.A, (0, 0, 0, rank - self.rank))
-        B = nn.functional.pad(self.B, (0, rank - self.rank))
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes of a module; for a convolution, (k, inputs, …) and (m, k, 1, …)."""
         if kernel := self.layout.kernel:
-            return A.unflatten(1, (-1, *kernel)), B.reshape(*B.shape, *[1] * len(kernel))
-        return A, B
+            return self.A.unflatten(1, (-1, *kernel)), self.B.reshape(*self.B.shape, *[1] * len(kernel))
+        return self.A, self.B
 
     @property
     def parameters(self) -> int:

@@ -229,7 +229,7 @@ def save_single_file(
     assert isinstance(file, SingleFile)
     path = free_file(output)
     if file.has_magnitudes:
-        factors = [part.at_least_one() for part in factors]  # the magnitude may be trained even if BA is 0
+        factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
     exported = [part for part in factors if part.rank]
     if not exported:
         raise ValueError("No module has a rank, so there is nothing to export.")
@@ -247,7 +247,7 @@ def save_single_file(
         require_finite(key, value)
     for part in exported:
         rank = largest if pad else part.rank
-        named = _named(file, part.module, *part.padded(rank), rank)
+        named = _named(file, part.module, *part.padded(rank).weights, rank)
         tensors |= {name: as_stored(part.module, matrix, dtype) for name, matrix in named.items() if matrix.dim()}
         tensors |= {name: alpha for name, alpha in named.items() if not alpha.dim()}
     with replacing(path) as partial:

@@ -6,10 +6,8 @@ Read from their source, with versions and evidence in docs/servers.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from .factorize import Factors
 
@@ -62,14 +60,7 @@ class Server:
         if self.form != ONE_RANK:
             return list(factors)
         rank = self.rank(max(part.rank for part in factors))
-        return [
-            replace(
-                part,
-                A=nn.functional.pad(part.A, (0, 0, 0, rank - part.rank)),
-                B=nn.functional.pad(part.B, (0, rank - part.rank)),
-            )
-            for part in factors
-        ]
+        return [part.padded(rank) for part in factors]
 
     def require_readable(self, config: Any, keys: Iterable[str] = ()) -> None:
         """Raise ValueError if it does not read all that was trained.
@@ -141,13 +132,13 @@ def served(ranks: Sequence[tuple[int, int]], config: Any, server: str | None = N
 
     Args:
         ranks: rank, and parameters per rank, of each module.
-        config: its PEFT configuration.
+        config: its PEFT configuration; None for a single file.
         server: name in `SERVERS`.
 
     """
     if server is not None:
         return SERVERS[server].reserved(ranks)
-    if config.task_type != "CAUSAL_LM":
+    if config is None or config.task_type != "CAUSAL_LM":
         return ""
     try:
         VLLM.require_readable(config)

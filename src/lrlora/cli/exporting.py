@@ -50,7 +50,6 @@ def write_factors(
     from peft import PeftConfig
 
     from ..adapters import save, save_lora_config
-    from ..adapters.peft_folder import SavedAdapter
     from ..adapters.servers import served
     from ..views.tables import factors_table
 
@@ -67,10 +66,9 @@ def write_factors(
         factors, updates, output, dtype=torch_dtype(dtype, updates.origin.stored_dtype), server=server or "peft"
     )
     announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
-    if isinstance(updates.origin, SavedAdapter):
-        ranks = [(part.rank, part.parameters_per_rank) for part in factors]
-        if line := served(ranks, PeftConfig.from_pretrained(str(output)), server):
-            announce(line)
+    ranks = [(part.rank, part.parameters_per_rank) for part in factors]
+    if line := served(ranks, PeftConfig.from_pretrained(str(output)) if output.is_dir() else None, server):
+        announce(line)
 
 
 def _sizes(updates: Updates, exported: int) -> str:

@@ -132,7 +132,7 @@ def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
     layers = lora_layers(model, adapter)
     for part in factors:
         weights = lora_weights(layers[part.module], adapter)
-        for weight, value in zip(weights, part.padded(layers[part.module].r[adapter]), strict=True):
+        for weight, value in zip(weights, part.padded(layers[part.module].r[adapter]).weights, strict=True):
             write(weight, value / part.scaling**0.5)
 
 
