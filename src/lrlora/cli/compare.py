@@ -7,7 +7,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,6 +15,9 @@ from rich.table import Table
 from ..train.settings import TrainConfig
 from .common import announce, app, console, one_clear_error, quiet
 from .settings import REQUIRED, settings_as_options, settings_of
+
+if TYPE_CHECKING:
+    from ..train.comparison import Outcome
 
 _OUTPUT = "lrlora-compare"
 # Settings that the comparison chooses.
@@ -54,7 +57,7 @@ def compare(
                 f"{given[0]} is chosen by the comparison. Remove it, or pass --methods, --rates or --seeds."
             )
         quiet()
-        from ..train.comparison import Comparison, Outcome
+        from ..train.comparison import Comparison
         from ..train.comparison import compare as run
         from ..train.run import Interrupted, show_plan
 
@@ -66,13 +69,13 @@ def compare(
             show_plan(comparison.run(*first[0], 0), overwrite=comparison.output.exists(), announce=announce)
             return
         try:
-            outcome: Outcome = run(comparison, announce=announce)
+            outcome = run(comparison, announce=announce)
         except Interrupted:
             raise KeyboardInterrupt from None
         _print(outcome)
 
 
-def _print(outcome: Any) -> None:
+def _print(outcome: Outcome) -> None:
     table = Table(title=f"{outcome.metric} on {outcome.data}, {outcome.examples:,} examples", title_justify="left")
     for name in ("method", "rate", "trained parameters", "mean ± standard deviation", "difference (95 %)"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
@@ -80,8 +83,9 @@ def _print(outcome: Any) -> None:
         spread = f" ± {stdev(score.values):.3f}" if len(score.values) > 1 else ""
         difference, half = outcome.difference(score)
         shown = "" if score is outcome.scores[0] else f"{difference:+.3f} ± {half:.3f}"
-        trained = "" if score.trainable is None else f"{score.trainable:,}"
-        table.add_row(score.method, f"{score.rate:g}", trained, f"{fmean(score.values):.3f}{spread}", shown)
+        table.add_row(
+            score.method, f"{score.rate:g}", f"{score.trainable:,}", f"{fmean(score.values):.3f}{spread}", shown
+        )
     console.print(table)
     for line in outcome.answers():
         announce(line)

@@ -118,14 +118,14 @@ class Score:
     Attributes:
         method: as given.
         rate: the best.
-        trainable: number of trained parameters, if known.
+        trainable: number of trained parameters.
         values: metric of each seed.
 
     """
 
     method: str
     rate: float
-    trainable: int | None
+    trainable: int
     values: list[float]
 
 
@@ -196,7 +196,7 @@ class Outcome:
 def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
     """Train all missing jobs, and score the methods.
 
-    Call it again to resume. Each job is an ordinary run, which `lrlora train` may also have trained elsewhere.
+    Call it again to resume.
 
     Raises:
         FileExistsError: the output folder holds runs with other settings.
@@ -206,9 +206,6 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
 
     """
     test, split, shown = _test_of(comparison)
-    for method in comparison.methods:
-        for config in _known_runs(comparison, method):
-            _require_same(config)
     scores, metric, examples = [], "", 0
     for method in comparison.methods:
         rate = _tuned(comparison, method, announce)
@@ -221,7 +218,8 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
             metric, examples = metric or _metric(comparison.kind, found), int(found["examples"])
             announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {found[metric]:.4g} on {shown}.")
             values.append(found[metric])
-        scores.append(Score(method, rate, _trained_parameters(Path(config.output)), values))
+        trained = parse_json(Path(config.output) / _TRAINED_FILE)
+        scores.append(Score(method, rate, trained, values))
     return Outcome(scores, metric, shown, examples)
 
 
@@ -239,18 +237,6 @@ def _test_of(comparison: Comparison) -> tuple[str, str | None, str]:
     if "test" in load_splits(config.data, config):
         return config.data, "test", "the split test"
     raise ValueError(f"{config.data} has no split test, which scores the methods. Pass --test-data.")
-
-
-def _known_runs(comparison: Comparison, method: str) -> Iterator[TrainConfig]:
-    """Jobs whose folder exists."""
-    for folder in comparison.output.glob(f"{method}-*-*"):
-        rate, _, seed = folder.name.removeprefix(f"{method}-").rpartition("-")
-        try:
-            config = comparison.run(method, float(rate), int(seed))
-        except ValueError:
-            continue  # of a method whose name this one begins
-        if Path(config.output) == folder and (folder / RUN_FILE).exists():
-            yield config
 
 
 def _require_same(config: TrainConfig) -> None:
@@ -287,23 +273,25 @@ def _loss(config: TrainConfig, announce: Announce) -> float:
     folder = Path(config.output)
     if (folder / _DIVERGED_FILE).exists():
         return math.inf
-    if not (folder / METRICS_FILE).exists():
-        was_begun = (folder / RUN_FILE).exists()
-        if was_begun and config.method == "adalora":  # which cannot be resumed
+    was_begun = (folder / RUN_FILE).exists()
+    if was_begun:
+        _require_same(config)
+    if not (folder / _TRAINED_FILE).exists():
+        # AdaLoRA cannot be resumed, and a finished run without the file was not accepted.
+        if was_begun and (config.method == "adalora" or (folder / METRICS_FILE).exists()):
             shutil.rmtree(folder)
             was_begun = False
         announce(f"Training {folder} …")
-        said: list[str] = []
         try:
-            model: Any = train(config, resume=was_begun, announce=said.append).model
+            result = train(config, resume=was_begun, announce=lambda line: None)
         except DivergedError as error:
             write_whole(folder / _DIVERGED_FILE, str(error))
             return math.inf
-        write_json(folder / _TRAINED_FILE, sum(p.numel() for p in model.parameters() if p.requires_grad))
-        del model
+        if config.learned_size is not None and result.learned_ranks is None:
+            raise ValueError(f"{folder} ended before its ranks were learned. Raise --steps, or leave {LEARNED} out.")
+        write_json(folder / _TRAINED_FILE, sum(p.numel() for p in result.model.parameters() if p.requires_grad))
+        del result
         gc.collect()  # the next model needs its memory
-        if unlearned := next((line for line in said if "too few to learn" in line or "before the cut" in line), None):
-            raise ValueError(f"{folder} did not learn its ranks: {unlearned} Raise --steps, or leave {LEARNED} out.")
     with readable(folder / METRICS_FILE, "Remove the folder to repeat the run."):
         return float(parse_json(folder / METRICS_FILE)[KINDS[config.task].criterion])
 
@@ -321,8 +309,3 @@ def _scored(config: TrainConfig, test: str, split: str | None) -> dict[str, floa
         if found.pop("data") != test:
             raise FileExistsError(f"{path} is of other data than {test}. Choose another --output, or remove it.")
         return dict(found)
-
-
-def _trained_parameters(folder: Path) -> int | None:
-    """Number of trained parameters of a run; None if it was trained elsewhere."""
-    return parse_json(folder / _TRAINED_FILE) if (folder / _TRAINED_FILE).exists() else None

@@ -60,6 +60,7 @@ class TrainResult:
         is_first: whether this is the main process, which writes files and prints.
         seconds_per_step: mean time of a training step; CPU time when training on a CPU.
         examples: number of examples, by split.
+        learned_ranks: module → rank after the cut; None if ranks were not learned.
 
     """
 
@@ -70,6 +71,7 @@ class TrainResult:
     is_first: bool = True
     seconds_per_step: float = math.nan
     examples: dict[str, int] = field(default_factory=dict)
+    learned_ranks: dict[str, int] | None = None
 
 
 def train(
@@ -231,7 +233,8 @@ def _finish(
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
     examples = {name: len(part) for name, part in inputs.data.splits.items()}
-    result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step, examples)
+    ranks = None if learned is None else learned.ranks
+    result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step, examples, ranks)
     if config.method == "adalora":
         set_rank_pattern(model)
     # Gathering a sharded model requires all processes.
