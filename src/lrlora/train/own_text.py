@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,10 +54,9 @@ def _written(run: LoadedRun) -> Dataset:
         # Not by `generate`: the model's own settings, such as a repetition penalty, would change the distribution.
         tokens, past = torch.tensor([start] * _AT_ONCE, device=run.model.device), None
         for _ in range(length):
-            outputs = run.model(
-                input_ids=tokens if past is None else tokens[:, -1:], past_key_values=past, use_cache=True
-            )
-            past = outputs.past_key_values
+            known: dict[str, Any] = {} if past is None else {"past_key_values": past}
+            outputs = run.model(input_ids=tokens[:, -1:] if known else tokens, use_cache=True, **known)
+            past = getattr(outputs, "past_key_values", None)  # not of state-space models
             drawn = torch.distributions.Categorical(logits=outputs.logits[:, -1].float()).sample()
             tokens = torch.cat([tokens, drawn[:, None]], dim=1)
         rows += tokens.tolist()
