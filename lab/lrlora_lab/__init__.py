@@ -1,1 +1,1 @@
-"""Experiments: methods × tasks × seeds, each at its tuned learning rate; and the demo."""
+"""Experiments: methods × tasks × seeds, each at its tuned learning rate."""
