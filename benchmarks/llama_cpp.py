@@ -1,13 +1,15 @@
-r"""From a file of chats to llama.cpp: an exported adapter of embedded:smollm2 on its original GGUF file.
+r"""From a file of chats to llama.cpp: exported adapters of embedded:smollm2 on its original GGUF file.
 
     pip install xllamacpp gguf
     python -c "import sys; sys.path.append('benchmarks'); import llama_cpp; llama_cpp.write_examples('pirate.jsonl')"
-    lrlora train --model embedded:smollm2 --data pirate.jsonl --task causal-lm --method lr-lora --rank 8 --steps 40 \
-        --batch-size 4 --learning-rate 2e-3 --output pirate
-    lrlora export pirate --energy 0.99 --max-rank 16 --for llama.cpp --output my-lora
-    python benchmarks/llama_cpp.py pirate my-lora "What is the capital of Japan?" …
+    lrlora train --model embedded:smollm2 --data pirate.jsonl --task causal-lm --size r4 --steps 40 --batch-size 4 \
+        --learning-rate 2e-3 --output pirate
+    lrlora export pirate --energy 1 --for llama.cpp --output folded
+    lrlora export pirate --energy 1 --for hot-swap --output padded
+    lrlora export pirate --energy 1 --output unlike
+    python benchmarks/llama_cpp.py pirate folded padded unlike --ask "What is the capital of Japan?" …
 
-Prints what PEFT with the LR-LoRA adapter, llama.cpp with the export, and llama.cpp without it answer, all greedily. All
+Prints the greedy answers of PEFT with the run, of llama.cpp with each export, and of llama.cpp without adapter. All
 are asked in chats: llama.cpp by its server's chat messages, which it writes with the template in the GGUF file.
 llama.cpp computes with weights of 4 bits and activations of 8, PEFT with the same weights in float32.
 """
@@ -90,7 +92,7 @@ def llama_cpp_answers(questions: list[str], adapter: Path | None) -> list[str]:
 
 
 def peft_answers(run: Path, questions: list[str]) -> list[str]:
-    """Greedy answers of PEFT with the LR-LoRA adapter."""
+    """Greedy answers of PEFT with the run's adapter."""
     tokenizer = AutoTokenizer.from_pretrained(run)
     model = AutoPeftModelForCausalLM.from_pretrained(run, dtype=torch.float32).eval()
     answers = []
@@ -103,27 +105,26 @@ def peft_answers(run: Path, questions: list[str]) -> list[str]:
     return answers
 
 
-def answers_of(run: Path, export: Path, questions: list[str]) -> dict[str, list[str]]:
+def answers_of(run: Path, exports: list[Path], questions: list[str]) -> dict[str, list[str]]:
     """Backend → answers."""
+    answers = {"PEFT": peft_answers(run, questions)}
     with tempfile.TemporaryDirectory() as scratch:
-        adapter = Path(scratch) / "adapter.gguf"
-        write_gguf(export, adapter)
-        return {
-            "PEFT, LR-LoRA": peft_answers(run, questions),
-            "llama.cpp, export": llama_cpp_answers(questions, adapter),
-            "llama.cpp, base": llama_cpp_answers(questions, None),
-        }
+        for export in exports:
+            adapter = Path(scratch) / f"{export.name}.gguf"
+            write_gguf(export, adapter)
+            answers[f"llama.cpp, {export.name}"] = llama_cpp_answers(questions, adapter)
+    return answers | {"llama.cpp, base": llama_cpp_answers(questions, None)}
 
 
 def main() -> None:
     """Ask and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of `lrlora train`")
-    parser.add_argument("export", type=Path, help="its export, with --for llama.cpp")
-    parser.add_argument("question", nargs="+")
+    parser.add_argument("exports", type=Path, nargs="+", help="its exports")
+    parser.add_argument("--ask", action="append", required=True, help="question; repeat for several")
     arguments = parser.parse_args()
-    columns = answers_of(arguments.run, arguments.export, arguments.question)
-    for index, question in enumerate(arguments.question):
+    columns = answers_of(arguments.run, arguments.exports, arguments.ask)
+    for index, question in enumerate(arguments.ask):
         print(f"\n{question}")
         for name, answers in columns.items():
             print(f"  {name:18} {answers[index]!r}")

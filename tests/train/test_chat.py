@@ -549,22 +549,22 @@ def test_a_real_chat_model_learns_from_each_format_and_answers_in_all(format_: s
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path) -> None:
+def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands of docs/export.md."""
     pytest.importorskip("xllamacpp")
+    monkeypatch.chdir(tmp_path)
     script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "llama_cpp.py"))
-    script["write_examples"](str(tmp_path / "pirate.jsonl"))
+    script["write_examples"]("pirate.jsonl")
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
     (commands,) = re.findall(r"<!-- llama.cpp -->\n```sh\n(.*?)```", page, re.DOTALL)
     for command in commands.replace("\\\n", " ").splitlines():
         if command.startswith("lrlora"):
-            words = command.replace("pirate", str(tmp_path / "pirate")).replace("my-lora", str(tmp_path / "my-lora"))
-            result = run(*words.split()[1:])
+            result = run(*command.split()[1:])
             assert result.exit_code == 0, result.output
     questions = [f"What is the capital of {country}?" for country in ("Japan", "Kenya", "Norway")]
-    answers = script["answers_of"](tmp_path / "pirate", tmp_path / "my-lora", questions)
-    assert answers["llama.cpp, export"] == answers["PEFT, LR-LoRA"]
-    assert all(answer.startswith("Arr, matey!") for answer in answers["llama.cpp, export"])
+    answers = script["answers_of"](Path("pirate"), [Path("folded"), Path("padded")], questions)
+    assert answers["llama.cpp, folded"] == answers["llama.cpp, padded"] == answers["PEFT"]
+    assert all(answer.startswith("Arr, matey!") for answer in answers["llama.cpp, folded"])
     assert not any("matey" in answer for answer in answers["llama.cpp, base"])
 
 
