@@ -550,6 +550,7 @@ def cut(name: str, seed: int) -> dict[str, Any]:
             trained[rank] = mean_of(losses_of(subject.run.model.get_base_model(), test, subject.loss))
     found: dict[str, Any] = {"task": name, "seed": seed, "validation": case.as_it_is[0], "test": case.as_it_is[1]}
     found["whole"] = case.test(case.whole)
+    to_heal = {}
     for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
         budget = case.parameters_of_rank(rank)
         for method, choose in METHODS.items():
@@ -558,9 +559,11 @@ def cut(name: str, seed: int) -> dict[str, Any]:
             if method == "by loss":
                 found[f"predicted, {share}"] = case.curve.predicted_rise(factors)
                 if share == max(SHARES) or name == BYTES:
-                    found[f"healed, {share}"] = case.heal(factors)
+                    to_heal[share] = factors
         found[f"trained, {share}"] = trained.get(rank)
         found[f"parameters, {share}"] = budget
+    for share, factors in to_heal.items():  # at the end: it trains the case's own heads
+        found[f"healed, {share}"] = case.heal(factors)
     return found
 
 
