@@ -90,6 +90,10 @@ TASKS |= {
 TASKS["news-phi"] = replace(TASKS["news"], method="lr-lora", like="news")
 TASKS["news-full"] = replace(TASKS["news"], method="full", like="news", rate=1e-4, tests=256)
 BYTES = "byte model"
+ALL = (BYTES, *TASKS)
+# Adapters that gain nothing, and little, for --stage keep.
+TASKS["r8-nothing"] = replace(TASKS["r8"], rate=1e-8)
+TASKS["r8-little"] = replace(TASKS["r8"], settings=TASKS["r8"].settings | {"steps": 20}, rate=1e-3)
 TUNED = {"german": (1e-3, 2e-3, 4e-3, 8e-3)}
 
 
@@ -803,7 +807,7 @@ def updated(page: str) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="tasks, with commas between", default=",".join((BYTES, *TASKS)))
+    parser.add_argument("--only", help="tasks, with commas between", default=",".join(ALL))
     parser.add_argument("--stage", choices=("train", "cut", "keep", "own", "alternatives", "costs"))
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()

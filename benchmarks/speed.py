@@ -36,7 +36,7 @@ from peft import HiraConfig, LoraConfig, get_peft_model  # noqa: E402
 from sections import table, with_section  # noqa: E402
 from torch import nn  # noqa: E402
 
-from lrlora import LrLoraConfig, cached_weights  # noqa: E402
+from lrlora import LearnedRanks, LrLoraConfig, cached_weights  # noqa: E402
 from lrlora.train.packages import SMOLLM2, checkpoint  # noqa: E402
 
 RESULTS = DOCS / "speed" / "results.jsonl"
@@ -68,6 +68,12 @@ MODELS = {
     "SmolLM2-135M in bfloat16, 8 × 64": partial(_smollm2, torch.bfloat16),
 }
 WITH_MEMORY = tuple(MODELS)[:2]
+TRAINED = {
+    "SmolLM2-135M, 4 × 64": lambda: (_smollm2(torch.float32)[0], (4, 64)),
+    "Llama shapes, hidden 1024, 4 layers, 2 × 128": lambda: (_llama()[0], (2, 128)),
+}
+TRAINED_STEPS = 20
+LEARNED = "learned ranks"
 EXPANSION = f"expansion, Q = {TERMS}"
 METHODS = (
     "LoRA",
@@ -94,6 +100,7 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
     common = {"r": R, "target_modules": sorted({name.rpartition(".")[2] for name in linear})}
     configs: dict[str, Callable[[], Any]] = {
         "LoRA": lambda: LoraConfig(**common, lora_alpha=R),
+        LEARNED: lambda: LoraConfig(**common | {"r": 4 * R}, lora_alpha=4 * R),
         METHODS[1]: lambda: LoraConfig(**common | {"r": R * TERMS}, lora_alpha=R * TERMS),
         "DoRA": lambda: LoraConfig(**common, lora_alpha=R, use_dora=True),
         "HiRA": lambda: HiraConfig(**common),
@@ -122,6 +129,8 @@ def _step(model: Any, shape: tuple[int, int], method: str) -> Step:
     embed = model.get_input_embeddings()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
+    if method == LEARNED:
+        LearnedRanks(model, optimizer, size=f"r{R}", steps=TRAINED_STEPS)
     labels = tokens if is_causal else torch.zeros(shape[0], dtype=torch.long)
 
     def step() -> None:
@@ -200,6 +209,29 @@ def _memory_of(name: str, method: str) -> float:
     return _status("VmHWM") - before
 
 
+def measure_learned(rounds: int) -> list[Record]:
+    """Whole trainings with learned ranks and with LoRA of their size, each in a process, alternating."""
+    records = []
+    for name in TRAINED:
+        for turn in range(rounds):
+            for method in ("LoRA", LEARNED):
+                command = [sys.executable, __file__, "--train", name, method]
+                words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+                seconds, mib = map(float, words[-2:])
+                records.append({"name": name, "method": method, "turn": turn, "seconds": seconds, "mib": mib})
+    return records
+
+
+def _train(name: str, method: str) -> tuple[float, float]:
+    """Seconds of processor time of a training, and peak memory of this process in MiB."""
+    torch.manual_seed(0)
+    step = _step(*TRAINED[name](), method)
+    start = time.process_time()
+    for _ in range(TRAINED_STEPS):
+        step()
+    return time.process_time() - start, _status("VmHWM")
+
+
 def _status(name: str) -> float:
     """Memory of this program in MiB; `getrusage` would include the parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -259,6 +291,7 @@ def measure_waiting(rounds: int) -> list[Record]:
 
 MEASURES = {
     "steps": measure_steps,
+    "learned": measure_learned,
     "growth": measure_growth,
     "generation": measure_generation,
     "waiting": measure_waiting,
@@ -278,6 +311,9 @@ def render(records: list[Record]) -> str:
             row.append(" · ".join(f"{ours[part] / lora[part]:.2f}" for part in parts_there))
         rows.append(row)
     parts = ["### A training step: time · peak memory, as multiples of LoRA's\n", table(["", *MODELS], rows)]
+    rows = [_learned_row(name, [r for r in by_kind["learned"] if r["name"] == name]) for name in TRAINED]
+    title = f"\n### Learned ranks at the size of r = {R}: {TRAINED_STEPS} steps, as multiples of LoRA's\n"
+    parts += [title, table(["", "processor time", "range", "peak memory"], rows)]
     rows = []
     for axis in (*GROWTH, LAYERS):
         values = dict.fromkeys(r["value"] for r in by_kind["growth"] if r["name"] == axis)
@@ -297,6 +333,16 @@ def render(records: list[Record]) -> str:
     return "\n".join(parts)
 
 
+def _learned_row(name: str, records: list[Record]) -> list[str]:
+    """Medians of the ratios within each turn."""
+    found = {(r["method"], r["turn"]): r for r in records}
+    turns = sorted({r["turn"] for r in records})
+    times, memory = (
+        [found[LEARNED, turn][part] / found["LoRA", turn][part] for turn in turns] for part in ("seconds", "mib")
+    )
+    return [name, f"{median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}", f"{median(memory):.2f}"]
+
+
 def updated(page: str) -> str:
     """Page with tables of the stored results."""
     records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
@@ -310,6 +356,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="measure a part anew")
     parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
     parser.add_argument("--memory", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument("--train", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help="cuda: measure the layers of a 7B model on a GPU, and no more")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
@@ -317,6 +364,9 @@ def main() -> None:
         arguments.report = True
     if arguments.memory:
         print(_memory_of(*arguments.memory))
+        return
+    if arguments.train:
+        print(*_train(*arguments.train))
         return
     if not arguments.report:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")

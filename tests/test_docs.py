@@ -215,17 +215,16 @@ def test_table_and_picture_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch) 
     assert "demo/ranks.png" in page
 
 
-@pytest.mark.parametrize("name", ["loss", "rank_gate"])
-def test_the_tables_on_ranks_by_loss_are_the_stored_ones(name: str) -> None:
-    script = runpy.run_path(str(ROOT / "benchmarks" / {"loss": "loss_cut"}.get(name, name)) + ".py")
+def test_the_tables_of_the_cut_by_loss_are_the_stored_ones() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "loss_cut.py"))
     page = script["PAGE"].read_text(encoding="utf-8")
     assert script["updated"](page) == page
 
 
 def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
-    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("benchmarks/rank_gate.md", "docs/learned_ranks.md")]
-    study = pages[0].partition("<!-- study -->")[2].partition("<!-- /study -->")[0].splitlines()
-    heads, *rows = ([cell.strip() for cell in line.split("|")] for line in study if line.startswith("| "))
+    study, guide = ((ROOT / name / "learned_ranks.md").read_text(encoding="utf-8") for name in ("lab/studies", "docs"))
+    lines = study.partition("<!-- study -->")[2].partition("<!-- /study -->")[0].splitlines()
+    heads, *rows = ([cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| "))
     found = {row["task"]: row for cells in rows if (row := dict(zip(heads, cells, strict=True)))["size"] == "r = 4"}
     assert found.keys() == {"german", "source-code", "news", "labels", "smollm2"}
     assert all(float(row["p"]) < 0.05 and row["difference"].startswith("-") for row in found.values())  # five of five
@@ -233,14 +232,16 @@ def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
     german = found["german"]
     assert f"Test loss on German text: {german['learned']}; LoRA: {german['LoRA']}" in readme
     assert f"the loss of LoRA {german['as LoRA at']} on German text" in readme
-    guide = " ".join(pages[1].split())
+    guide = " ".join(guide.split())
     for row in found.values():
         assert row["difference"].split()[0].removeprefix("-") in guide
     rates = [tuple(map(float, row["rates"].split(" / "))) for row in found.values()]
     assert sorted(learned / lora for lora, learned in rates) == [1, 1, 1, 2, 2]
-    time = re.search(r"<!-- times -->.*?\| german \| \d+ \| ([\d.]+) \|", pages[0], re.DOTALL)
-    assert time
-    assert f"{time[1]} times LoRA's processor time" in guide
+    speed = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    table = speed.partition("### Learned ranks")[2].partition("###")[0]
+    costs = [row.split(" | ")[1:] for row in table.splitlines() if " × " in row]
+    for time, _, memory in costs:
+        assert f"{time} times LoRA's processor time and {memory.removesuffix(' |')} times its memory" in guide
 
 
 def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -335,7 +336,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
-    "benchmarks/rank_gate.md",
+    "lab/studies/learned_ranks.md",
     *(
         f"docs/{name}.md"
         for name in (

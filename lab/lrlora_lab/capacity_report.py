@@ -39,13 +39,16 @@ def family(method: str) -> str:
 
 
 def rank_of(method: str, rank: int) -> int | None:
-    """Rank r of BA in a comparison at `rank`; None for full fine-tuning."""
-    return find_method(method).adapter(rank).get("r")
+    """Rank r of BA in a comparison at `rank`, of learned ranks that of their size; None for full fine-tuning."""
+    known = find_method(method)
+    return rank if known.learns_ranks else known.adapter(rank).get("r")
 
 
 def served_rank(method: str, rank: int) -> int | None:
     """Rank of the equivalent plain LoRA; None if not known in advance."""
     known, r = find_method(method), rank_of(method, rank)
+    if known.learns_ranks:
+        return None
     options = known.adapter(rank)
     if options.get("form") == "expansion":
         return r * options.get("num_terms", LrLoraConfig.num_terms) if r else None
@@ -58,6 +61,13 @@ def _terms(method: str) -> int | None:
     return options.get("num_terms", LrLoraConfig.num_terms) if options.get("form") == "expansion" else None
 
 
+def _largest(runs: Sequence[Record]) -> int | None:
+    """Largest learned rank of plain LoRAs, which some servers reserve for every module."""
+    if not find_method(runs[0]["method"]).learns_ranks:
+        return None
+    return max(row["r"] for run in runs for row in run["ranks"])
+
+
 def by_seed(runs: Sequence[Record]) -> dict[int, float]:
     """Seed → test loss."""
     return {run["seed"]: run["test"]["loss"] for run in runs}
@@ -68,7 +78,7 @@ def _plain_lora(cells: Cells, task: str, rank: int) -> dict[int, Sequence[Record
     found = {}
     for (other, method), runs in cells.items():
         known, r = find_method(method), rank_of(method, rank)
-        if other == task and known.train == "lora" and set(known.options) <= {"r"} and r:
+        if other == task and known.train == "lora" and not known.learns_ranks and set(known.options) <= {"r"} and r:
             found[r] = runs
     return found
 
@@ -96,7 +106,7 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
             {
                 "method": family(method),
                 "r": r,
-                "rank when served": served_rank(method, rank),
+                "rank when served": served_rank(method, rank) or _largest(runs),
                 "parameters": runs[0]["trainable"],
                 "rate": runs[0]["learning_rate"],
                 "scale": runs[0].get("scale", 1.0),

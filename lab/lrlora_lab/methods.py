@@ -27,7 +27,8 @@ class Method:
         options: fields of its PEFT configuration, besides the rank.
         rank_factor: ratio of its rank to r; 0 for methods without one.
         rates: learning rates to try.
-        learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r.
+        learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r. Its option `max_rank` is
+            the largest rank of a module (on tasks on which rank binds).
 
     """
 
@@ -41,6 +42,11 @@ class Method:
     def size(self, r: int) -> str | None:
         """Size to which its ranks are learned in a comparison of rank r; None without."""
         return f"r{r}" if self.learns_ranks else None
+
+    @property
+    def max_rank(self) -> int | None:
+        """Largest learned rank of a module; None without a limit."""
+        return self.options.get("max_rank") if self.learns_ranks else None
 
     @property
     def has_ranks(self) -> bool:
@@ -64,7 +70,8 @@ class Method:
         """
         if not self.rank_factor:
             return dict(self.options)
-        options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **self.options}
+        own = {name: value for name, value in self.options.items() if not (self.learns_ranks and name == "max_rank")}
+        options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **own}
         alpha = PEFT_METHODS[self.train].alpha
         if alpha is None or (scale is None and ratio == 1):  # α defaults to r
             return options

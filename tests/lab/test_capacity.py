@@ -195,6 +195,35 @@ def test_the_report_knows_the_rank_of_a_bare_method_and_the_tuned_setting(tmp_pa
     assert table.loc[1, "loss (nats)"] == pytest.approx(fmean(falling(1, seed) for seed in (1, 2)))
 
 
+def test_learned_ranks_are_no_point_of_loras_curve() -> None:
+    records = [record("german", f"lora+r={r}", seed, falling(r, seed)) for r in (2, 4, 8, 16) for seed in SEEDS]
+    learned = [{"r": r, "stable_rank": 1.0} for r in (1, 6, 12)]
+    records += [record("german", "learned", seed, falling(6, seed), ranks=learned) for seed in SEEDS]
+    table = losses(filed(records), "german", 4).set_index("method")
+    row = table.loc["learned ranks"]
+    assert (row["r"], row["rank when served"]) == (4, 12)
+    assert row["LoRA's r for this loss"].value == pytest.approx(6, rel=0.2)
+
+
+@pytest.mark.real
+def test_learned_ranks_with_a_limit() -> None:
+    found = train_capacity(
+        CapacityTask("labels", 20, 16, texts=64, classes=4),
+        find_method("learned+max_rank=3"),
+        2,
+        4.0,
+        learning_rate=1e-2,
+        seed=1,
+    )
+    assert max(row.r for row in found["ranks"].rows) <= 3
+
+
+@pytest.mark.refused
+def test_a_limit_of_ranks_for_the_trainer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not support"):
+        prepare(Comparison("smoke", ("learned+max_rank=3",)), tmp_path / "out")
+
+
 def test_what_needs_the_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs the Trainer"):
         prepare(Comparison("capacity", ("adalora",), tasks=("labels",)), tmp_path / "out")
