@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from lrlora.adapters import factorize, read_updates, save_as_lora
 from lrlora.checks import in_markdown, printable
 from lrlora.ranks import rank_report
-from lrlora.views.card import model_card
+from lrlora.views.model_card import model_card
 from lrlora.views.runs import Run
 from lrlora.views.tables import factors_table, rank_table, shortened
 from lrlora_lab.tables import failure_line, markdown

@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 # Importing these registers the method with PEFT and imports torch, transformers and PEFT, so the command line imports
 # them only when needed.
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
-    from .callback import RankLogger
     from .learned import LearnedRanks, LearnedRanksCallback
+    from .rank_logger import RankLogger
     from .ranks import RankReport, rank_report
     from .tuner import LrLoraConfig, LrLoraModel, cached_weights
     from .tuner.sharding import fully_shard_phi

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..train.settings import TrainConfig
 from .common import announce, app, console, one_clear_error, quiet
-from .settings import REQUIRED, settings_as_options, settings_of
+from .options import REQUIRED, settings_as_options, settings_of
 
 if TYPE_CHECKING:
     from ..train.comparison import Outcome

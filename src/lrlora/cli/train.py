@@ -20,7 +20,7 @@ from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
 from .common import announce, app, as_text, console, one_clear_error, quiet, require_new, require_replaceable
 from .exporting import show_smallest
-from .settings import settings_as_options, settings_of, starter
+from .options import settings_as_options, settings_of, starter
 
 
 @app.command()

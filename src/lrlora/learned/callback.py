@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .adapter import pad_state, peft_model, require_plain_lora
-from .learn import CUT_AT, LearnedRanks, budget_of, cut_step
+from .learned_ranks import CUT_AT, LearnedRanks, budget_of, cut_step
 from .size import Size
 
 

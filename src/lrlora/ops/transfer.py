@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .form import Form
-from .linear import adapted_linear, delta_weight
+from .fused_linear import adapted_linear, delta_weight
 from .phi import TransferSpec
 
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..learned.callback import LearnedRanksCallback, planned_cut
-from ..learned.learn import LearnedRanks
+from ..learned.learned_ranks import LearnedRanks
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT
 from .chat import format_of, without_answer
 from .inputs import Inputs, examples_per_step

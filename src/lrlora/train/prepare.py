@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import ADAPTER_EXPECTED, readable
 from ..learned.callback import LearnedRanksCallback
-from ..learned.learn import FEWEST_STEPS
+from ..learned.learned_ranks import FEWEST_STEPS
 from ..learned.size import Size
 from .compress import FEWEST
 from .inputs import Inputs

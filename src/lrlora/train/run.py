@@ -22,16 +22,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters import factorize, read_updates, save_as_lora
 from ..adapters.card import LORA_FOLDER
-from ..callback import RankLogger
 from ..checks import DEFAULT_ENERGY
 from ..files import readable, replacing_files, write_json, writing
 from ..learned.callback import LearnedRanksCallback
 from ..locks import only_writer, remove_left
+from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
 from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord
 from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
-from ..views.card import write_card
+from ..views.model_card import write_card
 from .hub import push
 from .inputs import Inputs, examples_per_step
 from .methods import METHODS, AdaLoraCallback, set_rank_pattern

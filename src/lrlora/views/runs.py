@@ -13,7 +13,7 @@ from ..adapters import read_updates
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.read import method_name
 from ..files import is_full_model, read_json
-from ..learned.learn import CUT_AT
+from ..learned.learned_ranks import CUT_AT
 from ..learned.size import Size
 from ..ranks import RankReport, rank_report
 from ..ranks.report import read_history
