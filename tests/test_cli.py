@@ -117,43 +117,34 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
     before = (tmp_path / "page.html").read_bytes()
     assert "already exists" in run("report", adapter, "--output", tmp_path / "page.html").output
     assert run("report", adapter, adapter, "--output", tmp_path / "page.html", "--overwrite").exit_code == 0
-    assert "is not empty" in run("report", adapter, "--output", tmp_path / "2.html", "--pictures", tmp_path).output
     assert (tmp_path / "page.html").read_bytes() == before
-    assert not (tmp_path / "2.html").exists()
 
 
 def test_a_report_replaces_reports_alone(tiny_bert: TinyModel, tmp_path: Path) -> None:
     model = get_peft_model(tiny_bert.build(), LoraConfig(r=3, target_modules=["query"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
-    table, page, pictures, own = (tmp_path / name for name in ("train.csv", "page.html", "images", "pictures"))
+    table, page = (tmp_path / name for name in ("train.csv", "page.html"))
     table.write_text("text,label\na film,good\n")
-    pictures.mkdir()
-    (pictures / "kinds.png").write_bytes(b"mine")
-    before = {path: path.read_bytes() for path in (table, *(tmp_path / "adapter").iterdir(), *pictures.iterdir())}
+    before = {path: path.read_bytes() for path in (table, *(tmp_path / "adapter").iterdir())}
     for output in (table, tmp_path / "adapter" / "adapter_model.safetensors"):
         result = run("report", tmp_path / "adapter", "--output", output, "--overwrite")
         assert result.exit_code == 1
         assert "is not a page of `lrlora report`, so it is not replaced" in " ".join(result.output.split())
-    result = run("report", tmp_path / "adapter", "--output", page, "--pictures", pictures, "--overwrite")
-    assert result.exit_code == 1
-    assert "was not written by `lrlora report`, so nothing in it is replaced" in " ".join(result.output.split())
     assert before == {path: path.read_bytes() for path in before}
-    assert not page.exists()
     for options in ((), ("--overwrite",)):
-        result = run("report", tmp_path / "adapter", "--output", page, "--pictures", own, *options)
+        result = run("report", tmp_path / "adapter", "--output", page, *options)
         assert result.exit_code == 0, result.output
 
 
 def test_report_of_what_a_trainer_left(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    from .test_callback import RankLogger, make_trainer
+    from .test_rank_logger import RankLogger, make_trainer
 
     for name in ("first", "second"):
         saving = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
         make_trainer(tiny_bert, tmp_path / name / "out", RankLogger(every=2), **saving).train()
-    outputs = ("--output", tmp_path / "page.html", "--pictures", tmp_path / "pictures")
-    result = run("report", tmp_path / "first" / "out", tmp_path / "second" / "out", *outputs)
+    outputs = [tmp_path / name / "out" for name in ("first", "second")]
+    result = run("report", *outputs, "--output", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "pictures" / "kinds.svg").exists()
     runs = shown(tmp_path / "page.html")
     assert [run_shown["name"] for run_shown in runs] == [str(tmp_path / name / "out") for name in ("first", "second")]
     for run_shown in runs:

@@ -69,7 +69,7 @@ IN_TRACKIO = """
 from pathlib import Path
 from lrlora import RankLogger
 from tests.conftest import TinyModel
-from tests.test_callback import make_trainer
+from tests.test_rank_logger import make_trainer
 
 make_trainer(TinyModel("bert"), Path("out"), RankLogger(every=3), report_to="trackio", project="ranks").train()
 """

@@ -19,7 +19,7 @@ from transformers import Adafactor
 from lrlora import LearnedRanks, LearnedRanksCallback
 
 from ..conftest import TinyModel
-from .test_learn import STEPS, StopAfter, fit, trained, trainer_of, weights_of, with_lora
+from .test_learned_ranks import STEPS, StopAfter, fit, trained, trainer_of, weights_of, with_lora
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 KEEP: dict[str, Optimizer] = {

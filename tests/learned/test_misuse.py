@@ -18,7 +18,7 @@ from transformers import Adafactor
 from lrlora import LearnedRanks, LearnedRanksCallback
 
 from ..conftest import TinyModel
-from .test_learn import STEPS, StopAfter, fit, shares_of, trained, trainer_of, weights_of, with_lora
+from .test_learned_ranks import STEPS, StopAfter, fit, shares_of, trained, trainer_of, weights_of, with_lora
 
 
 def size_of(model: Any) -> int:

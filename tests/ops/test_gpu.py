@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ..processes import run
-from .test_linear import GAIN, SCALING, assert_agrees, formula, fused, gradients, make_case, relative
+from .test_fused_linear import GAIN, SCALING, assert_agrees, formula, fused, gradients, make_case, relative
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from lrlora.ops.phi import TransferSpec
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.transfer import Transfer
 
-from .test_linear import GAIN, SCALING, Case, assert_agrees, formula, fused, gradients, make_case, relative
+from .test_fused_linear import GAIN, SCALING, Case, assert_agrees, formula, fused, gradients, make_case, relative
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 
 from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.ranks import Curve, RankRow, Spectrum
-from lrlora.views.figure import save_pictures
 from lrlora.views.page import write_page
 from lrlora.views.runs import Run, load_runs
 
@@ -299,31 +298,3 @@ def test_runs_without_names_of_their_own_are_refused(runs: list[Run], tmp_path: 
     with pytest.raises(ValueError, match="at most 6 runs, got 7"):
         write_page([replace(runs[0], name=str(i)) for i in range(7)], tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_are_written_as_svg_and_png(runs: list[Run], tmp_path: Path) -> None:
-    save_pictures(runs, tmp_path / "pictures")
-    written = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    names = ["curved-energy99-rank", "curved-stable-rank", "history", "kinds"]
-    names += ["plain-script-b-energy99-rank", "plain-script-b-stable-rank"]
-    assert written == sorted(f"{name}.{suffix}" for name in names for suffix in ("svg", "png"))
-
-
-def test_pictures_of_runs_that_differ(runs: list[Run], tmp_path: Path) -> None:
-    def attention(report: RankReport) -> RankReport:
-        return RankReport([row for row in report.rows if row.kind == "attention"])
-
-    first = replace(
-        runs[0],
-        name="a/b",
-        report=attention(runs[0].report),
-        history=[(step, attention(report)) for step, report in runs[0].history],
-    )
-    second = replace(runs[1], name="a-b", history=[])
-    save_pictures([first, second, replace(runs[1], name="third")], tmp_path)
-    assert {path.name for path in tmp_path.glob("*stable-rank.svg")} == {
-        "1-a-b-stable-rank.svg",
-        "2-a-b-stable-rank.svg",
-        "third-stable-rank.svg",
-    }
-    assert (tmp_path / "history.png").exists()

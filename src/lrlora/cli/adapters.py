@@ -76,24 +76,20 @@ def report(
     ],
     base: _BASE = None,
     output: Annotated[Path, typer.Option(help="Page to write.")] = Path("lrlora-report.html"),
-    pictures: Annotated[Path | None, typer.Option(help="Folder for the charts as SVG and PNG.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the pictures.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
 ) -> None:
     """Write an HTML page on one run, or several side by side. It needs no network."""
     with one_clear_error():
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"The folder {output.parent} for {output.name} does not exist.")
         with only_writer(output):
-            _write_report(sources, base, output, pictures, overwrite)
+            _write_report(sources, base, output, overwrite)
 
 
-def _write_report(sources: list[str], base: str | None, output: Path, pictures: Path | None, overwrite: bool) -> None:
+def _write_report(sources: list[str], base: str | None, output: Path, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise FileExistsError(f"The file {output} already exists. Choose another --output, or pass --overwrite.")
-    if pictures and not overwrite and pictures.exists() and any(pictures.iterdir()):
-        raise FileExistsError(f"The folder {pictures} is not empty. Choose another, or pass --overwrite.")
     quiet()
-    from ..views.figure import has_pictures, save_pictures
     from ..views.page import is_page, write_page
     from ..views.runs import load_runs
 
@@ -101,17 +97,9 @@ def _write_report(sources: list[str], base: str | None, output: Path, pictures: 
         raise FileExistsError(
             f"{output} is not a page of `lrlora report`, so it is not replaced. Choose another --output."
         )
-    if pictures and pictures.exists() and any(pictures.iterdir()) and not has_pictures(pictures):
-        raise FileExistsError(
-            f"The folder {pictures} was not written by `lrlora report`, so nothing in it is replaced. Choose another "
-            "--pictures."
-        )
     runs = load_runs(sources, base=base)
     write_page(runs, output, title=f"Ranks: {', '.join(run.name for run in runs)}")
     announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")
-    if pictures:
-        save_pictures(runs, pictures)
-        announce(f"Pictures: {pictures}")
 
 
 _ENERGY = Annotated[

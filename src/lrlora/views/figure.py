@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -18,17 +16,11 @@ from ..files import replacing
 from ..naming import several_stacks, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
-if TYPE_CHECKING:
-    from .runs import Run
-
 # Default measure of the figure and the page.
 OPENING_MEASURE = "stable_rank"
 TRAINED_RANK = "r"
 _LABELS = {TRAINED_RANK: "rank r", **{name: measure.label for name, measure in MEASURES.items()}}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-FORMATS = ("svg", "png")
-_LINES = ("-", "--", ":")
-_MARKERS = "os^DPv"  # one per run, to distinguish runs in grayscale
 
 
 def save_rank_figure(
@@ -122,79 +114,3 @@ def _draw_curves(figure: SubFigure, report: RankReport) -> None:
         axes.set_title(f"{kind}: {len(modules)}", fontsize="medium")
     figure.supxlabel("z: the central 99 % of the entries of g·BA", fontsize="medium")
     figure.supylabel("φ(z) − z", fontsize="medium")
-
-
-def save_pictures(runs: Sequence[Run], folder: str | os.PathLike[str]) -> None:
-    """Write each run's heat map and φ, and its ranks by kind of module and over training (if recorded), as SVG and PNG.
-
-    Requires `pip install '.[plots]'`.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    names = [re.sub(r"\W+", "-", run.name).strip("-") for run in runs]
-    figures = {}
-    for i, (run, name) in enumerate(zip(runs, names, strict=True), start=1):
-        unique = f"{i}-{name}" if names.count(name) > 1 else name
-        for measure in ("stable_rank", "energy99_rank"):
-            figures[f"{unique}-{measure.replace('_', '-')}"] = rank_figure(run.report, measure=measure, title=run.name)
-    figures["kinds"] = _of_all_measures(runs, _draw_kinds, len(runs))
-    if any(run.history for run in runs):
-        figures["history"] = _of_all_measures(runs, _draw_history, 3)
-    for name, figure in figures.items():
-        for suffix in FORMATS:
-            save_figure(figure, target / f"{name}.{suffix}")
-
-
-def has_pictures(folder: Path) -> bool:
-    """Whether a folder holds pictures of `save_pictures`."""
-    return (folder / f"kinds.{FORMATS[0]}").is_file()
-
-
-def _of_all_measures(
-    runs: Sequence[Run], draw: Callable[[Axes, str, Sequence[Run], list[str]], None], columns: int
-) -> Figure:
-    """One plot per measure, of the kinds of modules of the runs, and a legend."""
-    kinds = sorted({row.kind for run in runs for row in run.report.rows})
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    for measure, axes in zip(MEASURES, figure.subplots(1, len(MEASURES)), strict=True):
-        draw(axes, measure, runs, kinds)
-        axes.set_title(MEASURES[measure].label, fontsize="medium")
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-    return figure
-
-
-def _draw_kinds(axes: Axes, measure: str, runs: Sequence[Run], kinds: list[str]) -> None:
-    """Box plots by kind and run."""
-    for i, run in enumerate(runs):
-        color = COLOURS[i % len(COLOURS)]
-        places = [k + (i + 0.5) / len(runs) * 0.8 - 0.4 for k in range(len(kinds))]
-        ranks = [_ranks(run.report, kind, measure) for kind in kinds]
-        boxes = axes.boxplot(ranks, positions=places, widths=0.6 / len(runs), patch_artist=True, manage_ticks=False)
-        for box in boxes["boxes"]:
-            box.set_facecolor(color)
-        for median in boxes["medians"]:
-            median.set_color("black")
-        if len(runs) > 1:
-            axes.plot([], [], color=color, linewidth=6, label=run.name)
-    axes.set_xticks(range(len(kinds)), kinds)
-
-
-def _draw_history(axes: Axes, measure: str, runs: Sequence[Run], kinds: list[str]) -> None:
-    """Means over training, by kind and run."""
-    for i, run in enumerate(runs):
-        for kind, line in zip(kinds, _LINES, strict=False):
-            known = [(step, ranks) for step, report in run.history if (ranks := _ranks(report, kind, measure))]
-            if known:
-                label = kind if len(runs) == 1 else f"{run.name}, {kind}"
-                axes.plot(
-                    [step for step, _ in known], [sum(ranks) / len(ranks) for _, ranks in known], label=label,
-                    color=COLOURS[i % len(COLOURS)], linestyle=line, marker=_MARKERS[i % len(_MARKERS)], markersize=4,
-                    markevery=-(-len(known) // 8),
-                )  # fmt: skip
-    axes.set_xlabel("step")
-
-
-def _ranks(report: RankReport, kind: str, measure: str) -> list[float]:
-    return [getattr(row, measure) for row in report.rows if row.kind == kind]
