@@ -41,16 +41,18 @@ AT_ONCE = [
     pytest.param(name, count, marks=[] if (name, count) == ("train", 2) else pytest.mark.slow)
     for name in COMMANDS
     for count in (2, 8)
-    if name != "compare"  # whose processes share its jobs
 ]
 TOLD = ("is writing to out", "already exists", "exists already", "is not empty")  # the last three: it had ended by then
 Alone = tuple[Path, float | None]  # the folder of a command that was left alone, and how long it took
 
 
+def started(command: str, folder: Path) -> Process:
+    return Process(LAB if command.startswith("compare") else LRLORA, *command.split(), cwd=folder)
+
+
 def run(command: str, folder: Path, after: float | None = None) -> float | None:
     """Run a command in a process that is killed after so many seconds; how long it took, if it was not."""
-    code = LAB if command.startswith("compare") else LRLORA
-    process, began = Process(code, *command.split(), cwd=folder), time.monotonic()
+    process, began = started(command, folder), time.monotonic()
     try:
         output = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:
@@ -139,7 +141,7 @@ def results(folder: Path) -> dict[str, Any]:
             found[name] = [{k: v for k, v in e.items() if not k.endswith(times)} for e in entries]
         elif name == "run.json":
             found[name] = json.loads(path.read_text(encoding="utf-8"))
-        elif name.startswith(("jobs", "locks", "logs", "peft", "runs.jsonl", "report.md")):
+        elif name.startswith(("jobs", "logs", "peft", "runs.jsonl", "report.md")):
             found[name] = None  # it is there; the table is made of it
         elif not name.startswith("checkpoint-"):  # one may be left if a run was killed as it removed them
             found[name] = path.read_bytes()
@@ -177,7 +179,7 @@ def test_killed_and_started_again(alone: Callable[[str], Alone], tmp_path: Path,
 
 
 def start_at_once(name: str, count: int, folder: Path) -> list[Process]:
-    return [Process(LRLORA, *COMMANDS[name].split(), cwd=folder) for _ in range(count)]
+    return [started(COMMANDS[name], folder) for _ in range(count)]
 
 
 @pytest.mark.parametrize(("name", "count"), AT_ONCE)

@@ -28,7 +28,7 @@ from lrlora.train.embedded import EMBEDDED_MODELS, EmbeddedModel
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
 from lrlora.views import page
-from lrlora_lab import jobs, queue
+from lrlora_lab import jobs, pool
 from lrlora_lab.cli import app as lab
 from lrlora_lab.worker import run_job
 
@@ -115,15 +115,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 TrainConfig.from_dict(RUN | {"output": "cut"}),
                 announce=lambda line: signal.raise_signal(signal.SIGINT) if line.startswith("Step 1:") else None,
             )
-        patch.setattr(queue, "_run", run_here)
+        patch.setattr(pool, "_Pool", Here)
         assert call(COMPARE).exit_code == 0
         yield folder
 
 
-def run_here(worker: object, job: jobs.Job, comparison: jobs.Comparison, output: Path) -> None:
-    """A job of a comparison in this process."""
-    record = run_job(comparison.definition, {**asdict(job), "rank": comparison.r}, output / "runs" / job.name)
-    write_json(output / "jobs" / f"{job.name}.json", record | {"wall": 1.0})
+class Here(pool._Pool):
+    """Jobs of a comparison in this process."""
+
+    def start(self, job: jobs.Job) -> None:
+        self.running.append(pool._Running(job, None, 0))
+
+    def wait(self) -> list[tuple[jobs.Job, str | None]]:
+        (job,) = [each.job for each in self.running]
+        self.running = []
+        request = {**asdict(job), "rank": self.comparison.r}
+        record = run_job(self.comparison.definition, request, self.output / "runs" / job.name)
+        write_json(self.output / "jobs" / f"{job.name}.json", record | {"wall": 1.0})
+        return [(job, None)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

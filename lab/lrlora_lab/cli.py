@@ -50,6 +50,9 @@ def compare(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps, for a first try; default: each task's.")
     ] = None,
+    at_once: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Jobs at a time; default: one per GPU, or one.")
+    ] = None,
     hours: Annotated[
         float | None, typer.Option(min=0.0, help="Hours after which no new job starts; default: no limit.")
     ] = None,
@@ -57,7 +60,7 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the data and show the jobs; run nothing.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the report of the last call; run nothing.")] = False,
 ) -> None:
-    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume, or once per GPU or core.
+    """Compare methods on tasks, with tuned rates and several seeds. Run it again to resume.
 
     For your own data, write a YAML file. A task has the keys of lrlora train, and a test split or test_data. Try it
     with --dry-run and --steps 20.
@@ -85,7 +88,7 @@ def compare(
         if dry_run:
             _show_plan(comparison, folder)
         else:
-            _run(comparison, folder, hours, report=report)
+            _run(comparison, folder, at_once, hours, report=report)
 
 
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def _words(text: str) -> list[str]:
 def _show_plan(comparison: Comparison, folder: Path) -> None:
     from .jobs import check
     from .methods import find_method
-    from .queue import check_data
+    from .pool import check_data
 
     check(comparison, folder)
     for line in check_data(comparison):
@@ -133,12 +136,12 @@ def _show_plan(comparison: Comparison, folder: Path) -> None:
     announce("Not included: further learning rates, where the best is at an edge of the grid.")
 
 
-def _run(comparison: Comparison, folder: Path, hours: float | None, *, report: bool) -> None:
+def _run(comparison: Comparison, folder: Path, at_once: int | None, hours: float | None, *, report: bool) -> None:
     from .jobs import read_records
-    from .queue import run_comparison
+    from .pool import run_comparison
     from .report import write_report
 
-    left = [] if report else run_comparison(comparison, folder, hours=hours, announce=announce)
+    left = [] if report else run_comparison(comparison, folder, at_once=at_once, hours=hours, announce=announce)
     path = write_report(comparison, folder)
     failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
     if failed:

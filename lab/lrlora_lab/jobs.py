@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import quote
 
-from filelock import FileLock
-
 from lrlora.checks import require_known, require_type
 from lrlora.files import parse_json, read_json, readable, write_json
 from lrlora.train.methods import adapter_config
@@ -32,9 +30,6 @@ SETTINGS_FILE = "comparison.json"
 _ANOTHER = "Choose another --output."
 CALL_FILE = "call.json"  # last call
 PACKED_FILE = "jobs.jsonl.gz"  # finished jobs, packed
-_LOCKS = "locks"
-# Exit status of a worker whose job failed, and of one whose training diverged.
-FAILED, DIVERGED = 3, 4
 # Steps between checkpoints. Shorter runs have none and lose little when restarted.
 _SAVE_STEPS = 500
 _GRID_STEPS = 2  # maximum extensions of the rate grid (factor 2) on either side
@@ -281,7 +276,7 @@ def check_folder(comparison: Comparison, output: Path) -> None:
             raise FileExistsError(
                 f"The folder {output} contains another comparison: {other} differs. Choose another --output."
             )
-    elif output.exists() and any(p for p in output.iterdir() if p.suffix != ".partial" and p.name != _LOCKS):
+    elif output.exists() and any(p for p in output.iterdir() if p.suffix not in (".partial", ".lock")):
         raise FileExistsError(f"The folder {output} is not empty and contains no comparison. Choose another --output.")
 
 
@@ -319,17 +314,15 @@ def prepare(comparison: Comparison, output: Path) -> None:
 
     """
     check(comparison, output)
-    (output / _LOCKS).mkdir(parents=True, exist_ok=True)
-    with FileLock(output / _LOCKS / "settings.lock"):
-        check_folder(comparison, output)  # again: another process may have been faster
-        wanted: dict[str, Any] = {"rank": comparison.r, "suite": asdict(_as_run(comparison.definition))}
-        if (output / SETTINGS_FILE).exists():
-            stored = read_json(output / SETTINGS_FILE, _Settings, _ANOTHER)
-            wanted["suite"]["tasks"] = stored["suite"]["tasks"] | wanted["suite"]["tasks"]
-        write_json(output / SETTINGS_FILE, wanted)  # first: marks the folder as a comparison's
-        write_json(output / CALL_FILE, asdict(comparison))
-        for name in ("jobs", "logs", "runs"):
-            (output / name).mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    wanted: dict[str, Any] = {"rank": comparison.r, "suite": asdict(_as_run(comparison.definition))}
+    if (output / SETTINGS_FILE).exists():
+        stored = read_json(output / SETTINGS_FILE, _Settings, _ANOTHER)
+        wanted["suite"]["tasks"] = stored["suite"]["tasks"] | wanted["suite"]["tasks"]
+    write_json(output / SETTINGS_FILE, wanted)  # first: marks the folder as a comparison's
+    write_json(output / CALL_FILE, asdict(comparison))
+    for name in ("jobs", "logs", "runs"):
+        (output / name).mkdir(exist_ok=True)
 
 
 def read_comparison(suite: str, output: Path) -> Comparison:

@@ -1,10 +1,10 @@
-"""Runs the jobs of a comparison, each in its own process: python -m lrlora_lab.worker SUITE."""
+"""Runs a job of a comparison, in a process of its own."""
 
 from __future__ import annotations
 
 import gc
-import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-import traceback
+import time
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from lrlora.checks import require_known
+from lrlora.files import write_json
 from lrlora.ranks import RankReport
 from lrlora.run_folder import RUN_FILE, read_record
 from lrlora.train.inference import evaluate
@@ -32,7 +33,7 @@ from lrlora.train.settings import TrainConfig
 
 from .capacity import CapacityTask, train_capacity
 from .inputs import located
-from .jobs import DIVERGED, FAILED, TUNING_SEED, train_config
+from .jobs import TUNING_SEED, train_config
 from .methods import find_method
 from .suite import Suite, Task
 
@@ -147,53 +148,36 @@ def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
 
 
 def _end_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
-def _work(suite: Suite, request: dict[str, Any], folder: str, result: str, log: str) -> int:
-    """Run a job in this process; returns its exit status, `FAILED` if it can never succeed."""
+def work(suite: dict[str, Any], request: dict[str, Any], output: Path, name: str, threads: int) -> None:
+    """Run a job in this process, and write its result, or why it can never have one.
+
+    Args:
+        suite: fields of the suite.
+        request: see `run_job`.
+        output: folder of the comparison.
+        name: name of the job.
+        threads: number of threads on a CPU.
+
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(written, stream.fileno())
+    written = os.open(output / "logs" / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(written, descriptor)
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    started = time.monotonic()
     try:
-        found = run_job(suite, request, Path(folder))
+        record = run_job(Suite.from_dict(suite), request, output / "runs" / name)
     except ValueError as error:
-        print(" ".join(str(error).split()))
-        return DIVERGED if isinstance(error, DivergedError) else FAILED
+        record = {**request, "failure": " ".join(str(error).split()), "diverged": isinstance(error, DivergedError)}
     except (Interrupted, KeyboardInterrupt):
         print("Interrupted.")
-        return 130
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    Path(result).write_text(json.dumps(found), encoding="utf-8")
-    return 0
-
-
-def main() -> None:
-    """Run jobs on request, one JSON line each, and answer with their exit status. Each is a fork."""
-    transformers.logging.set_verbosity_error()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the job
-    suite = Suite.from_dict(json.loads(sys.argv[1]))
-    while order := sys.stdin.readline():
-        if torch.cuda.is_available():
-            # A fork could not use the GPU, so this process runs the job itself and exits.
-            answer = os.dup(sys.stdout.fileno())
-            status = _work(suite, **json.loads(order))
-            os.write(answer, f"{status}\n".encode())
-            return
-        child = os.fork()
-        if child == 0:
-            status = _work(suite, **json.loads(order))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        sys.exit(130)
+    write_json(output / "jobs" / f"{name}.json", record | {"wall": time.monotonic() - started})

@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import yaml
-from filelock import FileLock
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from scipy.stats import ttest_rel
@@ -27,7 +29,7 @@ from typer.testing import CliRunner
 
 from lrlora.train.methods import adapter_config
 from lrlora.views.figure import save_figure
-from lrlora_lab import jobs, queue
+from lrlora_lab import jobs, pool
 from lrlora_lab.cli import app
 from lrlora_lab.figures import parameters_figure, ranks_figure, rates_figure
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, best_trial, prepare, read_records, train_config
@@ -166,7 +168,7 @@ def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_p
     pd.testing.assert_frame_equal(*tables)
 
 
-def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path, started_worker: None) -> None:
+def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path) -> None:
     result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2", "--hours", 1e-4))
     assert result.exit_code == 0, result.output
     assert "At least 3 jobs are left" in result.output
@@ -174,15 +176,19 @@ def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path, s
     assert "Validation loss" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_job_that_another_process_does_is_left_to_it(suite: Path, tmp_path: Path) -> None:
+def test_jobs_run_at_once_in_one_call(suite: Path, tmp_path: Path) -> None:
     output, rates = tmp_path / "out", (1e-3, 1e-2, 3e-2)
-    options = ("--methods", "lora", "--rates", ",".join(map(str, rates)), "--hours", 1e-4)
-    first, second, third = (Job("reviews", "lora", rate, TUNING_SEED).name for rate in rates)
+    options = ("--methods", "lora", "--rates", ",".join(map(str, rates)), "--hours", 1e-4, "--jobs", 2)
+    first, second, _ = (Job("reviews", "lora", rate, TUNING_SEED).name for rate in rates)
     assert run(*command(suite, output, *options)).exit_code == 0
-    assert set(read_records(output)) == {first}
-    with FileLock(output / "locks" / f"{second}.lock"):
-        assert run(*command(suite, output, *options)).exit_code == 0
-    assert set(read_records(output)) == {first, third}
+    assert set(read_records(output)) == {first, second}
+    held = f"from lrlora.locks import only_writer\nwith only_writer({str(output)!r}): print('held'); input()"
+    holder = Process(held)
+    assert holder.stdout.readline() == "held\n"
+    refused = run(*command(suite, output, *options))
+    holder.communicate()
+    assert refused.exit_code == 1
+    assert "Another process is writing" in " ".join(refused.output.split())
 
 
 def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) -> None:
@@ -206,23 +212,29 @@ def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
     content["tasks"]["reviews"]["steps"] = 10**6
     suite.write_text(yaml.safe_dump(content))
     parent = Process(LAB, *command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
-    workers: list[int] = []
+
+    def writers() -> list[int]:
+        """Processes that write a job's log."""
+        logs, found = {str(path.resolve()) for path in (tmp_path / "out").glob("logs/*")}, []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if logs & {file.path for file in process.open_files()}:
+                    found.append(process.pid)
+        return found
+
     try:
-        for _ in range(300):
-            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-            workers = [int(pid) for pid in children.read_text().split()]
-            if workers:
-                break
-            time.sleep(0.1)
-        assert workers
+        assert wait_until(lambda: bool(writers()), 60)
     finally:
         parent.kill()
         parent.communicate()
-    for _ in range(600):  # it may be importing when its parent goes
-        if not any(Path(f"/proc/{pid}").exists() for pid in workers):
-            break
+    assert wait_until(lambda: not writers(), 60)  # it may be importing when its parent goes
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not (found := is_so()) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    return found
 
 
 def test_a_task_of_one_step_is_one_and_one_without_steps_is_not() -> None:
@@ -617,19 +629,12 @@ def test_a_long_run_goes_on_where_it_was_stopped(
     assert (found["validation"], found["test"]) == (whole["validation"], whole["test"])
 
 
-@pytest.mark.parametrize(
-    ("given", "left"),
-    [({}, "0"), ({"CUDA_VISIBLE_DEVICES": "5,6"}, "5"), ({"CUDA_VISIBLE_DEVICES": "5,6", "LOCAL_RANK": "1"}, "6")],
-)
-def test_a_job_has_one_gpu(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], left: str) -> None:
+def test_a_job_has_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more, the Trainer would take batches larger than the task's."""
-    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    environment = queue._environment()
-    assert environment["CUDA_VISIBLE_DEVICES"] == left
-    assert "LOCAL_RANK" not in environment
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert pool.gpus(2) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    assert pool.gpus(2) == ["5", "6"]
 
 
 @pytest.mark.real

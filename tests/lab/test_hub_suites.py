@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from lrlora_lab.cli import app
@@ -16,14 +15,14 @@ from lrlora_lab.jobs import read_records
 from lrlora_lab.methods import ABLATIONS
 from lrlora_lab.suite import load_suite
 
-from ..train.small import reviews, save_decoder, save_encoder
+from ..train.small import save_decoder
 
 SHORT = ("--steps", 2, "--seeds", 1, "--rates", 1e-3)
 slow = pytest.mark.slow
 
 
-def lrlora(hub: dict[str, str], folder: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> str:
-    command = [sys.executable, *(launcher or ("-m", "lrlora_lab")), *map(str, arguments)]
+def lrlora(hub: dict[str, str], folder: Path, *arguments: object) -> str:
+    command = [sys.executable, "-m", "lrlora_lab", *map(str, arguments)]
     environment = {**os.environ, **hub, "COLUMNS": "300", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,25 +47,6 @@ def test_the_suite_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
         ]
         assert len(by_set) == 8
         assert record["test"]["accuracy"] == pytest.approx(sum(by_set) / 8)
-
-
-@pytest.mark.integration
-def test_processes_that_accelerate_launches_share_the_jobs(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for split, seed in (("train", 0), ("test", 1)):
-        reviews(60, seed).to_csv(tmp_path / "data" / f"{split}.csv", index=False)
-    task = {"data": str(tmp_path / "data"), "task": "classify", "metric": "accuracy", "steps": 4, "batch_size": 8}
-    task["columns"] = {"text": "review", "label": "verdict"}
-    content = {"model": save_encoder(tmp_path / "model"), "tasks": {"reviews": task}}
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "lrlora_lab")
-    options = ("--methods", "lora,lr-lora", "--seeds", 2, "--rates", "1e-3,1e-2", "--output", "out")
-    said = lrlora({}, tmp_path, "compare", "suite.yaml", *options, launcher=launcher)
-    records = read_records(tmp_path / "out")
-    assert len(records) == 8
-    assert not any("failure" in record for record in records.values())
-    # Each job was begun by one of both processes, and neither took part in the other's.
-    assert said.count(", lora, rate ") + said.count(", lr-lora, rate ") == 8
 
 
 @pytest.mark.parametrize(
