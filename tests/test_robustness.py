@@ -124,11 +124,10 @@ class Here(pool._Pool):
     """Jobs of a comparison in this process."""
 
     def start(self, job: jobs.Job) -> None:
-        self.running.append(pool._Running(job, None, 0))
+        self.running[job.name] = job
 
     def wait(self) -> list[tuple[jobs.Job, str | None]]:
-        (job,) = [each.job for each in self.running]
-        self.running = []
+        _, job = self.running.popitem()
         request = {**asdict(job), "rank": self.comparison.r}
         record = run_job(self.comparison.definition, request, self.output / "runs" / job.name)
         write_json(self.output / "jobs" / f"{job.name}.json", record | {"wall": 1.0})

@@ -53,6 +53,10 @@ def compare(
     at_once: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Jobs at a time; default: one per GPU, or one.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray cluster to run on; `auto`: the running one."),
+    ] = None,
     hours: Annotated[
         float | None, typer.Option(min=0.0, help="Hours after which no new job starts; default: no limit.")
     ] = None,
@@ -88,7 +92,7 @@ def compare(
         if dry_run:
             _show_plan(comparison, folder)
         else:
-            _run(comparison, folder, at_once, hours, report=report)
+            _run(comparison, folder, report=report, at_once=at_once, ray=ray, hours=hours)
 
 
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:
@@ -136,12 +140,12 @@ def _show_plan(comparison: Comparison, folder: Path) -> None:
     announce("Not included: further learning rates, where the best is at an edge of the grid.")
 
 
-def _run(comparison: Comparison, folder: Path, at_once: int | None, hours: float | None, *, report: bool) -> None:
+def _run(comparison: Comparison, folder: Path, *, report: bool, **how: Any) -> None:
     from .jobs import read_records
     from .pool import run_comparison
     from .report import write_report
 
-    left = [] if report else run_comparison(comparison, folder, at_once=at_once, hours=hours, announce=announce)
+    left = [] if report else run_comparison(comparison, folder, announce=announce, **how)
     path = write_report(comparison, folder)
     failed = sum(bool(record.get("failure")) for record in comparison.select(read_records(folder)).values())
     if failed:

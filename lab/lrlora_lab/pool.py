@@ -10,8 +10,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lrlora.files import write_json
 from lrlora.locks import only_writer
 from lrlora.train.data import load_examples, load_splits, load_task_data, require_data_path, sampled
 from lrlora.train.tasks import KINDS
@@ -26,7 +28,7 @@ from lrlora.train.tasks import KINDS
 from .jobs import Comparison, Job, Record, prepare, read_records, train_config
 from .methods import find_method
 from .suite import Task
-from .worker import work
+from .worker import work, work_on_a_node
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -36,6 +38,7 @@ def run_comparison(
     output: Path,
     *,
     at_once: int | None = None,
+    ray: str | None = None,
     hours: float | None = None,
     announce: Callable[[str], None] = print,
 ) -> list[Job]:
@@ -45,6 +48,7 @@ def run_comparison(
         comparison: the comparison.
         output: folder of the results.
         at_once: number of jobs at a time; None: one per GPU, or one.
+        ray: address of a Ray cluster to run them on, one per GPU or core; None: this machine.
         hours: start no job after this time; None: run all.
         announce: receives progress messages.
 
@@ -61,14 +65,14 @@ def run_comparison(
         for name, record in read_records(output).items():
             if record.get("failure") and not record.get("diverged", True):  # which the user may have mended
                 (output / "jobs" / f"{name}.json").unlink(missing_ok=True)
-        pool = _Pool(comparison, output, at_once)
+        pool = _Pool(comparison, output, at_once) if ray is None else _Cluster(comparison, output, ray)
         try:
             return _run_missing(pool, hours, announce)
         finally:
             pool.close()
 
 
-def _run_missing(pool: _Pool, hours: float | None, announce: Callable[[str], None]) -> list[Job]:
+def _run_missing(pool: _Pool | _Cluster, hours: float | None, announce: Callable[[str], None]) -> list[Job]:
     started = time.monotonic()
     given_up: set[str] = set()
     while True:
@@ -76,7 +80,7 @@ def _run_missing(pool: _Pool, hours: float | None, announce: Callable[[str], Non
         _remove_runs(pool.output, finished)
         missing = [job for job in pool.comparison.plan(finished) if job.name not in finished]
         if hours is None or time.monotonic() - started < 3600 * hours:
-            begun = given_up | {each.job.name for each in pool.running}
+            begun = given_up | {job.name for job in pool.running.values()}
             for job in [job for job in missing if job.name not in begun][: pool.free]:
                 announce(f"{_progress(pool.comparison, missing, finished)} · {_told(job)}")
                 pool.start(job)
@@ -114,15 +118,6 @@ def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Recor
     return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss), one at a time"
 
 
-@dataclass(frozen=True)
-class _Running:
-    """A job, its process, and its place among those that run."""
-
-    job: Job
-    process: Any
-    slot: int
-
-
 class _Pool:
     """Runs jobs, each in a process of its own with one GPU: with more, the Trainer would use larger batches.
 
@@ -137,7 +132,8 @@ class _Pool:
         self._context: Any = multiprocessing.get_context("spawn" if has_gpu else "forkserver")
         self._context.set_forkserver_preload(["lrlora_lab.worker"])
         self._threads = max(1, torch.get_num_threads() // self._size)
-        self.running: list[_Running] = []
+        self.running: dict[Any, Job] = {}  # by process
+        self._slots: dict[Any, int] = {}
 
     @property
     def free(self) -> int:
@@ -146,7 +142,7 @@ class _Pool:
 
     def start(self, job: Job) -> None:
         """Start a job."""
-        slot = min({*range(self._size)} - {each.slot for each in self.running})
+        slot = min({*range(self._size)} - {self._slots[process] for process in self.running})
         request = {**asdict(job), "rank": self.comparison.r}
         arguments = (asdict(self.comparison.definition), request, self.output, job.name, self._threads)
         process = self._context.Process(target=work, args=arguments)
@@ -160,31 +156,76 @@ class _Pool:
                 os.environ[_GPUS] = before
             else:
                 os.environ.pop(_GPUS, None)
-        self.running.append(_Running(job, process, slot))
+        self.running[process], self._slots[process] = job, slot
 
     def wait(self) -> list[tuple[Job, str | None]]:
         """Wait until jobs end; those that wrote no result are returned with the reason."""
-        ended = wait([each.process.sentinel for each in self.running])
-        done = [each for each in self.running if each.process.sentinel in ended]
-        self.running = [each for each in self.running if each not in done]
-        return [(each.job, self._problem(each)) for each in done]
+        ended = wait([process.sentinel for process in self.running])
+        done = [process for process in self.running if process.sentinel in ended]
+        return [(job := self.running.pop(process), self._problem(process, job.name)) for process in done]
 
-    def _problem(self, ended: _Running) -> str | None:
-        ended.process.join()
-        name = ended.job.name
+    def _problem(self, process: Any, name: str) -> str | None:
+        process.join()
         if (self.output / "jobs" / f"{name}.json").exists():
             return None
         log = self.output / "logs" / f"{name}.log"
         lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
         said = lines[-1] if lines else "no message"
-        return f"{name} ended with status {ended.process.exitcode} ({said}); see {log}"
+        return f"{name} ended with status {process.exitcode} ({said}); see {log}"
 
     def close(self) -> None:
         """Stop the jobs that still run; long ones save a checkpoint."""
-        for each in self.running:
-            each.process.terminate()
-        for each in self.running:
-            each.process.join()
+        for process in self.running:
+            process.terminate()
+        for process in self.running:
+            process.join()
+
+
+class _Cluster:
+    """Runs jobs on the nodes of a Ray cluster, each with a GPU or a core; twice again if its node is lost.
+
+    Files must have the same paths on all nodes.
+    """
+
+    def __init__(self, comparison: Comparison, output: Path, address: str) -> None:
+        try:
+            ray: Any = import_module("ray")
+        except ModuleNotFoundError:
+            raise ValueError("--ray needs Ray, which is not installed. Run pip install './lab[ray]'.") from None
+        self.comparison, self.output, self._ray = comparison, output, ray
+        ray.init(address, log_to_driver=False)
+        there = ray.cluster_resources()
+        with_gpu = there.get("GPU", 0) >= 1
+        self._size = int(there["GPU" if with_gpu else "CPU"])
+        options = {"num_cpus": 1, "num_gpus": int(with_gpu), "max_retries": 2, "max_calls": 1}
+        self._work = ray.remote(**options)(work_on_a_node)
+        self.running: dict[Any, Job] = {}  # by reference to its result
+
+    @property
+    def free(self) -> int:
+        """Number of jobs that can start now."""
+        return self._size - len(self.running)
+
+    def start(self, job: Job) -> None:
+        """Start a job."""
+        request = {**asdict(job), "rank": self.comparison.r}
+        self.running[self._work.remote(asdict(self.comparison.definition), request, os.getcwd())] = job
+
+    def wait(self) -> list[tuple[Job, str | None]]:
+        """Wait until a job ends, and save its result; without one, it is returned with the reason."""
+        (reference,), _ = self._ray.wait(list(self.running))
+        job = self.running.pop(reference)
+        try:
+            write_json(self.output / "jobs" / f"{job.name}.json", self._ray.get(reference))
+        except self._ray.exceptions.RayError as error:
+            return [(job, f"{job.name}: {str(error).strip().splitlines()[-1]}")]
+        return [(job, None)]
+
+    def close(self) -> None:
+        """Stop the jobs that still run, and leave the cluster."""
+        for reference in self.running:
+            self._ray.cancel(reference, force=True)
+        self._ray.shutdown()
 
 
 def gpus(count: int) -> list[str]:

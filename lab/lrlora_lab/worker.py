@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -147,6 +148,25 @@ def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
     return [{name: getattr(row, name) for name in names} for row in report.rows]
 
 
+def record_of(suite: dict[str, Any], request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Result of a job, or why it can never have one; see `work` and `run_job`."""
+    transformers.logging.set_verbosity_error()
+    started = time.monotonic()
+    try:
+        record = run_job(Suite.from_dict(suite), request, folder)
+    except ValueError as error:
+        record = {**request, "failure": " ".join(str(error).split()), "diverged": isinstance(error, DivergedError)}
+    return record | {"wall": time.monotonic() - started}
+
+
+def work_on_a_node(suite: dict[str, Any], request: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Run a job in a process of a cluster, with paths relative to `folder`; an interrupted one is not resumed."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        return record_of(suite, request, Path(scratch) / "run")
+
+
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -171,13 +191,9 @@ def work(suite: dict[str, Any], request: dict[str, Any], output: Path, name: str
     for descriptor in (1, 2):
         os.dup2(written, descriptor)
     torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    started = time.monotonic()
     try:
-        record = run_job(Suite.from_dict(suite), request, output / "runs" / name)
-    except ValueError as error:
-        record = {**request, "failure": " ".join(str(error).split()), "diverged": isinstance(error, DivergedError)}
+        record = record_of(suite, request, output / "runs" / name)
     except (Interrupted, KeyboardInterrupt):
         print("Interrupted.")
         sys.exit(130)
-    write_json(output / "jobs" / f"{name}.json", record | {"wall": time.monotonic() - started})
+    write_json(output / "jobs" / f"{name}.json", record)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -204,6 +205,31 @@ def test_what_failed_from_outside_is_tried_again(suite: Path, tmp_path: Path) ->
     report = (tmp_path / "out" / "report.md").read_text()
     assert "nan" not in report  # one seed has no spread
     assert "Against LoRA" not in report  # and one method no rival
+
+
+@pytest.mark.slow
+def test_jobs_run_on_a_cluster_that_loses_a_node(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    options = ("--methods", "lora,lr-lora", "--rates", "1e-3,1e-2", "--seeds", 2)
+    alone = run(*command(suite, tmp_path / "alone", *options))
+    assert alone.exit_code == 0, alone.output
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    lost = threading.Thread(
+        target=lambda: wait_until(lambda: any((tmp_path / "out").glob("jobs/*")), 300) and cluster.remove_node(second)
+    )
+    lost.start()
+    try:
+        done = run(*command(suite, tmp_path / "out", *options, "--ray", cluster.address))
+    finally:
+        lost.join()
+        cluster.shutdown()
+    assert done.exit_code == 0, done.output
+    tables = [pd.read_csv(tmp_path / f / "results.csv")[["method", "mean"]] for f in ("out", "alone")]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks the system for child processes")
