@@ -474,9 +474,9 @@ def kept_table() -> str:
     lines = []
     for name in dict.fromkeys(row["task"] for row in rows):
         for share in KEEPS:
-            group = [row for row in rows if row["task"] == name and row["keep"] == share and "size" in row]
-            if not group:
-                lines.append([name, f"{share:g}", "0", "none", "–", "–", "–"])
+            group = [row for row in rows if row["task"] == name and row["keep"] == share]
+            if any("refused" in row for row in group):
+                lines.append([name, f"{share:g}", str(len(group)), "not cut", "no measurable gain", "–", "–"])
                 continue
             tests = [row["test"]["share"] for row in group]
             nats = [statistics.mean(row[key] for row in group) for key in ("without", "whole", "cut")]
