@@ -30,6 +30,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 @pytest.mark.real
+@pytest.mark.integration
 def test_trainer() -> None:
     output = run("trainer.py", "2")
     assert re.search(r"best evaluation loss: 0\.\d+", output)
@@ -157,6 +158,7 @@ def test_lm_evaluation_harness_reads_an_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.integration
 def test_accelerate() -> None:
     output = run("accelerate_loop.py", "10")
     assert re.search(r"^0 0\.\d+$", output, re.MULTILINE)

@@ -89,8 +89,11 @@ def need_deepspeed() -> None:
 @pytest.mark.parametrize(
     ("family", "way"),
     [
-        *[("llama", "ddp"), ("bert", "ddp"), ("llama", "fsdp"), ("bert", "fsdp"), ("llama", "fsdp-shared")],
-        ("llama", "fsdp-expansion"),
+        *[("llama", "ddp"), ("bert", "fsdp")],
+        *[
+            pytest.param(*case, marks=pytest.mark.integration)
+            for case in (("llama", "fsdp"), ("llama", "fsdp-shared"), ("llama", "fsdp-expansion"), ("bert", "ddp"))
+        ],
         pytest.param("bert", "ddp-expansion", marks=pytest.mark.slow),
         # DeepSpeed is no part of [dev]: transformers would import it in every test.
         *[pytest.param("llama", way, marks=pytest.mark.slow) for way in ("zero3", "zero3-expansion")],
@@ -116,7 +119,11 @@ def test_several_processes_do_what_one_does(family: str, way: str, processes: in
 
 @pytest.mark.parametrize(
     "way",
-    ["compile", "ddp", "fsdp", "fsdp-bf16", *(pytest.param(way, marks=pytest.mark.slow) for way in ("zero2", "zero3"))],
+    [
+        *("ddp", "fsdp"),
+        *(pytest.param(way, marks=pytest.mark.integration) for way in ("compile", "fsdp-bf16")),
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("zero2", "zero3")),
+    ],
 )
 def test_ranks_are_learned_by_several_processes_as_by_one(way: str, tmp_path: Path) -> None:
     if way.startswith("zero"):
@@ -142,6 +149,7 @@ def test_ranks_are_learned_by_several_processes_as_by_one(way: str, tmp_path: Pa
     assert sum(len(value) for name, value in stored.items() if "lora_A" in name) == sum(alone["ranks"].values())
 
 
+@pytest.mark.integration
 def test_mixed_precision_leaves_phi_in_float32(tmp_path: Path) -> None:
     torchrun(2, ROOT / "tests" / "distributed" / "train_sharded.py", "llama", "fsdp-bf16", tmp_path)
     _, losses = train("llama", "fsdp-bf16")

@@ -181,6 +181,7 @@ def test_lora_has_its_parameters_in_the_linear_layers(tmp_path: Path, r: int) ->
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 13_824 * r
 
 
+@pytest.mark.integration
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "train_size", "common"),
@@ -200,6 +201,7 @@ def test_real_corpora_are_what_they_should_be(name: str, train_size: int, common
     assert all(torch.equal(one, other) for one, other in zip(corpus, load_corpus(name), strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.real
 @pytest.mark.parametrize("name", CORPORA)
 def test_no_long_passage_is_in_two_parts(name: str) -> None:

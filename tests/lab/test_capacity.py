@@ -314,6 +314,7 @@ def test_the_loss_of_a_language_model_is_its_own() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.integration
 def test_a_phone_book_is_learned_by_the_model_s_upper_layers() -> None:
     setting = phone_book(pairs=8, batch_size=4, seed=1)
     tokens, digits = draw_phone_book(pairs=8, seed=1)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.real
 SIZES = {"movie-reviews": 12_500, "20-newsgroups": 18_000, "r8": 7_600}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", SIZES)
 def test_splits_share_no_group_and_hold_every_label(name: str) -> None:
     data = LOADERS[name]()

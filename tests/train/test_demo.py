@@ -25,6 +25,7 @@ from lrlora.views.runs import load_runs
 pytestmark = pytest.mark.real
 
 
+@pytest.mark.integration
 def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, output = DemoSettings(steps=12), tmp_path / "demo"
     monkeypatch.setattr(demo, "TEST_EXAMPLES", 64)
