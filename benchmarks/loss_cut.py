@@ -93,7 +93,7 @@ BYTES = "byte model"
 ALL = (BYTES, *TASKS)
 # Adapters that gain nothing, and little, for --stage keep.
 TASKS["r8-nothing"] = replace(TASKS["r8"], rate=1e-8)
-TASKS["r8-little"] = replace(TASKS["r8"], settings=TASKS["r8"].settings | {"steps": 20}, rate=1e-3)
+TASKS["r8-little"] = replace(TASKS["r8"], settings=TASKS["r8"].settings | {"steps": 40})
 TUNED = {"german": (1e-3, 2e-3, 4e-3, 8e-3)}
 
 

@@ -9,7 +9,6 @@ import os
 import platform
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -185,7 +184,7 @@ def work(suite: dict[str, Any], request: dict[str, Any], output: Path, name: str
         threads: number of threads on a CPU.
 
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()  # Ctrl+C is for the parent, which stops its jobs by SIGTERM: a second signal would end them at once
     threading.Thread(target=_end_with_parent, daemon=True).start()
     written = os.open(output / "logs" / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for descriptor in (1, 2):

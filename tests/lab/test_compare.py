@@ -233,7 +233,8 @@ def test_jobs_run_on_a_cluster_that_loses_a_node(suite: Path, tmp_path: Path, mo
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks the system for child processes")
-def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path, how: signal.Signals) -> None:
     content = yaml.safe_load(suite.read_text())
     content["tasks"]["reviews"]["steps"] = 10**6
     suite.write_text(yaml.safe_dump(content))
@@ -251,7 +252,7 @@ def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path) -> None:
     try:
         assert wait_until(lambda: bool(writers()), 60)
     finally:
-        parent.kill()
+        parent.send_signal(how)
         parent.communicate()
     assert wait_until(lambda: not writers(), 60)  # it may be importing when its parent goes
 
