@@ -16,7 +16,7 @@ CODE = [
         ("lab", "*.py"),
         ("lab", "*.yaml"),
         ("examples", "*.py"),
-        ("benchmarks", "*.md"),
+        ("lab", "*.md"),
     )
     for path in sorted((ROOT / folder).rglob(kind))
 ]
@@ -42,11 +42,11 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
         return f"](code/{path if path.suffix else path / '__init__.py'}.txt)"
 
     markdown = markdown.replace("](../README.md", "](index.md").replace("](../SECURITY.md", "](security.md")
-    return re.sub(r"\]\(\.\./((?:src|lab|examples|benchmarks)/[^)]+?)/?\)", copy, markdown)
+    return re.sub(r"\]\(\.\./((?:src|lab|examples)/[^)]+?)/?\)", copy, markdown)
 
 
 def _start_page() -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"\]\(docs/", "](", text).replace("](benchmarks/", "](../benchmarks/")
+    text = re.sub(r"\]\(docs/", "](", text).replace("](lab/", "](../lab/")
     text = re.sub(r"\]\((SECURITY|CONTRIBUTING|CHANGELOG)\.md\)", lambda match: f"]({match[1].lower()}.md)", text)
     return text.replace("](examples)", "](cookbook.md)")
