@@ -240,6 +240,7 @@ def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
     speed = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     table = speed.partition("### Learned ranks")[2].partition("###")[0]
     costs = [row.split(" | ")[1:] for row in table.splitlines() if " × " in row]
+    assert len(costs) == 2
     for time, _, memory in costs:
         assert f"{time} times LoRA's processor time and {memory.removesuffix(' |')} times its memory" in guide
 

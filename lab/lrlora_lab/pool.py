@@ -81,7 +81,7 @@ def _run_missing(pool: _Pool | _Cluster, hours: float | None, announce: Callable
         missing = [job for job in pool.comparison.plan(finished) if job.name not in finished]
         if hours is None or time.monotonic() - started < 3600 * hours:
             begun = given_up | {job.name for job in pool.running.values()}
-            for job in [job for job in missing if job.name not in begun][: pool.free]:
+            for job in [job for job in missing if job.name not in begun][: pool.size - len(pool.running)]:
                 announce(f"{_progress(pool.comparison, missing, finished)} · {_told(job)}")
                 pool.start(job)
         if not pool.running:
@@ -122,41 +122,35 @@ class _Pool:
     """Runs jobs, each in a process of its own with one GPU: with more, the Trainer would use larger batches.
 
     Processes are forks of one with all imports done; where there is a GPU, which a fork could not use, new ones.
+
+    Attributes:
+        size: number of jobs at a time.
+        running: process → job.
+
     """
 
     def __init__(self, comparison: Comparison, output: Path, at_once: int | None) -> None:
         self.comparison, self.output = comparison, output
         has_gpu = torch.cuda.is_available()
+        self._visible = os.environ.get(_GPUS)
         self._gpus = gpus(torch.cuda.device_count()) if has_gpu else []
-        self._size = at_once or len(self._gpus) or 1
+        self.size = at_once or len(self._gpus) or 1
         self._context: Any = multiprocessing.get_context("spawn" if has_gpu else "forkserver")
         self._context.set_forkserver_preload(["lrlora_lab.worker"])
-        self._threads = max(1, torch.get_num_threads() // self._size)
-        self.running: dict[Any, Job] = {}  # by process
-        self._slots: dict[Any, int] = {}
-
-    @property
-    def free(self) -> int:
-        """Number of jobs that can start now."""
-        return self._size - len(self.running)
+        self._threads = max(1, torch.get_num_threads() // self.size)
+        self.running: dict[Any, Job] = {}
+        self._gpu_of: dict[Any, str] = {}
 
     def start(self, job: Job) -> None:
         """Start a job."""
-        slot = min({*range(self._size)} - {self._slots[process] for process in self.running})
         request = {**asdict(job), "rank": self.comparison.r}
         arguments = (asdict(self.comparison.definition), request, self.output, job.name, self._threads)
         process = self._context.Process(target=work, args=arguments)
-        before = os.environ.get(_GPUS)
         if self._gpus:
-            os.environ[_GPUS] = self._gpus[slot % len(self._gpus)]
-        try:
-            process.start()
-        finally:
-            if before is not None:
-                os.environ[_GPUS] = before
-            else:
-                os.environ.pop(_GPUS, None)
-        self.running[process], self._slots[process] = job, slot
+            used = [self._gpu_of[other] for other in self.running]
+            self._gpu_of[process] = os.environ[_GPUS] = min(self._gpus, key=used.count)
+        process.start()
+        self.running[process] = job
 
     def wait(self) -> list[tuple[Job, str | None]]:
         """Wait until jobs end; those that wrote no result are returned with the reason."""
@@ -179,12 +173,20 @@ class _Pool:
             process.terminate()
         for process in self.running:
             process.join()
+        os.environ.pop(_GPUS, None)
+        if self._visible is not None:
+            os.environ[_GPUS] = self._visible
 
 
 class _Cluster:
     """Runs jobs on the nodes of a Ray cluster, each with a GPU or a core; twice again if its node is lost.
 
     Files must have the same paths on all nodes.
+
+    Attributes:
+        size: number of jobs at a time.
+        running: reference to a result → job.
+
     """
 
     def __init__(self, comparison: Comparison, output: Path, address: str) -> None:
@@ -196,15 +198,10 @@ class _Cluster:
         ray.init(address, log_to_driver=False)
         there = ray.cluster_resources()
         with_gpu = there.get("GPU", 0) >= 1
-        self._size = int(there["GPU" if with_gpu else "CPU"])
+        self.size = int(there["GPU" if with_gpu else "CPU"])
         options = {"num_cpus": 1, "num_gpus": int(with_gpu), "max_retries": 2, "max_calls": 1}
         self._work = ray.remote(**options)(work_on_a_node)
-        self.running: dict[Any, Job] = {}  # by reference to its result
-
-    @property
-    def free(self) -> int:
-        """Number of jobs that can start now."""
-        return self._size - len(self.running)
+        self.running: dict[Any, Job] = {}
 
     def start(self, job: Job) -> None:
         """Start a job."""
