@@ -89,11 +89,12 @@ class Moments(NamedTuple):
     def add(self, z: Tensor, h: Tensor) -> None:
         """Add tokens, except those with values that are not finite: z and h (..., k), any dtype."""
         z, h = (at_least_float32(part).reshape(-1, part.shape[-1]) for part in (z, h))
-        # Not by indexing, which would wait for the GPU.
-        counted = h.isfinite().all(-1) & z.isfinite().all(-1)
-        z, h = (torch.where(counted[:, None], part, 0) for part in (z, h))
         h_weight = ((h @ self.h_metric.to(h)) * h).sum(-1)
         z_weight = ((z @ self.z_metric.to(z)) * z).sum(-1)
+        counted = (h_weight * z_weight).isfinite()
+        # Not by indexing, which would wait for the GPU.
+        h_weight, z_weight = (torch.where(counted, part, 0) for part in (h_weight, z_weight))
+        h, z = (torch.where(counted[:, None], part, 0) for part in (h, z))
         inputs, gradients = z.T @ (h_weight[:, None] * z), h.T @ (z_weight[:, None] * h)
         weight = (h_weight * z_weight).sum()
         self.sums[:-1].add_(torch.cat([inputs.flatten(), gradients.flatten(), weight[None]]).to(self.sums))
