@@ -442,14 +442,14 @@ def keep(name: str, seed: int) -> list[dict[str, Any]]:
 
 
 def own(name: str, seed: int) -> dict[str, Any]:
-    """Cuts by what the adapted model writes or labels itself, measured on real test data."""
+    """Cuts by text or labels of the adapted model, measured on real test data."""
     from lrlora.learned import example_losses, loss_curve
     from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part, mean_of
 
     task = TASKS[name]
     subject, test = loaded(name, run_folder(name, task.method, 8, rate_of(name), seed))
+    kind = subject.run.kind
     unseen = Part(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
-    alone = subject.on_own_text()
     row: dict[str, Any] = {
         "task": name,
         "seed": seed,
@@ -457,15 +457,33 @@ def own(name: str, seed: int) -> dict[str, Any]:
         "without": mean_of(unseen.without),
     }
     whole = sum(part.parameters for part in subject.whole)
-    for source, examples in (("real", subject), ("own", alone)):
+    sources = {"real": (subject, subject.loss), "sampled": (subject, sampled(1.0, kind.generates))}
+    if kind.generates:
+        pieces = replace(subject, training=fixed_pieces(subject.run.processor))
+        sources["fixed"] = pieces, sampled(1.0, causal=True)
+    if task.settings["task"] != "image-classify":
+        alone = subject.on_own_text()
+        sources["own" if kind.generates else "fixed"] = alone, alone.loss
+        factors = Cut(alone, announce=lambda line: None).smallest(KEEPS[0], announce=lambda line: None)
+        row |= {"size": sum(part.parameters for part in factors) / whole, "kept": unseen.kept(factors)._asdict()}
+    for source, (examples, loss) in sources.items():
         batches = examples.batches(examples.training, EXAMPLES, TERMS)
-        curve = loss_curve(subject.on_base, subject.whole, batches, subject.loss)
+        curve = loss_curve(subject.on_base, subject.whole, batches, loss)
         for share in SHARES:
             cut = curve.within(int(share * whole))
             row[f"{source}, {share}"] = mean_of(example_losses(subject.on_base, cut, test, subject.loss))
-    factors = Cut(alone, announce=lambda line: None).smallest(KEEPS[0], announce=lambda line: None)
-    row |= {"size": sum(part.parameters for part in factors) / whole, "kept": unseen.kept(factors)._asdict()}
     return row
+
+
+def fixed_pieces(tokenizer: Any) -> Any:
+    """Python's documentation in pieces of 64 tokens."""
+    from datasets import Dataset
+
+    from lrlora.train.own_text import fixed_texts
+
+    tokens = tokenizer(" ".join(fixed_texts()))["input_ids"]
+    rows = [tokens[start : start + 64] for start in range(0, len(tokens) - 64, 64)]
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 64] * len(rows), "labels": rows})
 
 
 def kept_table() -> str:
@@ -496,26 +514,22 @@ def kept_table() -> str:
 def own_table() -> str:
     """Cuts without data, over seeds."""
     rows, cuts = ([json.loads(line) for line in path.read_text().splitlines()] for path in (OWN, RESULTS))
+    sources = {"real": "its own data", "sampled": "with sampled labels", "fixed": "a fixed text", "own": "own text"}
     lines = []
     for name in dict.fromkeys(row["task"] for row in rows):
         group = [row for row in rows if row["task"] == name]
         others = [row for row in cuts if row["task"] == name]
-        cells = [
-            "{:+.3f}, {:+.3f}".format(
-                *(statistics.mean(row[f"{source}, {s}"] - row["whole"] for row in group) for s in SHARES)
-            )
-            for source in ("real", "own")
+        found = [
+            [[row.get(f"{each}, {s}", math.nan) - row["whole"] for row in group] for s in SHARES] for each in sources
         ]
-        cells += [
-            "{:+.3f}, {:+.3f}".format(*(statistics.mean(added(row, method, s) for row in others) for s in SHARES))
-            for method in ("by energy", "every k")
-        ]
-        kept = [row["kept"]["share"] for row in group]
-        size = f"{statistics.mean(row['size'] for row in group):.0%}"
-        lines.append(
-            [name, str(len(group)), *cells, size, f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})"]
-        )
-    heads = ["adapter", "seeds", "its own data", "without data", "by energy", "every module k", "size for 0.95", "kept"]
+        found += [[[added(row, method, s) for row in others] for s in SHARES] for method in ("by energy", "every k")]
+        line = [name, str(len(group)), *(", ".join(shown(statistics.mean(part)) for part in cell) for cell in found)]
+        kept = [row["kept"]["share"] for row in group if "kept" in row]
+        if kept:
+            size = statistics.mean(row["size"] for row in group)
+            line += [f"{size:.0%}", f"{statistics.mean(kept):.1%} ({min(kept):.1%} to {max(kept):.1%})"]
+        lines.append(line if kept else [*line, "–", "–"])
+    heads = ["adapter", "seeds", *sources.values(), "by energy", "every module k", "size for 0.95", "kept"]
     return table(heads, lines)
 
 
