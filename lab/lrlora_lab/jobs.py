@@ -98,7 +98,7 @@ class Comparison:
         suite: name of a suite in `suites/`, or a YAML file with one.
         methods: keys of `find_method`; the reference is "lora", or else the first. Default: the task's own, or else the
             main ones.
-        seeds: final runs per method and task, at the rate chosen with one more seed.
+        seeds: final runs per method and task, at the rate chosen with one more seed; a single rate is not tuned.
         rank: r; default: the suite's.
         tasks: tasks of the suite; default: all.
         rates: the only learning rates to try, for every method; default: each method's own times the task's scale, and
@@ -195,6 +195,8 @@ class Comparison:
             scales = definition.scales if known.has_scale else scales
         else:
             grid = sorted(self.rates or (definition.rate_scale * rate for rate in known.rates))
+        if len(self.rates) == len(scales) == 1:  # nothing to tune
+            return [Job(task, method, grid[0], seed, scales[0]) for seed in range(1, self.seeds + 1)]
         low, high = grid[0] / 2**_GRID_STEPS, grid[-1] * 2**_GRID_STEPS
         trials = [Job(task, method, rate, TUNING_SEED, scales[0]) for rate in grid]
         while all(trial.name in finished for trial in trials):
