@@ -28,7 +28,6 @@ sys.path.insert(0, str(DOCS))
 from sections import table, with_section  # noqa: E402
 
 PAGE, RESULTS = DOCS / "loss.md", DOCS / "loss" / "results.jsonl"
-ALTERNATIVES = DOCS / "loss" / "alternatives.jsonl"
 COSTS = DOCS / "loss" / "costs.json"
 KEPT = DOCS / "loss" / "kept.jsonl"
 OWN = DOCS / "loss" / "own.jsonl"
@@ -457,10 +456,10 @@ def own(name: str, seed: int) -> dict[str, Any]:
         "without": mean_of(unseen.without),
     }
     whole = sum(part.parameters for part in subject.whole)
-    sources = {"real": (subject, subject.loss), "sampled": (subject, sampled(1.0, kind.generates))}
+    sources = {"real": (subject, subject.loss), "sampled": (subject, sampled(kind.generates))}
     if kind.generates:
         pieces = replace(subject, training=fixed_pieces(subject.run.processor))
-        sources["fixed"] = pieces, sampled(1.0, causal=True)
+        sources["fixed"] = pieces, sampled(causal=True)
     if task.settings["task"] != "image-classify":
         alone = subject.on_own_text()
         sources["own" if kind.generates else "fixed"] = alone, alone.loss
@@ -646,8 +645,8 @@ def costs() -> dict[str, Any]:
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def sampled(temperature: float, causal: bool) -> Any:
-    """Loss of labels sampled from the model at a temperature; at 1 its moments are the Fisher matrix's."""
+def sampled(causal: bool) -> Any:
+    """Loss of labels sampled from the model; its moments are the Fisher matrix's."""
     import torch
     import torch.nn.functional as F
 
@@ -655,65 +654,11 @@ def sampled(temperature: float, causal: bool) -> Any:
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
         is_counted = batch["labels"][:, 1:] != -100 if causal else torch.ones(len(logits), 1, dtype=torch.bool)
         logits = logits[:, :-1] if causal else logits[:, None]
-        drawn = torch.distributions.Categorical(logits=logits.detach() / temperature).sample()
+        drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
         terms = F.cross_entropy(logits.transpose(1, 2), drawn, reduction="none")
         return (terms * is_counted).sum(1), is_counted.sum(1)
 
     return loss
-
-
-def grounds_of(name: str) -> tuple[Any, Any, list[Any], list[Any], Any, bool]:
-    """Model, all factors, batches for training and validation, loss, and whether it is a language model's."""
-    import torch
-
-    from lrlora.learned import model_loss
-    from lrlora_lab.byte_model import load_corpus, sample_batch
-
-    if name != BYTES:
-        subject, _ = loaded(name, run_folder(name, "lora", 8, rate_of(name), 0))
-        batches = subject.batches(subject.training), subject.batches(subject.held_out)
-        return subject.on_base, subject.whole, *batches, subject.loss, subject.run.kind.generates
-    case = byte_case(byte_folder(16, 0), 0)
-    generator, data = torch.Generator().manual_seed(1), load_corpus("german")
-    drawn = [sample_batch(part, generator, 16) for part in (data.train, data.train, data.validation, data.validation)]
-    batches_of_bytes = [{"input_ids": windows, "labels": windows} for windows in drawn]
-    return case.updates, case.whole, batches_of_bytes[:2], batches_of_bytes[2:], model_loss, True
-
-
-def alternatives(name: str) -> list[dict[str, Any]]:
-    """Other moments, damping, and a second cut, with the first seed: added validation loss."""
-    from lrlora.learned import mean_loss
-    from lrlora.learned.directions import DAMPING, LossCurve, directions
-    from lrlora.learned.moments import collect_moments
-
-    model, whole, training, others, loss, causal = grounds_of(name)
-    base, size = mean_loss(model, whole, others, loss), sum(part.parameters for part in whole)
-
-    def curve(batches: Any, loss: Any, damping: float = DAMPING, kept: Any = whole) -> LossCurve:
-        moments, terms = collect_moments(model, kept, batches, loss)
-        return LossCurve([directions(part, moments.get(part.module), terms, damping) for part in kept])
-
-    def twice(budget: int) -> Any:
-        halfway = curve(training, loss).within(int((size * budget) ** 0.5))
-        return curve(training, loss, kept=halfway).within(budget)
-
-    ways: dict[str, Callable[[int], Any]] = {
-        "as it is": curve(training, loss).within,
-        "one batch": curve(training[:1], loss).within,
-        "labels drawn from the model": curve(training, sampled(1.0, causal)).within,
-        "drawn at temperature 3": curve(training, sampled(3.0, causal)).within,
-        "gradients on validation data": curve(others, loss).within,
-        "no damping": curve(training, loss, 0.0).within,
-        "damping 0.1": curve(training, loss, 0.1).within,
-        "damping 1": curve(training, loss, 1.0).within,
-        "two cuts, with new moments": twice,
-    }
-    rows = []
-    for way, choose in ways.items():
-        losses = [mean_loss(model, choose(int(share * size)), others, loss) - base for share in SHARES]
-        rows.append({"task": name, "way": way, "added": losses})
-        print(rows[-1], flush=True)
-    return rows
 
 
 COLUMNS = {
@@ -822,16 +767,11 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="tasks, with commas between", default=",".join(ALL))
-    parser.add_argument("--stage", choices=("train", "cut", "keep", "own", "alternatives", "costs"))
+    parser.add_argument("--stage", choices=("train", "cut", "keep", "own", "costs"))
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     if options.report:
         PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-        return
-    if options.stage == "alternatives":
-        ALTERNATIVES.write_text(
-            "".join(json.dumps(row) + "\n" for name in (BYTES, "news") for row in alternatives(name))
-        )
         return
     if options.stage == "costs":
         COSTS.write_text(json.dumps(costs(), indent=1) + "\n")
