@@ -28,12 +28,12 @@ def draw(count: int, generator: torch.Generator, lost: float = 0.02) -> tuple[Te
 def test_the_lower_bound_holds_19_times_of_20() -> None:
     generator = torch.Generator().manual_seed(0)
     below = 0
-    for _ in range(400):
+    for _ in range(100):
         without, whole, cut = draw(200, generator)
         kept = Gain(without, whole).kept(cut)
         assert kept.low <= kept.share <= kept.high
         below += kept.low <= 0.98
-    assert 0.92 <= below / 400 <= 0.98
+    assert 0.88 <= below / 100 <= 0.99
 
 
 def test_the_share_is_a_ratio_of_sums_and_knows_the_whole_and_nothing() -> None:

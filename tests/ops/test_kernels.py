@@ -42,8 +42,9 @@ def update_error(case: Case) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("num_basis", [2, 8, 50])
-@pytest.mark.parametrize("shape", [(300, 700), (5, 3), (1, 257)])
+@pytest.mark.parametrize(
+    ("shape", "num_basis"), [((300, 700), 50), ((5, 3), 2), ((5, 3), 8), ((5, 3), 50), ((1, 257), 50)]
+)
 def test_float32_against_the_formula(form: str, num_basis: int, shape: tuple[int, int], path: str) -> None:
     # The interpreter takes as long for each block of 64 × 64: here, 2 × 4 of them, the last ones smaller.
     rows, columns = (100, 200) if path == "triton" and shape[0] > 100 else shape
@@ -103,7 +104,7 @@ def test_every_element_is_written(transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1e-4, 30.0])
 def test_every_scale_of_the_entries(form: str, scale: float) -> None:
     case = make_case(form, dtype=torch.float32)
     case = case._replace(B=case.B * (scale / (GAIN * (case.B @ case.A).abs().max().item())), transfer=case.transfer)

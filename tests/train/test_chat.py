@@ -199,7 +199,7 @@ def test_a_hint_names_the_column(decoder: str, tmp_path: Path, columns: tuple[st
 
 
 def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = run_on("prompt")
+    folder = run_on("Alpaca")
     question = reviews(1)["review"][0]
     one = run("predict", folder, "--text", question, "--generation", "max_new_tokens=1").output.strip()
     three = run(
@@ -243,10 +243,11 @@ def test_a_run_from_before_goes_on_with_the_loss_of_the_whole_chat(decoder: str,
     folder = trained(decoder, tmp_path, "messages", 2)
     record = json.loads((folder / "run.json").read_text())
     assert record["loss_on"] == "answers"
-    before = evaluate(folder, str(tmp_path / "messages.jsonl"))["loss"]
+    data = write(tmp_path / "few.jsonl", rows("messages", 6))
+    before = evaluate(folder, data)["loss"]
     del record["loss_on"]
     (folder / "run.json").write_text(json.dumps(record))
-    assert evaluate(folder, str(tmp_path / "messages.jsonl"))["loss"] != pytest.approx(before, rel=0.01)
+    assert evaluate(folder, data)["loss"] != pytest.approx(before, rel=0.01)
 
 
 def test_a_model_without_a_template(decoder: str, tmp_path: Path) -> None:
@@ -395,11 +396,11 @@ def test_without_a_template_nothing_is_left_out_in_silence(decoder: str, tmp_pat
         next(predict(folder, Dataset.from_list([{"prompt": "a film", "system": "be clever"}])))
 
 
-def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
+def test_from_the_command_line(decoder: str, run_on: Callable[[str], Path], tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", rows("Alpaca"))
     shown = run(
         *("train", "--model", decoder, "--data", data, "--task", "causal-lm", "--output", tmp_path / "run"),
-        *("--steps", "150", "--batch-size", "8", "--learning-rate", "0.02"),
+        *("--steps", "2", "--method", "lora", "--no-measure"),
     )
     assert shown.exit_code == 0, shown.output
     said = " ".join(shown.output.split())
@@ -410,10 +411,11 @@ def test_from_the_command_line(decoder: str, tmp_path: Path) -> None:
     first = rows("Alpaca")[0]
     assert f"[USER] {first['instruction']}" in said
     assert "⟦" in said
-    asked = run("predict", tmp_path / "run", "--text", first["instruction"])
+    folder = run_on("Alpaca")
+    asked = run("predict", folder, "--text", first["instruction"])
     assert asked.output.strip().splitlines()[-1] == first["output"]
     typed = f"{first['instruction']}\n/base\n{first['instruction']}\n/new\n/other\n/adapter\n/quit\n"
-    talk = run("chat", tmp_path / "run", typed=typed)
+    talk = run("chat", folder, typed=typed)
     assert talk.exit_code == 0, talk.output
     assert first["output"] in talk.output
     for word in ("The base model answers.", "Started a new chat.", "/other is not a command", "The run answers."):
@@ -504,9 +506,10 @@ def test_answers_that_are_empty_are_no_answers(decoder: str, tmp_path: Path) -> 
     base = AutoModelForCausalLM.from_pretrained(decoder)
     torch.nn.init.zeros_(base.model.norm.weight)  # it says nothing but its first token, the padding
     base.save_pretrained(decoder)
-    with pytest.raises(ValueError, match="48 of 48 answers are empty"):
-        list(predict(folder, str(tmp_path / "messages.jsonl")))
-    result = run("predict", folder, "--data", tmp_path / "messages.jsonl", "--output", tmp_path / "out.jsonl")
+    data = write(tmp_path / "few.jsonl", rows("messages", 6))
+    with pytest.raises(ValueError, match="6 of 6 answers are empty"):
+        list(predict(folder, data))
+    result = run("predict", folder, "--data", data, "--output", tmp_path / "out.jsonl")
     assert result.exit_code == 1
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -346,12 +346,17 @@ def test_a_finished_run_is_trained_further_from_its_adapter(encoder: str) -> Non
         "--method",
         "lr-lora",
     )
-    assert run("train", *settings, "--learning-rate", 0.01, "--steps", 60, "--output", "first").exit_code == 0
+    assert (
+        run("train", *settings, "--learning-rate", 0.01, "--steps", 60, "--output", "first", "--no-measure").exit_code
+        == 0
+    )
     said = told("train", "--resume", "first")
     assert "is finished" in said
     assert "lrlora train --start-from first --output NEW" in said
     assert "pass no others. To train a finished run further" in told("train", "--resume", "first", "--steps", 9)
-    result = run("train", "--start-from", "first", "--output", "second", "--steps", 1, "--learning-rate", 1e-6)
+    result = run(
+        "train", "--start-from", "first", "--output", "second", "--steps", 1, "--learning-rate", 1e-6, "--no-measure"
+    )
     assert result.exit_code == 0, result.output
     first, second = (json.loads(Path(name, "metrics.json").read_text()) for name in ("first", "second"))
     assert second["loss"] == pytest.approx(first["loss"], abs=1e-3)  # it began where the first ended
@@ -408,7 +413,19 @@ def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
 def test_an_adapter_travels_with_its_classes_and_a_plain_lora(encoder: str) -> None:
     for form in ("residual", "expansion"):
         settings = ("--model", encoder, "--task", "classify", "--data", "good.csv", "--adapter", f"form={form}")
-        options = ("--learning-rate", 0.01, "--steps", 30, "--rank", 2, "--method", "lr-lora", "--output", form)
+        options = (
+            "--learning-rate",
+            0.01,
+            "--steps",
+            30,
+            "--rank",
+            2,
+            "--method",
+            "lr-lora",
+            "--output",
+            form,
+            "--no-measure",
+        )
         assert run("train", *settings, *options).exit_code == 0
         assert run("export", form, "--output", f"{form}-lora").exit_code == 0
         assert run("merge", f"{form}/lora", "--output", f"{form}-merged").exit_code == 0
@@ -438,7 +455,7 @@ def test_a_run_from_python_is_trained_further_with_other_steps_and_rate(encoder:
         encoder, "good.csv", "classify", method="lr-lora", output="first", adapter={"r": 2}, training=training
     )
     train(config, announce=lambda line: None)
-    options = ("--steps", 3, "--learning-rate", 0.001, "--batch-size", 8)
+    options = ("--steps", 3, "--learning-rate", 0.001, "--batch-size", 8, "--no-measure")
     result = run("train", "--start-from", "first", "--output", "second", *options)
     assert result.exit_code == 0, result.output
     assert "3 steps of 8 examples" in " ".join(result.output.split())
@@ -473,7 +490,7 @@ def test_a_head_travels_whole_with_its_adapter(name: str) -> None:
     frame = pd.read_csv("good.csv")
     frame.assign(text=frame["text"] + " [EOS]").to_csv("good.csv", index=False)  # at which BART's head looks
     settings = ("--model", save_bare(name), "--task", "classify", "--data", "good.csv", "--validation", "good.csv")
-    options = ("--method", "lr-lora", "--learning-rate", 0.01, "--steps", 10, "--output", "out")
+    options = ("--method", "lr-lora", "--learning-rate", 0.01, "--steps", 10, "--output", "out", "--no-measure")
     assert run("train", *settings, *options).exit_code == 0
     trained = json.loads(Path("out", "metrics.json").read_text())
     metrics = evaluate("out", "good.csv")
@@ -506,7 +523,7 @@ def test_a_pooler_that_starts_at_random_travels_with_an_adapter_for_choices() ->
 
 
 def test_the_card_s_code_runs(encoder: str) -> None:
-    options = ("--steps", 2, "--output", "out", "--rank", 2, "--method", "lr-lora")
+    options = ("--steps", 2, "--output", "out", "--rank", 2, "--method", "lr-lora", "--no-measure")
     assert run("train", "--model", encoder, "--task", "classify", "--data", "good.csv", *options).exit_code == 0
     for folder in ("out", "out/lora"):
         card = Path(folder, "README.md").read_text(encoding="utf-8")

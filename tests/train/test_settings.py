@@ -121,16 +121,8 @@ def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(enc
 def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path, rate: str) -> None:
     reviews(80).to_csv(tmp_path / "reviews.csv", index=False)
     asked = ("train", "--model", encoder, "--data", tmp_path / "reviews.csv", "--task", "classify", "--steps", "6")
-    asked += (
-        "--columns",
-        "text=review",
-        "--columns",
-        "label=verdict",
-        "--output",
-        tmp_path / "run",
-        "--method",
-        "lora",
-    )
+    asked += ("--columns", "text=review", "--columns", "label=verdict", "--output", tmp_path / "run")
+    asked += ("--method", "lora", "--no-measure")
     asked += ("--training", "eval_strategy=steps", "--training", "eval_steps=2", "--training", "save_steps=2")
     asked += ("--learning-rate", rate)
     said = " ".join(run(*asked).output.split())

@@ -569,7 +569,7 @@ def test_inputs_embeds(tiny: TinyModel) -> None:
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7"), reason="PEFT's forward breaks the graph, also that of LoRA"
 )
-@pytest.mark.parametrize("mode", ["training", pytest.param("inference", marks=pytest.mark.integration)])
+@pytest.mark.parametrize("mode", ["training", pytest.param("inference", marks=pytest.mark.slow)])
 def test_compile(tiny: TinyModel, mode: str) -> None:
     """`torch.compile` of the whole model, training and inference, without a graph break"""
     model = without_dropout(trained(tiny)).train(mode == "training")

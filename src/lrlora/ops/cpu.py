@@ -1,11 +1,10 @@
 """Fused CPU kernels, compiled on first use and called through ctypes.
 
 `cpu.cpp` includes no torch or Python header, so it compiles in a few seconds, works with any version of either, and
-needs only a C++ compiler with OpenMP. Without a compiler, `linear.py` falls back to blocked PyTorch.
+needs only a C++ compiler with OpenMP. Without a compiler, `fused_linear.py` falls back to blocked PyTorch.
 
 The compiled library is cached for this user only. Loading a library executes it. It is therefore loaded only from a
-folder and file that are owned by this user and not writable by others, like ssh keys, and only if its content matches
-its hash: a truncated file would crash the process (SIGBUS). Invalid files in the folder are recompiled.
+folder and file that are owned by this user and not writable by others, like ssh keys.
 """
 
 from __future__ import annotations
@@ -17,15 +16,12 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +32,6 @@ from ..files import cache_folder, flush
 from .table import CELLS_PER_BIN, PhiGradient, TransferTable, is_plain
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_FUNCTIONS = ("lrlora_effective_weight", "lrlora_gradient")
 _FORMS = {"residual": 0, "sinc": 1}
 _MOMENTS = 4
 _BANKS = 2  # same as in cpu.cpp
@@ -53,9 +48,6 @@ _CPU_FLAGS = {
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
 _COMPILER_SECONDS = 120
-# Much longer than any compilation, because machines that share a folder may disagree on the time.
-_SCRATCH_SECONDS = 3600
-_SCRATCH = "compiling-"
 
 
 class _Phi(ctypes.Structure):
@@ -67,6 +59,13 @@ class _Phi(ctypes.Structure):
         ("gain", ctypes.c_float),
         ("scaling", ctypes.c_float),
     )
+
+
+# Tensors, m, n, r, φ, number of threads, whether entries are bfloat16.
+_ARGUMENTS = {
+    name: (*[ctypes.c_void_p] * tensors, *[ctypes.c_int64] * 3, _Phi, ctypes.c_int32, ctypes.c_int32)
+    for name, tensors in (("lrlora_effective_weight", 4), ("lrlora_gradient", 7))
+}
 
 
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
@@ -85,12 +84,13 @@ def write_weight(
     for rows in _blocks(out):
         part = out[rows] if out.dtype in _DIRECT else torch.empty_like(out[rows], dtype=torch.float32)
         base = None if weight is None else weight[rows].to(part.dtype).contiguous()
-        pointer = ctypes.c_void_p(None if base is None else base.data_ptr())
         _library().lrlora_effective_weight(
-            *_pointers(part),
-            pointer,
-            *_pointers(A, B[rows]),
-            *_sizes(part, A),
+            part.data_ptr(),
+            None if base is None else base.data_ptr(),
+            A.data_ptr(),
+            B[rows].data_ptr(),
+            *part.shape,
+            len(A),
             phi,
             torch.get_num_threads(),
             int(part.dtype == torch.bfloat16),
@@ -114,8 +114,9 @@ def factor_gradients(
     for rows in _blocks(G):
         part = G[rows] if G.dtype in _DIRECT else G[rows].float()
         _library().lrlora_gradient(
-            *_pointers(part, A, B[rows], grad_A, grad_B[rows], moments, sums),
-            *_sizes(part, A),
+            *(tensor.data_ptr() for tensor in (part, A, B[rows], grad_A, grad_B[rows], moments, sums)),
+            *part.shape,
+            len(A),
             phi,
             threads,
             int(part.dtype == torch.bfloat16),
@@ -135,19 +136,10 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _sizes(matrix: Tensor, A: Tensor) -> tuple[ctypes.c_int64, ...]:
-    """(m, n, r)."""
-    return tuple(ctypes.c_int64(size) for size in (*matrix.shape, A.shape[0]))
-
-
 def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
     """Kernel arguments for φ, and the tensor (cells, 4) they point into."""
     form = _FORMS[table.spec.form]
     return _Phi(cubics.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain, scaling), cubics
-
-
-def _pointers(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
-    return tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
 
 
 @functools.cache
@@ -157,7 +149,7 @@ def _library() -> Any:
     command = [*shlex.split(compiler), *_FLAGS, *_CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
     try:
         return _load(command)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         warnings.warn(
             "The CPU kernels of lrlora could not be compiled or loaded, so training falls back to plain PyTorch, "
             "which is slower. Install a C++ compiler with OpenMP (or set CXX), and make sure that the cache folder "
@@ -176,75 +168,52 @@ def _load(command: list[str]) -> ctypes.CDLL:
         RuntimeError: the home folder cannot be determined.
 
     """
-    recipe = _digest(_SOURCE.read_bytes() + " ".join((sys.platform, platform.machine(), *command)).encode())
-    with _own_folder() as folder:
-        _remove_leftovers(folder)
-        for kept in folder.glob(f"kernels-{recipe}-*.so"):
-            try:
-                _require_own(kept, kept.lstat())
-                if kept.name != _name(recipe, kept):
-                    raise OSError(f"{kept} is damaged")
-                return _open(kept)
-            except OSError:
-                kept.unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
-            compiled = Path(scratch) / "compiled.so"
-            _run([*command, str(_SOURCE), "-o", str(compiled)])
-            compiled.chmod(0o700)  # the compiler applies the umask
-            library = _open(compiled)  # before storing, so that only working libraries are kept
-            flush(compiled)
-            compiled.replace(folder / _name(recipe, compiled))
+    recipe = hashlib.sha256(_SOURCE.read_bytes() + " ".join((sys.platform, platform.machine(), *command)).encode())
+    folder = _own_folder()
+    kept = folder / f"kernels-{recipe.hexdigest()[:32]}.so"
+    if kept.exists():
+        try:
+            _require_own(kept)
+            return _open(kept)
+        except OSError:
+            kept.unlink()
+    with tempfile.TemporaryDirectory(prefix="compiling-", dir=folder) as scratch:
+        compiled = Path(scratch) / "compiled.so"
+        _compile([*command, str(_SOURCE), "-o", str(compiled)])
+        compiled.chmod(0o700)  # the compiler applies the umask
+        library = _open(compiled)  # before storing, so that only working libraries are kept
+        flush(compiled)
+        compiled.replace(kept)
     return library
-
-
-def _name(recipe: str, library: Path) -> str:
-    """File name of a cached library: hashes of the recipe and of the content."""
-    return f"kernels-{recipe}-{_digest(library.read_bytes())}.so"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for function in _FUNCTIONS:
-        if not hasattr(library, function):
-            raise OSError(f"{path} has no function {function}")
+    for name, kinds in _ARGUMENTS.items():
+        getattr(library, name).argtypes = kinds
     return library
 
 
-@contextmanager
-def _own_folder() -> Iterator[Path]:
+def _own_folder() -> Path:
     """Folder of this user's libraries, created if missing.
 
     Created with mode 0700, whatever the umask; the cache folder around it may be shared or group-writable (umask 002)
     and is left unchanged. A folder that others can write to is refused, not repaired, so that the user notices.
     """
-    if os.name != "posix":  # Windows uses access control lists, which Python does not read
-        folder = cache_folder() / "kernels"
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        return
-    folder = cache_folder() / f"kernels-{os.geteuid()}"
+    # Windows uses access control lists, which Python does not read.
+    folder = cache_folder() / (f"kernels-{os.geteuid()}" if os.name == "posix" else "kernels")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    # Anyone who can write to the parent can swap the folder after the check. On Linux, /proc leads to the opened folder
-    # whatever its name; through the pid and not "self", which would be the compiler in its own process.
-    same = Path("/proc/self/fd").resolve() / str(opened)
-    try:
-        _require_own(folder, os.fstat(opened))
-        yield same if os.path.isdir(same) else folder
-    except OSError as error:
-        raise OSError(str(error).replace(str(same), str(folder))) from error
-    finally:
-        os.close(opened)
+    _require_own(folder)
+    return folder
 
 
-def _require_own(path: Path, status: os.stat_result) -> None:
-    """Raise PermissionError unless a path is owned by this user and not writable by others."""
+def _require_own(path: Path) -> None:
+    """Raise PermissionError unless a path is no link, owned by this user and not writable by others."""
     if os.name != "posix":
         return
+    if path.is_symlink():
+        raise PermissionError(f"{path} is a symbolic link. Remove it.")
+    status = path.stat()
     if status.st_uid != os.geteuid():
         raise PermissionError(
             f"{path} belongs to another user (uid {status.st_uid}), whose code would run as yours. Set LRLORA_CACHE to "
@@ -257,35 +226,15 @@ def _require_own(path: Path, status: os.stat_result) -> None:
         )
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove scratch folders of compilations that were killed.
-
-    Decided by age: process ids say nothing if containers or machines share the folder.
-    """
-    for scratch in folder.glob(f"{_SCRATCH}*"):
-        with suppress(FileNotFoundError):  # already removed by another process
-            if time.time() - scratch.stat().st_mtime > _SCRATCH_SECONDS:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _run(command: list[str]) -> None:
-    """Run the compiler with a timeout."""
-    with subprocess.Popen(
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,
-    ) as compiler:
-        try:
-            output, _ = compiler.communicate(timeout=_COMPILER_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"{command[0]} did not finish in {_COMPILER_SECONDS} s and was stopped.") from error
-        finally:
-            # Kill the whole session: the compiler starts subprocesses, and Ctrl-C does not reach them.
-            if compiler.returncode is None:
-                os.killpg(compiler.pid, signal.SIGKILL) if os.name == "posix" else compiler.kill()
-    if compiler.returncode != 0:
-        raise ChildProcessError(f"{command[0]} failed ({compiler.returncode}). {output}")
+        timeout=_COMPILER_SECONDS,
+    )
+    if done.returncode != 0:
+        raise ChildProcessError(f"{command[0]} failed ({done.returncode}). {done.stdout}")
