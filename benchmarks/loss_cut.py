@@ -35,7 +35,7 @@ SCRATCH = Path("lrlora-compress") / "loss"
 SEEDS = (0, 1, 2)
 SHARES = {0.5: 4, 0.25: 2}  # share of the size of r = 8 → r of the LoRA trained at that size
 KEEPS = (0.95, 0.99)
-HELD_OUT = (256, 4_096)  # examples and loss terms for the losses on validation data
+MOMENTS = (256, 4_096)  # examples and loss terms for the moments
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,8 @@ class Case:
     terms: int
     updates: Any
     parameters_of_rank: Callable[[int], int]
-    validation: Callable[[Any], float]
     test: Callable[[Any], float]
-    as_it_is: tuple[float, ...]  # losses on validation and test
+    as_it_is: float  # test loss
     heal: Callable[[Any], float]  # factors → test loss
 
 
@@ -222,23 +221,20 @@ def case_of(name: str, folder: Path) -> Case:
     from lrlora.adapters.factorize import parameters_of_rank
     from lrlora.learned import mean_loss
     from lrlora.learned.directions import LossCurve, directions
-    from lrlora.learned.gain import losses_of
+    from lrlora.learned.gain import losses_of, mean_of
     from lrlora.learned.moments import collect_moments
-    from lrlora.train.compress import heal, mean_of
+    from lrlora.train.compress import heal
 
     subject, test = loaded(name, folder)
-    held_out, training = (subject.batches(part, *HELD_OUT) for part in (subject.held_out, subject.training))
+    training = subject.batches(subject.training, *MOMENTS)
 
     def loss_of(model: Any, batches: list[Any]) -> float:
         return mean_of(losses_of(model.get_base_model(), batches, subject.loss))
 
-    as_it_is = tuple(loss_of(subject.run.model, batches) for batches in (held_out, test))
+    as_it_is = loss_of(subject.run.model, test)
     model, whole = subject.on_base, [part for part in subject.whole if part.rank]
     moments, terms = collect_moments(model, whole, training, subject.loss)
     curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
-
-    def validation(factors: Any) -> float:
-        return mean_loss(model, factors, held_out, subject.loss)
 
     def healed(factors: Any) -> float:
         with tempfile.TemporaryDirectory() as scratch:
@@ -254,7 +250,6 @@ def case_of(name: str, folder: Path) -> Case:
         terms=terms,
         updates=subject.updates,
         parameters_of_rank=lambda rank: parameters_of_rank(subject.updates, rank),
-        validation=validation,
         test=lambda factors: mean_loss(model, factors, test, subject.loss),
         as_it_is=as_it_is,
         heal=healed,
@@ -284,13 +279,10 @@ def byte_case(folder: Path, seed: int) -> Case:
         return [{"input_ids": some, "labels": some} for some in chosen.split(64)]
 
     training = [{"input_ids": b, "labels": b} for b in (sample_batch(corpus.train, generator, 16) for _ in range(2))]
-    held_out, test = windows(corpus.validation, 64), windows(corpus.test, TEST_WINDOWS)
+    test = windows(corpus.test, TEST_WINDOWS)
     moments, terms = collect_moments(model, whole, training)
     curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
-    as_it_is = (mean_loss(model, whole, held_out), mean_loss(model, whole, test))
-
-    def validation(factors: Any) -> float:
-        return mean_loss(model, factors, held_out)
+    as_it_is = mean_loss(model, whole, test)
 
     def healed(factors: Any) -> float:
         return heal_bytes(factors, seed, test)
@@ -302,7 +294,6 @@ def byte_case(folder: Path, seed: int) -> Case:
         terms=terms,
         updates=model,
         parameters_of_rank=lambda rank: parameters_of_rank(model, rank),
-        validation=validation,
         test=lambda factors: mean_loss(model, factors, test),
         as_it_is=as_it_is,
         heal=healed,
@@ -403,7 +394,8 @@ def by_share(case: Case, budget: int) -> list[Any]:
 def keep(name: str, seed: int) -> list[dict[str, Any]]:
     """What `lrlora export --keep` keeps of a run on test data that it never saw."""
     from lrlora.adapters import save_as_lora
-    from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part, mean_of
+    from lrlora.learned.gain import mean_of
+    from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part
     from lrlora.train.inference import evaluate
     from lrlora_lab.inputs import located
 
@@ -443,7 +435,8 @@ def keep(name: str, seed: int) -> list[dict[str, Any]]:
 def own(name: str, seed: int) -> dict[str, Any]:
     """Cuts by text or labels of the adapted model, measured on real test data."""
     from lrlora.learned import example_losses, loss_curve
-    from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part, mean_of
+    from lrlora.learned.gain import mean_of
+    from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part
 
     task = TASKS[name]
     subject, test = loaded(name, run_folder(name, task.method, 8, rate_of(name), seed))
@@ -550,12 +543,11 @@ def factorized(case: Case, **how: int) -> list[Any]:
 
 def cut(name: str, seed: int) -> dict[str, Any]:
     """All cuts of one adapter, with their test losses."""
-    from lrlora.learned.gain import losses_of
-    from lrlora.train.compress import mean_of
+    from lrlora.learned.gain import losses_of, mean_of
 
     if name == BYTES:
         case = byte_case(byte_folder(16, seed), seed)
-        trained = {rank: byte_case(byte_folder(rank, seed), seed).as_it_is[1] for rank in BYTE_SHARES.values()}
+        trained = {rank: byte_case(byte_folder(rank, seed), seed).as_it_is for rank in BYTE_SHARES.values()}
     else:
         task = TASKS[name]
         case = case_of(name, run_folder(name, task.method, 8, rate_of(name), seed))
@@ -565,8 +557,7 @@ def cut(name: str, seed: int) -> dict[str, Any]:
         for rank, folder in others.items():
             subject, test = loaded(like, folder)
             trained[rank] = mean_of(losses_of(subject.run.model.get_base_model(), test, subject.loss))
-    found: dict[str, Any] = {"task": name, "seed": seed, "validation": case.as_it_is[0], "test": case.as_it_is[1]}
-    found["whole"] = case.test(case.whole)
+    found: dict[str, Any] = {"task": name, "seed": seed, "test": case.as_it_is}
     to_heal = {}
     for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
         budget = case.parameters_of_rank(rank)
@@ -696,8 +687,6 @@ def ratio(rows: list[dict[str, Any]], method: str, rival: str, share: float) -> 
 
 def updated(page: str) -> str:
     """Page with tables of the stored results."""
-    import statistics
-
     rows = stored()
     groups = {name: [row for row in rows if row["task"] == name] for name in (BYTES, *TASKS)}
     groups = {name: group for name, group in groups.items() if group}

@@ -28,7 +28,7 @@ from lrlora.ranks import RankReport
 from lrlora.run_folder import RUN_FILE, read_record
 from lrlora.train.inference import evaluate
 from lrlora.train.progress import DivergedError
-from lrlora.train.run import Interrupted, TrainResult, rank_report_of, train
+from lrlora.train.run import TrainResult, rank_report_of, train
 from lrlora.train.settings import TrainConfig
 
 from .capacity import CapacityTask, train_capacity
@@ -192,7 +192,7 @@ def work(suite: dict[str, Any], request: dict[str, Any], output: Path, name: str
     torch.set_num_threads(threads)
     try:
         record = record_of(suite, request, output / "runs" / name)
-    except (Interrupted, KeyboardInterrupt):
+    except KeyboardInterrupt:
         print("Interrupted.")
         sys.exit(130)
     write_json(output / "jobs" / f"{name}.json", record)

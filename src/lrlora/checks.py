@@ -75,7 +75,7 @@ def require_type(value: Any, kind: Any, name: str) -> None:
         for key, item in value.items():
             require_type(key, inner[0], f"a key of {name}")
             require_type(item, inner[1], f"{name}[{key!r}]")
-    elif not _is(value, kind):
+    elif not is_type(value, kind):
         is_mapping = is_typeddict(kind) or origin is dict
         expected = "map names to values" if is_mapping else f"be {_NAMES.get(kind, getattr(kind, '__name__', kind))}"
         raise ValueError(f"{name} must {expected}, got {value!r:.200}.")
@@ -91,9 +91,10 @@ def require_float32(options: Mapping[str, Any], where: str) -> None:
                 )
 
 
-def _is(value: Any, kind: Any) -> bool:
+def is_type(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; an integer is a float, but a bool no number."""
     if get_origin(kind) is UnionType:
-        return any(_is(value, part) for part in get_args(kind))
+        return any(is_type(value, part) for part in get_args(kind))
     if kind is Any:
         return True
     if isinstance(value, bool):

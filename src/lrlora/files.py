@@ -9,9 +9,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 
@@ -258,7 +259,7 @@ def require_source(name: str, base: str | None) -> None:
 
 
 def read_json(path: Path, kind: Any, remedy: str) -> Any:
-    """Read a JSON file and validate its type with `require_type`.
+    """Read a JSON file, as a data class or plain, and validate its type with `require_type`.
 
     Raises:
         ValueError: it does not match.
@@ -266,6 +267,8 @@ def read_json(path: Path, kind: Any, remedy: str) -> Any:
     """
     with readable(path, remedy):
         content = parse_json(path)
+        if is_dataclass(kind):
+            content = cast(Any, kind)(**content)
         require_type(content, kind, "its content")
         return content
 

@@ -30,8 +30,6 @@ def only_writer(output: str | os.PathLike[str]) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        if not path.exists():
-            raise PermissionError(f"{output} cannot be written: its folder takes no new file.") from None
         raise BlockingIOError(
             f"Another process is writing to {output}. Wait for it to finish, stop it, or choose another output. No "
             "files were changed."

@@ -10,11 +10,6 @@ from collections.abc import Iterable
 PEFT_PREFIX = "base_model.model."
 
 
-def path_in_base(path: str) -> str:
-    """Convert a module path in the PEFT model to the base model."""
-    return path.removeprefix(PEFT_PREFIX)
-
-
 def _parts(path: str) -> list[str]:
     """Split a path at dots; split kohya's names, which use underscores, at numbers."""
     if "." in path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from .checks import require_type
-from .files import parse_json, readable
+from .files import parse_json, read_json, readable
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
@@ -34,23 +34,10 @@ class LogEntry(TypedDict, total=False):
     step: int
 
 
-class _Callbacks(TypedDict):
-    TrainerControl: dict[str, Any]
-
-
 class State(TypedDict, total=False):
-    """Parts of the Trainer's state that are read or needed to resume."""
+    """Parts of the Trainer's state that are read."""
 
-    global_step: int
-    epoch: float
-    train_batch_size: int | None
-    num_input_tokens_seen: int
-    total_flos: float
     log_history: list[LogEntry]
-    best_metric: float | None
-    best_global_step: int | None
-    best_model_checkpoint: str | None
-    stateful_callbacks: _Callbacks
 
 
 @dataclass(frozen=True)
@@ -117,10 +104,8 @@ def read_losses(folder: Path) -> LossRecord | None:
     path = folder / LOSS_FILE
     if not path.exists():
         return None
-    with readable(path, "Remove it to continue without the losses over sizes."):
-        record = LossRecord(**parse_json(path))
-        require_type(record, LossRecord, "loss over size")
-        return record
+    record: LossRecord = read_json(path, LossRecord, "Remove it to continue without the losses over sizes.")
+    return record
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -136,11 +121,10 @@ def read_record(folder: Path) -> RunRecord:
         raise FileNotFoundError(
             f"{folder} contains no run of `lrlora train`: it has no {RUN_FILE}. Pass the --output folder of a run."
         )
+    record: RunRecord = read_json(path, RunRecord, RUN_EXPECTED)
     with readable(path, RUN_EXPECTED):
-        record = RunRecord(**parse_json(path))
-        require_type(record, RunRecord, "run")
-        require_type(record.config.get("training", {}), dict[str, Any], "run.config['training']")
-        return record
+        require_type(record.config.get("training", {}), dict[str, Any], "config['training']")
+    return record
 
 
 def which_checkpoint(config: dict[str, Any]) -> str:

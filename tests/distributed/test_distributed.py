@@ -216,7 +216,7 @@ def test_lrlora_train_in_two_processes(settings: dict[str, Any], tmp_path: Path)
     command = ("-m", "lrlora", "train", tmp_path / "run.yaml", "--no-measure")
     torchrun(1, *command)
     said = torchrun(2, *command, "--batch-size", 4, "--output", tmp_path / "two")
-    for once in ("Plan:", "After 10 steps:", "Step 18:", "Results saved to"):
+    for once in ("Plan:", "Step 18:", "Results saved to"):
         assert said.count(once) == 1
     assert "18 steps of 8 examples" in said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")

@@ -83,7 +83,6 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "100 steps of 8 examples" in said
-    assert "After 10 steps: about" in said
     assert "validation examples; 0 training examples are truncated" in said
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.9
@@ -319,9 +318,7 @@ def test_settings_that_would_fail_after_training_are_refused(
 ) -> None:
     common = ("train", *COLUMNS, "--data", table, "--output", tmp_path / "out", "--steps", 2)
     classify = (*common, "--model", encoder, "--task", "classify")
-    asked = (*classify, "--training", "dataloader_drop_last=true", "--validation-share", "0.1")
-    assert_refused(run(*asked, "--training", "per_device_eval_batch_size=99"), "drops all", "validation examples")
-    assert_refused(run(*classify, "--training", "label_names=[x]"), "label_names=['x'] is not supported")
+    assert_refused(run(*classify, "--training", "label_names=[x]"), "label_names is not supported")
     config = json.loads((Path(decoder) / "config.json").read_text())
     shutil.copytree(decoder, tmp_path / "tied")
     (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -460,8 +457,7 @@ def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
         ("dataloader_num_workers=1.5", "dataloader_num_workers must be an integer, got 1.5"),
         ("eval_accumulation_steps=0", "eval_accumulation_steps must be ≥ 1, got 0"),
         ("num_train_epochs=1e300", "steps, which is too many"),
-        ("lr_scheduler_kwargs=fast", "training: lr_scheduler_kwargs must map names to values, got 'fast'"),
-        ("lr_scheduler_kwargs=[1]", "training: lr_scheduler_kwargs must"),
+        ("lr_scheduler_kwargs=fast", "'fast' is invalid for lr_scheduler_type=linear"),
         ("lr_scheduler_kwargs={cycles: 2}", "{'cycles': 2} is invalid for lr_scheduler_type=linear (TypeError"),
         ("prediction_loss_only=true", "prediction_loss_only=True is not supported"),
         ("hub_token=secret", "hub_token would be saved with the run. Set HF_TOKEN instead"),
@@ -850,7 +846,7 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
         options = ("--task", "classify", "--method", method, "--adapter", "target_modules=[1]")
         assert_refused(run(*common, *options), "target_modules must be a list of module names", "got [1]")
     rate = ("--head-learning-rate", 1)
-    assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "does not have")
+    assert_refused(run("train", "--model", no_weights, "--data", table, "--task", "causal-lm", *rate), "to a new head")
     assert_refused(run(*common, "--task", "classify", "--training", "oops"), "name=value", "'oops'")
     assert_refused(run(*common), "Missing required settings: task", "--task")
     assert_refused(run("train", tmp_path / "none.yaml"), "no configuration file")

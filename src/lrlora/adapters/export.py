@@ -26,8 +26,9 @@ from .factorize import Factors, kept_energy
 from .loading import check_base, check_names, load_adapted, sample_inputs, save_preprocessing
 from .lora_file import SingleFile, save_single_file
 from .peft_folder import AdapterSource, SavedAdapter
+from .read import read_updates
 from .servers import ONE_ALPHA, SERVERS, served
-from .update import Source, Updates, as_stored, require_finite
+from .update import Updates, as_stored, require_finite
 
 _CARD = """# LoRA adapter
 
@@ -133,16 +134,17 @@ def save_as_lora(
     require_known("server", server, SERVERS)
     form = SERVERS[server].form
     folder = free_folder(output)
-    origin: Source = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
-    like = origin.config
+    updates = read_updates(source)
+    origin = updates.origin
+    like: Any = origin.config
     if getattr(like, "lora_bias", False):
         raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
-    if isinstance(source, Updates):
-        try:
-            check_base(source)
-        except FileNotFoundError:  # the names are all there is
-            check_names(source)
-    keeps_magnitudes = _keeps_magnitudes(like, source)
+    try:
+        check_base(updates)
+    except FileNotFoundError:  # the names are all there is
+        check_names(updates)
+    # With magnitudes, updates of DoRA are not products: these are only of its direction.
+    keeps_magnitudes = bool(getattr(like, "use_dora", False)) and updates.are_products
     if keeps_magnitudes:
         factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
     written = SERVERS[server].formed(factors)
@@ -167,14 +169,13 @@ def save_as_lora(
     dtype = dtype or origin.stored_dtype
     for part in exported:
         weights |= _tensors(part, dtype)
-    method = source.method if isinstance(source, Updates) else "an adapter"
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         save_preprocessing(partial, origin.name)
         config.save_pretrained(str(partial))
         if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
-        (partial / "README.md").write_text(_card(factors, written, config, method, origin, server), encoding="utf-8")
+        (partial / "README.md").write_text(_card(factors, exported, config, updates, server), encoding="utf-8")
 
 
 def save(
@@ -213,15 +214,13 @@ def save(
 
 def _card(
     factors: Sequence[Factors],
-    written: Sequence[Factors],
+    exported: Sequence[Factors],
     config: LoraConfig,
-    method: str,
-    origin: Source,
+    updates: Updates,
     server: str,
 ) -> str:
-    exported = [part for part in written if part.rank]
     text = _CARD.format(
-        method=method,
+        method=updates.method,
         ranks=sum(part.rank for part in exported),
         modules=len(exported),
         parameters=sum(part.parameters for part in exported),
@@ -230,16 +229,11 @@ def _card(
     ranks = [(part.rank, part.parameters_per_rank) for part in factors]
     if line := served(ranks, config, None if server == "peft" else server):
         text += f"{line}\n\n"
+    origin = updates.origin
     if not isinstance(origin, SavedAdapter):
         return header("peft", _TAGS) + text
     asking = f"\n{ASKING}" if is_asked_in_chats(origin) else ""
     return header("peft", _TAGS, origin) + text + loading(origin, needs_lrlora=False) + asking
-
-
-def _keeps_magnitudes(like: Any, source: AdapterSource | Updates) -> bool:
-    """Whether the updates are only DoRA's direction: with magnitudes, they are not products."""
-    is_dora = bool(getattr(like, "use_dora", False))
-    return is_dora and not (isinstance(source, Updates) and not all(update.is_product for update in source))
 
 
 def _tensors(part: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -267,8 +261,7 @@ def save_lora_config(
 
     """
     folder = free_folder(output)
-    origin: Source = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
-    config = lora_config(factors, origin.config, keep_scaling=True)
+    config = lora_config(factors, read_updates(source).origin.config, keep_scaling=True)
     with replacing_folder(folder) as partial:
         config.save_pretrained(str(partial))
 

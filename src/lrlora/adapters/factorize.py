@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..checks import check_truncation
 from ..naming import module_type
 from .layers import updates_of_model
-from .update import CHANGING_STARTS, PLAIN, Layout, Update, Updates
+from .update import PLAIN, Layout, Update, Updates, changes_base
 
 # A randomized SVD costs a few products with ΔW; from a quarter of the full rank on, a full SVD is no slower.
 _FULL_SVD_SIZE = 256
@@ -241,11 +241,10 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
     if isinstance(source, Updates):
         return source.updates
     for name, config in getattr(source, "peft_config", {}).items():
-        start = str(getattr(config, "init_lora_weights", None))
-        if adapter in (None, name) and start.startswith(CHANGING_STARTS):
+        if adapter in (None, name) and changes_base(config):
             raise ValueError(
-                f"init_lora_weights={start!r} changes the base weights, so s·BA is not the full update. Save the "
-                "adapter and read it with read_updates."
+                f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so s·BA is not the full "
+                "update. Save the adapter and read it with read_updates."
             )
     updates = list(updates_of_model(source, adapter))
     if others := sorted({module_type(update.module) for update in updates if update.layout != PLAIN}):

@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..naming import path_in_base
+from ..naming import PEFT_PREFIX
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 from ..tuner.sharding import gathered, shard_owners
-from .update import Factors, Layout, Learned, Update
+from .update import Layout, Learned, Pair, Update
 
 # Methods whose `r` is the rank of a product.
 _WITH_RANK = ("lrlora_A", "lora_A", "hada_w1_a", "lokr_w1", "hira_A", "vera_lambda_b", "randlora_lambda")
@@ -40,7 +40,7 @@ def updates_of_model(
 
     """
     layers: list[tuple[str, Any, Any]] = [
-        (path_in_base(path), module, adapter or next(iter(module.active_adapters), None))
+        (path.removeprefix(PEFT_PREFIX), module, adapter or next(iter(module.active_adapters), None))
         for path, module in model.named_modules()
         if isinstance(module, BaseTunerLayer) and module.adapter_layer_names
     ]
@@ -129,10 +129,10 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
         def as_matrix(stack: Tensor) -> Tensor:
             return pick(stack).T if is_transposed else pick(stack)
 
-        def form() -> Tensor | Factors:
+        def form() -> Tensor | Pair:
             return as_matrix(deltas()) if thin is None else (pick(thin[0]), pick(thin[1]))
 
-        def linear() -> Factors:
+        def linear() -> Pair:
             B, A = layer.linear_factors(adapter)
             return pick(B), pick(A)
 
@@ -164,7 +164,7 @@ def _learned(layer: Any, adapter: str, as_matrix: Callable[[Tensor], Tensor]) ->
     )
 
 
-def _factors(layer: Any, adapter: str) -> Callable[[], Factors] | None:
+def _factors(layer: Any, adapter: str) -> Callable[[], Pair] | None:
     """Function returning U and V of an expansion, or s·B and A of LoRA on a linear layer; else None."""
     if adapter in getattr(layer, "lrlora_phi", {}):
         return (lambda: layer.thin_factors(adapter)) if layer.lrlora_phi[adapter].is_product else None

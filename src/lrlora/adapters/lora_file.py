@@ -47,12 +47,6 @@ _UNREADABLE = re.compile(r"\.(oft_\w+|boft_\w+|a1\.weight|b1\.weight|glora_\w+|o
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' key for PEFT's configuration, as JSON
 
 
-def _as_matrix(tensor: Tensor, key: str, name: str) -> Tensor:
-    if not tensor.dim():
-        raise ValueError(f"{key} in {name} must be a matrix, got a single number.")
-    return tensor
-
-
 @dataclass(frozen=True)
 class SingleFile:
     """Contents of a single-file LoRA.
@@ -104,7 +98,9 @@ class SingleFile:
                 parts = found.modules.setdefault(module, {})
                 if _NAMES[part] in parts:
                     raise ValueError(f"{name} contains two tensors for {_NAMES[part]} of {module}. Remove one of them.")
-                parts[_NAMES[part]] = _as_matrix(tensor, key, name)
+                if not tensor.dim():
+                    raise ValueError(f"{key} in {name} must be a matrix, got a single number.")
+                parts[_NAMES[part]] = tensor
                 if style := next((style for style in _STYLES if part in style), None):
                     found.styles[module] = style
             else:
@@ -248,8 +244,7 @@ def save_single_file(
     for part in exported:
         rank = largest if pad else part.rank
         named = _named(file, part.module, *part.padded(rank).weights, rank)
-        tensors |= {name: as_stored(part.module, matrix, dtype) for name, matrix in named.items() if matrix.dim()}
-        tensors |= {name: alpha for name, alpha in named.items() if not alpha.dim()}
+        tensors |= {name: as_stored(part.module, t, dtype) if t.dim() else t for name, t in named.items()}
     with replacing(path) as partial:
         save_file(tensors, partial, metadata=_metadata(file, exported, largest if pad else None))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..checks import require_float32, require_type
 from ..files import ADAPTER_EXPECTED, read_json, readable, require_adapter, write_json
 from ..tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
-from .update import CHANGING_STARTS, common_dtype
+from .update import changes_base, common_dtype
 
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 # Configuration fields used here whose types PEFT does not check.
@@ -154,7 +154,7 @@ _REPRODUCIBLE_STARTS = ("pissa", "olora")  # "pissa_niter_4" is a randomized SVD
 def require_reproducible_start(saved: SavedAdapter) -> None:
     """Raise ValueError unless loading a saved adapter changes the base weights as the training did, if at all."""
     start = getattr(saved.config, "init_lora_weights", None)
-    if isinstance(start, str) and start.startswith(CHANGING_STARTS) and start not in _REPRODUCIBLE_STARTS:
+    if changes_base(saved.config) and start not in _REPRODUCIBLE_STARTS:
         raise ValueError(
             f"{saved.name} uses init_lora_weights={start!r}, whose change to the base weights cannot be reproduced. "
             "Save it as a plain LoRA with PEFT's path_initial_model_for_weight_conversion, or train with 'pissa'."

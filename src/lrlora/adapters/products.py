@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..naming import pattern_key
 from ..ops.form import at_least_float32
-from .update import Factors, Layout, Update
+from .update import PLAIN, Layout, Pair, Update
 
 Parts = Mapping[str, Tensor]
 # From this share of the smaller side on, a product costs as much as the matrix.
@@ -56,59 +56,69 @@ def update_from_parts(module: str, parts: Parts, scaling: float, *, of_peft: boo
 
     """
     try:
-        # Shapes are checked on the meta device, which computes nothing: an update forms its matrix only when used.
-        _update(module, {name: part.to("meta") for name, part in parts.items()}, scaling, of_peft).form()
-        return _update(module, parts, scaling, of_peft)
-    except (IndexError, KeyError, RuntimeError) as error:
+        # On the meta device, which computes nothing: an update forms its matrix only when used.
+        made = _computation({name: part.to("meta") for name, part in parts.items()}, of_peft)[0]()
+        compute, r, layout = _computation(parts, of_peft)
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"has incompatible tensors: {error}"
         raise ValueError(f"{module} {reason}. Tensors found: {', '.join(sorted(parts))}.") from None
+    if isinstance(made, tuple):
+        (m, k), n = made[0].shape, made[1].shape[1]
+
+        def scaled() -> Pair:
+            U, V = compute()
+            return scaling * at_least_float32(U), at_least_float32(V)
+
+        return Update(module, (m, n), scaled, True, r, min(k, m, n), scaling, layout)
+    (m, n), kernel = made.flatten(1).shape, tuple(made.shape[2:])
+    layout = Layout(kernel, is_known=bool(kernel))
+    return Update(module, (m, n), lambda: scaling * compute().flatten(1), False, r, min(m, n), scaling, layout)
 
 
-def _update(module: str, parts: Parts, scaling: float, of_peft: bool) -> Update:
+# Computes ΔW or its factors without s; its rank r; its layout.
+_Computation = tuple[Callable[[], Any], int | None, Layout]
+
+
+def _computation(parts: Parts, of_peft: bool) -> _Computation:
     if {"lora_A", "lora_B", "lora_mid"} & set(parts):
-        return _lora(module, parts, scaling)
+        return _lora(parts)
     if "lora_embedding_A" in parts:
         A, B = parts["lora_embedding_A"], parts["lora_embedding_B"]
-        shape, layout = (A.shape[1], len(B)), Layout(is_embedding=True)
-        return _product(module, shape, lambda: (A.T, B.T), scaling, len(A), len(A), layout)
+        return (lambda: (A.T, B.T)), len(A), Layout(is_embedding=True)
     if "hada_w1_a" in parts:
-        return _loha(module, parts, scaling)
+        return _loha(parts)
     if any(name.startswith("lokr_") for name in parts):
-        return _lokr(module, parts, scaling, of_peft)
-    difference = parts["diff"]
-    return _matrix(module, tuple(difference.shape), difference.float, 1.0, None)
+        return _lokr(parts, of_peft)
+    return parts["diff"].float, None, PLAIN
 
 
-def _lora(module: str, parts: Parts, scaling: float) -> Update:
+def _lora(parts: Parts) -> _Computation:
     A, B = parts["lora_A"], parts["lora_B"]
     if (middle := parts.get("lora_mid")) is not None:  # LyCORIS's Tucker form: a convolution between two of 1 × 1
         A = torch.einsum("kr...,ri->ki...", middle.float(), A.flatten(1).float())
     if B[0].numel() != len(A):
-        why = " Grouped convolutions are not supported." if A.dim() > 2 else ""
-        raise ValueError(f"{module}: lora_B has {B[0].numel()} columns, but lora_A has {len(A)} rows.{why}")
-    U, V, layout = B.flatten(1), A.flatten(1), Layout(tuple(A.shape[2:]))
-    return _product(module, (len(U), V.shape[1]), lambda: (U, V), scaling, len(A), len(A), layout)
+        why = " (grouped convolutions are not supported)" if A.dim() > 2 else ""
+        raise ValueError(f"lora_B has {B[0].numel()} columns, but lora_A has {len(A)} rows{why}")
+    return (lambda: (B.flatten(1), A.flatten(1))), len(A), Layout(tuple(A.shape[2:]))
 
 
-def _loha(module: str, parts: Parts, scaling: float) -> Update:
+def _loha(parts: Parts) -> _Computation:
     (a1, b1), (a2, b2) = ((parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"]) for i in (1, 2))
     r = len(b1)
     if "hada_t1" in parts:
         cores = parts["hada_t1"], parts["hada_t2"]
-        shape = (a1.shape[1], b1.shape[1], *cores[0].shape[2:])
-        return _matrix(module, shape, lambda: _tucker(cores[0], a1, b1) * _tucker(cores[1], a2, b2), scaling, r)
-    m, n = len(a1), b1.shape[1]
-    if not _is_thin(r * r, m, n):
-        return _matrix(module, (m, n), lambda: (a1.float() @ b1.float()) * (a2.float() @ b2.float()), scaling, r)
+        return (lambda: _tucker(cores[0], a1, b1) * _tucker(cores[1], a2, b2)), r, PLAIN
+    if not _is_thin(r * r, len(a1), b1.shape[1]):
+        return (lambda: (a1.float() @ b1.float()) * (a2.float() @ b2.float())), r, PLAIN
 
-    def factors() -> Factors:
+    def factors() -> Pair:
         U = (a1[:, :, None].float() * a2[:, None, :].float()).flatten(1)
         return U, (b1[:, None, :].float() * b2[None, :, :].float()).flatten(0, 1)
 
-    return _product(module, (m, n), factors, scaling, r, r * r, Layout(is_known=False))
+    return factors, r, Layout(is_known=False)
 
 
-def _lokr(module: str, parts: Parts, scaling: float, of_peft: bool) -> Update:
+def _lokr(parts: Parts, of_peft: bool) -> _Computation:
     r = rank_of(parts)
 
     def left() -> Tensor:
@@ -122,27 +132,19 @@ def _lokr(module: str, parts: Parts, scaling: float, of_peft: bool) -> Update:
             whole = parts.get("lokr_w2")
             right = whole if whole is not None else _tucker(*(parts[f"lokr_{x}"] for x in ("t2", "w2_a", "w2_b")))
             if of_peft and right.dim() == 3:
+                p, q, *kernel = right.shape
                 return torch.kron(left(), right.float()).reshape(rows * p, columns * q, *kernel)
             return torch.kron(left().reshape(rows, columns, *[1] * (right.dim() - 2)), right.float())
 
-        (p, q), kernel = _right_shape(parts)
-        return _matrix(module, (rows * p, columns * q, *kernel), matrix, scaling, r)
+        return matrix, r, PLAIN
     a, b = parts["lokr_w2_a"], parts["lokr_w2_b"].flatten(1)
-    m, n, k = rows * len(a), columns * b.shape[1], columns * len(b)
-    if not _is_thin(k, m, n):
-        return _matrix(module, (m, n), lambda: torch.kron(left(), a.float() @ b.float()), scaling, r)
+    if not _is_thin(columns * len(b), rows * len(a), columns * b.shape[1]):
+        return (lambda: torch.kron(left(), a.float() @ b.float())), r, PLAIN
 
-    def factors() -> Factors:
+    def factors() -> Pair:
         return torch.kron(left(), a.float()), torch.kron(torch.eye(columns, device=b.device), b.float())
 
-    return _product(module, (m, n), factors, scaling, r, k, Layout(is_known=False))
-
-
-def _right_shape(parts: Parts) -> tuple[tuple[int, int], tuple[int, ...]]:
-    if "lokr_w2" in parts:
-        shape = parts["lokr_w2"].shape
-        return (shape[0], shape[1]), tuple(shape[2:])
-    return (parts["lokr_w2_a"].shape[1], parts["lokr_w2_b"].shape[1]), tuple(parts["lokr_t2"].shape[2:])
+    return factors, r, Layout(is_known=False)
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -152,34 +154,3 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _is_thin(k: int, m: int, n: int) -> bool:
     return k <= _THIN * min(m, n)
-
-
-def _product(
-    module: str,
-    shape: tuple[int, int],
-    factors: Callable[[], Factors],
-    scaling: float,
-    r: int | None,
-    k: int,
-    layout: Layout,
-) -> Update:
-    def form() -> Factors:
-        U, V = factors()
-        return scaling * at_least_float32(U), at_least_float32(V)
-
-    return Update(module, shape, form, True, r, min(k, *shape), scaling, layout)
-
-
-def _matrix(module: str, shape: tuple[int, ...], matrix: Callable[[], Tensor], scaling: float, r: int | None) -> Update:
-    kernel = shape[2:]
-    m, n = shape[0], math.prod(shape[1:])
-    return Update(
-        module,
-        (m, n),
-        lambda: scaling * matrix().flatten(1),
-        False,
-        r,
-        min(m, n),
-        scaling,
-        Layout(kernel, is_known=bool(kernel)),
-    )

@@ -26,7 +26,7 @@ from .layers import updates_of_model
 from .lora_file import SingleFile
 from .peft_folder import SavedAdapter, require_all_weights, require_reproducible_start
 from .products import rank_of, scaling_of, update_from_parts
-from .update import CHANGING_STARTS, MAGNITUDES_NOTE, Layout, Update, Updates
+from .update import MAGNITUDES_NOTE, Layout, Update, Updates, changes_base
 
 _NAMES = {
     "LRLORA": "LR-LoRA",
@@ -145,10 +145,7 @@ def _is_more(config: Any) -> bool:
     """Whether a LoRA changes its base weight by more than s·BA."""
     if config.peft_type != PeftType.LORA:
         return False
-    start = config.init_lora_weights
-    return any(getattr(config, name, None) for name in _VARIANTS) or (
-        isinstance(start, str) and start.startswith(CHANGING_STARTS)
-    )
+    return any(getattr(config, name, None) for name in _VARIANTS) or changes_base(config)
 
 
 def _from_factors(saved: SavedAdapter) -> list[Update]:
@@ -177,10 +174,10 @@ def load_on_skeleton(saved: SavedAdapter) -> PeftModel:
     weights = saved.weights
     layers: dict[str, nn.Module] = {}
     for key in sorted((key for key in weights if key.endswith(".lrlora_A.weight")), key=natural_order):
-        linear = nn.Linear(1, 1, bias=False)
-        linear.out_features, linear.in_features = len(weights[key.replace("_A.", "_B.")]), weights[key].shape[1]
-        zeros = torch.zeros(()).expand(linear.out_features, linear.in_features)
-        linear.weight = nn.Parameter(zeros, requires_grad=False)
+        m, n = len(weights[key.replace("_A.", "_B.")]), weights[key].shape[1]
+        with torch.device("meta"):
+            linear = nn.Linear(n, m, bias=False)
+        linear.weight = nn.Parameter(torch.zeros(()).expand(m, n), requires_grad=False)
         layers[key.removesuffix(".lrlora_A.weight").removeprefix(PEFT_PREFIX)] = linear
     if not layers:
         raise ValueError(f"{saved.name} contains no adapted linear layer.")
@@ -271,19 +268,15 @@ def _layer(base: Checkpoint, key: str, saved: SavedAdapter) -> nn.Module:
     is_embedding = isinstance(found, nn.Embedding) or any("_embedding_" in name for name in _names_of(saved, key))
     is_conv1d = isinstance(found, Conv1D) or (found is None and bool(getattr(saved.config, "fan_in_fan_out", False)))
     layer: Any
-    if weight.dim() == 2 and is_embedding:
-        layer = nn.Embedding(1, 1)
-        layer.num_embeddings, layer.embedding_dim = weight.shape
-    elif weight.dim() == 2 and is_conv1d:
-        layer = Conv1D(1, 1)
-        layer.nx, layer.nf = weight.shape
-    elif weight.dim() == 2:
-        layer = nn.Linear(1, 1)
-        layer.out_features, layer.in_features = weight.shape
-    else:
-        kinds: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-        m, n, *kernel = weight.shape
-        layer = kinds[weight.dim()](n, m, tuple(kernel))
+    first, second, *kernel = weight.shape
+    with torch.device("meta"):
+        if kernel:
+            kinds: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+            layer = kinds[len(kernel) - 1](second, first, tuple(kernel))
+        elif is_embedding:
+            layer = nn.Embedding(first, second)
+        else:
+            layer = Conv1D(second, first) if is_conv1d else nn.Linear(second, first)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if not is_embedding:
         bias = f"{key.removesuffix('.weight')}.bias"

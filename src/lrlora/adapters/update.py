@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,12 @@ from torch import Tensor
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
 
-Factors = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    from .full_model import FineTuned
+    from .lora_file import SingleFile
+    from .peft_folder import SavedAdapter
+
+Pair = tuple[Tensor, Tensor]
 
 MAGNITUDES_NOTE = (
     "DoRA: the ranks are those of s·BA, the update of the direction. They do not include the trained magnitude of "
@@ -22,7 +27,12 @@ MAGNITUDES_NOTE = (
 
 
 # Initializations of LoRA that subtract the initial BA from the base weight: s·BA is not the full update.
-CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def changes_base(config: Any) -> bool:
+    """Whether the initialization of a LoRA changes the base weights."""
+    return str(getattr(config, "init_lora_weights", None)).startswith(_CHANGING_STARTS)
 
 
 class Layout(NamedTuple):
@@ -54,7 +64,7 @@ class Learned(NamedTuple):
 
     """
 
-    linear: Callable[[], Factors]
+    linear: Callable[[], Pair]
     phi: Transfer | None
     transfer_input: Callable[[], Tensor]
 
@@ -79,7 +89,7 @@ class Update:
 
     module: str
     shape: tuple[int, int]
-    form: Callable[[], Tensor | Factors]
+    form: Callable[[], Tensor | Pair]
     is_product: bool
     r: int | None
     limit: int
@@ -88,7 +98,7 @@ class Update:
     weight: Callable[[], Tensor | None] = lambda: None
     learned: Learned | None = None
 
-    def factors(self) -> Factors | None:
+    def factors(self) -> Pair | None:
         """U (m, k) and V (k, n), of any dtype and finite; None if ΔW is not a product of thin factors."""
         if not self.is_product:
             return None
@@ -110,34 +120,6 @@ class Update:
         weight = self.weight()
         norm = 0.0 if weight is None else weight.double().norm().item()
         return norm if norm > 0 else None
-
-
-class Source(Protocol):
-    """Origin of updates: a PEFT folder, a single-file LoRA, or two checkpoints."""
-
-    @property
-    def name(self) -> str:
-        """Folder, file, or hub name."""
-
-    @property
-    def config(self) -> Any:
-        """PEFT configuration with the base model, task and heads for a new adapter.
-
-        Raises:
-            ValueError: a single file has none.
-
-        """
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """Of the factors or fine-tuned checkpoint; bfloat16 for 8 bits."""
-
-    @property
-    def parameters(self) -> int | None:
-        """Trained parameters without heads and biases; None without an adapter."""
-
-    def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
-        """Other trained weights: heads, biases, embeddings, and optionally DoRA's magnitudes."""
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -178,8 +160,13 @@ class Updates:
     name: str
     method: str
     updates: list[Update]
-    origin: Source
+    origin: SavedAdapter | SingleFile | FineTuned
     notes: tuple[str, ...] = ()
+
+    @property
+    def are_products(self) -> bool:
+        """Whether all are products of thin factors."""
+        return all(update.is_product for update in self.updates)
 
     def __iter__(self) -> Iterator[Update]:
         return iter(self.updates)

@@ -419,8 +419,8 @@ def merge(
     with one_clear_error("Nothing was written."), only_writer(output):
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
-        if not re.fullmatch(r"[1-9]\d*[KMG]i?B", max_shard_size):
-            raise ValueError(f"--max-shard-size must be a size such as 5GB or 500MiB, got {max_shard_size!r}.")
+        if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
+            raise ValueError(f"--max-shard-size must be a size such as 5GB or 500MB, got {max_shard_size!r}.")
         if Path(adapter).is_file():
             raise ValueError(f"{adapter} is a single file, but merge needs the folder of a PEFT adapter.")
         quiet()

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +37,8 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
     """Print an error as one message, without a traceback; `LRLORA_DEBUG=1` in the environment raises it."""
     try:
         yield
-    except typer.Exit:
-        raise  # it is a RuntimeError
-    except BrokenPipeError:  # the reader, such as head, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
+    except (typer.Exit, BrokenPipeError):  # Typer handles a pipe that its reader, such as head, has closed
+        raise
     except Exception as error:
         if os.environ.get("LRLORA_DEBUG") == "1":
             raise
@@ -55,8 +51,8 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
         remedy += "" if is_foreseen else ". This error is unexpected. Set LRLORA_DEBUG=1 to show its traceback."
         Console(stderr=True).print(f"[bold red]Error:[/] {as_text(f'{what}{remedy}')}", highlight=False)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print(f"Interrupted. {after_interrupt}", highlight=False)
+    except KeyboardInterrupt as stop:
+        note(str(stop) or f"Interrupted. {after_interrupt}")
         raise typer.Exit(130) from None
 
 
@@ -97,6 +93,11 @@ def require_new(file: Path | None) -> None:
 def announce(line: str) -> None:
     """Print a line as it is."""
     console.print(as_text(line), highlight=False)
+
+
+def note(line: str) -> None:
+    """Print a line to stderr; results go to stdout."""
+    Console(stderr=True).print(as_text(line), highlight=False)
 
 
 def as_text(lines: str) -> str:

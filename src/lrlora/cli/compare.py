@@ -59,7 +59,7 @@ def compare(
         quiet()
         from ..train.comparison import Comparison
         from ..train.comparison import compare as run
-        from ..train.run import Interrupted, show_plan
+        from ..train.run import show_plan
 
         comparison = Comparison(told, tuple(_words(methods)), _numbers(rates), seeds, test_data)
         first = [(method, rate) for method in comparison.methods for rate in comparison.first_rates(method)]
@@ -68,11 +68,7 @@ def compare(
         if dry_run:
             show_plan(comparison.run(*first[0], 0), overwrite=comparison.output.exists(), announce=announce)
             return
-        try:
-            outcome = run(comparison, announce=announce)
-        except Interrupted:
-            raise KeyboardInterrupt from None
-        _print(outcome)
+        _print(run(comparison, announce=announce))
 
 
 def _print(outcome: Outcome) -> None:

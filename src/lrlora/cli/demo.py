@@ -25,15 +25,12 @@ def demo(
         quiet()
         from ..run_folder import PICTURE_FILE
         from ..train.demo import LEARNED, DemoSettings, run_demo
-        from ..train.run import Interrupted, rank_report_of
+        from ..train.run import rank_report_of
         from ..views.figure import TRAINED_RANK, save_rank_figure
         from ..views.page import write_page
         from ..views.runs import load_runs
 
-        try:
-            results = run_demo(output, DemoSettings(steps=steps, seed=seed), overwrite=overwrite, announce=announce)
-        except Interrupted:
-            raise KeyboardInterrupt from None
+        results = run_demo(output, DemoSettings(steps=steps, seed=seed), overwrite=overwrite, announce=announce)
         report = rank_report_of(output / LEARNED)
         assert report is not None  # the method has ranks
         picture, page = output / PICTURE_FILE, output / "report.html"

@@ -134,7 +134,7 @@ def export_by_loss(
 
 def _gain_lines(cut: Cut, losses: Tensor) -> Iterator[str]:
     """Losses of the adapter, of none, and of the cut, and the share of the gain that is kept."""
-    from ..train.compress import mean_of
+    from ..learned.gain import mean_of
 
     unit = "" if cut.subject.run.config.task == "regress" else " nats"  # there, the loss is a squared error
     gain = cut.confirm.gain.nats
@@ -149,7 +149,7 @@ def _share(cut: Cut, losses: Tensor) -> str:
 
 def _check_loaded(cut: Cut, output: Path, as_cut: Tensor) -> None:
     """Print what PEFT makes of a file, and raise ValueError if that is much less than was cut."""
-    from ..train.compress import mean_of
+    from ..learned.gain import mean_of
 
     model = cut.subject.with_lora(output)
     losses = cut.confirm.losses_of(model)
@@ -164,7 +164,8 @@ def _check_loaded(cut: Cut, output: Path, as_cut: Tensor) -> None:
 
 
 def _heal(cut: Cut, output: Path, steps: int, losses: Tensor) -> None:
-    from ..train.compress import heal, mean_of
+    from ..learned.gain import mean_of
+    from ..train.compress import heal
 
     def is_better(model: Any) -> bool:
         return mean_of(cut.confirm.losses_of(model)) < mean_of(losses)

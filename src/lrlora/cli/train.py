@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..files import require_no_input, write_json, write_whole
 from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
-from .common import announce, app, as_text, console, one_clear_error, quiet, require_new, require_replaceable
+from .common import announce, app, console, note, one_clear_error, quiet, require_new, require_replaceable
 from .exporting import show_smallest
 from .options import settings_as_options, settings_of, starter
 
@@ -87,16 +86,15 @@ def train(
 
 def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) -> None:
     from ..train.hub import push
-    from ..train.run import Interrupted, rank_report_of, resume_hint, train
+    from ..train.run import rank_report_of, resume_hint, train
     from ..views.tables import rank_table
 
     try:
         result = train(run, resume=resume, overwrite=overwrite, announce=announce)
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         folder = Path(run.output)
         hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
-        Console(stderr=True).print(as_text(str(stop) or f"Interrupted. {hint}"), highlight=False)
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(str(stop) or f"Interrupted. {hint}") from None
     if not result.is_first:
         return
     _print_metrics(result.metrics, f"Validation, {which_checkpoint(asdict(run))}")
@@ -226,29 +224,24 @@ def predict(
         if output is not None:
             require_replaceable(output, overwrite, run=run, data=data)
         quiet()
-        reading["announce"] = _note
+        reading["announce"] = note
         from ..train.inference import predict, predict_texts, write_predictions
 
         how = parse_assignments(generation or (), "--generation")
         if text is not None and output is None:
-            (said,) = predict_texts(run, [text], how, _note)
+            (said,) = predict_texts(run, [text], how, note)
             print(said.get("completion") or json.dumps(said, ensure_ascii=False))
             return
         found = (
             predict(run, data, generation=how, **reading)
             if data is not None
-            else predict_texts(run, _lines_of_input() if text is None else [text], how, _note)
+            else predict_texts(run, _lines_of_input() if text is None else [text], how, note)
         )
         if output is not None:
             announce(f"{write_predictions(output, found):,} predictions: {output}")
             return
         for prediction in found:
             print(json.dumps(prediction, ensure_ascii=False))
-
-
-def _note(line: str) -> None:
-    """Print a note to stderr; results go to stdout."""
-    Console(stderr=True).print(as_text(line), highlight=False)
 
 
 def _lines_of_input() -> list[str]:

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..adapters import Factors
 from ..adapters.export import lora_config
-from ..adapters.update import CHANGING_STARTS, Layout
+from ..adapters.update import Layout, changes_base
 from ..naming import PEFT_PREFIX
 from .parameters import whole, write
 
@@ -69,7 +69,7 @@ def require_plain_lora(model: PeftModel) -> str:
     for name in _UNSUPPORTED:
         if (value := getattr(config, name, None)) and value != "none":
             raise ValueError(f"Learned ranks do not support {name}={value!r}. Remove it.")
-    if str(config.init_lora_weights).startswith(CHANGING_STARTS):
+    if changes_base(config):
         raise ValueError(
             f"Learned ranks do not support init_lora_weights={config.init_lora_weights!r}, which changes the base "
             "weights. Remove it."

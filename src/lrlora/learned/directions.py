@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..adapters.factorize import best_per_parameter
-from .gain import Kept
-from .moments import Loss, Moments, collect_moments, grams, model_loss, sides, thin_updates
+from .gain import Kept, example_losses, mean_of
+from .moments import Loss, Moments, collect_moments, grams, model_loss, sides
 
 DAMPING = 1e-3
 _SHARES = (0.5, 0.25, 0.125)  # shares of the parameters at which the loss is measured first
@@ -168,9 +168,7 @@ def loss_curve(
 @torch.no_grad()
 def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss) -> float:
     """Mean loss of batches with these factors in place of the adapter."""
-    with thin_updates(model, factors) as base:
-        losses = [loss(base, batch) for batch in batches]
-    return sum(sums.sum().item() for sums, _ in losses) / max(1, sum(int(terms.sum()) for _, terms in losses))
+    return mean_of(example_losses(model, factors, batches, loss))
 
 
 def smallest(

@@ -81,6 +81,11 @@ class Gain:
         return math.ceil(len(self._whole) * ((kept.share - kept.low) / (kept.share - keep)) ** 2)
 
 
+def mean_of(losses: Tensor) -> float:
+    """Mean of `example_losses` over the loss terms."""
+    return (losses[:, 0].sum() / losses[:, 1].sum().clamp(min=1)).item()
+
+
 @torch.no_grad()
 def example_losses(
     model: nn.Module, factors: Sequence[Factors], batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..adapters import Factors
-from ..naming import path_in_base
+from ..naming import PEFT_PREFIX
 from ..ops.form import at_least_float32
 
 RIDGE = 1e-2  # share of the mean σ² of the update
@@ -221,7 +221,7 @@ def thin_updates(
 
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    modules = {path_in_base(path): module for path, module in model.named_modules()}
+    modules = {path.removeprefix(PEFT_PREFIX): module for path, module in model.named_modules()}
     # Trained tokens are not a module's update and stay unchanged.
     kept = {
         part for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper) for part in module.modules()

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 WIDTH = 4  # rank at the start, as a multiple of that of the size
 _WIDE = 16  # rank at the start for a size in parameters or bytes
-_UNITS = {"kB": 10**3, "KiB": 2**10, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+_UNITS = {None: ("parameters", 1), "k": ("parameters", 10**3), "M": ("parameters", 10**6)}
+_UNITS |= {"kB": ("bytes", 10**3), "MB": ("bytes", 10**6), "GB": ("bytes", 10**9)}
+_UNITS |= {"KiB": ("bytes", 2**10), "MiB": ("bytes", 2**20), "GiB": ("bytes", 2**30)}
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,8 @@ class Size:
         match = re.fullmatch(r"(r?)(\d+(?:\.\d+)?)([kM]|kB|KiB|[MG]i?B)?", text) if isinstance(text, str) else None
         if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
             raise ValueError(f"{option} must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got {text!r}.")
-        number, unit = float(match[2]), match[3]
-        if match[1]:
-            return cls(text, number, "ranks", option)
-        if unit in _UNITS:
-            return cls(text, number * _UNITS[unit], "bytes", option)
-        return cls(text, number * {None: 1, "k": 1e3, "M": 1e6}[unit], "parameters", option)
+        unit, factor = ("ranks", 1) if match[1] else _UNITS[match[3]]
+        return cls(text, float(match[2]) * factor, unit, option)
 
     @property
     def wide_rank(self) -> int:

@@ -247,23 +247,27 @@ def _(
     return _needed(needs, gradients)
 
 
-def _save_for_adapted_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, A, B, amplitude, bandwidth, *ctx.settings = inputs
-    ctx.save_for_backward(x, weight, A, B, amplitude, bandwidth)
-
-
-def _differentiate_adapted_linear(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:7])
-    gradients = _scattered(needs, _adapted_linear_backward(grad_y, needs, *ctx.saved_tensors, *ctx.settings))
-    return *gradients, *(None for _ in ctx.settings)
-
-
 def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError('φ(BA) has no second derivative here. Use form="expansion", or plain LoRA.')
 
 
-_adapted_linear_backward.register_autograd(_refuse_second_derivative)
-adapted_linear.register_autograd(_differentiate_adapted_linear, setup_context=_save_for_adapted_linear)
+def _register_gradients(operator: Any, backward: Any, count: int, saved: Sequence[int]) -> None:
+    """Let `backward` differentiate an operator by its first `count` inputs, from those that are saved."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.settings = inputs[count:]
+        ctx.save_for_backward(*(inputs[index] for index in saved))
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:count])
+        gradients = iter(backward(grad, needs, *ctx.saved_tensors, *ctx.settings))
+        return *(next(gradients) if needed else None for needed in needs), *(None for _ in ctx.settings)
+
+    backward.register_autograd(_refuse_second_derivative)
+    operator.register_autograd(differentiate, setup_context=save)
+
+
+_register_gradients(adapted_linear, _adapted_linear_backward, 7, (0, 1, 3, 4, 5, 6))
 
 
 @torch.library.custom_op(
@@ -321,19 +325,7 @@ def _(grad: Tensor, needs: Sequence[bool], *tensors: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in _needed(needs, tensors[:4])]
 
 
-def _save_for_delta_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    A, B, amplitude, bandwidth, *ctx.settings = inputs
-    ctx.save_for_backward(A, B, amplitude, bandwidth)
-
-
-def _differentiate_delta_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:4])
-    gradients = _scattered(needs, _delta_weight_backward(grad, needs, *ctx.saved_tensors, *ctx.settings))
-    return *gradients, *(None for _ in ctx.settings)
-
-
-_delta_weight_backward.register_autograd(_refuse_second_derivative)
-delta_weight.register_autograd(_differentiate_delta_weight, setup_context=_save_for_delta_weight)
+_register_gradients(delta_weight, _delta_weight_backward, 4, range(4))
 
 
 def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -344,12 +336,6 @@ def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _needed(needs: Sequence[bool], tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """Select the needed tensors."""
     return [tensor for is_needed, tensor in zip(needs, tensors, strict=True) if is_needed and tensor is not None]
-
-
-def _scattered(needs: Sequence[bool], tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Inverse of `_needed`, with None elsewhere."""
-    remaining = iter(tensors)
-    return tuple(next(remaining) if is_needed else None for is_needed in needs)
 
 
 def _empty_weight(dtype: torch.dtype, weight: Tensor | None, A: Tensor, B: Tensor) -> Tensor:

@@ -148,14 +148,9 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compute a tensor once on the CPU, usable by autograd from any context; cache it per device."""
 
     @functools.cache
-    def compute(*arguments: float) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            return function(*arguments)
-
-    @functools.cache
     def fetch(*arguments: float, device: torch.device) -> Tensor:
-        with torch.inference_mode(False):
-            return compute(*arguments).to(device)
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return function(*arguments).to(device)
 
     return fetch
 

@@ -99,7 +99,7 @@ class Transfer(Form):
         return delta_weight(*self._arguments(None, A, B, scaling, gain))
 
     def _arguments(self, x: Tensor | None, A: Tensor, B: Tensor, scaling: float, gain: float) -> tuple[Any, ...]:
-        """Arguments of the operators in `linear.py`, starting with A."""
+        """Arguments of the operators in `fused_linear.py`, starting with A."""
         # Forward-mode derivatives would silently treat the operators as zero.
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(

@@ -22,6 +22,7 @@ from ..run_folder import CHAT, PLAIN, TEXT
 from .row_checks import require_rows
 
 NO_TEMPLATE = "none"
+_SHOWN = 600  # characters of an example
 # For models without a template or special tokens for one; an assistant's turn ends with the EOS token.
 SIMPLE_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -40,7 +41,6 @@ class Format(NamedTuple):
         name: common name.
         asked: roles of the prompt columns.
         answer: role of the answer column; None if the answer is in the prompt column.
-        optional: optional roles.
         convert: (row, whether it becomes a chat) → TRL's format.
 
     """
@@ -48,12 +48,16 @@ class Format(NamedTuple):
     name: str
     asked: tuple[str, ...]
     answer: str | None
-    optional: tuple[str, ...]
     convert: Callable[[dict[str, Any], bool], dict[str, Any]]
 
     @property
     def roles(self) -> tuple[str, ...]:
         return self.asked if self.answer is None else (*self.asked, self.answer)
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether its single column holds chats."""
+        return self.asked in (("messages",), ("conversations",))
 
 
 def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
@@ -133,16 +137,13 @@ def _json(what: str, text: str) -> Any:
 
 
 _EXTRAS = ("tools", "chat_template_kwargs")
-_TURNS = ("system", *_EXTRAS)
 # The first format whose columns exist is used.
 FORMATS = (
-    Format("messages", ("messages",), None, _TURNS, lambda row, is_chat: _chat(row, _known(row["messages"]))),
-    Format(
-        "ShareGPT", ("conversations",), None, _TURNS, lambda row, is_chat: _chat(row, map(_turn, row["conversations"]))
-    ),
-    Format("prompt and completion", ("prompt",), "completion", _TURNS, _prompt),
-    Format("Alpaca", ("instruction",), "output", ("input", "history", *_TURNS), _alpaca),
-    Format("text", ("text",), None, (), lambda row, is_chat: {"text": row["text"]}),
+    Format("messages", ("messages",), None, lambda row, is_chat: _chat(row, _known(row["messages"]))),
+    Format("ShareGPT", ("conversations",), None, lambda row, is_chat: _chat(row, map(_turn, row["conversations"]))),
+    Format("prompt and completion", ("prompt",), "completion", _prompt),
+    Format("Alpaca", ("instruction",), "output", _alpaca),
+    Format("text", ("text",), None, lambda row, is_chat: {"text": row["text"]}),
 )
 
 
@@ -162,11 +163,8 @@ def require_roles(data: Dataset, role: str, where: str) -> None:
 
 def without_answer(data: Dataset) -> int:
     """Number of chats that do not end with an answer."""
-    name = format_of(data.column_names).name
-    if name not in ("messages", "ShareGPT"):
-        return 0
-    chats = data["messages" if name == "messages" else "conversations"]
-    return sum(not _is_answer(chat[-1]) for chat in chats)
+    found = format_of(data.column_names)
+    return sum(not _is_answer(chat[-1]) for chat in data[found.asked[0]]) if found.has_turns else 0
 
 
 def _is_answer(message: dict[str, Any]) -> bool:
@@ -178,7 +176,7 @@ def _is_answer(message: dict[str, Any]) -> bool:
 def holds_chats(data: Dataset) -> bool:
     """Whether the rows contain messages instead of plain text."""
     found = format_of(data.column_names)
-    return found.name in ("messages", "ShareGPT") or any(isinstance(data[0].get(role), list) for role in found.roles)
+    return found.has_turns or any(isinstance(data[0].get(role), list) for role in found.roles)
 
 
 def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -310,8 +308,6 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> N
         if not Path(wanted).is_file():
             raise FileNotFoundError(f"There is no file {wanted} with a chat template.")
         tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
-        if not tokenizer.chat_template.strip():
-            raise ValueError(f"The chat template {wanted} is empty.")
     else:
         known = _templates_of_trl()
         require_known("chat template", wanted, [NO_TEMPLATE, "simple", *known])
@@ -368,20 +364,17 @@ def render_chat(
         raise ValueError(f"The chat template refuses the chat {str(chat)[:200]}: {error}") from None
 
 
-def shown_tokens(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, marked: bool = False, most: int = 600
-) -> str:
+def shown_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, marked: bool = False) -> str:
     """Decode a tokenized row for display.
 
     Args:
         row: `input_ids`, and maybe `labels`, -100 outside the loss.
         tokenizer: the row's tokenizer.
         marked: mark text that the loss uses with ⟦ ⟧.
-        most: maximum characters.
 
     """
     labels = (row.get("labels") or row["input_ids"]) if marked else [-100] * len(row["input_ids"])
     parts = groupby(zip(row["input_ids"], labels, strict=True), key=lambda pair: pair[1] != -100)
     texts = ((is_trained, str(tokenizer.decode([token for token, _ in pairs]))) for is_trained, pairs in parts)
     shown = "".join(f"⟦{text}⟧" if is_trained else text for is_trained, text in texts)
-    return shown if len(shown) <= most else f"{shown[:most]} …"
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]} …"

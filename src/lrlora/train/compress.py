@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +23,11 @@ from ..adapters import Factors, Updates, factorize, read_updates
 from ..adapters.full_model import FineTuned
 from ..adapters.loading import check_base
 from ..adapters.peft_folder import SavedAdapter
-from ..adapters.update import CHANGING_STARTS
+from ..adapters.update import changes_base
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, replacing, write_json
 from ..learned.directions import Point, energy_curve, loss_curve, mean_loss, smallest
-from ..learned.gain import Gain, Kept, example_losses, losses_of
+from ..learned.gain import Gain, Kept, example_losses, losses_of, mean_of
 from ..ranks import RankReport
 from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights
@@ -141,7 +142,7 @@ class Subject:
                     name = None if key in kept else origin.base.name_of(key)
                     if name is not None:
                         tensor.copy_(origin.base.read(name))
-            elif str(getattr(origin.config, "init_lora_weights", "")).startswith(CHANGING_STARTS):
+            elif changes_base(origin.config):
                 base = model.get_base_model()
                 for update in self.updates:
                     layer = base.get_submodule(update.module).get_base_layer()
@@ -188,8 +189,7 @@ class Subject:
     @cached_property
     def whole(self) -> list[Factors]:
         """The update as thin factors: exact if it is a product, else at 99 % of its energy."""
-        is_thin = all(update.is_product for update in self.updates)
-        return factorize(self.updates, energy=1.0 if is_thin else DEFAULT_ENERGY, progressbar=True)
+        return factorize(self.updates, energy=1.0 if self.updates.are_products else DEFAULT_ENERGY, progressbar=True)
 
 
 def _examples_of_run(run: LoadedRun) -> tuple[Dataset, Dataset]:
@@ -247,11 +247,6 @@ class Part:
     def kept(self, factors: Sequence[Factors]) -> Kept:
         """Share of the gain that factors keep."""
         return self.gain.kept(self.losses(factors))
-
-
-def mean_of(losses: Tensor) -> float:
-    """Mean of `example_losses` over the loss terms."""
-    return (losses[:, 0].sum() / losses[:, 1].sum()).item()
 
 
 def _guessed(kind: Kind, batches: list[Any], training: list[Any]) -> Tensor | None:
@@ -328,7 +323,7 @@ class Cut:
         There, nearly everything is cut, far outside the range of the quadratic model of the loss.
         """
         by_loss = self.curve.within(budget, max_rank)
-        if self._is_thin:
+        if self.subject.updates.are_products:
             return by_loss
         by_energy = energy_curve(self.subject.whole).within(budget, max_rank)
         batches, loss = self.search.batches, self.subject.loss
@@ -358,7 +353,7 @@ class Cut:
         except ValueError as error:
             why = (
                 ""
-                if self._is_thin
+                if self.subject.updates.are_products
                 else f" The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was "
                 "dropped beforehand."
             )
@@ -390,10 +385,6 @@ class Cut:
             f"Too few examples to cut: {point.parameters:,} parameters keep {point.kept} of the gain on half of them, "
             f"but {why}"
         )
-
-    @property
-    def _is_thin(self) -> bool:
-        return all(update.is_product for update in self.subject.updates)
 
     def metric_of(self, model: Any) -> str:
         """Main metric of a model on the held-out examples, such as "accuracy 0.91"; empty if it is the loss."""
@@ -447,7 +438,7 @@ def heal(
         arguments = training_arguments(kind, settings, scratch, max_length=subject.run.record.max_length)
         data = subject.run.marked(subject.run.encoded(subject.training))
         trainer = make_trainer(kind, model, subject.run.processor, arguments, data, data, [progress, StopOnNonFinite()])
-        with progress.closed_at_the_end():
+        with closing(progress):
             trainer.train()
     if not is_better(model):
         return False

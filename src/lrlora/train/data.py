@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -151,8 +148,6 @@ def _check_header(path: Path, delimiter: str, encoding: str) -> None:
             f"with the delimiter {delimiter!r}, {path.name} has a single column, {header[0]!r}. Pass the delimiter: "
             f"--delimiter {other!r}"
         )
-    if any("\0" in name for name in header):
-        raise ValueError(f"the header of {path.name} contains NUL characters")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise ValueError(f"several columns of {path.name} are named {', '.join(twice)}. Give each a unique name")
     if len(first) > len(header):  # pandas would use the first field as an index, and shift the columns
@@ -199,12 +194,11 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
     sources = {"train": config.data, "validation": config.validation or config.data}
     where = {name: _name_of(sources[name], name) for name in splits}
     notes = []
-    with _naming_columns(config.columns):
-        for name, part in splits.items():
-            splits[name], note = _checked(part, kind, where[name], config.skip_empty)
-            notes += note
-        if labels := kind.class_names(splits["train"]):
-            splits = DatasetDict({name: with_class_ids(part, labels, where[name]) for name, part in splits.items()})
+    for name, part in splits.items():
+        splits[name], note = _checked(part, kind, where[name], config.skip_empty)
+        notes += note
+    if labels := kind.class_names(splits["train"]):
+        splits = DatasetDict({name: with_class_ids(part, labels, where[name]) for name, part in splits.items()})
     if labels:
         if len(labels) == (count := len(splits["train"])):
             notes.append(
@@ -245,33 +239,16 @@ def load_examples(
     require_known(f"split of {name}", chosen, splits)
     examples = select_roles(splits[chosen], kind, config.columns, with_label=with_label)
     where = _name_of(name, chosen)
-    with _naming_columns(config.columns):
-        examples, notes = _checked(examples, kind, where, config.skip_empty, with_label=with_label)
-        if labels and with_label:
-            remedy = "" if len(splits) == 1 else " (--split selects another)"
-            examples = with_class_ids(examples, labels, where + remedy)
+    examples, notes = _checked(examples, kind, where, config.skip_empty, with_label=with_label)
+    if labels and with_label:
+        remedy = "" if len(splits) == 1 else " (--split selects another)"
+        examples = with_class_ids(examples, labels, where + remedy)
     return examples, notes
 
 
 def _name_of(data: str, split: str) -> str:
     """Name of a part of the data in messages."""
     return Path(data).name if Path(data).is_file() else f"the split {split}"
-
-
-@contextmanager
-def _naming_columns(columns: dict[str, str]) -> Iterator[None]:
-    """Add the user's column names to errors that name a role."""
-    try:
-        yield
-    except ValueError as error:
-        named = [
-            f"{role} is the column {name!r}"
-            for role, name in columns.items()
-            if role != name and re.search(rf"\b{role}\b", str(error))
-        ]
-        if not named:
-            raise
-        raise ValueError(f"{error} Here {', '.join(named)}.") from None
 
 
 def sampled(data: Dataset, limit: int | None) -> Dataset:

@@ -294,8 +294,6 @@ class LoadedRun:
         for name in settings or ():
             known = [known for known in GenerationConfig().to_dict() if not known.startswith("_")]
             require_known("generation setting", name, known)
-        if (settings or {}).get("return_dict_in_generate"):
-            raise ValueError("generation setting return_dict_in_generate=True is not supported. Remove it.")
         return replace(self, generation=settings or {})
 
     @property

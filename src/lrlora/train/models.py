@@ -236,28 +236,17 @@ def training_arguments(
         arguments = cls(**{**_ALWAYS, **defaults, **kind.arguments(max_length, batch), **given})
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
-    _check_schedule(arguments)
-    return arguments
-
-
-def _check_schedule(arguments: TrainingArguments) -> None:
-    """Raise ValueError unless the learning-rate schedule is valid at its start, middle and end."""
-    given: Any = arguments.lr_scheduler_kwargs
+    options: Any = arguments.lr_scheduler_kwargs
     steps = arguments.max_steps
-    require_type(given, dict[str, Any] | None, "training: lr_scheduler_kwargs")
     try:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
-        warmup = arguments.get_warmup_steps(steps)
-        schedule: Any = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, given)
-        rates = [rate(step) for rate in getattr(schedule, "lr_lambdas", ()) for step in (0, steps // 2, steps)]
-        is_finite = all(map(math.isfinite, rates))
+        optimizer, warmup = torch.optim.SGD([torch.zeros(1)], 1.0), arguments.get_warmup_steps(steps)
+        get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, options)
     except Exception as error:  # schedules can raise anything for arguments of any type
-        is_finite, reason = False, f"{type(error).__name__}: {error}"
-    else:
-        reason = "its rates are not finite"
-    if not is_finite:
-        name = SchedulerType(arguments.lr_scheduler_type).value
-        raise ValueError(f"training: lr_scheduler_kwargs={given!r} is invalid for lr_scheduler_type={name} ({reason}).")
+        raise ValueError(
+            f"training: lr_scheduler_kwargs={options!r} is invalid for "
+            f"lr_scheduler_type={SchedulerType(arguments.lr_scheduler_type).value} ({type(error).__name__}: {error})."
+        ) from None
+    return arguments
 
 
 _FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
@@ -275,6 +264,12 @@ _ALWAYS: dict[str, Any] = {
 }
 
 
+_REFUSED = {
+    "label_names": "is not supported. Remove it",
+    "hub_token": "would be saved with the run. Set HF_TOKEN instead, or `hf auth login`",
+    "resume_from_checkpoint": "has no effect. Use: lrlora train --resume FOLDER",
+    "output_dir": "is a setting of the run. Pass it as --output",
+}
 # Checked here, because the Trainer would fail only during training.
 _LEAST = {
     "per_device_train_batch_size": 1,
@@ -293,15 +288,9 @@ def _check_arguments(given: Mapping[str, Any], types: dict[str, Any], kind: Kind
         raise ValueError(
             "training: prediction_loss_only=True is not supported, because the metrics need predictions. Remove it."
         )
-    if "label_names" in given:
-        raise ValueError(f"training: label_names={given['label_names']!r} is not supported. Remove it.")
-    if "hub_token" in given:
-        raise ValueError("training: hub_token would be saved with the run. Set HF_TOKEN instead, or `hf auth login`.")
-    if "resume_from_checkpoint" in given:
-        raise ValueError("training: resume_from_checkpoint has no effect. Use: lrlora train --resume FOLDER.")
-    if "output_dir" in given:
-        raise ValueError("training: output_dir is a setting of the run. Pass it as --output.")
     for name, value in given.items():
+        if name in _REFUSED:
+            raise ValueError(f"training: {name} {_REFUSED[name]}.")
         if name in types:
             require_type(value, types[name], f"training: {name}")
         if isinstance(value, float) and not math.isfinite(value):

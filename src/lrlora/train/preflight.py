@@ -8,7 +8,7 @@ from ..files import require_no_input
 from ..ranks.report import read_history
 from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord
 from .data import require_data_path
-from .hub import require_hub
+from .hub import repository
 from .models import require_model_folder
 from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .sharding import check_sharding
@@ -66,7 +66,7 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, config.task, config.method)
     check_sharding(config.method, config.adapter, config.training)
-    require_hub(config.output, config.training)
+    repository(config.output, config.training)
     return resumed
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from ..tuner.sharding import local_part
 from .tasks.base import plain_metrics
 
 Announce = Callable[[str], None]
-_STEPS_TIMED = 10
 
 
 class StopOnSignal(TrainerCallback):
@@ -169,20 +167,16 @@ _LINES_APART = 60  # seconds between the lines of a bar in a file
 
 
 class Progress(TrainerCallback):
-    """Progress bar with loss, metric and mean rank; one line per evaluation; a time estimate."""
+    """Progress bar with loss, metric and mean rank; one line per evaluation."""
 
     def __init__(self, announce: Announce) -> None:
         self.announce = announce
         self.shown: dict[str, str] = {}
         self.bar = tqdm(disable=True)  # until training starts
 
-    @contextmanager
-    def closed_at_the_end(self) -> Iterator[None]:
-        """Context that closes the bar on exit, so that it does not overlap later output."""
-        try:
-            yield
-        finally:
-            self.bar.close()
+    def close(self) -> None:
+        """Close the bar, so that it does not overlap later output."""
+        self.bar.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -195,14 +189,9 @@ class Progress(TrainerCallback):
             disable=not state.is_world_process_zero,
             mininterval=0.1 if sys.stderr.isatty() else _LINES_APART,
         )
-        self.first, self.start = state.global_step, time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update()
-        done = state.global_step - self.first
-        if done == _STEPS_TIMED:
-            left = (state.max_steps - state.global_step) * (time.perf_counter() - self.start) / done
-            self.say(f"After {done} steps: about {timedelta(seconds=round(left))} remaining, excluding evaluations.")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

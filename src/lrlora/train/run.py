@@ -10,12 +10,12 @@ import math
 import os
 import shutil
 import tempfile
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -44,7 +44,7 @@ from .settings import TrainConfig
 from .tasks.base import plain_metrics
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error)
+class Interrupted(KeyboardInterrupt):
     """Training was stopped externally (Ctrl-C, SIGTERM), after saving a checkpoint."""
 
 
@@ -114,11 +114,11 @@ def train(
         record = replace(inputs.record, examples_per_step=examples_per_step(trainer.args))
         last = last_checkpoint(output, trainer, announce) if resumed else None
         # Modify files only after all checks have passed in every process.
-        _wait_for_all(trainer)
+        trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             _make_folder(output, overwrite, None if resume else record)
-        _wait_for_all(trainer)
-        with stop.listening(), progress.closed_at_the_end():
+        trainer.accelerator.wait_for_everyone()
+        with stop.listening(), closing(progress):
             _fit(trainer, last, clock, announce)
         done, steps = trainer.state.global_step, trainer.args.max_steps
         if stop.signal is not None and done < steps:
@@ -208,11 +208,6 @@ def _in_first_process(announce: Announce) -> Announce:
     return announce if os.environ.get("RANK", "0") == "0" else lambda line: None
 
 
-def _wait_for_all(trainer: Trainer) -> None:
-    if trainer.args.world_size > 1:
-        torch.distributed.barrier()
-
-
 def resume_hint(output: Path) -> str:
     """Command that resumes the run in a folder."""
     return f"Resume it with: lrlora train --resume {output}"
@@ -241,7 +236,7 @@ def _finish(
     state = trained_parameters(model) if is_sharded(model) else None
     report = rank_report(model) if METHODS[config.method].has_ranks and (result.is_first or state is not None) else None
     if not result.is_first:
-        _wait_for_all(trainer)
+        trainer.accelerator.wait_for_everyone()
         return result
     if report is not None:
         if learned is not None and learned.ranks is not None:  # a sharded model keeps what was cut, as zeros
@@ -262,7 +257,7 @@ def _finish(
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
     push(config.output, config.training, announce)
-    _wait_for_all(trainer)
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
@@ -276,7 +271,7 @@ def _save_plain_lora(output: Path, announce: Announce) -> None:
     shutil.rmtree(output / LORA_FOLDER, ignore_errors=True)  # left by a killed process
     try:
         updates = read_updates(output)
-        energy = 1.0 if all(update.is_product for update in updates) else DEFAULT_ENERGY
+        energy = 1.0 if updates.are_products else DEFAULT_ENERGY
         save_as_lora(factorize(updates, energy=energy), updates, output / LORA_FOLDER)
     except ValueError as error:  # not every update can be a LoRA, and the run is done
         announce(f"No plain LoRA was saved with the adapter. {error}")

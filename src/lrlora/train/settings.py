@@ -163,19 +163,13 @@ class TrainConfig:
             check_truncation(keep=self.keep)
         if self.size is not None:
             Size.parse(self.size)
-        if self.delimiter is not None and len(self.delimiter) != 1:
-            raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
-        if self.head_learning_rate is not None and not kind.has_head:
-            raise ValueError(
-                f"head_learning_rate={self.head_learning_rate!r} applies to a new head, which {self.task} does not "
-                "have. Remove it."
-            )
-        if self.max_length is not None and not kind.reads_text:
-            raise ValueError(f"max_length={self.max_length!r} applies to text, but the task is {self.task}. Remove it.")
-        if self.chat_template is not None and not kind.generates:
-            raise ValueError(
-                f"chat_template={self.chat_template!r} applies to causal-lm, but the task is {self.task}. Remove it."
-            )
+        for name, applies, what in (
+            ("head_learning_rate", kind.has_head, "a new head"),
+            ("max_length", kind.reads_text, "text"),
+            ("chat_template", kind.generates, "causal-lm"),
+        ):
+            if (value := getattr(self, name)) is not None and not applies:
+                raise ValueError(f"{name}={value!r} applies to {what}, but the task is {self.task}. Remove it.")
         counts = ("max_length", "train_examples", "validation_examples", "rank", "steps", "batch_size")
         for name, least in (*((name, 1) for name in (*counts, "early_stopping", "rank_every")), ("seed", 0)):
             value = getattr(self, name)
@@ -317,27 +311,20 @@ def _fields_of(config: Any) -> list[str]:
     return [*inspect.signature(config.__init__).parameters][1:] if config else []
 
 
+_PLACES = {"run": "setting of a run", "training": "field of TrainingArguments", "adapter": "field of the adapter"}
+_OPTIONS = {"run": "--{option}", "training": "--training {name}=VALUE", "adapter": "--adapter {name}=VALUE"}
+
+
 def _unknown_setting(name: str, place: str, known: dict[str, list[str]]) -> ValueError:
-    homes = {
-        "run": ("setting of a run", "--{flag} or the key {name} of the YAML file"),
-        "training": ("field of TrainingArguments", "--training {name}=VALUE or the key training of the YAML file"),
-        "adapter": ("field of the adapter", "--adapter {name}=VALUE or the key adapter of the YAML file"),
-    }
-
-    def home(found: str) -> str:
-        """Location of a known name, preferring this place."""
-        there = next(each for each in (place, *known) if found in known[each])
-        what, how = homes[there]
-        how = how.format(name=found, flag=found.replace("_", "-"))
-        return "" if there == place else f", a {what}: set it with {how}"
-
-    said = f"Unknown {homes[place][0]} {name!r}."
     alias = _ALIASES.get(name, "")
-    if (place == "run" and alias) or (place == "adapter" and alias.startswith("method")):
-        return ValueError(f"{said} Use {alias}: --{alias}, or the key {alias.split()[0]}.")
-    if any(name in names for names in known.values()):
-        return ValueError(f"{said} It is{home(name).removeprefix(',')}.")
     near = difflib.get_close_matches(str(name), dict.fromkeys(chain(*known.values())), 1, 0.5)
-    if near:
-        return ValueError(f"{said} Did you mean {near[0]}{home(near[0])}?")
-    return ValueError(f"{said} Known: {', '.join(known[place])}.")
+    if (place == "run" and alias) or (place == "adapter" and alias.startswith("method")):
+        hint = f"Use {alias}: --{alias}, or the key {alias.split()[0]}."
+    elif near:
+        there = next(each for each in (place, *known) if near[0] in known[each])
+        option = _OPTIONS[there].format(name=near[0], option=near[0].replace("_", "-"))
+        key = near[0] if there == "run" else there
+        hint = f"Did you mean {near[0]}, a {_PLACES[there]}? Set it with {option} or the key {key} of the YAML file."
+    else:
+        hint = f"Known: {', '.join(known[place])}."
+    return ValueError(f"Unknown {_PLACES[place]} {name!r}. {hint}")

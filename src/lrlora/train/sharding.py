@@ -106,16 +106,13 @@ class _BestCheckpoint(TrainerCallback):
 def require_same_sharding(checkpoint: Path, trainer: Trainer) -> None:
     """Raise ValueError if a checkpoint's sharding or, with DeepSpeed, number of processes differs."""
     names = [path.name for path in checkpoint.iterdir()]
-    was = "without sharding"
-    if any(name.startswith("pytorch_model_fsdp") for name in names):
-        was = "under FSDP2"
-    elif any(name.startswith("global_step") for name in names):
-        was = "under DeepSpeed"
-    now = "without sharding"
-    if trainer.is_fsdp_enabled:
-        now = "under FSDP2"
-    elif trainer.is_deepspeed_enabled:
-        now = "under DeepSpeed"
+    ways = {
+        "under FSDP2": ("pytorch_model_fsdp", trainer.is_fsdp_enabled),
+        "under DeepSpeed": ("global_step", trainer.is_deepspeed_enabled),
+    }
+    marks = ((way, any(name.startswith(mark) for name in names)) for way, (mark, _) in ways.items())
+    was = next((way for way, is_there in marks if is_there), "without sharding")
+    now = next((way for way, (_, is_on) in ways.items() if is_on), "without sharding")
     if was != now:
         raise ValueError(f"The checkpoint {checkpoint} was written {was}, but this run is {now}. Resume it {was}.")
     processes = sum(name.startswith("rng_state") for name in names)

@@ -54,16 +54,14 @@ def parse_pairs(assignments: Iterable[str], option: str) -> dict[str, str]:
     return values
 
 
-# Type, pattern and first characters, as in YAML 1.2.
-_YAML_VALUES = (
-    ("bool", r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\d[\d_]*\.\d*|\.\d+)$|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
-        "-+.0123456789",
-    ),
-)
+# Type and pattern, as in YAML 1.2: YAML 1.1 reads no, off, yes and on as booleans, 1:30 as 90, 010 as 8, and dates.
+_TYPES = {
+    "null": r"(~|null|Null|NULL|)$",
+    "merge": "<<$",
+    "bool": r"(true|True|TRUE|false|False|FALSE)$",
+    "int": r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$",
+    "float": r"[-+]?(\d[\d_]*\.\d*|\.\d+)$|[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
 
 
 def _parse(text: str, where: str) -> Any:
@@ -71,20 +69,16 @@ def _parse(text: str, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            None: [(f"tag:yaml.org,2002:{name}", re.compile(pattern)) for name, pattern in _TYPES.items()]
+        }
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise yaml.YAMLError(f"the key {twice[0]} occurs twice")
             return super().construct_mapping(node, deep)
 
-    # YAML 1.1 reads no, off, yes and on as booleans, 1:30 as 90, 010 as 8, and dates.
-    Loader.yaml_implicit_resolvers = {}
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items():
-        for tag, pattern in known:
-            if tag.rpartition(":")[2] in ("null", "merge"):
-                Loader.yaml_implicit_resolvers.setdefault(first, []).append((tag, pattern))
-    for tag, pattern, first in _YAML_VALUES:
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftType
 
+from ..checks import is_type
 from ..ops.expansion import Expansion
 from ..ops.form import Form
 from ..ops.phi import FORMS, TransferSpec
@@ -96,35 +97,31 @@ class LrLoraConfig(PeftConfig):
 
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the product BA."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    lora_alpha: float = field(default=8, metadata={"help": "Scaling is lora_alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input (slow path)."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scaling is lora_alpha / sqrt(r)."})
-    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Which biases to train."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the ModuleList."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module → r."})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "Module → lora_alpha."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens of the embedding to train in full."}
-    )
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Weights are stored (fan_in, fan_out)."})
-    init_weights: bool = field(default=True, metadata={"help": "Start at ΔW = 0."})
-    num_basis: int = field(default=8, metadata={"help": "Sinc terms of φ."})
-    interval: float = field(default=3.0, metadata={"help": "Half-width of the grid of φ."})
-    input_gain: float = field(default=300.0, metadata={"help": "Gain on BA before φ, undone after it."})
-    form: Literal["residual", "sinc", "sine", "expansion"] = field(
-        default="residual", metadata={"help": "Fixed part of φ, or 'expansion' in its place."}
-    )
-    num_terms: int = field(default=16, metadata={"help": "Terms of the expansion: the rank is up to r times this."})
-    pattern_seed: int = field(default=0, metadata={"help": "Seed of the expansion's signs."})
-    sharing: Literal["module", "global"] = field(default="module", metadata={"help": "Who shares a φ."})
-    phi_lr_multiplier: float = field(default=10.0, metadata={"help": "Learning-rate multiplier of φ."})
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+    num_basis: int = 8
+    interval: float = 3.0
+    input_gain: float = 300.0
+    form: Literal["residual", "sinc", "sine", "expansion"] = "residual"
+    num_terms: int = 16
+    pattern_seed: int = 0
+    sharing: Literal["module", "global"] = "module"
+    phi_lr_multiplier: float = 10.0
+    format_version: int = FORMAT_VERSION
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
         """Reject LoRA-only fields with a remedy; the generated `__init__` would only call them unexpected."""
@@ -176,17 +173,17 @@ class LrLoraConfig(PeftConfig):
                 f"{FORMAT_VERSION}. Update your clone of lrlora and run `pip install .` again."
             )
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            _require(_is_integer(r) and r >= 1, name, r, "an integer ≥ 1")
-        _require(_is_integer(self.num_basis) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
-        _require(_is_integer(self.num_terms) and self.num_terms >= 1, "num_terms", self.num_terms, "an integer ≥ 1")
-        _require(_is_integer(self.pattern_seed), "pattern_seed", self.pattern_seed, "an integer")
+            _require(is_type(r, int) and r >= 1, name, r, "an integer ≥ 1")
+        _require(is_type(self.num_basis, int) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
+        _require(is_type(self.num_terms, int) and self.num_terms >= 1, "num_terms", self.num_terms, "an integer ≥ 1")
+        _require(is_type(self.pattern_seed, int), "pattern_seed", self.pattern_seed, "an integer")
         positive = [
             (name, getattr(self, name)) for name in ("lora_alpha", "interval", "input_gain", "phi_lr_multiplier")
         ]
         for name, value in [*positive, *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
-            _require(_is_number(value) and 0 < value < float("inf"), name, value, "a finite number > 0")
+            _require(is_type(value, float) and 0 < value < float("inf"), name, value, "a finite number > 0")
         dropout = self.lora_dropout
-        _require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
+        _require(is_type(dropout, float) and 0 <= dropout < 1, "lora_dropout", dropout, "a number in [0, 1)")
         _require(self.form in (*FORMS, EXPANSION), "form", self.form, f"one of {', '.join((*FORMS, EXPANSION))}")
         _require(self.sharing in SHARING, "sharing", self.sharing, f"one of {', '.join(SHARING)}")
         _require(self.bias in ("none", "all", "lora_only"), "bias", self.bias, "one of none, all, lora_only")
@@ -217,14 +214,6 @@ class LrLoraConfig(PeftConfig):
         if self.form == EXPANSION:
             return Expansion(self.num_terms, self.pattern_seed)
         return Transfer(TransferSpec(self.form, self.num_basis, self.interval, self.phi_lr_multiplier))
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:

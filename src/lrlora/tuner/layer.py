@@ -318,10 +318,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self._before_merge = None
         self.merged_adapters.clear()
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` can factorize ΔW (linear layers only)."""
-        return False
-
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
 

@@ -28,10 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from ..naming import pattern_key
 from ..ops.form import Form
 from .config import LrLoraConfig
-from .conv import Conv
-from .embedding import Embedding
 from .layer import LrLoraLayer
-from .linear import Linear
+from .layers import Conv, Embedding, Linear
 from .parameter import ParamWrapper
 
 BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
@@ -54,8 +52,6 @@ class LrLoraModel(BaseTuner):
 
     """
 
-    # A shared φ is stored in each of its layers, not in the tuner, so direct injection works too.
-    uses_shared_state = False
     prefix = "lrlora_"
     tuner_layer_cls = LrLoraLayer
     target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
@@ -278,11 +274,7 @@ class LrLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        in_full = {
-            name: t
-            for name, t in state_dict.items()
-            if f".modules_to_save.{adapter_name}." in name or f".trainable_tokens_delta.{adapter_name}" in name
-        }
+        in_full = {name: t for name, t in state_dict.items() if f".{adapter_name}." in f"{name}."}
         remedy = "Training has diverged: go back to an earlier checkpoint."
         _require_finite({**selected, **in_full}, "saved", remedy)
         return selected

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import datasets
 from datasets import Dataset
-from PIL import Image, UnidentifiedImageError
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, default_data_collator
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from ..row_checks import require_rows
@@ -29,6 +29,7 @@ class ImageClassify(Classify):
     adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # unknown to PEFT
     model_class: ClassVar[Any] = AutoModelForImageClassification
     architectures = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    collator: ClassVar[Any] = staticmethod(lambda processor: default_data_collator)
 
     def as_read(self, data: Dataset) -> Dataset:
         if not isinstance(data.features["image"], datasets.Image):
@@ -53,11 +54,9 @@ class ImageClassify(Classify):
 
         return data.with_transform(encode)
 
-    def trainer(self, processor: Any, **arguments: Any) -> Trainer:
-        arguments["args"].remove_unused_columns = False  # batches need a column that the model does not read
-        return Trainer(
-            data_collator=default_data_collator, processing_class=processor, compute_metrics=self.score, **arguments
-        )
+    def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
+        # Batches need a column that the model does not read.
+        return {**super().arguments(max_length, batch), "remove_unused_columns": False}
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
         size = " × ".join(map(str, row["pixel_values"].shape))
@@ -78,7 +77,7 @@ def _is_image(cell: Cell | None) -> bool:
     try:
         with _opened(cell):
             return True
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return False
 
 

@@ -24,11 +24,6 @@ from ..row_checks import mapped
 _IGNORED = -100  # target value: no prediction
 
 
-def question_prompt(question: str) -> str:
-    """Default prompt before a choice."""
-    return f"{question}\nAnswer:"
-
-
 def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:
     """Tokenize prompt and choice, for every choice of every example.
 
@@ -44,7 +39,7 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {"input_ids": [], "choice_tokens": [], "characters": []}
         for row, choices in enumerate(batch["choices"]):
-            asked = batch["prompts"][row] if "prompts" in batch else [question_prompt(batch["question"][row])]
+            asked = batch["prompts"][row] if "prompts" in batch else [f"{batch['question'][row]}\nAnswer:"]
             prompts = asked if len(asked) == len(choices) else asked * len(choices)
             # A space between prompt and choice belongs to the choice.
             before = [len(ids) for ids in tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]]

@@ -1,4 +1,4 @@
-"""Adapter for linear layers, and `cached_weights`, which caches their effective weights."""
+"""Adapters for linear layers, convolutions and embeddings, and `cached_weights` of linear layers."""
 
 from __future__ import annotations
 
@@ -82,6 +82,49 @@ class Linear(LrLoraLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+
+class Conv(LrLoraLayer):
+    """1D to 3D convolution with W + ΔW; W (m, n/groups, k, …) is flattened to (m, n/groups·k·…)."""
+
+    plain_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    adds_products = True
+
+    def _features(self) -> tuple[int, int]:
+        return self.base_layer.weight[0].numel(), self.base_layer.out_channels
+
+    def _in_layout(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.base_layer.weight.shape)
+
+    def _adapter_output(self, x: Tensor, adapter: str) -> Tensor:
+        return self.base_layer._conv_forward(x, self._delta(adapter).to(x.dtype), None)
+
+    def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
+        base = self.base_layer
+        return base._conv_forward(x, base.weight + self._delta(adapter).to(base.weight.dtype), base.bias)
+
+
+class Embedding(LrLoraLayer):
+    """Row i of W + ΔW for token i of an `nn.Embedding` with the weight W (m tokens, n).
+
+    Only the rows in a batch are computed: T·n entries for T tokens. Ignores dropout. Forward: (...) → (..., n).
+    """
+
+    def _features(self) -> tuple[int, int]:
+        return self.base_layer.num_embeddings, self.base_layer.embedding_dim
+
+    def _new_factors(self, r: int) -> tuple[nn.Linear, nn.Linear]:
+        return nn.Linear(self.out_features, r, bias=False), nn.Linear(r, self.in_features, bias=False)
+
+    def _adapter_output(self, x: Tensor, adapter: str) -> Tensor:
+        A, B, phi = self._factors(adapter)
+        tokens, padding = x.flatten(), self.base_layer.padding_idx
+        delta = phi.delta(A, B, scaling=self.scaling[adapter], gain=self.input_gain[adapter], rows=tokens)
+        if padding is not None:
+            delta = torch.where((tokens == padding).unsqueeze(-1), delta.detach(), delta)  # padding is not trained
+        scale = self._get_embed_scale()
+        delta = delta if scale is None else delta * scale
+        return delta.view(*x.shape, self.out_features)
 
 
 @contextmanager
