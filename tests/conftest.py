@@ -131,10 +131,10 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 # As bert in structure: for the table of families, which is made with `-m ""`.
-_ALIKE = ("roberta", "features")
+ALIKE = ("roberta", "features")
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in _ALIKE else name for name in FAMILIES])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in FAMILIES])
 def tiny(request: pytest.FixtureRequest) -> TinyModel:
     """One tiny model of each family."""
     return TinyModel(request.param)

@@ -176,15 +176,6 @@ def test_ranks_with_base_weights(adapter: Path, tmp_path: Path) -> None:
             assert row.relative_norm == pytest.approx(expected[row.module].relative_norm, rel=1e-4)
 
 
-def test_ranks_of_plain_lora(tiny_bert: TinyModel, tmp_path: Path) -> None:
-    model = get_peft_model(tiny_bert.build(), LoraConfig(r=3, target_modules=["query"], modules_to_save=["classifier"]))
-    tiny_bert.train(model, 3)
-    model.save_pretrained(tmp_path)
-    result = run("ranks", tmp_path, "--json", tmp_path / "out.json")
-    assert result.exit_code == 0, result.output
-    assert [row.r for row in RankReport.from_json(tmp_path / "out.json").rows] == [3, 3]
-
-
 def test_export_and_merge(adapter: Path, tmp_path: Path) -> None:
     result = run("export", adapter, "--output", tmp_path / "lora", "--all")
     assert result.exit_code == 0, result.output

@@ -141,7 +141,7 @@ def results(folder: Path) -> dict[str, Any]:
             found[name] = [{k: v for k, v in e.items() if not k.endswith(times)} for e in entries]
         elif name == "run.json":
             found[name] = json.loads(path.read_text(encoding="utf-8"))
-        elif name.startswith(("jobs", "logs", "peft", "runs.jsonl", "report.md")):
+        elif name.startswith(("jobs", "logs", "peft", "report.md")):
             found[name] = None  # it is there; the table is made of it
         elif not name.startswith("checkpoint-"):  # one may be left if a run was killed as it removed them
             found[name] = path.read_bytes()

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -63,31 +58,6 @@ def test_hands_the_summary_to_report_to(tiny_bert: TinyModel, tmp_path: Path) ->
     assert steps == {0, 3, 6}
     assert set(pictures) == {6}
     assert pictures[6].startswith(b"\x89PNG")
-
-
-IN_TRACKIO = """
-from pathlib import Path
-from lrlora import RankLogger
-from tests.conftest import TinyModel
-from tests.test_rank_logger import make_trainer
-
-make_trainer(TinyModel("bert"), Path("out"), RankLogger(every=3), report_to="trackio", project="ranks").train()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_trackio_shows_the_ranks(tmp_path: Path) -> None:
-    packages = ("trackio==0.43.0", "gradio_client", "httpx", "orjson", "uvicorn", "starlette")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "packages")]
-    subprocess.run([*command, *packages], check=True)
-    path = f"{tmp_path / 'packages'}:{Path(__file__).parents[1]}"
-    environment = os.environ | {"PYTHONPATH": path, "TRACKIO_DIR": str(tmp_path / "logs")}
-    subprocess.run([sys.executable, "-c", IN_TRACKIO], env=environment, cwd=tmp_path, check=True)
-    with sqlite3.connect(tmp_path / "logs" / "ranks.db") as database:
-        rows = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
-    assert sum("train/rank/stable_rank_mean" in row for row in rows) == 3
-    assert sum("train/train_loss" in row or "train/epoch" in row for row in rows) > 0
 
 
 def test_a_resumed_run_continues_the_history(tiny_bert: TinyModel, tmp_path: Path) -> None:

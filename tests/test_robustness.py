@@ -57,12 +57,9 @@ ADAPTER = "bare/adapter_config.json bare/adapter_model.safetensors"
 READ = {
     "ranks bare --json out.json": ADAPTER,
     "export bare --max-rank 1 --output out": ADAPTER,
-    "export bare --energy 0.9 --no-check --output out": ADAPTER,
     "merge bare --output out": ADAPTER,
-    "export bare --size r1 --config-only --output out": ADAPTER,
     "report bare --output out.html": ADAPTER,
-    "evaluate run --data reviews.jsonl --json out.json": f"{ADAPTER.replace('bare', 'run')} reviews.jsonl run/run.json "
-    "run/tokenizer.json",
+    "evaluate run --data reviews.jsonl --json out.json": "reviews.jsonl run/run.json run/tokenizer.json",
     "predict run --data reviews.csv --output out.jsonl": f"{ADAPTER.replace('bare', 'run')} reviews.csv",
     "merge run --output out": "run/run.json run/tokenizer_config.json",
     "report run --output out.html": "run/run.json run/ranks.json run/rank_history.jsonl run/log_history.json "

@@ -26,14 +26,13 @@ from .tables import (
     markdown,
     ranks_by_layer,
     results,
-    tidy,
     tuning,
     variants,
 )
 
 
 def write_report(comparison: Comparison, output: Path) -> Path:
-    """Write `report.md`, `results.csv`, `runs.jsonl`, figures and PEFT's files to a comparison's folder.
+    """Write `report.md`, `results.csv`, figures and PEFT's files to a comparison's folder.
 
     Raises:
         FileExistsError: the folder holds another comparison.
@@ -46,7 +45,6 @@ def write_report(comparison: Comparison, output: Path) -> Path:
     records = comparison.select(read_records(output))
     if not records:
         raise ValueError(f"No job in {output} is finished, so there is nothing to report.")
-    write_whole(output / "runs.jsonl", tidy(records).to_json(orient="records", lines=True))
     parts = [f"# {in_markdown(f'{comparison.suite}: {comparison.definition.model}')}, r = {comparison.r}\n"]
     for section in (_results, _rates, _learned_ranks, _variants, _failures):
         parts += section(comparison, records, output)

@@ -1,4 +1,4 @@
-"""Tables of a comparison, as pandas frames: tidy results, one row per cell, tuning, learned ranks; and as Markdown."""
+"""Tables of a comparison, as pandas frames: one row per cell, tuning, learned ranks; and as Markdown."""
 
 from __future__ import annotations
 
@@ -19,19 +19,7 @@ from .methods import find_method
 from .statistics import EquivalentRank, Interval, columns_differ, gap, holm, paired_difference, share_between_columns
 from .suite import Task
 
-_NESTED = ("validation", "test", "ranks", "versions", "peft_config", "examples")  # fields that do not fit into a column
 SIGNIFICANT = 0.05  # p after correction
-
-
-def tidy(records: Mapping[str, Record]) -> pd.DataFrame:
-    """One row per finished job, with its metrics as columns."""
-    rows = []
-    for record in records.values():
-        row = {name: value for name, value in record.items() if name not in _NESTED}
-        for split in ("validation", "test"):
-            row |= {f"{split}_{name}": value for name, value in (record.get(split) or {}).items()}
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def final_runs(records: Mapping[str, Record]) -> dict[tuple[str, str], list[Record]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from lrlora.cli import app
 from lrlora.tuner import LrLoraLayer
 
 from ..conftest import TinyModel
-from ..processes import Process
 from ..train.small import tokenizer
 
 Train = Callable[..., tuple[Path, Any]]
@@ -111,25 +109,6 @@ def test_loads_through_transformers_itself(train: Train, tmp_path: Path) -> None
     base = type(tiny.build()).from_pretrained(tmp_path / "base")
     base.load_adapter(str(tmp_path / "lora"))
     torch.testing.assert_close(tiny.logits(base), tiny.logits(model), rtol=1e-4, atol=1e-5)
-
-
-def settings_and_ranks(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    ranks = {
-        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(weight)
-        for key, weight in load_file(folder / "adapter_model.safetensors").items()
-        if key.endswith("lora_A.weight")
-    }
-    return config, ranks
-
-
-def test_llama_cpp_scales_a_conversion_by_peft_wrongly(train: Train, tmp_path: Path) -> None:
-    """α of the file by each matrix's own rank, where PEFT has an α for each module (`docs/export.md`)."""
-    _, model = train("llama")
-    peft.save_as_lora(tmp_path / "lora", model, rank=0.9)
-    config, ranks = settings_and_ranks(tmp_path / "lora")
-    wanted = {module: config["alpha_pattern"].get(module, config["lora_alpha"]) / k for module, k in ranks.items()}
-    assert any(config["lora_alpha"] / rank != wanted[module] for module, rank in ranks.items())
 
 
 def test_what_else_was_trained_comes_along(train: Train, tmp_path: Path) -> None:
@@ -239,22 +218,6 @@ def test_nothing_is_left_of_a_failed_export(
     with pytest.raises(type(failure)):
         save_as_lora(factors, adapter, tmp_path / "out" / "lora")
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_killed_export_leaves_nothing_under_the_final_name(train: Train, tmp_path: Path) -> None:
-    adapter, _ = train("llama")
-    script = (
-        "import os, signal, peft\n"
-        "from lrlora.adapters import factorize, save_as_lora\n"
-        "from lrlora.adapters import read_updates\n"
-        "peft.LoraConfig.save_pretrained = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"save_as_lora(factorize(read_updates({str(adapter)!r}), energy=0.9), {str(adapter)!r}, 'lora')\n"
-    )
-    environment = {**os.environ, "LRLORA_KERNELS": "0"}
-    process = Process(script, cwd=tmp_path, env=environment)
-    said = process.communicate()
-    assert process.returncode == -9, said
-    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.refused

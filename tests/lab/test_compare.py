@@ -113,7 +113,7 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     comparison = Comparison(str(suite), ("lora", "lr-lora"), 2, 2, rates=(1e-3, 1e-2))
     assert list(conditions(comparison, records).iloc[0]) == ["reviews", 12, 8, 108, 12, 120]
     assert {job.name for job in comparison.plan(records)} == set(records)
-    for name in ("report.md", "results.csv", "runs.jsonl", "rates.png", "parameters.png", "ranks.png"):
+    for name in ("report.md", "results.csv", "rates.png", "parameters.png", "ranks.png"):
         assert (output / name).stat().st_size > 0
     table = pd.read_csv(output / "results.csv")
     assert list(table["method"]) == ["LoRA", "LR-LoRA"]

@@ -50,7 +50,7 @@ def test_optimizers_that_keep_zeros(name: str) -> None:
     tiny, model = with_lora("llama")
     optimizer = KEEP[name](trained(model))
     learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
-    until(learned, tiny, model, optimizer, STEPS - 1)
+    until(learned, tiny, model, optimizer, learned.cut_step + 5)
     assert learned.ranks is not None
     for path, rank in learned.ranks.items():
         layer = model.get_base_model().get_submodule(path)
@@ -191,21 +191,17 @@ def test_an_own_loop_resumes_to_the_bit() -> None:
         assert all(map(torch.equal, run(step, STEPS), expected)), step
 
 
-@pytest.mark.parametrize("step", [5, 25])
-def test_a_moved_checkpoint_resumes_with_its_own_moments(step: int, tmp_path: Path) -> None:
+def test_a_moved_checkpoint_resumes_with_its_own_moments(tmp_path: Path) -> None:
     """Not with those of another run in the output folder."""
     results = []
     for name, seed in (("a", 1), ("b", 2)):
         whole = trainer_of(tmp_path / f"whole-{name}", LearnedRanksCallback("r2"), seed=seed, dropout=0.0)
         whole.train()
         results.append(weights_of(whole))
-        stopped = trainer_of(tmp_path / name, LearnedRanksCallback("r2"), StopAfter(step), seed=seed, dropout=0.0)
-        if step < 18:
-            with pytest.warns(UserWarning, match="before the cut"):
-                stopped.train()
-        else:
+        stopped = trainer_of(tmp_path / name, LearnedRanksCallback("r2"), StopAfter(5), seed=seed, dropout=0.0)
+        with pytest.warns(UserWarning, match="before the cut"):
             stopped.train()
-    (tmp_path / "a" / f"checkpoint-{step}").rename(tmp_path / "moved")
+    (tmp_path / "a" / "checkpoint-5").rename(tmp_path / "moved")
     resumed = trainer_of(tmp_path / "b", LearnedRanksCallback("r2"), seed=1, dropout=0.0)
     resumed.train(resume_from_checkpoint=str(tmp_path / "moved"))
     assert all(torch.equal(results[0][name], value) for name, value in weights_of(resumed).items())

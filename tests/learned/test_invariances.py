@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lrlora.adapters import Factors, factorize
-from lrlora.learned import loss_curve, model_loss
+from lrlora.learned import loss_curve
 
 from ..conftest import TinyModel
 from .test_moments import language_batches
@@ -40,17 +40,6 @@ def test_padding(subject: tuple[TinyModel, Any, list[Factors]], side: str) -> No
     tiny, model, factors = subject
     expected = rises(model, factors, language_batches(tiny))
     require_equal(rises(model, factors, language_batches(tiny, 5, side)), expected)
-
-
-def test_the_unit_of_the_loss(subject: tuple[TinyModel, Any, list[Factors]]) -> None:
-    tiny, model, factors = subject
-
-    def scaled(base: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        value, terms = model_loss(base, batch)
-        return 1000 * value, terms
-
-    found = rises(model, factors, language_batches(tiny), loss=scaled)
-    require_equal(found, 1e6 * rises(model, factors, language_batches(tiny)))
 
 
 def test_the_kind_of_attention(subject: tuple[TinyModel, Any, list[Factors]]) -> None:

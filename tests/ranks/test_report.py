@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from lrlora import LrLoraConfig, RankReport, rank_report
 from lrlora.adapters import read_updates
-from lrlora.naming import module_kind, module_type
+from lrlora.naming import module_kind
 from lrlora.ranks import MEASURES
 from lrlora.ranks.measures import curvature, effective_rank, energy_rank, spectrum, stable_rank
 
-from ..conftest import TinyModel
+from ..conftest import ALIKE, FAMILIES, TinyModel
 
 
 def matrix_with(sigma: list[float], m: int, n: int) -> torch.Tensor:
@@ -91,7 +91,14 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("method", ["φ", "expansion", "LoRA"])
+@pytest.mark.parametrize(
+    ("tiny", "method"),
+    [
+        *((family, "φ") for family in FAMILIES if family not in ALIKE),
+        *((family, method) for family in ("bert", "mixtral") for method in ("expansion", "LoRA")),
+    ],
+    indirect=["tiny"],
+)
 def test_report_equals_the_svd_of_merged_minus_base(tiny: TinyModel, method: str) -> None:
     model = trained(tiny, CONFIGS[method](**tiny.targets))
     report = rank_report(model)
@@ -140,18 +147,6 @@ def test_report_describes_every_adapted_module(tiny_bert: TinyModel) -> None:
 def test_kinds_of_common_architectures(path: str, kind: str) -> None:
 
     assert module_kind(path) == kind
-
-
-def test_module_type_drops_the_numbers() -> None:
-    assert module_type("model.layers.3.mlp.experts.7.up_proj") == "model.layers.mlp.experts.up_proj"
-
-
-def test_plain_lora_is_reported_by_the_same_measures(tiny_bert: TinyModel) -> None:
-    report = rank_report(trained(tiny_bert, LoraConfig(r=3, target_modules="all-linear", task_type="SEQ_CLS")))
-    assert len(report.rows) == 13
-    assert all(0 < row.energy99_rank <= 3 for row in report.rows)
-    assert all(row.curvature == row.phi_zero == 0 for row in report.rows)
-    assert report.curves == {}
 
 
 @pytest.mark.parametrize("method", CONFIGS)
