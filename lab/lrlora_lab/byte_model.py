@@ -24,7 +24,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, get_cosine_
 
 from lrlora.checks import require_known
 from lrlora.files import cache_folder, readable, replacing
-from lrlora.train.packages import fetch
+from lrlora.train.embedded import fetch
 
 from .inputs import BOOKS, SPEECHES, TWISTED
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from lrlora.files import cache_folder, replacing
-from lrlora.train.embedded import load_movie_reviews
-from lrlora.train.packages import MINILM, checkpoint
+from lrlora.train.embedded import MINILM, checkpoint, load_movie_reviews
 
 from .byte_model import base_model, load_corpus, mean_loss, sample_batch
 from .inputs import load_animals, vision_model

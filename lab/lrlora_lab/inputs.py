@@ -27,8 +27,16 @@ from sklearn.model_selection import train_test_split
 
 from lrlora.checks import require_known
 from lrlora.files import cache_folder
-from lrlora.train.embedded import EMBEDDED, as_splits, load_topics, split_by_group
-from lrlora.train.packages import EmbeddedInput, fetch, made_once, topics
+from lrlora.train.embedded import (
+    EMBEDDED,
+    EmbeddedInput,
+    as_splits,
+    fetch,
+    load_topics,
+    made_once,
+    split_by_group,
+    topics,
+)
 
 from .commonsense import ALL, COMMONSENSE, load_commonsense
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrlora.train.packages import SMOLLM2, checkpoint, fetch
+from lrlora.train.embedded import SMOLLM2, checkpoint, fetch
 
 from .byte_model import load_corpus, sample_batch
 from .capacity_tasks import EVALUATED_AT_ONCE, Setting, shuffled

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from lrlora.adapters import factorize, save_as_lora
 from lrlora.adapters.servers import SERVERS
 from lrlora.cli import app
-from lrlora.train.packages import EmbeddedInput, fetch
+from lrlora.train.embedded import EmbeddedInput, fetch
 
 from ..conftest import TinyModel
 

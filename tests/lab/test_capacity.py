@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from lrlora.train.packages import SMOLLM2, checkpoint
+from lrlora.train.embedded import SMOLLM2, checkpoint
 from lrlora_lab.capacity import CapacityTask, train_capacity
 from lrlora_lab.capacity_report import demand, follows_demand, losses, served_rank, write_capacity_report
 from lrlora_lab.cli import app

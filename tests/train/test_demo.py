@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lrlora import rank_report
 from lrlora.train import demo
 from lrlora.train.demo import RESULTS_FILE, DemoSettings, run_demo
-from lrlora.train.packages import MINILM, fetch
+from lrlora.train.embedded import MINILM, fetch
 from lrlora.train.run import rank_report_of
 from lrlora.train.settings import TrainConfig
 from lrlora.views.runs import load_runs

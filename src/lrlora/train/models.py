@@ -24,8 +24,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ..checks import require_known, require_type
 from ..files import is_hub_name, readable
-from .embedded import EMBEDDED, EMBEDDED_MODELS
-from .packages import checkpoint
+from .embedded import EMBEDDED, EMBEDDED_MODELS, checkpoint
 from .tasks import Kind, kind_for
 from .tasks.base import LESS_IS_BETTER
 

