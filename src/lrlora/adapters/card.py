@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from ..checks import in_markdown
 from ..files import is_hub_name, parse_json, readable
-from ..run_folder import CHAT, RUN_FILE, RunRecord, read_record
+from ..run_folder import CHAT
 from .peft_folder import SavedAdapter
 
 MODEL_CONFIG = "config.json"  # saved with an adapter: the configuration of its model, with the class names
@@ -53,15 +53,9 @@ print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def record_beside(saved: SavedAdapter) -> RunRecord | None:
-    """Record of the run that wrote an adapter, or None."""
-    folder = Path(saved.name)
-    return read_record(folder) if (folder / RUN_FILE).is_file() else None
-
-
 def base_on_hub(saved: SavedAdapter) -> str | None:
     """Hub name of the base model; None if only a local folder is known."""
-    record = record_beside(saved)
+    record = saved.record
     if record is not None and record.base_model is not None:
         return record.base_model
     name = saved.base_model
@@ -70,7 +64,7 @@ def base_on_hub(saved: SavedAdapter) -> str | None:
 
 def class_names(saved: SavedAdapter) -> list[str]:
     """Class names of a classifier, in output order; empty if unnamed."""
-    record = record_beside(saved)
+    record = saved.record
     if record is not None:
         return record.labels
     path = Path(saved.name) / MODEL_CONFIG
@@ -121,21 +115,21 @@ def _license_of_base(saved: SavedAdapter) -> str | None:
 
 def _data_on_hub(saved: SavedAdapter) -> list[str] | None:
     """Hub name of the training data; None if only a local file is known."""
-    record = record_beside(saved)
+    record = saved.record
     name = "" if record is None else str(record.config["data"]).partition(":")[0]
     return [name] if "/" in name and is_hub_name(name) and not Path(name).exists() else None
 
 
 def _pipeline(saved: SavedAdapter) -> str | None:
     """The hub's name of the adapter's task."""
-    record = record_beside(saved)
+    record = saved.record
     task = None if record is None else _PIPELINES.get(record.config["task"])
     return task or _PIPELINES.get(str(saved.config.task_type))
 
 
 def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
     """Loading instructions, with PEFT alone or lrlora, and the class names if any."""
-    classes, record, kind = class_names(saved), record_beside(saved), saved.config.task_type
+    classes, record, kind = class_names(saved), saved.record, saved.config.task_type
     model = MODELS.get(kind, "AutoModel")
     if kind is None and record is not None:
         model = _MODELS_OF_TASKS.get(record.config["task"], model)
@@ -179,7 +173,7 @@ def _of_classes(classes: list[str]) -> str:
 
 def is_asked_in_chats(saved: SavedAdapter) -> bool:
     """Whether the adapter was trained on chats."""
-    record = record_beside(saved)
+    record = saved.record
     return record is not None and record.rendering == CHAT
 
 

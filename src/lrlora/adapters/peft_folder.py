@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..checks import require_float32, require_type
 from ..files import ADAPTER_EXPECTED, read_json, readable, require_adapter, write_json
+from ..run_folder import RUN_FILE, RunRecord, read_record
 from ..tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
 from .update import changes_base, common_dtype
 
@@ -80,6 +81,12 @@ class SavedAdapter:
             config = read_json(folder / CONFIG_NAME, dict[str, Any], ADAPTER_EXPECTED)
             write_json(Path(scratch) / CONFIG_NAME, config | {"base_model_name_or_path": self.base})
             yield scratch
+
+    @functools.cached_property
+    def record(self) -> RunRecord | None:
+        """Record of the run that wrote the adapter, or None."""
+        folder = Path(self.name)
+        return read_record(folder) if (folder / RUN_FILE).is_file() else None
 
     @property
     def stored_dtype(self) -> torch.dtype:
