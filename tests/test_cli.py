@@ -14,16 +14,12 @@ import pytest
 import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModel
-from typer.testing import CliRunner, Result
 
 from lrlora import LrLoraConfig, RankReport, __version__, rank_report
-from lrlora.cli import app, doctor
+from lrlora.cli import doctor
 
+from .cli import run
 from .conftest import TinyModel
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
 @pytest.fixture(params=["bert", "gpt2", "t5"])

@@ -16,9 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.train.chat import (
     SIMPLE_TEMPLATE,
     as_trl_reads,
@@ -32,6 +30,7 @@ from lrlora.train.inference import Chat, evaluate, predict, predict_texts
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 
+from ..cli import run
 from .small import CHAT as TEMPLATE
 from .small import reviews, save_decoder, tokenizer
 
@@ -89,10 +88,6 @@ def trained(decoder: str, folder: Path, format_: str, steps: int = 150, **settin
     given = {"model": decoder, "data": data, "task": "causal-lm", "method": "lora", "output": str(folder / "run")}
     train(TrainConfig(**{**given, "training": arguments, **settings}), announce=lambda line: None)
     return folder / "run"
-
-
-def run(*arguments: str | Path, typed: str | None = None) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed, env={"COLUMNS": "200"})
 
 
 # ShareGPT gives the tokens of messages, and Alpaca those of prompts: see below.

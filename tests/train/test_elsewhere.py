@@ -12,16 +12,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.train.inference import Chat, evaluate, predict_texts
 
+from ..cli import run
 from .small import reviews, save_decoder, save_encoder
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
 
 
 @pytest.fixture(scope="module")

@@ -10,26 +10,14 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import AutoImageProcessor, AutoModelForImageClassification
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.naming import layer_index
 from lrlora.ranks import RankReport
 
+from ..cli import run, told
 from .small import save_image_model, save_pictures
 
 TRAINED = ("--steps", 20, "--learning-rate", 5e-3, "--batch-size", 8, "--rank", 2)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
-
-
-def refused(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert "Traceback" not in result.output
-    return " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +90,7 @@ def test_it_is_exported_as_a_plain_lora(folder: Path) -> None:
 )
 def test_what_is_for_texts_is_refused(folder: Path, tmp_path: Path, options: tuple[object, ...], said: str) -> None:
     common = ("--model", folder / "vit", "--data", folder / "pictures", "--task", "image-classify")
-    assert said in refused("train", *common, "--steps", 1, *options, "--output", tmp_path / "out")
+    assert said in told("train", *common, "--steps", 1, *options, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -111,13 +99,13 @@ def test_what_is_no_image_is_told_before_training(folder: Path, tmp_path: Path) 
     data = save_pictures(tmp_path / "data", 4)
     (data / "red" / "2.png").write_bytes(b"no image")
     common = ("--model", folder / "vit", "--task", "image-classify", "--output", tmp_path / "out")
-    said = refused("train", *common, "--data", data)
+    said = told("train", *common, "--data", data)
     assert "image must be an image in the split train" in said
     assert "violated in 1 row" in said
     (tmp_path / "table.csv").write_text("image,label\nred/1.png,red\nblue/1.png,blue\n")
-    assert "The column image must contain images" in refused("train", *common, "--data", tmp_path / "table.csv")
+    assert "The column image must contain images" in told("train", *common, "--data", tmp_path / "table.csv")
     assert not (tmp_path / "out").exists()
-    assert "needs image, not a single text" in refused("predict", folder / "run", "--text", "red")
+    assert "needs image, not a single text" in told("predict", folder / "run", "--text", "red")
 
 
 def test_a_picture_that_ends_too_soon_is_named(folder: Path, tmp_path: Path) -> None:
@@ -125,5 +113,5 @@ def test_a_picture_that_ends_too_soon_is_named(folder: Path, tmp_path: Path) -> 
     whole = (pictures / "red" / "3.png").read_bytes()
     (pictures / "red" / "3.png").write_bytes(whole[: len(whole) // 2])
     model, data = ("--model", folder / "vit"), ("--data", pictures)
-    said = refused("train", *model, *data, "--task", "image-classify", *TRAINED, "--output", tmp_path / "run")
+    said = told("train", *model, *data, "--task", "image-classify", *TRAINED, "--output", tmp_path / "run")
     assert f"The image {pictures / 'red' / '3.png'} cannot be decoded" in said

@@ -23,13 +23,12 @@ from transformers import (
     RobertaConfig,
     XLNetConfig,
 )
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.train.inference import evaluate, predict
 from lrlora.train.run import show_plan, train
 from lrlora.train.settings import TrainConfig
 
+from ..cli import run, told
 from ..conftest import TinyModel
 from .small import SIZES, read, reviews, tokenizer
 
@@ -52,18 +51,6 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("empty").mkdir()
     (Path("adapter") / "adapter_config.json").parent.mkdir()
     Path("adapter/adapter_config.json").write_text("{}")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
-
-
-def told(*arguments: object) -> str:
-    """What a command says that is refused."""
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit)
-    return " ".join(result.output.split())
 
 
 # What is given beside --task classify and a model → what is said.
@@ -390,7 +377,7 @@ def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
     assert run("predict", "lrlora-run", "--text", "a film", "--output", "one.jsonl").exit_code == 0
     assert len(Path("one.jsonl").read_text().splitlines()) == 1
     assert "--split describes data" in told("predict", "lrlora-run", "--text", "a film", "--split", "train")
-    result = CliRunner().invoke(app, ["predict", "lrlora-run"], input="a film\n\na bore\n")
+    result = run("predict", "lrlora-run", typed="a film\n\na bore\n")
     assert "Line 2 of the standard input is empty" in " ".join(result.output.split())
     TinyModel("gpt2").build().save_pretrained("other")
     assert "other has no weight of the adapter's modules" in told("ranks", "lrlora-run", "--base", "other")

@@ -34,10 +34,9 @@ from transformers import (
     ViTConfig,
     set_seed,
 )
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from lrlora import LrLoraConfig
-from lrlora.cli import app
 from lrlora.files import write_json
 from lrlora.ranks.report import read_history
 from lrlora.train.run import train
@@ -47,6 +46,7 @@ from lrlora.train.tasks.base import plain_metrics
 from lrlora.train.tasks.likelihood import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.train.yaml import parse_assignments
 
+from ..cli import run
 from ..processes import LRLORA, Process
 from .small import BAD, GOOD, SIZES, read, reviews, tokenizer
 
@@ -55,10 +55,6 @@ from .small import BAD, GOOD, SIZES, read, reviews, tokenizer
 def table(tmp_path: Path) -> str:
     reviews().to_csv(tmp_path / "reviews.csv", index=False)
     return str(tmp_path / "reviews.csv")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
 
 
 COLUMNS = ("--column", "text=review", "--column", "label=verdict")
