@@ -92,6 +92,11 @@ def render_large(found: dict[str, Any]) -> str:
     return table(["", "time", "peak memory"], rows)
 
 
+def updated(page: str) -> str:
+    """Page with the table of the stored results."""
+    return with_section(page, "large", render_large(json.loads(RESULTS.read_text())))
+
+
 def main() -> None:
     """Measure and render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,8 +104,7 @@ def main() -> None:
     if not parser.parse_args().report:
         SCRATCH.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(large(), indent=1) + "\n")
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(with_section(page, "large", render_large(json.loads(RESULTS.read_text()))), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -207,20 +207,6 @@ def test_there_are_exactly_two_setup_commands() -> None:
     assert commands[1].strip().endswith("pytest -n auto --dist worksteal")
 
 
-def test_table_and_picture_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    script = runpy.run_path(str(ROOT / "docs" / "update_demo.py"))
-    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
-    assert script["updated"](page) == page
-    assert "demo/ranks.png" in page
-
-
-def test_the_tables_of_the_cut_by_loss_are_the_stored_ones() -> None:
-    script = runpy.run_path(str(ROOT / "benchmarks" / "loss_cut.py"))
-    page = script["PAGE"].read_text(encoding="utf-8")
-    assert script["updated"](page) == page
-
-
 def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
     study, guide = ((ROOT / name / "learned_ranks.md").read_text(encoding="utf-8") for name in ("lab/studies", "docs"))
     lines = study.partition("<!-- study -->")[2].partition("<!-- /study -->")[0].splitlines()
@@ -262,17 +248,17 @@ def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "name"),
+    ("script", "page"),
     [
-        ("speed", "speed.md"),
-        ("export", "export.md"),
-        ("compress", "compress.md"),
+        *((f"benchmarks/{name}.py", name) for name in ("speed", "export", "compress")),
+        ("benchmarks/loss_cut.py", "loss"),
+        *((f"docs/update_{name}.py", name) for name in ("demo", "compare", "capacity", "paper")),
     ],
 )
-def test_the_tables_of_benchmarks_are_the_stored_ones(benchmark: str, name: str) -> None:
-    script = runpy.run_path(str(ROOT / "benchmarks" / f"{benchmark}.py"))
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    assert script["updated"](page) == page
+def test_the_tables_of_a_page_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch, script: str, page: str) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / script))["updated"](text) == text
 
 
 @pytest.mark.parametrize("suite", [path.parent.name for path in ROOT.glob("docs/compare/*/report.md")])
@@ -282,21 +268,6 @@ def test_the_report_of_the_stored_comparison_is_what_its_runs_give(suite: str, t
     (tmp_path / "copy" / "report.md").unlink()
     again = write_report(read_comparison(suite, tmp_path / "copy"), tmp_path / "copy")
     assert again.read_text(encoding="utf-8") == (stored / "report.md").read_text(encoding="utf-8")
-
-
-def test_the_summary_of_the_comparisons_is_of_the_stored_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    script = runpy.run_path(str(ROOT / "docs" / "update_compare.py"))
-    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
-    assert script["updated"](page) == page
-
-
-@pytest.mark.parametrize("name", ["capacity", "paper"])
-def test_the_tables_of_a_page_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    script = runpy.run_path(str(ROOT / "docs" / f"update_{name}.py"))
-    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    assert script["updated"](page) == page
 
 
 def test_what_the_study_found_is_what_its_tables_say() -> None:
@@ -333,28 +304,8 @@ def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.Mon
     assert {found for row in results.values() for found in row.values()} == {"yes", "refused", "–"}
 
 
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "lab/studies/learned_ranks.md",
-    *(
-        f"docs/{name}.md"
-        for name in (
-            "overview",
-            "method",
-            "settings",
-            "capacity",
-            "compare",
-            "phi",
-            "compatibility",
-            "speed",
-            "train",
-            "learned_ranks",
-            "loss",
-        )
-    ),
-]
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "lab/studies/learned_ranks.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES)

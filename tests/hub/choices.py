@@ -7,10 +7,10 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
-from .glue import OTHER, TRAIN
 from .words import ANIMALS, PEOPLE, PLACES, THINGS, VERBS, Writer
 
 Row = dict[str, Any]
+TRAIN, OTHER = 64, 32  # rows of a split
 _TEXT = Value("string")
 _CHOICES = {"text": List(_TEXT), "label": List(_TEXT)}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from datasets import DatasetDict
 
 from .choices import choice_sets
-from .glue import glue
 
 # by repository and configuration
-DATA: dict[str, dict[str, DatasetDict]] = {"nyu-mll/glue": glue(), **choice_sets()}
+DATA: dict[str, dict[str, DatasetDict]] = choice_sets()
 
 # Their main branch has a script alone, which `datasets` no longer runs.
 SCRIPTS = ("ybisk/piqa", "allenai/social_i_qa")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,21 +53,6 @@ def _byte_pairs(texts: list[str], special: list[str], size: int = 600) -> Tokeni
     return tokenizer
 
 
-def _roberta(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    trained = _byte_pairs(texts, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    tokenizer = transformers.RobertaTokenizer(**_pairs(trained), model_max_length=512)
-    # Positions are counted from the padding's number on, so there are two more than tokens.
-    ids: dict[str, Any] = {
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "eos_token_id": 2,
-        "max_position_embeddings": 514,
-        "type_vocab_size": 1,
-    }
-    config = transformers.RobertaConfig(**_SMALL, **ids, vocab_size=len(tokenizer), layer_norm_eps=1e-5)
-    return transformers.RobertaForMaskedLM(config), tokenizer
-
-
 def _llama(texts: list[str], tied: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     begin, end = "<|begin_of_text|>", "<|end_of_text|>"
     trained = _byte_pairs(texts, [begin, end])
@@ -88,16 +72,10 @@ def _llama(texts: list[str], tied: bool) -> tuple[PreTrainedModel, PreTrainedTok
     return transformers.LlamaForCausalLM(config), tokenizer
 
 
-def _pairs(tokenizer: Tokenizer) -> dict[str, Any]:
-    model = json.loads(tokenizer.to_str())["model"]
-    return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
-
-
 def save_models(root: Path) -> None:
     """Write each model to the folder of its main branch, in the precision of the real one."""
     texts = list(_texts())
     recipes: dict[str, tuple[Any, torch.dtype]] = {
-        "FacebookAI/roberta-base": (lambda: _roberta(texts), torch.float32),
         "meta-llama/Llama-3.2-1B": (lambda: _llama(texts, tied=True), torch.bfloat16),
         "meta-llama/Meta-Llama-3-8B": (lambda: _llama(texts, tied=False), torch.bfloat16),
     }

@@ -10,8 +10,6 @@ COLOURS = ("red", "blue", "green", "white", "black", "grey")
 PLACES = ("garden", "kitchen", "forest", "river", "market", "school", "barn", "street")
 THINGS = ("ball", "book", "stone", "apple", "lamp", "chair", "rope", "bottle")
 VERBS = ("finds", "carries", "drops", "hides", "washes", "moves", "paints", "breaks")
-GOOD = ("wonderful", "charming", "brilliant", "moving", "funny")
-BAD = ("boring", "dreadful", "clumsy", "empty", "tiresome")
 
 
 class Writer(Random):
