@@ -252,7 +252,7 @@ def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pyte
     [
         *((f"benchmarks/{name}.py", name) for name in ("speed", "export", "compress")),
         ("benchmarks/loss_cut.py", "loss"),
-        *((f"docs/update_{name}.py", name) for name in ("demo", "compare", "capacity", "paper")),
+        *((f"docs/update_{name}.py", name) for name in ("demo", "compare")),
     ],
 )
 def test_the_tables_of_a_page_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch, script: str, page: str) -> None:

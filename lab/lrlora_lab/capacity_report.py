@@ -8,22 +8,19 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
-from scipy.stats import spearmanr
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lrlora.checks import in_markdown
 from lrlora.files import write_whole
 from lrlora.tuner import LrLoraConfig
 from lrlora.views.figure import save_figure
 
-from .capacity import CapacityTask
 from .figures import with_legend
 from .jobs import Comparison, Record, read_records
 from .methods import METHODS, find_method
-from .statistics import Interval, equivalent_rank, paired_difference
+from .statistics import equivalent_rank
 from .tables import failure_line, final_runs, markdown, ratio, same_hardware
 
 LORA = METHODS["lora"].name
@@ -128,79 +125,6 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def differences(records: Mapping[str, Record], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Difference of test loss for each pair of methods, paired by seed, on every common task."""
-    cells, rows = final_runs(records), []
-    for task in dict.fromkeys(task for task, _ in cells):
-        for first, second in pairs:
-            if (task, first) in cells and (task, second) in cells:
-                ours, others = by_seed(cells[task, first]), by_seed(cells[task, second])
-                seeds = [seed for seed in ours if seed in others]
-                found = paired_difference([ours[seed] for seed in seeds], [others[seed] for seed in seeds])
-                if found is not None:
-                    row = {"task": task, "of": first, "less": second, "seeds": len(seeds)}
-                    rows.append(row | {"difference (nats)": Interval(found.value, found.low, found.high)})
-    return pd.DataFrame(rows)
-
-
-def demand(records: Mapping[str, Record], tasks: Mapping[str, CapacityTask]) -> pd.DataFrame:
-    """One row per run on labels of 64 classes: number of texts and mean stable rank."""
-    rows = []
-    for (task, method), runs in final_runs(records).items():
-        asked = tasks.get(task)
-        if asked is None or (asked.task, asked.steps, asked.classes) != ("labels", LABEL_STEPS, LABEL_CLASSES):
-            continue
-        for run in runs:
-            if run["ranks"]:
-                stable = _mean(row["stable_rank"] for row in run["ranks"])
-                rows.append({"method": method, "texts": asked.texts, "seed": run["seed"], "stable rank": stable})
-    return pd.DataFrame(rows)
-
-
-def follows_demand(frame: pd.DataFrame) -> pd.DataFrame:
-    """By method: dependence of stable rank on the number of texts, over seeds with runs at all of them.
-
-    Spearman's ρ, and the factor by which stable rank grows when the number of texts doubles.
-    """
-    rows = []
-    for method, runs in frame.groupby("method", sort=False) if len(frame) else ():
-        table = runs.pivot_table(index="seed", columns="texts", values="stable rank").dropna()
-        if table.shape[1] < 3 or table.empty or (table <= 0).to_numpy().any():
-            continue
-        texts = np.log2(table.columns.to_numpy(float))
-        slopes = np.polyfit(texts, np.log2(table.to_numpy()).T, 1)[0]
-        growth = paired_difference(slopes.tolist(), [0.0] * len(slopes))
-        assert growth is not None
-        rows.append(
-            {
-                "method": find_method(str(method)).name,
-                "seeds": len(table),
-                "ρ": fmean(spearmanr(texts, row).statistic for row in table.to_numpy()),
-                "growth": Interval(*(2**value for value in (growth.value, growth.low, growth.high))),
-                "stable rank at the fewest texts": table.iloc[:, 0].mean(),
-                "at the most": table.iloc[:, -1].mean(),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def demand_figure(frame: pd.DataFrame) -> Figure:
-    """Mean stable rank by number of labeled texts, one line per method."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for method, runs in frame.groupby("method", sort=False):
-        some = runs.groupby("texts")["stable rank"].agg(["mean", "std"])
-        if len(some) > 2:
-            name = find_method(str(method)).name
-            axes.errorbar(some.index, some["mean"], some["std"], marker="o", capsize=2, label=name)
-    axes.set(xscale="log", xlabel="texts with random labels", ylabel="stable rank, mean of modules")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xticks(sorted(frame["texts"].unique()))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(fontsize=8)
-    return figure
-
-
 def curves_figure(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Loss by trainable parameters and by processor time per step; takes task → `losses`."""
     figure = Figure(figsize=(4.5 * len(tables) + 2, 6.5), layout="constrained")
@@ -250,10 +174,6 @@ def write_capacity_report(comparison: Comparison, output: Path) -> Path:
         save_figure(curves_figure(curves or tables), output / "curves.png")
     for task, frame in tables.items():
         parts += [f"\n## {in_markdown(task)}\n", markdown(frame.drop(columns="seconds"))]
-    asked = demand(records, tasks)
-    if len(followed := follows_demand(asked)):
-        parts += ["\n## Learned rank against demand\n", markdown(followed), "\n![Stable rank by texts](demand.png)\n"]
-        save_figure(demand_figure(asked), output / "demand.png")
     if failures := [record for record in records.values() if record.get("failure")]:
         parts.append("\n## What failed\n\nA method on a task has no row where a final run failed.\n")
         parts += map(failure_line, failures)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from lrlora.train.embedded import SMOLLM2, checkpoint
 from lrlora_lab.capacity import CapacityTask, train_capacity
-from lrlora_lab.capacity_report import demand, follows_demand, losses, served_rank, write_capacity_report
+from lrlora_lab.capacity_report import losses, served_rank, write_capacity_report
 from lrlora_lab.cli import app
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, Record, check_folder, prepare, read_records
 from lrlora_lab.methods import find_method
@@ -257,21 +257,6 @@ def test_a_model_in_place_of_those_of_the_tasks_is_refused() -> None:
     told = CliRunner().invoke(app, ["compare", "capacity", "--model", "bert", "--dry-run"], env={"COLUMNS": "200"})
     assert told.exit_code == 1
     assert "have their own models, got model=bert. Remove it" in " ".join(told.output.split())
-
-
-def test_rank_follows_demand() -> None:
-    tasks = {f"labels-{n}": CapacityTask("labels", 800, 64, texts=n) for n in (128, 512, 2048)}
-    records = [
-        record(f"labels-{n}", method, seed, 1.0, ranks=[{"stable_rank": rank(n) + 0.01 * seed}])
-        for n in (128, 512, 2048)
-        for method, rank in (("lora+r=8", lambda n: n / 512), ("lora+r=2", lambda n: 1.0))
-        for seed in SEEDS
-    ]
-    records.append(record("of another suite", "lora+r=8", 1, 1.0))
-    found = follows_demand(demand(filed(records), tasks)).set_index("method")
-    assert found.loc["LoRA, r=8", "ρ"] == pytest.approx(1)
-    assert found.loc["LoRA, r=8", "growth"].value == pytest.approx(2, rel=0.1)
-    assert found.loc["LoRA, r=2", "growth"].value == pytest.approx(1)
 
 
 def test_full_fine_tuning_starts_at_lower_rates() -> None:
