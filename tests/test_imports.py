@@ -13,7 +13,7 @@ from lrlora import LrLoraConfig
 
 from .conftest import TinyModel
 
-CHARTS = ("altair", "matplotlib", "vl_convert")
+CHARTS = ("altair", "vl_convert")
 
 
 def python(script: str, *arguments: str | Path) -> str:

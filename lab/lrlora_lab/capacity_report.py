@@ -15,16 +15,14 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from lrlora.checks import in_markdown
 from lrlora.files import write_whole
 from lrlora.tuner import LrLoraConfig
-from lrlora.views.figure import save_figure
 
-from .figures import with_legend
+from .figures import save_figure, with_legend
 from .jobs import Comparison, Record, read_records
 from .methods import METHODS, find_method
 from .statistics import equivalent_rank
 from .tables import failure_line, final_runs, markdown, ratio, same_hardware
 
 LORA = METHODS["lora"].name
-LABEL_STEPS, LABEL_CLASSES = 800, 64  # of the tasks that vary only the number of texts
 Cells = Mapping[tuple[str, str], Sequence[Record]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from lrlora.views.figure import draw_heat_map
+from lrlora.files import replacing
 
 from .jobs import Comparison, Record
 from .methods import find_method
@@ -83,9 +84,30 @@ def ranks_figure(places: Mapping[tuple[str, str], Mapping[tuple[str, int | None]
         axes = grid[methods.index(method), tasks.index(task)]
         axes.set_axis_on()
         highest = max(max(places[task, other].values()) for other in methods if (task, other) in places)
-        draw_heat_map(axes, cells, vmin=1, vmax=max(1, highest))  # a zero update has no rank
+        _draw_heat_map(axes, cells, vmin=1, vmax=max(1, highest))  # a zero update has no rank
         axes.set_title(f"{task}, {find_method(method).name}", fontsize="medium")
     return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure atomically in the format of the suffix."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix.removeprefix("."))
+
+
+def _draw_heat_map(axes: Axes, cells: Mapping[tuple[str, int | None], float], *, vmin: float, vmax: float) -> None:
+    """Draw one value per (module type, layer)."""
+    types = list(dict.fromkeys(place for place, _ in cells))
+    layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer))
+    values = [[cells.get((place, layer), math.nan) for layer in layers] for place in types]
+    axes.imshow(values, aspect="auto", cmap="cividis", vmin=vmin, vmax=vmax)
+    axes.set_xticks(range(len(layers)), ["–" if layer is None else str(layer) for layer in layers])
+    axes.set_yticks(range(len(types)), types)
+    axes.set_xlabel("layer")
+    for (place, layer), value in cells.items():
+        text = f"{value:.0f}" if value == int(value) else f"{value:.1f}"
+        color = "black" if value > (vmin + vmax) / 2 else "white"
+        axes.text(layers.index(layer), types.index(place), text, ha="center", va="center", color=color)
 
 
 def _panels(tasks: Sequence[str], ylabels: Sequence[str], xlabel: str) -> tuple[Figure, dict[str, list[Axes]]]:

@@ -9,10 +9,9 @@ import pandas as pd
 
 from lrlora.checks import in_markdown
 from lrlora.files import write_whole
-from lrlora.views.figure import save_figure
 
 from .capacity_report import write_capacity_report
-from .figures import parameters_figure, ranks_figure, rates_figure
+from .figures import parameters_figure, ranks_figure, rates_figure, save_figure
 from .jobs import Comparison, Record, check_folder, read_records
 from .methods import find_method
 from .statistics import Interval

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import asdict
-from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,7 @@ class RankLogger(TrainerCallback):
     """Records the learned ranks at the start, every `every` steps and at the last training step.
 
     Each record is added to `history`, appended to `rank_history.jsonl` in the output folder, and logged as `rank/…`
-    scalars to the Trainer's log history and every logger in `report_to`. A resumed run continues the file. TensorBoard,
-    W&B and MLflow also receive a figure of the last record if matplotlib is installed (`pip install '.[plots]'`).
+    scalars to the Trainer's log history and every logger in `report_to`. A resumed run continues the file.
 
     Args:
         every: steps between records, ≥ 1.
@@ -66,8 +63,6 @@ class RankLogger(TrainerCallback):
         is_last = state.global_step >= state.max_steps or control.should_training_stop
         if state.global_step % self.every == 0 or is_last:
             self._record(args, state, control, **kwargs)
-            if is_last:
-                self._log_picture()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,15 +74,6 @@ class RankLogger(TrainerCallback):
             self._record(args, state, control, **kwargs)
         for logger in self._loggers:
             logger.on_train_end(args, state, control, **kwargs)
-
-    def _log_picture(self) -> None:
-        if not self.history or not find_spec("matplotlib"):
-            return
-        for logger in self._loggers:
-            try:
-                _log_picture(logger, *self.history[-1])
-            except Exception as error:  # logger errors must not stop training
-                warnings.warn(f"The rank figure was not logged: {error}", stacklevel=2)
 
     def _record(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **kwargs: Any
@@ -117,23 +103,6 @@ class RankLogger(TrainerCallback):
             state.log_history.append(entry)
         for logger in self._loggers:
             logger.on_log(args, state, control, logs=scalars, model=model, **kwargs)
-
-
-def _log_picture(logger: Any, step: int, report: RankReport) -> None:
-    """Log the figure through the logger's own API."""
-    from .views.figure import OPENING_MEASURE, rank_figure
-
-    name = f"rank/{OPENING_MEASURE}"
-    if getattr(logger, "tb_writer", None) is not None:
-        logger.tb_writer.add_figure(name, rank_figure(report), step)
-    elif getattr(logger, "_wandb", None) is not None:
-        from PIL import Image
-
-        png = BytesIO()
-        rank_figure(report).savefig(png, format="png")  # W&B accepts figures only if pyplot was imported
-        logger._wandb.log({name: logger._wandb.Image(Image.open(png)), "train/global_step": step})
-    elif getattr(logger, "_ml_flow", None) is not None:
-        logger._ml_flow.log_figure(rank_figure(report), f"{name}.png")
 
 
 def _history_path(args: TrainingArguments) -> Path:

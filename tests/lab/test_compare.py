@@ -29,10 +29,9 @@ from transformers import Trainer
 from typer.testing import CliRunner
 
 from lrlora.train.methods import adapter_config
-from lrlora.views.figure import save_figure
 from lrlora_lab import jobs, pool
 from lrlora_lab.cli import app
-from lrlora_lab.figures import parameters_figure, ranks_figure, rates_figure
+from lrlora_lab.figures import parameters_figure, ranks_figure, rates_figure, save_figure
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, best_trial, prepare, read_records, train_config
 from lrlora_lab.methods import METHODS, find_method
 from lrlora_lab.statistics import columns_differ, gap, holm, paired_difference, share_between_columns

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import altair as alt
 import pytest
-from matplotlib.figure import Figure
 
 from .small import save_decoder, save_encoder
 
@@ -26,4 +26,6 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("lrlora.views.figure.rank_figure", lambda report, **options: Figure())
+        monkeypatch.setattr(
+            "lrlora.views.figure.rank_figure", lambda report, **options: alt.Chart(alt.Data(values=[{}])).mark_point()
+        )

@@ -20,7 +20,6 @@ _OPTIONAL = (
     "trl",
     "scikit-learn",
     "scipy",
-    "matplotlib",
     "altair",
     "bitsandbytes",
     "torchao",

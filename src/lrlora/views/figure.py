@@ -1,15 +1,12 @@
-"""Figures of ranks, as SVG, PNG or PDF, in Okabe and Ito's colorblind-safe colors."""
+"""Figure of ranks by layer and module type, as SVG, PNG or PDF, in Okabe and Ito's colorblind-safe colors."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure, SubFigure
+import altair as alt
 
 from ..checks import require_known
 from ..files import replacing
@@ -21,21 +18,24 @@ OPENING_MEASURE = "stable_rank"
 TRAINED_RANK = "r"
 _LABELS = {TRAINED_RANK: "rank r", **{name: measure.label for name, measure in MEASURES.items()}}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_EVERY = 4  # points of a curve
 
 
 def save_rank_figure(
     report: RankReport, path: str | os.PathLike[str], *, measure: str = OPENING_MEASURE, title: str = "Ranks of ΔW"
 ) -> None:
-    """Save `rank_figure` in the format of the suffix of `path` (.png, .svg, .pdf).
+    """Save `rank_figure` atomically in the format of the suffix of `path` (.png, .svg, .pdf).
 
     Raises:
         ValueError: `measure` is not a rank measure.
 
     """
-    save_figure(rank_figure(report, measure=measure, title=title), path)
+    figure = rank_figure(report, measure=measure, title=title)
+    with replacing(path) as partial:
+        figure.save(str(partial), format=Path(path).suffix.removeprefix("."), ppi=150)
 
 
-def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Ranks of ΔW") -> Figure:
+def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Ranks of ΔW") -> Any:
     """Layers × module types of `measure`, and below, by kind, each module's deviation of φ from φ(z) = z.
 
     `measure` may also be "r".
@@ -43,74 +43,69 @@ def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: st
     Reports without curves, such as plain LoRA's, show only the ranks.
     Requires `pip install '.[plots]'`.
 
+    Returns:
+        An Altair chart.
+
     Raises:
         ValueError: `measure` is not a rank measure.
 
     """
     require_known("measure", measure, _LABELS)
-    types, layers = ({getattr(row, name) for row in report.rows} for name in ("type", "layer"))
-    heat_height = 0.4 * len(types) + 1.2
-    is_curved = any(row.module in report.curves for row in report.rows)
-    heights = [heat_height, 3] if is_curved else [heat_height]
-    figure = Figure(figsize=(max(10.0, 0.8 * len(layers) + 5), sum(heights) + 0.5), layout="constrained")
-    figure.suptitle(title)
-    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
-    _draw_ranks(parts[0, 0].subplots(), report.rows, measure)
-    if is_curved:
-        _draw_curves(parts[1, 0], report)
-    return figure
+    parts = [_map(report.rows, measure)]
+    if any(row.module in report.curves for row in report.rows):
+        parts.append(_bends(report))
+    return alt.vconcat(*parts, title=title)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure atomically in the format of the suffix."""
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150, format=Path(path).suffix.removeprefix("."))
-
-
-def _draw_ranks(axes: Axes, rows: list[RankRow], measure: str) -> None:
+def _map(rows: list[RankRow], measure: str) -> Any:
     cells: dict[tuple[str, int | None], list[float]] = {}
     with_stack = several_stacks(row.module for row in rows)
     for row in rows:
         label = type_label(row.module, with_stack=with_stack)
         cells.setdefault((label, row.layer), []).append(getattr(row, measure))
+    layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer))
     means = {cell: sum(ranks) / len(ranks) for cell, ranks in cells.items()}
-    image = draw_heat_map(axes, means, vmin=0, vmax=max(means.values()))
-    axes.figure.colorbar(image, ax=axes, label=_LABELS[measure])
+    values = [
+        {"type": name, "layer": "–" if layer is None else str(layer), "value": value, "shown": _shown(value)}
+        for (name, layer), value in means.items()
+    ]
     ranks = sorted({row.r for row in rows if row.r is not None})
     rank = f"; rank of BA: r = {', '.join(map(str, ranks))}" * (bool(ranks) and measure != TRAINED_RANK)
-    title = f"{_LABELS[measure]}{' of ΔW' * (measure in MEASURES)}{rank}"
-    averaged = any(len(several) > 1 for several in cells.values())
-    axes.set_title(title + "; mean where several modules share a cell" * averaged, fontsize="medium")
+    averaged = "; mean where several modules share a cell" * any(len(several) > 1 for several in cells.values())
+    about = f"{_LABELS[measure]}{' of ΔW' * (measure in MEASURES)}"
+    order = ["–" if layer is None else str(layer) for layer in layers]
+    base = alt.Chart(alt.Data(values=values), title=f"{about}{rank}{averaged}").encode(
+        x=alt.X("layer:N", sort=order, title="layer", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("type:N", sort=None, title=None, axis=alt.Axis(labelLimit=0)),
+    )
+    largest = max(means.values()) or 1
+    scale = alt.Scale(scheme="cividis", domain=[0, largest])
+    dark_on_light = alt.condition(f"datum.value > {largest / 2}", alt.value("black"), alt.value("white"))
+    heat = base.mark_rect().encode(color=alt.Color("value:Q", scale=scale, legend=None))
+    return (heat + base.mark_text().encode(text="shown:N", color=dark_on_light)).properties(
+        width=alt.Step(38), height=alt.Step(26)
+    )
 
 
-def draw_heat_map(
-    axes: Axes, cells: Mapping[tuple[str, int | None], float], *, vmin: float, vmax: float
-) -> ScalarMappable:
-    """Draw one value per (module type, layer); the caller sets title and scale."""
-    types = list(dict.fromkeys(place for place, _ in cells))
-    layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer))
-    values = [[cells.get((place, layer), math.nan) for layer in layers] for place in types]
-    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=vmin, vmax=vmax)
-    axes.set_xticks(range(len(layers)), ["–" if layer is None else str(layer) for layer in layers])
-    axes.set_yticks(range(len(types)), types)
-    axes.set_xlabel("layer")
-    for (place, layer), value in cells.items():
-        text = f"{value:.0f}" if value == int(value) else f"{value:.1f}"
-        color = "black" if value > (vmin + vmax) / 2 else "white"
-        axes.text(layers.index(layer), types.index(place), text, ha="center", va="center", color=color)
-    return image
+def _shown(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) else f"{value:.1f}"
 
 
-def _draw_curves(figure: SubFigure, report: RankReport) -> None:
-    kinds = sorted({row.kind for row in report.rows if row.module in report.curves})
-    figure.suptitle("Learned φ, one curve per module; 0 is plain LoRA", fontsize="medium")
-    for kind, axes in zip(kinds, figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], strict=True):
-        modules = [row.module for row in report.rows if row.kind == kind and row.module in report.curves]
-        for module in modules:
-            curve = report.curves[module]
-            bend = [value - point for point, value in zip(curve.z, curve.phi, strict=True)]
-            axes.plot(curve.z, bend, color=COLOURS[0], alpha=0.35, linewidth=0.8)
-        axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_title(f"{kind}: {len(modules)}", fontsize="medium")
-    figure.supxlabel("z: the central 99 % of the entries of g·BA", fontsize="medium")
-    figure.supylabel("φ(z) − z", fontsize="medium")
+def _bends(report: RankReport) -> Any:
+    values = [
+        {"kind": row.kind, "module": row.module, "z": z, "bend": phi - z}
+        for row in report.rows
+        if (curve := report.curves.get(row.module))
+        for z, phi in list(zip(curve.z, curve.phi, strict=True))[::_EVERY]
+    ]
+    return (
+        alt.Chart(alt.Data(values=values), title="Learned φ, one curve per module; 0 is plain LoRA")
+        .mark_line(color=COLOURS[0], opacity=0.35, strokeWidth=0.8)
+        .encode(
+            x=alt.X("z:Q", title="z: the central 99 % of the entries of g·BA"),
+            y=alt.Y("bend:Q", title="φ(z) − z"),
+            detail="module:N",
+            column=alt.Column("kind:N", title=None),
+        )
+        .properties(width=220, height=180)
+    )

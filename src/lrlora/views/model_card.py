@@ -19,7 +19,7 @@ from .runs import Run, load_run
 def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
     """Write a run's model card and rank figure next to its adapter, replacing PEFT's card.
 
-    The figure requires matplotlib (`pip install '.[plots]'`) and is omitted without it.
+    The figure requires `pip install '.[plots]'` and is omitted without it.
 
     Args:
         folder: folder of the run, with the adapter.
@@ -28,7 +28,7 @@ def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
     """
     run = load_run(str(folder), folder.resolve().name, metrics)
     picture = None
-    if find_spec("matplotlib"):
+    if find_spec("vl_convert"):
         from .figure import save_rank_figure
 
         picture = PICTURE_FILE

@@ -2,7 +2,8 @@
 // adapter as it was saved, which need not be that of the last step: the best checkpoint may be back.
 const data = JSON.parse(document.getElementById("data").textContent);
 const charts = JSON.parse(document.getElementById("charts").textContent);
-const { measures, recorded, runs, colours, shades } = data;
+const { measures, recorded, runs, colours } = data;
+const [DARK, LIGHT] = ["#00224e", "#fee838"]; // of a heat map, told apart by the colorblind
 const steps = [...new Set(runs.flatMap((run) => run.history.map((record) => record.step)))].sort((a, b) => a - b);
 const state = { beside: [], measure: data.opening, step: steps.length, module: null, sort: null, descending: true };
 const views = {}; // chart → promise of its view
@@ -88,7 +89,7 @@ function stackOf(name, rows, key, largest, label, runIndex, above) {
       const value = mean(known(here, key));
       const share = value === null || !largest ? 0 : value / largest;
       // White on dark and black on light shades: each pair has a contrast of at least 4.5.
-      const painted = `background:rgb(${shades[Math.round(share * (shades.length - 1))]});color:${share > 0.47 ? "#000" : "#fff"}`;
+      const painted = `background:color-mix(in oklab, ${DARK}, ${LIGHT} ${100 * share}%);color:${share > 0.455 ? "#000" : "#fff"}`;
       const isChosen = here.some((row) => row.module === state.module);
       const cell = make("button", {
         type: "button", class: "cell", style: painted, tabindex: "-1",
@@ -115,8 +116,7 @@ function mapOf(run, rows, key, largest, runIndex) {
     tables.append(make("div", { class: "scroll" }, stackOf(named ? stack : null, inside, key, largest, label, runIndex, above)));
   });
   (tables.querySelector('[aria-pressed="true"]') || tables.querySelector(".cell"))?.setAttribute("tabindex", "0");
-  const gradient = shades.map((parts) => `rgb(${parts})`).join(",");
-  const scale = make("div", { class: "scale", "aria-hidden": "true" }, "0", make("i", { style: `background:linear-gradient(90deg,${gradient})` }), shown(largest, key));
+  const scale = make("div", { class: "scale", "aria-hidden": "true" }, "0", make("i", { style: `background:linear-gradient(90deg in oklab, ${DARK}, ${LIGHT})` }), shown(largest, key));
   return make("div", {}, make("h3", {}, run.name), scale, tables);
 }
 function choose(cell) {

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import vl_convert
-from matplotlib import colormaps
 from torch import Tensor
 
 from ..adapters.factorize import best_per_parameter
@@ -107,7 +106,6 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         | {"factor": 100 if key in _IN_PERCENT else 1}
         for key in keys
     ]
-    shades = (255 * colormaps["cividis"](np.linspace(0, 1, 65))[:, :3]).round().astype(int).tolist()
     return {
         "opening": OPENING_MEASURE,
         "measures": measures,
@@ -116,7 +114,6 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "sizes": _sizes(runs),
         "losses": _losses(runs),
         "colours": COLOURS,
-        "shades": shades,
     }
 
 
