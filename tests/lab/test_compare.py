@@ -510,7 +510,7 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
         (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA ignores r, got r=8. Set target_r=8"),
         (("compare", suite, "--methods", "lora,lora+size=r4"), "Unknown field of LoraConfig 'size'"),
-        (("compare", wrong("warmup_step", 3, "training")), "Did you mean warmup_steps?"),
+        (("compare", wrong("warmup_step", 3, "training")), "Did you mean warmup_steps, a"),
         (("compare", wrong("metric", "acuracy")), "Did you mean accuracy?"),
         (("compare", wrong("task", "clasify")), "Did you mean classify?"),
         (("compare", wrong("rate_scale", 0.0)), "rate_scale must be a number > 0"),

@@ -824,9 +824,9 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common, "--task", "clasify"), "Unknown task 'clasify'", "Did you mean classify?")
     assert_refused(run(*common, "--task", "classify", "--method", "lrlora"), "Did you mean lr-lora?")
     assert_refused(run(*common, "--task", "causal-lm", "--column", "text=review"), "'label'")
-    assert_refused(run(*common, "--task", "classify", "--training", "learning_rat=1"), "Did you mean learning_rate?")
+    assert_refused(run(*common, "--task", "classify", "--training", "learning_rat=1"), "Did you mean learning_rate, a")
     ours = (*common, "--task", "classify", "--method", "lr-lora")
-    assert_refused(run(*ours, "--adapter", "num_bases=9"), "Did you mean num_basis?")
+    assert_refused(run(*ours, "--adapter", "num_bases=9"), "Did you mean num_basis, a field of the adapter?")
     assert_refused(run(*ours, "--adapter", "num_basis=1"), "num_basis must be an integer")
     told = "'num_basis' is a field of the adapter of --method lr-lora"
     assert_refused(run(*common, "--task", "classify", "--adapter", "num_basis=3"), told)
@@ -847,7 +847,7 @@ def test_bad_settings(no_weights: str, table: str, tmp_path: Path) -> None:
     assert_refused(run(*common), "Missing required settings: task", "--task")
     assert_refused(run("train", tmp_path / "none.yaml"), "no configuration file")
     (tmp_path / "bad.yaml").write_text("modle: x\n")
-    assert_refused(run("train", tmp_path / "bad.yaml"), "'modle'", "Did you mean model?")
+    assert_refused(run("train", tmp_path / "bad.yaml"), "'modle'", "Did you mean model, a")
     (tmp_path / "bad.yaml").write_text("model: [")
     assert_refused(run("train", tmp_path / "bad.yaml"), "is not YAML")
     begun = "model: m\ndata: d\ntask: classify\n"
