@@ -2,7 +2,7 @@
 
 python benchmarks/loss_cut.py                      # about 3 hours on two cores; resumes
 python benchmarks/loss_cut.py --only news,german   # some of the tasks
-python benchmarks/loss_cut.py --stage train        # or tune, cut: a part of the work, also in parallel
+python benchmarks/loss_cut.py --stage train        # or cut: a part of the work, also in parallel
 python benchmarks/loss_cut.py --report             # only render docs/loss.md from the stored results
 """
 

@@ -54,6 +54,7 @@ assert not (there := set({absent!r}) & set(sys.modules)), there
 try:
     runpy.run_module("lrlora", run_name="__main__", alter_sys=True)
 finally:
+    assert not (there := set({CHARTS!r}) & set(sys.modules)), there
     assert not [name for name in sys.modules if name.startswith("transformers.models.bert")]
 """
     assert "attention.self.query" in python(script, "ranks", tmp_path)

@@ -73,7 +73,7 @@ READ = {
     "cut/checkpoint-2/adapter_model.safetensors cut/checkpoint-2/optimizer.pt cut/checkpoint-2/rng_state.pth",
     COMPARE: "suite.yaml",
     "compare suite.yaml --report --output compared": "compared/comparison.json compared/call.json "
-    "compared/jobs/reviews--lora--0.001--0.json",
+    "compared/jobs/reviews--lora--0.001--1.json",
 }
 CASES = [(file, command) for command, files in READ.items() for file in files.split()]
 

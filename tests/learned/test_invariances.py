@@ -1,4 +1,4 @@
-"""What must not change σ²: the unit of the loss, padding, batches, the attention, the order of tokens."""
+"""What must not change σ²: padding, batches, the attention, the order of tokens; the unit: `test_directions`."""
 
 from __future__ import annotations
 

@@ -314,6 +314,8 @@ def test_settings_that_would_fail_after_training_are_refused(
 ) -> None:
     common = ("train", *COLUMNS, "--data", table, "--output", tmp_path / "out", "--steps", 2)
     classify = (*common, "--model", encoder, "--task", "classify")
+    asked = (*classify, "--training", "dataloader_drop_last=true", "--validation-share", "0.1")
+    assert_refused(run(*asked, "--training", "per_device_eval_batch_size=99"), "drops all", "validation examples")
     assert_refused(run(*classify, "--training", "label_names=[x]"), "label_names is not supported")
     config = json.loads((Path(decoder) / "config.json").read_text())
     shutil.copytree(decoder, tmp_path / "tied")
@@ -454,6 +456,7 @@ def test_infinite_gradients_that_a_loss_scaler_skips_are_no_part_of_the_log(
         ("eval_accumulation_steps=0", "eval_accumulation_steps must be ≥ 1, got 0"),
         ("num_train_epochs=1e300", "steps, which is too many"),
         ("lr_scheduler_kwargs=fast", "'fast' is invalid for lr_scheduler_type=linear"),
+        ("lr_scheduler_kwargs={timescale: 0}", "{'timescale': 0} is invalid for lr_scheduler_type=linear"),
         ("lr_scheduler_kwargs={cycles: 2}", "{'cycles': 2} is invalid for lr_scheduler_type=linear (TypeError"),
         ("prediction_loss_only=true", "prediction_loss_only=True is not supported"),
         ("hub_token=secret", "hub_token would be saved with the run. Set HF_TOKEN instead"),

@@ -26,7 +26,6 @@ from .factorize import Factors, kept_energy
 from .loading import check_base, check_names, load_adapted, sample_inputs, save_preprocessing
 from .lora_file import SingleFile, save_single_file
 from .peft_folder import AdapterSource, SavedAdapter
-from .read import read_updates
 from .servers import ONE_ALPHA, SERVERS, served
 from .update import Updates, as_stored, require_finite
 
@@ -134,17 +133,18 @@ def save_as_lora(
     require_known("server", server, SERVERS)
     form = SERVERS[server].form
     folder = free_folder(output)
-    updates = read_updates(source)
-    origin = updates.origin
+    updates = source if isinstance(source, Updates) else None
+    origin = SavedAdapter.read(source) if updates is None else updates.origin  # type: ignore[arg-type]
     like: Any = origin.config
     if getattr(like, "lora_bias", False):
         raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
-    try:
-        check_base(updates)
-    except FileNotFoundError:  # the names are all there is
-        check_names(updates)
+    if updates is not None:
+        try:
+            check_base(updates)
+        except FileNotFoundError:  # the names are all there is
+            check_names(updates)
     # With magnitudes, updates of DoRA are not products: these are only of its direction.
-    keeps_magnitudes = bool(getattr(like, "use_dora", False)) and updates.are_products
+    keeps_magnitudes = bool(getattr(like, "use_dora", False)) and (updates is None or updates.are_products)
     if keeps_magnitudes:
         factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
     written = SERVERS[server].formed(factors)
@@ -169,13 +169,15 @@ def save_as_lora(
     dtype = dtype or origin.stored_dtype
     for part in exported:
         weights |= _tensors(part, dtype)
+    method = "an adapter" if updates is None else updates.method
+    card = _card(factors, exported, config, method, origin, server)
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         save_preprocessing(partial, origin.name)
         config.save_pretrained(str(partial))
         if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
-        (partial / "README.md").write_text(_card(factors, exported, config, updates, server), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def save(
@@ -216,11 +218,12 @@ def _card(
     factors: Sequence[Factors],
     exported: Sequence[Factors],
     config: LoraConfig,
-    updates: Updates,
+    method: str,
+    origin: Any,
     server: str,
 ) -> str:
     text = _CARD.format(
-        method=updates.method,
+        method=method,
         ranks=sum(part.rank for part in exported),
         modules=len(exported),
         parameters=sum(part.parameters for part in exported),
@@ -229,7 +232,6 @@ def _card(
     ranks = [(part.rank, part.parameters_per_rank) for part in factors]
     if line := served(ranks, config, None if server == "peft" else server):
         text += f"{line}\n\n"
-    origin = updates.origin
     if not isinstance(origin, SavedAdapter):
         return header("peft", _TAGS) + text
     asking = f"\n{ASKING}" if is_asked_in_chats(origin) else ""
@@ -261,7 +263,8 @@ def save_lora_config(
 
     """
     folder = free_folder(output)
-    config = lora_config(factors, read_updates(source).origin.config, keep_scaling=True)
+    origin = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
+    config = lora_config(factors, origin.config, keep_scaling=True)
     with replacing_folder(folder) as partial:
         config.save_pretrained(str(partial))
 

@@ -59,18 +59,19 @@ def update_from_parts(module: str, parts: Parts, scaling: float, *, of_peft: boo
         # On the meta device, which computes nothing: an update forms its matrix only when used.
         made = _computation({name: part.to("meta") for name, part in parts.items()}, of_peft)[0]()
         compute, r, layout = _computation(parts, of_peft)
+        m, k = (made[0] if isinstance(made, tuple) else made.flatten(1)).shape
+        n = made[1].shape[1] if isinstance(made, tuple) else k
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"has incompatible tensors: {error}"
         raise ValueError(f"{module} {reason}. Tensors found: {', '.join(sorted(parts))}.") from None
     if isinstance(made, tuple):
-        (m, k), n = made[0].shape, made[1].shape[1]
 
         def scaled() -> Pair:
             U, V = compute()
             return scaling * at_least_float32(U), at_least_float32(V)
 
         return Update(module, (m, n), scaled, True, r, min(k, m, n), scaling, layout)
-    (m, n), kernel = made.flatten(1).shape, tuple(made.shape[2:])
+    kernel = tuple(made.shape[2:])
     layout = Layout(kernel, is_known=bool(kernel))
     return Update(module, (m, n), lambda: scaling * compute().flatten(1), False, r, min(m, n), scaling, layout)
 
@@ -131,6 +132,8 @@ def _lokr(parts: Parts, of_peft: bool) -> _Computation:
         def matrix() -> Tensor:
             whole = parts.get("lokr_w2")
             right = whole if whole is not None else _tucker(*(parts[f"lokr_{x}"] for x in ("t2", "w2_a", "w2_b")))
+            if right.dim() < 2:
+                raise ValueError(f"lokr_w2 has {right.dim()} dimensions")
             if of_peft and right.dim() == 3:
                 p, q, *kernel = right.shape
                 return torch.kron(left(), right.float()).reshape(rows * p, columns * q, *kernel)

@@ -94,7 +94,8 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     except KeyboardInterrupt as stop:
         folder = Path(run.output)
         hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
-        raise KeyboardInterrupt(str(stop) or f"Interrupted. {hint}") from None
+        note(str(stop) or f"Interrupted. {hint}")
+        raise typer.Exit(130) from None
     if not result.is_first:
         return
     _print_metrics(result.metrics, f"Validation, {which_checkpoint(asdict(run))}")

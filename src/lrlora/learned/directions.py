@@ -167,7 +167,7 @@ def loss_curve(
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss) -> float:
-    """Mean loss of batches with these factors in place of the adapter."""
+    """Mean loss of batches, at least one, with these factors in place of the adapter."""
     return mean_of(example_losses(model, factors, batches, loss))
 
 

@@ -176,7 +176,7 @@ def _load(command: list[str]) -> ctypes.CDLL:
             _require_own(kept)
             return _open(kept)
         except OSError:
-            kept.unlink()
+            kept.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="compiling-", dir=folder) as scratch:
         compiled = Path(scratch) / "compiled.so"
         _compile([*command, str(_SOURCE), "-o", str(compiled)])
@@ -190,6 +190,8 @@ def _load(command: list[str]) -> ctypes.CDLL:
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name, kinds in _ARGUMENTS.items():
+        if not hasattr(library, name):
+            raise OSError(f"{path} has no function {name}")
         getattr(library, name).argtypes = kinds
     return library
 

@@ -308,6 +308,8 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> N
         if not Path(wanted).is_file():
             raise FileNotFoundError(f"There is no file {wanted} with a chat template.")
         tokenizer.chat_template = Path(wanted).read_text(encoding="utf-8")
+        if not tokenizer.chat_template.strip():
+            raise ValueError(f"The chat template {wanted} is empty.")
     else:
         known = _templates_of_trl()
         require_known("chat template", wanted, [NO_TEMPLATE, "simple", *known])

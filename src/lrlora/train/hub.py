@@ -36,9 +36,14 @@ def repository(output: str, training: Mapping[str, Any]) -> str | None:
 
 def push(output: str, training: Mapping[str, Any], announce: Announce) -> None:
     """Upload a finished run to the hub, if its Trainer arguments say `push_to_hub`."""
+    name = str(training.get("hub_model_id") or Path(output).name)
     try:
-        if (name := repository(output, training)) is not None:
-            upload_folder(repo_id=name, folder_path=output, commit_message="End of training")
-            announce(f"Pushed: {name}")
+        if (found := repository(output, training)) is None:
+            return
+        name = found
+        upload_folder(repo_id=name, folder_path=output, commit_message="End of training")
     except Exception as error:  # the run is finished, whatever comes of it
-        announce(f"Warning: the run was not pushed ({error}). Push it with: hf upload REPOSITORY {output}")
+        reason = str(error).removeprefix("training: push_to_hub=True, but ")
+        announce(f"Warning: the run was not pushed ({reason}). Push it with: hf upload {name} {output}")
+    else:
+        announce(f"Pushed: {name}")

@@ -366,9 +366,9 @@ class LoadedRun:
                 "Shorten the prompt, or lower max_new_tokens."
             )
         room = limit - length
-        settings = {"do_sample": any(name in self.generation for name in _SAMPLING)}
+        settings: dict[str, Any] = {"do_sample": any(name in self.generation for name in _SAMPLING)}
         settings |= {"max_new_tokens": min(self.record.max_length or _NEW_TOKENS, room), **self.generation}
-        settings["pad_token_id"] = self.processor.pad_token_id
+        settings |= {"pad_token_id": self.processor.pad_token_id, "return_dict_in_generate": False}
         with torch.no_grad():
             try:
                 return self.model.generate(**inputs, **settings, **options)

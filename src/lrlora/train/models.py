@@ -239,7 +239,10 @@ def training_arguments(
     steps = arguments.max_steps
     try:
         optimizer, warmup = torch.optim.SGD([torch.zeros(1)], 1.0), arguments.get_warmup_steps(steps)
-        get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, options)
+        schedule: Any = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, steps, options)
+        rates = [rate(step) for rate in getattr(schedule, "lr_lambdas", ()) for step in (0, steps // 2, steps)]
+        if not all(map(math.isfinite, rates)):
+            raise ValueError("its rates are not finite")
     except Exception as error:  # schedules can raise anything for arguments of any type
         raise ValueError(
             f"training: lr_scheduler_kwargs={options!r} is invalid for "

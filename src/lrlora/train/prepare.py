@@ -165,6 +165,11 @@ def prepare(
         examples_per_step=inputs.record.examples_per_step,
     )
     count = len(inputs.data.splits["validation"])
+    if arguments.dataloader_drop_last and count < arguments.eval_batch_size * arguments.world_size:
+        raise ValueError(
+            f"training: dataloader_drop_last=True drops all {count} validation examples, which do not fill a batch. "
+            "Remove it, or lower per_device_eval_batch_size."
+        )
     if config.filled_by and inputs.kind.has_head and count < FEWEST:
         raise ValueError(
             f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "

@@ -163,6 +163,8 @@ class TrainConfig:
             check_truncation(keep=self.keep)
         if self.size is not None:
             Size.parse(self.size)
+        if self.delimiter == "":
+            raise ValueError("delimiter must be a single character, got ''.")
         for name, applies, what in (
             ("head_learning_rate", kind.has_head, "a new head"),
             ("max_length", kind.reads_text, "text"),

@@ -18,7 +18,7 @@ OPENING_MEASURE = "stable_rank"
 TRAINED_RANK = "r"
 _LABELS = {TRAINED_RANK: "rank r", **{name: measure.label for name, measure in MEASURES.items()}}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_EVERY = 4  # points of a curve
+_POINTS = 5_000  # of all curves
 
 
 def save_rank_figure(
@@ -27,12 +27,14 @@ def save_rank_figure(
     """Save `rank_figure` atomically in the format of the suffix of `path` (.png, .svg, .pdf).
 
     Raises:
-        ValueError: `measure` is not a rank measure.
+        ValueError: `measure` is not a rank measure, or the format another.
 
     """
+    kind = Path(path).suffix.removeprefix(".").lower()
+    require_known("format of a figure", kind, ("png", "svg", "pdf"))
     figure = rank_figure(report, measure=measure, title=title)
     with replacing(path) as partial:
-        figure.save(str(partial), format=Path(path).suffix.removeprefix("."), ppi=150)
+        figure.save(str(partial), format=kind, ppi=150)
 
 
 def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Ranks of ΔW") -> Any:
@@ -92,11 +94,12 @@ def _shown(value: float) -> str:
 
 
 def _bends(report: RankReport) -> Any:
+    every = max(4, sum(len(curve.z) for curve in report.curves.values()) // _POINTS)
     values = [
         {"kind": row.kind, "module": row.module, "z": z, "bend": phi - z}
         for row in report.rows
         if (curve := report.curves.get(row.module))
-        for z, phi in list(zip(curve.z, curve.phi, strict=True))[::_EVERY]
+        for z, phi in list(zip(curve.z, curve.phi, strict=True))[::every]
     ]
     return (
         alt.Chart(alt.Data(values=values), title="Learned φ, one curve per module; 0 is plain LoRA")

@@ -28,7 +28,7 @@ def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
     """
     run = load_run(str(folder), folder.resolve().name, metrics)
     picture = None
-    if find_spec("vl_convert"):
+    if find_spec("altair") and find_spec("vl_convert"):
         from .figure import save_rank_figure
 
         picture = PICTURE_FILE

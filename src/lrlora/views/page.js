@@ -87,7 +87,7 @@ function stackOf(name, rows, key, largest, label, runIndex, above) {
       const here = cells.get(`${line},${x}`);
       if (!here) return tr.append(make("td"));
       const value = mean(known(here, key));
-      const share = value === null || !largest ? 0 : value / largest;
+      const share = value === null || !largest ? 0 : Math.min(1, value / largest);
       // White on dark and black on light shades: each pair has a contrast of at least 4.5.
       const painted = `background:color-mix(in oklab, ${DARK}, ${LIGHT} ${100 * share}%);color:${share > 0.455 ? "#000" : "#fff"}`;
       const isChosen = here.some((row) => row.module === state.module);

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import datasets
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, default_data_collator
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from ..row_checks import require_rows
@@ -54,9 +54,9 @@ class ImageClassify(Classify):
 
         return data.with_transform(encode)
 
-    def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
-        # Batches need a column that the model does not read.
-        return {**super().arguments(max_length, batch), "remove_unused_columns": False}
+    def trainer(self, processor: Any, **arguments: Any) -> Trainer:
+        arguments["args"].remove_unused_columns = False  # batches need a column that the model does not read
+        return super().trainer(processor, **arguments)
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
         size = " × ".join(map(str, row["pixel_values"].shape))
