@@ -130,7 +130,7 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-# As bert in structure: for the table of families, which is made with `-m ""`.
+# Same structure as bert: slow, for the table of families alone, which runs with `-m ""`.
 ALIKE = ("roberta", "features")
 
 

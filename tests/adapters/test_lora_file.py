@@ -239,6 +239,11 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "a has incompatible tensors",
         ),
         ({"a.lokr_w1": (2, 2), "a.lokr_w2_a": (4, 2), "a.lokr_w2_b": (3, 4)}, "a has incompatible tensors"),
+        ({"a.lokr_w1": (2, 2), "a.lokr_w2": (4,)}, "a has incompatible tensors: lokr_w2 has 1 dimensions"),
+        (
+            {"a.hada_w1_a": (4,), "a.hada_w1_b": (2, 4), "a.hada_w2_a": (4,), "a.hada_w2_b": (2, 4)},
+            "a has incompatible tensors",
+        ),
     ],
 )
 def test_what_cannot_be_read(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from lrlora.cli import app
 from lrlora.train import comparison as module
 from lrlora.train.comparison import Comparison, Outcome, Score
+from lrlora.train.run import Interrupted
 
 from .small import reviews, save_encoder
 
@@ -59,11 +60,13 @@ def test_what_is_done_is_not_done_again(own: list[object], tmp_path: Path, monke
         nonlocal count
         count += 1
         if count == 3:
-            raise KeyboardInterrupt
+            raise Interrupted("Resume it with: lrlora train --resume out")
         return train(*given, **options)
 
     monkeypatch.setattr(module, "train", interrupted)
-    assert run(*options).exit_code != 0
+    stopped = run(*options)
+    assert stopped.exit_code == 130
+    assert "Interrupted. Run the same command again to resume." in stopped.output  # not that run alone
     assert run(*options).exit_code == 0
     assert count == 5
     assert run(*options).exit_code == 0

@@ -108,6 +108,7 @@ MESSAGES = {
     ): "The folder adapter contains an adapter, not a model. Pass its base model",
     ("--data", "good.csv", "--start-from", "nowhere"): "nowhere contains no run of `lrlora train`",
     ("--data", "good.csv", "--column", "text_pair=text"): "The column 'text' is mapped to text and text_pair",
+    ("--data", "good.csv", "--delimiter", ""): "delimiter must be a single character, got ''",
     ("--data", "good.csv", "--training", "resume_from_checkpoint=x"): "Use: lrlora train --resume FOLDER",
     (
         "--data",

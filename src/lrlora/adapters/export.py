@@ -133,18 +133,18 @@ def save_as_lora(
     require_known("server", server, SERVERS)
     form = SERVERS[server].form
     folder = free_folder(output)
-    updates = source if isinstance(source, Updates) else None
-    origin = SavedAdapter.read(source) if updates is None else updates.origin  # type: ignore[arg-type]
+    origin = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
     like: Any = origin.config
     if getattr(like, "lora_bias", False):
         raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
-    if updates is not None:
+    keeps_magnitudes = bool(getattr(like, "use_dora", False))
+    if isinstance(source, Updates):
         try:
-            check_base(updates)
+            check_base(source)
         except FileNotFoundError:  # the names are all there is
-            check_names(updates)
-    # With magnitudes, updates of DoRA are not products: these are only of its direction.
-    keeps_magnitudes = bool(getattr(like, "use_dora", False)) and (updates is None or updates.are_products)
+            check_names(source)
+        # With magnitudes, updates of DoRA are not products: these are only of its direction.
+        keeps_magnitudes = keeps_magnitudes and source.are_products
     if keeps_magnitudes:
         factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
     written = SERVERS[server].formed(factors)
@@ -169,7 +169,7 @@ def save_as_lora(
     dtype = dtype or origin.stored_dtype
     for part in exported:
         weights |= _tensors(part, dtype)
-    method = "an adapter" if updates is None else updates.method
+    method = source.method if isinstance(source, Updates) else "an adapter"
     card = _card(factors, exported, config, method, origin, server)
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

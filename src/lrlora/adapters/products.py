@@ -59,8 +59,8 @@ def update_from_parts(module: str, parts: Parts, scaling: float, *, of_peft: boo
         # On the meta device, which computes nothing: an update forms its matrix only when used.
         made = _computation({name: part.to("meta") for name, part in parts.items()}, of_peft)[0]()
         compute, r, layout = _computation(parts, of_peft)
-        m, k = (made[0] if isinstance(made, tuple) else made.flatten(1)).shape
-        n = made[1].shape[1] if isinstance(made, tuple) else k
+        left, right = made if isinstance(made, tuple) else 2 * (made.flatten(1),)
+        (m, k), n = left.shape, right.shape[1]
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"has incompatible tensors: {error}"
         raise ValueError(f"{module} {reason}. Tensors found: {', '.join(sorted(parts))}.") from None

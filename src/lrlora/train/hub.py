@@ -11,8 +11,8 @@ from huggingface_hub import create_repo, upload_folder
 from .progress import Announce
 
 
-def repository(output: str, training: Mapping[str, Any]) -> str | None:
-    """Full name of the repository for a run, created if missing; None unless its Trainer arguments say `push_to_hub`.
+def require_hub(output: str, training: Mapping[str, Any]) -> None:
+    """Create the repository for a run, if its Trainer arguments say `push_to_hub`.
 
     Args:
         output: output folder of the run.
@@ -23,27 +23,34 @@ def repository(output: str, training: Mapping[str, Any]) -> str | None:
 
     """
     if not training.get("push_to_hub"):
-        return None
-    name = str(training.get("hub_model_id") or Path(output).name)
+        return
     try:
-        return create_repo(name, private=training.get("hub_private_repo"), exist_ok=True).repo_id
+        _create(output, training)
     except Exception as error:  # of huggingface_hub, its HTTP client, or a socket
         raise ValueError(
-            f"training: push_to_hub=True, but the hub does not take {name}: {error} Log in with `hf auth login`, set "
-            "hub_model_id, or remove push_to_hub."
+            f"training: push_to_hub=True, but the hub does not take {_name(output, training)}: {error} Log in with "
+            "`hf auth login`, set hub_model_id, or remove push_to_hub."
         ) from None
 
 
 def push(output: str, training: Mapping[str, Any], announce: Announce) -> None:
     """Upload a finished run to the hub, if its Trainer arguments say `push_to_hub`."""
-    name = str(training.get("hub_model_id") or Path(output).name)
+    if not training.get("push_to_hub"):
+        return
+    name = _name(output, training)
     try:
-        if (found := repository(output, training)) is None:
-            return
-        name = found
+        name = _create(output, training)
         upload_folder(repo_id=name, folder_path=output, commit_message="End of training")
     except Exception as error:  # the run is finished, whatever comes of it
-        reason = str(error).removeprefix("training: push_to_hub=True, but ")
-        announce(f"Warning: the run was not pushed ({reason}). Push it with: hf upload {name} {output}")
+        announce(f"Warning: the run was not pushed ({error}). Push it with: hf upload {name} {output}")
     else:
         announce(f"Pushed: {name}")
+
+
+def _create(output: str, training: Mapping[str, Any]) -> str:
+    """Create the repository, if there is none, and return its full name."""
+    return create_repo(_name(output, training), private=training.get("hub_private_repo"), exist_ok=True).repo_id
+
+
+def _name(output: str, training: Mapping[str, Any]) -> str:
+    return str(training.get("hub_model_id") or Path(output).name)

@@ -21,7 +21,7 @@ from ..ranks.report import read_history
 from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord, last_whole_checkpoint
 from .compress import FEWEST
 from .data import require_data_path
-from .hub import repository
+from .hub import require_hub
 from .inputs import Inputs
 from .methods import adapter_config
 from .models import give_head_its_rate, load_model, make_trainer, require_model_folder, training_arguments
@@ -83,7 +83,7 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, config.task, config.method)
     check_sharding(config.method, config.adapter, config.training)
-    repository(config.output, config.training)
+    require_hub(config.output, config.training)
     return resumed
 
 

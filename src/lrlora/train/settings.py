@@ -163,8 +163,8 @@ class TrainConfig:
             check_truncation(keep=self.keep)
         if self.size is not None:
             Size.parse(self.size)
-        if self.delimiter == "":
-            raise ValueError("delimiter must be a single character, got ''.")
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
         for name, applies, what in (
             ("head_learning_rate", kind.has_head, "a new head"),
             ("max_length", kind.reads_text, "text"),
