@@ -41,7 +41,9 @@ def test_learned_ranks_are_compared_with_lora(own: list[object], tmp_path: Path)
     options = [*own, "--rates", "1e-2,2e-2", "--seeds", 2]
     done = run(*options)
     assert done.exit_code == 0, done.output
-    assert "8 runs of lrlora train" in done.output
+    assert "8 runs of lrlora train in" in done.output
+    assert "or more if a best rate" not in done.output
+    assert re.search(r"lora: the best rate, 0.0[12], is at the edge of --rates; others may be better", done.output)
     assert "accuracy on the split test, 120 examples" in done.output
     assert re.search(r"learned (is|and)", " ".join(done.output.split()))
     runs = {path.name: json.loads((path / "run.json").read_text())["config"] for path in (tmp_path / "out").iterdir()}
@@ -73,7 +75,7 @@ def test_what_is_done_is_not_done_again(own: list[object], tmp_path: Path, monke
     assert count == 5
     changed = run(*options, "--steps", 13)
     assert changed.exit_code == 1
-    assert "is a run with another steps" in " ".join(changed.output.split())
+    assert "is a run with steps=12, not 13. Choose another --output" in " ".join(changed.output.split())
 
 
 def test_a_file_of_settings_and_rates_of_many_digits(own: list[object], tmp_path: Path) -> None:
@@ -87,8 +89,9 @@ def test_a_file_of_settings_and_rates_of_many_digits(own: list[object], tmp_path
 
 
 def test_ranks_that_were_not_learned_are_not_compared(own: list[object]) -> None:
+    by_epochs = [option for option in own if option not in ("--steps", 12)]
     for _ in range(2):  # nor by a second call
-        done = run(*own, "--rates", "1e-2", "--seeds", 1, "--steps", 6)
+        done = run(*by_epochs, "--rates", "1e-2", "--seeds", 1, "--epochs", 1, "--methods", "learned,lora")
         assert done.exit_code == 1
         assert "learned-0.01-0 ended before its ranks were learned. Raise --steps" in " ".join(done.output.split())
 
@@ -125,6 +128,17 @@ def test_the_answer_takes_seeds_and_examples_into_account(values: list[float], e
         assert "About 1,2" in line  # 2 p (1 − p) (1.96 / 0.03)²
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [([0.82], "learned is at -0.080 from lora; one seed shows no difference."), ([0.80, 0.91], "pass more --seeds")],
+)
+def test_few_seeds_are_named_before_few_examples(values: list[float], said: str) -> None:
+    scores = [Score("lora", 1e-3, 10, [0.90, 0.90][: len(values)]), Score("learned", 1e-3, 10, values)]
+    (line,) = Outcome(scores, "accuracy", "the split test", 100).answers()
+    assert said in line
+    assert "examples would show" not in line
+
+
 @pytest.mark.refused
 @pytest.mark.parametrize(
     ("options", "said"),
@@ -133,6 +147,8 @@ def test_the_answer_takes_seeds_and_examples_into_account(values: list[float], e
         (("--methods", "lora,lerned"), "Did you mean learned?"),
         (("--rates", "fast"), "--rates must be numbers"),
         (("--seeds", 0), "seeds must be an integer ≥ 1"),
+        (("--steps", 6), "steps must be at least 10 for ranks to be learned, got 6"),
+        (("--output", __file__), "test_comparison.py exists and is a file. Choose another --output."),
         (("--task", "clasify"), "Did you mean classify?"),
         (("--rates", "1e-3,inf"), "learning_rate must be a number > 0"),
         (("--task", "causal-lm", "--methods", "lora,adalora"), "Leave adalora out"),
@@ -144,6 +160,27 @@ def test_bad_options_are_refused_before_any_run(
 ) -> None:
     done = run(*own, *options)
     assert done.exit_code != 0
+    assert said in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.refused
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        (None, "There is no file or folder"),
+        ("review,grade\nfine,good\n", "columns maps label to 'verdict', which is not in the data"),
+        ("review,verdict\nfine,excellent\n", "excellent"),
+    ],
+)
+def test_bad_test_data_are_refused_before_any_run(
+    own: list[object], tmp_path: Path, test: str | None, said: str, how: tuple[str, ...]
+) -> None:
+    if test is not None:
+        (tmp_path / "held-out.csv").write_text(test)
+    done = run(*own, "--test-data", tmp_path / "held-out.csv", *how)
+    assert done.exit_code == 1
     assert said in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
 

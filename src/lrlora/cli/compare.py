@@ -25,28 +25,31 @@ _OWN = ("method", "size", "learning_rate", "seed", "keep", "start_from")
 
 
 @app.command()
-@partial(settings_as_options, without=_OWN)
+@partial(settings_as_options, without=(*_OWN, "output"))
 def compare(
     config: Annotated[Path | None, typer.Argument(help="YAML file with these settings; options override it.")] = None,
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods of lrlora train, and learned for LoRA with learned ranks; the first is compared with."
+            help="Methods of lrlora train, and learned: LoRA that learns ranks, of the size of --rank. The others are "
+            "compared with the first."
         ),
     ] = "lora,learned",
     rates: Annotated[
-        str | None, typer.Option(help="Learning rates, separated by commas; default: a grid around the task's.")
+        str | None,
+        typer.Option(help="Learning rates, separated by commas; default: 1, 2 and 4 times the task's, and beyond."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs of each method at its best rate.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of runs of each method at its best rate, which seed 0 finds.")] = 3,
     test_data: Annotated[
-        str | None, typer.Option(help="Data for the scores; default: the split test of the data.")
+        str | None, typer.Option(help="Data for the scores, such as a file; default: the split test of the data.")
     ] = None,
+    output: Annotated[Path | None, typer.Option(help=f"Folder for the runs; default: {_OUTPUT}.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of the first run; train nothing.")] = False,
     **settings: Any,
 ) -> None:
     """Compare methods on your data, at the same rank: learning rates tuned, several seeds. Run it again to resume."""
     with one_clear_error():
-        told = settings_of(config, settings)
+        told = settings_of(config, {**settings, "output": output and str(output)})
         defaults = {field.name: field.default for field in fields(TrainConfig)}
         told = {name: value for name, value in told.items() if name in REQUIRED or value != defaults.get(name)}
         told.setdefault("output", _OUTPUT)
@@ -57,15 +60,17 @@ def compare(
                 f"{given[0]} is chosen by the comparison. Remove it, or pass --methods, --rates or --seeds."
             )
         quiet()
-        from ..train.comparison import Comparison
+        from ..train.comparison import Comparison, test_of
         from ..train.comparison import compare as run
         from ..train.run import show_plan
 
         comparison = Comparison(told, tuple(_words(methods)), _numbers(rates), seeds, test_data)
         first = [(method, rate) for method in comparison.methods for rate in comparison.first_rates(method)]
         count = len(first) + seeds * len(comparison.methods)
-        announce(f"{count} runs of lrlora train in {comparison.output}, or more if a best rate is at an edge.")
+        more = "" if comparison.rates else ", or more if a best rate is at an edge"
+        announce(f"{count} runs of lrlora train in {comparison.output}{more}.")
         if dry_run:
+            announce(f"Scores: {comparison.seeds} seeds on {test_of(comparison)[2]}.")
             show_plan(comparison.run(*first[0], 0), overwrite=comparison.output.exists(), announce=announce)
             return
         _print(run(comparison, announce=announce))

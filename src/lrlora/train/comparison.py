@@ -23,8 +23,9 @@ from transformers import AutoConfig
 
 from ..checks import require_known
 from ..files import parse_json, readable, write_json, write_whole
+from ..learned.learned_ranks import FEWEST_STEPS
 from ..run_folder import METRICS_FILE, RUN_FILE
-from .data import load_splits
+from .data import load_examples, load_splits, load_task_data
 from .inference import evaluate
 from .methods import DEFAULT_RANK, METHODS
 from .models import model_source
@@ -72,6 +73,14 @@ class Comparison:
             require_known("method", method, (LEARNED, *METHODS))
         if self.seeds < 1:
             raise ValueError(f"seeds must be an integer ≥ 1, got {self.seeds}.")
+        if self.output.is_file():
+            raise FileExistsError(f"The output folder {self.output} exists and is a file. Choose another --output.")
+        steps = self.settings.get("steps")
+        if LEARNED in self.methods and isinstance(steps, int) and steps < FEWEST_STEPS:
+            raise ValueError(
+                f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps}. Raise --steps, or leave "
+                f"{LEARNED} out."
+            )
         if "adalora" in self.methods and self.task in KINDS and KINDS[self.task].generates:
             raise ValueError("The loss of a language model with adalora includes its penalty. Leave adalora out.")
         for method in self.methods:
@@ -152,16 +161,20 @@ class Outcome:
         Of an accuracy, the interval includes the sampling of the examples, as if those of both methods were
         independent.
         """
-        differences = np.subtract(score.values, self.scores[0].values)
-        half = 0.0
-        if len(differences) < 2:
-            half = math.inf
-        elif np.ptp(differences) > 0:
-            interval = ttest_1samp(differences, 0.0).confidence_interval()
-            half = float(interval.high - interval.low) / 2
+        half = self._by_seeds(score)
         if self._is_share:
             half = math.hypot(half, _Z * math.sqrt(self._variance(score) / self.examples))
-        return float(differences.mean()), half
+        return float(np.subtract(score.values, self.scores[0].values).mean()), half
+
+    def _by_seeds(self, score: Score) -> float:
+        """Half the 95 % interval of its difference, from the seeds alone."""
+        differences = np.subtract(score.values, self.scores[0].values)
+        if len(differences) < 2:
+            return math.inf
+        if not np.ptp(differences):
+            return 0.0
+        interval = ttest_1samp(differences, 0.0).confidence_interval()
+        return float(interval.high - interval.low) / 2
 
     @property
     def _is_share(self) -> bool:
@@ -181,16 +194,18 @@ class Outcome:
                 word = "better" if (difference < 0) == is_loss else "worse"
                 yield f"{score.method} is {word} than {first.method}: {self.metric} {shown}."
                 continue
-            known = f"{len(score.values)} seed{'s' * (len(score.values) > 1)}"
-            if not self._is_share:
-                yield f"No difference between {score.method} and {first.method} that {known} could show: {shown}."
+            if len(score.values) == 1:
+                yield f"{score.method} is at {difference:+.3f} from {first.method}; one seed shows no difference."
                 continue
-            needed = math.ceil(self._variance(score) * (_Z / _POINTS) ** 2)
-            more = f" About {needed:,} examples would show {100 * _POINTS:g} points." if needed > self.examples else ""
-            yield (
-                f"No difference between {score.method} and {first.method} that {known} and {self.examples:,} examples "
-                f"could show: {shown}.{more}"
-            )
+            evidence, more = f"{len(score.values)} seeds", ""
+            if self._is_share:
+                evidence += f" and {self.examples:,} examples"
+                needed = math.ceil(self._variance(score) * (_Z / _POINTS) ** 2)
+                if (half := self._by_seeds(score)) > _POINTS:
+                    more = f" The seeds alone leave ±{half:.3f}: pass more --seeds."
+                elif needed > self.examples:
+                    more = f" About {needed:,} examples would show {100 * _POINTS:g} points."
+            yield f"No difference between {score.method} and {first.method} that {evidence} could show: {shown}.{more}"
 
 
 def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
@@ -205,7 +220,7 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
         lrlora.train.run.Interrupted: it was stopped, after a checkpoint.
 
     """
-    test, split, shown = _test_of(comparison)
+    test, split, shown = test_of(comparison)
     scores, metric, examples = [], "", 0
     for method in comparison.methods:
         rate = _tuned(comparison, method, announce)
@@ -228,22 +243,33 @@ def _metric(kind: Kind, found: Mapping[str, float]) -> str:
     return kind.criterion if kind.generates else next(name for name in kind.metrics if name in found)
 
 
-def _test_of(comparison: Comparison) -> tuple[str, str | None, str]:
-    """Data and split of the scores, and their description."""
+def test_of(comparison: Comparison) -> tuple[str, str | None, str]:
+    """Data and split of the scores, and their description.
+
+    Raises:
+        FileNotFoundError: data is missing.
+        ValueError: the data cannot be used, or it has no split `test`, and no other was given.
+
+    """
     config = comparison.run(comparison.methods[0], comparison.first_rates(comparison.methods[0])[0], 0)
     if comparison.test_data is not None:
-        load_splits(comparison.test_data, config)
-        return comparison.test_data, None, comparison.test_data
-    if "test" in load_splits(config.data, config):
-        return config.data, "test", "the split test"
-    raise ValueError(f"{config.data} has no split test, which scores the methods. Pass --test-data.")
+        test: tuple[str, str | None, str] = comparison.test_data, None, comparison.test_data
+    elif "test" in load_splits(config.data, config):
+        test = config.data, "test", "the split test"
+    else:
+        raise ValueError(f"{config.data} has no split test, which scores the methods. Pass --test-data.")
+    labels = load_task_data(config, comparison.kind).labels
+    load_examples(config, comparison.kind, test[0], test[1], labels, with_label=True)
+    return test
 
 
 def _require_same(config: TrainConfig) -> None:
     known, _ = read_run(Path(config.output))
     if differing := [name for name, value in vars(config).items() if getattr(known, name) != value]:
+        name = differing[0]
         raise FileExistsError(
-            f"{config.output} is a run with another {differing[0]}. Choose another --output, or remove it."
+            f"{config.output} is a run with {name}={getattr(known, name)!r}, not {getattr(config, name)!r}. Choose "
+            "another --output, or remove it."
         )
 
 
@@ -263,7 +289,10 @@ def _tuned(comparison: Comparison, method: str, announce: Announce) -> float:
                 f"{method} diverged at all rates tried: {', '.join(f'{r:g}' for r in rates)}. Pass --rates."
             )
         grown = len(rates) - len(comparison.first_rates(method))
-        if comparison.rates or grown >= _EXTENSIONS or best not in (rates[0], rates[-1]):
+        is_inside = best not in (rates[0], rates[-1])
+        if not is_inside and len(comparison.rates) > 1:
+            announce(f"{method}: the best rate, {best:g}, is at the edge of --rates; others may be better.")
+        if is_inside or comparison.rates or grown >= _EXTENSIONS:
             return best
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
 

@@ -54,7 +54,7 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
     if not runs:
         raise ValueError("runs is empty, so there is nothing to show.")
     if len(runs) > len(COLOURS):
-        raise ValueError(f"A page supports at most {len(COLOURS)} runs, got {len(runs)}.")
+        raise ValueError(f"A page supports at most {len(COLOURS)} runs, got {len(runs)}. Name those to show.")
     if empty := [run.name for run in runs if not run.report.rows]:
         raise ValueError(f"Nothing to show for {', '.join(empty)}: the report has no modules.")
     if len({run.name for run in runs}) < len(runs):
