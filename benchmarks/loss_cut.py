@@ -201,7 +201,7 @@ def loaded(name: str, folder: Path) -> tuple[Any, list[Any]]:
     """A run of `lrlora train` with its examples, and test batches."""
     from datasets import load_from_disk
 
-    from lrlora.train.compress import Subject
+    from lrlora.train.cut import Subject
     from lrlora.train.models import model_source
     from lrlora_lab.inputs import located
 
@@ -223,7 +223,7 @@ def case_of(name: str, folder: Path) -> Case:
     from lrlora.learned.directions import LossCurve, directions
     from lrlora.learned.gain import losses_of, mean_of
     from lrlora.learned.moments import collect_moments
-    from lrlora.train.compress import heal
+    from lrlora.train.cut import heal
 
     subject, test = loaded(name, folder)
     training = subject.batches(subject.training, *MOMENTS)
@@ -395,7 +395,7 @@ def keep(name: str, seed: int) -> list[dict[str, Any]]:
     """What `lrlora export --keep` keeps of a run on test data that it never saw."""
     from lrlora.adapters import save_as_lora
     from lrlora.learned.gain import mean_of
-    from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part
+    from lrlora.train.cut import EXAMPLES, TERMS, Cut, Part
     from lrlora.train.inference import evaluate
     from lrlora_lab.inputs import located
 
@@ -436,7 +436,7 @@ def own(name: str, seed: int) -> dict[str, Any]:
     """Cuts by text or labels of the adapted model, measured on real test data."""
     from lrlora.learned import example_losses, loss_curve
     from lrlora.learned.gain import mean_of
-    from lrlora.train.compress import EXAMPLES, TERMS, Cut, Part
+    from lrlora.train.cut import EXAMPLES, TERMS, Cut, Part
 
     task = TASKS[name]
     subject, test = loaded(name, run_folder(name, task.method, 8, rate_of(name), seed))

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lrlora import LearnedRanks
-from lrlora.learned.adapter import lora_factors
 from lrlora.learned.directions import directions
+from lrlora.learned.live_lora import lora_factors
 from lrlora.learned.moments import Moments
 from tests.conftest import TinyModel
 from tests.distributed.train_sharded import gather

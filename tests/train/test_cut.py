@@ -19,9 +19,10 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.learned import energy_curve, example_losses, mean_loss
+from lrlora.learned.gain import mean_of
 from lrlora.ranks import RankReport
 from lrlora.run_folder import read_losses
-from lrlora.train import compress
+from lrlora.train.cut import Cut, Part, Subject
 from lrlora.train.inference import evaluate
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
@@ -120,16 +121,16 @@ def test_a_new_head_s_random_answers_inflate_nothing(home: Path, tmp_path: Path)
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
     (head,) = (name for name in weights if name.endswith("classifier.weight"))
     save_file({**weights, head: 300 * weights[head]}, tmp_path / "run" / "adapter_model.safetensors")
-    subject = compress.Subject.read(str(tmp_path / "run"), announce=lambda line: None)
-    cut = compress.Cut(subject, announce=lambda line: None)
+    subject = Subject.read(str(tmp_path / "run"), announce=lambda line: None)
+    cut = Cut(subject, announce=lambda line: None)
     assert cut.base == pytest.approx(math.log(2), abs=0.02)
-    assert compress.mean_of(example_losses(subject.on_base, [], cut.confirm.batches)) > 2 * cut.base
+    assert mean_of(example_losses(subject.on_base, [], cut.confirm.batches)) > 2 * cut.base
 
 
 def test_a_small_gain_is_kept_or_the_cut_refused(home: Path, tmp_path: Path) -> None:
     chat = {"model": str(home / "decoder"), "data": str(home / "chats.jsonl"), "task": "causal-lm"}
     train(settings(home, "short", learning_rate=1e-4, steps=20, **chat), announce=lambda line: None)
-    cut = compress.Cut(compress.Subject.read(str(home / "short"), announce=print), announce=print)
+    cut = Cut(Subject.read(str(home / "short"), announce=print), announce=print)
     assert cut.base < 1.01 * cut.loss
     output = export(home / "short", tmp_path / "small", "--keep", "0.9")
     assert (
@@ -223,9 +224,7 @@ def test_any_update_becomes_a_lora_first(home: Path, tmp_path: Path, method: str
 
 def test_of_two_cuts_to_the_same_ranks_the_better_one_is_taken(home: Path) -> None:
     train(settings(home, "high", method="full", rank=None, learning_rate=1e-3), announce=lambda line: None)
-    cut = compress.Cut(
-        compress.Subject.read(str(home / "high"), announce=lambda line: None), announce=lambda line: None
-    )
+    cut = Cut(Subject.read(str(home / "high"), announce=lambda line: None), announce=lambda line: None)
     size = sum(part.parameters_per_rank for part in cut.subject.whole)
     both = cut.curve.within(size, 1), energy_curve(cut.subject.whole).within(size, 1)
     assert [[part.rank for part in factors] for factors in both] == 2 * [[1] * len(cut.subject.whole)]
@@ -401,7 +400,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     assert "Cutting by energy instead of by loss: " in output
     assert "gone.csv" in squeezed(output)
     # Whoever stops it while losses are measured finds nothing written.
-    monkeypatch.setattr(compress, "example_losses", _stopped)
+    monkeypatch.setattr("lrlora.train.cut.example_losses", _stopped)
     result = run("export", home / "run", "--keep", "0.99", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. Nothing was written." in result.output
@@ -442,11 +441,11 @@ def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
 def test_a_file_that_loads_as_another_adapter_is_an_error(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compress.Cut, "metric_of", lambda cut, model: "")
-    losses_of = compress.Part.losses_of
+    monkeypatch.setattr(Cut, "metric_of", lambda cut, model: "")
+    losses_of = Part.losses_of
     is_export = iter((False, False, True))
     monkeypatch.setattr(
-        compress.Part, "losses_of", lambda part, model: part.without if next(is_export) else losses_of(part, model)
+        Part, "losses_of", lambda part, model: part.without if next(is_export) else losses_of(part, model)
     )
     result = run("export", home / "run", "--size", "r2", "--output", tmp_path / "out")
     assert result.exit_code == 1
@@ -460,7 +459,7 @@ def _stopped(*arguments: Any) -> float:
 
 def test_healing_that_is_stopped_leaves_the_cut(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(home / "run", tmp_path / "cut", "--size", "r1")
-    monkeypatch.setattr(compress, "make_trainer", _stopped)
+    monkeypatch.setattr("lrlora.train.cut.make_trainer", _stopped)
     result = run("export", home / "run", "--size", "r1", "--heal", "5", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. The LoRA is written as it was cut." in result.output
@@ -475,7 +474,7 @@ def _failing(*arguments: Any) -> float:
 def test_healing_that_fails_leaves_the_cut_and_says_so(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compress, "make_trainer", _failing)
+    monkeypatch.setattr("lrlora.train.cut.make_trainer", _failing)
     result = run("export", home / "run", "--size", "r1", "--heal", "5", "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "Themachineistired.TheLoRAin" in squeezed(result.output)

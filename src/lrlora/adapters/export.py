@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,28 +59,36 @@ def lora_config(
         ValueError: no module has a rank, or PEFT cannot tell a module from another by its name.
 
     """
-    ranks = {part.module: part.rank for part in factors if part.rank}
-    if not ranks:
+    ranks = {part.module: part.rank for part in factors}
+    scaling = {part.module: part.scaling for part in factors} if keep_scaling else None
+    return config_of_ranks(ranks, scaling, like, modules)
+
+
+def config_of_ranks(
+    ranks: Mapping[str, int], scaling: Mapping[str, float] | None, like: Any, modules: Iterable[str] = ()
+) -> LoraConfig:
+    """`lora_config` of these ranks; without `scaling`, α/r is 1."""
+    adapted = {module: rank for module, rank in ranks.items() if rank}
+    if not adapted:
         raise ValueError("No module has a rank: there is nothing to export.")
-    scaling = {part.module: part.scaling if keep_scaling else 1.0 for part in factors if part.rank}
-    largest = max(ranks, key=ranks.__getitem__)
-    alphas = {module: scaling[module] * rank for module, rank in ranks.items()}
+    largest = max(adapted, key=adapted.__getitem__)
+    alphas = {module: (scaling[module] if scaling else 1.0) * rank for module, rank in adapted.items()}
     kept = ["base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save"]
     kept += ["layer_replication", "trainable_token_indices", "alora_invocation_tokens"]
     fields: dict[str, Any] = {name: getattr(like, name) for name in kept if hasattr(like, name)}
     bias = getattr(like, "bias", "none")
     fields["bias"] = bias if bias in ("none", "all") else "lora_only"
     fields["lora_alpha"] = alphas[largest]
-    if keep_scaling:
+    if scaling:
         fields["lora_dropout"] = getattr(like, "lora_dropout", 0.0)
     config = LoraConfig(
-        r=ranks[largest],
-        target_modules=_targets(ranks, [*modules, *(part.module for part in factors)], like),
-        rank_pattern={pattern_of(m, ranks): rank for m, rank in ranks.items() if rank != ranks[largest]},
-        alpha_pattern={pattern_of(m, ranks): alpha for m, alpha in alphas.items() if alpha != alphas[largest]},
+        r=adapted[largest],
+        target_modules=_targets(adapted, [*modules, *ranks], like),
+        rank_pattern={pattern_of(m, adapted): rank for m, rank in adapted.items() if rank != adapted[largest]},
+        alpha_pattern={pattern_of(m, adapted): alpha for m, alpha in alphas.items() if alpha != alphas[largest]},
         **fields,
     )
-    _require_found(config, factors)
+    _require_found(config, ranks)
     return config
 
 
@@ -96,13 +104,13 @@ def _targets(kept: Collection[str], modules: Iterable[str], like: Any) -> list[s
     return "|".join(map(re.escape, kept))
 
 
-def _require_found(config: LoraConfig, factors: Sequence[Factors]) -> None:
+def _require_found(config: LoraConfig, ranks: Mapping[str, int]) -> None:
     """Raise ValueError unless PEFT finds just the modules of this configuration, with their ranks."""
-    ranks: dict[str, int] = config.rank_pattern or {}
-    for part in factors:
-        found = ranks.get(pattern_key(ranks, part.module), config.r)
-        if bool(check_target_module_exists(config, part.module)) != (part.rank > 0) or (part.rank not in (0, found)):
-            raise ValueError(f"PEFT would not load {part.module} as it is: its name matches that of another module.")
+    patterns: dict[str, int] = config.rank_pattern or {}
+    for module, rank in ranks.items():
+        found = patterns.get(pattern_key(patterns, module), config.r)
+        if bool(check_target_module_exists(config, module)) != (rank > 0) or rank not in (0, found):
+            raise ValueError(f"PEFT would not load {module} as it is: its name matches that of another module.")
 
 
 def save_as_lora(

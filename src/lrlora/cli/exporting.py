@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters import Factors, Updates
-    from ..train.compress import Cut
+    from ..train.cut import Cut
     from ..train.settings import TrainConfig
 
 
@@ -101,7 +101,7 @@ def cut_of(
     source: str, base: str | None, examples: Mapping[str, Any], *, is_asked_for: bool, check: bool
 ) -> Cut | None:
     """Prepare a cut by loss; None if its loss cannot be measured, unless `is_asked_for`, which raises."""
-    from ..train.compress import Cut, Subject
+    from ..train.cut import Cut, Subject
 
     try:
         subject = Subject.read(source, base=base, announce=announce, **examples)
@@ -165,7 +165,7 @@ def _check_loaded(cut: Cut, output: Path, as_cut: Tensor) -> None:
 
 def _heal(cut: Cut, output: Path, steps: int, losses: Tensor) -> None:
     from ..learned.gain import mean_of
-    from ..train.compress import heal
+    from ..train.cut import heal
 
     def is_better(model: Any) -> bool:
         return mean_of(cut.confirm.losses_of(model)) < mean_of(losses)
@@ -182,7 +182,7 @@ def show_smallest(run: TrainConfig) -> None:
     """Measure and print the smallest size of a finished run's LoRA; write it if the run sets a size or a share."""
     from ..adapters import save_as_lora
     from ..adapters.card import LORA_FOLDER
-    from ..train.compress import Cut, Subject, record_losses
+    from ..train.cut import Cut, Subject, record_losses
 
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:  # see `lrlora`
     from .callback import LearnedRanksCallback
-    from .directions import LossCurve, Point, energy_curve, loss_curve, mean_loss, smallest
-    from .gain import Gain, Kept, example_losses
+    from .directions import LossCurve, Point, energy_curve, loss_curve, smallest
+    from .gain import Gain, Kept, example_losses, mean_loss
     from .learned_ranks import LearnedRanks
     from .moments import model_loss
     from .size import Size

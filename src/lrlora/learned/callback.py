@@ -13,8 +13,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .adapter import pad_state, peft_model, require_plain_lora
 from .learned_ranks import CUT_AT, LearnedRanks, budget_of, cut_step
+from .live_lora import pad_state, peft_model, require_plain_lora
 from .size import Size
 
 
@@ -70,10 +70,10 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     ) -> None:
         _require_supported(args)
         model, known = peft_model(kwargs["model"]), self.learned
-        if not state.global_step and known is not None and known.ranks is not None and known._model is model:
+        if not state.global_step and known is not None and known.learned_by(model):
             return  # a further `train()`, with the ranks learned before
         self.learned = LearnedRanks(model, kwargs["optimizer"], steps=state.max_steps, **self._options)
-        self.learned._save.warns = self.learned._ends = False  # checkpoints may be wide; the end comes after the last
+        self.learned.leave_end_to_caller()
         if state.global_step:
             states: Any = state.stateful_callbacks or {}
             stored = states.get(type(self).__name__, {}).get("attributes", {}).get("_stored")

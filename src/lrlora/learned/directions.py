@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..adapters.factorize import best_per_parameter
-from .gain import Kept, example_losses, mean_of
+from .gain import Kept
 from .moments import Loss, Moments, collect_moments, grams, model_loss, sides
 
 DAMPING = 1e-3
 _SHARES = (0.5, 0.25, 0.125)  # shares of the parameters at which the loss is measured first
-_CLOSE = 1.05
-_TINY = 1e-30
+_TOLERANCE = 1.05  # ratio of sizes at which the search ends
 _EVALUATIONS = 12
+_TINY = 1e-30  # of a direction that is zero
 
 
 class Point(NamedTuple):
@@ -115,20 +115,20 @@ def energy_curve(factors: Sequence[Factors]) -> LossCurve:
 @torch.no_grad()
 def directions(part: Factors, moments: Moments | None, terms: int, damping: float = DAMPING) -> Directions:
     """Directions of a module, ranked by the loss; by size, with zero rise, if no gradient reached it."""
-    (into, out), (inner, outer) = sides(part), grams(part)
-    energy = (inner * outer).sum()
+    (into, out), (AAt, BtB) = sides(part), grams(part)
+    energy = (AAt * BtB).sum()
     if not energy:
         return Directions(part, part.A, part.B, torch.zeros(part.rank, dtype=torch.float64))
-    is_known = moments is not None and bool(moments.weight)
-    M_z, M_h = inner, outer
-    if moments is not None and is_known:
-        M_z, M_h = (moments.inputs / moments.weight).to(inner), (moments.gradients / terms).to(outer)
-    z, z_inverse = _roots(M_z + damping * ((outer * M_z).sum() / energy) * inner)
-    h, h_inverse = _roots(M_h + damping * ((inner * M_h).sum() / energy) * outer)
+    if is_known := moments is not None and bool(moments.weight):
+        M_z, M_h = (moments.inputs / moments.weight).to(AAt), (moments.gradients / terms).to(BtB)
+    else:
+        M_z, M_h = AAt, BtB
+    z, z_inverse = _roots(M_z + damping * ((BtB * M_z).sum() / energy) * AAt)
+    h, h_inverse = _roots(M_h + damping * ((AAt * M_h).sum() / energy) * BtB)
     U, sigma, Vh = torch.linalg.svd(h @ z.T)
     root = sigma.sqrt()
-    first, second = out @ h_inverse @ (U * root), (root[:, None] * Vh) @ z_inverse.T @ into
-    B, A = (second.T, first.T) if part.layout.is_embedding else (first, second)
+    left, right = out @ h_inverse @ (U * root), (root[:, None] * Vh) @ z_inverse.T @ into
+    B, A = (right.T, left.T) if part.layout.is_embedding else (left, right)
     return Directions(part, A.to(part.A), B.to(part.B), sigma.square() / 2 * is_known)
 
 
@@ -145,8 +145,6 @@ def loss_curve(
     factors: Sequence[Factors],
     batches: Iterable[Any],
     loss: Loss = model_loss,
-    *,
-    damping: float = DAMPING,
 ) -> LossCurve:
     """Estimate how the loss depends on the kept directions: two moments and a k × k SVD per module.
 
@@ -155,20 +153,13 @@ def loss_curve(
         factors: all of the adapter's updates, from `factorize(model, energy=1)`.
         batches: a few hundred training or similar examples, on the model's device.
         loss: see `collect_moments`.
-        damping: δ.
 
     Raises:
         ValueError: see `collect_moments`.
 
     """
     moments, terms = collect_moments(model, factors, batches, loss)
-    return LossCurve([directions(part, moments.get(part.module), terms, damping) for part in factors])
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss) -> float:
-    """Mean loss of batches, at least one, with these factors in place of the adapter."""
-    return mean_of(example_losses(model, factors, batches, loss))
+    return LossCurve([directions(part, moments.get(part.module), terms) for part in factors])
 
 
 def smallest(
@@ -219,7 +210,7 @@ def smallest(
     for share in _SHARES:
         fits(int(share * whole))
     is_new = True
-    while is_new and len(points) < _EVALUATIONS and within > max(curve.fewest, _CLOSE * beyond):
+    while is_new and len(points) < _EVALUATIONS and within > max(curve.fewest, _TOLERANCE * beyond):
         known = len(points)
         fits(int((within * beyond) ** 0.5) if beyond else within // 2)
         is_new = len(points) > known  # otherwise no size remains between the two

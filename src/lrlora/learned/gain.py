@@ -106,6 +106,13 @@ def example_losses(
         return losses_of(base, batches, loss)
 
 
+def mean_loss(
+    model: nn.Module, factors: Sequence[Factors], batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss
+) -> float:
+    """Mean loss of batches, at least one, with these factors in place of the adapter."""
+    return mean_of(example_losses(model, factors, batches, loss))
+
+
 @torch.no_grad()
 def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss) -> Tensor:
     """`example_losses` of a model as it is."""

@@ -2,8 +2,8 @@
 
 At the cut, the loss decides how much rank each module keeps, by the quadratic model of `directions`. Its moments come
 from the ordinary steps before the cut, so that no extra pass over data is needed. The kept directions are rotated to
-the front and the others set to zero, where they stay (`adapter`): no parameter changes its shape, so that every way to
-train goes on. What is written is a plain LoRA with a `rank_pattern`, which PEFT loads without lrlora.
+the front and the others set to zero, where they stay (`live_lora`): no parameter changes its shape, so that every way
+to train goes on. What is written is a plain LoRA with a `rank_pattern`, which PEFT loads without lrlora.
 
 The factors learn at half the rate before the cut, since a wide LoRA bears less, and warm up after it, since the
 optimizer begins anew with them. Other parameters, such as heads, keep their rate.
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..tuner.sharding import is_sharded, local_part
-from .adapter import (
+from .directions import LossCurve, directions
+from .live_lora import (
     SmallSave,
     costs_of,
     lora_factors,
@@ -39,9 +40,8 @@ from .adapter import (
     require_zero,
     shrink,
 )
-from .directions import LossCurve, directions
 from .moments import Moments, channel_dim, watch
-from .parameters import is_zero, processes, restart, whole
+from .sharded import full_value, is_deepspeed, processes, restart
 from .size import Size
 
 CUT_AT = 0.3  # share of the steps
@@ -160,7 +160,7 @@ class LearnedRanks:
         return self._budget if self.ranks is None else sum(self._costs[path] * r for path, r in self.ranks.items())
 
     @property
-    def _share(self) -> float:
+    def _rate_factor(self) -> float:
         """Share of the learning rate at which the factors learn in the next step."""
         if self.ranks is None:
             return _WIDE_RATE
@@ -169,9 +169,9 @@ class LearnedRanks:
     @property
     def rates(self) -> list[float]:
         """Learning rates of the optimizer's groups, as the factors in them are trained."""
-        share, factors = self._share, {id(weight) for weight in self._factors}
+        factor, factors = self._rate_factor, {id(weight) for weight in self._factors}
         groups = self._inner.param_groups
-        return [g["lr"] * (share if any(id(p) in factors for p in g["params"]) else 1.0) for g in groups]
+        return [g["lr"] * (factor if any(id(p) in factors for p in g["params"]) else 1.0) for g in groups]
 
     def __reduce__(self) -> Any:
         """Copies and pickles of a model do not learn its ranks."""
@@ -214,6 +214,14 @@ class LearnedRanks:
     def _device(self, path: str) -> torch.device:
         return lora_weights(self._layers[path], self._adapter)[0].device
 
+    def leave_end_to_caller(self) -> None:
+        """Do not `finish` after the last step, nor warn of an adapter saved before the cut, such as a checkpoint."""
+        self._save.warns = self._ends = False
+
+    def learned_by(self, model: PeftModel) -> bool:
+        """Whether these are ranks that this model has learned."""
+        return self.ranks is not None and self._model is model
+
     def _stop(self) -> None:
         """Do nothing any more."""
         for hook in (*self._watchers, *self._hooks):
@@ -233,7 +241,7 @@ class LearnedRanks:
             if path not in self._own:
                 self._own[path] = of if processes() == 1 else of._replace(sums=torch.zeros_like(of.sums))
 
-    def _share_moments(self) -> None:
+    def _sum_moments(self) -> None:
         """Add the moments of the last step of all processes; each has the gradient of its own mean loss."""
         if processes() == 1 or not self._own:
             return
@@ -250,31 +258,31 @@ class LearnedRanks:
             self._reached = None
             self._watch(None)
         self._before = []  # of a step that failed
-        if self._share == 1:
+        if self._rate_factor == 1:
             return
         factors = {id(weight) for weight in self._factors}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if self._is_flat or id(parameter) in factors:
+                if self._is_deepspeed or id(parameter) in factors:
                     part = local_part(parameter.detach())
                     self._before.append((part, part.clone()))
 
     @property
-    def _is_flat(self) -> bool:
+    def _is_deepspeed(self) -> bool:
         """Whether the optimizer steps ZeRO's partitions, which hold all parameters."""
         return self._optimizer is not self._inner
 
     def _after_update(self, *args: Any) -> None:
         for part, before in self._before:
-            part.lerp_(before, 1 - self._share)
+            part.lerp_(before, 1 - self._rate_factor)
         self._before = []
 
     def _require_reached(self, reached: set[str]) -> None:
         """Raise ValueError if a kernel trains a module without calling its lora_A, whose values would not be seen."""
         for path, layer in self._layers.items():
             gradient = lora_weights(layer, self._adapter)[1].grad  # ZeRO keeps it elsewhere
-            is_trained = not reached if self._is_flat else gradient is not None and bool(local_part(gradient).any())
-            if path not in reached and is_trained:
+            has_gradient = gradient is not None and bool(local_part(gradient).any())
+            if path not in reached and (not reached if self._is_deepspeed else has_gradient):
                 raise ValueError(
                     f"{path} trains without a call of its lora_A: a fused kernel bypasses PEFT's forward. Disable it, "
                     "or leave the module out of target_modules."
@@ -286,7 +294,7 @@ class LearnedRanks:
             return
         self._done += 1
         if self.ranks is None:
-            self._share_moments()
+            self._sum_moments()
             self._open_window()
             if self._done >= self.cut_step:
                 self._cut()
@@ -299,7 +307,7 @@ class LearnedRanks:
         """Raise ValueError unless everything beyond the ranks is zero."""
         for path, layer in self._layers.items():
             for dim, weight in enumerate(lora_weights(layer, self._adapter)):
-                value, rank = whole(weight), ranks.get(path, 0)
+                value, rank = full_value(weight), ranks.get(path, 0)
                 require_zero(value.narrow(dim, rank, value.shape[dim] - rank), path)
 
     @torch.no_grad()
@@ -347,7 +355,7 @@ class LearnedRanks:
 
         In one process, called after the last step.
         """
-        is_whole = not self._is_flat and not is_sharded(self._model)
+        is_whole = not self._is_deepspeed and not is_sharded(self._model)
         if self.ranks is None or not is_whole or vars(self._model).get("save_pretrained") is not self._save:
             return
         self._restart()
@@ -468,7 +476,7 @@ def _unwrapped(optimizer: Any) -> tuple[Any, Any]:
     """The optimizer whose step updates the model once, and the innermost one, without wrappers such as accelerate's."""
     inner, outer = optimizer, None
     while True:
-        if is_zero(inner):
+        if is_deepspeed(inner):
             outer = inner
         found = getattr(inner, "optimizer", None) or getattr(inner, "base_optimizer", None)
         if found is None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..adapters import Factors
-from ..adapters.export import lora_config
+from ..adapters.export import config_of_ranks
 from ..adapters.update import Layout, changes_base
 from ..naming import PEFT_PREFIX
-from .parameters import whole, write
+from .sharded import full_value, write
 
 _DOWN = (nn.Linear, _ConvNd)  # supported as lora_A
 # Fields of LoraConfig that a cut does not support.
@@ -120,7 +120,7 @@ def lora_factors(model: PeftModel, adapter: str) -> list[Factors]:
 
 def _factors(path: str, layer: Any, adapter: str) -> Factors:
     down, scaling = layer.lora_A[adapter], layer.scaling[adapter]
-    A, B = (whole(weight).cpu().flatten(1) for weight in lora_weights(layer, adapter))
+    A, B = (full_value(weight).cpu().flatten(1) for weight in lora_weights(layer, adapter))
     B = scaling * B
     energy = ((B.double().T @ B.double()) * (A.double() @ A.double().T)).sum().item()
     layout = Layout(kernel=tuple(down.kernel_size)) if isinstance(down, _ConvNd) else Layout()
@@ -169,12 +169,9 @@ def small_config(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> Lo
     """Configuration of the plain LoRA of these ranks, with the same scaling, as a copy."""
     layers = lora_layers(model, adapter)
     config: Any = copy.copy(model.peft_config[adapter])
-    parts = []
-    for path, rank in ranks.items():
-        A, B = torch.empty(rank, 0), torch.empty(0, rank)  # a configuration needs no values
-        parts.append(Factors(path, A, B, rank, layers[path].scaling[adapter], Layout(), 0.0, 0.0, 1.0))
+    scaling = {path: layers[path].scaling[adapter] for path in ranks}
     modules = [path for path, _ in model.get_base_model().named_modules()]
-    new: Any = lora_config(parts, like=config, keep_scaling=True, modules=modules)
+    new: Any = config_of_ranks(ranks, scaling, config, modules)
     for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         setattr(config, name, getattr(new, name))
     config.use_rslora, config.layers_to_transform, config.layers_pattern = False, None, None

@@ -55,12 +55,12 @@ class Moments(NamedTuple):
     @classmethod
     def zeros(cls, part: Factors, device: torch.device | str | None = None) -> Moments:
         """Moments of no tokens yet, for an update."""
-        inner, outer = grams(part)
-        ridge = RIDGE * (inner * outer).sum() / part.rank * torch.eye(part.rank, dtype=inner.dtype)
+        AAt, BtB = grams(part)
+        ridge = RIDGE * (AAt * BtB).sum() / part.rank * torch.eye(part.rank, dtype=AAt.dtype)
         # (BᵀB + λ(AAᵀ)⁻¹)⁻¹, and the reverse, without the inner inverse: early in training, B is nearly singular.
-        h_metric = inner @ torch.linalg.inv(outer @ inner + ridge)
-        z_metric = outer @ torch.linalg.inv(inner @ outer + ridge)
-        return cls(h_metric.to(device), z_metric.to(device), inner.new_zeros(2 * part.rank**2 + 2, device=device))
+        h_metric = AAt @ torch.linalg.inv(BtB @ AAt + ridge)
+        z_metric = BtB @ torch.linalg.inv(AAt @ BtB + ridge)
+        return cls(h_metric.to(device), z_metric.to(device), AAt.new_zeros(2 * part.rank**2 + 2, device=device))
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> Moments:
         """Moments on a device."""

@@ -18,20 +18,20 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_zero(optimizer: Any) -> bool:
+def is_deepspeed(optimizer: Any) -> bool:
     """Whether DeepSpeed's ZeRO steps: its optimizer holds flat partitions of float32 copies."""
     return type(optimizer).__module__.startswith("deepspeed.")
 
 
-def _of_zero(parameter: Tensor) -> bool:
+def _in_deepspeed(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 @torch.no_grad()
-def whole(parameter: nn.Parameter) -> Tensor:
+def full_value(parameter: nn.Parameter) -> Tensor:
     """Value of a parameter, not sharded, float32; of ZeRO's float32 copy."""
     value: Any = parameter.detach()
-    if _of_zero(parameter):
+    if _in_deepspeed(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -41,7 +41,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
 @torch.no_grad()
 def write(parameter: nn.Parameter, value: Tensor) -> None:
     """Overwrite a parameter in place."""
-    if _of_zero(parameter):
+    if _in_deepspeed(parameter):
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
 
@@ -66,7 +66,7 @@ def restart(optimizer: Any, parameters: Sequence[nn.Parameter], *, are_all: bool
     Where others share ZeRO's partitions, the step of Adam's bias correction goes on, so the second moment becomes its
     mean instead of 0, which would make the first steps several times too large.
     """
-    if not any(map(_of_zero, parameters)):
+    if not any(map(_in_deepspeed, parameters)):
         for parameter in parameters:
             optimizer.state.pop(parameter, None)
         return

@@ -15,15 +15,11 @@ _UNITS |= {"KiB": ("bytes", 2**10), "MiB": ("bytes", 2**20), "GiB": ("bytes", 2*
 
 @dataclass(frozen=True)
 class Size:
-    """A number of `unit`: parameters, bytes, or LoRA ranks on the same modules.
-
-    `text` is the size as given, `option` its name in messages.
-    """
+    """A number of `unit`: parameters, bytes, or LoRA ranks on the same modules; `text` is the size as given."""
 
     text: str
     number: float
     unit: str
-    option: str = "size"
 
     @classmethod
     def parse(cls, text: str, option: str = "size") -> Size:
@@ -37,7 +33,7 @@ class Size:
         if match is None or (match[1] and (match[3] or "." in match[2])) or float(match[2]) == 0:
             raise ValueError(f"{option} must be a size such as 250000, 250k, 1.5M, 8MiB or r4, got {text!r}.")
         unit, factor = ("ranks", 1) if match[1] else _UNITS[match[3]]
-        return cls(text, float(match[2]) * factor, unit, option)
+        return cls(text, float(match[2]) * factor, unit)
 
     @property
     def wide_rank(self) -> int:
@@ -59,12 +55,12 @@ class Size:
         if number < min(costs):
             hint = f" Did you mean r{self.text}?" if self.unit == "parameters" else ""
             raise ValueError(
-                f"{self.option}={self.text} is {number:,} parameters, but one rank of the smallest module has "
+                f"size={self.text} is {number:,} parameters, but one rank of the smallest module has "
                 f"{min(costs):,}.{hint}"
             )
         if number >= whole:
             raise ValueError(
-                f"{self.option}={self.text} is {number:,} parameters, but must be below the adapter's {whole:,}. Lower "
+                f"size={self.text} is {number:,} parameters, but must be below the adapter's {whole:,}. Lower "
                 f"it, or start from a higher rank (r of LoraConfig, --rank): {WIDTH} times that of the size is usual."
             )
         return number

@@ -26,8 +26,8 @@ from ..adapters.peft_folder import SavedAdapter
 from ..adapters.update import changes_base
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, replacing, write_json
-from ..learned.directions import Point, energy_curve, loss_curve, mean_loss, smallest
-from ..learned.gain import Gain, Kept, example_losses, losses_of, mean_of
+from ..learned.directions import Point, energy_curve, loss_curve, smallest
+from ..learned.gain import Gain, Kept, example_losses, losses_of, mean_loss, mean_of
 from ..ranks import RankReport
 from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights

@@ -17,7 +17,7 @@ from ..checks import DEFAULT_KEEP
 from ..files import read_json, write_json
 from ..locks import only_writer
 from ..run_folder import METRICS_FILE, RUN_FILE
-from .compress import Cut, Subject
+from .cut import Cut, Subject
 from .inference import LoadedRun, evaluate
 from .progress import Announce
 from .run import train

@@ -19,7 +19,7 @@ from ..learned.learned_ranks import FEWEST_STEPS
 from ..learned.size import Size
 from ..ranks.report import read_history
 from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord, last_whole_checkpoint
-from .compress import FEWEST
+from .cut import FEWEST
 from .data import require_data_path
 from .hub import require_hub
 from .inputs import Inputs
