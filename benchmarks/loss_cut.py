@@ -416,8 +416,9 @@ def keep(name: str, seed: int) -> list[dict[str, Any]]:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             save_as_lora(factors, subject.updates, Path(scratch) / "lora")
+            how: dict[str, Any] = {"split": "test", "limit": task.tests, "answers": False}
             scores = [
-                evaluate(each, located(task.test), split="test", limit=task.tests, announce=lambda line: None)[metric]
+                evaluate(each, located(task.test), announce=lambda line: None, **how)[metric]
                 for each in (folder, Path(scratch) / "lora")
             ]
         rows.append(

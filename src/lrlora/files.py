@@ -116,14 +116,14 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
 
 
 def require_no_input(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
-    """Check that replacing an output deletes no input, nor a file of one.
+    """Check that replacing an output would not delete an input, or a file of one.
 
     Args:
         output: file, or folder, which is replaced as a whole.
         **inputs: files, folders or other names, by what they are.
 
     Raises:
-        ValueError: it would.
+        ValueError: an input would be deleted.
 
     """
     target = Path(output).resolve()
@@ -142,6 +142,7 @@ def replacing_folder(output: Path) -> Iterator[Path]:
     """Context with a temporary folder next to `output`, renamed to it on success, else removed."""
     with only_writer(output):
         partial = output.with_name(f".{output.name}-{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number, as in containers
         partial.mkdir()
         try:
             with writing(output):
@@ -196,7 +197,7 @@ ADAPTER_EXPECTED = "Expected adapter_config.json and adapter_model.safetensors, 
 
 
 def is_hub_name(name: str | os.PathLike[str]) -> bool:
-    """Whether a name may be one of the hub: OWNER/NAME or NAME, if OWNER is no folder here.
+    """Whether a name could be a hub repository: NAME or OWNER/NAME, where OWNER is not a local folder.
 
     Without this, a mistyped path is searched for on the hub, which takes a minute of retries without a network.
     """

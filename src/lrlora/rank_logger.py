@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
@@ -83,8 +84,9 @@ class RankLogger(TrainerCallback):
             return
         try:
             report = rank_report(model, self.adapter)
-        except ValueError as error:
-            if state.global_step == 0:
+        except (ValueError, torch.OutOfMemoryError) as error:
+            # Of processes that measure together, one that is out of memory must not leave the others waiting.
+            if state.global_step == 0 or (is_sharded(model) and isinstance(error, torch.OutOfMemoryError)):
                 raise
             # A rank measurement must not decide what happens to a diverged run.
             warnings.warn(f"Ranks at step {state.global_step} were not recorded: {error}", stacklevel=2)

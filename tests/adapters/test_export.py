@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,6 +239,15 @@ def test_the_temporary_folder_is_on_the_same_disk(tmp_path: Path) -> None:
         (partial / "file").write_text("x")
         assert not (tmp_path / "a" / "b").exists()
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "file"]
+
+
+def test_a_temporary_folder_of_a_killed_process_with_this_number_is_in_nobody_s_way(tmp_path: Path) -> None:
+    left = tmp_path / f".out-{os.getpid()}.partial"
+    left.mkdir()
+    (left / "half").write_text("x")
+    with files.replacing_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 def test_a_trained_bias_of_a_module_that_is_left_out_stays(train: Train, tmp_path: Path) -> None:

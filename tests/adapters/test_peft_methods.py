@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from lrlora import LrLoraConfig, rank_report
 from lrlora.adapters import factorize, merge_adapter, read_updates, save_as_lora
+from lrlora.adapters.peft_folder import SavedAdapter
 from lrlora.cli import app
 from lrlora.ranks import MEASURES
 
@@ -111,7 +112,7 @@ def require_ranks_of(updates: Any, expected: dict[str, torch.Tensor]) -> None:
         assert (row.m, row.n) == tuple(delta.shape)
         energies = torch.linalg.svdvals(delta).square()
         for name, measure in MEASURES.items():
-            assert getattr(row, name) == pytest.approx(measure.of(energies), rel=1e-6), name
+            assert getattr(row, name) == pytest.approx(measure.compute(energies), rel=1e-6), name
 
 
 def test_the_update_itself(tmp_path: Path) -> None:
@@ -330,3 +331,7 @@ def test_a_shared_phi_is_counted_once(sharing: str, shared: int, tmp_path: Path)
     config = LrLoraConfig(r=4, sharing=sharing, num_basis=8, **_ALL)
     updates = read_updates(save_trained(tmp_path, config))
     assert updates.origin.parameters == sum(4 * sum(update.shape) for update in updates) + 16 * shared
+    for file in tmp_path.rglob("adapter_model.safetensors"):  # before training, both parts of φ are zero
+        weights = load_file(file)
+        save_file({key: 0 * value if "_phi" in key else value for key, value in weights.items()}, file)
+        assert SavedAdapter.read(file.parent).parameters == updates.origin.parameters

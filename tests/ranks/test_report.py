@@ -269,6 +269,23 @@ def test_a_base_weight_that_is_not_at_hand_leaves_the_relative_norm_open(tiny_be
     assert [row.relative_norm is None for row in rank_report(model).rows] == [True, False]
 
 
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_the_relative_norm_is_that_of_the_values_of_a_quantized_weight(kind: str) -> None:
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 64, bias=False)
+    options = {"quant_type": "nf4"} if kind == "Linear4bit" else {"has_fp16_weights": False}
+    base = getattr(bitsandbytes.nn, kind)(64, 64, bias=False, **options)
+    base.load_state_dict(plain.state_dict())
+    model = get_peft_model(
+        torch.nn.Sequential(base).to("cpu"), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    delta = model.base_model.model[0].get_delta_weight("default")
+    (row,) = rank_report(model).rows
+    assert row.relative_norm == pytest.approx((delta.norm() / plain.weight.norm()).item(), rel=0.05)
+
+
 def test_after_deleting_the_only_active_adapter_the_other_layers_are_left_out(tiny_bert: TinyModel) -> None:
     model = trained(tiny_bert, LrLoraConfig(r=3, target_modules=["query"]))
     model.add_adapter("other", LrLoraConfig(r=2, target_modules=["key"]))

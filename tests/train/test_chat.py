@@ -26,7 +26,7 @@ from lrlora.train.chat import (
     shown_tokens,
     with_answers_marked,
 )
-from lrlora.train.inference import Chat, evaluate, predict, predict_texts
+from lrlora.train.inference import Chat, LoadedRun, evaluate, predict, predict_texts
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 
@@ -214,6 +214,40 @@ def test_generation_settings(run_on: Callable[[str], Path], tmp_path: Path) -> N
         assert message in said
         assert "unexpected" not in said
     assert run("chat", folder, "--generation", "max_new_tokens=1", typed=f"{question}\n/quit\n").exit_code == 0
+    loaded = LoadedRun.read(folder)
+    prompt = loaded.prompt(question, {})
+    length = prompt["input_ids"].shape[1] + 2
+    tokens = loaded.generating({"max_length": length, "min_length": length}).generate(prompt)
+    assert tokens.shape[1] == length
+
+
+@pytest.mark.refused
+def test_a_prompt_that_is_too_long_is_refused_before_any_answer(
+    run_on: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, answered = run_on("prompt"), []
+    long = {"prompt": "film " * 2_000, "completion": "good"}
+    data = write(tmp_path / "long.jsonl", [*rows("prompt", 4), long])
+    monkeypatch.setattr(LoadedRun, "generate", lambda *given, **options: answered.append(given))
+    for way in (lambda: evaluate(folder, data), lambda: list(predict(folder, data))):
+        with pytest.raises(ValueError, match="Shorten the prompt"):
+            way()
+    assert not answered
+
+
+def test_a_chat_that_is_too_long_can_start_anew(run_on: Callable[[str], Path]) -> None:
+    question = reviews(1)["review"][0]
+    done = run("chat", run_on("messages"), typed=f"{question}\n{'film ' * 2_000}\n{question}\n/quit\n")
+    assert done.exit_code == 0
+    assert "Shorten the prompt, or lower max_new_tokens. /new starts a new chat." in " ".join(done.output.split())
+
+
+def test_a_base_model_that_has_moved_is_named(decoder: str, tmp_path: Path) -> None:
+    folder = trained(decoder, tmp_path, "prompt", 2)
+    Path(decoder).rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="own-decoder") as missing:
+        evaluate(folder, write(tmp_path / "data.jsonl", rows("prompt", 4)))
+    assert "damaged" not in str(missing.value)
 
 
 def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decoder: str) -> None:

@@ -7,7 +7,8 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.learned import energy_curve, example_losses, mean_loss
-from lrlora.learned.gain import mean_of
+from lrlora.learned.gain import Gain, mean_of
 from lrlora.ranks import RankReport
 from lrlora.run_folder import read_losses
 from lrlora.train.cut import Cut, Part, Subject
@@ -138,6 +139,19 @@ def test_a_small_gain_is_kept_or_the_cut_refused(home: Path, tmp_path: Path) -> 
         in output
     )
     assert kept_by(output) >= 0.9
+
+
+def test_a_gain_that_half_of_the_examples_cannot_show_asks_for_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def part(count: int, gain: float) -> Any:
+        saved = gain + torch.randn(count, generator=generator).double()
+        without, whole = (torch.stack([loss, torch.ones(count)], dim=1) for loss in (3 + 0 * saved, 3 - saved))
+        return SimpleNamespace(without=without, whole=whole, gain=Gain(without, whole))
+
+    Cut.require_gain(cast("Cut", SimpleNamespace(search=part(200, 0.5), confirm=part(200, 0.5))))
+    with pytest.raises(ValueError, match=r"for half of 400 held-out examples to tell .* about [45]\d\d would"):
+        Cut.require_gain(cast("Cut", SimpleNamespace(search=part(200, 0.02), confirm=part(200, 0.3))))
 
 
 def test_an_adapter_that_gains_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,11 +227,24 @@ def test_epochs_on_the_command_line_replace_the_file_s_steps(encoder: str) -> No
     assert " 9 steps of 16 examples" in " ".join(run("train", "run.yaml", "--epochs", 1, "--dry-run").output.split())
 
 
+@pytest.mark.refused
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--training", "adam_beta1=2", "adam_beta1 must be"), ("--adapter", "init_lora_weights=eva", "takes a pass over")],
+)
+def test_settings_are_checked_before_data_are_read(encoder: str, option: str, value: str, said: str) -> None:
+    command = ("train", "--model", encoder, "--task", "classify", "--data", "header.csv", "--method", "lora")
+    assert said in told(*command, option, value)
+
+
 def test_a_starter_file_trains_when_it_is_filled_in(encoder: str) -> None:
     assert run("init", "run.yaml", "--model", encoder, "--data", "good.csv").exit_code == 0
     text = Path("run.yaml").read_text()
     assert "already exists" in told("init", "run.yaml")
     assert run("train", "run.yaml", "--dry-run").exit_code == 0
+    for data in ("a: b.csv", "2024", "c #1.csv"):
+        run("init", "quoted.yaml", "--model", encoder, "--data", data, "--overwrite")
+        assert yaml.safe_load(Path("quoted.yaml").read_text())["data"] == data
     # Every key is there: with its default, or as a comment.
     keys = [
         line.removeprefix("# ").partition(":")[0] for line in text.splitlines() if ": " in line or line.endswith(":")
@@ -367,6 +380,7 @@ def test_files_are_replaced_only_where_it_is_said(encoder: str) -> None:
     assert "--overwrite would delete data=good.csv, or a part of it" in told(*command)
     assert "--overwrite would delete run=lrlora-run" in told(*command[:-2], weights, "--overwrite")
     Path("data").mkdir()
+    assert "data is a folder. Choose a file." in told(*command[:-2], "data", "--overwrite")
     Path("good.csv").rename("data/train.csv")
     Path("good.csv").symlink_to("data/train.csv")
     for data, output in (("data", "data/train.csv"), ("good.csv", "data/train.csv"), ("data/train.csv", "good.csv")):

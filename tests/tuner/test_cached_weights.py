@@ -49,6 +49,24 @@ def test_outputs_are_the_same_and_memory_is_freed(tiny: TinyModel) -> None:
     assert kept(model) == []
 
 
+def test_a_base_without_a_weight_of_that_name_works() -> None:
+    """As GPTQ's and others' layers, which have `qweight`."""
+
+    class Packed(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.qweight.T
+
+    layer = Packed(8, 8, bias=False)
+    model: Any = get_peft_model(torch.nn.Sequential(layer), LrLoraConfig(r=2, target_modules=["0"])).eval()
+    layer.qweight = layer.weight.detach()
+    del layer.weight
+    torch.nn.init.normal_(model.base_model.model[0].lrlora_B["default"].weight)
+    x = torch.randn(3, 8)
+    expected = model(x).detach()
+    with torch.no_grad(), cached_weights(model):
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_generate_gives_the_same_tokens() -> None:
     model = trained(LLAMA)
     options = {**LLAMA.inputs(), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

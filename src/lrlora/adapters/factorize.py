@@ -125,14 +125,17 @@ class _Svd:
             self._keep(U, sigma, Vh.T, is_complete=True)
         else:
             with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
-                torch.manual_seed(0)
+                # Not by `torch.manual_seed`, which would also seed the devices that are not restored.
+                (
+                    torch.cuda.default_generators[delta.get_device()] if delta.is_cuda else torch.default_generator
+                ).manual_seed(0)
                 U, sigma, V = torch.svd_lowrank(delta, rank + _OVERSAMPLING, _POWER_ITERATIONS)
             self._keep(U[:, :rank], sigma[:rank], V[:, :rank], is_complete=False)
 
     def _keep(self, U: Tensor, sigma: Tensor, V: Tensor, *, is_complete: bool) -> None:
         is_real = sigma > min(self.shape) ** 0.5 * torch.finfo(torch.float32).eps * sigma[0]
         self.is_complete = is_complete or not bool(is_real.all())
-        self._U, self._V, self.sigma = U[:, is_real], V[:, is_real], sigma[is_real].double()
+        self._U, self._V, self.sigma = (part.cpu() for part in (U[:, is_real], V[:, is_real], sigma[is_real].double()))
 
     def truncate(self, rank: int) -> None:
         """Drop all but the leading `rank` triples, to save memory."""
@@ -188,9 +191,8 @@ def parameters_of_rank(source: nn.Module | Updates, rank: int) -> int:
     return rank * sum(sum(update.shape) for update in _updates_of(source, None))
 
 
-def exact_parameters(source: nn.Module | Updates) -> int | None:
+def exact_parameters(updates: Updates) -> int | None:
     """Parameters of the exact plain LoRA of an adapter; None if no low-rank one exists, as for φ(BA)."""
-    updates = _updates_of(source, None)
     if not all(update.is_product for update in updates):
         return None
     return sum(update.limit * sum(update.shape) for update in updates)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +24,7 @@ _WITH_RANK = ("lrlora_A", "lora_A", "hada_w1_a", "lokr_w1", "hira_A", "vera_lamb
 
 
 def updates_of_model(
-    model: nn.Module, adapter: str | None = None, original: Callable[[str], Tensor | None] = lambda path: None
+    model: nn.Module, adapter: str | None = None, original: Callable[[str], Tensor] | None = None
 ) -> Iterator[Update]:
     """Yield the update of every module that an adapter changes in a PEFT model, in model order.
 
@@ -63,7 +64,7 @@ def updates_of_model(
                 yield _of_layer(path, layer, name, original)
 
 
-def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Tensor | None]) -> Update:
+def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Tensor] | None) -> Update:
     base = layer.get_base_layer()
     is_transposed = isinstance(base, Conv1D)
 
@@ -71,13 +72,16 @@ def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Ten
         return weight.T if is_transposed else weight.flatten(1)
 
     def weight() -> Tensor | None:
-        found = original(path)
-        found = _base_weight(layer) if found is None else found
-        return None if found is None else as_matrix(found)
+        W0 = _base_weight(layer) if original is None else original(path)
+        return None if W0 is None else as_matrix(W0)
 
-    learned = None
-    if adapter in getattr(layer, "lrlora_phi", {}):
-        learned = _learned(layer, adapter, as_matrix)
+    learned, phi = None, dict(getattr(layer, "lrlora_phi", {})).get(adapter)
+    if phi is not None:
+        learned = Learned(
+            lambda: layer.linear_factors(adapter),
+            phi if isinstance(phi, Transfer) else None,
+            lambda: as_matrix(layer.get_transfer_input(adapter)),
+        )
     weights = getattr(base, "weight", None)
     layout = Layout(() if weights is None else tuple(weights.shape[2:]), isinstance(base, nn.Embedding))
     has_rank = not set(_WITH_RANK).isdisjoint(layer.adapter_layer_names)
@@ -85,16 +89,15 @@ def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Ten
     scalings = getattr(layer, "scaling", None)
     scaling = scalings.get(adapter, 1.0) if isinstance(scalings, dict) else 1.0
     m, n = shape = _shape(layer, base, adapter)
-    factors = _factors(layer, adapter) if original(path) is None else None
+    factors = _factors(layer, adapter) if original is None else None
     if factors is not None and r is not None:
-        num_terms = 1 if learned is None else layer.lrlora_phi[adapter].num_terms
+        num_terms = 1 if phi is None else phi.num_terms
         return Update(path, shape, factors, True, r, min(r * num_terms, m, n), scaling, layout, weight, learned)
 
     def matrix() -> Tensor:
-        W0 = original(path)
-        if W0 is None and (learned is not None or hasattr(layer, "lora_A")):
+        if original is None and (learned is not None or hasattr(layer, "lora_A")):
             return as_matrix(layer.get_delta_weight(adapter))
-        return as_matrix(_difference_by_merging(layer, adapter, W0))
+        return as_matrix(_difference_by_merging(layer, adapter, None if original is None else original(path)))
 
     # For LoRA on convolutions and embeddings, PEFT provides only the matrix.
     limit = min(r, m, n) if r is not None and hasattr(layer, "lora_A") else min(m, n)
@@ -122,7 +125,7 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
     inputs = functools.cache(lambda: layer.get_transfer_input(adapter))
     weights, r = _base_weight(layer), layer.r[adapter]
 
-    def of(index: int) -> Update:
+    def expert_update(index: int) -> Update:
         def pick(stack: Tensor) -> Tensor:
             return stack[index] if stack.dim() == 3 else stack
 
@@ -152,16 +155,7 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
             learned=None if phi is None else learned,
         )
 
-    yield from map(of, range(layer.num_experts if is_stack else 1))
-
-
-def _learned(layer: Any, adapter: str, as_matrix: Callable[[Tensor], Tensor]) -> Learned:
-    phi = layer.lrlora_phi[adapter]
-    return Learned(
-        lambda: layer.linear_factors(adapter),
-        phi if isinstance(phi, Transfer) else None,
-        lambda: as_matrix(layer.get_transfer_input(adapter)),
-    )
+    yield from map(expert_update, range(layer.num_experts if is_stack else 1))
 
 
 def _factors(layer: Any, adapter: str) -> Callable[[], Pair] | None:
@@ -200,11 +194,12 @@ def _base_weight(layer: Any) -> Tensor | None:
     try:
         if hasattr(layer, "get_param"):
             weight: Tensor = layer.get_param().data
-        elif hasattr(layer, "get_base_weight"):
+        elif layer.quantization_backend is not None:
             weight = layer.get_base_weight()
-        else:
-            weight = layer.get_base_layer().weight.data
+        else:  # PEFT's own layers for quantized weights have no backend
+            weight = dequantize_module_weight(layer.get_base_layer()).data
     except (TypeError, NotImplementedError, AttributeError):
         return None
-    # A skeleton's weight is one zero expanded to a matrix; in float64, a large layer would take gigabytes.
-    return None if weight.is_meta or not any(weight.stride()) else weight
+    # A skeleton's weight is one zero expanded to a matrix; in float64, a large layer would take gigabytes. Values of
+    # one byte lack their scale.
+    return None if weight.is_meta or weight.dtype.itemsize < 2 or not any(weight.stride()) else weight

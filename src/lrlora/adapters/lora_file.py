@@ -136,12 +136,12 @@ class SingleFile:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of factors."""
+        """Dtype of the factors."""
         return common_dtype(tensor for parts in self.modules.values() for tensor in parts.values())
 
     @property
     def parameters(self) -> int:
-        """Of factors."""
+        """Number of parameters in the factors."""
         return sum(tensor.numel() for parts in self.modules.values() for tensor in parts.values())
 
     @property

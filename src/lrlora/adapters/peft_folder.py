@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor
@@ -90,7 +91,7 @@ class SavedAdapter:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of factors."""
+        """Dtype of the factors."""
         return common_dtype(self.method_weights.values())
 
     @property
@@ -98,8 +99,7 @@ class SavedAdapter:
         """Parameters without heads and biases; a shared φ counts once, though the file repeats it per module."""
         weights = self.method_weights
         if getattr(self.config, "sharing", "module") != "module":
-            shared = {tensor.numpy().tobytes(): key for key, tensor in weights.items() if ".lrlora_phi." in key}
-            weights = {key: t for key, t in weights.items() if ".lrlora_phi." not in key or key in shared.values()}
+            weights = {re.sub(r"^.*\.lrlora_phi\.", "", key): tensor for key, tensor in weights.items()}
         return sum(tensor.numel() for tensor in weights.values())
 
     def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ _REPRODUCIBLE_STARTS = ("pissa", "olora")  # "pissa_niter_4" is a randomized SVD
 
 
 def require_reproducible_start(saved: SavedAdapter) -> None:
-    """Raise ValueError unless loading a saved adapter changes the base weights as the training did, if at all."""
+    """Raise ValueError if training began by changing the base weights in a way that loading cannot repeat."""
     start = getattr(saved.config, "init_lora_weights", None)
     if changes_base(saved.config) and start not in _REPRODUCIBLE_STARTS:
         raise ValueError(
@@ -174,8 +174,8 @@ def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
     Otherwise, missing weights would stay at their initial values, and unexpected ones be ignored.
     """
     config: Any = model.peft_config["default"]
-    if config.peft_type.value in _RENAMED:
-        return
+    if config.peft_type == PeftType.ADALORA:
+        return  # PEFT stores the remaining ranks only
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     for what, keys in (
         ("lacks", wanted - set(saved.weights)),
@@ -185,7 +185,3 @@ def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:
             raise ValueError(
                 f"The adapter {saved.name} {what} {min(keys)} ({len(keys)} such weights). {ADAPTER_EXPECTED}"
             )
-
-
-# Methods whose weights have one row per remaining rank.
-_RENAMED = ("ADALORA",)

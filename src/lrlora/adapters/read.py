@@ -265,7 +265,9 @@ def _layer(base: Checkpoint, key: str, saved: SavedAdapter) -> nn.Module:
     # float32: subtracting an initial BA from a half-precision weight would round.
     weight = base.read(key).float()
     found = None if base.on_meta is None else dict(base.on_meta.named_modules()).get(key.removesuffix(".weight"))
-    is_embedding = isinstance(found, nn.Embedding) or any("_embedding_" in name for name in _names_of(saved, key))
+    module = f".{key.removesuffix('.weight')}."
+    names = [name for name in saved.weights if module in f".{name}"]
+    is_embedding = isinstance(found, nn.Embedding) or any("_embedding_" in name for name in names)
     is_conv1d = isinstance(found, Conv1D) or (found is None and bool(getattr(saved.config, "fan_in_fan_out", False)))
     layer: Any
     first, second, *kernel = weight.shape
@@ -284,9 +286,3 @@ def _layer(base: Checkpoint, key: str, saved: SavedAdapter) -> nn.Module:
         values = base.read(bias).float() if bias in base else torch.zeros(outputs) if is_conv1d else None
         layer.bias = None if values is None else nn.Parameter(values, requires_grad=False)
     return layer
-
-
-def _names_of(saved: SavedAdapter, key: str) -> list[str]:
-    """Adapter tensors that belong to a base model weight."""
-    module = f".{key.removesuffix('.weight')}."
-    return [name for name in saved.weights if module in f".{name}"]

@@ -28,7 +28,7 @@ class Server:
         option: option that sets this rank; empty: none.
         itemsize: bytes of a value.
         reads_all: whether it also reads DoRA, and heads, tokens and biases trained in full.
-        reads: names of such heads that it reads at any rate.
+        reads: names of heads trained in full that it reads anyway.
 
     """
 

@@ -19,7 +19,7 @@ from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
-from .common import announce, app, as_text, console, one_clear_error, quiet, require_new
+from .common import announce, app, as_text, console, one_clear_error, quiet, require_new, require_replaceable
 from .exporting import Target, cut_of, export_by_loss, parameters_in, torch_dtype, write_factors
 
 if TYPE_CHECKING:
@@ -83,23 +83,18 @@ def report(
         if not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"The folder {output.parent} for {output.name} does not exist.")
         with only_writer(output):
-            _write_report(sources, base, output, overwrite)
+            require_replaceable(output, overwrite)
+            quiet()
+            from ..views.page import is_page, write_page
+            from ..views.runs import load_runs
 
-
-def _write_report(sources: list[str], base: str | None, output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"The file {output} already exists. Choose another --output, or pass --overwrite.")
-    quiet()
-    from ..views.page import is_page, write_page
-    from ..views.runs import load_runs
-
-    if output.exists() and not is_page(output):
-        raise FileExistsError(
-            f"{output} is not a page of `lrlora report`, so it is not replaced. Choose another --output."
-        )
-    runs = load_runs(sources, base=base)
-    write_page(runs, output, title=f"Ranks: {', '.join(run.name for run in runs)}")
-    announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")
+            if output.exists() and not is_page(output):
+                raise FileExistsError(
+                    f"{output} is not a page of `lrlora report`, so it is not replaced. Choose another --output."
+                )
+            runs = load_runs(sources, base=base)
+            write_page(runs, output, title=f"Ranks: {', '.join(run.name for run in runs)}")
+            announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")
 
 
 _ENERGY = Annotated[

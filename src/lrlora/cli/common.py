@@ -76,7 +76,9 @@ def main(
 
 
 def require_replaceable(file: Path, overwrite: bool, **inputs: str | Path | None) -> None:
-    """Raise an error if a file to write exists and is not to be replaced, or is an input of the command."""
+    """Raise an error if a file to write exists and is not to be replaced, is a folder, or an input of the command."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder. Choose a file.")
     if file.exists() and not overwrite:
         raise FileExistsError(f"The file {file} already exists. Choose another name, or pass --overwrite.")
     require_no_input(file, **inputs)

@@ -60,7 +60,7 @@ def compare(
                 f"{given[0]} is chosen by the comparison. Remove it, or pass --methods, --rates or --seeds."
             )
         quiet()
-        from ..train.comparison import Comparison, test_of
+        from ..train.comparison import Comparison, score_data
         from ..train.comparison import compare as run
         from ..train.run import show_plan
 
@@ -70,7 +70,7 @@ def compare(
         more = "" if comparison.rates else ", or more if a best rate is at an edge"
         announce(f"{count} runs of lrlora train in {comparison.output}{more}.")
         if dry_run:
-            announce(f"Scores: {comparison.seeds} seeds on {test_of(comparison)[2]}.")
+            announce(f"Scores: {comparison.seeds} seeds on {score_data(comparison)[2]}.")
             show_plan(comparison.run(*first[0], 0), overwrite=comparison.output.exists(), announce=announce)
             return
         _print(run(comparison, announce=announce))

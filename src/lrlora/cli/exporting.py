@@ -148,7 +148,7 @@ def _share(cut: Cut, losses: Tensor) -> str:
 
 
 def _check_loaded(cut: Cut, output: Path, as_cut: Tensor) -> None:
-    """Print what PEFT makes of a file, and raise ValueError if that is much less than was cut."""
+    """Measure the saved LoRA as PEFT loads it; raise ValueError if it keeps much less of the gain than the cut did."""
     from ..learned.gain import mean_of
 
     model = cut.subject.with_lora(output)

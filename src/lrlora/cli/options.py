@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Callable, Collection
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+import yaml
 
 from ..train.settings import TrainConfig, read_run, with_short_names
 from ..train.yaml import parse_assignments, parse_pairs, read_yaml
@@ -104,7 +106,7 @@ def starter(given: dict[str, str]) -> str:
             lines.append(f"# {setting.name}: {_EXAMPLES[setting.name]}")
         elif setting.name in given or setting.default is not None:
             value = given.get(setting.name, setting.default)
-            lines.append(f"{setting.name}: {str(value).lower() if isinstance(value, bool) else value}")
+            lines.append(yaml.safe_dump({setting.name: value}, allow_unicode=True, width=math.inf).strip())
         else:
             lines.append(f"# {setting.name}:")
         parts.append("\n".join(lines))

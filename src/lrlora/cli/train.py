@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from ..files import require_no_input, write_json, write_whole
-from ..run_folder import RUN_FILE, shown_metrics, which_checkpoint
+from ..run_folder import METRICS_FILE, RUN_FILE, shown_metrics, which_checkpoint
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
 from .common import announce, app, console, note, one_clear_error, quiet, require_new, require_replaceable
@@ -94,6 +94,8 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     except KeyboardInterrupt as stop:
         folder = Path(run.output)
         hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
+        if (folder / METRICS_FILE).exists():
+            hint = f"The run in {folder} is finished."
         note(str(stop) or f"Interrupted. {hint}")
         raise typer.Exit(130) from None
     if not result.is_first:
@@ -272,7 +274,10 @@ def chat(
             if said.startswith("/"):
                 announce(talk.command(said))
             elif said:
-                talk.ask(said)
+                try:
+                    talk.ask(said)
+                except ValueError as error:  # such as a chat that is too long
+                    announce(f"{error} /new starts a new chat.")
 
 
 def _next_line() -> str | None:

@@ -210,7 +210,7 @@ def _own_folder() -> Path:
 
 
 def _require_own(path: Path) -> None:
-    """Raise PermissionError unless a path is no link, owned by this user and not writable by others."""
+    """Raise PermissionError unless a path is owned by this user, is no symbolic link, and is not writable by others."""
     if os.name != "posix":
         return
     if path.is_symlink():

@@ -35,7 +35,11 @@ class Transfer(Form):
 
     def forward(self, z: Tensor) -> Tensor:
         """φ(z) by the formula, float64, with the shape of z, for inspection. Training reads φ from a table."""
-        return self.spec.formula(z, self.amplitude, self.bandwidth)
+        return self.spec.formula(z, *self._learned(z.device))
+
+    def _learned(self, device: torch.device) -> list[Tensor | None]:
+        """Amplitude and bandwidth on a device: a φ shared across devices is stored on one of them."""
+        return [None if p is None else p.to(device) for p in (self.amplitude, self.bandwidth)]
 
     def linear(
         self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float, added_to: Tensor | None = None
@@ -109,11 +113,9 @@ class Transfer(Form):
         # At least float32: in half precision, rounding of BA would swamp the entries of ΔW.
         is_double = any(t is not None and t.dtype == torch.float64 for t in (x, A, B))
         dtype = torch.float64 if is_double else torch.float32
-        # A φ shared across devices is stored on one of them.
-        learned = [None if p is None else p.to(A.device) for p in (self.amplitude, self.bandwidth)]
         spec = self.spec
         phi = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))
-        return A.to(dtype), B.to(dtype), *learned, *phi, float(scaling), float(gain)
+        return A.to(dtype), B.to(dtype), *self._learned(A.device), *phi, float(scaling), float(gain)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transfer:
         # `.to(dtype)`, `.half()` and similar calls move the parameters between devices but keep float32: optimizer

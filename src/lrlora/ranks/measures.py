@@ -67,7 +67,7 @@ class Measure(NamedTuple):
         heading: short label of terminal columns.
         digits: decimal places.
         about: short description.
-        of: squared singular values, descending → the measure.
+        compute: squared singular values, descending → the measure.
 
     """
 
@@ -75,7 +75,7 @@ class Measure(NamedTuple):
     heading: str
     digits: int
     about: str
-    of: Callable[[Tensor], float]
+    compute: Callable[[Tensor], float]
 
 
 # Keyed by field name in `RankRow`.

@@ -127,8 +127,7 @@ class RankReport:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON, for `from_json`."""
-        rows = [asdict(row) for row in self.rows]
-        write_whole(path, json.dumps({"rows": rows, "curves": self.curves, "spectra": self.spectra}))
+        write_whole(path, json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> RankReport:
@@ -156,7 +155,7 @@ class RankReport:
         return replace(self, rows=[replace(row, loss_rank=ranks.get(row.module)) for row in self.rows])
 
     def of_ranks(self, ranks: Mapping[str, int]) -> RankReport:
-        """Copy of the report of a LoRA with zeros beyond these ranks, as if it had none."""
+        """Copy of the report of a LoRA padded with zeros: with these ranks, without padding and modules of rank 0."""
         rows = [replace(row, r=r, rank_limit=r) for row in self.rows if (r := ranks.get(row.module))]
         return replace(self, rows=rows)
 
@@ -249,10 +248,10 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
     phi_zero, bend, curve = 0.0, 0.0, None
     factors = update.factors()
     if factors is not None:
-        energies = svd_of_product(*factors)[1].square()
+        energies = svd_of_product(*factors)[1].square().cpu()  # where cumsum and histc are deterministic
     else:
         delta = update.matrix()
-        energies = spectrum(delta)
+        energies = spectrum(delta).cpu()
         if learned is not None and (phi := learned.phi) is not None:
             z = learned.transfer_input()
             # `phi.forward` instead of `phi`: FSDP2 treats the first call of a wrapped module as the model's.
@@ -261,7 +260,7 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
     if learned is not None:
         linear = learned.linear()
         require_finite(update.module, *linear)
-        plain = _short(_of_note(svd_of_product(*linear)[1]))
+        plain = _short(_significant(svd_of_product(*linear)[1]))
     norm = update.weight_norm()
     row = RankRow(
         module=update.module,
@@ -275,29 +274,28 @@ def _measure(update: Update) -> tuple[RankRow, Curve | None, Spectrum]:
         phi_zero=phi_zero,
         curvature=bend,
         rank_limit=update.limit,
-        **{name: measure.of(energies) for name, measure in MEASURES.items()},  # type: ignore[arg-type]
+        **{name: measure.compute(energies) for name, measure in MEASURES.items()},  # type: ignore[arg-type]
     )
     return row, curve, _thinned(energies.sqrt(), plain)
 
 
 def _sample(phi: Transfer, z: Tensor) -> Curve:
     """φ, learned and initial, at equally spaced points over the central 99 % of the entries of z."""
-    some = z.flatten()[:: 1 + z.numel() // 2**15].float()
+    some = z.flatten()[:: 1 + z.numel() // 2**15].float().cpu()
     start, end = some.quantile(some.new_tensor([0.005, 0.995])).tolist()
-    grid = torch.linspace(start, end, CURVE_POINTS, device=z.device)
-    untrained = Transfer(phi.spec).to(z.device)
+    grid, untrained = torch.linspace(start, end, CURVE_POINTS), Transfer(phi.spec)
     counts = torch.histc(some, CURVE_POINTS - 1, start, end) if end > start else grid.new_zeros(CURVE_POINTS - 1)
     return Curve(_short(grid), _short(phi.forward(grid)), _short(untrained(grid)), _short(counts / some.numel()))
 
 
-def _of_note(sigma: Tensor) -> Tensor:
+def _significant(sigma: Tensor) -> Tensor:
     """Select descending singular values above 1e-4 of the first."""
     return sigma[: int((sigma > SMALLEST_SHARE * sigma[0]).sum())]
 
 
 def _thinned(sigma: Tensor, linear: list[float]) -> Spectrum:
     """Select descending singular values distinguishable on a log axis."""
-    count = len(_of_note(sigma))
+    count = len(_significant(sigma))
     some = torch.logspace(0, math.log10(max(count, 1)), SPECTRUM_POINTS).round().int().tolist()
     index = [i for i in sorted({*range(1, FIRST_VALUES + 1), *some}) if i <= count]
     return Spectrum(index, _short(sigma[[i - 1 for i in index]]), linear)

@@ -125,8 +125,8 @@ class Score:
     """Scores of one method.
 
     Attributes:
-        method: as given.
-        rate: the best.
+        method: its name.
+        rate: learning rate with the lowest validation loss.
         trainable: number of trained parameters.
         values: metric of each seed.
 
@@ -220,7 +220,7 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
         lrlora.train.run.Interrupted: it was stopped, after a checkpoint.
 
     """
-    test, split, shown = test_of(comparison)
+    test, split, shown = score_data(comparison)
     scores, metric, examples = [], "", 0
     for method in comparison.methods:
         rate = _tuned(comparison, method, announce)
@@ -243,7 +243,7 @@ def _metric(kind: Kind, found: Mapping[str, float]) -> str:
     return kind.criterion if kind.generates else next(name for name in kind.metrics if name in found)
 
 
-def test_of(comparison: Comparison) -> tuple[str, str | None, str]:
+def score_data(comparison: Comparison) -> tuple[str, str | None, str]:
     """Data and split of the scores, and their description.
 
     Raises:

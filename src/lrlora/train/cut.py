@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -31,7 +32,7 @@ from ..learned.gain import Gain, Kept, example_losses, losses_of, mean_loss, mea
 from ..ranks import RankReport
 from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights
-from .data import load_splits, load_task_data, only_split, sampled
+from .data import load_splits, load_task_data, only_split, require_data_path, sampled
 from .inference import OF_TRAINING, LoadedRun
 from .models import make_trainer, model_source, training_arguments
 from .own_text import own_examples
@@ -100,11 +101,13 @@ class Subject:
             ValueError: no data is given or it does not fit; or the adapter cannot be read.
 
         """
+        if data is not None:
+            require_data_path(data)
         is_run = (Path(source) / RUN_FILE).is_file()
         if is_run and task is not None:
             raise ValueError(f"{source} is a run of `lrlora train`, which stores its task. Remove --task.")
         saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
-        if getattr(saved and saved.config, "lora_bias", False):
+        if saved is not None and getattr(saved.config, "lora_bias", False):
             raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
         run = (
             LoadedRun.read(Path(source)) if is_run else LoadedRun.of_adapter(source, base=base, task=task, saved=saved)
@@ -307,14 +310,22 @@ class Cut:
         return mean_of(self.confirm.without)
 
     def require_gain(self) -> None:
-        """Raise ValueError unless the adapter has a measurable gain."""
+        """Raise ValueError unless the adapter has a gain that is measurable on the examples of the search alone."""
         parts = (self.search, self.confirm)
         without, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("without", "whole"))
-        if Gain(without, whole).low <= 0:
+        gain, count = Gain(without, whole), len(whole)
+        losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it"
+        remedy = "Cut it by energy (--energy) or to a size (--size), or pass other examples (--data)."
+        if gain.low <= 0:
             raise ValueError(
-                f"The adapter gains nothing that {len(whole)} held-out examples could show (loss {mean_of(whole):.4g}, "
-                f"{mean_of(without):.4g} without it), so no share of it can be kept. Cut it by energy (--energy) or to "
-                "a size (--size), or pass other examples (--data)."
+                f"The adapter gains nothing that {count} held-out examples could show ({losses}), so no share of it "
+                f"can be kept. {remedy}"
+            )
+        if self.search.gain.low <= 0:
+            needed = math.ceil(2 * count * ((gain.nats - gain.low) / gain.nats) ** 2)
+            raise ValueError(
+                f"The gain is too small ({losses}) for half of {count} held-out examples to tell which share a smaller "
+                f"LoRA keeps; about {max(needed, count + 1):,} would. {remedy}"
             )
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:

@@ -36,8 +36,8 @@ class DemoSettings:
     """Settings shared by all methods.
 
     Args:
-        steps: on the topics, of 16 texts; half as many on the reviews.
-        seed: of head, factors and data order. Rates were tuned with seed 1.
+        steps: number of optimizer steps on the topics, with 16 texts each; the reviews take half as many.
+        seed: random seed of head, factors and data order. Rates were tuned with seed 1.
 
     """
 

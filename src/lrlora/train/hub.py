@@ -41,7 +41,7 @@ def push(output: str, training: Mapping[str, Any], announce: Announce) -> None:
     try:
         name = _create(output, training)
         upload_folder(repo_id=name, folder_path=output, commit_message="End of training")
-    except Exception as error:  # the run is finished, whatever comes of it
+    except Exception as error:  # the run is saved already
         announce(f"Warning: the run was not pushed ({error}). Push it with: hf upload {name} {output}")
     else:
         announce(f"Pushed: {name}")

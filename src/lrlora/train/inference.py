@@ -41,7 +41,7 @@ from .chat import (
     rendering_of,
     with_answers_marked,
 )
-from .data import load_examples, sampled
+from .data import load_examples, require_data_path, sampled
 from .models import (
     load_model,
     make_trainer,
@@ -95,6 +95,7 @@ def evaluate(
         ValueError: the data cannot be used, or most answers are empty.
 
     """
+    require_data_path(data)
     loaded = (run if isinstance(run, LoadedRun) else LoadedRun.read(Path(run))).reading(**reading)
     examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
     encoded = loaded.encoded(examples)
@@ -103,8 +104,11 @@ def evaluate(
         raise ValueError(
             f"No example has an answer within its first {loaded.record.max_length} tokens, the run's max_length."
         )
+    wanted = [answer_of(row) for row in encoded] if answers and loaded.kind.generates else [None]
+    if is_asked := wanted[0] is not None:
+        loaded.require_room(encoded)
     metrics = {"examples": len(examples)} | plain_metrics(trainer.evaluate())
-    if answers and loaded.kind.generates and (wanted := [answer_of(row) for row in encoded])[0] is not None:
+    if is_asked:
         pairs = zip(_not_empty(loaded.answers(encoded)), wanted, strict=True)
         metrics["exact_match"] = float(np.mean([got.strip() == (want or "").strip() for got, want in pairs]))
     return metrics
@@ -119,19 +123,22 @@ def predict(
     announce: Announce = print,
     **reading: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the predictions of a finished run: the inputs of each example, and
+    """Yield a dictionary for each example: its inputs and the prediction of a finished run.
 
-    `prediction` and `probabilities` (classify: by class name; multiple-choice: by index), `prediction` (regress), or
-    `completion` (causal-lm).
+    Keys of the prediction: `prediction` and `probabilities` (classify: by class name; multiple-choice: by index),
+    `prediction` (regress), or `completion` (causal-lm).
 
     Takes the arguments of `evaluate`; `data` may also be a data set, and needs no labels. `generation` has fields of
     `GenerationConfig`; by default, decoding is greedy.
     """
+    if isinstance(data, str):
+        require_data_path(data)
     loaded = run if isinstance(run, LoadedRun) else LoadedRun.read(Path(run))
     loaded = loaded.reading(**reading).generating(generation)
     examples = loaded.examples(data, split, announce, with_label=False)
     encoded = loaded.encoded(examples)
     if loaded.kind.generates:
+        loaded.require_room(encoded)
         for example, answer in zip(examples, _not_empty(loaded.answers(encoded)), strict=True):
             yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
         return
@@ -198,9 +205,10 @@ class LoadedRun:
         config, record = read_run(folder)
         if not (folder / METRICS_FILE).exists():
             raise ValueError(f"The run in {folder} is not finished. Resume it: lrlora train --resume {folder}")
-        with readable(folder, "`lrlora train` wrote this folder. Restore it from a copy, or train again."):
-            kind: Kind = KINDS[config.task]
-            processor = kind.load_processor(folder)
+        remedy = "`lrlora train` wrote this folder. Restore it from a copy, or train again."
+        saved = None
+        with readable(folder, remedy):
+            processor = KINDS[config.task].load_processor(folder)
             if record.rendering == CHAT and processor.chat_template != record.chat_template:
                 raise ValueError(
                     f"The chat template in {folder} differs from the one used in training, which is stored in its "
@@ -210,9 +218,12 @@ class LoadedRun:
                 model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
             else:
                 saved = SavedAdapter.read(folder)  # validate before PEFT reads its patterns
-                source = model_source(config.model)
-                kind = kind_for(config.task, AutoConfig.from_pretrained(source))
-                base, _ = load_model(config.model, source, kind, record.labels, processor, in_float32=False)
+        if saved is not None:
+            require_model_folder(config.model)
+            source = model_source(config.model)
+            kind = kind_for(config.task, AutoConfig.from_pretrained(source))
+            base, _ = load_model(config.model, source, kind, record.labels, processor, in_float32=False)
+            with readable(folder, remedy):
                 # AdaLoRA in PEFT cannot compute a loss if loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
                 require_all_weights(model, saved)
@@ -291,9 +302,9 @@ class LoadedRun:
         """
         if settings and not self.kind.generates:
             raise ValueError(f"Generation settings ({', '.join(settings)}) are for causal-lm, not {self.config.task}.")
+        names = [name for name in GenerationConfig().to_dict() if not name.startswith("_")]
         for name in settings or ():
-            known = [known for known in GenerationConfig().to_dict() if not known.startswith("_")]
-            require_known("generation setting", name, known)
+            require_known("generation setting", name, names)
         return replace(self, generation=settings or {})
 
     @property
@@ -356,18 +367,29 @@ class LoadedRun:
                 tokens = self.generate(inputs)[0, inputs["input_ids"].shape[1] :]
                 yield str(self.processor.decode(tokens, skip_special_tokens=True))
 
-    def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
-        """Prompt and continuation, (1, tokens): by default greedy, and at most as long as a training example."""
+    def require_room(self, rows: Dataset) -> None:
+        """Raise ValueError if a prompt is too long for the model, before any answer is written."""
+        for row in rows:
+            self._room(self.prompt(prompt_of(row), row))
+
+    def _room(self, inputs: BatchEncoding) -> int:
+        """Most tokens that the model can add to a prompt."""
         length, limit = inputs["input_ids"].shape[1], max_positions(self.model.config)
-        asked = self.generation.get("max_new_tokens")
-        if length + (asked if isinstance(asked, int) else 1) > limit:
+        new_tokens = self.generation.get("max_new_tokens")
+        if length + (new_tokens if isinstance(new_tokens, int) else 1) > limit:
             raise ValueError(
                 f"The prompt has {length:,} tokens, but the model takes at most {limit:,} together with the answer. "
                 "Shorten the prompt, or lower max_new_tokens."
             )
-        room = limit - length
+        return limit - length
+
+    def generate(self, inputs: BatchEncoding, **options: Any) -> Tensor:
+        """Prompt and continuation, (1, tokens): by default greedy, and at most as long as a training example."""
+        room = self._room(inputs)
         settings: dict[str, Any] = {"do_sample": any(name in self.generation for name in _SAMPLING)}
-        settings |= {"max_new_tokens": min(self.record.max_length or _NEW_TOKENS, room), **self.generation}
+        if "max_length" not in self.generation:  # which max_new_tokens would override
+            settings["max_new_tokens"] = min(self.record.max_length or _NEW_TOKENS, room)
+        settings |= self.generation
         settings |= {"pad_token_id": self.processor.pad_token_id, "return_dict_in_generate": False}
         with torch.no_grad():
             try:
@@ -425,17 +447,19 @@ class Chat:
         return f"{who} The chat continues; /new starts a new one." if self._turns else who
 
     def ask(self, text: str) -> str:
-        """Print the answer as it is generated, and return it."""
-        run, asked = self._run, self._turns
-        if self._is_chat:
-            asked.append({"role": "user", "content": text})
-        inputs = run.prompt(asked if self._is_chat else text, {})
+        """Print the answer as it is generated, and return it.
+
+        Raises:
+            ValueError: the chat is too long for the model, or a generation setting cannot be used.
+
+        """
+        run, turns = self._run, [*self._turns, {"role": "user", "content": text}]
+        inputs = run.prompt(turns if self._is_chat else text, {})
         streamer = TextStreamer(run.processor, skip_prompt=True, skip_special_tokens=True)
         with run.model.disable_adapter() if self._asks_base else cached_weights(run.model):
             tokens = run.generate(inputs, streamer=streamer)[0, inputs["input_ids"].shape[1] :]
         answer = str(run.processor.decode(tokens, skip_special_tokens=True))
-        if self._is_chat:
-            asked.append({"role": "assistant", "content": answer})
+        self._turns = [*turns, {"role": "assistant", "content": answer}] if self._is_chat else []
         return answer
 
 

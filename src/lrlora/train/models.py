@@ -133,7 +133,7 @@ def max_tokens(tokenizer: Any, model_config: Any) -> int:
 def load_model(
     name: str, source: str, kind: Kind, labels: list[str], processor: Any, *, in_float32: bool
 ) -> tuple[Any, list[str]]:
-    """Load the model with the task's head, and name its modules without weights in the source.
+    """Load the model with the task's head.
 
     Args:
         name: model as given by the user.
@@ -142,6 +142,9 @@ def load_model(
         labels: class names.
         processor: the model's tokenizer or image processor.
         in_float32: load in float32 also without a new head.
+
+    Returns:
+        The model, and the names of the modules that the checkpoint lacks.
 
     """
     # When a new head or the whole model is trained, half precision would lose the optimizer's steps.
@@ -191,7 +194,6 @@ def training_arguments(
 
     """
     cls = kind.arguments_class()
-    _check_arguments(given, get_type_hints(cls), kind)
     given = dict(given)
     given.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
@@ -210,8 +212,6 @@ def training_arguments(
             )
     if steps < 0:
         steps = math.ceil(math.ceil(rows / (batch * devices)) / accumulation) * epochs
-    if steps > _MOST_STEPS:
-        raise ValueError(f"Training would take {steps:g} steps, which is too many. Reduce the steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
     metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
     require_known(f"metric of {kind.name}", metric, kind.metrics)
@@ -252,7 +252,6 @@ def training_arguments(
 
 
 _FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
-_MOST_STEPS = 10**9
 _ALWAYS: dict[str, Any] = {
     "warmup_steps": 0.06,
     "eval_strategy": "steps",
@@ -284,8 +283,9 @@ _LEAST = {
 }
 
 
-def _check_arguments(given: Mapping[str, Any], types: dict[str, Any], kind: Kind) -> None:
+def check_arguments(given: Mapping[str, Any], kind: Kind) -> None:
     """Raise ValueError for values that the Trainer rejects late or never."""
+    types = get_type_hints(kind.arguments_class())
     if given.get("prediction_loss_only") and kind.metrics[0] != "loss":
         raise ValueError(
             "training: prediction_loss_only=True is not supported, because the metrics need predictions. Remove it."

@@ -94,7 +94,7 @@ def _truncated(inputs: Inputs) -> str:
     return f"; {inputs.too_long:,} training examples are truncated to {inputs.record.max_length} tokens"
 
 
-def describe_encoded(chat_template: str | None, trainer: Trainer, inputs: Inputs) -> Iterator[str]:
+def describe_encoded(trainer: Trainer, inputs: Inputs) -> Iterator[str]:
     """Data format, number of examples that TRL drops, and the first example as the model reads it.
 
     Raises:
@@ -102,7 +102,7 @@ def describe_encoded(chat_template: str | None, trainer: Trainer, inputs: Inputs
 
     """
     if inputs.record.rendering is not None:
-        yield f"Format: {_format_line(chat_template, inputs)}"
+        yield f"Format: {_format_line(inputs)}"
         if unanswered := without_answer(inputs.data.splits["train"]):
             last = " The loss leaves their last turns out." if inputs.record.loss_on == ANSWERS else ""
             yield f"Warning: {unanswered:,} of {inputs.count:,} chats do not end with an answer.{last}"
@@ -122,9 +122,10 @@ def describe_encoded(chat_template: str | None, trainer: Trainer, inputs: Inputs
     yield inputs.kind.shown(first, inputs.processor, inputs.data.labels)
 
 
-def _format_line(given: str | None, inputs: Inputs) -> str:
+def _format_line(inputs: Inputs) -> str:
     """Detected data format and rendering."""
     found = format_of(inputs.data.splits["train"].column_names)
+    given = inputs.record.config["chat_template"]
     template = "the model's own chat template" if given is None else f"the chat template {given}"
     how = {CHAT: f"as chats, rendered with {template}", PLAIN: "as plain text, without a template", TEXT: "as is"}
     part = ", with the loss on the answers" if inputs.record.loss_on == ANSWERS else ""

@@ -24,11 +24,21 @@ from .data import require_data_path
 from .hub import require_hub
 from .inputs import Inputs
 from .methods import adapter_config
-from .models import give_head_its_rate, load_model, make_trainer, require_model_folder, training_arguments
+from .models import (
+    check_arguments,
+    give_head_its_rate,
+    load_model,
+    make_trainer,
+    require_model_folder,
+    training_arguments,
+)
 from .plan import describe_encoded, plan
 from .progress import Announce
 from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
+from .tasks import KINDS
+
+_ENOUGH_STEPS = 10**6  # for any schedule of AdaLoRA, before their number is known
 
 
 def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord | None:
@@ -82,6 +92,8 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
             require_data_path(str(data))
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, config.task, config.method)
+    check_arguments(config.arguments, KINDS[config.task])
+    adapter_config(config.method, {}, _ENOUGH_STEPS, config.adapter_fields)
     check_sharding(config.method, config.adapter, config.training)
     require_hub(config.output, config.training)
     return resumed
@@ -184,7 +196,7 @@ def prepare(
     for line in plan(config, inputs, model, arguments):
         announce(line)
     trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
-    for line in describe_encoded(config.chat_template, trainer, inputs):
+    for line in describe_encoded(trainer, inputs):
         announce(line)
     prepare_sharding(trainer)
     if config.head_learning_rate is not None:

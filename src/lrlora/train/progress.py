@@ -109,9 +109,8 @@ class StopOnNonFinite(TrainerCallback):
         if args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
             return  # the loss scaler occasionally skips steps with infinite gradients
         named = [(name, local_part(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
-        norms = torch._foreach_norm([part for _, part in named]) if named else []
-        finite = [math.isfinite(norm) for norm in torch.stack([n.float() for n in norms]).tolist()] if named else []
-        wrong = [name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite]
+        is_finite = torch.nn.utils.get_total_norm([part for _, part in named]).isfinite()
+        wrong = [] if is_finite else [name for name, part in named if not part.isfinite().all()]
         is_wrong = torch.tensor(bool(wrong) or getattr(optimizer, "step_was_skipped", False), device=args.device).int()
         if args.world_size > 1:  # each may hold another shard
             torch.distributed.all_reduce(is_wrong, torch.distributed.ReduceOp.MAX)

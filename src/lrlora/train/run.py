@@ -193,6 +193,7 @@ def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> Non
     if overwrite and output.exists():
         # Rename first: if the process is killed, no partial old run remains.
         old = folder.with_name(f".{folder.name}-{os.getpid()}.partial")
+        shutil.rmtree(old, ignore_errors=True)  # of a killed process with the same number
         folder.rename(old)
         shutil.rmtree(old)
     folder.mkdir(parents=True, exist_ok=True)

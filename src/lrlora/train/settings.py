@@ -200,13 +200,13 @@ class TrainConfig:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Given fields of TrainingArguments, under either name."""
+        """Fields of TrainingArguments that were set, directly or under `training`."""
         given = {field_name: getattr(self, name) for name, field_name in ARGUMENTS.items()}
         return self.training | {name: value for name, value in given.items() if value is not None}
 
     @property
     def adapter_fields(self) -> dict[str, Any]:
-        """Given fields of the PEFT configuration, under either name."""
+        """Fields of the PEFT configuration that were set, directly or under `adapter`."""
         names = _of_adapter(self.method).items()
         given = {field_name: getattr(self, name) for name, field_name in names if field_name}
         return self.adapter | {name: value for name, value in given.items() if value is not None}

@@ -65,7 +65,9 @@ class Linear(LrLoraLayer):
             and x.dtype in (torch.float32, torch.float64)
             and self._can_fuse(x.dtype, adapters[:1])
         )
-        tensors = [self.base_layer.weight, *(p for name in adapters for p in self.adapter_parameters(name))]
+        tensors = [p for name in adapters for p in self.adapter_parameters(name)]
+        if is_fused:
+            tensors.append(self.base_layer.weight)
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         state = (x.dtype, is_fused, tuple((name, self.weights[name]) for name in adapters), versions)
         if self._cached is None or self._cached[0] != state:

@@ -179,15 +179,7 @@ def training(runs: Sequence[str]) -> Chart:
     return _lines(chart, "which", runs, "indexof(datum.which, 'eval_') == 0")
 
 
-CHARTS = {
-    "kinds": kinds,
-    "history": history,
-    "phi": phi,
-    "spectrum": spectrum,
-    "loss": loss,
-    "energy": energy,
-    "training": training,
-}
+CHARTS = {chart.__name__: chart for chart in (kinds, history, phi, spectrum, loss, energy, training)}
 
 
 def specification(name: str, runs: Sequence[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def save_rank_figure(
     """Save `rank_figure` atomically in the format of the suffix of `path` (.png, .svg, .pdf).
 
     Raises:
-        ValueError: `measure` is not a rank measure, or the format another.
+        ValueError: `measure` or the file format is unknown.
 
     """
     kind = Path(path).suffix.removeprefix(".").lower()

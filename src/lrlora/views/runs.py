@@ -72,8 +72,8 @@ def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathL
     checkpoint.
 
     Args:
-        sources: folders of runs and adapters, hub names of adapters, single-file LoRAs, and full models; one given
-            twice is read once.
+        sources: folders of runs and adapters, hub names of adapters, single-file LoRAs, and full models;
+            duplicates are read once.
         base: base model of full models, and of sources that are measured against its weights.
 
     Raises:

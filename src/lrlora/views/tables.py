@@ -61,7 +61,7 @@ def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool 
     ]
     means = "Means over modules. " if len(sections) > 2 else ""
     table = _table(title, [*columns.values()], sections, width)
-    table.caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if there[name] and about)])
+    table.caption = " ".join([means + _CAPTION, *(about for name, about in _OPTIONAL.items() if there[name])])
     return table
 
 
@@ -126,7 +126,7 @@ def factors_table(factors: Sequence[Factors], title: str, *, width: int = 120, e
 
 
 def _cells(parts: Sequence[Factors]) -> list[str]:
-    """Of modules together: r, mean stable rank, smallest and largest rank, kept energy, and parameters."""
+    """Cells of a row that summarizes modules: r, mean stable rank, least and largest rank, kept energy, parameters."""
     ranks, trained = sorted(part.rank for part in parts), {part.r for part in parts}
     rank = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
     return [

@@ -39,8 +39,9 @@ def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {"input_ids": [], "choice_tokens": [], "characters": []}
         for row, choices in enumerate(batch["choices"]):
-            asked = batch["prompts"][row] if "prompts" in batch else [f"{batch['question'][row]}\nAnswer:"]
-            prompts = asked if len(asked) == len(choices) else asked * len(choices)
+            prompts = (
+                batch["prompts"][row] if "prompts" in batch else [f"{batch['question'][row]}\nAnswer:"] * len(choices)
+            )
             # A space between prompt and choice belongs to the choice.
             before = [len(ids) for ids in tokenizer([prompt.rstrip() for prompt in prompts])["input_ids"]]
             # Tokenized together, because some tokenizers add a leading space to every text.
