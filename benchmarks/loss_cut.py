@@ -339,6 +339,7 @@ def optimise(model: Any, setting: Any, rate: float, steps: int) -> None:
 
 BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2, 2: 1e-2}  # from docs/capacity.md, with α = 4r
 BYTE_STEPS, BYTE_HEALING = 500, 100
+BYTE_WINDOWS = 32  # windows of 128 bytes, 4,096 loss terms, for `byte_own`
 
 
 def byte_folder(rank: int, seed: int) -> Path:
@@ -439,6 +440,8 @@ def own(name: str, seed: int) -> dict[str, Any]:
     from lrlora.learned.gain import mean_of
     from lrlora.train.cut import EXAMPLES, TERMS, Cut, Part
 
+    if name == BYTES:
+        return byte_own(seed)
     task = TASKS[name]
     subject, test = loaded(name, run_folder(name, task.method, 8, rate_of(name), seed))
     kind = subject.run.kind
@@ -465,6 +468,38 @@ def own(name: str, seed: int) -> dict[str, Any]:
         for share in SHARES:
             cut = curve.within(int(share * whole))
             row[f"{source}, {share}"] = mean_of(example_losses(subject.on_base, cut, test, subject.loss))
+    return row
+
+
+def byte_own(seed: int) -> dict[str, Any]:
+    """`own` for the byte model, whose own text begins with a random byte."""
+    import torch
+
+    from lrlora.learned import loss_curve, model_loss
+    from lrlora.train.own_text import fixed_texts
+    from lrlora_lab.byte_model import CONTEXT, load_corpus, sample_batch
+
+    case, generator = byte_case(byte_folder(16, seed), seed), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = case.updates
+    real = sample_batch(load_corpus("german").train, generator, BYTE_WINDOWS)
+    fixed = torch.tensor(list(" ".join(fixed_texts()).encode()), dtype=torch.uint8)
+    own = torch.randint(256, (BYTE_WINDOWS, 1), generator=generator)
+    with torch.no_grad():
+        while own.shape[1] < CONTEXT:
+            logits = model(input_ids=own).logits[:, -1].float()
+            own = torch.cat([own, torch.distributions.Categorical(logits=logits).sample()[:, None]], dim=1)
+    drawn = sampled(causal=True)
+    sources = {
+        "real": (real, model_loss), "sampled": (real, drawn), "own": (own, model_loss),
+        "fixed": (sample_batch(fixed, generator, BYTE_WINDOWS), drawn),
+    }  # fmt: skip
+    row: dict[str, Any] = {"task": BYTES, "seed": seed, "whole": case.as_it_is}
+    for source, (windows, loss) in sources.items():
+        batches = [{"input_ids": some, "labels": some} for some in windows.split(16)]
+        curve = loss_curve(model, case.whole, batches, loss)
+        for share, rank in BYTE_SHARES.items():
+            row[f"{source}, {share}"] = case.test(curve.within(case.parameters_of_rank(rank)))
     return row
 
 
