@@ -231,6 +231,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_any_update_becomes_a_lora_first(home: Path, tmp_path: Path, method: str) -> None:
     train(settings(home, f"of-{method}", **METHODS[method]), announce=lambda line: None)
     output = export(home / f"of-{method}", tmp_path / "small", "--size", "r4")
+    # Its classes have names, by which data is read.
+    assert evaluate(tmp_path / "small", str(home / "test.csv"), announce=lambda line: None)["accuracy"] > 0.6
     # Norms and embeddings of full fine-tuning are in no LoRA.
     assert kept_by(output) > (0.5 if method == "full" else 0.8), output
     assert not PeftConfig.from_pretrained(tmp_path / "small").use_dora

@@ -183,7 +183,8 @@ def save_as_lora(
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         save_preprocessing(partial, origin.name)
         config.save_pretrained(str(partial))
-        if isinstance(origin, SavedAdapter) and (Path(origin.name) / MODEL_CONFIG).is_file():
+        has_classes = isinstance(origin, SavedAdapter) or like.task_type == "SEQ_CLS"
+        if has_classes and (Path(origin.name) / MODEL_CONFIG).is_file():
             shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
