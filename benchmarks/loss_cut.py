@@ -229,7 +229,8 @@ def case_of(name: str, folder: Path) -> Case:
     training = subject.batches(subject.training, *MOMENTS)
 
     def loss_of(model: Any, batches: list[Any]) -> float:
-        return mean_of(losses_of(model.get_base_model(), batches, subject.loss))
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return mean_of(losses_of(base, batches, subject.loss))
 
     as_it_is = loss_of(subject.run.model, test)
     model, whole = subject.on_base, [part for part in subject.whole if part.rank]

@@ -271,8 +271,7 @@ def test_a_base_weight_that_is_not_at_hand_leaves_the_relative_norm_open(tiny_be
 
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
 def test_the_relative_norm_is_that_of_the_values_of_a_quantized_weight(kind: str) -> None:
-    import bitsandbytes
-
+    bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     plain = torch.nn.Linear(64, 64, bias=False)
     options = {"quant_type": "nf4"} if kind == "Linear4bit" else {"has_fp16_weights": False}

@@ -43,7 +43,7 @@ def test_learned_ranks_are_compared_with_lora(own: list[object], tmp_path: Path)
     assert done.exit_code == 0, done.output
     assert "8 runs of lrlora train in" in done.output
     assert "or more if a best rate" not in done.output
-    assert re.search(r"lora: the best rate, 0.0[12], is at the edge of --rates; others may be better", done.output)
+    assert re.search(r"lora: the best rate, 0.0[12], is at the edge of those tried", done.output)
     assert "accuracy on the split test, 120 examples" in done.output
     assert re.search(r"learned (is|and)", " ".join(done.output.split()))
     runs = {path.name: json.loads((path / "run.json").read_text())["config"] for path in (tmp_path / "out").iterdir()}
@@ -130,7 +130,7 @@ def test_the_answer_takes_seeds_and_examples_into_account(values: list[float], e
 
 @pytest.mark.parametrize(
     ("values", "said"),
-    [([0.82], "learned is at -0.080 from lora; one seed shows no difference."), ([0.80, 0.91], "pass more --seeds")],
+    [([0.82], "learned − lora: -0.080. One seed cannot tell whether they differ"), ([0.80, 0.91], "pass more --seeds")],
 )
 def test_few_seeds_are_named_before_few_examples(values: list[float], said: str) -> None:
     scores = [Score("lora", 1e-3, 10, [0.90, 0.90][: len(values)]), Score("learned", 1e-3, 10, values)]

@@ -161,7 +161,7 @@ def test_an_adapter_that_gains_nothing(home: Path, tmp_path: Path, monkeypatch: 
     save_file(against, tmp_path / "run" / "adapter_model.safetensors")
     said = told("export", tmp_path / "run", "--keep", "0.99", "--output", tmp_path / "out")
     assert "The adapter gains nothing that 80 held-out examples could show" in said
-    assert "Cut it by energy (--energy) or to a size (--size)" in said
+    assert "`lrlora export` can cut it by energy (--energy), to a size (--size)" in said
     assert not (tmp_path / "out").exists()
     assert "of the gain" not in export(tmp_path / "run", tmp_path / "sized", "--size", "r1")
     # At the end of training, it is said, and the run is finished.

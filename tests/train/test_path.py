@@ -237,6 +237,11 @@ def test_settings_are_checked_before_data_are_read(encoder: str, option: str, va
     assert said in told(*command, option, value)
 
 
+def test_the_schedule_of_adalora_may_be_set(encoder: str) -> None:
+    command = ("train", "--model", encoder, "--task", "classify", "--data", "good.csv", "--steps", 40, "--dry-run")
+    assert run(*command, "--method", "adalora", "--adapter", "total_step=40").exit_code == 0
+
+
 def test_a_starter_file_trains_when_it_is_filled_in(encoder: str) -> None:
     assert run("init", "run.yaml", "--model", encoder, "--data", "good.csv").exit_code == 0
     text = Path("run.yaml").read_text()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,12 +90,15 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     from ..train.run import rank_report_of, resume_hint, train
     from ..views.tables import rank_table
 
+    started = time.time()
     try:
         result = train(run, resume=resume, overwrite=overwrite, announce=announce)
     except KeyboardInterrupt as stop:
         folder = Path(run.output)
-        hint = resume_hint(folder) if (folder / RUN_FILE).exists() else "Nothing was written."
-        if (folder / METRICS_FILE).exists():
+        # --overwrite may not have replaced an older run yet.
+        own = [p.name for p in folder.glob("*.json") if resume or p.stat().st_mtime >= started]
+        hint = resume_hint(folder) if RUN_FILE in own else "Nothing was written."
+        if METRICS_FILE in own:
             hint = f"The run in {folder} is finished."
         note(str(stop) or f"Interrupted. {hint}")
         raise typer.Exit(130) from None
@@ -264,7 +268,7 @@ def chat(
     """Chat with a run or an adapter. /base asks the base model, /adapter the run, /new starts anew, /quit ends."""
     with one_clear_error("Chat ended."):
         quiet()
-        from ..train.inference import Chat
+        from ..train.inference import Chat, PromptTooLongError
 
         talk = Chat(run, parse_assignments(generation or (), "--generation"))
         announce(
@@ -276,7 +280,7 @@ def chat(
             elif said:
                 try:
                     talk.ask(said)
-                except ValueError as error:  # such as a chat that is too long
+                except PromptTooLongError as error:
                     announce(f"{error} /new starts a new chat.")
 
 

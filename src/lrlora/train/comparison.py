@@ -195,7 +195,10 @@ class Outcome:
                 yield f"{score.method} is {word} than {first.method}: {self.metric} {shown}."
                 continue
             if len(score.values) == 1:
-                yield f"{score.method} is at {difference:+.3f} from {first.method}; one seed shows no difference."
+                yield (
+                    f"{score.method} − {first.method}: {difference:+.3f}. One seed cannot tell whether they differ. "
+                    "Pass more --seeds."
+                )
                 continue
             evidence, more = f"{len(score.values)} seeds", ""
             if self._is_share:
@@ -290,9 +293,10 @@ def _tuned(comparison: Comparison, method: str, announce: Announce) -> float:
             )
         grown = len(rates) - len(comparison.first_rates(method))
         is_inside = best not in (rates[0], rates[-1])
-        if not is_inside and len(comparison.rates) > 1:
-            announce(f"{method}: the best rate, {best:g}, is at the edge of --rates; others may be better.")
-        if is_inside or comparison.rates or grown >= _EXTENSIONS:
+        is_last = bool(comparison.rates) or grown >= _EXTENSIONS
+        if not is_inside and is_last and len(rates) > 1:
+            announce(f"{method}: the best rate, {best:g}, is at the edge of those tried. Try others with --rates.")
+        if is_inside or is_last:
             return best
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
 

@@ -315,7 +315,7 @@ class Cut:
         without, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("without", "whole"))
         gain, count = Gain(without, whole), len(whole)
         losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it"
-        remedy = "Cut it by energy (--energy) or to a size (--size), or pass other examples (--data)."
+        remedy = "`lrlora export` can cut it by energy (--energy), to a size (--size), or by other examples (--data)."
         if gain.low <= 0:
             raise ValueError(
                 f"The adapter gains nothing that {count} held-out examples could show ({losses}), so no share of it "

@@ -373,13 +373,14 @@ class LoadedRun:
             self._room(self.prompt(prompt_of(row), row))
 
     def _room(self, inputs: BatchEncoding) -> int:
-        """Most tokens that the model can add to a prompt."""
+        """Most tokens that may be added to a prompt."""
         length, limit = inputs["input_ids"].shape[1], max_positions(self.model.config)
-        new_tokens = self.generation.get("max_new_tokens")
+        new_tokens, total = (self.generation.get(name) for name in ("max_new_tokens", "max_length"))
+        limit = min(limit, total) if isinstance(total, int) else limit
         if length + (new_tokens if isinstance(new_tokens, int) else 1) > limit:
-            raise ValueError(
-                f"The prompt has {length:,} tokens, but the model takes at most {limit:,} together with the answer. "
-                "Shorten the prompt, or lower max_new_tokens."
+            raise PromptTooLongError(
+                f"The prompt has {length:,} tokens, but together with the answer at most {limit:,} are possible. "
+                f"Shorten the prompt, or {'raise max_length' if limit == total else 'lower max_new_tokens'}."
             )
         return limit - length
 
@@ -387,9 +388,9 @@ class LoadedRun:
         """Prompt and continuation, (1, tokens): by default greedy, and at most as long as a training example."""
         room = self._room(inputs)
         settings: dict[str, Any] = {"do_sample": any(name in self.generation for name in _SAMPLING)}
-        if "max_length" not in self.generation:  # which max_new_tokens would override
-            settings["max_new_tokens"] = min(self.record.max_length or _NEW_TOKENS, room)
-        settings |= self.generation
+        is_total = isinstance(self.generation.get("max_length"), int)  # which `generate` would ignore
+        settings["max_new_tokens"] = room if is_total else min(self.record.max_length or _NEW_TOKENS, room)
+        settings |= {name: value for name, value in self.generation.items() if name != "max_length" or not is_total}
         settings |= {"pad_token_id": self.processor.pad_token_id, "return_dict_in_generate": False}
         with torch.no_grad():
             try:
@@ -408,6 +409,10 @@ class LoadedRun:
             text = render_chat(self.processor, asked, row, add_generation_prompt=True)
             inputs = self.processor(text, return_tensors="pt", add_special_tokens=False)  # the template adds them
         return inputs.to(self.model.device)
+
+
+class PromptTooLongError(ValueError):
+    """The model cannot take a prompt together with an answer."""
 
 
 class Chat:
@@ -450,7 +455,8 @@ class Chat:
         """Print the answer as it is generated, and return it.
 
         Raises:
-            ValueError: the chat is too long for the model, or a generation setting cannot be used.
+            PromptTooLongError: the chat is too long for the model.
+            ValueError: a generation setting cannot be used.
 
         """
         run, turns = self._run, [*self._turns, {"role": "user", "content": text}]

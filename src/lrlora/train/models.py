@@ -212,6 +212,8 @@ def training_arguments(
             )
     if steps < 0:
         steps = math.ceil(math.ceil(rows / (batch * devices)) / accumulation) * epochs
+    if steps > _MOST_STEPS:
+        raise ValueError(f"Training would take {steps:g} steps, which is too many. Reduce the steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
     metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
     require_known(f"metric of {kind.name}", metric, kind.metrics)
@@ -252,6 +254,7 @@ def training_arguments(
 
 
 _FEWEST_STEPS_BETWEEN_EVALUATIONS = 20
+_MOST_STEPS = 10**9
 _ALWAYS: dict[str, Any] = {
     "warmup_steps": 0.06,
     "eval_strategy": "steps",

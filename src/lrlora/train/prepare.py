@@ -6,6 +6,7 @@ Nothing of the run is written yet.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,6 @@ from .progress import Announce
 from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .tasks import KINDS
-
-_ENOUGH_STEPS = 10**6  # for any schedule of AdaLoRA, before their number is known
 
 
 def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord | None:
@@ -93,7 +92,10 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, config.task, config.method)
     check_arguments(config.arguments, KINDS[config.task])
-    adapter_config(config.method, {}, _ENOUGH_STEPS, config.adapter_fields)
+    if config.method != "adalora":  # whose schedule needs the number of steps
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns when training begins
+            adapter_config(config.method, KINDS[config.task].adapter_fields, 1, config.adapter_fields)
     check_sharding(config.method, config.adapter, config.training)
     require_hub(config.output, config.training)
     return resumed
