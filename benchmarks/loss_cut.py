@@ -12,6 +12,7 @@ import argparse
 import inspect
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
@@ -522,8 +523,10 @@ def kept_table() -> str:
     for name in dict.fromkeys(row["task"] for row in rows):
         for share in KEEPS:
             group = [row for row in rows if row["task"] == name and row["keep"] == share]
-            if any("refused" in row for row in group):
-                lines.append([name, f"{share:g}", str(len(group)), "not cut", "no measurable gain", "–", "–"])
+            if refused := [row["refused"] for row in group if "refused" in row]:
+                most = [float(kept) for kept in re.findall(r"all directions, ([\d.]+)%", " ".join(refused))]
+                why = f"{statistics.mean(most):.1f}% with all directions" if most else "no measurable gain"
+                lines.append([name, f"{share:g}", str(len(group)), "not cut", why, "–", "–"])
                 continue
             tests = [row["test"]["share"] for row in group]
             nats = [statistics.mean(row[key] for row in group) for key in ("without", "whole", "cut")]
