@@ -917,7 +917,7 @@ def test_a_kill_while_a_run_is_overwritten_leaves_no_half_of_it(
 def test_resume_takes_nothing_else_and_needs_a_run(tmp_path: Path) -> None:
     assert_refused(run("train", "--resume", tmp_path, "--seed", 3), "pass no others")
     assert_refused(run("train", "--resume", tmp_path), "contains no run", "run.json")
-    assert_refused(run("evaluate", tmp_path, "--data", "x.csv"), "does not contain a readable adapter")
+    assert_refused(run("evaluate", tmp_path, "--data", __file__), "does not contain a readable adapter")
 
 
 def test_embedded_inputs_are_listed() -> None:

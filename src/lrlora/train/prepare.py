@@ -91,12 +91,12 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
             require_data_path(str(data))
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, config.task, config.method)
+    check_sharding(config.method, config.adapter, config.training)
     check_arguments(config.arguments, KINDS[config.task])
     if config.method != "adalora":  # whose schedule needs the number of steps
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns when training begins
             adapter_config(config.method, KINDS[config.task].adapter_fields, 1, config.adapter_fields)
-    check_sharding(config.method, config.adapter, config.training)
     require_hub(config.output, config.training)
     return resumed
 
