@@ -321,11 +321,12 @@ class Cut:
                 f"The adapter gains nothing that {count} held-out examples could show ({losses}), so no share of it "
                 f"can be kept. {remedy}"
             )
-        if self.search.gain.low <= 0:
-            needed = math.ceil(2 * count * ((gain.nats - gain.low) / gain.nats) ** 2)
+        if (part := self.search.gain).low <= 0:
+            ratio = ((part.nats - part.low) / part.nats) ** 2 if part.nats > 0 else 2
+            needed = math.ceil(2 * len(self.search.whole) * ratio)
             raise ValueError(
                 f"The gain is too small ({losses}) for half of {count} held-out examples to tell which share a smaller "
-                f"LoRA keeps; about {max(needed, count + 1):,} would. {remedy}"
+                f"LoRA keeps; about {needed:,} would. {remedy}"
             )
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
