@@ -222,18 +222,13 @@ def case_of(name: str, folder: Path) -> Case:
     from lrlora.adapters.factorize import parameters_of_rank
     from lrlora.learned import mean_loss
     from lrlora.learned.directions import LossCurve, directions
-    from lrlora.learned.gain import losses_of, mean_of
+    from lrlora.learned.gain import mean_of
     from lrlora.learned.moments import collect_moments
-    from lrlora.train.cut import heal
+    from lrlora.train.cut import Part, heal
 
     subject, test = loaded(name, folder)
     training = subject.batches(subject.training, *MOMENTS)
-
-    def loss_of(model: Any, batches: list[Any]) -> float:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return mean_of(losses_of(base, batches, subject.loss))
-
-    as_it_is = loss_of(subject.run.model, test)
+    unseen = Part(subject, test, training)
     model, whole = subject.on_base, [part for part in subject.whole if part.rank]
     moments, terms = collect_moments(model, whole, training, subject.loss)
     curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
@@ -243,7 +238,7 @@ def case_of(name: str, folder: Path) -> Case:
             output = Path(scratch) / "healed"
             save_as_lora(factors, subject.updates, output)
             heal(subject, output, TASKS[name].healing, lambda line: None)
-            return loss_of(subject.with_lora(output).eval(), test)
+            return mean_of(unseen.losses_of(subject.with_lora(output)))
 
     return Case(
         whole=whole,
@@ -253,7 +248,7 @@ def case_of(name: str, folder: Path) -> Case:
         updates=subject.updates,
         parameters_of_rank=lambda rank: parameters_of_rank(subject.updates, rank),
         test=lambda factors: mean_loss(model, factors, test, subject.loss),
-        as_it_is=as_it_is,
+        as_it_is=mean_of(unseen.whole),
         heal=healed,
     )
 

@@ -41,9 +41,7 @@ alone.
 _TAGS = ["lora", "lrlora", "transformers"]
 
 
-def lora_config(
-    factors: Sequence[Factors], like: Any, *, keep_scaling: bool = False, modules: Iterable[str] = ()
-) -> LoraConfig:
+def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = False) -> LoraConfig:
     """Configuration of a plain LoRA with the ranks of `factors`.
 
     `r` is the largest rank; other ranks go into `rank_pattern`, and their `lora_alpha` into `alpha_pattern`, so that
@@ -53,7 +51,6 @@ def lora_config(
         factors: result of `factorize`; modules of rank 0 are omitted.
         like: configuration of the adapter, which provides base model, task and fully trained parts.
         keep_scaling: keep each module's α/r and dropout, for training; by default α/r is 1, as the factors require.
-        modules: paths of further modules of the base model, which must not be adapted.
 
     Raises:
         ValueError: no module has a rank, or PEFT cannot tell a module from another by its name.
@@ -61,13 +58,13 @@ def lora_config(
     """
     ranks = {part.module: part.rank for part in factors}
     scaling = {part.module: part.scaling for part in factors} if keep_scaling else None
-    return config_of_ranks(ranks, scaling, like, modules)
+    return config_of_ranks(ranks, scaling, like)
 
 
 def config_of_ranks(
     ranks: Mapping[str, int], scaling: Mapping[str, float] | None, like: Any, modules: Iterable[str] = ()
 ) -> LoraConfig:
-    """`lora_config` of these ranks; without `scaling`, α/r is 1."""
+    """`lora_config` of these ranks; without `scaling`, α/r is 1. PEFT must not adapt `modules`, further paths."""
     adapted = {module: rank for module, rank in ranks.items() if rank}
     if not adapted:
         raise ValueError("No module has a rank: there is nothing to export.")

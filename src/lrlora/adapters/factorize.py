@@ -126,9 +126,9 @@ class _Svd:
         else:
             with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
                 # Not by `torch.manual_seed`, which would also seed the devices that are not restored.
-                (
-                    torch.cuda.default_generators[delta.get_device()] if delta.is_cuda else torch.default_generator
-                ).manual_seed(0)
+                on_gpu = torch.cuda.default_generators
+                generator = on_gpu[delta.get_device()] if delta.is_cuda else torch.default_generator
+                generator.manual_seed(0)
                 U, sigma, V = torch.svd_lowrank(delta, rank + _OVERSAMPLING, _POWER_ITERATIONS)
             self._keep(U[:, :rank], sigma[:rank], V[:, :rank], is_complete=False)
 

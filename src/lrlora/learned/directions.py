@@ -33,7 +33,7 @@ DAMPING = 1e-3
 _SHARES = (0.5, 0.25, 0.125)  # shares of the parameters at which the loss is measured first
 _TOLERANCE = 1.05  # ratio of sizes at which the search ends
 _EVALUATIONS = 12
-_TINY = 1e-30  # of a direction that is zero
+_TINY = 1e-30  # keeps a direction of zeros from dividing by zero
 
 
 class Point(NamedTuple):
