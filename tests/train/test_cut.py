@@ -284,7 +284,13 @@ def test_images_and_choices(home: Path, tmp_path: Path) -> None:
         ("likelihood", {**likely, "model": str(home / "decoder")}),
     ):
         train(settings(tmp_path, name, **fields), announce=lambda line: None)
-        assert "of the gain kept" in export(tmp_path / name, tmp_path / f"small-{name}", "--size", "r2")
+        small = tmp_path / f"small-{name}"
+        assert "of the gain kept" in export(tmp_path / name, small, "--size", "r2")
+        if name == "likelihood":  # the export is any language model's
+            continue
+        scores = [evaluate(each, fields["data"], split="train", answers=False) for each in (tmp_path / name, small)]
+        assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=0.2)
+        assert scores[1].keys() == scores[0].keys()
 
 
 def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> None:

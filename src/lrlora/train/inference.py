@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
@@ -63,6 +64,7 @@ OF_TRAINING = (
 
 
 _TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}  # task_type of an adapter → task
+_WITHOUT_TASK_TYPE = ("image-classify", "multiple-choice")  # tasks with a head that PEFT has no task_type for
 _NEW_TOKENS = 256  # default maximum for an adapter from elsewhere
 # Fields of GenerationConfig that only matter for sampling, which they turn on.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -181,6 +183,15 @@ def _not_empty(answers: Iterable[str]) -> Iterator[str]:
         )
 
 
+def _task_with_head(base_class: str | None) -> str | None:
+    """Task of the transformers class that an adapter was trained on; None if it needs no task of its own."""
+    if base_class is None:
+        return None
+    model_class = getattr(transformers, base_class, None)
+    found = (KINDS[name] for name in _WITHOUT_TASK_TYPE)
+    return next((kind.name for kind in found if model_class in kind.architectures.values()), None)
+
+
 @dataclass(frozen=True)
 class LoadedRun:
     """Finished run, or an adapter from elsewhere, ready for inference."""
@@ -255,8 +266,9 @@ class LoadedRun:
         known = None if saved is None else saved.config.task_type
         if known not in (None, *_TASKS):
             raise ValueError(f"{source} is a {known} adapter. Supported: {', '.join(_TASKS)}.")
-        task = task or _TASKS.get(str(known))
-        if task is None or task not in (*_TASKS.values(), "regress"):
+        trained_on = None if saved is None else (saved.config.auto_mapping or {}).get("base_model_class")
+        task = task or _TASKS.get(str(known)) or _task_with_head(trained_on)
+        if task is None or task not in (*_TASKS.values(), "regress", *_WITHOUT_TASK_TYPE):
             raise ValueError(
                 f"{source} does not store its task: set task_type in its adapter_config.json. For an export, pass "
                 f"--task {', '.join(_TASKS.values())} or regress."
@@ -281,7 +293,7 @@ class LoadedRun:
         except (OSError, ValueError):  # it has none of its own
             processor = kind.load_processor(name)
         labels: list[str] = []
-        if task == "classify":
+        if task in ("classify", "image-classify"):
             unnamed = map(str, range(model.config.num_labels))
             labels = names or [*(unnamed if saved else map(str, model.config.id2label.values()))]
         config = TrainConfig(name, source, task, method="lora", output=tempfile.gettempdir())
