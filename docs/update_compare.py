@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 
 import pandas as pd
-from sections import table, with_section
 
 from lrlora_lab.jobs import PACKED_FILE, read_comparison, read_records
+from lrlora_lab.sections import table, with_section
 
 DOCS = Path(__file__).parent
 SUITES = ("offline-nlu", "offline-commonsense")

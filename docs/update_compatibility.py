@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sections import table, with_section
+from lrlora_lab.sections import table, with_section
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "compatibility.json"

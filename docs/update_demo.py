@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from sections import table, with_section
+from lrlora_lab.sections import table, with_section
 
 DOCS = Path(__file__).parent
 STORED = DOCS / "demo"

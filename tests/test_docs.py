@@ -25,6 +25,7 @@ from lrlora.adapters import read_updates
 from lrlora.cli import app
 from lrlora.train.settings import TrainConfig
 from lrlora_lab.jobs import read_comparison
+from lrlora_lab.measure import NAMES, gpu, stored_records, updated
 from lrlora_lab.report import write_report
 from lrlora_lab.suite import Suite
 
@@ -238,14 +239,11 @@ def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
         assert f"{time} times LoRA's processor time and {memory.removesuffix(' |')} times its memory" in guide
 
 
-def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    script = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))
+def test_the_benchmark_of_a_gpu_measures_what_the_formula_says() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
-    whole = script["measure_model"]("cpu", sizes | {"num_attention_heads": 2}, (2, 66), new_tokens=2, rounds=1)
-    records = script["measure"]("cpu", ((48, 32),), 16, 1)
-    (tmp_path / "gpu-none.json").write_text(json.dumps({"card": "none", "torch": "0", "records": records + whole}))
-    table = script["render"](tmp_path)
+    whole = gpu.measure_model("cpu", sizes | {"num_attention_heads": 2}, (2, 66), new_tokens=2, rounds=1)
+    records = gpu.measure("cpu", ((48, 32),), 16, 1)
+    table = gpu.render([{"card": "none", "torch": "0", "records": records + whole}])
     assert len(re.findall("^\\| .*LR-LoRA \\|", table, re.MULTILINE)) == 3
     assert "2 new tokens | LoRA, r = 64 |" in table
     errors = {record["method"]: record["error"] for record in records}
@@ -254,18 +252,16 @@ def test_the_benchmark_of_a_gpu_measures_what_the_formula_says(monkeypatch: pyte
     assert errors["LR-LoRA"] < 2 * errors["LoRA"]
 
 
-@pytest.mark.parametrize(
-    ("script", "page"),
-    [
-        *((f"benchmarks/{name}.py", name) for name in ("speed", "export", "compress")),
-        ("benchmarks/loss_cut.py", "loss"),
-        *((f"docs/update_{name}.py", name) for name in ("demo", "compare")),
-    ],
-)
-def test_the_tables_of_a_page_are_the_stored_ones(monkeypatch: pytest.MonkeyPatch, script: str, page: str) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs")
+@pytest.mark.parametrize("page", ["demo", "compare"])
+def test_the_tables_of_a_page_are_the_stored_ones(page: str) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    assert runpy.run_path(str(ROOT / script))["updated"](text) == text
+    assert runpy.run_path(str(ROOT / "docs" / f"update_{page}.py"))["updated"](text) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tables_of_a_measurement_are_the_stored_ones(name: str) -> None:
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert updated(name, text, stored_records(name, ROOT / "docs")) == text
 
 
 @pytest.mark.parametrize("suite", [path.parent.name for path in ROOT.glob("docs/compare/*/report.md")])

@@ -11,7 +11,6 @@ import shutil
 import signal
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +29,6 @@ from lrlora.train.settings import TrainConfig
 from lrlora.views import page
 from lrlora_lab import jobs, pool
 from lrlora_lab.cli import app as lab
-from lrlora_lab.worker import run_job
 
 from .train.small import reviews, save_encoder
 
@@ -125,9 +123,9 @@ class Here(pool._Pool):
 
     def wait(self) -> list[tuple[jobs.Job, str | None]]:
         _, job = self.running.popitem()
-        request = {**asdict(job), "rank": self.comparison.r}
-        record = run_job(self.comparison.definition, request, self.output / "runs" / job.name)
-        write_json(self.output / "jobs" / f"{job.name}.json", record | {"wall": 1.0})
+        function, arguments = self.study.call(job)
+        record = function(*arguments, self.study.output / "runs" / job.name)
+        write_json(self.study.output / "jobs" / f"{job.name}.json", record | {"wall": 1.0})
         return [(job, None)]
 
 

@@ -1,4 +1,4 @@
-"""Command line of the experiments: `lrlora-lab compare`."""
+"""Command line of the experiments: `lrlora-lab compare` and `lrlora-lab measure`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,35 @@ def compare(
             _run(comparison, folder, report=report, at_once=at_once, ray=ray, hours=hours)
 
 
+@app.command()
+def measure(
+    name: Annotated[str, typer.Argument(help="loss, speed, export or compress: the page of docs to fill.")],
+    only: Annotated[str, typer.Option(help="Pattern of the jobs, such as 'keep--*'; default: all.")] = "*",
+    at_once: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Jobs at a time; default: one per GPU, or one.")
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Hours after which no new job starts; default: no limit.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; default: lrlora-lab-NAME.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Fill the page from the stored results.")] = False,
+) -> None:
+    """Repeat a measurement of the documentation, and fill its page. Run it again to resume."""
+    with one_clear_error():
+        quiet()
+        from .measure import NAMES, run_measurement, write_page
+
+        require_known("measurement", name, NAMES)
+        if report:
+            announce(f"Page: {write_page(name, Path('docs'), {})}")
+            return
+        folder = output or Path(f"lrlora-lab-{name}")
+        left = run_measurement(name, folder, only, at_once=at_once, hours=hours, announce=announce)
+        if left:
+            announce(f"Left: {', '.join(left)}. Run the same command again to continue.")
+        announce(f"Page: docs/{name}.md")
+
+
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:
     """Comparison fields given as comma-separated options."""
     from .jobs import parse_rates
@@ -121,9 +150,9 @@ def _words(text: str) -> list[str]:
 
 
 def _show_plan(comparison: Comparison, folder: Path) -> None:
+    from .compare import check_data
     from .jobs import check
     from .methods import find_method
-    from .pool import check_data
 
     check(comparison, folder)
     for line in check_data(comparison):
@@ -141,8 +170,8 @@ def _show_plan(comparison: Comparison, folder: Path) -> None:
 
 
 def _run(comparison: Comparison, folder: Path, *, report: bool, **how: Any) -> None:
+    from .compare import run_comparison
     from .jobs import read_records
-    from .pool import run_comparison
     from .report import write_report
 
     left = [] if report else run_comparison(comparison, folder, announce=announce, **how)

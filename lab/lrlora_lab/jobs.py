@@ -323,8 +323,6 @@ def prepare(comparison: Comparison, output: Path) -> None:
         wanted["suite"]["tasks"] = stored["suite"]["tasks"] | wanted["suite"]["tasks"]
     write_json(output / SETTINGS_FILE, wanted)  # first: marks the folder as a comparison's
     write_json(output / CALL_FILE, asdict(comparison))
-    for name in ("jobs", "logs", "runs"):
-        (output / name).mkdir(exist_ok=True)
 
 
 def read_comparison(suite: str, output: Path) -> Comparison:

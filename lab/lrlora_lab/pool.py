@@ -1,4 +1,4 @@
-"""Checks the local data of a comparison and runs its missing jobs, several at a time; resumable.
+"""Runs the missing jobs of a study, several at a time; resumable.
 
 Each job runs in a separate process with an atomic result file. Rerun the same command to resume.
 """
@@ -8,81 +8,93 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import transformers
 
 from lrlora.files import write_json
-from lrlora.locks import only_writer
-from lrlora.train.data import load_examples, load_splits, load_task_data, require_data_path, sampled
-from lrlora.train.tasks import KINDS
-
-from .jobs import Comparison, Job, Record, prepare, read_records, train_config
-from .methods import find_method
-from .suite import Task
-from .worker import work, work_on_a_node
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
+Record = dict[str, Any]
+Call = tuple[Callable[..., Record], tuple[Any, ...]]
 
 
-def run_comparison(
-    comparison: Comparison,
-    output: Path,
+class Named(Protocol):
+    """A job."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Study(Protocol):
+    """Jobs with a result file each."""
+
+    @property
+    def output(self) -> Path:
+        """Folder of the results."""
+
+    def finished(self) -> dict[str, Record]:
+        """Records of the finished jobs, by name."""
+
+    def plan(self, finished: dict[str, Record]) -> Sequence[Any]:
+        """Jobs that can run; results of the finished ones may add more."""
+
+    def call(self, job: Any) -> Call:
+        """Importable function of a job, and its arguments; the last, which is added, is a folder for the job alone."""
+
+    def told(self, job: Any, missing: list[Any], finished: dict[str, Record]) -> str:
+        """Progress, and the next job."""
+
+
+def run_missing(
+    study: Study,
     *,
     at_once: int | None = None,
     ray: str | None = None,
     hours: float | None = None,
     announce: Callable[[str], None] = print,
-) -> list[Job]:
+) -> list[Any]:
     """Run missing jobs; returns those left after a timeout or an external error.
 
     Args:
-        comparison: the comparison.
-        output: folder of the results.
+        study: the study, of whose folder the caller is the only writer.
         at_once: number of jobs at a time; None: one per GPU, or one.
         ray: address of a Ray cluster to run them on, one per GPU or core; None: this machine.
         hours: start no job after this time; None: run all.
         announce: receives progress messages.
 
-    Raises:
-        BlockingIOError: another process runs it.
-        FileExistsError: the folder holds something else.
-        ValueError: an option of a method or setting of a task is invalid.
-
     """
-    for note in check_data(comparison):
-        announce(note)
-    with only_writer(output):
-        prepare(comparison, output)
-        for name, record in read_records(output).items():
-            if record.get("failure") and not record.get("diverged", True):  # which the user may have mended
-                (output / "jobs" / f"{name}.json").unlink(missing_ok=True)
-        pool = _Pool(comparison, output, at_once) if ray is None else _Cluster(comparison, output, ray)
-        try:
-            return _run_missing(pool, hours, announce)
-        finally:
-            pool.close()
+    for name in ("jobs", "logs", "runs"):
+        (study.output / name).mkdir(parents=True, exist_ok=True)
+    pool = _Pool(study, at_once) if ray is None else _Cluster(study, ray)
+    try:
+        return _run_missing(pool, hours, announce)
+    finally:
+        pool.close()
 
 
-def _run_missing(pool: _Pool | _Cluster, hours: float | None, announce: Callable[[str], None]) -> list[Job]:
-    started = time.monotonic()
+def _run_missing(pool: _Pool | _Cluster, hours: float | None, announce: Callable[[str], None]) -> list[Any]:
+    started, study = time.monotonic(), pool.study
     given_up: set[str] = set()
     while True:
-        finished = read_records(pool.output)
-        _remove_runs(pool.output, finished)
-        missing = [job for job in pool.comparison.plan(finished) if job.name not in finished]
+        finished = study.finished()
+        for run in (study.output / "runs").iterdir():
+            if run.name in finished:  # also those of killed processes
+                shutil.rmtree(run)
+        missing = [job for job in study.plan(finished) if job.name not in finished]
         if hours is None or time.monotonic() - started < 3600 * hours:
             begun = given_up | {job.name for job in pool.running.values()}
             for job in [job for job in missing if job.name not in begun][: pool.size - len(pool.running)]:
-                announce(f"{_progress(pool.comparison, missing, finished)} · {_told(job)}")
+                announce(study.told(job, missing, finished))
                 pool.start(job)
         if not pool.running:
             return missing
@@ -90,32 +102,6 @@ def _run_missing(pool: _Pool | _Cluster, hours: float | None, announce: Callable
             if problem:
                 given_up.add(job.name)
                 announce(f"Not done; the next call tries again: {problem}")
-
-
-def _told(job: Job) -> str:
-    scale = "" if job.scale == 1 else f", scale {job.scale:g}"
-    return f"{job.task}, {job.method}, rate {job.learning_rate:g}{scale}, seed {job.seed}"
-
-
-def _remove_runs(output: Path, finished: dict[str, Record]) -> None:
-    """Remove folders of runs with saved results, including those of killed processes."""
-    for run in (output / "runs").iterdir():
-        if run.name in finished:
-            shutil.rmtree(run)
-
-
-def _progress(comparison: Comparison, left: list[Job], finished: dict[str, Record]) -> str:
-    done, cells = comparison.select(finished), comparison.cells_left(left)
-    text = f"{len(done)} {'job' if len(done) == 1 else 'jobs'} done, at least {len(cells)} left"
-    seconds: dict[tuple[str, ...], list[float]] = {}
-    for record in finished.values():
-        cell = (record["task"], record["method"])
-        for key in (cell, cell[:1], ()):
-            seconds.setdefault(key, []).append(record["wall"])
-    if not seconds:
-        return text
-    total = sum(fmean(seconds.get(cell) or seconds.get(cell[:1]) or seconds[()]) for cell in cells)
-    return f"{text}, about {timedelta(minutes=round(total / 60))} (h:mm:ss), one at a time"
 
 
 class _Pool:
@@ -129,8 +115,8 @@ class _Pool:
 
     """
 
-    def __init__(self, comparison: Comparison, output: Path, at_once: int | None) -> None:
-        self.comparison, self.output = comparison, output
+    def __init__(self, study: Study, at_once: int | None) -> None:
+        self.study = study
         has_gpu = torch.cuda.is_available()
         self._visible = os.environ.get(_GPUS)
         self._gpus = gpus(torch.cuda.device_count()) if has_gpu else []
@@ -138,13 +124,12 @@ class _Pool:
         self._context: Any = multiprocessing.get_context("spawn" if has_gpu else "forkserver")
         self._context.set_forkserver_preload(["lrlora_lab.worker"])
         self._threads = max(1, torch.get_num_threads() // self.size)
-        self.running: dict[Any, Job] = {}
+        self.running: dict[Any, Named] = {}
         self._gpu_of: dict[Any, str] = {}
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Named) -> None:
         """Start a job."""
-        request = {**asdict(job), "rank": self.comparison.r}
-        arguments = (asdict(self.comparison.definition), request, self.output, job.name, self._threads)
+        arguments = (*self.study.call(job), self.study.output, job.name, self._threads)
         process = self._context.Process(target=work, args=arguments)
         if self._gpus:
             used = [self._gpu_of[other] for other in self.running]
@@ -152,7 +137,7 @@ class _Pool:
         process.start()
         self.running[process] = job
 
-    def wait(self) -> list[tuple[Job, str | None]]:
+    def wait(self) -> list[tuple[Named, str | None]]:
         """Wait until jobs end; those that wrote no result are returned with the reason."""
         ended = wait([process.sentinel for process in self.running])
         done = [process for process in self.running if process.sentinel in ended]
@@ -160,9 +145,9 @@ class _Pool:
 
     def _problem(self, process: Any, name: str) -> str | None:
         process.join()
-        if (self.output / "jobs" / f"{name}.json").exists():
+        if (self.study.output / "jobs" / f"{name}.json").exists():
             return None
-        log = self.output / "logs" / f"{name}.log"
+        log = self.study.output / "logs" / f"{name}.log"
         lines = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
         said = lines[-1] if lines else "no message"
         return f"{name} ended with status {process.exitcode} ({said}); see {log}"
@@ -189,31 +174,30 @@ class _Cluster:
 
     """
 
-    def __init__(self, comparison: Comparison, output: Path, address: str) -> None:
+    def __init__(self, study: Study, address: str) -> None:
         try:
             ray: Any = import_module("ray")
         except ModuleNotFoundError:
             raise ValueError("--ray needs Ray, which is not installed. Run pip install './lab[ray]'.") from None
-        self.comparison, self.output, self._ray = comparison, output, ray
+        self.study, self._ray = study, ray
         ray.init(address, log_to_driver=False)
         there = ray.cluster_resources()
         with_gpu = there.get("GPU", 0) >= 1
         self.size = int(there["GPU" if with_gpu else "CPU"])
         options = {"num_cpus": 1, "num_gpus": int(with_gpu), "max_retries": 2, "max_calls": 1}
         self._work = ray.remote(**options)(work_on_a_node)
-        self.running: dict[Any, Job] = {}
+        self.running: dict[Any, Named] = {}
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Named) -> None:
         """Start a job."""
-        request = {**asdict(job), "rank": self.comparison.r}
-        self.running[self._work.remote(asdict(self.comparison.definition), request, os.getcwd())] = job
+        self.running[self._work.remote(*self.study.call(job), os.getcwd())] = job
 
-    def wait(self) -> list[tuple[Job, str | None]]:
+    def wait(self) -> list[tuple[Named, str | None]]:
         """Wait until a job ends, and save its result; without one, it is returned with the reason."""
         (reference,), _ = self._ray.wait(list(self.running))
         job = self.running.pop(reference)
         try:
-            write_json(self.output / "jobs" / f"{job.name}.json", self._ray.get(reference))
+            write_json(self.study.output / "jobs" / f"{job.name}.json", self._ray.get(reference))
         except self._ray.exceptions.RayError as error:
             return [(job, f"{job.name}: {str(error).strip().splitlines()[-1]}")]
         return [(job, None)]
@@ -230,43 +214,43 @@ def gpus(count: int) -> list[str]:
     return os.environ[_GPUS].split(",") if os.environ.get(_GPUS) else [str(index) for index in range(count)]
 
 
-def check_data(comparison: Comparison) -> Iterator[str]:
-    """Read the files and folders of all tasks; yield the number of examples of each, and warnings.
+def work(function: Callable[..., Record], arguments: tuple[Any, ...], output: Path, name: str, threads: int) -> None:
+    """Run a job in this process, and write its record.
 
-    Data of the hub and embedded data are left to the jobs.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the data of a task cannot be used; the message names the task.
+    Args:
+        function: see `Study.call`.
+        arguments: all but the last.
+        output: folder of the study.
+        name: name of the job.
+        threads: number of threads on a CPU.
 
     """
-    for name in comparison.task_names:
-        task = comparison.definition.training_tasks.get(name)
-        if task is None:
-            continue
-        try:
-            for data in (task.data, *(other for other, _ in task.tests)):
-                require_data_path(data)
-            if not Path(task.data).exists():
-                continue
-            yield from _checked(comparison, name, task)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"Task {name}: {error}") from None
+    os.setsid()  # Ctrl+C is for the parent, which stops its jobs by SIGTERM: a second signal would end them at once
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    written = os.open(output / "logs" / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(written, descriptor)
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    try:
+        record = function(*arguments, output / "runs" / name)
+    except KeyboardInterrupt:
+        print("Interrupted.")
+        sys.exit(130)
+    write_json(output / "jobs" / f"{name}.json", record)
 
 
-def _checked(comparison: Comparison, name: str, task: Task) -> Iterator[str]:
-    config = train_config(comparison.definition, name, find_method("lora"), 1.0, 1, comparison.r, Path())
-    kind = KINDS[task.task]
-    if not task.test_data and task.test not in (there := load_splits(task.data, config)):
-        raise ValueError(
-            f"{task.data} has no split {task.test}. Available splits: {', '.join(there)}. Select one with test: "
-            "SPLIT, or pass a file with test_data: FILE."
-        )
-    data = load_task_data(config, kind)
-    counts = [f"{len(data.splits['train']):,} training", f"{len(data.splits['validation']):,} validation"]
-    for source, split in task.tests:
-        if Path(source).exists():
-            test, _ = load_examples(config, kind, source, split, data.labels, with_label=True)
-            counts.append(f"{len(sampled(test, task.test_examples)):,} test")
-    yield f"Data of {name}: {', '.join(counts)} examples."
-    yield from data.notes
+def work_on_a_node(function: Callable[..., Record], arguments: tuple[Any, ...], folder: str) -> Record:
+    """Run a job in a process of a cluster, with paths relative to `folder`; an interrupted one is not resumed."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as scratch:
+        return function(*arguments, Path(scratch) / "run")
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,17 +1,13 @@
-"""Runs a job of a comparison, in a process of its own."""
+"""Runs a job of a comparison."""
 
 from __future__ import annotations
 
 import gc
 import math
-import multiprocessing
-import os
 import platform
 import resource
 import shutil
 import sys
-import tempfile
-import threading
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -20,10 +16,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import transformers
 
 from lrlora.checks import require_known
-from lrlora.files import write_json
 from lrlora.ranks import RankReport
 from lrlora.run_folder import RUN_FILE, read_record
 from lrlora.train.inference import evaluate
@@ -148,51 +142,10 @@ def _ranks(report: RankReport | None) -> list[dict[str, Any]] | None:
 
 
 def record_of(suite: dict[str, Any], request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Result of a job, or why it can never have one; see `work` and `run_job`."""
-    transformers.logging.set_verbosity_error()
+    """Result of a job, or why it can never have one; see `run_job`."""
     started = time.monotonic()
     try:
         record = run_job(Suite.from_dict(suite), request, folder)
     except ValueError as error:
         record = {**request, "failure": " ".join(str(error).split()), "diverged": isinstance(error, DivergedError)}
     return record | {"wall": time.monotonic() - started}
-
-
-def work_on_a_node(suite: dict[str, Any], request: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Run a job in a process of a cluster, with paths relative to `folder`; an interrupted one is not resumed."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        return record_of(suite, request, Path(scratch) / "run")
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def work(suite: dict[str, Any], request: dict[str, Any], output: Path, name: str, threads: int) -> None:
-    """Run a job in this process, and write its result, or why it can never have one.
-
-    Args:
-        suite: fields of the suite.
-        request: see `run_job`.
-        output: folder of the comparison.
-        name: name of the job.
-        threads: number of threads on a CPU.
-
-    """
-    os.setsid()  # Ctrl+C is for the parent, which stops its jobs by SIGTERM: a second signal would end them at once
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    written = os.open(output / "logs" / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for descriptor in (1, 2):
-        os.dup2(written, descriptor)
-    torch.set_num_threads(threads)
-    try:
-        record = record_of(suite, request, output / "runs" / name)
-    except KeyboardInterrupt:
-        print("Interrupted.")
-        sys.exit(130)
-    write_json(output / "jobs" / f"{name}.json", record)

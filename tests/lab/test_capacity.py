@@ -175,6 +175,7 @@ def test_the_report_pairs_seeds_and_names_sizes(tmp_path: Path) -> None:
     assert row["terms"] == 30
     comparison = Comparison("capacity", ("lora+r=1",), seeds=5)
     prepare(comparison, tmp_path)
+    (tmp_path / "jobs").mkdir()
     methods = dict.fromkeys(r["method"] for r in records)
     for name, content in filed([*records, *(trial for method in methods for trial in trials(method))]).items():
         (tmp_path / "jobs" / f"{name}.json").write_text(json.dumps(content))

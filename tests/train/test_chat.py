@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -587,8 +586,9 @@ def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path, monkeypat
     """The commands of docs/export.md."""
     pytest.importorskip("xllamacpp")
     monkeypatch.chdir(tmp_path)
-    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "llama_cpp.py"))
-    script["write_examples"]("pirate.jsonl")
+    from lrlora_lab.llama_cpp import answers_of, write_examples
+
+    write_examples("pirate.jsonl")
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
     (commands,) = re.findall(r"<!-- llama.cpp -->\n```sh\n(.*?)```", page, re.DOTALL)
     for command in commands.replace("\\\n", " ").splitlines():
@@ -596,7 +596,7 @@ def test_the_export_answers_chat_messages_in_llama_cpp(tmp_path: Path, monkeypat
             result = run(*command.split()[1:])
             assert result.exit_code == 0, result.output
     questions = [f"What is the capital of {country}?" for country in ("Japan", "Kenya", "Norway")]
-    answers = script["answers_of"](Path("pirate"), [Path("folded"), Path("padded")], questions)
+    answers = answers_of(Path("pirate"), [Path("folded"), Path("padded")], questions)
     assert answers["llama.cpp, folded"] == answers["llama.cpp, padded"] == answers["PEFT"]
     assert all(answer.startswith("Arr, matey!") for answer in answers["llama.cpp, folded"])
     assert not any("matey" in answer for answer in answers["llama.cpp, base"])

@@ -1,26 +1,22 @@
-"""Cost of measuring and compressing a large LoRA.
-
-python benchmarks/compress.py            # about 5 minutes
-python benchmarks/compress.py --report   # only render docs/compress.md from the stored results
-"""
+"""Cost of measuring and compressing a large LoRA: about 5 minutes."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
-sys.path.insert(0, str(DOCS))
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
 
-from sections import table, with_section  # noqa: E402
+from ..pool import Record
+from ..sections import table
+from . import Job, Measurement
 
-PAGE, RESULTS = DOCS / "compress.md", DOCS / "compress" / "large.json"
-SCRATCH = Path("lrlora-compress")
 # Shapes (m, n) of a layer of Llama 2 7B, which has 32.
 LARGE_LAYERS, LARGE_RANK = 32, 64
 LARGE_SHAPES = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (4096, 4096)) | {
@@ -31,7 +27,7 @@ LARGE_SHAPES = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn
 }
 
 
-def run(*arguments: str) -> dict[str, float]:
+def cost_of(*arguments: str) -> dict[str, float]:
     """Seconds and peak memory (GiB) of an lrlora command in a separate process."""
     watch = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
@@ -43,13 +39,9 @@ def run(*arguments: str) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "gibibytes": int(peak) / 2**20}
 
 
-def large() -> dict[str, Any]:
+def large(files: Path) -> Record:
     """Ranks and compression of a random bfloat16 LoRA of rank 64 on all linear layers of a 7B model."""
-    import torch
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    folder = SCRATCH / "large"
+    folder = files / "large"
     if not folder.exists():
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(0)
@@ -64,11 +56,11 @@ def large() -> dict[str, Any]:
         save_file(weights, folder / "adapter_model.safetensors")
         targets = [name.partition(".")[2] for name in LARGE_SHAPES]
         LoraConfig(r=LARGE_RANK, lora_alpha=LARGE_RANK, target_modules=targets).save_pretrained(str(folder))
-    found: dict[str, Any] = {"ranks": run("ranks", str(folder))}
+    found: dict[str, Any] = {"ranks": cost_of("ranks", str(folder))}
     for name, how in (("energy", ["--energy", "0.9"]), ("budget", ["--size", "r16"])):
-        output = SCRATCH / f"large-{name}"
-        subprocess.run(["rm", "-rf", str(output)], check=True)
-        found[name] = run("export", str(folder), *how, "--no-check", "--output", str(output))
+        output = files / f"large-{name}"
+        shutil.rmtree(output, ignore_errors=True)
+        found[name] = cost_of("export", str(folder), *how, "--no-check", "--output", str(output))
     seconds = []
     for shape in ((4096, 4096), (11008, 4096)):
         B, A = torch.randn(shape[0], LARGE_RANK), torch.randn(LARGE_RANK, shape[1])
@@ -80,8 +72,9 @@ def large() -> dict[str, Any]:
     return found
 
 
-def render_large(found: dict[str, Any]) -> str:
+def sections(records: dict[str, Record]) -> dict[str, str]:
     """Table of a large LoRA."""
+    found = records["large"]
     labels = {
         "ranks": "`lrlora ranks`",
         "energy": "`lrlora export --energy 0.9`",
@@ -89,23 +82,7 @@ def render_large(found: dict[str, Any]) -> str:
     }
     rows = [[label, f"{found[n]['seconds']:.0f} s", f"{found[n]['gibibytes']:.1f} GiB"] for n, label in labels.items()]
     rows.append(["SVD of every m × n matrix, from one of each shape", f"{found['full_svd_hours']:.1f} hours", ""])
-    return table(["", "time", "peak memory"], rows)
+    return {"large": table(["", "time", "peak memory"], rows)}
 
 
-def updated(page: str) -> str:
-    """Page with the table of the stored results."""
-    return with_section(page, "large", render_large(json.loads(RESULTS.read_text())))
-
-
-def main() -> None:
-    """Measure and render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="render what is stored")
-    if not parser.parse_args().report:
-        SCRATCH.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(large(), indent=1) + "\n")
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+MEASUREMENT = Measurement({"large": Job(large)}, sections, is_timed=True)

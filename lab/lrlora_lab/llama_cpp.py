@@ -1,13 +1,13 @@
 r"""From a file of chats to llama.cpp: exported adapters of embedded:smollm2 on its original GGUF file.
 
     pip install xllamacpp gguf
-    python -c "import sys; sys.path.append('benchmarks'); import llama_cpp; llama_cpp.write_examples('pirate.jsonl')"
+    python -c "from lrlora_lab.llama_cpp import write_examples; write_examples('pirate.jsonl')"
     lrlora train --model embedded:smollm2 --data pirate.jsonl --task causal-lm --size r4 --steps 40 --batch-size 4 \
         --learning-rate 2e-3 --output pirate
     lrlora export pirate --energy 1 --for llama.cpp --output folded
     lrlora export pirate --energy 1 --for hot-swap --output padded
     lrlora export pirate --energy 1 --output unlike
-    python benchmarks/llama_cpp.py pirate folded padded unlike --ask "What is the capital of Japan?" …
+    python -m lrlora_lab.llama_cpp pirate folded padded unlike --ask "What is the capital of Japan?" …
 
 Prints the greedy answers of PEFT with the run, of llama.cpp with each export, and of llama.cpp without adapter. All
 are asked in chats: llama.cpp by its server's chat messages, which it writes with the template in the GGUF file.
@@ -21,6 +21,7 @@ import json
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -98,10 +99,12 @@ def peft_answers(run: Path, questions: list[str]) -> list[str]:
     answers = []
     for question in questions:
         chat = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs: Any = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         with torch.no_grad(), lrlora.cached_weights(model):
             tokens = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
-        answers.append(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        answers.append(str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
     return answers
 
 

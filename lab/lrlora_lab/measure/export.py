@@ -1,13 +1,10 @@
 """Export quality: the demo's adapter as plain LoRA at several sizes, evaluated with PEFT alone on held-out films.
 
-lrlora demo
-python benchmarks/export.py lrlora-demo            # about 5 minutes; --python names one without lrlora
-python benchmarks/export.py --report               # only render docs/export.md from the stored results
+About 10 minutes, with the demo.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,12 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
-sys.path.insert(0, str(DOCS))
+from lrlora.adapters import factorize, output_difference, read_updates, save_as_lora
+from lrlora.adapters.factorize import parameters_of_rank
+from lrlora.train.embedded import load_movie_reviews
 
-from sections import table, with_section  # noqa: E402
+from ..pool import Record
+from ..sections import table
+from . import Job, Measurement
 
-PAGE, RESULTS = DOCS / "export.md", DOCS / "export" / "demo.json"
 BUDGET_RANK = 4
 # Runs without lrlora: transformers and PEFT alone.
 EVALUATE = """
@@ -44,27 +43,30 @@ json.dump(answers, sys.stdout)
 """
 
 
-def answers(python: str, folder: Path, inputs: Path, *, with_lrlora: bool = False) -> list[int]:
+def answers(folder: Path, inputs: Path, *, with_lrlora: bool = False) -> list[int]:
     """Classes predicted in a separate process."""
-    command = [python, "-c", EVALUATE, str(folder), str(inputs), "lrlora" if with_lrlora else "peft"]
+    command = [sys.executable, "-c", EVALUATE, str(folder), str(inputs), "lrlora" if with_lrlora else "peft"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def measure(demo: Path, python: str) -> list[dict[str, Any]]:
-    """Records of the demo's two adapters and of each export of the first."""
-    from lrlora.adapters import factorize, output_difference, read_updates, save_as_lora
-    from lrlora.adapters.factorize import parameters_of_rank
-    from lrlora.train.embedded import load_movie_reviews
+def demo(files: Path) -> Record:
+    """Run the demo."""
+    command = [str(Path(sys.executable).parent / "lrlora"), "demo", "--output", str(files / "demo")]
+    subprocess.run(command, check=True)
+    return {}
 
+
+def measure(files: Path) -> Record:
+    """Records of the demo's two adapters and of each export of the first."""
     test = load_movie_reviews()["test"]
-    adapter = demo / "reviews-lr-lora"
+    adapter = files / "demo" / "reviews-lr-lora"
     model = read_updates(adapter)
     truncations: dict[str, dict[str, Any]] = {f"energy {energy}": {"energy": energy} for energy in (0.9, 0.99, 0.999)}
     truncations[f"budget of LoRA r = {BUDGET_RANK}"] = {"budget": parameters_of_rank(model, BUDGET_RANK)}
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.json"
         inputs.write_text(json.dumps({"texts": list(test["text"]), "max_tokens": 48}))
-        original = answers(sys.executable, adapter, inputs, with_lrlora=True)
+        original = answers(adapter, inputs, with_lrlora=True)
 
         def record(name: str, folder: Path, given: list[int], **more: Any) -> dict[str, Any]:
             right = sum(a == b for a, b in zip(given, test["label"], strict=True)) / len(given)
@@ -82,22 +84,21 @@ def measure(demo: Path, python: str) -> list[dict[str, Any]]:
                 record(
                     name,
                     folder,
-                    answers(python, folder, inputs),
+                    answers(folder, inputs),
                     ranks=[min(ranks), sum(ranks) / len(ranks), max(ranks)],
                     parameters=sum(part.parameters for part in factors),
                     difference=output_difference(adapter, folder),
                 )
             )
-        records.append(
-            record("LoRA, the demo's", demo / "reviews-lora", answers(python, demo / "reviews-lora", inputs))
-        )
-    return records
+        plain = files / "demo" / "reviews-lora"
+        records.append(record("LoRA, the demo's", plain, answers(plain, inputs)))
+    return {"adapters": records}
 
 
-def render(records: list[dict[str, Any]]) -> str:
+def sections(records: dict[str, Record]) -> dict[str, str]:
     """The table."""
     rows = []
-    for r in records:
+    for r in records["exports"]["adapters"]:
         least, mean, most = r.get("ranks", (None,) * 3)
         rows.append(
             [
@@ -111,28 +112,7 @@ def render(records: list[dict[str, Any]]) -> str:
             ]
         )
     header = ["", "ranks: min / mean / max", "parameters", "MiB", "accuracy, %", "answers changed, %", "effect lost, %"]
-    return table(header, rows)
+    return {"export": table(header, rows)}
 
 
-def updated(page: str) -> str:
-    """Page with the table of the stored results."""
-    return with_section(page, "export", render(json.loads(RESULTS.read_text(encoding="utf-8"))))
-
-
-def main() -> None:
-    """Measure, store, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, nargs="?", help="output folder of `lrlora demo`")
-    parser.add_argument("--python", default=sys.executable, help="interpreter that evaluates the exports")
-    parser.add_argument("--report", action="store_true", help="only render docs/export.md from the stored results")
-    arguments = parser.parse_args()
-    if not arguments.report:
-        if arguments.demo is None:
-            parser.error("name the output folder of `lrlora demo`")
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(measure(arguments.demo, arguments.python), indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+MEASUREMENT = Measurement({"demo": Job(demo), "exports": Job(measure, ("demo",))}, sections)

@@ -1,11 +1,7 @@
-"""Cost on a GPU, with and without the Triton kernels: a layer of a 7B model, steps and generation of a 1B model.
-
-Run `python benchmarks/speed.py --device cuda`; takes up to ten minutes and writes docs/speed/gpu-CARD.json.
-"""
+"""Cost on a GPU, with and without the Triton kernels: a layer of a 7B model, steps and generation of a 1B model."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import OrderedDict
@@ -17,13 +13,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from sections import table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrlora import LrLoraConfig, cached_weights
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.transfer import Transfer
+
+from ..sections import table
 
 # Llama 2 7B: attention, and both MLP shapes.
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -133,7 +130,8 @@ def measure_model(
     records = []
     for method, config in METHODS.items():
         torch.manual_seed(0)
-        base = LlamaForCausalLM(LlamaConfig(**sizes)).to(device, torch.bfloat16)
+        base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+        base = base.to(device, torch.bfloat16)
         model: Any = get_peft_model(base, config(target_modules="all-linear", task_type="CAUSAL_LM"))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         tokens = torch.randint(3, sizes["vocab_size"], shape, device=device)
@@ -181,20 +179,16 @@ def measure_model(
     return records
 
 
-def run(device: str, folder: Path) -> Path:
-    """Measure, and write this card's file."""
+def run(_: Path, device: str = "cuda") -> Record:
+    """Measure this card."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-    path = folder / f"gpu-{name.replace(' ', '-')}.json"
-    content = {"card": name, "torch": torch.__version__, "records": measure(device) + measure_model(device)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+    return {"card": name, "torch": torch.__version__, "records": measure(device) + measure_model(device)}
 
 
-def render(folder: Path) -> str:
+def render(cards: list[Record]) -> str:
     """A table per measured card, or the command to run."""
     parts = []
-    for path in sorted(folder.glob("gpu-*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    for content in cards:
         rows = []
         for record in content["records"]:
             same = [each for each in content["records"] if each["shape"] == record["shape"]]
@@ -216,7 +210,7 @@ def render(folder: Path) -> str:
         return "\n\n".join(parts)
     return (
         "No card was measured yet: the Triton kernels were run in Triton's interpreter only, on a CPU, where their "
-        "results are compared with the formula in float64. `python benchmarks/speed.py --device cuda` measures one "
+        "results are compared with the formula in float64. `lrlora-lab measure speed`, there, measures one "
         "layer of a 7B model, and steps and generation of a 1B model, in bfloat16, with the kernels and without, and "
         "writes the table here.\n"
     )

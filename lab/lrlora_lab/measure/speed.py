@@ -1,20 +1,13 @@
 """Cost of LR-LoRA and other methods: time and memory of training steps, generation time, and user-facing latency.
 
-    python benchmarks/speed.py            # some 30 minutes on two cores; writes docs/speed/results.jsonl
-    python benchmarks/speed.py --only growth waiting
-    python benchmarks/speed.py --device cuda
-    python benchmarks/speed.py --report   # docs/speed.md from the stored results
-
-Methods alternate in one process, so that speed changes of the machine affect all of them; ratios are of medians. Peak
-memory is measured in a separate process. Run it on an idle machine.
+Some 30 minutes on two cores. On a machine with a GPU, `gpu--CARD` alone: up to ten minutes. Methods alternate in one
+process, so that speed changes of the machine affect all of them; ratios are of medians. Peak memory is measured in a
+separate process. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import os
 import subprocess
 import sys
 import time
@@ -26,34 +19,35 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
-sys.path[:0] = [str(DOCS), str(Path(__file__).parent)]
+import torch
+import transformers
+from peft import HiraConfig, LoraConfig, get_peft_model
+from torch import nn
 
-import gpu  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from peft import HiraConfig, LoraConfig, get_peft_model  # noqa: E402
-from sections import table, with_section  # noqa: E402
-from torch import nn  # noqa: E402
+from lrlora import LearnedRanks, LrLoraConfig, cached_weights
+from lrlora.train.embedded import SMOLLM2, checkpoint
 
-from lrlora import LearnedRanks, LrLoraConfig, cached_weights  # noqa: E402
-from lrlora.train.embedded import SMOLLM2, checkpoint  # noqa: E402
+from ..sections import table
+from . import Job, Measurement, gpu
+from .gpu import Record
 
-RESULTS = DOCS / "speed" / "results.jsonl"
-PAGE = DOCS / "speed.md"
-R, TERMS = 8, 4
-
-Record = dict[str, Any]
+ROUNDS = 5  # timed turns of each method
 Step = Callable[[], None]
+R, TERMS = 8, 4
 
 
 def _bert() -> tuple[nn.Module, tuple[int, int]]:
-    config = transformers.BertConfig(num_hidden_layers=4, attn_implementation="sdpa")
+    config: Any = transformers.BertConfig(num_hidden_layers=4)
     return transformers.BertForSequenceClassification(config), (8, 128)
 
 
 def _llama(layers: int = 4) -> tuple[nn.Module, tuple[int, int]]:
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": layers, "num_attention_heads": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=4096)), (2, 512)
 
 
@@ -61,7 +55,7 @@ def _smollm2(dtype: torch.dtype) -> tuple[nn.Module, tuple[int, int]]:
     return transformers.AutoModelForCausalLM.from_pretrained(checkpoint(SMOLLM2), dtype=dtype), (8, 64)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[int, int]]]] = {
     "BERT-base shapes, 4 layers, 8 × 128": _bert,
     "Llama shapes, hidden 1024, 4 layers, 2 × 512": _llama,
     "SmolLM2-135M, 8 × 64": partial(_smollm2, torch.float32),
@@ -89,7 +83,7 @@ METHODS = (
 )
 
 
-def adapt(model: nn.Module, method: str) -> nn.Module:
+def adapt(model: Any, method: str) -> Any:
     """Add a method's adapter to all linear layers of the model's blocks."""
     if method == "full fine-tuning":
         return model.train()
@@ -97,7 +91,7 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
     if method == "frozen base":
         return model.train()
     linear = (name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "layer" in name)
-    common = {"r": R, "target_modules": sorted({name.rpartition(".")[2] for name in linear})}
+    common: dict[str, Any] = {"r": R, "target_modules": sorted({name.rpartition(".")[2] for name in linear})}
     configs: dict[str, Callable[[], Any]] = {
         "LoRA": lambda: LoraConfig(**common, lora_alpha=R),
         LEARNED: lambda: LoraConfig(**common | {"r": 4 * R}, lora_alpha=4 * R),
@@ -126,7 +120,7 @@ def _step(model: Any, shape: tuple[int, int], method: str) -> Step:
     vocabulary, is_causal = model.config.vocab_size, "CausalLM" in type(model).__name__
     model = adapt(model, method)
     tokens = torch.randint(0, vocabulary, shape)
-    embed = model.get_input_embeddings()
+    embed: Any = model.get_input_embeddings()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
     if method == LEARNED:
@@ -165,7 +159,7 @@ GROWING = ("LoRA", EXPANSION, "LR-LoRA")
 def generation(method: str) -> Step:
     """64 new tokens for each of 2 prompts of 64, greedy, with the Llama shapes."""
     torch.manual_seed(0)
-    model, _ = _llama()
+    model: Any = _llama()[0]
     name, _, cached = method.partition(", ")
     if "base model" not in method:
         model = adapt(model, EXPANSION if name == "expansion" else name)
@@ -197,7 +191,7 @@ def alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
 
 def peak_memory(name: str, method: str) -> float:
     """MiB added by two steps, in a separate process."""
-    command = [sys.executable, __file__, "--memory", name, method]
+    command = [sys.executable, "-m", __name__, "memory", name, method]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -215,7 +209,7 @@ def measure_learned(rounds: int) -> list[Record]:
     for name in TRAINED:
         for turn in range(rounds):
             for method in ("LoRA", LEARNED):
-                command = [sys.executable, __file__, "--train", name, method]
+                command = [sys.executable, "-m", __name__, "train", name, method]
                 words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
                 seconds, mib = map(float, words[-2:])
                 records.append({"name": name, "method": method, "turn": turn, "seconds": seconds, "mib": mib})
@@ -241,7 +235,10 @@ def _status(name: str) -> float:
 
 
 def _run(*command: str) -> Step:
-    return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) and None
+    def run() -> None:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    return run
 
 
 def measure_steps(rounds: int) -> list[Record]:
@@ -298,9 +295,9 @@ MEASURES = {
 }
 
 
-def render(records: list[Record]) -> str:
+def sections(records: dict[str, Record]) -> dict[str, str]:
     """The tables."""
-    by_kind = {kind: [record for record in records if record["kind"] == kind] for kind in MEASURES}
+    by_kind = {kind: records[kind]["rows"] for kind in MEASURES}
     steps = {(r["name"], r["method"]): r for r in by_kind["steps"]}
     rows = []
     for method in METHODS:
@@ -330,7 +327,8 @@ def render(records: list[Record]) -> str:
     reference = waits["import typer, rich"]
     rows = [[what, f"{waits[what] / reference:.1f}"] for what in ("lrlora --help", "import lrlora")]
     parts += ["\n### Starting, as multiples of importing typer and rich\n", table(["", "time"], rows)]
-    return "\n".join(parts)
+    cards = [record for job, record in records.items() if job not in MEASURES]
+    return {"speed": "\n".join(parts), "gpu": gpu.render(cards)}
 
 
 def _learned_row(name: str, records: list[Record]) -> list[str]:
@@ -343,43 +341,18 @@ def _learned_row(name: str, records: list[Record]) -> list[str]:
     return [name, f"{median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}", f"{median(memory):.2f}"]
 
 
-def updated(page: str) -> str:
-    """Page with tables of the stored results."""
-    records = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    return with_section(with_section(page, "speed", render(records)), "gpu", gpu.render(RESULTS.parent))
+def _measured(kind: str, _: Path) -> Record:
+    return {"rows": MEASURES[kind](ROUNDS)}
 
 
-def main() -> None:
-    """Measure, store, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each method")
-    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="measure a part anew")
-    parser.add_argument("--report", action="store_true", help="only render docs/speed.md from the stored results")
-    parser.add_argument("--memory", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
-    parser.add_argument("--train", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cpu", help="cuda: measure the layers of a 7B model on a GPU, and no more")
-    arguments = parser.parse_args()
-    if arguments.device != "cpu":
-        print(gpu.run(arguments.device, RESULTS.parent))
-        arguments.report = True
-    if arguments.memory:
-        print(_memory_of(*arguments.memory))
-        return
-    if arguments.train:
-        print(*_train(*arguments.train))
-        return
-    if not arguments.report:
-        print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-        for kind in arguments.only:
-            found = [{"kind": kind, **record} for record in MEASURES[kind](arguments.rounds)]
-            kept = [record for record in kept if record["kind"] in MEASURES and record["kind"] != kind] + found
-            RESULTS.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            for record in found:
-                print(json.dumps(record), flush=True)
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+def _jobs() -> dict[str, Job]:
+    if torch.cuda.is_available():
+        return {f"gpu--{torch.cuda.get_device_name().replace(' ', '-')}": Job(gpu.run)}
+    return {kind: Job(partial(_measured, kind)) for kind in MEASURES}
 
+
+MEASUREMENT = Measurement(_jobs(), sections, is_timed=True)
 
 if __name__ == "__main__":
-    main()
+    what, *arguments = sys.argv[1:]
+    print(_memory_of(*arguments) if what == "memory" else " ".join(map(str, _train(*arguments))))

@@ -1,0 +1,190 @@
+"""Measurements behind pages of the documentation. To add one, add a file here with a `MEASUREMENT`, and its page.
+
+The records of their jobs are stored in `docs/NAME/jobs.jsonl`, and fill the generated sections of `docs/NAME.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean
+from time import monotonic
+from typing import Any
+
+from lrlora.files import read_json, write_whole
+from lrlora.locks import only_writer
+
+from ..pool import Call, Record, run_missing
+from ..sections import with_section
+
+NAMES = ("loss", "speed", "export", "compress")
+_RECORDS = "jobs.jsonl"
+Records = dict[str, Record]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of a measurement.
+
+    Args:
+        run: importable function that takes the folder that all jobs share, and returns what it measured.
+        needs: jobs whose files in that folder it reads.
+
+    """
+
+    run: Callable[[Path], Record]
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Jobs, and the tables of a page.
+
+    Args:
+        jobs: by name.
+        sections: records of the jobs that no other job needs → sections of the page, by marker.
+        is_timed: whether the jobs need an idle machine.
+
+    """
+
+    jobs: dict[str, Job]
+    sections: Callable[[Records], dict[str, str]]
+    is_timed: bool = False
+
+    @property
+    def reported(self) -> list[str]:
+        """Jobs that no other job needs."""
+        needed = {name for job in self.jobs.values() for name in job.needs}
+        return [name for name in self.jobs if name not in needed]
+
+    def with_needed(self, names: list[str]) -> list[str]:
+        """Add the jobs that these need."""
+        needed = {name: None for job in names for name in self.with_needed(list(self.jobs[job].needs))}
+        return list(dict.fromkeys([*needed, *names]))
+
+
+def measurement(name: str) -> Measurement:
+    """A measurement of `NAMES`."""
+    return import_module(f".{name}", __name__).MEASUREMENT
+
+
+def run_measurement(
+    name: str,
+    output: Path,
+    only: str = "*",
+    *,
+    docs: Path = Path("docs"),
+    at_once: int | None = None,
+    hours: float | None = None,
+    announce: Callable[[str], None] = print,
+) -> list[str]:
+    """Run missing jobs and write the page; returns the jobs left after a timeout or an error.
+
+    Args:
+        name: one of `NAMES`.
+        output: folder of the results.
+        only: pattern of the jobs, such as `keep--*`; those that they need run too.
+        docs: folder of the pages.
+        at_once: number of jobs at a time; None: one per GPU, or one.
+        hours: start no job after this time; None: run all.
+        announce: receives progress messages.
+
+    Raises:
+        BlockingIOError: another process runs it.
+        FileNotFoundError: the page is missing.
+        ValueError: no job has such a name, or several would run at a time and are timed.
+
+    """
+    found = measurement(name)
+    chosen = [job for job in found.reported if fnmatch(job, only)]
+    if not chosen:
+        raise ValueError(f"--only {only} matches no job. Jobs: {', '.join(found.reported)}.")
+    if found.is_timed and at_once not in (None, 1):
+        raise ValueError(f"The jobs of {name} are timed and need the machine alone, got --jobs {at_once}. Remove it.")
+    _require_page(name, docs)
+    with only_writer(output):
+        study = _Measuring(found, output, found.with_needed(chosen))
+        run_missing(study, at_once=at_once, hours=hours, announce=announce)
+        finished = study.finished()
+        write_page(name, docs, finished)
+    return [job for job in study.wanted if job not in finished]
+
+
+def stored_records(name: str, docs: Path) -> Records:
+    """Stored records of a measurement, by job."""
+    path = docs / name / _RECORDS
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
+    return {row.pop("job"): row for row in rows}
+
+
+def write_page(name: str, docs: Path, new: Records) -> Path:
+    """Store records of finished jobs, and write the tables of all stored ones to the page.
+
+    Raises:
+        FileNotFoundError: the page is missing.
+
+    """
+    _require_page(name, docs)
+    found = stored_records(name, docs) | new
+    records = {job: found[job] for job in measurement(name).reported if job in found}
+    rows = [{"job": job} | record for job, record in records.items()]
+    (docs / name).mkdir(exist_ok=True)
+    write_whole(docs / name / _RECORDS, "".join(json.dumps(row) + "\n" for row in rows))
+    page = docs / f"{name}.md"
+    write_whole(page, updated(name, page.read_text(encoding="utf-8"), records))
+    return page
+
+
+def updated(name: str, page: str, records: Records) -> str:
+    """A page with its sections."""
+    for marker, text in measurement(name).sections(records).items():
+        page = with_section(page, marker, text)
+    return page
+
+
+def _require_page(name: str, docs: Path) -> None:
+    if not (docs / f"{name}.md").exists():
+        raise FileNotFoundError(f"{docs / name}.md does not exist. Run the command in a checkout of lrlora.")
+
+
+def timed(run: Callable[[Path], Record], files: Path, _: Path) -> Record:
+    """Record of a job, with its seconds; the last argument is a folder for the job alone, which it does not use."""
+    start = monotonic()
+    files.mkdir(exist_ok=True)
+    return run(files) | {"wall": monotonic() - start}
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """A measurement as a study."""
+
+    measurement: Measurement
+    output: Path
+    wanted: list[str]
+
+    def finished(self) -> Records:
+        remedy = "Remove it, and run the same command to repeat the job."
+        return {path.stem: read_json(path, dict[str, Any], remedy) for path in self.output.glob("jobs/*.json")}
+
+    def plan(self, finished: Records) -> list[_Named]:
+        jobs = self.measurement.jobs
+        return [_Named(name) for name in self.wanted if all(needed in finished for needed in jobs[name].needs)]
+
+    def call(self, job: _Named) -> Call:
+        return timed, (self.measurement.jobs[job.name].run, self.output / "files")
+
+    def told(self, job: _Named, missing: list[_Named], finished: Records) -> str:
+        left = [name for name in self.wanted if name not in finished]
+        known = [finished[name]["wall"] for name in self.wanted if name in finished]
+        about = f", about {timedelta(minutes=round(fmean(known) * len(left) / 60))} (h:mm:ss)" if known else ""
+        return f"{len(known)} of {len(self.wanted)} jobs done{about} · {job.name}"

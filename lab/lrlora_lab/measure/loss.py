@@ -1,0 +1,564 @@
+"""Loss of compressed adapters: cut by loss and by other rules, compared with LoRA trained at that size.
+
+About 5 hours on two cores. Jobs: `cut--…` (all cuts of one adapter), `keep--…` (what `--keep` keeps of it on test
+data), `own--…` (cuts without data), and `costs`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, DatasetDict, load_from_disk
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from lrlora.adapters import factorize, lora_config, save_as_lora
+from lrlora.adapters.factorize import best_per_parameter, parameters_of_rank
+from lrlora.learned import example_losses, loss_curve, mean_loss, model_loss
+from lrlora.learned.directions import LossCurve, directions
+from lrlora.learned.gain import losses_of, mean_of
+from lrlora.learned.moments import collect_moments
+from lrlora.train.cut import EXAMPLES, TERMS, Cut, Part, Subject, heal
+from lrlora.train.inference import evaluate
+from lrlora.train.models import model_source
+from lrlora.train.own_text import fixed_texts
+from lrlora.train.run import train
+from lrlora.train.settings import TrainConfig
+
+from ..byte_model import CONTEXT, load_corpus, sample_batch
+from ..capacity_tasks import TEST_WINDOWS, transfer
+from ..inputs import located
+from ..pool import Record
+from . import Job, Measurement
+from .compress import cost_of
+from .loss_tables import BYTES, KEEPS, SHARES, sections
+
+SEEDS = (0, 1, 2)
+MOMENTS = (256, 4_096)  # examples and loss terms for the moments
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run of `lrlora train`, and its test data.
+
+    Args:
+        settings: of the run, without rank, rate, seed and output; data: embedded, or a key of `DATA`.
+        rate: peak learning rate; of *german*, the best of 1e-3 to 8e-3 on the first seed's validation data.
+        method, like: method of the adapter to cut, and the task with the LoRAs for comparison.
+        healing: number of steps.
+        tests: number of examples.
+        ranks: of the LoRAs trained at smaller sizes.
+
+    """
+
+    settings: dict[str, Any]
+    rate: float
+    method: str = "lora"
+    like: str | None = None
+    healing: int = 40
+    tests: int = 384
+    ranks: tuple[int, ...] = (4, 2)
+
+
+_MINILM = {
+    "model": "embedded:minilm", "task": "classify", "max_length": 48, "validation_examples": 512,
+    "head_learning_rate": 1e-3, "training": {"eval_strategy": "no"},
+}  # fmt: skip
+_SMOLLM2 = {"model": "embedded:smollm2", "task": "causal-lm", "batch_size": 4, "max_length": 64, "steps": 40}
+_SMOLLM2 |= {"training": {"eval_strategy": "no"}, "validation_examples": 128}
+TASKS = {
+    "news": Task(_MINILM | {"data": "embedded:20-newsgroups", "steps": 150}, 4e-3),
+    "r8": Task(_MINILM | {"data": "embedded:r8", "steps": 100}, 2e-3, tests=256),
+    "animals": Task(
+        {
+            "model": "embedded:vit", "task": "image-classify", "data": "embedded:animals", "steps": 150,
+            "validation_examples": 512, "training": {"eval_strategy": "no"},
+        },
+        1e-3,
+        tests=256,
+    ),
+    "german": Task(_SMOLLM2 | {"data": "german"}, 4e-3, healing=12, tests=48, ranks=(4,)),
+    "chat": Task(_SMOLLM2 | {"data": "chat"}, 2e-3, healing=12, tests=48, ranks=(4,)),
+}  # fmt: skip
+TASKS["news-phi"] = replace(TASKS["news"], method="lr-lora", like="news")
+TASKS["news-full"] = replace(TASKS["news"], method="full", like="news", rate=1e-4, tests=256)
+CUT = (BYTES, *TASKS)
+# Adapters that gain nothing, and little, for `keep`.
+TASKS["r8-nothing"] = replace(TASKS["r8"], rate=1e-8)
+TASKS["r8-little"] = replace(TASKS["r8"], settings=TASKS["r8"].settings | {"steps": 40})
+
+
+def german() -> DatasetDict:
+    """Speeches in pieces of about 64 tokens, in disjoint splits."""
+    parts = {}
+    for name, data, count in zip(("train", "validation", "test"), load_corpus("german"), (800, 128, 200), strict=True):
+        text, piece = data.numpy().tobytes().decode(errors="replace"), 200
+        starts = [len(text) * i // count for i in range(count)]
+        parts[name] = Dataset.from_dict({"text": [text[start : start + piece].strip() for start in starts]})
+    return DatasetDict(parts)
+
+
+def chat() -> DatasetDict:
+    """Questions on numpy, scipy and scikit-learn functions, answered by the start of their docstrings."""
+    warnings.simplefilter("ignore")
+    names: tuple[str, ...] = (
+        "numpy",
+        "numpy.linalg",
+        "numpy.fft",
+        "numpy.random",
+        "scipy.linalg",
+        "scipy.stats",
+        "scipy.signal",
+    )
+    names += ("scipy.special", "scipy.ndimage", "scipy.optimize", "scipy.sparse", "scipy.spatial", "sklearn.metrics")
+    names += ("sklearn.linear_model", "sklearn.preprocessing", "sklearn.ensemble", "sklearn.model_selection")
+    rows: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
+    known: set[str] = set()
+    for name in names:
+        module = importlib.import_module(name)
+        for each in sorted(dir(module)):
+            said = inspect.getdoc(getattr(module, each)) or ""
+            answer = " ".join(said.split("\n\n")[0].split())
+            if each.startswith("_") or not 20 < len(answer) < 200 or answer in known or "(" in answer[:40]:
+                continue
+            known.add(answer)
+            place = hashlib.sha256(answer.encode()).digest()[0] % 8
+            part = "test" if place == 0 else "validation" if place == 1 else "train"
+            question = {"role": "user", "content": f"What does {name}.{each} do?"}
+            rows[part].append([question, {"role": "assistant", "content": answer}])
+    return DatasetDict({name: Dataset.from_dict({"messages": r}) for name, r in rows.items()})
+
+
+DATA = {"german": german, "chat": chat}
+
+
+def data(name: str, files: Path) -> Record:
+    """Write a data set."""
+    DATA[name]().save_to_disk(str(files / name))
+    return {}
+
+
+def data_of(name: str, files: Path) -> str:
+    """Data of a task."""
+    said: str = TASKS[name].settings["data"]
+    return str(files / said) if said in DATA else located(said)
+
+
+def run_name(name: str, rank: int, seed: int, *, rival: bool = False) -> str:
+    """Folder of a run: of the adapter to cut, or of a LoRA trained at a smaller size."""
+    task = TASKS[name]
+    if rival and task.like:
+        return run_name(task.like, rank, seed)
+    rank = 0 if task.method == "full" else rank
+    return f"{name}-{task.method}-{rank}-{task.rate:g}-{seed}"
+
+
+def trained(name: str, rank: int, seed: int, files: Path) -> Record:
+    """Train a run."""
+    task, folder = TASKS[name], files / run_name(name, rank, seed)
+    settings = task.settings | {} if task.method == "full" else task.settings | {"rank": rank}
+    settings |= {"model": located(settings["model"]), "data": data_of(name, files)}
+    config = TrainConfig(**settings, method=task.method, learning_rate=task.rate, seed=seed, output=str(folder))
+    return train(config, overwrite=folder.exists(), announce=lambda line: None).metrics
+
+
+@dataclass
+class Case:
+    """An adapter to cut: the inputs of `lrlora export`, and unseen examples."""
+
+    whole: list[Any]
+    curve: Any
+    moments: dict[str, Any]
+    terms: int
+    updates: Any
+    parameters_of_rank: Callable[[int], int]
+    test: Callable[[Any], float]
+    as_it_is: float  # test loss
+    heal: Callable[[Any], float]  # factors → test loss
+
+
+def loaded(name: str, rank: int, seed: int, files: Path, *, rival: bool = False) -> tuple[Any, list[Any]]:
+    """A run of `lrlora train` with its examples, and test batches."""
+    task, folder = TASKS[name], files / run_name(name, rank, seed, rival=rival)
+    base = model_source(located(task.settings["model"])) if task.method == "full" and not rival else None
+    subject = Subject.read(str(folder), base=base, announce=lambda line: None)
+    test = data_of(name, files)
+    said = load_from_disk(test)["test"] if task.settings["data"] in DATA else test
+    examples = subject.run.examples(said, "test", lambda line: None, with_label=True)
+    examples = examples.shuffle(seed=1).select(range(min(task.tests, len(examples))))
+    return subject, list(subject.run.trainer(subject.run.encoded(examples)).get_eval_dataloader())
+
+
+def case_of(name: str, seed: int, files: Path) -> Case:
+    """A run of `lrlora train`."""
+    subject, test = loaded(name, 8, seed, files)
+    training = subject.batches(subject.training, *MOMENTS)
+    unseen = Part(subject, test, training)
+    model, whole = subject.on_base, [part for part in subject.whole if part.rank]
+    moments, terms = collect_moments(model, whole, training, subject.loss)
+    curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
+
+    def healed(factors: Any) -> float:
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "healed"
+            save_as_lora(factors, subject.updates, output)
+            heal(subject, output, TASKS[name].healing, lambda line: None)
+            return mean_of(unseen.losses_of(subject.with_lora(output)))
+
+    return Case(
+        whole=whole,
+        curve=curve,
+        moments=moments,
+        terms=terms,
+        updates=subject.updates,
+        parameters_of_rank=lambda rank: parameters_of_rank(subject.updates, rank),
+        test=lambda factors: mean_loss(model, factors, test, subject.loss),
+        as_it_is=mean_of(unseen.whole),
+        heal=healed,
+    )
+
+
+def byte_case(rank: int, seed: int, files: Path) -> Case:
+    """Byte model on German, adapted by LoRA."""
+    corpus, setting = load_corpus("german"), transfer("german", 16, seed)
+    model = PeftModel.from_pretrained(setting.model, files / f"bytes-{rank}-{seed}")
+    whole, generator = factorize(model, energy=1.0), torch.Generator().manual_seed(seed)
+
+    def windows(data: Any, count: int) -> list[dict[str, Any]]:
+        held = len(data) // CONTEXT
+        chosen = data[: held * CONTEXT].view(held, CONTEXT)[torch.arange(count) * held // count].long()
+        return [{"input_ids": some, "labels": some} for some in chosen.split(64)]
+
+    training = [{"input_ids": b, "labels": b} for b in (sample_batch(corpus.train, generator, 16) for _ in range(2))]
+    test = windows(corpus.test, TEST_WINDOWS)
+    moments, terms = collect_moments(model, whole, training)
+    curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
+    as_it_is = mean_loss(model, whole, test)
+
+    def healed(factors: Any) -> float:
+        return heal_bytes(factors, seed, test)
+
+    return Case(
+        whole=whole,
+        curve=curve,
+        moments=moments,
+        terms=terms,
+        updates=model,
+        parameters_of_rank=lambda rank: parameters_of_rank(model, rank),
+        test=lambda factors: mean_loss(model, factors, test),
+        as_it_is=as_it_is,
+        heal=healed,
+    )
+
+
+def heal_bytes(factors: Any, seed: int, test: Any) -> float:
+    """100 steps of LoRA from these factors, at a quarter of the rate for its scale."""
+    setting = transfer("german", 16, seed + 100)
+    model: Any = get_peft_model(setting.model, lora_config(factors, LoraConfig()))
+    for part in factors:
+        if part.rank:
+            layer = model.base_model.model.get_submodule(part.module)
+            layer.lora_A["default"].weight.data.copy_(part.A)
+            layer.lora_B["default"].weight.data.copy_(part.B)
+    optimise(model, setting, 2 * 0.25 * BYTE_RATES[8], BYTE_HEALING)
+
+    return mean_loss(model, factorize(model, energy=1.0), test)
+
+
+def optimise(model: Any, setting: Any, rate: float, steps: int) -> None:
+    """AdamW with warm-up over a twentieth of the steps and linear decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warm) * (1 - i / steps))
+    for _, loss in zip(range(steps), setting.losses(model), strict=False):
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2, 2: 1e-2}  # from docs/capacity.md, with α = 4r
+BYTE_STEPS, BYTE_HEALING = 500, 100
+BYTE_WINDOWS = 32  # windows of 128 bytes, 4,096 loss terms, for `byte_own`
+
+
+def bytes_trained(rank: int, seed: int, files: Path) -> Record:
+    """Train a LoRA on the byte model."""
+    setting = transfer("german", 16, seed)
+    torch.manual_seed(seed)
+    model = get_peft_model(setting.model, LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=setting.targets))
+    optimise(model, setting, BYTE_RATES[rank], BYTE_STEPS)
+    model.save_pretrained(str(files / f"bytes-{rank}-{seed}"))
+    return {}
+
+
+def by_scalar(case: Case, budget: int) -> list[Any]:
+    """SVD directions, with energies scaled by one scalar per module: the product of the means of both moments."""
+    worth = []
+    for part in case.whole:
+        moments, sigma = case.moments[part.module], part.A.double().square().sum(1)
+        # In orthonormal bases of the update's span.
+        inputs = (moments.inputs.diagonal() / sigma).mean() / moments.weight
+        gradients = (moments.gradients.diagonal() / sigma).mean() / case.terms
+        worth.append(sigma.square() * inputs * gradients)
+    costs = [part.parameters_per_rank for part in case.whole]
+    ranks = best_per_parameter(worth, costs, budget)
+    return [replace(p, A=p.A[:rank], B=p.B[:, :rank]) for p, rank in zip(case.whole, ranks, strict=True)]
+
+
+def by_share(case: Case, budget: int) -> list[Any]:
+    """One share of ‖ΔW‖ for all modules, as kohya's `sv_fro`: the largest within the budget."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(6):
+        share = (low + high) / 2
+        factors = factorize(case.updates, energy=share)
+        if sum(part.parameters for part in factors) <= budget:
+            low, best = share, factors
+        else:
+            high = share
+    assert best is not None
+    return best
+
+
+def keep(name: str, seed: int, files: Path) -> Record:
+    """What `lrlora export --keep` keeps of a run on test data that it never saw."""
+    task, folder = TASKS[name], files / run_name(name, 8, seed)
+    subject, test = loaded(name, 8, seed, files)
+    unseen = Part(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
+    cut = Cut(subject, announce=lambda line: None)
+    metric = subject.run.kind.metrics[0]
+    metric = "mean_token_accuracy" if metric == "loss" else metric
+    whole = sum(part.parameters for part in subject.whole)
+    rows = []
+    for share in KEEPS:
+        try:
+            factors = cut.smallest(share, announce=lambda line: print(f"{name}, seed {seed}: {line}", flush=True))
+        except ValueError as error:
+            rows.append({"keep": share, "refused": str(error)})
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            save_as_lora(factors, subject.updates, Path(scratch) / "lora")
+            how: dict[str, Any] = {"split": "test", "limit": task.tests, "answers": False}
+            scores = [
+                evaluate(each, data_of(name, files), announce=lambda line: None, **how)[metric]
+                for each in (folder, Path(scratch) / "lora")
+            ]
+        rows.append(
+            {
+                "keep": share, "size": sum(part.parameters for part in factors) / whole,
+                "confirmed": cut.confirm.kept(factors).share, "test": unseen.kept(factors)._asdict(),
+                "without": mean_of(unseen.without), "whole": mean_of(unseen.whole),
+                "cut": mean_of(unseen.losses(factors)), "metric": metric, "before": scores[0], "after": scores[1],
+            }
+        )  # fmt: skip
+    return {"task": name, "seed": seed, "cuts": rows}
+
+
+def own(name: str, seed: int, files: Path) -> Record:
+    """Cuts by text or labels of the adapted model, measured on real test data."""
+    if name == BYTES:
+        return byte_own(seed, files)
+    subject, test = loaded(name, 8, seed, files)
+    kind = subject.run.kind
+    unseen = Part(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
+    row: dict[str, Any] = {
+        "task": name,
+        "seed": seed,
+        "whole": mean_of(unseen.whole),
+        "without": mean_of(unseen.without),
+    }
+    whole = sum(part.parameters for part in subject.whole)
+    sources = {"real": (subject, subject.loss), "sampled": (subject, sampled(kind.generates))}
+    if kind.generates:
+        pieces = replace(subject, training=fixed_pieces(subject.run.processor))
+        sources["fixed"] = pieces, sampled(causal=True)
+    if TASKS[name].settings["task"] != "image-classify":
+        alone = subject.on_own_text()
+        sources["own" if kind.generates else "fixed"] = alone, alone.loss
+        factors = Cut(alone, announce=lambda line: None).smallest(KEEPS[0], announce=lambda line: None)
+        row |= {"size": sum(part.parameters for part in factors) / whole, "kept": unseen.kept(factors)._asdict()}
+    for source, (examples, loss) in sources.items():
+        batches = examples.batches(examples.training, EXAMPLES, TERMS)
+        curve = loss_curve(subject.on_base, subject.whole, batches, loss)
+        for share in SHARES:
+            cut = curve.within(int(share * whole))
+            row[f"{source}, {share}"] = mean_of(example_losses(subject.on_base, cut, test, subject.loss))
+    return row
+
+
+def byte_own(seed: int, files: Path) -> Record:
+    """`own` for the byte model, whose own text begins with a random byte."""
+    case, generator = byte_case(16, seed, files), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = case.updates
+    real = sample_batch(load_corpus("german").train, generator, BYTE_WINDOWS)
+    fixed = torch.tensor(list(" ".join(fixed_texts()).encode()), dtype=torch.uint8)
+    own = torch.randint(256, (BYTE_WINDOWS, 1), generator=generator)
+    with torch.no_grad():
+        while own.shape[1] < CONTEXT:
+            logits = model(input_ids=own).logits[:, -1].float()
+            own = torch.cat([own, torch.distributions.Categorical(logits=logits).sample()[:, None]], dim=1)
+    drawn = sampled(causal=True)
+    sources = {
+        "real": (real, model_loss), "sampled": (real, drawn), "own": (own, model_loss),
+        "fixed": (sample_batch(fixed, generator, BYTE_WINDOWS), drawn),
+    }  # fmt: skip
+    row: dict[str, Any] = {"task": BYTES, "seed": seed, "whole": case.as_it_is}
+    for source, (windows, loss) in sources.items():
+        batches = [{"input_ids": some, "labels": some} for some in windows.split(16)]
+        curve = loss_curve(model, case.whole, batches, loss)
+        for share, rank in BYTE_SHARES.items():
+            row[f"{source}, {share}"] = case.test(curve.within(case.parameters_of_rank(rank)))
+    return row
+
+
+def fixed_pieces(tokenizer: Any) -> Any:
+    """Python's documentation in pieces of 64 tokens."""
+    tokens = tokenizer(" ".join(fixed_texts()))["input_ids"]
+    rows = [tokens[start : start + 64] for start in range(0, len(tokens) - 64, 64)]
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * 64] * len(rows), "labels": rows})
+
+
+METHODS: dict[str, Callable[[Case, int, int], list[Any]]] = {
+    "by loss": lambda case, budget, rank: case.curve.within(budget),
+    "by scalar": lambda case, budget, rank: by_scalar(case, budget),
+    "by energy": lambda case, budget, rank: factorized(case, budget=budget),
+    "every k": lambda case, budget, rank: factorized(case, max_rank=rank),
+    "sv_fro": lambda case, budget, rank: by_share(case, budget),
+}
+
+
+def factorized(case: Case, **how: Any) -> list[Any]:
+    """By energy alone."""
+    return factorize(case.updates, **how)
+
+
+def cut(name: str, seed: int, files: Path) -> Record:
+    """All cuts of one adapter, with their test losses."""
+    if name == BYTES:
+        case = byte_case(16, seed, files)
+        rivals = {rank: byte_case(rank, seed, files).as_it_is for rank in BYTE_SHARES.values()}
+    else:
+        case, rivals = case_of(name, seed, files), {}
+        for rank in TASKS[name].ranks:
+            subject, test = loaded(name, rank, seed, files, rival=True)
+            rivals[rank] = mean_of(losses_of(subject.run.model.get_base_model(), test, subject.loss))
+    found: dict[str, Any] = {"task": name, "seed": seed, "test": case.as_it_is}
+    to_heal = {}
+    for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
+        budget = case.parameters_of_rank(rank)
+        for method, choose in METHODS.items():
+            factors = choose(case, budget, rank)
+            found[f"{method}, {share}"] = case.test(factors)
+            if method == "by loss":
+                found[f"predicted, {share}"] = case.curve.predicted_rise(factors)
+                if share == max(SHARES) or name == BYTES:
+                    to_heal[share] = factors
+        found[f"trained, {share}"] = rivals.get(rank)
+        found[f"parameters, {share}"] = budget
+    for share, factors in to_heal.items():  # at the end: it trains the case's own heads
+        found[f"healed, {share}"] = case.heal(factors)
+    return found
+
+
+BYTE_SHARES = {0.5: 8, 0.25: 4}
+
+
+def costs(files: Path) -> Record:
+    """Time and memory of the command, and of the moments in one layer with Llama 2 7B's shapes."""
+    output = files / "smallest"
+    shutil.rmtree(output, ignore_errors=True)
+    command = ["export", str(files / run_name("r8", 8, 0)), "--keep", "0.99", "--output", str(output)]
+    found: dict[str, Any] = {"MiniLM": cost_of(*command)}
+    config = LlamaConfig(num_hidden_layers=1, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    layer, rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+    torch.set_default_dtype(torch.float32)
+    model = get_peft_model(layer, LoraConfig(r=16, target_modules=list(_PROJECTIONS), init_lora_weights=False))
+    whole, x = factorize(model, energy=1.0), torch.randn(1, 512, config.hidden_size, dtype=torch.bfloat16)
+    positions = rotary(x, torch.arange(512)[None])
+
+    def loss(layer: Any, batch: Any) -> tuple[Any, Any]:
+        output = layer(batch.requires_grad_(), position_embeddings=positions)
+        return (output[0] if isinstance(output, tuple) else output).float().square().sum(), torch.tensor(512)
+
+    seconds: dict[str, list[float]] = {"step": [], "moments": []}
+    for _ in range(3):
+        start = time.perf_counter()
+        loss(layer, x.clone())[0].backward()
+        seconds["step"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        collect_moments(model, whole, [x.clone()], loss)
+        seconds["moments"].append(time.perf_counter() - start)
+    start = time.perf_counter()
+    moments, terms = collect_moments(model, whole, [x.clone()], loss)
+
+    start = time.perf_counter()
+    for part in whole:
+        directions(part, moments[part.module], terms)
+    found["layer"] = {name: sorted(values)[1] for name, values in seconds.items()} | {
+        "directions": time.perf_counter() - start,
+        "megabytes of all 32 layers": 32 * len(whole) * 2 * 16**2 * 8 / 1e6,
+    }
+    return found
+
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def sampled(causal: bool) -> Any:
+    """Loss of labels sampled from the model; its moments are the Fisher matrix's."""
+
+    def loss(model: Any, batch: Any) -> tuple[Any, Any]:
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        is_counted = batch["labels"][:, 1:] != -100 if causal else torch.ones(len(logits), 1, dtype=torch.bool)
+        logits = logits[:, :-1] if causal else logits[:, None]
+        drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
+        terms = F.cross_entropy(logits.transpose(1, 2), drawn, reduction="none")
+        return (terms * is_counted).sum(1), is_counted.sum(1)
+
+    return loss
+
+
+def _train(name: str, rank: int, seed: int) -> Job:
+    said = TASKS[name].settings["data"]
+    return Job(partial(trained, name, rank, seed), (f"data--{said}",) if said in DATA else ())
+
+
+def _jobs() -> dict[str, Job]:
+    jobs = {f"data--{name}": Job(partial(data, name)) for name in DATA}
+    for seed in SEEDS:
+        runs = {rank: f"train--bytes-{rank}-{seed}" for rank in BYTE_RATES if rank != 2}
+        jobs |= {run: Job(partial(bytes_trained, rank, seed)) for rank, run in runs.items()}
+        jobs[f"cut--bytes--{seed}"] = Job(partial(cut, BYTES, seed), tuple(runs.values()))
+        jobs[f"own--bytes--{seed}"] = Job(partial(own, BYTES, seed), (runs[16],))
+        for name, task in TASKS.items():
+            whole = f"train--{run_name(name, 8, seed)}"
+            rivals = [f"train--{run_name(name, rank, seed, rival=True)}" for rank in task.ranks]
+            jobs[whole] = _train(name, 8, seed)
+            jobs[f"keep--{name}--{seed}"] = Job(partial(keep, name, seed), (whole,))
+            jobs[f"own--{name}--{seed}"] = Job(partial(own, name, seed), (whole,))
+            if name in CUT:
+                like = task.like or name
+                jobs |= {run: _train(like, rank, seed) for rank, run in zip(task.ranks, rivals, strict=True)}
+                jobs[f"cut--{name}--{seed}"] = Job(partial(cut, name, seed), (whole, *rivals))
+    return jobs | {"costs": Job(costs, (f"train--{run_name('r8', 8, 0)}",))}
+
+
+MEASUREMENT = Measurement(_jobs(), sections)

@@ -1,0 +1,89 @@
+"""Measurements of the documentation: jobs that need each other, the records, and the page."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lrlora_lab import measure
+from lrlora_lab.cli import app
+from lrlora_lab.measure import Job, Measurement, run_measurement, stored_records
+
+PAGE = "# Squares\n\n<!-- squares -->\n<!-- /squares -->\n"
+
+
+def write_number(number: int, files: Path) -> dict[str, Any]:
+    (files / f"{number}.txt").write_text(str(number))
+    return {"said": "not in the page"}
+
+
+def square(number: int, files: Path) -> dict[str, Any]:
+    return {"square": int((files / f"{number}.txt").read_text()) ** 2}
+
+
+def fail(files: Path) -> dict[str, Any]:
+    raise RuntimeError("the disk is full")
+
+
+def table(records: dict[str, Any]) -> dict[str, str]:
+    return {"squares": "".join(f"{job}: {record['square']}\n" for job, record in records.items())}
+
+
+@pytest.fixture
+def squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Job]:
+    """Jobs of a measurement in a checkout; tests may replace them."""
+    jobs = {}
+    for number in (2, 3):
+        jobs[f"write--{number}"] = Job(partial(write_number, number))
+        jobs[f"square--{number}"] = Job(partial(square, number), (f"write--{number}",))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "speed.md").write_text(PAGE)
+    monkeypatch.setattr(measure, "measurement", lambda name: Measurement(jobs, table, is_timed=name == "speed"))
+    return jobs
+
+
+def test_jobs_run_after_those_that_they_need_and_fill_the_page(squares: dict[str, Job], tmp_path: Path) -> None:
+    said: list[str] = []
+    assert run_measurement("speed", tmp_path / "out", "square--3", announce=said.append) == []
+    assert [line.split(" · ")[-1] for line in said] == ["write--3", "square--3"]
+    assert "square--3: 9\n" in (tmp_path / "docs" / "speed.md").read_text()
+    squares["square--2"], mended = Job(fail, ("write--2",)), squares["square--2"]
+    assert run_measurement("speed", tmp_path / "out", announce=said.append) == ["square--2"]
+    assert "the disk is full" in said[-1]
+    squares["square--2"] = mended
+    result = CliRunner().invoke(app, ["measure", "speed"])
+    assert result.exit_code == 0, result.output
+    assert "3 of 4 jobs done" in result.output
+    page = (tmp_path / "docs" / "speed.md").read_text()
+    assert page == PAGE.replace("<!-- /", "square--2: 4\nsquare--3: 9\n<!-- /")
+    assert list(stored_records("speed", tmp_path / "docs")) == ["square--2", "square--3"]
+
+
+@pytest.mark.usefixtures("squares")
+def test_stored_records_are_kept_and_shown(tmp_path: Path) -> None:
+    (tmp_path / "docs" / "speed").mkdir()
+    rows = [{"job": "square--2", "square": 5}, {"job": "of an older version", "square": 6}]
+    (tmp_path / "docs" / "speed" / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = CliRunner().invoke(app, ["measure", "speed", "--report"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "docs" / "speed.md").read_text() == PAGE.replace("<!-- /", "square--2: 5\n<!-- /")
+
+
+@pytest.mark.refused
+@pytest.mark.usefixtures("squares")
+def test_what_cannot_be_measured_is_one_clear_error() -> None:
+    for arguments, message in (
+        (["speed", "--only", "cubes"], "--only cubes matches no job. Jobs: square--2, square--3."),
+        (["speed", "--jobs", "2"], "The jobs of speed are timed and need the machine alone, got --jobs 2. Remove it."),
+        (["loss"], "docs/loss.md does not exist. Run the command in a checkout of lrlora."),
+        (["lengths"], "Unknown measurement 'lengths'. Known: loss, speed"),
+    ):
+        result = CliRunner().invoke(app, ["measure", *arguments], env={"COLUMNS": "200"})
+        assert result.exit_code == 1, result.output
+        assert message in " ".join(result.output.split()), result.output
