@@ -257,8 +257,9 @@ def run(fault: Fault, number: int) -> NoReturn:
 def _test(root: Path, tests: list[str], log: Path) -> None:
     """Run tests in this process, until one fails."""
     os.chdir(root)
-    os.environ["PYTHONPATH"] = str(root / "src")
-    sys.path[:0] = [str(root), str(root / "src")]
+    sources = [str(root / "src"), str(root / "lab")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(sources)
+    sys.path[:0] = [str(root), *sources]
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "lrlora", "lrlora_lab")]:
         del sys.modules[name]
     written = os.open(log, os.O_WRONLY)

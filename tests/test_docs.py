@@ -25,7 +25,7 @@ from lrlora.adapters import read_updates
 from lrlora.cli import app
 from lrlora.train.settings import TrainConfig
 from lrlora_lab.jobs import read_comparison
-from lrlora_lab.measure import NAMES, gpu, stored_records, updated
+from lrlora_lab.measure import NAMES, gpu, measurement, stored_records, updated
 from lrlora_lab.report import write_report
 from lrlora_lab.suite import Suite
 
@@ -260,8 +260,10 @@ def test_the_tables_of_a_page_are_the_stored_ones(page: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tables_of_a_measurement_are_the_stored_ones(name: str) -> None:
-    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    assert updated(name, text, stored_records(name, ROOT / "docs")) == text
+    measured = measurement(name)
+    page = ROOT / measured.page
+    text = page.read_text(encoding="utf-8")
+    assert updated(measured, text, stored_records(page)) == text
 
 
 @pytest.mark.parametrize("suite", [path.parent.name for path in ROOT.glob("docs/compare/*/report.md")])
@@ -309,7 +311,27 @@ def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.Mon
     assert {found for row in results.values() for found in row.values()} == {"yes", "refused", "–"}
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "lab/studies/learned_ranks.md"]
+def test_the_page_on_cuts_says_what_the_study_measured() -> None:
+    study = (ROOT / "lab" / "studies" / "loss.md").read_text(encoding="utf-8")
+    page = " ".join((ROOT / "docs" / "loss.md").read_text(encoding="utf-8").split())
+    ratios = re.findall(r"([\d.]+) times \(([\d.]+) to ([\d.]+)\)", page)
+    assert len(ratios) == 5
+    for ratio, low, high in ratios:
+        assert f"| 0.5 | {ratio} ({low} to {high}) |" in study
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    model, bytes_, full = (float(ratio[0]) for ratio in (ratios[2], ratios[1], ratios[4]))
+    less = (
+        f"rises {1 - model:.0%} less than with SVD truncation on SmolLM2, {1 - bytes_:.0%} less on a byte-level model"
+    )
+    assert f"{less}, but {full - 1:.0%} more after full fine-tuning".replace("%", " %") in readme
+    sizes = re.findall(r"0\.(95|99) took (\d+) to (\d+) %", page)
+    for share, *bounds in sizes:
+        found = [int(size) for size in re.findall(rf"\| 0\.{share} \| 3 \| (\d+)% \|", study)]
+        assert [min(found), max(found)] == [int(bound) for bound in bounds]
+    assert len(sizes) == 2
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "lab/studies/learned_ranks.md", "lab/studies/loss.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
 
 

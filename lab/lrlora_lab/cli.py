@@ -97,7 +97,7 @@ def compare(
 
 @app.command()
 def measure(
-    name: Annotated[str, typer.Argument(help="loss, speed, export or compress: the page of docs to fill.")],
+    name: Annotated[str, typer.Argument(help="loss, speed, export or compress.")],
     only: Annotated[str, typer.Option(help="Pattern of the jobs, such as 'keep--*'; default: all.")] = "*",
     at_once: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Jobs at a time; default: one per GPU, or one.")
@@ -111,17 +111,17 @@ def measure(
     """Repeat a measurement of the documentation, and fill its page. Run it again to resume."""
     with one_clear_error():
         quiet()
-        from .measure import NAMES, run_measurement, write_page
+        from .measure import NAMES, measurement, run_measurement, write_page
 
         require_known("measurement", name, NAMES)
         if report:
-            announce(f"Page: {write_page(name, Path('docs'), {})}")
+            announce(f"Page: {write_page(name, {})}")
             return
         folder = output or Path(f"lrlora-lab-{name}")
         left = run_measurement(name, folder, only, at_once=at_once, hours=hours, announce=announce)
         if left:
             announce(f"Left: {', '.join(left)}. Run the same command again to continue.")
-        announce(f"Page: docs/{name}.md")
+        announce(f"Page: {measurement(name).page}")
 
 
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:

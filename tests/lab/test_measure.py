@@ -44,7 +44,7 @@ def squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Job]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "speed.md").write_text(PAGE)
-    monkeypatch.setattr(measure, "measurement", lambda name: Measurement(jobs, table, is_timed=name == "speed"))
+    monkeypatch.setattr(measure, "measurement", lambda name: Measurement(f"docs/{name}.md", jobs, table, is_timed=True))
     return jobs
 
 
@@ -62,14 +62,13 @@ def test_jobs_run_after_those_that_they_need_and_fill_the_page(squares: dict[str
     assert "3 of 4 jobs done" in result.output
     page = (tmp_path / "docs" / "speed.md").read_text()
     assert page == PAGE.replace("<!-- /", "square--2: 4\nsquare--3: 9\n<!-- /")
-    assert list(stored_records("speed", tmp_path / "docs")) == ["square--2", "square--3"]
+    assert list(stored_records(Path("docs/speed.md"))) == ["square--2", "square--3"]
 
 
 @pytest.mark.usefixtures("squares")
 def test_stored_records_are_kept_and_shown(tmp_path: Path) -> None:
-    (tmp_path / "docs" / "speed").mkdir()
     rows = [{"job": "square--2", "square": 5}, {"job": "of an older version", "square": 6}]
-    (tmp_path / "docs" / "speed" / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "docs" / "speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = CliRunner().invoke(app, ["measure", "speed", "--report"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "docs" / "speed.md").read_text() == PAGE.replace("<!-- /", "square--2: 5\n<!-- /")

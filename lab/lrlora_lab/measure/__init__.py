@@ -1,6 +1,6 @@
 """Measurements behind pages of the documentation. To add one, add a file here with a `MEASUREMENT`, and its page.
 
-The records of their jobs are stored in `docs/NAME/jobs.jsonl`, and fill the generated sections of `docs/NAME.md`.
+The records of their jobs are stored beside the page, and fill its generated sections.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from ..pool import Call, Record, run_missing
 from ..sections import with_section
 
 NAMES = ("loss", "speed", "export", "compress")
-_RECORDS = "jobs.jsonl"
 Records = dict[str, Record]
 
 
@@ -46,12 +45,14 @@ class Measurement:
     """Jobs, and the tables of a page.
 
     Args:
+        page: page to fill, in a checkout.
         jobs: by name.
         sections: records of the jobs that no other job needs → sections of the page, by marker.
         is_timed: whether the jobs need an idle machine.
 
     """
 
+    page: str
     jobs: dict[str, Job]
     sections: Callable[[Records], dict[str, str]]
     is_timed: bool = False
@@ -78,7 +79,6 @@ def run_measurement(
     output: Path,
     only: str = "*",
     *,
-    docs: Path = Path("docs"),
     at_once: int | None = None,
     hours: float | None = None,
     announce: Callable[[str], None] = print,
@@ -89,7 +89,6 @@ def run_measurement(
         name: one of `NAMES`.
         output: folder of the results.
         only: pattern of the jobs, such as `keep--*`; those that they need run too.
-        docs: folder of the pages.
         at_once: number of jobs at a time; None: one per GPU, or one.
         hours: start no job after this time; None: run all.
         announce: receives progress messages.
@@ -106,50 +105,50 @@ def run_measurement(
         raise ValueError(f"--only {only} matches no job. Jobs: {', '.join(found.reported)}.")
     if found.is_timed and at_once not in (None, 1):
         raise ValueError(f"The jobs of {name} are timed and need the machine alone, got --jobs {at_once}. Remove it.")
-    _require_page(name, docs)
+    _require(found.page)
     with only_writer(output):
         study = _Measuring(found, output, found.with_needed(chosen))
         run_missing(study, at_once=at_once, hours=hours, announce=announce)
         finished = study.finished()
-        write_page(name, docs, finished)
+        write_page(name, finished)
     return [job for job in study.wanted if job not in finished]
 
 
-def stored_records(name: str, docs: Path) -> Records:
+def stored_records(page: Path) -> Records:
     """Stored records of a measurement, by job."""
-    path = docs / name / _RECORDS
+    path = page.with_suffix(".jsonl")
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
     return {row.pop("job"): row for row in rows}
 
 
-def write_page(name: str, docs: Path, new: Records) -> Path:
+def write_page(name: str, new: Records) -> Path:
     """Store records of finished jobs, and write the tables of all stored ones to the page.
 
     Raises:
         FileNotFoundError: the page is missing.
 
     """
-    _require_page(name, docs)
-    found = stored_records(name, docs) | new
-    records = {job: found[job] for job in measurement(name).reported if job in found}
+    measured = measurement(name)
+    page = _require(measured.page)
+    found = stored_records(page) | new
+    records = {job: found[job] for job in measured.reported if job in found}
     rows = [{"job": job} | record for job, record in records.items()]
-    (docs / name).mkdir(exist_ok=True)
-    write_whole(docs / name / _RECORDS, "".join(json.dumps(row) + "\n" for row in rows))
-    page = docs / f"{name}.md"
-    write_whole(page, updated(name, page.read_text(encoding="utf-8"), records))
+    write_whole(page.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(page, updated(measured, page.read_text(encoding="utf-8"), records))
     return page
 
 
-def updated(name: str, page: str, records: Records) -> str:
+def updated(measured: Measurement, page: str, records: Records) -> str:
     """A page with its sections."""
-    for marker, text in measurement(name).sections(records).items():
+    for marker, text in measured.sections(records).items():
         page = with_section(page, marker, text)
     return page
 
 
-def _require_page(name: str, docs: Path) -> None:
-    if not (docs / f"{name}.md").exists():
-        raise FileNotFoundError(f"{docs / name}.md does not exist. Run the command in a checkout of lrlora.")
+def _require(page: str) -> Path:
+    if not Path(page).exists():
+        raise FileNotFoundError(f"{page} does not exist. Run the command in a checkout of lrlora.")
+    return Path(page)
 
 
 def timed(run: Callable[[Path], Record], files: Path, _: Path) -> Record:

@@ -115,4 +115,4 @@ def sections(records: dict[str, Record]) -> dict[str, str]:
     return {"export": table(header, rows)}
 
 
-MEASUREMENT = Measurement({"demo": Job(demo), "exports": Job(measure, ("demo",))}, sections)
+MEASUREMENT = Measurement("docs/export.md", {"demo": Job(demo), "exports": Job(measure, ("demo",))}, sections)

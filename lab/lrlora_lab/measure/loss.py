@@ -561,4 +561,4 @@ def _jobs() -> dict[str, Job]:
     return jobs | {"costs": Job(costs, (f"train--{run_name('r8', 8, 0)}",))}
 
 
-MEASUREMENT = Measurement(_jobs(), sections)
+MEASUREMENT = Measurement("lab/studies/loss.md", _jobs(), sections)

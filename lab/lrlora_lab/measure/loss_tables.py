@@ -1,4 +1,4 @@
-"""Tables of docs/loss.md."""
+"""Tables of lab/studies/loss.md."""
 
 from __future__ import annotations
 
