@@ -202,7 +202,7 @@ SUITE = """
 model: base
 rank: 2
 tasks:
-  reviews: {data: reviews.csv, kind: classify, metric: accuracy, steps: 6, batch_size: 4, test: train,
+  reviews: {data: reviews.csv, task: classify, metric: accuracy, steps: 6, batch_size: 4, test: train,
             columns: {text: review, label: verdict}}
 training: {use_cpu: true}
 """
