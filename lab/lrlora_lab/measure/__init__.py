@@ -122,7 +122,7 @@ def stored_records(page: Path) -> Records:
 
 
 def write_page(name: str, new: Records) -> Path:
-    """Store records of finished jobs, and write the tables of all stored ones to the page.
+    """Store records of finished jobs beside those of other machines, and write the tables of all to the page.
 
     Raises:
         FileNotFoundError: the page is missing.
@@ -130,8 +130,7 @@ def write_page(name: str, new: Records) -> Path:
     """
     measured = measurement(name)
     page = _require(measured.page)
-    found = stored_records(page) | new
-    records = {job: found[job] for job in measured.reported if job in found}
+    records = stored_records(page) | {job: new[job] for job in measured.reported if job in new}
     rows = [{"job": job} | record for job, record in records.items()]
     write_whole(page.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     write_whole(page, updated(measured, page.read_text(encoding="utf-8"), records))
