@@ -60,6 +60,9 @@ class _Comparing:
     def plan(self, finished: dict[str, Record]) -> list[Job]:
         return self.comparison.plan(finished)
 
+    def is_alone(self, job: Job) -> bool:
+        return False
+
     def call(self, job: Job) -> Call:
         request = {**asdict(job), "rank": self.comparison.r}
         return record_of, (asdict(self.comparison.definition), request)
@@ -105,7 +108,8 @@ def check_data(comparison: Comparison) -> Iterator[str]:
                 continue
             yield from _checked(comparison, name, task)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"Task {name}: {error}") from None
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"Task {name}: {error}") from None
 
 
 def _checked(comparison: Comparison, name: str, task: Task) -> Iterator[str]:

@@ -48,6 +48,9 @@ class Study(Protocol):
     def plan(self, finished: dict[str, Record]) -> Sequence[Any]:
         """Jobs that can run; results of the finished ones may add more."""
 
+    def is_alone(self, job: Any) -> bool:
+        """Whether no other job may run beside it."""
+
     def call(self, job: Any) -> Call:
         """Importable function of a job, and its arguments; the last, which is added, is a folder for the job alone."""
 
@@ -93,7 +96,10 @@ def _run_missing(pool: _Pool | _Cluster, hours: float | None, announce: Callable
         missing = [job for job in study.plan(finished) if job.name not in finished]
         if hours is None or time.monotonic() - started < 3600 * hours:
             begun = given_up | {job.name for job in pool.running.values()}
-            for job in [job for job in missing if job.name not in begun][: pool.size - len(pool.running)]:
+            for job in [job for job in missing if job.name not in begun]:
+                running = [*pool.running.values()]
+                if len(running) == pool.size or (running and any(map(study.is_alone, [job, *running]))):
+                    continue
                 announce(study.told(job, missing, finished))
                 pool.start(job)
         if not pool.running:

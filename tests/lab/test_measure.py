@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ def fail(files: Path) -> dict[str, Any]:
     raise RuntimeError("the disk is full")
 
 
+def nap(files: Path) -> dict[str, Any]:
+    start = time.monotonic()
+    time.sleep(1)
+    return {"square": 0, "start": start, "end": time.monotonic()}
+
+
 def table(records: dict[str, Any]) -> dict[str, str]:
     return {"squares": "".join(f"{job}: {record['square']}\n" for job, record in records.items())}
 
@@ -44,7 +51,7 @@ def squares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Job]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "speed.md").write_text(PAGE)
-    monkeypatch.setattr(measure, "measurement", lambda name: Measurement(f"docs/{name}.md", jobs, table, is_timed=True))
+    monkeypatch.setattr(measure, "measurement", lambda name: Measurement(f"docs/{name}.md", jobs, table))
     return jobs
 
 
@@ -65,6 +72,15 @@ def test_jobs_run_after_those_that_they_need_and_fill_the_page(squares: dict[str
     assert list(stored_records(Path("docs/speed.md"))) == ["square--3", "square--2"]
 
 
+def test_a_timed_job_runs_alone(squares: dict[str, Job], tmp_path: Path) -> None:
+    squares.clear()
+    squares.update({name: Job(nap, is_timed=name == "timed") for name in ("first", "timed", "last")})
+    assert run_measurement("speed", tmp_path / "out", at_once=3, announce=lambda line: None) == []
+    when = {job: (record["start"], record["end"]) for job, record in stored_records(Path("docs/speed.md")).items()}
+    start, end = when.pop("timed")
+    assert all(other_end <= start or end <= other_start for other_start, other_end in when.values())
+
+
 @pytest.mark.usefixtures("squares")
 def test_stored_records_are_kept_and_shown(tmp_path: Path) -> None:
     rows = [{"job": "square--2", "square": 5}, {"job": "of another machine", "square": 6}]
@@ -81,7 +97,6 @@ def test_stored_records_are_kept_and_shown(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_one_clear_error() -> None:
     for arguments, message in (
         (["speed", "--only", "cubes"], "--only cubes matches no job. Jobs: square--2, square--3."),
-        (["speed", "--jobs", "2"], "The jobs of speed are timed and need the machine alone, got --jobs 2. Remove it."),
         (["loss"], "docs/loss.md does not exist. Run the command in a checkout of lrlora."),
         (["lengths"], "Unknown measurement 'lengths'. Known: loss, speed"),
     ):

@@ -83,7 +83,7 @@ def interpolated(case: Case) -> Tensor:
         return formula(case)
     table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64, z.abs().max().item())
     coefficients = table.interpolate(spec.series(table.points, transfer.amplitude, transfer.bandwidth))
-    u = z.clamp(-table.reach, table.reach) / table.spacing
+    u = torch.where(z.abs() <= table.reach, z, table.reach * z.sign()) / table.spacing
     cell = u.detach().floor().clamp(max=table.cells_per_side - 1)
     psi = sum(coefficients[(cell + table.cells_per_side).long(), p] * (u - cell) ** p for p in range(6))
     if not spec.is_clipped:

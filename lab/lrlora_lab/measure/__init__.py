@@ -1,6 +1,7 @@
-"""Measurements behind pages of the documentation. To add one, add a file here with a `MEASUREMENT`, and its page.
+"""Measurements behind pages of the documentation.
 
-The records of their jobs are stored beside the page, and fill its generated sections.
+The records of their jobs are stored beside the page, and fill its sections, each between a pair of markers. To add one,
+add a file here with a `MEASUREMENT`, its name in `NAMES`, and a page.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ class Job:
     Args:
         run: importable function that takes the folder that all jobs share, and returns what it measured.
         needs: jobs whose files in that folder it reads.
+        is_timed: whether no other job may run beside it.
 
     """
 
     run: Callable[[Path], Record]
     needs: tuple[str, ...] = ()
+    is_timed: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,12 @@ class Measurement:
         page: page to fill, in a checkout.
         jobs: by name.
         sections: records of the jobs that no other job needs → sections of the page, by marker.
-        is_timed: whether the jobs need an idle machine.
 
     """
 
     page: str
     jobs: dict[str, Job]
     sections: Callable[[Records], dict[str, str]]
-    is_timed: bool = False
 
     @property
     def reported(self) -> list[str]:
@@ -96,15 +97,13 @@ def run_measurement(
     Raises:
         BlockingIOError: another process runs it.
         FileNotFoundError: the page is missing.
-        ValueError: no job has such a name, or several would run at a time and are timed.
+        ValueError: no job has such a name.
 
     """
     found = measurement(name)
     chosen = [job for job in found.reported if fnmatch(job, only)]
     if not chosen:
         raise ValueError(f"--only {only} matches no job. Jobs: {', '.join(found.reported)}.")
-    if found.is_timed and at_once not in (None, 1):
-        raise ValueError(f"The jobs of {name} are timed and need the machine alone, got --jobs {at_once}. Remove it.")
     _require(found.page)
     with only_writer(output):
         study = _Measuring(found, output, found.with_needed(chosen))
@@ -131,9 +130,10 @@ def write_page(name: str, new: Records) -> Path:
     measured = measurement(name)
     page = _require(measured.page)
     records = stored_records(page) | {job: new[job] for job in measured.reported if job in new}
+    text = updated(measured, page.read_text(encoding="utf-8"), records)
     rows = [{"job": job} | record for job, record in records.items()]
     write_whole(page.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    write_whole(page, updated(measured, page.read_text(encoding="utf-8"), records))
+    write_whole(page, text)
     return page
 
 
@@ -176,7 +176,10 @@ class _Measuring:
 
     def plan(self, finished: Records) -> list[_Named]:
         jobs = self.measurement.jobs
-        return [_Named(name) for name in self.wanted if all(needed in finished for needed in jobs[name].needs)]
+        return [_Named(name) for name in self.wanted if finished.keys() >= {*jobs[name].needs}]
+
+    def is_alone(self, job: _Named) -> bool:
+        return self.measurement.jobs[job.name].is_timed
 
     def call(self, job: _Named) -> Call:
         return timed, (self.measurement.jobs[job.name].run, self.output / "files")

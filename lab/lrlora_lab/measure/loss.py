@@ -45,10 +45,14 @@ from ..inputs import located
 from ..pool import Record
 from . import Job, Measurement
 from .compress import cost_of
-from .loss_tables import BYTES, KEEPS, SHARES, sections
+from .loss_tables import BYTES, KEEPS, SHARES, STAGES, sections
 
 SEEDS = (0, 1, 2)
-MOMENTS = (256, 4_096)  # examples and loss terms for the moments
+# Byte model, with α = 4r: learning rates by r, from docs/capacity.md.
+BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2}
+BYTE_SHARES = {0.5: 8, 0.25: 4}  # share of the size of r = 16 → r of that size
+BYTE_STEPS, BYTE_HEALING = 500, 100
+BYTE_WINDOWS = 32  # windows of 128 bytes, 4,096 loss terms, for `byte_own`
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Task:
         healing: number of steps.
         tests: number of examples.
         ranks: of the LoRAs trained at smaller sizes.
+        stages: what is measured.
 
     """
 
@@ -72,6 +77,7 @@ class Task:
     healing: int = 40
     tests: int = 384
     ranks: tuple[int, ...] = (4, 2)
+    stages: tuple[str, ...] = STAGES
 
 
 _MINILM = {
@@ -92,14 +98,14 @@ TASKS = {
         tests=256,
     ),
     "german": Task(_SMOLLM2 | {"data": "german"}, 4e-3, healing=12, tests=48, ranks=(4,)),
-    "chat": Task(_SMOLLM2 | {"data": "chat"}, 2e-3, healing=12, tests=48, ranks=(4,)),
+    "chat": Task(_SMOLLM2 | {"data": "chat"}, 2e-3, healing=12, tests=48, ranks=()),
 }  # fmt: skip
-TASKS["news-phi"] = replace(TASKS["news"], method="lr-lora", like="news")
-TASKS["news-full"] = replace(TASKS["news"], method="full", like="news", rate=1e-4, tests=256)
-CUT = (BYTES, *TASKS)
-# Adapters that gain nothing, and little, for `keep`.
-TASKS["r8-nothing"] = replace(TASKS["r8"], rate=1e-8)
-TASKS["r8-little"] = replace(TASKS["r8"], settings=TASKS["r8"].settings | {"steps": 40})
+TASKS |= {
+    "news-phi": replace(TASKS["news"], method="lr-lora", like="news", stages=("cut", "keep")),
+    "news-full": replace(TASKS["news"], method="full", like="news", rate=1e-4, tests=256, stages=("cut", "keep")),
+    "r8-nothing": replace(TASKS["r8"], rate=1e-8, stages=("keep",)),
+    "r8-little": replace(TASKS["r8"], settings=TASKS["r8"].settings | {"steps": 40}, stages=("keep",)),
+}
 
 
 def german() -> DatasetDict:
@@ -206,7 +212,7 @@ def loaded(name: str, rank: int, seed: int, files: Path, *, rival: bool = False)
 def case_of(name: str, seed: int, files: Path) -> Case:
     """A run of `lrlora train`."""
     subject, test = loaded(name, 8, seed, files)
-    training = subject.batches(subject.training, *MOMENTS)
+    training = subject.batches(subject.training, EXAMPLES, TERMS)
     unseen = Part(subject, test, training)
     model, whole = subject.on_base, [part for part in subject.whole if part.rank]
     moments, terms = collect_moments(model, whole, training, subject.loss)
@@ -293,11 +299,6 @@ def optimise(model: Any, setting: Any, rate: float, steps: int) -> None:
         schedule.step()
 
 
-BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2, 2: 1e-2}  # from docs/capacity.md, with α = 4r
-BYTE_STEPS, BYTE_HEALING = 500, 100
-BYTE_WINDOWS = 32  # windows of 128 bytes, 4,096 loss terms, for `byte_own`
-
-
 def bytes_trained(rank: int, seed: int, files: Path) -> Record:
     """Train a LoRA on the byte model."""
     setting = transfer("german", 16, seed)
@@ -325,7 +326,7 @@ def by_scalar(case: Case, budget: int) -> list[Any]:
 def by_share(case: Case, budget: int) -> list[Any]:
     """One share of ‖ΔW‖ for all modules, as kohya's `sv_fro`: the largest within the budget."""
     low, high, best = 0.0, 1.0, None
-    for _ in range(6):
+    for _ in range(16):
         share = (low + high) / 2
         factors = factorize(case.updates, energy=share)
         if sum(part.parameters for part in factors) <= budget:
@@ -438,15 +439,10 @@ def fixed_pieces(tokenizer: Any) -> Any:
 METHODS: dict[str, Callable[[Case, int, int], list[Any]]] = {
     "by loss": lambda case, budget, rank: case.curve.within(budget),
     "by scalar": lambda case, budget, rank: by_scalar(case, budget),
-    "by energy": lambda case, budget, rank: factorized(case, budget=budget),
-    "every k": lambda case, budget, rank: factorized(case, max_rank=rank),
+    "by energy": lambda case, budget, rank: factorize(case.updates, budget=budget),
+    "every k": lambda case, budget, rank: factorize(case.updates, max_rank=rank),
     "sv_fro": lambda case, budget, rank: by_share(case, budget),
 }
-
-
-def factorized(case: Case, **how: Any) -> list[Any]:
-    """By energy alone."""
-    return factorize(case.updates, **how)
 
 
 def cut(name: str, seed: int, files: Path) -> Record:
@@ -477,9 +473,6 @@ def cut(name: str, seed: int, files: Path) -> Record:
     return found
 
 
-BYTE_SHARES = {0.5: 8, 0.25: 4}
-
-
 def costs(files: Path) -> Record:
     """Time and memory of the command, and of the moments in one layer with Llama 2 7B's shapes."""
     output = files / "smallest"
@@ -506,9 +499,7 @@ def costs(files: Path) -> Record:
         start = time.perf_counter()
         collect_moments(model, whole, [x.clone()], loss)
         seconds["moments"].append(time.perf_counter() - start)
-    start = time.perf_counter()
     moments, terms = collect_moments(model, whole, [x.clone()], loss)
-
     start = time.perf_counter()
     for part in whole:
         directions(part, moments[part.module], terms)
@@ -544,7 +535,7 @@ def _train(name: str, rank: int, seed: int) -> Job:
 def _jobs() -> dict[str, Job]:
     jobs = {f"data--{name}": Job(partial(data, name)) for name in DATA}
     for seed in SEEDS:
-        runs = {rank: f"train--bytes-{rank}-{seed}" for rank in BYTE_RATES if rank != 2}
+        runs = {rank: f"train--bytes-{rank}-{seed}" for rank in BYTE_RATES}
         jobs |= {run: Job(partial(bytes_trained, rank, seed)) for rank, run in runs.items()}
         jobs[f"cut--bytes--{seed}"] = Job(partial(cut, BYTES, seed), tuple(runs.values()))
         jobs[f"own--bytes--{seed}"] = Job(partial(own, BYTES, seed), (runs[16],))
@@ -552,13 +543,14 @@ def _jobs() -> dict[str, Job]:
             whole = f"train--{run_name(name, 8, seed)}"
             rivals = [f"train--{run_name(name, rank, seed, rival=True)}" for rank in task.ranks]
             jobs[whole] = _train(name, 8, seed)
-            jobs[f"keep--{name}--{seed}"] = Job(partial(keep, name, seed), (whole,))
-            jobs[f"own--{name}--{seed}"] = Job(partial(own, name, seed), (whole,))
-            if name in CUT:
+            if "cut" in task.stages:
                 like = task.like or name
                 jobs |= {run: _train(like, rank, seed) for rank, run in zip(task.ranks, rivals, strict=True)}
                 jobs[f"cut--{name}--{seed}"] = Job(partial(cut, name, seed), (whole, *rivals))
-    return jobs | {"costs": Job(costs, (f"train--{run_name('r8', 8, 0)}",))}
+            jobs[f"keep--{name}--{seed}"] = Job(partial(keep, name, seed), (whole,))
+            if "own" in task.stages:
+                jobs[f"own--{name}--{seed}"] = Job(partial(own, name, seed), (whole,))
+    return jobs | {"costs": Job(costs, (f"train--{run_name('r8', 8, 0)}",), is_timed=True)}
 
 
 MEASUREMENT = Measurement("lab/studies/loss.md", _jobs(), sections)

@@ -87,13 +87,24 @@ def shown(value: float) -> str:
 def ratio(rows: list[Record], method: str, rival: str, share: float) -> str:
     """Ratio of the losses added by two methods, in units of the adapter's loss, over all rows.
 
-    With the 95 % bootstrap interval of 10,000 draws of adapters.
+    With the 95 % bootstrap interval of 10,000 draws of tasks, and of seeds of each.
     """
-    values = np.array([[added(row, name, share) / row["test"] for name in (method, rival)] for row in rows])
-    draws = np.random.default_rng(0).integers(len(rows), size=(10_000, len(rows)))
-    drawn = values[draws].sum(1)
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    values = [
+        np.array(
+            [[added(row, name, share) / row["test"] for name in (method, rival)] for row in rows if row["task"] == t]
+        )
+        for t in tasks
+    ]
+    chance = np.random.default_rng(0)
+    drawn = np.empty((10_000, 2))
+    for draw in drawn:
+        draw[:] = sum(
+            values[task][chance.integers(len(values[task]), size=len(values[task]))].sum(0)
+            for task in chance.integers(len(values), size=len(values))
+        )
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    mean = values.sum(0)
+    mean = np.concatenate(values).sum(0)
     return f"{mean[0] / mean[1]:.2f} ({low:.2f} to {high:.2f})"
 
 
@@ -142,16 +153,13 @@ def sections(records: dict[str, Record]) -> dict[str, str]:
     found["predicted"] = table(["adapter", "at 1/2", "at 1/4"], lines)
     found |= {"kept": kept_table(stages["keep"]), "own": own_table(stages["own"], rows)}
     if known := records.get("costs"):
+        command, layer = known["MiniLM"], known["layer"]
         lines = [
             [
-                f"`lrlora export --keep 0.99`, {name}, LoRA r = 8",
-                f"{known[name]['seconds']:.0f} s",
-                f"{known[name]['gibibytes']:.1f} GiB",
-            ]
-            for name in ("MiniLM",)
-        ]
-        layer = known["layer"]
-        lines += [
+                "`lrlora export --keep 0.99`, MiniLM, LoRA r = 8",
+                f"{command['seconds']:.0f} s",
+                f"{command['gibibytes']:.1f} GiB",
+            ],
             ["forward and backward of one layer of 7B shapes, 512 tokens, bfloat16", f"{layer['step']:.2f} s", ""],
             ["the same with the moments of its 7 modules, LoRA r = 16", f"{layer['moments']:.2f} s", ""],
             ["the directions of these modules", f"{layer['directions']:.3f} s", ""],

@@ -133,7 +133,9 @@ class TransferSpec:
         z = z.double()
         if amplitude is None or bandwidth is None:
             return self.backbone(z)
-        inside = z.clamp(-self.interval, self.interval) if self.is_clipped else z
+        inside = z
+        if self.is_clipped:  # with the slope of the inside at ±I, which `clamp` has in some versions of PyTorch only
+            inside = torch.where(z.abs() <= self.interval, z, self.interval * z.sign())
         return self.backbone(z) + self.series(inside, amplitude, bandwidth)
 
 
