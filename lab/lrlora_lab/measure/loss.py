@@ -324,17 +324,20 @@ def by_scalar(case: Case, budget: int) -> list[Any]:
 
 
 def by_share(case: Case, budget: int) -> list[Any]:
-    """One share of ‖ΔW‖ for all modules, as kohya's `sv_fro`: the largest within the budget."""
-    low, high, best = 0.0, 1.0, None
-    for _ in range(16):
+    """One share of ‖ΔW‖² for all modules, as kohya's `sv_fro`: the largest within the budget."""
+    held = []  # share of its first directions, by module
+    for part in case.whole:
+        energy = part.A.double().square().sum(1).square()  # σ², as A and B are balanced
+        held.append(energy.cumsum(0) / energy.sum())
+    low, high, best = 0.0, 1.0, []
+    for _ in range(50):
         share = (low + high) / 2
-        factors = factorize(case.updates, energy=share)
-        if sum(part.parameters for part in factors) <= budget:
-            low, best = share, factors
+        ranks = [int((each < share).sum()) + 1 for each in held]
+        if sum(rank * part.parameters_per_rank for rank, part in zip(ranks, case.whole, strict=True)) <= budget:
+            low, best = share, ranks
         else:
             high = share
-    assert best is not None
-    return best
+    return [replace(p, A=p.A[:rank], B=p.B[:, :rank]) for p, rank in zip(case.whole, best, strict=True)]
 
 
 def keep(name: str, seed: int, files: Path) -> Record:
