@@ -10,6 +10,7 @@ import runpy
 import shlex
 import shutil
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -309,6 +310,17 @@ def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.Mon
     assert list(results) == [test.__doc__ for name, test in tests.items() if name.startswith("test_")]
     assert tuple(script["FAMILIES"]) == FAMILIES
     assert {found for row in results.values() for found in row.values()} == {"yes", "refused", "–"}
+
+
+@pytest.mark.parametrize(("method", "title"), [("lora-6", "LoRA r = 6"), ("at-most-6", ", at most 6")])
+def test_the_table_of_reserved_ranks_is_that_of_the_stored_runs(method: str, title: str) -> None:
+    study = ROOT / "lab" / "studies" / "learned_ranks.md"
+    table = study.read_text(encoding="utf-8").partition("<!-- served -->")[2].partition("<!-- /served -->")[0]
+    runs = [json.loads(line) for line in study.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+    for task in ("german", "source-code"):
+        losses = [run["test"] for run in runs if (run["task"], run["method"]) == (task, method)]
+        (row,) = [row for row in table.splitlines() if row.startswith(f"| {task} |") and title in row]
+        assert row.endswith(f"| {fmean(losses):.3f} ± {stdev(losses):.3f} |")
 
 
 def test_the_page_on_cuts_says_what_the_study_measured() -> None:

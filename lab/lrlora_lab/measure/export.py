@@ -1,7 +1,4 @@
-"""Export quality: the demo's adapter as plain LoRA at several sizes, evaluated with PEFT alone on held-out films.
-
-About 10 minutes, with the demo.
-"""
+"""Export quality: the demo's adapter as plain LoRA at several sizes, evaluated with PEFT alone on held-out films."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Loss of compressed adapters: cut by loss and by other rules, compared with LoRA trained at that size.
 
-About 5 hours on two cores. Jobs: `cut--…` (all cuts of one adapter), `keep--…` (what `--keep` keeps of it on test
+Takes hours. Jobs: `cut--…` (all cuts of one adapter), `keep--…` (what `--keep` keeps of it on test
 data), `own--…` (cuts without data), and `costs`.
 """
 
@@ -176,7 +176,7 @@ def run_name(name: str, rank: int, seed: int, *, rival: bool = False) -> str:
 def trained(name: str, rank: int, seed: int, files: Path) -> Record:
     """Train a run."""
     task, folder = TASKS[name], files / run_name(name, rank, seed)
-    settings = task.settings | {} if task.method == "full" else task.settings | {"rank": rank}
+    settings = task.settings | ({} if task.method == "full" else {"rank": rank})
     settings |= {"model": located(settings["model"]), "data": data_of(name, files)}
     config = TrainConfig(**settings, method=task.method, learning_rate=task.rate, seed=seed, output=str(folder))
     return train(config, overwrite=folder.exists(), announce=lambda line: None).metrics
@@ -281,7 +281,6 @@ def heal_bytes(factors: Any, seed: int, test: Any) -> float:
             layer.lora_A["default"].weight.data.copy_(part.A)
             layer.lora_B["default"].weight.data.copy_(part.B)
     optimise(model, setting, 2 * 0.25 * BYTE_RATES[8], BYTE_HEALING)
-
     return mean_loss(model, factorize(model, energy=1.0), test)
 
 

@@ -184,10 +184,8 @@ def _not_empty(answers: Iterable[str]) -> Iterator[str]:
 
 
 def _task_with_head(base_class: str | None) -> str | None:
-    """Task of the transformers class that an adapter was trained on; None if it needs no task of its own."""
-    if base_class is None:
-        return None
-    model_class = getattr(transformers, base_class, None)
+    """Task of the transformers class that an adapter was trained on; None if it is none of `_WITHOUT_TASK_TYPE`."""
+    model_class = getattr(transformers, str(base_class), None)
     found = (KINDS[name] for name in _WITHOUT_TASK_TYPE)
     return next((kind.name for kind in found if model_class in kind.architectures.values()), None)
 
@@ -267,12 +265,13 @@ class LoadedRun:
         if known not in (None, *_TASKS):
             raise ValueError(f"{source} is a {known} adapter. Supported: {', '.join(_TASKS)}.")
         trained_on = None if saved is None else (saved.config.auto_mapping or {}).get("base_model_class")
-        task = task or _TASKS.get(str(known)) or _task_with_head(trained_on)
-        if task is None or task not in (*_TASKS.values(), "regress", *_WITHOUT_TASK_TYPE):
+        stored = _TASKS.get(str(known)) or _task_with_head(trained_on)
+        if (task or stored) is None or task not in (None, *_TASKS.values(), "regress"):
             raise ValueError(
                 f"{source} does not store its task: set task_type in its adapter_config.json. For an export, pass "
                 f"--task {', '.join(_TASKS.values())} or regress."
             )
+        task = task or str(stored)
         if known is not None and _TASKS[known] != task.replace("regress", "classify"):
             raise ValueError(f"{source} is a {known} adapter, which does not fit --task {task}. Remove --task.")
         name = source if saved is None else saved.base_model
