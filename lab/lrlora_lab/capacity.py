@@ -36,6 +36,7 @@ from lrlora.learned import LearnedRanks
 from lrlora.ranks import rank_report
 from lrlora.train.methods import METHODS, adapter_config
 from lrlora.train.progress import DivergedError
+from lrlora.tuner.layer import LrLoraLayer
 
 from .capacity_tasks import Setting, labels, picture_labels, transfer
 from .methods import Method
@@ -57,8 +58,9 @@ class CapacityTask:
             "phone-book".
         corpus: for "transfer" and "language".
         methods: default methods.
-        rates: initial learning rates of adapters. Full fine-tuning uses a tenth of them, and adapters without a scale,
-            HiRA and VeRA, eight times as much, because their rate replaces both.
+        rates: initial learning rates of adapters; a single one with a single scale is not tuned. Full fine-tuning uses
+            a tenth of them, and adapters without a scale, HiRA and VeRA, eight times as much, because their rate
+            replaces both.
         scales: candidate values of s, initial one first.
         climbs_diagonally: also try half the rate with the next larger scale, and twice the rate with the next smaller
             one: Adam's steps make them similar, and the optimum may lie further along.
@@ -139,7 +141,7 @@ def train_capacity(
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, task.steps // 10), task.steps)
     if size := method.size(rank):
-        LearnedRanks(model, optimizer, size=size, steps=task.steps, max_rank=method.max_rank)
+        LearnedRanks(model, optimizer, size=size, steps=task.steps, **method.in_training)
     started = time.process_time()
     model.train()
     for loss in islice(setting.losses(model), task.steps):
@@ -150,6 +152,8 @@ def train_capacity(
         nn.utils.clip_grad_norm_(trained, CLIP_NORM)
         optimizer.step()
         schedule.step()
+        if "unit_input" in method.in_training:
+            set_unit_input(model, method.in_training["unit_input"])
     seconds = (time.process_time() - started) / task.steps
     model.eval()
     validation = setting.validation(model)
@@ -163,6 +167,19 @@ def train_capacity(
         "test": setting.test(model),
         "ranks": rank_report(model) if method.has_ranks else None,
     }
+
+
+def set_unit_input(model: nn.Module, c: float) -> None:
+    """Set g = c / rms(BA) in each layer, so that the entries of g·BA, the input of φ, have the root mean square c.
+
+    Where BA = 0, g stays: there φ(g·BA)/g has the same value and gradient for any g.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LrLoraLayer)]
+    for layer in layers:
+        A, B = layer.lrlora_A["default"].weight.detach(), layer.lrlora_B["default"].weight.detach()
+        square = ((B.T @ B) * (A @ A.T)).sum().item() / (len(B) * A.shape[1])  # mean of (BA)²
+        if square > 0:
+            layer.input_gain["default"] = c / math.sqrt(square)
 
 
 def _adapted(setting: Setting, task: CapacityTask, method: Method, options: dict[str, Any]) -> Any:

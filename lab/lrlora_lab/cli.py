@@ -30,7 +30,10 @@ def compare(
     suite: Annotated[
         str,
         typer.Argument(
-            help="capacity, ranks, offline-nlu, offline-commonsense, offline-vision, llama-3-8b, smoke, or a YAML file."
+            help=(
+                "capacity, ranks, unit-input, offline-nlu, offline-commonsense, offline-vision, llama-3-8b, smoke, or "
+                "a YAML file."
+            )
         ),
     ],
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: the main ones.")] = None,

@@ -195,7 +195,7 @@ class Comparison:
             scales = definition.scales if known.has_scale else scales
         else:
             grid = sorted(self.rates or (definition.rate_scale * rate for rate in known.rates))
-        if len(self.rates) == len(scales) == 1:  # nothing to tune
+        if len(grid) == len(scales) == 1:  # nothing to tune
             return [Job(task, method, grid[0], seed, scales[0]) for seed in range(1, self.seeds + 1)]
         low, high = grid[0] / 2**_GRID_STEPS, grid[-1] * 2**_GRID_STEPS
         trials = [Job(task, method, rate, TUNING_SEED, scales[0]) for rate in grid]
@@ -298,8 +298,9 @@ def check(comparison: Comparison, output: Path) -> None:
                     raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
                 adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
-            if known.max_rank is not None:
-                raise ValueError(f"{method} limits the rank, which {task} does not support. Remove max_rank.")
+            if known.in_training:
+                name = next(iter(known.in_training))
+                raise ValueError(f"{method} sets {name}, which {task} does not support. Remove it.")
             config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
             require_settings(config.training, "training", settings.task, known.train)
             head = KINDS[settings.task].adapter_fields

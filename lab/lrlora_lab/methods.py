@@ -27,8 +27,10 @@ class Method:
         options: fields of its PEFT configuration, besides the rank.
         rank_factor: ratio of its rank to r; 0 for methods without one.
         rates: learning rates to try.
-        learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r. Its option `max_rank` is
-            the largest rank of a module (on tasks on which rank binds).
+        learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r.
+
+    On tasks on which rank binds, two options are no fields of the configuration: `max_rank`, the largest learned rank
+    of a module, and `unit_input`, c of φ(BA) with the gain c / rms(BA).
 
     """
 
@@ -44,9 +46,10 @@ class Method:
         return f"r{r}" if self.learns_ranks else None
 
     @property
-    def max_rank(self) -> int | None:
-        """Largest learned rank of a module; None without a limit."""
-        return self.options.get("max_rank") if self.learns_ranks else None
+    def in_training(self) -> dict[str, Any]:
+        """Options that are no fields of its PEFT configuration, but change the training."""
+        name = "max_rank" if self.learns_ranks else "unit_input" if self.train == "lr-lora" else None
+        return {name: self.options[name]} if name in self.options else {}
 
     @property
     def has_ranks(self) -> bool:
@@ -70,7 +73,7 @@ class Method:
         """
         if not self.rank_factor:
             return dict(self.options)
-        own = {name: value for name, value in self.options.items() if not (self.learns_ranks and name == "max_rank")}
+        own = {name: value for name, value in self.options.items() if name not in self.in_training}
         options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **own}
         alpha = PEFT_METHODS[self.train].alpha
         if alpha is None or (scale is None and ratio == 1):  # α defaults to r
