@@ -6,6 +6,7 @@ data), `own--…` (cuts without data), and `costs`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -186,15 +187,29 @@ def trained(name: str, rank: int, seed: int, files: Path) -> Record:
 class Case:
     """An adapter to cut: the inputs of `lrlora export`, and unseen examples."""
 
+    model: Any
     whole: list[Any]
-    curve: Any
-    moments: dict[str, Any]
-    terms: int
     updates: Any
-    parameters_of_rank: Callable[[int], int]
-    test: Callable[[Any], float]
+    training: list[Any]
+    unseen: list[Any]
+    loss: Any
     as_it_is: float  # test loss
     heal: Callable[[Any], float]  # factors → test loss
+
+    @functools.cached_property
+    def moments(self) -> tuple[dict[str, Any], int]:
+        """Moments by module, and the number of loss terms."""
+        return collect_moments(self.model, self.whole, self.training, self.loss)
+
+    @functools.cached_property
+    def curve(self) -> LossCurve:
+        """Cuts by loss."""
+        moments, terms = self.moments
+        return LossCurve([directions(part, moments[part.module], terms) for part in self.whole])
+
+    def test(self, factors: list[Any]) -> float:
+        """Test loss of a cut."""
+        return mean_loss(self.model, factors, self.unseen, self.loss)
 
 
 def loaded(name: str, rank: int, seed: int, files: Path, *, rival: bool = False) -> tuple[Any, list[Any]]:
@@ -214,9 +229,6 @@ def case_of(name: str, seed: int, files: Path) -> Case:
     subject, test = loaded(name, 8, seed, files)
     training = subject.batches(subject.training, EXAMPLES, TERMS)
     unseen = Part(subject, test, training)
-    model, whole = subject.on_base, [part for part in subject.whole if part.rank]
-    moments, terms = collect_moments(model, whole, training, subject.loss)
-    curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
 
     def healed(factors: Any) -> float:
         with tempfile.TemporaryDirectory() as scratch:
@@ -225,17 +237,9 @@ def case_of(name: str, seed: int, files: Path) -> Case:
             heal(subject, output, TASKS[name].healing, lambda line: None)
             return mean_of(unseen.losses_of(subject.with_lora(output)))
 
-    return Case(
-        whole=whole,
-        curve=curve,
-        moments=moments,
-        terms=terms,
-        updates=subject.updates,
-        parameters_of_rank=lambda rank: parameters_of_rank(subject.updates, rank),
-        test=lambda factors: mean_loss(model, factors, test, subject.loss),
-        as_it_is=mean_of(unseen.whole),
-        heal=healed,
-    )
+    whole = [part for part in subject.whole if part.rank]
+    as_it_is = mean_of(unseen.whole)
+    return Case(subject.on_base, whole, subject.updates, training, test, subject.loss, as_it_is, healed)
 
 
 def byte_case(rank: int, seed: int, files: Path) -> Case:
@@ -243,32 +247,16 @@ def byte_case(rank: int, seed: int, files: Path) -> Case:
     corpus, setting = load_corpus("german"), transfer("german", 16, seed)
     model = PeftModel.from_pretrained(setting.model, files / f"bytes-{rank}-{seed}")
     whole, generator = factorize(model, energy=1.0), torch.Generator().manual_seed(seed)
-
-    def windows(data: Any, count: int) -> list[dict[str, Any]]:
-        held = len(data) // CONTEXT
-        chosen = data[: held * CONTEXT].view(held, CONTEXT)[torch.arange(count) * held // count].long()
-        return [{"input_ids": some, "labels": some} for some in chosen.split(64)]
-
-    training = [{"input_ids": b, "labels": b} for b in (sample_batch(corpus.train, generator, 16) for _ in range(2))]
-    test = windows(corpus.test, TEST_WINDOWS)
-    moments, terms = collect_moments(model, whole, training)
-    curve = LossCurve([directions(part, moments[part.module], terms) for part in whole])
+    held = len(corpus.test) // CONTEXT
+    chosen = corpus.test[: held * CONTEXT].view(held, CONTEXT)[torch.arange(TEST_WINDOWS) * held // TEST_WINDOWS]
+    test = [_bytes(some) for some in chosen.long().split(64)]
+    training = [_bytes(sample_batch(corpus.train, generator, 16)) for _ in range(2)]
     as_it_is = mean_loss(model, whole, test)
+    return Case(model, whole, model, training, test, model_loss, as_it_is, partial(heal_bytes, seed=seed, test=test))
 
-    def healed(factors: Any) -> float:
-        return heal_bytes(factors, seed, test)
 
-    return Case(
-        whole=whole,
-        curve=curve,
-        moments=moments,
-        terms=terms,
-        updates=model,
-        parameters_of_rank=lambda rank: parameters_of_rank(model, rank),
-        test=lambda factors: mean_loss(model, factors, test),
-        as_it_is=as_it_is,
-        heal=healed,
-    )
+def _bytes(windows: Any) -> dict[str, Any]:
+    return {"input_ids": windows, "labels": windows}
 
 
 def heal_bytes(factors: Any, seed: int, test: Any) -> float:
@@ -311,11 +299,12 @@ def bytes_trained(rank: int, seed: int, files: Path) -> Record:
 def by_scalar(case: Case, budget: int) -> list[Any]:
     """SVD directions, with energies scaled by one scalar per module: the product of the means of both moments."""
     worth = []
+    by_module, terms = case.moments
     for part in case.whole:
-        moments, sigma = case.moments[part.module], part.A.double().square().sum(1)
+        moments, sigma = by_module[part.module], part.A.double().square().sum(1)
         # In orthonormal bases of the update's span.
         inputs = (moments.inputs.diagonal() / sigma).mean() / moments.weight
-        gradients = (moments.gradients.diagonal() / sigma).mean() / case.terms
+        gradients = (moments.gradients.diagonal() / sigma).mean() / terms
         worth.append(sigma.square() * inputs * gradients)
     costs = [part.parameters_per_rank for part in case.whole]
     ranks = best_per_parameter(worth, costs, budget)
@@ -424,10 +413,9 @@ def byte_own(seed: int, files: Path) -> Record:
     }  # fmt: skip
     row: dict[str, Any] = {"task": BYTES, "seed": seed, "whole": case.as_it_is}
     for source, (windows, loss) in sources.items():
-        batches = [{"input_ids": some, "labels": some} for some in windows.split(16)]
-        curve = loss_curve(model, case.whole, batches, loss)
+        curve = loss_curve(model, case.whole, [_bytes(some) for some in windows.split(16)], loss)
         for share, rank in BYTE_SHARES.items():
-            row[f"{source}, {share}"] = case.test(curve.within(case.parameters_of_rank(rank)))
+            row[f"{source}, {share}"] = case.test(curve.within(parameters_of_rank(case.updates, rank)))
     return row
 
 
@@ -460,7 +448,7 @@ def cut(name: str, seed: int, files: Path) -> Record:
     found: dict[str, Any] = {"task": name, "seed": seed, "test": case.as_it_is}
     to_heal = {}
     for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
-        budget = case.parameters_of_rank(rank)
+        budget = parameters_of_rank(case.updates, rank)
         for method, choose in METHODS.items():
             factors = choose(case, budget, rank)
             found[f"{method}, {share}"] = case.test(factors)
