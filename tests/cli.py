@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typer import Typer
 from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
+from lrlora.cli import app as lrlora
 
 
-def run(*arguments: object, typed: str | None = None) -> Result:
+def run(*arguments: object, typed: str | None = None, app: Typer = lrlora) -> Result:
     """Run a command, with `typed` as its standard input."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments], input=typed, env={"COLUMNS": "300"})
 
@@ -17,4 +18,5 @@ def told(*arguments: object) -> str:
     result = run(*arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
+    assert "This error is unexpected" not in result.output
     return " ".join(result.output.split())

@@ -4,7 +4,6 @@ python -m tests.faults cover       # run the tests once under coverage: which te
 python -m tests.faults             # put in one fault after the other, and run the tests of its line (half an hour);
                                    # without `cover`, only the test that noticed it last
 python -m tests.faults --only 7,12 # some of them
-python -m tests.faults draw        # draw the list anew, by the seed, from today's code
 
 `cover` needs `pip install pytest-cov`. The list is in faults.json: file, line, what it becomes, and the test that
 noticed. A line that has moved is found by its text; one that is gone is reported.
@@ -13,11 +12,9 @@ noticed. A line that has moved is found by its text; one that is gone is reporte
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -27,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -36,11 +32,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIST, COVERAGE = Path(__file__).with_suffix(".json"), ROOT / "lrlora-compress" / "faults" / "coverage"
-SEED = 0
-PER_ROOM = 5
 AT_MOST = 60  # seconds of tests of a line, the quickest first
 AT_ONCE, LIMIT, MEMORY = 2, 600, 16 << 30  # faults; seconds and bytes for the tests of each
-KINDS = ("sign", "off by one", "dropped check", "wrong default", "swallowed error")
 
 
 @dataclass
@@ -48,7 +41,7 @@ class Fault:
     """One line that is wrong.
 
     Args:
-        kind: of `KINDS`.
+        kind: sign, off by one, dropped check, wrong default or swallowed error.
         file: below the project's root.
         line: text of the line as it is.
         occurrence: which of the lines of that text, from 0.
@@ -92,99 +85,6 @@ class Fault:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-class _Places(ast.NodeVisitor):
-    """Collects (kind, line from 0, start and end column, replacement)."""
-
-    def __init__(self, text: str) -> None:
-        self.lines = text.encode().splitlines()
-        self.found: list[tuple[str, int, int, int, bytes]] = []
-
-    def add(self, kind: str, node: ast.expr | ast.stmt, replacement: bytes) -> None:
-        if node.lineno == node.end_lineno and node.end_col_offset is not None:
-            self.found.append((kind, node.lineno - 1, node.col_offset, node.end_col_offset, replacement))
-
-    def add_operator(self, kind: str, left: ast.expr, right: ast.expr, signs: dict[str, str]) -> None:
-        """The sign between two expressions of one line."""
-        if left.end_lineno == right.lineno and left.end_col_offset is not None:
-            line, start, end = right.lineno - 1, left.end_col_offset, right.col_offset
-            sign = self.lines[line][start:end].decode().strip(" ()")
-            if sign in signs:
-                between = self.lines[line][start:end].decode().replace(sign, signs[sign])
-                self.found.append((kind, line, start, end, between.encode()))
-
-    def visit_BinOp(self, node: ast.BinOp) -> None:
-        texts = [each for each in ast.walk(node) if isinstance(each, ast.JoinedStr | ast.List)]
-        texts += [each for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
-        if not texts:
-            self.add_operator("sign", node.left, node.right, {"+": "-", "-": "+", "*": "/", "/": "*"})
-        self.generic_visit(node)
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        if len(node.comparators) == 1:
-            swaps = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
-            self.add_operator("off by one", node.left, node.comparators[0], swaps)
-        self.generic_visit(node)
-
-    def visit_Slice(self, node: ast.Slice) -> None:
-        for bound in (node.lower, node.upper):
-            if isinstance(bound, ast.Constant) and isinstance(bound.value, int):
-                self.add("off by one", bound, str(bound.value + 1).encode())
-        self.generic_visit(node)
-
-    def visit_If(self, node: ast.If) -> None:
-        if isinstance(node.body[0], ast.Raise):
-            self.add("dropped check", node.test, b"False")
-        self.generic_visit(node)
-
-    def _defaults(self, values: list[ast.expr | None]) -> None:
-        for value in values:
-            if isinstance(value, ast.Constant) and isinstance(value.value, bool | int | float):
-                known = value.value
-                other = str(not known) if isinstance(known, bool) else repr(known * 2 if known else 1)
-                self.add("wrong default", value, other.encode())
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self._defaults([*node.args.defaults, *node.args.kw_defaults])
-        self.generic_visit(node)
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        self._defaults([each.value for each in node.body if isinstance(each, ast.AnnAssign)])
-        self.generic_visit(node)
-
-    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
-        for each in ast.walk(node):
-            if isinstance(each, ast.Raise):
-                self.add("swallowed error", each, b"pass")
-        self.generic_visit(node)
-
-
-def places(path: Path) -> Iterator[Fault]:
-    """All faults that can be put into a file."""
-    text = path.read_text(encoding="utf-8")
-    visitor = _Places(text)
-    visitor.visit(ast.parse(text))
-    lines = text.splitlines()
-    for kind, index, start, end, replacement in visitor.found:
-        raw = lines[index].encode()
-        fault = (raw[:start] + replacement + raw[end:]).decode()
-        yield Fault(kind, str(path.relative_to(ROOT)), lines[index], lines[:index].count(lines[index]), fault)
-
-
-def draw() -> list[Fault]:
-    """One of every kind in each room; where a room has none of a kind, another of any."""
-    source, chosen = random.Random(SEED), []
-    rooms = sorted({path.parent for path in (ROOT / "src").rglob("*.py")} - {ROOT / "src"})
-    for room in rooms:
-        there = [fault for path in sorted(room.glob("*.py")) for fault in places(path)]
-        mine: list[Fault] = []
-        for kind in KINDS:
-            of_kind = [fault for fault in there if fault.kind == kind and fault not in mine]
-            mine += source.sample(of_kind, min(1, len(of_kind)))
-        rest = [fault for fault in there if fault not in mine]
-        chosen += mine + source.sample(rest, min(PER_ROOM - len(mine), len(rest)))
-    return chosen
 
 
 def cover() -> None:
@@ -304,14 +204,11 @@ def run_all(faults: list[Fault], only: set[int]) -> None:
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("run", "cover", "draw"), default="run")
+    parser.add_argument("what", nargs="?", choices=("run", "cover"), default="run")
     parser.add_argument("--only", help="numbers of faults, from 0, with commas between")
     options = parser.parse_args()
     if options.what == "cover":
         cover()
-        return
-    if options.what == "draw":
-        LIST.write_text(json.dumps([asdict(each) for each in draw()], indent=1, ensure_ascii=False) + "\n")
         return
     faults = [Fault(**each) for each in json.loads(LIST.read_text())]
     run_all(faults, {int(each) for each in options.only.split(",")} if options.only else set(range(len(faults))))
