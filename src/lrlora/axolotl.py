@@ -13,7 +13,6 @@ LR-LoRA. The other settings are axolotl's: `lora_r`, `lora_alpha`, `lora_target_
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
@@ -87,9 +86,5 @@ class LrLoraPlugin(BasePlugin):
 
 def _changed_fields(config: LoraConfig) -> dict[str, Any]:
     """Fields that differ from their defaults; `LrLoraConfig` refuses those that it lacks."""
-    found = {}
-    for each in fields(config):
-        default = each.default_factory() if each.default_factory is not MISSING else each.default
-        if each.init and each.name != "peft_type" and (value := getattr(config, each.name)) != default:
-            found[each.name] = value
-    return found
+    default = LoraConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != default[name]}

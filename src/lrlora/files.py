@@ -115,6 +115,37 @@ def free_folder(output: str | os.PathLike[str]) -> Path:
     return path
 
 
+def require_folder(output: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError if an output folder is a file."""
+    if Path(output).is_file():
+        raise FileExistsError(f"The output folder {output} exists and is a file. Choose another --output.")
+
+
+def require_writable(file: Path, *, overwrite: bool | None = None, **inputs: str | os.PathLike[str] | None) -> None:
+    """Check that a file can be written.
+
+    Args:
+        file: file to write.
+        overwrite: whether it may be replaced; None: the command has no such option.
+        **inputs: see `require_no_input`.
+
+    Raises:
+        FileExistsError: it exists.
+        FileNotFoundError: its folder does not.
+        IsADirectoryError: it is a folder.
+        ValueError: it is an input.
+
+    """
+    if not file.absolute().parent.is_dir():
+        raise FileNotFoundError(f"The folder {file.parent} for {file.name} does not exist.")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder. Choose a file.")
+    if file.exists() and not overwrite:
+        remedy = "remove it" if overwrite is None else "pass --overwrite"
+        raise FileExistsError(f"The file {file} already exists. Choose another name, or {remedy}.")
+    require_no_input(file, **inputs)
+
+
 def require_no_input(output: str | os.PathLike[str], **inputs: str | os.PathLike[str] | None) -> None:
     """Check that replacing an output would not delete an input, or a file of one.
 

@@ -55,6 +55,7 @@ class RunRecord:
         loss_on: "answers" if the loss covers only the answers of chats; else None.
         chat_template: template of the chats.
         base_model: its hub name; None for a local folder.
+        dataset: hub name of the data; None for other data.
 
     """
 
@@ -68,6 +69,7 @@ class RunRecord:
     loss_on: str | None = None
     chat_template: str | None = None
     base_model: str | None = None
+    dataset: str | None = None
 
 
 @dataclass(frozen=True)

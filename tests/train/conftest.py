@@ -26,6 +26,6 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(
-            "lrlora.views.figure.rank_figure", lambda report, **options: alt.Chart(alt.Data(values=[{}])).mark_point()
-        )
+        empty = alt.Chart(alt.Data(values=[{}])).mark_point()
+        monkeypatch.setattr("lrlora.views.figure._map", lambda rows, measure: empty)
+        monkeypatch.setattr("lrlora.views.figure._bends", lambda report: empty)

@@ -89,7 +89,7 @@ def header(library: str, tags: list[str], saved: SavedAdapter | None = None, res
     of_base = [f"base_model:adapter:{base}"] if base and library == "peft" else []
     data = ModelCardData(
         license=None if saved is None else _license_of_base(saved),
-        datasets=None if saved is None else _data_on_hub(saved),
+        datasets=[saved.record.dataset] if saved and saved.record and saved.record.dataset else None,
         base_model=base,
         library_name=library,
         pipeline_tag=None if saved is None else _pipeline(saved),
@@ -111,13 +111,6 @@ def _license_of_base(saved: SavedAdapter) -> str | None:
     except (ValueError, YAMLError):  # not the hub's format
         return None
     return found if isinstance(found, str) else None
-
-
-def _data_on_hub(saved: SavedAdapter) -> list[str] | None:
-    """Hub name of the training data; None if only a local file is known."""
-    record = saved.record
-    name = "" if record is None else str(record.config["data"]).partition(":")[0]
-    return [name] if "/" in name and is_hub_name(name) and not Path(name).exists() else None
 
 
 def _pipeline(saved: SavedAdapter) -> str | None:

@@ -110,6 +110,12 @@ def _require_found(config: LoraConfig, ranks: Mapping[str, int]) -> None:
             raise ValueError(f"PEFT would not load {module} as it is: its name matches that of another module.")
 
 
+def require_exportable(config: Any) -> None:
+    """Raise ValueError for a configuration of which no plain LoRA can be made."""
+    if getattr(config, "lora_bias", False):
+        raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
+
+
 def save_as_lora(
     factors: Sequence[Factors],
     source: AdapterSource | Updates,
@@ -140,8 +146,7 @@ def save_as_lora(
     folder = free_folder(output)
     origin = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
     like: Any = origin.config
-    if getattr(like, "lora_bias", False):
-        raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
+    require_exportable(like)
     keeps_magnitudes = bool(getattr(like, "use_dora", False))
     if isinstance(source, Updates):
         try:

@@ -100,7 +100,7 @@ class _Svd:
     """
 
     def __init__(self, update: Update) -> None:
-        self.update, self.name, self.shape = update, update.module, update.shape
+        self.update = update
         factors = update.factors()
         if factors is not None:
             U, sigma, V = svd_of_product(*factors)
@@ -133,7 +133,7 @@ class _Svd:
             self._keep(U[:, :rank], sigma[:rank], V[:, :rank], is_complete=False)
 
     def _keep(self, U: Tensor, sigma: Tensor, V: Tensor, *, is_complete: bool) -> None:
-        is_real = sigma > min(self.shape) ** 0.5 * torch.finfo(torch.float32).eps * sigma[0]
+        is_real = sigma > min(self.update.shape) ** 0.5 * torch.finfo(torch.float32).eps * sigma[0]
         self.is_complete = is_complete or not bool(is_real.all())
         self._U, self._V, self.sigma = (part.cpu() for part in (U[:, is_real], V[:, is_real], sigma[is_real].double()))
 
@@ -151,7 +151,7 @@ class _Svd:
         # √σ on both sides keeps the factors within the range of half precision.
         root = self.sigma[:rank].sqrt().float()
         return Factors(
-            module=self.name,
+            module=self.update.module,
             A=(self._V[:, :rank] * root).T.contiguous(),
             B=(self._U[:, :rank] * root).contiguous(),
             r=self.update.r,
@@ -191,13 +191,6 @@ def parameters_of_rank(source: nn.Module | Updates, rank: int) -> int:
     return rank * sum(sum(update.shape) for update in _updates_of(source, None))
 
 
-def exact_parameters(updates: Updates) -> int | None:
-    """Parameters of the exact plain LoRA of an adapter; None if no low-rank one exists, as for φ(BA)."""
-    if not all(update.is_product for update in updates):
-        return None
-    return sum(update.limit * sum(update.shape) for update in updates)
-
-
 @torch.no_grad()
 def factorize(
     source: nn.Module | Updates,
@@ -224,18 +217,18 @@ def factorize(
 
     """
     check_truncation(energy=energy, budget=budget, max_rank=max_rank)
-    updates, ranks = [], {}
+    updates, ranks = [], []
     for each in tqdm(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar):
         update = _Svd(each)
         if budget is None:
-            ranks[update.name] = _for_energy(update, energy or 1.0, max_rank or min(update.shape))
-            update.truncate(ranks[update.name])
+            ranks.append(_for_energy(update, energy or 1.0, max_rank or min(each.shape)))
+            update.truncate(ranks[-1])
         updates.append(update)
     if not any(update.energy for update in updates):
         raise ValueError("All updates are zero: the adapter has not been trained, so there is nothing to export.")
     if budget is not None:
-        ranks = _within_budget(updates, budget, max_rank or max(min(update.shape) for update in updates))
-    return [update.factors(ranks[update.name]) for update in updates]
+        ranks = _within_budget(updates, budget, max_rank or max(min(each.update.shape) for each in updates))
+    return [update.factors(rank) for update, rank in zip(updates, ranks, strict=True)]
 
 
 def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update]:
@@ -268,7 +261,7 @@ def _for_energy(update: _Svd, energy: float, limit: int) -> int:
         update.reach(min(2 * len(held), limit))
 
 
-def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, int]:
+def _within_budget(updates: list[_Svd], budget: int, limit: int) -> list[int]:
     while True:
         worth = [update.sigma[:limit].square() for update in updates]
         ranks = best_per_parameter(worth, [update.parameters_per_rank for update in updates], budget)
@@ -279,7 +272,7 @@ def _within_budget(updates: list[_Svd], budget: int, limit: int) -> dict[str, in
             if rank == len(update.sigma) < limit and not update.is_complete
         ]
         if not short:
-            return dict(zip((update.name for update in updates), ranks, strict=True))
+            return ranks
         for update in short:
             update.reach(min(2 * len(update.sigma), limit))
 

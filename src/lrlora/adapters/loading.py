@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..files import ADAPTER_EXPECTED, readable, require_present
 from .card import class_names
 from .peft_folder import AdapterSource, SavedAdapter, require_all_weights, require_reproducible_start
-from .update import Updates
+from .update import PLAIN, Updates
 
 
 def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
@@ -39,8 +39,6 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     base = saved.base_model
     if not base:
         raise FileNotFoundError(f"The adapter {name} does not name its base model. Pass it: --base MODEL, or base=.")
-    if (Path(base) / CONFIG_NAME).is_file():
-        SavedAdapter.read(base)  # transformers loads this adapter too
     with readable(name, ADAPTER_EXPECTED):
         if labels := class_names(saved):
             options["id2label"] = dict(enumerate(labels))
@@ -74,10 +72,13 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
     return model
 
 
-def check_base(updates: Updates) -> None:
+def check_base(updates: Updates) -> Updates:
     """Check that the modules of a saved adapter are linear layers of its base model, where its file does not say so.
 
     Reads only the configuration of the base model. Updates of other sources pass.
+
+    Returns:
+        The updates, now known to be of linear layers.
 
     Raises:
         FileNotFoundError: the base model is missing.
@@ -86,7 +87,7 @@ def check_base(updates: Updates) -> None:
     """
     saved = updates.origin
     if not isinstance(saved, SavedAdapter) or all(update.layout.is_known for update in updates):
-        return
+        return updates
     name = saved.base_model
     if not name:
         raise FileNotFoundError(
@@ -121,10 +122,11 @@ def check_base(updates: Updates) -> None:
                 f"The base model {name} does not fit the adapter: {path} has shape {shape} in the base model, but "
                 f"{update.shape} in the adapter."
             )
+    return _of_linear_layers(updates)
 
 
-def check_names(updates: Updates) -> None:
-    """Check the same by name only, without a base model. Updates of other sources pass.
+def check_names(updates: Updates) -> Updates:
+    """`check_base` by name only, without a base model.
 
     Raises:
         ValueError: a module is probably not a linear layer.
@@ -136,6 +138,14 @@ def check_names(updates: Updates) -> None:
                 f"{update.module} does not look like a linear layer, the only type that can be exported as LoRA. "
                 "Export without --no-check, or merge the adapter into the base model."
             )
+    return _of_linear_layers(updates)
+
+
+def _of_linear_layers(updates: Updates) -> Updates:
+    if not isinstance(updates.origin, SavedAdapter):
+        return updates
+    known = [each if each.layout.is_known else replace(each, layout=PLAIN) for each in updates]
+    return replace(updates, updates=known)
 
 
 _UNLIKELY = re.compile(r"(embed\w*|wte|wpe|shared|conv\w*)$", re.IGNORECASE)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import readable, replacing
+from ..files import readable, replacing, require_writable
 from ..naming import PEFT_PREFIX, natural_order
 from .factorize import Factors
 from .full_model import Checkpoint, with_weight
@@ -250,20 +250,16 @@ def save_single_file(
 
 
 def free_file(output: str | os.PathLike[str]) -> Path:
-    """Check that an output file can be written.
+    """Check that a LoRA file can be written.
 
     Raises:
-        FileExistsError: the file exists.
-        ValueError: wrong suffix, or missing folder.
+        ValueError: wrong suffix; see also `require_writable`.
 
     """
     path = Path(output)
     if path.suffix != ".safetensors":
         raise ValueError(f"The source is a single file, so output must end in .safetensors, got {output}.")
-    if path.exists():
-        raise FileExistsError(f"The output file {path} exists. Choose another output, or remove it.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"The folder {path.parent} for {path.name} does not exist.")
+    require_writable(path)
     return path
 
 

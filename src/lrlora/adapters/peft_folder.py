@@ -118,16 +118,10 @@ class SavedAdapter:
             return adapter
         name = os.fspath(adapter)
         require_adapter(name)
-        if (file := Path(name) / CONFIG_NAME).is_file():
-            read_json(file, dict[str, Any], ADAPTER_EXPECTED)  # PEFT sets no limits
         with readable(name, ADAPTER_EXPECTED):
-            try:
-                config = PeftConfig.from_pretrained(name)
-                _require_sound(vars(config))
-                return cls(name, config)
-            except ValueError as error:
-                reason = str(error).rstrip(".")
-                raise ValueError(f"{name} does not contain a readable adapter ({reason}). {ADAPTER_EXPECTED}") from None
+            config = PeftConfig.from_pretrained(name)
+            _require_sound(vars(config))
+            return cls(name, config)
 
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from ..naming import PEFT_PREFIX, natural_order, pattern_key
 from .full_model import Checkpoint, updates_between, with_weight
 from .layers import updates_of_model
 from .lora_file import SingleFile
-from .peft_folder import SavedAdapter, require_all_weights, require_reproducible_start
+from .peft_folder import AdapterSource, SavedAdapter, require_all_weights, require_reproducible_start
 from .products import rank_of, scaling_of, update_from_parts
 from .update import MAGNITUDES_NOTE, Layout, Update, Updates, changes_base
 
@@ -49,9 +49,7 @@ _PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[A
 _VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
 
 
-def read_updates(
-    source: str | os.PathLike[str] | SavedAdapter | Updates, *, base: str | os.PathLike[str] | None = None
-) -> Updates:
+def read_updates(source: AdapterSource, *, base: str | os.PathLike[str] | None = None) -> Updates:
     """Read the updates of an adapter, or the changes made by full fine-tuning.
 
     LoRA (with patterns and rsLoRA), LoHa, LoKr and LR-LoRA are read from their factors, without a base model. All other
@@ -77,13 +75,6 @@ def read_updates(
         [('up', (4, 8), 2)]
 
     """
-    if isinstance(source, Updates):
-        if base is not None:
-            raise ValueError(
-                "base cannot be combined with an Updates object, which has already been read. Pass base when reading "
-                "the source."
-            )
-        return source
     base = None if base is None else os.fspath(base)
     if isinstance(source, SavedAdapter):
         return _updates_of_adapter(source, base)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +13,13 @@ import typer
 from rich.table import Table
 
 from ..checks import DEFAULT_ENERGY, check_truncation, require_known
-from ..files import free_folder, is_full_model, require_source
+from ..files import free_folder, is_full_model, require_source, require_writable
 from ..learned.size import Size
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
-from ..train.settings import read_run
 from ..train.yaml import parse_pairs
-from .common import announce, app, as_text, console, one_clear_error, quiet, require_new, require_replaceable
-from .exporting import Target, cut_of, export_by_loss, parameters_in, torch_dtype, write_factors
+from .common import announce, app, as_text, console, one_clear_error, quiet
+from .exporting import cut_of, export_by_loss, parameters_in, torch_dtype, write_factors
 
 if TYPE_CHECKING:
     from ..adapters import Factors, Updates
@@ -47,7 +46,8 @@ def ranks(
 ) -> None:
     """Print the ranks used by an adapter, or by full fine-tuning."""
     with one_clear_error():
-        require_new(json)
+        if json is not None:
+            require_writable(json)
         quiet()
         from ..adapters import read_updates
         from ..ranks import rank_report
@@ -80,10 +80,8 @@ def report(
 ) -> None:
     """Write an HTML page on one run, or several side by side. It needs no network."""
     with one_clear_error():
-        if not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"The folder {output.parent} for {output.name} does not exist.")
+        require_writable(output, overwrite=overwrite)
         with only_writer(output):
-            require_replaceable(output, overwrite)
             quiet()
             from ..views.page import is_page, write_page
             from ..views.runs import load_runs
@@ -97,60 +95,7 @@ def report(
             announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")
 
 
-_ENERGY = Annotated[
-    float | None,
-    typer.Option(
-        help=f"Keep this share of each module's ‖ΔW‖², in (0, 1]; default: {DEFAULT_ENERGY}, if no size is given."
-    ),
-]
-_SIZE = Annotated[
-    str | None,
-    typer.Option(help="Total size: parameters (250000, 250k, 1.5M), MiB (8MiB), or r4 for that of LoRA of rank 4."),
-]
-_MAX_RANK = Annotated[int | None, typer.Option(min=1, help="Largest rank of any module; default: no limit.")]
-_KEEP = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of what the adapter gains on held-out examples to keep (0.99); writes the smallest LoRA that does."
-    ),
-]
-_BY = Annotated[
-    str | None,
-    typer.Option(
-        help="Criterion that fills a size: loss (default for a run, or with --data), or energy, which needs no data."
-    ),
-]
-_DATA = Annotated[
-    str | None,
-    typer.Option(
-        help="Examples to measure the loss on, as for `lrlora train`; default: the data of the run, or text that the "
-        "adapted model writes or labels itself."
-    ),
-]
-_COLUMNS = Annotated[
-    list[str] | None,
-    typer.Option("--columns", "--column", help="ROLE=NAME, column of the examples; default: as in training."),
-]
-_TASK = Annotated[
-    str | None,
-    typer.Option(
-        help="Task of an adapter that is not a run: causal-lm, classify or regress; default: from its configuration."
-    ),
-]
-_HEAL = Annotated[int, typer.Option(min=0, help="Number of training steps after the cut.")]
 _DTYPES = ("float32", "bfloat16", "float16")
-_DTYPE = Annotated[
-    str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
-]
-_FOR = Annotated[
-    str | None,
-    typer.Option(
-        "--for",
-        help="Program that loads it: peft, vllm, sglang, lorax, tensorrt-llm, llama.cpp, or hot-swap of PEFT or "
-        "diffusers; default: peft, which suits vllm.",
-    ),
-]
-_OUTPUT = Annotated[Path, typer.Option(help="Folder to write (new or empty).")]
 
 
 @app.command()
@@ -162,18 +107,59 @@ def export(
             help="Folder to write (new or empty); for a single file, a new file; for several sources, a folder of them."
         ),
     ],
-    keep: _KEEP = None,
-    size: _SIZE = None,
-    max_rank: _MAX_RANK = None,
-    energy: _ENERGY = None,
-    by: _BY = None,
-    data: _DATA = None,
-    columns: _COLUMNS = None,
-    task: _TASK = None,
-    heal: _HEAL = 0,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the adapter's gain on held-out examples to keep (0.99), by the smallest LoRA that does."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Total size: parameters (250000, 250k, 1.5M), MiB (8MiB), or r4 for that of LoRA of rank 4."),
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of any module; default: no limit.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Keep this share of each module's ‖ΔW‖², in (0, 1]; default: {DEFAULT_ENERGY}, if no size is given."
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Criterion that fills a size: loss (default for a run, or with --data), or energy (needs no data)."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Examples to measure the loss on, as for `lrlora train`; default: the data of the run, or text that "
+            "the adapted model writes or labels itself."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--columns", "--column", help="ROLE=NAME, column of the examples; default: as in training."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task of an adapter that is not a run: causal-lm, classify or regress; default: as it stores."
+        ),
+    ] = None,
+    heal: Annotated[int, typer.Option(min=0, help="Number of training steps after the cut.")] = 0,
     base: _BASE = None,
-    dtype: _DTYPE = None,
-    server: _FOR = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="Program that loads it: peft, vllm, sglang, lorax, tensorrt-llm, llama.cpp, or hot-swap of PEFT or "
+            "diffusers; default: peft, which suits vllm.",
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option(help="Load the base model and measure the difference that the export makes.")
     ] = True,
@@ -190,18 +176,20 @@ def export(
                 raise ValueError(f"{option} changes weights, but --config-only writes none. Pass only one of them.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
-        wanted = _Export(
+        examples = {"data": data, "columns": parse_pairs(columns, "--columns") if columns else None, "task": task}
+        write = partial(
+            _export,
             keep=keep,
             size=None if size is None else Size.parse(size, "--size"),
             max_rank=max_rank,
             energy=energy,
             by=by,
-            examples={"data": data, "columns": parse_pairs(columns, "--columns") if columns else None, "task": task},
+            examples=examples,
             heal=heal,
             base=base,
+            check=check and not config_only,
             dtype=dtype,
             server=server,
-            check=check,
             config_only=config_only,
             every=every,
         )
@@ -211,15 +199,15 @@ def export(
         if len(sources) > 1:
             output.mkdir(parents=True, exist_ok=True)
     if len(sources) == 1:
-        wanted.write(sources[0], output)
+        write(sources[0], output)
     else:
-        _write_all(wanted, outputs)
+        _write_all(write, outputs)
 
 
 _INTERRUPTED = 130  # exit status
 
 
-def _write_all(wanted: _Export, outputs: Mapping[str, Path]) -> None:
+def _write_all(write: Callable[[str, Path], None], outputs: Mapping[str, Path]) -> None:
     """Export several sources; those that are there are left, and a failure stops none of the others."""
     table, failed = Table("adapter", box=None), 0
     for heading in ("MiB", "exported", ""):
@@ -229,7 +217,7 @@ def _write_all(wanted: _Export, outputs: Mapping[str, Path]) -> None:
         try:
             if not note:
                 announce(f"{source}:")
-                wanted.write(source, output)
+                write(source, output)
         except typer.Exit as stop:
             if stop.exit_code == _INTERRUPTED:
                 raise
@@ -246,95 +234,72 @@ def _mebibytes(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 2**20
 
 
-@dataclass(frozen=True)
-class _Export:
-    """Options of an export."""
+def _export(
+    source: str,
+    output: Path,
+    *,
+    keep: float | None,
+    size: Size | None,
+    max_rank: int | None,
+    energy: float | None,
+    by: str | None,
+    examples: dict[str, Any],
+    heal: int,
+    base: str | None,
+    check: bool,
+    **writing: Any,
+) -> None:
+    """Export one source."""
+    with one_clear_error("Nothing was written."), only_writer(output):
+        is_file, server = Path(source).is_file(), writing["server"]
+        from ..adapters.servers import OWN, SERVERS
 
-    keep: float | None
-    size: Size | None
-    max_rank: int | None
-    energy: float | None
-    by: str | None
-    examples: dict[str, Any]
-    heal: int
-    base: str | None
-    dtype: str | None
-    server: str | None
-    check: bool
-    config_only: bool
-    every: bool
-
-    def write(self, source: str, output: Path) -> None:
-        """Export one source."""
-        writing: dict[str, Any] = {
-            "dtype": self.dtype, "server": self.server, "config_only": self.config_only, "every": self.every,
-        }  # fmt: skip
-        with one_clear_error("Nothing was written."), only_writer(output):
-            is_file = Path(source).is_file()
-            from ..adapters.servers import OWN, SERVERS
-
-            if self.server is not None:
-                require_known("--for", self.server, ("peft", "hot-swap") if is_file else SERVERS)
-            wanted = {"keep": self.keep, **self.examples, "heal": self.heal or None}
-            wanted |= {"by loss": self.by if self.by == "loss" else None}
-            asked_for = [f"--{name}" for name, value in wanted.items() if value is not None]
-            is_by_loss = _is_by_loss(
-                source, self.by, asked_for, energy=self.energy, size=self.keep or self.size, max_rank=self.max_rank
-            )
-            nothing = all(value is None for value in (self.energy, self.keep, self.size, self.max_rank))
-            energy = DEFAULT_ENERGY if nothing else self.energy
-            check_truncation(
-                energy=energy, keep=self.keep, max_rank=self.max_rank, size=None if self.size is None else 1
-            )
-            if not is_file:
-                if output.suffix == ".safetensors":
-                    raise ValueError(
-                        f"The export of {source} is a folder, but --output {output} names a file. Choose another."
-                    )
-                free_folder(output)
-            elif self.config_only and self.base is None:
+        if server is not None:
+            require_known("--for", server, ("peft", "hot-swap") if is_file else SERVERS)
+        wanted = {"keep": keep, **examples, "heal": heal or None, "by loss": by if by == "loss" else None}
+        asked_for = [f"--{name}" for name, value in wanted.items() if value is not None]
+        is_by_loss = _is_by_loss(source, by, asked_for, energy=energy, size=keep or size, max_rank=max_rank)
+        if all(value is None for value in (energy, keep, size, max_rank)):
+            energy = DEFAULT_ENERGY
+        check_truncation(energy=energy, keep=keep, max_rank=max_rank, size=None if size is None else 1)
+        if not is_file:
+            if output.suffix == ".safetensors":
                 raise ValueError(
-                    "--config-only writes a PEFT configuration, which a single-file LoRA does not have. Remove it."
+                    f"The export of {source} is a folder, but --output {output} names a file. Choose another."
                 )
-            quiet()
-            base = _base_of(source) if self.base is None else self.base
-            require_source(source, base)
-            if self.heal and self.examples["data"] is None and not (Path(source) / RUN_FILE).is_file():
-                raise ValueError("--heal trains on examples, and there are none. Pass --data.")
-            if self.heal and self.server is not None and SERVERS[self.server].form != OWN:
-                raise ValueError(
-                    f"--heal trains the factors as PEFT holds them. Export without --for {self.server}, and that LoRA "
-                    "with it."
-                )
-            cut = None
-            if is_by_loss:
-                cut = cut_of(source, base, self.examples, is_asked_for=bool(asked_for), check=self.check)
-            if cut is not None:
-                target = Target(self.keep, self.size, self.max_rank)
-                export_by_loss(cut, output, target, steps=self.heal, check=self.check, **writing)
-                return
-            from ..adapters import factorize
-            from ..adapters.lora_file import SingleFile, free_file
+            free_folder(output)
+        elif writing["config_only"] and base is None:
+            raise ValueError(
+                "--config-only writes a PEFT configuration, which a single-file LoRA does not have. Remove it."
+            )
+        quiet()
+        if base is None:
+            from ..train.models import base_of_run
 
-            if is_file:
-                free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
-            updates = _read_to_export(source, base, check=self.check and not self.config_only)
-            parameters = None if self.size is None else parameters_in(self.size, updates, self.dtype)
-            factors = factorize(updates, energy=energy, budget=parameters, max_rank=self.max_rank, progressbar=True)
-            write_factors(factors, updates, output, **writing)
-        if self.check and not self.config_only:
-            with one_clear_error("The LoRA is written, but not compared with the original."):
-                _print_difference(updates, factors, output)
+            base = base_of_run(source)
+        require_source(source, base)
+        if heal and examples["data"] is None and not (Path(source) / RUN_FILE).is_file():
+            raise ValueError("--heal trains on examples, and there are none. Pass --data.")
+        if heal and server is not None and SERVERS[server].form != OWN:
+            raise ValueError(
+                f"--heal trains the factors as PEFT holds them. Export without --for {server}, and that LoRA with it."
+            )
+        cut = cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check) if is_by_loss else None
+        if cut is not None:
+            export_by_loss(cut, output, keep, size, max_rank, steps=heal, check=check, **writing)
+            return
+        from ..adapters import factorize
+        from ..adapters.lora_file import SingleFile, free_file
 
-
-def _base_of(source: str) -> str | None:
-    """Base model of a full fine-tuning run, whose files do not name it; None for other sources."""
-    folder = Path(source)
-    if not (folder / RUN_FILE).is_file() or not is_full_model(folder):
-        return None
-    from ..train.models import model_source
-
-    return model_source(read_run(folder)[0].model)
+        if is_file:
+            free_file(output) if base is None or SingleFile.is_one(source) else free_folder(output)
+        updates = _read_to_export(source, base, check=check)
+        parameters = None if size is None else parameters_in(size, updates, writing["dtype"])
+        factors = factorize(updates, energy=energy, budget=parameters, max_rank=max_rank, progressbar=True)
+        write_factors(factors, updates, output, **writing)
+    if check:
+        with one_clear_error("The LoRA is written, but not compared with the original."):
+            _print_difference(updates, factors, output)
 
 
 def _is_by_loss(
@@ -370,8 +335,7 @@ def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
     is_adapter = not Path(source).is_file() and not is_full_model(source)
     moved = SavedAdapter.read(source).on_base(base) if is_model and is_adapter else source
     updates = read_updates(moved, base=base)
-    check_base(updates) if check else check_names(updates)
-    return updates
+    return check_base(updates) if check else check_names(updates)
 
 
 def _print_difference(updates: Updates, factors: Sequence[Factors], output: Path) -> None:
@@ -400,7 +364,7 @@ def _print_difference(updates: Updates, factors: Sequence[Factors], output: Path
 @app.command()
 def merge(
     adapter: Annotated[str, typer.Argument(help="Folder or hub name of a saved adapter.")],
-    output: _OUTPUT,
+    output: Annotated[Path, typer.Option(help="Folder to write (new or empty).")],
     base: Annotated[
         str | None, typer.Option(help="Base model (folder or hub name); default: the one named by the adapter.")
     ] = None,

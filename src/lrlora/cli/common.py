@@ -10,16 +10,15 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from .. import __version__
 from ..checks import printable
-from ..files import require_no_input
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -75,26 +74,17 @@ def main(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def require_replaceable(file: Path, overwrite: bool, **inputs: str | Path | None) -> None:
-    """Raise an error if a file to write exists and is not to be replaced, is a folder, or an input of the command."""
-    if file.is_dir():
-        raise IsADirectoryError(f"{file} is a folder. Choose a file.")
-    if file.exists() and not overwrite:
-        raise FileExistsError(f"The file {file} already exists. Choose another name, or pass --overwrite.")
-    require_no_input(file, **inputs)
-
-
-def require_new(file: Path | None) -> None:
-    """Raise an error if a file to write exists, or its folder does not."""
-    if file and not file.absolute().parent.is_dir():
-        raise FileNotFoundError(f"The folder {file.parent} for {file.name} does not exist.")
-    if file and file.exists():
-        raise FileExistsError(f"The file {file} already exists. Choose another name, or remove it.")
-
-
 def announce(line: str) -> None:
     """Print a line as it is."""
     console.print(as_text(line), highlight=False)
+
+
+def new_table(title: str, *headings: str) -> Table:
+    """Empty table of a text column and columns of numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table
 
 
 def note(line: str) -> None:

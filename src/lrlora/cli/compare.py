@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import fields
 from functools import partial
@@ -10,10 +11,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..train.settings import TrainConfig
-from .common import announce, app, console, one_clear_error, quiet
+from .common import announce, app, console, new_table, one_clear_error, quiet
 from .options import REQUIRED, settings_as_options, settings_of
 
 if TYPE_CHECKING:
@@ -77,13 +77,15 @@ def compare(
 
 
 def _print(outcome: Outcome) -> None:
-    table = Table(title=f"{outcome.metric} on {outcome.data}, {outcome.examples:,} examples", title_justify="left")
-    for name in ("method", "rate", "trained parameters", "mean ± standard deviation", "difference (95 %)"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    table = new_table(
+        f"{outcome.metric} on {outcome.data}, {outcome.examples:,} examples",
+        *("method", "rate", "trained parameters", "mean ± standard deviation", "difference (95 %)"),
+    )
     for score in outcome.scores:
         spread = f" ± {stdev(score.values):.3f}" if len(score.values) > 1 else ""
         difference, half = outcome.difference(score)
-        shown = "" if score is outcome.scores[0] else f"{difference:+.3f} ± {half:.3f}"
+        interval = f" ± {half:.3f}" if math.isfinite(half) else ""
+        shown = "" if score is outcome.scores[0] else f"{difference:+.3f}{interval}"
         table.add_row(
             score.method, f"{score.rate:g}", f"{score.trainable:,}", f"{fmean(score.values):.3f}{spread}", shown
         )

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from .common import announce, app, console, one_clear_error, quiet
+from .common import announce, app, console, new_table, one_clear_error, quiet
 
 
 @app.command()
@@ -24,13 +23,13 @@ def demo(
     with one_clear_error():
         quiet()
         from ..run_folder import PICTURE_FILE
-        from ..train.demo import LEARNED, DemoSettings, run_demo
+        from ..train.demo import LEARNED, run_demo
         from ..train.run import rank_report_of
         from ..views.figure import TRAINED_RANK, save_rank_figure
         from ..views.page import write_page
         from ..views.runs import load_runs
 
-        results = run_demo(output, DemoSettings(steps=steps, seed=seed), overwrite=overwrite, announce=announce)
+        results = run_demo(output, steps=steps, seed=seed, overwrite=overwrite, announce=announce)
         report = rank_report_of(output / LEARNED)
         assert report is not None  # the method has ranks
         picture, page = output / PICTURE_FILE, output / "report.html"
@@ -40,9 +39,7 @@ def demo(
             ("topics", "News topics (8 classes)"),
             ("reviews", "Movie reviews, other films (2 classes)"),
         ):
-            table = Table(title=title, title_justify="left")
-            for name in ("method", "parameters", "test loss", "test accuracy", "ms per step"):
-                table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+            table = new_table(title, "method", "parameters", "test loss", "test accuracy", "ms per step")
             for result in results:
                 if result.task == task:
                     took = "" if result.seconds_per_step is None else f"{1e3 * result.seconds_per_step:.0f}"

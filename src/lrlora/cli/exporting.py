@@ -6,7 +6,6 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +61,7 @@ def write_factors(
         announce(f"To train with: LoraConfig.from_pretrained({str(output)!r})")
         return
     announce(_sizes(updates, sum(part.parameters for part in factors)))
-    size_on_disk = save(
-        factors, updates, output, dtype=torch_dtype(dtype, updates.origin.stored_dtype), server=server or "peft"
-    )
+    size_on_disk = save(factors, updates, output, dtype=torch_dtype(dtype), server=server or "peft")
     announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
     ranks = [(part.rank, part.parameters_per_rank) for part in factors]
     if line := served(ranks, PeftConfig.from_pretrained(str(output)) if output.is_dir() else None, server):
@@ -72,29 +69,20 @@ def write_factors(
 
 
 def _sizes(updates: Updates, exported: int) -> str:
-    from ..adapters.factorize import exact_parameters
-
-    trained = updates.origin.parameters
-    exact = None if updates.method == "DoRA" else exact_parameters(updates)  # it has magnitudes besides
+    trained, exact = updates.origin.parameters, None
+    if updates.are_products and updates.method != "DoRA":  # which has magnitudes besides
+        exact = sum(update.limit * sum(update.shape) for update in updates)
     as_trained = "" if trained is None else f"{trained:,} as trained, "
     without_loss = "" if exact in (None, trained) else f"{exact:,} as LoRA without loss, "
     return f"Parameters: {as_trained}{without_loss}{exported:,} as exported."
 
 
-@dataclass(frozen=True)
-class Target:
-    """Size of an export by loss: a share of the gain to keep, or a size; and a maximum rank."""
-
-    keep: float | None
-    size: Size | None
-    max_rank: int | None
-
-    def choose(self, cut: Cut, updates: Updates, dtype: str | None) -> list[Factors]:
-        """Factors of this size."""
-        if self.keep is not None:
-            return cut.smallest(self.keep, self.max_rank, announce=announce)
-        size = cut.curve.parameters if self.size is None else parameters_in(self.size, updates, dtype)
-        return cut.within(size, self.max_rank)
+def _chosen(cut: Cut, keep: float | None, size: Size | None, max_rank: int | None, dtype: str | None) -> list[Factors]:
+    """Factors of a cut by loss: those that keep a share of the gain, or of a size, or of a maximum rank."""
+    if keep is not None:
+        return cut.smallest(keep, max_rank, announce=announce)
+    within = cut.curve.parameters if size is None else parameters_in(size, cut.subject.updates, dtype)
+    return cut.within(within, max_rank)
 
 
 def cut_of(
@@ -114,15 +102,22 @@ def cut_of(
 
 
 def export_by_loss(
-    cut: Cut, output: Path, target: Target, *, steps: int, dtype: str | None, check: bool, **writing: Any
+    cut: Cut,
+    output: Path,
+    keep: float | None,
+    size: Size | None,
+    max_rank: int | None,
+    *,
+    steps: int,
+    check: bool,
+    **writing: Any,
 ) -> None:
     """Export the directions that matter to the loss of examples."""
-    updates = cut.subject.updates
-    factors = target.choose(cut, updates, dtype)
+    factors = _chosen(cut, keep, size, max_rank, writing["dtype"])
     losses = cut.confirm.losses(factors)
     for line in _gain_lines(cut, losses):
         announce(line)
-    write_factors(factors, updates, output, dtype=dtype, **writing)
+    write_factors(factors, cut.subject.updates, output, **writing)
     if writing["config_only"]:
         return
     with one_clear_error("The LoRA is written as it was cut."):
@@ -188,9 +183,9 @@ def show_smallest(run: TrainConfig) -> None:
     subject = Subject.read(str(folder), announce=announce)
     cut = Cut(subject, announce=announce, progressbar=True)
     keep = (run.keep or DEFAULT_KEEP) if run.size is None else None
-    target = Target(keep, None if run.size is None else Size.parse(run.size, "--size"), None)
+    size = None if run.size is None else Size.parse(run.size, "--size")
     try:
-        factors = target.choose(cut, subject.updates, None)
+        factors = _chosen(cut, keep, size, None, None)
     except ValueError as error:
         if keep is None:
             raise

@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..files import require_no_input, write_json, write_whole
+from ..checks import DEFAULT_KEEP
+from ..files import require_no_input, require_writable, write_json, write_whole
 from ..run_folder import METRICS_FILE, RUN_FILE, shown_metrics, which_checkpoint
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
-from .common import announce, app, console, note, one_clear_error, quiet, require_new, require_replaceable
+from .common import announce, app, console, note, one_clear_error, quiet
 from .exporting import show_smallest
 from .options import settings_as_options, settings_of, starter
 
@@ -35,7 +36,7 @@ def init(
 ) -> None:
     """Write a YAML file with every setting of a run, its description and its default."""
     with one_clear_error():
-        require_replaceable(file, overwrite, model=model, data=data)
+        require_writable(file, overwrite=overwrite, model=model, data=data)
         TrainConfig(model, data, task)  # checks the values
         write_whole(file, starter({"model": model, "data": data, "task": task}))
         announce(f"Settings: {file}. Edit it, then check the plan: lrlora train {file} --dry-run")
@@ -86,6 +87,9 @@ def train(
 
 
 def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) -> None:
+    from peft import PeftConfig
+
+    from ..adapters.servers import served
     from ..train.hub import push
     from ..train.run import rank_report_of, resume_hint, train
     from ..views.tables import rank_table
@@ -112,21 +116,11 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
         push(run.output, run.training, announce)  # uploads changed files only
     report = rank_report_of(output)
     if report is not None:
+        ranks = [(row.r or 0, row.m + row.n) for row in report.rows]
+        if run.learned_size is not None and (line := served(ranks, PeftConfig.from_pretrained(str(output)))):
+            announce(line)
         console.print(rank_table(report, "Ranks of ΔW", width=console.width))
         announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
-
-
-def _served(run: Path) -> str:
-    """What vLLM reserves for the adapter of a language model's run."""
-    from peft import PeftConfig
-
-    from ..adapters.servers import served
-    from ..train.run import rank_report_of
-
-    report = rank_report_of(run)
-    assert report is not None  # its ranks were learned
-    ranks = [(row.r or 0, row.m + row.n) for row in report.rows]
-    return served(ranks, PeftConfig.from_pretrained(str(run)))
 
 
 def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
@@ -135,13 +129,12 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
 
     if run.learned_size is not None:
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
-        if line := _served(Path(run.output)):
-            announce(line)
         return False
     is_asked_for = run.filled_by is not None
     is_measured = is_asked_for or (is_wanted and METHODS[run.method].has_ranks)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not is_measured:
-        announce(f"To find the smallest LoRA: lrlora export {run.output} --keep 0.99 --output {run.output}-small")
+        to_find = f"lrlora export {run.output} --keep {DEFAULT_KEEP} --output {run.output}-small"
+        announce(f"To find the smallest LoRA: {to_find}")
         return False
     try:
         show_smallest(run)
@@ -185,7 +178,8 @@ def evaluate(
 ) -> None:
     """Evaluate a finished run, or an adapter that names its base model and task, on data."""
     with one_clear_error():
-        require_new(metrics_file)
+        if metrics_file is not None:
+            require_writable(metrics_file)
         reading = _reading(columns, delimiter, encoding, skip_empty)
         quiet()
         from ..train.inference import evaluate
@@ -229,7 +223,7 @@ def predict(
         if data is None and (given := [name for name, value in reading.items() if value is not None]):
             raise ValueError(f"--{given[0].replace('_', '-')} describes data. Pass --data, or remove it.")
         if output is not None:
-            require_replaceable(output, overwrite, run=run, data=data)
+            require_writable(output, overwrite=overwrite, run=run, data=data)
         quiet()
         reading["announce"] = note
         from ..train.inference import predict, predict_texts, write_predictions

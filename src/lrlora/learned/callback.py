@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from safetensors.torch import load, save
@@ -31,7 +30,6 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
         at: share of the steps after which the adapter is cut, in (0, 1).
         max_rank: largest rank of any module; default: that of the adapter.
-        announce: receives a line at the cut.
 
     Attributes:
         learned: `LearnedRanks` with the ranks; None before training.
@@ -41,17 +39,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
     """
 
-    def __init__(
-        self,
-        size: str,
-        *,
-        at: float = CUT_AT,
-        max_rank: int | None = None,
-        announce: Callable[[str], None] = tqdm.write,
-    ) -> None:
+    def __init__(self, size: str, *, at: float = CUT_AT, max_rank: int | None = None) -> None:
         Size.parse(size)
         self._options: dict[str, Any] = {"size": size, "at": at, "max_rank": max_rank}
-        self._announce = announce
         self.learned: LearnedRanks | None = None
         self._is_cut = False
 
@@ -98,7 +88,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             # A better one from before the cut would be larger than asked for.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             if state.is_world_process_zero:
-                self._announce(learned.summary)
+                tqdm.write(learned.summary)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

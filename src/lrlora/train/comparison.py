@@ -22,8 +22,9 @@ from scipy.stats import ttest_1samp
 from transformers import AutoConfig
 
 from ..checks import require_known
-from ..files import parse_json, readable, write_json, write_whole
+from ..files import parse_json, readable, require_folder, write_json, write_whole
 from ..learned.learned_ranks import FEWEST_STEPS
+from ..learned.size import WIDTH
 from ..run_folder import METRICS_FILE, RUN_FILE
 from .data import load_examples, load_splits, load_task_data
 from .inference import evaluate
@@ -73,8 +74,7 @@ class Comparison:
             require_known("method", method, (LEARNED, *METHODS))
         if self.seeds < 1:
             raise ValueError(f"seeds must be an integer ≥ 1, got {self.seeds}.")
-        if self.output.is_file():
-            raise FileExistsError(f"The output folder {self.output} exists and is a file. Choose another --output.")
+        require_folder(self.output)
         steps = self.settings.get("steps")
         if LEARNED in self.methods and isinstance(steps, int) and steps < FEWEST_STEPS:
             raise ValueError(
@@ -112,6 +112,8 @@ class Comparison:
         sized: dict[str, Any] = {"rank": rank, "method": method}
         if method == LEARNED:
             sized = {"rank": None, "method": "lora", "size": f"r{rank}"}
+            if (alpha := self.settings.get("alpha")) is not None:
+                sized["alpha"] = WIDTH * alpha  # the same α/r at the wider start
         elif method == "full":
             sized["rank"] = None
         folder = self.output / f"{method}-{float(rate)!r}-{seed}"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import Factors, Updates, factorize, read_updates
+from ..adapters.export import require_exportable
 from ..adapters.full_model import FineTuned
 from ..adapters.loading import check_base
 from ..adapters.peft_folder import SavedAdapter
@@ -34,7 +35,7 @@ from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled
 from .inference import OF_TRAINING, LoadedRun
-from .models import make_trainer, model_source, training_arguments
+from .models import base_of_run, make_trainer, training_arguments
 from .own_text import own_examples
 from .progress import Announce, Progress, StopOnNonFinite
 from .tasks import Kind
@@ -107,23 +108,26 @@ class Subject:
         if is_run and task is not None:
             raise ValueError(f"{source} is a run of `lrlora train`, which stores its task. Remove --task.")
         saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
-        if saved is not None and getattr(saved.config, "lora_bias", False):
-            raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
+        if saved is not None:
+            require_exportable(saved.config)
         run = (
             LoadedRun.read(Path(source)) if is_run else LoadedRun.of_adapter(source, base=base, task=task, saved=saved)
         )
         run = run.reading(data=data, **reading)
-        if saved is None and base is None and is_run:
-            base = model_source(run.config.model)
+        if saved is None and base is None:
+            base = base_of_run(source)
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
             base = saved.base_model  # required to read an update with its magnitudes
-        updates = read_updates(source if saved is None else saved, base=base)
-        check_base(updates)
+        updates = check_base(read_updates(source if saved is None else saved, base=base))
         if data is None and not is_run:
             subject = cls(run, updates, Dataset.from_dict({}), Dataset.from_dict({}), "").on_own_text()
             announce(f"No data was given: cut by {subject.data}. What is kept there may differ on your task (--data).")
             return subject
-        training, held_out = _examples_of_run(run) if data is None else _given_examples(run, data, announce)
+        if data is None:
+            splits = load_task_data(run.config, run.kind).splits
+            training, held_out = splits["train"], splits["validation"]
+        else:
+            training, held_out = _given_examples(run, data, announce)
         return cls(run, updates, training, held_out, run.config.data)
 
     def on_own_text(self) -> Subject:
@@ -193,11 +197,6 @@ class Subject:
     def whole(self) -> list[Factors]:
         """The update as thin factors: exact if it is a product, else at 99 % of its energy."""
         return factorize(self.updates, energy=1.0 if self.updates.are_products else DEFAULT_ENERGY, progressbar=True)
-
-
-def _examples_of_run(run: LoadedRun) -> tuple[Dataset, Dataset]:
-    splits = load_task_data(run.config, run.kind).splits
-    return splits["train"], splits["validation"]
 
 
 def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Dataset, Dataset]:

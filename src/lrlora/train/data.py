@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 from ..checks import require_known
 from ..files import is_hub_name
 from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
-from .row_checks import SHOWN_ROWS, alike, is_filled, is_known, require_rows, with_class_ids
+from .row_checks import alike, is_filled, is_known, require_rows, shown_rows, with_class_ids
 from .settings import FROM_TRAIN, TrainConfig
 from .tasks import Kind
 from .untrusted_files import require_local_card, require_own_files, require_own_images
@@ -47,6 +47,12 @@ class TaskData:
     splits: DatasetDict
     labels: list[str]
     notes: list[str]
+
+
+def dataset_name(data: str) -> str | None:
+    """Hub name of data, if it has an owner; None for local and embedded data."""
+    name = data.partition(":")[0]
+    return name if "/" in name and is_hub_name(name) and not Path(name).exists() else None
 
 
 def require_data_path(name: str) -> None:
@@ -123,13 +129,9 @@ def _load_files(path: Path, config: TrainConfig) -> DatasetDict:
         for file in chain(*found.data_files.values()):
             _check_header(Path(file), delimiter, config.encoding or "utf-8-sig")
         roles = (*_TEXTS, "label") if config.task == "classify" else _TEXTS
-        texts = {config.columns.get(role, role): _as_text for role in roles}
+        texts = {config.columns.get(role, role): lambda cell: cell or None for role in roles}
         source |= _CSV | {"sep": delimiter, "encoding": config.encoding, "converters": texts}
     return load_dataset(**source)
-
-
-def _as_text(cell: str) -> str | None:
-    return cell or None
 
 
 def _check_header(path: Path, delimiter: str, encoding: str) -> None:
@@ -199,7 +201,6 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
         notes += note
     if labels := kind.class_names(splits["train"]):
         splits = DatasetDict({name: with_class_ids(part, labels, where[name]) for name, part in splits.items()})
-    if labels:
         if len(labels) == (count := len(splits["train"])):
             notes.append(
                 f"Warning: all {count:,} training examples have different labels. Check that the label column is "
@@ -304,8 +305,8 @@ def _checked(
         columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
         kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
         if left := sorted(set(range(len(data))) - set(kept)):
-            rows = ", ".join(map(str, left[:SHOWN_ROWS])) + (", …" if len(left) > SHOWN_ROWS else "")
-            notes = [f"Skipped {len(left):,} of {len(data):,} examples in {where} with empty values (from 0: {rows})."]
+            skipped = f"Skipped {len(left):,} of {len(data):,} examples in {where}"
+            notes = [f"{skipped} with empty values (from 0: {shown_rows(left)})."]
             data = data.select(kept)
     if len(data) == 0:
         raise ValueError(f"There are no examples in {where}.")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ..adapters import save_as_lora
 from ..checks import DEFAULT_KEEP
-from ..files import read_json, write_json
+from ..files import read_json, require_folder, write_json
 from ..locks import only_writer
 from ..run_folder import METRICS_FILE, RUN_FILE
 from .cut import Cut, Subject
@@ -29,20 +29,6 @@ BATCH_SIZE = 16
 VALIDATION_EXAMPLES, TEST_EXAMPLES = 256, 600  # fixed samples
 LEARNED, SMALL = "topics-learned", "topics-small"  # folders
 PAPER = "reviews-lr-lora"
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """Settings shared by all methods.
-
-    Args:
-        steps: number of optimizer steps on the topics, with 16 texts each; the reviews take half as many.
-        seed: random seed of head, factors and data order. Rates were tuned with seed 1.
-
-    """
-
-    steps: int = 100
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,12 +82,19 @@ RUNS = {
 
 
 def run_demo(
-    output: Path, settings: DemoSettings, *, overwrite: bool = False, announce: Announce = print
+    output: Path, *, steps: int = 100, seed: int = 0, overwrite: bool = False, announce: Announce = print
 ) -> list[DemoResult]:
     """Train MiniLM on both tasks with each method, and export the learned ranks.
 
     Writes a folder of `train` for each method, and `results.json`. Output goes to `<output>.partial` and is renamed at
-    the end; an interrupted demo resumes when called again with the same settings. `announce` receives its progress.
+    the end; an interrupted demo resumes when called again with the same settings.
+
+    Args:
+        output: folder to write.
+        steps: number of optimizer steps on the topics, with 16 texts each; the reviews take half as many.
+        seed: random seed of head, factors and data order. Rates were tuned with seed 1.
+        overwrite: replace the folder of another demo.
+        announce: receives its progress.
 
     Raises:
         BlockingIOError: another process writes it.
@@ -111,34 +104,31 @@ def run_demo(
         lrlora.train.run.Interrupted: the demo was stopped externally, after saving a checkpoint.
 
     """
-    with only_writer(output):
-        return _run_demo(output, settings, overwrite, announce)
-
-
-def _run_demo(output: Path, settings: DemoSettings, overwrite: bool, announce: Announce) -> list[DemoResult]:
-    work = output.with_name(output.name + ".partial")
+    require_folder(output)
+    work, settings = output.with_name(output.name + ".partial"), {"steps": steps, "seed": seed}
     settings_file = work / SETTINGS_FILE
-    if output.exists():
-        _require_replaceable(output, overwrite)
-    if work.exists() and not (settings_file.exists() and json.loads(settings_file.read_text()) == asdict(settings)):
-        _require_replaceable(work, overwrite)
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(settings_file, asdict(settings))
-    results = _read_results(work)
-    for folder, run in RUNS.items():
-        if any(result.folder == folder for result in results):
-            continue
-        announce(f"{run.task.capitalize()} with {run.name} …")
-        results.append(_train(work / folder, run, settings, announce))
-        if folder == LEARNED and (exported := _export(work / folder, work / SMALL, announce)) is not None:
-            name = f"exported, {DEFAULT_KEEP:.0%} of the gain"
-            results.append(_result(exported, work / SMALL, replace(run, name=name), None))
-        write_json(work / RESULTS_FILE, [asdict(result) for result in results])
-    if output.exists():
-        shutil.rmtree(output)
-    work.rename(output)
-    return results
+    with only_writer(output):
+        if output.exists():
+            _require_replaceable(output, overwrite)
+        if work.exists() and not (settings_file.exists() and json.loads(settings_file.read_text()) == settings):
+            _require_replaceable(work, overwrite)
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(settings_file, settings)
+        results = _read_results(work)
+        for folder, run in RUNS.items():
+            if any(result.folder == folder for result in results):
+                continue
+            announce(f"{run.task.capitalize()} with {run.name} …")
+            results.append(_train(work / folder, run, max(1, round(run.share * steps)), seed, announce))
+            if folder == LEARNED and (exported := _export(work / folder, work / SMALL, announce)) is not None:
+                name = f"exported, {DEFAULT_KEEP:.0%} of the gain"
+                results.append(_result(exported, work / SMALL, replace(run, name=name), None))
+            write_json(work / RESULTS_FILE, [asdict(result) for result in results])
+        if output.exists():
+            shutil.rmtree(output)
+        work.rename(output)
+        return results
 
 
 def _read_results(folder: Path) -> list[DemoResult]:
@@ -160,7 +150,7 @@ def _require_replaceable(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _train(folder: Path, run: _Run, settings: DemoSettings, announce: Announce) -> DemoResult:
+def _train(folder: Path, run: _Run, steps: int, seed: int, announce: Announce) -> DemoResult:
     config = TrainConfig(
         model="embedded:minilm",
         data=run.data,
@@ -170,9 +160,9 @@ def _train(folder: Path, run: _Run, settings: DemoSettings, announce: Announce) 
         validation_examples=VALIDATION_EXAMPLES,
         max_length=48,
         rank_every=25,
-        steps=max(1, round(run.share * settings.steps)),
+        steps=steps,
         batch_size=BATCH_SIZE,
-        seed=settings.seed,
+        seed=seed,
         training={"eval_strategy": "no", "save_steps": 25, "load_best_model_at_end": False},
         **run.options,
     )

@@ -22,7 +22,7 @@ from .. import __version__
 from ..files import readable
 from ..run_folder import ANSWERS, CHAT, RunRecord
 from .chat import choose_template, rendering_of, with_answers_marked
-from .data import TaskData, choose_max_length, load_task_data
+from .data import TaskData, choose_max_length, dataset_name, load_task_data
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
 from .settings import TrainConfig, read_run
 from .tasks import Kind
@@ -93,6 +93,7 @@ class Inputs:
             loss_on=ANSWERS if on_answers else None,
             chat_template=processor.chat_template if rendering == CHAT else None,
             base_model=hub_name(config.model),
+            dataset=dataset_name(config.data),
         )
         return cls(kind, source, data, processor, saved_processor, too_long, rows, record)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -44,6 +44,11 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
     elif config.filled_by:
         goal = f"of {config.size}" if config.size else f"that keeps {config.keep:.4g} of the gain"
         ranks = [f"After training: lora/ is a plain LoRA {goal}, of the directions that the loss needs most."]
+    warm_up = f"{arguments.warmup_steps:g} steps"
+    if 0 < arguments.warmup_steps < 1:
+        warm_up = f"{100 * arguments.warmup_steps:g} %"
+    longest = inputs.record.max_length
+    truncated = "" if longest is None else f"; {inputs.too_long:,} training examples are truncated to {longest} tokens"
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
         f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters "
@@ -52,17 +57,11 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
         *_adapter_lines(config.method, model),
         *ranks,
         *([] if config.start_from is None else [f"Starts from: {config.start_from}."]),
-        f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples"
-        f"{_truncated(inputs)}.",
+        f"Data: {len(splits['train']):,} training and {len(splits['validation']):,} validation examples{truncated}.",
         *inputs.data.notes,
-        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and {_warm_up(arguments)} of warm-up, "
+        f"Learning rate {arguments.learning_rate:g} with schedule {schedule} and {warm_up} of warm-up, "
         f"{evaluation}, seed {config.seed}.",
     ]
-
-
-def _warm_up(arguments: TrainingArguments) -> str:
-    steps = arguments.warmup_steps
-    return f"{100 * steps:g} %" if 0 < steps < 1 else f"{steps:g} steps"
 
 
 def _adapter_lines(method: str, model: nn.Module) -> list[str]:
@@ -86,12 +85,6 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
             f"Warning: r = {r} exceeds the maximum rank of {len(narrow)} of {len(layers)} layers ({min(narrow)})."
         )
     return lines
-
-
-def _truncated(inputs: Inputs) -> str:
-    if inputs.record.max_length is None:
-        return ""
-    return f"; {inputs.too_long:,} training examples are truncated to {inputs.record.max_length} tokens"
 
 
 def describe_encoded(trainer: Trainer, inputs: Inputs) -> Iterator[str]:
@@ -138,12 +131,10 @@ def learned_in(trainer: Trainer) -> LearnedRanks | None:
     return next((each.learned for each in callbacks if isinstance(each, LearnedRanksCallback)), None)
 
 
-def learned_line(learned: LearnedRanks) -> str:
-    """Size and ranks of an adapter whose ranks were learned, or a warning that it was not cut."""
-    if learned.ranks is None:
-        return f"Warning: training ended before the cut after step {learned.cut_step}: the adapter is wide."
-    ranks = sorted(rank for rank in learned.ranks.values() if rank)
-    return f"Ranks: {learned.parameters:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
+def ranks_line(learned: Mapping[str, int], parameters: int) -> str:
+    """Size and ranks of an adapter whose ranks were learned."""
+    ranks = sorted(rank for rank in learned.values() if rank)
+    return f"Ranks: {parameters:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
 
 
 def seconds_per_batch(trainer: Trainer) -> float:

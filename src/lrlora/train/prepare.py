@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, set_seed
 
-from ..files import ADAPTER_EXPECTED, readable, require_no_input
+from ..files import ADAPTER_EXPECTED, readable, require_folder, require_no_input
 from ..learned.callback import LearnedRanksCallback
 from ..learned.learned_ranks import FEWEST_STEPS
 from ..learned.size import Size
@@ -58,6 +58,7 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
         raise ValueError(
             f"--resume continues the run in {output}, but --overwrite would delete it. Pass only one of them."
         )
+    require_folder(output)
     # A process killed at startup leaves only a temporary file; the lock may exist, too.
     is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
     resumed = None

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-SHOWN_ROWS = 5
+_SHOWN_ROWS = 5
+
+
+def shown_rows(rows: Sequence[int]) -> str:
+    """First row numbers."""
+    return ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", …" if len(rows) > _SHOWN_ROWS else "")
 
 
 def require_rows(are_right: Iterable[bool], rule: str, values: Any = None) -> None:
     """Raise ValueError with row numbers and the first value, unless the rule holds for all rows."""
     wrong = [row for row, is_right in enumerate(are_right) if not is_right]
     if wrong:
-        rows = ", ".join(str(row) for row in wrong[:SHOWN_ROWS]) + (", …" if len(wrong) > SHOWN_ROWS else "")
         found = f" Row {wrong[0]} is {values[wrong[0]]!r:.200}." if values is not None else ""
         count = f"{len(wrong)} row{'s' * (len(wrong) > 1)}"
-        raise ValueError(f"{rule}; violated in {count} (counted from 0: {rows}).{found}")
+        raise ValueError(f"{rule}; violated in {count} (counted from 0: {shown_rows(wrong)}).{found}")
 
 
 def require_text(data: Dataset, role: str, where: str) -> None:
@@ -152,7 +156,7 @@ def with_class_ids(data: Dataset, labels: list[str], where: str) -> Dataset:
     unseen = sorted(set(names) - set(labels))
     if unseen:
         raise ValueError(
-            f"Labels in {where} are not in the training data: {', '.join(unseen[:SHOWN_ROWS])}. "
+            f"Labels in {where} are not in the training data: {', '.join(unseen[:_SHOWN_ROWS])}. "
             f"Known: {', '.join(labels)}."
         )
     index = {name: i for i, name in enumerate(labels)}

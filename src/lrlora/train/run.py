@@ -35,7 +35,7 @@ from ..views.model_card import write_card
 from .hub import push
 from .inputs import Inputs, examples_per_step
 from .methods import METHODS, AdaLoraCallback, set_rank_pattern
-from .plan import learned_in, learned_line, seconds_per_batch
+from .plan import learned_in, ranks_line, seconds_per_batch
 from .prepare import last_checkpoint, prepare, require_same_run, require_startable
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
 from .settings import TrainConfig
@@ -152,7 +152,7 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
     # The clock comes first at a step's end, so that it excludes the cost of rank records.
     callbacks: list[TrainerCallback] = [clock]
     if config.learned_size is not None:
-        callbacks.append(LearnedRanksCallback(config.learned_size, announce=progress.say))
+        callbacks.append(LearnedRanksCallback(config.learned_size))
     if METHODS[config.method].has_ranks:
         callbacks.append(RankLogger(every=config.rank_every))
     callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss()]
@@ -218,8 +218,9 @@ def _finish(
     """Evaluate the trained model, and save it with ranks, card and metrics."""
     arguments, output = trainer.args, Path(config.output)
     learned = learned_in(trainer)
-    if learned is not None:
-        announce(learned_line(learned))
+    ranks = None if learned is None else learned.ranks
+    if learned is not None and ranks is not None:
+        announce(ranks_line(ranks, learned.parameters))
     if (best := trainer.state.best_global_step) and arguments.load_best_model_at_end:
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
         announce(f"Kept: step {best} of {arguments.max_steps}, the best by {measure}.")
@@ -227,7 +228,6 @@ def _finish(
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
     examples = {name: len(part) for name, part in inputs.data.splits.items()}
-    ranks = None if learned is None else learned.ranks
     result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step, examples, ranks)
     if config.method == "adalora":
         set_rank_pattern(model)
@@ -238,15 +238,20 @@ def _finish(
         trainer.accelerator.wait_for_everyone()
         return result
     if report is not None:
-        if learned is not None and learned.ranks is not None:  # a sharded model keeps what was cut, as zeros
-            report = report.of_ranks(learned.ranks)
+        if ranks is not None:  # a sharded model keeps what was cut, as zeros
+            report = report.of_ranks(ranks)
         report.to_json(output / REPORT_FILE)
     with replacing_files(output) as partial:
         model.save_pretrained(partial, state_dict=state)
         inputs.saved_processor.save_pretrained(partial)
         if inputs.kind.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # contains the class names
-    write_json(output / LOG_FILE, [dict(filter(_is_storable, entry.items())) for entry in result.log_history])
+    # JSON cannot store infinite gradients, which a loss scaler skips.
+    log = [
+        {name: value for name, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
+        for entry in result.log_history
+    ]
+    write_json(output / LOG_FILE, log)
     if METHODS[config.method].config is LrLoraConfig:
         _save_plain_lora(output, announce)  # before the card, which mentions it
     if METHODS[config.method].has_ranks:
@@ -258,11 +263,6 @@ def _finish(
     push(config.output, config.training, announce)
     trainer.accelerator.wait_for_everyone()
     return result
-
-
-def _is_storable(entry: tuple[str, Any]) -> bool:
-    """Whether JSON can store a log value: infinite gradients, skipped by a loss scaler, cannot be."""
-    return not isinstance(entry[1], float) or math.isfinite(entry[1])
 
 
 def _save_plain_lora(output: Path, announce: Announce) -> None:

@@ -172,6 +172,8 @@ class TrainConfig:
         ):
             if (value := getattr(self, name)) is not None and not applies:
                 raise ValueError(f"{name}={value!r} applies to {what}, but the task is {self.task}. Remove it.")
+        if self.early_stopping is not None and self.arguments.get("eval_strategy") == "no":
+            raise ValueError("early_stopping needs evaluations, which eval_strategy=no turns off. Remove one of them.")
         counts = ("max_length", "train_examples", "validation_examples", "rank", "steps", "batch_size")
         for name, least in (*((name, 1) for name in (*counts, "early_stopping", "rank_every")), ("seed", 0)):
             value = getattr(self, name)

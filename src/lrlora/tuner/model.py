@@ -144,7 +144,10 @@ class LrLoraModel(BaseTuner):
 
         """
         is_mapping = isinstance(weights, Mapping) and len(weights) > 0
-        if not is_mapping or not all(name in self.peft_config and _is_finite(w) for name, w in weights.items()):
+        if not is_mapping or not all(
+            name in self.peft_config and isinstance(weight, (int, float)) and math.isfinite(weight)
+            for name, weight in weights.items()
+        ):
             raise ValueError(
                 "weights must map adapter names to finite numbers, for example {'first': 0.7, 'second': 0.3}, got "
                 f"{weights!r}. Available adapters: {', '.join(self.peft_config)}."
@@ -292,10 +295,6 @@ def _pass_adapter_names(
     names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
-
-
-def _is_finite(weight: object) -> bool:
-    return isinstance(weight, (int, float)) and math.isfinite(weight)
 
 
 def _kind(module: nn.Module, backend: QuantizationBackend | None = None) -> type[LrLoraLayer] | None:

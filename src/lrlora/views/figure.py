@@ -24,39 +24,31 @@ _POINTS = 5_000  # of all curves
 def save_rank_figure(
     report: RankReport, path: str | os.PathLike[str], *, measure: str = OPENING_MEASURE, title: str = "Ranks of ΔW"
 ) -> None:
-    """Save `rank_figure` atomically in the format of the suffix of `path` (.png, .svg, .pdf).
+    """Save layers × module types of a measure, and below, by kind, each module's deviation of φ from φ(z) = z.
+
+    Reports without curves, such as plain LoRA's, show only the ranks. Requires `pip install '.[plots]'`.
+
+    Args:
+        report: ranks.
+        path: file to write, atomically; its suffix is the format: .png, .svg or .pdf.
+        measure: a rank measure, or "r".
+        title: of the figure.
 
     Raises:
-        ValueError: `measure` or the file format is unknown.
+        ValueError: `measure` or the file format is unknown, or no module has such a rank.
 
     """
-    kind = Path(path).suffix.removeprefix(".").lower()
+    kind: Any = Path(path).suffix.removeprefix(".").lower()
     require_known("format of a figure", kind, ("png", "svg", "pdf"))
-    figure = rank_figure(report, measure=measure, title=title)
-    with replacing(path) as partial:
-        figure.save(str(partial), format=kind, ppi=150)
-
-
-def rank_figure(report: RankReport, *, measure: str = OPENING_MEASURE, title: str = "Ranks of ΔW") -> Any:
-    """Layers × module types of `measure`, and below, by kind, each module's deviation of φ from φ(z) = z.
-
-    `measure` may also be "r".
-
-    Reports without curves, such as plain LoRA's, show only the ranks.
-    Requires `pip install '.[plots]'`.
-
-    Returns:
-        An Altair chart.
-
-    Raises:
-        ValueError: `measure` is not a rank measure.
-
-    """
     require_known("measure", measure, _LABELS)
-    parts = [_map(report.rows, measure)]
+    rows = [row for row in report.rows if getattr(row, measure) is not None]
+    if not rows:
+        raise ValueError(f"The report has no {measure}, so there is nothing to draw. Choose another measure.")
+    parts = [_map(rows, measure)]
     if any(row.module in report.curves for row in report.rows):
         parts.append(_bends(report))
-    return alt.vconcat(*parts, title=title)
+    with replacing(path) as partial:
+        alt.vconcat(*parts, title=title).save(str(partial), format=kind, ppi=150)
 
 
 def _map(rows: list[RankRow], measure: str) -> Any:

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,9 +96,9 @@ def _in_script(content: Any) -> str:
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
-    rows = [asdict(row) for run in runs for report in _all_reports(run) for row in report.rows]
+    rows = [row for run in runs for report in _all_reports(run) for row in report.rows]
     left_out = () if _is_curved(runs) else _OF_PHI
-    keys = [key for key in _SHOWN if key not in left_out and any(row[key] is not None for row in rows)]
+    keys = [key for key in _SHOWN if key not in left_out and any(getattr(row, key) is not None for row in rows)]
     values = [key for key in (*keys, "phi_zero") if key not in left_out]
     measures = [
         {"key": key, **dict(zip(("label", "digits", "about"), _SHOWN[key], strict=True))}
@@ -252,14 +251,14 @@ def _thinned(points: Sequence[_T], most: int) -> list[_T]:
 def _rows(report: RankReport, keys: list[str]) -> list[dict[str, Any]]:
     fixed = ("module", "layer", "type", "kind", "m", "n", "r")
     return [
-        {name: row[name] for name in fixed}
-        | {key: _short(row[key]) for key in keys}
+        {name: getattr(row, name) for name in fixed}
+        | {key: _short(getattr(row, key)) for key in keys}
         | {
-            "stack": stack_of(row["module"]),
-            "position": position_in_stack(row["module"]),
-            "place": place_in_layer(row["module"]),
+            "stack": stack_of(row.module),
+            "position": position_in_stack(row.module),
+            "place": place_in_layer(row.module),
         }
-        for row in map(asdict, report.rows)
+        for row in report.rows
     ]
 
 
@@ -269,5 +268,5 @@ def _short(value: float | None) -> float | None:
 
 def _in_order(report: RankReport, keys: list[str], modules: list[str]) -> list[list[float | None]]:
     """Values of the modules, in this order; None for a module missing from the report."""
-    rows = {row["module"]: row for row in _rows(report, keys)}
-    return [[rows[module][key] if module in rows else None for key in keys] for module in modules]
+    rows = {row.module: row for row in report.rows}
+    return [[_short(getattr(rows[module], key)) if module in rows else None for key in keys] for module in modules]
