@@ -122,6 +122,10 @@ class TinyModel:
         model.eval()
 
 
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A test that writes into the current folder does not write into the project."""

@@ -168,12 +168,12 @@ def test_refuses_what_cannot_be_exported(tiny_bert: TinyModel, tmp_path: Path) -
         factorize(untrained, energy=0.9)
     with pytest.raises(ValueError, match="has no adapter"):
         factorize(tiny_bert.build(), energy=0.9)
-    with pytest.raises(ValueError, match="No module has an adapter named 'other'"):
+    with pytest.raises(ValueError, match=r"No module has an adapter named 'other'.*default"):
         factorize(untrained, energy=0.9, adapter="other")
     diverged = one_layer(40, 30)
     with torch.no_grad():
         diverged.base_model.model[0].lrlora_B["default"].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="The update of 0 contains NaN"):
+    with pytest.raises(ValueError, match=r"The update of 0 contains NaN .* diverged"):
         factorize(diverged, energy=0.9)
     embedding = get_peft_model(tiny_bert.build(), LrLoraConfig(target_modules=["word_embeddings"]))
     with pytest.raises(ValueError, match=r"Only linear layers .* bert.embeddings.word_embeddings"):

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lrlora.adapters import Factors, factorize, save_as_lora
+from lrlora.adapters import Factors, factorize
 from lrlora.adapters.factorize import parameters_of_rank
 from lrlora.learned import Kept, LossCurve, energy_curve, loss_curve, mean_loss, model_loss, smallest
 
@@ -55,15 +55,6 @@ def test_a_budget_is_kept_to_and_the_rises_add_up(trained: tuple[TinyModel, Any,
         curve.within(5)
 
 
-def test_all_directions_together_are_the_adapter(trained: tuple[TinyModel, Any, list[Factors], LossCurve]) -> None:
-    tiny, model, whole, curve = trained
-    batches = language_batches(tiny)
-    expected = mean_loss(model, whole, batches)
-    assert mean_loss(model, curve.within(curve.parameters), batches) == pytest.approx(expected, rel=1e-4)
-    with torch.no_grad():
-        assert model(**batches[0]).loss.item() == pytest.approx(expected, rel=1e-4)
-
-
 class TwoSides(nn.Module):
     """A linear layer, half of whose inputs are always zero."""
 
@@ -96,20 +87,6 @@ def test_what_is_large_and_never_used_goes_first() -> None:
     assert mean_loss(model, by_loss, batches, loss_of) < as_it_was + 0.02  # damping leaves a trace of it
     assert mean_loss(model, by_energy, batches, loss_of) > as_it_was + 0.1
     assert by_loss[0].kept < 0.1
-
-
-def test_the_cut_is_served_by_plain_peft(
-    trained: tuple[TinyModel, Any, list[Factors], LossCurve], tmp_path: Any
-) -> None:
-    tiny, model, _, curve = trained
-    model.save_pretrained(tmp_path / "adapter")
-    factors = curve.within(curve.parameters // 2)
-    save_as_lora(factors, tmp_path / "adapter", tmp_path / "small")
-    served = PeftModel.from_pretrained(tiny.build(), tmp_path / "small")
-    batches = language_batches(tiny)
-    with torch.no_grad():
-        loss = served(**batches[0]).loss.item()
-    assert loss == pytest.approx(mean_loss(model, factors, batches), rel=1e-4)
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])

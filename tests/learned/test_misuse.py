@@ -13,7 +13,6 @@ import torch.distributed as dist
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import Adafactor
 
 from lrlora import LearnedRanks, LearnedRanksCallback
 
@@ -199,7 +198,8 @@ def test_a_convolution_without_a_batch() -> None:
     ranks = []
     for shape in ((1, 3, 4), (3, 4)):
         torch.manual_seed(0)
-        model = get_peft_model(nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 5, 1)), conv_config())
+        base = nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 5, 1))
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
         optimizer = adam(model)
         learned = LearnedRanks(model, optimizer, size="60", steps=40)
         generator = torch.Generator().manual_seed(1)
@@ -209,10 +209,6 @@ def test_a_convolution_without_a_batch() -> None:
             optimizer.zero_grad()
         ranks.append(learned.ranks)
     assert ranks[0] == ranks[1]
-
-
-def conv_config() -> LoraConfig:
-    return LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
 
 
 class Sam(torch.optim.Optimizer):
@@ -237,34 +233,6 @@ def test_an_optimizer_around_another() -> None:
     assert shares[0] == pytest.approx(0.5)
 
 
-def test_a_fused_optimizer_that_skips_steps() -> None:
-    tiny, model = with_lora("llama")
-    optimizer = torch.optim.AdamW(trained(model), lr=5e-3, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, growth_interval=1000)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
-    for _ in range(18):
-        with torch.autocast("cpu", torch.float16):
-            loss = tiny.loss(model)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    assert learned.ranks is None
-
-
-@pytest.mark.parametrize(
-    ("build", "said"),
-    [
-        (lambda model: torch.optim.LBFGS(trained(model)), "do not support LBFGS"),
-        (lambda model: Adafactor(trained(model)), "Adafactor has lr=None"),
-    ],
-)
-def test_optimizers_that_cannot_be_cut(build: Any, said: str) -> None:
-    _, model = with_lora("mlp")
-    with pytest.raises(ValueError, match=said):
-        LearnedRanks(model, build(model), size="r2", steps=STEPS)
-
-
 @pytest.mark.parametrize(
     ("build", "options", "said"),
     [
@@ -281,8 +249,25 @@ def test_optimizers_that_cannot_be_cut(build: Any, said: str) -> None:
             {},
             "convolutions without groups, but 0 has another",
         ),
-        (lambda: with_lora("mlp")[1], {"size": 4}, "size must be a size such as .*, got 4"),
-        (lambda: with_lora("mlp")[1], {"steps": "60"}, "steps must be at least 10 .*, got '60'"),
+        (lambda: with_lora("llama", use_dora=True)[1], {}, "do not support use_dora=True. Remove it"),
+        (lambda: with_lora("llama", bias="lora_only")[1], {}, "do not support bias='lora_only'"),
+        (
+            lambda: with_lora("llama", init_lora_weights="pissa")[1],
+            {},
+            "init_lora_weights='pissa', which changes the base weights",
+        ),
+        (
+            lambda: with_lora("llama", target_modules=["q_proj", "embed_tokens"])[1],
+            {},
+            "but model.embed_tokens has another",
+        ),
+        (lambda: with_lora("llama")[1], {"size": "r8"}, "must be below the adapter's"),
+        (lambda: with_lora("llama")[1], {"size": "1"}, r"one rank of the smallest module has 64. Did you mean r1\?"),
+        (lambda: with_lora("mlp")[1], {"at": 0.99, "steps": 10}, "at=0.99 leaves no step of 10 after the cut"),
+        (lambda: with_lora("mlp")[1], {"max_rank": 0}, "max_rank must be an integer ≥ 1, got 0"),
+        (lambda: with_lora("mlp")[1], {"size": "big"}, "size must be a size such as 250000"),
+        (lambda: with_lora("mlp")[1], {"steps": 5}, "steps must be at least 10 for ranks to be learned, got 5"),
+        (lambda: with_lora("mlp")[1], {"at": 1.0}, "at must be a share of the steps between 0 and 1, got 1.0"),
     ],
 )
 def test_models_and_arguments_that_are_refused(build: Any, options: dict[str, Any], said: str) -> None:

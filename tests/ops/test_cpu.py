@@ -22,7 +22,8 @@ from lrlora.ops.phi import TransferSpec
 from lrlora.ops.table import TransferTable
 from lrlora.ops.transfer import Transfer
 
-from .test_fused_linear import formula, fused, make_case, relative
+from ..conftest import relative
+from .test_fused_linear import formula, fused, make_case
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

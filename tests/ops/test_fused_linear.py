@@ -16,6 +16,8 @@ from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.table import TransferTable
 from lrlora.ops.transfer import Transfer
 
+from ..conftest import relative
+
 SCALING, GAIN = 2.0, 100.0
 
 
@@ -90,10 +92,6 @@ def interpolated(case: Case) -> Tensor:
         psi = torch.where(z.abs() > table.reach, spec.series(z, transfer.amplitude, transfer.bandwidth), psi)
     phi = spec.backbone(z) + psi
     return F.linear(case.x, case.weight + (SCALING / GAIN) * phi, case.bias)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def gradients(output: Tensor, case: Case) -> list[Tensor]:

@@ -8,8 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from ..conftest import relative
 from ..processes import run
-from .test_fused_linear import GAIN, SCALING, assert_agrees, formula, fused, gradients, make_case, relative
+from .test_fused_linear import GAIN, SCALING, assert_agrees, formula, fused, gradients, make_case
 
 
 @pytest.fixture(autouse=True)

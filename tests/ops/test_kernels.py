@@ -16,7 +16,8 @@ from lrlora.ops.phi import TransferSpec
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.transfer import Transfer
 
-from .test_fused_linear import GAIN, SCALING, Case, assert_agrees, formula, fused, gradients, make_case, relative
+from ..conftest import relative
+from .test_fused_linear import GAIN, SCALING, Case, assert_agrees, formula, fused, gradients, make_case
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

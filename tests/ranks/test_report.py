@@ -231,10 +231,8 @@ def test_scalars_for_a_logger_are_means_and_extremes(tiny_bert: TinyModel, capfd
     assert (found["rank/stable_rank_min"], found["rank/stable_rank_max"]) == (min(everything), max(everything))
 
 
-def test_unknown_adapter_and_merged_model_are_refused(tiny_bert: TinyModel) -> None:
+def test_a_merged_model_is_refused(tiny_bert: TinyModel) -> None:
     model = trained(tiny_bert, LrLoraConfig(r=3, target_modules=["query"]))
-    with pytest.raises(ValueError, match=r"No module has an adapter named 'other'.*default"):
-        rank_report(model, "other")
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"unmerge_adapter\(\) first"):
         rank_report(model)
@@ -248,19 +246,6 @@ def test_half_precision_factors_are_measured_as_the_layer_uses_them(tiny_bert: T
     for row, expected in zip(half.rows, exact.rows, strict=True):
         assert row.stable_rank == pytest.approx(expected.stable_rank, rel=1e-5)
         assert row.curvature == pytest.approx(expected.curvature, abs=1e-6)
-
-
-def test_a_diverged_update_is_named(tiny_bert: TinyModel) -> None:
-    model = trained(tiny_bert, LrLoraConfig(r=3, target_modules=["query"]))
-    layer = model.base_model.model.bert.encoder.layer[1].attention.self.query
-    layer.lrlora_B["default"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"bert.encoder.layer.1.attention.self.query contains NaN .* diverged"):
-        rank_report(model)
-
-
-def test_a_model_without_an_adapter_is_refused(tiny_bert: TinyModel) -> None:
-    with pytest.raises(ValueError, match="has no adapter"):
-        rank_report(tiny_bert.build())
 
 
 def test_a_base_weight_that_is_not_at_hand_leaves_the_relative_norm_open(tiny_bert: TinyModel) -> None:

@@ -7,8 +7,7 @@ A test that is skipped for a family does not apply to it; `refused` marks those 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lrlora import LrLoraConfig
 from lrlora.tuner import LrLoraLayer
 
-from ..conftest import TinyModel
+from ..conftest import TinyModel, relative
 from ..processes import run
 
 CAUSAL = ("gpt2", "llama", "mixtral")
@@ -34,13 +33,7 @@ TRANSFORMERS = (*TEXT, "vit")
 TIED = ("gpt2", "t5")  # of the tiny models, those whose embedding and head share their weight
 # One layer that is trained in full beside the adapter.
 HEADS = {"bert": "classifier", "roberta": "classifier", "vit": "classifier", "mlp": "last"}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True, params=["phi", pytest.param("expansion", marks=pytest.mark.slow)])
@@ -94,10 +87,6 @@ def with_two_adapters(tiny: TinyModel) -> tuple[Any, dict[str, Tensor]]:
     outputs["default"] = tiny.logits(model)
     assert not torch.allclose(outputs["default"], outputs["other"])
     return model, outputs
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def without_dropout(model: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 
@@ -78,34 +78,6 @@ def test_gradients_are_those_of_the_formula(tiny: TinyModel) -> None:
         gradients.append(torch.autograd.grad((found - target).square().mean(), factors, materialize_grads=True))
     for ours, expected in zip(*gradients, strict=True):
         assert (ours - expected).norm() <= 1e-10 * expected.norm()
-
-
-def test_it_is_exactly_a_lora_of_rank_r_times_terms(tiny_bert: TinyModel) -> None:
-    model = adapt(tiny_bert, target_modules=["query", "value"], **EXPANSION)
-    tiny_bert.train(model, 5)
-    rank = 2 * EXPANSION["num_terms"]
-    for layer in model.modules():
-        if isinstance(layer, LrLoraLayer):
-            assert torch.linalg.matrix_rank(layer.get_delta_weight("default")) <= rank
-    config, weights = convert_to_lora(model, rank=rank)
-    plain = get_peft_model(tiny_bert.build(), config).eval()
-    for name, weight in weights.items():
-        path = name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")
-        plain.get_parameter(path).data.copy_(weight)
-    assert torch.allclose(tiny_bert.logits(plain), tiny_bert.logits(model), atol=1e-5)
-
-
-def test_an_adapter_of_each_samples_own(tiny_bert: TinyModel) -> None:
-    model = adapt(tiny_bert, form="expansion")
-    model.add_adapter("other", LrLoraConfig(r=2, **tiny_bert.targets))
-    outputs = {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        tiny_bert.train(model, 3)
-        outputs[name] = tiny_bert.logits(model)
-    mixed = tiny_bert.logits(model, adapter_names=["default", "other"])
-    assert torch.allclose(mixed[0], outputs["default"][0], atol=1e-6)
-    assert torch.allclose(mixed[1], outputs["other"][1], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,14 @@ from torch import Tensor, nn
 from lrlora import LrLoraConfig, rank_report
 from lrlora.tuner import LrLoraLayer
 
+from ..conftest import relative
 from ..processes import run
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
+pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS = ("bnb-int8", "bnb-nf4", "torchao-int8", "torchao-int4")
 IDS = torch.arange(3, 17).view(2, 7)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +71,6 @@ def train(model: nn.Module, steps: int = 5) -> None:
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(IDS).logits
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize(
