@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lrlora.naming import layer_index
 from lrlora.ranks import RankReport
+from lrlora.train.inputs import Inputs
+from lrlora.train.settings import TrainConfig
 
 from ..cli import run, told
 from .small import save_image_model, save_pictures
@@ -43,6 +46,18 @@ def test_the_classes_are_learned_and_every_layer_has_its_rank(folder: Path) -> N
     places = {(row.kind, layer_index(row.module)) for row in rows}
     assert places == {(kind, layer) for kind in ("attention", "mlp") for layer in (0, 1)}
     assert all(row.stable_rank >= 1 for row in rows)
+
+
+def test_a_run_knows_its_pictures_by_their_content_wherever_they_are(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "pictures", tmp_path / "pictures")
+    settings = {"model": str(folder / "vit"), "task": "image-classify"}
+
+    def sums(pictures: Path) -> dict[str, str]:
+        return Inputs.read(TrainConfig(**settings, data=str(pictures))).record.data_sums
+
+    assert sums(tmp_path / "pictures") == sums(folder / "pictures")
+    Image.new("L", (30, 10), 127).save(tmp_path / "pictures" / "train" / "red" / "gray.png")
+    assert sums(tmp_path / "pictures") != sums(folder / "pictures")
 
 
 def test_scores_are_those_of_the_predictions_and_plain_transformers_makes_the_same(folder: Path) -> None:

@@ -120,12 +120,16 @@ def examples_per_step(arguments: TrainingArguments) -> int:
 
 
 def data_sums(splits: Mapping[str, Dataset]) -> dict[str, str]:
-    """SHA-256 of the examples of each split; images as stored."""
+    """SHA-256 of the examples of each split, with the content of images, wherever their files are."""
     return {name: _sum_of(data) for name, data in splits.items()}
 
 
 def _sum_of(data: Dataset) -> str:
     found = hashlib.sha256()
     for table in data.with_format("arrow").iter(batch_size=1000):
-        found.update(json.dumps(table.to_pylist(), default=str).encode())
+        for row in table.to_pylist():
+            if isinstance(image := row.get("image"), dict):
+                found.update(image["bytes"] or Path(image["path"]).read_bytes())
+                del row["image"]
+            found.update(json.dumps(row, default=str).encode())
     return found.hexdigest()
