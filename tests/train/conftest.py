@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import altair as alt
 import pytest
+from transformers import BertConfig
 
-from .small import save_decoder, save_encoder
+from .small import SIZES, save_decoder, save_encoder, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +17,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_decoder(tmp_path_factory.mktemp("models") / "decoder")
+
+
+@pytest.fixture(scope="module")
+def no_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The encoder's folder without its weights: whoever reads them gets another error than the one expected."""
+    folder = tmp_path_factory.mktemp("models") / "no-weights"
+    BertConfig(**SIZES, vocab_size=64, max_position_embeddings=48).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 from datasets import DatasetDict
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -101,3 +103,14 @@ def reviews(count: int = 160, seed: int = 0) -> pd.DataFrame:
 def read(data: str) -> DatasetDict:
     """The splits of data for classification."""
     return load_splits(data, TrainConfig("model", data, "classify"))
+
+
+def size_of(folder: Path) -> int:
+    """Parameters of a LoRA's factors, as stored."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    return sum(value.numel() for name, value in stored.items() if ".lora_" in name)
+
+
+def losses(run: Path) -> list[float]:
+    """Training losses that a run has logged."""
+    return [entry["loss"] for entry in json.loads((run / "log_history.json").read_text()) if "loss" in entry]

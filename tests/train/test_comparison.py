@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from lrlora.cli import app
 from lrlora.train import comparison as module
 from lrlora.train.comparison import Comparison, Outcome, Score
 from lrlora.train.run import Interrupted
 
+from ..cli import run
 from .small import reviews, save_encoder
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["compare", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 @pytest.fixture
@@ -39,7 +33,7 @@ def own(tmp_path: Path) -> list[object]:
 
 def test_learned_ranks_are_compared_with_lora(own: list[object], tmp_path: Path) -> None:
     options = [*own, "--rates", "1e-2,2e-2", "--seeds", 2]
-    done = run(*options)
+    done = run("compare", *options)
     assert done.exit_code == 0, done.output
     assert "8 runs of lrlora train in" in done.output
     assert "or more if a best rate" not in done.output
@@ -66,24 +60,24 @@ def test_what_is_done_is_not_done_again(own: list[object], tmp_path: Path, monke
         return train(*given, **options)
 
     monkeypatch.setattr(module, "train", interrupted)
-    stopped = run(*options)
+    stopped = run("compare", *options)
     assert stopped.exit_code == 130
     assert "Interrupted. Run the same command again to resume." in stopped.output  # not that run alone
-    assert run(*options).exit_code == 0
+    assert run("compare", *options).exit_code == 0
     assert count == 5
-    assert run(*options).exit_code == 0
+    assert run("compare", *options).exit_code == 0
     assert count == 5
-    changed = run(*options, "--steps", 13)
+    changed = run("compare", *options, "--steps", 13)
     assert changed.exit_code == 1
     assert "is a run with steps=12, not 13. Choose another --output" in " ".join(changed.output.split())
 
 
 def test_a_file_of_settings_and_rates_of_many_digits(own: list[object], tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    CliRunner().invoke(app, ["init", str(file), "--model", str(own[1]), "--data", str(own[3]), "--task", "classify"])
+    run("init", file, *own[:6])
     options = [file, *own[6:], "--rates", "0.0031622776601683794,1e-2", "--seeds", 1, "--methods", "lora,dora"]
     for _ in range(2):  # the second finds the folders of the first
-        done = run(*options)
+        done = run("compare", *options)
         assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "lora-0.0031622776601683794-0").is_dir()
 
@@ -91,7 +85,7 @@ def test_a_file_of_settings_and_rates_of_many_digits(own: list[object], tmp_path
 def test_ranks_that_were_not_learned_are_not_compared(own: list[object]) -> None:
     by_epochs = [option for option in own if option not in ("--steps", 12)]
     for _ in range(2):  # nor by a second call
-        done = run(*by_epochs, "--rates", "1e-2", "--seeds", 1, "--epochs", 1, "--methods", "learned,lora")
+        done = run("compare", *by_epochs, "--rates", "1e-2", "--seeds", 1, "--epochs", 1, "--methods", "learned,lora")
         assert done.exit_code == 1
         assert "learned-0.01-0 ended before its ranks were learned. Raise --steps" in " ".join(done.output.split())
 
@@ -158,7 +152,7 @@ def test_few_seeds_are_named_before_few_examples(values: list[float], said: str)
 def test_bad_options_are_refused_before_any_run(
     own: list[object], tmp_path: Path, options: tuple[object, ...], said: str
 ) -> None:
-    done = run(*own, *options)
+    done = run("compare", *own, *options)
     assert done.exit_code != 0
     assert said in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
@@ -179,7 +173,7 @@ def test_bad_test_data_are_refused_before_any_run(
 ) -> None:
     if test is not None:
         (tmp_path / "held-out.csv").write_text(test)
-    done = run(*own, "--test-data", tmp_path / "held-out.csv", *how)
+    done = run("compare", *own, "--test-data", tmp_path / "held-out.csv", *how)
     assert done.exit_code == 1
     assert said in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
@@ -188,6 +182,6 @@ def test_bad_test_data_are_refused_before_any_run(
 @pytest.mark.refused
 def test_without_test_data_nothing_is_trained(own: list[object], tmp_path: Path) -> None:
     (tmp_path / "data" / "test.csv").unlink()
-    done = run(*own)
+    done = run("compare", *own)
     assert "has no split test, which scores the methods. Pass --test-data." in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -16,9 +17,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.learned import energy_curve, example_losses, mean_loss
 from lrlora.learned.gain import Gain, mean_of
 from lrlora.ranks import RankReport
@@ -28,20 +27,8 @@ from lrlora.train.inference import evaluate
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 
-from .small import reviews, save_decoder, save_encoder, save_image_model, save_pictures
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def told(*arguments: object) -> str:
-    """What a command says that is refused."""
-    result = run(*arguments)
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit)
-    assert "This error is unexpected" not in result.output
-    return " ".join(result.output.split())
+from ..cli import run, told
+from .small import reviews, save_decoder, save_encoder, save_image_model, save_pictures, size_of
 
 
 def export(source: Path, output: Path, *arguments: object) -> str:
@@ -62,11 +49,6 @@ def kept_by(output: str) -> float:
     )
     assert match, output
     return float(match[1]) / 100
-
-
-def parameters_of(folder: Path) -> int:
-    weights = load_file(folder / "adapter_model.safetensors")
-    return sum(tensor.numel() for name, tensor in weights.items() if ".lora_" in name)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +83,7 @@ def test_the_smallest_that_keeps_a_share_of_the_gain(home: Path, tmp_path: Path)
     assert "Cut by loss: gradients from 240 examples and losses on 80 others" in output
     assert kept_by(output) >= 0.9
     assert re.search(r"of the gain kept; accuracy [\d.]+, before [\d.]+\.", output)
-    assert parameters_of(tmp_path / "small") < parameters_of(home / "run") / 2
+    assert size_of(tmp_path / "small") < size_of(home / "run") / 2
     assert PeftConfig.from_pretrained(tmp_path / "small").peft_type.value == "LORA"
     # The test data was not looked at. Without lrlora, by the names of the classes that the export has.
     config = json.loads((tmp_path / "small" / "config.json").read_text())
@@ -180,7 +162,7 @@ def test_too_few_examples_are_told_with_the_number_that_would_do(home: Path, tmp
     pd.read_csv(home / "test.csv")[:36].to_csv(tmp_path / "few.csv", index=False)
     output = export(home / "narrow", tmp_path / "small", "--keep", "0.998", "--data", tmp_path / "few.csv")
     assert re.search(r"Too few examples to cut: [\d,]+ parameters keep .* of the gain on half of them, but ", output)
-    assert parameters_of(tmp_path / "small") == parameters_of(home / "narrow")
+    assert size_of(tmp_path / "small") == size_of(home / "narrow")
 
 
 def test_a_size_is_filled_with_what_matters_where_there_is_data(home: Path, tmp_path: Path) -> None:
@@ -335,7 +317,7 @@ def test_training_ends_with_the_smallest_size(home: Path, tmp_path: Path) -> Non
     result = run("train", *arguments, "--output", tmp_path / "asked", "--method", "expansion", "--size", "r1")
     assert result.exit_code == 0, result.output
     of_rank_1 = sum(row.m + row.n for row in rows)
-    assert parameters_of(tmp_path / "asked" / "lora") <= of_rank_1
+    assert size_of(tmp_path / "asked" / "lora") <= of_rank_1
     assert float(match[2]) == pytest.approx(record.chosen / of_rank_1, abs=0.05)
     assert PeftConfig.from_pretrained(tmp_path / "asked" / "lora").peft_type.value == "LORA"
 
@@ -422,7 +404,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
     assert "Cutting by energy instead of by loss: " in output
     assert "gone.csv" in squeezed(output)
     # Whoever stops it while losses are measured finds nothing written.
-    monkeypatch.setattr("lrlora.train.cut.example_losses", _stopped)
+    monkeypatch.setattr("lrlora.train.cut.example_losses", Mock(side_effect=KeyboardInterrupt))
     result = run("export", home / "run", "--keep", "0.99", "--output", tmp_path / "out")
     assert result.exit_code == 130
     assert "Interrupted. Nothing was written." in result.output
@@ -475,30 +457,21 @@ def test_a_file_that_loads_as_another_adapter_is_an_error(
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def _stopped(*arguments: Any) -> float:
-    raise KeyboardInterrupt
-
-
-def test_healing_that_is_stopped_leaves_the_cut(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted. The LoRA is written as it was cut."),
+        (ValueError("The machine is tired."), 1, r"The machine is tired. The LoRA in \S+ is written as it was cut."),
+    ],
+    ids=["stopped", "failed"],
+)
+def test_healing_that_does_not_end_leaves_the_cut_and_says_so(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str
+) -> None:
     export(home / "run", tmp_path / "cut", "--size", "r1")
-    monkeypatch.setattr("lrlora.train.cut.make_trainer", _stopped)
+    monkeypatch.setattr("lrlora.train.cut.make_trainer", Mock(side_effect=error))
     result = run("export", home / "run", "--size", "r1", "--heal", "5", "--output", tmp_path / "out")
-    assert result.exit_code == 130
-    assert "Interrupted. The LoRA is written as it was cut." in result.output
+    assert result.exit_code == code
+    assert re.search(squeezed(words), squeezed(result.output)), result.output
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "out"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def _failing(*arguments: Any) -> float:
-    raise ValueError("The machine is tired.")
-
-
-def test_healing_that_fails_leaves_the_cut_and_says_so(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lrlora.train.cut.make_trainer", _failing)
-    result = run("export", home / "run", "--size", "r1", "--heal", "5", "--output", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "Themachineistired.TheLoRAin" in squeezed(result.output)
-    assert "iswrittenasitwascut." in squeezed(result.output)
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,17 +67,3 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     with pytest.raises(FileExistsError, match="overwrite"):
         run_demo(output, settings)
     assert (output / "reviews-lr-lora" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_of_two_demos_at_once_one_is_told(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lrlora", "demo", "--steps", "10", "--output", "out"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    processes = [subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) for _ in range(2)]
-    said = [process.communicate()[0] for process in processes]
-    assert sorted(process.returncode for process in processes) == [0, 1], said
-    told = next(text for process, text in zip(processes, said, strict=True) if process.returncode)
-    assert "is writing to out" in " ".join(told.split())
-    assert len(json.loads((tmp_path / "out" / RESULTS_FILE).read_text())) >= 4
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".partial", ".lock")]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lrlora.train.inference import Chat, evaluate, predict_texts
 
-from ..cli import run
+from ..cli import run, told
 from .small import reviews, save_decoder, save_encoder
 
 
@@ -65,11 +65,6 @@ def test_a_chat_is_continued_as_by_peft(home: Path) -> None:
 
 @pytest.mark.refused
 def test_what_is_not_known_is_told(home: Path, tmp_path: Path) -> None:
-    def told(*arguments: object) -> str:
-        result = run(*arguments)
-        assert result.exit_code == 1, result.output
-        return " ".join(result.output.split())
-
     content = json.loads((home / "talker" / "adapter_config.json").read_text())
     for name, fields, message in (
         ("task", {"task_type": None}, "does not store its task: set task_type in its adapter_config.json"),

@@ -11,19 +11,13 @@ from typing import Any
 
 import pytest
 from peft import PeftConfig
-from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.run_folder import LOSS_FILE
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
 
-from .small import reviews, save_decoder, save_encoder
-
-
-def lrlora(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "300"})
+from ..cli import run as lrlora
+from .small import reviews, save_decoder, save_encoder, size_of
 
 
 @pytest.fixture
@@ -44,11 +38,6 @@ CONFIG |= {"training": {"eval_steps": 2, "save_steps": 2, "logging_steps": 1}}
 
 def run(output: str, announce: Callable[[str], None] = lambda line: None, **settings: Any) -> None:
     train(TrainConfig.from_dict(CONFIG | {"output": output} | settings), announce=announce)
-
-
-def size_of(folder: Path) -> int:
-    stored = load_file(folder / "adapter_model.safetensors")
-    return sum(value.numel() for name, value in stored.items() if "lora_" in name)
 
 
 def test_a_plain_lora_of_the_size(here: Path) -> None:
@@ -79,19 +68,15 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
 
 
 def test_a_language_model_and_a_size_in_bytes(here: Path) -> None:
-    run("out", model="./decoder", data="texts.csv", task="causal-lm", size="12kB", rank=8)
-    assert size_of(here / "out") <= 3_000
-    assert lrlora("predict", "out", "--text", "a film").exit_code == 0
-
-
-def test_it_says_what_vllm_reserves_for_a_language_model(here: Path) -> None:
     result = lrlora(
-        *("train", "--model", "./decoder", "--data", "texts.csv", "--task", "causal-lm", "--size", "r1"),
-        *("--steps", 20, "--batch-size", 4, "--output", "out"),
+        *("train", "--model", "./decoder", "--data", "texts.csv", "--task", "causal-lm", "--size", "12kB"),
+        *("--rank", 8, "--steps", 20, "--batch-size", 4, "--output", "out"),
     )
     assert re.search(
         r"vLLM reserves r = 8 in \d+ modules: [\d.]+ MB a slot in bfloat16", " ".join(result.output.split())
     )
+    assert size_of(here / "out") <= 3_000
+    assert lrlora("predict", "out", "--text", "a film").exit_code == 0
 
 
 def test_a_run_that_starts_from_one_keeps_its_ranks(here: Path) -> None:

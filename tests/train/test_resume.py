@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.ranks import RankReport
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig, read_run
 
+from ..cli import run
 from .small import reviews, save_decoder, save_encoder
 
 TRAINING = {"max_steps": 4, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4}
@@ -33,10 +32,6 @@ def begin(output: str, **settings: Any) -> None:
 
     with pytest.raises(Interrupted):
         train(TrainConfig.from_dict(CONFIG | {"output": output} | settings), announce=stop)
-
-
-def lrlora(command: str) -> Result:
-    return CliRunner().invoke(app, command.split(), env={"COLUMNS": "300"})
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +101,7 @@ CHANGES: dict[str, tuple[Callable[[], None], str]] = {
 def test_a_run_does_not_go_on_with_something_else(here: Path, name: str) -> None:
     change, said = CHANGES[name]
     change()
-    result = lrlora("train --resume cut")
+    result = run("train", "--resume", "cut")
     assert result.exit_code == 1, result.output
     assert "Error: " in result.output
     assert said in result.output
@@ -123,7 +118,7 @@ def test_a_run_does_not_go_on_with_other_settings(here: Path) -> None:
 
 def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(here: Path) -> None:
     for output in ("cut", "talk"):
-        result = lrlora(f"train --resume {output}")
+        result = run("train", "--resume", output)
         assert result.exit_code == 0, result.output
     for file in ("adapter_model.safetensors", "metrics.json", "rank_history.jsonl"):
         assert (here / "cut" / file).read_bytes() == (here / "alone" / file).read_bytes()
@@ -134,11 +129,11 @@ def test_a_run_that_nothing_was_done_to_goes_on_as_if_it_had_been_left_alone(her
 
 def test_a_run_is_not_deleted_where_it_should_go_on(here: Path) -> None:
     before = sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*"))
-    result = lrlora("train --resume cut --overwrite")
+    result = run("train", "--resume", "cut", "--overwrite")
     assert result.exit_code == 1
     assert "--resume continues the run in cut, but --overwrite would delete it. Pass only one" in result.output
     with pytest.raises(ValueError, match="Pass only one of them"):
         train(read_run(Path("cut"))[0], resume=True, overwrite=True)
     assert sorted(path.relative_to(here) for path in Path(here, "cut").rglob("*")) == before
-    assert lrlora("train --resume cut --dry-run").exit_code == 0
-    assert lrlora("train --resume cut").exit_code == 0
+    assert run("train", "--resume", "cut", "--dry-run").exit_code == 0
+    assert run("train", "--resume", "cut").exit_code == 0

@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from lrlora.cli import app
 from lrlora.train.methods import adapter_config
 from lrlora.train.settings import TrainConfig, with_short_names
-from lrlora.train.yaml import read_yaml
 
+from ..cli import run
 from .small import reviews
 
 RUN = {"model": "m", "data": "d", "task": "classify"}
-
-
-def run(*arguments: object, texts: str | None = None) -> Result:
-    return CliRunner().invoke(app, [str(each) for each in arguments], input=texts, env={"COLUMNS": "100"})
 
 
 def config_of(**settings: Any) -> Any:
@@ -53,33 +47,6 @@ def test_alpha_and_targets_stand_beside_the_rank() -> None:
         config_of(alpha=-1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("max_steps", "Use steps: --steps"),
-        ("r", "Use rank: --rank"),
-        ("lora_alpha", "Use alpha: --alpha"),
-        ("target_modules", "Use targets: --targets"),
-        ("use_dora", "Use method dora: --method dora, or the key method"),
-    ],
-)
-def test_names_of_others_lead_to_ours(name: str, said: str) -> None:
-    with pytest.raises(ValueError, match=f"Unknown setting of a run '{name}'. {said}"):
-        TrainConfig.from_dict({**RUN, name: 1})
-
-
-def test_the_file_to_begin_with_holds_the_defaults(tmp_path: Path) -> None:
-    assert run("init", tmp_path / "run.yaml").exit_code == 0
-    written = read_yaml(tmp_path / "run.yaml")
-    assert (written["method"], written["seed"], written["skip_empty"]) == ("auto", 0, False)
-    assert TrainConfig.from_dict(written) == TrainConfig.from_dict(
-        {"model": "embedded:minilm", "data": "embedded:movie-reviews", "task": "classify"}
-    )
-    text = (tmp_path / "run.yaml").read_text()
-    assert "# columns: {text: review, label: verdict}" in text
-    assert "=" not in text.replace("r = ", "").replace("α = ", "")
-
-
 def test_help_has_its_short_name() -> None:
     assert run("train", "-h").output == run("train", "--help").output
 
@@ -94,11 +61,11 @@ def test_results_go_to_a_pipe_one_a_line_and_whole(encoder: str, tmp_path: Path,
     assert trained.exit_code == 0, trained.output
     lines = run("predict", "lrlora-run", "--data", "reviews.csv", "--split", "train").stdout.splitlines()
     assert [json.loads(line)["text"] for line in lines] == list(rows["review"])
-    piped = run("predict", "lrlora-run", texts="\n".join(rows["review"][:3]) + "\n").stdout.splitlines()
+    piped = run("predict", "lrlora-run", typed="\n".join(rows["review"][:3]) + "\n").stdout.splitlines()
     assert [json.loads(line)["prediction"] for line in piped] == [json.loads(line)["prediction"] for line in lines[:3]]
     one = run("predict", "lrlora-run", "--text", rows["review"][0]).stdout
     assert json.loads(one)["prediction"] == json.loads(piped[0])["prediction"]
-    assert "Standard input is empty" in " ".join(run("predict", "lrlora-run", texts="").output.split())
+    assert "Standard input is empty" in " ".join(run("predict", "lrlora-run", typed="").output.split())
     said = " ".join(run("evaluate", "lrlora-run", "--data", "reviews.csv", "--split", "train").output.split())
     assert "reviews.csv, 40 examples" in said
     assert " ± 0.0" in said
