@@ -263,6 +263,15 @@ def test_export_compares_with_the_base_model_first(tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.parametrize("adapter", ["bert"], indirect=True)
+def test_without_a_check_the_base_model_is_not_read(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "base" / "config.json").write_text("{")
+    arguments = ("export", adapter, "--energy", "0.9", "--output", tmp_path / "lora")
+    assert run(*arguments).exit_code == 1
+    assert run(*arguments, "--no-check").exit_code == 0
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+
+
 def test_ranks_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
     result = run("ranks", tmp_path / "nothing-here")
     assert result.exit_code == 1

@@ -49,9 +49,10 @@ def grpo(base: str, output: str, **parts: Any) -> Any:
 
 
 @pytest.mark.parametrize("build", [sft, dpo, grpo])
-def test_a_small_adapter_is_saved(build: Callable[..., Any], tmp_path: Path) -> None:
-    base, said = save_decoder(tmp_path / "base"), list[str]()
-    callback = LearnedRanksCallback("r2", announce=said.append)
+def test_a_small_adapter_is_saved(
+    build: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, callback = save_decoder(tmp_path / "base"), LearnedRanksCallback("r2")
     config = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = build(base, str(tmp_path / "out"), peft_config=config, callbacks=[callback])
     trainer.train()
@@ -59,6 +60,5 @@ def test_a_small_adapter_is_saved(build: Callable[..., Any], tmp_path: Path) -> 
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert callback.learned is not None
     assert sum(value.numel() for value in stored.values()) == callback.learned.parameters <= 2176
-    assert len(said) == 1
-    assert "Ranks learned at step 6: 8,704 to 2," in said[0]
+    assert capsys.readouterr().out.count("Ranks learned at step 6: 8,704 to 2,") == 1
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")

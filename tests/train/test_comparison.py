@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lrlora.learned import Size
 from lrlora.train import comparison as module
 from lrlora.train.comparison import Comparison, Outcome, Score
 from lrlora.train.run import Interrupted
@@ -79,7 +80,16 @@ def test_a_file_of_settings_and_rates_of_many_digits(own: list[object], tmp_path
     for _ in range(2):  # the second finds the folders of the first
         done = run("compare", *options)
         assert done.exit_code == 0, done.output
+        assert "inf" not in done.output  # the interval of one seed
     assert (tmp_path / "out" / "lora-0.0031622776601683794-0").is_dir()
+
+
+def test_alpha_is_of_one_scale_for_all_methods() -> None:
+    settings = {"model": "m", "data": "d", "task": "classify", "output": "out", "rank": 8, "alpha": 16.0}
+    comparison = Comparison(settings, ("lora", "learned"))
+    lora, learned = (comparison.run(method, 1e-3, 0) for method in comparison.methods)
+    assert lora.adapter_fields["lora_alpha"] / lora.adapter_fields["r"] == 2
+    assert learned.adapter_fields["lora_alpha"] / Size.parse(str(learned.size)).wide_rank == 2
 
 
 def test_ranks_that_were_not_learned_are_not_compared(own: list[object]) -> None:

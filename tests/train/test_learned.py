@@ -91,7 +91,7 @@ def test_early_stopping_before_the_cut_is_told(here: Path) -> None:
     said: list[str] = []
     with pytest.warns(UserWarning, match="before the cut"):
         run("out", announce=said.append, learning_rate=1e-9, early_stopping=1)
-    assert "Warning: training ended before the cut after step 6: the adapter is wide." in said
+    assert not any("wide" in line for line in said)  # warned of once
 
 
 def test_an_interrupted_run_resumes_to_the_bit(here: Path) -> None:

@@ -24,7 +24,9 @@ from transformers import (
     XLNetConfig,
 )
 
+from lrlora.train.data import dataset_name
 from lrlora.train.inference import evaluate, predict
+from lrlora.train.inputs import Inputs
 from lrlora.train.run import show_plan, train
 from lrlora.train.settings import TrainConfig
 
@@ -119,6 +121,8 @@ MESSAGES: dict[tuple[object, ...], str] = {
     ("--task", "multiple-choice", "--model", "vit", "--column", "question=text"): "multiple-choice does not fit the "
     "model vit",
     ("--task", "causal-lm", "--column", "text=text"): "causal-lm does not fit the model no-weights: bert is an encoder",
+    ("--output", "notes.txt"): "The output folder notes.txt exists and is a file. Choose another --output.",
+    ("--early-stopping", 2, "--training", "eval_strategy=no"): "early_stopping needs evaluations",
     ("--start-from", "nowhere"): "nowhere contains no run of `lrlora train`",
     ("none.yaml",): "There is no configuration file none.yaml",
     ("--task", "clasify"): "Unknown task 'clasify'. Did you mean classify?",
@@ -240,6 +244,18 @@ def test_each_mistake_is_told_with_what_to_do(given: tuple[object, ...]) -> None
     assert said.startswith("Error: ")
     assert MESSAGES[given] in said
     assert not Path("lrlora-run").exists()
+
+
+def test_a_file_is_no_folder_and_a_missing_folder_is_named() -> None:
+    assert "The output folder notes.txt exists and is a file" in told("demo", "--output", "notes.txt")
+    assert "The folder missing for x.yaml does not exist." in told("init", "missing/x.yaml")
+
+
+def test_data_of_a_folder_are_no_data_set_of_the_hub(encoder: str) -> None:
+    Path("data").mkdir()
+    Path("good.csv").rename("data/good.csv")
+    assert Inputs.read(TrainConfig(encoder, "data/good.csv", "classify")).record.dataset is None
+    assert dataset_name("stanfordnlp/imdb:plain_text") == "stanfordnlp/imdb"
 
 
 FILES = {

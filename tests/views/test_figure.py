@@ -50,6 +50,9 @@ def test_unknown_measure_is_refused(tiny_bert: TinyModel, tmp_path: Path) -> Non
     model = get_peft_model(tiny_bert.build(), LrLoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(ValueError, match=r"Unknown measure 'rank'. Did you mean stable_rank"):
         save_rank_figure(rank_report(model), tmp_path / "ranks.png", measure="rank")
+    untrained = RankReport([replace(row, r=None) for row in rank_report(model).rows])  # as of full fine-tuning
+    with pytest.raises(ValueError, match="The report has no r, so there is nothing to draw"):
+        save_rank_figure(untrained, tmp_path / "ranks.png", measure="r")
 
 
 def test_modules_that_share_a_cell_are_averaged(tiny_bert: TinyModel, tmp_path: Path) -> None:
