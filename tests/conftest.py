@@ -149,21 +149,11 @@ def tiny_bert() -> TinyModel:
     return TinyModel("bert")
 
 
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What to add to a subprocess's environment, so that it takes a stand-in for the Hugging Face hub."""
-    from .hub.running import running_hub  # it makes the sets: seconds that most tests need not wait for
-
-    with running_hub(tmp_path_factory.mktemp("hub")) as environment:
-        yield environment
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a browser or a hub is an integration test, also where its fixture was asked for by another."""
+    """What needs a browser is an integration test, also where its fixture was asked for by another."""
     for item in items:
-        needed = {"browser", "hub"} & set(getattr(item, "fixturenames", ()))
-        if needed and not item.get_closest_marker("quick"):
+        if "browser" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("quick"):
             item.add_marker("integration")
 
 

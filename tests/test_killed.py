@@ -28,7 +28,7 @@ COMMANDS = {
     "merge": "merge trained --output out",
     "predict": "predict trained --data data/test.csv --output out",
     "report": "report trained --output out",
-    "compare": "compare suite.yaml --methods lora --rates 1e-2 --seeds 1 --rank 2 --output out",
+    "compare": "compare suite.yaml --methods lora,lr-lora --rates 1e-2 --seeds 1 --rank 2 --output out",
 }
 KILLS = {"train": 24, "export": 8, "merge": 8, "predict": 8, "report": 4, "compare": 10}
 NOW = [("train", 0)]

@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 import random
 import re
-import resource
-import shlex
 import shutil
 import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import datasets
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
 
 from lrlora.cli import app
 from lrlora.files import write_json
@@ -30,10 +26,10 @@ from lrlora.views import page
 from lrlora_lab import jobs, pool
 from lrlora_lab.cli import app as lab
 
+from .cli import call
 from .train.small import reviews, save_encoder
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="bounds memory as Linux does")
-SECONDS, MEMORY = 60, 2**30  # that one command may take
 SHARE = pytest.mark.parametrize(
     "count", [pytest.param(1, id="some"), pytest.param(12, id="all", marks=pytest.mark.slow)]
 )
@@ -111,7 +107,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 announce=lambda line: signal.raise_signal(signal.SIGINT) if line.startswith("Step 1:") else None,
             )
         patch.setattr(pool, "_Pool", Here)
-        assert call(COMPARE).exit_code == 0
+        assert call(COMPARE, lab).exit_code == 0
         yield folder
 
 
@@ -133,26 +129,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def call(command: str) -> Result:
-    """The command in this process, with bounds on time and memory."""
-
-    def stop(*_: Any) -> None:
-        pytest.fail(f"{command} takes more than {SECONDS} seconds")
-
-    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
-    signal.alarm(SECONDS)
-    try:
-        return CliRunner().invoke(
-            lab if command.startswith("compare") else app, shlex.split(command), env={"COLUMNS": "300"}
-        )
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
 def check(inputs: Path, file: str, content: bytes, command: str) -> None:
     """Call the command where this file is another."""
     with TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
@@ -161,7 +137,7 @@ def check(inputs: Path, file: str, content: bytes, command: str) -> None:
         patch.chdir(folder)
         Path(file).write_bytes(content)
         before = contents(folder)
-        result = call(command)
+        result = call(command, lab if command.startswith("compare") else app)
         after = contents(folder)
         around = os.listdir(scratch)
     if not isinstance(result.exception, (SystemExit, type(None))):

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lrlora import LearnedRanks
@@ -24,16 +22,9 @@ from lrlora.learned.directions import directions
 from lrlora.learned.live_lora import lora_factors
 from lrlora.learned.moments import Moments
 from tests.conftest import TinyModel
-from tests.distributed.train_sharded import gather
+from tests.distributed.train_sharded import BATCH, adamw, gather, shard, zero
 
-STEPS, BATCH, RATE = 40, 4, 5e-3
-
-
-def zero(stage: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: AdamW as it is, and even the smallest parameters in partitions."""
-    options = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
-    others = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    return {"train_micro_batch_size_per_gpu": BATCH, "zero_optimization": options, **others}
+STEPS, RATE = 40, 5e-3
 
 
 def learn(way: str, rank: int = 0, world: int = 1) -> tuple[Any, dict[str, Any]]:
@@ -42,7 +33,6 @@ def learn(way: str, rank: int = 0, world: int = 1) -> tuple[Any, dict[str, Any]]
     model: Any = get_peft_model(TinyModel("llama").build(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     model.train()
     network: Any = model
-    adamw = lambda: torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=RATE)  # noqa: E731
     if way == "compile":
         network = torch.compile(model, backend="aot_eager")
     elif world > 1 and way == "ddp":
@@ -50,16 +40,11 @@ def learn(way: str, rank: int = 0, world: int = 1) -> tuple[Any, dict[str, Any]]
     elif world > 1 and way.startswith("zero"):
         import deepspeed
 
-        network, *_ = deepspeed.initialize(model=model, optimizer=adamw(), config=zero(int(way[-1])))
+        network, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, RATE), config=zero(int(way[-1])))
     elif world > 1:
-        mesh = init_device_mesh("cpu", (world,))
-        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policy = half if way == "fsdp-bf16" else MixedPrecisionPolicy()
-        for layer in model.base_model.model.model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        shard(model, model.base_model.model.model.layers, way, world)
     is_zero = world > 1 and way.startswith("zero")
-    optimizer = network.optimizer if is_zero else adamw()
+    optimizer = network.optimizer if is_zero else adamw(network, RATE)
     learned = LearnedRanks(network, optimizer, size="r2", steps=STEPS)
     generator, losses, rises = torch.Generator().manual_seed(1), [], {}
     for step in range(STEPS):
@@ -93,7 +78,6 @@ def main() -> None:
     if rank == 0:
         model.save_pretrained(folder, state_dict=state)
         (folder / "found.json").write_text(json.dumps(found))
-        torch.save({name: value for name, value in state.items() if "lora_" in name}, folder / "live.pt")
     dist.barrier()
     dist.destroy_process_group()
     # A thread of gloo that still holds a tensor would abort an interpreter that is being shut down (pytorch#179291).

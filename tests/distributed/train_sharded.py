@@ -27,13 +27,24 @@ from lrlora.train.models import model_source
 from tests.conftest import TinyModel
 
 STEPS, BATCH, RATE = 20, 4, 1e-3
-ZERO3 = {
-    "train_micro_batch_size_per_gpu": BATCH,
-    # Shard the smallest parameters too, and use AdamW as it is.
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: AdamW as it is, and even the smallest parameters in partitions."""
+    options = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+    others = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return {"train_micro_batch_size_per_gpu": BATCH, "zero_optimization": options, **others}
+
+
+def shard(model: Any, layers: Any, way: str, world: int) -> None:
+    """FSDP2 for each layer and the rest, in a way that begins with "fsdp"."""
+    mesh = init_device_mesh("cpu", (world,))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if way == "fsdp-bf16" else MixedPrecisionPolicy()
+    if way != "fsdp" and model.peft_type == "LRLORA":
+        fully_shard_phi(model, mesh=mesh)
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def build(family: str) -> Any:
@@ -60,17 +71,10 @@ def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, li
     elif world > 1 and way == "zero3":
         import deepspeed
 
-        network, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=ZERO3)
+        network, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=zero(3))
     elif world > 1:
-        mesh = init_device_mesh("cpu", (world,))
-        half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policy = half if way == "fsdp-bf16" else MixedPrecisionPolicy()
-        if way != "fsdp":
-            fully_shard_phi(model, mesh=mesh)
         inner = model.base_model.model
-        for layer in inner.model.layers if family == "llama" else inner.bert.encoder.layer:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        shard(model, inner.model.layers if family == "llama" else inner.bert.encoder.layer, way, world)
         rank_report(model)  # as `RankLogger` does before the first step
     optimizer: Any = network if way == "zero3" and world > 1 else adamw(network)
     generator, losses = torch.Generator().manual_seed(1), []
@@ -89,8 +93,8 @@ def train(family: str, way: str, rank: int = 0, world: int = 1) -> tuple[Any, li
     return model, losses
 
 
-def adamw(network: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=RATE)
+def adamw(network: torch.nn.Module, rate: float = RATE) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=rate)
 
 
 def gather(model: Any, way: str) -> dict[str, torch.Tensor]:

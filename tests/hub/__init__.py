@@ -1,1 +1,1 @@
-"""A stand-in for the Hugging Face hub: tiny generated sets and models, under the real names, over HTTP."""
+"""A stand-in for the Hugging Face hub, over HTTP, to push to."""

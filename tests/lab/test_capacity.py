@@ -209,19 +209,6 @@ def test_learned_ranks_are_no_point_of_loras_curve() -> None:
     assert row["LoRA's r for this loss"].value == pytest.approx(6, rel=0.2)
 
 
-@pytest.mark.real
-def test_learned_ranks_with_a_limit() -> None:
-    found = train_capacity(
-        CapacityTask("labels", 20, 16, texts=64, classes=4),
-        find_method("learned+max_rank=3"),
-        2,
-        4.0,
-        learning_rate=1e-2,
-        seed=1,
-    )
-    assert max(row.r for row in found["ranks"].rows) <= 3
-
-
 def test_input_of_phi_at_a_given_size() -> None:
     tiny = TinyModel("mlp")
     model: Any = get_peft_model(tiny.build(), LrLoraConfig(r=2, **tiny.targets))
@@ -250,17 +237,6 @@ def test_a_single_rate_of_a_task_is_not_tuned() -> None:
     assert settings == {(0.005, 4.0, 1), (0.005, 4.0, 2)}
 
 
-@pytest.mark.refused
-def test_a_limit_of_ranks_for_the_trainer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not support"):
-        prepare(Comparison("smoke", ("learned+max_rank=3",)), tmp_path / "out")
-
-
-def test_what_needs_the_trainer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs the Trainer"):
-        prepare(Comparison("capacity", ("adalora",), tasks=("labels",)), tmp_path / "out")
-
-
 def test_a_suite_of_both_kinds_is_refused() -> None:
     tasks = {
         "first": {"task": "labels", "steps": 5, "batch_size": 4},
@@ -284,19 +260,14 @@ def test_what_is_not_read_is_refused(tmp_path: Path, name: str, value: Any) -> N
     assert said in " ".join(told.output.split())
 
 
-@pytest.mark.refused
-def test_a_model_in_place_of_those_of_the_tasks_is_refused() -> None:
-    told = CliRunner().invoke(app, ["compare", "capacity", "--model", "bert", "--dry-run"], env={"COLUMNS": "200"})
-    assert told.exit_code == 1
-    assert "have their own models, got model=bert. Remove it" in " ".join(told.output.split())
-
-
 def test_full_fine_tuning_starts_at_lower_rates() -> None:
     assert CapacityTask("labels", 5, 4).first_rates(find_method("full"))[0] < CapacityTask("labels", 5, 4).rates[0]
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("method", ["lora+r=2", "learned+r=4", "expansion+r=1", "dora+r=1", "full"])
+@pytest.mark.parametrize(
+    "method", ["lora+r=2", "learned+r=4", "learned+r=4+max_rank=1", "expansion+r=1", "dora+r=1", "full"]
+)
 def test_methods_learn_labels(method: str) -> None:
     task = CapacityTask("labels", 60, 16, texts=64, classes=4)
     known = find_method(method)
@@ -304,6 +275,7 @@ def test_methods_learn_labels(method: str) -> None:
     assert found["criterion"] < 1.2  # chance is 1.39
     if known.learns_ranks:
         assert found["trainable"] <= 2 * 2 * (384 + 1536)
+        assert (max(row.r for row in found["ranks"].rows) <= 1) == ("max_rank" in method)
     again = train_capacity(task, known, 2, 4.0, learning_rate=1e-3 if method == "full" else 1e-2, seed=1)
     assert again["criterion"] == found["criterion"]
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -141,47 +138,15 @@ def test_a_whole_comparison_and_its_report(suite: Path, tmp_path: Path) -> None:
     assert list((output / "runs").iterdir()) == []
 
 
-@pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_table(suite: Path, tmp_path: Path) -> None:
-    """Killed while its second, and then its third job is running."""
-    options = ("--methods", "lora,lr-lora", "--seeds", 1, "--rates", "1e-2")
-    cut = tmp_path / "cut"
-    for finished in (1, 2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from lrlora_lab.cli import app; app()", *command(suite, cut, *options)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while len(list(cut.glob("jobs/*.json"))) < finished or len(list(cut.glob("logs/*"))) <= finished:
-            assert process.poll() is None
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert finished <= len(read_records(cut)) < 4
-    stamps = {path: path.stat().st_mtime_ns for path in cut.glob("jobs/*")}
-    for folder in (cut, tmp_path / "whole"):
-        result = run(*command(suite, folder, *options))
-        assert result.exit_code == 0, result.output
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps  # what was done is not done again
-    tables = [pd.read_csv(tmp_path / f / "results.csv").drop(columns=["time", "memory"]) for f in ("cut", "whole")]
-    pd.testing.assert_frame_equal(*tables)
-
-
-def test_time_that_is_up_leaves_jobs_and_a_report(suite: Path, tmp_path: Path) -> None:
-    result = run(*command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2,3e-2", "--hours", 1e-4))
-    assert result.exit_code == 0, result.output
-    assert "At least 4 jobs are left" in result.output
-    assert len(read_records(tmp_path / "out")) == 1
-    assert "Validation loss" in (tmp_path / "out" / "report.md").read_text()
-
-
-def test_jobs_run_at_once_in_one_call(suite: Path, tmp_path: Path) -> None:
+def test_jobs_run_at_once_until_time_is_up(suite: Path, tmp_path: Path) -> None:
     output, rates = tmp_path / "out", (1e-3, 1e-2, 3e-2)
     options = ("--methods", "lora", "--rates", ",".join(map(str, rates)), "--hours", 1e-4, "--jobs", 2)
     first, second, _ = (Job("reviews", "lora", rate, TUNING_SEED).name for rate in rates)
-    assert run(*command(suite, output, *options)).exit_code == 0
+    result = run(*command(suite, output, *options))
+    assert result.exit_code == 0, result.output
+    assert "At least 4 jobs are left" in result.output
     assert set(read_records(output)) == {first, second}
+    assert "Validation loss" in (output / "report.md").read_text()
     held = f"from lrlora.locks import only_writer\nwith only_writer({str(output)!r}): print('held'); input()"
     holder = Process(held)
     assert holder.stdout.readline() == "held\n"
@@ -234,9 +199,7 @@ def test_jobs_run_on_a_cluster_that_loses_a_node(suite: Path, tmp_path: Path, mo
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks the system for child processes")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_worker_ends_with_its_parent(suite: Path, tmp_path: Path, how: signal.Signals) -> None:
-    content = yaml.safe_load(suite.read_text())
-    content["tasks"]["reviews"]["steps"] = 10**6
-    suite.write_text(yaml.safe_dump(content))
+    changed(suite, steps=10**6)
     parent = Process(LAB, *command(suite, tmp_path / "out", "--methods", "lora", "--rates", "1e-2"))
 
     def writers() -> list[int]:
@@ -507,6 +470,11 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--rates", "0"), "rates must be numbers > 0"),
         (("compare", suite, "--rates", "1e-3,x"), "--rates must be comma-separated numbers"),
         (("compare", suite, "--report"), "There is no comparison in"),
+        (("compare", suite, "--ablation", "gains"), "Did you mean gain?"),
+        (("compare", suite, "--ablation", "gain", "--methods", "lora"), "Remove --methods"),
+        (("compare", suite, "--methods", "learned+max_rank=3"), "does not support"),
+        (("compare", "capacity", "--methods", "adalora", "--tasks", "labels"), "needs the Trainer"),
+        (("compare", "capacity", "--model", "bert"), "have their own models, got model=bert. Remove it"),
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
         (("compare", suite, "--methods", "adalora+r=8"), "AdaLoRA ignores r, got r=8. Set target_r=8"),
         (("compare", suite, "--methods", "lora,lora+size=r4"), "Unknown field of LoraConfig 'size'"),
@@ -620,11 +588,8 @@ def test_a_suite_reads_data_as_train_does(suite: Path, tmp_path: Path, monkeypat
     assert final["examples"] == {"train": 53, "validation": 6, "test": 29}
 
 
-# The first of each kind; the others differ in fields of the adapter.
-OF_EACH_KIND = {known.train: name for name, known in reversed(METHODS.items())}
-
-
-@pytest.mark.parametrize("method", [*OF_EACH_KIND.values(), "learned", "pissa"])
+# Those that take ways of their own; the others differ in fields of the adapter.
+@pytest.mark.parametrize("method", ["full", "adalora", "lr-lora", "learned", "pissa"])
 def test_every_kind_of_method_runs(suite: Path, tmp_path: Path, method: str) -> None:
     request = {"task": "reviews", "method": method, "learning_rate": 1e-3, "seed": 1, "rank": 2}
     result = run_job(load_suite(str(suite)), request, tmp_path / "run")

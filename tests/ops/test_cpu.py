@@ -18,9 +18,6 @@ import pytest
 import torch
 
 from lrlora.ops import cpu
-from lrlora.ops.phi import TransferSpec
-from lrlora.ops.table import TransferTable
-from lrlora.ops.transfer import Transfer
 
 from ..conftest import relative
 from .test_fused_linear import formula, fused, make_case
@@ -220,12 +217,3 @@ def test_processes_may_compile_at_once(monkeypatch: pytest.MonkeyPatch, fresh_li
     compiled = kept.stat()
     load_quietly()
     assert kept.stat().st_ino == compiled.st_ino
-
-
-@needs_compiler
-def test_the_natural_tails_are_taken_as_far_as_a_table_reaches() -> None:
-    spec = TransferSpec("sinc", 50)
-    transfer, plain = Transfer(spec), torch.zeros(1)
-    for largest, expected in ((0.0, True), (40.0, True), (1e6, False), (float("inf"), False)):
-        table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float32, largest)
-        assert cpu.supports(table, plain) is expected

@@ -48,10 +48,11 @@ def make_case(
 ) -> Case:
     torch.manual_seed(0)
     (m, n), r = shape, 3
-    transfer = Transfer(TransferSpec(form, num_basis, 3.0))
+    transfer = Transfer(TransferSpec(form, num_basis, 3.0, 10.0))
     with torch.no_grad():
-        for parameter in transfer.parameters():
-            parameter.normal_(0, 0.3)
+        # Ten times as large after the multiplier: the bandwidths are then spread over their whole range.
+        for parameter, size in zip(transfer.parameters(), (0.03, 0.3), strict=False):
+            parameter.normal_(0, size)
     A, B = torch.randn(r, n, dtype=dtype), torch.randn(m, r, dtype=dtype) * 0.012
     # One entry of g·BA exactly on each end of the interval, and one exactly 0.
     A[:, 0], B[0], B[1], B[2] = torch.tensor([1.0, 0, 0]), A.new_zeros(3), A.new_zeros(3), A.new_zeros(3)
@@ -127,18 +128,6 @@ def test_odd_shapes_layouts_and_bias(form: str, shape: tuple[int, int], bias: bo
     assert_agrees(case, y=1e-9, gradient=1e-6)
 
 
-@pytest.mark.parametrize("largest", [40.0, 1000.0])
-def test_entries_far_out_and_beyond_the_largest_table(largest: float) -> None:
-    case = make_case("sinc")
-    with torch.no_grad():
-        case.B.mul_(largest / (GAIN * (case.B @ case.A).abs().max()))
-    assert_agrees(case, y=1e-9, gradient=1e-6)
-
-
-def test_more_than_one_block_of_rows() -> None:
-    assert_agrees(make_case(shape=(300, 700), batch=(4, 3)), y=1e-9, gradient=1e-6)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_against_finite_differences(form: str) -> None:
     case = make_case(form, 8, shape=(4, 5), batch=(3,))
@@ -169,15 +158,6 @@ def test_autocast_changes_nothing() -> None:
     assert torch.equal(delta, case.transfer.delta(case.A, case.B, scaling=SCALING, gain=GAIN))
 
 
-def test_bias_and_base_weight_get_gradients_when_they_ask() -> None:
-    case = make_case()
-    weight, bias = case.weight.requires_grad_(), case.bias.requires_grad_()
-    expected = torch.autograd.grad(formula(case), (weight, bias), case.grad_y)
-    actual = torch.autograd.grad(fused(case), (weight, bias), case.grad_y)
-    for got, want in zip(actual, expected, strict=True):
-        assert relative(got, want) <= 1e-9
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("transposed", [True, False])
 def test_delta_is_what_the_layer_adds(form: str, transposed: bool) -> None:
@@ -187,16 +167,6 @@ def test_delta_is_what_the_layer_adds(form: str, transposed: bool) -> None:
     assert relative(delta, expected) <= 1e-8
     update = case.transfer.linear(case.x, case.A, case.B, scaling=SCALING, gain=GAIN)
     assert relative(update, F.linear(case.x, expected)) <= 1e-8
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("transposed", [True, False])
-def test_zero_B_leaves_every_bit_of_the_output(form: str, dtype: torch.dtype, transposed: bool) -> None:
-    case = make_case(form, dtype=dtype, transposed=transposed)._replace(
-        B=torch.zeros(37, 3, dtype=dtype), transfer=Transfer(TransferSpec(form))
-    )
-    assert torch.equal(fused(case), F.linear(case.x, case.weight, case.bias))
 
 
 @pytest.mark.parametrize("form", FORMS)

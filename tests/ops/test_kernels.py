@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from lrlora.ops import cpu
+from lrlora.ops.phi import FORMS as ALL_FORMS
 from lrlora.ops.phi import TransferSpec
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.transfer import Transfer
@@ -76,21 +75,6 @@ def test_half_precision_against_the_formula(
         assert relative(got, expected) <= tolerance
 
 
-def test_the_phi_of_a_real_run() -> None:
-    # All 37 of MiniLM, after 100 steps: lrlora train --model embedded:minilm --data embedded:ratings --task regress
-    # --steps 100 --learning-rate 2e-3 --rank 4 --seed 1
-    learned = json.loads(Path(__file__).with_name("learned_phi.json").read_text())
-    assert len(learned) == 37
-    for parameters in list(learned.values())[::4]:
-        transfer = Transfer(TransferSpec("residual", 8, 3.0, 10.0))
-        with torch.no_grad():
-            for name, values in parameters.items():
-                getattr(transfer, name).copy_(torch.tensor(values))
-        case = make_case(dtype=torch.float32, shape=(37, 53))._replace(transfer=transfer)
-        assert_agrees(case, y=1e-6, gradient=1e-4)
-        assert update_error(case) <= 1e-5
-
-
 @pytest.mark.parametrize("transposed", [True, False])
 def test_every_element_is_written(transposed: bool) -> None:
     case = make_case(dtype=torch.float32, shape=(65, 130), transposed=transposed)
@@ -143,21 +127,22 @@ def test_delta_is_differentiable() -> None:
         assert relative(got, want) <= 1e-4
 
 
+@pytest.mark.parametrize(("dtype", "update", "gradient"), [(torch.float32, 1e-5, 1e-4), (torch.float64, 1e-9, 1e-6)])
 @pytest.mark.parametrize("largest", [2.0, 40.0, 1000.0])
-def test_the_natural_tails_at_any_distance(largest: float, path: str) -> None:
+def test_the_natural_tails_at_any_distance(largest: float, dtype: torch.dtype, update: float, gradient: float) -> None:
     """Within the smallest table, within several panels, and beyond the largest one."""
-    case = make_case("sinc", dtype=torch.float32, shape=(64, 48))
+    case = make_case("sinc", dtype=dtype, shape=(64, 48))
     with torch.no_grad():
         case.B[:3] = 0  # else an end of the interval, which says nothing here
         case.B.mul_(largest / (GAIN * (case.B @ case.A).abs().max()))
     # Far out, where φ swings 50 radians in a unit, the rounding of z itself counts.
-    rounding = largest * torch.finfo(torch.float32).eps * case.transfer.spec.max_bandwidth
-    assert update_error(case) <= 1e-5 + rounding
+    rounding = largest * torch.finfo(dtype).eps * case.transfer.spec.max_bandwidth
+    assert update_error(case) <= update + rounding
     for got, want in zip(gradients(fused(case), case), gradients(formula(case), case), strict=True):
-        assert relative(got, want) <= 1e-4 + rounding
+        assert relative(got, want) <= gradient + rounding
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_nan_is_passed_on(form: str) -> None:
     case = make_case(form, dtype=torch.float32)
     B = case.B.detach().clone()
@@ -166,13 +151,12 @@ def test_nan_is_passed_on(form: str) -> None:
     assert delta[7].isnan().all()
     assert delta[:7].isfinite().all()
     y = fused(case._replace(B=B))
-    assert y[..., 7].isnan().all()
+    assert torch.equal(y.isnan(), (torch.arange(37) == 7).expand_as(y))
 
 
-def test_trainable_base_weight(path: str) -> None:
+def test_trainable_base_weight_and_bias() -> None:
     case = make_case(dtype=torch.float32)
-    weight = case.weight.requires_grad_()
-    inputs = [weight, *case.trainable()]
+    inputs = [case.weight.requires_grad_(), case.bias.requires_grad_(), *case.trainable()]
     actual = torch.autograd.grad(fused(case), inputs, case.grad_y)
     expected = torch.autograd.grad(formula(case), inputs, case.grad_y.double())
     for got, want in zip(actual, expected, strict=True):
@@ -193,9 +177,12 @@ def test_torch_s_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> N
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
-def test_the_start_leaves_every_bit() -> None:
-    case = make_case(dtype=torch.float32)
-    start = case._replace(B=torch.zeros(37, 3), transfer=Transfer(TransferSpec("residual")))
+@pytest.mark.parametrize("form", ALL_FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_the_start_leaves_every_bit(form: str, dtype: torch.dtype, transposed: bool) -> None:
+    case = make_case(form, dtype=dtype, transposed=transposed)
+    start = case._replace(B=torch.zeros(37, 3, dtype=dtype), transfer=Transfer(TransferSpec(form)))
     assert torch.equal(fused(start), torch.nn.functional.linear(case.x, case.weight, case.bias))
 
 

@@ -210,18 +210,3 @@ def test_a_vanishing_bandwidth_gives_no_nan() -> None:
     gradient = PhiGradient(table)
     gradient.add(z, torch.ones_like(z))
     assert all(part.isfinite().all() for part in gradient.of_parameters())
-
-
-def test_cubics_of_the_kernels_follow_the_quintics() -> None:
-    """One term of unit amplitude, at the largest bandwidth: ψ within 2e-8, ψ′ within 2e-8 of its own scale."""
-    spec = TransferSpec("residual", 50)
-    amplitude, bandwidth = torch.zeros(50), torch.full((50,), 40.0)
-    amplitude[20] = 1.0
-    table = TransferTable(spec, amplitude, bandwidth, torch.float64)
-    t = torch.linspace(0, 1, 9, dtype=torch.float64)
-    powers = torch.stack([t**p for p in range(6)])
-    coefficients = table.interpolate(spec.series(table.points, amplitude, bandwidth))
-    quintic = coefficients @ powers
-    slope = (coefficients[:, 1:] * torch.arange(1, 6)) @ powers[:5] / table.spacing
-    assert (table.cubics(derivative=False) @ powers[:4] - quintic).abs().max() <= 2e-8
-    assert (table.cubics(derivative=True) @ powers[:4] - slope).abs().max() <= 2e-8 * spec.max_bandwidth
