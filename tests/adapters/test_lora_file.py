@@ -61,7 +61,7 @@ def test_a_lora_of_diffusers(style: str, tmp_path: Path) -> None:
     assert lost[0] > lost[1] > 0.05
     assert lost[2] < 1e-5
     assert load_file(file).keys() == load_file(tmp_path / "lora.safetensors").keys()
-    with pytest.raises(ValueError, match=r"The folder .*no for small\.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"The folder .*no for small\.safetensors does not exist"):
         save_single_file(factorize(updates, energy=0.5), updates, tmp_path / "no" / "small.safetensors")
 
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_written(tensors: dict[str, tuple[int, ...]], message: st
     factors = factorize(updates, energy=1.0)
     with pytest.raises(ValueError, match=message):
         save_single_file(factors, updates, tmp_path / "out.safetensors")
-    with pytest.raises(FileExistsError, match=r"file.safetensors exists"):
+    with pytest.raises(FileExistsError, match=r"file.safetensors already exists"):
         save_single_file(factors, updates, tmp_path / "file.safetensors")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         save_single_file(factors, updates, tmp_path / "out")
