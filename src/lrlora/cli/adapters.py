@@ -17,6 +17,7 @@ from ..files import free_folder, is_full_model, require_source, require_writable
 from ..learned.size import Size
 from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
+from ..train.settings import read_run
 from ..train.yaml import parse_pairs
 from .common import announce, app, as_text, console, one_clear_error, quiet
 from .exporting import cut_of, export_by_loss, parameters_in, torch_dtype, write_factors
@@ -273,10 +274,10 @@ def _export(
                 "--config-only writes a PEFT configuration, which a single-file LoRA does not have. Remove it."
             )
         quiet()
-        if base is None:
-            from ..train.models import base_of_run
+        if base is None and (Path(source) / RUN_FILE).is_file() and is_full_model(source):
+            from ..train.models import model_source
 
-            base = base_of_run(source)
+            base = model_source(read_run(Path(source))[0].model)
         require_source(source, base)
         if heal and examples["data"] is None and not (Path(source) / RUN_FILE).is_file():
             raise ValueError("--heal trains on examples, and there are none. Pass --data.")

@@ -35,7 +35,7 @@ from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled
 from .inference import OF_TRAINING, LoadedRun
-from .models import base_of_run, make_trainer, training_arguments
+from .models import make_trainer, model_source, training_arguments
 from .own_text import own_examples
 from .progress import Announce, Progress, StopOnNonFinite
 from .tasks import Kind
@@ -114,8 +114,8 @@ class Subject:
             LoadedRun.read(Path(source)) if is_run else LoadedRun.of_adapter(source, base=base, task=task, saved=saved)
         )
         run = run.reading(data=data, **reading)
-        if saved is None and base is None:
-            base = base_of_run(source)
+        if saved is None and base is None and is_run:
+            base = model_source(run.config.model)
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
             base = saved.base_model  # required to read an update with its magnitudes
         updates = check_base(read_updates(source if saved is None else saved, base=base))

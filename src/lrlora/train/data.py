@@ -129,9 +129,14 @@ def _load_files(path: Path, config: TrainConfig) -> DatasetDict:
         for file in chain(*found.data_files.values()):
             _check_header(Path(file), delimiter, config.encoding or "utf-8-sig")
         roles = (*_TEXTS, "label") if config.task == "classify" else _TEXTS
-        texts = {config.columns.get(role, role): lambda cell: cell or None for role in roles}
+        texts = {config.columns.get(role, role): _as_text for role in roles}
         source |= _CSV | {"sep": delimiter, "encoding": config.encoding, "converters": texts}
     return load_dataset(**source)
+
+
+def _as_text(cell: str) -> str | None:
+    """A function with a name, by which `datasets` finds in its cache what it has read."""
+    return cell or None
 
 
 def _check_header(path: Path, delimiter: str, encoding: str) -> None:

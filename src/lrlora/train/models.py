@@ -23,10 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.trainer_utils import SchedulerType
 
 from ..checks import require_known, require_type
-from ..files import is_full_model, is_hub_name, readable
-from ..run_folder import RUN_FILE
+from ..files import is_hub_name, readable
 from .embedded import EMBEDDED, EMBEDDED_MODELS, checkpoint
-from .settings import read_run
 from .tasks import Kind, kind_for
 from .tasks.base import LESS_IS_BETTER
 
@@ -70,13 +68,6 @@ def hub_name(name: str) -> str | None:
     if name.startswith(EMBEDDED):
         return EMBEDDED_MODELS[name.removeprefix(EMBEDDED)].hub_name
     return None if Path(name).exists() else name
-
-
-def base_of_run(source: str) -> str | None:
-    """Base model of a full fine-tuning run, whose files do not name it; None for other sources."""
-    folder = Path(source)
-    is_run = (folder / RUN_FILE).is_file() and is_full_model(folder)
-    return model_source(read_run(folder)[0].model) if is_run else None
 
 
 def check_model(name: str, source: str, task: str) -> tuple[Any, Kind]:
