@@ -16,7 +16,7 @@ from lrlora import LearnedRanks, LearnedRanksCallback
 from lrlora.adapters import factorize
 from lrlora.learned import loss_curve
 
-from ..conftest import TinyModel
+from ..conftest import TinyModel, save_quantizable
 
 STEPS = 60  # cut after 18
 
@@ -305,7 +305,7 @@ def test_loss_scaling_skips_what_overflows(fused: bool) -> None:
 def test_a_quantized_base(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny = TinyModel("llama")
-    tiny.build().save_pretrained(tmp_path / "base")
+    save_quantizable(tmp_path / "base")
     quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
 
     def base() -> Any:

@@ -22,7 +22,7 @@ from lrlora.learned import loss_curve, mean_loss
 from lrlora.learned.directions import directions
 from lrlora.learned.moments import RIDGE, collect_moments, thin_updates
 
-from ..conftest import TinyModel
+from ..conftest import TinyModel, save_quantizable
 
 TOKENS, DAMPINGS = 40, (0.0, 0.1)
 
@@ -325,7 +325,7 @@ def test_only_the_adapter_that_the_factors_are_of_counts() -> None:
 def test_a_quantised_base_is_cut_as_it_is(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny = TinyModel("llama")
-    tiny.build().save_pretrained(tmp_path)
+    save_quantizable(tmp_path)
     quantised = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", quantization_config=quantised)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lrlora import LrLoraConfig, rank_report
 from lrlora.tuner import LrLoraLayer
 
-from ..conftest import relative
+from ..conftest import relative, save_quantizable
 from ..processes import run
 
 pytest.importorskip("bitsandbytes")
@@ -27,10 +27,8 @@ IDS = torch.arange(3, 17).view(2, 7)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     folder = tmp_path_factory.mktemp("base")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=100)).save_pretrained(folder)
+    save_quantizable(folder)
     return folder
 
 

@@ -189,15 +189,28 @@ def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) ->
     return base.weight.detach() - before
 
 
+def _unpacked(base: nn.Module) -> nn.Module:
+    """A base layer whose weight can be dequantized: on some CPUs, bitsandbytes packs 4-bit weights for inference.
+
+    Dequantization would misread the packed layout as the usual one. Requesting the state unpacks a weight, with scales
+    in bfloat16; so a copy is unpacked.
+    """
+    if not getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        return base
+    unpacked = copy.deepcopy(base)
+    unpacked.state_dict()
+    return unpacked
+
+
 def _base_weight(layer: Any) -> Tensor | None:
     """Base weight; None if offloaded, missing, or quantized without a way to dequantize."""
     try:
         if hasattr(layer, "get_param"):
             weight: Tensor = layer.get_param().data
         elif layer.quantization_backend is not None:
-            weight = layer.get_base_weight()
+            weight = layer.quantization_backend.get_base_weight(_unpacked(layer.get_base_layer()))
         else:  # PEFT's own layers for quantized weights have no backend
-            weight = dequantize_module_weight(layer.get_base_layer()).data
+            weight = dequantize_module_weight(_unpacked(layer.get_base_layer())).data
     except (TypeError, NotImplementedError, AttributeError):
         return None
     # A skeleton's weight is one zero expanded to a matrix; in float64, a large layer would take gigabytes. Values of
