@@ -90,7 +90,7 @@ def test_a_run_that_starts_from_one_keeps_its_ranks(here: Path) -> None:
 def test_early_stopping_before_the_cut_is_told(here: Path) -> None:
     said: list[str] = []
     with pytest.warns(UserWarning, match="before the cut"):
-        run("out", announce=said.append, learning_rate=1e-9, early_stopping=1)
+        run("out", announce=said.append, learning_rate=1e-30, early_stopping=1)
     assert not any("wide" in line for line in said)  # warned of once
 
 
