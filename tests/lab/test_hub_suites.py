@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,10 @@ def test_the_suite_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
     assert "14 jobs" in told
     assert "commonsense │ LoRA" in told
     assert not (tmp_path / "out").exists()
-    lrlora(*asked, "--steps", 2, "--seeds", 1, "--rates", 1e-3)
+    # In a process of its own: jobs are forked from a server with the environment in which it was started.
+    command = [sys.executable, "-m", "lrlora_lab", *map(str, asked), "--steps", "2", "--seeds", "1", "--rates", "1e-3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     records = {record["method"]: record for record in read_records(tmp_path / "out").values() if record["seed"] == 1}
     assert set(records) == {"lora", "lr-lora"}
     for record in records.values():
