@@ -172,7 +172,7 @@ def train_capacity(
 def set_unit_input(model: nn.Module, c: float) -> None:
     """Set g = c / rms(BA) in each layer, so that the entries of g·BA, the input of φ, have the root mean square c.
 
-    Where BA = 0, g stays: there φ(g·BA)/g has the same value and gradient for any g.
+    g stays while BA = 0, at the start, where φ(0) = 0 and φ(g·BA)/g has the same value and gradient for any g.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LrLoraLayer)]
     for layer in layers:

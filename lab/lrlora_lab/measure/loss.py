@@ -1,7 +1,7 @@
 """Loss of compressed adapters: cut by loss and by other rules, compared with LoRA trained at that size.
 
-Takes hours. Jobs: `cut--…` (all cuts of one adapter), `keep--…` (what `--keep` keeps of it on test
-data), `own--…` (cuts without data), and `costs`.
+Takes hours. Jobs: `cut--…` (all cuts of one adapter), `keep--…` (what `--keep` keeps of it on test data), `own--…`
+(cuts without data), and `costs`.
 """
 
 from __future__ import annotations

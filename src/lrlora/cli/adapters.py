@@ -111,7 +111,7 @@ def export(
     keep: Annotated[
         float | None,
         typer.Option(
-            help="Share of the adapter's gain on held-out examples to keep (0.99), by the smallest LoRA that does."
+            help="Share of the adapter's gain on held-out examples (0.99) that the smallest LoRA written keeps."
         ),
     ] = None,
     size: Annotated[
@@ -145,7 +145,7 @@ def export(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Task of an adapter that is not a run: causal-lm, classify or regress; default: as it stores."
+            help="Task of an adapter that is not a run: causal-lm, classify or regress; default: the one it stores."
         ),
     ] = None,
     heal: Annotated[int, typer.Option(min=0, help="Number of training steps after the cut.")] = 0,

@@ -78,7 +78,7 @@ def _sizes(updates: Updates, exported: int) -> str:
 
 
 def _chosen(cut: Cut, keep: float | None, size: Size | None, max_rank: int | None, dtype: str | None) -> list[Factors]:
-    """Factors of a cut by loss: those that keep a share of the gain, or of a size, or of a maximum rank."""
+    """Factors of a cut by loss: by share of the gain to keep, size or maximum rank."""
     if keep is not None:
         return cut.smallest(keep, max_rank, announce=announce)
     within = cut.curve.parameters if size is None else parameters_in(size, cut.subject.updates, dtype)

@@ -135,7 +135,7 @@ def _load_files(path: Path, config: TrainConfig) -> DatasetDict:
 
 
 def _as_text(cell: str) -> str | None:
-    """A function with a name, by which `datasets` finds in its cache what it has read."""
+    """Text of a cell; None if empty. Not a lambda: `datasets` caches a table under the names of its converters."""
     return cell or None
 
 

@@ -120,7 +120,7 @@ def examples_per_step(arguments: TrainingArguments) -> int:
 
 
 def data_sums(splits: Mapping[str, Dataset]) -> dict[str, str]:
-    """SHA-256 of the examples of each split, with the content of images, wherever their files are."""
+    """SHA-256 of the examples of each split; of images, their content, not their path."""
     return {name: _sum_of(data) for name, data in splits.items()}
 
 
