@@ -116,7 +116,14 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     long = pd.DataFrame({"review": [" ".join(texts["review"][:30]), "a film"]})
     long.to_json(tmp_path / "long.jsonl", orient="records", lines=True)
     result = run("predict", output, "--data", tmp_path / "long.jsonl", "--output", tmp_path / "cut.jsonl")
-    assert f"1 of 2 examples are truncated to {record['max_length']} tokens" in " ".join(result.output.split())
+    truncated = f"1 of 2 examples are truncated to {record['max_length']} tokens"
+    assert truncated in " ".join(result.output.split())
+    assert run("export", output, "--energy", "1", "--output", tmp_path / "exported").exit_code == 0
+    elsewhere = ("--data", tmp_path / "long.jsonl", "--column", "text=review", "--output", tmp_path / "as.jsonl")
+    result = run("predict", tmp_path / "exported", *elsewhere)
+    assert truncated in " ".join(result.output.split())
+    ours, exported = (lines(tmp_path / name) for name in ("cut.jsonl", "as.jsonl"))
+    assert exported[0]["probabilities"] == pytest.approx(ours[0]["probabilities"], abs=1e-4)
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])

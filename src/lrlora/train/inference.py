@@ -47,6 +47,7 @@ from .models import (
     load_model,
     make_trainer,
     max_positions,
+    max_tokens,
     model_source,
     require_model_folder,
     training_arguments,
@@ -245,8 +246,8 @@ class LoadedRun:
     ) -> LoadedRun:
         """Load an adapter from elsewhere, or a full model.
 
-        Prompts and chats are rendered as the data says: chats with the model's template. Examples are truncated only
-        at the model's limit.
+        Prompts and chats are rendered as the data says: chats with the model's template. For tasks with a head, texts
+        are truncated at the limit of the tokenizer, which in a run's export is the run's `max_length`, and the model.
 
         Args:
             source: folder or hub name.
@@ -296,7 +297,8 @@ class LoadedRun:
             unnamed = map(str, range(model.config.num_labels))
             labels = names or [*(unnamed if saved else map(str, model.config.id2label.values()))]
         config = TrainConfig(name, source, task, method="lora", output=tempfile.gettempdir())
-        record = RunRecord({}, labels, None, {}, {}, loss_on=ANSWERS if kind.generates else None)
+        limit = max_tokens(processor, model.config) if kind.has_head and kind.reads_text else None
+        record = RunRecord({}, labels, limit, {}, {}, loss_on=ANSWERS if kind.generates else None)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record, processor, model)
 
@@ -332,7 +334,7 @@ class LoadedRun:
         elif limit := self.record.max_length:
             count = sum(length > limit for length in self.kind.lengths(examples, self.processor))
             if count:
-                announce(f"{count:,} of {len(examples):,} examples are truncated to {limit} tokens, as in training.")
+                announce(f"{count:,} of {len(examples):,} examples are truncated to {limit} tokens.")
         return examples
 
     def _require_rendering(self, examples: Dataset) -> None:

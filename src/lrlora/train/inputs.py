@@ -76,9 +76,14 @@ class Inputs:
             counts = kind.lengths(data.splits["train"], processor)
             max_length = config.max_length or choose_max_length(counts, limit)
             if max_length > limit:
-                raise ValueError(f"max_length must be at most {limit}, the limit of the model, got {max_length}.")
+                raise ValueError(
+                    f"max_length must be at most {limit}, the limit of the model and its tokenizer (model_max_length), "
+                    f"got {max_length}."
+                )
             too_long = sum(count > max_length for count in counts)
             rows = kind.rows(counts, max_length, config.training)
+            if kind.has_head:
+                saved_processor.model_max_length = max_length  # exports carry it, and whoever serves them truncates so
         rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
         on_answers = rendering == CHAT and config.training.get("assistant_only_loss", True)
         modules = (torch, transformers, peft, datasets)
