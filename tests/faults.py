@@ -166,7 +166,7 @@ def _test(root: Path, tests: list[str], log: Path) -> None:
     os.dup2(written, 1)
     os.dup2(written, 2)
     signal.alarm(LIMIT)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     options = ["-x", "-q", "--tb", "line", "-rfE", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", "not slow"]
     pytest.main([*options, *tests])
     sys.stdout.flush()

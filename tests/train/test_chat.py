@@ -269,6 +269,21 @@ def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decod
         with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
 
+def test_the_loss_is_on_the_answer_where_the_question_contains_its_words(decoder: str) -> None:
+    words = tokenizer()
+    words.chat_template = (  # as of Qwen3, which marks the last turn alone
+        "{% for m in messages %}{{ '[USER] ' if m['role'] == 'user' else '[BOT] ' }}"
+        "{{ '[UNK] ' if loop.last and m['role'] == 'assistant' }}{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}[BOT] {% endif %}"
+    )
+    contents = ("is it good and bad ?", "good", "is it clever ?", "is it", "the plot ?", "plot")
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, contents, strict=True)]
+    (row,) = with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
+    assert shown_tokens(row, words, marked=True) == (
+        "[USER] is it good and bad ? [BOT]⟦good⟧[USER] is it clever ? [BOT]⟦is it⟧[USER] the plot ? [BOT]⟦[UNK] plot⟧"
+    )
+
+
 def test_a_run_from_before_goes_on_with_the_loss_of_the_whole_chat(decoder: str, tmp_path: Path) -> None:
     folder = trained(decoder, tmp_path, "messages", 2)
     record = json.loads((folder / "run.json").read_text())

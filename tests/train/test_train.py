@@ -265,13 +265,14 @@ def test_a_run_that_a_signal_ends_is_resumed(
     assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
 
 
-@pytest.mark.parametrize("method", ["lr-lora", "full"])
+@pytest.mark.parametrize("method", ["learned", "lr-lora", "full"])
 def test_killed_after_its_last_checkpoint_a_run_is_finished_without_another_step(
     encoder: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    training = {"max_steps": 6, "eval_steps": 2, "save_steps": 2, "per_device_train_batch_size": 8}
-    settings = {"model": encoder, "data": table, "task": "classify", "method": method, "training": training}
-    config = {**settings, "columns": {"text": "review", "label": "verdict"}, "rank_every": 2}
+    training = {"max_steps": 12, "eval_steps": 4, "save_steps": 4, "per_device_train_batch_size": 8}
+    ways = {"method": method} if method != "learned" else {"method": "lora", "size": "r1"}
+    settings = {"model": encoder, "data": table, "task": "classify", "training": training, **ways}
+    config = {**settings, "columns": {"text": "review", "label": "verdict"}, "rank_every": 4}
     whole = train(TrainConfig.from_dict({**config, "output": str(tmp_path / "whole")}))
 
     def die(*arguments: object) -> None:
@@ -286,7 +287,7 @@ def test_killed_after_its_last_checkpoint_a_run_is_finished_without_another_step
     weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     steps = [entry["step"] for entry in cut.log_history if "eval_loss" in entry]
-    assert steps == [2, 4, 6, 6]  # with that of the best one at the end
+    assert steps == [4, 8, 12, 12]  # with that of the best one at the end
 
 
 @pytest.mark.parametrize("task", ["classify", "regress"])

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -274,7 +274,10 @@ def _answers_in(
         said = str(message.get("content") or "").strip()
         if not said:
             continue
-        start = text.find(said, spans[-1][1] if spans else 0)
+        # After the turns before it, which may contain its words.
+        asked = render_chat(tokenizer, chat[:number], row) if number else ""
+        earlier = sum(takewhile(bool, map(str.__eq__, text, asked)))
+        start = text.find(said, max(earlier, spans[-1][1] if spans else 0))
         if start < 0:
             raise ValueError(
                 f"The answer {said!r:.60} is not found in what the chat template writes, to take the loss of it alone. "

@@ -186,6 +186,11 @@ def _load_trained(trainer: Trainer, last: Path) -> None:
         trainer.state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, LearnedRanksCallback):  # reads the ranks from the state
+            parts = {"model": trainer.model, "optimizer": trainer.create_optimizer()}
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, **parts)
+            callback.on_train_end(trainer.args, trainer.state, trainer.control, **parts)
 
 
 def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> None:
