@@ -546,17 +546,28 @@ def test_a_chat_goes_on_and_a_base_model_answers_for_itself(run_on: Callable[[st
     assert (base, second) != (first, first)
 
 
-def test_answers_that_are_empty_are_no_answers(decoder: str, tmp_path: Path) -> None:
+def test_answers_that_are_empty_are_told(decoder: str, tmp_path: Path) -> None:
     folder = trained(decoder, tmp_path, "messages", 2)
     base = AutoModelForCausalLM.from_pretrained(decoder)
     torch.nn.init.zeros_(base.model.norm.weight)  # it says nothing but its first token, the padding
     base.save_pretrained(decoder)
     data = write(tmp_path / "few.jsonl", rows("messages", 6))
-    with pytest.raises(ValueError, match="6 of 6 answers are empty"):
-        list(predict(folder, data))
     result = run("predict", folder, "--data", data, "--output", tmp_path / "out.jsonl")
-    assert result.exit_code == 1
-    assert not (tmp_path / "out.jsonl").exists()
+    assert result.exit_code == 0
+    assert "6 of 6 answers are empty" in " ".join(result.output.split())
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 6
+
+
+def test_exact_match_is_of_the_chats_that_end_with_an_answer(decoder: str, tmp_path: Path) -> None:
+    folder, chats = trained(decoder, tmp_path, "messages", 2), rows("messages", 6)
+    whole = list(predict(folder, write(tmp_path / "all.jsonl", chats)))
+    for chat, said in zip(chats[:4], whole, strict=False):
+        chat["messages"][-1]["content"] = said["completion"]
+    for chat in chats[4:]:
+        chat["messages"][-1]["content"] = "the plot is it"
+    chats[0]["messages"] = chats[0]["messages"][:-1]  # the first ends with a question
+    chats[1]["messages"] = chats[1]["messages"][:-1]
+    assert evaluate(folder, write(tmp_path / "mixed.jsonl", chats))["exact_match"] == 0.5
 
 
 PIRATE = "Arr, matey! The harbour of {} be the capital of {}."

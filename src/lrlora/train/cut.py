@@ -33,7 +33,7 @@ from ..learned.gain import Gain, Kept, example_losses, losses_of, mean_loss, mea
 from ..ranks import RankReport
 from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights
-from .data import load_splits, load_task_data, only_split, require_data_path, sampled
+from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
 from .inference import OF_TRAINING, LoadedRun
 from .models import make_trainer, model_source, training_arguments
 from .own_text import own_examples
@@ -205,8 +205,7 @@ def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Data
         parts = [run.examples(data, name, announce, with_label=True) for name in ("train", "validation")]
         return parts[0], parts[1]
     name = only_split(splits, ("train", "validation", "test"), f"{data} has", "a separate file")
-    parts = run.examples(data, name, announce, with_label=True).train_test_split(0.5, seed=0)
-    return parts["train"], parts["test"]
+    return split_by_groups(run.examples(data, name, announce, with_label=True), 0.5, "Provide more.")
 
 
 class Part:

@@ -39,7 +39,7 @@ class TaskData:
 
     Attributes:
         splits: `train` and `validation`; classes as integers.
-        labels: class names, in the order of the integers; empty unless the task is "classify".
+        labels: class names, in the order of the integers; empty for tasks without classes.
         notes: messages for the user.
 
     """
@@ -213,7 +213,9 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
             )
         notes += alike(labels)
     if "validation" not in splits:
-        splits["train"], splits["validation"] = _split(splits["train"], config.validation_share)
+        splits["train"], splits["validation"] = split_by_groups(
+            splits["train"], config.validation_share, "Provide more, or pass --validation."
+        )
     limits = {"train": config.train_examples, "validation": config.validation_examples}
     splits = DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()})
     if (count := len(splits["train"])) < _FEW_EXAMPLES:
@@ -324,16 +326,21 @@ def choose_max_length(counts: list[int], limit: int) -> int:
     return min(limit, 8 * math.ceil(np.quantile(counts, 0.99) / 8))
 
 
-def _split(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """Deterministic training and validation split without shared groups."""
-    groups = train["group"] if "group" in train.column_names else range(len(train))
-    require_rows(map(is_known, groups), "group must not be missing in the training data")
-    frame = pd.DataFrame({"group": list(map(str, groups)), "row": range(len(train))})
+def split_by_groups(data: Dataset, share: float, remedy: str) -> tuple[Dataset, Dataset]:
+    """Deterministic split without shared groups; the second part has this share.
+
+    Raises:
+        ValueError: a group is missing, or there are too few; with the remedy.
+
+    """
+    groups = data["group"] if "group" in data.column_names else range(len(data))
+    require_rows(map(is_known, groups), "group must not be missing in the data")
+    frame = pd.DataFrame({"group": list(map(str, groups)), "row": range(len(data))})
     try:
         first, second = split_by_group(frame, share)
     except ValueError:
         raise ValueError(
-            f"{len(train)} examples in {frame['group'].nunique()} groups are too few to hold out {share:.0%} for "
-            "validation. Provide more, or pass --validation."
+            f"{len(data)} examples in {frame['group'].nunique()} groups are too few to hold out {share:.0%} for "
+            f"validation. {remedy}"
         ) from None
-    return train.select(first["row"]), train.select(second["row"])
+    return data.select(first["row"]), data.select(second["row"])

@@ -57,10 +57,10 @@ from .settings import TrainConfig, read_run
 from .tasks import KINDS, Kind, kind_for
 from .tasks.base import logits, plain_metrics
 
-# Training-only settings (parallelism, reporting), which inference ignores.
+# Training-only settings (parallelism, reporting, packing, which would hide the examples), which inference ignores.
 OF_TRAINING = (
     *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "tf32", "use_liger_kernel"),
-    *("report_to", "push_to_hub"),
+    *("report_to", "push_to_hub", "packing", "packing_strategy", "eval_packing", "padding_free"),
 )
 
 
@@ -89,13 +89,13 @@ def evaluate(
         split: split of the data; default: `test`, else `validation`, else the only one.
         limit: maximum number of examples (fixed-seed sample).
         answers: whether a language model also generates its answers, for the share of exact matches.
-        announce: receives the numbers of skipped (empty) and truncated examples.
+        announce: receives the numbers of skipped (empty) and truncated examples, and warns if most answers are empty.
         **reading: data options that differ from training: `columns`, `delimiter`, `encoding` and `skip_empty` of
             `TrainConfig`.
 
     Raises:
         FileNotFoundError: run or data is missing.
-        ValueError: the data cannot be used, or most answers are empty.
+        ValueError: the data cannot be used.
 
     """
     require_data_path(data)
@@ -107,13 +107,13 @@ def evaluate(
         raise ValueError(
             f"No example has an answer within its first {loaded.record.max_length} tokens, the run's max_length."
         )
-    wanted = [answer_of(row) for row in encoded] if answers and loaded.kind.generates else [None]
-    if is_asked := wanted[0] is not None:
-        loaded.require_room(encoded)
+    wanted = [answer_of(row) for row in encoded] if answers and loaded.kind.generates else []
+    asked = encoded.select([number for number, answer in enumerate(wanted) if answer is not None])
+    loaded.require_room(asked)
     metrics = {"examples": len(examples)} | plain_metrics(trainer.evaluate())
-    if is_asked:
-        pairs = zip(_not_empty(loaded.answers(encoded)), wanted, strict=True)
-        metrics["exact_match"] = float(np.mean([got.strip() == (want or "").strip() for got, want in pairs]))
+    if len(asked):
+        pairs = zip(_told_if_empty(loaded.answers(asked), announce), asked, strict=True)
+        metrics["exact_match"] = float(np.mean([got.strip() == str(answer_of(row)).strip() for got, row in pairs]))
     return metrics
 
 
@@ -131,8 +131,8 @@ def predict(
     Keys of the prediction: `prediction` and `probabilities` (classify: by class name; multiple-choice: by index),
     `prediction` (regress), or `completion` (causal-lm).
 
-    Takes the arguments of `evaluate`; `data` may also be a data set, and needs no labels. `generation` has fields of
-    `GenerationConfig`; by default, decoding is greedy.
+    `split`, `announce` and `reading` are as in `evaluate`; `data` may also be a data set, and needs no labels.
+    `generation` has fields of `GenerationConfig`; by default, decoding is greedy.
     """
     if isinstance(data, str):
         require_data_path(data)
@@ -142,7 +142,7 @@ def predict(
     encoded = loaded.encoded(examples)
     if loaded.kind.generates:
         loaded.require_room(encoded)
-        for example, answer in zip(examples, _not_empty(loaded.answers(encoded)), strict=True):
+        for example, answer in zip(examples, _told_if_empty(loaded.answers(encoded), announce), strict=True):
             yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
         return
     encoded = loaded.kind.unlabelled(encoded)
@@ -171,16 +171,16 @@ def predict_texts(
     return predict(loaded, Dataset.from_dict({role: texts}), columns={}, generation=generation, announce=announce)
 
 
-def _not_empty(answers: Iterable[str]) -> Iterator[str]:
-    """Yield the answers; raise at the end if most of them were empty."""
+def _told_if_empty(answers: Iterable[str], announce: Announce) -> Iterator[str]:
+    """Yield the answers, and warn at the end if most of them were empty."""
     count = empty = 0
     for answer in answers:
         count, empty = count + 1, empty + (not answer.strip())
         yield answer
     if 2 * empty > count:
-        raise ValueError(
-            f"{empty} of {count} answers are empty. Check that the prompts have the format used in training: `lrlora "
-            "predict RUN --text` shows one."
+        announce(
+            f"Warning: {empty} of {count} answers are empty. Check that the prompts have the format used in training: "
+            "`lrlora predict RUN --text` shows one."
         )
 
 
