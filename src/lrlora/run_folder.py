@@ -78,7 +78,7 @@ class LossRecord:
 
     Attributes:
         loss: mean validation loss of the adapter.
-        base: that without it.
+        base: mean validation loss without the adapter.
         keep: share asked for; None if the size was given.
         sizes: parameters of the measured LoRAs, largest first.
         kept: the share that each keeps.

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 
 from lrlora import rank_report
 from lrlora.adapters import factorize, read_updates, save_single_file
+from lrlora.adapters.factorize import parameters_of_rank
 from lrlora.cli import app
 from lrlora.naming import layer_index, module_kind, module_type, place_in_layer, position_in_stack, stack_of
 
@@ -90,6 +91,15 @@ def test_what_kohya_notes_in_a_file_stays_true(tmp_path: Path) -> None:
         with safe_open(tmp_path / f"{pad}.safetensors", framework="pt") as file:
             assert file.metadata() == {"ss_network_dim": dim, "ss_network_alpha": "1.0"}
             assert {file.get_tensor(key).item() for key in list(file.keys()) if key.endswith(".alpha")} == {1.0}
+
+
+def test_a_padded_file_has_all_modules(tmp_path: Path) -> None:
+    save(with_lora(), tmp_path / "lora.safetensors", "kohya")
+    updates = read_updates(tmp_path / "lora.safetensors")
+    factors = factorize(updates, budget=parameters_of_rank(updates, 1) // 2)
+    assert min(part.rank for part in factors) == 0
+    save_single_file(factors, updates, tmp_path / "small.safetensors", pad=True)
+    assert load_file(tmp_path / "small.safetensors").keys() == load_file(tmp_path / "lora.safetensors").keys()
 
 
 def test_dora_keeps_its_magnitudes(tmp_path: Path) -> None:

@@ -31,11 +31,13 @@ def trained(model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def fit(tiny: TinyModel, model: Any, size: str = "r2", steps: int = STEPS, **options: Any) -> LearnedRanks:
+def fit(
+    tiny: TinyModel, model: Any, size: str = "r2", steps: int = STEPS, stopped: int | None = None, **options: Any
+) -> LearnedRanks:
     optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
     learned = LearnedRanks(model, optimizer, size=size, steps=steps, **options)
     model.train()
-    for _ in range(steps):
+    for _ in range(stopped or steps):
         tiny.loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -328,12 +330,50 @@ def test_another_adapter_stays(tmp_path: Path) -> None:
     learned = fit(tiny, model, "r1", steps=200)
     assert learned.ranks is not None
     assert 0 in learned.ranks.values()
+    after = tiny.logits(model)
+    model.set_adapter("default")  # as it is
+    assert torch.equal(tiny.logits(model), after)
     model.set_adapter("other")
     assert torch.equal(tiny.logits(model), expected)
     model.save_pretrained(tmp_path)
     assert {
         len(v) for n, v in load_file(tmp_path / "other" / "adapter_model.safetensors").items() if "lora_A" in n
     } == {3}
+
+
+def test_two_adapters_learn_their_ranks_one_after_the_other(tmp_path: Path) -> None:
+    tiny, model = with_lora("llama")
+    model.add_adapter("other", LoraConfig(r=8, **tiny.targets))
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        learned = fit(tiny, model, "r1", steps=200)
+        assert learned.ranks is not None
+        assert 0 in learned.ranks.values()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(PeftModel.from_pretrained(tiny.build(), tmp_path / "other")), tiny.logits(model))
+
+
+def test_an_adapter_of_the_same_name_is_saved_as_it_is(tmp_path: Path) -> None:
+    tiny, model = with_lora("mlp")
+    fit(tiny, model, stopped=20)  # after the cut
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=8, init_lora_weights=False, **tiny.targets))
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(PeftModel.from_pretrained(tiny.build(), tmp_path)), tiny.logits(model))
+
+
+def test_a_part_of_a_state_changes_that_part_alone() -> None:
+    for stopped in (10, 20, STEPS):  # before the cut, after it, and when it is over
+        tiny, model = with_lora("llama")
+        fit(tiny, model, stopped=stopped)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        (name, *_) = (name for name in before if "lora_A" in name)
+        model.load_state_dict({name: before[name] + 1}, strict=False)
+        changed = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])]
+        assert changed == [name]
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict({key: tensor for key, tensor in before.items() if key != name})
 
 
 def test_an_adapter_is_not_saved_wide_in_silence(tmp_path: Path) -> None:

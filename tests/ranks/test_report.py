@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from lrlora import LrLoraConfig, RankReport, rank_report
-from lrlora.adapters import read_updates
+from lrlora.adapters import factorize, read_updates
 from lrlora.naming import module_kind
 from lrlora.ranks import MEASURES
 from lrlora.ranks.measures import curvature, effective_rank, energy_rank, spectrum, stable_rank
@@ -178,9 +178,32 @@ def test_outputs_of_transposed_experts_are_m(form: str) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.randn(3, 12, 20))  # in, out
 
-    config = LrLoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], form=form)
-    rows = rank_report(get_peft_model(torch.nn.Sequential(Experts()), config)).rows
+    config = LrLoraConfig(r=2, target_modules=[], target_parameters=["0.weight"], form=form, init_weights=False)
+    model = get_peft_model(torch.nn.Sequential(Experts()), config)
+    for name, parameter in model.named_parameters():
+        if "lrlora_phi" in name:
+            parameter.data.zero_()  # φ(z) = z, or no expansion
+    rows = rank_report(model).rows
     assert [(row.m, row.n) for row in rows] == [(20, 12)] * 3
+    assert [row.curvature for row in rows] == [pytest.approx(0, abs=1e-6)] * 3
+
+
+def test_tokens_trained_beside_an_adapter_are_no_module_of_it(tiny_bert: TinyModel, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["query"], trainable_token_indices=[3, 4], init_lora_weights=False)
+    model = get_peft_model(tiny_bert.build(), config)
+    model.save_pretrained(tmp_path)
+    rows = [row.module for row in rank_report(read_updates(tmp_path)).rows]
+    assert [row.module for row in rank_report(model).rows] == rows
+    assert [part.module for part in factorize(model, energy=1.0)] == rows
+
+
+def test_several_active_adapters_are_told_apart_by_name(tiny_bert: TinyModel) -> None:
+    model = get_peft_model(tiny_bert.build(), LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["key"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"Several adapters are active: default, other\. Pass adapter=NAME"):
+        rank_report(model)
+    assert {row.r for row in rank_report(model, "other").rows} == {3}
 
 
 def test_report_at_the_start_is_defined(tiny: TinyModel) -> None:

@@ -15,6 +15,7 @@ from peft import PeftConfig
 from lrlora.run_folder import LOSS_FILE
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
+from lrlora.views.runs import load_runs
 
 from ..cli import run as lrlora
 from .small import reviews, save_decoder, save_encoder, size_of
@@ -65,6 +66,9 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
     for command in (("evaluate", "out", "--data", "reviews.csv"), ("ranks", "out"), ("report", "out")):
         result = lrlora(*command)
         assert result.exit_code == 0, result.output
+    (shown,) = load_runs([str(here)])  # the folder above, with this one run
+    assert shown.history
+    assert shown.settings["training"]["size"] == "r2"
 
 
 def test_a_language_model_and_a_size_in_bytes(here: Path) -> None:

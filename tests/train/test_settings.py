@@ -34,6 +34,7 @@ def test_alpha_and_targets_stand_beside_the_rank() -> None:
     config = config_of(method="lora", rank=4, alpha=16.0, targets="query,value")
     assert (config.r, config.lora_alpha, set(config.target_modules)) == (4, 16, {"query", "value"})
     assert set(config_of(targets="query").target_modules) == {"query"}
+    assert set(config_of(targets="query, value").target_modules) == {"query", "value"}
     assert config_of(targets=r".*\.(query|key)").target_modules == r".*\.(query|key)"
     assert config_of().target_modules == "all-linear"
     assert set(config_of(adapter={"target_modules": "query,value"}).target_modules) == {"query", "value"}

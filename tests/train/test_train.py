@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,13 @@ def test_a_run_that_a_signal_ends_is_resumed(
     assert output.count("Training:") < 10  # in a file, the bar is not drawn at every step
     assert (tmp_path / "cut" / "metrics.json").exists()
     assert "there is nothing to resume" in run("train", "--resume", tmp_path / "cut").output
+
+
+def test_a_run_trains_in_another_thread(encoder: str, table: str, tmp_path: Path) -> None:
+    columns, training = {"text": "review", "label": "verdict"}, {"max_steps": 2}
+    config = TrainConfig(encoder, table, "classify", output=str(tmp_path / "run"), columns=columns, training=training)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train, config).result().metrics
 
 
 @pytest.mark.parametrize("method", ["learned", "lr-lora", "full"])

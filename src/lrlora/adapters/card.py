@@ -105,7 +105,8 @@ def _license_of_base(saved: SavedAdapter) -> str | None:
     name = saved.base_model or ""
     card = Path(name) / "README.md"
     if not card.is_file() and is_hub_name(name):
-        card = Path(str(try_to_load_from_cache(name, "README.md")))
+        cached = try_to_load_from_cache(name, "README.md")
+        card = Path(cached) if isinstance(cached, str) else card
     try:
         found = (metadata_load(card) or {}).get("license") if card.is_file() else None
     except (ValueError, YAMLError):  # not the hub's format

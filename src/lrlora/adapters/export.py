@@ -187,7 +187,7 @@ def save_as_lora(
         config.save_pretrained(str(partial))
         has_classes = isinstance(origin, SavedAdapter) or like.task_type == "SEQ_CLS"
         if has_classes and (Path(origin.name) / MODEL_CONFIG).is_file():
-            shutil.copy(Path(origin.name) / MODEL_CONFIG, partial)
+            shutil.copyfile(Path(origin.name) / MODEL_CONFIG, partial / MODEL_CONFIG)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -235,8 +236,9 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
     """Updates of modules that LoRA can adapt."""
     if isinstance(source, Updates):
         return source.updates
+    model: Any = source
     for name, config in getattr(source, "peft_config", {}).items():
-        if adapter in (None, name) and changes_base(config):
+        if name in ([adapter] if adapter else model.active_adapters) and changes_base(config):
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so s·BA is not the full "
                 "update. Save the adapter and read it with read_updates."

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -37,14 +38,14 @@ def updates_of_model(
             if given, an update is everything that a merge changes.
 
     Raises:
-        ValueError: no module has this adapter, or it is merged into the base weights.
+        ValueError: no module has this adapter, several are active, or it is merged into the base weights.
 
     """
-    layers: list[tuple[str, Any, Any]] = [
-        (path.removeprefix(PEFT_PREFIX), module, adapter or next(iter(module.active_adapters), None))
-        for path, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and module.adapter_layer_names
-    ]
+    found = [(path, layer) for path, layer in tuner_layers(model) if layer.adapter_layer_names]
+    active = dict.fromkeys(name for _, layer in found for name in layer.active_adapters)
+    if adapter is None and len(active) > 1:
+        raise ValueError(f"Several adapters are active: {', '.join(active)}. Pass adapter=NAME, or activate one.")
+    layers: list[tuple[str, Any, Any]] = [(path, layer, adapter or next(iter(active), None)) for path, layer in found]
     with_adapter = [(path, layer, name) for path, layer, name in layers if name in layer._get_available_adapters()]
     if not with_adapter:
         known = sorted({name for _, layer, _ in layers for name in layer._get_available_adapters()})
@@ -62,6 +63,17 @@ def updates_of_model(
                 yield from _of_parameter(path, layer, name)
             else:
                 yield _of_layer(path, layer, name, original)
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Paths and adapted layers, without tokens and modules trained beside them, which are not a module's update."""
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    beside = {part for wrapper in wrappers for part in wrapper.modules()}
+    return [
+        (path.removeprefix(PEFT_PREFIX), module)
+        for path, module in model.named_modules()
+        if module not in beside and isinstance(module, BaseTunerLayer)
+    ]
 
 
 def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Tensor] | None) -> Update:
@@ -141,7 +153,7 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
 
         m, n = as_matrix(layer.get_param()).shape
         k = r if phi is None else r * phi.num_terms if phi.is_product else min(m, n)
-        learned = Learned(linear, phi if isinstance(phi, Transfer) else None, lambda: pick(inputs()))
+        learned = Learned(linear, phi if isinstance(phi, Transfer) else None, lambda: as_matrix(inputs()))
         return Update(
             module=f"{path}.{index}" if is_stack else path,
             shape=(m, n),
@@ -151,7 +163,7 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
             limit=min(k, m, n),
             scaling=layer.scaling[adapter],
             layout=Layout(is_known=False),
-            weight=lambda: None if weights is None else pick(weights),
+            weight=lambda: None if weights is None else as_matrix(weights),
             learned=None if phi is None else learned,
         )
 

@@ -176,11 +176,12 @@ class SingleFile:
         with readable(self.name, _EXPECTED):
             content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
             components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
+            nearest_first = sorted(components, key=len, reverse=True)
             return {
                 component: {
                     key.removeprefix(component): value for key, value in content.items() if key.startswith(component)
                 }
-                for component in components
+                for component in nearest_first
             }
 
     def updates(self, base: str | os.PathLike[str] | None = None) -> Updates:
@@ -227,6 +228,9 @@ def save_single_file(
     if file.has_magnitudes:
         factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
     exported = [part for part in factors if part.rank]
+    if exported and pad:  # with what was left out, or the next adapter could not take its place
+        largest = max(part.rank for part in exported)
+        exported = [part.padded(largest) for part in factors]
     if not exported:
         raise ValueError("No module has a rank, so there is nothing to export.")
     if unclear := [p.module for p in exported if not p.layout.is_known and _CONVOLUTION.search(p.module)]:
@@ -234,7 +238,6 @@ def save_single_file(
             f"{unclear[0]} may be a convolution, but {updates.method} does not store its kernel size, so it cannot be "
             "saved as LoRA."
         )
-    largest = max(part.rank for part in exported)
     dtype = dtype or file.stored_dtype
     tensors = dict(file.others)
     if biased := next((key for key in tensors if _BIAS.search(key)), None):
@@ -242,11 +245,10 @@ def save_single_file(
     for key, value in tensors.items():
         require_finite(key, value)
     for part in exported:
-        rank = largest if pad else part.rank
-        named = _named(file, part.module, *part.padded(rank).weights, rank)
+        named = _named(file, part.module, *part.weights, part.rank)
         tensors |= {name: as_stored(part.module, t, dtype) if t.dim() else t for name, t in named.items()}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata=_metadata(file, exported, largest if pad else None))
+        save_file(tensors, partial, metadata=_metadata(file, exported))
 
 
 def free_file(output: str | os.PathLike[str]) -> Path:
@@ -272,10 +274,10 @@ def _named(file: SingleFile, module: str, A: Tensor, B: Tensor, rank: int) -> di
     return {f"{module}{down}": A, f"{module}{up}": rank * B, key: torch.tensor(1.0)}
 
 
-def _metadata(file: SingleFile, exported: Sequence[Factors], padded: int | None) -> dict[str, str]:
+def _metadata(file: SingleFile, exported: Sequence[Factors]) -> dict[str, str]:
     dropped = ("sshs_model_hash", "sshs_legacy_hash", METADATA_KEY)
     metadata = {key: value for key, value in file.metadata.items() if key not in dropped}
-    ranks = {part.rank for part in exported} if padded is None else {padded}
+    ranks = {part.rank for part in exported}
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"  # as in kohya's own tool
     values = {"ss_network_dim": rank, "ss_network_alpha": "1.0"}
     return metadata | {key: value for key, value in values.items() if key in metadata}

@@ -177,6 +177,7 @@ def show_smallest(run: TrainConfig) -> None:
     """Measure and print the smallest size of a finished run's LoRA; write it if the run sets a size or a share."""
     from ..adapters import save_as_lora
     from ..adapters.card import LORA_FOLDER
+    from ..locks import remove_left
     from ..train.cut import Cut, Subject, record_losses
 
     folder = Path(run.output)
@@ -206,6 +207,7 @@ def show_smallest(run: TrainConfig) -> None:
         command = ["lrlora", "export", str(folder), "--keep", str(keep), "--output", f"{folder}-small"]
         announce(f"To write it: {shlex.join(command)}")
         return
+    remove_left(folder)  # by a killed process
     with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as scratch:
         save_as_lora(factors, subject.updates, Path(scratch) / LORA_FOLDER)
         shutil.rmtree(folder / LORA_FOLDER, ignore_errors=True)

@@ -44,6 +44,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self._options: dict[str, Any] = {"size": size, "at": at, "max_rank": max_rank}
         self.learned: LearnedRanks | None = None
         self._is_cut = False
+        self._padding: Any = None
 
     def state(self) -> dict[str, Any]:
         """State in a checkpoint's `trainer_state.json`, so that a run continues from the checkpoint that it loads."""
@@ -53,7 +54,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         _require_supported(args)
         model = peft_model(kwargs["model"])
         require_plain_lora(model)
-        model.register_load_state_dict_pre_hook(pad_state)
+        self._padding = model.register_load_state_dict_pre_hook(pad_state)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,14 +94,17 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.learned is not None:
-            self.learned.finish()
-        if self.learned is not None and self.learned.ranks is None:
+        if self.learned is None:
+            return
+        self.learned.finish()
+        if self.learned.ranks is None:
             warnings.warn(
                 f"Training ended at step {state.global_step}, before the cut at step {self.learned.cut_step}: the "
                 f"adapter is wide, not of size {self._options['size']}.",
                 stacklevel=2,
             )
+        elif self._padding is not None:
+            self._padding.remove()
 
 
 def _as_json(state: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from .live_lora import (
     shrink,
 )
 from .moments import Moments, channel_dim, watch
-from .sharded import full_value, is_deepspeed, processes, restart
+from .sharded import full_value, is_deepspeed, processes, restart, write
 from .size import Size
 
 CUT_AT = 0.3  # share of the steps
@@ -128,8 +128,9 @@ class LearnedRanks:
         setattr(self._model, "save_pretrained", self._save)  # noqa: B010 (of this model alone)
         self._watchers: list[Any] = []
         self._watch(_reach)
+        self._padding = self._model.register_load_state_dict_pre_hook(pad_state)
         self._hooks: list[Any] = [
-            self._model.register_load_state_dict_pre_hook(pad_state),
+            self._padding,
             self._inner.register_step_pre_hook(self._before_update),
             self._inner.register_step_post_hook(self._after_update),
         ]
@@ -207,6 +208,10 @@ class LearnedRanks:
         wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
         if any(wide.get(path, 0) < rank for path, rank in state["ranks"].items()):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
+        for path, layer in self._layers.items():
+            if not state["ranks"].get(path, 0):  # what was saved has no such module
+                for weight in lora_weights(layer, self._adapter):
+                    write(weight, torch.zeros_like(full_value(weight)))
         self._require_ranks(state["ranks"])
         self.cut_step, self._warm_up = state["cut_step"], state["warm_up"]
         self._end_learning(state["ranks"])
@@ -361,6 +366,7 @@ class LearnedRanks:
         self._restart()
         shrink(self._model, self._adapter, self.ranks)
         del self._model.save_pretrained
+        self._padding.remove()
 
 
 def _reach(learned: LearnedRanks | None, path: str, *args: Any) -> None:

@@ -157,10 +157,12 @@ def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> None:
             setattr(up, "in_channels" if is_conv else "in_features", rank)
             layer.r[adapter], layer.lora_alpha[adapter] = rank, layer.scaling[adapter] * rank
             continue
-        tuner.targeted_module_names.remove(path)
         if len(layer.r) > 1:
+            layer.set_adapter([])  # or PEFT activates another one, in this layer alone
             layer.delete_adapter(adapter)
+            layer.set_adapter(model.active_adapters)
         else:
+            tuner.targeted_module_names.remove(path)
             parent, _, name = path.rpartition(".")
             setattr(model.get_base_model().get_submodule(parent), name, layer.get_base_layer())
 
@@ -193,13 +195,15 @@ class SmallSave:
 
     def __init__(self, model: PeftModel, adapter: str, cut_step: int) -> None:
         self.model, self.adapter, self.cut_step = model, adapter, cut_step
+        self._down = self._downs()[0]
         self.ranks: dict[str, int] | None = None
         self.warns = True  # if the adapter is still wide
 
     def __call__(self, save_directory: Any, *args: Any, state_dict: Any = None, **options: Any) -> None:
         model, save = self.model, type(self.model).save_pretrained
-        if self.ranks is None:
-            if self.warns:
+        is_there = any(down is self._down for down in self._downs())  # not deleted, nor replaced by another of its name
+        if self.ranks is None or not is_there:
+            if self.warns and is_there:
                 warnings.warn(
                     f"The adapter is saved before its cut after step {self.cut_step}: it is wide, not of the size "
                     "asked for.",
@@ -214,6 +218,10 @@ class SmallSave:
             save(model, save_directory, *args, state_dict=state, **options)
         finally:
             model.peft_config[self.adapter] = wide
+
+    def _downs(self) -> list[nn.Module]:
+        """lora_A of each module."""
+        return [layer.lora_A[self.adapter] for layer in lora_layers(self.model, self.adapter).values()]
 
     def _small(self, state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
         small = dict(state)
@@ -238,29 +246,22 @@ def require_zero(dropped: Tensor, path: str) -> None:
 
 
 def pad_state(model: Any, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
-    """Hook before a state dict is loaded: zeros for what a checkpoint from after the cut leaves out.
+    """Hook before a state dict is loaded: zeros for the directions that a checkpoint from after the cut leaves out.
 
     Raises:
         ValueError: the state dict has larger ranks than the model.
 
     """
     adapter = model.active_adapters[0]
-    layers = lora_layers(model, adapter)
-    names = {
-        prefix + key: (weight, dim)
-        for path, layer in layers.items()
-        for (key, dim), weight in zip(_keys(path, adapter), lora_weights(layer, adapter), strict=True)
-    }
-    if not names.keys() & state.keys():
-        return
-    for key, (weight, dim) in names.items():
-        missing = list(weight.shape)
-        if hasattr(weight, "ds_id"):
-            continue  # ZeRO-3 keeps the values elsewhere, all of them
-        if key in state:
-            missing[dim] -= state[key].shape[dim]
-        if missing[dim] < 0:
-            raise ValueError("The checkpoint is from before the cut, and cannot be loaded after it.")
-        if missing[dim]:
-            zeros = torch.zeros(missing, dtype=weight.dtype, device=state[key].device if key in state else None)
-            state[key] = torch.cat([state[key].to(zeros), zeros], dim) if key in state else zeros
+    for path, layer in lora_layers(model, adapter).items():
+        for (key, dim), weight in zip(_keys(path, adapter), lora_weights(layer, adapter), strict=True):
+            small = state.get(prefix + key)
+            if small is None or hasattr(weight, "ds_id"):
+                continue  # ZeRO-3 keeps the values elsewhere, all of them
+            missing = list(weight.shape)
+            missing[dim] -= small.shape[dim]
+            if missing[dim] < 0:
+                raise ValueError("The checkpoint is from before the cut, and cannot be loaded after it.")
+            if missing[dim]:
+                zeros = torch.zeros(missing, dtype=weight.dtype, device=small.device)
+                state[prefix + key] = torch.cat([small.to(zeros), zeros], dim)

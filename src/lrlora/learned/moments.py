@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..adapters import Factors
+from ..adapters.layers import tuner_layers
 from ..naming import PEFT_PREFIX
 from ..ops.form import at_least_float32
 
@@ -222,12 +222,7 @@ def thin_updates(
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = {path.removeprefix(PEFT_PREFIX): module for path, module in model.named_modules()}
-    # Trained tokens are not a module's update and stay unchanged.
-    kept = {
-        part for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper) for part in module.modules()
-    }
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer) and module not in kept]
-    tuned = [layer for layer in layers if not layer.disable_adapters]
+    tuned = [layer for _, layer in tuner_layers(model) if not layer.disable_adapters]
     if any(layer.merged for layer in tuned):
         raise ValueError("The adapter is merged into the base weights. Call unmerge_adapter() first.")
     modes = [(module, module.training) for module in model.modules()]

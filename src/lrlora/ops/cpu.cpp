@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int LINE = 4;                      // floats: the coefficients of a cell's cubic, or the moments of a bin
-constexpr int CELLS_PER_BIN = 4;             // as in transfer.py
+constexpr int CELLS_PER_BIN = 4;             // as in table.py
 constexpr int BANKS = 2;                     // of sums: neighbours often share a cell, and would wait for each other
 constexpr int64_t CHUNK = 256;               // entries of a row handled at a time, in the first-level cache
 constexpr int64_t FLUSH_ENTRIES = 1 << 18;   // float32 sums of at most so many terms are added up in float64

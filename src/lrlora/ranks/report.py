@@ -48,8 +48,7 @@ class RankRow:
         relative_norm: ‖ΔW‖_F / ‖W0‖_F; None if W0 is zero or unavailable.
         phi_zero: φ(0), which adds a constant matrix to ΔW.
         curvature: 1 − R² of the best linear fit to φ over its inputs.
-        rank_limit: maximum rank of an update of this form: r of LoRA, r·Q of an expansion, r² of LoHa, the smaller of m
-            and n of φ(BA) and of full matrices.
+        rank_limit: maximum rank of an update of this form: r of LoRA, r·Q of an expansion, else the smaller of m and n.
         loss_rank: rank in the smallest LoRA within 1 % (or the requested share) of the loss; None if not measured.
 
     """

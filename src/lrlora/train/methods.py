@@ -34,7 +34,7 @@ class PeftMethod:
         fixed: fields that define the method.
         alpha: field name of α, or None.
         scale: default α/r.
-        has_ranks: whether `rank_report` can measure its update.
+        has_ranks: whether a run records its ranks.
 
     """
 
@@ -85,8 +85,8 @@ def adapter_config(
         require_known(f"field of {known.config.__name__}", name, names)
     if isinstance(targets := options.get("target_modules"), str) and targets != "all-linear":
         # Module names; a regular expression would have to match full paths.
-        names_alone = re.fullmatch(r"[\w.-]+(,[\w.-]+)*", targets)
-        options = {**options, "target_modules": targets.split(",") if names_alone else targets}
+        names_alone = re.fullmatch(r"\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*", targets)
+        options = {**options, "target_modules": re.findall(r"[\w.-]+", targets) if names_alone else targets}
     if options.get("init_lora_weights") == "eva":
         raise ValueError(
             "adapter: init_lora_weights='eva' takes a pass over the data before training, which lrlora train does not "

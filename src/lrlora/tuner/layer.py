@@ -351,5 +351,6 @@ def _as_autocast(x: Tensor) -> Tensor:
 
 
 def autocasts(dtype: torch.dtype, device: str) -> bool:
-    """Whether autocast is enabled on `device` and casts this dtype."""
-    return dtype.is_floating_point and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is enabled on `device` and casts this dtype; it leaves float64."""
+    is_cast = dtype.is_floating_point and dtype != torch.float64
+    return is_cast and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

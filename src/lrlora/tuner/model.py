@@ -277,8 +277,8 @@ class LrLoraModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        marks = (f".modules_to_save.{adapter_name}.", f".trainable_tokens_delta.{adapter_name}")
-        in_full = {name: t for name, t in state_dict.items() if any(mark in name for mark in marks)}
+        modules, tokens = f".modules_to_save.{adapter_name}.", f".trainable_tokens_delta.{adapter_name}"
+        in_full = {name: t for name, t in state_dict.items() if modules in name or name.endswith(tokens)}
         remedy = "Training has diverged: go back to an earlier checkpoint."
         _require_finite({**selected, **in_full}, "saved", remedy)
         return selected

@@ -85,7 +85,7 @@ def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathL
         source = os.fspath(given)
         path = Path(source).resolve()
         below = _adapters_below(Path(source))
-        if len(below) > 1:
+        if below:
             names |= {str(run): f"{path.name}: {run.name}" for run in below}
         else:
             names[source] = path.stem if path.is_file() else path.name if path.is_dir() else source
@@ -182,13 +182,8 @@ PROMPTS = {CHAT: "chats, rendered with the tokenizer's template", PLAIN: "plain 
 
 
 def _adapter_of(folder: Path, checkpoint: Path | None) -> str:
-    """Location of a run's adapter: its folder, else its last checkpoint, else its only subfolder with one."""
-    if (folder / _ADAPTER_CONFIG).exists() or not folder.is_dir():
-        return str(folder)
-    if checkpoint is not None:
-        return str(checkpoint)
-    below = _adapters_below(folder)
-    return str(below[0] if below else folder)
+    """Location of a run's adapter: its folder, else its last checkpoint."""
+    return str(folder if checkpoint is None or (folder / _ADAPTER_CONFIG).exists() else checkpoint)
 
 
 def _adapters_below(folder: Path) -> list[Path]:
