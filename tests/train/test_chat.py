@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -556,6 +557,22 @@ def test_answers_that_are_empty_are_told(decoder: str, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "6 of 6 answers are empty" in " ".join(result.output.split())
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 6
+
+
+def test_every_token_counts_alike_in_whatever_batch(decoder: str, tmp_path: Path) -> None:
+    folder = trained(decoder, tmp_path, "text", 2)
+    texts = ["a film", "good plot"] * 40 + ["the plot is it with the film"] * 9  # alone in their batch
+    found = evaluate(folder, write(tmp_path / "texts.jsonl", [{"text": text} for text in texts]))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder), folder).eval()
+    words, losses, right = AutoTokenizer.from_pretrained(folder), [], []
+    for text in texts:
+        tokens = torch.tensor([words(text + " [EOS]")["input_ids"]])
+        with torch.no_grad():
+            logits = model(tokens).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none"))
+        right.append(logits.argmax(-1) == tokens[0, 1:])
+    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert found["mean_token_accuracy"] == pytest.approx(torch.cat(right).double().mean().item(), rel=1e-4)
 
 
 def test_exact_match_is_of_the_chats_that_end_with_an_answer(decoder: str, tmp_path: Path) -> None:

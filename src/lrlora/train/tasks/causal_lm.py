@@ -111,4 +111,6 @@ class CausalLm(Kind):
         return {"per_device_eval_batch_size": 4 * batch, "max_length": max_length, "bf16": False}
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
-        return importlib.import_module("trl").SFTTrainer(processing_class=processor, **arguments)
+        from .sft import TokenMeanTrainer  # lazy, too
+
+        return TokenMeanTrainer(processing_class=processor, **arguments)
