@@ -257,7 +257,9 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
     """
     path = Path(name)
     if path.is_dir():
-        reason = None if (path / "adapter_config.json").is_file() else "it has no adapter_config.json"
+        below = sorted(str(each.parent) for each in path.glob("*/adapter_config.json"))
+        hint = f"; pass one of {', '.join(below)}" if below else ""
+        reason = None if (path / "adapter_config.json").is_file() else f"it has no adapter_config.json{hint}"
     else:
         # On the hub, every adapter has an owner.
         reason = None if is_hub_name(name) and "/" in os.fspath(name) else "the folder does not exist"

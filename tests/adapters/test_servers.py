@@ -158,6 +158,8 @@ def test_what_a_server_cannot_read_is_refused_before_it_is_written(adapter: Path
         ):
             save_as_lora(factors, changed, tmp_path / "out", server=server)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"TensorRT-LLM leaves out the factors of lm_head without an error"):
+        SERVERS["tensorrt-llm"].require_readable(trained.peft_config["default"], modules=["layers.0.q_proj", "lm_head"])
     with pytest.raises(ValueError, match=r"server must be one of|Unknown server"):
         save_as_lora(factors, adapter, tmp_path / "out", server="vlm")
     with pytest.raises(ValueError, match="vLLM takes ranks of at most 512, and the largest is 600"):

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from lrlora.learned import Size
@@ -71,6 +72,12 @@ def test_what_is_done_is_not_done_again(own: list[object], tmp_path: Path, monke
     changed = run("compare", *options, "--steps", 13)
     assert changed.exit_code == 1
     assert "is a run with steps=12, not 13. Choose another --output" in " ".join(changed.output.split())
+    data = Path(str(own[3]))
+    for split, message in (("test", "of other data than the split test is now"), ("train", "The data has changed")):
+        frame = pd.read_csv(data / f"{split}.csv")
+        frame.assign(verdict=[*frame["verdict"][1:], frame["verdict"][0]]).to_csv(data / f"{split}.csv", index=False)
+        assert message in " ".join(run("compare", *options).output.split())
+    assert count == 5
 
 
 def test_a_file_of_settings_and_rates_of_many_digits(own: list[object], tmp_path: Path) -> None:
@@ -88,6 +95,7 @@ def test_alpha_is_of_one_scale_for_all_methods() -> None:
     settings = {"model": "m", "data": "d", "task": "classify", "output": "out", "rank": 8, "alpha": 16.0}
     comparison = Comparison(settings, ("lora", "learned"))
     lora, learned = (comparison.run(method, 1e-3, 0) for method in comparison.methods)
+    assert comparison.run("full", 1e-3, 0).alpha is None
     assert lora.adapter_fields["lora_alpha"] / lora.adapter_fields["r"] == 2
     assert learned.adapter_fields["lora_alpha"] / Size.parse(str(learned.size)).wide_rank == 2
 
@@ -104,16 +112,16 @@ def test_the_grid_grows_at_its_edge(own: list[object], monkeypatch: pytest.Monke
     settings = {"model": own[1], "data": str(own[3]), "task": "classify", "output": "out"}
     comparison, tried = Comparison(settings, ("lora", "learned")), []
 
-    def loss(config: Any, announce: Any) -> float:
+    def loss(config: Any, data: Any, announce: Any) -> float:
         tried.append(config.learning_rate)
         return math.inf if config.learning_rate > 0.01 else -config.learning_rate
 
     monkeypatch.setattr(module, "_loss", loss)
-    assert module._tuned(comparison, "lora", print) == pytest.approx(8e-3)
+    assert module._tuned(comparison, "lora", None, print) == pytest.approx(8e-3)
     assert tried == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 16e-3])
-    monkeypatch.setattr(module, "_loss", lambda config, announce: math.inf)
+    monkeypatch.setattr(module, "_loss", lambda config, data, announce: math.inf)
     with pytest.raises(ValueError, match="lora diverged at all rates tried"):
-        module._tuned(comparison, "lora", print)
+        module._tuned(comparison, "lora", None, print)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ def test_scores_are_those_of_own_code_with_peft(home: Path, tmp_path: Path) -> N
     assert said[0]["prediction"] == f"{logits[0].argmax().item()}"
 
 
+def test_a_template_around_strings_is_told(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(2 * '{"prompt": "is the film", "completion": "good"}\n')
+    done = run("evaluate", home / "talker", "--data", tmp_path / "data.jsonl")
+    assert "The prompts are rendered with the model's chat template." in " ".join(done.output.split())
+
+
 def test_a_chat_is_continued_as_by_peft(home: Path) -> None:
     said = Chat(home / "talker", {"max_new_tokens": 4}).ask("is the film good ?")
     model = AutoPeftModelForCausalLM.from_pretrained(home / "talker").eval()

@@ -62,7 +62,8 @@ def test_results_go_to_a_pipe_one_a_line_and_whole(encoder: str, tmp_path: Path,
     assert trained.exit_code == 0, trained.output
     lines = run("predict", "lrlora-run", "--data", "reviews.csv", "--split", "train").stdout.splitlines()
     assert [json.loads(line)["text"] for line in lines] == list(rows["review"])
-    piped = run("predict", "lrlora-run", typed="\n".join(rows["review"][:3]) + "\n").stdout.splitlines()
+    typed = "\n".join(rows["review"][:3]).replace("plot and", "plot\u2028and") + "\n"
+    piped = run("predict", "lrlora-run", typed=typed).stdout.split("\n")[:-1]
     assert [json.loads(line)["prediction"] for line in piped] == [json.loads(line)["prediction"] for line in lines[:3]]
     one = run("predict", "lrlora-run", "--text", rows["review"][0]).stdout
     assert json.loads(one)["prediction"] == json.loads(piped[0])["prediction"]

@@ -113,7 +113,10 @@ def _require_found(config: LoraConfig, ranks: Mapping[str, int]) -> None:
 def require_exportable(config: Any) -> None:
     """Raise ValueError for a configuration of which no plain LoRA can be made."""
     if getattr(config, "lora_bias", False):
-        raise ValueError("Adapters with lora_bias=True cannot be exported. Merge the adapter instead.")
+        raise ValueError(
+            "Adapters with lora_bias=True cannot be exported. Load them with PEFT, or merge them if the adapted layers "
+            "have a bias."
+        )
 
 
 def save_as_lora(
@@ -175,7 +178,7 @@ def save_as_lora(
     }
     for key, value in weights.items():
         require_finite(key, value)
-    SERVERS[server].require_readable(config, weights)
+    SERVERS[server].require_readable(config, weights, [part.module for part in exported])
     dtype = dtype or origin.stored_dtype
     for part in exported:
         weights |= _tensors(part, dtype)
@@ -209,7 +212,7 @@ def save(
         server: see `save_as_lora`; for a single file "peft" or "hot-swap".
 
     Returns:
-        Number of bytes written.
+        Number of bytes of the weights written.
 
     Raises:
         FileExistsError: the output exists.
@@ -222,7 +225,7 @@ def save(
         save_single_file(factors, updates, path, dtype=dtype, pad=server == "hot-swap")
         return path.stat().st_size
     save_as_lora(factors, updates, path, dtype=dtype, server=server)
-    return sum(file.stat().st_size for file in path.iterdir())
+    return (path / SAFETENSORS_WEIGHTS_NAME).stat().st_size
 
 
 def _card(

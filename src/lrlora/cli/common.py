@@ -42,10 +42,10 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
         if os.environ.get("LRLORA_DEBUG") == "1":
             raise
         remedy, is_foreseen = "", isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MemoryError))
-        if isinstance(error, ImportError):
+        if isinstance(error, ImportError) and "pip install" not in str(error):
             missing = {"altair|vl_convert|pandas": "plots", "bitsandbytes|torchao": "integrations"}
             extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
-            remedy = f". Install the missing dependencies: pip install '.[{extra}]', in a clone of lrlora"
+            remedy = f". Install the missing dependencies: pip install 'lrlora[{extra}]'"
         what = (str(error) or type(error).__name__) if is_foreseen else f"{type(error).__name__}: {error}"
         remedy += "" if is_foreseen else ". This error is unexpected. Set LRLORA_DEBUG=1 to show its traceback."
         Console(stderr=True).print(f"[bold red]Error:[/] {as_text(f'{what}{remedy}')}", highlight=False)

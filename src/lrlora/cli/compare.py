@@ -70,7 +70,7 @@ def compare(
         more = "" if comparison.rates else ", or more if a best rate is at an edge"
         announce(f"{count} runs of lrlora train in {comparison.output}{more}.")
         if dry_run:
-            announce(f"Scores: {comparison.seeds} seeds on {score_data(comparison)[2]}.")
+            announce(f"Scores: {comparison.seeds} seeds on {score_data(comparison).shown}.")
             show_plan(comparison.run(*first[0], 0), overwrite=comparison.output.exists(), announce=announce)
             return
         _print(run(comparison, announce=announce))

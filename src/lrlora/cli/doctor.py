@@ -55,7 +55,7 @@ def _versions() -> Iterator[tuple[str, str]]:
     if missing := [name for name, found in there.items() if not found]:
         yield (
             "not installed",
-            f"{', '.join(missing)} (pip install '.[train]' or '.[integrations]' in a clone of lrlora)",
+            f"{', '.join(missing)} (pip install 'lrlora[train]' or 'lrlora[integrations]')",
         )
 
 

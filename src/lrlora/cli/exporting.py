@@ -49,9 +49,13 @@ def write_factors(
     from peft import PeftConfig
 
     from ..adapters import save, save_lora_config
+    from ..adapters.export import require_exportable
+    from ..adapters.peft_folder import SavedAdapter
     from ..adapters.servers import served
     from ..views.tables import factors_table
 
+    if isinstance(updates.origin, SavedAdapter):
+        require_exportable(updates.origin.config)
     title = as_text(f"LoRA for {updates.name} ({updates.method})")
     console.print(factors_table(factors, title, width=console.width, every=every))
     for note in updates.notes:

@@ -246,9 +246,10 @@ def predict(
 
 
 def _lines_of_input() -> list[str]:
-    texts = sys.stdin.read().rstrip().splitlines()
-    if not texts:
+    typed = sys.stdin.read().rstrip()
+    if not typed:
         raise ValueError("Standard input is empty. Pass --data, --text, or texts, one per line.")
+    texts = typed.split("\n")  # not at other ends of lines, which texts may contain
     if empty := next((number for number, line in enumerate(texts, 1) if not line.strip()), None):
         raise ValueError(f"Line {empty} of the standard input is empty. Each line is a text to predict.")
     return texts
@@ -281,7 +282,8 @@ def chat(
 def _next_line() -> str | None:
     """Next line typed; None at the end."""
     try:
-        said = console.input("[bold]> [/]").strip()
+        typed = console.input("[bold]> [/]").strip()
+        said = typed.encode(errors="replace").decode()  # bytes that are not UTF-8
     except EOFError:
         return None
     return None if said == "/quit" else said

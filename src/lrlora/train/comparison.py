@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import ttest_1samp
@@ -28,6 +28,7 @@ from ..learned.size import WIDTH
 from ..run_folder import METRICS_FILE, RUN_FILE
 from .data import load_examples, load_splits, load_task_data
 from .inference import evaluate
+from .inputs import data_sums
 from .methods import DEFAULT_RANK, METHODS
 from .models import model_source
 from .progress import Announce, DivergedError
@@ -115,7 +116,7 @@ class Comparison:
             if (alpha := self.settings.get("alpha")) is not None:
                 sized["alpha"] = WIDTH * alpha  # the same α/r at the wider start
         elif method == "full":
-            sized["rank"] = None
+            sized |= {"rank": None, "alpha": None}
         folder = self.output / f"{method}-{float(rate)!r}-{seed}"
         return TrainConfig.from_dict(
             self.settings | sized | {"learning_rate": rate, "seed": seed, "output": str(folder)}
@@ -225,22 +226,22 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
         lrlora.train.run.Interrupted: it was stopped, after a checkpoint.
 
     """
-    test, split, shown = score_data(comparison)
+    data = score_data(comparison)
     scores, metric, examples = [], "", 0
     for method in comparison.methods:
-        rate = _tuned(comparison, method, announce)
+        rate = _tuned(comparison, method, data, announce)
         values = []
         for seed in range(1, comparison.seeds + 1):
             config = comparison.run(method, rate, seed)
-            if not math.isfinite(_loss(config, announce)):
+            if not math.isfinite(_loss(config, data, announce)):
                 raise ValueError(f"{method} diverged with seed {seed} at its best rate, {rate:g}. Pass lower --rates.")
-            found = _scored(config, test, split)
+            found = _scored(config, data)
             metric, examples = metric or _metric(comparison.kind, found), int(found["examples"])
-            announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {found[metric]:.4g} on {shown}.")
+            announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {found[metric]:.4g} on {data.shown}.")
             values.append(found[metric])
         trained = parse_json(Path(config.output) / _TRAINED_FILE)
         scores.append(Score(method, rate, trained, values))
-    return Outcome(scores, metric, shown, examples)
+    return Outcome(scores, metric, data.shown, examples)
 
 
 def _metric(kind: Kind, found: Mapping[str, float]) -> str:
@@ -248,8 +249,17 @@ def _metric(kind: Kind, found: Mapping[str, float]) -> str:
     return kind.criterion if kind.generates else next(name for name in kind.metrics if name in found)
 
 
-def score_data(comparison: Comparison) -> tuple[str, str | None, str]:
-    """Data and split of the scores, and their description.
+class ScoreData(NamedTuple):
+    """Data and split of the scores, their description, and the sums of all data, by split."""
+
+    name: str
+    split: str | None
+    shown: str
+    sums: dict[str, str]
+
+
+def score_data(comparison: Comparison) -> ScoreData:
+    """Read and check the data.
 
     Raises:
         FileNotFoundError: data is missing.
@@ -263,29 +273,33 @@ def score_data(comparison: Comparison) -> tuple[str, str | None, str]:
         test = config.data, "test", "the split test"
     else:
         raise ValueError(f"{config.data} has no split test, which scores the methods. Pass --test-data.")
-    labels = load_task_data(config, comparison.kind).labels
-    load_examples(config, comparison.kind, test[0], test[1], labels, with_label=True)
-    return test
+    training = load_task_data(config, comparison.kind)
+    scored, _ = load_examples(config, comparison.kind, test[0], test[1], training.labels, with_label=True)
+    return ScoreData(*test, data_sums({**training.splits, "test": scored}))
 
 
-def _require_same(config: TrainConfig) -> None:
-    known, _ = read_run(Path(config.output))
+def _require_same(config: TrainConfig, sums: Mapping[str, str]) -> None:
+    known, record = read_run(Path(config.output))
     if differing := [name for name, value in vars(config).items() if getattr(known, name) != value]:
         name = differing[0]
         raise FileExistsError(
             f"{config.output} is a run with {name}={getattr(known, name)!r}, not {getattr(config, name)!r}. Choose "
             "another --output, or remove it."
         )
+    if any(record.data_sums[name] != sums[name] for name in record.data_sums):
+        raise FileExistsError(
+            f"The data has changed since {config.output} was trained. Choose another --output, or remove it."
+        )
 
 
-def _tuned(comparison: Comparison, method: str, announce: Announce) -> float:
+def _tuned(comparison: Comparison, method: str, data: ScoreData, announce: Announce) -> float:
     """The rate with the least validation loss, with seed 0."""
     rates = list(comparison.first_rates(method))
     losses: dict[float, float] = {}
     while True:
         for rate in rates:
             if rate not in losses:
-                losses[rate] = _loss(comparison.run(method, rate, 0), announce)
+                losses[rate] = _loss(comparison.run(method, rate, 0), data, announce)
                 loss = f"{losses[rate]:.4g}" if math.isfinite(losses[rate]) else "diverged"
                 announce(f"{method}, rate {rate:g}: validation loss {loss}.")
         best = min(losses, key=lambda rate: losses[rate])
@@ -303,14 +317,14 @@ def _tuned(comparison: Comparison, method: str, announce: Announce) -> float:
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
 
 
-def _loss(config: TrainConfig, announce: Announce) -> float:
+def _loss(config: TrainConfig, data: ScoreData, announce: Announce) -> float:
     """Validation loss of a job, trained unless it is finished; infinite if it diverged."""
     folder = Path(config.output)
     if (folder / _DIVERGED_FILE).exists():
         return math.inf
     was_begun = (folder / RUN_FILE).exists()
     if was_begun:
-        _require_same(config)
+        _require_same(config, data.sums)
     if not (folder / _TRAINED_FILE).exists():
         # AdaLoRA cannot be resumed, and a finished run without the file was not accepted.
         if was_begun and (config.method == "adalora" or (folder / METRICS_FILE).exists()):
@@ -331,16 +345,16 @@ def _loss(config: TrainConfig, announce: Announce) -> float:
         return float(parse_json(folder / METRICS_FILE)[KINDS[config.task].criterion])
 
 
-def _scored(config: TrainConfig, test: str, split: str | None) -> dict[str, float]:
+def _scored(config: TrainConfig, data: ScoreData) -> dict[str, float]:
     """Metrics of a finished job on test data."""
     path = Path(config.output) / _TEST_FILE
     if not path.exists():
-        write_json(
-            path,
-            {"data": test, **evaluate(config.output, test, split=split, answers=False, announce=lambda line: None)},
-        )
+        scores = evaluate(config.output, data.name, split=data.split, answers=False, announce=lambda line: None)
+        write_json(path, {"data": data.sums["test"], **scores})
     with readable(path, "Remove it to repeat the evaluation."):
         found = parse_json(path)
-        if found.pop("data") != test:
-            raise FileExistsError(f"{path} is of other data than {test}. Choose another --output, or remove it.")
+        if found.pop("data") != data.sums["test"]:
+            raise FileExistsError(
+                f"{path} is of other data than {data.shown} is now. Remove it, or choose another --output."
+            )
         return dict(found)

@@ -289,7 +289,10 @@ class Cut:
         training = subject.batches(subject.training, EXAMPLES, TERMS)
         held_out = subject.batches(subject.held_out, HELD_OUT, HELD_OUT_TERMS)
         used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, held_out))
-        announce(f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.data}.")
+        announce(
+            f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.data}. Half of "
+            "those choose the size; the losses below are of the other half."
+        )
         self.search, self.confirm = (Part(subject, part, training) for part in (held_out[::2], held_out[1::2]))
         self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else ""
         self.points: list[Point] = []

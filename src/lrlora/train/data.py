@@ -102,6 +102,8 @@ def load_splits(name: str, config: TrainConfig) -> DatasetDict:
         if getattr(cause, "errno", None) == errno.ENOSPC or isinstance(cause, MemoryError):
             raise cause from None  # not caused by the data
         said = (str(cause).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if isinstance(cause, StopIteration):
+            said = "it is empty"
         if isinstance(cause, UnicodeError):
             said += ". It is not UTF-8; pass its encoding, such as --encoding latin-1 or --encoding cp1252"
         raise ValueError(f"The data {name} cannot be read: {said}.") from None

@@ -7,6 +7,7 @@ are deterministic.
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import tarfile
@@ -124,6 +125,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 def _save_from_gguf(path: Path, folder: Path) -> None:
     """Save a dequantized float32 decoder and its tokenizer."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("embedded:smollm2 is stored as GGUF. Install its reader: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # A model loaded from GGUF cannot be saved, so copy its weights to a plain one.
@@ -255,7 +258,7 @@ EMBEDDED_MODELS = {
         MINILM,
     ),
     "smollm2": EmbeddedModel(
-        "SmolLM2-135M-Instruct, a chat model, dequantized from 4 bits by the package gguf, 93 MB",
+        "SmolLM2-135M-Instruct, a chat model, dequantized from 4 bits (needs pip install gguf), 93 MB",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         SMOLLM2,
     ),

@@ -331,6 +331,12 @@ class LoadedRun:
             announce(note)
         if self.kind.generates:
             self._require_rendering(examples)
+            is_chat = format_of(examples.column_names).name == "text" or holds_chats(examples)
+            if self.record.rendering is None and not is_chat and rendering_of(examples, self.processor) == CHAT:
+                announce(
+                    "The prompts are rendered with the model's chat template. TRL trains on strings without it: for "
+                    "such an adapter, pass the whole texts in the column text."
+                )
         elif limit := self.record.max_length:
             count = sum(length > limit for length in self.kind.lengths(examples, self.processor))
             if count:

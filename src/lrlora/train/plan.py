@@ -87,6 +87,9 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
     return lines
 
 
+_SLOW = 20.0  # seconds of a batch
+
+
 def describe_encoded(trainer: Trainer, inputs: Inputs) -> Iterator[str]:
     """Data format, number of examples that TRL drops, and the first example as the model reads it.
 
@@ -138,7 +141,7 @@ def ranks_line(learned: Mapping[str, int], parameters: int) -> str:
 
 
 def seconds_per_batch(trainer: Trainer) -> float:
-    """Time of a forward and backward pass: the median of three, after one warm-up batch."""
+    """Time of a forward and backward pass: the median of three, after one warm-up batch; of one if it is slow."""
     model: Any = trainer.model
     model.train()
     times = []
@@ -150,4 +153,6 @@ def seconds_per_batch(trainer: Trainer) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+        if times[0] > _SLOW:
+            break
     return median(times[1:] or times)

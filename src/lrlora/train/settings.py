@@ -68,8 +68,8 @@ class TrainConfig:
         chat_template: template for prompts and chats, for causal-lm: none for plain text, simple, a file FILE.jinja,
             or a name that TRL knows, such as qwen3; default: the model's own, or plain text.
         max_length: maximum number of tokens of an example; default: the 99th percentile, within the model's limit.
-        rank: rank r of BA; default: 8. Where ranks are learned, the rank before that, by default 4 times that of the
-            size.
+        rank: rank r of BA; default: 8. Where ranks are learned: without size, the size in ranks; with size, the rank
+            before the cut, by default 4 times that of the size.
         alpha: scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion.
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
         learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
