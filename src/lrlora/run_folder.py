@@ -129,6 +129,11 @@ def read_record(folder: Path) -> RunRecord:
     return record
 
 
+def resume_hint(output: Path | str) -> str:
+    """Command that resumes the run in a folder."""
+    return f"Resume it with: lrlora train --resume {output}"
+
+
 def which_checkpoint(config: dict[str, Any]) -> str:
     """Final checkpoint of a run: "best checkpoint", or "last step" without evaluations."""
     training = config.get("training", {})

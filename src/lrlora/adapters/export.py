@@ -70,9 +70,9 @@ def config_of_ranks(
         raise ValueError("No module has a rank: there is nothing to export.")
     largest = max(adapted, key=adapted.__getitem__)
     alphas = {module: (scaling[module] if scaling else 1.0) * rank for module, rank in adapted.items()}
-    kept = ["base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save"]
-    kept += ["layer_replication", "trainable_token_indices", "alora_invocation_tokens"]
-    fields: dict[str, Any] = {name: getattr(like, name) for name in kept if hasattr(like, name)}
+    inherited = ["base_model_name_or_path", "revision", "task_type", "auto_mapping", "modules_to_save"]
+    inherited += ["layer_replication", "trainable_token_indices", "alora_invocation_tokens"]
+    fields: dict[str, Any] = {name: getattr(like, name) for name in inherited if hasattr(like, name)}
     bias = getattr(like, "bias", "none")
     fields["bias"] = bias if bias in ("none", "all") else "lora_only"
     fields["lora_alpha"] = alphas[largest]

@@ -142,7 +142,7 @@ class _Svd:
         """Drop all but the leading `rank` triples, to save memory."""
         self._U, self._V = self._U[:, :rank].clone(), self._V[:, :rank].clone()
 
-    def held(self) -> Tensor:
+    def kept_shares(self) -> Tensor:
         """Share of the energy that the leading 1, 2, … triples keep."""
         energies = self.sigma.square()
         # Float32 SVD rounding, about 1e-7 of the energy, must not count as singular values of that size.
@@ -160,7 +160,7 @@ class _Svd:
             layout=self.update.layout,
             energy=self.energy,
             stable_rank=self.stable_rank,
-            kept=min(1.0, self.held()[rank - 1].item()) if rank else 0.0,
+            kept=min(1.0, self.kept_shares()[rank - 1].item()) if rank else 0.0,
         )
 
 
@@ -252,15 +252,20 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
     return updates
 
 
+def rank_for(shares: Tensor, share: float) -> int:
+    """Smallest number of leading directions that hold a share, from the shares that each number holds, ascending."""
+    # Tolerance: shares that end exactly there must not need another direction due to rounding.
+    return int((shares < share - 1e-12).sum().item()) + 1
+
+
 def _for_energy(update: _Svd, energy: float, limit: int) -> int:
     while True:
-        held = update.held()
-        # Tolerance as in `ranks.measures.energy_rank`: rounding of a share must not cost a rank.
-        rank = int((held < energy - 1e-12).sum().item()) + 1
-        if rank >= limit or rank <= len(held) or update.is_complete:
+        shares = update.kept_shares()
+        rank = rank_for(shares, energy)
+        if rank >= limit or rank <= len(shares) or update.is_complete:
             update.reach(min(rank, limit))
             return min(rank, limit, len(update.sigma))
-        update.reach(min(2 * len(held), limit))
+        update.reach(min(2 * len(shares), limit))
 
 
 def _within_budget(updates: list[_Svd], budget: int, limit: int) -> list[int]:
@@ -299,5 +304,5 @@ def best_per_parameter(worth: Sequence[Tensor], costs: Sequence[int], budget: in
     cost = torch.tensor(costs)[owner]
     order = (torch.cat(list(worth)) / cost).argsort(descending=True, stable=True)
     order = order[cost[order] <= budget]
-    taken = order[cost[order].cumsum(0) <= budget]
-    return torch.bincount(owner[taken], minlength=len(worth)).tolist()
+    chosen = order[cost[order].cumsum(0) <= budget]
+    return torch.bincount(owner[chosen], minlength=len(worth)).tolist()

@@ -48,8 +48,8 @@ class Checkpoint:
     def __init__(self, name: str | os.PathLike[str]) -> None:
         self.name = os.fspath(name)
         with readable(self.name, _EXPECTED):
-            found = {key: file for file, keys in self._files().items() for key in keys}
-        self._place_of = {self._renamed(key): (file, key) for key, file in found.items()}
+            file_of = {key: file for file, keys in self._files().items() for key in keys}
+        self._place_of = {self._renamed(key): (file, key) for key, file in file_of.items()}
 
     def _files(self) -> dict[str, list[str]]:
         path = Path(self.name)

@@ -75,11 +75,11 @@ def _kernels() -> str:
     from ..ops.phi import TransferSpec
     from ..ops.transfer import Transfer
 
-    with warnings.catch_warnings(record=True) as told, torch.no_grad():
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         Transfer(TransferSpec()).delta(torch.randn(1, 8), torch.randn(8, 1), scaling=1.0, gain=1.0)
-    if told:
-        return f"none, plain PyTorch is used. {told[0].message}"
+    if caught:
+        return f"none, plain PyTorch is used. {caught[0].message}"
     return os.environ.get("LRLORA_KERNELS") or "native"
 
 

@@ -196,12 +196,12 @@ def show_smallest(run: TrainConfig) -> None:
             raise
         announce(f"The smallest LoRA was not chosen: {error}")  # the run is finished
         return
-    rank = sum(part.parameters_per_rank for part in factors)
+    per_rank = sum(part.parameters_per_rank for part in factors)
     record = record_losses(folder, cut, factors, keep)
     if keep is not None:
         announce(
             f"The smallest LoRA that keeps {keep:.4g} of the gain has {record.chosen:,} parameters, as many as a LoRA "
-            f"of r = {record.chosen / rank:.2g}."
+            f"of r = {record.chosen / per_rank:.2g}."
         )
     else:
         announce(f"LoRA of {run.size}: {record.chosen:,} parameters.")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..checks import DEFAULT_KEEP
 from ..files import require_no_input, require_writable, write_json, write_whole
-from ..run_folder import METRICS_FILE, RUN_FILE, shown_metrics, which_checkpoint
+from ..run_folder import METRICS_FILE, RUN_FILE, resume_hint, shown_metrics, which_checkpoint
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
 from .common import announce, app, console, note, one_clear_error, quiet
@@ -91,7 +91,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
 
     from ..adapters.servers import served
     from ..train.hub import push
-    from ..train.run import rank_report_of, resume_hint, train
+    from ..train.run import rank_report_of, train
     from ..views.tables import rank_table
 
     started = time.time()
@@ -230,8 +230,8 @@ def predict(
 
         how = parse_assignments(generation or (), "--generation")
         if text is not None and output is None:
-            (said,) = predict_texts(run, [text], how, note)
-            print(said.get("completion") or json.dumps(said, ensure_ascii=False))
+            (prediction,) = predict_texts(run, [text], how, note)
+            print(prediction.get("completion") or json.dumps(prediction, ensure_ascii=False))
             return
         found = (
             predict(run, data, generation=how, **reading)

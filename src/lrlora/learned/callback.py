@@ -60,8 +60,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _require_supported(args)
-        model, known = peft_model(kwargs["model"]), self.learned
-        if not state.global_step and known is not None and known.learned_by(model):
+        model, learned = peft_model(kwargs["model"]), self.learned
+        if not state.global_step and learned is not None and learned.learned_by(model):
             return  # a further `train()`, with the ranks learned before
         self.learned = LearnedRanks(model, kwargs["optimizer"], steps=state.max_steps, **self._options)
         self.learned.leave_end_to_caller()

@@ -211,7 +211,7 @@ def smallest(
         fits(int(share * whole))
     is_new = True
     while is_new and len(points) < _EVALUATIONS and within > max(curve.fewest, _TOLERANCE * beyond):
-        known = len(points)
+        measured = len(points)
         fits(int((within * beyond) ** 0.5) if beyond else within // 2)
-        is_new = len(points) > known  # otherwise no size remains between the two
+        is_new = len(points) > measured  # otherwise no size remains between the two
     return chosen, sorted(points.values(), reverse=True)

@@ -484,7 +484,7 @@ def _unwrapped(optimizer: Any) -> tuple[Any, Any]:
     while True:
         if is_deepspeed(inner):
             outer = inner
-        found = getattr(inner, "optimizer", None) or getattr(inner, "base_optimizer", None)
-        if found is None:
+        wrapped = getattr(inner, "optimizer", None) or getattr(inner, "base_optimizer", None)
+        if wrapped is None:
             return outer or inner, inner
-        inner = found
+        inner = wrapped

@@ -33,7 +33,7 @@ from ..ops.form import at_least_float32
 
 RIDGE = 1e-2  # share of the mean σ² of the update
 Batch = Mapping[str, Any]
-_IGNORED = -100  # label
+IGNORED = -100  # label
 _ROUNDING = {"rel_tol": 0.05, "abs_tol": 1e-3}  # of a model that computes its loss in bfloat16
 # Model and batch → sum of the loss terms of each example, and their number, both (examples,).
 Loss = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -144,7 +144,7 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         if labels.dim() > 1 and _predicts_next(model):
             logits, labels = logits[:, :-1], labels[:, 1:]
         terms = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
-        terms, is_counted = (part.reshape(len(labels), -1) for part in (terms, labels != _IGNORED))
+        terms, is_counted = (part.reshape(len(labels), -1) for part in (terms, labels != IGNORED))
     sums, numbers = terms.sum(1), is_counted.sum(1)
     mean = (sums.sum() / numbers.sum()).item()
     # With no terms, both are 0/0.

@@ -170,20 +170,20 @@ def _load(command: list[str]) -> ctypes.CDLL:
     """
     recipe = hashlib.sha256(_SOURCE.read_bytes() + " ".join((sys.platform, platform.machine(), *command)).encode())
     folder = _own_folder()
-    kept = folder / f"kernels-{recipe.hexdigest()[:32]}.so"
-    if kept.exists():
+    cached = folder / f"kernels-{recipe.hexdigest()[:32]}.so"
+    if cached.exists():
         try:
-            _require_own(kept)
-            return _open(kept)
+            _require_own(cached)
+            return _open(cached)
         except OSError:
-            kept.unlink(missing_ok=True)
+            cached.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="compiling-", dir=folder) as scratch:
         compiled = Path(scratch) / "compiled.so"
         _compile([*command, str(_SOURCE), "-o", str(compiled)])
         compiled.chmod(0o700)  # the compiler applies the umask
-        library = _open(compiled)  # before storing, so that only working libraries are kept
+        library = _open(compiled)  # before storing, so that only working libraries are cached
         flush(compiled)
-        compiled.replace(kept)
+        compiled.replace(cached)
     return library
 
 

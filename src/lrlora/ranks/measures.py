@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..adapters.factorize import rank_for
+
 
 def spectrum(delta: Tensor) -> Tensor:
     """Squared singular values of `delta` (m, n), descending, (min(m, n),), float64.
@@ -46,9 +48,7 @@ def energy_rank(energies: Tensor, fraction: float) -> int:
     """Smallest number of leading directions that hold `fraction` of ‖ΔW‖²_F, from σ² descending."""
     if energies[0] <= 0:
         return 0
-    held = energies.cumsum(0) / energies.sum()
-    # Tolerance: a spectrum that ends exactly at the fraction must not need an extra direction due to rounding.
-    return int((held < fraction - 1e-12).sum().item()) + 1
+    return rank_for(energies.cumsum(0) / energies.sum(), fraction)
 
 
 def curvature(inputs: Tensor, outputs: Tensor) -> float:

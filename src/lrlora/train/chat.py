@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import require_known
+from ..learned.moments import IGNORED
 from ..run_folder import CHAT, PLAIN, TEXT
 from .row_checks import require_rows
 
@@ -29,8 +30,8 @@ SIMPLE_TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-_ASKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
-_ASKERS |= {"system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call"}
+_SENDERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
+_SENDERS |= {"system": "system", "observation": "tool", "tool": "tool", "function_call": "function_call"}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -64,8 +65,8 @@ def _prompt(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     prompt, answer = row["prompt"], row.get("completion")
     if not is_chat:
         return {"prompt": prompt} | ({} if answer is None else {"completion": answer})
-    answer = answer if answer is None or isinstance(answer, str) else _known(answer)
-    return _asked(row, [_user(prompt)] if isinstance(prompt, str) else _known(prompt), answer)
+    answer = answer if answer is None or isinstance(answer, str) else _without_nulls(answer)
+    return _chat_with_answer(row, [_user(prompt)] if isinstance(prompt, str) else _without_nulls(prompt), answer)
 
 
 def _alpaca(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def _alpaca(row: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     if not is_chat:
         return {"prompt": f"{question}\n"} | ({} if row.get("output") is None else {"completion": row["output"]})
     before = [turn for asked, said in row.get("history") or () for turn in (_user(asked), _assistant(said))]
-    return _asked(row, [*before, _user(question)], row.get("output"))
+    return _chat_with_answer(row, [*before, _user(question)], row.get("output"))
 
 
 def _user(content: str) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _assistant(content: str) -> dict[str, Any]:
     return {"role": "assistant", "content": content.strip()}
 
 
-def _asked(
+def _chat_with_answer(
     row: dict[str, Any], turns: list[dict[str, Any]], answer: str | list[dict[str, Any]] | None
 ) -> dict[str, Any]:
     prompt = _chat(row, turns, "prompt")
@@ -98,10 +99,10 @@ def _chat(row: dict[str, Any], turns: Iterable[dict[str, Any]], name: str = "mes
     return {name: [*([{"role": "system", "content": row["system"]}] if row.get("system") else []), *turns]}
 
 
-def _known(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_nulls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages without null keys, which a table adds, and with their content as text."""
-    known = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    return [{**m, "content": _as_text(m["content"])} if "content" in m else m for m in known]
+    kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return [{**m, "content": _as_text(m["content"])} if "content" in m else m for m in kept]
 
 
 def _as_text(content: Any) -> str:
@@ -117,15 +118,15 @@ def _as_text(content: Any) -> str:
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     """Convert a ShareGPT turn, with `from` and `value`, or `role` and `content`."""
-    asker, said = turn.get("from") or turn.get("role"), turn.get("value")
-    said = turn.get("content") if said is None else said
-    role = _ASKERS.get(str(asker))
+    sender, content = turn.get("from") or turn.get("role"), turn.get("value")
+    content = turn.get("content") if content is None else content
+    role = _SENDERS.get(str(sender))
     if role is None:
-        raise ValueError(f"A turn of a conversation is from {asker!r}. Known: {', '.join(_ASKERS)}.")
+        raise ValueError(f"A turn of a conversation is from {sender!r}. Known: {', '.join(_SENDERS)}.")
     if role == "function_call":
-        call = _json("A turn that calls a function", str(said))
+        call = _json("A turn that calls a function", str(content))
         return {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
-    return {"role": role, "content": _as_text(said)}
+    return {"role": role, "content": _as_text(content)}
 
 
 def _json(what: str, text: str) -> Any:
@@ -139,7 +140,7 @@ def _json(what: str, text: str) -> Any:
 _EXTRAS = ("tools", "chat_template_kwargs")
 # The first format whose columns exist is used.
 FORMATS = (
-    Format("messages", ("messages",), None, lambda row, is_chat: _chat(row, _known(row["messages"]))),
+    Format("messages", ("messages",), None, lambda row, is_chat: _chat(row, _without_nulls(row["messages"]))),
     Format("ShareGPT", ("conversations",), None, lambda row, is_chat: _chat(row, map(_turn, row["conversations"]))),
     Format("prompt and completion", ("prompt",), "completion", _prompt),
     Format("Alpaca", ("instruction",), "output", _alpaca),
@@ -163,20 +164,20 @@ def require_roles(data: Dataset, role: str, where: str) -> None:
 
 def without_answer(data: Dataset) -> int:
     """Number of chats that do not end with an answer."""
-    found = format_of(data.column_names)
-    return sum(not _is_answer(chat[-1]) for chat in data[found.asked[0]]) if found.has_turns else 0
+    format_ = format_of(data.column_names)
+    return sum(not _is_answer(chat[-1]) for chat in data[format_.asked[0]]) if format_.has_turns else 0
 
 
 def _is_answer(message: dict[str, Any]) -> bool:
-    role = _ASKERS.get(str(message.get("role") or message.get("from")))
+    role = _SENDERS.get(str(message.get("role") or message.get("from")))
     said = message.get("content") or message.get("value") or message.get("tool_calls")
     return role in ("assistant", "function_call") and bool(said.strip() if isinstance(said, str) else said)
 
 
 def holds_chats(data: Dataset) -> bool:
     """Whether the rows contain messages instead of plain text."""
-    found = format_of(data.column_names)
-    return found.has_turns or any(isinstance(data[0].get(role), list) for role in found.roles)
+    format_ = format_of(data.column_names)
+    return format_.has_turns or any(isinstance(data[0].get(role), list) for role in format_.roles)
 
 
 def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -186,14 +187,14 @@ def rendering_of(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: they are chats, and the model has no chat template.
 
     """
-    found = format_of(data.column_names)
-    if found.name == "text":
+    format_ = format_of(data.column_names)
+    if format_.name == "text":
         return TEXT
     if tokenizer.chat_template is not None:
         return CHAT
     if holds_chats(data):
         raise ValueError(
-            f"The data holds chats ({found.name}), and the model has no chat template. Give one: --chat-template "
+            f"The data holds chats ({format_.name}), and the model has no chat template. Give one: --chat-template "
             "simple, a file (FILE.jinja), or a name that TRL knows, such as qwen3."
         )
     return PLAIN
@@ -206,8 +207,8 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
         ValueError: a row cannot be read.
 
     """
-    found = format_of(data.column_names)
-    if found.name == "text":
+    format_ = format_of(data.column_names)
+    if format_.name == "text":
         return data.select_columns(["text"])
     for role in ("system", "history") if rendering != CHAT else ():
         if role in data.column_names:
@@ -225,9 +226,9 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = extras["chat_template_kwargs"] or {}
         try:
-            return found.convert(row, rendering == CHAT) | extras
+            return format_.convert(row, rendering == CHAT) | extras
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"A row is not of the format {found.name} ({error}): {str(row)[:200]}") from None
+            raise ValueError(f"A row is not of the format {format_.name} ({error}): {str(row)[:200]}") from None
 
     return data.map(convert, remove_columns=data.column_names, desc="Reading")
 
@@ -246,7 +247,7 @@ def with_answers_marked(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Da
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = _answers_in(text, chat, row, tokenizer)
         labels = [
-            token if any(start <= first and last <= end for start, end in spans) else -100
+            token if any(start <= first and last <= end for start, end in spans) else IGNORED
             for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
         return {"input_ids": encoded["input_ids"], "labels": labels}
@@ -271,19 +272,19 @@ def _answers_in(
             spans.append((len(before), len(after.rstrip())))
             continue
         # Some templates change a turn once others follow: they drop its reasoning.
-        said = str(message.get("content") or "").strip()
-        if not said:
+        answer = str(message.get("content") or "").strip()
+        if not answer:
             continue
         # After the turns before it, which may contain its words.
         asked = render_chat(tokenizer, chat[:number], row) if number else ""
         earlier = sum(takewhile(bool, map(str.__eq__, text, asked)))
-        start = text.find(said, max(earlier, spans[-1][1] if spans else 0))
+        start = text.find(answer, max(earlier, spans[-1][1] if spans else 0))
         if start < 0:
             raise ValueError(
-                f"The answer {said!r:.60} is not found in what the chat template writes, to take the loss of it alone. "
-                "Give --training assistant_only_loss=false, to take it of the whole chat."
+                f"The answer {answer!r:.60} is not found in what the chat template writes, to take the loss "
+                "of it alone. Give --training assistant_only_loss=false, to take it of the whole chat."
             )
-        end = start + len(said)
+        end = start + len(answer)
         mark = str(tokenizer.eos_token or "")
         spans.append((start, end + len(mark) if mark and text.startswith(mark, end) else end))
     return spans
@@ -321,8 +322,8 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> N
 
 @functools.cache
 def _templates_of_trl() -> dict[str, Path]:
-    found = importlib.util.find_spec("trl")
-    folder = Path(found.origin).parent / "chat_templates" if found is not None and found.origin else Path()
+    trl = importlib.util.find_spec("trl")
+    folder = Path(trl.origin).parent / "chat_templates" if trl is not None and trl.origin else Path()
     return {path.stem: path for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")}
 
 
@@ -337,8 +338,8 @@ def prompt_of(row: dict[str, Any]) -> str | list[dict[str, Any]]:
 def answer_of(row: dict[str, Any]) -> str | None:
     """Answer of a row in TRL's format; None if missing or a tool call."""
     if "completion" in row:
-        said: Any = row["completion"]
-        return said if isinstance(said, str) else said[-1].get("content")
+        answer: Any = row["completion"]
+        return answer if isinstance(answer, str) else answer[-1].get("content")
     last = row["messages"][-1] if "messages" in row else {}
     return last.get("content") if last.get("role") == "assistant" else None
 
@@ -362,7 +363,7 @@ def render_chat(
 
     """
     options |= {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
-    chat = _known(chat)
+    chat = _without_nulls(chat)
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))
     except Exception as error:  # a template may raise anything
@@ -378,8 +379,8 @@ def shown_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, mar
         marked: mark text that the loss uses with ⟦ ⟧.
 
     """
-    labels = (row.get("labels") or row["input_ids"]) if marked else [-100] * len(row["input_ids"])
-    parts = groupby(zip(row["input_ids"], labels, strict=True), key=lambda pair: pair[1] != -100)
+    labels = (row.get("labels") or row["input_ids"]) if marked else [IGNORED] * len(row["input_ids"])
+    parts = groupby(zip(row["input_ids"], labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     texts = ((is_trained, str(tokenizer.decode([token for token, _ in pairs]))) for is_trained, pairs in parts)
     shown = "".join(f"⟦{text}⟧" if is_trained else text for is_trained, text in texts)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]} …"

@@ -30,6 +30,7 @@ from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, replacing, write_json
 from ..learned.directions import Point, energy_curve, loss_curve, smallest
 from ..learned.gain import Gain, Kept, example_losses, losses_of, mean_loss, mean_of
+from ..learned.moments import IGNORED
 from ..ranks import RankReport
 from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights
@@ -144,9 +145,9 @@ class Subject:
         model, origin = self.run.model, self.updates.origin
         with torch.no_grad():
             if isinstance(origin, FineTuned):
-                kept = {key for keys in origin.whole.values() for key in keys}
+                head_keys = {key for keys in origin.whole.values() for key in keys}
                 for key, tensor in model.state_dict().items():
-                    name = None if key in kept else origin.base.name_of(key)
+                    name = None if key in head_keys else origin.base.name_of(key)
                     if name is not None:
                         tensor.copy_(origin.base.read(name))
             elif changes_base(origin.config):
@@ -183,7 +184,7 @@ class Subject:
         batches, found = [], 0
         for batch in loader:
             batches.append(batch)
-            found += int((batch["labels"] != -100).sum())
+            found += int((batch["labels"] != IGNORED).sum())
             if found >= terms and len(batches) >= _BATCHES:
                 break
         if found < FEWEST or len(batches) < 2:

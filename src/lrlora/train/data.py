@@ -312,11 +312,11 @@ def _checked(
         asked = [name for name in data.column_names if name not in optional]
         secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
         columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
-        kept = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
-        if left := sorted(set(range(len(data))) - set(kept)):
+        rows = [row for row, filled in enumerate(zip(*columns, strict=True)) if all(filled)]
+        if left := sorted(set(range(len(data))) - set(rows)):
             skipped = f"Skipped {len(left):,} of {len(data):,} examples in {where}"
             notes = [f"{skipped} with empty values (from 0: {shown_rows(left)})."]
-            data = data.select(kept)
+            data = data.select(rows)
     if len(data) == 0:
         raise ValueError(f"There are no examples in {where}.")
     kind.check(data, where, with_label=with_label)

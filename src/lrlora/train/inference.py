@@ -30,7 +30,7 @@ from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
 from ..files import is_full_model, readable, replacing
 from ..locks import only_writer
-from ..run_folder import ANSWERS, CHAT, METRICS_FILE, PLAIN, RUN_FILE, TEXT, RunRecord
+from ..run_folder import ANSWERS, CHAT, METRICS_FILE, PLAIN, RUN_FILE, TEXT, RunRecord, resume_hint
 from ..tuner import cached_weights
 from .chat import (
     answer_of,
@@ -147,8 +147,8 @@ def predict(
         return
     encoded = loaded.kind.unlabelled(encoded)
     outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
-    for example, said in zip(examples, loaded.kind.predictions(outputs, loaded.record.labels), strict=True):
-        yield {**loaded.kind.described(example), **said}
+    for example, prediction in zip(examples, loaded.kind.predictions(outputs, loaded.record.labels), strict=True):
+        yield {**loaded.kind.described(example), **prediction}
 
 
 def predict_texts(
@@ -214,7 +214,7 @@ class LoadedRun:
             return cls.of_adapter(str(folder))
         config, record = read_run(folder)
         if not (folder / METRICS_FILE).exists():
-            raise ValueError(f"The run in {folder} is not finished. Resume it: lrlora train --resume {folder}")
+            raise ValueError(f"The run in {folder} is not finished. {resume_hint(folder)}")
         remedy = "`lrlora train` wrote this folder. Restore it from a copy, or train again."
         saved = None
         with readable(folder, remedy):
@@ -237,7 +237,6 @@ class LoadedRun:
                 # AdaLoRA in PEFT cannot compute a loss if loaded for inference.
                 model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
                 require_all_weights(model, saved)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record, processor, model)
 
     @classmethod
@@ -299,7 +298,6 @@ class LoadedRun:
         config = TrainConfig(name, source, task, method="lora", output=tempfile.gettempdir())
         limit = max_tokens(processor, model.config) if kind.has_head and kind.reads_text else None
         record = RunRecord({}, labels, limit, {}, {}, loss_on=ANSWERS if kind.generates else None)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(config, record, processor, model)
 
     def reading(self, **settings: Any) -> LoadedRun:
@@ -319,6 +317,9 @@ class LoadedRun:
         for name in settings or ():
             require_known("generation setting", name, names)
         return replace(self, generation=settings or {})
+
+    def __post_init__(self) -> None:
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @property
     def kind(self) -> Kind:
@@ -348,15 +349,15 @@ class LoadedRun:
         trained = self.record.rendering
         if trained is None:
             return  # an adapter from elsewhere
-        found = format_of(examples.column_names)
-        if trained == CHAT and found.name == "text":
+        format_ = format_of(examples.column_names)
+        if trained == CHAT and format_.name == "text":
             raise ValueError(
                 "The run was trained on chats, but the column text has no turns. To use it as prompts, pass --column "
                 "prompt=text"
             )
         if trained != CHAT and holds_chats(examples):
             raise ValueError(
-                f"The data contains chats ({found.name}), but the run was trained on plain text, without a chat "
+                f"The data contains chats ({format_.name}), but the run was trained on plain text, without a chat "
                 "template. Provide prompts as text, or train with --chat-template."
             )
 

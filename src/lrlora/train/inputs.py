@@ -130,11 +130,11 @@ def data_sums(splits: Mapping[str, Dataset]) -> dict[str, str]:
 
 
 def _sum_of(data: Dataset) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for table in data.with_format("arrow").iter(batch_size=1000):
         for row in table.to_pylist():
             if isinstance(image := row.get("image"), dict):
-                found.update(image["bytes"] or Path(image["path"]).read_bytes())
+                digest.update(image["bytes"] or Path(image["path"]).read_bytes())
                 del row["image"]
-            found.update(json.dumps(row, default=str).encode())
-    return found.hexdigest()
+            digest.update(json.dumps(row, default=str).encode())
+    return digest.hexdigest()

@@ -60,6 +60,11 @@ METHODS = {
 DEFAULT_RANK = 8
 
 
+def fields_of(config: type[PeftConfig] | None) -> list[str]:
+    """Fields of a PEFT configuration; empty for full fine-tuning."""
+    return [*inspect.signature(config.__init__).parameters][1:] if config else []
+
+
 def adapter_config(
     method: str, head: Mapping[str, Any], total_steps: int, options: dict[str, Any]
 ) -> PeftConfig | None:
@@ -80,7 +85,7 @@ def adapter_config(
         if options:
             raise ValueError(f"Full fine-tuning has no adapter, got adapter={options!r}. Remove it.")
         return None
-    names = [*inspect.signature(known.config.__init__).parameters][1:]
+    names = fields_of(known.config)
     for name in options:
         require_known(f"field of {known.config.__name__}", name, names)
     if isinstance(targets := options.get("target_modules"), str) and targets != "all-linear":

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
+from ..learned.moments import IGNORED
 from .chat import render_chat
 from .inference import LoadedRun
 from .models import max_positions
@@ -64,7 +65,7 @@ def _written(run: LoadedRun) -> Dataset:
         {
             "input_ids": rows,
             "attention_mask": [[1] * len(row) for row in rows],
-            "labels": [[-100] * len(start) + row[len(start) :] for row in rows],
+            "labels": [[IGNORED] * len(start) + row[len(start) :] for row in rows],
         }
     )
 

@@ -120,12 +120,12 @@ def describe_encoded(trainer: Trainer, inputs: Inputs) -> Iterator[str]:
 
 def _format_line(inputs: Inputs) -> str:
     """Detected data format and rendering."""
-    found = format_of(inputs.data.splits["train"].column_names)
+    format_ = format_of(inputs.data.splits["train"].column_names)
     given = inputs.record.config["chat_template"]
     template = "the model's own chat template" if given is None else f"the chat template {given}"
     how = {CHAT: f"as chats, rendered with {template}", PLAIN: "as plain text, without a template", TEXT: "as is"}
     part = ", with the loss on the answers" if inputs.record.loss_on == ANSWERS else ""
-    return f"{found.name}, read {how[str(inputs.record.rendering)]}{part}."
+    return f"{format_.name}, read {how[str(inputs.record.rendering)]}{part}."
 
 
 def learned_in(trainer: Trainer) -> LearnedRanks | None:

@@ -19,7 +19,7 @@ from ..learned.callback import LearnedRanksCallback
 from ..learned.learned_ranks import FEWEST_STEPS
 from ..learned.size import Size
 from ..ranks.report import read_history
-from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord, last_whole_checkpoint
+from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord, last_whole_checkpoint, resume_hint
 from .cut import FEWEST
 from .data import require_data_path
 from .hub import require_hub
@@ -106,7 +106,7 @@ def _check_start_from(config: TrainConfig) -> None:
     """Raise ValueError unless the run to start from is finished, with the same model, task, method and adapter."""
     start, _ = read_run(Path(str(config.start_from)))
     if not (Path(start.output) / METRICS_FILE).exists():
-        raise ValueError(f"The run in {start.output} is not finished. Resume it with lrlora train --resume.")
+        raise ValueError(f"The run in {start.output} is not finished. {resume_hint(start.output)}")
     for name in ("model", "task", "method", "adapter_fields"):
         theirs, mine = getattr(start, name), getattr(config, name)
         if theirs != mine:

@@ -28,7 +28,7 @@ from ..learned.callback import LearnedRanksCallback
 from ..locks import only_writer, remove_left
 from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
-from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord
+from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord, resume_hint
 from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.model_card import write_card
@@ -210,11 +210,6 @@ def _make_folder(output: Path, overwrite: bool, record: RunRecord | None) -> Non
 def _in_first_process(announce: Announce) -> Announce:
     """Restrict messages to rank 0, as numbered by the launcher before the processes join."""
     return announce if os.environ.get("RANK", "0") == "0" else lambda line: None
-
-
-def resume_hint(output: Path) -> str:
-    """Command that resumes the run in a folder."""
-    return f"Resume it with: lrlora train --resume {output}"
 
 
 def _finish(

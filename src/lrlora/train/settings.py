@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -132,7 +131,10 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from .methods import DEFAULT_RANK, METHODS  # lazy, so that `lrlora train --help` does not import torch
+        from .methods import (  # lazy, so that `lrlora train --help` does not import torch, fields_of
+            DEFAULT_RANK,
+            METHODS,
+        )
         from .tasks import KINDS
 
         for name, hint in get_type_hints(TrainConfig).items():
@@ -291,7 +293,7 @@ def require_settings(given: Iterable[str], place: str, task: str, method: str) -
         method: method, which determines the class of the adapter configuration.
 
     """
-    from .methods import METHODS
+    from .methods import METHODS, fields_of
     from .tasks import KINDS
 
     arguments = KINDS[task if task in KINDS else "classify"].arguments_class()
@@ -299,20 +301,15 @@ def require_settings(given: Iterable[str], place: str, task: str, method: str) -
     known = {
         "run": [each.name for each in fields(TrainConfig)],
         "training": list(arguments.__dataclass_fields__),
-        "adapter": _fields_of(adapter),
+        "adapter": fields_of(adapter),
     }
     for name in given:
         if place == "adapter" and name not in known[place]:
             for other, of in METHODS.items():
-                if other != method and name in _fields_of(of.config):
+                if other != method and name in fields_of(of.config):
                     raise ValueError(f"{name!r} is a field of the adapter of --method {other}.")
         if name not in known[place] and not (place == "adapter" and method == "full"):
             raise _unknown_setting(name, place, known)
-
-
-def _fields_of(config: Any) -> list[str]:
-    """Fields of a PEFT configuration; empty for full fine-tuning."""
-    return [*inspect.signature(config.__init__).parameters][1:] if config else []
 
 
 _PLACES = {"run": "setting of a run", "training": "field of TrainingArguments", "adapter": "field of the adapter"}

@@ -209,15 +209,15 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         adapters = self._adapters_to_apply()
-        given, x = x, _as_autocast(x)
+        base_input, x = x, _as_autocast(x)
         if adapters and self._can_fuse(x.dtype, adapters):
             return self._fused_output(x, adapters[0])
-        result = self.base_layer(given, *args, **kwargs)
+        result = self.base_layer(base_input, *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:
             # No dropout on token ids: as in PEFT, embeddings ignore it.
-            seen = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
-            result = self._add_update(result, seen, adapter)
+            adapter_input = self.lrlora_dropout[adapter](x) if x.is_floating_point() else x
+            result = self._add_update(result, adapter_input, adapter)
         return result.to(dtype)
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -59,22 +59,22 @@ class CausalLm(Kind):
         names = {role: given.get(role, role) for role in self.roles}
         # Columns named by the user take precedence.
         formats = sorted(FORMATS, key=lambda each: not set(each.roles) & set(given))
-        found = next((each for each in formats if all(names[role] in there for role in each.asked)), None)
-        if found is None:
+        format_ = next((each for each in formats if all(names[role] in there for role in each.asked)), None)
+        if format_ is None:
             raise ValueError(
                 "The task causal-lm needs the columns messages, or conversations, or prompt and completion, or "
                 f"instruction and output, or text, but the data has {', '.join(there)}. Map them: {_hint(there)}"
             )
-        if with_label and found.answer is not None and names[found.answer] not in there:
+        if with_label and format_.answer is not None and names[format_.answer] not in there:
             raise ValueError(
-                f"The data has {names[found.asked[0]]} but no {found.answer}, which the format {found.name} needs. "
-                f"Available columns: {', '.join(there)}. Map it: --column {found.answer}=NAME"
+                f"The data has {names[format_.asked[0]]} but no {format_.answer}, which the format {format_.name} "
+                f"needs. Available columns: {', '.join(there)}. Map it: --column {format_.answer}=NAME"
             )
-        return {role: names[role] for role in found.roles if names[role] in there}
+        return {role: names[role] for role in format_.roles if names[role] in there}
 
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
-        found = format_of(data.column_names)
-        for role in found.roles if with_label else found.asked:
+        format_ = format_of(data.column_names)
+        for role in format_.roles if with_label else format_.asked:
             if role == "text" or (isinstance(data[0][role], str) and role not in ("messages", "conversations")):
                 require_text(data, role, where)
             else:

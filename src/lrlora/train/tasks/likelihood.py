@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from ...learned.moments import IGNORED
 from ..row_checks import mapped
-
-_IGNORED = -100  # target value: no prediction
 
 
 def encode_continuations(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Dataset:
@@ -68,7 +67,7 @@ def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     rows = [torch.tensor(ids) for example in examples for ids in example["input_ids"]]
     counts = [count for example in examples for count in example["choice_tokens"]]
     targets = [
-        F.pad(ids[len(ids) - count :], (len(ids) - count, 0), value=_IGNORED)
+        F.pad(ids[len(ids) - count :], (len(ids) - count, 0), value=IGNORED)
         for ids, count in zip(rows, counts, strict=True)
     ]
 
@@ -79,7 +78,7 @@ def collate_choices(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {
         "input_ids": batched(rows, 0),
         "attention_mask": batched([torch.ones_like(ids) for ids in rows], 0),
-        "targets": batched(targets, _IGNORED),
+        "targets": batched(targets, IGNORED),
         "characters": torch.tensor([example["characters"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
@@ -94,7 +93,7 @@ def token_log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
-    return -F.cross_entropy(logits.transpose(1, 2), batch["targets"][:, 1:], reduction="none", ignore_index=_IGNORED)
+    return -F.cross_entropy(logits.transpose(1, 2), batch["targets"][:, 1:], reduction="none", ignore_index=IGNORED)
 
 
 def _places(batch: Mapping[str, Tensor]) -> Tensor:
@@ -130,7 +129,7 @@ class ChoiceTrainer(Trainer):
         shape = inputs["input_ids"].shape
         right = _places(inputs)
         flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "targets")}
-        scores, is_target = token_log_likelihoods(model, flat), flat["targets"][:, 1:] != _IGNORED
+        scores, is_target = token_log_likelihoods(model, flat), flat["targets"][:, 1:] != IGNORED
         loss = -scores[right].sum() / is_target[right].sum()
         sums = torch.where(is_target.any(1), scores.sum(1), -math.inf).view(shape[:2])
         return loss, {"logits": sums, "per_character": sums / inputs["characters"]}

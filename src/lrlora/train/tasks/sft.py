@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer  # type: ignore[attr-defined]  # imported lazily
 
+from ...learned.moments import IGNORED
+
 
 class TokenMeanTrainer(SFTTrainer):
     """`SFTTrainer` whose evaluations do not depend on the batches.
@@ -18,7 +20,7 @@ class TokenMeanTrainer(SFTTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         result = super().prediction_step(model, inputs, *args, **options)
-        tokens: Tensor = (inputs["labels"][..., 1:] != -100).sum()
+        tokens: Tensor = (inputs["labels"][..., 1:] != IGNORED).sum()
         # The mean loss of all processes, and their tokens.
         loss, count = self.accelerator.gather(result[0]).mean(), self.accelerator.gather(tokens).sum()
         self._batches.append((loss.item(), count.item()))
