@@ -406,7 +406,9 @@ def test_few_examples_and_labels_of_their_own_are_warned_of(encoder: str, capsys
     )
     pd.read_csv("good.csv").drop_duplicates("label").to_csv("two.csv", index=False)
     show_plan(TrainConfig(encoder, "two.csv", "classify", validation="good.csv"))
-    assert "Warning: there are only 2 training examples." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Warning: there are only 2 training examples." in said
+    assert re.search(r"Warning: \d+ of 160 validation texts are training texts, too\.", said)
 
 
 def test_what_is_missing_is_asked_for(decoder: str) -> None:

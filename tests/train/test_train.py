@@ -78,6 +78,7 @@ def test_a_table_and_a_folder_become_an_adapter(encoder: str, table: str, tmp_pa
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "100 steps of 8 examples" in said
+    assert "Classes: fresh, rotten (2)." in said
     assert "validation examples; 0 training examples are truncated" in said
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.9

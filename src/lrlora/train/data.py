@@ -23,6 +23,7 @@ from .tasks import Kind
 from .untrusted_files import require_local_card, require_own_files, require_own_images
 
 _FEW_EXAMPLES = 16
+_SHOWN_CLASSES = 8
 # Strings such as "None" are valid texts and labels; only empty cells are missing.
 _CSV = {"keep_default_na": False, "na_values": [""]}
 
@@ -213,11 +214,18 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
                 f"Warning: all {count:,} training examples have different labels. Check that the label column is "
                 "correct."
             )
-        notes += alike(labels)
+        shown = [*labels[:_SHOWN_CLASSES], *(["…"] if len(labels) > _SHOWN_CLASSES else [])]
+        notes = [f"Classes: {', '.join(shown)} ({len(labels)}).", *notes, *alike(labels)]
     if "validation" not in splits:
         splits["train"], splits["validation"] = split_by_groups(
             splits["train"], config.validation_share, "Provide more, or pass --validation."
         )
+    if "text" in splits["train"].column_names:
+        texts = set(splits["train"]["text"])
+        if known := sum(text in texts for text in splits["validation"]["text"]):
+            notes.append(
+                f"Warning: {known:,} of {len(splits['validation']):,} validation texts are training texts, too."
+            )
     limits = {"train": config.train_examples, "validation": config.validation_examples}
     splits = DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()})
     if (count := len(splits["train"])) < _FEW_EXAMPLES:
