@@ -121,6 +121,8 @@ def test_report_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
     before = (tmp_path / "page.html").read_bytes()
     assert "already exists" in run("report", adapter, "--output", tmp_path / "page.html").output
     assert run("report", adapter, adapter, "--output", tmp_path / "page.html", "--overwrite").exit_code == 0
+    many = run("report", *"abcdefg", "--output", tmp_path / "many.html").output
+    assert "A page supports at most 6 runs, got 7. Name those to show." in many
     assert (tmp_path / "page.html").read_bytes() == before
 
 

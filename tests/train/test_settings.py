@@ -82,8 +82,10 @@ def test_the_plan_says_what_is_trained_and_warns_of_a_rank_beyond_the_layers(enc
     assert "% of all)" in said
     assert "2 epochs" in said
     assert "Warning" not in said
+    said = " ".join(run(*asked, "--method", "lora", "--rank", "100").output.split())
+    assert "Warning: r = 100 exceeds the maximum rank of 13 of 13 layers (32)" in said
     said = " ".join(run(*asked, "--method", "lora", "--rank", "500").output.split())
-    assert "Warning: r = 500 exceeds the maximum rank of 13 of 13 layers (32)" in said
+    assert "r = 500 is too large: the layers have a rank of at most 32. Lower --rank or --size." in said
 
 
 @pytest.mark.parametrize("rate", ["0.01", "1e-6"])  # with the second, the accuracy is always the same

@@ -84,13 +84,14 @@ def report(
         require_writable(output, overwrite=overwrite)
         with only_writer(output):
             quiet()
-            from ..views.page import is_page, write_page
+            from ..views.page import is_page, require_shown, write_page
             from ..views.runs import load_runs
 
             if output.exists() and not is_page(output):
                 raise FileExistsError(
                     f"{output} is not a page of `lrlora report`, so it is not replaced. Choose another --output."
                 )
+            require_shown(len(set(sources)))  # before ranks are measured
             runs = load_runs(sources, base=base)
             write_page(runs, output, title=f"Ranks: {', '.join(run.name for run in runs)}")
             announce(f"Page: {output}, {output.stat().st_size / 2**20:.1f} MiB")

@@ -43,7 +43,7 @@ def one_clear_error(after_interrupt: str = "Run the same command again to resume
             raise
         remedy, is_foreseen = "", isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MemoryError))
         if isinstance(error, ImportError) and "pip install" not in str(error):
-            missing = {"altair|vl_convert|pandas": "plots", "bitsandbytes|torchao": "integrations"}
+            missing = {"altair|vl_convert": "plots", "bitsandbytes|torchao": "integrations"}
             extra = next((extra for names, extra in missing.items() if re.search(names, str(error))), "train")
             remedy = f". Install the missing dependencies: pip install 'lrlora[{extra}]'"
         what = (str(error) or type(error).__name__) if is_foreseen else f"{type(error).__name__}: {error}"

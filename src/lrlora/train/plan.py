@@ -18,6 +18,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ..learned.callback import LearnedRanksCallback, planned_cut
 from ..learned.learned_ranks import LearnedRanks
+from ..learned.size import WIDTH
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT
 from .chat import format_of, without_answer
 from .inputs import Inputs, examples_per_step
@@ -80,6 +81,10 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
     )
     lines = [f"Adapter: {method}, r = {r}{alpha}, on {told} ({len(layers)} modules)."]
     limits = [min(each.in_features, each.out_features) for each in layers if hasattr(each, "in_features")]
+    if r and limits and r > WIDTH * max(limits):
+        raise ValueError(
+            f"r = {r} is too large: the layers have a rank of at most {max(limits)}. Lower --rank or --size."
+        )
     if r and (narrow := [limit for limit in limits if limit < r]):
         lines.append(
             f"Warning: r = {r} exceeds the maximum rank of {len(narrow)} of {len(layers)} layers ({min(narrow)})."

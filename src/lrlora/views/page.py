@@ -41,6 +41,12 @@ _Kept = tuple[float, int, int, float, int]
 _T = TypeVar("_T")
 
 
+def require_shown(count: int) -> None:
+    """Raise ValueError for more runs than a page has colors for."""
+    if count > len(COLOURS):
+        raise ValueError(f"A page supports at most {len(COLOURS)} runs, got {count}. Name those to show.")
+
+
 def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Ranks") -> None:
     """Write the page of one run, or of several side by side.
 
@@ -52,8 +58,7 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
     """
     if not runs:
         raise ValueError("runs is empty, so there is nothing to show.")
-    if len(runs) > len(COLOURS):
-        raise ValueError(f"A page supports at most {len(COLOURS)} runs, got {len(runs)}. Name those to show.")
+    require_shown(len(runs))
     if empty := [run.name for run in runs if not run.report.rows]:
         raise ValueError(f"Nothing to show for {', '.join(empty)}: the report has no modules.")
     if len({run.name for run in runs}) < len(runs):
