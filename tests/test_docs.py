@@ -312,7 +312,9 @@ def test_the_table_of_behaviours_is_what_the_tests_found(monkeypatch: pytest.Mon
     assert {found for row in results.values() for found in row.values()} == {"yes", "refused", "–"}
 
 
-@pytest.mark.parametrize(("method", "title"), [("lora-6", "LoRA r = 6"), ("at-most-6", ", at most 6")])
+@pytest.mark.parametrize(
+    ("method", "title"), [("lora-6", "LoRA r = 6"), *((f"at-most-{most}", f", at most {most}") for most in (4, 6, 8))]
+)
 def test_the_table_of_reserved_ranks_is_that_of_the_stored_runs(method: str, title: str) -> None:
     study = ROOT / "lab" / "studies" / "learned_ranks.md"
     table = study.read_text(encoding="utf-8").partition("<!-- served -->")[2].partition("<!-- /served -->")[0]
