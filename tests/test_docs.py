@@ -325,6 +325,25 @@ def test_the_table_of_reserved_ranks_is_that_of_the_stored_runs(method: str, tit
         assert row.endswith(f"| {fmean(losses):.3f} ± {stdev(losses):.3f} |")
 
 
+def test_the_table_of_unit_input_is_that_of_the_stored_runs() -> None:
+    study = ROOT / "lab" / "studies" / "unit_input.md"
+    table = study.read_text(encoding="utf-8").partition("<!-- unit -->")[2].partition("<!-- /unit -->")[0]
+    runs = [json.loads(line) for line in study.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+    for task in ("labels", "picture-labels"):
+        losses: dict[str, list[float]] = {}  # by method, of both ranks, seeds 2 to 6
+        for r in (1, 4):
+            means = []
+            for name in ("lora", "lr-lora", "lr-lora+unit_input=0.5"):
+                method = name.replace("lora", "lora+r=1", 1) if r == 1 else name
+                of_method = [run for run in runs if (run["task"], run["method"]) == (f"{task}-r{r}", method)]
+                found = [run["test"] for run in of_method if run["seed"] > 1]
+                losses[name] = losses.get(name, []) + found
+                means.append(f"{fmean(found):.3f}")
+            assert f"| {task} | {r} | {' | '.join(means)} |" in table
+        difference = fmean(losses["lr-lora+unit_input=0.5"]) - fmean(losses["lr-lora"])
+        assert f"| {task} | both |  |  |  | {difference:+.3f} (" in table
+
+
 def test_the_page_on_cuts_says_what_the_study_measured() -> None:
     study = (ROOT / "lab" / "studies" / "loss.md").read_text(encoding="utf-8")
     page = " ".join((ROOT / "docs" / "loss.md").read_text(encoding="utf-8").split())
