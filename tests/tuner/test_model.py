@@ -238,13 +238,13 @@ def test_an_adapter_is_saved_whatever_another_contains_whose_name_begins_alike(
 ) -> None:
     config = LrLoraConfig(target_modules=["query"], trainable_token_indices=[3])
     model = get_peft_model(tiny_bert.build(), config, "one")
-    model.add_adapter("one.b", config)
+    model.add_adapter("oneb", config)
     for name, parameter in model.named_parameters():
-        if name.endswith(".one.b"):
+        if name.endswith(".oneb"):
             parameter.data.fill_(float("nan"))
     model.save_pretrained(tmp_path, selected_adapters=["one"])
     with pytest.raises(ValueError, match=r"cannot be saved: .*trainable_tokens"):
-        model.save_pretrained(tmp_path, selected_adapters=["one.b"])
+        model.save_pretrained(tmp_path, selected_adapters=["oneb"])
 
 
 def test_wrong_targets_of_a_second_adapter_list_the_model_and_not_its_adapters(tiny_bert: TinyModel) -> None:
