@@ -174,6 +174,7 @@ def _test(root: Path, tests: list[str], log: Path) -> None:
 
 def run_all(faults: list[Fault], only: set[int]) -> None:
     """Two at a time, each in a fork that has imported torch."""
+    COVERAGE.parent.mkdir(parents=True, exist_ok=True)
     for name in ("torch", "transformers", "transformers.trainer", "peft", "datasets", "typer", "pandas", "scipy.stats"):
         importlib.import_module(name)
     waiting, running = [number for number in range(len(faults)) if number in only], {}
