@@ -342,6 +342,12 @@ def test_the_table_of_unit_input_is_that_of_the_stored_runs() -> None:
             assert f"| {task} | {r} | {' | '.join(means)} |" in table
         difference = fmean(losses["lr-lora+unit_input=0.5"]) - fmean(losses["lr-lora"])
         assert f"| {task} | both |  |  |  | {difference:+.3f} (" in table
+    german = [
+        [run["test"] for run in runs if run["task"] == "german-r4" and run["method"] == name and run["seed"] > 1]
+        for name in ("lr-lora", "lr-lora+unit_input=0.5")
+    ]
+    told = f"{fmean(german[0]):.3f} with g = 300, {fmean(german[1]):.3f} at unit input"
+    assert told in " ".join(study.read_text(encoding="utf-8").split())
 
 
 def test_the_page_on_cuts_says_what_the_study_measured() -> None:
