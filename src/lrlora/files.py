@@ -255,11 +255,11 @@ def require_adapter(name: str | os.PathLike[str]) -> None:
         ValueError: it is missing.
 
     """
-    path = Path(name)
+    path, reason = Path(name), None
     if path.is_dir():
-        below = sorted(str(each.parent) for each in path.glob("*/adapter_config.json"))
-        hint = f"; pass one of {', '.join(below)}" if below else ""
-        reason = None if (path / "adapter_config.json").is_file() else f"it has no adapter_config.json{hint}"
+        if not (path / "adapter_config.json").is_file():
+            below = sorted(str(each.parent) for each in path.glob("*/adapter_config.json"))
+            reason = "it has no adapter_config.json" + (f"; pass one of {', '.join(below)}" if below else "")
     else:
         # On the hub, every adapter has an owner.
         reason = None if is_hub_name(name) and "/" in os.fspath(name) else "the folder does not exist"

@@ -410,6 +410,10 @@ def test_few_examples_and_labels_of_their_own_are_warned_of(encoder: str, capsys
     said = capsys.readouterr().out
     assert "Warning: there are only 2 training examples." in said
     assert re.search(r"Warning: \d+ of 160 validation texts are training texts, too\.", said)
+    for name, pair in (("train", "a film"), ("other", "a plot")):
+        pd.read_csv("good.csv").assign(text_pair=pair).to_csv(f"{name}.csv", index=False)
+    show_plan(TrainConfig(encoder, "train.csv", "classify", validation="other.csv"))
+    assert "training texts, too" not in capsys.readouterr().out  # beside another second text
 
 
 def test_what_is_missing_is_asked_for(decoder: str) -> None:

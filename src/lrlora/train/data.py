@@ -220,9 +220,10 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
         splits["train"], splits["validation"] = split_by_groups(
             splits["train"], config.validation_share, "Provide more, or pass --validation."
         )
-    if "text" in splits["train"].column_names:
-        texts = set(splits["train"]["text"])
-        if known := sum(text in texts for text in splits["validation"]["text"]):
+    parts = splits["train"], splits["validation"]
+    if columns := [name for name in ("text", "text_pair") if all(name in part.column_names for part in parts)]:
+        training, validation = (list(zip(*(part[name] for name in columns), strict=True)) for part in parts)
+        if known := sum(map(set(training).__contains__, validation)):
             notes.append(
                 f"Warning: {known:,} of {len(splits['validation']):,} validation texts are training texts, too."
             )

@@ -25,6 +25,8 @@ from .inputs import Inputs, examples_per_step
 from .methods import METHODS
 from .settings import TrainConfig
 
+_SLOW = 20.0  # seconds of a batch, after which no other is timed
+
 
 def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArguments) -> list[str]:
     """Summary of the run in a few lines."""
@@ -90,9 +92,6 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
             f"Warning: r = {r} exceeds the maximum rank of {len(narrow)} of {len(layers)} layers ({min(narrow)})."
         )
     return lines
-
-
-_SLOW = 20.0  # seconds of a batch
 
 
 def describe_encoded(trainer: Trainer, inputs: Inputs) -> Iterator[str]:
