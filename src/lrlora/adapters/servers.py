@@ -111,7 +111,7 @@ class Server:
         rank = self.rank(max(rank for rank, _ in ranks))
         held = rank * sum(cost for _, cost in ranks) * self.itemsize
         option = f" ({self.option.format(rank=rank)})" if self.option else ""
-        others = " It reserves as much for each module that could be adapted and is not." if self.reserves_more else ""
+        others = " It reserves the same for each module that is not adapted." if self.reserves_more else ""
         return (
             f"{self.title} reserves r = {rank} in {len(ranks)} modules: {held / 1e6:.1f} MB a slot in {precision}"
             f"{option}; the adapter has {used / 1e6:.1f} MB.{others}"

@@ -112,7 +112,7 @@ def evaluate(
     loaded.require_room(asked)
     metrics = {"examples": len(examples)} | plain_metrics(trainer.evaluate())
     if len(asked):
-        pairs = zip(_told_if_empty(loaded.answers(asked), announce), asked, strict=True)
+        pairs = zip(_with_warning(loaded.answers(asked), announce), asked, strict=True)
         metrics["exact_match"] = float(np.mean([got.strip() == str(answer_of(row)).strip() for got, row in pairs]))
     return metrics
 
@@ -142,7 +142,7 @@ def predict(
     encoded = loaded.encoded(examples)
     if loaded.kind.generates:
         loaded.require_room(encoded)
-        for example, answer in zip(examples, _told_if_empty(loaded.answers(encoded), announce), strict=True):
+        for example, answer in zip(examples, _with_warning(loaded.answers(encoded), announce), strict=True):
             yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
         return
     encoded = loaded.kind.unlabelled(encoded)
@@ -171,7 +171,7 @@ def predict_texts(
     return predict(loaded, Dataset.from_dict({role: texts}), columns={}, generation=generation, announce=announce)
 
 
-def _told_if_empty(answers: Iterable[str], announce: Announce) -> Iterator[str]:
+def _with_warning(answers: Iterable[str], announce: Announce) -> Iterator[str]:
     """Yield the answers, and warn at the end if most of them were empty."""
     count = empty = 0
     for answer in answers:
