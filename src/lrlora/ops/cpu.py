@@ -76,7 +76,7 @@ def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
 
 
 def write_weight(
-    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: Tensor
 ) -> None:
     """Write weight + (s/g)·φ(g·BA) to contiguous `out` (m, n); A, B float32, all on the CPU."""
     A, B = A.contiguous(), B.contiguous()
@@ -100,7 +100,7 @@ def write_weight(
 
 
 def factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
+    G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(∂L/∂A, ∂L/∂B) from contiguous G = ∂L/∂(W + ΔW) (m, n). Adds G to the gradient of φ."""
     table = gradient.table
@@ -136,10 +136,10 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: float) -> tuple[_Phi, Tensor]:
+def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: Tensor) -> tuple[_Phi, Tensor]:
     """Kernel arguments for φ, and the tensor (cells, 4) they point into."""
     form = _FORMS[table.spec.form]
-    return _Phi(cubics.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain, scaling), cubics
+    return _Phi(cubics.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain.item(), scaling), cubics
 
 
 @functools.cache

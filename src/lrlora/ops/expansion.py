@@ -42,7 +42,7 @@ class Expansion(Form):
         self.num_terms, self.seed = num_terms, seed
 
     def linear(
-        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float, added_to: Tensor | None = None
+        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float | None, added_to: Tensor | None = None
     ) -> Tensor:
         """Compute y = y₀ + x ΔWᵀ.
 
@@ -79,7 +79,7 @@ class Expansion(Form):
             y = _ThinLinear.apply(x, base, A, B, P.to(B.dtype), R.to(A.dtype), c)
             return y if is_one_matmul or added_to is None else added_to + y
 
-    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
+    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float | None, rows: Tensor | None = None) -> Tensor:
         """ΔW = s · M ∘ BA = U V, differentiable.
 
         Args:

@@ -15,25 +15,33 @@ from torch import Tensor, nn
 class Form(nn.Module):
     """ΔW (m, n) from A (r, n) and B (m, r): dense, as thin factors, or as a linear layer.
 
-    `scaling` is s; `gain` is g, the scale of φ's input.
+    `scaling` is s; `gain` is g, the scale of φ's input, or None: set from A and B.
     """
 
     is_product = False  # whether ΔW is a product of thin factors and is never materialized
     num_terms = 1  # the rank of a product is at most this times r
 
     def linear(
-        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float, added_to: Tensor | None = None
+        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float | None, added_to: Tensor | None = None
     ) -> Tensor:
         """Compute y₀ + x ΔWᵀ (..., m), differentiable; y₀ is zero without `added_to`."""
         raise NotImplementedError
 
     def fused_linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *, scaling: float, gain: float
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        *,
+        scaling: float,
+        gain: float | None,
     ) -> Tensor:
         """Compute y = x (W + ΔW)ᵀ + b, if not a product."""
         return F.linear(x, weight + self.delta(A, B, scaling=scaling, gain=gain).to(weight.dtype), bias)
 
-    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
+    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float | None, rows: Tensor | None = None) -> Tensor:
         """ΔW (..., m, n), or the given rows (len(rows), n); differentiable, float32 or float64."""
         raise NotImplementedError
 

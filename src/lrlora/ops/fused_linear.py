@@ -15,7 +15,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,22 +32,7 @@ CPU_BLOCK_ENTRIES = 2**16
 ACCELERATOR_BLOCK_ENTRIES = 2**24
 
 
-class _Delta(NamedTuple):
-    """Settings of ΔW = (scaling / input_gain) · φ(input_gain · BA), in the order of `_SETTINGS`."""
-
-    form: str
-    num_basis: int
-    interval: float
-    lr_multiplier: float
-    scaling: float
-    input_gain: float
-
-    @property
-    def spec(self) -> TransferSpec:
-        return TransferSpec(*self[:4])
-
-
-_SETTINGS = "str form, int num_basis, float interval, float lr_multiplier, float scaling, float input_gain"
+_SETTINGS = "float scaling, str form, int num_basis, float interval, float lr_multiplier"  # s, and those of φ
 
 
 def _kernels_for(table: TransferTable, *tensors: Tensor | None) -> Any:
@@ -89,23 +74,23 @@ def _row_blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 def _tabulate(
-    update: _Delta, A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None
+    spec: TransferSpec, A: Tensor, B: Tensor, gain: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None
 ) -> TransferTable:
     """Table of φ for all entries of g·BA, up to the largest size."""
-    largest = 0.0 if update.spec.is_clipped else update.input_gain * _largest_entry(A, B, update)
-    return TransferTable(update.spec, amplitude, bandwidth, A.dtype, largest)
+    largest = 0.0 if spec.is_clipped else _largest_input(A, B, gain, spec.interval)
+    return TransferTable(spec, amplitude, bandwidth, A.dtype, largest)
 
 
-def _largest_entry(A: Tensor, B: Tensor, update: _Delta) -> float:
-    """The largest |BA|, or an upper bound of it that is within the interval; NaN if any entry is."""
+def _largest_input(A: Tensor, B: Tensor, gain: Tensor, interval: float) -> float:
+    """The largest |g·BA|, or an upper bound of it that is within the interval; NaN if any entry is."""
     if not A.numel() or not B.numel():
         return 0.0
     # Cauchy–Schwarz bound: almost free, and usually sufficient.
-    bound = (B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)).max().item()
-    if update.input_gain * bound <= update.interval:
+    bound = (gain * B.norm(dim=-1).amax(-1) * A.norm(dim=-2).amax(-1)).max().item()
+    if bound <= interval:
         return bound
     # One matmul, in memory that the weight reuses next; with blocks, threads would synchronize too often.
-    least, greatest = torch.aminmax(B @ A)
+    least, greatest = torch.aminmax(gain[..., None, None] * (B @ A))
     return max(greatest.item(), -least.item())
 
 
@@ -115,7 +100,7 @@ def _is_transposed(matrix: Tensor) -> bool:
 
 
 def _write_weight(
-    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, update: _Delta
+    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, gain: Tensor, table: TransferTable, scaling: float
 ) -> None:
     """Write weight + ΔW (ΔW alone without a weight) to `out` (m, n), rounded once to its dtype."""
     left, right = B, A
@@ -123,29 +108,31 @@ def _write_weight(
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
     kernels = _kernels_for(table, out, weight, A, B)
     if kernels is not None:
-        kernels.write_weight(out, weight, right, left, table, update.scaling, update.input_gain)
+        kernels.write_weight(out, weight, right, left, table, scaling, gain)
         return
     for rows in _row_blocks(out):
-        z = torch.mm(left[rows], right).mul_(update.input_gain)
-        delta = table.value(z).mul_(update.scaling / update.input_gain)
+        z = torch.mm(left[rows], right).mul_(gain)
+        delta = table.value(z).mul_(scaling / gain)
         out[rows] = delta if weight is None else delta.add_(weight[rows])
 
 
-def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, update: _Delta) -> tuple[Tensor, Tensor]:
+def _factor_gradients(
+    G: Tensor, A: Tensor, B: Tensor, gain: Tensor, gradient: PhiGradient, scaling: float
+) -> tuple[Tensor, Tensor]:
     """(∂L/∂A, ∂L/∂B) from G = ∂L/∂(W + ΔW) (m, n). Adds G to the gradient of φ."""
     table = gradient.table
     if _is_transposed(G):
-        grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, gradient, update)
+        grad_Bt, grad_At = _factor_gradients(G.T, B.T, A.T, gain, gradient, scaling)
         return grad_At.T.contiguous(), grad_Bt.T.contiguous()
     kernels = _kernels_for(table, G, A, B)
     if kernels is not None:
-        return kernels.factor_gradients(G, A, B, gradient, update.scaling, update.input_gain)
+        return kernels.factor_gradients(G, A, B, gradient, scaling, gain)
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
     for rows in _row_blocks(G):
-        z = torch.mm(B[rows], A).mul_(update.input_gain)
+        z = torch.mm(B[rows], A).mul_(gain)
         g = G[rows].to(A.dtype)
-        gradient.add(z, g * (update.scaling / update.input_gain))
-        h = table.slope(z).mul_(update.scaling).mul_(g)
+        gradient.add(z, g * (scaling / gain))
+        h = table.slope(z).mul_(scaling).mul_(g)
         grad_B[rows] = h @ A.T
         grad_A.addmm_(B[rows].T, h)
     return grad_A, grad_B
@@ -157,8 +144,8 @@ def _factor_gradients(G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, up
 @torch.library.custom_op(
     "lrlora::adapted_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, "
-    f"{_SETTINGS}) -> Tensor",
+    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor gain, Tensor? amplitude, "
+    f"Tensor? bandwidth, {_SETTINGS}) -> Tensor",
 )
 def adapted_linear(
     x: Tensor,
@@ -166,19 +153,20 @@ def adapted_linear(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
+    gain: Tensor,
     amplitude: Tensor | None,
     bandwidth: Tensor | None,
-    *settings: Any,
+    scaling: float,
+    *spec: Any,
 ) -> Tensor:
     """`Transfer.fused_linear` of A and B in float32 or float64."""
-    update = _Delta(*settings)
     with without_autocast(x.device.type):
-        table = _tabulate(update, A, B, amplitude, bandwidth)
+        table = _tabulate(TransferSpec(*spec), A, B, gain, amplitude, bandwidth)
         effective = _empty_weight(x.dtype, weight, A, B)
         if weight is None or x.dtype not in (torch.bfloat16, torch.float16):
-            _write_weight(effective, weight, A, B, table, update)
+            _write_weight(effective, weight, A, B, gain, table, scaling)
             return F.linear(x, effective, bias).contiguous()
-        _write_weight(effective, None, A, B, table, update)
+        _write_weight(effective, None, A, B, gain, table, scaling)
         y = F.linear(x, weight, bias).view(-1, len(B))
         return torch.addmm(y, x.reshape(-1, x.shape[-1]), effective.T).view(*x.shape[:-1], len(B))
 
@@ -191,8 +179,8 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tenso
 @torch.library.custom_op(
     "lrlora::adapted_linear_backward",
     mutates_args=(),
-    schema="(Tensor grad_y, bool[] needs, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor? amplitude, "
-    f"Tensor? bandwidth, {_SETTINGS}) -> Tensor[]",
+    schema="(Tensor grad_y, bool[] needs, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor gain, "
+    f"Tensor? amplitude, Tensor? bandwidth, {_SETTINGS}) -> Tensor[]",
 )
 def _adapted_linear_backward(
     grad_y: Tensor,
@@ -201,36 +189,35 @@ def _adapted_linear_backward(
     weight: Tensor | None,
     A: Tensor,
     B: Tensor,
+    gain: Tensor,
     amplitude: Tensor | None,
     bandwidth: Tensor | None,
-    *settings: Any,
+    scaling: float,
+    *spec: Any,
 ) -> list[Tensor]:
-    """Gradients of the first seven inputs of `adapted_linear`, restricted to `needs`."""
-    update = _Delta(*settings)
+    """Gradients of the first eight inputs of `adapted_linear`, restricted to `needs`; there is none of g."""
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
     with without_autocast(grad_y.device.type):
-        table = _tabulate(update, A, B, amplitude, bandwidth)
+        table = _tabulate(TransferSpec(*spec), A, B, gain, amplitude, bandwidth)
         gradient = PhiGradient(table)
         buffer = _empty_weight(x.dtype, weight, A, B)
         flat_y, flat_x = grad_y.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
         if needs_x:
-            _write_weight(buffer, weight, A, B, table, update)
+            _write_weight(buffer, weight, A, B, gain, table, scaling)
             gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
             kernels = _kernels_for(table, flat_y, flat_x, A, B)
             if kernels is not None and kernels.product_gradients is not None and not needs_weight:
-                gradients[3:5] = kernels.product_gradients(
-                    flat_y, flat_x, A, B, gradient, update.scaling, update.input_gain
-                )
+                gradients[3:5] = kernels.product_gradients(flat_y, flat_x, A, B, gradient, scaling, gain)
             else:
                 if _is_transposed(buffer):
                     torch.mm(flat_x.T, flat_y, out=buffer.T)
                 else:
                     torch.mm(flat_y.T, flat_x, out=buffer)
                 gradients[1] = buffer
-                gradients[3:5] = _factor_gradients(buffer, A, B, gradient, update)
-            gradients[5:7] = gradient.of_parameters()
+                gradients[3:5] = _factor_gradients(buffer, A, B, gain, gradient, scaling)
+            gradients[6:8] = gradient.of_parameters()
         if needs_bias:
             gradients[2] = flat_y.sum(0)
     return _needed(needs, gradients)
@@ -240,9 +227,8 @@ def _adapted_linear_backward(
 def _(
     grad_y: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *others: Any
 ) -> list[Tensor]:
-    amplitude, bandwidth = others[:2]
     bias = grad_y.new_empty(B.shape[0])
-    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, amplitude, bandwidth)]
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, *others[:3])]
     gradients[1] = None if weight is None else torch.empty_like(weight)  # keeps the layout of a transposed W
     return _needed(needs, gradients)
 
@@ -267,22 +253,29 @@ def _register_gradients(operator: Any, backward: Any, count: int, saved: Sequenc
     operator.register_autograd(differentiate, setup_context=save)
 
 
-_register_gradients(adapted_linear, _adapted_linear_backward, 7, (0, 1, 3, 4, 5, 6))
+_register_gradients(adapted_linear, _adapted_linear_backward, 8, (0, 1, 3, 4, 5, 6, 7))
 
 
 @torch.library.custom_op(
     "lrlora::delta_weight",
     mutates_args=(),
-    schema=f"(Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, {_SETTINGS}) -> Tensor",
+    schema=f"(Tensor A, Tensor B, Tensor gain, Tensor? amplitude, Tensor? bandwidth, {_SETTINGS}) -> Tensor",
 )
-def delta_weight(A: Tensor, B: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None, *settings: Any) -> Tensor:
+def delta_weight(
+    A: Tensor,
+    B: Tensor,
+    gain: Tensor,
+    amplitude: Tensor | None,
+    bandwidth: Tensor | None,
+    scaling: float,
+    *spec: Any,
+) -> Tensor:
     """`Transfer.delta` of A and B in float32 or float64."""
-    update = _Delta(*settings)
     with without_autocast(A.device.type):
-        table = _tabulate(update, A, B, amplitude, bandwidth)
+        table = _tabulate(TransferSpec(*spec), A, B, gain, amplitude, bandwidth)
         delta = A.new_empty(*B.shape[:-1], A.shape[-1])
-        for out, left, right in _matrices(delta, A, B):
-            _write_weight(out, None, left, right, table, update)
+        for (out, left, right), g in zip(_matrices(delta, A, B), gain.flatten(), strict=True):
+            _write_weight(out, None, left, right, g, table, scaling)
         return delta
 
 
@@ -294,7 +287,7 @@ def _(A: Tensor, B: Tensor, *others: Any) -> Tensor:
 @torch.library.custom_op(
     "lrlora::delta_weight_backward",
     mutates_args=(),
-    schema="(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor? amplitude, Tensor? bandwidth, "
+    schema="(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor gain, Tensor? amplitude, Tensor? bandwidth, "
     f"{_SETTINGS}) -> Tensor[]",
 )
 def _delta_weight_backward(
@@ -302,30 +295,32 @@ def _delta_weight_backward(
     needs: Sequence[bool],
     A: Tensor,
     B: Tensor,
+    gain: Tensor,
     amplitude: Tensor | None,
     bandwidth: Tensor | None,
-    *settings: Any,
+    scaling: float,
+    *spec: Any,
 ) -> list[Tensor]:
-    """Gradients of the first four inputs of `delta_weight`, restricted to `needs`."""
-    update = _Delta(*settings)
+    """Gradients of the first five inputs of `delta_weight`, restricted to `needs`; there is none of g."""
     with without_autocast(grad.device.type):
-        table = _tabulate(update, A, B, amplitude, bandwidth)
+        table = _tabulate(TransferSpec(*spec), A, B, gain, amplitude, bandwidth)
         gradient = PhiGradient(table)
         parts = [
-            _factor_gradients(G, left, right, gradient, update) for G, left, right in _matrices(grad.contiguous(), A, B)
+            _factor_gradients(G, left, right, g, gradient, scaling)
+            for (G, left, right), g in zip(_matrices(grad.contiguous(), A, B), gain.flatten(), strict=True)
         ]
         grad_A, grad_B = (
             torch.stack(part).view(like.shape) for part, like in zip(zip(*parts, strict=True), (A, B), strict=True)
         )
-        return _needed(needs, [grad_A, grad_B, *gradient.of_parameters()])
+        return _needed(needs, [grad_A, grad_B, None, *gradient.of_parameters()])
 
 
 @_delta_weight_backward.register_fake
 def _(grad: Tensor, needs: Sequence[bool], *tensors: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in _needed(needs, tensors[:4])]
+    return [t.new_empty(t.shape) for t in _needed(needs, tensors[:5])]
 
 
-_register_gradients(delta_weight, _delta_weight_backward, 4, range(4))
+_register_gradients(delta_weight, _delta_weight_backward, 5, range(5))
 
 
 def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

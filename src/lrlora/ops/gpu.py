@@ -42,7 +42,7 @@ def _tile(A, B, m, n, strip, r, gain, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
         b = tl.load(B + rows * r + k, mask=rows < m, other=0.0)
         a = tl.load(A + k * n + columns, mask=columns < n, other=0.0)
         z += b[:, None] * a[None, :]
-    return rows, columns, gain * z
+    return rows, columns, tl.load(gain) * z
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _weight_kernel(
     cells_per_unit,
     r,
     gain,
-    scale,
+    scaling,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,7 +83,7 @@ def _weight_kernel(
     place, inside = rows[:, None] * n + columns[None, :], (rows[:, None] < m) & (columns[None, :] < n)
     cell, t = _locate(z, side, cells_per_unit)
     psi = _cubic(table, cell, t)
-    value = scale * (z + psi)
+    value = scaling / tl.load(gain) * (z + psi)
     if HAS_WEIGHT:
         value += tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
@@ -165,7 +165,7 @@ def _gradient_kernel(
 
 
 def write_weight(
-    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: float
+    out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: Tensor
 ) -> None:
     """Write weight + (s/g)·φ(g·BA) to `out` (m, n), rounded once to its dtype; A, B float32, all contiguous."""
     m, n = out.shape
@@ -183,7 +183,7 @@ def write_weight(
             1 / table.spacing,
             A.shape[0],
             gain,
-            scaling / gain,
+            scaling,
             HAS_WEIGHT=weight is not None,
             BLOCK_M=_BLOCK_M,
             BLOCK_N=_BLOCK_N,
@@ -192,14 +192,14 @@ def write_weight(
 
 
 def factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
+    G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(∂L/∂A, ∂L/∂B) from contiguous G = ∂L/∂(W + ΔW) (m, n). Adds G to the gradient of φ."""
     return _gradients(G, None, A, B, gradient, scaling, gain)
 
 
 def product_gradients(
-    Y: Tensor, X: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
+    Y: Tensor, X: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`factor_gradients` for G = YᵀX, never materialized; Y = ∂L/∂y (tokens, m), X (tokens, n)."""
     return _gradients(Y.contiguous(), X.contiguous(), A, B, gradient, scaling, gain)
@@ -219,7 +219,7 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _gradients(
-    Y: Tensor, X: Tensor | None, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: float
+    Y: Tensor, X: Tensor | None, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
     table = gradient.table
     A, B = A.contiguous(), B.contiguous()

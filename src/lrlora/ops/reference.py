@@ -7,10 +7,12 @@ import math
 from torch import Tensor
 
 from .expansion import Expansion
-from .transfer import Transfer
+from .transfer import INPUT_RMS, Transfer
 
 
-def reference_delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float) -> Tensor:
+def reference_delta_weight(
+    A: Tensor, B: Tensor, transfer: Transfer, *, scaling: float, input_gain: float | None
+) -> Tensor:
     """ΔW = (s/g) · φ(g·BA), elementwise.
 
     Args:
@@ -18,13 +20,15 @@ def reference_delta_weight(A: Tensor, B: Tensor, transfer: Transfer, *, scaling:
         B: (m, r).
         transfer: φ.
         scaling: s, usually α/r.
-        input_gain: g > 0, scales the small entries of BA to the structure of φ.
+        input_gain: g > 0, or None: c / rms(BA), without a gradient.
 
     Returns:
         (m, n), float64. Autograd saves an m×n×N tensor.
 
     """
-    return (scaling / input_gain) * transfer(input_gain * (B.double() @ A.double()))
+    product = B.double() @ A.double()
+    gain = INPUT_RMS / product.square().mean().sqrt().item() if input_gain is None else input_gain
+    return (scaling / gain) * transfer(gain * product)
 
 
 def reference_expansion_delta(A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float) -> Tensor:

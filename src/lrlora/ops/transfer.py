@@ -9,9 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .form import Form
+from .form import Form, without_autocast
 from .fused_linear import adapted_linear, delta_weight
 from .phi import TransferSpec
+
+INPUT_RMS = 0.5  # c, chosen in lab/studies/unit_input.md
+_LEAST_RMS = 1e-12  # B starts at zero
+
+
+@torch.no_grad()
+def input_gain(A: Tensor, B: Tensor, gain: float | None) -> Tensor:
+    """g, or c / rms(BA) if `gain` is None: entries of the input g·BA of φ of the same size in every module.
+
+    rms(BA)² = tr(BᵀB·AAᵀ) / (m·n) takes two r×r products. It has no gradient.
+
+    Args:
+        A: (..., r, n), float32 or float64.
+        B: (..., m, r), with the same leading dimensions.
+        gain: g > 0, or None.
+
+    Returns:
+        (...), one g for each matrix, with the dtype and device of A.
+
+    """
+    if gain is not None:
+        return A.new_full(A.shape[:-2], gain)
+    with without_autocast(A.device.type):
+        square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)) / (B.shape[-2] * A.shape[-1])
+    return INPUT_RMS * square.clamp(min=_LEAST_RMS**2).rsqrt()
 
 
 class Transfer(Form):
@@ -42,7 +67,7 @@ class Transfer(Form):
         return [None if p is None else p.to(device) for p in (self.amplitude, self.bandwidth)]
 
     def linear(
-        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float, added_to: Tensor | None = None
+        self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float | None, added_to: Tensor | None = None
     ) -> Tensor:
         y = self.fused_linear(x, None, None, A, B, scaling=scaling, gain=gain)
         return y if added_to is None else added_to + y
@@ -56,7 +81,7 @@ class Transfer(Form):
         B: Tensor,
         *,
         scaling: float,
-        gain: float,
+        gain: float | None,
     ) -> Tensor:
         """Compute y = x (W + ΔW)ᵀ + b with ΔW = (s/g)·φ(g·BA), or x ΔWᵀ + b if `weight` is None.
 
@@ -71,7 +96,7 @@ class Transfer(Form):
             A: (r, n).
             B: (m, r).
             scaling: s.
-            gain: g > 0.
+            gain: g > 0, or None: see `input_gain`.
 
         Returns:
             (..., m) in the dtype of x.
@@ -80,16 +105,16 @@ class Transfer(Form):
             NotImplementedError: called under a torch.func transform.
 
         """
-        return adapted_linear(x, weight, bias, *self._arguments(x, A, B, scaling, gain))
+        return adapted_linear(x, weight, bias, *self._arguments(x, A, B, scaling, gain, None))
 
-    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float, rows: Tensor | None = None) -> Tensor:
+    def delta(self, A: Tensor, B: Tensor, *, scaling: float, gain: float | None, rows: Tensor | None = None) -> Tensor:
         """ΔW = (s/g)·φ(g·BA), differentiable; saves A, B and the parameters of φ, and no m×n tensor.
 
         Args:
             A: (..., r, n).
             B: (..., m, r), with the same leading dimensions.
             scaling: s.
-            gain: g > 0.
+            gain: g > 0, or None: see `input_gain`.
             rows: indices of the rows to compute, for B (m, r); default: all.
 
         Returns:
@@ -99,10 +124,11 @@ class Transfer(Form):
             NotImplementedError: called under a torch.func transform.
 
         """
-        B = B if rows is None else F.embedding(rows, B)
-        return delta_weight(*self._arguments(None, A, B, scaling, gain))
+        return delta_weight(*self._arguments(None, A, B, scaling, gain, rows))
 
-    def _arguments(self, x: Tensor | None, A: Tensor, B: Tensor, scaling: float, gain: float) -> tuple[Any, ...]:
+    def _arguments(
+        self, x: Tensor | None, A: Tensor, B: Tensor, scaling: float, gain: float | None, rows: Tensor | None
+    ) -> tuple[Any, ...]:
         """Arguments of the operators in `fused_linear.py`, starting with A."""
         # Forward-mode derivatives would silently treat the operators as zero.
         if torch._C._are_functorch_transforms_active():
@@ -115,7 +141,10 @@ class Transfer(Form):
         dtype = torch.float64 if is_double else torch.float32
         spec = self.spec
         phi = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))
-        return A.to(dtype), B.to(dtype), *self._learned(A.device), *phi, float(scaling), float(gain)
+        A, B = A.to(dtype), B.to(dtype)
+        g = input_gain(A, B, gain)
+        B = B if rows is None else F.embedding(rows, B)
+        return A, B, g, *self._learned(A.device), float(scaling), *phi
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transfer:
         # `.to(dtype)`, `.half()` and similar calls move the parameters between devices but keep float32: optimizer

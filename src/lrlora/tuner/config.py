@@ -16,7 +16,7 @@ from ..ops.form import Form
 from ..ops.phi import FORMS, TransferSpec
 from ..ops.transfer import Transfer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no input_gain = None
 EXPANSION = "expansion"  # the form with fixed signs in place of φ
 SHARING = ("module", "global")
 _REMEDIES = {
@@ -75,7 +75,8 @@ class LrLoraConfig(PeftConfig):
         init_weights: True starts at ΔW = 0. False initializes B randomly, for debugging.
         num_basis: N ≥ 2, number of sinc terms of φ.
         interval: I > 0, half-width of the grid of φ.
-        input_gain: g > 0, scales the entries of BA to the structure of φ.
+        input_gain: g > 0. Default: c / rms(BA) with c = 0.5, so that the input of φ has the same size in every module;
+            adapters saved by earlier versions have a fixed g.
         form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.ops.phi`). Or "expansion", fixed signs that
             multiply BA in place of φ (see `lrlora.ops.expansion`).
         num_terms: Q ≥ 1, terms of the expansion; the rank of ΔW is at most r·Q.
@@ -115,7 +116,7 @@ class LrLoraConfig(PeftConfig):
     init_weights: bool = True
     num_basis: int = 8
     interval: float = 3.0
-    input_gain: float = 300.0
+    input_gain: float | None = None
     form: Literal["residual", "sinc", "sine", "expansion"] = "residual"
     num_terms: int = 16
     pattern_seed: int = 0
@@ -177,9 +178,9 @@ class LrLoraConfig(PeftConfig):
         _require(is_type(self.num_basis, int) and self.num_basis >= 2, "num_basis", self.num_basis, "an integer ≥ 2")
         _require(is_type(self.num_terms, int) and self.num_terms >= 1, "num_terms", self.num_terms, "an integer ≥ 1")
         _require(is_type(self.pattern_seed, int), "pattern_seed", self.pattern_seed, "an integer")
-        positive = [
-            (name, getattr(self, name)) for name in ("lora_alpha", "interval", "input_gain", "phi_lr_multiplier")
-        ]
+        positive = [(name, getattr(self, name)) for name in ("lora_alpha", "interval", "phi_lr_multiplier")]
+        if self.input_gain is not None:
+            positive.append(("input_gain", self.input_gain))
         for name, value in [*positive, *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]:
             _require(is_type(value, float) and 0 < value < float("inf"), name, value, "a finite number > 0")
         dropout = self.lora_dropout

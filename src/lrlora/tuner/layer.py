@@ -15,6 +15,7 @@ from peft.utils.quantization_utils import QuantizationBackend, quantization_extr
 from torch import Tensor, nn
 
 from ..ops.form import Form, at_least_float32
+from ..ops.transfer import input_gain
 from .config import LrLoraConfig
 
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +58,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.weights: dict[str, float] = {}
-        self.input_gain: dict[str, float] = {}
+        self.input_gain: dict[str, float | None] = {}
         self.merged_adapters: list[str] = []
         # Set by the model before a merge: another module uses the base weight too (tied embeddings).
         self.shares_weight = False
@@ -123,8 +124,8 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the input of φ, in the layout of the base weight."""
-        A, B, _ = self._factors(adapter)
-        return self._in_layout(self.input_gain[adapter] * (at_least_float32(B) @ at_least_float32(A)))
+        A, B = (at_least_float32(factor) for factor in self._factors(adapter)[:2])
+        return self._in_layout(input_gain(A, B, self.input_gain[adapter])[..., None, None] * (B @ A))
 
     def _in_layout(self, matrix: Tensor) -> Tensor:
         """View a matrix (m, n) in the layout of the base weight."""
