@@ -15,7 +15,14 @@ from lrlora_lab.sections import table, with_section
 DOCS = Path(__file__).parent
 SUITES = ("offline-nlu", "offline-commonsense")
 PAGE = DOCS / "compare.md"
-COLUMNS = ("LR-LoRA", "LoRA at 2r", "fixed sine", "DoRA", "AdaLoRA", "LR-LoRA, one φ for all")
+COLUMNS = (
+    "LR-LoRA, input_gain=300",
+    "LoRA at 2r",
+    "fixed sine, input_gain=300",
+    "DoRA",
+    "AdaLoRA",
+    "LR-LoRA, one φ for all, input_gain=300",
+)
 
 
 def render_results() -> str:

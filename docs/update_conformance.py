@@ -21,7 +21,7 @@ from lrlora.ops.transfer import Transfer
 
 FILE = Path(__file__).parent / "conformance" / "vectors.safetensors"
 M, N, R, TOKENS, TERMS = 24, 20, 3, 5, 4
-FORMS = {"residual": (300.0, 8, 10.0), "sinc": (1.0, 50, 1.0), "sine": (300.0, 8, 1.0)}  # g, N, μ
+FORMS = {"residual": (None, 8, 10.0), "sinc": (1.0, 50, 1.0), "sine": (300.0, 8, 1.0)}  # g, N, μ
 SCALING, INTERVAL = 2.0, 3.0
 
 
@@ -37,7 +37,7 @@ def vectors() -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
 
     for form, (gain, count, multiplier) in FORMS.items():
         phi = Transfer(TransferSpec(form, count, INTERVAL, multiplier))
-        given = {"A": 0.3 * drawn(R, N), "B": drawn(M, R) / gain}
+        given = {"A": 0.3 * drawn(R, N), "B": drawn(M, R) / (gain or 1.0)}
         given = {name: part.float().double().requires_grad_() for name, part in given.items()}
         if phi.amplitude is not None and phi.bandwidth is not None:
             phi.amplitude.data = 0.1 * drawn(count)

@@ -28,11 +28,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings, {name: whole[a:b].view(header[name]["shape"]) for name, (a, b) in places.items()}
 
 
-def update(given: dict[str, Tensor], form: str, s: float, g: float, interval: float, mu: float) -> Tensor:
-    """ΔW = (s/g)·φ(g·BA), or s·(P Rᵀ/√Q) ∘ BA."""
-    z = g * given["B"] @ given["A"]
+def update(given: dict[str, Tensor], form: str, s: float, g: float | None, interval: float, mu: float) -> Tensor:
+    """ΔW = (s/g)·φ(g·BA), or s·(P Rᵀ/√Q) ∘ BA. Without g, it is 0.5 / rms(BA), which has no gradient."""
+    product = given["B"] @ given["A"]
     if form == "expansion":
-        return s * (given["P"] @ given["R"].T / given["P"].shape[1] ** 0.5) * z
+        return s * (given["P"] @ given["R"].T / given["P"].shape[1] ** 0.5) * product
+    g = 0.5 / product.square().mean().sqrt().item() if g is None else g
+    z = g * product
     if form == "sine":
         return s / g * z.sin()
     count = len(given["amplitude"])

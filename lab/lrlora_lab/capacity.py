@@ -36,7 +36,6 @@ from lrlora.learned import LearnedRanks
 from lrlora.ranks import rank_report
 from lrlora.train.methods import METHODS, adapter_config
 from lrlora.train.progress import DivergedError
-from lrlora.tuner.layer import LrLoraLayer
 
 from .capacity_tasks import Setting, labels, picture_labels, transfer
 from .methods import Method
@@ -152,8 +151,6 @@ def train_capacity(
         nn.utils.clip_grad_norm_(trained, CLIP_NORM)
         optimizer.step()
         schedule.step()
-        if "unit_input" in method.in_training:
-            set_unit_input(model, method.in_training["unit_input"])
     seconds = (time.process_time() - started) / task.steps
     model.eval()
     validation = setting.validation(model)
@@ -167,19 +164,6 @@ def train_capacity(
         "test": setting.test(model),
         "ranks": rank_report(model) if method.has_ranks else None,
     }
-
-
-def set_unit_input(model: nn.Module, c: float) -> None:
-    """Set g = c / rms(BA) in each layer, so that the entries of g·BA, the input of φ, have the root mean square c.
-
-    g stays while BA = 0, at the start, where φ(0) = 0 and φ(g·BA)/g has the same value and gradient for any g.
-    """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LrLoraLayer)]
-    for layer in layers:
-        A, B = layer.lrlora_A["default"].weight.detach(), layer.lrlora_B["default"].weight.detach()
-        square = ((B.T @ B) * (A @ A.T)).sum().item() / (len(B) * A.shape[1])  # mean of (BA)²
-        if square > 0:
-            layer.input_gain["default"] = c / math.sqrt(square)
 
 
 def _adapted(setting: Setting, task: CapacityTask, method: Method, options: dict[str, Any]) -> Any:

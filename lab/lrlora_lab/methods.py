@@ -29,8 +29,8 @@ class Method:
         rates: learning rates to try.
         learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r.
 
-    On tasks on which rank binds, two options are no fields of the configuration: `max_rank`, the largest learned rank
-    of a module, and `unit_input`, c of φ(BA) with the gain c / rms(BA).
+    On tasks on which rank binds, one option is no field of the configuration: `max_rank`, the largest learned rank of a
+    module.
 
     """
 
@@ -48,8 +48,7 @@ class Method:
     @property
     def in_training(self) -> dict[str, Any]:
         """Options that are no fields of its PEFT configuration, but change the training."""
-        name = "max_rank" if self.learns_ranks else "unit_input" if self.train == "lr-lora" else None
-        return {name: self.options[name]} if name in self.options else {}
+        return {name: value for name, value in self.options.items() if self.learns_ranks and name == "max_rank"}
 
     @property
     def has_ranks(self) -> bool:
@@ -127,7 +126,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "frozen": ("lr-lora", "lora", "lr-lora-frozen", "sine"),
     "num-basis": ("lr-lora", "lora", *_with("num_basis", 2, 4, 16, 50)),
     "interval": ("lr-lora", "lora", *_with("interval", 1, 2, 5, 10)),
-    "gain": ("lr-lora", "lora", *_with("input_gain", 1, 30, 100, 1000)),
+    "gain": ("lr-lora", "lora", *_with("input_gain", 1, 30, 100, 300, 1000)),
     "rank": tuple(f"{method}+r={r}" for r in (1, 2, 4, 8, 16) for method in ("lora", "lr-lora")),
     "targets": ("lora", "lr-lora", "lora-attention", "lr-lora-attention", "lora-mlp", "lr-lora-mlp"),
 }

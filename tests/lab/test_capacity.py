@@ -14,14 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from lrlora import LrLoraConfig
 from lrlora.train.embedded import SMOLLM2, checkpoint
-from lrlora.tuner.layer import LrLoraLayer
-from lrlora_lab.capacity import CapacityTask, set_unit_input, train_capacity
+from lrlora_lab.capacity import CapacityTask, train_capacity
 from lrlora_lab.capacity_report import losses, served_rank, write_capacity_report
 from lrlora_lab.cli import app
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, Record, check_folder, prepare, read_records
@@ -207,28 +204,6 @@ def test_learned_ranks_are_no_point_of_loras_curve() -> None:
     row = table.loc["learned ranks"]
     assert (row["r"], row["rank when served"]) == (4, 12)
     assert row["LoRA's r for this loss"].value == pytest.approx(6, rel=0.2)
-
-
-def test_input_of_phi_at_a_given_size() -> None:
-    tiny = TinyModel("mlp")
-    model: Any = get_peft_model(tiny.build(), LrLoraConfig(r=2, **tiny.targets))
-    layers = [module for module in model.modules() if isinstance(module, LrLoraLayer)]
-    for layer, size in zip(layers, (1e-6, 3.0), strict=True):
-        torch.nn.init.normal_(layer.lrlora_B["default"].weight, std=size)
-    set_unit_input(model, 2.0)
-    for layer in layers:
-        z = layer.input_gain["default"] * layer.lrlora_B["default"].weight @ layer.lrlora_A["default"].weight
-        assert z.square().mean().sqrt().item() == pytest.approx(2.0, rel=1e-5)
-
-
-@pytest.mark.real
-def test_training_at_unit_input() -> None:
-    task = CapacityTask("labels", 20, 16, texts=64, classes=4)
-    losses = {
-        method: train_capacity(task, find_method(method), 2, 4.0, learning_rate=1e-2, seed=1)["test"]
-        for method in ("lr-lora", "lr-lora+unit_input=1")
-    }
-    assert losses["lr-lora+unit_input=1"] != pytest.approx(losses["lr-lora"], rel=1e-3)
 
 
 def test_a_single_rate_of_a_task_is_not_tuned() -> None:

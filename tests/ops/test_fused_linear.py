@@ -69,12 +69,12 @@ def make_case(
     )
 
 
-def fused(case: Case) -> Tensor:
-    return case.transfer.fused_linear(*case[:5], scaling=SCALING, gain=GAIN)
+def fused(case: Case, gain: float | None = GAIN) -> Tensor:
+    return case.transfer.fused_linear(*case[:5], scaling=SCALING, gain=gain)
 
 
-def formula(case: Case) -> Tensor:
-    delta = reference_delta_weight(*case[3:6], scaling=SCALING, input_gain=GAIN)
+def formula(case: Case, gain: float | None = GAIN) -> Tensor:
+    delta = reference_delta_weight(*case[3:6], scaling=SCALING, input_gain=gain)
     return F.linear(case.x.double(), case.weight.double() + delta, None if case.bias is None else case.bias.double())
 
 

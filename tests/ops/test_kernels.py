@@ -53,6 +53,18 @@ def test_float32_against_the_formula(form: str, num_basis: int, shape: tuple[int
     assert update_error(case) <= 1e-5
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_unit_input_against_the_formula(form: str, size: float) -> None:
+    case = make_case(form, 8, dtype=torch.float32, bias=False)
+    case.B.data.mul_(size)
+    case = case._replace(weight=torch.zeros_like(case.weight))
+    y, expected = fused(case, gain=None), formula(case, gain=None)
+    assert relative(y, expected) <= 1e-5
+    for got, want in zip(gradients(y, case), gradients(expected, case), strict=True):
+        assert relative(got, want) <= 1e-4
+
+
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("with_weight", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

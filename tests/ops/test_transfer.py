@@ -7,7 +7,7 @@ import torch
 
 from lrlora.ops.phi import FORMS, TransferSpec
 from lrlora.ops.table import MAX_CELLS, PhiGradient, TransferTable
-from lrlora.ops.transfer import Transfer
+from lrlora.ops.transfer import INPUT_RMS, Transfer, input_gain
 
 from ..processes import run
 
@@ -210,3 +210,23 @@ def test_a_vanishing_bandwidth_gives_no_nan() -> None:
     gradient = PhiGradient(table)
     gradient.add(z, torch.ones_like(z))
     assert all(part.isfinite().all() for part in gradient.of_parameters())
+
+
+def test_unit_input_has_one_size_in_every_matrix() -> None:
+    A = torch.randn(3, 2, 50)
+    B = torch.randn(3, 40, 2) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    z = input_gain(A, B, None)[:, None, None] * (B @ A)
+    torch.testing.assert_close(z.square().mean((1, 2)).sqrt(), torch.full((3,), INPUT_RMS))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_update_at_unit_input_grows_with_the_factors(form: str) -> None:
+    transfer, A, B = make_transfer(form, 8, scale=0.3), torch.randn(2, 50), torch.randn(40, 2)
+    once, thrice = (transfer.delta(A, factor * B, scaling=1.0, gain=None) for factor in (1, 3))
+    torch.testing.assert_close(thrice, 3 * once)
+    zeros = torch.zeros_like(B, requires_grad=True)
+    update = transfer.delta(A, zeros, scaling=1.0, gain=None)
+    (gradient,) = torch.autograd.grad(update.sum(), zeros)
+    assert update.abs().max() < 1e-9
+    assert gradient.isfinite().all()
+    assert gradient.any()

@@ -211,8 +211,8 @@ def test_non_finite_weights_are_refused_at_load(tiny_bert: TinyModel, tmp_path: 
 def test_an_adapter_of_a_newer_format_is_refused(tiny_bert: TinyModel, tmp_path: Path) -> None:
     adapt(tiny_bert).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 2, "gates": True}))
-    with pytest.raises(ValueError, match=r"format_version=2.*Update"), pytest.warns(UserWarning, match="gates"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 3, "gates": True}))
+    with pytest.raises(ValueError, match=r"format_version=3.*Update"), pytest.warns(UserWarning, match="gates"):
         PeftModel.from_pretrained(tiny_bert.build(), tmp_path)
 
 

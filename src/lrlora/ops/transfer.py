@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .form import Form, without_autocast
+from .form import Form
 from .fused_linear import adapted_linear, delta_weight
 from .phi import TransferSpec
 
@@ -34,9 +34,10 @@ def input_gain(A: Tensor, B: Tensor, gain: float | None) -> Tensor:
     """
     if gain is not None:
         return A.new_full(A.shape[:-2], gain)
-    with without_autocast(A.device.type):
-        square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)) / (B.shape[-2] * A.shape[-1])
-    return INPUT_RMS * square.clamp(min=_LEAST_RMS**2).rsqrt()
+    # In float32, rounding, which depends on the alignment in memory, would change g from one load to the next.
+    dtype, A, B = A.dtype, A.double(), B.double()
+    square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)) / (B.shape[-2] * A.shape[-1])
+    return (INPUT_RMS * square.clamp(min=_LEAST_RMS**2).rsqrt()).to(dtype)
 
 
 class Transfer(Form):

@@ -118,7 +118,7 @@ def phi(runs: Sequence[str]) -> Chart:
         alt.Chart(alt.NamedData("entries"))
         .mark_area(opacity=0.25, interpolate="step-after")
         .encode(
-            x=alt.X("z:Q", title="z, an entry of g·BA (g: fixed input gain)"),
+            x=alt.X("z:Q", title="z, an entry of g·BA (g: input gain)"),
             y=alt.Y("share:Q", stack=False, title="share of entries", axis=alt.Axis(format="%", grid=False)),
             color=_of_run(runs),
         )
