@@ -30,12 +30,13 @@ KEEP: dict[str, Optimizer] = {
     "RAdam": lambda p: torch.optim.RAdam(p, lr=5e-3),
     "Adamax": lambda p: torch.optim.Adamax(p, lr=5e-3),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=5e-3, momentum=0.5),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=5e-2),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=5e-3),
     "Adafactor of torch": lambda p: torch.optim.Adafactor(p, lr=5e-3),
     "Adafactor of transformers": lambda p: Adafactor(p, lr=5e-3, relative_step=False, scale_parameter=False),
     "Muon": lambda p: torch.optim.Muon(p, lr=5e-3),
 }
+if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):  # before, its state is made with the optimizer alone
+    KEEP["Adagrad"] = lambda p: torch.optim.Adagrad(p, lr=5e-2)
 
 
 def until(learned: LearnedRanks, tiny: TinyModel, model: Any, optimizer: Any, step: int) -> None:

@@ -17,7 +17,6 @@ INPUT_RMS = 0.5  # c, chosen in lab/studies/unit_input.md
 _LEAST_RMS = 1e-12  # B starts at zero
 
 
-@torch.no_grad()
 def input_gain(A: Tensor, B: Tensor, gain: float | None) -> Tensor:
     """g, or c / rms(BA) if `gain` is None: entries of the input g·BA of φ of the same size in every module.
 
@@ -35,7 +34,7 @@ def input_gain(A: Tensor, B: Tensor, gain: float | None) -> Tensor:
     if gain is not None:
         return A.new_full(A.shape[:-2], gain)
     # In float32, rounding, which depends on the alignment in memory, would change g from one load to the next.
-    dtype, A, B = A.dtype, A.double(), B.double()
+    dtype, A, B = A.dtype, A.detach().double(), B.detach().double()
     square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)) / (B.shape[-2] * A.shape[-1])
     return (INPUT_RMS * square.clamp(min=_LEAST_RMS**2).rsqrt()).to(dtype)
 
