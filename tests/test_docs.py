@@ -191,7 +191,7 @@ def test_the_conformance_vectors_are_those_of_the_reference(tmp_path: Path, monk
 @pytest.mark.parametrize("form", ["residual", "sinc", "sine", "expansion"])
 def test_the_files_of_an_adapter_are_the_documented_ones(form: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    rows = text.partition("## Files of an adapter, format 1")[2].split("|\n\n")[0].splitlines()[5:]
+    rows = text.partition("## Files of an adapter, format 2")[2].split("|\n\n")[0].splitlines()[5:]
     keys = [key for row in rows for key in re.findall("`(.lrlora_.+?)`", row)]
     assert len(keys) == 4
     base = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
@@ -342,6 +342,23 @@ def test_the_table_of_unit_input_is_that_of_the_stored_runs() -> None:
             assert f"| {task} | {r} | {' | '.join(means)} |" in table
         difference = fmean(losses["lr-lora"]) - fmean(losses["lr-lora+input_gain=300"])
         assert f"| {task} | both |  |  |  | {difference:+.3f} (" in table
+
+
+def test_the_table_of_ordinary_tasks_is_that_of_the_stored_runs() -> None:
+    study = ROOT / "lab" / "studies" / "unit_input.md"
+    table = study.read_text(encoding="utf-8").partition("<!-- ordinary -->")[2].partition("<!-- /ordinary -->")[0]
+    runs = [json.loads(line) for line in study.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row.strip("| ").split(" | ") for row in table.strip().splitlines()[2:-1]]
+    assert len(rows) == 5
+    for task, _, seeds, *means, difference in rows:
+        scores = [
+            {run["seed"]: 100 * run["test"] for run in runs if (run["task"], run["method"]) == (task, method)}
+            for method in ("lora", "lr-lora")
+        ]
+        assert len(scores[0]) == len(scores[1]) == int(seeds)
+        assert means == [f"{fmean(each.values()):.2f}" for each in scores]
+        relative = fmean(100 * (scores[1][seed] / score - 1) for seed, score in scores[0].items())
+        assert difference.startswith(f"{relative:+.2f} (")
 
 
 def test_the_page_on_cuts_says_what_the_study_measured() -> None:

@@ -29,11 +29,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def update(given: dict[str, Tensor], form: str, s: float, g: float | None, interval: float, mu: float) -> Tensor:
-    """ΔW = (s/g)·φ(g·BA), or s·(P Rᵀ/√Q) ∘ BA. Without g, it is 0.5 / rms(BA), which has no gradient."""
+    """ΔW = (s/g)·φ(g·BA), or s·(P Rᵀ/√Q) ∘ BA. Without g: 0.5 / rms of the nonzero rows."""
     product = given["B"] @ given["A"]
     if form == "expansion":
         return s * (given["P"] @ given["R"].T / given["P"].shape[1] ** 0.5) * product
-    g = 0.5 / product.square().mean().sqrt().item() if g is None else g
+    if g is None:
+        used = product.detach()[(given["B"] != 0).any(1)]
+        g = 0.5 / used.square().mean().sqrt().item()
     z = g * product
     if form == "sine":
         return s / g * z.sin()

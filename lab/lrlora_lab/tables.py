@@ -82,8 +82,10 @@ def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFr
     cells, tasks = final_runs(records), comparison.definition.training_tasks
     rows = []
     for (name, method), runs in cells.items():
-        base = cells.get((name, "lr-lora"))
-        if base is None or method == "lr-lora" or find_method(method).train != "lr-lora":
+        head, plus, options = method.partition("+")
+        like = "lr-lora" if head == "lr-lora" else f"lr-lora{plus}{options}"  # the same options, but for the variant's
+        base = cells.get((name, like))
+        if base is None or method == like or find_method(method).train != "lr-lora":
             continue
         for measure in (score, loss):
             differences = _difference(runs, base, tasks[name], measure)

@@ -219,6 +219,12 @@ def test_unit_input_has_one_size_in_every_matrix() -> None:
     torch.testing.assert_close(z.square().mean((1, 2)).sqrt(), torch.full((3,), INPUT_RMS))
 
 
+def test_rows_of_tokens_that_were_not_seen_do_not_count() -> None:
+    A, B = torch.randn(2, 50), torch.randn(40, 2)
+    seen = torch.cat([B, torch.zeros(1000, 2)])
+    torch.testing.assert_close(input_gain(A, seen, None), input_gain(A, B, None))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_update_at_unit_input_grows_with_the_factors(form: str) -> None:
     transfer, A, B = make_transfer(form, 8, scale=0.3), torch.randn(2, 50), torch.randn(40, 2)

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from .expansion import Expansion
-from .transfer import INPUT_RMS, Transfer
+from .transfer import INPUT_RMS, LEAST_RMS, Transfer
 
 
 def reference_delta_weight(
@@ -20,15 +20,17 @@ def reference_delta_weight(
         B: (m, r).
         transfer: φ.
         scaling: s, usually α/r.
-        input_gain: g > 0, or None: c / rms(BA), without a gradient.
+        input_gain: g > 0, or None: c / rms(BA), of the rows of B that are not zero, without a gradient.
 
     Returns:
         (m, n), float64. Autograd saves an m×n×N tensor.
 
     """
     product = B.double() @ A.double()
-    gain = INPUT_RMS / product.square().mean().sqrt().item() if input_gain is None else input_gain
-    return (scaling / gain) * transfer(gain * product)
+    if input_gain is None:
+        used = product.detach()[(B != 0).any(1)]
+        input_gain = INPUT_RMS / max(used.square().mean().sqrt().item(), LEAST_RMS) if len(used) else 1 / LEAST_RMS
+    return (scaling / input_gain) * transfer(input_gain * product)
 
 
 def reference_expansion_delta(A: Tensor, B: Tensor, expansion: Expansion, *, scaling: float) -> Tensor:

@@ -14,13 +14,14 @@ from .fused_linear import adapted_linear, delta_weight
 from .phi import TransferSpec
 
 INPUT_RMS = 0.5  # c, chosen in lab/studies/unit_input.md
-_LEAST_RMS = 1e-12  # B starts at zero
+LEAST_RMS = 1e-12  # B starts at zero
 
 
 def input_gain(A: Tensor, B: Tensor, gain: float | None) -> Tensor:
     """g, or c / rms(BA) if `gain` is None: entries of the input g·BA of φ of the same size in every module.
 
-    rms(BA)² = tr(BᵀB·AAᵀ) / (m·n) takes two r×r products. It has no gradient.
+    rms(BA)² = tr(BᵀB·AAᵀ) / (m·n) takes two r×r products. It has no gradient. Zero rows of B do not count: those of
+    tokens that an embedding has not seen.
 
     Args:
         A: (..., r, n), float32 or float64.
@@ -35,8 +36,9 @@ def input_gain(A: Tensor, B: Tensor, gain: float | None) -> Tensor:
         return A.new_full(A.shape[:-2], gain)
     # In float32, rounding, which depends on the alignment in memory, would change g from one load to the next.
     dtype, A, B = A.dtype, A.detach().double(), B.detach().double()
-    square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)) / (B.shape[-2] * A.shape[-1])
-    return (INPUT_RMS * square.clamp(min=_LEAST_RMS**2).rsqrt()).to(dtype)
+    rows = (B != 0).any(-1).sum(-1).clamp(min=1)
+    square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)) / (rows * A.shape[-1])
+    return (INPUT_RMS * square.clamp(min=LEAST_RMS**2).rsqrt()).to(dtype)
 
 
 class Transfer(Form):

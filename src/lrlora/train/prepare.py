@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
 from transformers import Trainer, TrainerCallback, set_seed
 
-from ..files import ADAPTER_EXPECTED, readable, require_folder, require_no_input
+from ..files import ADAPTER_EXPECTED, read_json, readable, require_folder, require_no_input
 from ..learned.callback import LearnedRanksCallback
 from ..learned.learned_ranks import FEWEST_STEPS
 from ..learned.size import Size
 from ..ranks.report import read_history
 from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord, last_whole_checkpoint, resume_hint
+from ..tuner.config import LrLoraConfig
 from .cut import FEWEST
 from .data import require_data_path
 from .hub import require_hub
@@ -138,18 +140,32 @@ def last_checkpoint(output: Path, trainer: Trainer, announce: Announce) -> Path 
     """Checkpoint to resume from; None: from the start.
 
     Raises:
-        ValueError: it was written under another sharding.
+        ValueError: it was written under another sharding, or with another gain of φ.
 
     """
     last = last_whole_checkpoint(output)
     if last is not None:
         require_same_sharding(last, trainer)
+        _require_same_gain(last, trainer.model)
         if trainer.args.save_only_model:
             announce(
                 "Warning: checkpoints have no state of the optimizer (save_only_model), so the results will differ "
                 "from those of an uninterrupted run."
             )
     return last
+
+
+def _require_same_gain(checkpoint: Path, model: Any) -> None:
+    """Raise ValueError if an earlier version, with another default gain of φ, wrote a checkpoint."""
+    config = getattr(model, "active_peft_config", None)
+    if not isinstance(config, LrLoraConfig) or not (checkpoint / CONFIG_NAME).exists():
+        return
+    gain = read_json(checkpoint / CONFIG_NAME, dict[str, Any], ADAPTER_EXPECTED).get("input_gain")
+    if gain != config.input_gain:
+        raise ValueError(
+            f"The checkpoint {checkpoint} has input_gain={gain}, but this run has {config.input_gain}: a version of "
+            "lrlora with another default began it. Resume it with that version, or start a new run."
+        )
 
 
 def prepare(
