@@ -108,7 +108,9 @@ class CausalLm(Kind):
         return importlib.import_module("trl").SFTConfig  # lazy: TRL is slow to import
 
     def arguments(self, max_length: int | None, batch: int) -> dict[str, Any]:
-        return {"per_device_eval_batch_size": 4 * batch, "max_length": max_length, "bf16": False}
+        # Some versions of TRL default to a loss whose forward gives no logits, which cuts by loss read.
+        given = {"max_length": max_length, "loss_type": "nll"}
+        return {"per_device_eval_batch_size": 4 * batch, "bf16": False, **given}
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
         from .sft import TokenMeanTrainer  # lazy, too
