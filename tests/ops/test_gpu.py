@@ -30,7 +30,6 @@ assert _precision() == "tf32"
 """
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has one setting only")
 def test_tf32_by_the_newer_setting() -> None:
     run(TF32)
 

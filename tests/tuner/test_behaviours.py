@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from peft import LoraConfig, PeftMixedModel, PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -555,9 +554,6 @@ def test_inputs_embeds(tiny: TinyModel) -> None:
     assert torch.equal(getattr(output, "logits", getattr(output, "last_hidden_state", None)), expected)
 
 
-@pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.7"), reason="PEFT's forward breaks the graph, also that of LoRA"
-)
 @pytest.mark.parametrize("mode", ["training", pytest.param("inference", marks=pytest.mark.slow)])
 def test_compile(tiny: TinyModel, mode: str) -> None:
     """`torch.compile` of the whole model, training and inference, without a graph break"""

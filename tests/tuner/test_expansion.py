@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
@@ -144,7 +143,6 @@ def test_other_kinds_of_layers_use_their_update(layer: nn.Module, x: torch.Tenso
     assert torch.allclose(model(x), y, atol=1e-4)
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="a PEFT model has breaks of its own")
 def test_compiled_without_a_graph_break() -> None:
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LrLoraConfig(r=2, target_modules=["0"], **EXPANSION))

@@ -207,10 +207,7 @@ def product_gradients(
 
 def _precision() -> str:
     """PyTorch's setting for float32 matmuls on a GPU."""
-    matmul = torch.backends.cuda.matmul
-    # PyTorch versions with the newer setting raise on reads of the older one once the newer has been used.
-    is_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if is_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
