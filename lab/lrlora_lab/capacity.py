@@ -140,7 +140,7 @@ def train_capacity(
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, task.steps // 10), task.steps)
     if size := method.size(rank):
-        LearnedRanks(model, optimizer, size=size, steps=task.steps, **method.in_training)
+        LearnedRanks(model, optimizer, size=size, steps=task.steps, max_rank=method.max_rank)
     started = time.process_time()
     model.train()
     for loss in islice(setting.losses(model), task.steps):

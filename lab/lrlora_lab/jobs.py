@@ -298,9 +298,8 @@ def check(comparison: Comparison, output: Path) -> None:
                     raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
                 adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
-            if known.in_training:
-                name = next(iter(known.in_training))
-                raise ValueError(f"{method} sets {name}, which {task} does not support. Remove it.")
+            if known.max_rank is not None:
+                raise ValueError(f"{method} sets max_rank, which {task} does not support. Remove it.")
             config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
             require_settings(config.training, "training", settings.task, known.train)
             head = KINDS[settings.task].adapter_fields

@@ -29,8 +29,7 @@ class Method:
         rates: learning rates to try.
         learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r.
 
-    On tasks on which rank binds, one option is no field of the configuration: `max_rank`, the largest learned rank of a
-    module.
+    On tasks on which rank binds, methods that learn ranks have the option `max_rank`.
 
     """
 
@@ -46,9 +45,9 @@ class Method:
         return f"r{r}" if self.learns_ranks else None
 
     @property
-    def in_training(self) -> dict[str, Any]:
-        """Options that are no fields of its PEFT configuration, but change the training."""
-        return {name: value for name, value in self.options.items() if self.learns_ranks and name == "max_rank"}
+    def max_rank(self) -> int | None:
+        """Largest learned rank of a module; None: any."""
+        return self.options.get("max_rank") if self.learns_ranks else None
 
     @property
     def has_ranks(self) -> bool:
@@ -72,7 +71,7 @@ class Method:
         """
         if not self.rank_factor:
             return dict(self.options)
-        own = {name: value for name, value in self.options.items() if name not in self.in_training}
+        own = {name: value for name, value in self.options.items() if name != "max_rank" or not self.learns_ranks}
         options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **own}
         alpha = PEFT_METHODS[self.train].alpha
         if alpha is None or (scale is None and ratio == 1):  # α defaults to r
