@@ -20,7 +20,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import trange
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    get_cosine_schedule_with_warmup,
+)
 
 from lrlora.checks import require_known
 from lrlora.files import cache_folder, readable, replacing
@@ -76,26 +83,29 @@ def mean_loss(model: nn.Module, data: Tensor, windows: int) -> float:
     return total / windows
 
 
-def base_model() -> PreTrainedModel:
+def base_model(architecture: str = "opt") -> PreTrainedModel:
     """Byte model of 1.9 M parameters, pretrained on English: cached, or trained in a quarter of an hour.
 
     Concurrent processes wait for the first. After an interruption, the next call resumes.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
 
     Raises:
         RuntimeError: the corpus cannot be downloaded.
 
     """
-    folder = cache_folder() / "byte-model"
+    folder = cache_folder() / ("byte-model" if architecture == "opt" else f"byte-model-{architecture}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            pretrain(load_corpus("english").train, folder)
+            pretrain(load_corpus("english").train, folder, architecture=architecture)
         # Under the lock: two threads that load at once leave transformers without weight tying.
         with readable(folder, "Remove it to train the model again."):
-            return OPTForCausalLM.from_pretrained(folder)
+            return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def _config(hidden: int, layers: int) -> OPTConfig:
+def _opt(hidden: int, layers: int) -> PretrainedConfig:
     return OPTConfig(
         vocab_size=256,
         hidden_size=hidden,
@@ -113,8 +123,34 @@ def _config(hidden: int, layers: int) -> OPTConfig:
     )
 
 
+def _gpt2(hidden: int, layers: int) -> PretrainedConfig:
+    """Queries, keys and values in one matrix, weights stored as (in, out)."""
+    return GPT2Config(
+        vocab_size=256,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=hidden // 32,
+        n_positions=CONTEXT,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+ARCHITECTURES = {"opt": _opt, "gpt2": _gpt2}
+
+
 def pretrain(
-    data: Tensor, folder: Path, *, steps: int = 2_500, hidden: int = 192, layers: int = 4, save_every: int = 200
+    data: Tensor,
+    folder: Path,
+    *,
+    steps: int = 2_500,
+    hidden: int = 192,
+    layers: int = 4,
+    save_every: int = 200,
+    architecture: str = "opt",
 ) -> None:
     """Train a byte model from scratch and save it atomically.
 
@@ -125,11 +161,12 @@ def pretrain(
         hidden: hidden size; an attention head has 32.
         layers: number of layers.
         save_every: steps between saves.
+        architecture: one of `ARCHITECTURES`.
 
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = OPTForCausalLM(_config(hidden, layers))
+        model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](hidden, layers))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(_WARM_UP * steps), steps)
     generator, done = torch.Generator().manual_seed(0), 0

@@ -37,8 +37,10 @@ from lrlora.ranks import rank_report
 from lrlora.train.methods import METHODS, adapter_config
 from lrlora.train.progress import DivergedError
 
+from .byte_model import ARCHITECTURES
 from .capacity_tasks import Setting, labels, picture_labels, transfer
 from .methods import Method
+from .rivals import RIVALS
 from .smollm2 import language, phone_book
 
 CORPORA = ("german", "source-code")
@@ -56,6 +58,7 @@ class CapacityTask:
         texts, classes: for "labels"; `texts` is also the number of images of "picture-labels" and names of a
             "phone-book".
         corpus: for "transfer" and "language".
+        architecture: of the byte model of "transfer".
         methods: default methods.
         rates: initial learning rates of adapters; a single one with a single scale is not tuned. Full fine-tuning uses
             a tenth of them, and adapters without a scale, HiRA and VeRA, eight times as much, because their rate
@@ -75,6 +78,7 @@ class CapacityTask:
     texts: int = 2_048
     classes: int = 64
     corpus: str = "german"
+    architecture: str = "opt"
     methods: tuple[str, ...] = ()
     rates: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
     scales: tuple[float, ...] = (4.0, 0.25, 1.0, 16.0, 64.0)
@@ -86,6 +90,7 @@ class CapacityTask:
         require_type(self, CapacityTask, "task")
         require_known("kind of task on which rank binds", self.task, KINDS)
         require_known("corpus", self.corpus, CORPORA)
+        require_known("architecture", self.architecture, ARCHITECTURES)
         for name in ("steps", "batch_size", "texts", "classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer ≥ 1, got {getattr(self, name)}.")
@@ -101,7 +106,7 @@ KINDS: dict[str, Callable[[CapacityTask, int], Setting]] = {
     "labels": lambda task, seed: labels(task.texts, task.classes, task.batch_size, seed),
     "picture-labels": lambda task, seed: picture_labels(task.texts, task.classes, task.batch_size, seed),
     "phone-book": lambda task, seed: phone_book(task.texts, task.batch_size, seed),
-    "transfer": lambda task, seed: transfer(task.corpus, task.batch_size, seed),
+    "transfer": lambda task, seed: transfer(task.corpus, task.batch_size, seed, task.architecture),
     "language": lambda task, seed: language(task.corpus, task.batch_size, seed),
 }
 
@@ -140,7 +145,9 @@ def train_capacity(
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, task.steps // 10), task.steps)
     if size := method.size(rank):
-        LearnedRanks(model, optimizer, size=size, steps=task.steps, max_rank=method.max_rank)
+        options = dict(method.cut)
+        learns = RIVALS[options.pop("by")] if "by" in options else LearnedRanks
+        learns(model, optimizer, size=size, steps=task.steps, **options)
     started = time.process_time()
     model.train()
     for loss in islice(setting.losses(model), task.steps):

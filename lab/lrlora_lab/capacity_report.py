@@ -36,7 +36,7 @@ def family(method: str) -> str:
 def rank_of(method: str, rank: int) -> int | None:
     """Rank r of BA in a comparison at `rank`, of learned ranks that of their size; None for full fine-tuning."""
     known = find_method(method)
-    return rank if known.learns_ranks else known.adapter(rank).get("r")
+    return known.options.get("r", rank) if known.learns_ranks else known.adapter(rank).get("r")
 
 
 def served_rank(method: str, rank: int) -> int | None:

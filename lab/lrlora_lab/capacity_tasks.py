@@ -174,9 +174,10 @@ def _random_labels(model: LabelModel, inputs: Tensor, classes: int, batch_size: 
     return Setting(model, "intermediate|output", losses, whole, lambda model: {"loss": whole(model)})
 
 
-def transfer(corpus: str, batch_size: int, seed: int) -> Setting:
+def transfer(corpus: str, batch_size: int, seed: int, architecture: str = "opt") -> Setting:
     """Continued byte-model training."""
     data, generator = load_corpus(corpus), torch.Generator().manual_seed(seed)
+    of_base = load_corpus("english").test
 
     def losses(model: Any) -> Iterator[Tensor]:
         while True:
@@ -184,9 +185,12 @@ def transfer(corpus: str, batch_size: int, seed: int) -> Setting:
             yield model(input_ids=windows, labels=windows).loss
 
     return Setting(
-        base_model(),
-        r".*\.(\w+_proj|fc\d)",
+        base_model(architecture),
+        r".*\.(\w+_proj|fc\d|c_\w+)",
         losses,
         lambda model: mean_loss(model, data.validation, TEST_WINDOWS),
-        lambda model: {"loss": mean_loss(model, data.test, TEST_WINDOWS)},
+        lambda model: {
+            "loss": mean_loss(model, data.test, TEST_WINDOWS),
+            "base": mean_loss(model, of_base, TEST_WINDOWS),
+        },
     )

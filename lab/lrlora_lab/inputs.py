@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
+import inspect
 import io
 import json
 import pickle
 import tarfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -238,12 +241,44 @@ def _unpickled(name: str) -> Any:
     return _Arrays(io.BytesIO(gzip.decompress((fetch(ANIMALS) / name).read_bytes()))).load()
 
 
+def load_chats() -> DatasetDict:
+    """Questions on numpy, scipy and scikit-learn functions, answered by the start of their docstrings."""
+    warnings.simplefilter("ignore")
+    names: tuple[str, ...] = (
+        "numpy",
+        "numpy.linalg",
+        "numpy.fft",
+        "numpy.random",
+        "scipy.linalg",
+        "scipy.stats",
+        "scipy.signal",
+    )
+    names += ("scipy.special", "scipy.ndimage", "scipy.optimize", "scipy.sparse", "scipy.spatial", "sklearn.metrics")
+    names += ("sklearn.linear_model", "sklearn.preprocessing", "sklearn.ensemble", "sklearn.model_selection")
+    rows: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
+    known: set[str] = set()
+    for name in names:
+        module = importlib.import_module(name)
+        for each in sorted(dir(module)):
+            said = inspect.getdoc(getattr(module, each)) or ""
+            answer = " ".join(said.split("\n\n")[0].split())
+            if each.startswith("_") or not 20 < len(answer) < 200 or answer in known or "(" in answer[:40]:
+                continue
+            known.add(answer)
+            place = hashlib.sha256(answer.encode()).digest()[0] % 8
+            part = "test" if place == 0 else "validation" if place == 1 else "train"
+            question = {"role": "user", "content": f"What does {name}.{each} do?"}
+            rows[part].append([question, {"role": "assistant", "content": answer}])
+    return DatasetDict({name: Dataset.from_dict({"messages": r}) for name, r in rows.items()})
+
+
 DATA: dict[str, Callable[[], DatasetDict]] = {
     "20-newsgroups": partial(load_topics, NEWSGROUPS_TRAIN, NEWSGROUPS_TEST, _NEWSGROUPS),
     "ratings": load_ratings,
     "digits": load_digits,
     "animals": load_animals,
     "strategy-qa": load_strategy_qa,
+    "chats": load_chats,
 }
 
 

@@ -23,6 +23,7 @@ from lrlora.train.tasks import KINDS
 
 from .capacity import CapacityTask
 from .methods import MAIN_METHODS, Method, find_method
+from .rivals import RIVALS
 from .suite import Suite, load_suite
 
 TUNING_SEED = 0
@@ -296,10 +297,12 @@ def check(comparison: Comparison, output: Path) -> None:
             if isinstance(settings, CapacityTask):
                 if known.train == "adalora":
                     raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
+                if (by := known.cut.get("by")) is not None:
+                    require_known("way to choose ranks", by, RIVALS)
                 adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
-            if known.max_rank is not None:
-                raise ValueError(f"{method} sets max_rank, which {task} does not support. Remove it.")
+            if known.cut:
+                raise ValueError(f"{method} sets {', '.join(known.cut)}, which {task} does not support. Remove it.")
             config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
             require_settings(config.training, "training", settings.task, known.train)
             head = KINDS[settings.task].adapter_fields

@@ -15,6 +15,8 @@ from lrlora.tuner.config import PUBLISHED
 # Initial learning rates; the grid is extended while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 _FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+# Options of learned ranks: the largest rank, the share of the steps before the cut, and a way of `rivals.RIVALS`.
+CUT = ("max_rank", "at", "by")
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,10 @@ class Method:
         options: fields of its PEFT configuration, besides the rank.
         rank_factor: ratio of its rank to r; 0 for methods without one.
         rates: learning rates to try.
-        learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r.
+        learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r; its option `r` is that of
+            the size.
 
-    On tasks on which rank binds, methods that learn ranks have the option `max_rank`.
+    On tasks on which rank binds, methods that learn ranks also have the options of `CUT`.
 
     """
 
@@ -42,12 +45,12 @@ class Method:
 
     def size(self, r: int) -> str | None:
         """Size to which its ranks are learned in a comparison of rank r; None without."""
-        return f"r{r}" if self.learns_ranks else None
+        return f"r{self.options.get('r', r)}" if self.learns_ranks else None
 
     @property
-    def max_rank(self) -> int | None:
-        """Largest learned rank of a module; None: any."""
-        return self.options.get("max_rank") if self.learns_ranks else None
+    def cut(self) -> dict[str, Any]:
+        """Options of `CUT`."""
+        return {name: self.options[name] for name in CUT if name in self.options} if self.learns_ranks else {}
 
     @property
     def has_ranks(self) -> bool:
@@ -71,7 +74,9 @@ class Method:
         """
         if not self.rank_factor:
             return dict(self.options)
-        own = {name: value for name, value in self.options.items() if name != "max_rank" or not self.learns_ranks}
+        own = {name: value for name, value in self.options.items() if name not in self.cut}
+        if self.learns_ranks:
+            r = own.pop("r", r)
         options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **own}
         alpha = PEFT_METHODS[self.train].alpha
         if alpha is None or (scale is None and ratio == 1):  # α defaults to r

@@ -123,9 +123,9 @@ def phone_book(pairs: int, batch_size: int, seed: int) -> Setting:
 def language(corpus: str, batch_size: int, seed: int) -> Setting:
     """Continued training of SmolLM2, with the linear layers of its last six layers."""
     generator, tokenizer = torch.Generator().manual_seed(seed), _tokenizer()
-    train, validation, test = (
+    train, validation, test, of_base = (
         torch.tensor(tokenizer(part.numpy().tobytes().decode(errors="replace"), verbose=False)["input_ids"])
-        for part in load_corpus(corpus)
+        for part in (*load_corpus(corpus), load_corpus("english").test)
     )
 
     def losses(model: Any) -> Iterator[Tensor]:
@@ -143,5 +143,5 @@ def language(corpus: str, batch_size: int, seed: int) -> Setting:
         r"decoder\.layers\.2[4-9]\..*_proj",
         losses,
         lambda model: mean_loss(model, validation),
-        lambda model: {"loss": mean_loss(model, test)},
+        lambda model: {"loss": mean_loss(model, test), "base": mean_loss(model, of_base)},
     )

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from lrlora_lab import byte_model
 from lrlora_lab.byte_model import (
+    ARCHITECTURES,
     CONTEXT,
     CORPORA,
     Corpus,
@@ -109,12 +110,13 @@ def test_more_windows_than_there_are_are_refused(model: OPTForCausalLM, windows:
         mean_loss(model, repeated(4 * CONTEXT - 1), windows)
 
 
-def test_pretraining_learns_and_leaves_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pretraining_learns_and_leaves_nothing_else(tmp_path: Path, architecture: str) -> None:
     state = torch.get_rng_state()
-    pretrain(repeated(), tmp_path / "model", **{**TINY, "steps": 60})
+    pretrain(repeated(), tmp_path / "model", **{**TINY, "steps": 60}, architecture=architecture)
     assert torch.equal(torch.get_rng_state(), state)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    model = OPTForCausalLM.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert mean_loss(model, repeated(), 20) < 0.5 * math.log(256)
 
 

@@ -14,15 +14,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from lrlora.adapters import factorize
+from lrlora.learned import LossCurve
+from lrlora.learned.directions import Directions
 from lrlora.train.embedded import SMOLLM2, checkpoint
 from lrlora_lab.capacity import CapacityTask, train_capacity
 from lrlora_lab.capacity_report import losses, served_rank, write_capacity_report
 from lrlora_lab.cli import app
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, Record, check_folder, prepare, read_records
 from lrlora_lab.methods import find_method
+from lrlora_lab.rivals import OwnShare
 from lrlora_lab.smollm2 import LanguageModel, draw_phone_book, phone_book
 from lrlora_lab.statistics import equivalent_rank
 from lrlora_lab.suite import Suite, load_suite
@@ -241,7 +246,11 @@ def test_full_fine_tuning_starts_at_lower_rates() -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    "method", ["lora+r=2", "learned+r=4", "learned+r=4+max_rank=1", "expansion+r=1", "dora+r=1", "full"]
+    "method",
+    [
+        *("lora+r=2", "learned", "learned+r=2+max_rank=1", "learned+by=own-share", "learned+by=equal"),
+        *("learned+by=gradual+at=0.6", "expansion+r=1", "dora+r=1", "full"),
+    ],
 )
 def test_methods_learn_labels(method: str) -> None:
     task = CapacityTask("labels", 60, 16, texts=64, classes=4)
@@ -250,9 +259,27 @@ def test_methods_learn_labels(method: str) -> None:
     assert found["criterion"] < 1.2  # chance is 1.39
     if known.learns_ranks:
         assert found["trainable"] <= 2 * 2 * (384 + 1536)
-        assert (max(row.r for row in found["ranks"].rows) <= 1) == ("max_rank" in method)
+        ranks = {row.r for row in found["ranks"].rows}
+        assert (max(ranks) <= 1) == ("max_rank" in method)
+        assert ranks == {2} or known.cut.get("by") not in ("equal", "gradual")
     again = train_capacity(task, known, 2, 4.0, learning_rate=1e-3 if method == "full" else 1e-2, seed=1)
     assert again["criterion"] == found["criterion"]
+
+
+def test_modules_keep_a_share_of_their_own_rise() -> None:
+    model = TinyModel("llama").build()
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    learned = OwnShare(model, torch.optim.AdamW(model.parameters()), size="r2", steps=20)
+    rises = [torch.tensor([90.0, 5, 4, 1]), torch.tensor([3e-3, 3e-3, 2e-3, 1e-3])]
+    factors = factorize(model, energy=1.0)
+    curve = LossCurve([Directions(f, f.A, f.B, rises[f.module.endswith("down_proj")].double()) for f in factors])
+    kept = learned._chosen(curve)
+    assert sum(part.parameters for part in kept) <= learned.parameters
+    assert {part.rank for part in kept if part.module.endswith("down_proj")} == {2}  # 67 %; a third would not fit
+    assert {part.rank for part in kept if part.module.endswith("q_proj")} == {1}  # 90 %
+    # By loss, the modules with the larger rises keep more.
+    by_loss = curve.within(learned.parameters)
+    assert {part.rank for part in by_loss if part.module.endswith("q_proj")} == {4}
 
 
 @pytest.mark.real

@@ -7,13 +7,9 @@ Takes hours. Jobs: `cut--…` (all cuts of one adapter), `keep--…` (what `--ke
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import inspect
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +38,7 @@ from lrlora.train.settings import TrainConfig
 
 from ..byte_model import CONTEXT, load_corpus, sample_batch
 from ..capacity_tasks import TEST_WINDOWS, transfer
-from ..inputs import located
+from ..inputs import load_chats, located
 from ..pool import Record
 from . import Job, Measurement
 from .compress import cost_of
@@ -119,38 +115,7 @@ def german() -> DatasetDict:
     return DatasetDict(parts)
 
 
-def chat() -> DatasetDict:
-    """Questions on numpy, scipy and scikit-learn functions, answered by the start of their docstrings."""
-    warnings.simplefilter("ignore")
-    names: tuple[str, ...] = (
-        "numpy",
-        "numpy.linalg",
-        "numpy.fft",
-        "numpy.random",
-        "scipy.linalg",
-        "scipy.stats",
-        "scipy.signal",
-    )
-    names += ("scipy.special", "scipy.ndimage", "scipy.optimize", "scipy.sparse", "scipy.spatial", "sklearn.metrics")
-    names += ("sklearn.linear_model", "sklearn.preprocessing", "sklearn.ensemble", "sklearn.model_selection")
-    rows: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
-    known: set[str] = set()
-    for name in names:
-        module = importlib.import_module(name)
-        for each in sorted(dir(module)):
-            said = inspect.getdoc(getattr(module, each)) or ""
-            answer = " ".join(said.split("\n\n")[0].split())
-            if each.startswith("_") or not 20 < len(answer) < 200 or answer in known or "(" in answer[:40]:
-                continue
-            known.add(answer)
-            place = hashlib.sha256(answer.encode()).digest()[0] % 8
-            part = "test" if place == 0 else "validation" if place == 1 else "train"
-            question = {"role": "user", "content": f"What does {name}.{each} do?"}
-            rows[part].append([question, {"role": "assistant", "content": answer}])
-    return DatasetDict({name: Dataset.from_dict({"messages": r}) for name, r in rows.items()})
-
-
-DATA = {"german": german, "chat": chat}
+DATA = {"german": german, "chat": load_chats}
 
 
 def data(name: str, files: Path) -> Record:

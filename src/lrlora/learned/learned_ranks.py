@@ -334,7 +334,7 @@ class LearnedRanks:
             )
         moments = {path: of.to("cpu") for path, of in self._moments.items()}
         curve = LossCurve([directions(part, moments.get(part.module), 1) for part in wide])
-        factors = curve.within(self._budget, self._max_rank)
+        factors = self._chosen(curve)
         if processes() > 1:  # others may round otherwise
             shared = [factors]
             dist.broadcast_object_list(shared, src=0)
@@ -344,6 +344,10 @@ class LearnedRanks:
         self.cut_step = self._done
         self.summary = _summary(self._done, wide, factors)
         self._end_learning({part.module: part.rank for part in factors})
+
+    def _chosen(self, curve: LossCurve) -> list[Factors]:
+        """Factors after the cut."""
+        return curve.within(self._budget, self._max_rank)
 
     def _restart(self) -> None:
         factors = self._factors
