@@ -325,40 +325,11 @@ def test_the_table_of_reserved_ranks_is_that_of_the_stored_runs(method: str, tit
         assert row.endswith(f"| {fmean(losses):.3f} ± {stdev(losses):.3f} |")
 
 
-def test_the_table_of_unit_input_is_that_of_the_stored_runs() -> None:
-    study = ROOT / "lab" / "studies" / "unit_input.md"
-    table = study.read_text(encoding="utf-8").partition("<!-- unit -->")[2].partition("<!-- /unit -->")[0]
-    runs = [json.loads(line) for line in study.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
-    for task in ("labels", "picture-labels", "german"):
-        losses: dict[str, list[float]] = {}  # by method, of both ranks, seeds 2 to 6
-        for r in (1, 4):
-            means = []
-            for name in ("lora", "lr-lora+input_gain=300", "lr-lora"):
-                method = name.replace("lora", "lora+r=1", 1) if r == 1 else name
-                of_method = [run for run in runs if (run["task"], run["method"]) == (f"{task}-r{r}", method)]
-                found = [run["test"] for run in of_method if run["seed"] > 1]
-                losses[name] = losses.get(name, []) + found
-                means.append(f"{fmean(found):.3f}")
-            assert f"| {task} | {r} | {' | '.join(means)} |" in table
-        difference = fmean(losses["lr-lora"]) - fmean(losses["lr-lora+input_gain=300"])
-        assert f"| {task} | both |  |  |  | {difference:+.3f} (" in table
-
-
-def test_the_table_of_ordinary_tasks_is_that_of_the_stored_runs() -> None:
-    study = ROOT / "lab" / "studies" / "unit_input.md"
-    table = study.read_text(encoding="utf-8").partition("<!-- ordinary -->")[2].partition("<!-- /ordinary -->")[0]
-    runs = [json.loads(line) for line in study.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row.strip("| ").split(" | ") for row in table.strip().splitlines()[2:-1]]
-    assert len(rows) == 5
-    for task, _, seeds, *means, difference in rows:
-        scores = [
-            {run["seed"]: 100 * run["test"] for run in runs if (run["task"], run["method"]) == (task, method)}
-            for method in ("lora", "lr-lora")
-        ]
-        assert len(scores[0]) == len(scores[1]) == int(seeds)
-        assert means == [f"{fmean(each.values()):.2f}" for each in scores]
-        relative = fmean(100 * (scores[1][seed] / score - 1) for seed, score in scores[0].items())
-        assert difference.startswith(f"{relative:+.2f} (")
+@pytest.mark.parametrize("study", ["unit_input", "evidence"])
+def test_the_tables_of_a_study_are_those_of_its_runs(study: str) -> None:
+    page = ROOT / "lab" / "studies" / f"{study}.md"
+    text = page.read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "update_studies.py"))["updated"](page, text) == text
 
 
 def test_the_page_on_cuts_says_what_the_study_measured() -> None:

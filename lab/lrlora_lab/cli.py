@@ -31,8 +31,8 @@ def compare(
         str,
         typer.Argument(
             help=(
-                "capacity, ranks, unit-input, offline-nlu, offline-commonsense, offline-vision, llama-3-8b, smoke, or "
-                "a YAML file."
+                "capacity, ranks, evidence, unit-input, users, users-gpu, offline-nlu, offline-commonsense, "
+                "offline-vision, llama-3-8b, smoke, or a YAML file."
             )
         ),
     ],
@@ -154,6 +154,7 @@ def _words(text: str) -> list[str]:
 
 def _show_plan(comparison: Comparison, folder: Path) -> None:
     from .compare import check_data
+    from .cost import estimates
     from .jobs import check
     from .methods import find_method
 
@@ -169,6 +170,8 @@ def _show_plan(comparison: Comparison, folder: Path) -> None:
     for (task, method), count in Counter(left).items():
         table.add_row(as_text(task), as_text(find_method(method).name), str(count))
     console.print(table)
+    for line in estimates(comparison, left):
+        announce(line)
     announce("Not included: further learning rates, where the best is at an edge of the grid.")
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import lrlora_lab
 from lrlora_lab.cli import app
 from lrlora_lab.commonsense import ALL, COMMONSENSE
 from lrlora_lab.inputs import located
@@ -42,7 +46,7 @@ def test_the_suite_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
     for file in (tmp_path / "model" / "config.json", tmp_path / "model" / "tokenizer_config.json"):
         file.write_text(file.read_text().replace(": 48", ": 256"))  # the suite's length
     told = lrlora(*asked, "--dry-run")
-    assert "14 jobs" in told
+    assert "21 jobs" in told
     assert "commonsense │ LoRA" in told
     assert not (tmp_path / "out").exists()
     # In a process of its own: jobs are forked from a server with the environment in which it was started.
@@ -50,13 +54,41 @@ def test_the_suite_of_llama_tells_what_it_needs_and_is_tested_on_all_eight_sets(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     records = {record["method"]: record for record in read_records(tmp_path / "out").values() if record["seed"] == 1}
-    assert set(records) == {"lora", "lr-lora"}
+    assert set(records) == {"lora", "learned", "lr-lora"}
     for record in records.values():
         by_set = [
             record["test"][f"accuracy of {name}"] for name in load_suite("llama-3-8b").tasks["commonsense"].test_data
         ]
         assert len(by_set) == 8
         assert record["test"]["accuracy"] == pytest.approx(sum(by_set) / 8)
+
+
+def test_the_dry_run_of_a_suite_for_a_gpu_estimates_hours_and_memory(tmp_path: Path) -> None:
+    asked = ("compare", "users-gpu", "--model", save_decoder(tmp_path / "model"), "--rates", "2e-4", "--dry-run")
+    found = []
+    for steps in (10_000_000, 20_000_000):
+        told = lrlora(*asked, "--steps", steps)
+        found.append(re.search(r"Estimate for capybara: (\S+) hours on one H100 .*, (\S+) GiB of its memory", told))
+    (first, memory), (second, again) = (match.groups() for match in found if match)
+    assert float(second) == pytest.approx(2 * float(first), rel=0.1)  # of two digits
+    assert memory == again
+
+
+@pytest.mark.integration
+def test_the_suite_for_a_gpu_trains_a_small_model(tmp_path: Path) -> None:
+    suite = yaml.safe_load((Path(lrlora_lab.__file__).parent / "suites" / "users-gpu.yaml").read_text())
+    rows = [{"messages": [{"role": "user", "content": "a film ?"}, {"role": "assistant", "content": "good"}]}] * 40
+    for name in ("train", "test"):
+        (tmp_path / "chats").mkdir(exist_ok=True)
+        (tmp_path / "chats" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite["tasks"]["capybara"] |= {"data": str(tmp_path / "chats"), "max_length": 16}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    asked = ("compare", tmp_path / "suite.yaml", "--model", save_decoder(tmp_path / "model"))
+    output = tmp_path / "out"
+    asked += ("--rates", "2e-4", "--steps", 12, "--seeds", 1, "--rank", 2, "--methods", "lora,learned")
+    lrlora(*asked, "--output", output)
+    sizes = {record["method"]: record["trainable"] for record in read_records(output).values()}
+    assert sizes["lora"] >= sizes["learned"] > 0
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             return  # a further `train()`, with the ranks learned before
         self.learned = LearnedRanks(model, kwargs["optimizer"], steps=state.max_steps, **self._options)
         self.learned.leave_end_to_caller()
+        if self._padding is not None:  # a resumed run has a new callback
+            self._padding.remove()  # `LearnedRanks` has its own
         if state.global_step:
             states: Any = state.stateful_callbacks or {}
             stored = states.get(type(self).__name__, {}).get("attributes", {}).get("_stored")
@@ -103,8 +105,6 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
                 f"adapter is wide, not of size {self._options['size']}.",
                 stacklevel=2,
             )
-        elif self._padding is not None:
-            self._padding.remove()
 
 
 def _as_json(state: dict[str, Any]) -> dict[str, Any]:

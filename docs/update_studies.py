@@ -1,0 +1,281 @@
+"""Fill the tables of lab/studies and docs/evidence.md from the stored runs: python docs/update_studies.py [FOLDER ...].
+
+Adds the finished runs of these comparisons of the suites "evidence", "users", "unit-input" and of ordinary tasks first.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import fmean, median, mode
+from typing import Any
+
+from scipy.stats import t
+
+from lrlora_lab.jobs import TUNING_SEED, read_comparison, read_records
+from lrlora_lab.sections import table, with_section
+from lrlora_lab.statistics import paired_difference
+from lrlora_lab.suite import Task
+
+ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "lab" / "studies"
+EVIDENCE = STUDIES / "evidence.jsonl"
+Run = dict[str, Any]
+Cell = dict[int, Run]  # by seed
+
+
+def add(folder: Path) -> None:
+    """Add the finished runs of a comparison to the rows of "evidence"."""
+    call = json.loads((folder / "call.json").read_text(encoding="utf-8"))
+    comparison = read_comparison(call["suite"], folder)
+    rows = {json.dumps(_identity(run)): run for run in _stored("evidence")}
+    for record in read_records(folder).values():
+        if record.get("failure"):
+            continue
+        task = comparison.definition.tasks[record["task"]]
+        run = {
+            **{"suite": comparison.suite, "task": record["task"], "method": record["method"], "seed": record["seed"]},
+            **{"rate": record["learning_rate"], "seconds": record["seconds"], "parameters": record["trainable"]},
+            "validation": record["criterion"],
+        }
+        if record["seed"] != TUNING_SEED:
+            score = record["test"][task.metric] if isinstance(task, Task) else None
+            run |= {"test": record["test"]["loss"], "base": record["test"].get("base"), "score": score}
+        rows[json.dumps(_identity(run))] = run
+    EVIDENCE.write_text("".join(json.dumps(run) + "\n" for run in rows.values()), encoding="utf-8")
+    _stored.cache_clear()
+
+
+def _identity(run: Run) -> list[Any]:
+    return [run[name] for name in ("suite", "task", "method", "seed", "rate")]
+
+
+@cache
+def _stored(study: str) -> list[Run]:
+    path = STUDIES / f"{study}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def cell(study: str, task: str, method: str, rate: float | None = None) -> Cell:
+    """Test runs by seed, at this rate or that of most seeds."""
+    runs = [run for run in _stored(study) if (run["task"], run["method"]) == (task, method) and "test" in run]
+    rate = rate or mode(run["rate"] for run in runs) if runs else None
+    return {run["seed"]: run for run in runs if run["rate"] == rate}
+
+
+def mean(runs: Cell, name: str = "test") -> str:
+    """Mean over seeds; empty without runs or values."""
+    values = [run[name] for run in runs.values()]
+    return f"{fmean(values):.3f}" if values and None not in values else ""
+
+
+def difference(runs: Cell, others: Cell, name: str = "test") -> str:
+    """Mean paired difference with its 95 % interval."""
+    seeds = sorted(runs.keys() & others.keys())
+    found = paired_difference([runs[s][name] for s in seeds], [others[s][name] for s in seeds])
+    return "" if found is None else f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def time(runs: Cell, others: Cell) -> str:
+    """Ratio of the medians of the processor time of a step."""
+    if not runs or not others:
+        return ""
+    return f"{median(r['seconds'] for r in runs.values()) / median(r['seconds'] for r in others.values()):.2f}"
+
+
+# Title → task, LoRA, learned ranks.
+GAINS = {
+    "German, 500 steps, r = 4": ("german", "lora", "learned"),
+    "German, 2,000 steps, r = 4": ("german-long", "lora", "learned"),
+    "source code, 2,000 steps, r = 4": ("source-code-long", "lora", "learned"),
+    "German, GPT-2's architecture, 500 steps, r = 4": ("german-gpt2", "lora", "learned"),
+    "SmolLM2 on German, 400 steps, r = 8": ("smollm2-german", "lora+r=8", "learned+r=8"),
+    "SmolLM2 on German, 400 steps, r = 16": ("smollm2-german", "lora+r=16", "learned+r=16"),
+}
+
+
+def gains() -> str:
+    """Learned ranks and LoRA of their size."""
+    rows = []
+    for title, (task, *methods) in GAINS.items():
+        lora, learned = (cell("evidence", task, method) for method in methods)
+        if lora and learned:
+            rates = " / ".join(f"{next(iter(runs.values()))['rate']:g}" for runs in (lora, learned))
+            of_base = (mean(lora, "base"), mean(learned, "base"))
+            measured = (mean(lora), mean(learned), difference(learned, lora), *of_base, time(learned, lora))
+            rows.append([title, str(len(learned.keys() & lora.keys())), rates, *measured])
+    head = ("task", "seeds", "rates", "LoRA", "learned ranks", "difference")
+    return table([*head, "LoRA, base's text", "learned, base's text", "time"], rows)
+
+
+RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
+
+
+def rates() -> str:
+    """German at rates that were not tuned."""
+    rows = []
+    for rate in RATES:
+        task = "german" if rate == 0.01 else "german-r4"
+        lora, learned = (cell("evidence", task, method, rate) for method in ("lora", "learned"))
+        if lora and learned:
+            rows.append([f"{rate:g}", mean(lora), mean(learned), difference(learned, lora)])
+    return table(["rate", "LoRA", "learned ranks", "difference"], rows)
+
+
+RIVALS = {
+    "LoRA": "lora",
+    "share of each module's own rise (GRIT's criterion), at 30 %": "learned+by=own-share",
+    "equal ranks by SVD (LoRA-Squeeze), at 30 %": "learned+by=equal",
+    "equal ranks by SVD, at 60 %": "learned+by=equal+at=0.6",
+    "equal ranks by SVD, gradually up to 30 %": "learned+by=gradual",
+    "equal ranks by SVD, gradually up to 60 %": "learned+by=gradual+at=0.6",
+}
+
+
+def rivals() -> str:
+    """Other choices of ranks on German."""
+    lora, learned = (cell("evidence", "german", method) for method in ("lora", "learned"))
+    rows = [["learned ranks", mean(learned), mean(learned, "base"), "", difference(learned, lora)]]
+    for title, method in RIVALS.items():
+        runs = cell("evidence", "german", method)
+        if runs:
+            from_lora = difference(runs, lora) if method != "lora" else ""
+            rows.append([title, mean(runs), mean(runs, "base"), difference(runs, learned), from_lora])
+    return table(["method", "loss", "base's text", "from learned ranks", "from LoRA"], rows)
+
+
+USERS = {"LoRA, r = 16": "lora", **{f"learned ranks of the size of r = {r}": f"learned+r={r}" for r in (4, 8)}}
+USERS["learned ranks of the size of r = 16"] = "learned"
+
+
+def users() -> str:
+    """Untuned settings on chats."""
+    lora, rows = cell("evidence", "chats", "lora"), []
+    for title, method in USERS.items():
+        runs = cell("evidence", "chats", method)
+        if runs:
+            size = f"{next(iter(runs.values()))['parameters']:,}"
+            accuracy = f"{100 * fmean(run['score'] for run in runs.values()):.1f} %"
+            found = ("", "") if method == "lora" else (difference(runs, lora), time(runs, lora))
+            rows.append([title, size, str(len(runs)), mean(runs), accuracy, *found])
+    return table(["method", "parameters", "seeds", "test loss", "token accuracy", "loss from LoRA", "time"], rows)
+
+
+def _score(run: Run) -> float:
+    return run["score"] if "score" in run else run["test"]
+
+
+def pooled(samples: Sequence[Sequence[float]]) -> str:
+    """Mean of the means of samples, with the interval of Welch and Satterthwaite from the variances within them."""
+    parts = [paired_difference(sample, [0.0] * len(sample)) for sample in samples]
+    variances = [part.standard_error**2 for part in parts if part is not None]
+    spread = sum(variances)
+    freedom = spread**2 / sum(v**2 / (len(s) - 1) for v, s in zip(variances, samples, strict=True))
+    value = fmean(fmean(sample) for sample in samples)
+    reach = float(t.ppf(0.975, freedom)) * spread**0.5 / len(samples)
+    return f"{value:+.2f} ({value - reach:+.2f} to {value + reach:+.2f})"
+
+
+def ordinary(title: str, tasks: Iterable[tuple[str, str]], runs_of: Callable[[str], tuple[Cell, Cell]]) -> str:
+    """Scores of LoRA and another method on ordinary tasks, (name, metric)."""
+    rows, samples = [], []
+    for task, metric in tasks:
+        lora, other = runs_of(task)
+        if lora.keys() & other.keys():
+            seeds = sorted(lora.keys() & other.keys())
+            samples.append([100 * (_score(other[seed]) / _score(lora[seed]) - 1) for seed in seeds])
+            means = (f"{100 * fmean(_score(runs[seed]) for seed in seeds):.2f}" for runs in (lora, other))
+            rows.append([task, metric, str(len(samples[-1])), *means, pooled(samples[-1:])])
+    if rows:
+        rows.append(["mean", "", "", "", "", pooled(samples)])
+    return table(["task", "metric", "seeds", "LoRA", title, "difference, % of LoRA's"], rows)
+
+
+CHANCE = {"german": 4.138, "source-code": 3.401, "labels": 4.159}  # loss without an adapter; ln 64 of labels
+
+
+def sizes() -> str:
+    """Lost share of the effect, by the curve at the cut, and of the gain, in finished runs of that size."""
+    rows = []
+    for task, base in CHANCE.items():
+        tested = {
+            r: cell("learned_ranks", task, name) for r, name in ((2, "library-2"), (4, "library"), (8, "library-8"))
+        }
+        best = fmean(run["test"] for run in tested[8].values())
+        curves = [run["lost"] for run in _stored("learned_ranks") if (run["task"], run["method"]) == (task, "curve")]
+        for r in (2, 4):
+            predicted = fmean(curve[str(r)] - curve["8"] for curve in curves)
+            lost = (fmean(run["test"] for run in tested[r].values()) - best) / (base - best)
+            rows.append([task, str(r), f"{predicted:.1%}", f"{lost:.1%}"])
+    return table(["task", "r", "lost by the curve at the cut", "lost in finished runs"], rows)
+
+
+UNIT = ("lora", "lr-lora+input_gain=300", "lr-lora")
+
+
+def unit() -> str:
+    """φ at unit input, with g = 300, and LoRA, seeds 2 to 6."""
+    rows = []
+    for task in ("labels", "picture-labels", "german"):
+        means: dict[str, list[Cell]] = {name: [] for name in UNIT}
+        for r in (1, 4):
+            for name in UNIT:
+                method = name.replace("lora", "lora+r=1", 1) if r == 1 else name
+                runs = cell("unit_input", f"{task}-r{r}", method)
+                means[name].append({seed: run for seed, run in runs.items() if seed > 1})
+            rows.append([task, str(r), *(mean(means[name][-1]) for name in UNIT), "", ""])
+        both = {
+            name: {seed: {"test": fmean(runs[seed]["test"] for runs in cells)} for seed in cells[0]}
+            for name, cells in means.items()
+        }
+        rows.append(
+            [task, "both", "", "", "", *(difference(both["lr-lora"], both[name]) for name in reversed(UNIT[:2]))]
+        )
+    head = ["task", "r", "LoRA", "φ, g = 300", "φ, unit input"]
+    return table([*head, "unit input from g = 300", "unit input from LoRA"], rows)
+
+
+_TEXTS = (("movie-reviews", "accuracy"), ("ratings", "Pearson"), ("r8", "accuracy"), ("20-newsgroups", "accuracy"))
+# Page → section → its table.
+SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
+    STUDIES / "unit_input.md": {
+        "unit": unit,
+        "ordinary": lambda: ordinary(
+            "φ, unit input",
+            (*_TEXTS, ("digits", "accuracy")),
+            lambda task: (cell("unit_input", task, "lora"), cell("unit_input", task, "lr-lora")),
+        ),
+    },
+    STUDIES / "evidence.md": {
+        "gains": gains,
+        "rates": rates,
+        "rivals": rivals,
+        "users": users,
+        "sizes": sizes,
+        "ordinary": lambda: ordinary(
+            "learned ranks",
+            (*_TEXTS, ("strategy-qa", "accuracy")),
+            lambda task: (
+                cell("evidence" if task == "strategy-qa" else "unit_input", task, "lora"),
+                cell("evidence", task, "learned"),
+            ),
+        ),
+    },
+}
+
+
+def updated(page: Path, text: str) -> str:
+    """The page with its tables."""
+    for name, make in SECTIONS[page].items():
+        text = with_section(text, name, make())
+    return text
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        add(Path(folder))
+    for page in SECTIONS:
+        page.write_text(updated(page, page.read_text(encoding="utf-8")), encoding="utf-8")
