@@ -57,7 +57,7 @@ def estimates(comparison: Comparison, jobs: list[tuple[str, str]]) -> list[str]:
     for name, task in sized.items():
         methods = [find_method(method) for method in comparison.methods_of(name)]
         rank = max(method.adapter(comparison.r).get("r") or comparison.r for method in methods)
-        tokens = task.batch_size * task.max_length
+        tokens = task.batch_size * (task.max_length or 0)
         hours = counts[name] * task.steps * tokens * weights * (6 if repeats else 4) / (PEAK * SHARE) / 3600
         layer = _IN_LAYER[0] * config.hidden_size + _IN_LAYER[1] * config.intermediate_size
         layers = config.num_hidden_layers
