@@ -6,11 +6,12 @@ Adds the finished runs of these comparisons of the suites "evidence", "users", "
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import fmean, median, mode
+from statistics import fmean, median, mode, variance
 from typing import Any
 
 from scipy.stats import t
@@ -76,7 +77,9 @@ def difference(runs: Cell, others: Cell, name: str = "test") -> str:
     """Mean paired difference with its 95 % interval."""
     seeds = sorted(runs.keys() & others.keys())
     found = paired_difference([runs[s][name] for s in seeds], [others[s][name] for s in seeds])
-    return "" if found is None else f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+    if found is None:
+        return ""
+    return f"{found.value:+.3f}" + ("" if math.isnan(found.low) else f" ({found.low:+.3f} to {found.high:+.3f})")
 
 
 def time(runs: Cell, others: Cell) -> str:
@@ -107,8 +110,8 @@ def gains() -> str:
             of_base = (mean(lora, "base"), mean(learned, "base"))
             measured = (mean(lora), mean(learned), difference(learned, lora), *of_base, time(learned, lora))
             rows.append([title, str(len(learned.keys() & lora.keys())), rates, *measured])
-    head = ("task", "seeds", "rates", "LoRA", "learned ranks", "difference")
-    return table([*head, "LoRA, base's text", "learned, base's text", "time"], rows)
+    head = ("task", "seeds", "rates", "LoRA", "learned ranks", "learned − LoRA")
+    return table([*head, "LoRA on English", "learned on English", "time of a step, ratio"], rows)
 
 
 RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
@@ -122,7 +125,7 @@ def rates() -> str:
         lora, learned = (cell("evidence", task, method, rate) for method in ("lora", "learned"))
         if lora and learned:
             rows.append([f"{rate:g}", mean(lora), mean(learned), difference(learned, lora)])
-    return table(["rate", "LoRA", "learned ranks", "difference"], rows)
+    return table(["rate", "LoRA", "learned ranks", "learned − LoRA"], rows)
 
 
 RIVALS = {
@@ -138,30 +141,38 @@ RIVALS = {
 def rivals() -> str:
     """Other choices of ranks on German."""
     lora, learned = (cell("evidence", "german", method) for method in ("lora", "learned"))
-    rows = [["learned ranks", mean(learned), mean(learned, "base"), "", difference(learned, lora)]]
+    seeds = str(len(learned))
+    rows = [["learned ranks", seeds, mean(learned), mean(learned, "base"), "", difference(learned, lora)]]
     for title, method in RIVALS.items():
         runs = cell("evidence", "german", method)
         if runs:
             from_lora = difference(runs, lora) if method != "lora" else ""
-            rows.append([title, mean(runs), mean(runs, "base"), difference(runs, learned), from_lora])
-    return table(["method", "loss", "base's text", "from learned ranks", "from LoRA"], rows)
+            measured = (mean(runs), mean(runs, "base"), difference(runs, learned))
+            rows.append([title, str(len(runs)), *measured, from_lora])
+    return table(["method", "seeds", "loss", "on English", "minus learned ranks", "minus LoRA"], rows)
 
 
-USERS = {"LoRA, r = 16": "lora", **{f"learned ranks of the size of r = {r}": f"learned+r={r}" for r in (4, 8)}}
-USERS["learned ranks of the size of r = 16"] = "learned"
+USERS = {
+    "LoRA, r = 16": "lora",
+    "LoRA, r = 4": "lora+r=4",
+    "learned ranks of the size of r = 16": "learned",
+    "learned ranks of the size of r = 8": "learned+r=8",
+    "learned ranks of the size of r = 4": "learned+r=4",
+}
 
 
 def users() -> str:
     """Untuned settings on chats."""
-    lora, rows = cell("evidence", "chats", "lora"), []
+    bases, rows = [cell("evidence", "chats", method) for method in ("lora", "lora+r=4")], []
     for title, method in USERS.items():
         runs = cell("evidence", "chats", method)
         if runs:
             size = f"{next(iter(runs.values()))['parameters']:,}"
             accuracy = f"{100 * fmean(run['score'] for run in runs.values()):.1f} %"
-            found = ("", "") if method == "lora" else (difference(runs, lora), time(runs, lora))
-            rows.append([title, size, str(len(runs)), mean(runs), accuracy, *found])
-    return table(["method", "parameters", "seeds", "test loss", "token accuracy", "loss from LoRA", "time"], rows)
+            found = ("" if runs == base else difference(runs, base) for base in bases)
+            rows.append([title, size, str(len(runs)), mean(runs), accuracy, *found, time(runs, bases[0])])
+    head = ("method", "parameters", "seeds", "test loss", "token accuracy")
+    return table([*head, "loss − LoRA, r = 16", "loss − LoRA, r = 4", "time of a step, ratio"], rows)
 
 
 def _score(run: Run) -> float:
@@ -169,12 +180,16 @@ def _score(run: Run) -> float:
 
 
 def pooled(samples: Sequence[Sequence[float]]) -> str:
-    """Mean of the means of samples, with the interval of Welch and Satterthwaite from the variances within them."""
-    parts = [paired_difference(sample, [0.0] * len(sample)) for sample in samples]
-    variances = [part.standard_error**2 for part in parts if part is not None]
+    """Mean of the means of samples, with the interval of Welch and Satterthwaite from the variances within them.
+
+    Without an interval if a sample has one value.
+    """
+    value = fmean(fmean(sample) for sample in samples)
+    if any(len(set(sample)) == 1 for sample in samples):
+        return f"{value:+.2f}"
+    variances = [variance(sample) / len(sample) for sample in samples]
     spread = sum(variances)
     freedom = spread**2 / sum(v**2 / (len(s) - 1) for v, s in zip(variances, samples, strict=True))
-    value = fmean(fmean(sample) for sample in samples)
     reach = float(t.ppf(0.975, freedom)) * spread**0.5 / len(samples)
     return f"{value:+.2f} ({value - reach:+.2f} to {value + reach:+.2f})"
 
@@ -194,23 +209,45 @@ def ordinary(title: str, tasks: Iterable[tuple[str, str]], runs_of: Callable[[st
     return table(["task", "metric", "seeds", "LoRA", title, "difference, % of LoRA's"], rows)
 
 
-CHANCE = {"german": 4.138, "source-code": 3.401, "labels": 4.159}  # loss without an adapter; ln 64 of labels
+def summary() -> str:
+    """The differences of all tables but that of ordinary tasks."""
+    lora, learned = (cell("evidence", "german", method) for method in ("lora", "learned"))
+    asked: list[tuple[str, Cell, Cell]] = [
+        (f"{title}: learned ranks − LoRA", cell("evidence", task, other), cell("evidence", task, base))
+        for title, (task, base, other) in GAINS.items()
+    ]
+    for share, rate in (("a quarter of", 0.0025), ("half", 0.005), ("twice", 0.02), ("four times", 0.04)):
+        pair = (cell("evidence", "german-r4", method, rate) for method in ("learned", "lora"))
+        asked.append((f"German, r = 4, {share} the best rate: learned ranks − LoRA", *pair))
+    for title, method in list(RIVALS.items())[1:]:
+        asked.append((f"German, r = 4: {title} − learned ranks", cell("evidence", "german", method), learned))
+    chats = {name: cell("evidence", "chats", method) for name, method in USERS.items()}
+    for (title, runs), of in ((pair, other) for pair in chats.items() for other in chats if other.startswith("LoRA")):
+        if title.startswith("learned"):
+            asked.append((f"SmolLM2 on chats, untuned: {title} − {of}", runs, chats[of]))
+    rows = [[title, difference(runs, others)] for title, runs, others in asked if runs and others]
+    rows.append(["German, r = 4, loss on English: learned ranks − LoRA", difference(learned, lora, "base")])
+    return table(["comparison", "difference of the loss (nats)"], rows)
+
+
+# Test loss of the byte model (`mean_loss(base_model(), load_corpus(name).test, 512)`); of labels, chance: ln 64.
+WITHOUT_ADAPTER = {"german": 4.138, "source-code": 3.401, "labels": math.log(64)}
 
 
 def sizes() -> str:
-    """Lost share of the effect, by the curve at the cut, and of the gain, in finished runs of that size."""
+    """Share of the gain of r = 8 that a smaller size loses: predicted at the cut, and in finished runs."""
     rows = []
-    for task, base in CHANCE.items():
+    for task, base in WITHOUT_ADAPTER.items():
         tested = {
             r: cell("learned_ranks", task, name) for r, name in ((2, "library-2"), (4, "library"), (8, "library-8"))
         }
         best = fmean(run["test"] for run in tested[8].values())
         curves = [run["lost"] for run in _stored("learned_ranks") if (run["task"], run["method"]) == (task, "curve")]
         for r in (2, 4):
-            predicted = fmean(curve[str(r)] - curve["8"] for curve in curves)
+            predicted = fmean((curve[str(r)] - curve["8"]) / (1 - curve["8"]) for curve in curves)
             lost = (fmean(run["test"] for run in tested[r].values()) - best) / (base - best)
             rows.append([task, str(r), f"{predicted:.1%}", f"{lost:.1%}"])
-    return table(["task", "r", "lost by the curve at the cut", "lost in finished runs"], rows)
+    return table(["task", "r", "loss of gain predicted at the cut", "measured after training"], rows)
 
 
 UNIT = ("lora", "lr-lora+input_gain=300", "lr-lora")
@@ -249,6 +286,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
             lambda task: (cell("unit_input", task, "lora"), cell("unit_input", task, "lr-lora")),
         ),
     },
+    ROOT / "docs" / "evidence.md": {"summary": summary},
     STUDIES / "evidence.md": {
         "gains": gains,
         "rates": rates,

@@ -30,6 +30,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
+from transformers.pytorch_utils import Conv1D
 
 from lrlora.checks import require_known, require_type
 from lrlora.learned import LearnedRanks
@@ -180,6 +181,6 @@ def _adapted(setting: Setting, task: CapacityTask, method: Method, options: dict
     if config is not None:
         return get_peft_model(model, config)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and re.fullmatch(setting.targets, name):
+        if isinstance(module, (nn.Linear, Conv1D)) and re.fullmatch(setting.targets, name):
             module.weight.requires_grad_(True)
     return model

@@ -115,8 +115,8 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
                 "stable rank": _mean(row["stable_rank"] for run in runs for row in run["ranks"] or ()),
             }
         )
-        if "base" in runs[0]["test"]:
-            rows[-1]["loss on the base's text"] = fmean(run["test"]["base"] for run in runs)
+        if all("base" in run["test"] for run in runs):
+            rows[-1]["loss on English"] = fmean(run["test"]["base"] for run in runs)
         if "recalled" in runs[0]["test"]:  # phone-book task
             rows[-1]["recalled"] = f"{100 * fmean(run['test']['recalled'] for run in runs):.1f} %"
     order = list(dict.fromkeys(row["method"] for row in rows))

@@ -241,34 +241,34 @@ def _unpickled(name: str) -> Any:
     return _Arrays(io.BytesIO(gzip.decompress((fetch(ANIMALS) / name).read_bytes()))).load()
 
 
+_DOCUMENTED = (
+    *("numpy", "numpy.linalg", "numpy.fft", "numpy.random", "scipy.linalg", "scipy.stats", "scipy.signal"),
+    *("scipy.special", "scipy.ndimage", "scipy.optimize", "scipy.sparse", "scipy.spatial", "sklearn.metrics"),
+    *("sklearn.linear_model", "sklearn.preprocessing", "sklearn.ensemble", "sklearn.model_selection"),
+)
+
+
+def _public(module: str) -> list[tuple[str, Any]]:
+    found = importlib.import_module(module)
+    return [(name, getattr(found, name)) for name in sorted(dir(found)) if not name.startswith("_")]
+
+
 def load_chats() -> DatasetDict:
-    """Questions on numpy, scipy and scikit-learn functions, answered by the start of their docstrings."""
-    warnings.simplefilter("ignore")
-    names: tuple[str, ...] = (
-        "numpy",
-        "numpy.linalg",
-        "numpy.fft",
-        "numpy.random",
-        "scipy.linalg",
-        "scipy.stats",
-        "scipy.signal",
-    )
-    names += ("scipy.special", "scipy.ndimage", "scipy.optimize", "scipy.sparse", "scipy.spatial", "sklearn.metrics")
-    names += ("sklearn.linear_model", "sklearn.preprocessing", "sklearn.ensemble", "sklearn.model_selection")
+    """Questions on numpy, scipy and scikit-learn functions, answered by the start of their installed docstrings."""
     rows: dict[str, list[Any]] = {"train": [], "validation": [], "test": []}
     known: set[str] = set()
-    for name in names:
-        module = importlib.import_module(name)
-        for each in sorted(dir(module)):
-            said = inspect.getdoc(getattr(module, each)) or ""
-            answer = " ".join(said.split("\n\n")[0].split())
-            if each.startswith("_") or not 20 < len(answer) < 200 or answer in known or "(" in answer[:40]:
-                continue
-            known.add(answer)
-            place = hashlib.sha256(answer.encode()).digest()[0] % 8
-            part = "test" if place == 0 else "validation" if place == 1 else "train"
-            question = {"role": "user", "content": f"What does {name}.{each} do?"}
-            rows[part].append([question, {"role": "assistant", "content": answer}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated functions warn when they are read
+        documented = [(f"{name}.{each}", value) for name in _DOCUMENTED for each, value in _public(name)]
+    for name, value in documented:
+        answer = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+        if not 20 < len(answer) < 200 or answer in known or "(" in answer[:40]:
+            continue
+        known.add(answer)
+        place = hashlib.sha256(answer.encode()).digest()[0] % 8
+        part = "test" if place == 0 else "validation" if place == 1 else "train"
+        question = {"role": "user", "content": f"What does {name} do?"}
+        rows[part].append([question, {"role": "assistant", "content": answer}])
     return DatasetDict({name: Dataset.from_dict({"messages": r}) for name, r in rows.items()})
 
 

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from lrlora.checks import require_known, require_type
 from lrlora.files import parse_json, read_json, readable, write_json
+from lrlora.learned.learned_ranks import CUT_AT, cut_step
 from lrlora.train.methods import adapter_config
 from lrlora.train.settings import FROM_TRAIN, TrainConfig, require_settings
 from lrlora.train.tasks import KINDS
@@ -297,8 +298,12 @@ def check(comparison: Comparison, output: Path) -> None:
             if isinstance(settings, CapacityTask):
                 if known.train == "adalora":
                     raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
-                if (by := known.cut.get("by")) is not None:
-                    require_known("way to choose ranks", by, RIVALS)
+                if "by" in known.cut:
+                    require_known("criterion of learned ranks", known.cut["by"], RIVALS)
+                    if "max_rank" in known.cut:
+                        raise ValueError(f"{method}: by={known.cut['by']} ignores max_rank. Remove one of them.")
+                if known.learns_ranks:
+                    cut_step(known.cut.get("at", CUT_AT), settings.steps)
                 adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
                 continue
             if known.cut:

@@ -15,7 +15,7 @@ from lrlora.tuner.config import PUBLISHED
 # Initial learning rates; the grid is extended while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 _FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-# Options of learned ranks: the largest rank, the share of the steps before the cut, and a way of `rivals.RIVALS`.
+# Options of learned ranks: the largest rank, the share of the steps before the cut, and a criterion of `rivals.RIVALS`.
 CUT = ("max_rank", "at", "by")
 
 

@@ -1,4 +1,4 @@
-"""Other ways to choose the ranks at the cut of `LearnedRanks`: what is compared with it differs in nothing else."""
+"""Other criteria for the ranks at the cut of `LearnedRanks`, in the same course of training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Squeeze(LearnedRanks):
 
 
 class GradualSqueeze(Squeeze):
-    """LoRA-Squeeze in training: to 3/4, 1/2 and 1/4 of the wide rank, in equal intervals up to the cut."""
+    """LoRA-Squeeze in training: to 3/4, 1/2 and 1/4 of the wide rank, in equal intervals up to the cut.
+
+    The optimizer begins anew at each of them; only after the last, the rate warms up.
+    """
 
     def _after_step(self, *args: Any) -> None:
         for share in (1, 2):

@@ -22,12 +22,13 @@ from lrlora.adapters import factorize
 from lrlora.learned import LossCurve
 from lrlora.learned.directions import Directions
 from lrlora.train.embedded import SMOLLM2, checkpoint
+from lrlora_lab.byte_model import ARCHITECTURES, Corpus
 from lrlora_lab.capacity import CapacityTask, train_capacity
-from lrlora_lab.capacity_report import losses, served_rank, write_capacity_report
+from lrlora_lab.capacity_report import losses, rank_of, served_rank, write_capacity_report
 from lrlora_lab.cli import app
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, Record, check_folder, prepare, read_records
 from lrlora_lab.methods import find_method
-from lrlora_lab.rivals import OwnShare
+from lrlora_lab.rivals import GradualSqueeze, OwnShare
 from lrlora_lab.smollm2 import LanguageModel, draw_phone_book, phone_book
 from lrlora_lab.statistics import equivalent_rank
 from lrlora_lab.suite import Suite, load_suite
@@ -264,6 +265,53 @@ def test_methods_learn_labels(method: str) -> None:
         assert ranks == {2} or known.cut.get("by") not in ("equal", "gradual")
     again = train_capacity(task, known, 2, 4.0, learning_rate=1e-3 if method == "full" else 1e-2, seed=1)
     assert again["criterion"] == found["criterion"]
+
+
+def test_a_gradual_squeeze_goes_through_three_quarters_and_a_half_of_the_rank() -> None:
+    tiny = TinyModel("llama")
+    model = get_peft_model(tiny.build(), LoraConfig(r=8, target_modules=["q_proj"]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    GradualSqueeze(model, optimizer, size="r2", steps=20, at=0.6)
+    left = []
+    for _ in range(20):
+        tiny.loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        factors = [weight for name, weight in model.named_parameters() if "lora_A" in name]
+        left.append({int(weight.any(1).sum()) for weight in factors})
+    assert left == [*[{8}] * 3, *[{6}] * 4, *[{4}] * 4, *[{2}] * 9]
+
+
+def test_learned_ranks_train_in_a_byte_model_of_gpt2_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.arange(30_000).remainder(50).byte()
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["gpt2"](32, 1))
+    monkeypatch.setattr("lrlora_lab.capacity_tasks.load_corpus", lambda name: Corpus(data, data, data))
+    monkeypatch.setattr("lrlora_lab.capacity_tasks.TEST_WINDOWS", 8)
+    monkeypatch.setattr("lrlora_lab.capacity_tasks.base_model", {"gpt2": model}.get)
+    task = CapacityTask("transfer", 20, 4, architecture="gpt2")
+    found = train_capacity(task, find_method("learned"), 2, 4.0, learning_rate=1e-2, seed=1)
+    assert {row.module.rpartition(".")[2] for row in found["ranks"].rows} <= {"c_attn", "c_proj", "c_fc"}
+    assert found["test"]["loss"] == found["test"]["base"] < 5.4  # chance is 5.55
+    assert 0 < found["trainable"] <= 2 * (4 * 32 + 2 * 32 + 5 * 32 + 5 * 32)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("learned+by=energy", "Unknown criterion of learned ranks 'energy'"),
+        ("learned+by=equal+max_rank=2", "by=equal ignores max_rank"),
+        ("learned+at=1.5", "at must be a share of the steps"),
+    ],
+)
+def test_criteria_and_cuts_that_do_not_exist_are_refused(tmp_path: Path, method: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        prepare(Comparison("ranks", methods=(method,)), tmp_path / "out")
+
+
+def test_learned_ranks_of_another_size_are_compared_with_lora_of_that_size() -> None:
+    assert (rank_of("learned+r=8", 4), rank_of("learned", 4)) == (8, 4)
+    known = find_method("learned+r=8")
+    assert (known.size(4), known.adapter(4)["r"]) == ("r8", 32)
 
 
 def test_modules_keep_a_share_of_their_own_rise() -> None:

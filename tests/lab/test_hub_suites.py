@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 import lrlora_lab
 from lrlora_lab.cli import app
 from lrlora_lab.commonsense import ALL, COMMONSENSE
+from lrlora_lab.cost import estimates
 from lrlora_lab.inputs import located
-from lrlora_lab.jobs import read_records
+from lrlora_lab.jobs import Comparison, read_records
 from lrlora_lab.methods import ABLATIONS
 from lrlora_lab.suite import load_suite
 
@@ -72,6 +74,25 @@ def test_the_dry_run_of_a_suite_for_a_gpu_estimates_hours_and_memory(tmp_path: P
     (first, memory), (second, again) = (match.groups() for match in found if match)
     assert float(second) == pytest.approx(2 * float(first), rel=0.1)  # of two digits
     assert memory == again
+
+
+@pytest.mark.parametrize(("repeats", "flops"), [(False, 4), (True, 6)])
+def test_an_estimate_is_the_formula_s(tmp_path: Path, repeats: bool, flops: int) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaConfig(**sizes, vocab_size=1_000, dtype="bfloat16").save_pretrained(tmp_path)
+    training = {"gradient_checkpointing": repeats}
+    task = {"data": "chats", "task": "causal-lm", "steps": 10**9, "batch_size": 64, "max_length": 1024}
+    suite = {"model": str(tmp_path), "tasks": {"chats": task}, "methods": ["lora", "learned"], "training": training}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    (line,) = estimates(Comparison(str(tmp_path / "suite.yaml")), [("chats", "lora")] * 2)
+    linear = 2 * (4 * 256 * 256 + 3 * 256 * 512)
+    weights, tokens, layer = linear + 2 * 256 * 1_000 + 5 * 256, 64 * 1024, 16 * 256 + 4 * 512
+    hours = 2 * flops * weights * tokens * 10**9 / (0.3 * 989e12) / 3600
+    adapter = 16 * 2 * (4 * 512 + 3 * 768)  # wide
+    activations = 2 * 256 + layer if repeats else 2 * layer
+    memory = 2 * (weights + tokens * activations) + 16 * adapter + 12 * tokens * 1_000
+    assert f": {hours:.2g} hours" in line
+    assert f" {memory / 2**30:.2g} GiB" in line
 
 
 @pytest.mark.integration
