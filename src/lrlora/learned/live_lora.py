@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,12 +129,20 @@ def _factors(path: str, layer: Any, adapter: str) -> Factors:
 
 
 def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
-    """Overwrite the factors in place, with zeros beyond their ranks; call it on every process."""
+    """Overwrite the factors in place, with zeros beyond their ranks; call it on every process.
+
+    The rows of A get the mean norm that they had, so that B goes on to learn at its speed: where it is still small,
+    factors of equal norms would slow it down.
+    """
     layers = lora_layers(model, adapter)
     for part in factors:
         weights = lora_weights(layers[part.module], adapter)
-        for weight, value in zip(weights, part.padded(layers[part.module].r[adapter]).weights, strict=True):
-            write(weight, value / part.scaling**0.5)
+        before, after = (A.flatten(1).double().norm(dim=1) for A in (full_value(weights[0]).cpu(), part.A))
+        mean = (before.square().sum() / (before > 0).sum().clamp(min=1)).sqrt()
+        share = torch.where(after * mean > 0, mean / after, 1.0)
+        split = replace(part, A=(share[:, None] * part.A).to(part.A), B=(part.B / share / part.scaling).to(part.B))
+        for weight, value in zip(weights, split.padded(layers[part.module].r[adapter]).weights, strict=True):
+            write(weight, value)
 
 
 def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> None:
