@@ -114,6 +114,7 @@ def gains() -> str:
     return table([*head, "LoRA on English", "learned on English", "time of a step, ratio"], rows)
 
 
+BALANCED = "learned+split=balanced"  # before the rows of A kept their norm at the cut
 RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
 
 
@@ -122,7 +123,7 @@ def rates() -> str:
     rows = []
     for rate in RATES:
         task = "german" if rate == 0.01 else "german-r4"
-        lora, learned = (cell("evidence", task, method, rate) for method in ("lora", "learned"))
+        lora, learned = (cell("evidence", task, method, rate) for method in ("lora", BALANCED))
         if lora and learned:
             rows.append([f"{rate:g}", mean(lora), mean(learned), difference(learned, lora)])
     return table(["rate", "LoRA", "learned ranks", "learned − LoRA"], rows)
@@ -140,7 +141,7 @@ RIVALS = {
 
 def rivals() -> str:
     """Other choices of ranks on German."""
-    lora, learned = (cell("evidence", "german", method) for method in ("lora", "learned"))
+    lora, learned = (cell("evidence", "german", method) for method in ("lora", BALANCED))
     seeds = str(len(learned))
     rows = [["learned ranks", seeds, mean(learned), mean(learned, "base"), "", difference(learned, lora)]]
     for title, method in RIVALS.items():
@@ -173,6 +174,23 @@ def users() -> str:
             rows.append([title, size, str(len(runs)), mean(runs), accuracy, *found, time(runs, bases[0])])
     head = ("method", "parameters", "seeds", "test loss", "token accuracy")
     return table([*head, "loss − LoRA, r = 16", "loss − LoRA, r = 4", "time of a step, ratio"], rows)
+
+
+SPLITS = {
+    "German, r = 4": ("german", "learned"),
+    "SmolLM2 on chats, size of r = 4": ("chats", "learned+r=4"),
+    "SmolLM2 on chats, size of r = 16": ("chats", "learned"),
+}
+
+
+def splits() -> str:
+    """The cut with factors of equal norms, and with the norm that A had."""
+    rows = []
+    for title, (task, method) in SPLITS.items():
+        before, now = (cell("evidence", task, name) for name in (f"{method}+split=balanced", method))
+        if before and now:
+            rows.append([title, str(len(before.keys() & now.keys())), mean(before), mean(now), difference(now, before)])
+    return table(["task", "seeds", "equal norms", "norm of A kept", "difference"], rows)
 
 
 def _score(run: Run) -> float:
@@ -211,13 +229,13 @@ def ordinary(title: str, tasks: Iterable[tuple[str, str]], runs_of: Callable[[st
 
 def summary() -> str:
     """The differences of all tables but that of ordinary tasks."""
-    lora, learned = (cell("evidence", "german", method) for method in ("lora", "learned"))
+    lora, learned = (cell("evidence", "german", method) for method in ("lora", BALANCED))
     asked: list[tuple[str, Cell, Cell]] = [
         (f"{title}: learned ranks − LoRA", cell("evidence", task, other), cell("evidence", task, base))
         for title, (task, base, other) in GAINS.items()
     ]
     for share, rate in (("a quarter of", 0.0025), ("half", 0.005), ("twice", 0.02), ("four times", 0.04)):
-        pair = (cell("evidence", "german-r4", method, rate) for method in ("learned", "lora"))
+        pair = (cell("evidence", "german-r4", method, rate) for method in (BALANCED, "lora"))
         asked.append((f"German, r = 4, {share} the best rate: learned ranks − LoRA", *pair))
     for title, method in list(RIVALS.items())[1:]:
         asked.append((f"German, r = 4: {title} − learned ranks", cell("evidence", "german", method), learned))
@@ -292,6 +310,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
         "rates": rates,
         "rivals": rivals,
         "users": users,
+        "splits": splits,
         "sizes": sizes,
         "ordinary": lambda: ordinary(
             "learned ranks",

@@ -62,6 +62,25 @@ def test_optimizers_that_keep_zeros(name: str) -> None:
         assert rank == 0 or A[:rank].abs().sum(1).min() > 0
 
 
+def test_rows_of_a_keep_their_mean_norm_so_that_b_keeps_its_speed() -> None:
+    tiny, model = with_lora("llama")
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4)  # B is still small
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+
+    def norms() -> dict[str, float]:
+        layers = {path: model.get_base_model().get_submodule(path).lora_A["default"] for path in learned._layers}
+        rows = {path: layer.weight.detach().norm(dim=1) for path, layer in layers.items()}
+        return {path: norm[norm > 0].square().mean().sqrt().item() for path, norm in rows.items() if norm.any()}
+
+    until(learned, tiny, model, optimizer, learned.cut_step - 1)
+    before = norms()
+    until(learned, tiny, model, optimizer, learned.cut_step)
+    after = norms()
+    assert learned.ranks is not None
+    assert after.keys() == {path for path, rank in learned.ranks.items() if rank}
+    assert after == pytest.approx({path: before[path] for path in after}, rel=1e-3)
+
+
 class Centralized(torch.optim.AdamW):
     """Gradients without their mean."""
 
