@@ -177,6 +177,8 @@ def users() -> str:
 
 
 SPLITS = {
+    "labels, r = 4": ("labels-r4", "learned"),
+    "source code, r = 4": ("source-code-r4", "learned"),
     "German, r = 4": ("german", "learned"),
     "SmolLM2 on chats, size of r = 4": ("chats", "learned+r=4"),
     "SmolLM2 on chats, size of r = 16": ("chats", "learned"),

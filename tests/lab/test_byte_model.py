@@ -152,9 +152,9 @@ def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
 def test_at_once_the_base_model_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[Path] = []
 
-    def brief(data: Tensor, folder: Path) -> None:
+    def brief(data: Tensor, folder: Path, architecture: str) -> None:
         trained.append(folder)
-        pretrain(data, folder, **TINY)
+        pretrain(data, folder, **TINY, architecture=architecture)
 
     monkeypatch.setenv("LRLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(byte_model, "pretrain", brief)
