@@ -246,7 +246,8 @@ def summary() -> str:
         if title.startswith("learned"):
             asked.append((f"SmolLM2 on chats, untuned: {title} − {of}", runs, chats[of]))
     rows = [[title, difference(runs, others)] for title, runs, others in asked if runs and others]
-    rows.append(["German, r = 4, loss on English: learned ranks − LoRA", difference(learned, lora, "base")])
+    now = cell("evidence", "german", "learned")
+    rows.append(["German, r = 4, loss on English: learned ranks − LoRA", difference(now, lora, "base")])
     return table(["comparison", "difference of the loss (nats)"], rows)
 
 
