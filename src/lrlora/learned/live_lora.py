@@ -131,15 +131,15 @@ def _factors(path: str, layer: Any, adapter: str) -> Factors:
 def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
     """Overwrite the factors in place, with zeros beyond their ranks; call it on every process.
 
-    The rows of A get the mean norm that they had, so that B goes on to learn at its speed: where it is still small,
-    factors of equal norms would slow it down.
+    Rows of A and columns of B have equal norms, but no row of A is smaller than the rows were in the mean: where B is
+    still small, a smaller A would slow it down.
     """
     layers = lora_layers(model, adapter)
     for part in factors:
         weights = lora_weights(layers[part.module], adapter)
         before, after = (A.flatten(1).double().norm(dim=1) for A in (full_value(weights[0]).cpu(), part.A))
         mean = (before.square().sum() / (before > 0).sum().clamp(min=1)).sqrt()
-        share = torch.where(after * mean > 0, mean / after, 1.0)
+        share = torch.where(after * mean > 0, mean / after, 1.0).clamp(min=part.scaling**-0.5)
         split = replace(part, A=(share[:, None] * part.A).to(part.A), B=(part.B / share / part.scaling).to(part.B))
         for weight, value in zip(weights, split.padded(layers[part.module].r[adapter]).weights, strict=True):
             write(weight, value)
