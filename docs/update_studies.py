@@ -91,7 +91,7 @@ def time(runs: Cell, others: Cell) -> str:
 
 # Title → task, LoRA, learned ranks.
 GAINS = {
-    "German, 500 steps, r = 4": ("german", "lora", "learned"),
+    "German, 500 steps, r = 4": ("german", "lora", "learned+split=kept"),
     "German, 2,000 steps, r = 4": ("german-long", "lora", "learned"),
     "source code, 2,000 steps, r = 4": ("source-code-long", "lora", "learned"),
     "German, GPT-2's architecture, 500 steps, r = 4": ("german-gpt2", "lora", "learned"),
@@ -114,7 +114,7 @@ def gains() -> str:
     return table([*head, "LoRA on English", "learned on English", "time of a step, ratio"], rows)
 
 
-BALANCED = "learned+split=balanced"  # before the rows of A kept their norm at the cut
+BALANCED, KEPT = "learned+split=balanced", "learned+split=kept"  # norms of the factors at the cut, before it was as now
 RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
 
 
@@ -176,23 +176,25 @@ def users() -> str:
     return table([*head, "loss − LoRA, r = 16", "loss − LoRA, r = 4", "time of a step, ratio"], rows)
 
 
+# Title → task, method with equal norms and with the norm of A kept, and as it is now.
 SPLITS = {
-    "labels, r = 4": ("labels-r4", "learned"),
-    "source code, r = 4": ("source-code-r4", "learned"),
-    "German, r = 4": ("german", "learned"),
-    "SmolLM2 on chats, size of r = 4": ("chats", "learned+r=4"),
-    "SmolLM2 on chats, size of r = 16": ("chats", "learned"),
+    "labels, r = 4": ("labels-r4", BALANCED, KEPT, "learned"),
+    "source code, r = 4": ("source-code-r4", BALANCED, KEPT, "learned"),
+    "German, r = 4": ("german", BALANCED, KEPT, "learned"),
+    "SmolLM2 on chats, size of r = 4": ("chats", "learned+r=4+split=balanced", "learned+r=4", ""),
+    "SmolLM2 on chats, size of r = 16": ("chats", BALANCED, "learned", ""),
 }
 
 
 def splits() -> str:
-    """The cut with factors of equal norms, and with the norm that A had."""
+    """The cut with factors of equal norms, with the norm that A had, and with the larger of both."""
     rows = []
-    for title, (task, method) in SPLITS.items():
-        before, now = (cell("evidence", task, name) for name in (f"{method}+split=balanced", method))
-        if before and now:
-            rows.append([title, str(len(before.keys() & now.keys())), mean(before), mean(now), difference(now, before)])
-    return table(["task", "seeds", "equal norms", "norm of A kept", "difference"], rows)
+    for title, (task, *methods) in SPLITS.items():
+        balanced, kept, now = (cell("evidence", task, method) for method in methods)
+        means = (mean(balanced), mean(kept), mean(now))
+        rows.append([title, str(len(balanced)), *means, difference(kept, balanced), difference(now, balanced)])
+    head = ("task", "seeds", "equal norms", "norm of A kept", "the larger")
+    return table([*head, "kept − equal", "the larger − equal"], rows)
 
 
 def _score(run: Run) -> float:
@@ -246,7 +248,7 @@ def summary() -> str:
         if title.startswith("learned"):
             asked.append((f"SmolLM2 on chats, untuned: {title} − {of}", runs, chats[of]))
     rows = [[title, difference(runs, others)] for title, runs, others in asked if runs and others]
-    now = cell("evidence", "german", "learned")
+    now = cell("evidence", "german", KEPT)
     rows.append(["German, r = 4, loss on English: learned ranks − LoRA", difference(now, lora, "base")])
     return table(["comparison", "difference of the loss (nats)"], rows)
 
