@@ -130,6 +130,7 @@ def rates() -> str:
 
 
 RIVALS = {
+    "learned ranks": BALANCED,
     "LoRA": "lora",
     "share of each module's own rise (GRIT's criterion), at 30 %": "learned+by=own-share",
     "equal ranks by SVD (LoRA-Squeeze), at 30 %": "learned+by=equal",
@@ -141,15 +142,11 @@ RIVALS = {
 
 def rivals() -> str:
     """Other choices of ranks on German."""
-    lora, learned = (cell("evidence", "german", method) for method in ("lora", BALANCED))
-    seeds = str(len(learned))
-    rows = [["learned ranks", seeds, mean(learned), mean(learned, "base"), "", difference(learned, lora)]]
+    bases, rows = [cell("evidence", "german", method) for method in (BALANCED, "lora")], []
     for title, method in RIVALS.items():
         runs = cell("evidence", "german", method)
-        if runs:
-            from_lora = difference(runs, lora) if method != "lora" else ""
-            measured = (mean(runs), mean(runs, "base"), difference(runs, learned))
-            rows.append([title, str(len(runs)), *measured, from_lora])
+        found = ("" if runs == base else difference(runs, base) for base in bases)
+        rows.append([title, str(len(runs)), mean(runs), mean(runs, "base"), *found])
     return table(["method", "seeds", "loss", "on English", "minus learned ranks", "minus LoRA"], rows)
 
 
@@ -226,8 +223,9 @@ def ordinary(title: str, tasks: Iterable[tuple[str, str]], runs_of: Callable[[st
             samples.append([100 * (_score(other[seed]) / _score(lora[seed]) - 1) for seed in seeds])
             means = (f"{100 * fmean(_score(runs[seed]) for seed in seeds):.2f}" for runs in (lora, other))
             rows.append([task, metric, str(len(samples[-1])), *means, pooled(samples[-1:])])
-    if rows:
-        rows.append(["mean", "", "", "", "", pooled(samples)])
+    if not rows:
+        return "Not run yet.\n"
+    rows.append(["mean", "", "", "", "", pooled(samples)])
     return table(["task", "metric", "seeds", "LoRA", title, "difference, % of LoRA's"], rows)
 
 
@@ -241,7 +239,7 @@ def summary() -> str:
     for share, rate in (("a quarter of", 0.0025), ("half", 0.005), ("twice", 0.02), ("four times", 0.04)):
         pair = (cell("evidence", "german-r4", method, rate) for method in (BALANCED, "lora"))
         asked.append((f"German, r = 4, {share} the best rate: learned ranks − LoRA", *pair))
-    for title, method in list(RIVALS.items())[1:]:
+    for title, method in list(RIVALS.items())[2:]:
         asked.append((f"German, r = 4: {title} − learned ranks", cell("evidence", "german", method), learned))
     chats = {name: cell("evidence", "chats", method) for name, method in USERS.items()}
     for (title, runs), of in ((pair, other) for pair in chats.items() for other in chats if other.startswith("LoRA")):

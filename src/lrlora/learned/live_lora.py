@@ -131,8 +131,8 @@ def _factors(path: str, layer: Any, adapter: str) -> Factors:
 def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
     """Overwrite the factors in place, with zeros beyond their ranks; call it on every process.
 
-    Rows of A and columns of B have equal norms, but no row of A is smaller than the rows were in the mean: where B is
-    still small, a smaller A would slow it down.
+    Rows of A and columns of B get equal norms, but no row of A becomes smaller than the mean norm before: while B is
+    small, changes of B would otherwise have less effect.
     """
     layers = lora_layers(model, adapter)
     for part in factors:
