@@ -91,7 +91,7 @@ def time(runs: Cell, others: Cell) -> str:
 
 # Title → task, LoRA, learned ranks.
 GAINS = {
-    "German, 500 steps, r = 4": ("german", "lora", "learned+split=kept"),
+    "German, 500 steps, r = 4": ("german", "lora", "learned"),
     "German, 2,000 steps, r = 4": ("german-long", "lora", "learned"),
     "source code, 2,000 steps, r = 4": ("source-code-long", "lora", "learned"),
     "German, GPT-2's architecture, 500 steps, r = 4": ("german-gpt2", "lora", "learned"),
@@ -114,7 +114,7 @@ def gains() -> str:
     return table([*head, "LoRA on English", "learned on English", "time of a step, ratio"], rows)
 
 
-BALANCED, KEPT = "learned+split=balanced", "learned+split=kept"  # norms of the factors at the cut, before it was as now
+EQUAL, KEPT = "+split=balanced", "+split=kept"  # norms of the factors at the cut, in runs before it was as now
 RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
 
 
@@ -123,14 +123,14 @@ def rates() -> str:
     rows = []
     for rate in RATES:
         task = "german" if rate == 0.01 else "german-r4"
-        lora, learned = (cell("evidence", task, method, rate) for method in ("lora", BALANCED))
+        lora, learned = (cell("evidence", task, method, rate) for method in ("lora", f"learned{EQUAL}"))
         if lora and learned:
             rows.append([f"{rate:g}", mean(lora), mean(learned), difference(learned, lora)])
     return table(["rate", "LoRA", "learned ranks", "learned − LoRA"], rows)
 
 
 RIVALS = {
-    "learned ranks": BALANCED,
+    "learned ranks": f"learned{EQUAL}",
     "LoRA": "lora",
     "share of each module's own rise (GRIT's criterion), at 30 %": "learned+by=own-share",
     "equal ranks by SVD (LoRA-Squeeze), at 30 %": "learned+by=equal",
@@ -142,7 +142,7 @@ RIVALS = {
 
 def rivals() -> str:
     """Other choices of ranks on German."""
-    bases, rows = [cell("evidence", "german", method) for method in (BALANCED, "lora")], []
+    bases, rows = [cell("evidence", "german", method) for method in (f"learned{EQUAL}", "lora")], []
     for title, method in RIVALS.items():
         runs = cell("evidence", "german", method)
         found = ("" if runs == base else difference(runs, base) for base in bases)
@@ -173,21 +173,21 @@ def users() -> str:
     return table([*head, "loss − LoRA, r = 16", "loss − LoRA, r = 4", "time of a step, ratio"], rows)
 
 
-# Title → task, method with equal norms and with the norm of A kept, and as it is now.
+# Title → task and method, as it is now.
 SPLITS = {
-    "labels, r = 4": ("labels-r4", BALANCED, KEPT, "learned"),
-    "source code, r = 4": ("source-code-r4", BALANCED, KEPT, "learned"),
-    "German, r = 4": ("german", BALANCED, KEPT, "learned"),
-    "SmolLM2 on chats, size of r = 4": ("chats", "learned+r=4+split=balanced", "learned+r=4", ""),
-    "SmolLM2 on chats, size of r = 16": ("chats", BALANCED, "learned", ""),
+    "labels, r = 4": ("labels-r4", "learned"),
+    "source code, r = 4": ("source-code-r4", "learned"),
+    "German, r = 4": ("german", "learned"),
+    "SmolLM2 on chats, size of r = 4": ("chats", "learned+r=4"),
+    "SmolLM2 on chats, size of r = 16": ("chats", "learned"),
 }
 
 
 def splits() -> str:
     """The cut with factors of equal norms, with the norm that A had, and with the larger of both."""
     rows = []
-    for title, (task, *methods) in SPLITS.items():
-        balanced, kept, now = (cell("evidence", task, method) for method in methods)
+    for title, (task, method) in SPLITS.items():
+        balanced, kept, now = (cell("evidence", task, f"{method}{split}") for split in (EQUAL, KEPT, ""))
         means = (mean(balanced), mean(kept), mean(now))
         rows.append([title, str(len(balanced)), *means, difference(kept, balanced), difference(now, balanced)])
     head = ("task", "seeds", "equal norms", "norm of A kept", "the larger")
@@ -231,13 +231,13 @@ def ordinary(title: str, tasks: Iterable[tuple[str, str]], runs_of: Callable[[st
 
 def summary() -> str:
     """The differences of all tables but that of ordinary tasks."""
-    lora, learned = (cell("evidence", "german", method) for method in ("lora", BALANCED))
+    lora, learned = (cell("evidence", "german", method) for method in ("lora", f"learned{EQUAL}"))
     asked: list[tuple[str, Cell, Cell]] = [
         (f"{title}: learned ranks − LoRA", cell("evidence", task, other), cell("evidence", task, base))
         for title, (task, base, other) in GAINS.items()
     ]
     for share, rate in (("a quarter of", 0.0025), ("half", 0.005), ("twice", 0.02), ("four times", 0.04)):
-        pair = (cell("evidence", "german-r4", method, rate) for method in (BALANCED, "lora"))
+        pair = (cell("evidence", "german-r4", method, rate) for method in (f"learned{EQUAL}", "lora"))
         asked.append((f"German, r = 4, {share} the best rate: learned ranks − LoRA", *pair))
     for title, method in list(RIVALS.items())[2:]:
         asked.append((f"German, r = 4: {title} − learned ranks", cell("evidence", "german", method), learned))
@@ -246,7 +246,7 @@ def summary() -> str:
         if title.startswith("learned"):
             asked.append((f"SmolLM2 on chats, untuned: {title} − {of}", runs, chats[of]))
     rows = [[title, difference(runs, others)] for title, runs, others in asked if runs and others]
-    now = cell("evidence", "german", KEPT)
+    now = cell("evidence", "german", "learned")
     rows.append(["German, r = 4, loss on English: learned ranks − LoRA", difference(now, lora, "base")])
     return table(["comparison", "difference of the loss (nats)"], rows)
 
