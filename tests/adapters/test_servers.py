@@ -138,7 +138,7 @@ def test_the_command_says_what_is_reserved(adapter: Path, server: str, tmp_path:
     title = SERVERS[server].title
     if server in expected:
         rank = {"sglang": 7}.get(server, 8)
-        assert f"{title} reserves r = {rank} in 14 modules: {expected[server] / 1e6:.1f} MB a slot in bfloat16" in said
+        assert f"{title} reserves r = {rank} in 14 modules: {expected[server] / 2**20:.1f} MiB a slot in bfloat16" in said
     else:
         assert f"{title} holds each module at its own rank" in said
 

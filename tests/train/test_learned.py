@@ -77,7 +77,7 @@ def test_a_language_model_and_a_size_in_bytes(here: Path) -> None:
         *("--rank", 8, "--steps", 20, "--batch-size", 4, "--output", "out"),
     )
     assert re.search(
-        r"vLLM reserves r = 8 in \d+ modules: [\d.]+ MB a slot in bfloat16", " ".join(result.output.split())
+        r"vLLM reserves r = 8 in \d+ modules: [\d.]+ MiB a slot in bfloat16", " ".join(result.output.split())
     )
     assert size_of(here / "out") <= 3_000
     assert lrlora("predict", "out", "--text", "a film").exit_code == 0

@@ -107,14 +107,14 @@ class Server:
         used = sum(rank * cost for rank, cost in ranks) * self.itemsize
         precision = "bfloat16" if self.itemsize == 2 else "float32"
         if not self.reserves_largest:
-            return f"{self.title} holds each module at its own rank: {used / 1e6:.1f} MB in {precision}."
+            return f"{self.title} holds each module at its own rank: {used / 2**20:.1f} MiB in {precision}."
         rank = self.rank(max(rank for rank, _ in ranks))
         held = rank * sum(cost for _, cost in ranks) * self.itemsize
         option = f" ({self.option.format(rank=rank)})" if self.option else ""
         others = " It reserves the same for each module that is not adapted." if self.reserves_more else ""
         return (
-            f"{self.title} reserves r = {rank} in {len(ranks)} modules: {held / 1e6:.1f} MB a slot in {precision}"
-            f"{option}; the adapter has {used / 1e6:.1f} MB.{others}"
+            f"{self.title} reserves r = {rank} in {len(ranks)} modules: {held / 2**20:.1f} MiB a slot in {precision}"
+            f"{option}; the adapter has {used / 2**20:.1f} MiB.{others}"
         )
 
 
