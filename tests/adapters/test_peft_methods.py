@@ -191,8 +191,11 @@ def test_a_start_that_changes_an_embedding(tmp_path: Path) -> None:
         torch.testing.assert_close(update.matrix().double(), expected[update.module], rtol=1e-4, atol=1e-6)
 
 
-def test_a_live_model_whose_base_weights_were_changed_is_not_exported_wrongly() -> None:
-    model = get_peft_model(TINY.build(), METHODS["PiSSA"])
+@pytest.mark.parametrize(
+    "config", [METHODS["PiSSA"], peft.LoraConfig(r=4, kasa_config=peft.tuners.lora.config.KasaConfig(), **_ALL)]
+)
+def test_a_live_model_whose_base_weights_were_changed_is_not_exported_wrongly(config: peft.LoraConfig) -> None:
+    model = get_peft_model(TINY.build(), config)
     with pytest.raises(ValueError, match="changes the base weights, so"):
         factorize(model, energy=1.0)
 

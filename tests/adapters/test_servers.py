@@ -138,7 +138,8 @@ def test_the_command_says_what_is_reserved(adapter: Path, server: str, tmp_path:
     title = SERVERS[server].title
     if server in expected:
         rank = {"sglang": 7}.get(server, 8)
-        assert f"{title} reserves r = {rank} in 14 modules: {expected[server] / 2**20:.1f} MiB a slot in bfloat16" in said
+        size = f"{expected[server] / 2**20:.1f} MiB"
+        assert f"{title} reserves r = {rank} in 14 modules: {size} a slot in bfloat16" in said
     else:
         assert f"{title} holds each module at its own rank" in said
 

@@ -221,6 +221,48 @@ def test_an_own_loop_resumes_to_the_bit() -> None:
         assert all(map(torch.equal, run(step, STEPS), expected)), step
 
 
+def test_a_state_from_before_the_cut_is_loaded_after_it() -> None:
+    tiny, model = with_lora("llama")
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-3)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    parts = {"model": model, "optimizer": optimizer, "ranks": learned}
+    until(learned, tiny, model, optimizer, 12)
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    results = []
+    for _ in range(2):
+        until(learned, tiny, model, optimizer, 40)
+        results.append([p.detach().clone() for p in trained(model)])
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+        assert learned.ranks is None
+    assert all(map(torch.equal, *results))
+
+
+def test_a_state_from_after_the_end_is_loaded() -> None:
+    tiny, model = with_lora("llama")
+    learned = fit(tiny, model, "r1", steps=200)
+    assert learned.ranks is not None
+    assert 0 in learned.ranks.values()
+    _, other = with_lora("llama")
+    again = LearnedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r1", steps=200)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    again.load_state_dict(learned.state_dict())
+    assert torch.allclose(tiny.logits(other.eval()), tiny.logits(model), atol=1e-6)
+
+
+def test_a_small_adapter_is_loaded_while_another_is_active(tmp_path: Path) -> None:
+    tiny, model = with_lora("llama")
+    fit(tiny, model, "r2")
+    model.save_pretrained(tmp_path)
+    _, other = with_lora("llama")
+    other.add_adapter("other", LoraConfig(r=3, target_modules="all-linear"))
+    LearnedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r2", steps=STEPS)
+    other.set_adapter("other")
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    other.set_adapter("default")
+    assert torch.allclose(tiny.logits(other.eval()), tiny.logits(model), atol=1e-6)
+
+
 def test_a_moved_checkpoint_resumes_with_its_own_moments(tmp_path: Path) -> None:
     """Not with those of another run in the output folder."""
     results = []

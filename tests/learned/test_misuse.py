@@ -55,6 +55,17 @@ def test_a_run_resumed_with_other_steps_logs_its_rates(tmp_path: Path, settings:
     assert size_of(trainer.model) <= 2176
 
 
+def test_a_resumed_schedule_does_not_take_the_rate_of_the_factors_for_that_of_the_optimizer(tmp_path: Path) -> None:
+    settings = {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5}
+    with pytest.warns(UserWarning, match="before the cut"):
+        trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(8), save_steps=5, **settings).train()
+    resumed = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(9), save_steps=5, **settings)
+    with pytest.warns(UserWarning, match="before the cut"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.optimizer is not None
+    assert resumed.optimizer.param_groups[0]["lr"] == 5e-3
+
+
 def test_a_configuration_serves_several_models() -> None:
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     sizes = []
@@ -146,6 +157,17 @@ def test_a_start_over_in_the_same_process(tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=True)
     assert 0 < size_of(trainer.model) <= 2176
 
+
+def test_a_run_stopped_after_the_cut_goes_on_in_the_same_process(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, LearnedRanksCallback("r1"), StopAfter(30))
+    trainer.train()
+    trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c) is not StopAfter]
+    assert trainer.train(resume_from_checkpoint=True).global_step == STEPS
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert size_of(PeftModel.from_pretrained(TinyModel("llama").build(), tmp_path / "adapter")) <= 1088
+
+
+def test_the_last_one_learns() -> None:
     tiny, model = with_lora("llama")
     first = LearnedRanks(model, adam(model), size="r2", steps=STEPS)
     optimizer = adam(model)
@@ -162,8 +184,15 @@ def test_a_state_of_another_size_or_for_another_adapter_is_refused(tmp_path: Pat
     _, model = with_lora("llama")
     learned = LearnedRanks(model, adam(model), size="r2", steps=STEPS)
     state = {**learned.state_dict(), "ranks": {"model.layers.0.self_attn.q_proj": 9}}
-    with pytest.raises(ValueError, match=r"has other ranks than the state\. Load the adapter saved with it first"):
+    refused = r"has other ranks than the state\. Load the adapter saved with it first"
+    with pytest.raises(ValueError, match=refused):
         learned.load_state_dict(state)
+    step(*with_lora("llama")[:1], model, learned._inner, 14)
+    for fields in ({"r": 6}, {"target_modules": ["q_proj"]}):
+        _, model = with_lora("llama", **fields)
+        other = LearnedRanks(model, adam(model), size="r1", steps=STEPS)
+        with pytest.raises(ValueError, match=refused):
+            other.load_state_dict(learned.state_dict() | {"size": "r1"})
 
 
 def test_a_copy_of_the_model_gives_no_moments() -> None:

@@ -14,14 +14,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from lrlora.train.chat import (
     SIMPLE_TEMPLATE,
+    answer_of,
     as_trl_reads,
     choose_template,
     format_of,
+    render_chat,
     rendering_of,
     shown_tokens,
     with_answers_marked,
@@ -260,12 +265,13 @@ def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decod
         "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'].split(' ')[-1] }} {% endfor %}"
         "{% if add_generation_prompt %}[BOT] {% endif %}"
     )
-    turns = [{"role": "user", "content": "a plot"}, {"role": "assistant", "content": "film"}] * 2
-    turns[1] = {"role": "assistant", "content": "is film"}  # of which the template keeps the last word
-    rows = Dataset.from_list([{"messages": [*turns[:1], {"role": "assistant", "content": "film"}, *turns[2:]]}])
-    (row,) = with_answers_marked(rows, words)
+    turns = [{"role": "user", "content": "a plot"}, {"role": "assistant", "content": "is film"}] * 2
+    (row,) = with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
     answers = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    assert words.decode(answers) == "film film"
+    assert words.decode(answers) == "film is film"  # of the first, the template keeps the last word
+    words.chat_template = (
+        "{% for m in messages %}{{ m['content'] if loop.last or m['role'] == 'user' else 'film' }} {% endfor %}"
+    )
     with pytest.raises(ValueError, match="'is film' is not found in what the chat template writes"):
         with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
@@ -283,6 +289,73 @@ def test_the_loss_is_on_the_answer_where_the_question_contains_its_words(decoder
     assert shown_tokens(row, words, marked=True) == (
         "[USER] is it good and bad ? [BOT]⟦good⟧[USER] is it clever ? [BOT]⟦is it⟧[USER] the plot ? [BOT]⟦[UNK] plot⟧"
     )
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"film": "it"}}}
+TURNS = {
+    "a call": [
+        {"role": "user", "content": "which?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "find", "content": "found"},
+        {"role": "assistant", "content": "it is good"},
+    ],
+    "short": [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "bAba", strict=True)],
+    "from the assistant": [
+        {"role": "assistant", "content": "clever"},
+        {"role": "user", "content": "which?"},
+        {"role": "assistant", "content": "film"},
+    ],
+}
+ENDS = {
+    "qwen3": "<|im_end|>",
+    "qwen3_5_think": "<|im_end|>",
+    "deepseekv3": "<｜end▁of▁sentence｜>",
+    "llama3_1": "<|eot_id|>",
+}
+
+
+@pytest.mark.parametrize("chat", TURNS)
+@pytest.mark.parametrize("template", ENDS)
+def test_every_answer_is_in_the_loss_with_the_templates_of_models(template: str, chat: str) -> None:
+    letters = Tokenizer(WordLevel({chr(code): code for code in range(0xD800)}, "?"))
+    letters.pre_tokenizer = Split("", "isolated")
+    words = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token=ENDS[template], bos_token="<s>")
+    choose_template(words, template)
+    turns = TURNS[chat]
+    if template == "deepseekv3":  # which wants the arguments as text
+        turns = json.loads(json.dumps(turns).replace('{"film": "it"}', '"it"'))
+    (row,) = with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
+    pairs = zip(words.convert_ids_to_tokens(row["input_ids"]), row["labels"], strict=True)
+    answers = "".join(token for token, label in pairs if label != -100).split(ENDS[template])
+    assert answers.pop().strip() == ""
+    expected = ["find" if "tool_calls" in turn else turn["content"] for turn in turns if turn["role"] == "assistant"]
+    for answer, said in zip(answers, expected, strict=True):
+        assert str(said) in answer
+        assert not any(str(turn["content"]) in answer for turn in turns if turn["role"] in ("user", "tool"))
+
+
+def test_tools_are_those_of_their_own_row() -> None:
+    words = tokenizer()
+    words.chat_template = "{{ tools | tojson if tools is not none else 'none' }}"
+
+    def tool(*names: str) -> str:
+        properties = {name: {"type": "string"} for name in names}
+        return json.dumps(
+            [{"type": "function", "function": {"name": "find", "parameters": {"properties": properties}}}]
+        )
+
+    asked = [{"from": "human", "value": "find it"}, {"from": "gpt", "value": "good"}]
+    rows = [{"conversations": asked, "tools": tools} for tools in (tool("city"), tool("query"), "[]", "")]
+    shown = [render_chat(words, row["messages"], row) for row in as_trl_reads(Dataset.from_list(rows), "chat")]
+    assert [json.loads(text) for text in shown[:2]] == [json.loads(tool("city")), json.loads(tool("query"))]
+    assert shown[2:] == ["none", "none"]
+
+
+def test_a_call_is_no_answer() -> None:
+    turns = TURNS["a call"]
+    assert answer_of({"messages": turns[:2]}) is None
+    assert answer_of({"prompt": turns[:1], "completion": turns[1:2]}) is None
+    assert answer_of({"messages": turns}) == "it is good"
 
 
 def test_a_run_from_before_goes_on_with_the_loss_of_the_whole_chat(decoder: str, tmp_path: Path) -> None:
@@ -399,7 +472,7 @@ def test_more_turns_systems_histories_and_tools() -> None:
     (row,) = as_trl_reads(data, rendering_of(data, words))
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
     assert row["messages"][2]["tool_calls"][0]["function"]["name"] == "find"
-    assert row["tools"][0]["function"]["name"] == "find"
+    assert json.loads(row["tools"])[0]["function"]["name"] == "find"
     alpaca = {"instruction": "and it ?", "input": "the plot", "output": "good", "history": [["a film", "bad"]]}
     (row,) = as_trl_reads(Dataset.from_list([alpaca | {"system": "be clever"}]), "chat")
     said = [(message["role"], message["content"]) for message in row["prompt"] + row["completion"]]

@@ -33,6 +33,11 @@ def test_the_expansion_is_a_method_with_its_own_scale() -> None:
 def test_alpha_and_targets_stand_beside_the_rank() -> None:
     config = config_of(method="lora", rank=4, alpha=16.0, targets="query,value")
     assert (config.r, config.lora_alpha, set(config.target_modules)) == (4, 16, {"query", "value"})
+    for size in ({"rank": 4}, {"size": "r4"}):  # before the cut, with the same α/r
+        assert (config_of(**size, alpha=8.0).r, config_of(**size, alpha=8.0).lora_alpha) == (16, 32)
+        assert config_of(**size, adapter={"lora_alpha": 8}).lora_alpha == 32
+    config = config_of(size="r4", rank=8, alpha=8.0)
+    assert (config.r, config.lora_alpha) == (8, 8)
     assert set(config_of(targets="query").target_modules) == {"query"}
     assert set(config_of(targets="query, value").target_modules) == {"query", "value"}
     assert config_of(targets=r".*\.(query|key)").target_modules == r".*\.(query|key)"

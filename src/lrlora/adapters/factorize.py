@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..checks import check_truncation
 from ..naming import module_type
 from .layers import updates_of_model
-from .update import PLAIN, Layout, Update, Updates, changes_base
+from .update import PLAIN, Layout, Update, Updates, is_more
 
 # A randomized SVD costs a few products with ΔW; from a quarter of the full rank on, a full SVD is no slower.
 _FULL_SVD_SIZE = 256
@@ -238,10 +238,10 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
         return source.updates
     model: Any = source
     for name, config in getattr(source, "peft_config", {}).items():
-        if name in ([adapter] if adapter else model.active_adapters) and changes_base(config):
+        if name in ([adapter] if adapter else model.active_adapters) and is_more(config):
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so s·BA is not the full "
-                "update. Save the adapter and read it with read_updates."
+                f"The adapter {name} changes the base weights, so s·BA is not the full update. Save it and use "
+                "read_updates."
             )
     updates = list(updates_of_model(source, adapter))
     if others := sorted({module_type(update.module) for update in updates if update.layout != PLAIN}):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from .layers import updates_of_model
 from .lora_file import SingleFile
 from .peft_folder import AdapterSource, SavedAdapter, require_all_weights, require_reproducible_start
 from .products import rank_of, scaling_of, update_from_parts
-from .update import MAGNITUDES_NOTE, Layout, Update, Updates, changes_base
+from .update import MAGNITUDES_NOTE, Layout, Update, Updates, is_more
 
 _NAMES = {
     "LRLORA": "LR-LoRA",
@@ -45,8 +45,6 @@ _WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
 _BIAS_NOTE = "This method also changes biases, which are included neither in the ranks nor in an exported LoRA."
 _FROM_FACTORS = ("LORA", "LOHA", "LOKR")
 _PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[AB]|hada_\w+|lokr_\w+)(?:\.weight)?$")
-# LoRA options whose update is more than s·BA.
-_VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
 
 
 def read_updates(source: AdapterSource, *, base: str | os.PathLike[str] | None = None) -> Updates:
@@ -110,7 +108,7 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
             # Convolutions and embeddings look like linear layers in its files.
             linear = updates_of_model(load_on_skeleton(saved))
             updates = [replace(update, layout=Layout(is_known=False)) for update in linear]
-    elif method in _FROM_FACTORS and not is_whole and not _is_more(config):
+    elif method in _FROM_FACTORS and not is_whole and not is_more(config):
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = _from_factors(saved)
         if getattr(config, "use_dora", False):
@@ -130,13 +128,6 @@ def method_name(config: Any) -> str:
     """Common name of the adapter's method."""
     method = config.peft_type.value
     return "DoRA" if getattr(config, "use_dora", False) else _NAMES.get(method, method)
-
-
-def _is_more(config: Any) -> bool:
-    """Whether a LoRA changes its base weight by more than s·BA."""
-    if config.peft_type != PeftType.LORA:
-        return False
-    return any(getattr(config, name, None) for name in _VARIANTS) or changes_base(config)
 
 
 def _from_factors(saved: SavedAdapter) -> list[Update]:

@@ -35,6 +35,15 @@ def changes_base(config: Any) -> bool:
     return str(getattr(config, "init_lora_weights", None)).startswith(_CHANGING_STARTS)
 
 
+# LoRA options whose update is more than s·BA.
+_VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
+
+
+def is_more(config: Any) -> bool:
+    """Whether a LoRA changes its base weight by more than s·BA, besides DoRA's magnitudes."""
+    return any(getattr(config, name, None) for name in _VARIANTS) or changes_base(config)
+
+
 class Layout(NamedTuple):
     """Meaning of the matrix ΔW (m, n) in its module.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import warnings
+from functools import partial
 from typing import Any
 
 from safetensors.torch import load, save
@@ -53,8 +54,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _require_supported(args)
         model = peft_model(kwargs["model"])
-        require_plain_lora(model)
-        self._padding = model.register_load_state_dict_pre_hook(pad_state)
+        self._padding = model.register_load_state_dict_pre_hook(partial(pad_state, require_plain_lora(model)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,6 +86,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         learned = self.learned
+        if hasattr(kwargs["lr_scheduler"], "_last_lr"):
+            # The optimizer's again: a checkpoint stores it, and some schedules set it in the optimizer when loaded.
+            kwargs["lr_scheduler"]._last_lr = [group["lr"] for group in kwargs["optimizer"].param_groups]
         if learned is not None and learned.ranks is not None and not self._is_cut:
             self._is_cut = True
             # A better one from before the cut would be larger than asked for.

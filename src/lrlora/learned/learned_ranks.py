@@ -128,7 +128,7 @@ class LearnedRanks:
         setattr(self._model, "save_pretrained", self._save)  # noqa: B010 (of this model alone)
         self._watchers: list[Any] = []
         self._watch(_reach)
-        self._padding = self._model.register_load_state_dict_pre_hook(pad_state)
+        self._padding = self._model.register_load_state_dict_pre_hook(partial(pad_state, self._adapter))
         self._hooks: list[Any] = [
             self._padding,
             self._inner.register_step_pre_hook(self._before_update),
@@ -196,25 +196,28 @@ class LearnedRanks:
         for name, value in (("size", self._size), ("max_rank", self._max_rank)):
             if state[name] != value:
                 raise ValueError(f"The run has {name}={state[name]!r}, got {value!r}. Pass the same.")
+        wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
+        ranks, moments = state["ranks"], {path: Moments(*of) for path, of in state["moments"].items()}
+        has_less = any(wide.get(path, 0) < rank for path, rank in (ranks or {}).items())
+        if has_less or any(wide.get(path) != len(of.h_metric) for path, of in moments.items()):
+            raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._done, self._reached = state["done"], None
         self._watch(None)
-        if state["ranks"] is None:  # perhaps with other steps than before
-            self._moments = {path: Moments(*of).to(self._device(path)) for path, of in state["moments"].items()}
+        if ranks is None:  # perhaps with other steps than before, or back from after the cut
+            self.ranks = self._save.ranks = None
+            self._moments = {path: of.to(self._device(path)) for path, of in moments.items()}
             self._own = {}
             self.cut_step = max(self.cut_step, self._done + (1 if self._moments else self._window))
             self._save.cut_step = self.cut_step
             self._open_window()
             return
-        wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
-        if any(wide.get(path, 0) < rank for path, rank in state["ranks"].items()):
-            raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         for path, layer in self._layers.items():
-            if not state["ranks"].get(path, 0):  # what was saved has no such module
+            if not ranks.get(path, 0):  # what was saved has no such module
                 for weight in lora_weights(layer, self._adapter):
                     write(weight, torch.zeros_like(full_value(weight)))
-        self._require_ranks(state["ranks"])
+        self._require_ranks(ranks)
         self.cut_step, self._warm_up = state["cut_step"], state["warm_up"]
-        self._end_learning(state["ranks"])
+        self._end_learning({path: rank for path, rank in ranks.items() if path in wide})
 
     def _device(self, path: str) -> torch.device:
         return lora_weights(self._layers[path], self._adapter)[0].device
@@ -369,6 +372,7 @@ class LearnedRanks:
             return
         self._restart()
         shrink(self._model, self._adapter, self.ranks)
+        self._layers = lora_layers(self._model, self._adapter)
         del self._model.save_pretrained
         self._padding.remove()
 

@@ -83,13 +83,18 @@ def require_plain_lora(model: PeftModel) -> str:
 def _require_plain(path: str, layer: Any, adapter: str) -> None:
     base = layer.get_base_layer()
     is_whole = not isinstance(base, nn.MultiheadAttention) and getattr(base, "groups", 1) == 1
-    if layer.merged or not is_whole or not isinstance(dict(layer.lora_A.items()).get(adapter), _DOWN):
+    if layer.merged:
+        raise ValueError(f"Learned ranks need an unmerged LoRA, but {path} is merged. Call unmerge_adapter() first.")
+    if not is_whole or not isinstance(dict(layer.lora_A.items()).get(adapter), _DOWN):
         raise ValueError(
-            "Learned ranks need an unmerged LoRA on linear layers and convolutions without groups, but "
+            "Learned ranks need LoRA on linear layers and convolutions without groups, but "
             f"{path} has another. Leave it out of target_modules."
         )
     if not all(weight.requires_grad for weight in lora_weights(layer, adapter)):
-        raise ValueError(f"Learned ranks need trainable LoRA weights, but those of {path} are frozen.")
+        raise ValueError(
+            f"Learned ranks need trainable LoRA weights, but those of {path} are frozen. Load the adapter with "
+            "is_trainable=True."
+        )
     if layer.scaling[adapter] <= 0:
         raise ValueError(f"Learned ranks need lora_alpha > 0, got {layer.lora_alpha[adapter]} for {path}.")
 
@@ -254,16 +259,22 @@ def require_zero(dropped: Tensor, path: str) -> None:
         )
 
 
-def pad_state(model: Any, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
+def pad_state(adapter: str, model: Any, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
     """Hook before a state dict is loaded: zeros for the directions that a checkpoint from after the cut leaves out.
+
+    In a state from after the last step, modules of rank 0 are those of the base model.
 
     Raises:
         ValueError: the state dict has larger ranks than the model.
 
     """
-    adapter = model.active_adapters[0]
     for path, layer in lora_layers(model, adapter).items():
+        place, names = f"{prefix}{PEFT_PREFIX}{path}.", layer.get_base_layer().state_dict()
+        left = {name: state.pop(place + name) for name in names if place + name in state}
+        state.update({f"{place}base_layer.{name}": value for name, value in left.items()})
         for (key, dim), weight in zip(_keys(path, adapter), lora_weights(layer, adapter), strict=True):
+            if left:
+                state[prefix + key] = torch.zeros_like(weight)
             small = state.get(prefix + key)
             if small is None or hasattr(weight, "ds_id"):
                 continue  # ZeRO-3 keeps the values elsewhere, all of them

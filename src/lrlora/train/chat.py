@@ -6,6 +6,7 @@ and answers in any format become chat turns, because servers send chats; without
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -24,6 +25,7 @@ from .row_checks import require_rows
 
 NO_TEMPLATE = "none"
 _SHOWN = 600  # characters of an example
+_MARK = "⟦turn⟧"  # in place of an answer
 # For models without a template or special tokens for one; an assistant's turn ends with the EOS token.
 SIMPLE_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -221,8 +223,11 @@ def as_trl_reads(data: Dataset, rendering: str) -> Dataset:
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         extras = {name: row[name] for name in _EXTRAS if name in row}
-        if isinstance(extras.get("tools"), str):
-            extras["tools"] = _json("The column tools", extras["tools"] or "null")
+        if "tools" in extras:
+            tools = extras["tools"]
+            # Text stays text, or the table would add to each tool the parameters of all others, as null.
+            known = _json("The column tools", tools or "null") if isinstance(tools, str) else tools
+            extras["tools"] = tools if known else None
         if "chat_template_kwargs" in extras:
             extras["chat_template_kwargs"] = extras["chat_template_kwargs"] or {}
         try:
@@ -260,34 +265,40 @@ def _answers_in(
 ) -> list[tuple[int, int]]:
     """(start, end) of each assistant's turn in the rendered chat.
 
-    Found by rendering the chat up to the turn, and with it.
+    Found by rendering the chat up to the turn, and with it. Some templates refuse a part of a chat, or change a turn
+    once others follow, such as by dropping its reasoning: there, by rendering the chat with another answer.
     """
+
+    def rendered(turns: list[dict[str, Any]], **options: Any) -> str | None:
+        with contextlib.suppress(ValueError):
+            return render_chat(tokenizer, turns, row, **options)
+        return None
+
     spans = []
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before = render_chat(tokenizer, chat[:number], row, add_generation_prompt=True)
-        after = render_chat(tokenizer, chat[: number + 1], row)
-        if text.startswith(before) and text.startswith(after):
+        before, after = rendered(chat[:number], add_generation_prompt=True), rendered(chat[: number + 1])
+        if before is not None and after is not None and text.startswith(before) and text.startswith(after):
             spans.append((len(before), len(after.rstrip())))
             continue
-        # Some templates change a turn once others follow: they drop its reasoning.
-        answer = str(message.get("content") or "").strip()
-        if not answer:
-            continue
-        # After the turns before it, which may contain its words.
-        asked = render_chat(tokenizer, chat[:number], row) if number else ""
-        earlier = sum(takewhile(bool, map(str.__eq__, text, asked)))
-        start = text.find(answer, max(earlier, spans[-1][1] if spans else 0))
-        if start < 0:
+        other = [*chat[:number], {"role": "assistant", "content": _MARK}, *chat[number + 1 :]]
+        marked = render_chat(tokenizer, other, row)
+        if _MARK not in marked:
             raise ValueError(
-                f"The answer {answer!r:.60} is not found in what the chat template writes, to take the loss "
-                "of it alone. Give --training assistant_only_loss=false, to take it of the whole chat."
+                f"The answer {message.get('content')!r:.60} is not found in what the chat template writes, to take the "
+                "loss of it alone. Give --training assistant_only_loss=false, to take it of the whole chat."
             )
-        end = start + len(answer)
-        mark = str(tokenizer.eos_token or "")
-        spans.append((start, end + len(mark) if mark and text.startswith(mark, end) else end))
+        start = _in_common(text, marked)
+        end = len(text) - _in_common(text[start:][::-1], marked[start:][::-1])
+        eos = str(tokenizer.eos_token or "")
+        spans.append((start, end + len(eos) if eos and text.startswith(eos, end) else end))
     return spans
+
+
+def _in_common(text: str, other: str) -> int:
+    """Number of characters with which both begin."""
+    return sum(takewhile(bool, map(str.__eq__, text, other)))
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> None:
@@ -337,11 +348,11 @@ def prompt_of(row: dict[str, Any]) -> str | list[dict[str, Any]]:
 
 def answer_of(row: dict[str, Any]) -> str | None:
     """Answer of a row in TRL's format; None if missing or a tool call."""
-    if "completion" in row:
-        answer: Any = row["completion"]
-        return answer if isinstance(answer, str) else answer[-1].get("content")
-    last = row["messages"][-1] if "messages" in row else {}
-    return last.get("content") if last.get("role") == "assistant" else None
+    answer: Any = row["completion"] if "completion" in row else row.get("messages", [{}])
+    if isinstance(answer, str):
+        return answer
+    is_answer = answer[-1].get("role") == "assistant" and not answer[-1].get("tool_calls")
+    return answer[-1].get("content") if is_answer else None
 
 
 def count_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -362,7 +373,9 @@ def render_chat(
         ValueError: the tokenizer has no template, or it rejects the chat.
 
     """
-    options |= {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
+    tools = row.get("tools")
+    options |= {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+    options |= row.get("chat_template_kwargs") or {}
     chat = _without_nulls(chat)
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, **options))

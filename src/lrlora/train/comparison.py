@@ -24,7 +24,6 @@ from transformers import AutoConfig
 from ..checks import require_known
 from ..files import parse_json, readable, require_folder, write_json, write_whole
 from ..learned.learned_ranks import FEWEST_STEPS
-from ..learned.size import WIDTH
 from ..run_folder import METRICS_FILE, RUN_FILE
 from .data import load_examples, load_splits, load_task_data
 from .inference import evaluate
@@ -113,8 +112,6 @@ class Comparison:
         sized: dict[str, Any] = {"rank": rank, "method": method}
         if method == LEARNED:
             sized = {"rank": None, "method": "lora", "size": f"r{rank}"}
-            if (alpha := self.settings.get("alpha")) is not None:
-                sized["alpha"] = WIDTH * alpha  # the same α/r at the wider start
         elif method == "full":
             sized |= {"rank": None, "alpha": None}
         folder = self.output / f"{method}-{float(rate)!r}-{seed}"

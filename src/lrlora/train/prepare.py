@@ -233,10 +233,7 @@ def _rank_of_short(config: TrainConfig, steps: int) -> int | None:
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:
     """Model to train, with its adapter, if any."""
-    options = config.adapter_fields
-    if config.learned_size is not None:
-        options = {"r": Size.parse(config.learned_size).wide_rank} | options
-    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, options)
+    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.adapter_fields)
     if adapter is None or inputs.kind.has_head:
         load_in_every_process()
     set_seed(config.seed)

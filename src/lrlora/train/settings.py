@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from ..checks import check_truncation, require_known, require_type
 from ..files import readable
-from ..learned.size import Size
+from ..learned.size import WIDTH, Size
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
 
 FROM_TRAIN = "train"  # value of `validation`: split training data even if a validation split exists
@@ -69,7 +69,8 @@ class TrainConfig:
         max_length: maximum number of tokens of an example; default: the 99th percentile, within the model's limit.
         rank: rank r of BA; default: 8. Where ranks are learned: without size, the size in ranks; with size, the rank
             before the cut, by default 4 times that of the size.
-        alpha: scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion.
+        alpha: scaling parameter α: the update is scaled by α/r, with the r of the size where ranks are learned;
+            default: r, and 4·r for expansion.
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
         learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
             fine-tuning 5e-5 and 2e-5.
@@ -210,10 +211,19 @@ class TrainConfig:
 
     @property
     def adapter_fields(self) -> dict[str, Any]:
-        """Fields of the PEFT configuration that were set, directly or under `adapter`."""
+        """Fields of the PEFT configuration that were set, directly or under `adapter`.
+
+        Where ranks are learned, with the rank before the cut; α is that of the size's rank, and α/r remains.
+        """
         names = _of_adapter(self.method).items()
         given = {field_name: getattr(self, name) for name, field_name in names if field_name}
-        return self.adapter | {name: value for name, value in given.items() if value is not None}
+        given = self.adapter | {name: value for name, value in given.items() if value is not None}
+        if self.learned_size is not None and "r" not in given:
+            size = Size.parse(self.learned_size)
+            given["r"] = size.wide_rank
+            if size.unit == "ranks" and "lora_alpha" in given:
+                given["lora_alpha"] *= WIDTH
+        return given
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
