@@ -20,7 +20,7 @@ RUN = {"model": "m", "data": "d", "task": "classify"}
 
 def config_of(**settings: Any) -> Any:
     config = TrainConfig.from_dict({**RUN, **settings})
-    return adapter_config(config.method, {}, 10, config.adapter_fields)
+    return adapter_config(config.method, {}, 10, config.first_fields)
 
 
 def test_the_expansion_is_a_method_with_its_own_scale() -> None:

@@ -211,13 +211,15 @@ class TrainConfig:
 
     @property
     def adapter_fields(self) -> dict[str, Any]:
-        """Fields of the PEFT configuration that were set, directly or under `adapter`.
-
-        Where ranks are learned, with the rank before the cut; α is that of the size's rank, and α/r remains.
-        """
+        """Fields of the PEFT configuration that were set, directly or under `adapter`."""
         names = _of_adapter(self.method).items()
         given = {field_name: getattr(self, name) for name, field_name in names if field_name}
-        given = self.adapter | {name: value for name, value in given.items() if value is not None}
+        return self.adapter | {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def first_fields(self) -> dict[str, Any]:
+        """`adapter_fields` at the start: where ranks are learned, with the rank before the cut, and the same α/r."""
+        given = self.adapter_fields
         if self.learned_size is not None and "r" not in given:
             size = Size.parse(self.learned_size)
             given["r"] = size.wide_rank
