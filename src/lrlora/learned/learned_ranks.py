@@ -17,6 +17,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -119,7 +120,6 @@ class LearnedRanks:
         self._reached: set[str] | None = set()  # modules whose lora_A ran in the first step
         self._moments: dict[str, Moments] = {}  # of all processes
         self._own: dict[str, Moments] = {}  # of this process
-        self._ends = True  # with the last step
         self.summary = ""
         if (other := _LEARNING.get(self._model, lambda: None)()) is not None:
             other._stop()
@@ -224,7 +224,7 @@ class LearnedRanks:
 
     def leave_end_to_caller(self) -> None:
         """Do not `finish` after the last step, nor warn of an adapter saved before the cut, such as a checkpoint."""
-        self._save.warns = self._ends = False
+        self._save.warns = False
 
     def learned_by(self, model: PeftModel) -> bool:
         """Whether these are ranks that this model has learned."""
@@ -268,12 +268,10 @@ class LearnedRanks:
         self._before = []  # of a step that failed
         if self._rate_factor == 1:
             return
-        factors = {id(weight) for weight in self._factors}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if self._is_deepspeed or id(parameter) in factors:
-                    part = local_part(parameter.detach())
-                    self._before.append((part, part.clone()))
+        of_all = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        for parameter in of_all if self._is_deepspeed else self._factors:
+            part = local_part(parameter.detach())
+            self._before.append((part, part.clone()))
 
     @property
     def _is_deepspeed(self) -> bool:
@@ -308,15 +306,14 @@ class LearnedRanks:
                 self._cut()
         elif self._done - self.cut_step in _CHECKED:
             self._require_ranks(self.ranks)
-        if self._ends and self._done >= self._steps and processes() == 1:
+        if self._save.warns and self._done >= self._steps and processes() == 1:
             self.finish()
 
     def _require_ranks(self, ranks: Mapping[str, int]) -> None:
         """Raise ValueError unless everything beyond the ranks is zero."""
         for path, layer in self._layers.items():
             for dim, weight in enumerate(lora_weights(layer, self._adapter)):
-                value, rank = full_value(weight), ranks.get(path, 0)
-                require_zero(value.narrow(dim, rank, value.shape[dim] - rank), path)
+                require_zero(full_value(weight), dim, ranks.get(path, 0), path)
 
     @torch.no_grad()
     def _cut(self) -> None:

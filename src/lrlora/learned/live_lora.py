@@ -243,15 +243,15 @@ class SmallSave:
             for key, dim in _keys(path, self.adapter):
                 if (value := small.pop(key, None)) is None:
                     continue
-                require_zero(value.narrow(dim, rank, value.shape[dim] - rank), path)
+                require_zero(value, dim, rank, path)
                 if rank:
                     small[key] = value.narrow(dim, 0, rank).contiguous()
         return small
 
 
-def require_zero(dropped: Tensor, path: str) -> None:
-    """Raise ValueError unless what was cut is still zero."""
-    if dropped.any():
+def require_zero(value: Tensor, dim: int, rank: int, path: str) -> None:
+    """Raise ValueError unless what was cut, beyond the rank, is still zero."""
+    if value.narrow(dim, rank, value.shape[dim] - rank).any():
         raise ValueError(
             f"The directions that were cut from {path} are not zero any more: the optimizer changes weights without a "
             "gradient, or this is an average of weights (EMA) from before and after the cut. Use AdamW, and begin an "
