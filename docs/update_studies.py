@@ -123,7 +123,7 @@ def rates() -> str:
     rows = []
     for rate in RATES:
         task = "german" if rate == 0.01 else "german-r4"
-        lora, learned = (cell("evidence", task, method, rate) for method in ("lora", f"learned{EQUAL}"))
+        lora, learned = (cell("evidence", task, method, rate) for method in ("lora", "learned"))
         if lora and learned:
             rows.append([f"{rate:g}", mean(lora), mean(learned), difference(learned, lora)])
     return table(["rate", "LoRA", "learned ranks", "learned − LoRA"], rows)
@@ -231,13 +231,13 @@ def ordinary(title: str, tasks: Iterable[tuple[str, str]], runs_of: Callable[[st
 
 def summary() -> str:
     """The differences of all tables but that of ordinary tasks."""
-    lora, learned = (cell("evidence", "german", method) for method in ("lora", f"learned{EQUAL}"))
+    learned = cell("evidence", "german", f"learned{EQUAL}")
     asked: list[tuple[str, Cell, Cell]] = [
         (f"{title}: learned ranks − LoRA", cell("evidence", task, other), cell("evidence", task, base))
         for title, (task, base, other) in GAINS.items()
     ]
     for share, rate in (("a quarter of", 0.0025), ("half", 0.005), ("twice", 0.02), ("four times", 0.04)):
-        pair = (cell("evidence", "german-r4", method, rate) for method in (f"learned{EQUAL}", "lora"))
+        pair = (cell("evidence", "german-r4", method, rate) for method in ("learned", "lora"))
         asked.append((f"German, r = 4, {share} the best rate: learned ranks − LoRA", *pair))
     for title, method in list(RIVALS.items())[2:]:
         asked.append((f"German, r = 4: {title} − learned ranks", cell("evidence", "german", method), learned))
@@ -246,8 +246,10 @@ def summary() -> str:
         if title.startswith("learned"):
             asked.append((f"SmolLM2 on chats, untuned: {title} − {of}", runs, chats[of]))
     rows = [[title, difference(runs, others)] for title, runs, others in asked if runs and others]
-    now = cell("evidence", "german", "learned")
-    rows.append(["German, r = 4, loss on English: learned ranks − LoRA", difference(now, lora, "base")])
+    for steps, task in (("500", "german"), ("2,000", "german-long")):
+        now, lora = (cell("evidence", task, method) for method in ("learned", "lora"))
+        title = f"German, r = 4, {steps} steps, loss on English: learned ranks − LoRA"
+        rows.append([title, difference(now, lora, "base")])
     return table(["comparison", "difference of the loss (nats)"], rows)
 
 
