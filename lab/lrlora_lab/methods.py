@@ -54,7 +54,7 @@ class Method:
 
     @property
     def has_ranks(self) -> bool:
-        """Whether learned ranks can be measured. PiSSA's BA is not its update, but starts from part of W."""
+        """Whether the ranks of its update can be measured. PiSSA's BA is not its update, but starts from part of W."""
         return PEFT_METHODS[self.train].has_ranks and self.options.get("init_lora_weights") != "pissa"
 
     @property

@@ -19,7 +19,7 @@ from .tuner.sharding import is_sharded
 
 
 class RankLogger(TrainerCallback):
-    """Records the learned ranks at the start, every `every` steps and at the last training step.
+    """Records the ranks at the start, every `every` steps and at the last training step.
 
     Each record is added to `history`, appended to `rank_history.jsonl` in the output folder, and logged as `rank/…`
     scalars to the Trainer's log history and every logger in `report_to`. A resumed run continues the file.

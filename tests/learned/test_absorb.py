@@ -238,16 +238,34 @@ def test_a_state_from_before_the_cut_is_loaded_after_it() -> None:
     assert all(map(torch.equal, *results))
 
 
-def test_a_state_from_after_the_end_is_loaded() -> None:
-    tiny, model = with_lora("llama")
+@pytest.mark.parametrize("has_another", [False, True])
+def test_a_state_from_after_the_end_is_loaded(has_another: bool) -> None:
+    def build() -> tuple[TinyModel, Any]:
+        tiny, model = with_lora("llama")
+        if has_another:
+            model.add_adapter("other", LoraConfig(r=3, target_modules="all-linear"))
+            model.set_adapter("default")
+        return tiny, model
+
+    tiny, model = build()
     learned = fit(tiny, model, "r1", steps=200)
     assert learned.ranks is not None
     assert 0 in learned.ranks.values()
-    _, other = with_lora("llama")
+    _, other = build()
     again = LearnedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r1", steps=200)
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     again.load_state_dict(learned.state_dict())
     assert torch.allclose(tiny.logits(other.eval()), tiny.logits(model), atol=1e-6)
+
+
+def test_a_state_of_the_base_model_leaves_the_adapter_as_it_is() -> None:
+    _, model = with_lora("llama")
+    LearnedRanks(model, torch.optim.AdamW(trained(model), lr=5e-3), size="r2", steps=STEPS)
+    before = [weight.detach().clone() for weight in trained(model)]
+    model.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "lora_" not in name}, strict=False
+    )
+    assert all(map(torch.equal, before, trained(model)))
 
 
 def test_a_small_adapter_is_loaded_while_another_is_active(tmp_path: Path) -> None:

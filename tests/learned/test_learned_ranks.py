@@ -333,7 +333,7 @@ def test_another_adapter_stays(tmp_path: Path) -> None:
     after = tiny.logits(model)
     model.set_adapter("default")  # as it is
     assert torch.equal(tiny.logits(model), after)
-    assert learned.rates == pytest.approx([5e-3])  # one may train on
+    assert learned.rates == pytest.approx([5e-3])
     model.set_adapter("other")
     assert torch.equal(tiny.logits(model), expected)
     model.save_pretrained(tmp_path)

@@ -162,9 +162,24 @@ def test_a_run_stopped_after_the_cut_goes_on_in_the_same_process(tmp_path: Path)
     trainer = trainer_of(tmp_path, LearnedRanksCallback("r1"), StopAfter(30))
     trainer.train()
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c) is not StopAfter]
-    assert trainer.train(resume_from_checkpoint=True).global_step == STEPS
+    trainer.add_callback(StopAfter(40))
+    trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(tmp_path / "adapter"))
     assert size_of(PeftModel.from_pretrained(TinyModel("llama").build(), tmp_path / "adapter")) <= 1088
+    again = trainer_of(tmp_path, LearnedRanksCallback("r1"))  # in a new process
+    assert again.train(resume_from_checkpoint=True).global_step == STEPS
+    assert size_of(again.model) <= 1088
+
+
+def test_a_finished_model_does_not_go_back() -> None:
+    tiny, model = with_lora("llama")
+    optimizer = adam(model)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    before = learned.state_dict()
+    step(tiny, model, optimizer, STEPS)
+    with pytest.raises(ValueError, match="has other ranks than the state"):
+        learned.load_state_dict(before)
+    assert learned.ranks is not None
 
 
 def test_the_last_one_learns() -> None:

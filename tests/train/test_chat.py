@@ -299,6 +299,14 @@ TURNS = {
         {"role": "tool", "name": "find", "content": "found"},
         {"role": "assistant", "content": "it is good"},
     ],
+    "two calls": [
+        {"role": "user", "content": "which?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "find", "content": "found"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "find", "content": "none"},
+        {"role": "assistant", "content": "it is good"},
+    ],
     "short": [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "bAba", strict=True)],
     "from the assistant": [
         {"role": "assistant", "content": "clever"},
@@ -332,6 +340,15 @@ def test_every_answer_is_in_the_loss_with_the_templates_of_models(template: str,
     for answer, said in zip(answers, expected, strict=True):
         assert str(said) in answer
         assert not any(str(turn["content"]) in answer for turn in turns if turn["role"] in ("user", "tool"))
+
+
+def test_a_turn_that_contains_what_a_tool_says_is_refused() -> None:
+    words = tokenizer()
+    choose_template(words, "gemma4")
+    call = {"role": "assistant", "content": "it is good", "tool_calls": [CALL]}
+    turns = [TURNS["a call"][0], call, TURNS["a call"][2], {"role": "assistant", "content": "bad"}]
+    with pytest.raises(ValueError, match="Give --training assistant_only_loss=false"):
+        with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
 
 def test_tools_are_those_of_their_own_row() -> None:

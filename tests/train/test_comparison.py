@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lrlora.learned import Size
 from lrlora.train import comparison as module
 from lrlora.train.comparison import Comparison, Outcome, Score
 from lrlora.train.run import Interrupted
@@ -96,8 +95,8 @@ def test_alpha_is_of_one_scale_for_all_methods() -> None:
     comparison = Comparison(settings, ("lora", "learned"))
     lora, learned = (comparison.run(method, 1e-3, 0) for method in comparison.methods)
     assert comparison.run("full", 1e-3, 0).alpha is None
-    assert lora.first_fields["lora_alpha"] / lora.first_fields["r"] == 2
-    assert learned.first_fields["lora_alpha"] / Size.parse(str(learned.size)).wide_rank == 2
+    assert lora.wide_fields["lora_alpha"] / lora.wide_fields["r"] == 2
+    assert learned.wide_fields["lora_alpha"] / learned.wide_fields["r"] == 2
 
 
 def test_ranks_that_were_not_learned_are_not_compared(own: list[object]) -> None:

@@ -20,7 +20,7 @@ RUN = {"model": "m", "data": "d", "task": "classify"}
 
 def config_of(**settings: Any) -> Any:
     config = TrainConfig.from_dict({**RUN, **settings})
-    return adapter_config(config.method, {}, 10, config.first_fields)
+    return adapter_config(config.method, {}, 10, config.wide_fields)
 
 
 def test_the_expansion_is_a_method_with_its_own_scale() -> None:
@@ -36,6 +36,7 @@ def test_alpha_and_targets_stand_beside_the_rank() -> None:
     for size in ({"rank": 4}, {"size": "r4"}):  # before the cut, with the same α/r
         assert (config_of(**size, alpha=8.0).r, config_of(**size, alpha=8.0).lora_alpha) == (16, 32)
         assert config_of(**size, adapter={"lora_alpha": 8}).lora_alpha == 32
+    assert config_of(size="r4", alpha=8.0, adapter={"use_rslora": True}).lora_alpha == 16
     config = config_of(size="r4", rank=8, alpha=8.0)
     assert (config.r, config.lora_alpha) == (8, 8)
     assert set(config_of(targets="query").target_modules) == {"query"}

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..checks import check_truncation
 from ..naming import module_type
 from .layers import updates_of_model
-from .update import PLAIN, Layout, Update, Updates, is_more
+from .update import PLAIN, Layout, Update, Updates, beyond_factors
 
 # A randomized SVD costs a few products with ΔW; from a quarter of the full rank on, a full SVD is no slower.
 _FULL_SVD_SIZE = 256
@@ -238,10 +238,11 @@ def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update
         return source.updates
     model: Any = source
     for name, config in getattr(source, "peft_config", {}).items():
-        if name in ([adapter] if adapter else model.active_adapters) and is_more(config):
+        option = beyond_factors(config)
+        if name in ([adapter] if adapter else model.active_adapters) and option is not None:
             raise ValueError(
-                f"The adapter {name} changes the base weights, so s·BA is not the full update. Save it and use "
-                "read_updates."
+                f"{option}={getattr(config, option)!r} changes modules by more than s·BA. Save the adapter and read it "
+                "with read_updates."
             )
     updates = list(updates_of_model(source, adapter))
     if others := sorted({module_type(update.module) for update in updates if update.layout != PLAIN}):

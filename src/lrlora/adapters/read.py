@@ -26,7 +26,7 @@ from .layers import updates_of_model
 from .lora_file import SingleFile
 from .peft_folder import AdapterSource, SavedAdapter, require_all_weights, require_reproducible_start
 from .products import rank_of, scaling_of, update_from_parts
-from .update import MAGNITUDES_NOTE, Layout, Update, Updates, is_more
+from .update import MAGNITUDES_NOTE, Layout, Update, Updates, beyond_factors
 
 _NAMES = {
     "LRLORA": "LR-LoRA",
@@ -108,7 +108,7 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
             # Convolutions and embeddings look like linear layers in its files.
             linear = updates_of_model(load_on_skeleton(saved))
             updates = [replace(update, layout=Layout(is_known=False)) for update in linear]
-    elif method in _FROM_FACTORS and not is_whole and not is_more(config):
+    elif method in _FROM_FACTORS and not is_whole and beyond_factors(config) is None:
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = _from_factors(saved)
         if getattr(config, "use_dora", False):

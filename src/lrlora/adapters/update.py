@@ -39,9 +39,11 @@ def changes_base(config: Any) -> bool:
 _VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
 
 
-def is_more(config: Any) -> bool:
-    """Whether a LoRA changes its base weight by more than s·BA, besides DoRA's magnitudes."""
-    return any(getattr(config, name, None) for name in _VARIANTS) or changes_base(config)
+def beyond_factors(config: Any) -> str | None:
+    """Option by which a LoRA changes its modules by more than s·BA, besides DoRA's magnitudes; None without one."""
+    return (
+        "init_lora_weights" if changes_base(config) else next((n for n in _VARIANTS if getattr(config, n, None)), None)
+    )
 
 
 class Layout(NamedTuple):

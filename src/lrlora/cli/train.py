@@ -56,7 +56,7 @@ def train(
     ] = True,
     **settings: Any,
 ) -> None:
-    """Fine-tune your model on your data; save adapter, metrics and learned ranks."""
+    """Fine-tune your model on your data; save adapter, metrics and ranks."""
     with one_clear_error():
         if resume is None:
             run = TrainConfig.from_dict(settings_of(config, settings))

@@ -120,6 +120,7 @@ class LearnedRanks:
         self._reached: set[str] | None = set()  # modules whose lora_A ran in the first step
         self._moments: dict[str, Moments] = {}  # of all processes
         self._own: dict[str, Moments] = {}  # of this process
+        self._ends = True  # with the last step
         self.summary = ""
         if (other := _LEARNING.get(self._model, lambda: None)()) is not None:
             other._stop()
@@ -198,8 +199,9 @@ class LearnedRanks:
                 raise ValueError(f"The run has {name}={state[name]!r}, got {value!r}. Pass the same.")
         wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
         ranks, moments = state["ranks"], {path: Moments(*of) for path, of in state["moments"].items()}
+        is_small = ranks is None and vars(self._model).get("save_pretrained") is not self._save  # see `finish`
         has_less = any(wide.get(path, 0) < rank for path, rank in (ranks or {}).items())
-        if has_less or any(wide.get(path) != len(of.h_metric) for path, of in moments.items()):
+        if is_small or has_less or any(wide.get(path) != len(of.h_metric) for path, of in moments.items()):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._done, self._reached = state["done"], None
         self._watch(None)
@@ -217,14 +219,14 @@ class LearnedRanks:
                     write(weight, torch.zeros_like(full_value(weight)))
         self._require_ranks(ranks)
         self.cut_step, self._warm_up = state["cut_step"], state["warm_up"]
-        self._end_learning({path: rank for path, rank in ranks.items() if path in wide})
+        self._end_learning({path: ranks.get(path, 0) for path in wide})
 
     def _device(self, path: str) -> torch.device:
         return lora_weights(self._layers[path], self._adapter)[0].device
 
     def leave_end_to_caller(self) -> None:
         """Do not `finish` after the last step, nor warn of an adapter saved before the cut, such as a checkpoint."""
-        self._save.warns = False
+        self._save.warns = self._ends = False
 
     def learned_by(self, model: PeftModel) -> bool:
         """Whether these are ranks that this model has learned."""
@@ -306,7 +308,7 @@ class LearnedRanks:
                 self._cut()
         elif self._done - self.cut_step in _CHECKED:
             self._require_ranks(self.ranks)
-        if self._save.warns and self._done >= self._steps and processes() == 1:
+        if self._ends and self._done >= self._steps and processes() == 1:
             self.finish()
 
     def _require_ranks(self, ranks: Mapping[str, int]) -> None:

@@ -262,26 +262,35 @@ def require_zero(value: Tensor, dim: int, rank: int, path: str) -> None:
 def pad_state(adapter: str, model: Any, state: MutableMapping[str, Tensor], prefix: str, *args: Any) -> None:
     """Hook before a state dict is loaded: zeros for the directions that a checkpoint from after the cut leaves out.
 
-    In a state from after the last step, modules of rank 0 are those of the base model.
+    A state from after the last step has no factors of modules of rank 0; without another adapter, nor their layers.
 
     Raises:
         ValueError: the state dict has larger ranks than the model.
 
     """
-    for path, layer in lora_layers(model, adapter).items():
+    layers = lora_layers(model, adapter)
+    known = {path: [(prefix + key, dim) for key, dim in _keys(path, adapter)] for path in layers}
+    if not any(key in state for keys in known.values() for key, _ in keys):
+        return  # of the base model alone
+    for path, layer in layers.items():
+        weights = lora_weights(layer, adapter)
+        if hasattr(weights[0], "ds_id"):
+            continue  # ZeRO-3 keeps the values elsewhere, all of them
         place, names = f"{prefix}{PEFT_PREFIX}{path}.", layer.get_base_layer().state_dict()
-        left = {name: state.pop(place + name) for name in names if place + name in state}
-        state.update({f"{place}base_layer.{name}": value for name, value in left.items()})
-        for (key, dim), weight in zip(_keys(path, adapter), lora_weights(layer, adapter), strict=True):
-            if left:
-                state[prefix + key] = torch.zeros_like(weight)
-            small = state.get(prefix + key)
-            if small is None or hasattr(weight, "ds_id"):
-                continue  # ZeRO-3 keeps the values elsewhere, all of them
+        for name in names:
+            if place + name in state:
+                state[f"{place}base_layer.{name}"] = state.pop(place + name)
+        has_base = any(f"{place}base_layer.{name}" in state for name in names)
+        if has_base and not any(key in state for key, _ in known[path]):
+            state.update({key: torch.zeros_like(weight) for (key, _), weight in zip(known[path], weights, strict=True)})
+        for (key, dim), weight in zip(known[path], weights, strict=True):
+            small = state.get(key)
+            if small is None:
+                continue
             missing = list(weight.shape)
             missing[dim] -= small.shape[dim]
             if missing[dim] < 0:
                 raise ValueError("The checkpoint is from before the cut, and cannot be loaded after it.")
             if missing[dim]:
                 zeros = torch.zeros(missing, dtype=weight.dtype, device=small.device)
-                state[prefix + key] = torch.cat([small.to(zeros), zeros], dim)
+                state[key] = torch.cat([small.to(zeros), zeros], dim)

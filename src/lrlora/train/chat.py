@@ -25,7 +25,7 @@ from .row_checks import require_rows
 
 NO_TEMPLATE = "none"
 _SHOWN = 600  # characters of an example
-_MARK = "⟦turn⟧"  # in place of an answer
+MARK = "⟦turn⟧"  # in place of a turn's content
 # For models without a template or special tokens for one; an assistant's turn ends with the EOS token.
 SIMPLE_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -282,17 +282,24 @@ def _answers_in(
         if before is not None and after is not None and text.startswith(before) and text.startswith(after):
             spans.append((len(before), len(after.rstrip())))
             continue
-        other = [*chat[:number], {"role": "assistant", "content": _MARK}, *chat[number + 1 :]]
-        marked = render_chat(tokenizer, other, row)
-        if _MARK not in marked:
+        other = [*chat[:number], {"role": "assistant", "content": MARK}, *chat[number + 1 :]]
+        marked = rendered(other)
+        is_found = marked is not None and MARK in marked
+        if marked is not None and is_found:
+            start = _in_common(text, marked)
+            end = len(text) - _in_common(text[start:][::-1], marked[start:][::-1])
+            eos = str(tokenizer.eos_token or "")
+            if eos and eos in text[start : end + len(eos)]:
+                end = text.index(eos, start) + len(eos)
+            # Some templates write what a tool says within the turn that calls it.
+            others = [str(turn.get("content")) for turn in chat[number + 1 :] if turn["role"] != "assistant"]
+            is_found = not any(said in text[start:end] and said not in text[end:] for said in others if said)
+            spans.append((start, end))
+        if not is_found:
             raise ValueError(
                 f"The answer {message.get('content')!r:.60} is not found in what the chat template writes, to take the "
                 "loss of it alone. Give --training assistant_only_loss=false, to take it of the whole chat."
             )
-        start = _in_common(text, marked)
-        end = len(text) - _in_common(text[start:][::-1], marked[start:][::-1])
-        eos = str(tokenizer.eos_token or "")
-        spans.append((start, end + len(eos) if eos and text.startswith(eos, end) else end))
     return spans
 
 

@@ -16,14 +16,13 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from ..learned.moments import IGNORED
-from .chat import render_chat
+from .chat import MARK, render_chat
 from .inference import LoadedRun
 from .models import max_positions
 from .tasks.base import logits
 
 _TEXTS, _TOKENS, _AT_ONCE = 192, 64, 32  # written by a language model
 _FIXED_TEXTS, _LENGTH = 640, (80, 400)  # for a classifier, in characters
-_MARK = "⟦turn⟧"
 
 
 def own_examples(run: LoadedRun) -> tuple[Dataset, str]:
@@ -74,8 +73,8 @@ def _start(run: LoadedRun) -> list[int]:
     """Tokens that a text begins with: those of a user's turn in a chat, or the beginning of a sequence."""
     tokenizer = run.processor
     if tokenizer.chat_template is not None:
-        turn = render_chat(tokenizer, [{"role": "user", "content": _MARK}], {}, add_generation_prompt=False)
-        if begin := turn.partition(_MARK)[0]:
+        turn = render_chat(tokenizer, [{"role": "user", "content": MARK}], {}, add_generation_prompt=False)
+        if begin := turn.partition(MARK)[0]:
             return list(tokenizer(begin, add_special_tokens=False)["input_ids"])
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:

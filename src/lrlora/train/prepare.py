@@ -233,7 +233,7 @@ def _rank_of_short(config: TrainConfig, steps: int) -> int | None:
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:
     """Model to train, with its adapter, if any."""
-    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.first_fields)
+    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.wide_fields)
     if adapter is None or inputs.kind.has_head:
         load_in_every_process()
     set_seed(config.seed)

@@ -69,8 +69,8 @@ class TrainConfig:
         max_length: maximum number of tokens of an example; default: the 99th percentile, within the model's limit.
         rank: rank r of BA; default: 8. Where ranks are learned: without size, the size in ranks; with size, the rank
             before the cut, by default 4 times that of the size.
-        alpha: scaling parameter α: the update is scaled by α/r, with the r of the size where ranks are learned;
-            default: r, and 4·r for expansion.
+        alpha: scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion. With a size in ranks
+            and no rank, r is that of the size, and α grows with the rank before the cut.
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
         learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
             fine-tuning 5e-5 and 2e-5.
@@ -87,7 +87,7 @@ class TrainConfig:
         size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
             are learned in training; with others, lora/ is filled by importance to the loss; default: without a method
             that of the rank, with one no limit.
-        rank_every: steps between records of the learned ranks.
+        rank_every: steps between records of the ranks.
         seed: random seed of head, factors, data order and dropout.
         adapter: NAME=VALUE, field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
             α = r.
@@ -217,14 +217,14 @@ class TrainConfig:
         return self.adapter | {name: value for name, value in given.items() if value is not None}
 
     @property
-    def first_fields(self) -> dict[str, Any]:
-        """`adapter_fields` at the start: where ranks are learned, with the rank before the cut, and the same α/r."""
+    def wide_fields(self) -> dict[str, Any]:
+        """`adapter_fields` with the rank before the cut, and the same scaling, where ranks are learned."""
         given = self.adapter_fields
         if self.learned_size is not None and "r" not in given:
             size = Size.parse(self.learned_size)
             given["r"] = size.wide_rank
             if size.unit == "ranks" and "lora_alpha" in given:
-                given["lora_alpha"] *= WIDTH
+                given["lora_alpha"] *= math.sqrt(WIDTH) if given.get("use_rslora") else WIDTH
         return given
 
     @classmethod

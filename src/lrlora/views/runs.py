@@ -47,7 +47,7 @@ class Run:
         name: short, unique name.
         losses: losses of smaller LoRAs.
         arguments: command arguments that read the run again; empty if unknown.
-        report: learned ranks at the end.
+        report: ranks at the end.
         facts: key facts, such as base model, data and metrics.
         settings: configurations by name.
         history: (step, ranks) over training.

@@ -37,7 +37,7 @@ _OPTIONAL = {
 
 
 def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool = False) -> Table:
-    """Table of learned ranks by module (for many modules, means by type and by layer), then by kind.
+    """Table of ranks by module (for many modules, means by type and by layer), then by kind.
 
     Args:
         report: the ranks.
