@@ -492,7 +492,7 @@ def test_a_head_with_a_rate_of_its_own(encoder: str, table: str, tmp_path: Path)
 
 def test_early_stopping(encoder: str, table: str, tmp_path: Path) -> None:
     result = train_reviews(
-        *(encoder, table, tmp_path / "out", "--steps", 400, "--early-stopping", 2, "--learning-rate", 1e-9),
+        *(encoder, table, tmp_path / "out", "--steps", 400, "--early-stopping", 2, "--learning-rate", 1e-30),
         *("--training", "eval_steps=5", "--training", "save_steps=5"),
     )
     assert result.exit_code == 0, result.output
