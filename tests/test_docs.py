@@ -216,6 +216,18 @@ def test_there_are_exactly_two_setup_commands() -> None:
     assert commands[1].strip().endswith("pytest -n auto --dist worksteal")
 
 
+def test_where_learned_ranks_are_not_worth_it_is_what_the_study_found() -> None:
+    study = (ROOT / "lab" / "studies" / "evidence.md").read_text(encoding="utf-8")
+    behind = re.search(r"\| mean \|.*\| -(\d\.\d)\d \(", study.partition("<!-- ordinary -->")[2])
+    assert behind is not None
+    assert f"[{behind[1]} % worse]" in README
+    untuned = study.partition("<!-- users -->")[2]
+    for size, of in ((16, 5), (4, 6)):  # the interval of each difference from LoRA of the same size contains zero
+        row = next(line for line in untuned.splitlines() if f"ranks of the size of r = {size} |" in line).split("|")
+        low, high = map(float, re.findall(r"[+-][\d.]+", row[of + 1])[1:])
+        assert low <= 0 <= high
+
+
 def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
     study, guide = ((ROOT / name / "learned_ranks.md").read_text(encoding="utf-8") for name in ("lab/studies", "docs"))
     lines = study.partition("<!-- study -->")[2].partition("<!-- /study -->")[0].splitlines()
