@@ -276,12 +276,11 @@ def pad_state(adapter: str, model: Any, state: MutableMapping[str, Tensor], pref
         weights = lora_weights(layer, adapter)
         if hasattr(weights[0], "ds_id"):
             continue  # ZeRO-3 keeps the values elsewhere, all of them
-        place, names = f"{prefix}{PEFT_PREFIX}{path}.", layer.get_base_layer().state_dict()
-        for name in names:
-            if place + name in state:
-                state[f"{place}base_layer.{name}"] = state.pop(place + name)
-        has_base = any(f"{place}base_layer.{name}" in state for name in names)
-        if has_base and not any(key in state for key, _ in known[path]):
+        place = f"{prefix}{PEFT_PREFIX}{path}."
+        if place + "weight" in state:
+            for key in [key for key in state if key.startswith(place)]:
+                state[f"{place}base_layer.{key.removeprefix(place)}"] = state.pop(key)
+        if f"{place}base_layer.weight" in state and not any(key in state for key, _ in known[path]):
             state.update({key: torch.zeros_like(weight) for (key, _), weight in zip(known[path], weights, strict=True)})
         for (key, dim), weight in zip(known[path], weights, strict=True):
             small = state.get(key)
