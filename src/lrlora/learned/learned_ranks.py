@@ -199,9 +199,12 @@ class LearnedRanks:
                 raise ValueError(f"The run has {name}={state[name]!r}, got {value!r}. Pass the same.")
         wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
         ranks, moments = state["ranks"], {path: Moments(*of) for path, of in state["moments"].items()}
-        is_small = ranks is None and vars(self._model).get("save_pretrained") is not self._save  # see `finish`
         has_less = any(wide.get(path, 0) < rank for path, rank in (ranks or {}).items())
-        if is_small or has_less or any(wide.get(path) != len(of.h_metric) for path, of in moments.items()):
+        if (
+            (ranks is None and self._is_over)
+            or has_less
+            or any(wide.get(path) != len(of.h_metric) for path, of in moments.items())
+        ):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._done, self._reached = state["done"], None
         self._watch(None)
@@ -361,13 +364,18 @@ class LearnedRanks:
         self._moments, self._own = {}, {}
         self._watch(None)
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether the model is finished, or learns its ranks with another."""
+        return vars(self._model).get("save_pretrained") is not self._save
+
     def finish(self) -> None:
         """Make the live model as small as what is saved, after training; only after the cut, without sharding.
 
         In one process, called after the last step.
         """
         is_whole = not self._is_deepspeed and not is_sharded(self._model)
-        if self.ranks is None or not is_whole or vars(self._model).get("save_pretrained") is not self._save:
+        if self.ranks is None or not is_whole or self._is_over:
             return
         self._restart()
         shrink(self._model, self._adapter, self.ranks)

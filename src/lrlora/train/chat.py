@@ -283,23 +283,21 @@ def _answers_in(
             spans.append((len(before), len(after.rstrip())))
             continue
         other = [*chat[:number], {"role": "assistant", "content": MARK}, *chat[number + 1 :]]
-        marked = rendered(other)
-        is_found = marked is not None and MARK in marked
-        if marked is not None and is_found:
-            start = _in_common(text, marked)
-            end = len(text) - _in_common(text[start:][::-1], marked[start:][::-1])
-            eos = str(tokenizer.eos_token or "")
-            if eos and eos in text[start : end + len(eos)]:
-                end = text.index(eos, start) + len(eos)
-            # Some templates write what a tool says within the turn that calls it.
-            others = [str(turn.get("content")) for turn in chat[number + 1 :] if turn["role"] != "assistant"]
-            is_found = not any(said in text[start:end] and said not in text[end:] for said in others if said)
-            spans.append((start, end))
-        if not is_found:
+        marked = rendered(other) or ""
+        start = _in_common(text, marked)
+        end = len(text) - _in_common(text[start:][::-1], marked[start:][::-1])
+        eos = str(tokenizer.eos_token or "")
+        if eos and eos in text[start : end + len(eos)]:
+            end = text.index(eos, start) + len(eos)
+        # Some templates write what a tool says within the turn that calls it.
+        others = [str(turn.get("content")) for turn in chat[number + 1 :] if turn["role"] != "assistant"]
+        has_others = any(said in text[start:end] and said not in text[end:] for said in others if said)
+        if MARK not in marked or has_others:
             raise ValueError(
                 f"The answer {message.get('content')!r:.60} is not found in what the chat template writes, to take the "
                 "loss of it alone. Give --training assistant_only_loss=false, to take it of the whole chat."
             )
+        spans.append((start, end))
     return spans
 
 

@@ -70,7 +70,7 @@ class TrainConfig:
         rank: rank r of BA; default: 8. Where ranks are learned: without size, the size in ranks; with size, the rank
             before the cut, by default 4 times that of the size.
         alpha: scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion. With a size in ranks
-            and no rank, r is that of the size, and α grows with the rank before the cut.
+            and no rank, it is that of the size; before the cut, α/r is the same.
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
         learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
             fine-tuning 5e-5 and 2e-5.
