@@ -276,21 +276,6 @@ def test_answers_are_found_where_a_template_writes_earlier_turns_otherwise(decod
         with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
 
 
-def test_the_loss_is_on_the_answer_where_the_question_contains_its_words(decoder: str) -> None:
-    words = tokenizer()
-    words.chat_template = (  # as of Qwen3, which marks the last turn alone
-        "{% for m in messages %}{{ '[USER] ' if m['role'] == 'user' else '[BOT] ' }}"
-        "{{ '[UNK] ' if loop.last and m['role'] == 'assistant' }}{{ m['content'] }} {% endfor %}"
-        "{% if add_generation_prompt %}[BOT] {% endif %}"
-    )
-    contents = ("is it good and bad ?", "good", "is it clever ?", "is it", "the plot ?", "plot")
-    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, contents, strict=True)]
-    (row,) = with_answers_marked(Dataset.from_list([{"messages": turns}]), words)
-    assert shown_tokens(row, words, marked=True) == (
-        "[USER] is it good and bad ? [BOT]⟦good⟧[USER] is it clever ? [BOT]⟦is it⟧[USER] the plot ? [BOT]⟦[UNK] plot⟧"
-    )
-
-
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"film": "it"}}}
 TURNS = {
     "a call": [
@@ -307,7 +292,12 @@ TURNS = {
         {"role": "tool", "name": "find", "content": "none"},
         {"role": "assistant", "content": "it is good"},
     ],
-    "short": [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "bAba", strict=True)],
+    "words of the question": [
+        {"role": "user", "content": "is it A or a ?"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "A ?"},
+        {"role": "assistant", "content": "a"},
+    ],
     "from the assistant": [
         {"role": "assistant", "content": "clever"},
         {"role": "user", "content": "which?"},
