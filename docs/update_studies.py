@@ -93,6 +93,7 @@ def time(runs: Cell, others: Cell) -> str:
 GAINS = {
     "German, 500 steps, r = 4": ("german", "lora", "learned"),
     "German, 2,000 steps, r = 4": ("german-long", "lora", "learned"),
+    "source code, 500 steps, r = 4": ("source-code-r4", "lora", "learned"),
     "source code, 2,000 steps, r = 4": ("source-code-long", "lora", "learned"),
     "German, GPT-2's architecture, 500 steps, r = 4": ("german-gpt2", "lora", "learned"),
     "SmolLM2 on German, 400 steps, r = 8": ("smollm2-german", "lora+r=8", "learned+r=8"),
@@ -223,8 +224,6 @@ def ordinary(title: str, tasks: Iterable[tuple[str, str]], runs_of: Callable[[st
             samples.append([100 * (_score(other[seed]) / _score(lora[seed]) - 1) for seed in seeds])
             means = (f"{100 * fmean(_score(runs[seed]) for seed in seeds):.2f}" for runs in (lora, other))
             rows.append([task, metric, str(len(samples[-1])), *means, pooled(samples[-1:])])
-    if not rows:
-        return "Not run yet.\n"
     rows.append(["mean", "", "", "", "", pooled(samples)])
     return table(["task", "metric", "seeds", "LoRA", title, "difference, % of LoRA's"], rows)
 
@@ -242,9 +241,9 @@ def summary() -> str:
     for title, method in list(RIVALS.items())[2:]:
         asked.append((f"German, r = 4: {title} − learned ranks", cell("evidence", "german", method), learned))
     chats = {name: cell("evidence", "chats", method) for name, method in USERS.items()}
-    for (title, runs), of in ((pair, other) for pair in chats.items() for other in chats if other.startswith("LoRA")):
-        if title.startswith("learned"):
-            asked.append((f"SmolLM2 on chats, untuned: {title} − {of}", runs, chats[of]))
+    for r in (4, 16):
+        runs, others = chats[f"learned ranks of the size of r = {r}"], chats[f"LoRA, r = {r}"]
+        asked.append((f"SmolLM2 on chats, untuned, r = {r}: learned ranks − LoRA", runs, others))
     rows = [[title, difference(runs, others)] for title, runs, others in asked if runs and others]
     for steps, task in (("500", "german"), ("2,000", "german-long")):
         now, lora = (cell("evidence", task, method) for method in ("learned", "lora"))
@@ -255,6 +254,15 @@ def summary() -> str:
 
 # Test loss of the byte model (`mean_loss(base_model(), load_corpus(name).test, 512)`); of labels, chance: ln 64.
 WITHOUT_ADAPTER = {"german": 4.138, "source-code": 3.401, "labels": math.log(64)}
+
+
+def again() -> str:
+    """The first study's tasks with a later version of learned ranks."""
+    rows = []
+    for task in ("german", "source-code", "news", "labels", "smollm2"):
+        lora, learned = (cell("learned_ranks", task, method) for method in ("lora", "in-place"))
+        rows.append([task, str(len(learned.keys() & lora.keys())), difference(learned, lora)])
+    return table(["task", "seeds", "learned − LoRA"], rows)
 
 
 def sizes() -> str:
@@ -309,6 +317,7 @@ SECTIONS: dict[Path, dict[str, Callable[[], str]]] = {
             lambda task: (cell("unit_input", task, "lora"), cell("unit_input", task, "lr-lora")),
         ),
     },
+    STUDIES / "learned_ranks.md": {"again": again},
     ROOT / "docs" / "evidence.md": {"summary": summary},
     STUDIES / "evidence.md": {
         "gains": gains,

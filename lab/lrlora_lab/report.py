@@ -106,7 +106,7 @@ def _learned_ranks(comparison: Comparison, records: dict[str, Record], output: P
     parts, ranks = [], learned_ranks(records)
     if len(ranks):
         parts += [
-            "\n## Learned ranks\n",
+            "\n## Ranks of the updates\n",
             "Of stable ranks, in the logarithm, with 95 % intervals. Do modules differ, and how much of the variance "
             "lies between them and not between seeds of a module? Of the modules' means over seeds: do layers differ "
             "beyond their types, and types beyond their layers, and how much of the variance lies between them? (p by "
