@@ -200,11 +200,8 @@ class LearnedRanks:
         wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
         ranks, moments = state["ranks"], {path: Moments(*of) for path, of in state["moments"].items()}
         has_less = any(wide.get(path, 0) < rank for path, rank in (ranks or {}).items())
-        if (
-            (ranks is None and self._is_over)
-            or has_less
-            or any(wide.get(path) != len(of.h_metric) for path, of in moments.items())
-        ):
+        has_other = any(wide.get(path) != len(of.h_metric) for path, of in moments.items())
+        if has_less or has_other or (ranks is None and self._is_over):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._done, self._reached = state["done"], None
         self._watch(None)
