@@ -182,13 +182,6 @@ def test_a_size_is_filled_with_what_matters_where_there_is_data(home: Path, tmp_
     assert {t.dtype for n, t in weights.items() if ".lora_" in n} == {torch.bfloat16}
 
 
-def test_ranks_by_loss_to_train_with(home: Path, tmp_path: Path) -> None:
-    output = export(home / "run", tmp_path / "ranks", "--size", "r2", "--config-only")
-    assert "To train with" in output
-    assert LoraConfig.from_pretrained(tmp_path / "ranks").rank_pattern
-    assert not (tmp_path / "ranks" / "adapter_model.safetensors").exists()
-
-
 def test_steps_at_the_size_that_was_reached(home: Path, tmp_path: Path) -> None:
     cut = kept_by(export(home / "run", tmp_path / "cut", "--size", "200"))
     healed = kept_by(export(home / "run", tmp_path / "healed", "--size", "200", "--heal", "30"))
@@ -353,7 +346,6 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
         ),
         ((home / "run", "--keep", "0.99", "--by", "energy"), "--keep cuts by loss, but --by energy by energy."),
         ((home / "run", "--heal", "3"), "--heal cuts by loss and needs a size: --keep, --size or --max-rank."),
-        ((home / "run", "--keep", "0.99", "--heal", "3", "--config-only"), "--heal changes weights"),
         ((home / "run", "--keep", "0.99", "--task", "classify"), "is a run of `lrlora train`, which stores its task"),
         (
             (elsewhere, "--keep", "0.99", "--data", few, "--task", "causal-lm"),

@@ -6,7 +6,7 @@ updates = read_updates("my-lora.safetensors")           # or a folder, or base= 
 save(factorize(updates, energy=0.99), updates, "smaller.safetensors")
 """
 
-from .export import lora_config, output_difference, save, save_as_lora, save_lora_config
+from .export import lora_config, output_difference, save, save_as_lora
 from .factorize import Factors, factorize
 from .lora_file import save_single_file
 from .merge import merge_adapter
@@ -25,6 +25,5 @@ __all__ = [
     "read_updates",
     "save",
     "save_as_lora",
-    "save_lora_config",
     "save_single_file",
 ]

@@ -261,28 +261,6 @@ def _tensors(part: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     return {f"{name}A.weight": A, f"{name}B.weight": B}
 
 
-def save_lora_config(
-    factors: Sequence[Factors], source: AdapterSource | Updates, output: str | os.PathLike[str]
-) -> None:
-    """Write only the configuration, to train plain LoRA at these ranks: `LoraConfig.from_pretrained(output)`.
-
-    Args:
-        factors: result of `factorize`.
-        source: see `save_as_lora`.
-        output: output folder; must be empty or missing.
-
-    Raises:
-        FileExistsError: the output folder is not empty.
-        ValueError: no module has a rank, or the source is a single file.
-
-    """
-    folder = free_folder(output)
-    origin = source.origin if isinstance(source, Updates) else SavedAdapter.read(source)
-    config = lora_config(factors, origin.config, keep_scaling=True)
-    with replacing_folder(folder) as partial:
-        config.save_pretrained(str(partial))
-
-
 @torch.no_grad()
 def output_difference(adapter: AdapterSource, exported: AdapterSource) -> float:
     """Share of an adapter's effect that its export loses, on random inputs in float32.

@@ -165,17 +165,10 @@ def export(
     check: Annotated[
         bool, typer.Option(help="Load the base model and measure the difference that the export makes.")
     ] = True,
-    config_only: Annotated[
-        bool,
-        typer.Option("--config-only", help="Write a LoraConfig without weights, to train plain LoRA at these ranks."),
-    ] = False,
     every: _EVERY = False,
 ) -> None:
     """Write an update of any method as a plain LoRA of the requested size."""
     with one_clear_error("Nothing was written."):
-        for option, is_given in (("--for", server), ("--heal", heal)):
-            if is_given and config_only:
-                raise ValueError(f"{option} changes weights, but --config-only writes none. Pass only one of them.")
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
         examples = {"data": data, "columns": parse_pairs(columns, "--columns") if columns else None, "task": task}
@@ -189,10 +182,9 @@ def export(
             examples=examples,
             heal=heal,
             base=base,
-            check=check and not config_only,
+            check=check,
             dtype=dtype,
             server=server,
-            config_only=config_only,
             every=every,
         )
         outputs = {source: output / Path(source).name for source in sources}
@@ -270,10 +262,6 @@ def _export(
                     f"The export of {source} is a folder, but --output {output} names a file. Choose another."
                 )
             free_folder(output)
-        elif writing["config_only"] and base is None:
-            raise ValueError(
-                "--config-only writes a PEFT configuration, which a single-file LoRA does not have. Remove it."
-            )
         quiet()
         if base is None and (Path(source) / RUN_FILE).is_file() and is_full_model(source):
             from ..train.models import model_source

@@ -42,13 +42,12 @@ def write_factors(
     *,
     dtype: str | None,
     server: str | None,
-    config_only: bool,
     every: bool,
 ) -> None:
-    """Print a table of the factors, and write them, or only their configuration."""
+    """Print a table of the factors, and write them."""
     from peft import PeftConfig
 
-    from ..adapters import save, save_lora_config
+    from ..adapters import save
     from ..adapters.export import require_exportable
     from ..adapters.peft_folder import SavedAdapter
     from ..adapters.servers import served
@@ -60,10 +59,6 @@ def write_factors(
     console.print(factors_table(factors, title, width=console.width, every=every))
     for note in updates.notes:
         announce(note)
-    if config_only:
-        save_lora_config(factors, updates, output)
-        announce(f"To train with: LoraConfig.from_pretrained({str(output)!r})")
-        return
     announce(_sizes(updates, sum(part.parameters for part in factors)))
     size_on_disk = save(factors, updates, output, dtype=torch_dtype(dtype), server=server or "peft")
     announce(f"LoRA: {output}, {size_on_disk / 2**20:.2f} MiB")
@@ -122,8 +117,6 @@ def export_by_loss(
     for line in _gain_lines(cut, losses):
         announce(line)
     write_factors(factors, cut.subject.updates, output, **writing)
-    if writing["config_only"]:
-        return
     with one_clear_error("The LoRA is written as it was cut."):
         if steps:
             _heal(cut, output, steps, losses)
