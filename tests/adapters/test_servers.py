@@ -43,12 +43,12 @@ def by_config(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Tens
 
 
 def by_shape(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Tensor:
-    """llama.cpp and TensorRT-LLM: α of the configuration by each matrix's own rank."""
+    """llama.cpp: α of the configuration by each matrix's own rank."""
     return config["lora_alpha"] / B.shape[1] * B @ A
 
 
 def by_one_rank(config: dict[str, Any], module: str, A: Tensor, B: Tensor) -> Tensor:
-    """SGLang and LoRAX stack matrices of the shape that r gives."""
+    """SGLang stacks matrices of the shape that r gives."""
     assert A.shape[0] == B.shape[1] == config["r"]
     return config["lora_alpha"] / config["r"] * B @ A
 
@@ -57,8 +57,6 @@ READERS: dict[str, list[Read]] = {
     "peft": [by_peft],
     "vllm": [by_peft, by_config],
     "sglang": [by_one_rank],
-    "lorax": [by_one_rank],
-    "tensorrt-llm": [by_peft, by_shape],
     "llama.cpp": [by_peft, by_shape],
     "hot-swap": [by_peft, by_config],
 }
@@ -104,15 +102,15 @@ def test_each_server_reads_the_update(adapter: Path, server: str, tmp_path: Path
             found = reader(config, module, tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"])
             torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-5)
     if SERVERS[server].form == "one rank":
-        assert modules == set(wanted)  # SGLang and LoRAX want all modules of a type
-        assert config["r"] == SERVERS[server].rank(7)
+        assert modules == set(wanted)  # SGLang wants all modules of a type
+        assert config["r"] == 7
     else:
         assert len({tensors[f"{module}.lora_A"].shape[0] for module in modules}) > 1
     again = PeftModel.from_pretrained(type(tiny.build()).from_pretrained(adapter.parent / "base"), tmp_path / "out")
     torch.testing.assert_close(tiny.logits(again), tiny.logits(trained), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("server", ["vllm", "sglang", "lorax", "llama.cpp", "peft"])
+@pytest.mark.parametrize("server", ["vllm", "sglang", "llama.cpp", "peft"])
 def test_the_command_says_what_is_reserved(adapter: Path, server: str, tmp_path: Path) -> None:
     options = [
         "export",
@@ -134,7 +132,7 @@ def test_the_command_says_what_is_reserved(adapter: Path, server: str, tmp_path:
         for name, module in shapes.named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     )
-    expected = {"vllm": 8 * per_rank * 2, "sglang": 7 * per_rank * 2, "lorax": 8 * per_rank * 2}
+    expected = {"vllm": 8 * per_rank * 2, "sglang": 7 * per_rank * 2}
     title = SERVERS[server].title
     if server in expected:
         rank = {"sglang": 7}.get(server, 8)
@@ -159,8 +157,6 @@ def test_what_a_server_cannot_read_is_refused_before_it_is_written(adapter: Path
         ):
             save_as_lora(factors, changed, tmp_path / "out", server=server)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match=r"TensorRT-LLM leaves out the factors of lm_head without an error"):
-        SERVERS["tensorrt-llm"].require_readable(trained.peft_config["default"], modules=["layers.0.q_proj", "lm_head"])
     with pytest.raises(ValueError, match=r"server must be one of|Unknown server"):
         save_as_lora(factors, adapter, tmp_path / "out", server="vlm")
     with pytest.raises(ValueError, match="vLLM takes ranks of at most 512, and the largest is 600"):

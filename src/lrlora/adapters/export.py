@@ -178,7 +178,7 @@ def save_as_lora(
     }
     for key, value in weights.items():
         require_finite(key, value)
-    SERVERS[server].require_readable(config, weights, [part.module for part in exported])
+    SERVERS[server].require_readable(config, weights)
     dtype = dtype or origin.stored_dtype
     for part in exported:
         weights |= _tensors(part, dtype)

@@ -29,7 +29,6 @@ class Server:
         itemsize: bytes of a value.
         reads_all: whether it also reads DoRA, and heads, tokens and biases trained in full.
         reads: names of heads trained in full that it reads anyway.
-        drops: names of modules whose factors it leaves out without an error.
         reserves_more: whether it also reserves memory for modules that are not adapted.
 
     """
@@ -42,7 +41,6 @@ class Server:
     itemsize: int = 2
     reads_all: bool = False
     reads: tuple[str, ...] = ()
-    drops: tuple[str, ...] = ()
     reserves_more: bool = False
 
     def rank(self, largest: int) -> int:
@@ -63,23 +61,17 @@ class Server:
         """Factors as they are written: padded with zeros for ONE_RANK, those of rank 0 as well."""
         if self.form != ONE_RANK:
             return list(factors)
-        rank = self.rank(max(part.rank for part in factors))
+        rank = max(part.rank for part in factors)
         return [part.padded(rank) for part in factors]
 
-    def require_readable(self, config: Any, keys: Iterable[str] = (), modules: Iterable[str] = ()) -> None:
+    def require_readable(self, config: Any, keys: Iterable[str] = ()) -> None:
         """Raise ValueError if it does not read all that was trained.
 
         Args:
             config: PEFT configuration of a LoRA.
             keys: of the weights besides the factors.
-            modules: paths of those with factors.
 
         """
-        if dropped := [module for module in modules if module.endswith(self.drops)]:
-            raise ValueError(
-                f"{self.title} leaves out the factors of {', '.join(dropped)} without an error. Serve a merged model "
-                "(lrlora merge)."
-            )
         if self.reads_all:
             return
         whole = [name for name in config.modules_to_save or [] if name not in self.reads]
@@ -130,8 +122,6 @@ SERVERS = {
     "peft": Server("PEFT", itemsize=4, reads_all=True),
     "vllm": VLLM,
     "sglang": Server("SGLang", ONE_RANK, reserves_largest=True, option="--max-lora-rank {rank}", reserves_more=True),
-    "lorax": Server("LoRAX", ONE_RANK, ranks=(8, *range(16, 513, 16)), reserves_largest=True),
-    "tensorrt-llm": Server("TensorRT-LLM", ONE_ALPHA, drops=("lm_head", "embed_tokens")),
     "llama.cpp": Server("llama.cpp", ONE_ALPHA, itemsize=4),
     "hot-swap": Server(
         "A hot-swap", ONE_RANK, reserves_largest=True, option="target_rank={rank}", itemsize=4, reads_all=True

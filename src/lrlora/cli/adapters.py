@@ -158,8 +158,8 @@ def export(
         str | None,
         typer.Option(
             "--for",
-            help="Program that loads it: peft, vllm, sglang, lorax, tensorrt-llm, llama.cpp, or hot-swap of PEFT or "
-            "diffusers; default: peft, which suits vllm.",
+            help="Program that loads it: peft, vllm, sglang, llama.cpp, or hot-swap of PEFT or diffusers; default: "
+            "peft, which suits vllm.",
         ),
     ] = None,
     check: Annotated[
