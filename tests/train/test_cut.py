@@ -357,7 +357,7 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             "--heal trains the factors as PEFT holds",
         ),
         ((elsewhere, "--keep", "0.99", "--heal", "3"), "--heal trains on examples, and there are none. Pass --data."),
-        ((elsewhere, "--keep", "0.99", "--task", "regress"), "cannot be cut by loss without examples. Pass --data."),
+        ((elsewhere, "--keep", "0.99", "--task", "regress"), "cannot be cut by loss without examples. Pass --data, or"),
         (
             (home / "run", "--keep", "0.99", "--data", few),
             "4 examples with 4 labels or tokens to predict are too few",

@@ -7,6 +7,8 @@ Takes hours. Jobs: `cut--…` (all cuts of one adapter), `keep--…` (what `--ke
 from __future__ import annotations
 
 import functools
+import pydoc_data.topics
+import re
 import shutil
 import tempfile
 import time
@@ -16,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -32,9 +35,9 @@ from lrlora.learned.moments import collect_moments
 from lrlora.train.cut import EXAMPLES, TERMS, Cut, Part, Subject, heal
 from lrlora.train.inference import evaluate
 from lrlora.train.models import model_source
-from lrlora.train.own_text import fixed_texts
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
+from lrlora.train.tasks.base import logits
 
 from ..byte_model import CONTEXT, load_corpus, sample_batch
 from ..capacity_tasks import TEST_WINDOWS, transfer
@@ -50,6 +53,7 @@ BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2}
 BYTE_SHARES = {0.5: 8, 0.25: 4}  # share of the size of r = 16 → r of that size
 BYTE_STEPS, BYTE_HEALING = 500, 100
 BYTE_WINDOWS = 32  # windows of 128 bytes, 4,096 loss terms, for `byte_own`
+FIXED_TEXTS, FIXED_LENGTH = 640, (80, 400)  # for a classifier; in characters
 
 
 @dataclass(frozen=True)
@@ -346,7 +350,7 @@ def own(name: str, seed: int, files: Path) -> Record:
         pieces = replace(subject, training=fixed_pieces(subject.run.processor))
         sources["fixed"] = pieces, sampled(causal=True)
     if TASKS[name].settings["task"] != "image-classify":
-        alone = subject.on_own_text()
+        alone = subject.on_own_text() if kind.generates else on_fixed_texts(subject)
         sources["own" if kind.generates else "fixed"] = alone, alone.loss
         factors = Cut(alone, announce=lambda line: None).smallest(KEEPS[0], announce=lambda line: None)
         row |= {"size": sum(part.parameters for part in factors) / whole, "kept": unseen.kept(factors)._asdict()}
@@ -357,6 +361,28 @@ def own(name: str, seed: int, files: Path) -> Record:
             cut = curve.within(int(share * whole))
             row[f"{source}, {share}"] = mean_of(example_losses(subject.on_base, cut, test, subject.loss))
     return row
+
+
+def on_fixed_texts(subject: Subject) -> Subject:
+    """Copy with fixed texts, half of them held out, and labels sampled from the adapted classifier."""
+    run, texts = subject.run, fixed_texts()[:FIXED_TEXTS]
+    encoded = run.encoded(Dataset.from_dict({"text": texts}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        predicted = torch.tensor(logits(run.trainer(encoded).predict(encoded))).float()
+        labels = torch.distributions.Categorical(logits=predicted).sample()
+    labelled = Dataset.from_dict({"text": texts, "label": [run.record.labels[label] for label in labels.tolist()]})
+    parts = run.examples(labelled, None, lambda line: None, with_label=True).train_test_split(0.5, seed=0)
+    return replace(subject, training=parts["train"], held_out=parts["test"])
+
+
+def fixed_texts() -> list[str]:
+    """Sentences of Python's own documentation, in a fixed random order."""
+    low, high = FIXED_LENGTH
+    paragraphs = (" ".join(part.split()) for topic in pydoc_data.topics.topics.values() for part in topic.split("\n\n"))
+    fitting = (text for text in paragraphs if low <= len(text) <= high and re.match(r"[A-Z][a-z]+ [a-z]", text))
+    plain = list(dict.fromkeys(fitting))
+    return [plain[place] for place in np.random.default_rng(0).permutation(len(plain))]
 
 
 def byte_own(seed: int, files: Path) -> Record:

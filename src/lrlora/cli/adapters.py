@@ -136,7 +136,7 @@ def export(
         str | None,
         typer.Option(
             help="Examples to measure the loss on, as for `lrlora train`; default: the data of the run, or text that "
-            "the adapted model writes or labels itself."
+            "an adapted language model writes itself."
         ),
     ] = None,
     columns: Annotated[

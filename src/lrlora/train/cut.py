@@ -37,7 +37,7 @@ from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
 from .inference import OF_TRAINING, LoadedRun
 from .models import make_trainer, model_source, training_arguments
-from .own_text import own_examples
+from .own_text import own_text
 from .progress import Announce, Progress, StopOnNonFinite
 from .tasks import Kind
 from .tasks.base import plain_metrics
@@ -66,7 +66,7 @@ class Subject:
         training: examples for the moments and for training.
         held_out: examples for the loss.
         data: where they are from, in words.
-        is_own: whether they are those of `own_examples`.
+        is_own: whether the adapted model wrote them.
 
     """
 
@@ -93,7 +93,8 @@ class Subject:
         Args:
             source: output folder of a run, or folder or hub name of a PEFT adapter.
             base: base model; default: the one named by the adapter.
-            data: see `TrainConfig.data`; default: the run's data, or that of `own_examples`.
+            data: see `TrainConfig.data`; default: the run's data, or text that the adapted language
+                model writes.
             task: task of an adapter that does not specify it.
             announce: receives messages on skipped examples.
             **reading: data options, see `lrlora.train.inference.evaluate`.
@@ -115,6 +116,11 @@ class Subject:
             LoadedRun.read(Path(source)) if is_run else LoadedRun.of_adapter(source, base=base, task=task, saved=saved)
         )
         run = run.reading(data=data, **reading)
+        if data is None and not is_run and not run.kind.generates:
+            raise ValueError(
+                f"An adapter for {run.config.task} cannot be cut by loss without examples. Pass --data, or cut it by "
+                "energy: --energy, or --size with --by energy."
+            )
         if saved is None and base is None and is_run:
             base = model_source(run.config.model)
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
@@ -132,11 +138,9 @@ class Subject:
         return cls(run, updates, training, held_out, run.config.data)
 
     def on_own_text(self) -> Subject:
-        """Copy with `own_examples`, half of them held out."""
-        own, words = own_examples(self.run)
-        if not self.run.kind.generates:
-            own = self.run.examples(own, None, lambda line: None, with_label=True)
-        parts = own.train_test_split(0.5, seed=0)
+        """Copy with text that the adapted language model writes, half of it held out."""
+        parts = own_text(self.run).train_test_split(0.5, seed=0)
+        words = "text that the adapted model wrote itself"
         return replace(self, training=parts["train"], held_out=parts["test"], data=words, is_own=True)
 
     @cached_property
