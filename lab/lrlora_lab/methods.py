@@ -6,11 +6,22 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from peft import HiraConfig, LoHaConfig, RandLoraConfig, VeraConfig
+
 from lrlora.checks import require_known
 from lrlora.learned.size import WIDTH
 from lrlora.train.methods import METHODS as PEFT_METHODS
+from lrlora.train.methods import PeftMethod
 from lrlora.train.yaml import parse_assignments
 from lrlora.tuner.config import PUBLISHED
+
+# Runs go through `lrlora train`, which does not offer these rivals itself.
+PEFT_METHODS.update(
+    hira=PeftMethod(HiraConfig),
+    randlora=PeftMethod(RandLoraConfig, alpha="randlora_alpha"),
+    loha=PeftMethod(LoHaConfig, alpha="alpha"),
+    vera=PeftMethod(VeraConfig),
+)
 
 # Initial learning rates; the grid is extended while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -25,7 +36,7 @@ class Method:
 
     Args:
         name: name in tables.
-        train: name in `lrlora train`.
+        train: name in `PEFT_METHODS`.
         options: fields of its PEFT configuration, besides the rank.
         rank_factor: ratio of its rank to r; 0 for methods without one.
         rates: learning rates to try.

@@ -588,8 +588,9 @@ def test_a_suite_reads_data_as_train_does(suite: Path, tmp_path: Path, monkeypat
     assert final["examples"] == {"train": 53, "validation": 6, "test": 29}
 
 
-# Those that take ways of their own; the others differ in fields of the adapter.
-@pytest.mark.parametrize("method", ["full", "adalora", "lr-lora", "learned", "pissa"])
+# Those that take ways of their own, and one that `lrlora train` does not offer; the others differ in fields of the
+# adapter.
+@pytest.mark.parametrize("method", ["full", "adalora", "lr-lora", "learned", "pissa", "hira"])
 def test_every_kind_of_method_runs(suite: Path, tmp_path: Path, method: str) -> None:
     request = {"task": "reviews", "method": method, "learning_rate": 1e-3, "seed": 1, "rank": 2}
     result = run_job(load_suite(str(suite)), request, tmp_path / "run")

@@ -48,8 +48,8 @@ def test_alpha_and_targets_stand_beside_the_rank() -> None:
     assert told == {"method": "lora", "adapter": {"target_modules": ["query"]}, "rank": 3, "alpha": 6}
     with pytest.raises(ValueError, match=r"alpha=2.0 and lora_alpha=3 under adapter are the same setting"):
         config_of(alpha=2.0, adapter={"lora_alpha": 3})
-    with pytest.raises(ValueError, match=r"alpha=2.0 is not supported by the method vera. Remove it"):
-        config_of(method="vera", alpha=2.0)
+    with pytest.raises(ValueError, match=r"alpha=2.0 is not supported by the method full. Remove it"):
+        config_of(method="full", alpha=2.0)
     with pytest.raises(ValueError, match="alpha must be a number > 0"):
         config_of(alpha=-1.0)
 

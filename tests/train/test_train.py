@@ -350,7 +350,7 @@ def test_memory_stays_flat_over_2000_steps(encoder: str, table: str, tmp_path: P
     assert max(memory.values()) <= 1.02 * memory[300], memory
 
 
-@pytest.mark.parametrize("method", ["dora", "adalora", "hira", "randlora", "loha", "vera", "full"])
+@pytest.mark.parametrize("method", ["dora", "adalora", "full"])
 def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str) -> None:
     options = () if method == "full" else ("--rank", 2)
     result = run(
@@ -369,8 +369,7 @@ def test_the_other_methods(encoder: str, table: str, tmp_path: Path, method: str
             *COLUMNS,
             *options,
         ),
-        *("--output", tmp_path / "out", "--steps", 80, "--batch-size", 8),
-        *("--learning-rate", 3e-2 if method == "randlora" else 1e-2),
+        *("--output", tmp_path / "out", "--steps", 80, "--batch-size", 8, "--learning-rate", 1e-2),
     )
     assert result.exit_code == 0, result.output
     if method == "full":

@@ -9,15 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import (
-    AdaLoraConfig,
-    HiraConfig,
-    LoHaConfig,
-    LoraConfig,
-    PeftConfig,
-    RandLoraConfig,
-    VeraConfig,
-)
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checks import require_float32, require_known
@@ -51,10 +43,6 @@ METHODS = {
     "lora": PeftMethod(LoraConfig, alpha="lora_alpha", has_ranks=True),
     "dora": PeftMethod(LoraConfig, {"use_dora": True}, alpha="lora_alpha"),
     "adalora": PeftMethod(AdaLoraConfig),
-    "hira": PeftMethod(HiraConfig),
-    "randlora": PeftMethod(RandLoraConfig, alpha="randlora_alpha"),
-    "loha": PeftMethod(LoHaConfig, alpha="alpha"),
-    "vera": PeftMethod(VeraConfig),
     "full": PeftMethod(None),
 }
 DEFAULT_RANK = 8

@@ -48,8 +48,8 @@ class TrainConfig:
         data: data set on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
-        method: one of lora, lr-lora (the paper's), expansion, dora, adalora, hira, randlora, loha, vera and full; auto
-            is lora, with learned ranks unless `keep` or `start_from` is given.
+        method: one of lora, lr-lora (the paper's), expansion, dora, adalora and full; auto is lora, with learned ranks
+            unless `keep` or `start_from` is given.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
             label for classify and regress; image and label for image-classify; question, choices (a list) and label
