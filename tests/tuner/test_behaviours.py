@@ -265,40 +265,11 @@ def test_switch(tiny: TinyModel) -> None:
     assert relative(tiny.logits(model), both) <= 1e-4
 
 
-def test_combine(tiny: TinyModel, tmp_path: Path) -> None:
-    """a weighted combination, exactly, through `combine_adapters`"""
-    model, outputs = with_two_adapters(tiny)
-    layer = next(module for module in model.modules() if isinstance(module, LrLoraLayer))
-    base, deltas = layer.get_base_weight().clone(), {n: layer.get_delta_weight(n) for n in ("default", "other")}
-    model.combine_adapters({"default": 1.0, "other": 0.0})
-    assert relative(tiny.logits(model), outputs["default"]) <= 1e-6
-    model.combine_adapters({"default": 0.7, "other": 0.3})
-    combined = tiny.logits(model)
-    # Each adapter by itself is still as trained: in files, in a batch of its own, and after a switch.
-    model.save_pretrained(tmp_path, selected_adapters=["other"])
-    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "other").eval()
-    assert torch.equal(tiny.logits(loaded), outputs["other"])
-    assert torch.equal(layer.get_delta_weight("default"), deltas["default"])
-    model.merge_adapter(["default", "other"])
-    torch.testing.assert_close(layer.get_base_weight(), base + 0.7 * deltas["default"] + 0.3 * deltas["other"])
-    assert relative(tiny.logits(model), combined) <= 1e-4
-    model.unmerge_adapter()
-    model.set_adapter("default")
-    assert torch.equal(tiny.logits(model), outputs["default"])
-    model.combine_adapters({"default": 0.5, "other": 0.3})
-    model.delete_adapter("default")
-    assert torch.equal(tiny.logits(model), outputs["other"])
-    for wrong in ({"nobody": 1.0}, {}, ["other"], {"other": float("nan")}, {"other": "much"}):
-        with pytest.raises(ValueError, match=r"weights must map adapter names to finite numbers.*other"):
-            model.combine_adapters(wrong)
-    assert torch.equal(tiny.logits(model), outputs["other"])
-
-
 @pytest.mark.refused
 def test_add_weighted_adapter(tiny: TinyModel) -> None:
-    """`add_weighted_adapter`: names `combine_adapters` as the remedy"""
+    """`add_weighted_adapter`: names exports as plain LoRA, or merging, as the remedy"""
     model, _ = with_two_adapters(tiny)
-    with pytest.raises(NotImplementedError, match="combine_adapters"):
+    with pytest.raises(NotImplementedError, match=r"lrlora export.*merge_and_unload"):
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
 
 

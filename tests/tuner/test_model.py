@@ -19,7 +19,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from lrlora import LrLoraConfig, rank_report
 from lrlora.tuner import Linear
@@ -291,22 +291,6 @@ def test_an_injected_phi_is_shared_trained_and_loaded_without_a_peft_model(tiny_
     set_peft_model_state_dict(again, state)
     inputs = tiny_bert.inputs()
     assert torch.equal(tiny_bert.logits(again.eval(), **inputs), tiny_bert.logits(model.eval(), **inputs))
-
-
-def test_adapters_of_a_classifier_combine_with_the_head_of_the_first(tiny_bert: TinyModel) -> None:
-    base = AutoModelForSequenceClassification.from_config(tiny_bert.build().config)
-    config = LrLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_weights=False)
-    model = get_peft_model(base, config, "first")
-    model.add_adapter("second", config)
-    inputs = tiny_bert.inputs()
-    model.eval().combine_adapters({"first": 0.7, "second": 0.3})
-    combined = model(**inputs).logits
-    head: Any = model.base_model.model.classifier.modules_to_save
-    torch.nn.init.zeros_(head["second"].weight)
-    assert torch.equal(model(**inputs).logits, combined)
-    merged = model.merge_and_unload()
-    assert torch.allclose(merged(**inputs).logits, combined, atol=1e-5)
-    assert torch.equal(merged.classifier.weight, head["first"].weight)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -29,7 +29,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
-    other_param_names = ("r", "lora_alpha", "scaling", "weights", "input_gain", "lrlora_dropout")
+    other_param_names = ("r", "lora_alpha", "scaling", "input_gain", "lrlora_dropout")
 
     weight_name = "weight"  # name of the adapted parameter of the base layer
 
@@ -57,7 +57,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.weights: dict[str, float] = {}
         self.input_gain: dict[str, float | None] = {}
         self.merged_adapters: list[str] = []
         # Set by the model before a merge: another module uses the base weight too (tied embeddings).
@@ -82,7 +81,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-        self.weights[adapter_name] = 1.0
         self.input_gain[adapter_name] = config.input_gain
         A, B = self._new_factors(r)
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
@@ -154,7 +152,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     def _add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         """Base output plus an adapter's output, in the wider of their dtypes."""
-        return result + self.weights[adapter] * self._adapter_output(x, adapter)
+        return result + self._adapter_output(x, adapter)
 
     def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
         """Compute x (W + ΔW)ᵀ + b without the base layer."""
@@ -183,7 +181,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             and base.weight.dtype == dtype
             and dtype.is_floating_point
             and not (self.training and getattr(self.lrlora_dropout[adapters[0]], "p", 0) > 0)
-            and self.weights[adapters[0]] == 1.0
         )
 
     def _adapters_to_apply(self) -> list[str]:
@@ -274,7 +271,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             )
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for adapter in adapters:
-            merged += self.weights[adapter] * self.get_delta_weight(adapter).to(merged.device)
+            merged += self.get_delta_weight(adapter).to(merged.device)
         merged = merged.to(weight.dtype)
         if not torch.isfinite(merged).all():
             names = ", ".join(adapters)

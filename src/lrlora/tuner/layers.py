@@ -43,8 +43,7 @@ class Linear(LrLoraLayer):
         A, B, phi = self._factors(adapter)
         if not phi.is_product:
             return super()._add_update(result, x, adapter)
-        scaling = self.weights[adapter] * self.scaling[adapter]
-        return phi.linear(x, A, B, scaling=scaling, gain=self.input_gain[adapter], added_to=result)
+        return phi.linear(x, A, B, scaling=self.scaling[adapter], gain=self.input_gain[adapter], added_to=result)
 
     def _fused_output(self, x: Tensor, adapter: str) -> Tensor:
         base, (A, B, phi) = self.base_layer, self._factors(adapter)
@@ -69,12 +68,12 @@ class Linear(LrLoraLayer):
         if is_fused:
             tensors.append(self.base_layer.weight)
         versions = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        state = (x.dtype, is_fused, tuple((name, self.weights[name]) for name in adapters), versions)
+        state = (x.dtype, is_fused, tuple(adapters), versions)
         if self._cached is None or self._cached[0] != state:
             self._cached = None  # free the old weight before allocating a new one
-            delta = self.get_delta_weight(adapters[0]).mul_(self.weights[adapters[0]])
+            delta = self.get_delta_weight(adapters[0])
             for name in adapters[1:]:
-                delta.add_(self.get_delta_weight(name), alpha=self.weights[name])
+                delta += self.get_delta_weight(name)
             self._cached = (state, delta.add_(self.base_layer.weight) if is_fused else delta.to(x.dtype))
         weight = self._in_layout(self._cached[1])
         if is_fused:
@@ -137,7 +136,7 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     ΔW, as large as W. In half precision and on a quantized base, the layer keeps ΔW in the dtype of its input and a
     second matmul, so that rounding the sum does not lose part of the update. The cache is freed on exit.
 
-    Optimizer steps, loading, switching and weighting adapters are detected; writes to `parameter.data` are not.
+    Optimizer steps, loading and switching adapters are detected; writes to `parameter.data` are not.
 
         with torch.no_grad(), lrlora.cached_weights(model):
             tokens = model.generate(**inputs)

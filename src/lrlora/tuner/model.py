@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -132,54 +131,12 @@ class LrLoraModel(BaseTuner):
                 f"(and {BASE_MODEL} for no adapter)."
             )
 
-    def combine_adapters(self, weights: Mapping[str, float]) -> None:
-        """Activate several adapters at once, each with a weight: W + Σ weight·ΔW, exactly.
-
-        `merge_and_unload` then returns a plain model with all of them. `set_adapter` restores the adapters as trained;
-        saving, measuring and converting always use the adapter as trained. A fully trained head is not an update and is
-        taken from the first adapter.
-
-        Raises:
-            ValueError: an adapter does not exist, or a weight is not a finite number.
-
-        """
-        is_mapping = isinstance(weights, Mapping) and len(weights) > 0
-        if not is_mapping or not all(
-            name in self.peft_config and isinstance(weight, (int, float)) and math.isfinite(weight)
-            for name, weight in weights.items()
-        ):
-            raise ValueError(
-                "weights must map adapter names to finite numbers, for example {'first': 0.7, 'second': 0.3}, got "
-                f"{weights!r}. Available adapters: {', '.join(self.peft_config)}."
-            )
-        names = list(weights)
-        self.set_adapter(names[0])
-        self.active_adapter = names
-        for layer in self._layers():
-            layer.set_adapter(names)
-            layer.weights.update({name: float(w) for name, w in weights.items() if name in layer.weights})
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        self._forget_weights()
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._forget_weights()
-
-    def _forget_weights(self) -> None:
-        for layer in self._layers():
-            layer.weights = dict.fromkeys(layer.weights, 1.0)
-
-    def _layers(self) -> Iterator[LrLoraLayer]:
-        return (module for module in self.model.modules() if isinstance(module, LrLoraLayer))
-
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Not supported: a weighted sum of LR-LoRA updates is not φ of one product."""
         raise NotImplementedError(
-            "A weighted sum of LR-LoRA adapters cannot be stored as one LR-LoRA adapter. Use "
-            "`model.combine_adapters({'first': 0.7, 'second': 0.3})`, which adds the updates exactly, and "
-            "`model.merge_and_unload()` to get a single model."
+            "A weighted sum of LR-LoRA adapters cannot be stored as one LR-LoRA adapter. Export each as plain LoRA "
+            "(`lrlora export`) and call add_weighted_adapter(..., combination_type='cat') on these, or merge both "
+            "with weight 1: `model.merge_and_unload(adapter_names=['first', 'second'])`."
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -87,7 +87,7 @@ class ParamWrapper(LrLoraLayer):
         weight: Tensor = self.get_param()
         adapters = self._adapters_to_apply()
         for adapter in adapters:
-            weight = weight + (self.weights[adapter] * self._delta(adapter)).to(weight.dtype)
+            weight = weight + self._delta(adapter).to(weight.dtype)
         if not adapters:
             return self.base_layer(*args, **kwargs)
         path, module = self.parameter_name, self.base_layer
