@@ -15,7 +15,7 @@ FAMILIES = {
     "roberta": "RoBERTa",
     "gpt2": "GPT-2",
     "llama": "Llama",
-    "mixtral": "Mixtral (experts)",
+    "mixtral": "Mixtral",
     "t5": "T5",
     "vit": "ViT",
     "features": "feature extraction",

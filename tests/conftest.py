@@ -83,13 +83,10 @@ class TinyModel:
 
     @property
     def targets(self) -> dict[str, Any]:
-        """The fields of a configuration that adapts every linear layer, and every expert."""
+        """The fields of a configuration that adapts every linear layer."""
         special = {
             "mlp": {"target_modules": ["first", "last"]},
-            "mixtral": {
-                "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"],
-                "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-            },
+            "mixtral": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"]},
         }
         return special.get(self.family, {"target_modules": "all-linear"})
 
@@ -143,6 +140,8 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 # Same structure as bert: slow, for the table of families alone, which runs with `-m ""`.
 ALIKE = ("roberta", "features")
+# Parameters of the experts of "mixtral", for PEFT's LoRA.
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in FAMILIES])

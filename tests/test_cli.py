@@ -19,7 +19,7 @@ from lrlora import LrLoraConfig, RankReport, __version__, rank_report
 from lrlora.cli import doctor
 
 from .cli import run
-from .conftest import TinyModel
+from .conftest import EXPERTS, TinyModel
 
 
 @pytest.fixture(params=["bert", "gpt2", "t5"])
@@ -345,7 +345,7 @@ def test_ranks_of_an_embedding_and_with_other_weights_in_the_file(tmp_path: Path
 
 def test_ranks_of_experts_need_the_base_model(tmp_path: Path) -> None:
     tiny = TinyModel("mixtral")
-    get_peft_model(tiny.build(), LrLoraConfig(r=2, **tiny.targets)).save_pretrained(tmp_path)
+    get_peft_model(tiny.build(), LoraConfig(r=2, target_parameters=EXPERTS)).save_pretrained(tmp_path)
     result = run("ranks", tmp_path)
     assert result.exit_code != 0
     assert "rank_report(model)" in result.output

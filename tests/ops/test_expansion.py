@@ -83,13 +83,13 @@ def test_the_rank_is_r_times_q_and_the_size_that_of_ba() -> None:
     assert torch.allclose(Expansion(1).delta(A, B, scaling=1.0, gain=1.0), B @ A, atol=1e-5)  # LoRA
 
 
-def test_experts_have_factors_of_their_own_and_one_pattern() -> None:
+def test_stacks_have_factors_of_their_own_and_one_pattern() -> None:
     made = Expansion(Q)
     A, B = torch.randn(2, R, N), torch.randn(2, M, R)
     together = made.delta(A, B, scaling=1.0, gain=1.0)
-    for expert in range(2):
-        alone = made.delta(A[expert], B[expert], scaling=1.0, gain=1.0)
-        assert torch.allclose(together[expert], alone, atol=1e-5)
+    for index in range(2):
+        alone = made.delta(A[index], B[index], scaling=1.0, gain=1.0)
+        assert torch.allclose(together[index], alone, atol=1e-5)
 
 
 def test_signs_are_the_same_everywhere() -> None:

@@ -276,8 +276,6 @@ def test_add_weighted_adapter(tiny: TinyModel) -> None:
 def test_mixed_batch(tiny: TinyModel) -> None:
     """an adapter for each sample of a batch (`adapter_names=`)"""
     model, outputs = with_two_adapters(tiny)
-    if tiny.family == "mixtral":
-        pytest.skip("does not apply: experts mix the samples; refused in the row below")
     for names in (["default", "other"], ["__base__", "default"], ["other", "__base__"]):
         expected = torch.stack([outputs[name][i] for i, name in enumerate(names)])
         torch.testing.assert_close(tiny.logits(model, adapter_names=names), expected, rtol=1e-4, atol=1e-5)
@@ -293,19 +291,10 @@ def test_mixed_batch(tiny: TinyModel) -> None:
         tiny.logits(model, adapter_names=["default", "other"])
 
 
-@pytest.mark.refused
-def test_mixed_batch_of_experts(tiny: TinyModel) -> None:
-    """an adapter for each sample, with adapted experts"""
-    only_for(tiny, ("mixtral",), "no experts")
-    model, _ = with_two_adapters(tiny)
-    with pytest.raises(NotImplementedError, match=r"experts mix samples.*set_adapter"):
-        tiny.logits(model, adapter_names=["default", "other"])
-
-
 @pytest.mark.parametrize("beams", [1, 2])
 def test_mixed_generation(tiny: TinyModel, beams: int) -> None:
     """generate with an adapter for each sample, with and without beams"""
-    only_for(tiny, ("gpt2", "llama", "t5"), "does not generate, or has experts")
+    only_for(tiny, GENERATING, "does not generate")
     model, _ = with_two_adapters(tiny)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -382,9 +371,7 @@ def test_layer_indexing(tiny: TinyModel) -> None:
     if tiny.family == "vit":
         linear = [n.rpartition(".")[2] for n, m in tiny.build().named_modules() if isinstance(m, nn.Linear)]
         targets = sorted(set(linear) & {"q_proj", "v_proj", "query", "value"})
-    model = adapt(
-        tiny, target_modules=targets, target_parameters=None, layers_to_transform=[1], exclude_modules=[targets[1]]
-    )
+    model = adapt(tiny, target_modules=targets, layers_to_transform=[1], exclude_modules=[targets[1]])
     adapted = [name for name, module in model.named_modules() if isinstance(module, LrLoraLayer)]
     assert adapted
     assert all(".1." in name and name.endswith(targets[0]) for name in adapted)
@@ -542,23 +529,13 @@ def test_compile(tiny: TinyModel, mode: str) -> None:
         assert relative(actual, expected) <= 1e-4
 
 
-def test_experts(tiny: TinyModel) -> None:
-    """`target_parameters`: stacked experts"""
-    only_for(tiny, ("mixtral",), "no stacked parameters")
-    model = trained(tiny, target_modules=[])
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LrLoraLayer)]
-    assert len(adapted) == 4
-    with pytest.raises(ValueError, match=r"target_parameters=.*must equal those of adapter 'default'"):
-        model.add_adapter("other", LrLoraConfig(target_modules=[], target_parameters=["experts.down_proj"]))
-
-
 def test_embedding(tiny: TinyModel, tmp_path: Path) -> None:
     """embeddings"""
     only_for(tiny, TEXT, "no embedding")
     name = {"gpt2": "wte", "t5": "embed_tokens"}.get(
         tiny.family, "embed_tokens" if tiny.family in CAUSAL else "word_embeddings"
     )
-    model = trained(tiny, target_modules=[name], target_parameters=None)
+    model = trained(tiny, target_modules=[name])
     expected = tiny.logits(model)
     assert not torch.allclose(expected, tiny.logits(tiny.build()))
     model.save_pretrained(tmp_path, save_embedding_layers=False)
@@ -601,8 +578,6 @@ def test_inject(tiny: TinyModel) -> None:
 
 def test_convert_to_lora(tiny: TinyModel) -> None:
     """PEFT's `convert_to_lora`"""
-    if tiny.family == "mixtral":
-        pytest.skip("does not apply: refused with experts, in the row below")
     model = trained(tiny)
     expected = tiny.logits(model)
     config, weights = convert_to_lora(model, rank=1.0)
@@ -612,14 +587,6 @@ def test_convert_to_lora(tiny: TinyModel) -> None:
         parameter = lora.get_parameter(path.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default"))
         parameter.data.copy_(weight)
     assert relative(tiny.logits(lora), expected) <= 1e-3
-
-
-@pytest.mark.refused
-def test_convert_experts_to_lora(tiny: TinyModel) -> None:
-    """`convert_to_lora` with adapted experts"""
-    only_for(tiny, ("mixtral",), "no experts")
-    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*ParamWrapper"):
-        convert_to_lora(trained(tiny), rank=1.0)
 
 
 def test_export(tiny: TinyModel) -> None:

@@ -1,4 +1,4 @@
-"""Layers that are not linear, against the formula: embeddings, convolutions, stacked experts."""
+"""Layers that are not linear, against the formula: embeddings and convolutions."""
 
 from __future__ import annotations
 
@@ -14,21 +14,6 @@ from torch.func import functional_call
 from lrlora import LrLoraConfig, rank_report
 from lrlora.ops.form import Form
 from lrlora.ops.reference import reference_delta_weight
-
-
-class Experts(nn.Module):
-    """Stacked weights (experts, m, n), or (experts, n, m) if `is_transposed`, each used by its own samples."""
-
-    def __init__(self, is_transposed: bool) -> None:
-        super().__init__()
-        self.is_transposed = is_transposed
-        self.up = nn.Parameter(torch.randn(3, 8, 6).mT.contiguous() if is_transposed else torch.randn(3, 8, 6))
-        self.down = nn.Parameter(torch.randn(3, 6, 8).mT.contiguous() if is_transposed else torch.randn(3, 6, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        up, down = (w if self.is_transposed else w.mT for w in (self.up, self.down))
-        return torch.relu(x @ up) @ down
-
 
 LAYERS: dict[str, tuple[Any, Tensor]] = {
     "embedding": (nn.Embedding(11, 6, padding_idx=3), torch.randint(0, 11, (2, 5))),
@@ -127,42 +112,6 @@ def test_a_scaled_embedding_scales_the_update_too() -> None:
     torch.testing.assert_close(model.merge_and_unload()(tokens), expected)
 
 
-@pytest.mark.parametrize("is_transposed", [False, True])
-def test_experts_against_the_formula(is_transposed: bool) -> None:
-    torch.manual_seed(0)
-    base, x = Experts(is_transposed), torch.randn(3, 5, 6)
-    plain = {name: p.detach().clone().double() for name, p in base.named_parameters()}
-    model = adapt(base, target_modules=[], target_parameters=["0.up", "0.down"])
-    layer, weights = model.base_model.model[0], {}
-    while hasattr(layer, "parameter_name"):
-        A, B, phi = layer._factors("default")
-        options = {"scaling": layer.scaling["default"], "input_gain": layer.input_gain["default"]}
-        delta = torch.stack([reference_delta_weight(a, b, phi, **options) for a, b in zip(A, B, strict=True)])
-        weights[layer.parameter_name] = plain[layer.parameter_name] + (delta.mT if is_transposed else delta)
-        layer = layer.base_layer
-    up, down = (weights[name] if is_transposed else weights[name].mT for name in ("up", "down"))
-    expected = torch.relu(x.double() @ up) @ down
-    actual = model(x)
-    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
-    for got, want in zip(
-        torch.autograd.grad(actual.sum(), trainable(model)),
-        torch.autograd.grad(expected.sum(), trainable(model)),
-        strict=True,
-    ):
-        assert (got - want).norm() <= 1e-3 * want.norm()
-    assert [row.module for row in rank_report(model).rows] == [f"0.{n}.{e}" for n in ("down", "up") for e in range(3)]
-    torch.testing.assert_close(model.merge_and_unload()(x), actual)
-
-
-def test_dropout_on_experts_is_refused() -> None:
-    with pytest.warns(UserWarning, match="slows down training"):
-        config = LrLoraConfig(target_modules=[], target_parameters=["0.up"], lora_dropout=0.1)
-    with pytest.raises(
-        ValueError, match=r"lora_dropout=0.1 is not supported with target_parameters.*Set lora_dropout=0"
-    ):
-        get_peft_model(nn.Sequential(Experts(False)), config)
-
-
 def test_a_weight_that_is_shared_stays_as_it_is_for_its_other_user() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -174,28 +123,16 @@ def test_a_weight_that_is_shared_stays_as_it_is_for_its_other_user() -> None:
             return self.head(self.embedding(tokens))
 
     tokens = torch.arange(11)
-    for fields in ({"target_modules": ["head"]}, {"target_modules": [], "target_parameters": ["head.weight"]}):
-        torch.manual_seed(0)
-        model = get_peft_model(Tied(), LrLoraConfig(r=2, init_weights=False, **fields))
-        expected, shared = model(tokens), model.base_model.model.embedding.weight.clone()
-        model.merge_adapter()
-        torch.testing.assert_close(model(tokens), expected)
-        assert torch.equal(model.base_model.model.embedding.weight, shared)
-        model.unmerge_adapter()
-        layer = model.base_model.model.head.get_base_layer()
-        assert layer.weight is model.base_model.model.embedding.weight
-        torch.testing.assert_close(model.merge_and_unload()(tokens), expected)
-
-
-def test_parameters_that_cannot_learn_are_refused() -> None:
-    class Packed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
-
-    config = LrLoraConfig(target_modules=[], target_parameters=["0.codes"])
-    with pytest.raises(ValueError, match=r"'codes' of shape \(4, 4\) and dtype torch.uint8"):
-        get_peft_model(nn.Sequential(Packed()), config)
+    torch.manual_seed(0)
+    model = get_peft_model(Tied(), LrLoraConfig(r=2, init_weights=False, target_modules=["head"]))
+    expected, shared = model(tokens), model.base_model.model.embedding.weight.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(model(tokens), expected)
+    assert torch.equal(model.base_model.model.embedding.weight, shared)
+    model.unmerge_adapter()
+    layer = model.base_model.model.head.get_base_layer()
+    assert layer.weight is model.base_model.model.embedding.weight
+    torch.testing.assert_close(model.merge_and_unload()(tokens), expected)
 
 
 def test_empty_batches() -> None:

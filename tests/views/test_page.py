@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from playwright.sync_api import Browser, Page, expect
 from safetensors.torch import save_file
 
-from lrlora import LrLoraConfig, RankReport, rank_report
+from lrlora import RankReport, rank_report
 from lrlora.ranks import Curve, RankRow, Spectrum
 from lrlora.views.page import write_page
 from lrlora.views.runs import Run, load_runs
 
-from ..conftest import TinyModel
+from ..conftest import EXPERTS, TinyModel
 from .conftest import needs_browser, opened
 
 
@@ -185,7 +185,7 @@ def test_what_overflows_long_histories_and_long_names(browser: Browser, runs: li
 @needs_browser
 def test_experts_of_a_cell_can_be_told_apart(browser: Browser, tmp_path: Path) -> None:
     tiny = TinyModel("mixtral")
-    model = get_peft_model(tiny.build(), LrLoraConfig(r=2, **tiny.targets))
+    model = get_peft_model(tiny.build(), LoraConfig(r=2, target_parameters=EXPERTS, **tiny.targets))
     tiny.train(model, 2)
     report = rank_report(model)
     write_page([Run("experts", report)], tmp_path / "experts.html")

@@ -128,43 +128,26 @@ def _shape(layer: Any, base: Any, adapter: str) -> tuple[int, int]:
 def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
     """Updates of a parameter that is not a layer's weight: one, or one per stacked expert."""
     path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"  # wrappers of parameters are nested
-    is_transposed = getattr(layer, "_is_transposed", False)
     is_stack = layer.get_param().dim() == 3
-    phi = layer.lrlora_phi[adapter] if adapter in getattr(layer, "lrlora_phi", {}) else None
-    thin = None if phi is None else layer.thin_factors(adapter)
     # Computed for all experts at once.
     deltas = functools.cache(lambda: layer.get_delta_weight(adapter))
-    inputs = functools.cache(lambda: layer.get_transfer_input(adapter))
     weights, r = _base_weight(layer), layer.r[adapter]
 
     def expert_update(index: int) -> Update:
         def pick(stack: Tensor) -> Tensor:
-            return stack[index] if stack.dim() == 3 else stack
+            return stack[index] if is_stack else stack
 
-        def as_matrix(stack: Tensor) -> Tensor:
-            return pick(stack).T if is_transposed else pick(stack)
-
-        def form() -> Tensor | Pair:
-            return as_matrix(deltas()) if thin is None else (pick(thin[0]), pick(thin[1]))
-
-        def linear() -> Pair:
-            B, A = layer.linear_factors(adapter)
-            return pick(B), pick(A)
-
-        m, n = as_matrix(layer.get_param()).shape
-        k = r if phi is None else r * phi.num_terms if phi.is_product else min(m, n)
-        learned = Learned(linear, phi if isinstance(phi, Transfer) else None, lambda: as_matrix(inputs()))
+        m, n = pick(layer.get_param()).shape
         return Update(
             module=f"{path}.{index}" if is_stack else path,
             shape=(m, n),
-            form=form,
-            is_product=thin is not None,
+            form=lambda: pick(deltas()),
+            is_product=False,
             r=r,
-            limit=min(k, m, n),
+            limit=min(r, m, n),
             scaling=layer.scaling[adapter],
             layout=Layout(is_known=False),
-            weight=lambda: None if weights is None else as_matrix(weights),
-            learned=None if phi is None else learned,
+            weight=lambda: None if weights is None else pick(weights),
         )
 
     yield from map(expert_update, range(layer.num_experts if is_stack else 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ SHARING = ("module", "global")
 _REMEDIES = {
     "init_lora_weights": "use `init_weights`",
     "use_dora": "remove it, or use `peft.LoraConfig` for DoRA",
+    "target_parameters": "use `peft.LoraConfig`",
     "lora_bias": "remove it, or train the layers' own biases with `bias='lora_only'`",
 }
 
@@ -68,8 +69,6 @@ class LrLoraConfig(PeftConfig):
         rank_pattern: module name or regular expression → r, overriding `r`.
         alpha_pattern: module name or regular expression → α, overriding `lora_alpha`.
         modules_to_save: modules trained in full and saved with the adapter, such as a new classification head.
-        target_parameters: names of parameters to adapt that are not a layer's weight, such as the stacked experts of a
-            mixture, (experts, m, n).
         trainable_token_indices: token ids of the embedding to train in full, or layer name → token ids.
         fan_in_fan_out: accepted for PEFT compatibility; the layer type determines whether a weight is transposed.
         init_weights: True starts at ΔW = 0. False initializes B randomly, for debugging.
@@ -110,7 +109,6 @@ class LrLoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-    target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     fan_in_fan_out: bool = False
     init_weights: bool = True
@@ -123,11 +121,12 @@ class LrLoraConfig(PeftConfig):
     sharing: Literal["module", "global"] = "module"
     phi_lr_multiplier: float = 10.0
     format_version: int = FORMAT_VERSION
+    target_parameters: InitVar[None] = None  # in files of earlier versions
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LrLoraConfig:
         """Reject LoRA-only fields with a remedy; the generated `__init__` would only call them unexpected."""
         lora_only = {f.name for f in fields(LoraConfig)} - {f.name for f in fields(cls)}
-        given = sorted(lora_only & kwargs.keys())
+        given = sorted(lora_only & {name for name in kwargs if name != "target_parameters" or kwargs[name]})
         if given:
             advice = "; ".join(f"`{name}`: {_REMEDIES.get(name, 'remove it')}" for name in given)
             raise ValueError(f"LrLoraConfig does not support the LoRA-only field(s) {', '.join(given)}. {advice}.")
@@ -152,7 +151,7 @@ class LrLoraConfig(PeftConfig):
         """
         return cls(**{**PUBLISHED, **overrides})
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, target_parameters: None) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LRLORA")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}

@@ -1,4 +1,4 @@
-"""Base class of the adapters for linear layers, embeddings, convolutions and stacked experts."""
+"""Base class of the adapters for linear layers, embeddings and convolutions."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("lrlora_A", "lrlora_B", "lrlora_phi")
     other_param_names = ("r", "lora_alpha", "scaling", "input_gain", "lrlora_dropout")
 
-    weight_name = "weight"  # name of the adapted parameter of the base layer
-
     base_layer: Any
     in_features: int
     out_features: int
@@ -45,7 +43,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
         r: int,
         alpha: float,
         config: LrLoraConfig,
-        quantization_backend: QuantizationBackend | None = None,
+        quantization_backend: QuantizationBackend | None,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -110,20 +108,20 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def linear_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(s·B, A), the plain-LoRA update of the same factors: (..., m, r) and (..., r, n)."""
+        """(s·B, A), the plain-LoRA update of the same factors: (m, r) and (r, n)."""
         A, B, _ = self._factors(adapter)
         return self.scaling[adapter] * at_least_float32(B), A
 
     @torch.no_grad()
     def thin_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
-        """U (..., m, r·Q) and V (..., r·Q, n) with ΔW = U V (as a matrix); None for φ, which may have full rank."""
+        """U (m, r·Q) and V (r·Q, n) with ΔW = U V (as a matrix); None for φ, which may have full rank."""
         A, B, phi = self._factors(adapter)
         return phi.factors(at_least_float32(A), at_least_float32(B), scaling=self.scaling[adapter])
 
     def get_transfer_input(self, adapter: str) -> Tensor:
         """Z = g·BA, the input of φ, in the layout of the base weight."""
         A, B = (at_least_float32(factor) for factor in self._factors(adapter)[:2])
-        return self._in_layout(input_gain(A, B, self.input_gain[adapter])[..., None, None] * (B @ A))
+        return self._in_layout(input_gain(A, B, self.input_gain[adapter]) * (B @ A))
 
     def _in_layout(self, matrix: Tensor) -> Tensor:
         """View a matrix (m, n) in the layout of the base weight."""
@@ -289,9 +287,9 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             self._before_merge = quantized
             self.set_base_weight(merged)
         elif self.shares_weight:
-            parameter = getattr(base, self.weight_name)
+            parameter: Any = base.weight
             self._before_merge = self._before_merge or (parameter,)
-            setattr(base, self.weight_name, nn.Parameter(merged, requires_grad=parameter.requires_grad))
+            base.weight = nn.Parameter(merged, requires_grad=parameter.requires_grad)
         else:
             self._before_merge = self._before_merge or (weight.data.to("cpu", copy=True),)
             weight.data.copy_(merged)
@@ -310,7 +308,7 @@ class LrLoraLayer(nn.Module, BaseTunerLayer):
             if bias is not None:
                 base.bias = bias
         elif isinstance(before, nn.Parameter):
-            setattr(base, self.weight_name, before)
+            base.weight = before
         else:
             self.get_base_weight().copy_(before)
         self._before_merge = None

@@ -29,7 +29,6 @@ from ..ops.form import Form
 from .config import LrLoraConfig
 from .layer import LrLoraLayer
 from .layers import Conv, Embedding, Linear
-from .parameter import ParamWrapper
 
 BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in `adapter_names`
 
@@ -73,23 +72,6 @@ class LrLoraModel(BaseTuner):
             raise NoMatchingPeftModuleError(
                 f"{error} The linear layers of this model are named: {', '.join(names) or '(it has none)'}."
             ) from None
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
-        if peft_config.target_modules is None and peft_config.target_parameters:
-            known = self.target_module_mapping.get(model_config["model_type"])
-            peft_config.target_modules = set(known or ())
-            return peft_config
-        return super()._prepare_adapter_config(peft_config, model_config)
-
-    def _check_new_adapter_config(self, config: Any) -> None:
-        super()._check_new_adapter_config(config)
-        for name, other in self.peft_config.items():
-            wanted, there = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
-            if wanted and there and wanted != there:
-                raise ValueError(
-                    f"target_parameters={sorted(wanted)} must equal those of adapter {name!r}, {sorted(there)}, "
-                    "because PEFT nests parameter wrappers in a single order for all adapters."
-                )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -164,7 +146,7 @@ class LrLoraModel(BaseTuner):
             for parameter in module.parameters(recurse=False):
                 users.setdefault(id(parameter), set()).add(id(module))
         for layer in layers.values():
-            weight = getattr(layer.get_base_layer(), layer.weight_name, None)
+            weight = getattr(layer.get_base_layer(), "weight", None)
             layer.shares_weight = len(users.get(id(weight), ())) > 1
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -180,39 +162,28 @@ class LrLoraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
+        parameter_name: str | None = None,  # PEFT passes it for target_parameters only
     ) -> None:
         r_key = pattern_key(peft_config.rank_pattern, current_key)
         r = peft_config.rank_pattern.get(r_key, peft_config.r)
         alpha_key = pattern_key(peft_config.alpha_pattern, current_key)
         alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
         adapter = (adapter_name, self._phi_of(peft_config, current_key), r, alpha, peft_config)
-        if parameter_name is not None:
-            if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
-                target.update_layer(*adapter)
-                return
-            if peft_config.lora_dropout:
-                raise ValueError(
-                    f"lora_dropout={peft_config.lora_dropout} is not supported with target_parameters, which have no "
-                    "input to drop. Set lora_dropout=0."
-                )
-            adapted: LrLoraLayer = ParamWrapper(target, parameter_name, *adapter)
-        elif isinstance(target, LrLoraLayer) and not isinstance(target, ParamWrapper):
+        if isinstance(target, LrLoraLayer):
             target.update_layer(*adapter)
             return
-        else:
-            if hasattr(getattr(target, "weight", None), "device_mesh"):
-                raise ValueError(
-                    f"The weight of {current_key!r} is sharded over processes, by a tensor-parallel plan or FSDP2. "
-                    "Load the model without tp_plan, add the adapter, and then shard the model with FSDP2 or ZeRO-3."
-                )
-            backend = _quantization_backend(target, self.model)
-            kind = _kind(target, backend)
-            if kind is None:
-                raise ValueError(_why_unsupported(target, current_key))
-            if peft_config.fan_in_fan_out and not isinstance(target, Conv1D):
-                warnings.warn(f"fan_in_fan_out=True is ignored for {current_key!r}, a torch.nn.Linear.", stacklevel=2)
-            adapted = kind(target, *adapter, backend)
+        if hasattr(getattr(target, "weight", None), "device_mesh"):
+            raise ValueError(
+                f"The weight of {current_key!r} is sharded over processes, by a tensor-parallel plan or FSDP2. Load "
+                "the model without tp_plan, add the adapter, and then shard the model with FSDP2 or ZeRO-3."
+            )
+        backend = _quantization_backend(target, self.model)
+        kind = _kind(target, backend)
+        if kind is None:
+            raise ValueError(_why_unsupported(target, current_key))
+        if peft_config.fan_in_fan_out and not isinstance(target, Conv1D):
+            warnings.warn(f"fan_in_fan_out=True is ignored for {current_key!r}, a torch.nn.Linear.", stacklevel=2)
+        adapted = kind(target, *adapter, backend)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
@@ -268,11 +239,6 @@ def _kind(module: nn.Module, backend: QuantizationBackend | None = None) -> type
 
 
 def _why_unsupported(module: nn.Module, key: str) -> str:
-    if isinstance(module, ParamWrapper):
-        return (
-            f"target_modules matches {key!r}, whose parameter {module.parameter_name!r} is already adapted by the "
-            "target_parameters of another adapter. Use the same target_parameters for this adapter."
-        )
     if isinstance(module, BaseTunerLayer):
         method = type(module).__module__.removeprefix("peft.tuners.").split(".")[0]
         return (
