@@ -1,0 +1,75 @@
+"""docs/contract.md names what lrlora offers, and nothing else; the tests that it names exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from lrlora import LrLoraConfig
+from lrlora.adapters.servers import SERVERS
+from lrlora.cli import app
+from lrlora.train.chat import FORMATS
+from lrlora.train.methods import METHODS
+from lrlora.train.tasks import KINDS
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
+SECTIONS = [part.partition("\n") for part in PAGE.split("\n## ")[1:]]
+ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| promise ")]
+GROUP: Any = typer.main.get_command(app)
+COMMANDS = {"lrlora": GROUP} | {f"lrlora {name}": command for name, command in GROUP.commands.items()}
+
+
+def in_backticks(text: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def options_in(text: str) -> set[str]:
+    return {word for code in in_backticks(text) for word in code.split() if re.fullmatch(r"--?[a-z][a-z-]*", word)}
+
+
+def options_of(command: Any) -> set[str]:
+    """Options of a command besides --help."""
+    return {name for each in command.params for name in (*each.opts, *each.secondary_opts) if name.startswith("-")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_sections_of_a_command_name_its_options(command: str) -> None:
+    about = "\n".join(text for title, _, text in SECTIONS if command in in_backticks(title))
+    assert options_of(COMMANDS[command]) - options_in(about) == set()
+
+
+def test_what_is_offered_is_named() -> None:
+    names = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    names += [
+        *COMMANDS,
+        *SERVERS,
+        *KINDS,
+        *METHODS,
+        *(each.name for each in FORMATS),
+        *LrLoraConfig.__annotations__,
+    ]
+    assert set(names) - in_backticks(PAGE) == set()
+
+
+def test_what_is_named_is_offered() -> None:
+    known = set().union({"--help", "-h"}, *map(options_of, COMMANDS.values()))
+    assert options_in(PAGE) - known == set()
+    commands = {" ".join(code.split()[:2]) for code in in_backticks(PAGE) if code.startswith("lrlora ")}
+    assert commands - COMMANDS.keys() == set()
+
+
+def test_each_promise_has_a_test_that_exists() -> None:
+    assert [row for row in ROWS if not re.search(r" \| (`tests/[^|]*`|–) \|$", row)] == []
+    found: dict[str, set[str]] = {}
+    for name in re.findall(r"`(tests/[^`]*)`", "\n".join(ROWS)):
+        path, *_, test = name.split("::")
+        if path not in found:
+            tree = ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+            found[path] = {node.name for node in tree if isinstance(node, ast.FunctionDef)}
+        assert test in found[path], name
