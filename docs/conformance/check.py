@@ -37,8 +37,6 @@ def update(given: dict[str, Tensor], form: str, s: float, g: float | None, inter
         used = product.detach()[(given["B"] != 0).any(1)]
         g = 0.5 / used.square().mean().sqrt().item()
     z = g * product
-    if form == "sine":
-        return s / g * z.sin()
     count = len(given["amplitude"])
     centers = torch.linspace(-interval, interval, count, dtype=z.dtype)
     base = torch.pi * (count - 1) / (2 * interval)

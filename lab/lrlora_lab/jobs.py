@@ -18,7 +18,7 @@ from urllib.parse import quote
 from lrlora.checks import require_known, require_type
 from lrlora.files import parse_json, read_json, readable, write_json
 from lrlora.learned.learned_ranks import CUT_AT, cut_step
-from lrlora.train.methods import adapter_config
+from lrlora.train.adapter_config import adapter_config
 from lrlora.train.settings import FROM_TRAIN, TrainConfig, require_settings
 from lrlora.train.tasks import KINDS
 
@@ -295,6 +295,11 @@ def check(comparison: Comparison, output: Path) -> None:
     for task in comparison.task_names:
         for method in comparison.methods_of(task):
             settings, known = comparison.definition.tasks[task], find_method(method)
+            if known.is_gone:
+                records = read_records(output)
+                if any(job.name not in records for job in comparison.plan(records) if job.method == method):
+                    raise ValueError(f"{method} can no longer be trained; its stored results remain. Remove it.")
+                continue
             if isinstance(settings, CapacityTask):
                 if known.train == "adalora":
                     raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")

@@ -51,7 +51,7 @@ def make_case(
     transfer = Transfer(TransferSpec(form, num_basis, 3.0, 10.0))
     with torch.no_grad():
         # Ten times as large after the multiplier: the bandwidths are then spread over their whole range.
-        for parameter, size in zip(transfer.parameters(), (0.03, 0.3), strict=False):
+        for parameter, size in zip(transfer.parameters(), (0.03, 0.3), strict=True):
             parameter.normal_(0, size)
     A, B = torch.randn(r, n, dtype=dtype), torch.randn(m, r, dtype=dtype) * 0.012
     # One entry of g·BA exactly on each end of the interval, and one exactly 0.
@@ -82,8 +82,6 @@ def interpolated(case: Case) -> Tensor:
     """The formula with φ replaced by its interpolant, everything left to autograd."""
     transfer, z = case.transfer, GAIN * (case.B @ case.A)
     spec = transfer.spec
-    if not spec.is_learned:
-        return formula(case)
     table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64, z.abs().max().item())
     coefficients = table.interpolate(spec.series(table.points, transfer.amplitude, transfer.bandwidth))
     u = torch.where(z.abs() <= table.reach, z, table.reach * z.sign()) / table.spacing

@@ -11,8 +11,6 @@ from lrlora.ops.transfer import INPUT_RMS, Transfer, input_gain
 
 from ..processes import run
 
-LEARNED_FORMS = [form for form in FORMS if form != "sine"]
-
 
 def make_transfer(form: str, num_basis: int = 50, *, scale: float = 1.0, lr_multiplier: float = 1.0) -> Transfer:
     """φ with random amplitudes, and bandwidths spread over their whole range."""
@@ -20,12 +18,6 @@ def make_transfer(form: str, num_basis: int = 50, *, scale: float = 1.0, lr_mult
     with torch.no_grad():
         for parameter in transfer.parameters():
             parameter.normal_(0, scale, generator=torch.Generator().manual_seed(num_basis))
-    return transfer
-
-
-def at_largest_bandwidth(transfer: Transfer) -> Transfer:
-    with torch.no_grad():
-        transfer.bandwidth.fill_(100.0)
     return transfer
 
 
@@ -40,8 +32,8 @@ def points(*, reach: float) -> torch.Tensor:
 @pytest.mark.parametrize("num_basis", [2, 8, 50])
 def test_table_agrees_with_the_formula_at_the_largest_bandwidth(form: str, num_basis: int, largest: float) -> None:
     transfer = make_transfer(form, num_basis)
-    if transfer.spec.is_learned:
-        at_largest_bandwidth(transfer)
+    with torch.no_grad():
+        transfer.bandwidth.fill_(100.0)
     z = points(reach=12.0).requires_grad_()
     phi = transfer(z)
     slope = torch.autograd.grad(phi.sum(), z)[0]
@@ -136,7 +128,7 @@ def test_bandwidths_start_at_the_shannon_rate_and_stay_bounded() -> None:
     assert extreme.max() <= 2 * torch.pi / step
 
 
-@pytest.mark.parametrize("form", LEARNED_FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_learning_rate_multiplier_scales_the_step_of_phi_under_adam(form: str) -> None:
     moved = {}
     for multiplier in (1.0, 5.0):
@@ -149,7 +141,7 @@ def test_learning_rate_multiplier_scales_the_step_of_phi_under_adam(form: str) -
     assert moved[5.0] == pytest.approx(5 * moved[1.0], rel=1e-3)
 
 
-@pytest.mark.parametrize("form", LEARNED_FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_weight_decay_alone_pulls_back_to_the_start(form: str) -> None:
     transfer = make_transfer(form)
     start = Transfer(transfer.spec)

@@ -30,7 +30,7 @@ from lrlora.ops.phi import TransferSpec
         ("phi_lr_multiplier", 0.0, "a finite number > 0"),
         ("lora_alpha", 0, "a finite number > 0"),
         ("lora_dropout", 1.0, "a number in"),
-        ("form", "cubic", "one of residual, sinc, sine"),
+        ("form", "cubic", "one of residual, sinc, expansion"),
         ("sharing", "layer", "one of module, global"),
         ("bias", "some", ""),
         ("init_weights", "pissa", ""),
@@ -101,3 +101,9 @@ def test_overrides_win_over_the_published_values_and_are_checked() -> None:
     assert LrLoraConfig.paper(num_basis=9, input_gain=300.0).new_phi().spec == TransferSpec("sinc", 9, 3.0, 1.0)
     with pytest.raises(ValueError, match=r"num_basis must be .*, got 1"):
         LrLoraConfig.paper(num_basis=1)
+
+
+def test_a_configuration_alone_leaves_a_readme_as_it_is(tmp_path: Any) -> None:
+    (tmp_path / "README.md").write_text("# A project\n")
+    LrLoraConfig().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# A project\n"

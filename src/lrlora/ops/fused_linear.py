@@ -74,7 +74,7 @@ def _row_blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 def _tabulate(
-    spec: TransferSpec, A: Tensor, B: Tensor, gain: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None
+    spec: TransferSpec, A: Tensor, B: Tensor, gain: Tensor, amplitude: Tensor, bandwidth: Tensor
 ) -> TransferTable:
     """Table of φ for all entries of g·BA, up to the largest size."""
     largest = 0.0 if spec.is_clipped else _largest_input(A, B, gain, spec.interval)
@@ -144,8 +144,8 @@ def _factor_gradients(
 @torch.library.custom_op(
     "lrlora::adapted_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor gain, Tensor? amplitude, "
-    f"Tensor? bandwidth, {_SETTINGS}) -> Tensor",
+    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor gain, Tensor amplitude, "
+    f"Tensor bandwidth, {_SETTINGS}) -> Tensor",
 )
 def adapted_linear(
     x: Tensor,
@@ -154,8 +154,8 @@ def adapted_linear(
     A: Tensor,
     B: Tensor,
     gain: Tensor,
-    amplitude: Tensor | None,
-    bandwidth: Tensor | None,
+    amplitude: Tensor,
+    bandwidth: Tensor,
     scaling: float,
     *spec: Any,
 ) -> Tensor:
@@ -180,7 +180,7 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tenso
     "lrlora::adapted_linear_backward",
     mutates_args=(),
     schema="(Tensor grad_y, bool[] needs, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor gain, "
-    f"Tensor? amplitude, Tensor? bandwidth, {_SETTINGS}) -> Tensor[]",
+    f"Tensor amplitude, Tensor bandwidth, {_SETTINGS}) -> Tensor[]",
 )
 def _adapted_linear_backward(
     grad_y: Tensor,
@@ -190,8 +190,8 @@ def _adapted_linear_backward(
     A: Tensor,
     B: Tensor,
     gain: Tensor,
-    amplitude: Tensor | None,
-    bandwidth: Tensor | None,
+    amplitude: Tensor,
+    bandwidth: Tensor,
     scaling: float,
     *spec: Any,
 ) -> list[Tensor]:
@@ -259,14 +259,14 @@ _register_gradients(adapted_linear, _adapted_linear_backward, 8, (0, 1, 3, 4, 5,
 @torch.library.custom_op(
     "lrlora::delta_weight",
     mutates_args=(),
-    schema=f"(Tensor A, Tensor B, Tensor gain, Tensor? amplitude, Tensor? bandwidth, {_SETTINGS}) -> Tensor",
+    schema=f"(Tensor A, Tensor B, Tensor gain, Tensor amplitude, Tensor bandwidth, {_SETTINGS}) -> Tensor",
 )
 def delta_weight(
     A: Tensor,
     B: Tensor,
     gain: Tensor,
-    amplitude: Tensor | None,
-    bandwidth: Tensor | None,
+    amplitude: Tensor,
+    bandwidth: Tensor,
     scaling: float,
     *spec: Any,
 ) -> Tensor:
@@ -287,7 +287,7 @@ def _(A: Tensor, B: Tensor, *others: Any) -> Tensor:
 @torch.library.custom_op(
     "lrlora::delta_weight_backward",
     mutates_args=(),
-    schema="(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor gain, Tensor? amplitude, Tensor? bandwidth, "
+    schema="(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor gain, Tensor amplitude, Tensor bandwidth, "
     f"{_SETTINGS}) -> Tensor[]",
 )
 def _delta_weight_backward(
@@ -296,8 +296,8 @@ def _delta_weight_backward(
     A: Tensor,
     B: Tensor,
     gain: Tensor,
-    amplitude: Tensor | None,
-    bandwidth: Tensor | None,
+    amplitude: Tensor,
+    bandwidth: Tensor,
     scaling: float,
     *spec: Any,
 ) -> list[Tensor]:

@@ -5,9 +5,8 @@
 The N centers c_k are fixed and equally spaced on [−I, I], h apart. Amplitudes a and bandwidths ω are learned
 (arXiv:2606.04325). The backbone β is fixed and odd, and selected by `form`:
 
-    residual     β(z) = z         ψ is learned curvature on top of plain LoRA
-    sinc         β(z) = 0         the paper's form: ψ alone, not clipped, natural tails outside [−I, I]
-    sine         β(z) = sin(z)    ψ = 0: nothing learned, the fixed control
+    residual     β(z) = z    ψ is learned curvature on top of plain LoRA
+    sinc         β(z) = 0    the paper's form: ψ alone, not clipped, natural tails outside [−I, I]
 
 The stored parameters are two float32 vectors that start at zero, so that weight decay pulls toward the start:
 
@@ -31,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FORMS = ("residual", "sinc", "sine")
+FORMS = ("residual", "sinc")
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,6 @@ class TransferSpec:
     num_basis: int = 8
     interval: float = 3.0
     lr_multiplier: float = 1.0
-
-    @property
-    def is_learned(self) -> bool:
-        return self.form != "sine"
 
     @property
     def is_clipped(self) -> bool:
@@ -88,11 +83,11 @@ class TransferSpec:
 
     def backbone(self, z: Tensor) -> Tensor:
         """β(z), with the shape and dtype of z."""
-        return _BACKBONES[self.form](z)
+        return z if self.form == "residual" else torch.zeros_like(z)
 
     def backbone_slope(self, z: Tensor) -> Tensor:
         """β′(z), with the shape and dtype of z."""
-        return _BACKBONE_SLOPES[self.form](z)
+        return torch.ones_like(z) if self.form == "residual" else torch.zeros_like(z)
 
     def basis(self, z: Tensor, bandwidth: Tensor) -> Tensor:
         """sinc(ω_k (z − c_k)) by the formula, float64, z.shape + (N,)."""
@@ -128,12 +123,9 @@ class TransferSpec:
         cosine = torch.cos(distance * self.bandwidths(bandwidth))
         return ((cosine - self.basis(z, bandwidth)) / distance) @ self.amplitudes(amplitude)
 
-    def formula(self, z: Tensor, amplitude: Tensor | None, bandwidth: Tensor | None) -> Tensor:
-        """φ(z) by the formula, differentiable, float64, with the shape of z. Parameters are None for "sine"."""
-        z = z.double()
-        if amplitude is None or bandwidth is None:
-            return self.backbone(z)
-        inside = z
+    def formula(self, z: Tensor, amplitude: Tensor, bandwidth: Tensor) -> Tensor:
+        """φ(z) by the formula, differentiable, float64, with the shape of z."""
+        inside = z = z.double()
         if self.is_clipped:  # with the slope of the inside at ±I, which `clamp` has in some versions of PyTorch only
             inside = torch.where(z.abs() <= self.interval, z, self.interval * z.sign())
         return self.backbone(z) + self.series(inside, amplitude, bandwidth)
@@ -155,18 +147,6 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(*arguments).to(device)
 
     return fetch
-
-
-_BACKBONES: dict[str, Callable[[Tensor], Tensor]] = {
-    "residual": lambda z: z,
-    "sinc": torch.zeros_like,
-    "sine": torch.sin,
-}
-_BACKBONE_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "residual": torch.ones_like,
-    "sinc": torch.zeros_like,
-    "sine": torch.cos,
-}
 
 
 @constant

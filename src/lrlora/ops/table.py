@@ -147,8 +147,8 @@ class TransferTable:
 
     Args:
         spec: the fixed part of φ.
-        amplitude: learned parameter of φ, (N,); None for "sine".
-        bandwidth: learned parameter of φ, (N,); None for "sine".
+        amplitude: learned parameter of φ, (N,).
+        bandwidth: learned parameter of φ, (N,).
         dtype: dtype of the entries z (float32 or float64).
         largest: upper bound on |z|, if known; determines how far "sinc" is tabulated.
 
@@ -156,17 +156,17 @@ class TransferTable:
         reach: ψ is tabulated on [−reach, reach].
         is_complete: whether no entry up to `largest` needs the formula.
         cells_per_side, spacing: the grid; cell i covers z = (i − cells_per_side + t)·spacing for 0 ≤ t ≤ 1.
-        parameters: amplitude and bandwidth; None for "sine".
+        parameters: amplitude and bandwidth.
         points: Chebyshev points of all panels, (panels · num_points,), float64; each panel's points extend
-            `points_reach` to either side of its middle. Absent for "sine".
+            `points_reach` to either side of its middle.
 
     """
 
     def __init__(
         self,
         spec: TransferSpec,
-        amplitude: Tensor | None,
-        bandwidth: Tensor | None,
+        amplitude: Tensor,
+        bandwidth: Tensor,
         dtype: torch.dtype,
         largest: float = 0.0,
     ) -> None:
@@ -188,20 +188,18 @@ class TransferTable:
         self.spacing = sample_spacing / CELLS_PER_SAMPLE
         self.reach = reach
         self.is_complete = spec.is_clipped or largest <= reach
-        self.parameters = None if amplitude is None or bandwidth is None else (amplitude, bandwidth)
-        if self.parameters is not None:
-            self.samples_per_panel = samples_per_panel
-            self.points_reach = (samples_per_panel - 1) / 2 * sample_spacing
-            self.num_points = num_chebyshev_points(self.points_reach * spec.max_bandwidth)
-            with torch.no_grad():
-                points = self.points_reach * self.constant(_chebyshev_points, self.num_points)
-                middles = torch.arange(panels, dtype=points.dtype, device=points.device) - panels // 2
-                self.points = (middles.unsqueeze(1) * (samples_per_panel * sample_spacing) + points).flatten()
-                self.basis = spec.basis(self.points, self.parameters[1])
-                self.values = spec.sum(self.basis, self.parameters[0])
+        self.parameters = (amplitude, bandwidth)
+        self.samples_per_panel = samples_per_panel
+        self.points_reach = (samples_per_panel - 1) / 2 * sample_spacing
+        self.num_points = num_chebyshev_points(self.points_reach * spec.max_bandwidth)
+        with torch.no_grad():
+            points = self.points_reach * self.constant(_chebyshev_points, self.num_points)
+            middles = torch.arange(panels, dtype=points.dtype, device=points.device) - panels // 2
+            self.points = (middles.unsqueeze(1) * (samples_per_panel * sample_spacing) + points).flatten()
+            self.basis = spec.basis(self.points, bandwidth)
+            self.values = spec.sum(self.basis, amplitude)
 
     def constant(self, matrix: Callable[..., Tensor], *arguments: float) -> Tensor:
-        assert self.parameters is not None
         return matrix(*arguments, device=self.parameters[0].device)
 
     def to_samples(self) -> Tensor:
@@ -232,9 +230,6 @@ class TransferTable:
 
     def value(self, z: Tensor) -> Tensor:
         """φ(z), with the shape and dtype of z."""
-        backbone = self.spec.backbone(z)
-        if self.parameters is None:
-            return backbone
         cell, t = self.locate(z.flatten())
         psi = self._read(DEGREE, cell)
         for power in reversed(range(DEGREE)):
@@ -244,13 +239,11 @@ class TransferTable:
             beyond = z.abs() > self.reach
             if beyond.any():
                 psi[beyond] = self.spec.series(z[beyond], *self.parameters).to(z.dtype)
-        return backbone + psi
+        return self.spec.backbone(z) + psi
 
     def slope(self, z: Tensor) -> Tensor:
         """φ′(z), with the shape and dtype of z; the inner derivative at z = ±I, where clipping starts."""
         backbone = self.spec.backbone_slope(z)
-        if self.parameters is None:
-            return backbone
         cell, t = self.locate(z.flatten())
         psi = self._read(DEGREE, cell).mul_(DEGREE / self.spacing)
         for power in reversed(range(1, DEGREE)):
@@ -282,14 +275,11 @@ class PhiGradient:
 
     def __init__(self, table: TransferTable) -> None:
         self.table = table
-        if table.parameters is not None:
-            self._grad_values = torch.zeros_like(table.values)
-            self._tail_gradients = [torch.zeros_like(p, dtype=torch.float64) for p in table.parameters]
+        self._grad_values = torch.zeros_like(table.values)
+        self._tail_gradients = [torch.zeros_like(p, dtype=torch.float64) for p in table.parameters]
 
     def add(self, z: Tensor, grad: Tensor) -> None:
         """Add one block of entries z with ∂L/∂φ(z) = `grad`, of the same shape, to the gradient."""
-        if self.table.parameters is None:
-            return
         z, grad = z.flatten(), grad.flatten()
         if not self.table.spec.is_clipped:
             beyond = z.abs() > self.table.reach
@@ -315,10 +305,8 @@ class PhiGradient:
         """Add the moments Σ ∂L/∂φ · T_p(clip(z) / points_reach), p < num_points, float64, to the gradient."""
         self._grad_values += moments @ self.table.constant(_chebyshev_coefficients, self.table.num_points)
 
-    def of_parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        """∂L/∂amplitude and ∂L/∂bandwidth of all added blocks, in the parameters' dtype; None for "sine"."""
-        if self.table.parameters is None:
-            return None, None
+    def of_parameters(self) -> tuple[Tensor, Tensor]:
+        """∂L/∂amplitude and ∂L/∂bandwidth of all added blocks, in the parameters' dtype."""
         table, parameters = self.table, self.table.parameters
         gradients = table.spec.series_gradients(table.points, self._grad_values, table.basis, *parameters)
         amplitude, bandwidth = (
@@ -327,7 +315,6 @@ class PhiGradient:
         return amplitude, bandwidth
 
     def _add_tails(self, z: Tensor, grad: Tensor) -> None:
-        assert self.table.parameters is not None
         z, basis = z.double(), self.table.spec.basis(z, self.table.parameters[1])
         parts = self.table.spec.series_gradients(z, grad.double(), basis, *self.table.parameters)
         for total, part in zip(self._tail_gradients, parts, strict=True):

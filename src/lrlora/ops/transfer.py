@@ -46,27 +46,23 @@ class Transfer(Form):
 
     Attributes:
         spec: the fixed part of φ.
-        amplitude, bandwidth: float32 parameters of shape (N,), initialized to zero; absent for "sine".
+        amplitude, bandwidth: float32 parameters of shape (N,), initialized to zero.
 
     """
-
-    amplitude: nn.Parameter | None
-    bandwidth: nn.Parameter | None
 
     def __init__(self, spec: TransferSpec) -> None:
         super().__init__()
         self.spec = spec
-        for name in ("amplitude", "bandwidth"):
-            parameter = nn.Parameter(torch.zeros(spec.num_basis)) if spec.is_learned else None
-            self.register_parameter(name, parameter)
+        self.amplitude = nn.Parameter(torch.zeros(spec.num_basis))
+        self.bandwidth = nn.Parameter(torch.zeros(spec.num_basis))
 
     def forward(self, z: Tensor) -> Tensor:
         """φ(z) by the formula, float64, with the shape of z, for inspection. Training reads φ from a table."""
         return self.spec.formula(z, *self._learned(z.device))
 
-    def _learned(self, device: torch.device) -> list[Tensor | None]:
+    def _learned(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Amplitude and bandwidth on a device: a φ shared across devices is stored on one of them."""
-        return [None if p is None else p.to(device) for p in (self.amplitude, self.bandwidth)]
+        return self.amplitude.to(device), self.bandwidth.to(device)
 
     def linear(
         self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float | None, added_to: Tensor | None = None

@@ -76,7 +76,7 @@ class LrLoraConfig(PeftConfig):
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0. Default: c / rms(BA) with c = 0.5, so that the input of φ has the same size in every module;
             adapters saved by earlier versions have a fixed g.
-        form: the fixed part of φ: "residual", "sinc" or "sine" (see `lrlora.ops.phi`). Or "expansion", fixed signs that
+        form: the fixed part of φ: "residual" or "sinc" (see `lrlora.ops.phi`). Or "expansion", fixed signs that
             multiply BA in place of φ (see `lrlora.ops.expansion`).
         num_terms: Q ≥ 1, terms of the expansion; the rank of ΔW is at most r·Q.
         pattern_seed: seed of the expansion's random signs.
@@ -115,7 +115,7 @@ class LrLoraConfig(PeftConfig):
     num_basis: int = 8
     interval: float = 3.0
     input_gain: float | None = None
-    form: Literal["residual", "sinc", "sine", "expansion"] = "residual"
+    form: Literal["residual", "sinc", "expansion"] = "residual"
     num_terms: int = 16
     pattern_seed: int = 0
     sharing: Literal["module", "global"] = "module"
@@ -203,10 +203,11 @@ class LrLoraConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and add loading instructions to PEFT's model card."""
+        """Write `adapter_config.json`, and with an adapter, add loading instructions to PEFT's model card."""
+        is_with_adapter = "auto_mapping_dict" in kwargs  # from PeftModel.save_pretrained, which has written the card
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
-        if card.exists() and CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
+        if is_with_adapter and card.exists() and CARD_SECTION.strip() not in (text := card.read_text(encoding="utf-8")):
             card.write_text(text.rstrip() + "\n\n" + CARD_SECTION, encoding="utf-8")
 
     def new_phi(self) -> Form:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def fully_shard_phi(model: nn.Module, **options: Any) -> None:
     """Shard every φ with FSDP2 as a separate group, which stays float32 under mixed precision.
 
-    Does nothing if φ has no parameters (forms "sine" and "expansion").
+    Does nothing for the form "expansion", which has no parameters.
 
     Call it before `fully_shard` on the layers and the model, which then skip φ:
 
