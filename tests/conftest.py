@@ -10,8 +10,7 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it as it is imported
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # every core has a worker of its own
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass

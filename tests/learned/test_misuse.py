@@ -13,11 +13,12 @@ import torch.distributed as dist
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import EarlyStoppingCallback, Trainer
 
 from lrlora import LearnedRanks, LearnedRanksCallback
 
 from ..conftest import TinyModel
-from .test_learned_ranks import STEPS, StopAfter, fit, shares_of, trained, trainer_of, weights_of, with_lora
+from .test_learned_ranks import CUT, STEPS, StopAfter, fit, shares_of, trained, trainer_of, weights_of, with_lora
 
 
 def size_of(model: Any) -> int:
@@ -35,7 +36,7 @@ def step(tiny: TinyModel, model: Any, optimizer: Any, count: int) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("settings", "stop"), [({"max_steps": 600}, 30), ({"max_steps": 24}, 10)])
+@pytest.mark.parametrize(("settings", "stop"), [({"max_steps": 300}, 15), ({"max_steps": 24}, 5)])
 def test_a_run_resumed_with_other_steps_logs_its_rates(tmp_path: Path, settings: dict[str, Any], stop: int) -> None:
     best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5, "save_steps": 5}
     best |= {"load_best_model_at_end": True, "lr_scheduler_type": "constant", "logging_steps": 1}
@@ -43,14 +44,13 @@ def test_a_run_resumed_with_other_steps_logs_its_rates(tmp_path: Path, settings:
         warnings.simplefilter("ignore")  # it is stopped before the cut
         trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(stop), **best).train()
     callback = LearnedRanksCallback("r2")
-    trainer = trainer_of(tmp_path, callback, StopAfter(60), **best, **settings)
+    trainer = trainer_of(tmp_path, callback, StopAfter(STEPS), **best, **settings)
     trainer.train(resume_from_checkpoint=True)
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert callback.learned is not None
     wide = callback.learned.cut_step
-    warm_up = 3 if stop > 18 else 1  # a twentieth of the steps of the run that was cut
-    after = [5e-3 * min(1.0, (step + 1) / warm_up) for step in range(len(logged) - wide)]
-    assert logged == pytest.approx([2.5e-3] * wide + after)
+    # The warm-up is a twentieth of the steps of the run that was cut: one.
+    assert logged == pytest.approx([2.5e-3] * wide + [5e-3] * (len(logged) - wide))
     assert callback.learned.ranks is not None
     assert size_of(trainer.model) <= 2176
 
@@ -58,8 +58,8 @@ def test_a_run_resumed_with_other_steps_logs_its_rates(tmp_path: Path, settings:
 def test_a_resumed_schedule_does_not_take_the_rate_of_the_factors_for_that_of_the_optimizer(tmp_path: Path) -> None:
     settings = {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5}
     with pytest.warns(UserWarning, match="before the cut"):
-        trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(8), save_steps=5, **settings).train()
-    resumed = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(9), save_steps=5, **settings)
+        trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(6), save_steps=5, **settings).train()
+    resumed = trainer_of(tmp_path, LearnedRanksCallback("r2"), StopAfter(7), save_steps=5, **settings)
     with pytest.warns(UserWarning, match="before the cut"):
         resumed.train(resume_from_checkpoint=True)
     assert resumed.optimizer is not None
@@ -159,16 +159,20 @@ def test_a_start_over_in_the_same_process(tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_after_the_cut_goes_on_in_the_same_process(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, LearnedRanksCallback("r1"), StopAfter(30))
+    trainer = trainer_of(tmp_path, LearnedRanksCallback("r1"), StopAfter(20), dropout=0.0)
     trainer.train()
     trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c) is not StopAfter]
-    trainer.add_callback(StopAfter(40))
+    trainer.add_callback(StopAfter(25))
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(tmp_path / "adapter"))
     assert size_of(PeftModel.from_pretrained(TinyModel("llama").build(), tmp_path / "adapter")) <= 1088
-    again = trainer_of(tmp_path, LearnedRanksCallback("r1"))  # in a new process
+    again = trainer_of(tmp_path, LearnedRanksCallback("r1"), dropout=0.0)  # in a new process
     assert again.train(resume_from_checkpoint=True).global_step == STEPS
     assert size_of(again.model) <= 1088
+    whole = trainer_of(tmp_path / "whole", LearnedRanksCallback("r1"), dropout=0.0)
+    whole.train()
+    expected, found = weights_of(whole), weights_of(again)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
 
 
 def test_a_finished_model_does_not_go_back() -> None:
@@ -202,7 +206,7 @@ def test_a_state_of_another_size_or_for_another_adapter_is_refused(tmp_path: Pat
     refused = r"has other ranks than the state\. Load the adapter saved with it first"
     with pytest.raises(ValueError, match=refused):
         learned.load_state_dict(state)
-    step(*with_lora("llama")[:1], model, learned._inner, 14)
+    step(*with_lora("llama")[:1], model, learned._inner, CUT - 2)
     for fields in ({"r": 6}, {"target_modules": ["q_proj"]}):
         _, model = with_lora("llama", **fields)
         other = LearnedRanks(model, adam(model), size="r1", steps=STEPS)
@@ -217,7 +221,7 @@ def test_a_copy_of_the_model_gives_no_moments() -> None:
         optimizer = adam(model)
         learned = LearnedRanks(model, optimizer, size="r1", steps=STEPS)
         for at in range(STEPS):
-            if copies and at < 18:
+            if copies and at < CUT:
                 other = copy.deepcopy(model)
                 (100 * tiny.loss(other) ** 3).backward()
             step(tiny, model, optimizer, 1)
@@ -360,3 +364,119 @@ def test_wrappers_that_replace_parameters_are_refused_by_name() -> None:
                 LearnedRanks(each, adam(sharded), size="r2", steps=STEPS)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_state_from_before_the_cut_in_the_live_model_is_refused_at_the_end() -> None:
+    tiny, model = with_lora("llama")
+    optimizer = adam(model)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    step(tiny, model, optimizer, CUT - 2)
+    wide = {name: value.clone() for name, value in model.state_dict().items()}
+    step(tiny, model, optimizer, STEPS - CUT + 1)
+    model.load_state_dict(wide)
+    loss = tiny.loss(model).item()
+    with pytest.raises(ValueError, match="not zero any more"):
+        step(tiny, model, optimizer, 1)
+    assert learned.ranks is not None
+    assert tiny.loss(model).item() == pytest.approx(loss, rel=0.05)  # nothing was truncated
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_scale_of_the_loss_does_not_change_the_cut(skips: bool) -> None:
+    """It changes within the window of the moments; a step that overflows is dropped."""
+    found = []
+    for has_scaler in (False, True):
+        tiny, model = with_lora("llama")
+        optimizer = adam(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4, enabled=has_scaler)
+        learned = LearnedRanks(model, optimizer, size="r2", steps=80, scaler=scaler if has_scaler else None)
+        for at in range(30):
+            if has_scaler and skips and at in (15, 20):
+                scaler.scale(tiny.loss(model)).backward()
+                trained(model)[0].grad.fill_(torch.inf)  # type: ignore[union-attr]
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+            scaler.scale(tiny.loss(model)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append(learned.ranks)
+    assert found[0] == found[1]
+
+
+def test_float16_without_its_scaler_is_refused() -> None:
+    tiny, model = with_lora("llama")
+    LearnedRanks(model, adam(model), size="r2", steps=STEPS)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="need the scaler of the loss"):
+        tiny.loss(model)
+
+
+def test_a_second_trainer_logs_its_own_rates(tmp_path: Path) -> None:
+    callback = LearnedRanksCallback("r2")
+    first = trainer_of(tmp_path, callback)
+    first.train()
+    arguments = copy.copy(first.args)
+    arguments.learning_rate, arguments.logging_steps, arguments.lr_scheduler_type = 1e-4, 5, "constant"
+    second = Trainer(first.model, arguments, train_dataset=first.train_dataset, callbacks=[callback])
+    second.train()
+    logged = [entry["learning_rate"] for entry in second.state.log_history if "learning_rate" in entry]
+    assert logged == pytest.approx([1e-4] * len(logged))
+    model: Any = second.model
+    state = {name: value[:1] if "lora_A" in name else value for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(state)
+
+
+def test_patience_begins_after_the_cut(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(
+        tmp_path,
+        LearnedRanksCallback("r2"),
+        EarlyStoppingCallback(1),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # never better: the loss falls
+        **settings,
+    )
+    trainer.train()
+    assert CUT < trainer.state.global_step < STEPS
+    assert size_of(trainer.model) <= 2176
+
+
+def test_a_wrapped_step_stays_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an optimizer without hooks of its own, such as DeepSpeed's, which a scheduler has wrapped."""
+    monkeypatch.setattr("lrlora.learned.learned_ranks.is_deepspeed", lambda optimizer: isinstance(optimizer, Outer))
+
+    class Outer:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.steps = optimizer, 0
+
+        def step(self) -> None:
+            self.optimizer.step()
+
+    tiny, model = with_lora("mlp")
+    outer = Outer(adam(model))
+    first = LearnedRanks(model, outer, size="r2", steps=STEPS)
+    inner_step = outer.step
+
+    def counted() -> None:
+        outer.steps += 1
+        inner_step()
+
+    outer.step = counted  # type: ignore[method-assign]
+    LearnedRanks(model, outer, size="r2", steps=STEPS)  # removes the hooks of the first
+    tiny.loss(model).backward()
+    outer.step()
+    assert outer.steps == 1
+    assert first.state_dict()["done"] == 0
+
+
+def test_a_model_inside_of_another_module() -> None:
+    """As in sentence-transformers."""
+    tiny, model = with_lora("mlp")
+    around = nn.Sequential(model, nn.ReLU())
+    optimizer = adam(around)
+    learned = LearnedRanks(around, optimizer, size="r2", steps=STEPS)
+    step(tiny, model, optimizer, STEPS)
+    assert learned.ranks is not None

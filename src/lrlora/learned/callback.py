@@ -25,7 +25,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
                              callbacks=[LearnedRanksCallback("r4")])
 
     Works with DDP, FSDP2, DeepSpeed and `torch_compile`. Pass it to the Trainer when it is created, so that checkpoints
-    from after the cut can be resumed. The best checkpoint (`load_best_model_at_end`) is one from after the cut.
+    from after the cut can be resumed. The best checkpoint (`load_best_model_at_end`) is one from after the cut, and the
+    patience of `EarlyStoppingCallback` begins there.
 
     Args:
         size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
@@ -44,7 +45,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         Size.parse(size)
         self._options: dict[str, Any] = {"size": size, "at": at, "max_rank": max_rank}
         self.learned: LearnedRanks | None = None
-        self._is_cut = False
+        self._is_learning = self._is_cut = False
         self._padding: Any = None
 
     def state(self) -> dict[str, Any]:
@@ -61,12 +62,13 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     ) -> None:
         _require_supported(args)
         model, learned = peft_model(kwargs["model"]), self.learned
-        if not state.global_step and learned is not None and learned.learned_by(model):
+        if self._padding is not None:  # a resumed run has a new callback
+            self._padding.remove()  # `LearnedRanks` has its own
+        self._is_learning = state.global_step > 0 or learned is None or not learned.learned_by(model)
+        if not self._is_learning:
             return  # a further `train()`, with the ranks learned before
         self.learned = LearnedRanks(model, kwargs["optimizer"], steps=state.max_steps, **self._options)
         self.learned.leave_end_to_caller()
-        if self._padding is not None:  # a resumed run has a new callback
-            self._padding.remove()  # `LearnedRanks` has its own
         if state.global_step:
             states: Any = state.stateful_callbacks or {}
             stored = states.get(type(self).__name__, {}).get("attributes", {}).get("_stored")
@@ -81,7 +83,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.learned is not None and hasattr(kwargs["lr_scheduler"], "_last_lr"):
+        if self.learned is not None and self._is_learning and hasattr(kwargs["lr_scheduler"], "_last_lr"):
             kwargs["lr_scheduler"]._last_lr = self.learned.rates  # the Trainer logs them
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -89,12 +91,13 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if hasattr(kwargs["lr_scheduler"], "_last_lr"):
             # The optimizer's again: a checkpoint stores it, and some schedules set it in the optimizer when loaded.
             kwargs["lr_scheduler"]._last_lr = [group["lr"] for group in kwargs["optimizer"].param_groups]
-        if learned is not None and learned.ranks is not None and not self._is_cut:
-            self._is_cut = True
-            # A better one from before the cut would be larger than asked for.
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-            if state.is_world_process_zero:
-                tqdm.write(learned.summary)
+        if learned is None or self._is_cut:
+            return
+        # A better one from before the cut would be larger than asked for. Without a best one, patience does not begin.
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._is_cut = learned.ranks is not None
+        if self._is_cut and state.is_world_process_zero:
+            tqdm.write(learned.summary)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

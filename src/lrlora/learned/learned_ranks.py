@@ -11,10 +11,9 @@ optimizer begins anew with them. Other parameters, such as heads, keep their rat
 
 from __future__ import annotations
 
-import copy
 import sys
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
@@ -31,6 +30,7 @@ from .directions import LossCurve, directions
 from .live_lora import (
     SmallSave,
     costs_of,
+    fit_state,
     lora_factors,
     lora_layers,
     lora_weights,
@@ -51,7 +51,7 @@ _WIDE_RATE = 0.5  # share of the learning rate before the cut
 _WARM_UP = 20  # steps after the cut, at most a twentieth of all
 FEWEST_STEPS = 10
 _FIRST_CUT = 3  # B is 0 in the first step, and with a warm-up also in the second
-_CHECKED = (1, 10)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
+_CHECKED = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
 # Model → what learns its ranks now.
 _LEARNING: weakref.WeakKeyDictionary[PeftModel, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
 
@@ -80,6 +80,7 @@ class LearnedRanks:
         steps: total number of optimizer steps.
         at: share of the steps after which the adapter is cut, in (0, 1).
         max_rank: largest rank of any module; default: that of the adapter.
+        scaler: `torch.amp.GradScaler` of a loop of your own in float16; that of accelerate or DeepSpeed is found.
 
     Attributes:
         ranks: module → rank after the cut; None before it.
@@ -100,6 +101,7 @@ class LearnedRanks:
         steps: int,
         at: float = CUT_AT,
         max_rank: int | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._model = peft_model(model)
         self._adapter = require_plain_lora(self._model)
@@ -113,13 +115,18 @@ class LearnedRanks:
         self._budget = budget_of(size, self._model, self._adapter)
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank must be an integer ≥ 1, got {max_rank!r}.")
-        self._optimizer, self._inner = _unwrapped(optimizer)
+        optimizers = _unwrapped(optimizer)
+        # `_optimizer` steps the model once, and calls `_inner`.
+        self._inner = optimizers[-1]
+        self._optimizer = next(filter(is_deepspeed, reversed(optimizers)), self._inner)
+        self._loss_scale = _loss_scale_of(optimizers, scaler)
         self._layers = lora_layers(self._model, self._adapter)
         _require_suitable(self._optimizer, self._inner, self._factors)
         self._before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
         self._reached: set[str] | None = set()  # modules whose lora_A ran in the first step
         self._moments: dict[str, Moments] = {}  # of all processes
-        self._own: dict[str, Moments] = {}  # of this process
+        self._own: dict[str, Moments] = {}  # of this process, since its last step
+        self._scale = 1.0  # of the loss in these
         self._ends = True  # with the last step
         self.summary = ""
         if (other := _LEARNING.get(self._model, lambda: None)()) is not None:
@@ -214,9 +221,10 @@ class LearnedRanks:
             self._open_window()
             return
         for path, layer in self._layers.items():
-            if not ranks.get(path, 0):  # what was saved has no such module
-                for weight in lora_weights(layer, self._adapter):
+            for dim, weight in enumerate(lora_weights(layer, self._adapter)):
+                if not ranks.get(path, 0):  # what was saved has no such module
                     write(weight, torch.zeros_like(full_value(weight)))
+                fit_state(self._inner, weight, dim)
         self._require_ranks(ranks)
         self.cut_step, self._warm_up = state["cut_step"], state["warm_up"]
         self._end_learning({path: ranks.get(path, 0) for path in wide})
@@ -249,18 +257,29 @@ class LearnedRanks:
                     self._moments[part.module] = Moments.zeros(part, self._device(part.module))
         for path, of in self._moments.items():
             if path not in self._own:
-                self._own[path] = of if processes() == 1 else of._replace(sums=torch.zeros_like(of.sums))
+                self._own[path] = of._replace(sums=torch.zeros_like(of.sums))
 
     def _sum_moments(self) -> None:
         """Add the moments of the last step of all processes; each has the gradient of its own mean loss."""
-        if processes() == 1 or not self._own:
+        if not self._own:
             return
         own = torch.cat([of.sums for of in self._own.values()])
-        dist.all_reduce(own)
-        parts = own.div_(processes() ** 2).split([of.sums.numel() for of in self._own.values()])
+        if processes() > 1:
+            dist.all_reduce(own)
+        parts = own.div_((processes() * self._scale) ** 2).split([of.sums.numel() for of in self._own.values()])
         for path, part in zip(self._own, parts, strict=True):
             self._moments[path].sums.add_(part)
-            self._own[path].sums.zero_()
+        self._drop_own()
+
+    def _drop_own(self) -> None:
+        for of in self._own.values():
+            of.sums.zero_()
+
+    def _scaled(self) -> None:
+        """Before a module's moments: read the scale of the loss, which changes after a step that was skipped."""
+        if self._loss_scale is not None and (scale := self._loss_scale()) != self._scale:
+            self._drop_own()
+            self._scale = scale
 
     def _before_update(self, optimizer: Any, *args: Any) -> None:
         if self._reached is not None:
@@ -299,6 +318,7 @@ class LearnedRanks:
     def _after_step(self, *args: Any) -> None:
         overflow = getattr(self._optimizer, "found_inf", None)  # of a fused optimizer, which then skips the step itself
         if (overflow is not None and overflow.item()) or getattr(self._optimizer, "overflow", False):
+            self._drop_own()
             return
         self._done += 1
         if self.ranks is None:
@@ -374,8 +394,8 @@ class LearnedRanks:
         is_whole = not self._is_deepspeed and not is_sharded(self._model)
         if self.ranks is None or not is_whole or self._is_over:
             return
-        self._restart()
-        shrink(self._model, self._adapter, self.ranks)
+        self._require_ranks(self.ranks)
+        shrink(self._model, self._adapter, self.ranks, self._inner)
         self._layers = lora_layers(self._model, self._adapter)
         del self._model.save_pretrained
         self._padding.remove()
@@ -383,14 +403,21 @@ class LearnedRanks:
 
 def _reach(learned: LearnedRanks | None, path: str, *args: Any) -> None:
     """Forward hook in the first step; without `learned` in a copy of the model."""
-    if learned is not None and learned._reached is not None:
-        learned._reached.add(path)
+    if learned is None or learned._reached is None:
+        return
+    if args[-1].dtype is torch.float16 and learned._loss_scale is None:
+        raise ValueError(
+            "Learned ranks in float16 need the scaler of the loss, whose scale changes. Pass it: "
+            "LearnedRanks(..., scaler=scaler)."
+        )
+    learned._reached.add(path)
 
 
 @torch.compiler.disable  # hooks on gradients cannot be traced
 def _collect(learned: LearnedRanks | None, path: str, down: nn.Module, inputs: Any, z: Tensor) -> None:
     """Forward hook in the steps that give moments."""
     if learned is not None and z.requires_grad and path in learned._own:
+        learned._scaled()
         watch(z, learned._own[path], channel_dim(down))
 
 
@@ -398,18 +425,19 @@ class _StepHook:
     """Calls a function after every step of an optimizer without hooks of its own, such as ZeRO's."""
 
     def __init__(self, optimizer: Any, function: Callable[[], None]) -> None:
-        self._optimizer, step = optimizer, optimizer.step
+        self._is_removed, step = False, optimizer.step
 
         def step_and_call(*args: Any, **options: Any) -> Any:
             result = step(*args, **options)
-            function()
+            if not self._is_removed:
+                function()
             return result
 
         optimizer.step = step_and_call
 
     def remove(self) -> None:
-        """Restore the method."""
-        vars(self._optimizer).pop("step", None)
+        """Call it no more. The method stays, since others, such as schedulers, may have wrapped it."""
+        self._is_removed = True
 
 
 def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
@@ -445,8 +473,8 @@ def cut_step(at: float, steps: int) -> int:
         raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
     if not isinstance(steps, int) or steps < FEWEST_STEPS:
         raise ValueError(
-            f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps!r}. Train "
-            "longer, or with one rank for all modules (--method lora)."
+            f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps!r}. Train longer, or a LoRA "
+            "with one rank for all modules."
         )
     step = max(_FIRST_CUT, round(at * steps))
     if step >= steps:
@@ -456,47 +484,70 @@ def cut_step(at: float, steps: int) -> int:
 
 def _require_suitable(optimizer: Any, inner: Any, factors: list[nn.Parameter]) -> None:
     """Raise ValueError for an optimizer whose steps the cut cannot take part in."""
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ValueError(f"Learned ranks need a torch.optim.Optimizer, which {type(inner).__name__} is not. Use AdamW.")
     stepped = {id(p) for group in inner.param_groups for p in group["params"]}
     if optimizer is inner and not stepped >= {id(weight) for weight in factors}:
         raise ValueError("The optimizer must have all LoRA parameters of the model. Create it from this model.")
+    name = type(inner).__name__
     if isinstance(inner, torch.optim.LBFGS):
         raise ValueError("Learned ranks do not support LBFGS, whose state spans all parameters. Use AdamW.")
-    name = type(inner).__name__
     if any(group.get("lr") is None for group in inner.param_groups):
         raise ValueError(f"Learned ranks need a learning rate, but {name} has lr=None. Set it.")
-    if not _keeps_zeros(inner, factors[0]):
+    try:
+        keeps_zeros = _keeps_zeros(inner, factors[0])
+    except Exception as error:  # of any type: the optimizer is not ours
+        raise ValueError(
+            f"Learned ranks need an optimizer that leaves zeros without a gradient at zero. {name} could not be tested "
+            f"({type(error).__name__}: {error}). Use AdamW."
+        ) from None
+    if not keeps_zeros:
         raise ValueError(
             f"Learned ranks need an optimizer that leaves zeros without a gradient at zero, but {name} with these "
             "settings does not. Use AdamW, without gradient centralization or noise, and with eps > 0."
         )
 
 
-def _keeps_zeros(optimizer: Any, like: Tensor) -> bool:
-    """Step a copy of the optimizer on matrices with zero rows or columns; True if it cannot be copied."""
+def _keeps_zeros(optimizer: torch.optim.Optimizer, like: Tensor) -> bool:
+    """Step a copy of the optimizer on matrices with zero rows or columns; raises as its step does."""
     rows = torch.tensor([[1.0], [0.0]]).expand(2, 3)
     for mask in (rows.to(like.device, like.dtype), rows.T.to(like.device, like.dtype)):
         parameter = nn.Parameter(mask.clone())
-        try:
-            probe = copy.copy(optimizer)
-            options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} | {"lr": 1e-3}
-            probe.state, probe.param_groups = defaultdict(dict), [options | {"params": [parameter]}]
-            for _ in range(2):
-                parameter.grad = mask.clone()
-                probe.step()
-        except Exception:  # an optimizer may need more than its own interface; the zeros are checked after the cut too
-            return True
+        twin = _twin(optimizer, parameter)
+        for _ in range(2):
+            parameter.grad = mask.clone()
+            type(twin).step(twin, lambda: torch.zeros(()))
         if bool((parameter.detach()[mask == 0] != 0).any()):
             return False
     return True
 
 
-def _unwrapped(optimizer: Any) -> tuple[Any, Any]:
-    """The optimizer whose step updates the model once, and the innermost one, without wrappers such as accelerate's."""
-    inner, outer = optimizer, None
-    while True:
-        if is_deepspeed(inner):
-            outer = inner
-        wrapped = getattr(inner, "optimizer", None) or getattr(inner, "base_optimizer", None)
-        if wrapped is None:
-            return outer or inner, inner
-        inner = wrapped
+def _twin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
+    """Optimizer with the same attributes and options, of another parameter; in training mode, where it has modes."""
+    # `copy.copy` leaves out what subclasses add; and DeepSpeed's destroy what they share with the original.
+    cls = type(type(optimizer).__name__, (type(optimizer),), {"__del__": lambda self: None})
+    twin: Any = object.__new__(cls)
+    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")}
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} | {"lr": 1e-3}
+    vars(twin).update(vars(optimizer) | hooks)
+    twin.state, twin.param_groups = defaultdict(dict), [options | {"params": [parameter]}]
+    if hasattr(twin, "train"):
+        twin.train()
+    return twin
+
+
+def _unwrapped(optimizer: Any) -> list[Any]:
+    """The optimizer and those inside of it, such as that inside of accelerate's wrapper."""
+    found = [optimizer]
+    while (wrapped := getattr(found[-1], "optimizer", None) or getattr(found[-1], "base_optimizer", None)) is not None:
+        found.append(wrapped)
+    return found
+
+
+def _loss_scale_of(optimizers: list[Any], scaler: torch.amp.GradScaler | None) -> Callable[[], float] | None:
+    """Function that returns the factor of the loss in the next backward; None without a loss scaler."""
+    for optimizer in optimizers:
+        if is_deepspeed(optimizer):
+            return partial(getattr, optimizer, "loss_scale", 1.0)
+        scaler = scaler or getattr(optimizer, "scaler", None)  # accelerate's wrapper has one
+    return None if scaler is None else scaler.get_scale

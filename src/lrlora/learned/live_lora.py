@@ -34,19 +34,17 @@ _UNSUPPORTED = (
 
 
 def peft_model(model: Any) -> PeftModel:
-    """The PEFT model inside of what DDP, torch.compile or DeepSpeed made of it.
+    """The PEFT model itself, or inside of a wrapper such as DDP, torch.compile, DeepSpeed or sentence-transformers.
 
     Raises:
         ValueError: there is none, or FSDP1 or DataParallel is around it.
 
     """
-    inner = model
-    while not isinstance(inner, PeftModel):
-        if isinstance(inner, nn.DataParallel):
-            raise ValueError("Learned ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            raise ValueError("Learned ranks need a PEFT model with LoRA. Wrap the model with get_peft_model.")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError("Learned ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
+    inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if inner is None:
+        raise ValueError("Learned ranks need a PEFT model with LoRA. Wrap the model with get_peft_model.")
     if any(hasattr(parameter, "_fsdp_flattened") for parameter in model.parameters()):
         raise ValueError(
             "Learned ranks do not support FSDP1 (FullyShardedDataParallel), which flattens parameters. Use FSDP2 "
@@ -150,8 +148,8 @@ def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
             write(weight, value)
 
 
-def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> None:
-    """Leave the zeros beyond the ranks out of the live model too, where nothing is sharded.
+def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int], optimizer: torch.optim.Optimizer) -> None:
+    """Leave the zeros beyond the ranks out of the live model and its optimizer too, where nothing is sharded.
 
     The parameters stay the same objects, without gradients. Modules of rank 0 leave the adapter.
     """
@@ -165,6 +163,7 @@ def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> None:
             # While the last loss is alive, autograd expects gradients of the old shape, until the dtype changes.
             weight.data = small.to(torch.float64)
             weight.data = small
+            fit_state(optimizer, weight, dim)
         if rank:
             is_conv = isinstance(down, _ConvNd)
             setattr(down, "out_channels" if is_conv else "out_features", rank)
@@ -179,6 +178,29 @@ def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> None:
             tuner.targeted_module_names.remove(path)
             parent, _, name = path.rpartition(".")
             setattr(model.get_base_model().get_submodule(parent), name, layer.get_base_layer())
+
+
+def fit_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dim: int) -> None:
+    """Give an optimizer's state of a factor, perhaps of a wider or a smaller one, the factor's rank, its size in `dim`.
+
+    The optimizer begins anew with the factor if its state has another form than the factor.
+    """
+
+    def others(tensor: Tensor) -> list[int]:
+        return [size for at, size in enumerate(tensor.shape) if at != dim]
+
+    state = optimizer.state.get(weight, {})
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() == 1 or value.shape == weight.shape:
+            continue
+        if value.is_floating_point() and value.dim() == weight.dim() and others(value) == others(weight):
+            rank = min(value.shape[dim], weight.shape[dim])
+            fitted = torch.zeros_like(weight, dtype=value.dtype, device=value.device)
+            fitted.narrow(dim, 0, rank).copy_(value.narrow(dim, 0, rank))
+            state[name] = fitted
+        elif not {*value.shape} <= {1, *weight.shape}:
+            del optimizer.state[weight]
+            return
 
 
 def small_config(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:

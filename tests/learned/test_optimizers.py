@@ -1,0 +1,145 @@
+"""Learned ranks with optimizers of torch, transformers, bitsandbytes, pytorch_optimizer and schedulefree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import pytorch_optimizer
+import schedulefree
+import torch
+from packaging.version import Version
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.optimization import Adafactor
+
+from lrlora import LearnedRanks
+
+from ..conftest import TinyModel
+from .test_learned_ranks import trained, with_lora
+
+STEPS = 24  # cut after 7
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+Build = Callable[[list[nn.Parameter]], Any]
+
+
+class Case(NamedTuple):
+    """An optimizer, and when it is refused: with learned ranks, "at the start", or after the cut; "" if never."""
+
+    build: Build
+    refused: str = ""
+    takes_closure: bool = False
+
+
+def _of(module: Any, name: str, **options: Any) -> Build:
+    return partial(getattr(module, name), **{"lr": 5e-3, **options})
+
+
+def _bitsandbytes(name: str, **options: Any) -> Build:
+    return lambda parameters: _of(pytest.importorskip("bitsandbytes").optim, name, **options)(parameters)
+
+
+def _around_adamw(wrapper: Callable[..., Any], **options: Any) -> Build:
+    return lambda parameters: wrapper(torch.optim.AdamW(parameters, lr=5e-3), **options)
+
+
+START, CUT = "at the start", "after the cut"
+_HAS_LAZY_ADAGRAD = Version(torch.__version__) >= Version("2.13")  # before, its state is made with the optimizer alone
+CASES = {
+    **{f"torch {name}": Case(_of(torch.optim, name)) for name in ("AdamW", "Adam", "Adamax", "NAdam", "RAdam", "SGD")},
+    **{f"torch {name}": Case(_of(torch.optim, name)) for name in ("Adadelta", "Adafactor", "RMSprop", "ASGD", "Rprop")},
+    "torch Adagrad": Case(_of(torch.optim, "Adagrad"), "" if _HAS_LAZY_ADAGRAD else START),
+    "torch AdamW, amsgrad=True": Case(_of(torch.optim, "AdamW", amsgrad=True)),
+    "torch SGD, nesterov=True": Case(_of(torch.optim, "SGD", momentum=0.9, nesterov=True)),
+    "torch Muon": Case(_of(torch.optim, "Muon")),
+    "torch AdamW, eps=0": Case(_of(torch.optim, "AdamW", eps=0.0), START),
+    "torch LBFGS": Case(_of(torch.optim, "LBFGS"), START, takes_closure=True),
+    "torch SparseAdam": Case(_of(torch.optim, "SparseAdam"), START),
+    "transformers Adafactor": Case(partial(Adafactor, lr=5e-3, relative_step=False, scale_parameter=False)),
+    "transformers Adafactor, lr=None": Case(Adafactor, START),
+    **{f"bitsandbytes {name}": Case(_bitsandbytes(name)) for name in ("AdamW", "AdamW8bit", "PagedAdamW8bit")},
+    "bitsandbytes Lion8bit": Case(_bitsandbytes("Lion8bit", lr=1e-3)),
+    **{f"schedulefree {name}": Case(_of(schedulefree, name)) for name in ("AdamWScheduleFree", "SGDScheduleFree")},
+    "schedulefree AdamWScheduleFreeClosure": Case(_of(schedulefree, "AdamWScheduleFreeClosure"), takes_closure=True),
+    "schedulefree ScheduleFreeWrapper": Case(_around_adamw(schedulefree.ScheduleFreeWrapper, momentum=0.9), START),
+    **{f"pytorch_optimizer {name}": Case(_of(pytorch_optimizer, name)) for name in ("Lion", "Prodigy", "SOAP")},
+    **{f"pytorch_optimizer {name}": Case(_of(pytorch_optimizer, name)) for name in ("AdEMAMix", "StableAdamW", "Adan")},
+    **{f"pytorch_optimizer {name}": Case(_of(pytorch_optimizer, name), START) for name in ("Ranger", "Yogi", "Nero")},
+    "pytorch_optimizer Gravity": Case(_of(pytorch_optimizer, "Gravity"), START),
+    "pytorch_optimizer SAM": Case(
+        lambda parameters: pytorch_optimizer.SAM(parameters, torch.optim.AdamW, lr=5e-3), takes_closure=True
+    ),
+    "pytorch_optimizer OrthoGrad": Case(_around_adamw(pytorch_optimizer.OrthoGrad)),
+    "pytorch_optimizer Lookahead": Case(_around_adamw(pytorch_optimizer.Lookahead), CUT),
+    "pytorch_optimizer Lookahead, k=20": Case(_around_adamw(pytorch_optimizer.Lookahead, k=20), CUT),
+    "pytorch_optimizer TRAC": Case(_around_adamw(pytorch_optimizer.TRAC), CUT),
+}
+
+
+def fitted(tiny: TinyModel, model: Any, case: Case) -> tuple[LearnedRanks, Any]:
+    """Train as the optimizer asks for: with a closure, in training mode, and in evaluation mode at the end."""
+    optimizer = case.build(trained(model))
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    for mode in ("train", "eval"):
+        getattr(model, mode)()
+        getattr(optimizer, mode, lambda: None)()
+        for _ in range(STEPS if mode == "train" else 0):
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = tiny.loss(model)
+                loss.backward()
+                return loss
+
+            closure()
+            optimizer.step(*[closure] * case.takes_closure)
+    return learned, optimizer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_optimizer_ends_right_or_is_refused(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    tiny, model = with_lora("mlp")
+    if case.refused:
+        with pytest.raises(ValueError, match="not zero any more" if case.refused == CUT else "Learned ranks"):
+            fitted(tiny, model, case)
+        return
+    before = tiny.loss(model).item()
+    learned, _ = fitted(tiny, model, case)
+    assert learned.ranks is not None
+    assert sum(parameter.numel() for parameter in trained(model)) <= 2 * (16 + 32 + 32 + 8)
+    assert tiny.loss(model).item() < before
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.build(), tmp_path).eval()
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+def test_the_page_has_what_is_tested() -> None:
+    rows = re.findall(r"^\| (\w+) `([^`]+)` \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    said = {f"{library} {name}": "refused" in result for library, name, result in rows}
+    known = {name: bool(case.refused) for name, case in CASES.items()}
+    assert said == known | {"torch Adagrad": False}
+
+
+def test_schedule_free_weights_are_averaged_after_the_last_step() -> None:
+    tiny, model = with_lora("llama")
+    _, optimizer = fitted(tiny, model, Case(_of(schedulefree, "AdamWScheduleFree", lr=0.05)))
+    averaged = tiny.loss(model).item()
+    optimizer.train()
+    assert abs(tiny.loss(model).item() - averaged) > 1e-4
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor"])
+def test_an_optimizer_goes_on_after_the_last_step(optimizer: str) -> None:
+    tiny, model = with_lora("llama")
+    _, same = fitted(tiny, model, Case(_of(torch.optim, optimizer)))
+    before = tiny.loss(model).item()
+    for _ in range(3):
+        tiny.loss(model).backward()
+        same.step()
+        same.zero_grad()
+    assert tiny.loss(model).item() < before
