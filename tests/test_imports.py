@@ -58,3 +58,16 @@ finally:
     assert not [name for name in sys.modules if name.startswith("transformers.models.bert")]
 """
     assert "attention.self.query" in python(script, "ranks", tmp_path)
+
+
+def test_an_output_in_use_is_refused_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    script = f"""
+import sys
+from lrlora_cli import app
+from typer.testing import CliRunner
+options = "--model m --data d --task classify --rank 4 --output {tmp_path}"
+print(CliRunner().invoke(app, ["train", *options.split()]).output)
+assert not (there := {{"torch", "peft", "transformers", "datasets"}} & set(sys.modules)), there
+"""
+    assert "exists and is not empty" in " ".join(python(script).split())

@@ -35,7 +35,8 @@ from transformers.pytorch_utils import Conv1D
 from lrlora.checks import require_known, require_type
 from lrlora.learned import LearnedRanks
 from lrlora.ranks import rank_report
-from lrlora.train.methods import METHODS, adapter_config
+from lrlora.train.adapter_config import adapter_config
+from lrlora.train.methods import METHODS
 from lrlora.train.progress import DivergedError
 
 from .byte_model import ARCHITECTURES
@@ -100,7 +101,8 @@ class CapacityTask:
         """Initial learning rates of a method."""
         if method.train == "full":
             return tuple(rate / 10 for rate in self.rates)
-        return self.rates if METHODS[method.train].alpha else tuple(8 * rate for rate in self.rates)
+        has_scale = METHODS[method.train].alpha and method.tunes_scale
+        return self.rates if has_scale else tuple(8 * rate for rate in self.rates)
 
 
 KINDS: dict[str, Callable[[CapacityTask, int], Setting]] = {

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft import HiraConfig, LoHaConfig, RandLoraConfig, VeraConfig
-
 from lrlora.checks import require_known
 from lrlora.learned.size import WIDTH
 from lrlora.train.methods import METHODS as PEFT_METHODS
@@ -16,12 +14,13 @@ from lrlora.train.yaml import parse_assignments
 from lrlora.tuner.config import PUBLISHED
 
 # Runs go through `lrlora train`, which does not offer these rivals itself.
-PEFT_METHODS.update(
-    hira=PeftMethod(HiraConfig),
-    randlora=PeftMethod(RandLoraConfig, alpha="randlora_alpha"),
-    loha=PeftMethod(LoHaConfig, alpha="alpha"),
-    vera=PeftMethod(VeraConfig),
-)
+RIVALS = {
+    "hira": PeftMethod("peft.HiraConfig"),
+    "randlora": PeftMethod("peft.RandLoraConfig", alpha="randlora_alpha"),
+    "loha": PeftMethod("peft.LoHaConfig", alpha="alpha"),
+    "vera": PeftMethod("peft.VeraConfig"),
+}
+PEFT_METHODS.update(RIVALS)
 
 # Initial learning rates; the grid is extended while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -42,6 +41,8 @@ class Method:
         rates: learning rates to try.
         learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r; its option `r` is that of
             the size.
+        tunes_scale: whether s is tuned, if it has one.
+        is_gone: whether it only names stored results and cannot be trained any more.
 
     On tasks on which rank binds, methods that learn ranks also have the options of `CUT`.
 
@@ -53,6 +54,8 @@ class Method:
     rank_factor: int = 1
     rates: tuple[float, ...] = _ADAPTER_RATES
     learns_ranks: bool = False
+    tunes_scale: bool = True
+    is_gone: bool = False
 
     def size(self, r: int) -> str | None:
         """Size to which its ranks are learned in a comparison of rank r; None without."""
@@ -70,9 +73,9 @@ class Method:
 
     @property
     def has_scale(self) -> bool:
-        """Whether s can be set."""
+        """Whether s is tuned."""
         alpha = PEFT_METHODS[self.train].alpha
-        return alpha is not None and alpha not in self.options
+        return self.tunes_scale and alpha is not None and alpha not in self.options
 
     def adapter(self, r: int, scale: float | None = None, *, ratio: float = 1.0) -> dict[str, Any]:
         """Fields of its PEFT configuration; its own options take precedence.
@@ -88,8 +91,8 @@ class Method:
         own = {name: value for name, value in self.options.items() if name not in self.cut}
         if self.learns_ranks:
             r = own.pop("r", r)
-        options = {"target_r" if self.train == "adalora" else "r": r * self.rank_factor, **own}
-        alpha = PEFT_METHODS[self.train].alpha
+        options = {PEFT_METHODS[self.train].rank: r * self.rank_factor, **own}
+        alpha = PEFT_METHODS[self.train].alpha if self.tunes_scale else None
         if alpha is None or (scale is None and ratio == 1):  # α defaults to r
             return options
         if scale is None:
@@ -111,13 +114,13 @@ METHODS = {
     "lora-4r": Method("LoRA at 4r", "lora", rank_factor=4),
     "rslora": Method("rsLoRA", "lora", {"use_rslora": True}),
     "dora": Method("DoRA", "dora"),
-    "adalora": Method("AdaLoRA", "adalora"),
+    "adalora": Method("AdaLoRA", "adalora", tunes_scale=False),
     "pissa": Method("PiSSA", "lora", {"init_lora_weights": "pissa"}),
     "hira": Method("HiRA", "hira"),
     "randlora": Method("RandLoRA", "randlora"),
     "loha": Method("LoHa", "loha"),
     "vera": Method("VeRA", "vera"),
-    "sine": Method("fixed sine", "lr-lora", {"form": "sine"}),
+    "sine": Method("fixed sine", "lr-lora", {"form": "sine"}, is_gone=True),
     "lr-lora": Method("LR-LoRA", "lr-lora"),
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),
@@ -138,7 +141,7 @@ def _with(option: str, *values: Any) -> tuple[str, ...]:
 # Ablation → its methods.
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "sharing": ("lr-lora", "lora", "lr-lora-shared"),
-    "frozen": ("lr-lora", "lora", "lr-lora-frozen", "sine"),
+    "frozen": ("lr-lora", "lora", "lr-lora-frozen"),
     "num-basis": ("lr-lora", "lora", *_with("num_basis", 2, 4, 16, 50)),
     "interval": ("lr-lora", "lora", *_with("interval", 1, 2, 5, 10)),
     "gain": ("lr-lora", "lora", *_with("input_gain", 1, 30, 100, 300, 1000)),

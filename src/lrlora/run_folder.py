@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from .checks import require_type
-from .files import parse_json, read_json, readable
+from .files import parse_json, read_json, readable, require_folder
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
@@ -127,6 +127,19 @@ def read_record(folder: Path) -> RunRecord:
     with readable(path, RUN_EXPECTED):
         require_type(record.config.get("training", {}), dict[str, Any], "config['training']")
     return record
+
+
+def require_new_run(output: Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError unless a new run can be written to a folder: an empty one, or a run to overwrite."""
+    require_folder(output)
+    # A process killed at startup leaves only a temporary file; the lock may exist, too.
+    is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
+    is_run, is_finished = (output / RUN_FILE).exists(), (output / METRICS_FILE).exists()
+    if not is_used or (overwrite and is_run):
+        return
+    hint = "replace it with --overwrite" if is_run else "remove it yourself"
+    hint += ", or continue it with --resume" * (is_run and not is_finished)
+    raise FileExistsError(f"The folder {output} exists and is not empty. Choose another --output, or {hint}.")
 
 
 def resume_hint(output: Path | str) -> str:

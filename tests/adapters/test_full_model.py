@@ -178,3 +178,17 @@ def test_what_the_base_model_lacks_is_kept_whole(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "lora").merge_and_unload()
     for name in ("classifier.weight", "bert.pooler.dense.weight"):
         assert torch.equal(dict(loaded.named_parameters())[name], dict(tuned.named_parameters())[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_is_that_of_the_linear_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_both(tmp_path)
+    for name in ("base", "tuned"):
+        file = tmp_path / name / "model.safetensors"
+        weights = {key: value.to(dtype) for key, value in load_file(file).items()}
+        first = torch.bfloat16 if dtype == torch.float32 else torch.int64
+        save_file({"a_first": torch.zeros(3, dtype=first), **weights}, file, metadata={"format": "pt"})
+    updates = read_updates(tmp_path / "tuned", base=tmp_path / "base")
+    save_as_lora(factorize(updates, max_rank=2), updates, tmp_path / "lora")
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {value.dtype for key, value in stored.items() if ".lora_" in key} == {dtype}

@@ -457,7 +457,7 @@ def test_a_form_without_parameters_of_its_own_is_sharded_like_lora(
         ({}, {"training": {"fsdp": True, "fsdp_config": {"version": 1}}}, "supports FSDP2, not FSDP1"),
         ({"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {}, "FSDP2 checkpoints must be sharded"),
         ({}, {"training": {"fsdp": True}}, "FSDP2 checkpoints must be sharded"),
-        ({"FSDP_VERSION": "2"}, {"method": "adalora"}, "AdaLoRA needs full gradients and factors"),
+        ({"FSDP_VERSION": "2"}, {"method": "adalora"}, "adalora needs full gradients and factors"),
         ({"FSDP_VERSION": "2"}, {"adapter": {"sharing": "global"}}, "call lrlora.fully_shard_phi"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "pip install deepspeed"),
         (

@@ -76,3 +76,21 @@ def test_a_run_is_pushed_and_so_is_an_export(hub: dict[str, str], tmp_path: Path
     metadata = ModelCard.load(tmp_path / "films" / "README.md").data
     assert metadata.pipeline_tag == "text-classification"
     assert {result.metric_type for result in metadata.eval_results} >= {"accuracy", "loss"}
+
+
+@pytest.mark.integration
+def test_a_mistake_in_the_data_leaves_nothing_on_the_hub(hub: dict[str, str], tmp_path: Path) -> None:
+    save_encoder(tmp_path / "base")
+    reviews().assign(label="one class").rename(columns={"review": "text"}).to_csv(tmp_path / "bad.csv", index=False)
+    command = (
+        "train --model base --data bad.csv --task classify --training push_to_hub=true --training hub_model_id=me/bad"
+    )
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lrlora")), *command.split()],
+        env={**os.environ, **hub, "HF_TOKEN": TOKEN},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "nothing to learn" in " ".join(done.stderr.split())
+    assert not (tmp_path / "hub" / "me").exists()

@@ -544,7 +544,7 @@ def test_from_the_command_line(decoder: str, run_on: Callable[[str], Path], tmp_
     talk = run("chat", folder, typed=typed)
     assert talk.exit_code == 0, talk.output
     assert first["output"] in talk.output
-    for word in ("The base model answers.", "Started a new chat.", "/other is not a command", "The run answers."):
+    for word in ("The base model answers.", "New chat.", "/other is not a command", "The run answers."):
         assert word in talk.output
     assert run("predict", tmp_path / "run").exit_code == 1
     wrong = write(tmp_path / "wrong.jsonl", [{"instruction": "it", "answer": "good"}])

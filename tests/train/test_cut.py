@@ -82,7 +82,7 @@ def test_the_smallest_that_keeps_a_share_of_the_gain(home: Path, tmp_path: Path)
     output = export(home / "run", tmp_path / "small", "--keep", "0.9")
     assert "Cut by loss: gradients from 240 examples and losses on 80 others" in output
     assert kept_by(output) >= 0.9
-    assert re.search(r"of the gain kept; accuracy [\d.]+, before [\d.]+\.", output)
+    assert re.search(r"On all held-out examples: accuracy [\d.]+, before [\d.]+\.", output)
     assert size_of(tmp_path / "small") < size_of(home / "run") / 2
     assert PeftConfig.from_pretrained(tmp_path / "small").peft_type.value == "LORA"
     # The test data was not looked at. Without lrlora, by the names of the classes that the export has.
@@ -352,6 +352,10 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             "is a SEQ_CLS adapter, which does not fit --task causal-lm",
         ),
         ((home / "run", "--max-rank", "2", "--by", "size"), "Unknown --by 'size'. Known: loss, energy."),
+        (
+            (home / "run", "--keep", "0.99", "--for", "llama.cpp"),
+            "Error: llama.cpp reads the factors of LoRA alone, but the adapter also has classifier, score.",
+        ),  # before anything is computed
         (
             (home / "run", "--keep", "0.99", "--heal", "3", "--for", "llama.cpp"),
             "--heal trains the factors as PEFT holds",

@@ -13,6 +13,7 @@ import pytest
 
 from lrlora.files import cache_folder
 from lrlora.train.embedded import EmbeddedInput, fetch
+from lrlora.train.models import model_source
 
 METADATA = "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n"
 
@@ -115,3 +116,15 @@ def test_reads_source_archives_and_nothing_outside_the_member(tmp_path: Path, mo
     member = fetch(EmbeddedInput("some-data==2.0", digest, "some_data-2.0/task.json", is_source=True))
     assert member.read_text() == "{}"
     assert [path for path in cache_folder().rglob("*") if path.is_file()] == [member]
+
+
+def test_the_source_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert model_source(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(ValueError, match=r"Unknown embedded model 'minilmm'\. Did you mean minilm\?"):
+        model_source("embedded:minilmm")
+
+
+@pytest.mark.real
+def test_the_source_of_an_embedded_model() -> None:
+    assert (Path(model_source("embedded:minilm")) / "config.json").is_file()

@@ -91,11 +91,13 @@ def test_a_run_that_starts_from_one_keeps_its_ranks(here: Path) -> None:
     assert PeftConfig.from_pretrained("further").rank_pattern == PeftConfig.from_pretrained("out").rank_pattern
 
 
-def test_early_stopping_before_the_cut_is_told(here: Path) -> None:
-    said: list[str] = []
-    with pytest.warns(UserWarning, match="before the cut"):
-        run("out", announce=said.append, learning_rate=1e-30, early_stopping=1)
-    assert not any("wide" in line for line in said)  # warned of once
+def test_patience_begins_after_the_cut(here: Path) -> None:
+    run("whole")
+    # The loss falls, so that the first evaluation is the best one.
+    first = {"metric_for_best_model": "loss", "greater_is_better": True}
+    run("out", early_stopping=1, training={**CONFIG["training"], **first})
+    assert size_of(here / "out") <= size_of(here / "whole")
+    assert json.loads(Path("out/log_history.json").read_text())[-1]["step"] < 20
 
 
 def test_an_interrupted_run_resumes_to_the_bit(here: Path) -> None:
@@ -119,6 +121,17 @@ def test_a_run_too_short_to_learn_ranks_has_one(here: Path) -> None:
     config = PeftConfig.from_pretrained("lrlora-run")
     assert (config.r, config.rank_pattern) == (8, {})
     assert "learned: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "alpha", "scaled"), [({}, 16, 4), ({"use_rslora": True}, 16, 8), ({"lora_alpha": 16}, None, 4)]
+)
+def test_a_short_run_has_the_scale_of_the_rank_that_was_given(
+    here: Path, adapter: dict[str, Any], alpha: float | None, scaled: float
+) -> None:
+    run("out", size="r4", rank=16, alpha=alpha, adapter=adapter, steps=5, targets="query,value")
+    config = PeftConfig.from_pretrained("out")
+    assert (config.r, config.lora_alpha, config.use_rslora) == (4, scaled, bool(adapter.get("use_rslora")))
 
 
 @pytest.mark.refused

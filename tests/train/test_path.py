@@ -25,11 +25,12 @@ from transformers import (
     XLNetConfig,
 )
 
-from lrlora.train.data import dataset_name
+from lrlora.train.data import dataset_name, load_task_data
 from lrlora.train.inference import evaluate, predict
 from lrlora.train.inputs import Inputs
 from lrlora.train.run import show_plan, train
 from lrlora.train.settings import TrainConfig
+from lrlora.train.tasks import KINDS
 
 from ..cli import run, told
 from ..conftest import TinyModel
@@ -154,7 +155,7 @@ MESSAGES: dict[tuple[object, ...], str] = {
         for method in ("lr-lora", "lora", "adalora")
     },
     ("--adapter", "num_basis=3"): "'num_basis' is a field of the adapter of --method lr-lora",
-    ("--adapter", "r=4", "--method", "adalora"): "AdaLoRA ignores r, got r=4. Set target_r=4",
+    ("--adapter", "r=4", "--method", "adalora"): "The method adalora ignores r. Set target_r=4",
     ("--adapter", "lora_alpha=1e300"): "lora_alpha of adapter must be finite in float32 (at most 3.4e+38), got 1e+300",
     ("--adapter", "lora_alpha=.nan"): "alpha must be a number > 0, got nan",
     ("--adapter", "alpha_pattern={query: 1e300}"): "alpha_pattern of adapter must be finite in float32",
@@ -410,6 +411,8 @@ def test_few_examples_and_labels_of_their_own_are_warned_of(encoder: str, capsys
     said = capsys.readouterr().out
     assert "Warning: there are only 2 training examples." in said
     assert re.search(r"Warning: \d+ of 160 validation texts are training texts, too\.", said)
+    show_plan(TrainConfig(encoder, "good.csv", "classify", validation="good.csv", validation_examples=60))
+    assert "Warning: 60 of 60 validation texts are training texts" in capsys.readouterr().out
     for name, pair in (("train", "a film"), ("other", "a plot")):
         pd.read_csv("good.csv").assign(text_pair=pair).to_csv(f"{name}.csv", index=False)
     show_plan(TrainConfig(encoder, "train.csv", "classify", validation="other.csv"))
@@ -630,3 +633,13 @@ def test_evaluations_are_few_and_a_checkpoint_is_saved_at_each(
     assert result.exit_code == 0, result.output
     assert result.output.count("Step ") == count
     assert "log_loss" not in result.output  # it is the loss
+
+
+def test_a_group_stays_on_one_side_of_the_split(encoder: str) -> None:
+    frame = pd.read_csv("good.csv")
+    frame.assign(film=[row // 8 for row in range(len(frame))]).to_csv("films.csv", index=False)
+    config = TrainConfig(encoder, "films.csv", "classify", columns={"group": "film"}, validation_share=0.25)
+    splits = load_task_data(config, KINDS["classify"]).splits
+    training, validation = (set(splits[name]["group"]) for name in ("train", "validation"))
+    assert not training & validation
+    assert len(validation) == 5

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lrlora.train.methods import adapter_config
+from lrlora.train.adapter_config import adapter_config
 from lrlora.train.settings import TrainConfig, with_short_names
 
 from ..cli import run
@@ -120,3 +120,6 @@ def test_without_a_method_ranks_are_learned_at_the_size_of_the_rank() -> None:
     assert (config(method="lora").size, config(method="lora", rank=4).rank) == (None, 4)
     assert config(method="lr-lora").learned_size is None
     assert TrainConfig.from_dict({**vars(config(rank=16))}) == config(rank=16)  # as a resumed run reads it
+    assert config(method="learned", rank=4) == config(rank=4)
+    with pytest.raises(ValueError, match=r"method=learned .* keep"):
+        config(method="learned", keep=0.99)

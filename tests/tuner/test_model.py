@@ -189,6 +189,13 @@ def test_an_unsupported_layer_kind_is_named(tiny_bert: TinyModel) -> None:
         adapt(tiny_bert, target_modules=["LayerNorm"])
 
 
+def test_a_weight_that_is_sharded_already_is_refused(tiny_bert: TinyModel) -> None:
+    model = tiny_bert.build()
+    model.bert.encoder.layer[0].attention.self.query.weight.device_mesh = "of a tensor-parallel plan"
+    with pytest.raises(ValueError, match=r"query' is sharded .* without tp_plan"):
+        get_peft_model(model, LrLoraConfig(target_modules=["query"]))
+
+
 def test_non_finite_weights_are_refused_at_save(tiny_bert: TinyModel, tmp_path: Path) -> None:
     model = trained(tiny_bert)
     adapted_layers(model)[0].lrlora_B["default"].weight.data[0, 0] = float("nan")

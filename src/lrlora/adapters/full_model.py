@@ -125,6 +125,12 @@ class Checkpoint:
         with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
             return file.get_tensor(stored)
 
+    def first_row(self, key: str) -> Tensor:
+        """First row of a tensor, (1, ...), without reading the others."""
+        path, stored = self._place_of[key]
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice(stored)[:1]
+
     def weight_of(self, module: str) -> str | None:
         """Name of a module's weight; None if missing or ambiguous.
 
@@ -188,12 +194,14 @@ class FineTuned(NamedTuple):
         base: the original checkpoint.
         tuned: the fine-tuned checkpoint.
         whole: module → its tensors, for task heads and modules that the base lacks; an adapter saves these in full.
+        linear: names of the weights with an update.
 
     """
 
     base: Checkpoint
     tuned: Checkpoint
     whole: dict[str, list[str]]
+    linear: list[str]
     parameters: None = None
 
     @property
@@ -208,7 +216,7 @@ class FineTuned(NamedTuple):
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        return common_dtype([self.tuned.read(self.tuned.names[0])])
+        return common_dtype(map(self.tuned.first_row, self.linear))
 
     def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
         keys = [key for keys in self.whole.values() for key in keys]
@@ -227,7 +235,7 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
     """
     is_linear = _linear_modules(tuned)
     heads = _HEADS.get(tuned.task_type or "", ())
-    updates, others = [], []
+    updates, linear, others = [], [], []
     whole: dict[str, list[str]] = {}
     for key in sorted(tuned.names, key=natural_order):
         module, _, name = key.rpartition(".")
@@ -239,6 +247,7 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
             whole.setdefault(module, []).append(key)
         elif name == "weight" and (kind := is_linear(module, tuned.shape(key))):
             updates.append(_difference(base, counterpart, tuned, key, is_conv1d=kind == "Conv1D"))
+            linear.append(key)
         elif not torch.equal(base.read(counterpart), tuned.read(key)):
             others.append(key)
     if not updates:
@@ -251,7 +260,7 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
         notes.append(f"Saved in full, as a task head or because the base model does not have it: {_some(list(whole))}.")
     if others:
         notes.append(f"Also changed, but not linear layers or convolutions, so left out: {_some(others)}.")
-    return Updates(tuned.name, "full fine-tuning", updates, FineTuned(base, tuned, whole), tuple(notes))
+    return Updates(tuned.name, "full fine-tuning", updates, FineTuned(base, tuned, whole, linear), tuple(notes))
 
 
 def _some(names: list[str]) -> str:

@@ -81,8 +81,9 @@ class Server:
         # PEFT also saves resized embeddings, which its configuration does not name.
         whole += [key for key in keys if not any(f".{name}." in key for name in (*self.reads, *whole))]
         if whole:
+            found = ", ".join(dict.fromkeys(whole))
             raise ValueError(
-                f"{self.title} reads the factors of LoRA alone, but the adapter also has {', '.join(whole)}. Serve a "
+                f"{self.title} reads the factors of LoRA alone, but the adapter also has {found}. Serve a "
                 "merged model (lrlora merge)."
             )
 

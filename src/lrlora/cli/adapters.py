@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from ..locks import only_writer
 from ..run_folder import RUN_FILE, read_losses
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
-from .common import announce, app, as_text, console, one_clear_error, quiet
+from .common import ASSISTANT_ONLY_LOSS, announce, app, as_text, console, one_clear_error, quiet
 from .exporting import cut_of, export_by_loss, parameters_in, torch_dtype, write_factors
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def export(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Examples to measure the loss on, as for `lrlora train`; default: the data of the run, or text that "
+            help="Examples to measure the loss on, as for `lrlora train`, but none that the adapter was trained on; "
+            "default: the data of the run, or text that "
             "an adapted language model writes itself."
         ),
     ] = None,
@@ -149,6 +151,7 @@ def export(
             help="Task of an adapter that is not a run: causal-lm, classify or regress; default: the one it stores."
         ),
     ] = None,
+    assistant_only_loss: ASSISTANT_ONLY_LOSS = False,
     heal: Annotated[int, typer.Option(min=0, help="Number of training steps after the cut.")] = 0,
     base: _BASE = None,
     dtype: Annotated[
@@ -171,7 +174,12 @@ def export(
     with one_clear_error("Nothing was written."):
         if dtype is not None:
             require_known("dtype", dtype, _DTYPES)
-        examples = {"data": data, "columns": parse_pairs(columns, "--columns") if columns else None, "task": task}
+        examples = {
+            "data": data,
+            "columns": parse_pairs(columns, "--columns") if columns else None,
+            "task": task,
+            "assistant_only_loss": assistant_only_loss or None,
+        }
         write = partial(
             _export,
             keep=keep,
@@ -251,7 +259,7 @@ def _export(
         if server is not None:
             require_known("--for", server, ("peft", "hot-swap") if is_file else SERVERS)
         wanted = {"keep": keep, **examples, "heal": heal or None, "by loss": by if by == "loss" else None}
-        asked_for = [f"--{name}" for name, value in wanted.items() if value is not None]
+        asked_for = [f"--{name.replace('_', '-')}" for name, value in wanted.items() if value is not None]
         is_by_loss = _is_by_loss(source, by, asked_for, energy=energy, size=keep or size, max_rank=max_rank)
         if all(value is None for value in (energy, keep, size, max_rank)):
             energy = DEFAULT_ENERGY
@@ -274,6 +282,13 @@ def _export(
             raise ValueError(
                 f"--heal trains the factors as PEFT holds them. Export without --for {server}, and that LoRA with it."
             )
+        if server is not None and not is_file and not is_full_model(source):
+            from ..adapters.peft_folder import SavedAdapter
+
+            saved = SavedAdapter.read(source)
+            config = copy.copy(saved.config)
+            config.use_dora = False  # DoRA may become a plain LoRA
+            SERVERS[server].require_readable(config, saved.other_weights(with_magnitudes=False))
         cut = cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check) if is_by_loss else None
         if cut is not None:
             export_by_loss(cut, output, keep, size, max_rank, steps=heal, check=check, **writing)

@@ -20,10 +20,19 @@ from rich.table import Table
 from .. import __version__
 from ..checks import printable
 
+ASSISTANT_ONLY_LOSS = Annotated[
+    bool,
+    typer.Option(
+        "--assistant-only-loss",
+        help="For chats and an adapter that is not a run, take the loss of the assistant's turns only; default: of all "
+        "tokens, as TRL trains.",
+    ),
+]
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     help="Learnable rank for LoRA: fine-tune transformers without guessing a rank.",
     no_args_is_help=True,
+    add_completion=False,
     context_settings=CONTEXT,
     pretty_exceptions_enable=False,
 )

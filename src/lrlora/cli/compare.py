@@ -31,13 +31,16 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods of lrlora train, and learned: LoRA that learns ranks, of the size of --rank. The others are "
-            "compared with the first."
+            help="Methods of lrlora train, at the rank --rank; learned ranks have the size of LoRA of that rank. The "
+            "others are compared with the first."
         ),
     ] = "lora,learned",
     rates: Annotated[
         str | None,
-        typer.Option(help="Learning rates, separated by commas; default: 1, 2 and 4 times the task's, and beyond."),
+        typer.Option(
+            help="Learning rates, separated by commas; one alone is not tuned; default: 1, 2 and 4 times the task's, "
+            "and beyond."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of runs of each method at its best rate, which seed 0 finds.")] = 3,
     test_data: Annotated[
@@ -65,13 +68,15 @@ def compare(
         from ..train.run import show_plan
 
         comparison = Comparison(told, tuple(_words(methods)), _numbers(rates), seeds, test_data)
-        first = [(method, rate) for method in comparison.methods for rate in comparison.first_rates(method)]
-        count = len(first) + seeds * len(comparison.methods)
         more = "" if comparison.rates else ", or more if a best rate is at an edge"
-        announce(f"{count} runs of lrlora train in {comparison.output}{more}.")
+        announce(f"{comparison.runs} runs of lrlora train in {comparison.output}{more}.")
+        if comparison.caution:
+            announce(comparison.caution)
         if dry_run:
             announce(f"Scores: {comparison.seeds} seeds on {score_data(comparison).shown}.")
-            show_plan(comparison.run(*first[0], 0), overwrite=comparison.output.exists(), announce=announce)
+            method = comparison.methods[0]
+            first = comparison.run(method, comparison.first_rates(method)[0], 0)
+            show_plan(first, overwrite=comparison.output.exists(), runs=comparison.runs, announce=announce)
             return
         _print(run(comparison, announce=announce))
 

@@ -91,7 +91,8 @@ def cut_of(
     from ..train.cut import Cut, Subject
 
     try:
-        subject = Subject.read(source, base=base, announce=announce, **examples)
+        given = {name: value for name, value in examples.items() if value is not None}
+        subject = Subject.read(source, base=base, announce=announce, **given)
         return Cut(subject, with_metric=check, announce=announce, progressbar=True)
     except (ValueError, OSError) as error:
         if is_asked_for:
@@ -145,8 +146,9 @@ def _check_loaded(cut: Cut, output: Path, as_cut: Tensor) -> None:
 
     model = cut.subject.with_lora(output)
     losses = cut.confirm.losses_of(model)
-    metric = f"; {cut.metric_of(model)}, before {cut.metric.rpartition(' ')[2]}" if cut.metric else ""
-    announce(f"As loaded by PEFT from {output}: {mean_of(losses):.4g}{_share(cut, losses)}{metric}.")
+    announce(f"As loaded by PEFT from {output}: {mean_of(losses):.4g}{_share(cut, losses)}.")
+    if cut.metric:
+        announce(f"On all held-out examples: {cut.metric_of(model)}, before {cut.metric.rpartition(' ')[2]}.")
     gain = cut.confirm.gain
     if gain.low > 0 and gain.kept(as_cut).share - gain.kept(losses).share > 0.5:
         raise ValueError(

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from ..checks import DEFAULT_KEEP
 from ..files import require_no_input, require_writable, write_json, write_whole
-from ..run_folder import METRICS_FILE, RUN_FILE, resume_hint, shown_metrics, which_checkpoint
+from ..run_folder import METRICS_FILE, RUN_FILE, require_new_run, resume_hint, shown_metrics, which_checkpoint
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
-from .common import announce, app, console, note, one_clear_error, quiet
+from .common import ASSISTANT_ONLY_LOSS, announce, app, console, note, one_clear_error, quiet
 from .exporting import show_smallest
 from .options import settings_as_options, settings_of, starter
 
@@ -59,7 +59,11 @@ def train(
     """Fine-tune your model on your data; save adapter, metrics and ranks."""
     with one_clear_error():
         if resume is None:
-            run = TrainConfig.from_dict(settings_of(config, settings))
+            told = settings_of(config, settings)
+            require_new_run(
+                Path(str(told.get("output", TrainConfig.output))), overwrite=overwrite
+            )  # before slow imports
+            run = TrainConfig.from_dict(told)
             if overwrite:
                 require_no_input(run.output, config=config)
         elif config or any(value is not None for value in settings.values()):
@@ -174,6 +178,7 @@ def evaluate(
     delimiter: _DELIMITER = None,
     encoding: _ENCODING = None,
     skip_empty: _SKIP_EMPTY = None,
+    assistant_only_loss: ASSISTANT_ONLY_LOSS = False,
     metrics_file: Annotated[Path | None, typer.Option("--json", help="File to write the metrics to, as JSON.")] = None,
 ) -> None:
     """Evaluate a finished run, or an adapter that names its base model and task, on data."""
@@ -184,6 +189,7 @@ def evaluate(
         quiet()
         from ..train.inference import evaluate
 
+        reading["assistant_only_loss"] = assistant_only_loss
         metrics = evaluate(run, data, split=split, announce=announce, **reading)
         _print_metrics(metrics, f"{run} on {data}, {metrics['examples']:,} examples")
         if metrics_file:
@@ -224,6 +230,8 @@ def predict(
             raise ValueError(f"--{given[0].replace('_', '-')} describes data. Pass --data, or remove it.")
         if output is not None:
             require_writable(output, overwrite=overwrite, run=run, data=data)
+            if output.suffix not in (".jsonl", ".json"):
+                raise ValueError(f"--output {output} would hold lines of JSON. Name it {output.with_suffix('.jsonl')}.")
         quiet()
         reading["announce"] = note
         from ..train.inference import predict, predict_texts, write_predictions
@@ -260,14 +268,15 @@ def chat(
     run: Annotated[Path, typer.Argument(help="Run of the task causal-lm, or folder of such an adapter.")],
     generation: _GENERATION = None,
 ) -> None:
-    """Chat with a run or an adapter. /base asks the base model, /adapter the run, /new starts anew, /quit ends."""
+    """Chat with a run or an adapter. /base starts a chat with the base model, /adapter with the run, /quit ends."""
     with one_clear_error("Chat ended."):
         quiet()
         from ..train.inference import Chat, PromptTooLongError
 
         talk = Chat(run, parse_assignments(generation or (), "--generation"))
         announce(
-            "Type a message. /base asks the base model, /adapter the trained run, /new starts a new chat, /quit ends."
+            "Type a message. /new starts a new chat, /base one with the base model, /adapter one with the run, /quit "
+            "ends."
         )
         while (said := _next_line()) is not None:
             if said.startswith("/"):

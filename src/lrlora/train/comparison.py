@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import ttest_1samp
+from scipy.stats import t, ttest_1samp
 from transformers import AutoConfig
 
 from ..checks import require_known
@@ -28,7 +28,7 @@ from ..run_folder import METRICS_FILE, RUN_FILE
 from .data import load_examples, load_splits, load_task_data
 from .inference import evaluate
 from .inputs import data_sums
-from .methods import DEFAULT_RANK, METHODS
+from .methods import DEFAULT_RANK, LEARNED, METHODS
 from .models import model_source
 from .progress import Announce, DivergedError
 from .run import train
@@ -36,7 +36,6 @@ from .settings import TrainConfig, read_run
 from .tasks import KINDS, Kind, kind_for
 from .tasks.base import LESS_IS_BETTER
 
-LEARNED = "learned"
 _TEST_FILE, _TRAINED_FILE, _DIVERGED_FILE = "test.json", "trained.json", "diverged.txt"
 _GRID = (1, 2, 4)  # times the default rate
 _EXTENSIONS = 2  # of the grid, by a factor of 2
@@ -51,8 +50,8 @@ class Comparison:
     Args:
         settings: those of the runs (see `TrainConfig`), without method, size, learning rate and seed.
         methods: of `train`, or "learned" for LoRA with learned ranks; the first is the reference.
-        rates: learning rates of every method; default: 1, 2 and 4 times the task's, and beyond while the best is at the
-            edge.
+        rates: learning rates of every method, tuned with a run for each unless there is only one; default: 1, 2 and 4
+            times the task's, and beyond while the best is at the edge.
         seeds: number of runs at the best rate.
         test_data: data for the scores, like `data`; default: the split `test` of the data.
 
@@ -81,8 +80,10 @@ class Comparison:
                 f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps}. Raise --steps, or leave "
                 f"{LEARNED} out."
             )
-        if "adalora" in self.methods and self.task in KINDS and KINDS[self.task].generates:
-            raise ValueError("The loss of a language model with adalora includes its penalty. Leave adalora out.")
+        if self.task in KINDS and KINDS[self.task].generates:
+            for method in self.methods:
+                if method != LEARNED and METHODS[method].has_penalty:
+                    raise ValueError(f"The loss of a language model with {method} has a penalty. Leave {method} out.")
         for method in self.methods:
             for rate in self.first_rates(method):
                 self.run(method, rate, 0)
@@ -99,6 +100,25 @@ class Comparison:
         """Learning rates to try first."""
         return tuple(sorted(self.rates)) or tuple(times * self.kind.rates[method == "full"] for times in _GRID)
 
+    @property
+    def runs(self) -> int:
+        """Number of runs, without extensions of the rates."""
+        tuning = 0 if len(self.rates) == 1 else sum(len(self.first_rates(method)) for method in self.methods)
+        return tuning + self.seeds * len(self.methods)
+
+    @property
+    def caution(self) -> str:
+        """Why its seeds can hardly tell methods apart; empty for three or more."""
+        if self.seeds == 1:
+            return "One seed cannot tell whether methods differ. Pass more --seeds."
+        if self.seeds > 2:
+            return ""
+        wide, narrow = (f"{t.ppf(0.975, seeds - 1) / math.sqrt(seeds):.1f}" for seeds in (2, 5))
+        return (
+            f"Two seeds can hardly tell whether methods differ: a difference must be {wide} times its standard "
+            f"deviation between seeds, with five seeds {narrow} times. Pass more --seeds."
+        )
+
     @functools.cached_property
     def kind(self) -> Kind:
         """Task, which for multiple choice depends on the model."""
@@ -108,12 +128,9 @@ class Comparison:
 
     def run(self, method: str, rate: float, seed: int) -> TrainConfig:
         """Configuration of a job."""
-        rank = self.settings.get("rank") or DEFAULT_RANK
-        sized: dict[str, Any] = {"rank": rank, "method": method}
-        if method == LEARNED:
-            sized = {"rank": None, "method": "lora", "size": f"r{rank}"}
-        elif method == "full":
-            sized |= {"rank": None, "alpha": None}
+        sized: dict[str, Any] = {"rank": self.settings.get("rank") or DEFAULT_RANK, "method": method}
+        if method == "full":
+            sized = {"rank": None, "alpha": None, "method": method}
         folder = self.output / f"{method}-{float(rate)!r}-{seed}"
         return TrainConfig.from_dict(
             self.settings | sized | {"learning_rate": rate, "seed": seed, "output": str(folder)}
@@ -292,6 +309,8 @@ def _require_same(config: TrainConfig, sums: Mapping[str, str]) -> None:
 def _tuned(comparison: Comparison, method: str, data: ScoreData, announce: Announce) -> float:
     """The rate with the least validation loss, with seed 0."""
     rates = list(comparison.first_rates(method))
+    if len(rates) == 1:
+        return rates[0]
     losses: dict[float, float] = {}
     while True:
         for rate in rates:
@@ -307,7 +326,7 @@ def _tuned(comparison: Comparison, method: str, data: ScoreData, announce: Annou
         grown = len(rates) - len(comparison.first_rates(method))
         is_inside = best not in (rates[0], rates[-1])
         is_last = bool(comparison.rates) or grown >= _EXTENSIONS
-        if not is_inside and is_last and len(rates) > 1:
+        if not is_inside and is_last:
             announce(f"{method}: the best rate, {best:g}, is at the edge of those tried. Try others with --rates.")
         if is_inside or is_last:
             return best
@@ -323,8 +342,8 @@ def _loss(config: TrainConfig, data: ScoreData, announce: Announce) -> float:
     if was_begun:
         _require_same(config, data.sums)
     if not (folder / _TRAINED_FILE).exists():
-        # AdaLoRA cannot be resumed, and a finished run without the file was not accepted.
-        if was_begun and (config.method == "adalora" or (folder / METRICS_FILE).exists()):
+        # A finished run without the file was not accepted.
+        if was_begun and (not METHODS[config.method].can_resume or (folder / METRICS_FILE).exists()):
             shutil.rmtree(folder)
             was_begun = False
         announce(f"Training {folder} …")

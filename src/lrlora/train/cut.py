@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -35,7 +35,7 @@ from ..ranks import RankReport
 from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
-from .inference import OF_TRAINING, LoadedRun
+from .inference import LoadedRun
 from .models import make_trainer, model_source, training_arguments
 from .own_text import own_text
 from .progress import Announce, Progress, StopOnNonFinite
@@ -50,7 +50,10 @@ _BATCHES = 4  # to divide, where there are as many examples
 _OWN_BATCH = 8
 _LARGER = 1.2  # factor between sizes that are tried to confirm a share
 _HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
-_OF_SCHEDULE = (
+# Trainer arguments of a run that healing leaves out: several processes, reports, packing, and the schedule.
+_NOT_OF_HEALING = (
+    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "tf32", "use_liger_kernel"),
+    *("report_to", "push_to_hub", "packing", "packing_strategy", "eval_packing", "padding_free"),
     *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("warmup_steps", "warmup_ratio", "eval_steps", "save_steps"),
 )
@@ -67,6 +70,7 @@ class Subject:
         held_out: examples for the loss.
         data: where they are from, in words.
         is_own: whether the adapted model wrote them.
+        is_given: whether they are others than those of the run.
 
     """
 
@@ -76,6 +80,7 @@ class Subject:
     held_out: Dataset
     data: str
     is_own: bool = False
+    is_given: bool = False
 
     @classmethod
     def read(
@@ -85,6 +90,7 @@ class Subject:
         base: str | None = None,
         data: str | None = None,
         task: str | None = None,
+        assistant_only_loss: bool = False,
         announce: Announce = print,
         **reading: Any,
     ) -> Subject:
@@ -96,6 +102,7 @@ class Subject:
             data: see `TrainConfig.data`; default: the run's data, or text that the adapted language
                 model writes.
             task: task of an adapter that does not specify it.
+            assistant_only_loss: see `lrlora.train.inference.evaluate`.
             announce: receives messages on skipped examples.
             **reading: data options, see `lrlora.train.inference.evaluate`.
 
@@ -112,9 +119,11 @@ class Subject:
         saved = None if is_full_model(source) else SavedAdapter.read(source).on_base(base)
         if saved is not None:
             require_exportable(saved.config)
-        run = (
-            LoadedRun.read(Path(source)) if is_run else LoadedRun.of_adapter(source, base=base, task=task, saved=saved)
-        )
+        on_answers = {"on_answers": assistant_only_loss}
+        if is_run:
+            run = LoadedRun.read(Path(source), **on_answers)
+        else:
+            run = LoadedRun.of_adapter(source, base=base, task=task, saved=saved, **on_answers)
         run = run.reading(data=data, **reading)
         if data is None and not is_run and not run.kind.generates:
             raise ValueError(
@@ -135,7 +144,7 @@ class Subject:
             training, held_out = splits["train"], splits["validation"]
         else:
             training, held_out = _given_examples(run, data, announce)
-        return cls(run, updates, training, held_out, run.config.data)
+        return cls(run, updates, training, held_out, run.config.data, is_given=data is not None)
 
     def on_own_text(self) -> Subject:
         """Copy with text that the adapted language model writes, half of it held out."""
@@ -169,6 +178,16 @@ class Subject:
         return PeftModel.from_pretrained(
             base.unload() if isinstance(base, PeftModel) else base, folder, is_trainable=is_trainable
         )
+
+    def notes(self) -> Iterator[str]:
+        """Tokens that the loss is taken of, and an example, of data that is not the run's."""
+        if not self.is_given:
+            return
+        yield f"{self.data} must not contain training data of the adapter, which it may have learned by heart."
+        yield from self.run.scored(self.held_out)
+        scored: Any = self.run.trainer(self.run.encoded(self.held_out.select([0]))).eval_dataset
+        for row in scored:  # none, if no answer fits
+            yield self.run.kind.shown(row, self.run.processor, self.run.record.labels)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of the loss terms of each example, and their number; both (examples,)."""
@@ -298,6 +317,8 @@ class Cut:
             f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.data}. Half of "
             "those choose the size; the losses below are of the other half."
         )
+        for note in subject.notes():
+            announce(note)
         self.search, self.confirm = (Part(subject, part, training) for part in (held_out[::2], held_out[1::2]))
         self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else ""
         self.points: list[Point] = []
@@ -445,7 +466,7 @@ def heal(
     # A full fine-tuning learning rate does not apply to factors.
     rate = kind.rates[0] if config.method == "full" else config.arguments.get("learning_rate", kind.rates[0])
     rate *= _HEALING_RATE * subject.updates.updates[0].scaling ** 0.5
-    settings = {name: value for name, value in config.arguments.items() if name not in (*OF_TRAINING, *_OF_SCHEDULE)}
+    settings = {name: value for name, value in config.arguments.items() if name not in _NOT_OF_HEALING}
     settings |= {"max_steps": steps, "learning_rate": rate}
     settings |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     progress = Progress(announce)

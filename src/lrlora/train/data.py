@@ -220,6 +220,8 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
         splits["train"], splits["validation"] = split_by_groups(
             splits["train"], config.validation_share, "Provide more, or pass --validation."
         )
+    limits = {"train": config.train_examples, "validation": config.validation_examples}
+    splits = DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()})
     parts = splits["train"], splits["validation"]
     if columns := [name for name in ("text", "text_pair") if all(name in part.column_names for part in parts)]:
         training, validation = (list(zip(*(part[name] for name in columns), strict=True)) for part in parts)
@@ -227,8 +229,6 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
             notes.append(
                 f"Warning: {known:,} of {len(splits['validation']):,} validation texts are training texts, too."
             )
-    limits = {"train": config.train_examples, "validation": config.validation_examples}
-    splits = DatasetDict({name: sampled(part, limits[name]) for name, part in splits.items()})
     if (count := len(splits["train"])) < _FEW_EXAMPLES:
         notes.append(f"Warning: there are only {count} training examples.")
     return TaskData(splits, labels, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from huggingface_hub import create_repo, upload_folder
 from .progress import Announce
 
 
-def require_hub(output: str, training: Mapping[str, Any]) -> None:
-    """Create the repository for a run, if its Trainer arguments say `push_to_hub`.
+def create_repository(output: str, training: Mapping[str, Any]) -> None:
+    """Create the repository for a run, in the first process, if its Trainer arguments say `push_to_hub`.
 
     Args:
         output: output folder of the run.
@@ -22,7 +23,7 @@ def require_hub(output: str, training: Mapping[str, Any]) -> None:
         ValueError: the hub cannot be reached, or refuses.
 
     """
-    if not training.get("push_to_hub"):
+    if not training.get("push_to_hub") or os.environ.get("RANK", "0") != "0":
         return
     try:
         _create(output, training)

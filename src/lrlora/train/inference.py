@@ -43,6 +43,7 @@ from .chat import (
     with_answers_marked,
 )
 from .data import load_examples, require_data_path, sampled
+from .methods import METHODS
 from .models import (
     load_model,
     make_trainer,
@@ -57,10 +58,12 @@ from .settings import TrainConfig, read_run
 from .tasks import KINDS, Kind, kind_for
 from .tasks.base import logits, plain_metrics
 
-# Training-only settings (parallelism, reporting, packing, which would hide the examples), which inference ignores.
-OF_TRAINING = (
-    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "tf32", "use_liger_kernel"),
-    *("report_to", "push_to_hub", "packing", "packing_strategy", "eval_packing", "padding_free"),
+# Trainer arguments of a run that inference takes: those of the loss and its tokens, of precision, and of memory. Others
+# may change which examples are read, and in which order.
+_OF_INFERENCE = (
+    *("label_smoothing_factor", "completion_only_loss", "eos_token", "pad_token", "truncation_mode", "dataset_kwargs"),
+    *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "use_cpu", "eval_accumulation_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "dataloader_num_workers", "dataset_num_proc"),
 )
 
 
@@ -78,6 +81,7 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     answers: bool = True,
+    assistant_only_loss: bool = False,
     announce: Announce = print,
     **reading: Any,
 ) -> dict[str, float]:
@@ -89,6 +93,8 @@ def evaluate(
         split: split of the data; default: `test`, else `validation`, else the only one.
         limit: maximum number of examples (fixed-seed sample).
         answers: whether a language model also generates its answers, for the share of exact matches.
+        assistant_only_loss: of an adapter that is not a run: whether the loss of chats is that of their answers only;
+            default: of all tokens, as TRL trains.
         announce: receives the numbers of skipped (empty) and truncated examples, and warns if most answers are empty.
         **reading: data options that differ from training: `columns`, `delimiter`, `encoding` and `skip_empty` of
             `TrainConfig`.
@@ -99,8 +105,12 @@ def evaluate(
 
     """
     require_data_path(data)
-    loaded = (run if isinstance(run, LoadedRun) else LoadedRun.read(Path(run))).reading(**reading)
+    if not isinstance(run, LoadedRun):
+        run = LoadedRun.read(Path(run), on_answers=assistant_only_loss)
+    loaded = run.reading(**reading)
     examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
+    for note in loaded.scored(examples):
+        announce(note)
     encoded = loaded.encoded(examples)
     trainer = loaded.trainer(encoded)
     if not len(trainer.eval_dataset):  # type: ignore[arg-type]
@@ -202,16 +212,18 @@ class LoadedRun:
     generation: Mapping[str, Any] = field(default_factory=dict)  # fields of GenerationConfig
 
     @classmethod
-    def read(cls, folder: Path) -> LoadedRun:
+    def read(cls, folder: Path, *, on_answers: bool = False) -> LoadedRun:
         """Load a run from its folder, or an adapter by `of_adapter`.
 
         Raises:
-            ValueError: the folder has neither; the run is unfinished or damaged; or its chat template has changed since
-                training.
+            ValueError: the folder has neither; the run is unfinished or damaged, or stores which tokens its loss is
+                taken of; or its chat template has changed since training.
 
         """
         if not (folder / RUN_FILE).exists():
-            return cls.of_adapter(str(folder))
+            return cls.of_adapter(str(folder), on_answers=on_answers)
+        if on_answers:
+            raise ValueError(f"{folder} is a run, which stores the tokens of its loss. Remove --assistant-only-loss.")
         config, record = read_run(folder)
         if not (folder / METRICS_FILE).exists():
             raise ValueError(f"The run in {folder} is not finished. {resume_hint(folder)}")
@@ -234,14 +246,19 @@ class LoadedRun:
             kind = kind_for(config.task, AutoConfig.from_pretrained(source))
             base, _ = load_model(config.model, source, kind, record.labels, processor, in_float32=False)
             with readable(folder, remedy):
-                # AdaLoRA in PEFT cannot compute a loss if loaded for inference.
-                model = PeftModel.from_pretrained(base, folder, is_trainable=config.method == "adalora")
+                model = PeftModel.from_pretrained(base, folder, is_trainable=METHODS[config.method].has_penalty)
                 require_all_weights(model, saved)
         return cls(config, record, processor, model)
 
     @classmethod
     def of_adapter(
-        cls, source: str, *, base: str | None = None, task: str | None = None, saved: SavedAdapter | None = None
+        cls,
+        source: str,
+        *,
+        base: str | None = None,
+        task: str | None = None,
+        on_answers: bool = False,
+        saved: SavedAdapter | None = None,
     ) -> LoadedRun:
         """Load an adapter from elsewhere, or a full model.
 
@@ -252,6 +269,7 @@ class LoadedRun:
             source: folder or hub name.
             base: base model of the adapter; default: the one that it names.
             task: task of an adapter that does not store it.
+            on_answers: whether the loss of chats is that of their answers; otherwise of all tokens.
             saved: the adapter as read.
 
         Raises:
@@ -297,7 +315,7 @@ class LoadedRun:
             labels = names or [*(unnamed if saved else map(str, model.config.id2label.values()))]
         config = TrainConfig(name, source, task, method="lora", output=tempfile.gettempdir())
         limit = max_tokens(processor, model.config) if kind.has_head and kind.reads_text else None
-        record = RunRecord({}, labels, limit, {}, {}, loss_on=ANSWERS if kind.generates else None)
+        record = RunRecord({}, labels, limit, {}, {}, loss_on=ANSWERS if on_answers else None)
         return cls(config, record, processor, model)
 
     def reading(self, **settings: Any) -> LoadedRun:
@@ -373,8 +391,15 @@ class LoadedRun:
         """Restrict the loss of encoded examples as in training."""
         return with_answers_marked(rows, self.processor) if self.record.loss_on == ANSWERS else rows
 
+    def scored(self, examples: Dataset) -> Iterator[str]:
+        """Tokens that the loss is taken of, in a sentence, for chats and an adapter that does not store it."""
+        if self.kind.generates and self.record.rendering is None and holds_chats(examples):
+            is_part = self.record.loss_on == ANSWERS
+            part = "the answers" if is_part else "all tokens (--assistant-only-loss: of the answers)"
+            yield f"The loss of the chats is that of {part}."
+
     def trainer(self, data: Dataset) -> Trainer:
-        settings = {name: value for name, value in self.config.arguments.items() if name not in OF_TRAINING}
+        settings = {name: value for name, value in self.config.arguments.items() if name in _OF_INFERENCE}
         arguments = training_arguments(self.kind, settings, self.config.output, max_length=self.record.max_length)
         data = self.marked(data)
         return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
@@ -462,14 +487,12 @@ class Chat:
         """Run a chat command and return a message."""
         if said not in self._COMMANDS:
             return f"{said} is not a command. Available commands: {', '.join(self._COMMANDS)}."
-        if said == "/new":
-            self._turns = []
-            return "Started a new chat."
         if said == "/base" and not isinstance(self._run.model, PeftModel):
             return "The full model was trained, so there is no separate base model."
-        self._asks_base = said == "/base"
-        who = "The base model answers." if self._asks_base else "The run answers."
-        return f"{who} The chat continues; /new starts a new one." if self._turns else who
+        if said != "/new":
+            self._asks_base = said == "/base"
+        self._turns = []  # after the other's answers, both would answer alike
+        return f"New chat. {'The base model answers.' if self._asks_base else 'The run answers.'}"
 
     def ask(self, text: str) -> str:
         """Print the answer as it is generated, and return it.

@@ -196,6 +196,7 @@ def training_arguments(
     cls = kind.arguments_class()
     given = dict(given)
     given.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
+    given.pop("eval_do_concat_batches", None)  # metrics take all batches as one
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
     steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)
@@ -273,6 +274,7 @@ _REFUSED = {
     "hub_token": "would be saved with the run. Set HF_TOKEN instead, or `hf auth login`",
     "resume_from_checkpoint": "has no effect. Use: lrlora train --resume FOLDER",
     "output_dir": "is a setting of the run. Pass it as --output",
+    "batch_eval_metrics": "is not supported, because the metrics need all predictions. Remove it",
 }
 # Checked here, because the Trainer would fail only during training.
 _LEAST = {
@@ -321,6 +323,17 @@ def make_trainer(
         processor, model=model, args=arguments, callbacks=callbacks, train_dataset=train_data, eval_dataset=validation
     )
     trainer.remove_callback(PrinterCallback)
+    make_loader = trainer.get_eval_dataloader
+
+    def get_eval_dataloader(*data: Any) -> Any:
+        given, arguments.dataloader_drop_last = arguments.dataloader_drop_last, False
+        try:
+            return make_loader(*data)
+        finally:
+            arguments.dataloader_drop_last = given
+
+    # An evaluation reads all examples, also where training drops the last batch.
+    setattr(trainer, "get_eval_dataloader", get_eval_dataloader)  # noqa: B010
     return trainer
 
 

@@ -51,7 +51,7 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
     if 0 < arguments.warmup_steps < 1:
         warm_up = f"{100 * arguments.warmup_steps:g} %"
     longest = inputs.record.max_length
-    truncated = "" if longest is None else f"; {inputs.too_long:,} training examples are truncated to {longest} tokens"
+    truncated = f"; {inputs.too_long:,} training examples are truncated to {longest} tokens" if inputs.too_long else ""
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
         f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters "
@@ -73,8 +73,8 @@ def _adapter_lines(method: str, model: nn.Module) -> list[str]:
         return []
     config: Any = model.peft_config["default"]
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    r = getattr(config, "target_r", None) if method == "adalora" else getattr(config, "r", None)
-    name = METHODS[method].alpha
+    known = METHODS[method]
+    r, name = getattr(config, known.rank, None), known.alpha
     alpha = f", α = {getattr(config, name):g}" if name else ""
     # PEFT replaces "all-linear" by the modules it finds.
     targets = config.target_modules

@@ -15,18 +15,26 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from transformers import Trainer, TrainerCallback, set_seed
 
-from ..files import ADAPTER_EXPECTED, read_json, readable, require_folder, require_no_input
+from ..files import ADAPTER_EXPECTED, read_json, readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
 from ..learned.learned_ranks import FEWEST_STEPS
 from ..learned.size import Size
 from ..ranks.report import read_history
-from ..run_folder import HISTORY_FILE, METRICS_FILE, RUN_FILE, RunRecord, last_whole_checkpoint, resume_hint
+from ..run_folder import (
+    HISTORY_FILE,
+    METRICS_FILE,
+    RunRecord,
+    last_whole_checkpoint,
+    require_new_run,
+    resume_hint,
+)
 from ..tuner.config import LrLoraConfig
+from .adapter_config import adapter_config
 from .cut import FEWEST
 from .data import require_data_path
-from .hub import require_hub
+from .hub import create_repository
 from .inputs import Inputs
-from .methods import adapter_config
+from .methods import METHODS
 from .models import (
     check_arguments,
     give_head_its_rate,
@@ -41,9 +49,11 @@ from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .tasks import KINDS
 
+_MANY_STEPS = 10**6  # for checks of a configuration before the number of steps is known
+
 
 def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord | None:
-    """Run all checks that need neither data nor model, and create the repository on the hub, if the run pushes to it.
+    """Run all checks that need neither data nor model.
 
     Returns:
         Record of the run to resume, if any.
@@ -60,16 +70,13 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
         raise ValueError(
             f"--resume continues the run in {output}, but --overwrite would delete it. Pass only one of them."
         )
-    require_folder(output)
-    # A process killed at startup leaves only a temporary file; the lock may exist, too.
-    is_used = output.exists() and any(path.suffix not in (".partial", ".lock") for path in output.iterdir())
     resumed = None
     if resume:
         _, resumed = read_run(output)
-        if config.method == "adalora":
+        if not METHODS[config.method].can_resume:
             raise ValueError(
-                "AdaLoRA runs cannot be resumed, because PEFT does not save the state of the rank allocation. Start "
-                "a new run."
+                f"Runs of {config.method} cannot be resumed, because PEFT does not save the state of the rank "
+                "allocation. Start a new run."
             )
         if (output / METRICS_FILE).exists():
             raise FileExistsError(
@@ -78,11 +85,8 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
                 "--data."
             )
         read_history(output / HISTORY_FILE)  # continued when resuming
-    elif is_used and not (overwrite and (output / RUN_FILE).exists()):
-        is_run, is_finished = (output / RUN_FILE).exists(), (output / METRICS_FILE).exists()
-        hint = "replace it with --overwrite" if is_run else "remove it yourself"
-        hint += ", or continue it with --resume" * (is_run and not is_finished)
-        raise FileExistsError(f"The folder {output} exists and is not empty. Choose another --output, or {hint}.")
+    else:
+        require_new_run(output, overwrite=overwrite)
     if overwrite:
         inputs = ("model", "data", "validation", "start_from", "chat_template")
         require_no_input(output, **{name: getattr(config, name) for name in inputs})
@@ -96,11 +100,9 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
         require_settings(given, place, config.task, config.method)
     check_sharding(config.method, config.adapter, config.training)
     check_arguments(config.arguments, KINDS[config.task])
-    if config.method != "adalora":  # whose schedule needs the number of steps
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns when training begins
-            adapter_config(config.method, KINDS[config.task].adapter_fields, 1, config.adapter_fields)
-    require_hub(config.output, config.training)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns when training begins
+        adapter_config(config.method, KINDS[config.task].adapter_fields, _MANY_STEPS, config.adapter_fields)
     return resumed
 
 
@@ -174,7 +176,7 @@ def prepare(
     callbacks: list[TrainerCallback],
     announce: Announce,
 ) -> Trainer:
-    """Create and check the Trainer of a run, and announce its plan.
+    """Create and check the Trainer of a run, announce its plan, and create its repository on the hub, if it pushes.
 
     Args:
         config: the run.
@@ -183,7 +185,7 @@ def prepare(
         announce: receives the plan and the first example, line by line.
 
     Raises:
-        ValueError: a setting is invalid, or does not fit the data.
+        ValueError: a setting is invalid, or does not fit the data; or the hub refuses.
 
     """
     arguments = training_arguments(
@@ -196,11 +198,6 @@ def prepare(
         examples_per_step=inputs.record.examples_per_step,
     )
     count = len(inputs.data.splits["validation"])
-    if arguments.dataloader_drop_last and count < arguments.eval_batch_size * arguments.world_size:
-        raise ValueError(
-            f"training: dataloader_drop_last=True drops all {count} validation examples, which do not fill a batch. "
-            "Remove it, or lower per_device_eval_batch_size."
-        )
     if config.filled_by and inputs.kind.has_head and count < FEWEST:
         raise ValueError(
             f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "
@@ -208,9 +205,9 @@ def prepare(
         )
     if (rank := _rank_of_short(config, arguments.max_steps)) is not None:
         announce(f"Ranks: {arguments.max_steps} steps are too few to learn them, so r = {rank} in all modules.")
-        fields = {name: value for name, value in config.adapter.items() if name != "r"}
-        config = replace(config, size=None, rank=rank, adapter=fields)
+        config = replace(config, size=None, rank=rank, alpha=None, targets=None, adapter=config.fields_at(rank))
         callbacks = [each for each in callbacks if not isinstance(each, LearnedRanksCallback)]
+    create_repository(config.output, config.training)
     model = _adapted_model(config, inputs, arguments.max_steps)
     for line in plan(config, inputs, model, arguments):
         announce(line)

@@ -94,7 +94,7 @@ def known_labels(data: Dataset, where: str) -> list[Any]:
     # On the hub, -1 marks a withheld label.
     unknown = -1 if isinstance(data.features["label"], ClassLabel) else None
     require_rows(
-        (is_known(value) and value != unknown for value in values),
+        (is_filled(value) and value != unknown for value in values),
         f"label must not be missing in {where} (--skip-empty skips such examples)",
     )
     require_rows(

@@ -34,7 +34,7 @@ from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.model_card import write_card
 from .hub import push
 from .inputs import Inputs, examples_per_step
-from .methods import METHODS, AdaLoraCallback, set_rank_pattern
+from .methods import METHODS
 from .plan import learned_in, ranks_line, seconds_per_batch
 from .prepare import last_checkpoint, prepare, require_same_run, require_startable
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
@@ -126,9 +126,9 @@ def train(
 
 
 def show_plan(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, announce: Announce = print
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, runs: int = 1, announce: Announce = print
 ) -> None:
-    """Print the plan of `train`, with an example as the model reads it; does not train or write.
+    """Print the plan of `train`, with an example as the model reads it, and the time of `runs` like it; trains nothing.
 
     Raises:
         FileExistsError: the output folder is in use.
@@ -144,8 +144,9 @@ def show_plan(
         trainer = prepare(config, Inputs.read(config), [], announce)
         arguments = trainer.args
         if arguments.world_size == 1 and not arguments.deepspeed:
-            total = arguments.max_steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
-            announce(f"Time: about {timedelta(seconds=round(total))} on this machine, without evaluations.")
+            total = runs * arguments.max_steps * arguments.gradient_accumulation_steps * seconds_per_batch(trainer)
+            of = f" for {runs} runs" if runs > 1 else ""
+            announce(f"Time: about {timedelta(seconds=round(total))}{of} on this machine, without evaluations.")
 
 
 def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: StopOnSignal) -> list[TrainerCallback]:
@@ -155,9 +156,7 @@ def _callbacks(config: TrainConfig, clock: StepClock, progress: Progress, stop: 
         callbacks.append(LearnedRanksCallback(config.learned_size))
     if METHODS[config.method].has_ranks:
         callbacks.append(RankLogger(every=config.rank_every))
-    callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss()]
-    if config.method == "adalora":
-        callbacks.append(AdaLoraCallback())
+    callbacks += [progress, stop, StopOnNonFinite(), TiesToLowerLoss(), *METHODS[config.method].callbacks()]
     if config.early_stopping:
         callbacks.append(EarlyStoppingCallback(config.early_stopping))
     return callbacks
@@ -229,8 +228,7 @@ def _finish(
     is_first = trainer.is_world_process_zero()
     examples = {name: len(part) for name, part in inputs.data.splits.items()}
     result = TrainResult(output, metrics, trainer.state.log_history, model, is_first, seconds_per_step, examples, ranks)
-    if config.method == "adalora":
-        set_rank_pattern(model)
+    METHODS[config.method].finish(model)
     # Gathering a sharded model requires all processes.
     state = trained_parameters(model) if is_sharded(model) else None
     report = rank_report(model) if METHODS[config.method].has_ranks and (result.is_first or state is not None) else None

@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 
 from ..checks import check_truncation, require_known, require_type
 from ..files import readable
-from ..learned.size import WIDTH, Size
+from ..learned.size import Size
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
+from .methods import DEFAULT_RANK, LEARNED, METHODS
 
 FROM_TRAIN = "train"  # value of `validation`: split training data even if a validation split exists
 # Run setting → field of TrainingArguments.
@@ -48,8 +49,8 @@ class TrainConfig:
         data: data set on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
-        method: one of lora, lr-lora (the paper's), expansion, dora, adalora and full; auto is lora, with learned ranks
-            unless `keep` or `start_from` is given.
+        method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion, dora, adalora or full;
+            auto is learned, but lora if `keep` or `start_from` is given.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
             label for classify and regress; image and label for image-classify; question, choices (a list) and label
@@ -79,7 +80,8 @@ class TrainConfig:
         epochs: number of passes over the data; default: 3.
         steps: number of optimizer steps, instead of epochs; default: by epochs.
         batch_size: examples per step and device; default: 16, and 8 for causal-lm.
-        early_stopping: stop after this many evaluations without a better metric; default: never.
+        early_stopping: stop after this many evaluations without a better metric, or an equal one at a lower loss; where
+            ranks are learned, evaluations count from the cut; default: never.
         start_from: finished run to continue from, as a new run with its own schedule; on the command line, settings
             that are not given are those of that run; default: a new adapter.
         keep: write lora/ as the smallest LoRA that keeps this share of the gain on validation data; default: report
@@ -132,26 +134,25 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from .methods import (  # lazy, so that `lrlora train --help` does not import torch, fields_of
-            DEFAULT_RANK,
-            METHODS,
-        )
-        from .tasks import KINDS
+        from .tasks import KINDS  # lazy, so that `lrlora train --help` does not import torch
 
         for name, hint in get_type_hints(TrainConfig).items():
             require_type(getattr(self, name), hint, name)
         require_known("task", self.task, KINDS)
         kind = KINDS[self.task]
-        if self.method == AUTO:
+        if self.method in (AUTO, LEARNED):
+            if self.method == LEARNED and self.keep is not None:
+                raise ValueError(f"method={LEARNED} cuts while it trains, but keep after it. Pass only one of them.")
+            is_learned = self.method == LEARNED or (self.keep is None and self.start_from is None)
             object.__setattr__(self, "method", "lora")
-            if self.size is None and self.keep is None and self.start_from is None:
+            if self.size is None and is_learned:
                 if self.rank is not None:
                     _require_one("rank", self.rank, "r", self.adapter, "adapter")
                 adapter = dict(self.adapter)
                 rank = self.rank if self.rank is not None else adapter.pop("r", DEFAULT_RANK)
                 for name, value in (("size", f"r{rank}"), ("rank", None), ("adapter", adapter)):
                     object.__setattr__(self, name, value)
-        require_known("method", self.method, METHODS)
+        require_known("method", self.method, (LEARNED, *METHODS))
         for role in self.columns:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
         if not 0 < self.validation_share < 1:
@@ -220,12 +221,16 @@ class TrainConfig:
     def wide_fields(self) -> dict[str, Any]:
         """`adapter_fields` with the rank before the cut, and the same scaling, where ranks are learned."""
         given = self.adapter_fields
-        if self.learned_size is not None and "r" not in given:
-            size = Size.parse(self.learned_size)
-            given["r"] = size.wide_rank
-            if size.unit == "ranks" and "lora_alpha" in given:
-                given["lora_alpha"] *= math.sqrt(WIDTH) if given.get("use_rslora") else WIDTH
-        return given
+        if self.learned_size is None or "r" in given:
+            return given
+        size = Size.parse(self.learned_size)
+        if size.unit == "ranks":
+            given["r"] = int(size.number)
+        return _at_rank(given, size.wide_rank)
+
+    def fields_at(self, rank: int) -> dict[str, Any]:
+        """`adapter_fields` but the rank, with the same scaling at this rank."""
+        return {name: value for name, value in _at_rank(self.adapter_fields, rank).items() if name != "r"}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
@@ -248,6 +253,15 @@ class TrainConfig:
         return cls(**{**content, "size": str(size)} if type(size) is int else content)
 
 
+def _at_rank(given: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Fields of a LoRA at another rank, with the same scaling."""
+    fields = {**given, "r": rank}
+    if "r" in given and "lora_alpha" in given:
+        ratio = rank / given["r"]
+        fields["lora_alpha"] = given["lora_alpha"] * (math.sqrt(ratio) if given.get("use_rslora") else ratio)
+    return fields
+
+
 def _require_one(name: str, value: Any, other: str, given: Mapping[str, Any], place: str) -> None:
     if other in given:
         raise ValueError(
@@ -257,11 +271,8 @@ def _require_one(name: str, value: Any, other: str, given: Mapping[str, Any], pl
 
 def _of_adapter(method: str | None) -> dict[str, str | None]:
     """Run setting → field of the PEFT configuration; None if the method has none."""
-    from .methods import METHODS
-
-    known = METHODS.get(str(method))
-    alpha = "lora_alpha" if known is None or method == "adalora" else known.alpha
-    return {"rank": "target_r" if method == "adalora" else "r", "alpha": alpha, "targets": "target_modules"}
+    known = METHODS.get(str(method), METHODS["lora"])
+    return {"rank": known.rank, "alpha": known.alpha, "targets": "target_modules"}
 
 
 def with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,7 +316,7 @@ def require_settings(given: Iterable[str], place: str, task: str, method: str) -
         method: method, which determines the class of the adapter configuration.
 
     """
-    from .methods import METHODS, fields_of
+    from .adapter_config import fields_of
     from .tasks import KINDS
 
     arguments = KINDS[task if task in KINDS else "classify"].arguments_class()

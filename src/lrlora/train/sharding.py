@@ -11,7 +11,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import read_json
-from ..tuner import LrLoraConfig
+from ..tuner.config import EXPANSION
+from .methods import METHODS
 
 
 def check_sharding(method: str, adapter: Mapping[str, Any], training: Mapping[str, Any]) -> None:
@@ -42,8 +43,8 @@ def check_sharding(method: str, adapter: Mapping[str, Any], training: Mapping[st
             f"DeepSpeed's {precision} would also cast φ to {precision}. Remove the mixed precision, and add "
             '"torch_autocast": {"enabled": true, "dtype": "bfloat16"} to the DeepSpeed configuration.'
         )
-    if (fsdp or deepspeed) and method == "adalora":
-        raise ValueError("AdaLoRA needs full gradients and factors, but they are sharded. Choose another method.")
+    if (fsdp or deepspeed) and not METHODS[method].can_shard:
+        raise ValueError(f"{method} needs full gradients and factors, but they are sharded. Choose another method.")
     if fsdp and adapter.get("sharing", "module") != "module" and _learns_phi(method, adapter):
         raise ValueError(
             f"adapter: sharing={adapter['sharing']!r} is not supported with FSDP2, which cannot share "
@@ -53,8 +54,7 @@ def check_sharding(method: str, adapter: Mapping[str, Any], training: Mapping[st
 
 def _learns_phi(method: str, adapter: Mapping[str, Any]) -> bool:
     """Whether φ has parameters, which must stay float32 and unsharded."""
-    form = adapter.get("form", LrLoraConfig.form)
-    return method == "lr-lora" and any(True for _ in LrLoraConfig(form=form).new_phi().parameters())
+    return method == "lr-lora" and adapter.get("form") != EXPANSION
 
 
 def _is_asked_for(training: Mapping[str, Any], name: str) -> bool:

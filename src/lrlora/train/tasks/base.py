@@ -95,10 +95,17 @@ class Kind:
         return []
 
     def load_processor(self, source: str | Path) -> Any:
-        """Load the model's tokenizer or image processor."""
+        """Load the model's tokenizer or image processor.
+
+        Raises:
+            ValueError: the tokenizer of a language model ends each text with EOS, prompts as well.
+
+        """
         tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if not self.has_head:
+            _leave_eos_out(tokenizer, source)
         return tokenizer
 
     def lengths(self, data: Dataset, processor: Any) -> list[int]:
@@ -170,6 +177,20 @@ class Kind:
                 "prediction": names[int(np.argmax(row))],
                 "probabilities": dict(zip(map(str, names), row, strict=True)),
             }
+
+
+def _leave_eos_out(tokenizer: Any, source: str | Path) -> None:
+    """Let a tokenizer append no EOS to texts, which would end prompts as well."""
+    tokens = tokenizer("a")["input_ids"]
+    if tokenizer.eos_token_id is None or tokens[-1] != tokenizer.eos_token_id:
+        return
+    tokenizer.add_bos_token = tokens[0] == tokenizer.bos_token_id  # also where a template adds it
+    tokenizer.add_eos_token = False
+    if tokenizer("a")["input_ids"] != tokens[:-1]:
+        raise ValueError(
+            f"The tokenizer of {source} appends {tokenizer.eos_token} to each text, so that a prompt would end there. "
+            "Remove the token from the post_processor in its tokenizer.json."
+        )
 
 
 def plain_metrics(values: dict[str, float]) -> dict[str, float]:
