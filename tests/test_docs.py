@@ -25,7 +25,7 @@ from lrlora import LrLoraConfig
 from lrlora.adapters import read_updates
 from lrlora.cli import app
 from lrlora.train.settings import TrainConfig
-from lrlora_lab.jobs import read_comparison
+from lrlora_lab.jobs import check, read_comparison
 from lrlora_lab.measure import NAMES, gpu, measurement, stored_records, updated
 from lrlora_lab.report import write_report
 from lrlora_lab.suite import Suite
@@ -188,7 +188,7 @@ def test_the_conformance_vectors_are_those_of_the_reference(tmp_path: Path, monk
     assert ended.value.code == 1
 
 
-@pytest.mark.parametrize("form", ["residual", "sinc", "sine", "expansion"])
+@pytest.mark.parametrize("form", ["residual", "sinc", "expansion"])
 def test_the_files_of_an_adapter_are_the_documented_ones(form: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     rows = text.partition("## Files of an adapter, format 2")[2].split("|\n\n")[0].splitlines()[5:]
@@ -288,7 +288,9 @@ def test_the_report_of_the_stored_comparison_is_what_its_runs_give(
     stored = ROOT / "docs" / "compare" / suite
     shutil.copytree(stored, tmp_path / "copy")
     (tmp_path / "copy" / "report.md").unlink()
-    again = write_report(read_comparison(suite, tmp_path / "copy"), tmp_path / "copy")
+    comparison = read_comparison(suite, tmp_path / "copy")
+    check(comparison, tmp_path / "copy")  # it can go on, also with finished jobs of a method that is gone
+    again = write_report(comparison, tmp_path / "copy")
     assert again.read_text(encoding="utf-8") == (stored / "report.md").read_text(encoding="utf-8")
 
 
