@@ -117,10 +117,13 @@ def test_the_examples_of_learned_ranks_run(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     save_decoder(tmp_path / "base")
     chat = {"messages": [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}]}
-    Path("chats.jsonl").write_text("\n".join([json.dumps(chat)] * 32))
+    Path("chats.jsonl").write_text("\n".join([json.dumps(chat)] * 240))
     page = (ROOT / "docs" / "learned_ranks.md").read_text(encoding="utf-8")
-    trl, loop, served = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    trl = trl.replace("SFTConfig(", 'SFTConfig(use_cpu=True, bf16=False, report_to="none", ')
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    on_cpu = 'SFTConfig(use_cpu=True, bf16=False, report_to="none", '
+    trl, loop, served, shrunk = (example.replace("SFTConfig(", on_cpu) for example in examples)
+    exec(shrunk, {})
+    assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "small").peft_config
     for example in (trl, loop):
         names: dict[str, Any] = {}
         exec(example + served, names)

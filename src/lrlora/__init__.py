@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Importing these registers the method with PEFT and imports torch, transformers and PEFT, so the command line imports
 # them only when needed.
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
-    from .learned import LearnedRanks, LearnedRanksCallback
+    from .learned import LearnedRanks, LearnedRanksCallback, shrink
     from .rank_logger import RankLogger
     from .ranks import RankReport, rank_report
     from .tuner import LrLoraConfig, LrLoraModel, cached_weights
@@ -25,4 +25,5 @@ __all__ = [
     "cached_weights",
     "fully_shard_phi",
     "rank_report",
+    "shrink",
 ]

@@ -9,6 +9,7 @@ if TYPE_CHECKING or "lrlora_cli" not in sys.modules:  # see `lrlora`
     from .gain import Gain, Kept, example_losses, mean_loss
     from .learned_ranks import LearnedRanks
     from .moments import model_loss
+    from .shrinking import Shrunk, shrink
     from .size import Size
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "LearnedRanksCallback",
     "LossCurve",
     "Point",
+    "Shrunk",
     "Size",
     "energy_curve",
     "example_losses",
     "loss_curve",
     "mean_loss",
     "model_loss",
+    "shrink",
     "smallest",
 ]

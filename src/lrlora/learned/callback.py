@@ -10,39 +10,66 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..checks import check_truncation
 from .learned_ranks import CUT_AT, LearnedRanks, budget_of, cut_step
 from .live_lora import pad_state, peft_model, require_plain_lora
+from .shrinking import Shrunk, require_measurable, shrink
 from .size import Size
 
 
 class LearnedRanksCallback(TrainerCallback, ExportableState):
-    """`LearnedRanks` for a transformers or TRL Trainer with a plain `peft.LoraConfig`.
+    """`LearnedRanks`, or `shrink`, for a transformers or TRL Trainer with a plain `peft.LoraConfig`.
 
         trainer = SFTTrainer(..., peft_config=LoraConfig(r=16, target_modules="all-linear"),
-                             callbacks=[LearnedRanksCallback("r4")])
+                             callbacks=[LearnedRanksCallback("r4")])      # cut to a size while it trains
+        trainer.add_callback(LearnedRanksCallback(keep=0.99, trainer=trainer))  # or to a share of the gain, at its end
 
-    Works with DDP, FSDP2, DeepSpeed and `torch_compile`. Pass it to the Trainer when it is created, so that checkpoints
-    from after the cut can be resumed. The best checkpoint (`load_best_model_at_end`) is one from after the cut, and the
-    patience of `EarlyStoppingCallback` begins there.
+    With `keep`, training is as without the callback, and the best checkpoint is shrunk; checkpoints stay whole.
+
+    With `size`, it works with DDP, FSDP2, DeepSpeed and `torch_compile`. Pass it to the Trainer when it is created, so
+    that checkpoints from after the cut can be resumed. The best checkpoint (`load_best_model_at_end`) is one from after
+    the cut, and the patience of `EarlyStoppingCallback` begins there.
 
     Args:
         size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
+        keep: share of the gain to keep, instead of a size; see `shrink`.
+        trainer: Trainer, for `keep`.
         at: share of the steps after which the adapter is cut, in (0, 1).
         max_rank: largest rank of any module; default: that of the adapter.
 
     Attributes:
-        learned: `LearnedRanks` with the ranks; None before training.
+        learned: `LearnedRanks` with the ranks; None before training, and with `keep`.
+        shrunk: result of `shrink`; None before the end of training.
 
     Raises:
-        ValueError: `size` is no size; when training begins: see `LearnedRanks`.
+        ValueError: `size` is no size, or `keep` no share, or not one of them is given; when training begins: see
+            `LearnedRanks` and `shrink`.
 
     """
 
-    def __init__(self, size: str, *, at: float = CUT_AT, max_rank: int | None = None) -> None:
-        Size.parse(size)
+    def __init__(
+        self,
+        size: str | None = None,
+        *,
+        keep: float | None = None,
+        trainer: Trainer | None = None,
+        at: float = CUT_AT,
+        max_rank: int | None = None,
+    ) -> None:
+        if (size is None) == (keep is None) or (keep is None) != (trainer is None):
+            raise ValueError(
+                "Pass a size, or keep and trainer: trainer.add_callback(LearnedRanksCallback(keep=0.99, "
+                "trainer=trainer))."
+            )
+        if size is not None:
+            Size.parse(size)
+        if keep is not None:
+            check_truncation(keep=keep)
+        self._keep, self._trainer = keep, trainer
+        self.shrunk: Shrunk | None = None
         self._options: dict[str, Any] = {"size": size, "at": at, "max_rank": max_rank}
         self.learned: LearnedRanks | None = None
         self._is_learning = self._is_cut = False
@@ -61,6 +88,10 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _require_supported(args)
+        if self._trainer is not None:
+            require_plain_lora(peft_model(kwargs["model"]))
+            require_measurable(self._trainer, "eval")
+            return
         model, learned = peft_model(kwargs["model"]), self.learned
         if self._padding is not None:  # a resumed run has a new callback
             self._padding.remove()  # `LearnedRanks` has its own
@@ -102,6 +133,13 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._trainer is not None and self._keep is not None:
+            try:
+                self.shrunk = shrink(self._trainer, keep=self._keep, max_rank=self._options["max_rank"])
+            except ValueError as error:  # the training is done
+                warnings.warn(f"The adapter stays whole. {error}", stacklevel=2)
+            else:
+                tqdm.write(str(self.shrunk))
         if self.learned is None:
             return
         self.learned.finish()

@@ -33,6 +33,7 @@ DAMPING = 1e-3
 _SHARES = (0.5, 0.25, 0.125)  # shares of the parameters at which the loss is measured first
 _TOLERANCE = 1.05  # ratio of sizes at which the search ends
 _EVALUATIONS = 12
+_LARGER = 1.2  # ratio of sizes that are tried to confirm a share
 _TINY = 1e-30  # keeps a direction of zeros from dividing by zero
 
 
@@ -163,7 +164,12 @@ def loss_curve(
 
 
 def smallest(
-    curve: LossCurve, measure: Callable[[Sequence[Factors]], Kept], keep: float, *, max_rank: int | None = None
+    curve: LossCurve,
+    measure: Callable[[Sequence[Factors]], Kept],
+    keep: float,
+    *,
+    max_rank: int | None = None,
+    confirm: Callable[[Sequence[Factors]], float] | None = None,
 ) -> tuple[list[Factors], list[Point]]:
     """Find the smallest size that keeps a share of the gain, to about 5 %.
 
@@ -176,6 +182,8 @@ def smallest(
         measure: returns the share that given factors keep, from `Gain.kept` on held-out examples.
         keep: share to keep, between 0 and 1.
         max_rank: maximum rank of a module.
+        confirm: returns the share that factors keep on other held-out examples; the size grows by fifths until it is
+            the share there, too.
 
     Returns:
         The factors, and all measured sizes, sorted.
@@ -214,4 +222,9 @@ def smallest(
         measured = len(points)
         fits(int((within * beyond) ** 0.5) if beyond else within // 2)
         is_new = len(points) > measured  # otherwise no size remains between the two
+    while confirm is not None and confirm(chosen) < keep and within < whole:
+        within = min(whole, int(_LARGER * within) + 1)
+        chosen = curve.within(within, max_rank)
+        size = sum(part.parameters for part in chosen)
+        points[size] = Point(size, measure(chosen))
     return chosen, sorted(points.values(), reverse=True)

@@ -34,12 +34,12 @@ from .live_lora import (
     lora_factors,
     lora_layers,
     lora_weights,
+    make_small,
     pad_state,
     peft_model,
     put,
     require_plain_lora,
     require_zero,
-    shrink,
 )
 from .moments import Moments, channel_dim, watch
 from .sharded import full_value, is_deepspeed, processes, restart, write
@@ -115,7 +115,7 @@ class LearnedRanks:
         self._budget = budget_of(size, self._model, self._adapter)
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank must be an integer ≥ 1, got {max_rank!r}.")
-        optimizers = _unwrapped(optimizer)
+        optimizers = unwrapped(optimizer)
         # `_optimizer` steps the model once, and calls `_inner`.
         self._inner = optimizers[-1]
         self._optimizer = next(filter(is_deepspeed, reversed(optimizers)), self._inner)
@@ -395,7 +395,7 @@ class LearnedRanks:
         if self.ranks is None or not is_whole or self._is_over:
             return
         self._require_ranks(self.ranks)
-        shrink(self._model, self._adapter, self.ranks, self._inner)
+        make_small(self._model, self._adapter, self.ranks, self._inner)
         self._layers = lora_layers(self._model, self._adapter)
         del self._model.save_pretrained
         self._padding.remove()
@@ -536,7 +536,7 @@ def _twin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
     return twin
 
 
-def _unwrapped(optimizer: Any) -> list[Any]:
+def unwrapped(optimizer: Any) -> list[Any]:
     """The optimizer and those inside of it, such as that inside of accelerate's wrapper."""
     found = [optimizer]
     while (wrapped := getattr(found[-1], "optimizer", None) or getattr(found[-1], "base_optimizer", None)) is not None:

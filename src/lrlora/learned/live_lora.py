@@ -148,7 +148,9 @@ def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
             write(weight, value)
 
 
-def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int], optimizer: torch.optim.Optimizer) -> None:
+def make_small(
+    model: PeftModel, adapter: str, ranks: Mapping[str, int], optimizer: torch.optim.Optimizer | None
+) -> None:
     """Leave the zeros beyond the ranks out of the live model and its optimizer too, where nothing is sharded.
 
     The parameters stay the same objects, without gradients. Modules of rank 0 leave the adapter.
@@ -163,7 +165,8 @@ def shrink(model: PeftModel, adapter: str, ranks: Mapping[str, int], optimizer: 
             # While the last loss is alive, autograd expects gradients of the old shape, until the dtype changes.
             weight.data = small.to(torch.float64)
             weight.data = small
-            fit_state(optimizer, weight, dim)
+            if optimizer is not None:
+                fit_state(optimizer, weight, dim)
         if rank:
             is_conv = isinstance(down, _ConvNd)
             setattr(down, "out_channels" if is_conv else "out_features", rank)

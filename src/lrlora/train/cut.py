@@ -48,7 +48,6 @@ HELD_OUT, HELD_OUT_TERMS = 384, 8_192  # for the losses
 FEWEST = 16  # minimum number of loss terms
 _BATCHES = 4  # to divide, where there are as many examples
 _OWN_BATCH = 8
-_LARGER = 1.2  # factor between sizes that are tried to confirm a share
 _HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
 # Trainer arguments of a run that healing leaves out: several processes, reports, packing, and the schedule.
 _NOT_OF_HEALING = (
@@ -388,7 +387,11 @@ class Cut:
                     bar.update()
                     return self.search.kept(factors)
 
-                factors, self.points = smallest(self.curve, measure, keep, max_rank=max_rank)
+                factors, self.points = smallest(
+                    *(self.curve, measure, keep),
+                    max_rank=max_rank,
+                    confirm=lambda factors: self.confirm.kept(factors).share,
+                )
         except ValueError as error:
             why = (
                 ""
@@ -397,14 +400,7 @@ class Cut:
                 "dropped beforehand."
             )
             raise ValueError(f"{error}{why}") from None
-        size = sum(part.parameters for part in factors)
-        whole = self.points[0].parameters
-        while self.confirm.kept(factors).share < keep and size < whole:
-            size = min(whole, int(_LARGER * size) + 1)
-            factors = self.curve.within(size, max_rank)
-            self.points.append(Point(sum(part.parameters for part in factors), self.search.kept(factors)))
-        self.points = sorted({point.parameters: point for point in self.points}.values(), reverse=True)
-        if size == whole:
+        if sum(part.parameters for part in factors) == self.points[0].parameters:
             self._tell_why_whole(keep, max_rank, announce)
         return factors
 

@@ -1,0 +1,206 @@
+"""`lrlora.shrink`: the smallest size that keeps a share of the gain, measured by the loss of the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from lrlora import LearnedRanksCallback, shrink
+
+from ..conftest import TinyModel
+from ..train.small import GOOD, save_decoder, tokenizer
+from .test_learned_ranks import trained
+
+
+class Pairs(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Sequences that go on as they begin: each token follows from the one before."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randint(3, 99, (count, 1), generator=generator)
+        self.ids = (start + 7 * torch.arange(8)) % 96 + 3
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def trainer_of(folder: Path, model: Any, **options: Any) -> Trainer:
+    arguments = TrainingArguments(
+        str(folder),
+        **{"max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 2e-2, "use_cpu": True},
+        **{"report_to": "none", "disable_tqdm": True, "save_strategy": "no"},
+    )
+    return Trainer(model, arguments, **{"train_dataset": Pairs(512, 0), "eval_dataset": Pairs(192, 1), **options})
+
+
+def lora(model: nn.Module, **fields: Any) -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **fields}))
+
+
+def loss_of(model: nn.Module, data: Pairs) -> float:
+    with torch.no_grad():
+        return model.eval()(input_ids=data.ids, labels=data.ids).loss.item()
+
+
+def test_a_trainer_s_adapter_keeps_its_gain_at_the_size_that_is_told(tmp_path: Path) -> None:
+    tiny = TinyModel("llama")
+    trainer = trainer_of(tmp_path, lora(tiny.build(), lora_dropout=0.1))
+    trainer.train()
+    model: Any = trainer.model
+    new, without = Pairs(400, 2), loss_of(tiny.build(), Pairs(400, 2))
+    whole = loss_of(model, new)
+    found = shrink(trainer, keep=0.95)
+    assert without - loss_of(model, new) >= 0.93 * (without - whole)
+    assert found.kept.low <= found.kept.share <= 1.02
+    assert found.unit == "held-out examples"
+    assert found.parameters == sum(p.numel() for p in trained(model)) < found.whole
+    assert f"{found.parameters:,} of {found.whole:,}" in str(found)
+
+    trainer.save_model(str(tmp_path / "small"))
+    small = PeftModel.from_pretrained(tiny.build(), tmp_path / "small").eval()
+    assert torch.allclose(tiny.logits(small), tiny.logits(model), atol=1e-5)
+    kept_beside = PeftModel.from_pretrained(tiny.build(), tmp_path / "whole").eval()
+    assert loss_of(kept_beside, new) == pytest.approx(whole, rel=1e-5)
+    model.train()
+    assert trainer.train().training_loss < without  # it can be trained further
+
+
+def test_batches_and_a_loss_of_one_s_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = TinyModel("mlp").build()
+    model = lora(base, target_modules=["first", "last"])
+    target = nn.Linear(16, 2).weight.detach()
+    x = torch.randn(600, 16)
+    y = torch.zeros(600, 8)
+    y[:, :2] = x @ target.T
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    for _ in range(300):
+        (model(x[:300]) - y[:300]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        errors = (model(batch[0]) - batch[1]).square()
+        return errors.sum(1), torch.full((len(errors),), errors.shape[1])
+
+    batches = list(zip(x.split(50), y.split(50), strict=True))
+    found = shrink(model, batches[:6], batches[6:], loss=loss, keep=0.9)
+    assert found.parameters == sum(p.numel() for p in trained(model)) < found.whole
+    assert found.parameters <= found.equal_rank * found.parameters_per_rank
+
+
+def chats(count: int) -> Dataset:
+    rows = [f"a {GOOD[number % 3]} film with plot" for number in range(count)]
+    return Dataset.from_dict({"prompt": rows, "chosen": [" it is good"] * count, "rejected": [" it is bad"] * count})
+
+
+def test_the_reference_of_dpo_is_the_model_without_the_adapter(tmp_path: Path) -> None:
+    base = save_decoder(tmp_path / "base")
+    options = {"max_steps": 30, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "use_cpu": True}
+    options |= {"learning_rate": 1e-2, "report_to": "none", "bf16": False, "logging_steps": 50, "disable_tqdm": True}
+    trainer = DPOTrainer(
+        base,
+        args=DPOConfig(str(tmp_path / "out"), **options),
+        train_dataset=chats(32),
+        eval_dataset=chats(192),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    before = trainer.evaluate()["eval_loss"]
+    found = shrink(trainer, keep=0.9)
+    assert found.unit == "held-out batches"
+    gain = 0.6931 - before
+    assert found.gain == pytest.approx(gain, rel=0.1)
+    assert 0.6931 - trainer.evaluate()["eval_loss"] >= 0.85 * gain
+    assert found.parameters < found.whole
+
+
+def test_the_tokens_that_count_are_those_of_the_training(tmp_path: Path) -> None:
+    base = save_decoder(tmp_path / "base")
+    rows = [
+        {"messages": [{"role": "user", "content": f"a {word} film"}, {"role": "assistant", "content": "it is good"}]}
+        for word in GOOD * 40
+    ]
+    options = {"max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
+    options |= {"report_to": "none", "bf16": False, "disable_tqdm": True, "loss_type": "nll"}
+    trainer = SFTTrainer(
+        base,
+        args=SFTConfig(str(tmp_path / "out"), **options),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:96]),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=8, target_modules="all-linear"),
+    )
+    trainer.train()
+    before = trainer.evaluate()["eval_loss"]
+    found = shrink(trainer, keep=0.95)
+    assert found.unit == "held-out examples"
+    assert trainer.evaluate()["eval_loss"] - before <= 0.07 * found.gain
+
+
+@pytest.mark.refused
+def test_what_cannot_be_measured_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    tiny = TinyModel("llama")
+    model = lora(tiny.build())
+    for options, said in (
+        ({"eval_dataset": None}, r"no eval_dataset\. Pass one, or on='train'"),
+        ({"eval_dataset": Pairs(40, 1)}, r"40 held-out examples are too few .* at least 90"),
+        ({"eval_dataset": Pairs(120, 1)}, r"gains too little for 120 held-out examples"),  # untrained
+    ):
+        trainer = trainer_of(tmp_path, model, **options)
+        before = [p.detach().clone() for p in trained(model)]
+        with pytest.raises(ValueError, match=said):
+            shrink(trainer)
+        assert all(map(torch.equal, before, trained(model)))
+        assert all(p.grad is None for p in trained(model))
+    with pytest.raises(ValueError, match=r"keep must be a share of the gain in \(0, 1\)"):
+        shrink(trainer, keep=99)
+    trainer.reward_funcs = []  # as GRPO's Trainer has
+    with pytest.raises(ValueError, match=r"lrlora export ADAPTER --keep 0.99 --data FILE"):
+        shrink(trainer)
+
+
+def test_the_callback_shrinks_the_best_checkpoint_and_leaves_the_training_as_it_was(tmp_path: Path) -> None:
+    tiny, losses = TinyModel("llama"), []
+    for name in ("alone", "shrunk"):
+        trainer = trainer_of(tmp_path / name, lora(tiny.build()))
+        for field, value in {"eval_strategy": "steps", "save_strategy": "steps"}.items():
+            setattr(trainer.args, field, value)
+        trainer.args.eval_steps = trainer.args.save_steps = 20
+        trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "eval_loss"
+        trainer.args.greater_is_better = True  # so that the best is not the last
+        if name == "shrunk":
+            callback = LearnedRanksCallback(keep=0.9, trainer=trainer)
+            trainer.add_callback(callback)
+        trainer.train()
+        losses.append([entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry])
+    assert losses[0] == losses[1]
+    assert callback.shrunk is not None
+    model: Any = trainer.model
+    assert callback.shrunk.parameters == sum(p.numel() for p in trained(model)) < callback.shrunk.whole
+    best = losses[1][trainer.state.best_global_step // 20 - 1]
+    assert 0 < trainer.evaluate()["eval_loss"] - best < 0.15 * callback.shrunk.gain
+
+
+def test_a_callback_that_cannot_measure_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), eval_dataset=Pairs(60, 1))
+    trainer.add_callback(LearnedRanksCallback(keep=0.9, trainer=trainer))
+    with pytest.raises(ValueError, match="60 held-out examples are too few"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    for options in ({}, {"keep": 0.9}, {"size": "r4", "keep": 0.9, "trainer": trainer}):
+        with pytest.raises(ValueError, match="Pass a size, or keep and trainer"):
+            LearnedRanksCallback(**options)
