@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -61,8 +62,11 @@ CASES = {
     "torch SparseAdam": Case(_of(torch.optim, "SparseAdam"), START),
     "transformers Adafactor": Case(partial(Adafactor, lr=5e-3, relative_step=False, scale_parameter=False)),
     "transformers Adafactor, lr=None": Case(Adafactor, START),
-    **{f"bitsandbytes {name}": Case(_bitsandbytes(name)) for name in ("AdamW", "AdamW8bit", "PagedAdamW8bit")},
-    "bitsandbytes Lion8bit": Case(_bitsandbytes("Lion8bit", lr=1e-3)),
+    "bitsandbytes AdamW": Case(_bitsandbytes("AdamW")),
+    # On a CPU.
+    **{
+        f"bitsandbytes {name}": Case(_bitsandbytes(name), START) for name in ("AdamW8bit", "PagedAdamW8bit", "Lion8bit")
+    },
     **{f"schedulefree {name}": Case(_of(schedulefree, name)) for name in ("AdamWScheduleFree", "SGDScheduleFree")},
     "schedulefree AdamWScheduleFreeClosure": Case(_of(schedulefree, "AdamWScheduleFreeClosure"), takes_closure=True),
     "schedulefree ScheduleFreeWrapper": Case(_around_adamw(schedulefree.ScheduleFreeWrapper, momentum=0.9), START),
@@ -143,3 +147,65 @@ def test_an_optimizer_goes_on_after_the_last_step(optimizer: str) -> None:
         same.step()
         same.zero_grad()
     assert tiny.loss(model).item() < before
+
+
+class Counting(torch.optim.SGD):
+    """Remembers its steps in what a copy shares, and takes no closure."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, lr=1e-2)
+        self.steps, self.count = [], torch.zeros(())
+
+    def step(self) -> None:  # type: ignore[override]
+        self.steps.append(1)
+        self.count += 1
+        super().step()
+
+
+def test_the_test_of_an_optimizer_leaves_it_as_it_is() -> None:
+    _, model = with_lora("mlp")
+    optimizer = Counting(trained(model))
+    LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+    assert (optimizer.steps, optimizer.count.item(), len(optimizer.state)) == ([], 0, 0)
+    for build in (_of(torch.optim, "AdamW", lr=torch.tensor(1e-3)), _of(pytorch_optimizer, "Prodigy")):
+        prodigy = build(trained(model))
+        before = [{k: v for k, v in group.items() if k != "params"} for group in prodigy.param_groups]
+        LearnedRanks(model, prodigy, size="r2", steps=STEPS)
+        assert before == [{k: v for k, v in group.items() if k != "params"} for group in prodigy.param_groups]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        _of(torch.optim, "Adafactor"),
+        _of(torch.optim, "SGD", momentum=0.9),
+        _of(pytorch_optimizer, "SOAP"),
+        _of(pytorch_optimizer, "Shampoo", lr=1e-3),
+        _of(pytorch_optimizer, "Prodigy"),
+    ],
+)
+def test_a_run_resumes_to_the_bit_and_goes_on_after_its_end(build: Build) -> None:
+    states: list[Any] = []
+
+    def run(begin: int) -> list[Tensor]:
+        tiny, model = with_lora("llama")
+        optimizer = build(trained(model))
+        learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
+        parts = {"model": model, "optimizer": optimizer, "ranks": learned}
+        for name, part in parts.items() if begin else ():
+            part.load_state_dict(states[0][name])
+        for step in range(begin, STEPS):
+            if step == 15 and not begin:
+                states.append({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
+            tiny.loss(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = [parameter.detach().clone() for parameter in trained(model)]
+        for _ in range(2):
+            tiny.loss(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(parameter.isfinite().all() for parameter in trained(model))
+        return found
+
+    assert all(map(torch.equal, run(0), run(15)))

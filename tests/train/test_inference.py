@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sequential": {"train_sampling_strategy": "sequential"},
     "drop_last": {"dataloader_drop_last": True},
     "eval_do_concat_batches": {"eval_do_concat_batches": False},
+    "batch_eval_metrics": {"batch_eval_metrics": True},
     "data_seed": {"data_seed": 3},
     "batches of 3": {"per_device_eval_batch_size": 3},
     "eval_accumulation_steps": {"eval_accumulation_steps": 1},
@@ -76,6 +77,28 @@ def test_predictions_are_those_of_a_script_without_lrlora(encoder: str, tmp_path
     metrics = evaluate(tmp_path / "run", str(tmp_path / "data.csv"), announce=lambda line: None)
     assert metrics["examples"] == len(frame)
     assert metrics["log_loss"] == pytest.approx(log_loss(frame["label"], expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 9},
+        {"max_length": 9, "truncation_mode": "keep_end"},
+        {"loss_type": "dft"},
+        {"completion_only_loss": False},
+        {"label_smoothing_factor": 0.2},
+        {"packing": True, "eval_packing": False},
+    ],
+)
+def test_the_loss_is_that_at_the_end_of_training(decoder: str, tmp_path: Path, settings: dict[str, Any]) -> None:
+    rows = [{"prompt": f"a {word} film with plot and ", "completion": "it is good and bad"} for word in GOOD] * 12
+    pd.DataFrame(rows).to_json(tmp_path / "data.jsonl", orient="records", lines=True)
+    data = str(tmp_path / "data.jsonl")
+    options = {"steps": 20, "rank": 4, "learning_rate": 1e-2, "chat_template": "none", "validation": data}
+    config = TrainConfig(decoder, data, "causal-lm", "lora", str(tmp_path / "run"), **options, training=settings)
+    expected = train(config, announce=lambda line: None).metrics["loss"]
+    found = evaluate(tmp_path / "run", data, answers=False, announce=lambda line: None)["loss"]
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def appends_eos(decoder: str, folder: Path, *, begins: bool = False) -> str:
@@ -174,6 +197,10 @@ def test_the_tokens_of_the_loss_are_an_option(decoder: str, tmp_path: Path) -> N
         printed = " ".join(exported.output.split())
         assert ("⟦[USER] a" in printed) == (not option)
         assert ("⟦good" in printed.replace("⟦ ", "⟦")) == bool(option)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "a film"}) + "\n")
+    said = told("evaluate", tmp_path / "run", "--data", texts, "--assistant-only-loss")
+    assert "is for chats (columns messages or conversations)" in " ".join(said.split())
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder), tmp_path / "run").eval()
     words = AutoTokenizer.from_pretrained(tmp_path / "run")
     totals = {False: [0.0, 0], True: [0.0, 0]}

@@ -319,7 +319,6 @@ def test_settings_that_would_fail_after_training_are_refused(
 ) -> None:
     common = ("train", *COLUMNS, "--data", table, "--output", tmp_path / "out", "--steps", 2)
     classify = (*common, "--model", encoder, "--task", "classify")
-    assert re.match("Error: .*batch_eval_metrics", told(*classify, "--training", "batch_eval_metrics=true"))
     assert re.match("Error: .*label_names is not supported", told(*classify, "--training", "label_names=[x]"))
     config = json.loads((Path(decoder) / "config.json").read_text())
     shutil.copytree(decoder, tmp_path / "tied")

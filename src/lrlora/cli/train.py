@@ -60,9 +60,8 @@ def train(
     with one_clear_error():
         if resume is None:
             told = settings_of(config, settings)
-            require_new_run(
-                Path(str(told.get("output", TrainConfig.output))), overwrite=overwrite
-            )  # before slow imports
+            output = Path(str(told.get("output", TrainConfig.output)))
+            require_new_run(output, overwrite=overwrite)  # before slow imports
             run = TrainConfig.from_dict(told)
             if overwrite:
                 require_no_input(run.output, config=config)
@@ -230,7 +229,7 @@ def predict(
             raise ValueError(f"--{given[0].replace('_', '-')} describes data. Pass --data, or remove it.")
         if output is not None:
             require_writable(output, overwrite=overwrite, run=run, data=data)
-            if output.suffix not in (".jsonl", ".json"):
+            if output.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
                 raise ValueError(f"--output {output} would hold lines of JSON. Name it {output.with_suffix('.jsonl')}.")
         quiet()
         reading["announce"] = note

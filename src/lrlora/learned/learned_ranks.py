@@ -11,10 +11,12 @@ optimizer begins anew with them. Other parameters, such as heads, keep their rat
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -52,6 +54,8 @@ _WARM_UP = 20  # steps after the cut, at most a twentieth of all
 FEWEST_STEPS = 10
 _FIRST_CUT = 3  # B is 0 in the first step, and with a warm-up also in the second
 _CHECKED = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
+_PROBE = 64  # rows and columns of matrices on which an optimizer is tested: 8-bit ones keep small states in 32 bits
+_OPEN = (dict, list, set)  # attributes that a step may change in place
 # Model → what learns its ranks now.
 _LEARNING: weakref.WeakKeyDictionary[PeftModel, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
 
@@ -408,7 +412,7 @@ def _reach(learned: LearnedRanks | None, path: str, *args: Any) -> None:
     if args[-1].dtype is torch.float16 and learned._loss_scale is None:
         raise ValueError(
             "Learned ranks in float16 need the scaler of the loss, whose scale changes. Pass it: "
-            "LearnedRanks(..., scaler=scaler)."
+            "LearnedRanks(..., scaler=scaler); without one, scaler=torch.amp.GradScaler(enabled=False)."
         )
     learned._reached.add(path)
 
@@ -473,8 +477,8 @@ def cut_step(at: float, steps: int) -> int:
         raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
     if not isinstance(steps, int) or steps < FEWEST_STEPS:
         raise ValueError(
-            f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps!r}. Train longer, or a LoRA "
-            "with one rank for all modules."
+            f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps!r}. Train longer, or "
+            "train a plain LoRA."
         )
     step = max(_FIRST_CUT, round(at * steps))
     if step >= steps:
@@ -510,26 +514,40 @@ def _require_suitable(optimizer: Any, inner: Any, factors: list[nn.Parameter]) -
 
 def _keeps_zeros(optimizer: torch.optim.Optimizer, like: Tensor) -> bool:
     """Step a copy of the optimizer on matrices with zero rows or columns; raises as its step does."""
-    rows = torch.tensor([[1.0], [0.0]]).expand(2, 3)
-    for mask in (rows.to(like.device, like.dtype), rows.T.to(like.device, like.dtype)):
+    like = next((parameter for group in optimizer.param_groups for parameter in group["params"]), like)
+    dtype = torch.float32 if like.dtype == torch.float16 else like.dtype  # there, eps may be 0
+    rows = torch.zeros(_PROBE, _PROBE, dtype=dtype, device=like.device)
+    rows[: _PROBE // 2] = 1
+    for mask in (rows, rows.T.contiguous()):
         parameter = nn.Parameter(mask.clone())
         twin = _twin(optimizer, parameter)
         for _ in range(2):
             parameter.grad = mask.clone()
-            type(twin).step(twin, lambda: torch.zeros(()))
+            step = type(twin).step
+            step(twin, *[lambda: torch.zeros(())] * ("closure" in inspect.signature(step).parameters))
         if bool((parameter.detach()[mask == 0] != 0).any()):
             return False
     return True
 
 
 def _twin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
-    """Optimizer with the same attributes and options, of another parameter; in training mode, where it has modes."""
+    """Optimizer with copies of attributes and options, of another parameter; in training mode, where it has modes."""
+
+    def copied(values: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
+        kept = {name: value for name, value in values.items() if name not in without}
+        return {
+            name: value.clone() if isinstance(value, Tensor) else copy.copy(value) if type(value) in _OPEN else value
+            for name, value in kept.items()
+        }
+
     # `copy.copy` leaves out what subclasses add; and DeepSpeed's destroy what they share with the original.
     cls = type(type(optimizer).__name__, (type(optimizer),), {"__del__": lambda self: None})
     twin: Any = object.__new__(cls)
-    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")}
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} | {"lr": 1e-3}
-    vars(twin).update(vars(optimizer) | hooks)
+    hooks = [name for name in vars(optimizer) if name.endswith("_hooks")]
+    vars(twin).update(copied(vars(optimizer), (*hooks, "state", "param_groups")))
+    vars(twin).update({name: OrderedDict() for name in hooks})
+    options = copied(optimizer.param_groups[0], ("params",))
+    options["lr"] = torch.full_like(options["lr"], 1e-3) if isinstance(options["lr"], Tensor) else 1e-3
     twin.state, twin.param_groups = defaultdict(dict), [options | {"params": [parameter]}]
     if hasattr(twin, "train"):
         twin.train()

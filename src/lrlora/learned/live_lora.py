@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ def peft_model(model: Any) -> PeftModel:
         ValueError: there is none, or FSDP1 or DataParallel is around it.
 
     """
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(isinstance(module, nn.DataParallel) for module in modules):
         raise ValueError("Learned ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
-    inner = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    inner = next((module for module in modules if isinstance(module, PeftModel)), None)
     if inner is None:
         raise ValueError("Learned ranks need a PEFT model with LoRA. Wrap the model with get_peft_model.")
     if any(hasattr(parameter, "_fsdp_flattened") for parameter in model.parameters()):
@@ -160,13 +162,14 @@ def make_small(
     for path, layer in lora_layers(model, adapter).items():
         down, up, rank = layer.lora_A[adapter], layer.lora_B[adapter], ranks[path]
         for weight, dim in ((down.weight, 0), (up.weight, 1)):
+            wide = weight.shape
             small = weight.data.narrow(dim, 0, rank).clone(memory_format=torch.contiguous_format)
             weight.grad = None
             # While the last loss is alive, autograd expects gradients of the old shape, until the dtype changes.
             weight.data = small.to(torch.float64)
             weight.data = small
             if optimizer is not None:
-                fit_state(optimizer, weight, dim)
+                narrow_state(optimizer, weight, dim, wide)
         if rank:
             is_conv = isinstance(down, _ConvNd)
             setattr(down, "out_channels" if is_conv else "out_features", rank)
@@ -183,27 +186,42 @@ def make_small(
             setattr(model.get_base_model().get_submodule(parent), name, layer.get_base_layer())
 
 
-def fit_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dim: int) -> None:
-    """Give an optimizer's state of a factor, perhaps of a wider or a smaller one, the factor's rank, its size in `dim`.
+def narrow_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dim: int, wide: torch.Size) -> None:
+    """Narrow an optimizer's state of a factor to the factor's rank, its size in `dim`; `wide` is its shape before.
 
-    The optimizer begins anew with the factor if its state has another form than the factor.
+    The optimizer begins anew with the factor if its state has other shapes, such as sums of rows.
     """
-
-    def others(tensor: Tensor) -> list[int]:
-        return [size for at, size in enumerate(tensor.shape) if at != dim]
-
     state = optimizer.state.get(weight, {})
+    are_known = (
+        value.numel() == 1 or (value.shape == wide and value.is_floating_point())
+        if isinstance(value, Tensor)
+        else isinstance(value, (int, float, str, NoneType))
+        for value in state.values()
+    )
+    if all(are_known):
+        _resize(state, weight, dim, wide)
+    else:
+        del optimizer.state[weight]
+
+
+def fit_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dim: int) -> None:
+    """Fit an optimizer's state to a factor, if it was saved for the same factor of another rank, its size in `dim`."""
+    state = optimizer.state.get(weight, {})
+    shapes = {value.shape for value in state.values() if isinstance(value, Tensor) and value.numel() > 1}
+    if len(shapes) != 1:
+        return  # none, or not of the factor's shape
+    (shape,) = shapes
+    if len(shape) == weight.dim() and all(shape[at] == size for at, size in enumerate(weight.shape) if at != dim):
+        _resize(state, weight, dim, shape)
+
+
+def _resize(state: MutableMapping[str, Any], weight: nn.Parameter, dim: int, shape: torch.Size) -> None:
+    """Leave rows or columns of all tensors of a shape out, or add zeros, for the rank of a factor."""
+    rank = min(shape[dim], weight.shape[dim])
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() == 1 or value.shape == weight.shape:
-            continue
-        if value.is_floating_point() and value.dim() == weight.dim() and others(value) == others(weight):
-            rank = min(value.shape[dim], weight.shape[dim])
-            fitted = torch.zeros_like(weight, dtype=value.dtype, device=value.device)
-            fitted.narrow(dim, 0, rank).copy_(value.narrow(dim, 0, rank))
-            state[name] = fitted
-        elif not {*value.shape} <= {1, *weight.shape}:
-            del optimizer.state[weight]
-            return
+        if isinstance(value, Tensor) and value.shape == shape != weight.shape:
+            state[name] = torch.zeros_like(weight, dtype=value.dtype, device=value.device)
+            state[name].narrow(dim, 0, rank).copy_(value.narrow(dim, 0, rank))
 
 
 def small_config(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:

@@ -98,8 +98,7 @@ class Subject:
         Args:
             source: output folder of a run, or folder or hub name of a PEFT adapter.
             base: base model; default: the one named by the adapter.
-            data: see `TrainConfig.data`; default: the run's data, or text that the adapted language
-                model writes.
+            data: see `TrainConfig.data`; default: the run's data, or text that the adapted model writes.
             task: task of an adapter that does not specify it.
             assistant_only_loss: see `lrlora.train.inference.evaluate`.
             announce: receives messages on skipped examples.
@@ -183,8 +182,9 @@ class Subject:
         if not self.is_given:
             return
         yield f"{self.data} must not contain training data of the adapter, which it may have learned by heart."
-        yield from self.run.scored(self.held_out)
-        scored: Any = self.run.trainer(self.run.encoded(self.held_out.select([0]))).eval_dataset
+        first = self.run.encoded(self.held_out.select([0]))
+        yield from self.run.scored(first)
+        scored: Any = self.run.trainer(first).eval_dataset
         for row in scored:  # none, if no answer fits
             yield self.run.kind.shown(row, self.run.processor, self.run.record.labels)
 

@@ -61,7 +61,8 @@ from .tasks.base import logits, plain_metrics
 # Trainer arguments of a run that inference takes: those of the loss and its tokens, of precision, and of memory. Others
 # may change which examples are read, and in which order.
 _OF_INFERENCE = (
-    *("label_smoothing_factor", "completion_only_loss", "eos_token", "pad_token", "truncation_mode", "dataset_kwargs"),
+    *("label_smoothing_factor", "completion_only_loss", "loss_type", "router_aux_loss_coef"),
+    *("eos_token", "pad_token", "max_length", "truncation_mode", "dataset_kwargs"),
     *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "use_cpu", "eval_accumulation_steps"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "dataloader_num_workers", "dataset_num_proc"),
 )
@@ -107,11 +108,13 @@ def evaluate(
     require_data_path(data)
     if not isinstance(run, LoadedRun):
         run = LoadedRun.read(Path(run), on_answers=assistant_only_loss)
+    elif assistant_only_loss:
+        raise ValueError("assistant_only_loss is for the folder of an adapter. Pass it instead of the loaded one.")
     loaded = run.reading(**reading)
     examples = sampled(loaded.examples(data, split, announce, with_label=True), limit)
-    for note in loaded.scored(examples):
-        announce(note)
     encoded = loaded.encoded(examples)
+    for note in loaded.scored(encoded):
+        announce(note)
     trainer = loaded.trainer(encoded)
     if not len(trainer.eval_dataset):  # type: ignore[arg-type]
         raise ValueError(
@@ -388,12 +391,19 @@ class LoadedRun:
         return self.kind.encode(examples, self.processor, self.record.max_length)
 
     def marked(self, rows: Dataset) -> Dataset:
-        """Restrict the loss of encoded examples as in training."""
+        """Restrict the loss of encoded examples as in training.
+
+        Raises:
+            ValueError: it is restricted by --assistant-only-loss, and they are no chats.
+
+        """
+        if self.record.loss_on == ANSWERS and self.record.rendering is None and "messages" not in rows.column_names:
+            raise ValueError("--assistant-only-loss is for chats (columns messages or conversations). Remove it.")
         return with_answers_marked(rows, self.processor) if self.record.loss_on == ANSWERS else rows
 
-    def scored(self, examples: Dataset) -> Iterator[str]:
-        """Tokens that the loss is taken of, in a sentence, for chats and an adapter that does not store it."""
-        if self.kind.generates and self.record.rendering is None and holds_chats(examples):
+    def scored(self, rows: Dataset) -> Iterator[str]:
+        """Tokens that the loss is taken of, in a sentence, for encoded chats and an adapter that does not store it."""
+        if self.record.rendering is None and "messages" in rows.column_names:
             is_part = self.record.loss_on == ANSWERS
             part = "the answers" if is_part else "all tokens (--assistant-only-loss: of the answers)"
             yield f"The loss of the chats is that of {part}."

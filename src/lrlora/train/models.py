@@ -196,7 +196,8 @@ def training_arguments(
     cls = kind.arguments_class()
     given = dict(given)
     given.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
-    given.pop("eval_do_concat_batches", None)  # metrics take all batches as one
+    for name in ("eval_do_concat_batches", "batch_eval_metrics"):
+        given.pop(name, None)  # metrics take all batches as one
     batch = given.pop("per_device_train_batch_size", kind.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
     steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)
@@ -274,7 +275,6 @@ _REFUSED = {
     "hub_token": "would be saved with the run. Set HF_TOKEN instead, or `hf auth login`",
     "resume_from_checkpoint": "has no effect. Use: lrlora train --resume FOLDER",
     "output_dir": "is a setting of the run. Pass it as --output",
-    "batch_eval_metrics": "is not supported, because the metrics need all predictions. Remove it",
 }
 # Checked here, because the Trainer would fail only during training.
 _LEAST = {

@@ -224,13 +224,12 @@ class TrainConfig:
         if self.learned_size is None or "r" in given:
             return given
         size = Size.parse(self.learned_size)
-        if size.unit == "ranks":
-            given["r"] = int(size.number)
-        return _at_rank(given, size.wide_rank)
+        return _at_rank(given, size.wide_rank, size.number if size.unit == "ranks" else size.wide_rank)
 
     def fields_at(self, rank: int) -> dict[str, Any]:
         """`adapter_fields` but the rank, with the same scaling at this rank."""
-        return {name: value for name, value in _at_rank(self.adapter_fields, rank).items() if name != "r"}
+        given = self.adapter_fields
+        return {name: value for name, value in _at_rank(given, rank, given.get("r", rank)).items() if name != "r"}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TrainConfig:
@@ -253,11 +252,11 @@ class TrainConfig:
         return cls(**{**content, "size": str(size)} if type(size) is int else content)
 
 
-def _at_rank(given: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """Fields of a LoRA at another rank, with the same scaling."""
+def _at_rank(given: Mapping[str, Any], rank: int, before: float) -> dict[str, Any]:
+    """Fields of a LoRA at another rank than before, with the same scaling."""
     fields = {**given, "r": rank}
-    if "r" in given and "lora_alpha" in given:
-        ratio = rank / given["r"]
+    if "lora_alpha" in given:
+        ratio = rank / before
         fields["lora_alpha"] = given["lora_alpha"] * (math.sqrt(ratio) if given.get("use_rslora") else ratio)
     return fields
 

@@ -181,8 +181,11 @@ class Kind:
 
 def _leave_eos_out(tokenizer: Any, source: str | Path) -> None:
     """Let a tokenizer append no EOS to texts, which would end prompts as well."""
-    tokens = tokenizer("a")["input_ids"]
-    if tokenizer.eos_token_id is None or tokens[-1] != tokenizer.eos_token_id:
+    try:
+        tokens, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    except Exception:  # of a vocabulary without this letter
+        return
+    if not text or tokens[-len(text) :] == text or tokens[-1] != tokenizer.eos_token_id:
         return
     tokenizer.add_bos_token = tokens[0] == tokenizer.bos_token_id  # also where a template adds it
     tokenizer.add_eos_token = False
