@@ -73,6 +73,8 @@ def test_a_trainer_s_adapter_keeps_its_gain_at_the_size_that_is_told(tmp_path: P
     assert torch.allclose(tiny.logits(small), tiny.logits(model), atol=1e-5)
     kept_beside = PeftModel.from_pretrained(tiny.build(), tmp_path / "whole").eval()
     assert loss_of(kept_beside, new) == pytest.approx(whole, rel=1e-5)
+    shrink(trainer, keep=0.9)  # leaves the first whole adapter
+    assert loss_of(PeftModel.from_pretrained(tiny.build(), tmp_path / "whole").eval(), new) == pytest.approx(whole)
     model.train()
     assert trainer.train().training_loss < without  # it can be trained further
 

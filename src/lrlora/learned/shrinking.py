@@ -14,13 +14,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from tqdm import tqdm
 from transformers import Trainer
 
 from ..adapters import Factors
@@ -36,6 +37,7 @@ FEWEST_UNITS = 30  # of each part
 WHOLE_FOLDER = "whole"  # in the Trainer's output folder
 _PARTS = 3
 _GRADIENT_BATCHES = 32
+_EXAMPLES, _BATCHES = 600, 120  # held-out, the larger of both
 _SAME = {"rel_tol": 0.01, "abs_tol": 1e-4}  # losses of the Trainer and of its model
 
 
@@ -106,7 +108,7 @@ class _Source:
         data = "training" if on == "train" else "held-out"
         whole: Any = trainer.model  # which may be around the PEFT model
         training = list(islice(trainer.get_train_dataloader(), _GRADIENT_BATCHES))
-        held_out = list(trainer.get_train_dataloader() if on == "train" else trainer.get_eval_dataloader())
+        held_out = _held_out(trainer, on)
 
         def loss(batch: Any) -> Tensor:
             with trainer.compute_loss_context_manager():
@@ -130,6 +132,17 @@ class _Source:
         return cls(training, held_out, loss, by_batch, f"{data} batches")
 
 
+def _held_out(trainer: Trainer, on: str) -> list[Any]:
+    """Batches of a sample of the evaluation data, or of training data."""
+    most = max(_EXAMPLES, _BATCHES * trainer.args.eval_batch_size)
+    if on == "train":
+        return list(islice(trainer.get_train_dataloader(), -(-most // trainer.args.train_batch_size)))
+    data: Any = trainer.eval_dataset
+    if len(data) > most and hasattr(data, "shuffle"):
+        data = data.shuffle(seed=0).select(range(most))
+    return list(islice(trainer.get_eval_dataloader(data), -(-most // trainer.args.eval_batch_size)))
+
+
 def shrink(
     model: Any,
     batches: Iterable[Any] = (),
@@ -147,7 +160,8 @@ def shrink(
         trainer.save_model("small")
 
     The adapter becomes smaller, not better, and stays a plain LoRA. The whole one is saved beside it, in the folder
-    `whole` of the Trainer's output folder. A LoRA that is trained at this size may gain more or less.
+    `whole` (then `whole-2`, …) of the Trainer's output folder. A LoRA that is trained at this size may gain more or
+    less. It takes as long as about 15 evaluations of 200 examples.
 
     Args:
         model: Trainer after training, of transformers, TRL or sentence-transformers; or a PEFT model, with `batches`.
@@ -183,11 +197,17 @@ def shrink(
         finally:
             _restore(live, adapter, stored)
     if isinstance(model, Trainer):
-        live.save_pretrained(str(Path(str(model.args.output_dir)) / WHOLE_FOLDER), selected_adapters=[adapter])
+        live.save_pretrained(str(_free(Path(str(model.args.output_dir)))), selected_adapters=[adapter])
     put(live, adapter, factors)
     optimizer = getattr(model, "optimizer", None)
     make_small(live, adapter, found.ranks, None if optimizer is None else unwrapped(optimizer)[-1])
     return found
+
+
+def _free(output: Path) -> Path:
+    """Folder for the whole adapter that does not exist yet: whole, whole-2, …"""
+    names = chain([WHOLE_FOLDER], (f"{WHOLE_FOLDER}-{number}" for number in count(2)))
+    return next(output / name for name in names if not (output / name).exists())
 
 
 def require_measurable(trainer: Trainer, on: str) -> None:
@@ -206,8 +226,8 @@ def require_measurable(trainer: Trainer, on: str) -> None:
         )
     if on == "eval" and isinstance(trainer.eval_dataset, dict):
         raise ValueError("shrink measures the gain on one evaluation set, but the Trainer has several. Pass one.")
-    if on == "eval" and (count := len(trainer.eval_dataset)) < _PARTS * FEWEST_UNITS:  # type: ignore[arg-type]
-        raise ValueError(_too_few(f"{count} held-out examples"))
+    if on == "eval" and (examples := len(trainer.eval_dataset)) < _PARTS * FEWEST_UNITS:  # type: ignore[arg-type]
+        raise ValueError(_too_few(f"{examples} held-out examples"))
 
 
 def _too_few(units: str) -> str:
@@ -270,8 +290,11 @@ def _search(
     if min(map(len, whole)) < FEWEST_UNITS:
         raise ValueError(_too_few(f"{units} {source.unit}"))
 
+    bar = tqdm(desc="Shrinking", unit="measurement")
+
     def losses(factors: Sequence[Factors], at: int) -> Tensor:
         put(model, adapter, factors)
+        bar.update()
         return source.losses(parts[at])
 
     nothing = [of.factors(0) for of in curve.modules]
@@ -291,8 +314,10 @@ def _search(
     equal_rank, equal = _smallest_equal(curve, lambda each: kept(each, 0).low >= keep and kept(each, 1).share >= keep)
     if max_rank is None or equal_rank <= max_rank:
         factors = min(factors, equal, key=lambda each: sum(part.parameters for part in each))
+    interval = kept(factors, 2)
+    bar.close()
     return factors, Shrunk(
-        kept=kept(factors, 2),
+        kept=interval,
         gain=gains[2].nats,
         ranks={part.module: part.rank for part in factors},
         parameters=sum(part.parameters for part in factors),
