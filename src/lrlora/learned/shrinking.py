@@ -36,7 +36,7 @@ from .sharded import processes
 FEWEST_UNITS = 30  # of each part
 WHOLE_FOLDER = "whole"  # in the Trainer's output folder
 _PARTS = 3
-_GRADIENT_BATCHES = 32
+_GRADIENT_BATCHES = (8, 32)  # at least and at most; between, a tenth of those of the training
 _EXAMPLES, _BATCHES = 600, 120  # held-out, the larger of both
 _SAME = {"rel_tol": 0.01, "abs_tol": 1e-4}  # losses of the Trainer and of its model
 
@@ -107,7 +107,9 @@ class _Source:
     def of_trainer(cls, trainer: Trainer, model: PeftModel, on: str) -> _Source:
         data = "training" if on == "train" else "held-out"
         whole: Any = trainer.model  # which may be around the PEFT model
-        training = list(islice(trainer.get_train_dataloader(), _GRADIENT_BATCHES))
+        steps = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        fewest, most = _GRADIENT_BATCHES
+        training = list(islice(trainer.get_train_dataloader(), min(most, max(fewest, steps // 10))))
         held_out = _held_out(trainer, on)
 
         def loss(batch: Any) -> Tensor:
