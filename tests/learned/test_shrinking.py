@@ -108,17 +108,18 @@ def chats(count: int) -> Dataset:
     return Dataset.from_dict({"prompt": rows, "chosen": [" it is good"] * count, "rejected": [" it is bad"] * count})
 
 
+@pytest.mark.integration  # hundreds of batches of two models
 def test_the_reference_of_dpo_is_the_model_without_the_adapter(tmp_path: Path) -> None:
     base = save_decoder(tmp_path / "base")
-    options = {"max_steps": 30, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "use_cpu": True}
+    options = {"max_steps": 20, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 1, "use_cpu": True}
     options |= {"learning_rate": 1e-2, "report_to": "none", "bf16": False, "logging_steps": 50, "disable_tqdm": True}
     trainer = DPOTrainer(
         base,
         args=DPOConfig(str(tmp_path / "out"), **options),
         train_dataset=chats(32),
-        eval_dataset=chats(192),
+        eval_dataset=chats(93),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        peft_config=LoraConfig(r=3, target_modules="all-linear"),
     )
     trainer.train()
     before = trainer.evaluate()["eval_loss"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import warnings
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..checks import check_truncation
@@ -18,6 +18,9 @@ from .learned_ranks import CUT_AT, LearnedRanks, budget_of, cut_step
 from .live_lora import pad_state, peft_model, require_plain_lora
 from .shrinking import Shrunk, require_measurable, shrink
 from .size import Size
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class LearnedRanksCallback(TrainerCallback, ExportableState):

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
-from transformers import Trainer
 
 from ..adapters import Factors
 from ..checks import DEFAULT_KEEP, check_truncation
@@ -32,6 +31,9 @@ from .learned_ranks import unwrapped
 from .live_lora import lora_factors, lora_layers, lora_weights, make_small, peft_model, put, require_plain_lora
 from .moments import Loss, Moments, channel_dim, model_loss, watch
 from .sharded import processes
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # imports `datasets`, which an adapter does without
 
 FEWEST_UNITS = 30  # of each part
 WHOLE_FOLDER = "whole"  # in the Trainer's output folder
@@ -180,17 +182,16 @@ def shrink(
 
     """
     check_truncation(keep=keep)
-    live = peft_model(model.model if isinstance(model, Trainer) else model)
+    is_trainer = hasattr(model, "compute_loss")
+    live = peft_model(model.model if is_trainer else model)
     adapter = require_plain_lora(live)
-    if isinstance(model, Trainer):
+    if is_trainer:
         require_measurable(model, on)
     if processes() > 1:
         raise ValueError("shrink runs in one process. Save the adapter, and load it in a script of its own.")
     with _at_rest(live):
         source = (
-            _Source.of_trainer(model, live, on)
-            if isinstance(model, Trainer)
-            else _Source.of_batches(live, batches, held_out, loss)
+            _Source.of_trainer(model, live, on) if is_trainer else _Source.of_batches(live, batches, held_out, loss)
         )
         curve = _curve(live, adapter, source)
         stored = [weight.detach().clone() for weight in _weights(live, adapter)]
@@ -198,7 +199,7 @@ def shrink(
             factors, found = _search(live, adapter, source, curve, keep, max_rank)
         finally:
             _restore(live, adapter, stored)
-    if isinstance(model, Trainer):
+    if is_trainer:
         live.save_pretrained(str(_free(Path(str(model.args.output_dir)))), selected_adapters=[adapter])
     put(live, adapter, factors)
     optimizer = getattr(model, "optimizer", None)
