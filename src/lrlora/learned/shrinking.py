@@ -4,7 +4,7 @@ The loss is that of the training: the Trainer's, on its evaluation batches, or a
 the live factors, so that losses that switch the adapter off, such as DPO's, see them as they see the adapter.
 
 The held-out batches are divided into three parts: one finds the size, one confirms it, and the third gives the
-interval, since a part that chose a size says too much good of it.
+interval, since the part that chose a size is biased in its favor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Shrunk:
         equal_rank: smallest rank that keeps the share if all modules have it; that of the whole adapter at most.
         parameters_per_rank: of one rank in all modules.
         units: number of units of the statistics, in all parts.
-        unit: held-out example, or batch, or training example, or batch.
+        unit: "held-out examples", "held-out batches", "training examples" or "training batches".
 
     """
 
@@ -236,7 +236,8 @@ def require_measurable(trainer: Trainer, on: str) -> None:
 def _too_few(units: str) -> str:
     return (
         f"{units} are too few to tell which share of the gain a smaller adapter keeps. Pass at least "
-        f"{_PARTS * FEWEST_UNITS}, in at least {_PARTS} batches."
+        f"{_PARTS * FEWEST_UNITS} examples, in at least {_PARTS} batches; {_PARTS * FEWEST_UNITS} batches where the "
+        "loss is known by batch alone."
     )
 
 
@@ -287,6 +288,8 @@ def _curve(model: PeftModel, adapter: str, source: _Source) -> LossCurve:
 def _search(
     model: PeftModel, adapter: str, source: _Source, curve: LossCurve, keep: float, max_rank: int | None
 ) -> tuple[list[Factors], Shrunk]:
+    if (batches := len(source.held_out)) < _PARTS:
+        raise ValueError(_too_few(f"{batches} batches of held-out data"))
     parts = [source.held_out[at::_PARTS] for at in range(_PARTS)]
     whole = [source.losses(part) for part in parts]
     units = sum(map(len, whole))
