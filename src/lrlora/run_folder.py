@@ -16,7 +16,6 @@ from .files import parse_json, read_json, readable, require_folder
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "ranks.json"
-LOSS_FILE = "loss_over_size.json"
 LOG_FILE = "log_history.json"
 HISTORY_FILE = "rank_history.jsonl"
 PICTURE_FILE = "ranks.png"
@@ -70,44 +69,6 @@ class RunRecord:
     chat_template: str | None = None
     base_model: str | None = None
     dataset: str | None = None
-
-
-@dataclass(frozen=True)
-class LossRecord:
-    """Share of the adapter's gain that smaller LoRAs keep, and the chosen one.
-
-    Attributes:
-        loss: mean validation loss of the adapter.
-        base: mean validation loss without the adapter.
-        keep: share asked for; None if the size was given.
-        sizes: parameters of the measured LoRAs, largest first.
-        kept: the share that each keeps.
-        chosen: parameters of the chosen one.
-        ranks: module → its rank there.
-
-    """
-
-    loss: float
-    base: float
-    keep: float | None
-    sizes: list[int]
-    kept: list[float]
-    chosen: int
-    ranks: dict[str, int]
-
-
-def read_losses(folder: Path) -> LossRecord | None:
-    """Losses of a run at smaller sizes; None if not measured.
-
-    Raises:
-        ValueError: the file is damaged.
-
-    """
-    path = folder / LOSS_FILE
-    if not path.exists():
-        return None
-    record: LossRecord = read_json(path, LossRecord, "Remove it to continue without the losses over sizes.")
-    return record
 
 
 def read_record(folder: Path) -> RunRecord:

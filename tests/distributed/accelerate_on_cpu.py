@@ -21,6 +21,11 @@ def _init_as_on_gpus(self: AcceleratorState, *args: Any, **options: Any) -> None
     _init(self, *args, **options)
 
 
-if __name__ == "__main__":
+def shard_on_cpu() -> None:
+    """Let FSDP2 shard the models of a CPU's processes."""
     AcceleratorState.__init__ = _init_as_on_gpus
+
+
+if __name__ == "__main__":
+    shard_on_cpu()
     app()

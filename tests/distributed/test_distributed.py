@@ -22,14 +22,17 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from lrlora import RankReport, rank_report
+from lrlora.shrunk import read_shrunk
 from lrlora.train.run import train as train_run
 from lrlora.train.settings import TrainConfig
 from lrlora.train.sharding import check_sharding
 
 from ..conftest import TinyModel
+from ..learned.test_shrinking import lora, trainer_of
 from ..processes import LRLORA, Process
 from ..train.small import SIZES, losses, reviews, save_decoder, size_of, tokenizer
 from .learn_ranks import learn
+from .shrink_adapter import shrunk
 from .train_sharded import build, train
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +150,32 @@ def test_ranks_are_learned_by_several_processes_as_by_one(way: str, tmp_path: Pa
     torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model.eval()), rtol=0, atol=0.2 if half else 1e-4)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(len(value) for name, value in stored.items() if "lora_A" in name) == sum(alone["ranks"].values())
+
+
+@pytest.mark.parametrize(
+    "way",
+    [*("ddp", "fsdp"), pytest.param("zero2", marks=pytest.mark.slow)],
+)
+def test_several_processes_shrink_an_adapter_as_one_does(way: str, tmp_path: Path) -> None:
+    if way == "zero2":
+        need_deepspeed()
+    tiny = TinyModel("llama")
+    trainer = trainer_of(tmp_path, lora(tiny.build()))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    shrunk("alone", tmp_path / "adapter", tmp_path / "one")
+    torchrun(2, ROOT / "tests" / "distributed" / "shrink_adapter.py", way, tmp_path / "adapter", tmp_path / "two")
+    one, two = (read_shrunk(tmp_path / name / "out" / "whole") for name in ("one", "two"))
+    assert one is not None
+    assert two is not None
+    assert (two.ranks, two.units) == (one.ranks, one.units)
+    assert two.parameters < two.whole
+    assert two.kept == pytest.approx(one.kept, abs=1e-4)
+    for folder, rel in (("small", 1e-4), ("out/whole", 0)):
+        mine, theirs = (load_file(tmp_path / name / folder / "adapter_model.safetensors") for name in ("one", "two"))
+        torch.testing.assert_close(theirs, mine, rtol=rel, atol=rel)
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "two" / "small")
+    assert sum(p.numel() for n, p in loaded.named_parameters() if "lora_" in n) == two.parameters
 
 
 @pytest.mark.integration

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from peft import PeftConfig
 
-from lrlora.run_folder import LOSS_FILE
+from lrlora.shrunk import SHRUNK_FILE
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig
 from lrlora.views.runs import load_runs
@@ -62,7 +62,7 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
     assert re.search(r"rank of BA: \d to \d", card)
     assert f"ranks: learned: LoRA r = 8, cut after 30% of the steps to {size:,} parameters (r2)" in card
     assert not Path("out/lora").exists()
-    assert not Path("out", LOSS_FILE).exists()
+    assert not Path("out", SHRUNK_FILE).exists()
     for command in (("evaluate", "out", "--data", "reviews.csv"), ("ranks", "out"), ("report", "out")):
         result = lrlora(*command)
         assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from lrlora import LrLoraConfig, rank_report
-from lrlora.run_folder import LossRecord
+from lrlora.shrunk import Kept, Shrunk
 from lrlora.views.page import write_page
 from lrlora.views.runs import Run
 
@@ -38,9 +38,12 @@ def runs() -> list[Run]:
         log = [{"step": step, "loss": 1 / step, "eval_loss": 2 / step, "eval_accuracy": 0.5} for step in (5, 10)]
         facts = {"method": name, "accuracy, held out": "0.5"}
         ranks = {row.module: 1 for row in history[-1][1].rows}
-        losses = LossRecord(0.5, 0.9, 0.99, [400, 200, 100], [1.0, 0.99, 0.72], 200, ranks)
+        shrunk = Shrunk(
+            *(0.99, Kept(0.99, 0.985, 0.995), 0.5, 0.9, ranks, 200, 400, 100, 120, "held-out examples"),
+            **{"equal_rank": 3, "sizes": [400, 200, 100], "shares": [1.0, 0.99, 0.72]},
+        )
         settings = {"adapter": {"r": 2}}
-        found.append(Run(name, history[-1][1], facts, settings, history, log, losses=losses))
+        found.append(Run(name, history[-1][1], facts, settings, history, log, shrunk=shrunk))
     return found
 
 

@@ -157,15 +157,14 @@ def test_the_page_opens_on_the_measure_of_the_picture(page: Page) -> None:
 def test_losses_over_sizes_are_drawn_with_the_command_of_the_chosen_one(
     browser: Browser, runs: list[Run], tmp_path: Path
 ) -> None:
-    assert runs[0].losses is not None
-    run = replace(runs[0], report=runs[0].report.with_loss_ranks(runs[0].losses.ranks))
+    assert runs[0].shrunk is not None
+    run = replace(runs[0], report=runs[0].report.with_loss_ranks(runs[0].shrunk.ranks))
     write_page([run], tmp_path / "page.html")
-    write_page([replace(run, losses=None)], tmp_path / "without.html")
+    write_page([replace(run, shrunk=None)], tmp_path / "without.html")
     page = browser.new_page()
     page.goto((tmp_path / "page.html").as_uri())
     expect(page.locator("#loss svg.marks")).to_be_visible()
-    gain = "what the adapter gains (loss 0.9000 to 0.5000)."
-    expect(page.locator("#smallest")).to_contain_text(f"200 parameters, the fewest that keep 99 % of {gain}")
+    expect(page.locator("#smallest")).to_contain_text(run.shrunk.sentence)
     expect(page.locator("#smallest pre")).to_contain_text(" --keep 0.99 --output ")
     page.locator("#measure").select_option("loss rank")
     assert page.locator("#maps .cell").first.inner_text() == "1"

@@ -32,7 +32,7 @@ from lrlora.learned import example_losses, loss_curve, mean_loss, model_loss
 from lrlora.learned.directions import LossCurve, directions
 from lrlora.learned.gain import losses_of, mean_of
 from lrlora.learned.moments import collect_moments
-from lrlora.train.cut import EXAMPLES, TERMS, Cut, Part, Subject, heal
+from lrlora.train.cut import EXAMPLES, TERMS, Cut, HeldOut, Subject, heal
 from lrlora.train.inference import evaluate
 from lrlora.train.models import model_source
 from lrlora.train.run import train
@@ -197,7 +197,7 @@ def case_of(name: str, seed: int, files: Path) -> Case:
     """A run of `lrlora train`."""
     subject, test = loaded(name, 8, seed, files)
     training = subject.batches(subject.training, EXAMPLES, TERMS)
-    unseen = Part(subject, test, training)
+    unseen = HeldOut(subject, test, training)
 
     def healed(factors: Any) -> float:
         with tempfile.TemporaryDirectory() as scratch:
@@ -301,7 +301,7 @@ def keep(name: str, seed: int, files: Path) -> Record:
     """What `lrlora export --keep` keeps of a run on test data that it never saw."""
     task, folder = TASKS[name], files / run_name(name, 8, seed)
     subject, test = loaded(name, 8, seed, files)
-    unseen = Part(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
+    unseen = HeldOut(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
     cut = Cut(subject, announce=lambda line: None)
     metric = subject.run.kind.metrics[0]
     metric = "mean_token_accuracy" if metric == "loss" else metric
@@ -309,7 +309,7 @@ def keep(name: str, seed: int, files: Path) -> Record:
     rows = []
     for share in KEEPS:
         try:
-            factors = cut.smallest(share, announce=lambda line: print(f"{name}, seed {seed}: {line}", flush=True))
+            factors, _ = cut.smallest(share)
         except ValueError as error:
             rows.append({"keep": share, "refused": str(error)})
             continue
@@ -323,7 +323,7 @@ def keep(name: str, seed: int, files: Path) -> Record:
         rows.append(
             {
                 "keep": share, "size": sum(part.parameters for part in factors) / whole,
-                "confirmed": cut.confirm.kept(factors).share, "test": unseen.kept(factors)._asdict(),
+                "confirmed": cut.last.kept(factors).share, "test": unseen.kept(factors)._asdict(),
                 "without": mean_of(unseen.without), "whole": mean_of(unseen.whole),
                 "cut": mean_of(unseen.losses(factors)), "metric": metric, "before": scores[0], "after": scores[1],
             }
@@ -337,7 +337,7 @@ def own(name: str, seed: int, files: Path) -> Record:
         return byte_own(seed, files)
     subject, test = loaded(name, 8, seed, files)
     kind = subject.run.kind
-    unseen = Part(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
+    unseen = HeldOut(subject, test, subject.batches(subject.training, EXAMPLES, TERMS))
     row: dict[str, Any] = {
         "task": name,
         "seed": seed,
@@ -352,7 +352,7 @@ def own(name: str, seed: int, files: Path) -> Record:
     if TASKS[name].settings["task"] != "image-classify":
         alone = subject.on_own_text() if kind.generates else on_fixed_texts(subject)
         sources["own" if kind.generates else "fixed"] = alone, alone.loss
-        factors = Cut(alone, announce=lambda line: None).smallest(KEEPS[0], announce=lambda line: None)
+        factors, _ = Cut(alone, announce=lambda line: None).smallest(KEEPS[0])
         row |= {"size": sum(part.parameters for part in factors) / whole, "kept": unseen.kept(factors)._asdict()}
     for source, (examples, loss) in sources.items():
         batches = examples.batches(examples.training, EXAMPLES, TERMS)

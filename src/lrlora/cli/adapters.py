@@ -17,7 +17,8 @@ from ..checks import DEFAULT_ENERGY, check_truncation, require_known
 from ..files import free_folder, is_full_model, require_source, require_writable
 from ..learned.size import Size
 from ..locks import only_writer
-from ..run_folder import RUN_FILE, read_losses
+from ..run_folder import RUN_FILE
+from ..shrunk import read_shrunk
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
 from .common import ASSISTANT_ONLY_LOSS, announce, app, as_text, console, one_clear_error, quiet
@@ -59,13 +60,15 @@ def ranks(
         report = rank_report(updates, progressbar=True)
         if base is not None and all(row.relative_norm is None for row in report.rows):
             raise ValueError(f"{base} has no weight of the adapter's modules. Pass its base model.")
-        if losses := read_losses(Path(source)):
-            report = report.with_loss_ranks(losses.ranks)
+        if shrunk := read_shrunk(Path(source)):
+            report = report.with_loss_ranks(shrunk.ranks)
         console.print(
             rank_table(report, as_text(f"Ranks of {source} ({updates.method})"), width=console.width, every=every)
         )
         for note in updates.notes:
             announce(note)
+        if shrunk:
+            announce(str(shrunk))
         if json:
             report.to_json(json)
 

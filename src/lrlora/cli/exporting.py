@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import DEFAULT_KEEP
+from ..files import write_json
 from ..learned.size import Size
+from ..shrunk import SHRUNK_FILE, Shrunk
 from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
@@ -76,12 +79,15 @@ def _sizes(updates: Updates, exported: int) -> str:
     return f"Parameters: {as_trained}{without_loss}{exported:,} as exported."
 
 
-def _chosen(cut: Cut, keep: float | None, size: Size | None, max_rank: int | None, dtype: str | None) -> list[Factors]:
-    """Factors of a cut by loss: by share of the gain to keep, size or maximum rank."""
+def _chosen(
+    cut: Cut, keep: float | None, size: Size | None, max_rank: int | None, dtype: str | None
+) -> tuple[list[Factors], Shrunk]:
+    """Factors of a cut by loss, by share of the gain to keep, size or maximum rank; and their record."""
     if keep is not None:
-        return cut.smallest(keep, max_rank, announce=announce)
+        return cut.smallest(keep, max_rank)
     within = cut.curve.parameters if size is None else parameters_in(size, cut.subject.updates, dtype)
-    return cut.within(within, max_rank)
+    factors = cut.within(within, max_rank)
+    return factors, cut.described(factors)
 
 
 def cut_of(
@@ -113,48 +119,40 @@ def export_by_loss(
     **writing: Any,
 ) -> None:
     """Export the directions that matter to the loss of examples."""
-    factors = _chosen(cut, keep, size, max_rank, writing["dtype"])
-    losses = cut.confirm.losses(factors)
-    for line in _gain_lines(cut, losses):
-        announce(line)
+    from ..learned.gain import mean_of
+
+    factors, found = _chosen(cut, keep, size, max_rank, writing["dtype"])
     write_factors(factors, cut.subject.updates, output, **writing)
+    losses = cut.last.losses(factors)
+    announce(f"Loss as cut: {mean_of(losses):.4g}.")
     with one_clear_error("The LoRA is written as it was cut."):
         if steps:
             _heal(cut, output, steps, losses)
         if check:
-            _check_loaded(cut, output, losses)
+            found = _check_loaded(cut, output, found)
+    write_json(output / SHRUNK_FILE, asdict(found))
+    announce(str(found))
 
 
-def _gain_lines(cut: Cut, losses: Tensor) -> Iterator[str]:
-    """Losses of the adapter, of none, and of the cut, and the share of the gain that is kept."""
-    from ..learned.gain import mean_of
-
-    unit = "" if cut.subject.run.config.task == "regress" else " nats"  # there, the loss is a squared error
-    gain = cut.confirm.gain.nats
-    yield f"Loss of the adapter: {cut.loss:.4g}, without it: {cut.base:.4g}; gain {gain:.4g}{unit}."
-    yield f"As cut: {mean_of(losses):.4g}{_share(cut, losses)}."
-
-
-def _share(cut: Cut, losses: Tensor) -> str:
-    gain = cut.confirm.gain
-    return f", {gain.kept(losses)} of the gain kept" if gain.low > 0 else ""
-
-
-def _check_loaded(cut: Cut, output: Path, as_cut: Tensor) -> None:
+def _check_loaded(cut: Cut, output: Path, found: Shrunk) -> Shrunk:
     """Measure the saved LoRA as PEFT loads it; raise ValueError if it keeps much less of the gain than the cut did."""
     from ..learned.gain import mean_of
 
     model = cut.subject.with_lora(output)
-    losses = cut.confirm.losses_of(model)
-    announce(f"As loaded by PEFT from {output}: {mean_of(losses):.4g}{_share(cut, losses)}.")
-    if cut.metric:
-        announce(f"On all held-out examples: {cut.metric_of(model)}, before {cut.metric.rpartition(' ')[2]}.")
-    gain = cut.confirm.gain
-    if gain.low > 0 and gain.kept(as_cut).share - gain.kept(losses).share > 0.5:
+    losses = cut.last.losses_of(model)
+    kept = None if found.kept is None else cut.last.gain.kept(losses)
+    share = "" if kept is None else f", {kept} of the gain kept"
+    announce(f"As loaded by PEFT from {output}: {mean_of(losses):.4g}{share}.")
+    if found.kept is not None and kept is not None and found.kept.share - kept.share > 0.5:
         raise ValueError(
             f"{output} is written, but as loaded by PEFT it loses more than half of the adapter's gain, which the cut "
             "did not. Do not use it; merge the adapter instead (lrlora merge)."
         )
+    found = replace(found, kept=kept)
+    if cut.metric is None or (after := cut.metric_of(model)) is None:
+        return found
+    name, before = cut.metric
+    return replace(found, metrics={name: [before, after[1]]})
 
 
 def _heal(cut: Cut, output: Path, steps: int, losses: Tensor) -> None:
@@ -162,7 +160,7 @@ def _heal(cut: Cut, output: Path, steps: int, losses: Tensor) -> None:
     from ..train.cut import heal
 
     def is_better(model: Any) -> bool:
-        return mean_of(cut.confirm.losses_of(model)) < mean_of(losses)
+        return mean_of(cut.last.losses_of(model)) < mean_of(losses)
 
     try:
         healed = heal(cut.subject, output, steps, announce, is_better)
@@ -177,7 +175,7 @@ def show_smallest(run: TrainConfig) -> None:
     from ..adapters import save_as_lora
     from ..adapters.card import LORA_FOLDER
     from ..locks import remove_left
-    from ..train.cut import Cut, Subject, record_losses
+    from ..train.cut import Cut, Subject, record_shrunk
 
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)
@@ -185,23 +183,14 @@ def show_smallest(run: TrainConfig) -> None:
     keep = (run.keep or DEFAULT_KEEP) if run.size is None else None
     size = None if run.size is None else Size.parse(run.size, "--size")
     try:
-        factors = _chosen(cut, keep, size, None, None)
+        factors, found = _chosen(cut, keep, size, None, None)
     except ValueError as error:
         if keep is None:
             raise
         announce(f"The smallest LoRA was not chosen: {error}")  # the run is finished
         return
-    per_rank = sum(part.parameters_per_rank for part in factors)
-    record = record_losses(folder, cut, factors, keep)
-    if keep is not None:
-        announce(
-            f"The smallest LoRA that keeps {keep:.4g} of the gain has {record.chosen:,} parameters, as many as a LoRA "
-            f"of r = {record.chosen / per_rank:.2g}."
-        )
-    else:
-        announce(f"LoRA of {run.size}: {record.chosen:,} parameters.")
-    for line in _gain_lines(cut, cut.confirm.losses(factors)):
-        announce(line)
+    record_shrunk(folder, found)
+    announce(str(found))
     if run.keep is None and run.size is None:
         command = ["lrlora", "export", str(folder), "--keep", str(keep), "--output", f"{folder}-small"]
         announce(f"To write it: {shlex.join(command)}")

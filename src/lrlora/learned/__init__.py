@@ -4,12 +4,14 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or "lrlora_cli" not in sys.modules:  # see `lrlora`
+    from ..shrunk import Kept, Shrunk
     from .callback import LearnedRanksCallback
-    from .directions import LossCurve, Point, energy_curve, loss_curve, smallest
-    from .gain import Gain, Kept, example_losses, mean_loss
+    from .directions import LossCurve, energy_curve, loss_curve
+    from .gain import Gain, example_losses, mean_loss
     from .learned_ranks import LearnedRanks
     from .moments import model_loss
-    from .shrinking import Shrunk, shrink
+    from .search import Point, smallest
+    from .shrinking import shrink
     from .size import Size
 
 __all__ = [

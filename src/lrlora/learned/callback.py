@@ -14,9 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..checks import check_truncation
+from ..shrunk import Shrunk
 from .learned_ranks import CUT_AT, LearnedRanks, budget_of, cut_step
 from .live_lora import pad_state, peft_model, require_plain_lora
-from .shrinking import Shrunk, require_measurable, shrink
+from .shrinking import require_measurable, shrink
 from .size import Size
 
 if TYPE_CHECKING:

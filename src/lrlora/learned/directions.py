@@ -1,4 +1,4 @@
-"""Smallest LoRA that keeps a share of the gain: ranks the directions of all modules by their effect on the loss.
+"""Directions of all modules of an adapter, ranked by their effect on the loss.
 
 Replacing B A by B P A raises the mean loss by about
 
@@ -17,31 +17,19 @@ inputs and output gradients, without an m × n matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..adapters.factorize import best_per_parameter
-from .gain import Kept
 from .moments import Loss, Moments, collect_moments, grams, model_loss, sides
 
 DAMPING = 1e-3
-_SHARES = (0.5, 0.25, 0.125)  # shares of the parameters at which the loss is measured first
-_TOLERANCE = 1.05  # ratio of sizes at which the search ends
-_EVALUATIONS = 12
-_LARGER = 1.2  # ratio of sizes that are tried to confirm a share
 _TINY = 1e-30  # keeps a direction of zeros from dividing by zero
-
-
-class Point(NamedTuple):
-    """Share of the gain kept at a size."""
-
-    parameters: int
-    kept: Kept
 
 
 @dataclass(frozen=True)
@@ -107,6 +95,17 @@ class LossCurve:
         """Predicted rise of the mean loss with these factors."""
         return sum(of.rises[part.rank :].sum().item() for of, part in zip(self.modules, factors, strict=True))
 
+    def predicted(self, max_rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """Sizes in parameters, ascending, and the predicted rise of the loss at each; both (directions,)."""
+        rises = [of.rises[:max_rank] for of in self.modules]
+        cost = torch.cat(
+            [torch.full((len(r),), of.whole.parameters_per_rank) for r, of in zip(rises, self.modules, strict=True)]
+        )
+        worth = torch.cat(rises)
+        order = (worth / cost).argsort(descending=True, stable=True)
+        total = sum(of.rises.sum() for of in self.modules)
+        return cost[order].cumsum(0), (total - worth[order].cumsum(0)).clamp(min=0)
+
 
 def energy_curve(factors: Sequence[Factors]) -> LossCurve:
     """Curve that keeps the largest directions, regardless of the loss: σ² replaces the rise."""
@@ -161,70 +160,3 @@ def loss_curve(
     """
     moments, terms = collect_moments(model, factors, batches, loss)
     return LossCurve([directions(part, moments.get(part.module), terms) for part in factors])
-
-
-def smallest(
-    curve: LossCurve,
-    measure: Callable[[Sequence[Factors]], Kept],
-    keep: float,
-    *,
-    max_rank: int | None = None,
-    confirm: Callable[[Sequence[Factors]], float] | None = None,
-) -> tuple[list[Factors], list[Point]]:
-    """Find the smallest size that keeps a share of the gain, to about 5 %.
-
-    Measures at 1, 1/2, 1/4, 1/8 of the parameters and on while the lower bound is at least the share, then bisects, on
-    a logarithmic scale, between the smallest size that keeps it and the largest that does not; measures at most 12
-    sizes.
-
-    Args:
-        curve: curve of the adapter.
-        measure: returns the share that given factors keep, from `Gain.kept` on held-out examples.
-        keep: share to keep, between 0 and 1.
-        max_rank: maximum rank of a module.
-        confirm: returns the share that factors keep on other held-out examples; the size grows by fifths until it is
-            the share there, too.
-
-    Returns:
-        The factors, and all measured sizes, sorted.
-
-    Raises:
-        ValueError: even all directions keep less.
-
-    """
-    points: dict[int, Point] = {}
-    chosen: list[Factors] = []
-    within = beyond = 0
-
-    def fits(budget: int) -> bool:
-        nonlocal within, beyond, chosen
-        factors = curve.within(max(budget, curve.fewest), max_rank)
-        size = sum(part.parameters for part in factors)
-        if size not in points:
-            points[size] = Point(size, measure(factors))
-        is_within = points[size].kept.low >= keep
-        if is_within and (not chosen or size < within):
-            within, chosen = size, factors
-        elif not is_within:
-            beyond = max(beyond, size)
-        return is_within
-
-    if not fits(curve.parameters):
-        raise ValueError(
-            f"Even with all directions, {points[max(points)].kept} of the gain are kept, and {keep:.4g} is asked for. "
-            f"Ask for less{'' if max_rank is None else ', or for a larger rank'}."
-        )
-    whole = within
-    for share in _SHARES:
-        fits(int(share * whole))
-    is_new = True
-    while is_new and len(points) < _EVALUATIONS and within > max(curve.fewest, _TOLERANCE * beyond):
-        measured = len(points)
-        fits(int((within * beyond) ** 0.5) if beyond else within // 2)
-        is_new = len(points) > measured  # otherwise no size remains between the two
-    while confirm is not None and confirm(chosen) < keep and within < whole:
-        within = min(whole, int(_LARGER * within) + 1)
-        chosen = curve.within(within, max_rank)
-        size = sum(part.parameters for part in chosen)
-        points[size] = Point(size, measure(chosen))
-    return chosen, sorted(points.values(), reverse=True)

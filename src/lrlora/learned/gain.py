@@ -12,28 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import Factors
+from ..shrunk import Kept
 from .moments import Loss, model_loss, thin_updates
 
 _DRAWS = 2_000
 _TAIL = 0.05  # of the bootstrap, on either side
-
-
-class Kept(NamedTuple):
-    """Share of the gain, and the 5 % and 95 % quantiles of its bootstrap."""
-
-    share: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        low = f"{self.low:.1%}" if math.isfinite(self.low) else "unknown"
-        return f"{self.share:.1%} ({low} to {self.high:.1%})"
 
 
 class Gain:
@@ -117,3 +106,19 @@ def mean_loss(
 def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss = model_loss) -> Tensor:
     """`example_losses` of a model as it is."""
     return torch.cat([torch.stack(loss(model, batch), 1).double().cpu() for batch in batches])
+
+
+def constant_losses(labels: Tensor, known: Tensor) -> Tensor:
+    """Losses (examples,) of the best constant answer: the mean of known labels, or their shares, one added to each.
+
+    Without an adapter, the answers of a new head are worse than none, and would make any adapter look good.
+    """
+    if known.is_floating_point():
+        return (labels.double() - known.double().mean()).square()
+    counts = torch.bincount(known, minlength=int(labels.max()) + 1).double() + 1
+    return -(counts / counts.sum()).log()[labels]
+
+
+def at_most(losses: Tensor, constant: Tensor) -> Tensor:
+    """`example_losses`, or those of constant answers if they are lower in sum."""
+    return torch.stack([constant, losses[:, 1]], dim=1) if constant.sum() < losses[:, 0].sum() else losses

@@ -44,7 +44,7 @@ from .live_lora import (
     require_zero,
 )
 from .moments import Moments, channel_dim, watch
-from .sharded import full_value, is_deepspeed, processes, restart, write
+from .sharded import full_value, is_deepspeed, of_first, processes, restart, write
 from .size import Size
 
 CUT_AT = 0.3  # share of the steps
@@ -360,11 +360,7 @@ class LearnedRanks:
             )
         moments = {path: of.to("cpu") for path, of in self._moments.items()}
         curve = LossCurve([directions(part, moments.get(part.module), 1) for part in wide])
-        factors = self._chosen(curve)
-        if processes() > 1:  # others may round otherwise
-            shared = [factors]
-            dist.broadcast_object_list(shared, src=0)
-            (factors,) = shared
+        factors = of_first(self._chosen(curve))  # others may round otherwise
         put(self._model, self._adapter, factors)
         self._restart()
         self.cut_step = self._done

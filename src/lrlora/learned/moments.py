@@ -156,6 +156,23 @@ def model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return sums, numbers
 
 
+@torch.no_grad()
+def with_sampled_labels(model: nn.Module, batch: Batch) -> Batch:
+    """Batch with labels sampled from the model, whose gradients give its Fisher information.
+
+    Where the labels are learned by heart, their own gradients vanish. Labels of floating point, or of another shape
+    than the logits, stay.
+    """
+    labels = batch["labels"]
+    logits = at_least_float32(model(**batch).logits)
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        return batch
+    drawn = torch.distributions.Categorical(logits=logits).sample()
+    if labels.dim() > 1 and _predicts_next(model):
+        drawn = torch.cat([labels[:, :1], drawn[:, :-1]], 1)
+    return {**batch, "labels": torch.where(labels == IGNORED, labels, drawn)}
+
+
 def collect_moments(
     model: nn.Module, factors: Sequence[Factors], batches: Iterable[Any], loss: Loss = model_loss
 ) -> tuple[dict[str, Moments], int]:

@@ -12,10 +12,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..tuner.sharding import is_sharded
+
 
 def processes() -> int:
     """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Index of this process among these."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def of_first(value: Any) -> Any:
+    """The first process's value, on all of them."""
+    if processes() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def is_deepspeed(optimizer: Any) -> bool:
@@ -25,6 +41,11 @@ def is_deepspeed(optimizer: Any) -> bool:
 
 def _in_deepspeed(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether this process alone has the parameters, all of them whole."""
+    return processes() == 1 and not is_sharded(model) and not any(map(_in_deepspeed, model.parameters()))
 
 
 @torch.no_grad()

@@ -3,148 +3,194 @@
 The loss is that of the training: the Trainer's, on its evaluation batches, or a function. Candidates are written into
 the live factors, so that losses that switch the adapter off, such as DPO's, see them as they see the adapter.
 
-The held-out batches are divided into three parts: one finds the size, one confirms it, and the third gives the
-interval, since the part that chose a size is biased in its favor.
+In several processes, each measures its share of the batches, and all find the same.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
-from torch import Tensor
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters import Factors
 from ..checks import DEFAULT_KEEP, check_truncation
-from .directions import LossCurve, directions, smallest
-from .gain import Gain, Kept, losses_of, mean_of
+from ..files import write_json
+from ..shrunk import SHRUNK_FILE, Shrunk
+from .directions import LossCurve, directions
+from .gain import at_most, constant_losses, losses_of, mean_of
 from .learned_ranks import unwrapped
-from .live_lora import lora_factors, lora_layers, lora_weights, make_small, peft_model, put, require_plain_lora
-from .moments import Loss, Moments, channel_dim, model_loss, watch
-from .sharded import processes
+from .live_lora import (
+    SmallSave,
+    lora_factors,
+    lora_layers,
+    lora_weights,
+    make_small,
+    pad_state,
+    peft_model,
+    put,
+    require_plain_lora,
+)
+from .moments import Loss, Moments, channel_dim, model_loss, watch, with_sampled_labels
+from .search import FEWEST_UNITS, LEARNED, PARTS, PASSES, Part, find_smallest, too_few
+from .sharded import full_value, is_whole, of_first, process_index, processes, write
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
 
-FEWEST_UNITS = 30  # of each part
 WHOLE_FOLDER = "whole"  # in the Trainer's output folder
-_PARTS = 3
 _GRADIENT_BATCHES = (8, 32)  # at least and at most; between, a tenth of those of the training
-_EXAMPLES, _BATCHES = 600, 120  # held-out, the larger of both
+_EXAMPLES = (150, 600)  # held-out, at least and at most; between, a share of those trained on
+_BATCHES = 120  # held-out, where the loss is known by batch alone
+_SHARE = 1 / 20  # so that about six forward passes cost a tenth of the training, of a forward and a backward pass
 _SAME = {"rel_tol": 0.01, "abs_tol": 1e-4}  # losses of the Trainer and of its model
 
 
 @dataclass(frozen=True)
-class Shrunk:
-    """A LoRA of the smallest size found.
-
-    Attributes:
-        kept: share of the gain that it keeps, on the part of the held-out data that did not choose it.
-        gain: loss without the adapter minus loss with the whole one, on that part.
-        ranks: module → rank.
-        parameters, whole: number of parameters, now and before.
-        equal_rank: smallest rank that keeps the share if all modules have it; that of the whole adapter at most.
-        parameters_per_rank: of one rank in all modules.
-        units: number of units of the statistics, in all parts.
-        unit: "held-out examples", "held-out batches", "training examples" or "training batches".
-
-    """
-
-    kept: Kept
-    gain: float
-    ranks: dict[str, int]
-    parameters: int
-    whole: int
-    equal_rank: int
-    parameters_per_rank: int
-    units: int
-    unit: str
-
-    def __str__(self) -> str:
-        size = self.parameters / self.parameters_per_rank
-        return (
-            f"The adapter keeps {self.kept} of its gain of {self.gain:.4g} in {self.parameters:,} of {self.whole:,} "
-            f"parameters, as many as LoRA r = {size:.2g}; its largest rank is {max(self.ranks.values())}, and equal "
-            f"ranks would need r = {self.equal_rank}. {self.units} {self.unit} chose this size: report on others."
-        )
-
-
-@dataclass(frozen=True)
 class _Source:
-    """Batches of one's own, and their loss.
+    """Batches, and their losses by the live model.
 
     Attributes:
-        batches: for the gradients.
-        held_out: for the losses.
+        training: batches for the gradients.
+        held_out: batches for the losses.
         loss: mean loss of a batch, with a graph.
-        losses: sum of the loss terms of each unit of batches, and their number, (units, 2).
-        unit: what `losses` are of, in words.
+        units: sum of the loss terms of each unit of a batch, and their number, (units, 2).
+        unit: of these, in words.
+        sampled: returns a batch with labels sampled from the model; None without labels.
 
     """
 
-    batches: Sequence[Any]
+    training: Sequence[Any]
     held_out: Sequence[Any]
     loss: Callable[[Any], Tensor]
-    losses: Callable[[Sequence[Any]], Tensor]
+    units: Callable[[Any], Tensor]
     unit: str = "held-out examples"
+    sampled: Callable[[Any], Any] | None = None
 
     @classmethod
-    def of_batches(cls, model: PeftModel, batches: Iterable[Any], held_out: Iterable[Any], loss: Loss) -> _Source:
+    def of_batches(cls, model: PeftModel, training: Iterable[Any], held_out: Iterable[Any], loss: Loss) -> _Source:
         def mean(batch: Any) -> Tensor:
             sums, numbers = loss(model, batch)
             return sums.sum() / numbers.sum()
 
-        return cls(list(batches), list(held_out), mean, lambda part: losses_of(model, part, loss))
+        sampled = partial(with_sampled_labels, model) if loss is model_loss else None
+        units = partial(_units, model, loss)
+        return cls(list(training), list(held_out), mean, units, sampled=sampled)
 
     @classmethod
     def of_trainer(cls, trainer: Trainer, model: PeftModel, on: str) -> _Source:
-        data = "training" if on == "train" else "held-out"
         whole: Any = trainer.model  # which may be around the PEFT model
-        steps = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-        fewest, most = _GRADIENT_BATCHES
-        training = list(islice(trainer.get_train_dataloader(), min(most, max(fewest, steps // 10))))
-        held_out = _held_out(trainer, on)
+        data: Any = trainer.train_dataset if on == "train" else trainer.eval_dataset
+        kind = "training" if on == "train" else "held-out"
+        with _on_every_process(trainer):
+            training = _training_batches(trainer)
+            first = next(iter(trainer.get_eval_dataloader(data)))
+
+        def prepared(batch: Any) -> Any:
+            return trainer._prepare_inputs(dict(batch))
 
         def loss(batch: Any) -> Tensor:
             with trainer.compute_loss_context_manager():
-                result: Any = trainer.compute_loss(whole, trainer._prepare_inputs(dict(batch)))
+                result: Any = trainer.compute_loss(whole, prepared(batch))
             return result[0] if isinstance(result, tuple) else result
 
-        def examples(part: Sequence[Any]) -> Tensor:
+        def by_example(batch: Any) -> Tensor:
             with trainer.compute_loss_context_manager():
-                return losses_of(model, map(trainer._prepare_inputs, map(dict, part)), model_loss)
+                return _units(model, model_loss, prepared(batch))
 
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError), torch.no_grad():
-            if math.isclose(mean_of(examples(held_out[:1])), loss(held_out[0]).item(), **_SAME):
-                return cls(training, held_out, loss, examples, f"{data} examples")
-
-        def by_batch(part: Sequence[Any]) -> Tensor:
-            sizes = [len(next(value for value in batch.values() if hasattr(value, "__len__"))) for batch in part]
+        def by_batch(batch: Any) -> Tensor:
+            size = len(next(value for value in batch.values() if hasattr(value, "__len__")))
             with torch.no_grad():
-                means = [loss(batch).item() for batch in part]
-            return torch.tensor([[mean * size, size] for mean, size in zip(means, sizes, strict=True)]).double()
+                return torch.tensor([[loss(batch).item() * size, size]]).double()
 
-        return cls(training, held_out, loss, by_batch, f"{data} batches")
+        def sampled(batch: Any) -> Any:
+            with trainer.compute_loss_context_manager():
+                return with_sampled_labels(model, prepared(batch))
+
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            sums, numbers = by_example(first).sum(0).tolist()
+            if math.isclose(sums / numbers, by_batch(first)[0, 0].item() / len(by_example(first)), **_SAME):
+                held_out = _held_out(trainer, data, _examples(trainer))
+                return cls(training, held_out, loss, by_example, f"{kind} examples", sampled)
+        held_out = _held_out(trainer, data, _BATCHES * trainer.args.eval_batch_size)
+        return cls(training, held_out, loss, by_batch, f"{kind} batches")
+
+    def losses(self, batches: Sequence[Any]) -> Tensor:
+        """Losses of the units of batches, (units, 2), the same on every process."""
+        world, rank = processes(), process_index()
+        # As many on each, since a sharded model needs all processes.
+        own = [self.units(batches[at % len(batches)]) for at in range(rank, -(-len(batches) // world) * world, world)]
+        if world == 1:
+            return torch.cat(own)
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, own)
+        return torch.cat([everyone[at % world][at // world] for at in range(len(batches))])
 
 
-def _held_out(trainer: Trainer, on: str) -> list[Any]:
-    """Batches of a sample of the evaluation data, or of training data."""
-    most = max(_EXAMPLES, _BATCHES * trainer.args.eval_batch_size)
-    if on == "train":
-        return list(islice(trainer.get_train_dataloader(), -(-most // trainer.args.train_batch_size)))
-    data: Any = trainer.eval_dataset
-    if len(data) > most and hasattr(data, "shuffle"):
-        data = data.shuffle(seed=0).select(range(most))
-    return list(islice(trainer.get_eval_dataloader(data), -(-most // trainer.args.eval_batch_size)))
+@torch.no_grad()
+def _units(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
+    return losses_of(model, [batch], loss)
+
+
+@contextlib.contextmanager
+def _on_every_process(trainer: Trainer) -> Iterator[None]:
+    """Data loaders that give every process all batches, on the CPU."""
+    arguments, accelerator = trainer.args, trainer.accelerator
+    persistent, arguments.dataloader_persistent_workers = arguments.dataloader_persistent_workers, False
+    setattr(accelerator, "prepare", lambda loader, **options: loader)  # noqa: B010 (of this one alone)
+    try:
+        yield
+    finally:
+        del accelerator.prepare
+        arguments.dataloader_persistent_workers = persistent
+
+
+def _sample(data: Any, size: int) -> Any:
+    """Random examples of a data set, the same every time; all of one without a length."""
+    if not hasattr(data, "__len__") or len(data) <= size:
+        return data
+    if hasattr(data, "shuffle"):
+        return data.shuffle(seed=0).select(range(size))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.Subset(data, order[:size].tolist())
+
+
+def _training_batches(trainer: Trainer) -> list[Any]:
+    fewest, most = _GRADIENT_BATCHES
+    number = trainer.state.global_step * trainer.args.gradient_accumulation_steps // 10
+    number = min(most, max(fewest, number - number % fewest))
+    data: Any = trainer.train_dataset
+    if not hasattr(data, "__len__"):
+        return list(islice(trainer.get_train_dataloader(), number))
+    return list(trainer.get_eval_dataloader(_sample(data, number * trainer.args.eval_batch_size)))
+
+
+def _examples(trainer: Trainer) -> int:
+    """Number of held-out examples: so that their losses cost at most a tenth of the training, or as few as suffice."""
+    of_batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
+    fewest, most = _EXAMPLES
+    return min(most, max(fewest, int(_SHARE * trainer.state.global_step * of_batch)))
+
+
+def _held_out(trainer: Trainer, data: Any, size: int) -> list[Any]:
+    """Batches of a sample of this size, at least three."""
+    with _on_every_process(trainer):
+        loader = trainer.get_eval_dataloader(_sample(data, size))
+        return list(islice(loader, -(-size // trainer.args.eval_batch_size)))
 
 
 def shrink(
@@ -163,14 +209,17 @@ def shrink(
         print(lrlora.shrink(trainer, keep=0.99))
         trainer.save_model("small")
 
-    The adapter becomes smaller, not better, and stays a plain LoRA. The whole one is saved beside it, in the folder
+    The adapter becomes smaller, not better, and stays a plain LoRA. The whole one is saved before, in the folder
     `whole` (then `whole-2`, …) of the Trainer's output folder. A LoRA that is trained at this size may gain more or
-    less. It takes as long as about 15 evaluations of 200 examples.
+    less. It measures about six times the loss of 150 to 600 held-out examples, as many as cost a tenth of the
+    training.
+
+    Call it on every process.
 
     Args:
         model: Trainer after training, of transformers, TRL or sentence-transformers; or a PEFT model, with `batches`.
-        batches: training batches, on the model's device, for the gradients.
-        held_out: batches that were not trained on, for the losses.
+        batches: training batches, on the model's device, for the gradients; the same on every process.
+        held_out: batches that were not trained on, for the losses; the same on every process.
         keep: share of the gain, in (0, 1).
         loss: of batches: returns the sum of the loss terms of each example, and their number, both (examples,).
         max_rank: largest rank of any module.
@@ -182,167 +231,227 @@ def shrink(
 
     """
     check_truncation(keep=keep)
-    is_trainer = hasattr(model, "compute_loss")
-    live = peft_model(model.model if is_trainer else model)
+    trainer = model if hasattr(model, "compute_loss") else None
+    live = peft_model(model if trainer is None else trainer.model)
     adapter = require_plain_lora(live)
-    if is_trainer:
-        require_measurable(model, on)
-    if processes() > 1:
-        raise ValueError("shrink runs in one process. Save the adapter, and load it in a script of its own.")
-    with _at_rest(live):
+    folder = None
+    if trainer is not None:
+        require_measurable(trainer, on)
+        folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
+    with _at_rest(live, trainer):
         source = (
-            _Source.of_trainer(model, live, on) if is_trainer else _Source.of_batches(live, batches, held_out, loss)
+            _Source.of_batches(live, batches, held_out, loss)
+            if trainer is None
+            else _Source.of_trainer(trainer, live, on)
         )
-        curve = _curve(live, adapter, source)
-        stored = [weight.detach().clone() for weight in _weights(live, adapter)]
+        if len(source.held_out) < PARTS:
+            raise ValueError(too_few(f"{len(source.held_out)} batches of held-out data"))
+        _tell_cost(source, trainer)
+        before = None if trainer is None else _metrics(trainer, on)
+        stored = [full_value(weight).clone() for weight in _weights(live, adapter)]
         try:
-            factors, found = _search(live, adapter, source, curve, keep, max_rank)
-        finally:
-            _restore(live, adapter, stored)
-    if is_trainer:
-        live.save_pretrained(str(_free(Path(str(model.args.output_dir)))), selected_adapters=[adapter])
-    put(live, adapter, factors)
-    optimizer = getattr(model, "optimizer", None)
-    make_small(live, adapter, found.ranks, None if optimizer is None else unwrapped(optimizer)[-1])
+            factors, found = _search(live, adapter, source, keep, max_rank)
+        except BaseException:
+            for weight, value in zip(_weights(live, adapter), stored, strict=True):
+                write(weight, value)
+            raise
+        put(live, adapter, factors)
+        if before is not None:
+            after = _metrics(trainer, on)
+            found = replace(found, metrics={name: [value, after[name]] for name, value in before.items()})
+    _make_small(live, adapter, found, getattr(trainer, "optimizer", None))
+    if folder is not None and process_index() == 0:
+        write_json(folder / SHRUNK_FILE, asdict(found))
     return found
-
-
-def _free(output: Path) -> Path:
-    """Folder for the whole adapter that does not exist yet: whole, whole-2, …"""
-    names = chain([WHOLE_FOLDER], (f"{WHOLE_FOLDER}-{number}" for number in count(2)))
-    return next(output / name for name in names if not (output / name).exists())
 
 
 def require_measurable(trainer: Trainer, on: str) -> None:
     """Raise ValueError for a Trainer whose loss does not tell what its adapter gained."""
-    if hasattr(trainer, "reward_funcs"):
+    if any(hasattr(trainer, name) for name in ("reward_funcs", "reward_model", "value_model")):
         raise ValueError(
             f"The loss of {type(trainer).__name__} on stored data does not tell what the adapter gained. Save it, and "
             "cut it by data: lrlora export ADAPTER --keep 0.99 --data FILE --output SMALL"
         )
     if on not in ("eval", "train"):
         raise ValueError(f"on must be eval or train, got {on!r}.")
-    if on == "eval" and trainer.eval_dataset is None:
+    if on == "train":
+        return
+    data: Any = trainer.eval_dataset
+    if data is None:
         raise ValueError(
             "shrink measures the gain on held-out data, but the Trainer has no eval_dataset. Pass one, or on='train' "
             "for the data that was trained on."
         )
-    if on == "eval" and isinstance(trainer.eval_dataset, dict):
+    if isinstance(data, dict):
         raise ValueError("shrink measures the gain on one evaluation set, but the Trainer has several. Pass one.")
-    if on == "eval" and (examples := len(trainer.eval_dataset)) < _PARTS * FEWEST_UNITS:  # type: ignore[arg-type]
-        raise ValueError(_too_few(f"{examples} held-out examples"))
-
-
-def _too_few(units: str) -> str:
-    return (
-        f"{units} are too few to tell which share of the gain a smaller adapter keeps. Pass at least "
-        f"{_PARTS * FEWEST_UNITS} examples, in at least {_PARTS} batches; {_PARTS * FEWEST_UNITS} batches where the "
-        "loss is known by batch alone."
-    )
+    if hasattr(data, "__len__") and len(data) < PARTS * FEWEST_UNITS:
+        raise ValueError(too_few(f"{len(data)} held-out examples"))
 
 
 @contextlib.contextmanager
-def _at_rest(model: PeftModel) -> Iterator[None]:
-    """Evaluation mode, and afterwards no gradients."""
+def _at_rest(model: PeftModel, trainer: Any) -> Iterator[None]:
+    """Evaluation mode, without gradients of parameters; what TRL counts for its log stays as it is."""
     modes = [(module, module.training) for module in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    counted = copy.deepcopy(getattr(trainer, "_metrics", None))
     model.eval()
+    model.requires_grad_(False)
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        model.zero_grad()
+        for parameter in trained:
+            parameter.requires_grad = True
+        if counted is not None:
+            trainer._metrics = counted
 
 
-def _weights(model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:
+def _weights(model: PeftModel, adapter: str) -> list[nn.Parameter]:
     return [weight for layer in lora_layers(model, adapter).values() for weight in lora_weights(layer, adapter)]
 
 
-@torch.no_grad()
-def _restore(model: PeftModel, adapter: str, stored: Sequence[Tensor]) -> None:
-    for weight, value in zip(_weights(model, adapter), stored, strict=True):
-        weight.copy_(value)
+def _save_whole(model: PeftModel, adapter: str, output: Path) -> Path:
+    """Save the whole adapter in the first folder of whole, whole-2, … that does not exist or has the same."""
+    state = None
+    if not is_whole(model):
+        trained = {name: full_value(p).to(p.dtype) for name, p in model.named_parameters() if p.requires_grad}
+        state = {name: value.cpu() for name, value in trained.items()}
+    names = chain([WHOLE_FOLDER], (f"{WHOLE_FOLDER}-{number}" for number in count(2)))
+    folder = output / WHOLE_FOLDER
+    if process_index():
+        return folder
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, suffix=".partial") as scratch:
+        new = Path(scratch) / WHOLE_FOLDER
+        model.save_pretrained(str(new), selected_adapters=[adapter], state_dict=state)
+        if adapter != "default":
+            new /= adapter
+        for folder in (output / name for name in names):
+            if not folder.exists():
+                new.rename(folder)
+                break
+            if _is_same(folder, new):  # of a process that was killed
+                break
+    return folder
 
 
-def _curve(model: PeftModel, adapter: str, source: _Source) -> LossCurve:
-    """Curve of the live adapter, from the gradients of its batches."""
-    whole, layers = lora_factors(model, adapter), lora_layers(model, adapter)
+def _is_same(folder: Path, other: Path) -> bool:
+    """Whether two folders have the same adapter."""
+    first, second = (path / SAFETENSORS_WEIGHTS_NAME for path in (folder, other))
+    if not (first.exists() and second.exists()):
+        return False
+    mine, theirs = load_file(first), load_file(second)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def _tell_cost(source: _Source, trainer: Trainer | None) -> None:
+    passes = PASSES * len(source.held_out) + 3 * len(source.training)
+    line = f"Shrinking takes about {passes:,} forward passes of a batch"
+    if trainer is not None:
+        steps = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        line += f"; training took {steps:,} forward and backward passes"
+    if process_index() == 0:
+        tqdm.write(f"{line}.")
+
+
+def _metrics(trainer: Any, on: str) -> dict[str, float]:
+    """Metrics of the task on the held-out sample; empty without any."""
+    if (evaluator := getattr(trainer, "evaluator", None)) is not None:  # of sentence-transformers
+        return {name: float(value) for name, value in evaluator(trainer.model).items()}
+    if trainer.compute_metrics is None:
+        return {}
+    data = _sample(trainer.train_dataset if on == "train" else trainer.eval_dataset, _examples(trainer))
+    with contextlib.suppress(TypeError):  # of logits that are not gathered
+        found = trainer.predict(data, metric_key_prefix="").metrics
+    known = {name.removeprefix("_"): value for name, value in found.items() if isinstance(value, (int, float))}
+    speed = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    return {name: float(value) for name, value in known.items() if name not in speed}
+
+
+def _moments(model: PeftModel, adapter: str, source: _Source, whole: Sequence[Factors]) -> dict[str, Moments]:
+    """Moments of the modules, from the gradients of the training batches of all processes."""
+    layers = lora_layers(model, adapter)
     device = lora_weights(next(iter(layers.values())), adapter)[0].device
     moments = {part.module: Moments.zeros(part, device) for part in whole if part.energy}
+    if not moments:
+        raise ValueError("The adapter gains nothing: all of its updates are zero. Train it first.")
 
-    def collect(path: str, down: torch.nn.Module, inputs: Any, z: Tensor) -> None:
-        if z.requires_grad:
-            watch(z, moments[path], channel_dim(down))
+    def collect(path: str, down: nn.Module, inputs: Any, z: Tensor) -> None:
+        if torch.is_grad_enabled():
+            watch(z.requires_grad_(), moments[path], channel_dim(down))
 
+    world, batches = processes(), list(source.training)
+    batches = batches[: len(batches) - len(batches) % world] or batches * world
     hooks = [layers[path].lora_A[adapter].register_forward_hook(partial(collect, path)) for path in moments]
     try:
-        for batch in source.batches:
+        for batch in batches[process_index() :: world]:
             source.loss(batch).backward()
     finally:
         for hook in hooks:
             hook.remove()
-    known = {path: of.to("cpu") for path, of in moments.items()}
-    return LossCurve([directions(part, known.get(part.module), 1) for part in whole])
+    for of in moments.values():
+        if world > 1:
+            dist.all_reduce(of.sums)
+    if idle := [path for path, of in moments.items() if not of.calls]:
+        raise ValueError(
+            f"No token reached {idle[0]} ({len(idle)} of {len(moments)} modules), so its effect on the loss is "
+            "unknown. Provide more training data."
+        )
+    return {path: of.to("cpu") for path, of in moments.items()}
 
 
 def _search(
-    model: PeftModel, adapter: str, source: _Source, curve: LossCurve, keep: float, max_rank: int | None
+    model: PeftModel, adapter: str, source: _Source, keep: float, max_rank: int | None
 ) -> tuple[list[Factors], Shrunk]:
-    if (batches := len(source.held_out)) < _PARTS:
-        raise ValueError(_too_few(f"{batches} batches of held-out data"))
-    parts = [source.held_out[at::_PARTS] for at in range(_PARTS)]
-    whole = [source.losses(part) for part in parts]
-    units = sum(map(len, whole))
-    if min(map(len, whole)) < FEWEST_UNITS:
-        raise ValueError(_too_few(f"{units} {source.unit}"))
+    held_out = [source.held_out[at::PARTS] for at in range(PARTS)]
+    batches = [*held_out, source.training]
+    whole = [source.losses(part) for part in batches]
+    if source.sampled is not None and mean_of(whole[-1]) < LEARNED:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            source = replace(source, training=[source.sampled(batch) for batch in source.training])
+    factors = lora_factors(model, adapter)
+    moments = _moments(model, adapter, source, factors)
+    # Others may round otherwise.
+    curve = of_first(LossCurve([directions(part, moments.get(part.module), 1) for part in factors]))
+    bar = tqdm(total=PASSES * len(source.held_out), desc="Shrinking", unit="batch", disable=process_index() > 0)
 
-    bar = tqdm(desc="Shrinking", unit="measurement")
-
-    def losses(factors: Sequence[Factors], at: int) -> Tensor:
+    def measure(batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
         put(model, adapter, factors)
-        bar.update()
-        return source.losses(parts[at])
+        bar.update(len(batches))
+        return source.losses(batches)
 
-    nothing = [of.factors(0) for of in curve.modules]
-    gains = [Gain(losses(nothing, at), whole[at]) for at in range(_PARTS)]
-    if min(gain.low for gain in gains) <= 0:
-        raise ValueError(
-            f"The adapter gains too little for {units} {source.unit} to tell which share of it a smaller one keeps: "
-            f"{', '.join(f'{gain.nats:.3g}' for gain in gains)} in three parts of them. Pass more."
-        )
+    nothing, known = [of.factors(0) for of in curve.modules], _answers(source.training)
 
-    def kept(factors: Sequence[Factors], at: int) -> Kept:
-        return gains[at].kept(losses(factors, at))
+    def without(batches: Sequence[Any]) -> Tensor:
+        losses, given = measure(batches, nothing), _answers(batches)
+        return losses if known is None or given is None else at_most(losses, constant_losses(given, known))
 
-    factors, _ = smallest(
-        curve, lambda each: kept(each, 0), keep, max_rank=max_rank, confirm=lambda each: kept(each, 1).share
+    *parts, training = (
+        Part(losses, partial(without, part), partial(measure, part))
+        for losses, part in zip(whole, batches, strict=True)
     )
-    equal_rank, equal = _smallest_equal(curve, lambda each: kept(each, 0).low >= keep and kept(each, 1).share >= keep)
-    if max_rank is None or equal_rank <= max_rank:
-        factors = min(factors, equal, key=lambda each: sum(part.parameters for part in each))
-    interval = kept(factors, 2)
+    factors, found = find_smallest(parts, curve, keep, unit=source.unit, max_rank=max_rank)
+    if not source.unit.startswith("training"):
+        found = replace(found, training=training.kept(factors).share)
     bar.close()
-    return factors, Shrunk(
-        kept=interval,
-        gain=gains[2].nats,
-        ranks={part.module: part.rank for part in factors},
-        parameters=sum(part.parameters for part in factors),
-        whole=curve.parameters,
-        equal_rank=equal_rank,
-        parameters_per_rank=sum(part.parameters_per_rank for part in factors),
-        unit=source.unit,
-        units=units,
-    )
+    return factors, found
 
 
-def _smallest_equal(curve: LossCurve, keeps: Callable[[Sequence[Factors]], bool]) -> tuple[int, list[Factors]]:
-    """Smallest rank of all modules that keeps the share, and its factors; the largest if none does."""
-    largest = max(len(of.rises) for of in curve.modules)
-    low, high = 0, largest  # `high` keeps it
-    while high - low > 1:
-        rank = (low + high) // 2
-        if keeps([of.factors(rank) for of in curve.modules]):
-            high = rank
-        else:
-            low = rank
-    return high, [of.factors(high) for of in curve.modules]
+def _answers(batches: Sequence[Any]) -> Tensor | None:
+    """Labels of single examples; None for tokens or pairs."""
+    labels = [batch["labels"].cpu() if isinstance(batch, Mapping) and "labels" in batch else None for batch in batches]
+    known = [part for part in labels if part is not None and part.dim() == 1]
+    return torch.cat(known) if known and len(known) == len(labels) else None
+
+
+def _make_small(model: PeftModel, adapter: str, found: Shrunk, optimizer: Any) -> None:
+    """Make the live model as small as what is saved; where it is shared or sharded, what is saved alone."""
+    if is_whole(model):
+        make_small(model, adapter, found.ranks, None if optimizer is None else unwrapped(optimizer)[-1])
+        return
+    save = SmallSave(model, adapter, 0)
+    save.ranks = found.ranks
+    setattr(model, "save_pretrained", save)  # noqa: B010 (of this model alone)
+    model.register_load_state_dict_pre_hook(partial(pad_state, adapter))

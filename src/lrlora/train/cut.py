@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -28,25 +27,26 @@ from ..adapters.peft_folder import SavedAdapter
 from ..adapters.update import changes_base
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, replacing, write_json
-from ..learned.directions import Point, energy_curve, loss_curve, smallest
-from ..learned.gain import Gain, Kept, example_losses, losses_of, mean_loss, mean_of
-from ..learned.moments import IGNORED
+from ..learned.directions import energy_curve, loss_curve
+from ..learned.gain import at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
+from ..learned.moments import IGNORED, with_sampled_labels
+from ..learned.search import LEARNED, PARTS, PASSES, Part, describe, find_smallest
 from ..ranks import RankReport
-from ..run_folder import LOSS_FILE, REPORT_FILE, RUN_FILE, LossRecord
+from ..run_folder import REPORT_FILE, RUN_FILE
+from ..shrunk import SHRUNK_FILE, Shrunk
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
 from .inference import LoadedRun
 from .models import make_trainer, model_source, training_arguments
 from .own_text import own_text
 from .progress import Announce, Progress, StopOnNonFinite
-from .tasks import Kind
 from .tasks.base import plain_metrics
 
 # Maximum number of examples, and of loss terms after which no further batch is read.
 EXAMPLES, TERMS = 256, 4_096  # for the gradients
 HELD_OUT, HELD_OUT_TERMS = 384, 8_192  # for the losses
 FEWEST = 16  # minimum number of loss terms
-_BATCHES = 4  # to divide, where there are as many examples
+_BATCHES = 12  # to divide, where there are as many examples
 _OWN_BATCH = 8
 _HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
 # Trainer arguments of a run that healing leaves out: several processes, reports, packing, and the schedule.
@@ -231,72 +231,52 @@ def _given_examples(run: LoadedRun, data: str, announce: Announce) -> tuple[Data
     return split_by_groups(run.examples(data, name, announce, with_label=True), 0.5, "Provide more.")
 
 
-class Part:
-    """Held-out examples: their batches, and what the adapter gains on them.
+class HeldOut(Part):
+    """Held-out examples of a subject: their batches, and what the adapter gains on them.
 
     Create it before `Subject.on_base`, which may change the weights that the adapter was trained on.
     """
 
-    def __init__(self, subject: Subject, batches: list[Any], training: list[Any]) -> None:
-        self.subject, self.batches, self._training = subject, batches, training
+    def __init__(self, subject: Subject, batches: list[Any], training: list[Any], *, progressbar: bool = False) -> None:
+        self.subject, self.batches, self._training, self._progressbar = subject, batches, training, progressbar
         with cached_weights(subject.run.model):
-            self.whole = self.losses_of(subject.run.model)
-        self._known: dict[tuple[int, ...], Tensor] = {}
+            whole = self.losses_of(subject.run.model)
+        super().__init__(whole, self._unadapted, self._with)
 
-    @cached_property
-    def without(self) -> Tensor:
-        """`example_losses` without the adapter; trained heads, biases and tokens stay."""
-        without = self.losses([])
-        guessed = _guessed(self.subject.run.kind, self.batches, self._training)
-        if guessed is not None and guessed.sum() < without[:, 0].sum():
-            return torch.stack([guessed, without[:, 1]], dim=1)
-        return without
+    def _with(self, factors: Sequence[Factors]) -> Tensor:
+        batches = tqdm(self.batches, desc="Losses", leave=False, disable=not self._progressbar)
+        return example_losses(self.subject.on_base, factors, batches, self.subject.loss)
 
-    @cached_property
-    def gain(self) -> Gain:
-        return Gain(self.without, self.whole)
+    def _unadapted(self) -> Tensor:
+        """Losses without the adapter; trained heads, biases and tokens stay."""
+        losses = self.losses([])
+        if not self.subject.run.kind.has_head:
+            return losses
+        known, labels = (
+            torch.cat([batch["labels"].cpu() for batch in part]) for part in (self._training, self.batches)
+        )
+        return at_most(losses, constant_losses(labels.flatten(), known.flatten()))
 
     def losses_of(self, model: Any) -> Tensor:
         """`example_losses` of a model with its current adapter."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         return losses_of(base.eval(), self.batches, self.subject.loss)
 
-    def losses(self, factors: Sequence[Factors]) -> Tensor:
-        """`example_losses` of factors of one curve, cached by their ranks."""
-        ranks = tuple(part.rank for part in factors)
-        if ranks not in self._known:
-            self._known[ranks] = example_losses(self.subject.on_base, factors, self.batches, self.subject.loss)
-        return self._known[ranks]
-
-    def kept(self, factors: Sequence[Factors]) -> Kept:
-        """Share of the gain that factors keep."""
-        return self.gain.kept(self.losses(factors))
-
-
-def _guessed(kind: Kind, batches: list[Any], training: list[Any]) -> Tensor | None:
-    """Losses (examples,) of the best constant answer: label shares, or the mean; None without a head.
-
-    A new head's random answers are worse than no answer, and would make any adapter look good.
-    """
-    if not kind.has_head:
-        return None
-    known, labels = (torch.cat([batch["labels"].flatten().cpu() for batch in part]) for part in (training, batches))
-    if known.is_floating_point():
-        return (labels.double() - known.double().mean()).square()
-    counts = torch.bincount(known, minlength=int(labels.max()) + 1).double() + 1
-    return -(counts / counts.sum()).log()[labels]
-
 
 class Cut:
     """Compression of an adapter: its curve, and the share of its gain that is kept on held-out examples.
 
-    Half of the held-out examples are for the search of a size, the other half confirms it.
-
     Args:
         subject: adapter and examples.
-        with_metric: measure the task's metric, too, which is then in `metric`.
-        announce: receives the number of examples.
+        with_metric: measure the task's metric, too.
+        announce: receives the number of examples, and the cost.
         progressbar: show a progress bar.
+
+    Attributes:
+        parts: of the held-out examples; see `find_smallest`.
+        training: examples of the gradients.
+        curve: the adapter's directions.
+        metric: name and value of the task's metric; None without one.
 
     """
 
@@ -313,47 +293,33 @@ class Cut:
         held_out = subject.batches(subject.held_out, HELD_OUT, HELD_OUT_TERMS)
         used, held = (sum(len(batch["labels"]) for batch in part) for part in (training, held_out))
         announce(
-            f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.data}. Half of "
-            "those choose the size; the losses below are of the other half."
+            f"Cut by loss: gradients from {used} examples and losses on {held} others, from {subject.data}; about "
+            f"{PASSES * len(held_out) + 3 * len(training)} forward passes of a batch."
         )
         for note in subject.notes():
             announce(note)
-        self.search, self.confirm = (Part(subject, part, training) for part in (held_out[::2], held_out[1::2]))
-        self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else ""
-        self.points: list[Point] = []
-        gradients = tqdm(training, desc="Gradients of the loss", disable=not progressbar)
-        self.curve = loss_curve(subject.on_base, subject.whole, gradients, subject.loss)
-        self._progressbar = progressbar
+        *self.parts, self.training = (
+            HeldOut(subject, part, training, progressbar=progressbar)
+            for part in (*(held_out[at::PARTS] for at in range(PARTS)), training)
+        )
+        self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else None
+        inputs = [subject.run.kind.inputs(batch) for batch in training]
+        if mean_of(self.training.whole) < LEARNED:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                inputs = [with_sampled_labels(subject.run.model.eval(), batch) for batch in inputs]
+        gradients = tqdm(inputs, desc="Gradients of the loss", disable=not progressbar)
+        self.curve = loss_curve(subject.on_base, subject.whole, gradients)
 
     @property
-    def loss(self) -> float:
-        """Mean loss of the adapter on the examples that confirm."""
-        return mean_of(self.confirm.whole)
+    def last(self) -> HeldOut:
+        """The part of the held-out examples that chooses nothing."""
+        return self.parts[-1]
 
     @property
-    def base(self) -> float:
-        """Mean loss without it."""
-        return mean_of(self.confirm.without)
-
-    def require_gain(self) -> None:
-        """Raise ValueError unless the adapter has a gain that is measurable on the examples of the search alone."""
-        parts = (self.search, self.confirm)
-        without, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("without", "whole"))
-        gain, count = Gain(without, whole), len(whole)
-        losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it"
-        remedy = "`lrlora export` can cut it by energy (--energy), to a size (--size), or by other examples (--data)."
-        if gain.low <= 0:
-            raise ValueError(
-                f"The adapter gains nothing that {count} held-out examples could show ({losses}), so no share of it "
-                f"can be kept. {remedy}"
-            )
-        if (part := self.search.gain).low <= 0:
-            ratio = ((part.nats - part.low) / part.nats) ** 2 if part.nats > 0 else 2
-            needed = math.ceil(2 * len(self.search.whole) * ratio)
-            raise ValueError(
-                f"The gain is too small ({losses}) for half of {count} held-out examples to tell which share a smaller "
-                f"LoRA keeps; about {needed:,} would. {remedy}"
-            )
+    def unit(self) -> str:
+        """Unit of the statistics."""
+        return "texts of the model itself" if self.subject.is_own else "held-out examples"
 
     def within(self, budget: int, max_rank: int | None = None) -> list[Factors]:
         """Factors within a parameter budget; for a high-rank update, by loss or energy, whichever loses less.
@@ -364,87 +330,46 @@ class Cut:
         if self.subject.updates.are_products:
             return by_loss
         by_energy = energy_curve(self.subject.whole).within(budget, max_rank)
-        batches, loss = self.search.batches, self.subject.loss
+        batches, loss = self.parts[0].batches, self.subject.loss
         return min((by_loss, by_energy), key=lambda factors: mean_loss(self.subject.on_base, factors, batches, loss))
 
-    def smallest(self, keep: float, max_rank: int | None = None, *, announce: Announce = print) -> list[Factors]:
-        """Factors of the smallest size that keeps a share of the gain.
+    def described(self, factors: list[Factors]) -> Shrunk:
+        """Record of factors of a size that was asked for."""
+        return describe(self.parts, self.curve, factors, self.unit)
 
-        Args:
-            keep: share, such as 0.99: the lower bound on the search's examples, and the share on the others.
-            max_rank: of any module.
-            announce: receives the number of examples that would allow a smaller size.
+    def smallest(self, keep: float, max_rank: int | None = None) -> tuple[list[Factors], Shrunk]:
+        """Factors of the smallest size that keeps a share of the gain, and their record; see `find_smallest`.
 
         Raises:
-            ValueError: no size keeps it, or there is no gain.
+            ValueError: no size keeps it, or there is no gain, or too few examples.
 
         """
-        self.require_gain()
         try:
-            with tqdm(desc="Sizes", disable=not self._progressbar, leave=False) as bar:
-
-                def measure(factors: Sequence[Factors]) -> Kept:
-                    bar.update()
-                    return self.search.kept(factors)
-
-                factors, self.points = smallest(
-                    *(self.curve, measure, keep),
-                    max_rank=max_rank,
-                    confirm=lambda factors: self.confirm.kept(factors).share,
-                )
+            factors, found = find_smallest(self.parts, self.curve, keep, unit=self.unit, max_rank=max_rank)
         except ValueError as error:
-            why = (
-                ""
-                if self.subject.updates.are_products
-                else f" The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was "
-                "dropped beforehand."
-            )
-            raise ValueError(f"{error}{why}") from None
-        if sum(part.parameters for part in factors) == self.points[0].parameters:
-            self._tell_why_whole(keep, max_rank, announce)
-        return factors
+            why = "Provide other examples (--data), or cut it by energy (--energy) or to a size (--size)."
+            if not self.subject.updates.are_products:
+                why = (
+                    f"The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was "
+                    f"dropped beforehand. {why}"
+                )
+            raise ValueError(f"{error} {why}") from None
+        return factors, replace(found, training=self.training.kept(factors).share)
 
-    def _tell_why_whole(self, keep: float, max_rank: int | None, announce: Announce) -> None:
-        likely = [point for point in self.points[1:] if point.kept.share > keep]
-        if not likely:
-            return
-        point = likely[-1]
-        confirmed = self.confirm.kept(self.curve.within(point.parameters, max_rank))
-        needed = 2 * self.search.gain.examples_for(point.kept, keep)
-        why = (
-            f"only {confirmed} on as many others. Pass more examples (--data)."
-            if confirmed.share < keep
-            else f"{keep:.4g} is not certain. About {needed:,} held-out examples would show it."
-        )
-        announce(
-            f"Too few examples to cut: {point.parameters:,} parameters keep {point.kept} of the gain on half of them, "
-            f"but {why}"
-        )
-
-    def metric_of(self, model: Any) -> str:
-        """Main metric of a model on the held-out examples, such as "accuracy 0.91"; empty if it is the loss."""
+    def metric_of(self, model: Any) -> tuple[str, float] | None:
+        """Name and value of the main metric of a model on the held-out examples; None if it is the loss."""
         run = replace(self.subject.run, model=model)
         name = next((name for name in run.kind.metrics if name != "loss"), None)
         metrics = plain_metrics(run.trainer(run.encoded(sampled(self.subject.held_out, HELD_OUT))).evaluate())
         name = name if name in metrics else "mean_token_accuracy" if "mean_token_accuracy" in metrics else None
-        return "" if name is None else f"{name.replace('_', ' ')} {metrics[name]:.3f}"
+        return None if name is None else (name, metrics[name])
 
 
-def record_losses(folder: Path, cut: Cut, factors: Sequence[Factors], keep: float | None) -> LossRecord:
-    """Save the share of a run's gain over the size, and the ranks at the chosen one."""
-    record = LossRecord(
-        loss=cut.loss,
-        base=cut.base,
-        keep=keep,
-        sizes=[point.parameters for point in cut.points],
-        kept=[point.kept.share for point in cut.points],
-        chosen=sum(part.parameters for part in factors),
-        ranks={part.module: part.rank for part in factors},
-    )
+def record_shrunk(folder: Path, found: Shrunk) -> None:
+    """Save the record of a run's smallest LoRA, and the ranks there in the report of its ranks."""
     if (folder / REPORT_FILE).exists():
-        RankReport.from_json(folder / REPORT_FILE).with_loss_ranks(record.ranks).to_json(folder / REPORT_FILE)
-    write_json(folder / LOSS_FILE, asdict(record))
-    return record
+        RankReport.from_json(folder / REPORT_FILE).with_loss_ranks(found.ranks).to_json(folder / REPORT_FILE)
+    write_json(folder / SHRUNK_FILE, asdict(found))
 
 
 def heal(

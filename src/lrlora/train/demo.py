@@ -178,7 +178,7 @@ def _export(run: Path, output: Path, announce: Announce) -> LoadedRun | None:
     """Export the smallest LoRA that keeps the gain of a run, and load it; None if there is no gain."""
     subject = Subject.read(str(run), announce=announce)
     try:
-        factors = Cut(subject, announce=announce).smallest(DEFAULT_KEEP, announce=announce)
+        factors, _ = Cut(subject, announce=announce).smallest(DEFAULT_KEEP)
     except ValueError as error:  # after a few steps, nothing is gained
         announce(f"Not exported: {error}")
         return None

@@ -329,11 +329,8 @@ function pickSize(name, { parameters: [picked] = [] }) {
 
 function showLosses() {
   $("losses").hidden = !data.losses.length;
-  for (const { run, chosen, loss, base, keep, command } of data.losses) {
-    const gain = `what the adapter gains (loss ${base.toPrecision(4)} to ${loss.toPrecision(4)})`;
-    const what = keep === null ? "as asked for" : `the fewest that keep ${+(100 * keep).toPrecision(4)} % of ${gain}`;
-    $("smallest").append(make("p", {}, `${runs.length > 1 ? `${run}: ` : ""}${chosen.toLocaleString("en")} parameters, ${what}.`), make("pre", { tabindex: "0" }, command));
-  }
+  for (const { run, text, command } of data.losses)
+    $("smallest").append(make("p", {}, `${runs.length > 1 ? `${run}: ` : ""}${text}`), make("pre", { tabindex: "0" }, command));
   const points = data.losses.flatMap((of) => of.points);
   return points.length ? fill("loss", { losses: points, chosen: data.losses.map(({ run, chosen }) => ({ run, parameters: chosen })) }) : null;
 }

@@ -221,15 +221,15 @@ def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Share of the gain that smaller LoRAs keep, per run, and the export command for the chosen one."""
     found = []
     for run in runs:
-        if (record := run.losses) is not None:
-            option, value = ("--size", record.chosen) if record.keep is None else ("--keep", record.keep)
+        if (record := run.shrunk) is not None:
+            option, value = ("--size", record.parameters) if record.keep is None else ("--keep", record.keep)
             points = [
                 {"run": run.name, "parameters": size, "kept": kept}
-                for size, kept in zip(record.sizes, record.kept, strict=True)
+                for size, kept in zip(record.sizes, record.shares, strict=True)
             ]
             begin, end = _export(run, option)
-            found.append({"run": run.name, "points": points, "chosen": record.chosen, "keep": record.keep})
-            found[-1] |= {"loss": record.loss, "base": record.base, "command": f"{begin}{value}{end}"}
+            found.append({"run": run.name, "points": points, "chosen": record.parameters, "text": str(record)})
+            found[-1]["command"] = f"{begin}{value}{end}"
     return found
 
 

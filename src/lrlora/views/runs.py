@@ -27,14 +27,13 @@ from ..run_folder import (
     RUN_FILE,
     STATE_FILE,
     LogEntry,
-    LossRecord,
     State,
     last_whole_checkpoint,
-    read_losses,
     read_record,
     shown_metrics,
     which_checkpoint,
 )
+from ..shrunk import Shrunk, read_shrunk
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -45,7 +44,7 @@ class Run:
 
     Attributes:
         name: short, unique name.
-        losses: losses of smaller LoRAs.
+        shrunk: record of the smallest LoRA.
         arguments: command arguments that read the run again; empty if unknown.
         report: ranks at the end.
         facts: key facts, such as base model, data and metrics.
@@ -62,7 +61,7 @@ class Run:
     history: list[tuple[int, RankReport]] = field(default_factory=list)
     log: list[dict[str, float]] = field(default_factory=list)
     arguments: Sequence[str] = ()
-    losses: LossRecord | None = None
+    shrunk: Shrunk | None = None
 
 
 def load_runs(sources: Iterable[str | os.PathLike[str]], *, base: str | os.PathLike[str] | None = None) -> list[Run]:
@@ -141,7 +140,7 @@ def _add_training(
     adapter_config = json.loads(json.dumps(adapter.config.to_dict(), default=_plain))
     record = read_record(folder) if (folder / RUN_FILE).exists() else None
     result.history, result.log = read_history(folder / HISTORY_FILE), log
-    result.losses = read_losses(folder)
+    result.shrunk = read_shrunk(folder)
     config = record.config | {"output": str(folder)} if record else {}
     result.facts = {"method": method_name(adapter.config)} | {
         label: str(value)

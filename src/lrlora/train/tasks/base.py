@@ -148,9 +148,13 @@ class Kind:
         arguments |= {"processing_class": processor, "compute_metrics": self.score}
         return Trainer(data_collator=collator, **arguments)
 
+    def inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Inputs of the model, with the labels of its loss, of an evaluation batch."""
+        return batch
+
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Sum of the loss terms of each example, and their number; both (examples,)."""
-        return model_loss(model, batch)
+        return model_loss(model, self.inputs(batch))
 
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics except loss."""

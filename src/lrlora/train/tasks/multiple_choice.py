@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 from sklearn.metrics import accuracy_score
-from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMultipleChoice,
@@ -17,7 +16,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIPLE_CHOICE_MAPPING
 
-from ...learned.moments import model_loss
 from ..chat import shown_tokens
 from ..row_checks import counted, mapped, require_rows, require_text
 from .base import Kind, logits
@@ -128,8 +126,8 @@ class ChoiceByLikelihood(MultipleChoice):
         # It outputs logits for its whole vocabulary and every choice.
         return super().arguments(max_length, batch) | {"per_device_eval_batch_size": max(1, batch // 4)}
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        return model_loss(model, right_choices(batch))
+    def inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return right_choices(batch)
 
     def trainer(self, processor: Any, **arguments: Any) -> Trainer:
         return ChoiceTrainer(compute_metrics=self.score, processing_class=processor, **arguments)

@@ -1,0 +1,281 @@
+"""Smallest LoRA that keeps a share of the gain, measured on held-out data.
+
+The held-out data are in three parts: one finds the size, one confirms it, and the third gives the interval, since the
+part that chose a size is biased in its favor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters import Factors
+from ..shrunk import Kept, Shrunk
+from .directions import LossCurve
+from .gain import Gain, mean_of
+
+PARTS = 3
+FEWEST_UNITS = 30  # of each part
+PASSES = 6  # over the held-out data, about
+LEARNED = 0.1  # training loss below which gradients are those of sampled labels
+_FIRST = 0.25  # share of the parameters that is measured first
+_TOLERANCE = 1.05  # ratio of sizes at which the search ends
+_EVALUATIONS = 12
+_LARGER = 1.2  # ratio of sizes that are tried to confirm a share
+
+
+class Part:
+    """A part of the data, with the losses that an adapter has on it.
+
+    Args:
+        whole: losses of its units, see `example_losses`.
+        without: those without the adapter, or a function that measures them.
+        measure: returns those of smaller factors.
+
+    """
+
+    def __init__(
+        self, whole: Tensor, without: Tensor | Callable[[], Tensor], measure: Callable[[Sequence[Factors]], Tensor]
+    ) -> None:
+        self.whole, self._without, self._measure = whole, without, measure
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    @cached_property
+    def without(self) -> Tensor:
+        """Losses without the adapter."""
+        return self._without if isinstance(self._without, Tensor) else self._without()
+
+    @cached_property
+    def gain(self) -> Gain:
+        return Gain(self.without, self.whole)
+
+    def losses(self, factors: Sequence[Factors]) -> Tensor:
+        """Losses of factors of one curve, cached by their ranks."""
+        ranks = tuple(part.rank for part in factors)
+        if ranks not in self._known:
+            self._known[ranks] = self._measure(factors)
+        return self._known[ranks]
+
+    def kept(self, factors: Sequence[Factors]) -> Kept:
+        """Share of the gain that factors keep."""
+        return self.gain.kept(self.losses(factors))
+
+
+class Point(NamedTuple):
+    """Share of the gain kept at a size."""
+
+    parameters: int
+    kept: Kept
+
+
+def parameters_of(factors: Sequence[Factors]) -> int:
+    """Total parameters of factors."""
+    return sum(part.parameters for part in factors)
+
+
+def find_smallest(
+    parts: Sequence[Part], curve: LossCurve, keep: float, *, unit: str, max_rank: int | None = None
+) -> tuple[list[Factors], Shrunk]:
+    """Find the smallest LoRA that keeps a share of the gain: by the directions that matter most, or of equal ranks.
+
+    Args:
+        parts: three parts of the held-out data: to find a size, to confirm it, and for the interval.
+        curve: curve of the adapter.
+        keep: share, in (0, 1): the lower bound on the first part, and the share on the second.
+        unit: see `Shrunk`.
+        max_rank: of any module.
+
+    Returns:
+        The factors, and their record.
+
+    Raises:
+        ValueError: a part has fewer than 30 units, or no gain; or no size keeps the share.
+
+    """
+    require_units(parts, unit)
+    require_gain(parts, unit)
+    search, confirm, _ = parts
+    factors, points = smallest(
+        curve, search.kept, keep, max_rank=max_rank, confirm=lambda factors: confirm.kept(factors).share
+    )
+    equal_rank, equal = _smallest_equal(
+        curve, parameters_of(factors), lambda each: search.kept(each).low >= keep and confirm.kept(each).share >= keep
+    )
+    if max_rank is None or equal_rank <= max_rank:
+        factors = min(factors, equal, key=parameters_of)
+    found = describe(parts, curve, factors, unit)
+    if found.parameters not in {point.parameters for point in points}:  # equal ranks
+        points = sorted([*points, Point(found.parameters, search.kept(factors))], reverse=True)
+    needed = _needed(points, search.gain, keep) if found.parameters == points[0].parameters else None
+    return factors, replace(
+        found,
+        keep=keep,
+        equal_rank=equal_rank,
+        sizes=[point.parameters for point in points],
+        shares=[point.kept.share for point in points],
+        needed=needed,
+    )
+
+
+def describe(parts: Sequence[Part], curve: LossCurve, factors: Sequence[Factors], unit: str) -> Shrunk:
+    """Record of factors, measured on the last part."""
+    last = parts[-1]
+    return Shrunk(
+        keep=None,
+        kept=last.kept(factors) if last.gain.low > 0 else None,
+        loss=mean_of(last.whole),
+        base=mean_of(last.without),
+        ranks={part.module: part.rank for part in factors},
+        parameters=parameters_of(factors),
+        whole=curve.parameters,
+        parameters_per_rank=sum(part.parameters_per_rank for part in factors),
+        units=sum(len(part.whole) for part in parts),
+        unit=unit,
+    )
+
+
+def require_units(parts: Sequence[Part], unit: str) -> None:
+    """Raise ValueError unless every part has 30 units."""
+    if min(len(part.whole) for part in parts) < FEWEST_UNITS:
+        raise ValueError(too_few(f"{sum(len(part.whole) for part in parts)} {unit}"))
+
+
+def too_few(units: str) -> str:
+    """Message on too few units."""
+    fewest = PARTS * FEWEST_UNITS
+    return (
+        f"{units} are too few to tell which share of the gain a smaller adapter keeps. Provide at least {fewest} "
+        f"examples, in at least {PARTS} batches; {fewest} batches where the loss is known by batch alone."
+    )
+
+
+def require_gain(parts: Sequence[Part], unit: str) -> None:
+    """Raise ValueError unless every part shows a gain."""
+    without, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("without", "whole"))
+    losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it"
+    if Gain(without, whole).low <= 0:
+        raise ValueError(
+            f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept."
+        )
+    gain = min((part.gain for part in parts), key=lambda gain: gain.low)
+    if gain.low <= 0:
+        ratio = ((gain.nats - gain.low) / gain.nats) ** 2 if gain.nats > 0 else 2
+        raise ValueError(
+            f"The gain is too small ({losses}) for a third of {len(whole)} {unit} to tell which share a smaller LoRA "
+            f"keeps; about {math.ceil(len(whole) * ratio):,} would."
+        )
+
+
+def _needed(points: Sequence[Point], gain: Gain, keep: float) -> int | None:
+    """Number of units, in all parts, that would show that the smallest likely size keeps the share."""
+    likely = [point for point in points[1:] if point.kept.share > keep]
+    return PARTS * gain.examples_for(likely[-1].kept, keep) if likely else None
+
+
+def _smallest_equal(
+    curve: LossCurve, parameters: int, keeps: Callable[[Sequence[Factors]], bool]
+) -> tuple[int, list[Factors]]:
+    """Smallest rank of all modules that keeps the share, and its factors; the largest if none does.
+
+    Equal ranks do not need fewer parameters than the best ones, except for the tolerance of the search, and often
+    hardly more.
+    """
+    per_rank = sum(of.whole.parameters_per_rank for of in curve.modules)
+    high = max(len(of.rises) for of in curve.modules)  # keeps it
+    low, step = min(int(parameters / _TOLERANCE / per_rank), high - 1), 1
+    while high - low > 1:
+        rank = min(low + step, (low + high) // 2)
+        if keeps([of.factors(rank) for of in curve.modules]):
+            high = rank
+        else:
+            low, step = rank, 2 * step
+    return high, [of.factors(high) for of in curve.modules]
+
+
+def smallest(
+    curve: LossCurve,
+    measure: Callable[[Sequence[Factors]], Kept],
+    keep: float,
+    *,
+    max_rank: int | None = None,
+    confirm: Callable[[Sequence[Factors]], float] | None = None,
+) -> tuple[list[Factors], list[Point]]:
+    """Find the smallest size that keeps a share of the gain, to about 5 %.
+
+    Measures all directions and a quarter, then sizes at which the predicted curve, scaled to the last measurement,
+    reaches the share, or between the smallest size that keeps it and the largest that does not; at most 12 in all.
+
+    Args:
+        curve: curve of the adapter.
+        measure: returns the share that given factors keep, from `Gain.kept` on held-out examples.
+        keep: share to keep, between 0 and 1.
+        max_rank: maximum rank of a module.
+        confirm: returns the share that factors keep on other held-out examples; the size grows by fifths until it is
+            the share there, too.
+
+    Returns:
+        The factors, and all measured sizes, sorted.
+
+    Raises:
+        ValueError: even all directions keep less.
+
+    """
+    points: dict[int, Point] = {}
+    chosen: list[Factors] = []
+    within = beyond = 0
+    sizes, rises = curve.predicted(max_rank)
+
+    def try_size(budget: float) -> Point | None:
+        """Measure a new size; None if there is none."""
+        nonlocal within, beyond, chosen
+        factors = curve.within(max(int(budget), curve.fewest), max_rank)
+        size = parameters_of(factors)
+        if size in points:
+            return None
+        points[size] = point = Point(size, measure(factors))
+        if point.kept.low < keep:
+            beyond = max(beyond, size)
+        elif not chosen or size < within:
+            within, chosen = size, factors
+        return point
+
+    def expected(point: Point) -> float:
+        """Size that keeps the share, by the predicted curve through a measured point."""
+        lost, at = 1 - point.kept.low, int(torch.searchsorted(sizes, point.parameters))
+        if lost <= 0 or not rises[at]:
+            return 0.0
+        return float(sizes[(rises * (lost / rises[at]) <= 1 - keep).int().argmax()])
+
+    def between() -> float:
+        return (within * beyond) ** 0.5 if beyond else within / 2
+
+    try_size(curve.parameters)
+    if not chosen:
+        raise ValueError(
+            f"Even with all directions, {points[max(points)].kept} of the gain are kept, and {keep:.4g} is asked for. "
+            f"Ask for less{'' if max_rank is None else ', or for a larger rank'}."
+        )
+    whole, budget, was_near = within, _FIRST * within, False
+    while len(points) < _EVALUATIONS and within > max(curve.fewest, _TOLERANCE * beyond):
+        point = try_size(budget)
+        if point is None and budget == between():
+            break  # no size remains between the two
+        budget = between() if point is None else expected(point)
+        low, high = _TOLERANCE * beyond, within / _TOLERANCE
+        is_near = not low < budget < high
+        # A step of the tolerance on the other side of the expected size ends the search.
+        if is_near:
+            budget = between() if was_near or not beyond else high if budget >= high else low
+        was_near = is_near
+    while confirm is not None and confirm(chosen) < keep and within < whole:
+        within = min(whole, int(_LARGER * within) + 1)
+        chosen = curve.within(within, max_rank)
+        size = parameters_of(chosen)
+        points[size] = Point(size, measure(chosen))
+    return chosen, sorted(points.values(), reverse=True)

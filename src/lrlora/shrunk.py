@@ -1,0 +1,116 @@
+"""Record of the smallest LoRA found for an adapter: what it keeps of the gain, and its size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from .files import read_json
+
+SHRUNK_FILE = "shrunk.json"
+_FAR = 0.02  # difference of the shares on training and held-out data that is told
+
+
+class Kept(NamedTuple):
+    """Share of the gain, and the 5 % and 95 % quantiles of its bootstrap."""
+
+    share: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        low = f"{self.low:.1%}" if math.isfinite(self.low) else "unknown"
+        return f"{self.share:.1%} ({low} to {self.high:.1%})"
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A LoRA of the smallest size found, or of a size given.
+
+    Attributes:
+        keep: share of the gain that was asked for; None if a size was.
+        kept: share that it keeps, on the part of the held-out data that did not choose it; None without a gain.
+        loss, base: mean loss of the whole adapter, and without it, on that part.
+        ranks: module → rank.
+        parameters, whole: number of parameters, now and before.
+        parameters_per_rank: of one rank in all modules.
+        units: number of units of the statistics, in all parts.
+        unit: of the statistics: "held-out examples", "held-out batches", "training examples" or "training batches".
+        equal_rank: smallest rank that keeps the share if all modules have it; None if a size was asked for.
+        sizes, shares: parameters of the measured LoRAs, largest first, and the share that each keeps.
+        needed: number of units that would show that a smaller LoRA keeps the share; None if one was found.
+        training: share kept on training data; None if not measured.
+        metrics: metric of the task → its values before and after, on all held-out data.
+
+    """
+
+    keep: float | None
+    kept: Kept | None
+    loss: float
+    base: float
+    ranks: dict[str, int]
+    parameters: int
+    whole: int
+    parameters_per_rank: int
+    units: int
+    unit: str
+    equal_rank: int | None = None
+    sizes: list[int] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    needed: int | None = None
+    training: float | None = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kept is not None:  # JSON has a list
+            object.__setattr__(self, "kept", Kept(*self.kept))
+
+    @property
+    def gain(self) -> float:
+        """Loss that the whole adapter saves."""
+        return self.base - self.loss
+
+    @property
+    def sentence(self) -> str:
+        """Share, size and largest rank, in one sentence."""
+        rank = f"LoRA r = {self.parameters / self.parameters_per_rank:.2g}"
+        size = f"{self.parameters:,} of {self.whole:,} parameters, as many as {rank}"
+        largest = f"largest rank {max(self.ranks.values())}"
+        if self.equal_rank is not None:
+            largest += f", or equal ranks of {self.equal_rank}"
+        losses = f"loss {self.base:.4g} to {self.loss:.4g}"
+        if self.kept is None:
+            return f"A LoRA of {size} ({largest}); the adapter has no gain that could be measured ({losses})."
+        if self.parameters == self.whole and self.keep is not None:
+            return f"No smaller LoRA was found that keeps {self.keep:.4g} of the adapter's gain ({losses}): {size}."
+        return f"{self.kept} of the adapter's gain ({losses}) is kept in {size}; {largest}."
+
+    def __str__(self) -> str:
+        lines = [self.sentence]
+        for name, (before, after) in self.metrics.items():
+            lines.append(f"{name.replace('_', ' ').capitalize()}: {before:.4g} before, {after:.4g} after.")
+        if self.training is not None and self.kept is not None:
+            lines.append(f"On training data {self.training:.1%} is kept.")
+            if abs(self.training - self.kept.share) > _FAR:
+                lines[-1] += " The difference is large: some of what was learned is not seen in the held-out data."
+        if self.needed is not None:
+            lines.append(f"About {self.needed:,} {self.unit} would show that a smaller LoRA keeps {self.keep:.4g}.")
+        if self.keep is not None:
+            lines.append(f"{self.units} {self.unit} chose this size: report on others.")
+        return " ".join(lines)
+
+
+def read_shrunk(folder: Path) -> Shrunk | None:
+    """Record in an adapter's folder; None without one.
+
+    Raises:
+        ValueError: the file is damaged.
+
+    """
+    path = folder / SHRUNK_FILE
+    if not path.exists():
+        return None
+    record: Shrunk = read_json(path, Shrunk, "Remove it to continue without the record of the smallest LoRA.")
+    return record
