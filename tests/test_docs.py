@@ -140,7 +140,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     models = {
         "FacebookAI/roberta-base": save_encoder(tmp_path / "encoder"),
     }
-    reviews().rename(columns={"review": "text", "verdict": "label"}).to_csv("reviews.csv", index=False)
+    reviews(400).rename(columns={"review": "text", "verdict": "label"}).to_csv("reviews.csv", index=False)
     Path("loras").mkdir()
     files = ["loras/hat.safetensors", "loras/coat.safetensors"]
     save_as_kohya(with_lora(), Path(files[0]), alpha=2.0)

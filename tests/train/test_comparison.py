@@ -41,6 +41,7 @@ def test_learned_ranks_are_compared_with_lora(own: list[object], tmp_path: Path)
     assert re.search(r"lora: the best rate, 0.0[12], is at the edge of those tried", done.output)
     assert "accuracy on the split test, 120 examples" in done.output
     assert re.search(r"learned (is|and)", " ".join(done.output.split()))
+    assert re.search(r"lora, seed 2: The smallest LoRA was not chosen: .* are too few", " ".join(done.output.split()))
     runs = {path.name: json.loads((path / "run.json").read_text())["config"] for path in (tmp_path / "out").iterdir()}
     assert sum(name.startswith("learned-") for name in runs) == 4
     assert all(config["size"] == ("r2" if name.startswith("learned") else None) for name, config in runs.items())

@@ -21,7 +21,7 @@ from .directions import LossCurve
 from .gain import Gain, mean_of
 
 PARTS = 3
-FEWEST_UNITS = 30  # of each part
+FEWEST_UNITS = 30  # of a part, on average
 PASSES = 6  # over the held-out data, about
 LEARNED = 0.1  # training loss below which gradients are those of sampled labels
 _FIRST = 0.25  # share of the parameters that is measured first
@@ -95,7 +95,7 @@ def find_smallest(
         The factors, and their record.
 
     Raises:
-        ValueError: a part has fewer than 30 units, or no gain; or no size keeps the share.
+        ValueError: there are fewer than 90 units, or a part has no gain; or no size keeps the share.
 
     """
     require_units(parts, unit)
@@ -141,8 +141,9 @@ def describe(parts: Sequence[Part], curve: LossCurve, factors: Sequence[Factors]
 
 
 def require_units(parts: Sequence[Part], unit: str) -> None:
-    """Raise ValueError unless every part has 30 units."""
-    if min(len(part.whole) for part in parts) < FEWEST_UNITS:
+    """Raise ValueError unless there are 90 units, nearly equally divided."""
+    sizes = [len(part.whole) for part in parts]
+    if sum(sizes) < PARTS * FEWEST_UNITS or min(sizes) < FEWEST_UNITS / 2:
         raise ValueError(too_few(f"{sum(len(part.whole) for part in parts)} {unit}"))
 
 
@@ -151,7 +152,7 @@ def too_few(units: str) -> str:
     fewest = PARTS * FEWEST_UNITS
     return (
         f"{units} are too few to tell which share of the gain a smaller adapter keeps. Provide at least {fewest} "
-        f"examples, in at least {PARTS} batches; {fewest} batches where the loss is known by batch alone."
+        f"examples, in at least {3 * PARTS} batches; {fewest} batches where the loss is known by batch alone."
     )
 
 

@@ -21,10 +21,11 @@ import numpy as np
 from scipy.stats import t, ttest_1samp
 from transformers import AutoConfig
 
-from ..checks import require_known
+from ..checks import DEFAULT_KEEP, require_known
 from ..files import parse_json, readable, require_folder, write_json, write_whole
 from ..learned.learned_ranks import FEWEST_STEPS
 from ..run_folder import METRICS_FILE, RUN_FILE
+from .cut import measured_smallest
 from .data import load_examples, load_splits, load_task_data
 from .inference import evaluate
 from .inputs import data_sums
@@ -146,6 +147,7 @@ class Score:
         rate: learning rate with the lowest validation loss.
         trainable: number of trained parameters.
         values: metric of each seed.
+        smallest: size that the adapter of the last seed needs, in words; empty for methods without ranks.
 
     """
 
@@ -153,6 +155,7 @@ class Score:
     rate: float
     trainable: int
     values: list[float]
+    smallest: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,11 @@ class Outcome:
         return sum(mean * (1 - mean) for mean in (fmean(self.scores[0].values), fmean(score.values)))
 
     def answers(self) -> Iterator[str]:
-        """Each difference in a sentence."""
+        """The size that a method needs, and each difference, in sentences."""
         first, is_loss = self.scores[0], self.metric in LESS_IS_BETTER
+        yield from (
+            f"{score.method}, seed {len(score.values)}: {score.smallest}" for score in self.scores if score.smallest
+        )
         for score in self.scores[1:]:
             difference, half = self.difference(score)
             shown = f"{difference:+.3f} ({difference - half:+.3f} to {difference + half:+.3f})"
@@ -254,8 +260,18 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
             announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {found[metric]:.4g} on {data.shown}.")
             values.append(found[metric])
         trained = parse_json(Path(config.output) / _TRAINED_FILE)
-        scores.append(Score(method, rate, trained, values))
+        has_ranks = method in METHODS and METHODS[method].has_ranks
+        smallest = _smallest(Path(config.output)) if has_ranks else ""
+        scores.append(Score(method, rate, trained, values, smallest))
     return Outcome(scores, metric, data.shown, examples)
+
+
+def _smallest(folder: Path) -> str:
+    """Size that the adapter of a run needs, or why it was not found."""
+    try:
+        return str(measured_smallest(folder, DEFAULT_KEEP, lambda line: None))
+    except ValueError as error:
+        return f"The smallest LoRA was not chosen: {error}"
 
 
 def _metric(kind: Kind, found: Mapping[str, float]) -> str:

@@ -33,7 +33,7 @@ from ..learned.moments import IGNORED, with_sampled_labels
 from ..learned.search import LEARNED, PARTS, PASSES, Part, describe, find_smallest
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE
-from ..shrunk import SHRUNK_FILE, Shrunk
+from ..shrunk import SHRUNK_FILE, Shrunk, read_shrunk
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
 from .inference import LoadedRun
@@ -347,7 +347,10 @@ class Cut:
         try:
             factors, found = find_smallest(self.parts, self.curve, keep, unit=self.unit, max_rank=max_rank)
         except ValueError as error:
-            why = "Provide other examples (--data), or cut it by energy (--energy) or to a size (--size)."
+            why = (
+                "Hold out more (--validation-share) before training; or, in an export, pass other examples (--data), "
+                "or cut it by energy (--energy) or to a size (--size)."
+            )
             if not self.subject.updates.are_products:
                 why = (
                     f"The update is not a product of thin factors, so {1 - DEFAULT_ENERGY:.0%} of its energy was "
@@ -363,6 +366,20 @@ class Cut:
         metrics = plain_metrics(run.trainer(run.encoded(sampled(self.subject.held_out, HELD_OUT))).evaluate())
         name = name if name in metrics else "mean_token_accuracy" if "mean_token_accuracy" in metrics else None
         return None if name is None else (name, metrics[name])
+
+
+def measured_smallest(folder: Path, keep: float, announce: Announce) -> Shrunk:
+    """Record of the smallest LoRA of a finished run; measured and saved unless it is there.
+
+    Raises:
+        ValueError: see `Cut.smallest`.
+
+    """
+    known = read_shrunk(folder)
+    if known is None or known.keep != keep:
+        _, known = Cut(Subject.read(str(folder), announce=announce), announce=announce).smallest(keep)
+        record_shrunk(folder, known)
+    return known
 
 
 def record_shrunk(folder: Path, found: Shrunk) -> None:

@@ -1,0 +1,204 @@
+"""`lrlora.shrink` after Trainers of every kind; each small adapter is loaded by PEFT alone."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    Trainer,
+)
+from trl import RewardConfig, RewardTrainer
+
+from lrlora import shrink
+
+from ..conftest import TinyModel
+from ..train.small import GOOD, reviews, save_decoder, save_encoder, save_image_model, tokenizer
+from .test_shrinking import Pairs, lora, trainer_of
+
+OPTIONS: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+
+
+def same_when_loaded(trainer: Any, base: Any, folder: Path, inputs: dict[str, Tensor]) -> None:
+    """The saved adapter, loaded by PEFT, answers as the live model."""
+    trainer.model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs)[0]
+        assert torch.allclose(loaded(**inputs)[0], expected, atol=1e-5)
+
+
+def test_a_classifier_counts_its_gain_from_guessing(tmp_path: Path) -> None:
+    def base() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(save_encoder(tmp_path / "base"), num_labels=2)
+
+    frame = reviews(420)
+    encoded = tokenizer()(list(frame["review"]), padding=True, return_tensors="pt")
+    labels = (frame["verdict"] == "fresh").astype(int)
+    ids, masks = encoded["input_ids"], encoded["attention_mask"]
+    rows = [
+        {"input_ids": i, "attention_mask": mask, "labels": label}
+        for i, mask, label in zip(ids, masks, labels, strict=True)
+    ]
+    model = lora(base(), task_type=TaskType.SEQ_CLS)
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
+
+    data = {"train_dataset": rows[:240], "eval_dataset": rows[240:]}
+    trainer = trainer_of(tmp_path, model, compute_metrics=accuracy, **data)
+    trainer.train()
+    with torch.no_grad():
+        model.get_base_model().classifier.modules_to_save["default"].weight.mul_(5)  # wild without the adapter
+    found = shrink(trainer, keep=0.9)
+    assert found.unit == "held-out examples"
+    assert found.base < 0.75
+    assert found.parameters < found.whole
+    before, after = found.metrics["accuracy"]
+    assert before > 0.8
+    assert after == trainer.predict(rows[240 : 240 + 180]).metrics["test_accuracy"] or abs(after - before) < 0.1
+    same_when_loaded(trainer, base(), tmp_path / "small", {"input_ids": ids[:8], "attention_mask": masks[:8]})
+
+
+@pytest.mark.integration
+def test_a_reward_model_is_measured_by_batch(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "base")
+    pairs = [(f"a {word} film", f"a film {word}") for word in GOOD * 60]
+    rows = Dataset.from_dict({"chosen": [a for a, _ in pairs], "rejected": [b for _, b in pairs]})
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        model.config.pad_token_id = tokenizer().pad_token_id
+        return model
+
+    trainer = RewardTrainer(
+        base(),
+        args=RewardConfig(str(tmp_path / "out"), max_steps=30, learning_rate=1e-2, bf16=False, **OPTIONS, **BATCHES),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"),
+    )
+    trainer.train()
+    found = shrink(trainer, keep=0.9)
+    assert found.unit == "held-out batches"
+    assert found.parameters < found.whole
+    inputs = tokenizer()(["a good film", "a film bad"], return_tensors="pt", padding=True)
+    same_when_loaded(trainer, base(), tmp_path / "small", dict(inputs))
+
+
+BATCHES = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 1}
+
+
+@pytest.mark.integration
+def test_images(tmp_path: Path) -> None:
+    folder = save_image_model(tmp_path / "vit")
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForImageClassification.from_pretrained(folder, num_labels=2, ignore_mismatched_sizes=True)
+
+    size, channels = base().config.image_size, base().config.num_channels
+    torch.manual_seed(0)
+    pixels = torch.randn(420, channels, size, size) + torch.linspace(-3, 3, 420)[:, None, None, None]
+    rows = [{"pixel_values": image, "labels": int(image.mean() > 0)} for image in pixels[torch.randperm(420)]]
+    model = lora(base(), task_type=None)
+    trainer = trainer_of(tmp_path, model, train_dataset=rows[:240], eval_dataset=rows[240:])
+    trainer.train()
+    found = shrink(trainer, keep=0.9)
+    assert found.unit == "held-out examples"
+    assert found.parameters < found.whole
+    same_when_loaded(trainer, base(), tmp_path / "small", {"pixel_values": pixels[:8]})
+
+
+@pytest.mark.integration
+def test_sentence_embeddings_with_negatives_in_the_batch(tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import losses
+
+    folder = save_encoder(tmp_path / "base")
+    torch.manual_seed(0)
+    model = st.SentenceTransformer(str(folder), device="cpu")
+    model[0].model = get_peft_model(model[0].model, LoraConfig(r=4, target_modules="all-linear"))
+    words = sorted(word for word in tokenizer().get_vocab() if word.isalpha())[:12]
+    some = list(itertools.product(words, repeat=3))
+    pairs = {
+        "anchor": [f"a {a} {b} {c} film" for a, b, c in some],
+        "positive": [f"{b} and {c} {a}" for a, b, c in some],
+    }
+    rows = Dataset.from_dict(pairs).shuffle(seed=0)
+    trainer = st.SentenceTransformerTrainer(
+        model=model,
+        args=st.SentenceTransformerTrainingArguments(
+            str(tmp_path / "out"), max_steps=200, learning_rate=1e-2, per_device_eval_batch_size=4, **OPTIONS
+        ),
+        train_dataset=rows.select(range(800)),
+        eval_dataset=rows.select(range(800, 1400)),
+        loss=losses.MultipleNegativesRankingLoss(model),
+    )
+    trainer.train()
+    before = trainer.evaluate()["eval_loss"]
+    found = shrink(trainer, keep=0.9)
+    assert found.unit == "held-out batches"
+    assert found.parameters < found.whole
+    assert trainer.evaluate()["eval_loss"] - before <= 0.15 * found.gain
+    expected = model.encode(["a good film"])
+    model[0].model.save_pretrained(tmp_path / "small")
+    plain = st.SentenceTransformer(str(folder), device="cpu")
+    plain[0].model = PeftModel.from_pretrained(plain[0].model, tmp_path / "small")
+    assert abs(plain.encode(["a good film"]) - expected).max() < 1e-5
+
+
+@pytest.mark.integration
+def test_a_base_in_four_bits_and_a_half_precision(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny = TinyModel("llama")
+    tiny.build().save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=options)
+
+    trainer = trainer_of(tmp_path, lora(base()))
+    trainer.train()
+    found = shrink(trainer, keep=0.9)
+    assert found.parameters < found.whole
+    same_when_loaded(trainer, base(), tmp_path / "small", {"input_ids": Pairs(8, 2).ids})
+    half = trainer_of(tmp_path / "half", lora(tiny.build()))
+    half.args.bf16 = True
+    half = Trainer(half.model, half.args, train_dataset=Pairs(512, 0), eval_dataset=Pairs(192, 1))
+    half.train()
+    assert shrink(half, keep=0.9).parameters < found.whole
+
+
+def test_killed_in_the_search_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trainer() -> Trainer:
+        made = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+        made.args.save_strategy, made.args.save_steps = "steps", 60
+        return made
+
+    first = trainer()
+    first.train()
+    whole = {name: p.detach().clone() for name, p in first.model.named_parameters() if p.requires_grad}
+    monkeypatch.setattr("lrlora.learned.shrinking.find_smallest", lambda *given, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shrink(first, keep=0.9)
+    assert all(torch.equal(p, whole[name]) for name, p in first.model.named_parameters() if p.requires_grad)
+    monkeypatch.undo()
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    found = shrink(again, keep=0.9)
+    assert found.ranks == shrink(first, keep=0.9).ranks
+    assert [path.name for path in tmp_path.glob("whole*")] == ["whole"]
