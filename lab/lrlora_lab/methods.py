@@ -25,8 +25,9 @@ PEFT_METHODS.update(RIVALS)
 # Initial learning rates; the grid is extended while the best is at its edge.
 _ADAPTER_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 _FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
-# Options of learned ranks: the largest rank, the share of the steps before the cut, and a criterion of `rivals.RIVALS`.
-CUT = ("max_rank", "at", "by")
+# Options of learned ranks: the largest rank, the share of the steps before the cut, the factor of the learning rate
+# after it, and a criterion of `rivals.RIVALS`.
+CUT = ("max_rank", "at", "rate", "by")
 
 
 @dataclass(frozen=True)

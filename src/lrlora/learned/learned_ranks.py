@@ -5,14 +5,15 @@ from the ordinary steps before the cut, so that no extra pass over data is neede
 the front and the others set to zero, where they stay (`live_lora`): no parameter changes its shape, so that every way
 to train goes on. What is written is a plain LoRA with a `rank_pattern`, which PEFT loads without lrlora.
 
-The factors learn at half the rate before the cut, since a wide LoRA bears less, and warm up after it, since the
-optimizer begins anew with them. Other parameters, such as heads, keep their rate.
+The learning rate is that of the wide LoRA. After the cut, the factors warm up, since the optimizer begins anew with
+them, to a higher rate, which a smaller LoRA needs and bears. Other parameters, such as heads, keep their rate.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 import weakref
 from collections import OrderedDict, defaultdict
@@ -49,7 +50,7 @@ from .size import Size
 
 CUT_AT = 0.3  # share of the steps
 _WINDOW = 32  # most steps that give moments
-_WIDE_RATE = 0.5  # share of the learning rate before the cut
+_POWER = 0.5  # of the ratio of sizes, which gives that of the learning rates
 _WARM_UP = 20  # steps after the cut, at most a twentieth of all
 FEWEST_STEPS = 10
 _FIRST_CUT = 3  # B is 0 in the first step, and with a warm-up also in the second
@@ -83,6 +84,7 @@ class LearnedRanks:
         size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
         steps: total number of optimizer steps.
         at: share of the steps after which the adapter is cut, in (0, 1).
+        rate: factor of the factors' learning rate after the cut; default: (parameters before / after the cut)^½.
         max_rank: largest rank of any module; default: that of the adapter.
         scaler: `torch.amp.GradScaler` of a loop of your own in float16; that of accelerate or DeepSpeed is found.
 
@@ -104,6 +106,7 @@ class LearnedRanks:
         size: str,
         steps: int,
         at: float = CUT_AT,
+        rate: float | None = None,
         max_rank: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
@@ -112,11 +115,16 @@ class LearnedRanks:
         self._size, self._steps, self._max_rank, self._done = size, steps, max_rank, 0
         self.ranks: dict[str, int] | None = None
         self.cut_step = cut_step(at, steps)
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"rate must be a positive factor of the learning rate, got {rate!r}.")
+        self._wide_rate, self._rate = 1.0, rate
         self._warm_up = max(1, min(_WARM_UP, steps // 20))
         # The metric of the moments is that of the window's begin: not of the first steps, when B is nearly 0.
         self._window = min(_WINDOW, (self.cut_step + 1) // 2)
+        self._layers = lora_layers(self._model, self._adapter)
         self._costs = costs_of(self._model, self._adapter)
         self._budget = budget_of(size, self._model, self._adapter)
+        self._wide = sum(cost * self._layers[path].r[self._adapter] for path, cost in self._costs.items())
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank must be an integer ≥ 1, got {max_rank!r}.")
         optimizers = unwrapped(optimizer)
@@ -124,7 +132,6 @@ class LearnedRanks:
         self._inner = optimizers[-1]
         self._optimizer = next(filter(is_deepspeed, reversed(optimizers)), self._inner)
         self._loss_scale = _loss_scale_of(optimizers, scaler)
-        self._layers = lora_layers(self._model, self._adapter)
         _require_suitable(self._optimizer, self._inner, self._factors)
         self._before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
         self._reached: set[str] | None = set()  # modules whose lora_A ran in the first step
@@ -174,10 +181,15 @@ class LearnedRanks:
 
     @property
     def _rate_factor(self) -> float:
-        """Share of the learning rate at which the factors learn in the next step."""
+        """Factor of the learning rate at which the factors learn in the next step."""
         if self.ranks is None:
-            return _WIDE_RATE
-        return min(1.0, (self._done - self.cut_step + 1) / self._warm_up)
+            return self._wide_rate
+        return self.rate * min(1.0, (self._done - self.cut_step + 1) / self._warm_up)
+
+    @property
+    def rate(self) -> float:
+        """Factor of the learning rate after the cut; before it, for the size asked for."""
+        return (self._wide / self.parameters) ** _POWER if self._rate is None else self._rate
 
     @property
     def rates(self) -> list[float]:
@@ -195,6 +207,7 @@ class LearnedRanks:
         return {
             **{"size": self._size, "max_rank": self._max_rank, "done": self._done},
             **{"cut_step": self.cut_step, "warm_up": self._warm_up, "ranks": self.ranks},
+            **{"wide_rate": self._wide_rate, "rate": self._rate},
             "moments": {path: [*of.to("cpu", copy=True)] for path, of in self._moments.items()},
         }
 
@@ -215,6 +228,8 @@ class LearnedRanks:
         if has_less or has_other or (ranks is None and self._is_over):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._done, self._reached = state["done"], None
+        self._wide_rate = state.get("wide_rate", 0.5)  # states of before had half the rate, and then the whole
+        self._rate = state.get("rate", 1.0)
         self._watch(None)
         if ranks is None:  # perhaps with other steps than before, or back from after the cut
             self.ranks = self._save.ranks = None
@@ -364,8 +379,10 @@ class LearnedRanks:
         put(self._model, self._adapter, factors)
         self._restart()
         self.cut_step = self._done
-        self.summary = _summary(self._done, wide, factors)
         self._end_learning({part.module: part.rank for part in factors})
+        self.summary = (
+            f"{_summary(self._done, wide, factors)} Learning rate of the adapter from here: {self.rate:.3g} times."
+        )
 
     def _chosen(self, curve: LossCurve) -> list[Factors]:
         """Factors after the cut."""
