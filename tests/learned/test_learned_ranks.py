@@ -146,19 +146,36 @@ def shares_of(model: Any, optimizer: Any, factor: nn.Parameter) -> list[float]:
     return shares
 
 
-def test_half_the_rate_before_the_cut_and_warm_up_after_it() -> None:
+@pytest.mark.parametrize("rate", [None, 3.0])
+def test_the_rate_rises_after_the_cut_with_a_warm_up(rate: float | None) -> None:
     _, model = with_lora("mlp")
     optimizer = torch.optim.SGD(trained(model), lr=1e-3)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=400, at=0.25)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=400, at=0.25, rate=rate)
+    expected = rate or (sum(p.numel() for p in trained(model)) / learned.parameters) ** 0.5
     shares = shares_of(model, optimizer, model.get_base_model().last.lora_B["default"].weight)
     for step in range(learned.cut_step + 25):
-        assert learned.rates == [pytest.approx(1e-3 * (0.5 if step < 100 else min(1.0, (step - 99) / 20)))]
+        warm = learned.rate * min(1.0, (step - 99) / 20)
+        assert learned.rates == [pytest.approx(1e-3 * (1.0 if step < 100 else warm))]
         model(torch.randn(4, 16)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert learned.cut_step == 100
-    assert shares[:99] == pytest.approx([0.5] * 99, rel=1e-3)
-    assert shares[100:] == pytest.approx([min(1.0, (step + 1) / 20) for step in range(25)], rel=5e-3)
+    assert shares[:99] == pytest.approx([1.0] * 99, rel=1e-3)
+    assert shares[100:] == pytest.approx([learned.rate * min(1.0, (step + 1) / 20) for step in range(25)], rel=5e-3)
+    assert learned.rate == pytest.approx(expected, rel=0.1)  # the size is a limit
+
+
+def test_a_run_of_before_keeps_its_rates() -> None:
+    tiny, model = with_lora("llama")
+    learned = fit(tiny, model, steps=10)
+    state = learned.state_dict()
+    for name in ("wide_rate", "rate", "wide"):
+        del state[name]
+    _, other = with_lora("llama")
+    resumed = LearnedRanks(other, torch.optim.AdamW(trained(other), lr=5e-3), size="r2", steps=10)
+    resumed.load_state_dict({**state, "ranks": None, "done": 0, "moments": {}})
+    assert resumed.rates == pytest.approx([2.5e-3])
+    assert resumed.rate == 1
 
 
 def test_a_head_in_the_same_group_keeps_its_rate() -> None:
@@ -333,7 +350,7 @@ def test_another_adapter_stays(tmp_path: Path) -> None:
     after = tiny.logits(model)
     model.set_adapter("default")  # as it is
     assert torch.equal(tiny.logits(model), after)
-    assert learned.rates == pytest.approx([5e-3])
+    assert learned.rates == pytest.approx([5e-3 * learned.rate])
     model.set_adapter("other")
     assert torch.equal(tiny.logits(model), expected)
     model.save_pretrained(tmp_path)

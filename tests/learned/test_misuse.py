@@ -50,7 +50,9 @@ def test_a_run_resumed_with_other_steps_logs_its_rates(tmp_path: Path, settings:
     assert callback.learned is not None
     wide = callback.learned.cut_step
     # The warm-up is a twentieth of the steps of the run that was cut: one.
-    assert logged == pytest.approx([2.5e-3] * wide + [5e-3] * (len(logged) - wide))
+    after = 5e-3 * callback.learned.rate
+    assert callback.learned.rate == pytest.approx(2, rel=0.1)  # r = 8 to the size of r = 2
+    assert logged == pytest.approx([5e-3] * wide + [after] * (len(logged) - wide))
     assert callback.learned.ranks is not None
     assert size_of(trainer.model) <= 2176
 
@@ -122,7 +124,7 @@ def test_a_list_of_parameters_and_a_kept_loss_go_on(set_to_none: bool) -> None:
 def test_a_failed_step_leaves_the_rate_as_it_was() -> None:
     tiny, model = with_lora("mlp")
     optimizer = torch.optim.SGD(trained(model), lr=1e-2)
-    LearnedRanks(model, optimizer, size="r2", steps=100)
+    learned = LearnedRanks(model, optimizer, size="r2", steps=100)
     shares = shares_of(model, optimizer, model.get_base_model().last.lora_B["default"].weight)
 
     def fails() -> float:
@@ -135,8 +137,9 @@ def test_a_failed_step_leaves_the_rate_as_it_was() -> None:
         optimizer.zero_grad()
         tiny.loss(model).backward()
         optimizer.step()
-    assert shares[:29] == pytest.approx([0.5] * 29, rel=1e-3)
-    assert shares[-1] == pytest.approx(1.0, rel=1e-3)
+    assert shares[:29] == pytest.approx([1.0] * 29, rel=1e-3)
+    assert shares[-1] == pytest.approx(learned.rate, rel=1e-3)
+    assert learned.rate > 1.5
     assert optimizer.param_groups[0]["lr"] == 1e-2
 
 
@@ -278,7 +281,8 @@ def test_an_optimizer_around_another() -> None:
     shares = shares_of(model, optimizer.base_optimizer, model.get_base_model().last.lora_B["default"].weight)
     step(tiny, model, optimizer, 40)
     assert learned.ranks is not None
-    assert shares[0] == pytest.approx(0.5)
+    assert shares[0] == pytest.approx(1)
+    assert shares[-1] == pytest.approx(learned.rate, rel=1e-3)
 
 
 @pytest.mark.parametrize(

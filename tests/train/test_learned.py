@@ -71,6 +71,40 @@ def test_a_plain_lora_of_the_size(here: Path) -> None:
     assert shown.settings["training"]["size"] == "r2"
 
 
+def test_a_share_of_the_gain_while_training(here: Path) -> None:
+    reviews(320).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
+    options = [*("train", "--model", "base", "--data", "many.csv", "--task", "classify", "--method", "learned")]
+    options += ["--keep", 0.9, "--steps", 60, "--learning-rate", 1e-2, "--validation-share", 0.35, "--rank", 8]
+    result = lrlora(*options, "--output", "out", "--cut-at", 0.5, "--cut-rate", 1.5)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "r = 8 until step 30, then the fewest parameters found that keep 0.9 of the gain so far" in said
+    assert "at 1.5 times the learning rate" in said
+    match = re.search(r"Ranks learned at step 30: ([\d,]+) to ([\d,]+) parameters", said)
+    assert match, said
+    assert "Of the gain so far: " in said
+    assert f"{size_of(here / 'out'):,}" == match[2]
+    assert PeftConfig.from_pretrained("out").rank_pattern
+    assert "0.9 of the gain then" in Path("out/README.md").read_text(encoding="utf-8")
+    default = TrainConfig("base", "many.csv", "classify", method="learned", keep=0.9)
+    assert (default.cut_at, default.size, default.filled_by) == (0.3, None, None)
+    assert TrainConfig("base", "many.csv", "classify", keep=0.9).filled_by == "--keep"
+    few = lrlora(*options, "--output", "few", "--train-examples", 100, "--validation-examples", 40)
+    assert few.exit_code == 1
+    assert "40 held-out examples are too few" in " ".join(few.output.split())
+
+
+@pytest.mark.refused
+def test_options_of_the_cut_without_a_cut() -> None:
+    for options, said in (
+        ({"method": "dora", "size": "r4", "cut_rate": 2.0}, "cut_at and cut_rate are of learned ranks"),
+        ({"size": "r4", "cut_at": 1.0}, "cut_at must be between 0 and 1, got 1"),
+        ({"size": "r4", "cut_rate": 0.0}, "cut_rate must be a number > 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            TrainConfig("base", "many.csv", "classify", **options)
+
+
 def test_a_language_model_and_a_size_in_bytes(here: Path) -> None:
     result = lrlora(
         *("train", "--model", "./decoder", "--data", "texts.csv", "--task", "causal-lm", "--size", "12kB"),

@@ -121,5 +121,4 @@ def test_without_a_method_ranks_are_learned_at_the_size_of_the_rank() -> None:
     assert config(method="lr-lora").learned_size is None
     assert TrainConfig.from_dict({**vars(config(rank=16))}) == config(rank=16)  # as a resumed run reads it
     assert config(method="learned", rank=4) == config(rank=4)
-    with pytest.raises(ValueError, match=r"method=learned .* keep"):
-        config(method="learned", keep=0.99)
+    assert (config(method="learned", keep=0.99).learned_share, config(keep=0.99).learned_share) == (0.99, None)

@@ -84,7 +84,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 def _inherited(config: TrainConfig) -> dict[str, Any]:
     """Settings inherited from the run to start from. An adapter whose ranks were learned keeps them."""
     settings = {**asdict(config), "output": TrainConfig.output}
-    return settings | {"size": None} if config.learned_size is not None else settings
+    return settings | dict.fromkeys(("size", "keep", "cut_at", "cut_rate")) if config.learns_ranks else settings
 
 
 # Examples in YAML of the settings that map names to values.

@@ -120,7 +120,7 @@ def _train(run: TrainConfig, *, resume: bool, overwrite: bool, measure: bool) ->
     report = rank_report_of(output)
     if report is not None:
         ranks = [(row.r or 0, row.m + row.n) for row in report.rows]
-        if run.learned_size is not None and (line := served(ranks, PeftConfig.from_pretrained(str(output)))):
+        if run.learns_ranks and (line := served(ranks, PeftConfig.from_pretrained(str(output)))):
             announce(line)
         console.print(rank_table(report, "Ranks of ΔW", width=console.width))
         announce(f"To view the ranks: lrlora report {output}, or by module, lrlora ranks {output} --all")
@@ -130,7 +130,7 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
     """Print the smallest size of a finished run's LoRA; returns whether its folder has changed."""
     from ..train.methods import METHODS
 
-    if run.learned_size is not None:
+    if run.learns_ranks:
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
         return False
     is_asked_for = run.filled_by is not None

@@ -15,10 +15,11 @@ from transformers.trainer_callback import ExportableState
 
 from ..checks import check_truncation
 from ..shrunk import Shrunk
-from .learned_ranks import CUT_AT, LearnedRanks, budget_of, cut_step
+from .held_out import require_measurable
+from .learned_ranks import LearnedRanks, budget_of, cut_step
 from .live_lora import pad_state, peft_model, require_plain_lora
-from .shrinking import require_measurable, shrink
-from .size import Size
+from .shrinking import shrink
+from .size import CUT_AT, Size
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -29,24 +30,27 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
         trainer = SFTTrainer(..., peft_config=LoraConfig(r=16, target_modules="all-linear"),
                              callbacks=[LearnedRanksCallback("r4")])      # cut to a size while it trains
-        trainer.add_callback(LearnedRanksCallback(keep=0.99, trainer=trainer))  # or to a share of the gain, at its end
+        trainer.add_callback(LearnedRanksCallback(keep=0.95, at=0.3, trainer=trainer))  # to a share of the gain so far
+        trainer.add_callback(LearnedRanksCallback(keep=0.99, trainer=trainer))          # at the end of training
 
-    With `keep`, training is as without the callback, and the best checkpoint is shrunk; checkpoints stay whole.
+    At the end, the best checkpoint is shrunk; training is as without the callback, and checkpoints stay whole.
 
-    With `size`, it works with DDP, FSDP2, DeepSpeed and `torch_compile`. Pass it to the Trainer when it is created, so
-    that checkpoints from after the cut can be resumed. The best checkpoint (`load_best_model_at_end`) is one from after
-    the cut, and the patience of `EarlyStoppingCallback` begins there.
+    While it trains, the adapter is cut with DDP, FSDP2, DeepSpeed and `torch_compile`. Create the callback before a
+    checkpoint from after the cut is resumed: with the Trainer, or with `trainer`. The best checkpoint
+    (`load_best_model_at_end`) is one from after the cut, and the patience of `EarlyStoppingCallback` begins there.
 
     Args:
         size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
         keep: share of the gain to keep, instead of a size; see `shrink`.
-        trainer: Trainer, for `keep`.
-        at: share of the steps after which the adapter is cut, in (0, 1).
+        trainer: Trainer, for `keep`, and for a cut at the end.
+        at: share of the steps after which the adapter is cut, in (0, 1], 1 for the end; default: 0.3 for a size, 1 for
+            a share.
+        rate: factor of the learning rate after the cut; see `LearnedRanks`.
         max_rank: largest rank of any module; default: that of the adapter.
 
     Attributes:
-        learned: `LearnedRanks` with the ranks; None before training, and with `keep`.
-        shrunk: result of `shrink`; None before the end of training.
+        learned: `LearnedRanks` with the ranks; None before training, and with a cut at the end.
+        shrunk: record of the smallest size; None before it is found, and with `size` while training.
 
     Raises:
         ValueError: `size` is no size, or `keep` no share, or not one of them is given; when training begins: see
@@ -60,24 +64,35 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         *,
         keep: float | None = None,
         trainer: Trainer | None = None,
-        at: float = CUT_AT,
+        at: float | None = None,
+        rate: float | None = None,
         max_rank: int | None = None,
     ) -> None:
-        if (size is None) == (keep is None) or (keep is None) != (trainer is None):
+        at = at if at is not None else 1.0 if size is None else CUT_AT
+        if (size is None) == (keep is None) or (trainer is None and (keep is not None or at == 1)):
             raise ValueError(
                 "Pass a size, or keep and trainer: trainer.add_callback(LearnedRanksCallback(keep=0.99, "
-                "trainer=trainer))."
+                "trainer=trainer)). A cut at the end (at=1) also needs trainer."
             )
         if size is not None:
             Size.parse(size)
         if keep is not None:
             check_truncation(keep=keep)
-        self._keep, self._trainer = keep, trainer
+        if at == 1 and rate is not None:
+            raise ValueError("rate is that after the cut, and at=1 leaves no step after it. Remove one of them.")
+        self._trainer, self._at_end = trainer, at == 1
         self.shrunk: Shrunk | None = None
-        self._options: dict[str, Any] = {"size": size, "at": at, "max_rank": max_rank}
+        self._options: dict[str, Any] = {"size": size, "keep": keep, "at": at, "rate": rate, "max_rank": max_rank}
         self.learned: LearnedRanks | None = None
         self._is_learning = self._is_cut = False
         self._padding: Any = None
+        if trainer is not None:
+            self._pad(trainer.model)
+
+    def _pad(self, model: Any) -> None:
+        """Let a checkpoint from after the cut be loaded."""
+        inner = peft_model(model)
+        self._padding = inner.register_load_state_dict_pre_hook(partial(pad_state, require_plain_lora(inner)))
 
     def state(self) -> dict[str, Any]:
         """State in a checkpoint's `trainer_state.json`, so that a run continues from the checkpoint that it loads."""
@@ -85,8 +100,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _require_supported(args)
-        model = peft_model(kwargs["model"])
-        self._padding = model.register_load_state_dict_pre_hook(partial(pad_state, require_plain_lora(model)))
+        self._pad(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +109,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if self._trainer is not None:
             require_plain_lora(peft_model(kwargs["model"]))
             require_measurable(self._trainer, "eval")
+        if self._at_end:
             return
         model, learned = peft_model(kwargs["model"]), self.learned
         if self._padding is not None:  # a resumed run has a new callback
@@ -102,7 +117,9 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self._is_learning = state.global_step > 0 or learned is None or not learned.learned_by(model)
         if not self._is_learning:
             return  # a further `train()`, with the ranks learned before
-        self.learned = LearnedRanks(model, kwargs["optimizer"], steps=state.max_steps, **self._options)
+        held_out = () if self._trainer is None else self._trainer
+        options = {"steps": state.max_steps, "held_out": held_out, **self._options}
+        self.learned = LearnedRanks(model, kwargs["optimizer"], **options)
         self.learned.leave_end_to_caller()
         if state.global_step:
             states: Any = state.stateful_callbacks or {}
@@ -133,13 +150,17 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self._is_cut = learned.ranks is not None
         if self._is_cut and state.is_world_process_zero:
             tqdm.write(learned.summary)
+            if learned.shrunk is not None:
+                tqdm.write(f"Of the gain so far: {learned.shrunk}")
+        self.shrunk = learned.shrunk
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer is not None and self._keep is not None:
+        if self._at_end:
+            options = {name: self._options[name] for name in ("size", "keep", "max_rank")}
             try:
-                self.shrunk = shrink(self._trainer, keep=self._keep, max_rank=self._options["max_rank"])
+                self.shrunk = shrink(self._trainer, **options)
             except ValueError as error:  # the training is done
                 warnings.warn(f"The adapter stays whole. {error}", stacklevel=2)
             else:
@@ -150,7 +171,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if self.learned.ranks is None:
             warnings.warn(
                 f"Training ended at step {state.global_step}, before the cut at step {self.learned.cut_step}: the "
-                f"adapter is wide, not of size {self._options['size']}.",
+                f"adapter is wide, not cut.",
                 stacklevel=2,
             )
 
@@ -169,15 +190,17 @@ def _from_json(stored: dict[str, Any]) -> dict[str, Any]:
     return {**stored, "moments": moments}
 
 
-def planned_cut(size: str, model: Any, args: TrainingArguments) -> tuple[int, int]:
-    """Number of parameters after the cut, and its step, for `LearnedRanksCallback` with its defaults.
+def planned_cut(model: Any, args: TrainingArguments, size: str | None, at: float | None) -> tuple[int | None, int]:
+    """Number of parameters after the cut, None without a size, and its step, for `LearnedRanksCallback`.
 
     Raises:
         ValueError: see `LearnedRanks`; or the Trainer is set up in a way that the cut does not support.
 
     """
     _require_supported(args)
-    return budget_of(size, model, require_plain_lora(model)), cut_step(CUT_AT, args.max_steps)
+    adapter = require_plain_lora(model)
+    budget = None if size is None else budget_of(size, model, adapter)
+    return budget, cut_step(CUT_AT if at is None else at, args.max_steps)
 
 
 def _require_supported(args: TrainingArguments) -> None:

@@ -28,8 +28,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters import Factors
+from ..checks import check_truncation
+from ..shrunk import Shrunk
 from ..tuner.sharding import is_sharded, local_part
 from .directions import LossCurve, directions
+from .held_out import LiveLosses, at_rest, find_in_place
 from .live_lora import (
     SmallSave,
     costs_of,
@@ -44,11 +47,10 @@ from .live_lora import (
     require_plain_lora,
     require_zero,
 )
-from .moments import Moments, channel_dim, watch
-from .sharded import full_value, is_deepspeed, of_first, processes, restart, write
-from .size import Size
+from .moments import Loss, Moments, channel_dim, model_loss, watch
+from .sharded import full_value, is_deepspeed, of_first, processes, restart, unwrapped, write
+from .size import CUT_AT, Size
 
-CUT_AT = 0.3  # share of the steps
 _WINDOW = 32  # most steps that give moments
 _POWER = 0.5  # of the ratio of sizes, which gives that of the learning rates
 _WARM_UP = 20  # steps after the cut, at most a twentieth of all
@@ -81,8 +83,13 @@ class LearnedRanks:
     Args:
         model: PEFT model with a plain LoRA on linear layers and convolutions.
         optimizer: optimizer of its parameters.
-        size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
         steps: total number of optimizer steps.
+        size: of the adapter after the cut: r4 (that of LoRA r = 4 on the same modules), 200k parameters, or 4MiB.
+        keep: share of the gain so far, in (0, 1), that the adapter keeps at the cut, instead of a size; measured on
+            `held_out` as by `shrink`. Without a measurable gain, nothing is cut.
+        held_out: batches that are not trained on, for `keep`, the same on every process; or a Trainer with an
+            `eval_dataset`.
+        loss: of these batches: returns the sum of the loss terms of each example, and their number.
         at: share of the steps after which the adapter is cut, in (0, 1).
         rate: factor of the factors' learning rate after the cut; default: (parameters before / after the cut)^½.
         max_rank: largest rank of any module; default: that of the adapter.
@@ -91,6 +98,7 @@ class LearnedRanks:
     Attributes:
         ranks: module → rank after the cut; None before it.
         cut_step: optimizer step after which the adapter is cut.
+        shrunk: with `keep`, the record of the cut.
 
     Raises:
         ValueError: the adapter is no plain LoRA, or not larger than the size; there are too few steps; or the optimizer
@@ -103,8 +111,11 @@ class LearnedRanks:
         model: Any,
         optimizer: Any,
         *,
-        size: str,
         steps: int,
+        size: str | None = None,
+        keep: float | None = None,
+        held_out: Any = (),
+        loss: Loss = model_loss,
         at: float = CUT_AT,
         rate: float | None = None,
         max_rank: int | None = None,
@@ -112,7 +123,10 @@ class LearnedRanks:
     ) -> None:
         self._model = peft_model(model)
         self._adapter = require_plain_lora(self._model)
-        self._size, self._steps, self._max_rank, self._done = size, steps, max_rank, 0
+        check_truncation(keep=keep, size=None if size is None else 1)
+        self._size, self._keep, self._held_out, self._loss = size, keep, held_out, loss
+        self._steps, self._max_rank, self._done = steps, max_rank, 0
+        self.shrunk: Shrunk | None = None
         self.ranks: dict[str, int] | None = None
         self.cut_step = cut_step(at, steps)
         if rate is not None and not 0 < rate < math.inf:
@@ -123,8 +137,8 @@ class LearnedRanks:
         self._window = min(_WINDOW, (self.cut_step + 1) // 2)
         self._layers = lora_layers(self._model, self._adapter)
         self._costs = costs_of(self._model, self._adapter)
-        self._budget = budget_of(size, self._model, self._adapter)
         self._wide = sum(cost * self._layers[path].r[self._adapter] for path, cost in self._costs.items())
+        self._budget = self._wide if size is None else budget_of(size, self._model, self._adapter)
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank must be an integer ≥ 1, got {max_rank!r}.")
         optimizers = unwrapped(optimizer)
@@ -176,7 +190,7 @@ class LearnedRanks:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the adapter after the cut; its limit before."""
+        """Number of parameters of the adapter after the cut; its limit before it."""
         return self._budget if self.ranks is None else sum(self._costs[path] * r for path, r in self.ranks.items())
 
     @property
@@ -205,9 +219,9 @@ class LearnedRanks:
     def state_dict(self) -> dict[str, Any]:
         """Steps, ranks and moments, the same on every process."""
         return {
-            **{"size": self._size, "max_rank": self._max_rank, "done": self._done},
+            **{"size": self._size, "keep": self._keep, "max_rank": self._max_rank, "done": self._done},
             **{"cut_step": self.cut_step, "warm_up": self._warm_up, "ranks": self.ranks},
-            **{"wide_rate": self._wide_rate, "rate": self._rate},
+            **{"wide_rate": self._wide_rate, "rate": self._rate, "wide": self._wide},
             "moments": {path: [*of.to("cpu", copy=True)] for path, of in self._moments.items()},
         }
 
@@ -218,9 +232,9 @@ class LearnedRanks:
             ValueError: it is that of another size, or of an adapter with other ranks.
 
         """
-        for name, value in (("size", self._size), ("max_rank", self._max_rank)):
-            if state[name] != value:
-                raise ValueError(f"The run has {name}={state[name]!r}, got {value!r}. Pass the same.")
+        for name, value in (("size", self._size), ("keep", self._keep), ("max_rank", self._max_rank)):
+            if state.get(name) != value:
+                raise ValueError(f"The run has {name}={state.get(name)!r}, got {value!r}. Pass the same.")
         wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
         ranks, moments = state["ranks"], {path: Moments(*of) for path, of in state["moments"].items()}
         has_less = any(wide.get(path, 0) < rank for path, rank in (ranks or {}).items())
@@ -229,7 +243,7 @@ class LearnedRanks:
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
         self._done, self._reached = state["done"], None
         self._wide_rate = state.get("wide_rate", 0.5)  # states of before had half the rate, and then the whole
-        self._rate = state.get("rate", 1.0)
+        self._rate, self._wide = state.get("rate", 1.0), state.get("wide", self._wide)
         self._watch(None)
         if ranks is None:  # perhaps with other steps than before, or back from after the cut
             self.ranks = self._save.ranks = None
@@ -375,18 +389,38 @@ class LearnedRanks:
             )
         moments = {path: of.to("cpu") for path, of in self._moments.items()}
         curve = LossCurve([directions(part, moments.get(part.module), 1) for part in wide])
-        factors = of_first(self._chosen(curve))  # others may round otherwise
+        self.cut_step = self._done
+        factors = self._chosen(curve)
+        if factors is None:
+            self._rate, self._warm_up = 1.0, 1
+            self._end_learning({part.module: part.rank for part in wide})
+            return
+        factors = of_first(factors)  # others may round otherwise
         put(self._model, self._adapter, factors)
         self._restart()
-        self.cut_step = self._done
         self._end_learning({part.module: part.rank for part in factors})
-        self.summary = (
-            f"{_summary(self._done, wide, factors)} Learning rate of the adapter from here: {self.rate:.3g} times."
-        )
+        self.summary = f"{_summary(self._done, wide, factors)} Learning rate of the adapter: {self.rate:.3g} times."
 
-    def _chosen(self, curve: LossCurve) -> list[Factors]:
-        """Factors after the cut."""
-        return curve.within(self._budget, self._max_rank)
+    def _chosen(self, curve: LossCurve) -> list[Factors] | None:
+        """Factors after the cut; None if nothing is to be cut."""
+        if self._keep is None:
+            return curve.within(self._budget, self._max_rank)
+        model, held_out = self._model, self._held_out
+        trainer = held_out if hasattr(held_out, "compute_loss") else None
+        with at_rest(model, trainer):
+            try:
+                losses = (
+                    LiveLosses.of_batches(model, held_out, self._loss)
+                    if trainer is None
+                    else LiveLosses.of_trainer(trainer, model, with_gradients=False)
+                )
+                factors, self.shrunk = find_in_place(
+                    *(model, self._adapter, losses, of_first(curve)), keep=self._keep, max_rank=self._max_rank
+                )
+            except ValueError as error:  # the training goes on
+                self.summary = f"Nothing was cut at step {self._done}: {error}"
+                return None
+        return factors
 
     def _restart(self) -> None:
         factors = self._factors
@@ -565,14 +599,6 @@ def _twin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
     if hasattr(twin, "train"):
         twin.train()
     return twin
-
-
-def unwrapped(optimizer: Any) -> list[Any]:
-    """The optimizer and those inside of it, such as that inside of accelerate's wrapper."""
-    found = [optimizer]
-    while (wrapped := getattr(found[-1], "optimizer", None) or getattr(found[-1], "base_optimizer", None)) is not None:
-        found.append(wrapped)
-    return found
 
 
 def _loss_scale_of(optimizers: list[Any], scaler: torch.amp.GradScaler | None) -> Callable[[], float] | None:

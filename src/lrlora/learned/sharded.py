@@ -39,6 +39,14 @@ def is_deepspeed(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith("deepspeed.")
 
 
+def unwrapped(optimizer: Any) -> list[Any]:
+    """The optimizer and those inside of it, such as that inside of accelerate's wrapper."""
+    found = [optimizer]
+    while (wrapped := getattr(found[-1], "optimizer", None) or getattr(found[-1], "base_optimizer", None)) is not None:
+        found.append(wrapped)
+    return found
+
+
 def _in_deepspeed(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+CUT_AT = 0.3  # share of the steps before a cut to a size
 WIDTH = 4  # rank at the start, as a multiple of that of the size
-_WIDE = 16  # rank at the start for a size in parameters or bytes
+WIDE_RANK = 16  # rank at the start for a size in parameters or bytes, and for a share
 _UNITS = {None: ("parameters", 1), "k": ("parameters", 10**3), "M": ("parameters", 10**6)}
 _UNITS |= {"kB": ("bytes", 10**3), "MB": ("bytes", 10**6), "GB": ("bytes", 10**9)}
 _UNITS |= {"KiB": ("bytes", 2**10), "MiB": ("bytes", 2**20), "GiB": ("bytes", 2**30)}
@@ -38,7 +39,7 @@ class Size:
     @property
     def wide_rank(self) -> int:
         """Usual rank to start training from."""
-        return WIDTH * int(self.number) if self.unit == "ranks" else _WIDE
+        return WIDTH * int(self.number) if self.unit == "ranks" else WIDE_RANK
 
     def parameters(self, per_rank: int, itemsize: int) -> int:
         """Number of parameters: `per_rank` for one rank of all modules, of `itemsize` bytes each."""

@@ -37,13 +37,16 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
     evaluation = f"evaluation every {arguments.eval_steps:g} steps" if evaluates else "evaluation only at the end"
     examples = examples_per_step(arguments)
     ranks = []
-    if config.learned_size is not None:
-        size, step = planned_cut(config.learned_size, model, arguments)
+    if config.learns_ranks:
+        size, step = planned_cut(model, arguments, config.learned_size, config.cut_at)
         wide = model.peft_config["default"].r
-        ranks = [
-            f"Ranks: learned: r = {wide} until step {step}, then the {size:,} parameters ({config.size}) that the loss "
-            "needs most."
-        ]
+        kept = (
+            f"the {size:,} parameters ({config.size}) that the loss needs most"
+            if size is not None
+            else f"the fewest parameters found that keep {config.keep:.4g} of the gain so far on validation data"
+        )
+        rate = "(parameters before / after)^½" if config.cut_rate is None else f"{config.cut_rate:g}"
+        ranks = [f"Ranks: learned: r = {wide} until step {step}, then {kept}, at {rate} times the learning rate."]
     elif config.filled_by:
         goal = f"of {config.size}" if config.size else f"that keeps {config.keep:.4g} of the gain"
         ranks = [f"After training: lora/ is a plain LoRA {goal}, of the directions that the loss needs most."]

@@ -212,6 +212,10 @@ def prepare(
     for line in plan(config, inputs, model, arguments):
         announce(line)
     trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
+    if config.learned_share is not None:
+        trainer.add_callback(
+            LearnedRanksCallback(keep=config.learned_share, at=config.cut_at, rate=config.cut_rate, trainer=trainer)
+        )
     for line in describe_encoded(trainer, inputs):
         announce(line)
     prepare_sharding(trainer)

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from ..checks import check_truncation, require_known, require_type
 from ..files import readable
-from ..learned.size import Size
+from ..learned.size import CUT_AT, WIDE_RANK, Size
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
 from .methods import DEFAULT_RANK, LEARNED, METHODS
 
@@ -84,11 +84,15 @@ class TrainConfig:
             ranks are learned, evaluations count from the cut; default: never.
         start_from: finished run to continue from, as a new run with its own schedule; on the command line, settings
             that are not given are those of that run; default: a new adapter.
-        keep: write lora/ as the smallest LoRA that keeps this share of the gain on validation data; default: report
-            the size for 0.99, and write nothing.
+        keep: write lora/ as the smallest LoRA that keeps this share of the gain on validation data; with `cut_at` or
+            the method learned, cut the adapter to it while training; default: report the size for 0.99, and write
+            nothing.
         size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
             are learned in training; with others, lora/ is filled by importance to the loss; default: without a method
             that of the rank, with one no limit.
+        cut_at: share of the steps after which ranks are learned, in (0, 1): to the size, or to the share `keep` of the
+            gain so far, measured on validation data; default: 0.3 for a size, and a share is kept after training.
+        cut_rate: factor of the adapter's learning rate after this cut; default: (parameters before / after it)^½.
         rank_every: steps between records of the ranks.
         seed: random seed of head, factors, data order and dropout.
         adapter: NAME=VALUE, field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
@@ -128,6 +132,8 @@ class TrainConfig:
     start_from: str | None = None
     keep: float | None = None
     size: str | None = None
+    cut_at: float | None = None
+    cut_rate: float | None = None
     rank_every: int = 50
     seed: int = 0
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -141,11 +147,11 @@ class TrainConfig:
         require_known("task", self.task, KINDS)
         kind = KINDS[self.task]
         if self.method in (AUTO, LEARNED):
-            if self.method == LEARNED and self.keep is not None:
-                raise ValueError(f"method={LEARNED} cuts while it trains, but keep after it. Pass only one of them.")
+            if self.method == LEARNED and self.keep is not None and self.cut_at is None:
+                object.__setattr__(self, "cut_at", CUT_AT)
             is_learned = self.method == LEARNED or (self.keep is None and self.start_from is None)
             object.__setattr__(self, "method", "lora")
-            if self.size is None and is_learned:
+            if self.size is None and self.keep is None and is_learned:
                 if self.rank is not None:
                     _require_one("rank", self.rank, "r", self.adapter, "adapter")
                 adapter = dict(self.adapter)
@@ -157,7 +163,7 @@ class TrainConfig:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share!r}.")
-        for name in ("learning_rate", "head_learning_rate", "epochs", "alpha"):
+        for name in ("learning_rate", "head_learning_rate", "epochs", "alpha", "cut_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
@@ -167,6 +173,12 @@ class TrainConfig:
             check_truncation(keep=self.keep)
         if self.size is not None:
             Size.parse(self.size)
+        if self.cut_at is not None and not 0 < self.cut_at < 1:
+            raise ValueError(
+                f"cut_at must be between 0 and 1, got {self.cut_at!r}. For a cut after training, remove it."
+            )
+        if not self.learns_ranks and (self.cut_at, self.cut_rate) != (None, None):
+            raise ValueError("cut_at and cut_rate are of learned ranks: pass size or keep, with the method learned.")
         if self.delimiter is not None and len(self.delimiter) != 1:
             raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
         for name, applies, what in (
@@ -198,11 +210,21 @@ class TrainConfig:
         return self.size if self.method == "lora" else None
 
     @property
+    def learned_share(self) -> float | None:
+        """Share of the gain to which the adapter is cut during training; None if it is not."""
+        return self.keep if self.method == "lora" and self.cut_at is not None else None
+
+    @property
+    def learns_ranks(self) -> bool:
+        """Whether the adapter is cut during training."""
+        return self.learned_size is not None or self.learned_share is not None
+
+    @property
     def filled_by(self) -> str | None:
         """Option that fills lora/ by loss after training; None without one."""
-        return (
-            "--keep" if self.keep is not None else "--size" if self.size is not None and not self.learned_size else None
-        )
+        if self.learns_ranks:
+            return None
+        return "--keep" if self.keep is not None else "--size" if self.size is not None else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -221,8 +243,10 @@ class TrainConfig:
     def wide_fields(self) -> dict[str, Any]:
         """`adapter_fields` with the rank before the cut, and the same scaling, where ranks are learned."""
         given = self.adapter_fields
-        if self.learned_size is None or "r" in given:
+        if not self.learns_ranks or "r" in given:
             return given
+        if self.learned_size is None:
+            return _at_rank(given, WIDE_RANK, WIDE_RANK)
         size = Size.parse(self.learned_size)
         return _at_rank(given, size.wide_rank, size.number if size.unit == "ranks" else size.wide_rank)
 

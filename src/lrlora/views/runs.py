@@ -13,8 +13,7 @@ from ..adapters import read_updates
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.read import method_name
 from ..files import is_full_model, read_json
-from ..learned.learned_ranks import CUT_AT
-from ..learned.size import Size
+from ..learned.size import CUT_AT, WIDE_RANK, Size
 from ..ranks import RankReport, rank_report
 from ..ranks.report import read_history
 from ..run_folder import (
@@ -168,12 +167,13 @@ def _add_training(
 
 def _how_learned(config: dict[str, Any], report: RankReport) -> str | None:
     """How the ranks of a run were learned; None if they were not."""
-    size = config.get("size")
-    if size is None or config.get("method") != "lora" or len({row.r for row in report.rows}) < 2:
+    size, at = config.get("size"), config.get("cut_at")
+    if (size is None and at is None) or config.get("method") != "lora" or len({row.r for row in report.rows}) < 2:
         return None  # a short run has one rank
-    wide = config.get("rank") or Size.parse(size).wide_rank
+    wide = config.get("rank") or (WIDE_RANK if size is None else Size.parse(size).wide_rank)
     parameters = sum((row.r or 0) * (row.m + row.n) for row in report.rows)
-    return f"learned: LoRA r = {wide}, cut after {CUT_AT:.0%} of the steps to {parameters:,} parameters ({size})"
+    goal = size or f"{config['keep']:.4g} of the gain then"
+    return f"learned: LoRA r = {wide}, cut after {at or CUT_AT:.0%} of the steps to {parameters:,} parameters ({goal})"
 
 
 # Rendering of a run's prompts → description.

@@ -1,0 +1,288 @@
+"""Losses of a live adapter on held-out batches, and the smallest LoRA that keeps a share of its gain there.
+
+The loss is that of the training: the Trainer's, on its evaluation batches, or a function. Candidates are written into
+the live factors, so that losses that switch the adapter off, such as DPO's, see them as they see the adapter.
+
+In several processes, each measures its share of the batches, and all find the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..adapters import Factors
+from ..shrunk import Shrunk
+from .directions import LossCurve
+from .gain import at_most, constant_losses, losses_of
+from .live_lora import lora_layers, lora_weights, put
+from .moments import Loss, model_loss, with_sampled_labels
+from .search import FEWEST_UNITS, PARTS, PASSES, Part, describe, find_smallest, too_few
+from .sharded import full_value, process_index, processes, write
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # imports `datasets`, which an adapter does without
+
+_GRADIENT_BATCHES = (8, 32)  # at least and at most; between, a tenth of those of the training
+_EXAMPLES = (150, 600)  # held-out, at least and at most; between, a share of those trained on
+_DIVIDED = 12  # least number of batches, where an example is the unit
+_BATCHES = 120  # held-out, where the loss is known by batch alone
+_SHARE = 1 / 20  # so that about six forward passes cost a tenth of the training, of a forward and a backward pass
+_SAME = {"rel_tol": 0.01, "abs_tol": 1e-4}  # losses of the Trainer and of its model
+
+
+@dataclass(frozen=True)
+class LiveLosses:
+    """Batches, and their losses by the live model.
+
+    Attributes:
+        training: batches for the gradients; empty where they are known.
+        held_out: batches for the losses.
+        loss: mean loss of a batch, with a graph.
+        units: sum of the loss terms of each unit of a batch, and their number, (units, 2).
+        unit: of these, in words.
+        sampled: returns a batch with labels sampled from the model; None without labels.
+
+    """
+
+    training: Sequence[Any]
+    held_out: Sequence[Any]
+    loss: Callable[[Any], Tensor]
+    units: Callable[[Any], Tensor]
+    unit: str = "held-out examples"
+    sampled: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of_batches(
+        cls, model: PeftModel, held_out: Iterable[Any], loss: Loss, training: Iterable[Any] = ()
+    ) -> LiveLosses:
+        def mean(batch: Any) -> Tensor:
+            sums, numbers = loss(model, batch)
+            return sums.sum() / numbers.sum()
+
+        sampled = partial(with_sampled_labels, model) if loss is model_loss else None
+        units = partial(_units, model, loss)
+        return cls(list(training), list(held_out), mean, units, sampled=sampled)
+
+    @classmethod
+    def of_trainer(
+        cls, trainer: Trainer, model: PeftModel, on: str = "eval", *, with_gradients: bool = True
+    ) -> LiveLosses:
+        whole: Any = trainer.model  # which may be around the PEFT model
+        data: Any = trainer.train_dataset if on == "train" else trainer.eval_dataset
+        kind = "training" if on == "train" else "held-out"
+        with _on_every_process(trainer):
+            training = _training_batches(trainer) if with_gradients else []
+            first = next(iter(trainer.get_eval_dataloader(data)))
+
+        def prepared(batch: Any) -> Any:
+            return trainer._prepare_inputs(dict(batch))
+
+        def loss(batch: Any) -> Tensor:
+            with trainer.compute_loss_context_manager():
+                result: Any = trainer.compute_loss(whole, prepared(batch))
+            return result[0] if isinstance(result, tuple) else result
+
+        def by_example(batch: Any) -> Tensor:
+            with trainer.compute_loss_context_manager():
+                return _units(model, model_loss, prepared(batch))
+
+        def by_batch(batch: Any) -> Tensor:
+            size = len(next(value for value in batch.values() if hasattr(value, "__len__")))
+            with torch.no_grad():
+                return torch.tensor([[loss(batch).item() * size, size]]).double()
+
+        def sampled(batch: Any) -> Any:
+            with trainer.compute_loss_context_manager():
+                return with_sampled_labels(model, prepared(batch))
+
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            sums, numbers = by_example(first).sum(0).tolist()
+            if math.isclose(sums / numbers, by_batch(first)[0, 0].item() / len(by_example(first)), **_SAME):
+                held_out = _held_out(trainer, data, held_out_examples(trainer), is_divided=True)
+                return cls(training, held_out, loss, by_example, f"{kind} examples", sampled)
+        held_out = _held_out(trainer, data, _BATCHES * trainer.args.eval_batch_size, is_divided=False)
+        return cls(training, held_out, loss, by_batch, f"{kind} batches")
+
+    def __post_init__(self) -> None:
+        if len(self.held_out) < PARTS:
+            raise ValueError(too_few(f"{len(self.held_out)} batches of {self.unit.split()[0]} data"))
+
+    def losses(self, batches: Sequence[Any]) -> Tensor:
+        """Losses of the units of batches, (units, 2), the same on every process."""
+        world, rank = processes(), process_index()
+        # As many on each, since a sharded model needs all processes.
+        own = [self.units(batches[at % len(batches)]) for at in range(rank, -(-len(batches) // world) * world, world)]
+        if world == 1:
+            return torch.cat(own)
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, own)
+        return torch.cat([everyone[at % world][at // world] for at in range(len(batches))])
+
+
+@torch.no_grad()
+def _units(model: nn.Module, loss: Loss, batch: Any) -> Tensor:
+    return losses_of(model, [batch], loss)
+
+
+@contextlib.contextmanager
+def _on_every_process(trainer: Trainer) -> Iterator[None]:
+    """Data loaders that give every process all batches, on the CPU."""
+    arguments, accelerator = trainer.args, trainer.accelerator
+    persistent, arguments.dataloader_persistent_workers = arguments.dataloader_persistent_workers, False
+    setattr(accelerator, "prepare", lambda loader, **options: loader)  # noqa: B010 (of this one alone)
+    try:
+        yield
+    finally:
+        del accelerator.prepare
+        arguments.dataloader_persistent_workers = persistent
+
+
+def sample(data: Any, size: int) -> Any:
+    """Random examples of a data set, the same every time; all of one without a length."""
+    if not hasattr(data, "__len__") or len(data) <= size:
+        return data
+    if hasattr(data, "shuffle"):
+        return data.shuffle(seed=0).select(range(size))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.Subset(data, order[:size].tolist())
+
+
+def _training_batches(trainer: Trainer) -> list[Any]:
+    fewest, most = _GRADIENT_BATCHES
+    number = trainer.state.global_step * trainer.args.gradient_accumulation_steps // 10
+    number = min(most, max(fewest, number - number % fewest))
+    data: Any = trainer.train_dataset
+    if not hasattr(data, "__len__"):
+        return list(islice(trainer.get_train_dataloader(), number))
+    return list(trainer.get_eval_dataloader(sample(data, number * trainer.args.eval_batch_size)))
+
+
+def held_out_examples(trainer: Trainer) -> int:
+    """Number of held-out examples: so that their losses cost at most a tenth of the training, or as few as suffice."""
+    of_batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * processes()
+    fewest, most = _EXAMPLES
+    return min(most, max(fewest, int(_SHARE * trainer.state.global_step * of_batch)))
+
+
+def _held_out(trainer: Trainer, data: Any, size: int, *, is_divided: bool) -> list[Any]:
+    """Batches of a sample of this size; small enough to be divided into parts, or those of the Trainer."""
+    arguments = trainer.args
+    known, there = arguments.per_device_eval_batch_size, min(size, len(data)) if hasattr(data, "__len__") else size
+    if is_divided:
+        arguments.per_device_eval_batch_size = max(1, min(known, there // _DIVIDED))
+    try:
+        with _on_every_process(trainer):
+            loader = trainer.get_eval_dataloader(sample(data, size))
+            return list(islice(loader, -(-size // arguments.per_device_eval_batch_size)))
+    finally:
+        arguments.per_device_eval_batch_size = known
+
+
+def require_measurable(trainer: Trainer, on: str) -> None:
+    """Raise ValueError for a Trainer whose loss does not tell what its adapter gained."""
+    if any(hasattr(trainer, name) for name in ("reward_funcs", "reward_model", "value_model")):
+        raise ValueError(
+            f"The loss of {type(trainer).__name__} on stored data does not tell what the adapter gained. Save it, and "
+            "cut it by data: lrlora export ADAPTER --keep 0.99 --data FILE --output SMALL"
+        )
+    if on not in ("eval", "train"):
+        raise ValueError(f"on must be eval or train, got {on!r}.")
+    if on == "train":
+        return
+    data: Any = trainer.eval_dataset
+    if data is None:
+        raise ValueError(
+            "shrink measures the gain on held-out data, but the Trainer has no eval_dataset. Pass one, or on='train' "
+            "for the data that was trained on."
+        )
+    if isinstance(data, dict):
+        raise ValueError("shrink measures the gain on one evaluation set, but the Trainer has several. Pass one.")
+    if hasattr(data, "__len__") and len(data) < PARTS * FEWEST_UNITS:
+        raise ValueError(too_few(f"{len(data)} held-out examples"))
+
+
+@contextlib.contextmanager
+def at_rest(model: PeftModel, trainer: Any) -> Iterator[None]:
+    """Evaluation mode; what TRL counts for its log stays as it is."""
+    modes = [(module, module.training) for module in model.modules()]
+    counted = copy.deepcopy(getattr(trainer, "_metrics", None))
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if counted is not None:
+            trainer._metrics = counted
+
+
+def _weights(model: PeftModel, adapter: str) -> list[nn.Parameter]:
+    return [weight for layer in lora_layers(model, adapter).values() for weight in lora_weights(layer, adapter)]
+
+
+def find_in_place(
+    model: PeftModel,
+    adapter: str,
+    source: LiveLosses,
+    curve: LossCurve,
+    *,
+    keep: float | None = None,
+    budget: int | None = None,
+    max_rank: int | None = None,
+) -> tuple[list[Factors], Shrunk]:
+    """Factors of the smallest size that keeps a share of the gain, or of a budget; the model stays as it is.
+
+    Raises:
+        ValueError: see `find_smallest`.
+
+    """
+    batches = [*(source.held_out[at::PARTS] for at in range(PARTS)), source.training]
+    stored = [full_value(weight).clone() for weight in _weights(model, adapter)]
+    bar = tqdm(total=PASSES * len(source.held_out), desc="Shrinking", unit="batch", disable=process_index() > 0)
+    nothing, known = [of.factors(0) for of in curve.modules], _answers(source.training)
+
+    def measure(batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
+        put(model, adapter, factors)
+        bar.update(len(batches))
+        return source.losses(batches)
+
+    def without(batches: Sequence[Any]) -> Tensor:
+        losses, given = measure(batches, nothing), _answers(batches)
+        return losses if known is None or given is None else at_most(losses, constant_losses(given, known))
+
+    whole = [source.losses(part) for part in batches if part]
+    parts = [Part(of, partial(without, part), partial(measure, part)) for of, part in zip(whole, batches, strict=False)]
+    held_out, training = parts[:PARTS], parts[PARTS:]
+    try:
+        with bar:
+            if keep is not None:
+                factors, found = find_smallest(held_out, curve, keep, unit=source.unit, max_rank=max_rank)
+            else:
+                factors = curve.within(curve.parameters if budget is None else budget, max_rank)
+                found = describe(held_out, curve, factors, source.unit)
+            if training and training[0].gain.low > 0 and not source.unit.startswith("training"):
+                found = replace(found, training=training[0].kept(factors).share)
+    finally:
+        for weight, value in zip(_weights(model, adapter), stored, strict=True):
+            write(weight, value)
+    return factors, found
+
+
+def _answers(batches: Sequence[Any]) -> Tensor | None:
+    """Labels of single examples; None for tokens or pairs."""
+    labels = [batch["labels"].cpu() if isinstance(batch, Mapping) and "labels" in batch else None for batch in batches]
+    known = [part for part in labels if part is not None and part.dim() == 1]
+    return torch.cat(known) if known and len(known) == len(labels) else None

@@ -1,0 +1,144 @@
+"""Learned ranks cut to a share of the gain, measured while training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lrlora import LearnedRanks, LearnedRanksCallback, shrink
+
+from ..conftest import TinyModel
+from .test_learned_ranks import trained
+from .test_shrinking import Pairs, lora, loss_of, trainer_of
+
+
+def share_of(folder: Path, callback: Any = None, **options: Any) -> Any:
+    """Trainer of 60 steps that cuts to 90 % of the gain at half of them."""
+    trainer = trainer_of(folder, lora(TinyModel("llama").build()), **options)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 10
+    trainer.add_callback(LearnedRanksCallback(keep=0.9, at=0.5, trainer=trainer))
+    if callback is not None:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def learned_of(trainer: Any) -> Any:
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, LearnedRanksCallback))
+    return callback.learned
+
+
+def test_a_trainer_is_cut_to_a_share_of_the_gain_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = TinyModel("llama")
+    whole = trainer_of(tmp_path / "whole", lora(tiny.build()))
+    whole.train()
+    trainer = share_of(tmp_path / "cut")
+    trainer.train()
+    learned = learned_of(trainer)
+    found = learned.shrunk
+    assert found is not None
+    assert learned.cut_step == 30
+    assert found.ranks == learned.ranks
+    assert found.parameters == sum(p.numel() for p in trained(trainer.model)) < found.whole
+    assert learned.rate == pytest.approx((found.whole / found.parameters) ** 0.5)
+    said = capsys.readouterr().out
+    assert f"Of the gain so far: {found}" in said or str(found) in said
+    new = Pairs(400, 2)
+    without, ideal, cut = (loss_of(model, new) for model in (tiny.build(), whole.model, trainer.model))
+    assert without - cut > 0.8 * (without - ideal)
+    trainer.save_model(str(tmp_path / "small"))
+    small = PeftModel.from_pretrained(tiny.build(), tmp_path / "small").eval()
+    assert torch.allclose(tiny.logits(small), tiny.logits(trainer.model.eval()), atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [20, 40])  # before and after the cut
+def test_it_is_resumed_with_the_same_ranks(step: int, tmp_path: Path) -> None:
+    whole = share_of(tmp_path / "whole")
+    whole.train()
+    first = share_of(tmp_path / "first")
+    first.train()
+    again = share_of(tmp_path / "first")
+    again.train(resume_from_checkpoint=str(tmp_path / "first" / f"checkpoint-{step}"))
+    assert learned_of(again).ranks == learned_of(whole).ranks
+    stored = json.loads((tmp_path / "first" / "checkpoint-60" / "trainer_state.json").read_text())
+    assert "LearnedRanksCallback" in stored["stateful_callbacks"]
+    mine, theirs = ({n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (whole, again))
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-5) for name in mine)
+
+
+def test_without_a_gain_nothing_is_cut(tmp_path: Path) -> None:
+    """Random labels are learned by heart."""
+    tiny = TinyModel("llama")
+    generator = torch.Generator().manual_seed(0)
+    noise = Pairs(192, 1)
+    noise.ids = torch.randint(3, 99, (192, 8), generator=generator)
+    trainer = share_of(tmp_path, eval_dataset=noise)
+    wide = sum(p.numel() for p in trained(trainer.model))
+    trainer.train()
+    learned = learned_of(trainer)
+    assert learned.shrunk is None
+    assert learned.summary.startswith("Nothing was cut at step 30: The adapter gains nothing")
+    assert learned.rates == pytest.approx([group["lr"] for group in trainer.optimizer.param_groups])
+    assert sum(p.numel() for p in trained(trainer.model)) == wide
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny.build(), tmp_path / "adapter").eval()
+    assert torch.allclose(tiny.logits(loaded), tiny.logits(trainer.model.eval()), atol=1e-5)
+
+
+def test_in_a_loop_of_one_s_own() -> None:
+    torch.manual_seed(0)
+    model = lora(TinyModel("mlp").build(), target_modules=["first", "last"])
+    target = nn.Linear(16, 2).weight.detach()
+    x = torch.randn(600, 16)
+    y = torch.zeros(600, 8)
+    y[:, :2] = x @ target.T
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        errors = (model(batch[0]) - batch[1]).square()
+        return errors.sum(1), torch.full((len(errors),), errors.shape[1])
+
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    held_out = list(zip(x[300:].split(50), y[300:].split(50), strict=True))
+    ranks = LearnedRanks(model, optimizer, keep=0.9, held_out=held_out, loss=loss, steps=200)
+    for _ in range(200):
+        (model(x[:300]) - y[:300]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ranks.shrunk is not None
+    assert ranks.parameters == sum(p.numel() for p in trained(model)) < ranks.shrunk.whole
+
+
+def test_a_size_at_the_end(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    trainer.train()
+    found = shrink(trainer, size="r1")
+    assert found.keep is None
+    assert found.kept is not None
+    assert found.parameters <= found.parameters_per_rank
+    other = trainer_of(tmp_path / "other", lora(TinyModel("llama").build()))
+    other.add_callback(LearnedRanksCallback("r1", at=1.0, trainer=other))
+    other.train()
+    assert sum(p.numel() for p in trained(other.model)) == found.parameters
+
+
+@pytest.mark.refused
+def test_options_that_do_not_fit(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    with pytest.raises(ValueError, match="at=1 leaves no step"):
+        LearnedRanksCallback(keep=0.9, trainer=trainer, rate=2.0)
+    with pytest.raises(ValueError, match=r"A cut at the end .* also needs trainer"):
+        LearnedRanksCallback("r1", at=1.0)
+    model: Any = trainer.model
+    optimizer = torch.optim.AdamW(trained(model))
+    for options, said in (
+        ({"size": "r1", "keep": 0.9}, "exactly one of"),
+        ({}, "exactly one of"),
+        ({"size": "r1", "rate": 0.0}, "rate must be a positive factor"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            LearnedRanks(model, optimizer, steps=100, **options)
