@@ -408,7 +408,7 @@ def test_an_adapter_is_not_saved_wide_in_silence(tmp_path: Path) -> None:
 
 
 def test_the_trainer_refuses_too(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="need a PEFT model with LoRA"):
+    with pytest.raises(ValueError, match="need a model with LoRA"):
         Trainer(TinyModel("llama").build(), callbacks=[LearnedRanksCallback("r2")])
     with pytest.raises(ValueError, match="size must be a size"):
         LearnedRanksCallback("four")

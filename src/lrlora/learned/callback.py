@@ -16,8 +16,9 @@ from transformers.trainer_callback import ExportableState
 from ..checks import check_truncation
 from ..shrunk import Shrunk
 from .held_out import require_measurable
+from .host import host_of
 from .learned_ranks import LearnedRanks, budget_of, cut_step
-from .live_lora import pad_state, peft_model, require_plain_lora
+from .live_lora import pad_state, require_plain_lora
 from .shrinking import shrink
 from .size import CUT_AT, Size
 
@@ -91,7 +92,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
     def _pad(self, model: Any) -> None:
         """Let a checkpoint from after the cut be loaded."""
-        inner = peft_model(model)
+        inner = host_of(model)
         self._padding = inner.register_load_state_dict_pre_hook(partial(pad_state, require_plain_lora(inner)))
 
     def state(self) -> dict[str, Any]:
@@ -107,11 +108,11 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
     ) -> None:
         _require_supported(args)
         if self._trainer is not None:
-            require_plain_lora(peft_model(kwargs["model"]))
+            require_plain_lora(host_of(kwargs["model"]))
             require_measurable(self._trainer, "eval")
         if self._at_end:
             return
-        model, learned = peft_model(kwargs["model"]), self.learned
+        model, learned = host_of(kwargs["model"]), self.learned
         if self._padding is not None:  # a resumed run has a new callback
             self._padding.remove()  # `LearnedRanks` has its own
         self._is_learning = state.global_step > 0 or learned is None or not learned.learned_by(model)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -65,9 +64,7 @@ class LiveLosses:
     sampled: Callable[[Any], Any] | None = None
 
     @classmethod
-    def of_batches(
-        cls, model: PeftModel, held_out: Iterable[Any], loss: Loss, training: Iterable[Any] = ()
-    ) -> LiveLosses:
+    def of_batches(cls, model: Any, held_out: Iterable[Any], loss: Loss, training: Iterable[Any] = ()) -> LiveLosses:
         def mean(batch: Any) -> Tensor:
             sums, numbers = loss(model, batch)
             return sums.sum() / numbers.sum()
@@ -77,9 +74,7 @@ class LiveLosses:
         return cls(list(training), list(held_out), mean, units, sampled=sampled)
 
     @classmethod
-    def of_trainer(
-        cls, trainer: Trainer, model: PeftModel, on: str = "eval", *, with_gradients: bool = True
-    ) -> LiveLosses:
+    def of_trainer(cls, trainer: Trainer, model: Any, on: str = "eval", *, with_gradients: bool = True) -> LiveLosses:
         whole: Any = trainer.model  # which may be around the PEFT model
         data: Any = trainer.train_dataset if on == "train" else trainer.eval_dataset
         kind = "training" if on == "train" else "held-out"
@@ -215,7 +210,7 @@ def require_measurable(trainer: Trainer, on: str) -> None:
 
 
 @contextlib.contextmanager
-def at_rest(model: PeftModel, trainer: Any) -> Iterator[None]:
+def at_rest(model: Any, trainer: Any) -> Iterator[None]:
     """Evaluation mode; what TRL counts for its log stays as it is."""
     modes = [(module, module.training) for module in model.modules()]
     counted = copy.deepcopy(getattr(trainer, "_metrics", None))
@@ -229,12 +224,12 @@ def at_rest(model: PeftModel, trainer: Any) -> Iterator[None]:
             trainer._metrics = counted
 
 
-def _weights(model: PeftModel, adapter: str) -> list[nn.Parameter]:
+def _weights(model: Any, adapter: str) -> list[nn.Parameter]:
     return [weight for layer in lora_layers(model, adapter).values() for weight in lora_weights(layer, adapter)]
 
 
 def find_in_place(
-    model: PeftModel,
+    model: Any,
     adapter: str,
     source: LiveLosses,
     curve: LossCurve,

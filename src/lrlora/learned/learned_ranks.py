@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapters import Factors
@@ -33,6 +32,7 @@ from ..shrunk import Shrunk
 from ..tuner.sharding import is_sharded, local_part
 from .directions import LossCurve, directions
 from .held_out import LiveLosses, at_rest, find_in_place
+from .host import host_of
 from .live_lora import (
     SmallSave,
     costs_of,
@@ -42,7 +42,6 @@ from .live_lora import (
     lora_weights,
     make_small,
     pad_state,
-    peft_model,
     put,
     require_plain_lora,
     require_zero,
@@ -60,7 +59,7 @@ _CHECKED = (1, 10, 100)  # steps after the cut at which the zeros are checked; s
 _PROBE = 64  # rows and columns of matrices on which an optimizer is tested: 8-bit ones keep small states in 32 bits
 _OPEN = (dict, list, set)  # attributes that a step may change in place
 # Model → what learns its ranks now.
-_LEARNING: weakref.WeakKeyDictionary[PeftModel, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
+_LEARNING: weakref.WeakKeyDictionary[Any, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
 
 
 class LearnedRanks:
@@ -69,7 +68,7 @@ class LearnedRanks:
     It needs no call in the training loop: it acts after `optimizer.step()`. Create it after the optimizer, on every
     process:
 
-        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+        model = get_host_of(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         ranks = LearnedRanks(model, optimizer, size="r4", steps=1000)
         ...                          # an ordinary training loop of 1000 steps
@@ -121,7 +120,7 @@ class LearnedRanks:
         max_rank: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self._model = peft_model(model)
+        self._model = host_of(model)
         self._adapter = require_plain_lora(self._model)
         check_truncation(keep=keep, size=None if size is None else 1)
         self._size, self._keep, self._held_out, self._loss = size, keep, held_out, loss
@@ -269,7 +268,7 @@ class LearnedRanks:
         """Do not `finish` after the last step, nor warn of an adapter saved before the cut, such as a checkpoint."""
         self._save.warns = self._ends = False
 
-    def learned_by(self, model: PeftModel) -> bool:
+    def learned_by(self, model: Any) -> bool:
         """Whether these are ranks that this model has learned."""
         return self.ranks is not None and self._model is model
 
@@ -500,7 +499,7 @@ def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
     )
 
 
-def budget_of(size: str, model: PeftModel, adapter: str) -> int:
+def budget_of(size: str, model: Any, adapter: str) -> int:
     """Number of parameters of a size, for a live adapter.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A plain LoRA of a live PEFT model: its factors, their replacement in place, and what is written of it.
+"""A plain LoRA of a live model: its factors, their replacement in place, and what is written of it.
 
 A cut changes no shape. The directions that are kept come first; the other rows of A and columns of B are zero, and stay
 so, since the gradient of a row of A needs its column of B and the reverse. What is saved leaves them out.
@@ -10,12 +10,12 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..adapters import Factors
 from ..adapters.export import config_of_ranks
 from ..adapters.update import Layout, changes_base
-from ..naming import PEFT_PREFIX
+from .host import active_adapters, base_of, prefix_of, saves_adapter
 from .sharded import full_value, write
 
 _DOWN = (nn.Linear, _ConvNd)  # supported as lora_A
@@ -34,38 +34,18 @@ _UNSUPPORTED = (
 )
 
 
-def peft_model(model: Any) -> PeftModel:
-    """The PEFT model itself, or inside of a wrapper such as DDP, torch.compile, DeepSpeed or sentence-transformers.
-
-    Raises:
-        ValueError: there is none, or FSDP1 or DataParallel is around it.
-
-    """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    if any(isinstance(module, nn.DataParallel) for module in modules):
-        raise ValueError("Learned ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
-    inner = next((module for module in modules if isinstance(module, PeftModel)), None)
-    if inner is None:
-        raise ValueError("Learned ranks need a PEFT model with LoRA. Wrap the model with get_peft_model.")
-    if any(hasattr(parameter, "_fsdp_flattened") for parameter in model.parameters()):
-        raise ValueError(
-            "Learned ranks do not support FSDP1 (FullyShardedDataParallel), which flattens parameters. Use FSDP2 "
-            "(fully_shard, or fsdp_version: 2)."
-        )
-    return inner
-
-
-def require_plain_lora(model: PeftModel) -> str:
+def require_plain_lora(model: Any) -> str:
     """Name of the adapter, which can be cut.
 
     Raises:
         ValueError: it cannot.
 
     """
-    (adapter, *others) = model.active_adapters
+    (adapter, *others) = active_adapters(model)
     config = model.peft_config[adapter]
-    if others or type(config) is not LoraConfig:
-        found = ", ".join(f"{name} ({type(model.peft_config[name]).__name__})" for name in model.active_adapters)
+    if others or not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        configs = {name: type(model.peft_config[name]).__name__ for name in (adapter, *others)}
+        found = ", ".join(f"{name} ({kind})" for name, kind in configs.items())
         raise ValueError(f"Learned ranks need one active LoRA adapter, got {found}.")
     for name in _UNSUPPORTED:
         if (value := getattr(config, name, None)) and value != "none":
@@ -83,6 +63,9 @@ def require_plain_lora(model: PeftModel) -> str:
 def _require_plain(path: str, layer: Any, adapter: str) -> None:
     base = layer.get_base_layer()
     is_whole = not isinstance(base, nn.MultiheadAttention) and getattr(base, "groups", 1) == 1
+    kind = type(layer)
+    if not kind.__module__.startswith("peft."):
+        raise ValueError(f"Learned ranks need PEFT's LoRA layers, but {path} is {kind.__module__}.{kind.__name__}.")
     if layer.merged:
         raise ValueError(f"Learned ranks need an unmerged LoRA, but {path} is merged. Call unmerge_adapter() first.")
     if not is_whole or not isinstance(dict(layer.lora_A.items()).get(adapter), _DOWN):
@@ -99,9 +82,9 @@ def _require_plain(path: str, layer: Any, adapter: str) -> None:
         raise ValueError(f"Learned ranks need lora_alpha > 0, got {layer.lora_alpha[adapter]} for {path}.")
 
 
-def lora_layers(model: PeftModel, adapter: str) -> dict[str, Any]:
+def lora_layers(model: Any, adapter: str) -> dict[str, Any]:
     """Layers with the adapter, by their path in the base model."""
-    base = model.get_base_model()
+    base = base_of(model)
     layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     return {path: layer for path, layer in layers.items() if adapter in layer.r}
 
@@ -111,7 +94,7 @@ def lora_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
-def costs_of(model: PeftModel, adapter: str) -> dict[str, int]:
+def costs_of(model: Any, adapter: str) -> dict[str, int]:
     """Module → number of parameters of one rank."""
     return {
         path: sum(getattr(w, "ds_numel", w.numel()) for w in lora_weights(layer, adapter)) // layer.r[adapter]
@@ -119,7 +102,7 @@ def costs_of(model: PeftModel, adapter: str) -> dict[str, int]:
     }
 
 
-def lora_factors(model: PeftModel, adapter: str) -> list[Factors]:
+def lora_factors(model: Any, adapter: str) -> list[Factors]:
     """ΔW of each layer as its own factors, s·B and A, on the CPU; call it on every process."""
     return [_factors(path, layer, adapter) for path, layer in lora_layers(model, adapter).items()]
 
@@ -133,7 +116,7 @@ def _factors(path: str, layer: Any, adapter: str) -> Factors:
     return Factors(path, A, B, len(A), scaling, layout, energy, stable_rank=math.nan, kept=1.0)
 
 
-def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
+def put(model: Any, adapter: str, factors: Sequence[Factors]) -> None:
     """Overwrite the factors in place, with zeros beyond their ranks; call it on every process.
 
     Rows of A and columns of B get equal norms, but no row of A becomes smaller than the mean norm before: while B is
@@ -150,14 +133,11 @@ def put(model: PeftModel, adapter: str, factors: Sequence[Factors]) -> None:
             write(weight, value)
 
 
-def make_small(
-    model: PeftModel, adapter: str, ranks: Mapping[str, int], optimizer: torch.optim.Optimizer | None
-) -> None:
+def make_small(model: Any, adapter: str, ranks: Mapping[str, int], optimizer: torch.optim.Optimizer | None) -> None:
     """Leave the zeros beyond the ranks out of the live model and its optimizer too, where nothing is sharded.
 
     The parameters stay the same objects, without gradients. Modules of rank 0 leave the adapter.
     """
-    tuner: Any = model.base_model
     model.peft_config[adapter] = small_config(model, adapter, ranks)
     for path, layer in lora_layers(model, adapter).items():
         down, up, rank = layer.lora_A[adapter], layer.lora_B[adapter], ranks[path]
@@ -179,11 +159,12 @@ def make_small(
         if len(layer.r) > 1:
             layer.set_adapter([])  # or PEFT activates another one, in this layer alone
             layer.delete_adapter(adapter)
-            layer.set_adapter(model.active_adapters)
+            layer.set_adapter(active_adapters(model))
         else:
-            tuner.targeted_module_names.remove(path)
+            if isinstance(model, PeftModel):
+                cast(Any, model.base_model).targeted_module_names.remove(path)
             parent, _, name = path.rpartition(".")
-            setattr(model.get_base_model().get_submodule(parent), name, layer.get_base_layer())
+            setattr(base_of(model).get_submodule(parent), name, layer.get_base_layer())
 
 
 def narrow_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, dim: int, wide: torch.Size) -> None:
@@ -224,12 +205,12 @@ def _resize(state: MutableMapping[str, Any], weight: nn.Parameter, dim: int, sha
             state[name].narrow(dim, 0, rank).copy_(value.narrow(dim, 0, rank))
 
 
-def small_config(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:
+def small_config(model: Any, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:
     """Configuration of the plain LoRA of these ranks, with the same scaling, as a copy."""
     layers = lora_layers(model, adapter)
-    config: Any = copy.copy(model.peft_config[adapter])
+    config = _plain(model.peft_config[adapter])
     scaling = {path: layers[path].scaling[adapter] for path in ranks}
-    modules = [path for path, _ in model.get_base_model().named_modules()]
+    modules = [path for path, _ in base_of(model).named_modules()]
     new: Any = config_of_ranks(ranks, scaling, config, modules)
     for name in ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         setattr(config, name, getattr(new, name))
@@ -238,10 +219,19 @@ def small_config(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> Lo
     return config
 
 
-def _keys(path: str, adapter: str) -> Iterator[tuple[str, int]]:
+def _plain(config: Any) -> Any:
+    """Copy of a configuration, as a LoraConfig without the fields that a subclass adds."""
+    plain = copy.copy(config)
+    plain.__class__ = LoraConfig
+    for name in {field.name for field in fields(config)} - {field.name for field in fields(LoraConfig)}:
+        vars(plain).pop(name, None)
+    return plain
+
+
+def _keys(model: Any, path: str, adapter: str) -> Iterator[tuple[str, int]]:
     """Names of A and B in a state dict, and the dimension of each that is the rank."""
     for dim, name in enumerate(("lora_A", "lora_B")):
-        yield f"{PEFT_PREFIX}{path}.{name}.{adapter}.weight", dim
+        yield f"{prefix_of(model)}{path}.{name}.{adapter}.weight", dim
 
 
 class SmallSave:
@@ -250,7 +240,7 @@ class SmallSave:
     It replaces the method of one model; copies and pickles of the model have their own.
     """
 
-    def __init__(self, model: PeftModel, adapter: str, cut_step: int) -> None:
+    def __init__(self, model: Any, adapter: str, cut_step: int) -> None:
         self.model, self.adapter, self.cut_step = model, adapter, cut_step
         self._down = self._downs()[0]
         self.ranks: dict[str, int] | None = None
@@ -258,6 +248,9 @@ class SmallSave:
 
     def __call__(self, save_directory: Any, *args: Any, state_dict: Any = None, **options: Any) -> None:
         model, save = self.model, type(self.model).save_pretrained
+        if not saves_adapter(model):
+            save(model, save_directory, *args, **options)
+            return
         is_there = any(down is self._down for down in self._downs())  # not deleted, nor replaced by another of its name
         if self.ranks is None or not is_there:
             if self.warns and is_there:
@@ -283,7 +276,7 @@ class SmallSave:
     def _small(self, state: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
         small = dict(state)
         for path, rank in ranks.items():
-            for key, dim in _keys(path, self.adapter):
+            for key, dim in _keys(self.model, path, self.adapter):
                 if (value := small.pop(key, None)) is None:
                     continue
                 require_zero(value, dim, rank, path)
@@ -312,14 +305,14 @@ def pad_state(adapter: str, model: Any, state: MutableMapping[str, Tensor], pref
 
     """
     layers = lora_layers(model, adapter)
-    known = {path: [(prefix + key, dim) for key, dim in _keys(path, adapter)] for path in layers}
+    known = {path: [(prefix + key, dim) for key, dim in _keys(model, path, adapter)] for path in layers}
     if not any(key in state for keys in known.values() for key, _ in keys):
         return  # of the base model alone
     for path, layer in layers.items():
         weights = lora_weights(layer, adapter)
         if hasattr(weights[0], "ds_id"):
             continue  # ZeRO-3 keeps the values elsewhere, all of them
-        place = f"{prefix}{PEFT_PREFIX}{path}."
+        place = f"{prefix}{prefix_of(model)}{path}."
         if place + "weight" in state:
             for key in [key for key in state if key.startswith(place)]:
                 state[f"{place}base_layer.{key.removeprefix(place)}"] = state.pop(key)

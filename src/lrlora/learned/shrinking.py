@@ -24,6 +24,7 @@ from ..shrunk import SHRUNK_FILE, Shrunk
 from .directions import LossCurve, directions
 from .gain import mean_of
 from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_measurable, sample
+from .host import host_of, saves_adapter
 from .learned_ranks import budget_of
 from .live_lora import (
     SmallSave,
@@ -32,7 +33,6 @@ from .live_lora import (
     lora_weights,
     make_small,
     pad_state,
-    peft_model,
     put,
     require_plain_lora,
 )
@@ -86,7 +86,7 @@ def shrink(
 
     """
     trainer = model if hasattr(model, "compute_loss") else None
-    live = peft_model(model if trainer is None else trainer.model)
+    live = host_of(model if trainer is None else trainer.model)
     adapter = require_plain_lora(live)
     budget = None if size is None else budget_of(size, live, adapter)
     keep = DEFAULT_KEEP if keep is None and size is None else keep
@@ -94,6 +94,8 @@ def shrink(
     folder = None
     if trainer is not None:
         require_measurable(trainer, on)
+        if not saves_adapter(live):
+            raise ValueError("shrink of a Trainer needs a model whose adapter it can save: PEFT's or transformers'.")
         folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
     with at_rest(live, trainer):
         source = (
@@ -115,7 +117,7 @@ def shrink(
     return found
 
 
-def _save_whole(model: PeftModel, adapter: str, output: Path) -> Path:
+def _save_whole(model: Any, adapter: str, output: Path) -> Path:
     """Save the whole adapter in the first folder of whole, whole-2, … that does not exist or has the same."""
     state = None
     if not is_whole(model):
@@ -128,8 +130,9 @@ def _save_whole(model: PeftModel, adapter: str, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, suffix=".partial") as scratch:
         new = Path(scratch) / WHOLE_FOLDER
-        model.save_pretrained(str(new), selected_adapters=[adapter], state_dict=state)
-        if adapter != "default":
+        options = {"selected_adapters": [adapter]} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(str(new), state_dict=state, **options)
+        if options and adapter != "default":
             new /= adapter
         for folder in (output / name for name in names):
             if not folder.exists():
@@ -172,7 +175,7 @@ def _metrics(trainer: Any, on: str) -> dict[str, float]:
     return {name: float(value) for name, value in known.items() if name not in speed}
 
 
-def _curve(model: PeftModel, adapter: str, source: LiveLosses) -> LossCurve:
+def _curve(model: Any, adapter: str, source: LiveLosses) -> LossCurve:
     """Directions of the adapter, from the gradients of the training batches of all processes."""
     layers, whole = lora_layers(model, adapter), lora_factors(model, adapter)
     device = lora_weights(next(iter(layers.values())), adapter)[0].device
@@ -214,7 +217,7 @@ def _curve(model: PeftModel, adapter: str, source: LiveLosses) -> LossCurve:
     return of_first(LossCurve([directions(part, known.get(part.module), 1) for part in whole]))
 
 
-def _make_small(model: PeftModel, adapter: str, found: Shrunk, optimizer: Any) -> None:
+def _make_small(model: Any, adapter: str, found: Shrunk, optimizer: Any) -> None:
     """Make the live model as small as what is saved; where it is shared or sharded, what is saved alone."""
     if is_whole(model):
         make_small(model, adapter, found.ranks, None if optimizer is None else unwrapped(optimizer)[-1])

@@ -1,0 +1,57 @@
+"""Hosts of LoRA layers: PEFT's models, and models of transformers and diffusers after `add_adapter`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..naming import PEFT_PREFIX
+
+
+def host_of(model: Any) -> Any:
+    """The host itself, or inside of a wrapper such as DDP, torch.compile, DeepSpeed or sentence-transformers.
+
+    Raises:
+        ValueError: there is none, or FSDP1 or DataParallel is around it.
+
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    if any(isinstance(module, nn.DataParallel) for module in modules):
+        raise ValueError("Learned ranks do not support DataParallel, which copies the model. Use DDP (torchrun).")
+    found: Any = next((module for module in modules if isinstance(module, PeftModel)), None)
+    found = found or next((module for module in modules if getattr(module, "_hf_peft_config_loaded", False)), None)
+    if found is None:
+        raise ValueError(
+            "Learned ranks need a model with LoRA. Wrap the model with get_peft_model, or call "
+            "model.add_adapter(LoraConfig(...)) of transformers or diffusers."
+        )
+    if any(hasattr(parameter, "_fsdp_flattened") for parameter in model.parameters()):
+        raise ValueError(
+            "Learned ranks do not support FSDP1 (FullyShardedDataParallel), which flattens parameters. Use FSDP2 "
+            "(fully_shard, or fsdp_version: 2)."
+        )
+    return found
+
+
+def base_of(host: Any) -> nn.Module:
+    """Module whose submodules have the names of the base model."""
+    return host.get_base_model() if isinstance(host, PeftModel) else host
+
+
+def prefix_of(host: Any) -> str:
+    """Prefix of these names in the host's state dict."""
+    return PEFT_PREFIX if isinstance(host, PeftModel) else ""
+
+
+def active_adapters(host: Any) -> list[str]:
+    """Names of the active adapters."""
+    active = host.active_adapters
+    return list(active() if callable(active) else active)
+
+
+def saves_adapter(host: Any) -> bool:
+    """Whether `save_pretrained` writes the adapter alone; of diffusers, it writes the whole model."""
+    return isinstance(host, (PeftModel, PreTrainedModel))
