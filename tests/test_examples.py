@@ -86,7 +86,11 @@ model, config = load_adapter(AutoModelForCausalLM.from_pretrained("base"), cfg, 
 print("PEFT:", config.peft_type.value)
 rows = [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 48
 arguments = TrainingArguments("trained", max_steps=12, use_cpu=True, report_to=[], save_strategy="no")
-Trainer(model, arguments, train_dataset=rows, callbacks=plugins.add_callbacks_pre_trainer(cfg, model)).train()
+callbacks = plugins.add_callbacks_pre_trainer(cfg, model)
+trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows * 3, callbacks=callbacks)
+for callback in plugins.add_callbacks_post_trainer(cfg, trainer):
+    trainer.add_callback(callback)
+trainer.train()
 model.save_pretrained("out")
 """
 
@@ -111,6 +115,10 @@ def test_the_plugin_for_axolotl(tmp_path: Path) -> None:
     assert learned["peft_type"] == "LORA"
     assert len(set(learned["rank_pattern"].values())) > 1
 
+    done = axolotl(settings.replace("lrlora_size: r4", "lrlora_keep: 0.5"))
+    assert "of the adapter's gain" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] < 16
+
     known = {"adapter": "lora", "lrlora_size": None}
     known |= {f"lora_{name}": learned[name] for name in ("rank_pattern", "alpha_pattern")}
     done = axolotl(json.dumps(yaml.safe_load(settings) | known))
@@ -126,7 +134,8 @@ def test_the_plugin_for_axolotl(tmp_path: Path) -> None:
         ("lrlora_sizes: r4", "Unknown setting 'lrlora_sizes'"),
         ("lrlora_size: 4x", "lrlora_size must be a size such as"),
         ("lrlora_config: {form: wave}", "form must be one of"),
-        ("lrlora_size: r4\nlrlora_config: {form: sinc}", "Remove it, or remove lrlora_config"),
+        ("lrlora_size: r4\nlrlora_config: {form: sinc}", "got lrlora_size and lrlora_config"),
+        ("lrlora_size: r4\nlora_mlp_kernel: true", "lora_mlp_kernel: true replaces LoRA's forward"),
         ("peft_use_dora: true", "does not support the LoRA-only field(s) use_dora"),
     ):
         assert said in axolotl(settings.replace("lrlora_size: r4", wrong)).stderr

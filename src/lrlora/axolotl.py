@@ -7,8 +7,9 @@
     lora_target_linear: true
     lrlora_size: r4
 
-With `lrlora_size`, axolotl trains its own LoRA, whose ranks are learned (`lrlora.LearnedRanksCallback`); without it, an
-LR-LoRA. The other settings are axolotl's: `lora_r`, `lora_alpha`, `lora_target_modules`.
+With `lrlora_size`, axolotl trains its own LoRA, whose ranks are learned (`lrlora.LearnedRanksCallback`); with
+`lrlora_keep: 0.99`, its own LoRA, which is shrunk at the end (`lrlora.shrink`); without them, an LR-LoRA. The other
+settings are axolotl's: `lora_r`, `lora_alpha`, `lora_target_modules`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 from transformers import TrainerCallback
 
-from .checks import require_known
+from .checks import check_truncation, require_known
 from .learned import LearnedRanksCallback, Size
 from .tuner import LrLoraConfig
 
 _NAME = "lrlora"
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 
 
 class LrLoraArgs(BaseModel):
@@ -33,8 +35,13 @@ class LrLoraArgs(BaseModel):
     lrlora_size: str | None = Field(
         default=None, description="Size of the adapter after its ranks are learned: r4, 200k parameters, or 4MiB."
     )
+    lrlora_keep: float | None = Field(
+        default=None,
+        description="Share of the gain on the evaluation data to keep after training: 0.99.",
+    )
     lrlora_config: dict[str, Any] | None = Field(
-        default=None, description="Fields of LrLoraConfig, such as form: expansion. Not with lrlora_size."
+        default=None,
+        description="Fields of LrLoraConfig, such as form: expansion. Not with the others.",
     )
 
     @model_validator(mode="before")
@@ -44,12 +51,20 @@ class LrLoraArgs(BaseModel):
         for name in settings if isinstance(settings, dict) else ():
             if name.startswith(_NAME):
                 require_known("setting", name, cls.model_fields)
+            if name in _KERNELS and settings[name] and ("lrlora_size" in settings or "lrlora_keep" in settings):
+                raise ValueError(f"{name}: true replaces LoRA's forward, whose values learned ranks need. Remove it.")
         return settings
 
     @model_validator(mode="after")
     def _check_together(self) -> LrLoraArgs:
-        if self.lrlora_size is not None and self.lrlora_config is not None:
-            raise ValueError("lrlora_size learns the ranks of a plain LoRA. Remove it, or remove lrlora_config.")
+        given = [name for name in ("lrlora_size", "lrlora_keep", "lrlora_config") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"lrlora_size and lrlora_keep learn the ranks of a plain LoRA; got {' and '.join(given)}. Keep one of "
+                "them, or lrlora_config for an LR-LoRA."
+            )
+        if self.lrlora_keep is not None:
+            check_truncation(keep=self.lrlora_keep)
         if self.lrlora_size is not None:
             Size.parse(self.lrlora_size, "lrlora_size")
         if self.lrlora_config is not None:
@@ -68,7 +83,7 @@ class LrLoraPlugin(BasePlugin):
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
         """LR-LoRA and its configuration; None, for axolotl's own LoRA, if ranks are learned."""
-        if cfg.adapter != _NAME or cfg.lrlora_size:
+        if cfg.adapter != _NAME or cfg.lrlora_size or cfg.lrlora_keep:
             return None
         from axolotl.loaders.adapter import load_adapter
 
@@ -82,6 +97,10 @@ class LrLoraPlugin(BasePlugin):
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[TrainerCallback]:
         return [LearnedRanksCallback(cfg.lrlora_size)] if cfg.adapter == _NAME and cfg.lrlora_size else []
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        is_shrunk = cfg.adapter == _NAME and cfg.lrlora_keep
+        return [LearnedRanksCallback(keep=cfg.lrlora_keep, trainer=trainer)] if is_shrunk else []
 
 
 def _changed_fields(config: LoraConfig) -> dict[str, Any]:
