@@ -10,6 +10,12 @@ from transformers import PreTrainedModel
 
 from ..naming import PEFT_PREFIX
 
+# Remedy where LoRA layers train without a call of their lora_A.
+WITHOUT_KERNELS = (
+    "Disable it (axolotl: lora_mlp_kernel, lora_qkv_kernel, lora_o_kernel; unsloth: lora_dropout above 0, with "
+    "UNSLOTH_FUSED_LORA_DROPOUT=0 and UNSLOTH_COMPILE_DISABLE=1), or leave the module out of target_modules."
+)
+
 
 def host_of(model: Any) -> Any:
     """The host itself, or inside of a wrapper such as DDP, torch.compile, DeepSpeed or sentence-transformers.

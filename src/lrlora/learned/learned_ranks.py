@@ -32,7 +32,7 @@ from ..shrunk import Shrunk
 from ..tuner.sharding import is_sharded, local_part
 from .directions import LossCurve, directions
 from .held_out import LiveLosses, at_rest, find_in_place
-from .host import host_of
+from .host import WITHOUT_KERNELS, host_of
 from .live_lora import (
     SmallSave,
     costs_of,
@@ -343,8 +343,8 @@ class LearnedRanks:
             has_gradient = gradient is not None and bool(local_part(gradient).any())
             if path not in reached and (not reached if self._is_deepspeed else has_gradient):
                 raise ValueError(
-                    f"{path} trains without a call of its lora_A: a fused kernel bypasses PEFT's forward. Disable it, "
-                    "or leave the module out of target_modules."
+                    f"{path} trains without a call of its lora_A: a fused kernel bypasses PEFT's forward. "
+                    f"{WITHOUT_KERNELS}"
                 )
 
     def _after_step(self, *args: Any) -> None:

@@ -24,7 +24,7 @@ from ..shrunk import SHRUNK_FILE, Shrunk
 from .directions import LossCurve, directions
 from .gain import mean_of
 from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_measurable, sample
-from .host import host_of, saves_adapter
+from .host import WITHOUT_KERNELS, host_of, saves_adapter
 from .learned_ranks import budget_of
 from .live_lora import (
     SmallSave,
@@ -209,8 +209,8 @@ def _curve(model: Any, adapter: str, source: LiveLosses) -> LossCurve:
             dist.all_reduce(of.sums)
     if idle := [path for path, of in moments.items() if not of.calls]:
         raise ValueError(
-            f"No token reached {idle[0]} ({len(idle)} of {len(moments)} modules), so its effect on the loss is "
-            "unknown. Provide more training data."
+            f"lora_A of {idle[0]} ({len(idle)} of {len(moments)} modules) was not called, so its effect on the loss is "
+            f"unknown. Provide more training data; or a fused kernel bypasses PEFT's forward. {WITHOUT_KERNELS}"
         )
     known = {path: of.to("cpu") for path, of in moments.items()}
     # Others may round otherwise.
