@@ -173,17 +173,6 @@ def test_a_size_is_filled_with_what_matters_where_there_is_data(home: Path, tmp_
     assert {t.dtype for n, t in weights.items() if ".lora_" in n} == {torch.bfloat16}
 
 
-def test_steps_at_the_size_that_was_reached(home: Path, tmp_path: Path) -> None:
-    cut = kept_by(export(home / "run", tmp_path / "cut", "--size", "200"))
-    healed = kept_by(export(home / "run", tmp_path / "healed", "--size", "200", "--heal", "30"))
-    assert healed > cut
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "healed"))
-    assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in second.items()}
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == sorted(
-        path.name for path in (tmp_path / "healed").iterdir()
-    )
-
-
 METHODS: dict[str, dict[str, Any]] = {
     "lr-lora": {"method": "lr-lora"},
     "expansion": {"method": "lr-lora", "adapter": {"form": "expansion", "num_terms": 4}},
@@ -337,7 +326,6 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             "--data cuts by loss, but --energy by energy.",
         ),
         ((home / "run", "--keep", "0.99", "--by", "energy"), "--keep cuts by loss, but --by energy by energy."),
-        ((home / "run", "--heal", "3"), "--heal cuts by loss and needs a size: --keep, --size or --max-rank."),
         ((home / "run", "--keep", "0.99", "--task", "classify"), "is a run of `lrlora train`, which stores its task"),
         (
             (elsewhere, "--keep", "0.99", "--data", few, "--task", "causal-lm"),
@@ -348,11 +336,6 @@ def test_what_cannot_be_cut_by_loss_is_one_clear_error(
             (home / "run", "--keep", "0.99", "--for", "llama.cpp"),
             "Error: llama.cpp reads the factors of LoRA alone, but the adapter also has classifier, score.",
         ),  # before anything is computed
-        (
-            (home / "run", "--keep", "0.99", "--heal", "3", "--for", "llama.cpp"),
-            "--heal trains the factors as PEFT holds",
-        ),
-        ((elsewhere, "--keep", "0.99", "--heal", "3"), "--heal trains on examples, and there are none. Pass --data."),
         ((elsewhere, "--keep", "0.99", "--task", "regress"), "cannot be cut by loss without examples. Pass --data, or"),
         (
             (home / "run", "--keep", "0.99", "--data", few),
@@ -408,7 +391,6 @@ def test_what_else_was_trained_counts_as_it_is(home: Path, tmp_path: Path) -> No
     ):
         train(settings(home, f"with-{name}", adapter=adapter, **chat), announce=lambda line: None)
         assert kept_by(export(home / f"with-{name}", tmp_path / name, "--size", "r4")) > 0.98
-    assert kept_by(export(home / "with-embedding", tmp_path / "healed", "--size", "r1", "--heal", "10")) > 0
 
 
 def test_sizes_of_what_training_writes(home: Path, tmp_path: Path) -> None:
@@ -443,23 +425,3 @@ def test_a_file_that_loads_as_another_adapter_is_an_error(
     assert result.exit_code == 1
     assert "asloadedbyPEFTitlosesmorethanhalfoftheadapter'sgain,whichthecutdidnot" in squeezed(result.output)
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "words"),
-    [
-        (KeyboardInterrupt(), 130, "Interrupted. The LoRA is written as it was cut."),
-        (ValueError("The machine is tired."), 1, r"The machine is tired. The LoRA in \S+ is written as it was cut."),
-    ],
-    ids=["stopped", "failed"],
-)
-def test_healing_that_does_not_end_leaves_the_cut_and_says_so(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str
-) -> None:
-    export(home / "run", tmp_path / "cut", "--size", "r1")
-    monkeypatch.setattr("lrlora.train.cut.make_trainer", Mock(side_effect=error))
-    result = run("export", home / "run", "--size", "r1", "--heal", "5", "--output", tmp_path / "out")
-    assert result.exit_code == code
-    assert re.search(squeezed(words), squeezed(result.output)), result.output
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("cut", "out"))
-    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -26,13 +26,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from lrlora.adapters import factorize, lora_config, save_as_lora
+from lrlora.adapters import factorize, save_as_lora
 from lrlora.adapters.factorize import best_per_parameter, parameters_of_rank
 from lrlora.learned import example_losses, loss_curve, mean_loss, model_loss
 from lrlora.learned.directions import LossCurve, directions
 from lrlora.learned.gain import losses_of, mean_of
 from lrlora.learned.moments import collect_moments
-from lrlora.train.cut import EXAMPLES, TERMS, Cut, HeldOut, Subject, heal
+from lrlora.train.cut import EXAMPLES, TERMS, Cut, HeldOut, Subject
 from lrlora.train.inference import evaluate
 from lrlora.train.models import model_source
 from lrlora.train.run import train
@@ -51,7 +51,7 @@ SEEDS = (0, 1, 2)
 # Byte model, with α = 4r: learning rates by r, from docs/capacity.md.
 BYTE_RATES = {16: 5e-3, 8: 5e-3, 4: 1e-2}
 BYTE_SHARES = {0.5: 8, 0.25: 4}  # share of the size of r = 16 → r of that size
-BYTE_STEPS, BYTE_HEALING = 500, 100
+BYTE_STEPS = 500
 BYTE_WINDOWS = 32  # windows of 128 bytes, 4,096 loss terms, for `byte_own`
 FIXED_TEXTS, FIXED_LENGTH = 640, (80, 400)  # for a classifier; in characters
 
@@ -64,7 +64,6 @@ class Task:
         settings: of the run, without rank, rate, seed and output; data: embedded, or a key of `DATA`.
         rate: peak learning rate; of *german*, the best of 1e-3 to 8e-3 on the first seed's validation data.
         method, like: method of the adapter to cut, and the task with the LoRAs for comparison.
-        healing: number of steps.
         tests: number of examples.
         ranks: of the LoRAs trained at smaller sizes.
         stages: what is measured.
@@ -75,7 +74,6 @@ class Task:
     rate: float
     method: str = "lora"
     like: str | None = None
-    healing: int = 40
     tests: int = 384
     ranks: tuple[int, ...] = (4, 2)
     stages: tuple[str, ...] = STAGES
@@ -98,8 +96,8 @@ TASKS = {
         1e-3,
         tests=256,
     ),
-    "german": Task(_SMOLLM2 | {"data": "german"}, 4e-3, healing=12, tests=48, ranks=(4,)),
-    "chat": Task(_SMOLLM2 | {"data": "chat"}, 2e-3, healing=12, tests=48, ranks=()),
+    "german": Task(_SMOLLM2 | {"data": "german"}, 4e-3, tests=48, ranks=(4,)),
+    "chat": Task(_SMOLLM2 | {"data": "chat"}, 2e-3, tests=48, ranks=()),
 }  # fmt: skip
 TASKS |= {
     "news-phi": replace(TASKS["news"], method="lr-lora", like="news", stages=("cut", "keep")),
@@ -163,7 +161,6 @@ class Case:
     unseen: list[Any]
     loss: Any
     as_it_is: float  # test loss
-    heal: Callable[[Any], float]  # factors → test loss
 
     @functools.cached_property
     def moments(self) -> tuple[dict[str, Any], int]:
@@ -199,16 +196,9 @@ def case_of(name: str, seed: int, files: Path) -> Case:
     training = subject.batches(subject.training, EXAMPLES, TERMS)
     unseen = HeldOut(subject, test, training)
 
-    def healed(factors: Any) -> float:
-        with tempfile.TemporaryDirectory() as scratch:
-            output = Path(scratch) / "healed"
-            save_as_lora(factors, subject.updates, output)
-            heal(subject, output, TASKS[name].healing, lambda line: None)
-            return mean_of(unseen.losses_of(subject.with_lora(output)))
-
     whole = [part for part in subject.whole if part.rank]
     as_it_is = mean_of(unseen.whole)
-    return Case(subject.on_base, whole, subject.updates, training, test, subject.loss, as_it_is, healed)
+    return Case(subject.on_base, whole, subject.updates, training, test, subject.loss, as_it_is)
 
 
 def byte_case(rank: int, seed: int, files: Path) -> Case:
@@ -221,24 +211,11 @@ def byte_case(rank: int, seed: int, files: Path) -> Case:
     test = [_bytes(some) for some in chosen.long().split(64)]
     training = [_bytes(sample_batch(corpus.train, generator, 16)) for _ in range(2)]
     as_it_is = mean_loss(model, whole, test)
-    return Case(model, whole, model, training, test, model_loss, as_it_is, partial(heal_bytes, seed=seed, test=test))
+    return Case(model, whole, model, training, test, model_loss, as_it_is)
 
 
 def _bytes(windows: Any) -> dict[str, Any]:
     return {"input_ids": windows, "labels": windows}
-
-
-def heal_bytes(factors: Any, seed: int, test: Any) -> float:
-    """100 steps of LoRA from these factors, at a quarter of the rate for its scale."""
-    setting = transfer("german", 16, seed + 100)
-    model: Any = get_peft_model(setting.model, lora_config(factors, LoraConfig()))
-    for part in factors:
-        if part.rank:
-            layer = model.base_model.model.get_submodule(part.module)
-            layer.lora_A["default"].weight.data.copy_(part.A)
-            layer.lora_B["default"].weight.data.copy_(part.B)
-    optimise(model, setting, 2 * 0.25 * BYTE_RATES[8], BYTE_HEALING)
-    return mean_loss(model, factorize(model, energy=1.0), test)
 
 
 def optimise(model: Any, setting: Any, rate: float, steps: int) -> None:
@@ -437,7 +414,6 @@ def cut(name: str, seed: int, files: Path) -> Record:
             subject, test = loaded(name, rank, seed, files, rival=True)
             rivals[rank] = mean_of(losses_of(subject.run.model.get_base_model(), test, subject.loss))
     found: dict[str, Any] = {"task": name, "seed": seed, "test": case.as_it_is}
-    to_heal = {}
     for share, rank in (BYTE_SHARES if name == BYTES else SHARES).items():
         budget = parameters_of_rank(case.updates, rank)
         for method, choose in METHODS.items():
@@ -445,12 +421,8 @@ def cut(name: str, seed: int, files: Path) -> Record:
             found[f"{method}, {share}"] = case.test(factors)
             if method == "by loss":
                 found[f"predicted, {share}"] = case.curve.predicted_rise(factors)
-                if share == max(SHARES) or name == BYTES:
-                    to_heal[share] = factors
         found[f"trained, {share}"] = rivals.get(rank)
         found[f"parameters, {share}"] = budget
-    for share, factors in to_heal.items():  # at the end: it trains the case's own heads
-        found[f"healed, {share}"] = case.heal(factors)
     return found
 
 

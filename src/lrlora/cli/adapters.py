@@ -154,7 +154,6 @@ def export(
         ),
     ] = None,
     assistant_only_loss: ASSISTANT_ONLY_LOSS = False,
-    heal: Annotated[int, typer.Option(min=0, help="Number of training steps after the cut.")] = 0,
     base: _BASE = None,
     dtype: Annotated[
         str | None, typer.Option(help="Precision of the factors: float32, bfloat16 or float16; default: as stored.")
@@ -190,7 +189,6 @@ def export(
             energy=energy,
             by=by,
             examples=examples,
-            heal=heal,
             base=base,
             check=check,
             dtype=dtype,
@@ -248,7 +246,6 @@ def _export(
     energy: float | None,
     by: str | None,
     examples: dict[str, Any],
-    heal: int,
     base: str | None,
     check: bool,
     **writing: Any,
@@ -256,11 +253,11 @@ def _export(
     """Export one source."""
     with one_clear_error("Nothing was written."), only_writer(output):
         is_file, server = Path(source).is_file(), writing["server"]
-        from ..adapters.servers import OWN, SERVERS
+        from ..adapters.servers import SERVERS
 
         if server is not None:
             require_known("--for", server, ("peft", "hot-swap") if is_file else SERVERS)
-        wanted = {"keep": keep, **examples, "heal": heal or None, "by loss": by if by == "loss" else None}
+        wanted = {"keep": keep, **examples, "by loss": by if by == "loss" else None}
         asked_for = [f"--{name.replace('_', '-')}" for name, value in wanted.items() if value is not None]
         is_by_loss = _is_by_loss(source, by, asked_for, energy=energy, size=keep or size, max_rank=max_rank)
         if all(value is None for value in (energy, keep, size, max_rank)):
@@ -278,12 +275,6 @@ def _export(
 
             base = model_source(read_run(Path(source))[0].model)
         require_source(source, base)
-        if heal and examples["data"] is None and not (Path(source) / RUN_FILE).is_file():
-            raise ValueError("--heal trains on examples, and there are none. Pass --data.")
-        if heal and server is not None and SERVERS[server].form != OWN:
-            raise ValueError(
-                f"--heal trains the factors as PEFT holds them. Export without --for {server}, and that LoRA with it."
-            )
         if server is not None and not is_file and not is_full_model(source):
             from ..adapters.peft_folder import SavedAdapter
 
@@ -293,7 +284,7 @@ def _export(
             SERVERS[server].require_readable(config, saved.other_weights(with_magnitudes=False))
         cut = cut_of(source, base, examples, is_asked_for=bool(asked_for), check=check) if is_by_loss else None
         if cut is not None:
-            export_by_loss(cut, output, keep, size, max_rank, steps=heal, check=check, **writing)
+            export_by_loss(cut, output, keep, size, max_rank, check=check, **writing)
             return
         from ..adapters import factorize
         from ..adapters.lora_file import SingleFile, free_file

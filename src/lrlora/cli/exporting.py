@@ -17,8 +17,6 @@ from ..shrunk import SHRUNK_FILE, Shrunk
 from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..adapters import Factors, Updates
     from ..train.cut import Cut
     from ..train.settings import TrainConfig
@@ -114,7 +112,6 @@ def export_by_loss(
     size: Size | None,
     max_rank: int | None,
     *,
-    steps: int,
     check: bool,
     **writing: Any,
 ) -> None:
@@ -126,8 +123,6 @@ def export_by_loss(
     losses = cut.last.losses(factors)
     announce(f"Loss as cut: {mean_of(losses):.4g}.")
     with one_clear_error("The LoRA is written as it was cut."):
-        if steps:
-            _heal(cut, output, steps, losses)
         if check:
             found = _check_loaded(cut, output, found)
     write_json(output / SHRUNK_FILE, asdict(found))
@@ -153,21 +148,6 @@ def _check_loaded(cut: Cut, output: Path, found: Shrunk) -> Shrunk:
         return found
     name, before = cut.metric
     return replace(found, metrics={name: [before, after[1]]})
-
-
-def _heal(cut: Cut, output: Path, steps: int, losses: Tensor) -> None:
-    from ..learned.gain import mean_of
-    from ..train.cut import heal
-
-    def is_better(model: Any) -> bool:
-        return mean_of(cut.last.losses_of(model)) < mean_of(losses)
-
-    try:
-        healed = heal(cut.subject, output, steps, announce, is_better)
-    except Exception as error:
-        raise RuntimeError(f"{error} The LoRA in {output} is written as it was cut.") from error
-    if not healed:
-        announce(f"{steps} steps of training did not lower the loss. The LoRA stays as it was cut.")
 
 
 def show_smallest(run: TrainConfig) -> None:

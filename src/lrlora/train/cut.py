@@ -1,10 +1,8 @@
-"""Compression of an adapter by loss: examples, the smallest size that keeps a share of the gain, and healing."""
+"""Compression of an adapter by loss: examples, the smallest size that keeps a share of the gain."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +22,7 @@ from ..adapters.loading import check_base
 from ..adapters.peft_folder import SavedAdapter
 from ..adapters.update import changes_base
 from ..checks import DEFAULT_ENERGY
-from ..files import is_full_model, replacing, write_json
+from ..files import is_full_model, write_json
 from ..learned.directions import energy_curve, loss_curve
 from ..learned.gain import at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
 from ..learned.moments import IGNORED, with_sampled_labels
@@ -37,9 +33,9 @@ from ..shrunk import SHRUNK_FILE, Shrunk, read_shrunk
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
 from .inference import LoadedRun
-from .models import make_trainer, model_source, training_arguments
+from .models import model_source
 from .own_text import own_text
-from .progress import Announce, Progress, StopOnNonFinite
+from .progress import Announce
 from .tasks.base import plain_metrics
 
 # Maximum number of examples, and of loss terms after which no further batch is read.
@@ -48,14 +44,6 @@ HELD_OUT, HELD_OUT_TERMS = 384, 8_192  # for the losses
 FEWEST = 16  # minimum number of loss terms
 _BATCHES = 12  # to divide, where there are as many examples
 _OWN_BATCH = 8
-_HEALING_RATE = 0.25  # share of the peak learning rate, for factors at the training scale
-# Trainer arguments of a run that healing leaves out: several processes, reports, packing, and the schedule.
-_NOT_OF_HEALING = (
-    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "tf32", "use_liger_kernel"),
-    *("report_to", "push_to_hub", "packing", "packing_strategy", "eval_packing", "padding_free"),
-    *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
-    *("warmup_steps", "warmup_ratio", "eval_steps", "save_steps"),
-)
 
 
 @dataclass
@@ -170,12 +158,10 @@ class Subject:
                     layer.weight.copy_(weight.T if isinstance(layer, Conv1D) else weight.view_as(layer.weight))
         return model
 
-    def with_lora(self, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+    def with_lora(self, folder: Path) -> PeftModel:
         """Replace the adapter on the base model by a LoRA made from it."""
         base: Any = self.on_base
-        return PeftModel.from_pretrained(
-            base.unload() if isinstance(base, PeftModel) else base, folder, is_trainable=is_trainable
-        )
+        return PeftModel.from_pretrained(base.unload() if isinstance(base, PeftModel) else base, folder)
 
     def notes(self) -> Iterator[str]:
         """Tokens that the loss is taken of, and an example, of data that is not the run's."""
@@ -387,40 +373,3 @@ def record_shrunk(folder: Path, found: Shrunk) -> None:
     if (folder / REPORT_FILE).exists():
         RankReport.from_json(folder / REPORT_FILE).with_loss_ranks(found.ranks).to_json(folder / REPORT_FILE)
     write_json(folder / SHRUNK_FILE, asdict(found))
-
-
-def heal(
-    subject: Subject,
-    folder: Path,
-    steps: int,
-    announce: Announce,
-    is_better: Callable[[Any], bool] = lambda model: True,
-) -> bool:
-    """Train a saved LoRA further on the adapter's examples, and overwrite it if better.
-
-    Uses a quarter of the run's peak learning rate and the default schedule. The file stays unchanged until the end.
-    """
-    config, kind = subject.run.config, subject.run.kind
-    # A full fine-tuning learning rate does not apply to factors.
-    rate = kind.rates[0] if config.method == "full" else config.arguments.get("learning_rate", kind.rates[0])
-    rate *= _HEALING_RATE * subject.updates.updates[0].scaling ** 0.5
-    settings = {name: value for name, value in config.arguments.items() if name not in _NOT_OF_HEALING}
-    settings |= {"max_steps": steps, "learning_rate": rate}
-    settings |= {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-    progress = Progress(announce)
-    model = subject.with_lora(folder, is_trainable=True)
-    file = folder / SAFETENSORS_WEIGHTS_NAME
-    stored = load_file(file)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = training_arguments(kind, settings, scratch, max_length=subject.run.record.max_length)
-        data = subject.run.marked(subject.run.encoded(subject.training))
-        trainer = make_trainer(kind, model, subject.run.processor, arguments, data, data, [progress, StopOnNonFinite()])
-        with closing(progress):
-            trainer.train()
-    if not is_better(model):
-        return False
-    trained = get_peft_model_state_dict(model)
-    with replacing(file) as partial:
-        healed = {key: trained.get(key, tensor).detach().to(tensor).clone() for key, tensor in stored.items()}
-        save_file(healed, partial, {"format": "pt"})
-    return True
