@@ -84,7 +84,7 @@ class Shrunk:
         if self.kept is None:
             return f"A LoRA of {size} ({largest}); the adapter has no gain that could be measured ({losses})."
         if self.parameters == self.whole and self.keep is not None:
-            return f"No smaller LoRA was found that keeps {self.keep:.4g} of the adapter's gain ({losses}): {size}."
+            return f"No smaller LoRA was found that keeps {self.keep:g} of the adapter's gain ({losses}): {size}."
         return f"{self.kept} of the adapter's gain ({losses}) is kept in {size}; {largest}."
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Shrunk:
             if abs(self.training - self.kept.share) > _FAR:
                 lines[-1] += " The difference is large: some of what was learned is not seen in the held-out data."
         if self.needed is not None:
-            lines.append(f"About {self.needed:,} {self.unit} would show that a smaller LoRA keeps {self.keep:.4g}.")
+            lines.append(f"About {self.needed:,} {self.unit} would show that a smaller LoRA keeps {self.keep:g}.")
         if self.keep is not None:
             lines.append(f"{self.units} {self.unit} chose this size: report on others.")
         return " ".join(lines)

@@ -24,7 +24,7 @@ from lrlora.learned.moments import Moments
 from tests.conftest import TinyModel
 from tests.distributed.train_sharded import BATCH, adamw, gather, shard, zero
 
-STEPS, RATE = 40, 5e-3
+STEPS, RATE = 40, 2.5e-3
 
 
 def learn(way: str, rank: int = 0, world: int = 1) -> tuple[Any, dict[str, Any]]:

@@ -142,3 +142,45 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             LearnedRanks(model, optimizer, steps=100, **options)
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.9, "at": 0.5}, {"keep": 0.9}, {"size": "r1", "at": 1.0}])
+def test_a_run_that_restores_the_states_of_callbacks_is_resumed(options: dict[str, Any], tmp_path: Path) -> None:
+    def trainer() -> Any:
+        made = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+        made.args.restore_callback_states_from_checkpoint = True
+        made.args.save_strategy, made.args.save_steps = "steps", 20
+        made.add_callback(LearnedRanksCallback(trainer=made, **options))
+        return made
+
+    first = trainer()
+    first.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
+    sizes = [sum(p.numel() for p in trained(each.model)) for each in (first, again)]
+    assert sizes[0] == sizes[1] < sum(p.numel() for p in trained(lora(TinyModel("llama").build())))
+
+
+def test_a_size_needs_no_held_out_data(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, lora(TinyModel("llama").build()), eval_dataset=None)
+    trainer.add_callback(LearnedRanksCallback("r1", trainer=trainer))
+    trainer.train()
+    assert learned_of(trainer).ranks is not None
+
+
+def test_a_loop_is_warned_that_nothing_was_cut() -> None:
+    model = lora(TinyModel("llama").build())
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    ids = Pairs(16, 0).ids
+    with pytest.raises(ValueError, match="Pass held_out, or a size"):
+        LearnedRanks(model, optimizer, keep=0.9, steps=20)
+    LearnedRanks(model, optimizer, keep=0.9, held_out=[{"input_ids": ids, "labels": ids}] * 3, steps=20)
+
+    def train() -> None:
+        for _ in range(20):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match="Nothing was cut at step 6: 48 held-out examples are too few"):
+        train()

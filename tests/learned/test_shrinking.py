@@ -207,3 +207,95 @@ def test_a_callback_that_cannot_measure_is_refused_before_the_first_step(tmp_pat
     for options in ({}, {"keep": 0.9}, {"size": "r4", "keep": 0.9, "trainer": trainer}):
         with pytest.raises(ValueError, match="Pass a size, or keep and trainer"):
             LearnedRanksCallback(**options)
+
+
+class Weighted(Trainer):
+    """Another loss than the model's, which some batches do not show."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        weight = 1 + (inputs["labels"][:, 0] > 50).float()
+        logits = outputs.logits[:, :-1].transpose(1, 2)
+        terms = nn.functional.cross_entropy(logits, inputs["labels"][:, 1:], reduction="none").mean(1)
+        loss = (weight * terms).sum() / weight.sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("kind", ["weighted", "smoothed"])
+def test_a_loss_of_one_s_own_is_measured_by_batch(kind: str, tmp_path: Path) -> None:
+    data = Pairs(192, 1)
+    data.ids = data.ids[data.ids[:, 0].argsort()]  # batches have one weight
+    made = trainer_of(tmp_path, lora(TinyModel("llama").build()))
+    made.args.per_device_eval_batch_size = 2
+    if kind == "smoothed":
+        made.args.label_smoothing_factor = 0.1
+    trainer = (Weighted if kind == "weighted" else Trainer)(
+        made.model, made.args, train_dataset=Pairs(512, 0), eval_dataset=data
+    )
+    trainer.train()
+    before = trainer.evaluate()["eval_loss"]
+    found = shrink(trainer, keep=0.9)
+    assert found.unit == "held-out batches"
+    assert found.loss == pytest.approx(before, rel=0.1)
+
+
+def test_the_weights_of_a_schedule_free_optimizer_stay_small(tmp_path: Path) -> None:
+    free = pytest.importorskip("schedulefree")
+    model = lora(TinyModel("llama").build())
+    optimizer = free.AdamWScheduleFree(trained(model), lr=2e-2)
+    trainer = trainer_of(
+        tmp_path, model, optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1))
+    )
+    trainer.train()
+    shrink(trainer, keep=0.9)
+    small = [p.detach().clone() for p in trained(model)]
+    trainer.evaluate()
+    assert all(map(torch.equal, small, trained(model)))
+
+
+class Wrapped(nn.Module):
+    """A PEFT model inside of another, with a head, dropout and running means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = lora(TinyModel("mlp").build(), target_modules=["first", "last"])
+        self.norm, self.drop, self.head = nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = self.head(self.drop(self.norm(self.inner(x))))[:, 0]
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def test_all_around_the_adapter_rests(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(500, 16)
+    rows = [{"x": each, "labels": each[:4].sum()} for each in x]
+    model = Wrapped()
+    trainer = trainer_of(tmp_path, model, train_dataset=rows[:300], eval_dataset=rows[300:])
+    trainer.args.per_device_eval_batch_size = 2
+    trainer.args.max_steps = 200
+    trainer.train()
+    mean = model.norm.running_mean.clone()  # type: ignore[union-attr, operator]
+    model.zero_grad()
+    before = trainer.evaluate()["eval_loss"]
+    found = shrink(trainer, keep=0.8)
+    assert torch.equal(mean, model.norm.running_mean)  # type: ignore[arg-type]
+    assert model.head.weight.grad is None
+    assert trainer.evaluate()["eval_loss"] - before <= 0.3 * found.gain
+
+
+def test_an_error_leaves_the_adapter_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora(TinyModel("llama").build())
+    trainer = trainer_of(tmp_path, model)
+    trainer.train()
+    whole = [p.detach().clone() for p in trained(model)]
+    monkeypatch.setattr("lrlora.learned.shrinking._metrics", lambda *given: {"accuracy": 1.0, "seen": [][0]})
+    with pytest.raises(IndexError):
+        shrink(trainer, keep=0.9)
+    assert all(map(torch.equal, whole, trained(model)))
+    again = trainer_of(tmp_path, model)
+    again.add_callback(LearnedRanksCallback(keep=0.9, trainer=again))
+    with pytest.warns(UserWarning, match="The adapter stays whole"):
+        again.train()

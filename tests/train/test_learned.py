@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftConfig
+from safetensors.torch import load_file
 
 from lrlora.shrunk import SHRUNK_FILE
 from lrlora.train.run import Interrupted, train
-from lrlora.train.settings import TrainConfig
+from lrlora.train.settings import TrainConfig, read_run
 from lrlora.views.runs import load_runs
 
 from ..cli import run as lrlora
@@ -92,6 +94,24 @@ def test_a_share_of_the_gain_while_training(here: Path) -> None:
     few = lrlora(*options, "--output", "few", "--train-examples", 100, "--validation-examples", 40)
     assert few.exit_code == 1
     assert "40 held-out examples are too few" in " ".join(few.output.split())
+
+
+@pytest.mark.parametrize("step", [4, 14])  # before and after the cut
+def test_a_run_with_a_share_is_resumed(step: int, here: Path) -> None:
+    reviews(320).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
+    settings = {"data": "many.csv", "size": None, "keep": 0.9, "cut_at": 0.5, "validation_share": 0.35, "rank": 8}
+
+    def stop(line: str) -> None:
+        if line.startswith(f"Step {step}:"):
+            raise KeyboardInterrupt
+
+    run("whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", stop, **settings)
+    train(read_run(Path("cut"))[0], resume=True, announce=lambda line: None)
+    weights, others = (load_file(Path(name) / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert weights.keys() == others.keys()
+    assert all(torch.allclose(weights[name], others[name], atol=1e-5) for name in weights)
 
 
 @pytest.mark.refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import warnings
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
     """
 
+    _bound: Any = None  # weak reference to the Trainer
+
     def __init__(
         self,
         size: str | None = None,
@@ -69,6 +72,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         rate: float | None = None,
         max_rank: int | None = None,
     ) -> None:
+        trainer = trainer if trainer is not None else self._bound and self._bound()
         at = at if at is not None else 1.0 if size is None else CUT_AT
         if (size is None) == (keep is None) or (trainer is None and (keep is not None or at == 1)):
             raise ValueError(
@@ -88,6 +92,10 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         self._is_learning = self._is_cut = False
         self._padding: Any = None
         if trainer is not None:
+            # transformers replaces a callback by one of its type, from JSON, where it restores the callbacks' states.
+            bound = {"_bound": weakref.ref(trainer), "__module__": __name__, "__doc__": type(self).__doc__}
+            if self._bound is None:
+                self.__class__ = type(type(self).__name__, (LearnedRanksCallback,), bound)
             self._pad(trainer.model)
 
     def _pad(self, model: Any) -> None:
@@ -109,7 +117,8 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         _require_supported(args)
         if self._trainer is not None:
             require_plain_lora(host_of(kwargs["model"]))
-            require_measurable(self._trainer, "eval")
+            if self._at_end or self._options["keep"] is not None:
+                require_measurable(self._trainer, "eval")
         if self._at_end:
             return
         model, learned = host_of(kwargs["model"]), self.learned
@@ -162,7 +171,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
             options = {name: self._options[name] for name in ("size", "keep", "max_rank")}
             try:
                 self.shrunk = shrink(self._trainer, **options)
-            except ValueError as error:  # the training is done
+            except Exception as error:  # the training is done
                 warnings.warn(f"The adapter stays whole. {error}", stacklevel=2)
             else:
                 tqdm.write(str(self.shrunk))

@@ -42,6 +42,13 @@ def host_of(model: Any) -> Any:
     return found
 
 
+def without_wrapper(model: Any) -> Any:
+    """The model inside of DDP, DeepSpeed or torch.compile."""
+    while (inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None)) is not None:
+        model = inner
+    return model
+
+
 def base_of(host: Any) -> nn.Module:
     """Module whose submodules have the names of the base model."""
     return host.get_base_model() if isinstance(host, PeftModel) else host

@@ -15,6 +15,7 @@ import copy
 import inspect
 import math
 import sys
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -32,7 +33,7 @@ from ..shrunk import Shrunk
 from ..tuner.sharding import is_sharded, local_part
 from .directions import LossCurve, directions
 from .held_out import LiveLosses, at_rest, find_in_place
-from .host import WITHOUT_KERNELS, host_of
+from .host import WITHOUT_KERNELS, host_of, without_wrapper
 from .live_lora import (
     SmallSave,
     costs_of,
@@ -120,9 +121,13 @@ class LearnedRanks:
         max_rank: int | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        self._whole_model = without_wrapper(model)
         self._model = host_of(model)
         self._adapter = require_plain_lora(self._model)
         check_truncation(keep=keep, size=None if size is None else 1)
+        held_out = held_out if hasattr(held_out, "compute_loss") else list(held_out)
+        if keep is not None and isinstance(held_out, list) and not held_out:
+            raise ValueError("keep is measured on held-out batches, but there are none. Pass held_out, or a size.")
         self._size, self._keep, self._held_out, self._loss = size, keep, held_out, loss
         self._steps, self._max_rank, self._done = steps, max_rank, 0
         self.shrunk: Shrunk | None = None
@@ -143,6 +148,13 @@ class LearnedRanks:
         optimizers = unwrapped(optimizer)
         # `_optimizer` steps the model once, and calls `_inner`.
         self._inner = optimizers[-1]
+        if hasattr(self._inner, "eval"):
+            # A factor of the step of what is trained would not be one of the averages of schedule-free optimizers.
+            if rate not in (None, 1.0):
+                raise ValueError(
+                    f"rate={rate} is not supported for {type(self._inner).__name__}, which averages weights."
+                )
+            self._rate = 1.0
         self._optimizer = next(filter(is_deepspeed, reversed(optimizers)), self._inner)
         self._loss_scale = _loss_scale_of(optimizers, scaler)
         _require_suitable(self._optimizer, self._inner, self._factors)
@@ -231,7 +243,10 @@ class LearnedRanks:
             ValueError: it is that of another size, or of an adapter with other ranks.
 
         """
-        for name, value in (("size", self._size), ("keep", self._keep), ("max_rank", self._max_rank)):
+        asked = {"size": self._size, "keep": self._keep, "max_rank": self._max_rank}
+        if "rate" in state and state["ranks"] is None:
+            asked["rate"] = self._rate
+        for name, value in asked.items():
             if state.get(name) != value:
                 raise ValueError(f"The run has {name}={state.get(name)!r}, got {value!r}. Pass the same.")
         wide = {path: layer.r[self._adapter] for path, layer in self._layers.items()}
@@ -406,18 +421,20 @@ class LearnedRanks:
             return curve.within(self._budget, self._max_rank)
         model, held_out = self._model, self._held_out
         trainer = held_out if hasattr(held_out, "compute_loss") else None
-        with at_rest(model, trainer):
+        with at_rest(self._whole_model, trainer):
             try:
                 losses = (
-                    LiveLosses.of_batches(model, held_out, self._loss)
+                    LiveLosses.of_batches(self._whole_model, held_out, self._loss)
                     if trainer is None
                     else LiveLosses.of_trainer(trainer, model, with_gradients=False)
                 )
                 factors, self.shrunk = find_in_place(
                     *(model, self._adapter, losses, of_first(curve)), keep=self._keep, max_rank=self._max_rank
                 )
-            except ValueError as error:  # the training goes on
+            except Exception as error:  # the training goes on
                 self.summary = f"Nothing was cut at step {self._done}: {error}"
+                if self._ends:
+                    warnings.warn(self.summary, stacklevel=2)
                 return None
         return factors
 

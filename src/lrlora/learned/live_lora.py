@@ -41,7 +41,9 @@ def require_plain_lora(model: Any) -> str:
         ValueError: it cannot.
 
     """
-    (adapter, *others) = active_adapters(model)
+    if not (active := active_adapters(model)):
+        raise ValueError("Learned ranks need an active LoRA adapter, but none is active. Call set_adapter.")
+    adapter, *others = active
     config = model.peft_config[adapter]
     if others or not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         configs = {name: type(model.peft_config[name]).__name__ for name in (adapter, *others)}

@@ -160,6 +160,8 @@ def require_gain(parts: Sequence[Part], unit: str) -> None:
     """Raise ValueError unless every part shows a gain."""
     without, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("without", "whole"))
     losses = f"loss {mean_of(whole):.4g}, {mean_of(without):.4g} without it"
+    if not torch.isfinite(torch.cat([without, whole])).all():
+        raise ValueError(f"The loss on {len(whole)} {unit} is not finite ({losses}). Check the data.")
     if Gain(without, whole).low <= 0:
         raise ValueError(
             f"The adapter gains nothing that {len(whole)} {unit} could show ({losses}), so no share of it can be kept."
@@ -240,7 +242,7 @@ def smallest(
         if size in points:
             return None
         points[size] = point = Point(size, measure(factors))
-        if point.kept.low < keep:
+        if not point.kept.low >= keep:  # or NaN
             beyond = max(beyond, size)
         elif not chosen or size < within:
             within, chosen = size, factors
@@ -259,7 +261,7 @@ def smallest(
     try_size(curve.parameters)
     if not chosen:
         raise ValueError(
-            f"Even with all directions, {points[max(points)].kept} of the gain are kept, and {keep:.4g} is asked for. "
+            f"Even with all directions, {points[max(points)].kept} of the gain are kept, and {keep:g} is asked for. "
             f"Ask for less{'' if max_rank is None else ', or for a larger rank'}."
         )
     whole, budget, was_near = within, _FIRST * within, False

@@ -23,8 +23,8 @@ from ..files import write_json
 from ..shrunk import SHRUNK_FILE, Shrunk
 from .directions import LossCurve, directions
 from .gain import mean_of
-from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_measurable, sample
-from .host import WITHOUT_KERNELS, host_of, saves_adapter
+from .held_out import LiveLosses, at_rest, find_in_place, held_out_examples, require_measurable, restored, sample
+from .host import WITHOUT_KERNELS, host_of, saves_adapter, without_wrapper
 from .learned_ranks import budget_of
 from .live_lora import (
     SmallSave,
@@ -38,7 +38,7 @@ from .live_lora import (
 )
 from .moments import Loss, Moments, channel_dim, model_loss, watch
 from .search import LEARNED, PASSES
-from .sharded import full_value, is_whole, of_first, process_index, processes, unwrapped
+from .sharded import full_value, is_whole, of_first, process_index, processes, restart, unwrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without
@@ -86,32 +86,39 @@ def shrink(
 
     """
     trainer = model if hasattr(model, "compute_loss") else None
-    live = host_of(model if trainer is None else trainer.model)
+    whole = without_wrapper(model if trainer is None else trainer.model)
+    live = host_of(whole)
     adapter = require_plain_lora(live)
     budget = None if size is None else budget_of(size, live, adapter)
     keep = DEFAULT_KEEP if keep is None and size is None else keep
     check_truncation(keep=keep, size=budget)
-    folder = None
+    folder: Path | None = None
+    optimizer: Any = None
     if trainer is not None:
         require_measurable(trainer, on)
         if not saves_adapter(live):
             raise ValueError("shrink of a Trainer needs a model whose adapter it can save: PEFT's or transformers'.")
+        optimizer = None if trainer.optimizer is None else unwrapped(trainer.optimizer)[-1]
+        if hasattr(optimizer, "eval"):
+            optimizer.eval()  # averaged weights, of schedule-free optimizers
         folder = _save_whole(live, adapter, Path(str(trainer.args.output_dir)))
-    with at_rest(live, trainer):
+    elif not (batches := list(batches)):
+        raise ValueError("shrink needs training batches, for the gradients. Pass batches.")
+    with at_rest(whole, trainer), restored(live, adapter, after_errors_alone=True):
         source = (
-            LiveLosses.of_batches(live, held_out, loss, batches)
+            LiveLosses.of_batches(whole, held_out, loss, batches)
             if trainer is None
             else LiveLosses.of_trainer(trainer, live, on)
         )
         _tell_cost(source, trainer)
         before = {} if trainer is None else _metrics(trainer, on)
-        curve = _curve(live, adapter, source)
+        curve = _curve(whole, live, adapter, source)
         factors, found = find_in_place(live, adapter, source, curve, keep=keep, budget=budget, max_rank=max_rank)
         put(live, adapter, factors)
         if before:
             after = _metrics(trainer, on)
-            found = replace(found, metrics={name: [value, after[name]] for name, value in before.items()})
-    _make_small(live, adapter, found, getattr(trainer, "optimizer", None))
+            found = replace(found, metrics={name: [before[name], after[name]] for name in before if name in after})
+    _make_small(live, adapter, found, optimizer)
     if folder is not None and process_index() == 0:
         write_json(folder / SHRUNK_FILE, asdict(found))
     return found
@@ -175,7 +182,7 @@ def _metrics(trainer: Any, on: str) -> dict[str, float]:
     return {name: float(value) for name, value in known.items() if name not in speed}
 
 
-def _curve(model: Any, adapter: str, source: LiveLosses) -> LossCurve:
+def _curve(whole_model: nn.Module, model: Any, adapter: str, source: LiveLosses) -> LossCurve:
     """Directions of the adapter, from the gradients of the training batches of all processes."""
     layers, whole = lora_layers(model, adapter), lora_factors(model, adapter)
     device = lora_weights(next(iter(layers.values())), adapter)[0].device
@@ -193,8 +200,8 @@ def _curve(model: Any, adapter: str, source: LiveLosses) -> LossCurve:
             watch(z.requires_grad_(), moments[path], channel_dim(down))
 
     batches = batches[: len(batches) - len(batches) % world] or batches * world
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)  # the moments need gradients of z alone
+    trained = [parameter for parameter in whole_model.parameters() if parameter.requires_grad]
+    whole_model.requires_grad_(False)  # the moments need gradients of z alone
     hooks = [layers[path].lora_A[adapter].register_forward_hook(partial(collect, path)) for path in moments]
     try:
         for batch in batches[process_index() :: world]:
@@ -220,7 +227,12 @@ def _curve(model: Any, adapter: str, source: LiveLosses) -> LossCurve:
 def _make_small(model: Any, adapter: str, found: Shrunk, optimizer: Any) -> None:
     """Make the live model as small as what is saved; where it is shared or sharded, what is saved alone."""
     if is_whole(model):
-        make_small(model, adapter, found.ranks, None if optimizer is None else unwrapped(optimizer)[-1])
+        if optimizer is not None:  # its state is that of other directions
+            weights = [
+                weight for layer in lora_layers(model, adapter).values() for weight in lora_weights(layer, adapter)
+            ]
+            restart(optimizer, weights, are_all=False)
+        make_small(model, adapter, found.ranks, None)
         return
     save = SmallSave(model, adapter, 0)
     save.ranks = found.ranks
