@@ -101,3 +101,13 @@ def test_forty_units_are_too_few() -> None:
     world = World(0)
     with pytest.raises(ValueError, match=r"40 simulated units are too few .* at least 90"):
         find_smallest([world.part(14), world.part(13), world.part(13)], world.curve, 0.99, unit="simulated units")
+
+
+def test_the_equal_rank_is_the_smallest_that_keeps_the_share() -> None:
+    for seed in range(12):
+        world = World(seed, 0.5)
+        parts = [world.part(60) for _ in range(PARTS)]
+        _, found = find_smallest(parts, world.curve, 0.9, unit="simulated units")
+        equal = [[of.factors(rank) for of in world.curve.modules] for rank in range(1, RANK + 1)]
+        keeps = [parts[0].kept(each).low >= 0.9 and parts[1].kept(each).share >= 0.9 for each in equal]
+        assert found.equal_rank == keeps.index(True) + 1
