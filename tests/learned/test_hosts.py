@@ -144,6 +144,61 @@ def unet() -> Any:
     )
 
 
+def denoise(model: Any, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.randn(4, 4, 8, 8, generator=generator)
+    text = torch.randn(4, 6, 16, generator=generator)
+    return model(noisy, torch.tensor([10, 200, 500, 900]), text).sample
+
+
+def embed(model: Any, seed: int) -> Tensor:
+    texts = [("a good film", "a bad film", "the plot is clever")[(seed + at) % 3] for at in range(2)]
+    return model(dict(model.tokenize(texts)))["sentence_embedding"]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("step", [8, 20])  # before and after the cut
+@pytest.mark.parametrize("host", ["diffusers", "sentence_transformers"])
+def test_others_resume(host: str, step: int, tmp_path: Path) -> None:
+    pytest.importorskip(host)
+
+    def build() -> tuple[Any, Any, LearnedRanks]:
+        torch.manual_seed(2)
+        if host == "diffusers":
+            model = unet().requires_grad_(False)
+            targets, task = ["to_k", "to_q", "to_v"], None
+        else:
+            model = SentenceTransformer(str(save_encoder(tmp_path / "base")), device="cpu")
+            targets, task = ["query", "value"], "FEATURE_EXTRACTION"
+        model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type=task))
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+        return model.eval(), optimizer, LearnedRanks(model, optimizer, size="r1", steps=30)
+
+    from sentence_transformers import SentenceTransformer
+
+    from ..train.small import save_encoder
+
+    output = denoise if host == "diffusers" else embed
+
+    def fit(model: Any, optimizer: Any, steps: range) -> None:
+        for at in steps:
+            output(model, at).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole = build()
+    fit(*whole[:2], range(30))
+    first = build()
+    fit(*first[:2], range(step))
+    torch.save([part.state_dict() for part in first], tmp_path / "state.pt")
+    again = build()
+    for part, state in zip(again, torch.load(tmp_path / "state.pt", weights_only=False), strict=True):
+        part.load_state_dict(state)
+    fit(*again[:2], range(step, 30))
+    assert again[2].ranks == whole[2].ranks
+    assert torch.allclose(output(again[0], 99), output(whole[0], 99), atol=1e-6)
+
+
 @pytest.mark.integration
 def test_diffusers(tmp_path: Path) -> None:
     """As its training scripts do: an own loop, `get_peft_model_state_dict`, `save_lora_weights`."""
@@ -151,12 +206,6 @@ def test_diffusers(tmp_path: Path) -> None:
     from diffusers.utils import convert_state_dict_to_diffusers
 
     config = LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v"])
-
-    def denoise(model: Any, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        noisy = torch.randn(4, 4, 8, 8, generator=generator)
-        text = torch.randn(4, 6, 16, generator=generator)
-        return model(noisy, torch.tensor([10, 200, 500, 900]), text).sample
 
     model = unet().requires_grad_(False)
     model.add_adapter(config)
