@@ -152,7 +152,7 @@ def test_too_few_examples_are_told_with_the_number_that_would_do(home: Path, tmp
     assert "18 held-out examples are too few" in said
     assert "at least 90 examples" in said
     output = export(home / "narrow", tmp_path / "small", "--keep", "0.99999")
-    assert "No smaller LoRA was found that keeps 1 of the adapter's gain" in output
+    assert "No smaller LoRA was found that keeps 0.99999 of the adapter's gain" in output
     assert size_of(tmp_path / "small") == size_of(home / "narrow")
 
 

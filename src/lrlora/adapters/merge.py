@@ -51,7 +51,7 @@ def merge_adapter(
     """
     folder, saved = free_folder(output), SavedAdapter.read(adapter).on_base(base)
     model = load_adapted(saved, dtype=dtype or "auto")
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantized := getattr(model.config, "quantization_config", None) is not None:
         if not dequantize:
             raise ValueError(
                 f"The base model {model.config.name_or_path} is stored quantized. Dequantize it (dequantize=True, "
@@ -63,7 +63,8 @@ def merge_adapter(
     for name, parameter in merged.named_parameters():
         require_finite(name, parameter)
     with replacing_folder(folder) as partial:
-        merged.save_pretrained(partial, max_shard_size=max_shard_size)
+        # The names of the model, not of its checkpoint: transformers 5.23 cannot revert a quantizer's conversion.
+        merged.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=not is_quantized)
         source = str(saved.base_model)
         if not (save_preprocessing(partial, saved.name) or save_preprocessing(partial, source)):
             warnings.warn(
