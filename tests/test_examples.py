@@ -52,7 +52,7 @@ def test_after_the_command_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_decoder(tmp_path / "base")
     chat = {"messages": [{"role": "user", "content": "is it good ?"}, {"role": "assistant", "content": "good film"}]}
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join([json.dumps(chat)] * 32))
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join([json.dumps(chat)] * 200))
     page = (EXAMPLES.parent / "docs" / "cookbook.md").read_text(encoding="utf-8")
     trl, *ours = page.partition("## An adapter from `trl sft`")[2].split("```sh\n")[1].split("```")[0].splitlines()
     quick = "--max_steps 3 --report_to none --use_cpu true --bf16 false"
