@@ -71,7 +71,12 @@ class _Run:
 _TOPICS, _REVIEWS = "embedded:r8", "embedded:movie-reviews"
 RUNS = {
     "topics-lora": _Run("topics", "LoRA, r = 4", _TOPICS, {"method": "lora", "rank": 4, "learning_rate": 4e-3}),
-    LEARNED: _Run("topics", "learned ranks, size of r = 4", _TOPICS, {"size": "r4", "learning_rate": 2e-3}),
+    LEARNED: _Run(  # the rate of the adapter doubles at the cut, that of the head stays
+        "topics",
+        "learned ranks, size of r = 4",
+        _TOPICS,
+        {"size": "r4", "learning_rate": 2e-3, "head_learning_rate": 4e-3},
+    ),
     "reviews-lora": _Run(
         "reviews", "LoRA, r = 8", _REVIEWS, {"method": "lora", "rank": 8, "learning_rate": 2e-3}, share=0.5
     ),
