@@ -26,7 +26,7 @@ from ..adapters import Factors
 from ..shrunk import Shrunk
 from .directions import LossCurve
 from .gain import at_most, constant_losses, losses_of
-from .live_lora import lora_layers, lora_weights, put
+from .live_lora import lora_layers, put, weights_of
 from .moments import IGNORED, Loss, model_loss, with_sampled_labels
 from .search import FEWEST_UNITS, PARTS, PASSES, Part, describe, find_smallest, too_few
 from .sharded import full_value, process_index, processes, write
@@ -241,19 +241,16 @@ def at_rest(model: nn.Module, trainer: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def restored(model: Any, adapter: str, *, after_errors_alone: bool = False) -> Iterator[None]:
     """Restore the factors at the end."""
-    stored = [full_value(weight).clone() for weight in _weights(model, adapter)]
+    weights = weights_of(lora_layers(model, adapter), adapter)
+    stored = [full_value(weight).clone() for weight in weights]
     is_done = False
     try:
         yield
         is_done = True
     finally:
         if not (is_done and after_errors_alone):
-            for weight, value in zip(_weights(model, adapter), stored, strict=True):
+            for weight, value in zip(weights, stored, strict=True):
                 write(weight, value)
-
-
-def _weights(model: Any, adapter: str) -> list[nn.Parameter]:
-    return [weight for layer in lora_layers(model, adapter).values() for weight in lora_weights(layer, adapter)]
 
 
 def find_in_place(

@@ -46,6 +46,7 @@ from .live_lora import (
     put,
     require_plain_lora,
     require_zero,
+    weights_of,
 )
 from .moments import Loss, Moments, channel_dim, model_loss, watch
 from .sharded import full_value, is_deepspeed, of_first, processes, restart, unwrapped, write
@@ -69,7 +70,7 @@ class LearnedRanks:
     It needs no call in the training loop: it acts after `optimizer.step()`. Create it after the optimizer, on every
     process:
 
-        model = get_host_of(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+        model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         ranks = LearnedRanks(model, optimizer, size="r4", steps=1000)
         ...                          # an ordinary training loop of 1000 steps
@@ -197,11 +198,11 @@ class LearnedRanks:
     @property
     def _factors(self) -> list[nn.Parameter]:
         """A and B of every module; some ways to train replace the parameters of the model."""
-        return [weight for layer in self._layers.values() for weight in lora_weights(layer, self._adapter)]
+        return weights_of(self._layers, self._adapter)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the adapter after the cut; its limit before it."""
+        """Number of parameters of the adapter after the cut; their limit before it."""
         return self._budget if self.ranks is None else sum(self._costs[path] * r for path, r in self.ranks.items())
 
     @property

@@ -96,6 +96,11 @@ def lora_weights(layer: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
+def weights_of(layers: Mapping[str, Any], adapter: str) -> list[nn.Parameter]:
+    """A and B of every layer."""
+    return [weight for layer in layers.values() for weight in lora_weights(layer, adapter)]
+
+
 def costs_of(model: Any, adapter: str) -> dict[str, int]:
     """Module → number of parameters of one rank."""
     return {

@@ -35,6 +35,7 @@ from .live_lora import (
     pad_state,
     put,
     require_plain_lora,
+    weights_of,
 )
 from .moments import Loss, Moments, channel_dim, model_loss, watch
 from .search import LEARNED, PASSES
@@ -228,10 +229,7 @@ def _make_small(model: Any, adapter: str, found: Shrunk, optimizer: Any) -> None
     """Make the live model as small as what is saved; where it is shared or sharded, what is saved alone."""
     if is_whole(model):
         if optimizer is not None:  # its state is that of other directions
-            weights = [
-                weight for layer in lora_layers(model, adapter).values() for weight in lora_weights(layer, adapter)
-            ]
-            restart(optimizer, weights, are_all=False)
+            restart(optimizer, weights_of(lora_layers(model, adapter), adapter), are_all=False)
         make_small(model, adapter, found.ranks, None)
         return
     save = SmallSave(model, adapter, 0)
