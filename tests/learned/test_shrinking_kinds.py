@@ -67,7 +67,7 @@ def test_a_classifier_counts_its_gain_from_guessing(tmp_path: Path) -> None:
     assert found.parameters < found.whole
     before, after = found.metrics["accuracy"]
     assert before > 0.8
-    assert after == trainer.predict(rows[240 : 240 + 180]).metrics["test_accuracy"] or abs(after - before) < 0.1
+    assert abs(after - before) < 0.1
     same_when_loaded(trainer, base(), tmp_path / "small", {"input_ids": ids[:8], "attention_mask": masks[:8]})
 
 
