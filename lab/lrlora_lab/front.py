@@ -1,0 +1,318 @@
+"""When to cut a LoRA, and how much: loss against parameters, for cuts at several moments to several shares of the gain.
+
+    python -m lrlora_lab.front run front.jsonl german 0 1 2
+    python -m lrlora_lab.front report front.jsonl
+
+All cuts of a seed share the course of the wide LoRA up to their step: the process forks there, and each copy goes on in
+its own way. Rows that the output has already are not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_cosine_schedule_with_warmup
+
+from lrlora.checks import require_known
+from lrlora.learned import LearnedRanks, LossCurve, shrink
+from lrlora.learned.directions import directions
+from lrlora.learned.held_out import LiveLosses, find_in_place
+from lrlora.learned.live_lora import lora_factors, put
+from lrlora.learned.moments import model_loss
+from lrlora.train.embedded import EMBEDDED_DATA, MINILM, checkpoint
+
+from .byte_model import CONTEXT, base_model, load_corpus, mean_loss, sample_batch
+from .capacity import CLIP_NORM, WARMUP_STEPS
+
+WIDE = 16
+AT, SHARES = (0.3, 0.6, 1.0), (0.9, 0.95, 0.99)
+ALSO_AT = (0.8, 0.9)  # of the first seed
+SMALL = (2, 4, 8)  # ranks of LoRAs, whose rates are tuned on the first seed
+FACTORS = (1, 2, 4)  # of the recipe's rate
+_BEFORE = 34  # steps before a cut at which the courses part: moments come from the last 32
+_HELD_OUT = 320
+_TEXTS = 48  # tokens
+
+
+@dataclass(frozen=True)
+class Data:
+    """Model and data of a seed.
+
+    Attributes:
+        model: the base, without an adapter.
+        targets: modules to adapt.
+        batches: training batches, endless.
+        held_out: batches for the cut.
+        test: returns loss, and accuracy where there is one.
+        kept: modules trained besides.
+
+    """
+
+    model: Any
+    targets: str
+    batches: Callable[[], Iterator[Any]]
+    held_out: list[Any]
+    test: Callable[[Any], dict[str, float]]
+    kept: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe: the rate of LoRA r = 16, α/r, and the number of steps."""
+
+    load: Callable[[int], Data]
+    rate: float
+    scale: float
+    steps: int
+
+
+def _bytes(corpus: str) -> Callable[[int], Data]:
+    def load(seed: int) -> Data:
+        data, generator = load_corpus(corpus), torch.Generator().manual_seed(seed)
+
+        def batch(of: Tensor, size: int, source: torch.Generator) -> dict[str, Tensor]:
+            windows = sample_batch(of, source, size)
+            return {"input_ids": windows, "labels": windows}
+
+        def batches() -> Iterator[Any]:
+            while True:
+                yield batch(data.train, 8, generator)
+
+        other = torch.Generator().manual_seed(1_000 + seed)
+        held_out = [batch(data.validation, 16, other) for _ in range(_HELD_OUT // 16)]
+        windows = min(512, len(data.test) // CONTEXT)
+        return Data(
+            base_model(),
+            r".*\.(\w+_proj|fc\d)",
+            batches,
+            held_out,
+            lambda model: {"loss": mean_loss(model, data.test, windows)},
+        )
+
+    return load
+
+
+def _texts(name: str, *, are_random: bool = False) -> Callable[[int], Data]:
+    def load(seed: int) -> Data:
+        splits, generator = EMBEDDED_DATA[name].load(), torch.Generator().manual_seed(seed)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint(MINILM))
+        classes = splits["train"].features["label"].num_classes
+        train = splits["train"].shuffle(seed=seed)
+        labels = torch.tensor(list(train["label"]))
+        if are_random:
+            labels = torch.randint(classes, (len(labels),), generator=generator)
+        texts, count = list(train["text"]), len(train) - _HELD_OUT
+
+        def batch(rows: list[int]) -> Any:
+            encoded = tokenizer([texts[row] for row in rows], truncation=True, max_length=_TEXTS, padding=True)
+            return {**{key: torch.tensor(value) for key, value in encoded.items()}, "labels": labels[rows]}
+
+        def batches() -> Iterator[Any]:
+            while True:
+                for rows in torch.randperm(count, generator=generator)[: count // 32 * 32].split(32):
+                    yield batch(rows.tolist())
+
+        @torch.no_grad()
+        def test(model: Any) -> dict[str, float]:
+            found, right, total = 0.0, 0, min(2_000, len(splits["test"]))
+            for rows in splits["test"].shuffle(seed=0).select(range(total)).batch(50):
+                encoded = tokenizer(rows["text"], truncation=True, max_length=_TEXTS, padding=True, return_tensors="pt")
+                logits, correct = model(**encoded).logits, torch.tensor(rows["label"])
+                found += nn.functional.cross_entropy(logits, correct, reduction="sum").item()
+                right += int((logits.argmax(1) == correct).sum())
+            return {"loss": found / total, "accuracy": right / total}
+
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(checkpoint(MINILM), num_labels=classes)
+        held_out = [batch(list(range(first, first + 16))) for first in range(count, count + _HELD_OUT, 16)]
+        return Data(model, r".*layer.*(query|key|value|dense)", batches, held_out, test, ["classifier"])
+
+    return load
+
+
+TASKS = {
+    "german": Task(_bytes("german"), 0.005, 4.0, 500),
+    "source-code": Task(_bytes("source-code"), 0.005, 4.0, 500),
+    "spanish": Task(_bytes("spanish"), 0.005, 4.0, 500),
+    "reviews": Task(_texts("movie-reviews"), 1e-3, 2.0, 200),
+    "topics": Task(_texts("r8"), 1e-3, 2.0, 200),
+    "random-labels": Task(_texts("movie-reviews", are_random=True), 1e-3, 2.0, 200),
+}
+
+
+class Course:
+    """A run that can be copied at any step."""
+
+    def __init__(self, task: Task, seed: int, rank: int, rate: float, alpha: float | None = None) -> None:
+        self.task, self.data, self.done, self.seconds = task, task.load(seed), 0, 0.0
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=task.scale * rank if alpha is None else alpha,
+            target_modules=self.data.targets,
+            modules_to_save=self.data.kept,
+        )
+        self.model: Any = get_peft_model(self.data.model, config)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
+        warm_up = min(WARMUP_STEPS, task.steps // 10)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, warm_up, task.steps)
+        self.batches = self.data.batches()
+        self.model.train()
+
+    def run(self, until: int) -> None:
+        """Train up to a step."""
+        started = time.process_time()
+        while self.done < until:
+            loss = self.model(**next(self.batches)).loss
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
+            self.optimizer.step()
+            self.schedule.step()
+            self.done += 1
+        self.seconds += time.process_time() - started
+
+    def row(self, **also: Any) -> dict[str, Any]:
+        """Loss, size and processor time at the end."""
+        self.run(self.task.steps)
+        self.model.eval()
+        factors = lora_factors(self.model, "default")
+        ranks = [part.rank for part in factors]
+        return {
+            **{name: round(value, 5) for name, value in self.data.test(self.model).items()},
+            "parameters": sum(part.parameters for part in factors),
+            "largest_rank": max(ranks),
+            "seconds": round(self.seconds, 1),
+            **also,
+        }
+
+
+def _cut(course: Course, at: float, **asked: Any) -> dict[str, Any]:
+    """Cut while training, with the moments of the last steps before it."""
+    if "keep" in asked:
+        asked["held_out"] = course.data.held_out
+    learned = LearnedRanks(course.model, course.optimizer, steps=course.task.steps, at=at, **asked)
+    learned.load_state_dict({**learned.state_dict(), "done": course.done})
+    return course.row(told=learned.summary if learned.shrunk is None else str(learned.shrunk), rate=learned.rate)
+
+
+def _cut_at_end(course: Course, keep: float) -> dict[str, Any]:
+    course.run(course.task.steps)
+    started = time.process_time()
+    training = [next(course.batches) for _ in range(32)]
+    found = shrink(course.model, training, course.data.held_out, keep=keep)
+    course.seconds += time.process_time() - started
+    return course.row(told=str(found))
+
+
+def _cut_by_energy(course: Course, keep: float) -> dict[str, Any]:
+    """The same search over singular values of the updates."""
+    course.run(course.task.steps)
+    course.model.eval()
+    curve = LossCurve([directions(part, None, 1) for part in lora_factors(course.model, "default")])
+    losses = LiveLosses.of_batches(course.model, course.data.held_out, model_loss)
+    factors, found = find_in_place(course.model, "default", losses, curve, keep=keep)
+    put(course.model, "default", factors)
+    return course.row(
+        told=str(found), **{"parameters": found.parameters, "largest_rank": max(found.ranks.values())}
+    )
+
+
+def _raised(course: Course) -> dict[str, Any]:
+    """LoRA r = 16 uncut, at twice the rate."""
+    course.schedule.base_lrs = [2 * rate for rate in course.schedule.base_lrs]
+    return course.row()
+
+
+class Rows:
+    """Rows in a file; those that it has are not computed again."""
+
+    def __init__(self, path: Path, task: str, seed: int) -> None:
+        self.path, self.key = path, {"task": task, "seed": seed}
+        self.known = {
+            row["arm"]: row
+            for row in map(json.loads, path.read_text().splitlines() if path.exists() else ())
+            if row["task"] == task and row["seed"] == seed
+        }
+
+    def add(self, arm: str, compute: Callable[[], dict[str, Any]]) -> None:
+        """Compute a row in a copy of this process."""
+        if arm in self.known:
+            return
+        if child := os.fork():
+            os.waitpid(child, 0)
+            return
+        try:
+            row = {**self.key, "arm": arm, **compute()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+
+
+def run(name: str, seed: int, output: Path) -> None:
+    """Rows of a task and a seed."""
+    task = TASKS[name]
+    rows = Rows(output, name, seed)
+
+    def none() -> dict[str, Any]:
+        data = task.load(seed)
+        return data.test(data.model.eval())
+
+    rows.add("none", none)
+    course = Course(task, seed, WIDE, task.rate)
+    for at in sorted({*AT, *(ALSO_AT if seed == 0 else ())}):
+        course.run(task.steps if at == 1 else round(at * task.steps) - _BEFORE)
+        if at == AT[0]:
+            rows.add(f"size r4 at {at:g}", lambda: _cut(course, AT[0], size="r4"))
+            rows.add("r16, twice the rate from 0.3", lambda: _raised(course))
+        for share in SHARES:
+            rows.add(
+                f"keep {share:g} at {at:g}",
+                lambda at=at, share=share: _cut(course, at, keep=share) if at < 1 else _cut_at_end(course, share),
+            )
+    rows.add("r16", course.row)
+    for share in SHARES:
+        rows.add(f"energy {share:g} at 1", lambda share=share: _cut_by_energy(course, share))
+    for rank in (*SMALL, WIDE):
+        for factor in FACTORS if seed == 0 else _best(output, name, rank):
+            if (rank, factor) != (WIDE, 1):
+                rows.add(f"r{rank}, {factor:g} times the rate", lambda r=rank, f=factor: Course(task, seed, r, f * task.rate).row())
+    alpha = task.scale * WIDE
+    rows.add("r4, same alpha", lambda: Course(task, seed, 4, task.rate, alpha).row())
+
+
+def _best(output: Path, task: str, rank: int) -> tuple[float, ...]:
+    """The best factor of the first seed."""
+    rows = {row["arm"]: row for row in map(json.loads, output.read_text().splitlines()) if row["task"] == task and row["seed"] == 0}
+    found = {factor: rows.get(f"r{rank}, {factor:g} times the rate", {}).get("loss", math.inf) for factor in FACTORS}
+    if rank == WIDE:
+        found[1] = rows["r16"]["loss"]
+    return (min(found, key=lambda factor: found[factor]),)
+
+
+def main(arguments: list[str]) -> None:
+    """Run tasks and seeds."""
+    name, output, *seeds = arguments
+    require_known("task", name, TASKS)
+    for seed in seeds:
+        run(name, int(seed), Path(output))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
