@@ -11,7 +11,7 @@ import io
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,7 +234,7 @@ def _source_code() -> Iterator[str]:
     return ((folder / path).read_text(encoding="utf-8") for path in files if "test" not in path.parts)
 
 
-CORPORA = {
+CORPORA: dict[str, Callable[[], Iterator[str]]] = {
     "english": _english,
     "german": partial(_speeches, SPEECHES, "de.csv"),
     "spanish": partial(_speeches, SPANISH_SPEECHES, "es.csv"),

@@ -15,8 +15,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _texts(name: str, *, are_random: bool = False) -> Callable[[int], Data]:
 
         def batches() -> Iterator[Any]:
             while True:
-                for rows in torch.randperm(count, generator=generator)[: count // 32 * 32].split(32):
+                for rows in torch.randperm(count, generator=generator)[: count // 16 * 16].split(16):
                     yield batch(rows.tolist())
 
         @torch.no_grad()
@@ -155,12 +156,12 @@ TASKS = {
 class Course:
     """A run that can be copied at any step."""
 
-    def __init__(self, task: Task, seed: int, rank: int, rate: float, alpha: float | None = None) -> None:
+    def __init__(self, task: Task, seed: int, rank: int, rate: float, alpha: int | None = None) -> None:
         self.task, self.data, self.done, self.seconds = task, task.load(seed), 0, 0.0
         torch.manual_seed(seed)
         config = LoraConfig(
             r=rank,
-            lora_alpha=task.scale * rank if alpha is None else alpha,
+            lora_alpha=round(task.scale * rank) if alpha is None else alpha,
             target_modules=self.data.targets,
             modules_to_save=self.data.kept,
         )
@@ -206,6 +207,7 @@ def _cut(course: Course, at: float, **asked: Any) -> dict[str, Any]:
         asked["held_out"] = course.data.held_out
     learned = LearnedRanks(course.model, course.optimizer, steps=course.task.steps, at=at, **asked)
     learned.load_state_dict({**learned.state_dict(), "done": course.done})
+    course.run(course.task.steps)
     return course.row(told=learned.summary if learned.shrunk is None else str(learned.shrunk), rate=learned.rate)
 
 
@@ -226,9 +228,7 @@ def _cut_by_energy(course: Course, keep: float) -> dict[str, Any]:
     losses = LiveLosses.of_batches(course.model, course.data.held_out, model_loss)
     factors, found = find_in_place(course.model, "default", losses, curve, keep=keep)
     put(course.model, "default", factors)
-    return course.row(
-        told=str(found), **{"parameters": found.parameters, "largest_rank": max(found.ranks.values())}
-    )
+    return course.row(told=str(found), **{"parameters": found.parameters, "largest_rank": max(found.ranks.values())})
 
 
 def _raised(course: Course) -> dict[str, Any]:
@@ -242,11 +242,7 @@ class Rows:
 
     def __init__(self, path: Path, task: str, seed: int) -> None:
         self.path, self.key = path, {"task": task, "seed": seed}
-        self.known = {
-            row["arm"]: row
-            for row in map(json.loads, path.read_text().splitlines() if path.exists() else ())
-            if row["task"] == task and row["seed"] == seed
-        }
+        self.known = {row["arm"] for row in read_rows(path) if row["task"] == task and row["seed"] == seed}
 
     def add(self, arm: str, compute: Callable[[], dict[str, Any]]) -> None:
         """Compute a row in a copy of this process."""
@@ -279,36 +275,48 @@ def run(name: str, seed: int, output: Path) -> None:
     for at in sorted({*AT, *(ALSO_AT if seed == 0 else ())}):
         course.run(task.steps if at == 1 else round(at * task.steps) - _BEFORE)
         if at == AT[0]:
-            rows.add(f"size r4 at {at:g}", lambda: _cut(course, AT[0], size="r4"))
-            rows.add("r16, twice the rate from 0.3", lambda: _raised(course))
+            rows.add(f"size r4 at {at:g}", partial(_cut, course, at, size="r4"))
+            rows.add("r16, twice the rate from 0.3", partial(_raised, course))
         for share in SHARES:
-            rows.add(
-                f"keep {share:g} at {at:g}",
-                lambda at=at, share=share: _cut(course, at, keep=share) if at < 1 else _cut_at_end(course, share),
-            )
+            cut = partial(_cut, course, at) if at < 1 else partial(_cut_at_end, course)
+            rows.add(f"keep {share:g} at {at:g}", partial(cut, keep=share))
     rows.add("r16", course.row)
     for share in SHARES:
-        rows.add(f"energy {share:g} at 1", lambda share=share: _cut_by_energy(course, share))
+        rows.add(f"energy {share:g} at 1", partial(_cut_by_energy, course, share))
+
+    def lora(rank: int, factor: float, alpha: int | None = None) -> dict[str, Any]:
+        return Course(task, seed, rank, factor * task.rate, alpha).row()
+
     for rank in (*SMALL, WIDE):
-        for factor in FACTORS if seed == 0 else _best(output, name, rank):
+        for factor in FACTORS if seed == 0 else (best_factor(read_rows(output), name, rank),):
             if (rank, factor) != (WIDE, 1):
-                rows.add(f"r{rank}, {factor:g} times the rate", lambda r=rank, f=factor: Course(task, seed, r, f * task.rate).row())
-    alpha = task.scale * WIDE
-    rows.add("r4, same alpha", lambda: Course(task, seed, 4, task.rate, alpha).row())
+                rows.add(lora_arm(rank, factor), partial(lora, rank, factor))
+    rows.add("r4, same alpha", partial(lora, 4, 1, round(task.scale * WIDE)))
 
 
-def _best(output: Path, task: str, rank: int) -> tuple[float, ...]:
+def lora_arm(rank: int, factor: float) -> str:
+    """Name of a LoRA at a multiple of the recipe's rate."""
+    return "r16" if (rank, factor) == (WIDE, 1) else f"r{rank}, {factor:g} times the rate"
+
+
+def best_factor(rows: Sequence[dict[str, Any]], task: str, rank: int) -> float:
     """The best factor of the first seed."""
-    rows = {row["arm"]: row for row in map(json.loads, output.read_text().splitlines()) if row["task"] == task and row["seed"] == 0}
-    found = {factor: rows.get(f"r{rank}, {factor:g} times the rate", {}).get("loss", math.inf) for factor in FACTORS}
-    if rank == WIDE:
-        found[1] = rows["r16"]["loss"]
-    return (min(found, key=lambda factor: found[factor]),)
+    losses = {row["arm"]: row["loss"] for row in rows if row["task"] == task and row["seed"] == 0}
+    return min(FACTORS, key=lambda factor: losses.get(lora_arm(rank, factor), math.inf))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file, if it exists."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(arguments: list[str]) -> None:
-    """Run tasks and seeds."""
-    name, output, *seeds = arguments
+    """Run a task and seeds, or report."""
+    command, output, *of = arguments
+    require_known("command", command, ("run", "report"))
+    if command == "report":
+        raise NotImplementedError
+    name, *seeds = of
     require_known("task", name, TASKS)
     for seed in seeds:
         run(name, int(seed), Path(output))

@@ -212,3 +212,20 @@ def test_runs_and_seeds_that_cannot_conclude_are_told_before_any_run(own: list[o
     assert f"{2 * seeds} runs of lrlora train" in done.output  # none for a rate that decides nothing
     assert f"for {2 * seeds} runs" in done.output
     assert ("Pass more --seeds" in " ".join(done.output.split())) == (seeds < 3)
+
+
+def test_a_new_comparison_asks_before_it_starts(
+    own: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrlora.cli.compare.in_terminal", lambda: True)
+    output = tmp_path / "asked"
+    options = [*own, "--rates", "1e-2", "--seeds", 1, "--output", output]
+    done = run("compare", *options, typed="n\n")
+    assert done.exit_code == 0, done.output
+    assert "for 2 runs" in done.output
+    assert not output.exists()
+    done = run("compare", *options, typed="y\n")
+    assert done.exit_code == 0, done.output
+    assert (output / "lora-0.01-1").exists()
+    done = run("compare", *options)  # resumes, without a question
+    assert done.exit_code == 0, done.output

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..checks import check_truncation
 from ..naming import module_type
+from ..progress_bar import progress_bar
 from .layers import updates_of_model
 from .update import PLAIN, Layout, Update, Updates, beyond_factors
 
@@ -219,7 +219,7 @@ def factorize(
     """
     check_truncation(energy=energy, budget=budget, max_rank=max_rank)
     updates, ranks = [], []
-    for each in tqdm(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar):
+    for each in progress_bar(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar):
         update = _Svd(each)
         if budget is None:
             ranks.append(_for_energy(update, energy or 1.0, max_rank or min(each.shape)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,10 @@ def compare(
         str | None, typer.Option(help="Data for the scores, such as a file; default: the split test of the data.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help=f"Folder for the runs; default: {_OUTPUT}.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan of the first run; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan of the first run, and the time of all; train nothing.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="In a terminal, start without asking.")] = False,
     **settings: Any,
 ) -> None:
     """Compare methods on your data, at the same rank: learning rates tuned, several seeds. Run it again to resume."""
@@ -72,13 +76,20 @@ def compare(
         announce(f"{comparison.runs} runs of lrlora train in {comparison.output}{more}.")
         if comparison.caution:
             announce(comparison.caution)
-        if dry_run:
-            announce(f"Scores: {comparison.seeds} seeds on {score_data(comparison).shown}.")
+        asks = in_terminal() and not yes and not comparison.output.exists()
+        if dry_run or asks:
+            announce(f"Scores: {comparison.seeds} seeds on {score_data(comparison).shown}; differences paired by seed.")
             method = comparison.methods[0]
             first = comparison.run(method, comparison.first_rates(method)[0], 0)
             show_plan(first, overwrite=comparison.output.exists(), runs=comparison.runs, announce=announce)
+        if dry_run or (asks and not typer.confirm("Start?", default=True)):
             return
         _print(run(comparison, announce=announce))
+
+
+def in_terminal() -> bool:
+    """Whether someone can answer."""
+    return sys.stdin.isatty()
 
 
 def _print(outcome: Outcome) -> None:

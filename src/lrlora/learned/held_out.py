@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..adapters import Factors
+from ..progress_bar import progress_bar
 from ..shrunk import Shrunk
 from .directions import LossCurve
 from .gain import at_most, constant_losses, losses_of
@@ -270,7 +270,7 @@ def find_in_place(
 
     """
     batches = [*(source.held_out[at::PARTS] for at in range(PARTS)), source.training]
-    bar = tqdm(total=PASSES * len(source.held_out), desc="Shrinking", unit="batch", disable=process_index() > 0)
+    bar = progress_bar(total=PASSES * len(source.held_out), desc="Shrinking", unit="batch", disable=process_index() > 0)
     nothing = [of.factors(0) for of in curve.modules]
     # Other losses than the model's own are not those of a guess.
     known = None if source.sampled is None else _answers(source.training or source.held_out)

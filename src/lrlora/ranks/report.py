@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..adapters import Update, Updates
 from ..adapters.factorize import svd_of_product
@@ -22,6 +21,7 @@ from ..checks import require_type
 from ..files import parse_json, readable, write_whole
 from ..naming import layer_index, module_kind, module_type
 from ..ops.transfer import Transfer
+from ..progress_bar import progress_bar
 from .measures import MEASURES, curvature, spectrum
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def rank_report(source: nn.Module | Updates, adapter: str | None = None, *, prog
     report = RankReport([])
     updates = source if isinstance(source, Updates) else updates_of_model(source, adapter)
     total = len(updates) if isinstance(updates, Updates) else None
-    for update in tqdm(updates, total=total, desc="Measuring ranks", disable=not progressbar):
+    for update in progress_bar(updates, total=total, desc="Measuring ranks", disable=not progressbar):
         row, curve, values = _measure(update)
         report.rows.append(row)
         if curve is not None:

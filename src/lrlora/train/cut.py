@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import Factors, Updates, factorize, read_updates
@@ -27,6 +26,7 @@ from ..learned.directions import energy_curve, loss_curve
 from ..learned.gain import at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
 from ..learned.moments import IGNORED, with_sampled_labels
 from ..learned.search import LEARNED, PARTS, PASSES, Part, describe, find_smallest
+from ..progress_bar import progress_bar
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE
 from ..shrunk import SHRUNK_FILE, Shrunk, read_shrunk
@@ -230,7 +230,7 @@ class HeldOut(Part):
         super().__init__(whole, self._unadapted, self._with)
 
     def _with(self, factors: Sequence[Factors]) -> Tensor:
-        batches = tqdm(self.batches, desc="Losses", leave=False, disable=not self._progressbar)
+        batches = progress_bar(self.batches, desc="Losses", leave=False, disable=not self._progressbar)
         return example_losses(self.subject.on_base, factors, batches, self.subject.loss)
 
     def _unadapted(self) -> Tensor:
@@ -294,7 +294,7 @@ class Cut:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 inputs = [with_sampled_labels(subject.run.model.eval(), batch) for batch in inputs]
-        gradients = tqdm(inputs, desc="Gradients of the loss", disable=not progressbar)
+        gradients = progress_bar(inputs, desc="Gradients of the loss", disable=not progressbar)
         self.curve = loss_curve(subject.on_base, subject.whole, gradients)
 
     @property

@@ -15,7 +15,6 @@ import transformers
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     BatchEncoding,
@@ -30,6 +29,7 @@ from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
 from ..files import is_full_model, readable, replacing
 from ..locks import only_writer
+from ..progress_bar import progress_bar
 from ..run_folder import ANSWERS, CHAT, METRICS_FILE, PLAIN, RUN_FILE, TEXT, RunRecord, resume_hint
 from ..tuner import cached_weights
 from .chat import (
@@ -417,7 +417,7 @@ class LoadedRun:
     def answers(self, rows: Dataset) -> Iterator[str]:
         """Yield the continuation of every prompt."""
         with cached_weights(self.model):
-            for row in tqdm(rows, desc="Generating", disable=len(rows) == 1):
+            for row in progress_bar(rows, desc="Generating", disable=len(rows) == 1):
                 inputs = self.prompt(prompt_of(row), row)
                 tokens = self.generate(inputs)[0, inputs["input_ids"].shape[1] :]
                 yield str(self.processor.decode(tokens, skip_special_tokens=True))

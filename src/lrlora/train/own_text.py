@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tqdm import tqdm
 
 from ..learned.moments import IGNORED
+from ..progress_bar import progress_bar
 from .chat import MARK, render_chat
 from .inference import LoadedRun
 from .models import max_positions
@@ -36,7 +36,7 @@ def own_text(run: LoadedRun) -> Dataset:
     rows: list[list[int]] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for _ in tqdm(range(0, _TEXTS, _AT_ONCE), desc="Writing text", leave=False):
+        for _ in progress_bar(range(0, _TEXTS, _AT_ONCE), desc="Writing text", leave=False):
             # Not by `generate`: the model's own settings, such as a repetition penalty, would change the distribution.
             tokens, past = torch.tensor([start] * _AT_ONCE, device=run.model.device), None
             for _ in range(length):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..progress_bar import is_live, progress_bar
 from ..run_folder import shown_metrics
 from ..tuner.sharding import local_part
 from .tasks.base import plain_metrics
@@ -166,9 +166,6 @@ def _diverged(step: int, what: str, args: TrainingArguments) -> DivergedError:
     )
 
 
-_LINES_APART = 60  # seconds between the lines of a bar in a file
-
-
 class Progress(TrainerCallback):
     """Progress bar with loss, metric and mean rank; one line per evaluation."""
 
@@ -184,13 +181,12 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=state.max_steps,
             initial=state.global_step,
             desc="Training",
             unit="step",
             disable=not state.is_world_process_zero,
-            mininterval=0.1 if sys.stderr.isatty() else _LINES_APART,
         )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -216,7 +212,7 @@ class Progress(TrainerCallback):
 
     def say(self, line: str) -> None:
         """Announce a line without breaking the bar."""
-        if not sys.stderr.isatty():
+        if not is_live():
             self.announce(line)
             return
         with self.bar.external_write_mode():
