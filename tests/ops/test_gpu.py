@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -60,3 +63,75 @@ def test_gradients_of_half_precision_activations() -> None:
     expected = torch.autograd.grad(formula(case), case.trainable()[1:], grad_y.double())
     for got, want in zip(actual, expected, strict=True):
         assert relative(got, want) <= 1e-4
+
+
+class Changed:
+    """A kernel whose results are changed after its launch, by its arguments."""
+
+    def __init__(self, kernel: Any, change: Callable[..., None]) -> None:
+        self.kernel, self.change, self.launched = kernel, change, 0
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.launched += 1
+            self.kernel[grid](*arguments, **options)
+            self.change(*arguments)
+
+        return launch
+
+
+def _raise(*arguments: Any) -> None:
+    raise RuntimeError("out of resource: shared memory")
+
+
+WRONG: dict[str, tuple[str, Callable[..., Any]]] = {
+    "a weight that is off by a twentieth": ("_weight_kernel", lambda out, *others: out.mul_(1.05)),
+    "a gradient of A with the other sign": ("_gradient_kernel", lambda of_A, *others: of_A.neg_()),
+    "moments of φ that are not finite": (
+        "_gradient_kernel",
+        lambda of_A, of_B, of_phi, *others: of_phi.fill_(math.nan),
+    ),
+    "a kernel that cannot be launched": ("_gradient_kernel", _raise),
+}
+
+
+@pytest.fixture
+def untested(gpu: ModuleType) -> Iterator[None]:
+    def forget() -> None:
+        gpu.is_sound.cache_clear()
+        gpu._FAILED.clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.parametrize("way", WRONG)
+@pytest.mark.usefixtures("untested")
+def test_wrong_kernels_are_found_before_their_first_use(
+    way: str, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, change = WRONG[way]
+    changed = Changed(getattr(gpu, name), change)
+    monkeypatch.setattr(gpu, name, changed)
+    with pytest.warns(UserWarning, match="Triton") as caught:
+        assert_agrees(make_case(dtype=torch.float32), y=1e-6, gradient=1e-4)
+    assert len(caught) == 1
+    launched = changed.launched
+    assert_agrees(make_case(dtype=torch.float32), y=1e-6, gradient=1e-4)
+    assert changed.launched == launched
+
+
+@pytest.mark.parametrize("name", ["_weight_kernel", "_gradient_kernel"])
+@pytest.mark.usefixtures("untested")
+def test_a_kernel_that_fails_later_hands_over_to_pytorch(
+    name: str, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(dtype=torch.float32)
+    assert_agrees(case, y=1e-6, gradient=1e-4)  # passes the self-test
+    monkeypatch.setattr(gpu, name, Changed(getattr(gpu, name), _raise))
+    function = "write_weight" if name == "_weight_kernel" else "product_gradients"
+    with pytest.warns(UserWarning, match=function) as caught:
+        assert_agrees(case, y=1e-6, gradient=1e-4)
+    assert_agrees(case, y=1e-6, gradient=1e-4)
+    assert len([w for w in caught if "Triton" in str(w.message)]) == 1

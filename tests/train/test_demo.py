@@ -41,7 +41,7 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
             run_demo(output, steps=12)
         assert not output.exists()
     topics = json.loads((tmp_path / "demo.partial" / RESULTS_FILE).read_text())
-    assert [result["folder"] for result in topics][:2] == ["topics-lora", "topics-learned"]
+    assert [result["folder"] for result in topics][:2] == ["topics-lora", "topics-small"]
 
     trained = []
     with monkeypatch.context() as patch:
@@ -52,9 +52,10 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     assert json.loads((output / RESULTS_FILE).read_text()) == [asdict(result) for result in results]
     assert [asdict(result) for result in results][: len(topics)] == topics
     by_folder = {result.folder: result for result in results}
-    assert by_folder["topics-learned"].parameters <= by_folder["topics-lora"].parameters
+    assert by_folder["topics-small"].parameters < by_folder["topics-lora"].parameters
+    assert by_folder["topics-lora-small"].parameters < by_folder["topics-lora"].parameters
     assert by_folder["reviews-lr-lora"].parameters == by_folder["reviews-lora"].parameters + 37 * 16
-    assert {"demo: topics-learned", "demo: reviews-lr-lora"} <= {run.name for run in load_runs([output])}
+    assert {"demo: topics-lora", "demo: reviews-lr-lora"} <= {run.name for run in load_runs([output])}
 
     base = AutoModelForSequenceClassification.from_pretrained(fetch(MINILM), num_labels=2)
     model = PeftModel.from_pretrained(base, output / "reviews-lr-lora").eval()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..checks import DEFAULT_KEEP
 from .common import announce, app, console, new_table, one_clear_error, quiet
 
 
@@ -19,21 +20,22 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of head, factors and data order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
 ) -> None:
-    """Train MiniLM on news topics with learned ranks, and on movie reviews with LR-LoRA, each beside LoRA."""
+    """Train a LoRA of MiniLM on news topics, find the rank that it needs, and train LR-LoRA on movie reviews."""
     with one_clear_error():
         quiet()
+        from ..adapters import read_updates
+        from ..ranks import rank_report
         from ..run_folder import PICTURE_FILE
-        from ..train.demo import LEARNED, run_demo
-        from ..train.run import rank_report_of
+        from ..train.demo import SMALL, run_demo
         from ..views.figure import TRAINED_RANK, save_rank_figure
         from ..views.page import write_page
         from ..views.runs import load_runs
 
         results = run_demo(output, steps=steps, seed=seed, overwrite=overwrite, announce=announce)
-        report = rank_report_of(output / LEARNED)
-        assert report is not None  # the method has ranks
         picture, page = output / PICTURE_FILE, output / "report.html"
-        save_rank_figure(report, picture, title=f"Learned ranks on news topics, {steps} steps", measure=TRAINED_RANK)
+        if (output / SMALL).exists():
+            title = f"Ranks that {DEFAULT_KEEP:.0%} of the gain on news topics need, {steps} steps"
+            save_rank_figure(rank_report(read_updates(output / SMALL)), picture, title=title, measure=TRAINED_RANK)
         write_page(load_runs([output]), page, title=f"Demo, {steps} steps")
         for task, title in (
             ("topics", "News topics (8 classes)"),
@@ -46,4 +48,4 @@ def demo(
                     accuracy = f"{result.accuracy:.3f} ± {result.standard_error:.3f}"
                     table.add_row(result.method, f"{result.parameters:,}", f"{result.loss:.3f}", accuracy, took)
             console.print(table)
-        announce(f"Adapters, reports and history: {output}\nPicture of the learned ranks: {picture}\nPage: {page}")
+        announce(f"Adapters, reports and history: {output}\nPicture of the ranks: {picture}\nPage: {page}")

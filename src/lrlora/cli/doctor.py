@@ -7,11 +7,15 @@ import platform
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from ..files import cache_folder
 from .common import app, as_text, console, one_clear_error, quiet
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("lrlora", "torch", "transformers", "peft", "safetensors", "numpy")
 _OPTIONAL = (
@@ -64,8 +68,23 @@ def _hardware() -> Iterator[tuple[str, str]]:
 
     yield "processor", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     yield "kernels", _kernels()
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    yield "GPU", ", ".join(names) or "none available to PyTorch"
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    yield "GPU", "; ".join(map(_card, cards)) or "none available to PyTorch"
+
+
+def _card(device: torch.device) -> str:
+    """Name of a GPU, and whether the Triton kernels are right on it."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from ..ops.gpu import is_sound
+
+            kernels = "pass" if is_sound(device) else "fail"
+        except ImportError:
+            return f"{torch.cuda.get_device_name(device)}, without Triton"
+    return f"{torch.cuda.get_device_name(device)}, whose Triton kernels {kernels} their self-test"
 
 
 def _kernels() -> str:

@@ -15,6 +15,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from . import cpu
 from .form import without_autocast
 from .phi import TransferSpec
-from .table import PhiGradient, TransferTable
+from .table import KernelError, PhiGradient, TransferTable
 
 # Entries of ΔW per block. On a CPU, temporaries of this size stay in the cache; an accelerator needs few, large kernels
 # (64 MB each).
@@ -108,8 +109,9 @@ def _write_weight(
         out, weight, left, right = out.T, None if weight is None else weight.T, A.T, B.T
     kernels = _kernels_for(table, out, weight, A, B)
     if kernels is not None:
-        kernels.write_weight(out, weight, right, left, table, scaling, gain)
-        return
+        with suppress(KernelError):
+            kernels.write_weight(out, weight, right, left, table, scaling, gain)
+            return
     for rows in _row_blocks(out):
         z = torch.mm(left[rows], right).mul_(gain)
         delta = table.value(z).mul_(scaling / gain)
@@ -126,7 +128,8 @@ def _factor_gradients(
         return grad_At.T.contiguous(), grad_Bt.T.contiguous()
     kernels = _kernels_for(table, G, A, B)
     if kernels is not None:
-        return kernels.factor_gradients(G, A, B, gradient, scaling, gain)
+        with suppress(KernelError):
+            return kernels.factor_gradients(G, A, B, gradient, scaling, gain)
     grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
     for rows in _row_blocks(G):
         z = torch.mm(B[rows], A).mul_(gain)
@@ -207,10 +210,11 @@ def _adapted_linear_backward(
             _write_weight(buffer, weight, A, B, gain, table, scaling)
             gradients[0] = (flat_y @ buffer).view(x.shape)
         if needs_weight or any(needs_update):
-            kernels = _kernels_for(table, flat_y, flat_x, A, B)
-            if kernels is not None and kernels.product_gradients is not None and not needs_weight:
-                gradients[3:5] = kernels.product_gradients(flat_y, flat_x, A, B, gradient, scaling, gain)
-            else:
+            kernels = None if needs_weight else _kernels_for(table, flat_y, flat_x, A, B)
+            if kernels is not None and kernels.product_gradients is not None:
+                with suppress(KernelError):
+                    gradients[3:5] = kernels.product_gradients(flat_y, flat_x, A, B, gradient, scaling, gain)
+            if gradients[3] is None:
                 if _is_transposed(buffer):
                     torch.mm(flat_x.T, flat_y, out=buffer.T)
                 else:

@@ -6,19 +6,28 @@ the moments Σ G·T_p(z) with the Chebyshev polynomials, which determine the gra
 cells would be slow on a GPU: nearly all entries fall into a few cells, and their atomic sums would serialize. All
 reductions run in a fixed order, so results are bitwise reproducible.
 
+Before their first use on a device they pass a self-test. Where they do not, or where one fails later, plain PyTorch
+runs, after one warning.
+
 Set `TRITON_INTERPRET=1` before importing Triton to run the kernels on a CPU, for tests.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .table import PhiGradient, TransferTable, is_plain
+from .self_test import first_failure
+from .table import KernelError, PhiGradient, TransferTable, is_plain
 
 # Tile size, tokens per step and warps per tile. The backward kernel keeps five values per entry in registers.
 _BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 64, 64, 32, 4
@@ -26,9 +35,56 @@ _BLOCK_M, _BLOCK_N, _BLOCK_T, _WARPS = 64, 64, 32, 4
 _SHARES = 2**26
 
 
+_FAILED: set[torch.device] = set()  # devices whose kernels failed
+
+
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
-    """Whether the kernels can read this φ and tensors."""
-    return table.spec.form == "residual" and all(t is None or is_plain(t) for t in tensors)
+    """Whether the kernels can read this φ and tensors, and are right on their device."""
+    if table.spec.form != "residual" or not all(t is None or is_plain(t) for t in tensors):
+        return False
+    device = next(t.device for t in tensors if t is not None)
+    return device not in _FAILED and is_sound(device)
+
+
+@functools.cache
+def is_sound(device: torch.device) -> bool:
+    """Whether the kernels pass their self-test on a device; warns once if not."""
+    try:
+        failure = first_failure(sys.modules[__name__], device)
+    except KernelError:
+        return False
+    if failure is not None:
+        _give_up(device, failure)
+    return failure is None
+
+
+def _give_up(device: torch.device, reason: str) -> None:
+    _FAILED.add(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    warnings.warn(
+        f"The Triton kernels are not used on {name}: {reason}. φ(BA) runs in plain PyTorch, slower. Please report it.",
+        stacklevel=2,
+    )
+
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+def _or_kernel_error(kernel: Kernel) -> Kernel:
+    """Raise KernelError, after a warning, where a kernel cannot be compiled or launched."""
+
+    @functools.wraps(kernel)
+    def attempt(first: Tensor, *arguments: Any) -> Any:
+        try:
+            return kernel(first, *arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            _give_up(first.device, f"{kernel.__name__} failed with {type(error).__name__}: {lines[0]}")
+            raise KernelError(kernel.__name__) from error
+
+    return cast(Kernel, attempt)
 
 
 @triton.jit
@@ -164,6 +220,7 @@ def _gradient_kernel(
     _store_moments(moments, g, x, num_moments)
 
 
+@_or_kernel_error
 def write_weight(
     out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, table: TransferTable, scaling: float, gain: Tensor
 ) -> None:
@@ -191,6 +248,7 @@ def write_weight(
         )
 
 
+@_or_kernel_error
 def factor_gradients(
     G: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -198,6 +256,7 @@ def factor_gradients(
     return _gradients(G, None, A, B, gradient, scaling, gain)
 
 
+@_or_kernel_error
 def product_gradients(
     Y: Tensor, X: Tensor, A: Tensor, B: Tensor, gradient: PhiGradient, scaling: float, gain: Tensor
 ) -> tuple[Tensor, Tensor]:

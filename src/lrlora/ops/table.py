@@ -33,6 +33,10 @@ MARGIN = SAMPLES_PER_STENCIL // 2 - 1
 MAX_CELLS = 2**19
 
 
+class KernelError(RuntimeError):
+    """A kernel failed, and plain PyTorch must do its work."""
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether kernels can read a tensor: strided, of a float dtype, and no subclass, which may store no elements."""
     return (

@@ -1,4 +1,4 @@
-"""Demo: news topics, where rank matters and its ranks are learned; and movie reviews with LR-LoRA."""
+"""Demo: a LoRA on news topics, the rank that it needs, and a LoRA of that size; and movie reviews with LR-LoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ..checks import DEFAULT_KEEP
 from ..files import read_json, require_folder, write_json
 from ..locks import only_writer
 from ..run_folder import METRICS_FILE, RUN_FILE
-from .cut import Cut, Subject
+from ..shrunk import Shrunk, read_shrunk
+from .cut import Cut, Subject, record_shrunk
 from .inference import LoadedRun, evaluate
 from .progress import Announce
 from .run import train
@@ -27,8 +28,7 @@ SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
 BATCH_SIZE = 16
 VALIDATION_EXAMPLES, TEST_EXAMPLES = 256, 600  # fixed samples
-LEARNED, SMALL = "topics-learned", "topics-small"  # folders
-PAPER = "reviews-lr-lora"
+RECIPE, SMALL, SAME_SIZE = "topics-lora", "topics-small", "topics-lora-small"  # folders
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,17 @@ class _Run:
 
 
 _TOPICS, _REVIEWS = "embedded:r8", "embedded:movie-reviews"
+_RATE, _SMALL_RATE = 1e-3, 2e-3  # a small LoRA bears a higher one
 RUNS = {
-    "topics-lora": _Run("topics", "LoRA, r = 4", _TOPICS, {"method": "lora", "rank": 4, "learning_rate": 4e-3}),
-    LEARNED: _Run(  # the rate of the adapter doubles at the cut, that of the head stays
-        "topics",
-        "learned ranks, size of r = 4",
-        _TOPICS,
-        {"size": "r4", "learning_rate": 2e-3, "head_learning_rate": 4e-3},
+    RECIPE: _Run(
+        "topics", "LoRA, r = 16", _TOPICS, {"method": "lora", "rank": 16, "alpha": 32, "learning_rate": _RATE}
     ),
+    # Of the measured rank.
+    SAME_SIZE: _Run("topics", "LoRA", _TOPICS, {"method": "lora", "learning_rate": _SMALL_RATE}),
     "reviews-lora": _Run(
         "reviews", "LoRA, r = 8", _REVIEWS, {"method": "lora", "rank": 8, "learning_rate": 2e-3}, share=0.5
     ),
-    PAPER: _Run(
+    "reviews-lr-lora": _Run(
         "reviews", "LR-LoRA, r = 8", _REVIEWS, {"method": "lr-lora", "rank": 8, "learning_rate": 2e-3}, share=0.5
     ),
 }
@@ -89,9 +88,9 @@ RUNS = {
 def run_demo(
     output: Path, *, steps: int = 100, seed: int = 0, overwrite: bool = False, announce: Announce = print
 ) -> list[DemoResult]:
-    """Train MiniLM on both tasks with each method, and export the learned ranks.
+    """Train MiniLM on both tasks, and shrink the LoRA on the topics.
 
-    Writes a folder of `train` for each method, and `results.json`. Output goes to `<output>.partial` and is renamed at
+    Writes a folder of `train` for each run, and `results.json`. Output goes to `<output>.partial` and is renamed at
     the end; an interrupted demo resumes when called again with the same settings.
 
     Args:
@@ -124,11 +123,15 @@ def run_demo(
         for folder, run in RUNS.items():
             if any(result.folder == folder for result in results):
                 continue
+            if folder == SAME_SIZE:
+                if (found := read_shrunk(work / RECIPE)) is None:
+                    continue
+                run = _of_same_size(run, found)
             announce(f"{run.task.capitalize()} with {run.name} …")
             results.append(_train(work / folder, run, max(1, round(run.share * steps)), seed, announce))
-            if folder == LEARNED and (exported := _export(work / folder, work / SMALL, announce)) is not None:
-                name = f"exported, {DEFAULT_KEEP:.0%} of the gain"
-                results.append(_result(exported, work / SMALL, replace(run, name=name), None))
+            if folder == RECIPE and (small := _shrink(work / folder, work / SMALL, announce)) is not None:
+                name = f"the same, shrunk to {DEFAULT_KEEP:.0%} of its gain"
+                results.append(_result(small, work / SMALL, replace(run, name=name), None))
             write_json(work / RESULTS_FILE, [asdict(result) for result in results])
         if output.exists():
             shutil.rmtree(output)
@@ -179,17 +182,25 @@ def _train(folder: Path, run: _Run, steps: int, seed: int, announce: Announce) -
     return _result(folder, folder, run, seconds)
 
 
-def _export(run: Path, output: Path, announce: Announce) -> LoadedRun | None:
-    """Export the smallest LoRA that keeps the gain of a run, and load it; None if there is no gain."""
+def _shrink(run: Path, output: Path, announce: Announce) -> LoadedRun | None:
+    """Write the smallest LoRA that keeps the gain of a run, and load it; None if there is no gain."""
     subject = Subject.read(str(run), announce=announce)
     try:
-        factors, _ = Cut(subject, announce=announce).smallest(DEFAULT_KEEP)
+        factors, found = Cut(subject, announce=announce).smallest(DEFAULT_KEEP)
     except ValueError as error:  # after a few steps, nothing is gained
-        announce(f"Not exported: {error}")
+        announce(f"Not shrunk: {error}")
         return None
+    announce(str(found))
+    record_shrunk(run, found)
     shutil.rmtree(output, ignore_errors=True)  # of an interrupted demo
     save_as_lora(factors, subject.updates, output)
     return replace(subject.run, model=subject.with_lora(output))
+
+
+def _of_same_size(run: _Run, found: Shrunk) -> _Run:
+    """LoRA with the parameters that the recipe needs, at the same α/r."""
+    rank = max(1, round(found.parameters / found.parameters_per_rank))
+    return replace(run, name=f"LoRA, r = {rank}", options={**run.options, "rank": rank, "alpha": 2 * rank})
 
 
 def _result(trained: Path | LoadedRun, folder: Path, run: _Run, seconds: float | None) -> DemoResult:
