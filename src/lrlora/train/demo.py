@@ -69,13 +69,14 @@ class _Run:
 
 
 _TOPICS, _REVIEWS = "embedded:r8", "embedded:movie-reviews"
-_RATE, _SMALL_RATE = 1e-3, 2e-3  # a small LoRA bears a higher one
+_RATE, _SMALL_RATE, _HEAD_RATE = 2e-3, 4e-3, 4e-3  # a small LoRA bears a higher one
+_TOPICS_OPTIONS: dict[str, Any] = {"method": "lora", "head_learning_rate": _HEAD_RATE}
 RUNS = {
     RECIPE: _Run(
-        "topics", "LoRA, r = 16", _TOPICS, {"method": "lora", "rank": 16, "alpha": 32, "learning_rate": _RATE}
+        "topics", "LoRA, r = 16", _TOPICS, {**_TOPICS_OPTIONS, "rank": 16, "alpha": 32, "learning_rate": _RATE}
     ),
     # Of the measured rank.
-    SAME_SIZE: _Run("topics", "LoRA", _TOPICS, {"method": "lora", "learning_rate": _SMALL_RATE}),
+    SAME_SIZE: _Run("topics", "LoRA", _TOPICS, {**_TOPICS_OPTIONS, "learning_rate": _SMALL_RATE}),
     "reviews-lora": _Run(
         "reviews", "LoRA, r = 8", _REVIEWS, {"method": "lora", "rank": 8, "learning_rate": 2e-3}, share=0.5
     ),
