@@ -28,7 +28,7 @@ def store(demo: Path) -> None:
 def render() -> str:
     """The generated section, in Markdown."""
     settings, results = (json.loads((STORED / f"{name}.json").read_text()) for name in ("settings", "results"))
-    parts = ["![Learned ranks by layer and module type](demo/ranks.png)\n"]
+    parts = ["![Ranks of the shrunk LoRA by layer and module type](demo/ranks.png)\n"]
     for task, title in TITLES.items():
         rows = [result for result in results if result["task"] == task]
         first = rows[0]["seconds_per_step"]

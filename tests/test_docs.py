@@ -26,7 +26,7 @@ from lrlora.adapters import read_updates
 from lrlora.cli import app
 from lrlora.train.settings import TrainConfig
 from lrlora_lab.jobs import check, read_comparison
-from lrlora_lab.measure import NAMES, gpu, measurement, stored_records, updated
+from lrlora_lab.measure import NAMES, card_speed, measurement, stored_records, updated
 from lrlora_lab.report import write_report
 from lrlora_lab.suite import Suite
 
@@ -257,9 +257,9 @@ def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
 
 def test_the_benchmark_of_a_gpu_measures_what_the_formula_says() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
-    whole = gpu.measure_model("cpu", sizes | {"num_attention_heads": 2}, (2, 66), new_tokens=2, rounds=1)
-    records = gpu.measure("cpu", ((48, 32),), 16, 1)
-    table = gpu.render([{"card": "none", "torch": "0", "records": records + whole}])
+    whole = card_speed.measure_model("cpu", sizes | {"num_attention_heads": 2}, (2, 66), new_tokens=2, rounds=1)
+    records = card_speed.measure("cpu", ((48, 32),), 16, 1)
+    table = card_speed.render(records + whole)
     assert len(re.findall("^\\| .*LR-LoRA \\|", table, re.MULTILINE)) == 3
     assert "2 new tokens | LoRA, r = 64 |" in table
     errors = {record["method"]: record["error"] for record in records}

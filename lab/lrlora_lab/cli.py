@@ -1,4 +1,4 @@
-"""Command line of the experiments: `lrlora-lab compare` and `lrlora-lab measure`."""
+"""Command line of the experiments: `lrlora-lab compare`, `lrlora-lab measure` and `lrlora-lab gpu`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def compare(
 
 @app.command()
 def measure(
-    name: Annotated[str, typer.Argument(help="loss, speed, export or compress.")],
+    name: Annotated[str, typer.Argument(help="loss, speed, gpu, export or compress.")],
     only: Annotated[str, typer.Option(help="Pattern of the jobs, such as 'keep--*'; default: all.")] = "*",
     at_once: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Jobs at a time; default: one per GPU, or one.")
@@ -125,6 +125,35 @@ def measure(
         if left:
             announce(f"Left: {', '.join(left)}. Run the same command again to continue.")
         announce(f"Page: {measurement(name).page}")
+
+
+@app.command()
+def gpu(
+    hours: Annotated[
+        float | None, typer.Option(min=0.0, help="Hours after which no new part starts; default: no limit.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("lrlora-lab-gpu"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the parts and estimates; run nothing.")] = False,
+) -> None:
+    """Test and measure this card, in a checkout, and fill docs/speed.md. Run it again to resume.
+
+    Without a card, the parts run on the CPU with tiny models, and fill no page.
+    """
+    with one_clear_error():
+        quiet()
+        from .measure import measurement, run_measurement
+        from .measure.gpu import fill_readme, plan, told
+
+        for line in plan():
+            announce(line)
+        if dry_run:
+            return
+        left = run_measurement("gpu", output, hours=hours, announce=announce)
+        announce(told(output))
+        if not measurement("gpu").is_trial:
+            fill_readme()
+        if left:
+            announce(f"Left: {', '.join(left)}. Run the same command again to continue.")
 
 
 def _lists(methods: str | None, ablation: str | None, tasks: str | None, rates: str | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lrlora.locks import only_writer
 from ..pool import Call, Record, run_missing
 from ..sections import with_section
 
-NAMES = ("loss", "speed", "export", "compress")
+NAMES = ("loss", "speed", "gpu", "export", "compress")
 Records = dict[str, Record]
 
 
@@ -51,12 +51,14 @@ class Measurement:
         page: page to fill, in a checkout.
         jobs: by name.
         sections: records of the jobs that no other job needs → sections of the page, by marker.
+        is_trial: whether the jobs only show that they run, and fill no page.
 
     """
 
     page: str
     jobs: dict[str, Job]
     sections: Callable[[Records], dict[str, str]]
+    is_trial: bool = False
 
     @property
     def reported(self) -> list[str]:
@@ -104,12 +106,14 @@ def run_measurement(
     chosen = [job for job in found.reported if fnmatch(job, only)]
     if not chosen:
         raise ValueError(f"--only {only} matches no job. Jobs: {', '.join(found.reported)}.")
-    _require(found.page)
+    if not found.is_trial:
+        _require(found.page)
     with only_writer(output):
         study = _Measuring(found, output, found.with_needed(chosen))
         run_missing(study, at_once=at_once, hours=hours, announce=announce)
         finished = study.finished()
-        write_page(name, finished)
+        if not found.is_trial:
+            write_page(name, finished)
     return [job for job in study.wanted if job not in finished]
 
 

@@ -1,216 +1,211 @@
-"""Cost on a GPU, with and without the Triton kernels: a layer of a 7B model, steps and generation of a 1B model."""
+"""One card: what it runs right, what it costs there, and the users' recipe; `lrlora-lab gpu`.
+
+The parts are in an order in which an interrupted hour still tells something. Without a card, each part runs on the CPU
+with tiny models, which shows that the command works, and fills no page.
+"""
 
 from __future__ import annotations
 
-import os
-import time
-from collections import OrderedDict
+import json
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrlora import LrLoraConfig, cached_weights
-from lrlora.ops.reference import reference_delta_weight
-from lrlora.ops.transfer import Transfer
+from lrlora.files import write_whole
 
+from ..metamath import ENTRIES, FOLDER, write_experiment
 from ..sections import table
+from . import Job, Measurement, card_speed
+from .card_speed import Record
 
-# Llama 2 7B: attention, and both MLP shapes.
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
-TOKENS = 2048
-R = 16
-# Llama 3.2 1B.
-MODEL = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128_256}
-MODEL |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
-Record = dict[str, Any]
-METHODS: dict[str, Callable[..., Any]] = {
-    "LoRA": lambda **targets: LoraConfig(r=R, **targets),
-    "LoRA, r = 64": lambda **targets: LoraConfig(r=4 * R, **targets),  # learned ranks at r = 16, before the cut
-    "expansion, Q = 4": lambda **targets: LrLoraConfig(r=R, form="expansion", num_terms=4, **targets),
-    "LR-LoRA": lambda **targets: LrLoraConfig(r=R, **targets),
-    "LR-LoRA, plain PyTorch": lambda **targets: LrLoraConfig(r=R, **targets),
+PEFT = "https://github.com/huggingface/peft"
+TESTS = Path("tests") / "gpu"
+_TINY: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+_TINY |= {"num_attention_heads": 2}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the hour.
+
+    Attributes:
+        title: in words.
+        minutes, gib: estimated time and memory, on an H100; never measured.
+
+    """
+
+    title: str
+    minutes: int
+    gib: int
+
+
+PARTS = {
+    "doctor": Part("versions, card and kernels", 1, 1),
+    "tests": Part("tests of the paths that depend on the card", 6, 2),
+    "speed": Part("a layer of 7B; steps and generation of 1B", 8, 24),
+    "recipe": Part("the users' recipe: Llama-3.2-1B on Capybara, three methods, one seed", 25, 40),
+    # PEFT's own LoRA took 19 minutes and 21 GiB on an L40S.
+    **{f"metamath--{name.replace('/', '-')}": Part(f"MetaMathQA by PEFT's script: {name}", 15, 24) for name in ENTRIES},
 }
 
 
-@contextmanager
-def _kernels(method: str) -> Any:
-    """Disable the kernels for methods named "plain"."""
-    before = os.environ.get("LRLORA_KERNELS")
-    if "plain" in method:
-        os.environ["LRLORA_KERNELS"] = "0"
-    try:
-        yield
-    finally:
-        os.environ.pop("LRLORA_KERNELS", None)
-        if before is not None:
-            os.environ["LRLORA_KERNELS"] = before
+def _call(*command: str) -> str:
+    """Output of a command; raises with its last lines if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {' / '.join(said[-3:])}")
+    return done.stdout
 
 
-def _layer(method: str, m: int, n: int, device: str, dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
-    model = nn.Sequential(OrderedDict(layer=nn.Linear(n, m))).to(device, dtype).requires_grad_(False)
-    model = get_peft_model(model, METHODS[method](target_modules=["layer"]))
-    for name, weight in model.named_parameters():
-        if "_B." in name:
-            nn.init.normal_(weight, std=0.02)  # as if slightly trained: the initial update is zero
-    return model.train()
+def doctor(_: Path) -> Record:
+    """What `lrlora doctor` prints."""
+    rows = [line.split("│")[1:3] for line in _call("lrlora", "doctor").splitlines() if line.startswith("│")]
+    return {"facts": [[cell.strip() for cell in row] for row in rows if len(row) == 2]}
 
 
-def _error(model: Any, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Relative error of the outputs' update compared to float64; LoRA's is due to rounding alone."""
-    layer = model.base_model.model.layer
-    base = layer.get_base_layer()
-    phi = layer.lrlora_phi["default"] if hasattr(layer, "lrlora_phi") else None
-    with torch.no_grad():
-        if isinstance(phi, Transfer):  # by the formula, not the code under test
-            A, B = (part["default"].weight for part in (layer.lrlora_A, layer.lrlora_B))
-            scales = {"scaling": layer.scaling["default"], "input_gain": layer.input_gain["default"]}
-            delta = reference_delta_weight(A, B, phi, **scales)
-        else:
-            delta = layer.get_delta_weight("default").double()
-        wanted = x.double() @ delta.T
-        return float((y.double() - base(x).double() - wanted).norm() / wanted.norm())
+def tests(is_tiny: bool, _: Path) -> Record:
+    """Numbers of passed, skipped and failed tests of `TESTS`, and the names of the failed."""
+    if not TESTS.exists():
+        raise FileNotFoundError(f"{TESTS} does not exist. Run the command in a checkout of lrlora.")
+    chosen = "gpu and not slow" if is_tiny else "gpu"
+    command = (sys.executable, "-m", "pytest", "-q", "-n0", "-m", chosen, "--tb=line", "-rf", str(TESTS))
+    output = subprocess.run(command, capture_output=True, text=True).stdout
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output)}
+    if "passed" not in counts and "failed" not in counts:
+        raise RuntimeError(f"pytest ran no test: {output.strip().splitlines()[-1:]}")
+    failed = [line.removeprefix("FAILED ") for line in output.splitlines() if line.startswith("FAILED ")]
+    return {**counts, "which": failed}
 
 
-def measure(device: str, shapes: Any = SHAPES, tokens: int = TOKENS, rounds: int = 20) -> list[Record]:
-    """Forward and backward of each layer in bfloat16, alternating methods; medians."""
-    is_gpu = device.startswith("cuda")
-    records = []
-    for m, n in shapes:
-        models, peaks, errors = {}, {}, {}
-        times: dict[str, list[float]] = {method: [] for method in METHODS}
-        x = torch.randn(tokens, n, device=device, dtype=torch.bfloat16, requires_grad=True)
-        for method in METHODS:
-            models[method] = _layer(method, m, n, device, torch.bfloat16)
-        for turn in range(rounds + 1):  # the first one compiles
-            for method, model in models.items():
-                with _kernels(method):
-                    if is_gpu:
-                        torch.cuda.synchronize()
-                        torch.cuda.reset_peak_memory_stats()
-                        before = torch.cuda.memory_allocated()
-                    start = time.perf_counter()
-                    y = model(x)
-                    y.backward(torch.ones_like(y))
-                    if is_gpu:
-                        torch.cuda.synchronize()
-                        peaks[method] = (torch.cuda.max_memory_allocated() - before) / 2**20
-                    if turn:
-                        times[method].append(time.perf_counter() - start)
-                    else:
-                        errors[method] = _error(model, x, y.detach())
-                model.zero_grad()
-                x.grad = None
-        records += [
-            {
-                "shape": [m, n],
-                "tokens": tokens,
-                "method": method,
-                "seconds": median(times[method]),
-                "peak_mib": peaks.get(method),
-                "error": errors[method],
-            }
-            for method in METHODS
+def speed(is_tiny: bool, _: Path) -> Record:
+    """See `card_speed`."""
+    if is_tiny:
+        model = card_speed.measure_model("cpu", _TINY, (2, 66), new_tokens=2, rounds=1)
+        return {"records": card_speed.measure("cpu", ((48, 32),), 16, 1) + model}
+    return {"records": card_speed.measure("cuda") + card_speed.measure_model("cuda")}
+
+
+def recipe(is_tiny: bool, files: Path) -> Record:
+    """Loss, trained parameters and time of LoRA and learned ranks, by `lrlora-lab compare users-gpu`."""
+    suite, options = "users-gpu", ["--methods", "lora,lora+r=4,learned+r=4", "--rates", "2e-4", "--seeds", "1"]
+    if is_tiny:
+        suite, options = "smoke", ["--methods", "lora,learned", "--rates", "2e-3", "--seeds", "1", "--steps", "12"]
+    folder = files / "recipe"
+    _call(sys.executable, "-m", "lrlora_lab", "compare", suite, *options, "--output", str(folder))
+    rows = [json.loads(path.read_text()) for path in sorted((folder / "jobs").glob("*.json"))]
+    return {"rows": [{name: row[name] for name in ("method", "test", "trainable", "seconds")} for row in rows]}
+
+
+def metamath(name: str, is_tiny: bool, files: Path) -> Record:
+    """Result of PEFT's script for an experiment; on the CPU, which it does not support, its files alone."""
+    folder = files / "peft"
+    if is_tiny:
+        return {"written": str(write_experiment(folder, name))}
+    if not (folder / FOLDER).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        _call("git", "clone", "--quiet", "--depth", "1", PEFT, str(folder))
+    _call(sys.executable, "-m", "lrlora_lab.metamath", str(folder), name)
+    path = next((folder / FOLDER).glob(f"*results/{name.replace('/', '--')}.json"))
+    result = json.loads(path.read_text())
+    last = result["train_info"]["metrics"][-1]
+    return {
+        "accuracy": last["test accuracy"],
+        "forgetting": last["forgetting"],
+        "seconds": result["train_info"]["train_time"],
+        "mib": result["train_info"]["accelerator_memory_max"] / 2**20,
+        "file_mib": result["train_info"]["file_size"] / 2**20,
+    }
+
+
+def _jobs() -> dict[str, Job]:
+    """Jobs of this machine, named after its card."""
+    is_tiny = not torch.cuda.is_available()
+    card = "cpu" if is_tiny else torch.cuda.get_device_name().replace(" ", "-")
+    runs: dict[str, Callable[[Path], Record]] = {"doctor": doctor}
+    runs |= {run.__name__: partial(run, is_tiny) for run in (tests, speed, recipe)}
+    runs |= {f"metamath--{name.replace('/', '-')}": partial(metamath, name, is_tiny) for name in ENTRIES}
+    return {f"{card}--{name}": Job(run, is_timed=True) for name, run in runs.items()}
+
+
+def plan() -> list[str]:
+    """A line per part, with its estimate."""
+    lines = [f"{part.title}: about {part.minutes} min, {part.gib} GiB" for part in PARTS.values()]
+    total = sum(part.minutes for part in PARTS.values())
+    return [*lines, f"In all about {total / 60:.1f} hours on an H100, estimated, never measured."]
+
+
+def sections(records: dict[str, Record]) -> dict[str, str]:
+    """What each card did, and what it took beside the estimate."""
+    cards: dict[str, dict[str, Record]] = {}
+    for job, record in records.items():
+        card, is_of_card, name = job.partition("--")
+        if is_of_card:  # the page also has what `speed` measures
+            cards.setdefault(card, {})[name] = record
+    return {"gpu": "\n".join(_of_card(card.replace("-", " "), parts) for card, parts in cards.items()) or NOTHING}
+
+
+NOTHING = (
+    "No card was measured yet: the Triton kernels were run in Triton's interpreter only, on a CPU, where their results "
+    "are compared with the formula in float64. Before their first use on a card they test themselves, and plain "
+    "PyTorch runs where they fail. `lrlora-lab gpu`, in a checkout, tests and measures a card, goes on after an "
+    "interruption, and writes the tables here; `--dry-run` prints its parts and estimates.\n"
+)
+
+
+def fill_readme() -> None:
+    """Replace the README's limit, in a checkout, by the card."""
+    path = Path("README.md")
+    limit = "nothing measured on a GPU"
+    if path.exists() and limit in (text := path.read_text(encoding="utf-8")):
+        write_whole(path, text.replace(limit, f"one GPU ([{torch.cuda.get_device_name()}](docs/speed.md))"))
+
+
+def told(output: Path) -> str:
+    """What the finished parts in a folder of results found."""
+    records = {path.stem: json.loads(path.read_text()) for path in sorted((output / "jobs").glob("*.json"))}
+    return sections(records)["gpu"]
+
+
+def _of_card(card: str, parts: dict[str, Record]) -> str:
+    lines = [f"### {card}\n"]
+    if "doctor" in parts:
+        facts = dict(parts["doctor"]["facts"])
+        lines.append("; ".join(f"{name} {facts[name]}" for name in ("torch", "peft", "GPU") if name in facts) + "\n")
+    if "tests" in parts:
+        found = parts["tests"]
+        which = f": {', '.join(found['which'])}" if found["which"] else ""
+        lines.append(f"Tests: {found.get('passed', 0)} passed, {found.get('failed', 0)} failed{which}\n")
+    if "speed" in parts:
+        lines.append(card_speed.render(parts["speed"]["records"]))
+    if "recipe" in parts:
+        rows = [
+            [row["method"], f"{row['test']['loss']:.4f}", f"{row['trainable']:,}", f"{row['seconds']:.3g}"]
+            for row in parts["recipe"]["rows"]
         ]
-    return records
+        lines.append(table(["users' recipe", "test loss", "trained parameters", "seconds a step"], rows))
+    rows = [
+        [name, f"{100 * p['accuracy']:.1f} %", f"{p['forgetting']:.2f}", f"{p['seconds']:,.0f}", f"{p['file_mib']:.1f}"]
+        for name in ENTRIES
+        if "accuracy" in (p := parts.get(f"metamath--{name.replace('/', '-')}", {}))
+    ]
+    if rows:
+        lines.append(table(["MetaMathQA", "accuracy on GSM8K", "forgetting", "seconds", "file, MiB"], rows))
+    rows = [
+        [part.title, str(part.minutes), f"{parts[name]['wall'] / 60:.1f}"]
+        for name, part in PARTS.items()
+        if name in parts
+    ]
+    lines.append(table(["part", "minutes, estimated for an H100", "minutes"], rows))
+    return "\n".join(lines)
 
 
-def measure_model(
-    device: str, sizes: Any = MODEL, shape: tuple[int, int] = (4, 1024), new_tokens: int = 64, rounds: int = 5
-) -> list[Record]:
-    """Optimizer steps and greedy generation of a random language model in bfloat16; medians, one method at a time."""
-    is_gpu = device.startswith("cuda")
-    records = []
-    for method, config in METHODS.items():
-        torch.manual_seed(0)
-        base: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-        base = base.to(device, torch.bfloat16)
-        model: Any = get_peft_model(base, config(target_modules="all-linear", task_type="CAUSAL_LM"))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        tokens = torch.randint(3, sizes["vocab_size"], shape, device=device)
-
-        def step(model: Any = model, optimizer: Any = optimizer, tokens: Any = tokens) -> None:
-            model.train()(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        def generate(model: Any = model, tokens: Any = tokens) -> None:
-            options = {
-                "max_new_tokens": new_tokens,
-                "min_new_tokens": new_tokens,
-                "do_sample": False,
-                "pad_token_id": 0,
-            }
-            with torch.no_grad(), cached_weights(model.eval()):
-                model.generate(input_ids=tokens[:, :64], **options)
-
-        with _kernels(method):
-            for what, act in (("a step", step), (f"{new_tokens} new tokens", generate)):
-                if is_gpu:
-                    torch.cuda.reset_peak_memory_stats()
-                times = []
-                for _ in range(rounds + 1):  # the first one compiles
-                    start = time.perf_counter()
-                    act()
-                    if is_gpu:
-                        torch.cuda.synchronize()
-                    times.append(time.perf_counter() - start)
-                peak = torch.cuda.max_memory_allocated() / 2**20 if is_gpu else None
-                count = sum(p.numel() for p in base.parameters() if not p.requires_grad)
-                records.append(
-                    {
-                        "shape": f"model of {count / 1e9:.1f}B, {' × '.join(map(str, shape))}: {what}",
-                        "method": method,
-                        "seconds": median(times[1:]),
-                        "peak_mib": peak,
-                        "error": None,
-                    }
-                )
-        del base, model, optimizer, step, generate
-        if is_gpu:
-            torch.cuda.empty_cache()
-    return records
-
-
-def run(_: Path, device: str = "cuda") -> Record:
-    """Measure this card."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-    return {"card": name, "torch": torch.__version__, "records": measure(device) + measure_model(device)}
-
-
-def render(cards: list[Record]) -> str:
-    """A table per measured card, or the command to run."""
-    parts = []
-    for content in cards:
-        rows = []
-        for record in content["records"]:
-            same = [each for each in content["records"] if each["shape"] == record["shape"]]
-            lora = next(each for each in same if each["method"] == "LoRA")
-            memory = "" if record["peak_mib"] is None else f"{record['peak_mib']:,.0f}"
-            shape = record["shape"] if isinstance(record["shape"], str) else " × ".join(map(str, record["shape"]))
-            rows.append(
-                [
-                    shape,
-                    record["method"],
-                    f"{record['seconds'] / lora['seconds']:.2f}",
-                    memory,
-                    "" if record["error"] is None else f"{record['error']:.1e}",
-                ]
-            )
-        heads = ["layer or model", "method", "time / LoRA", "peak, MiB", "error of the update"]
-        parts.append(f"{content['card']}, PyTorch {content['torch']}:\n\n{table(heads, rows)}")
-    if parts:
-        return "\n\n".join(parts)
-    return (
-        "No card was measured yet: the Triton kernels were run in Triton's interpreter only, on a CPU, where their "
-        "results are compared with the formula in float64. `lrlora-lab measure speed`, there, measures one "
-        "layer of a 7B model, and steps and generation of a 1B model, in bfloat16, with the kernels and without, and "
-        "writes the table here.\n"
-    )
+MEASUREMENT = Measurement("docs/speed.md", _jobs(), sections, is_trial=not torch.cuda.is_available())

@@ -1,6 +1,6 @@
 """Cost of LR-LoRA and other methods: time and memory of training steps, generation time, and user-facing latency.
 
-Some 30 minutes on two cores. On a machine with a GPU, `gpu--CARD` alone: up to ten minutes. Methods alternate in one
+Some 30 minutes on two cores; a GPU is measured by `gpu`. Methods alternate in one
 process, so that speed changes of the machine affect all of them; ratios are of medians. Peak memory is measured in a
 separate process. Run it on an idle machine.
 """
@@ -28,8 +28,8 @@ from lrlora import LearnedRanks, LrLoraConfig, cached_weights
 from lrlora.train.embedded import SMOLLM2, checkpoint
 
 from ..sections import table
-from . import Job, Measurement, gpu
-from .gpu import Record
+from . import Job, Measurement
+from .card_speed import Record
 
 ROUNDS = 5  # timed turns of each method
 Step = Callable[[], None]
@@ -327,8 +327,7 @@ def sections(records: dict[str, Record]) -> dict[str, str]:
     reference = waits["import typer, rich"]
     rows = [[what, f"{waits[what] / reference:.1f}"] for what in ("lrlora --help", "import lrlora")]
     parts += ["\n### Starting, as multiples of importing typer and rich\n", table(["", "time"], rows)]
-    cards = [record for job, record in records.items() if job not in MEASURES]
-    return {"speed": "\n".join(parts), "gpu": gpu.render(cards)}
+    return {"speed": "\n".join(parts)}
 
 
 def _learned_row(name: str, records: list[Record]) -> list[str]:
@@ -345,13 +344,9 @@ def _measured(kind: str, _: Path) -> Record:
     return {"rows": MEASURES[kind](ROUNDS)}
 
 
-def _jobs() -> dict[str, Job]:
-    if torch.cuda.is_available():
-        return {f"gpu--{torch.cuda.get_device_name().replace(' ', '-')}": Job(gpu.run, is_timed=True)}
-    return {kind: Job(partial(_measured, kind), is_timed=True) for kind in MEASURES}
-
-
-MEASUREMENT = Measurement("docs/speed.md", _jobs(), sections)
+MEASUREMENT = Measurement(
+    "docs/speed.md", {kind: Job(partial(_measured, kind), is_timed=True) for kind in MEASURES}, sections
+)
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
