@@ -53,7 +53,7 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     assert [asdict(result) for result in results][: len(topics)] == topics
     by_folder = {result.folder: result for result in results}
     assert by_folder["topics-small"].parameters < by_folder["topics-lora"].parameters
-    assert by_folder["topics-lora-small"].parameters < by_folder["topics-lora"].parameters
+    assert by_folder["topics-lora-same-size"].parameters < by_folder["topics-lora"].parameters
     assert by_folder["reviews-lr-lora"].parameters == by_folder["reviews-lora"].parameters + 37 * 16
     assert {"demo: topics-lora", "demo: reviews-lr-lora"} <= {run.name for run in load_runs([output])}
 

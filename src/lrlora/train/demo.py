@@ -28,7 +28,7 @@ SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.json"
 BATCH_SIZE = 16
 VALIDATION_EXAMPLES, TEST_EXAMPLES = 256, 600  # fixed samples
-RECIPE, SMALL, SAME_SIZE = "topics-lora", "topics-small", "topics-lora-small"  # folders
+RECIPE, SMALL, SAME_SIZE = "topics-lora", "topics-small", "topics-lora-same-size"  # folders
 
 
 @dataclass(frozen=True)

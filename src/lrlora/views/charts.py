@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import altair as alt
@@ -24,25 +24,27 @@ _PARAMETERS = alt.X(
 )
 
 
-def _legend(runs: Sequence[str]) -> alt.Legend | None:
-    """Legend for colors and shapes, with wrapped names; None for a single run."""
-    if len(runs) == 1:
+def _legend(runs: Sequence[str], drawn: Sequence[str] | None) -> alt.Legend | None:
+    """Legend for colors and shapes, with wrapped names, of the runs drawn (None: all); None for a single one."""
+    drawn = runs if drawn is None else drawn
+    if len(drawn) <= 1:
         return None
     lines = [textwrap.wrap(name, _NAME_WIDTH) or [name] for name in runs]
     label = f"({json.dumps(lines)})[indexof({json.dumps(list(runs))}, datum.value)]"
-    return alt.Legend(title=None, orient="top", columns=1, labelLimit=270, labelExpr=label, symbolOpacity=1)
+    options: dict[str, Any] = {"orient": "top", "columns": 1, "labelLimit": 270, "labelExpr": label}
+    return alt.Legend(title=None, values=list(drawn), symbolOpacity=1, **options)
 
 
-def _of_run(runs: Sequence[str]) -> alt.Color:
+def _of_run(runs: Sequence[str], drawn: Sequence[str] | None = None) -> alt.Color:
     """Color of a run, the same in every chart."""
     scale = alt.Scale(domain=list(runs), range=list(COLOURS[: len(runs)]))
-    return alt.Color("run:N", scale=scale, legend=_legend(runs))
+    return alt.Color("run:N", scale=scale, legend=_legend(runs, drawn))
 
 
-def _shape(runs: Sequence[str]) -> alt.Shape:
+def _shape(runs: Sequence[str], drawn: Sequence[str] | None = None) -> alt.Shape:
     """Shape of a run, the same in every point chart; distinguishes runs in grayscale."""
     scale = alt.Scale(domain=list(runs), range=list(_SHAPES[: len(runs)]))
-    return alt.Shape("run:N", scale=scale, legend=_legend(runs))
+    return alt.Shape("run:N", scale=scale, legend=_legend(runs, drawn))
 
 
 def _dash(field: str) -> alt.StrokeDash:
@@ -156,16 +158,17 @@ def energy(runs: Sequence[str]) -> Chart:
     return alt.layer(rule, chart.mark_line(strokeWidth=2), points.add_params(picked))
 
 
-def loss(runs: Sequence[str]) -> Chart:
+def loss(runs: Sequence[str], drawn: Sequence[str] | None = None) -> Chart:
     """Share of the gain in loss kept, by number of parameters, and a rule at the chosen one.
 
     Data "losses": run, parameters, kept; "chosen": run, parameters.
     """
     y = alt.Y("kept:Q", title="gain kept", scale=alt.Scale(zero=False), axis=alt.Axis(format="%"))
     tips = [alt.Tooltip("parameters:Q", format=","), alt.Tooltip("kept:Q", format=".1%")]
-    chart = _chart("losses", runs, _PARAMETERS, y, *tips)
-    points = chart.mark_point(filled=True, size=36, opacity=1).encode(shape=_shape(runs))
-    rule = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[3, 3]).encode(x="parameters:Q", color=_of_run(runs))
+    color = _of_run(runs, drawn)
+    chart = _chart("losses", runs, _PARAMETERS, y, *tips).encode(color=color)
+    points = chart.mark_point(filled=True, size=36, opacity=1).encode(shape=_shape(runs, drawn))
+    rule = alt.Chart(alt.NamedData("chosen")).mark_rule(strokeDash=[3, 3]).encode(x="parameters:Q", color=color)
     return alt.layer(rule, chart.mark_line(strokeWidth=2), points)
 
 
@@ -179,11 +182,12 @@ def training(runs: Sequence[str]) -> Chart:
     return _lines(chart, "which", runs, "indexof(datum.which, 'eval_') == 0")
 
 
-CHARTS = {chart.__name__: chart for chart in (kinds, history, phi, spectrum, loss, energy, training)}
+_ALL: tuple[Callable[..., Chart], ...] = (kinds, history, phi, spectrum, loss, energy, training)
+CHARTS = {chart.__name__: chart for chart in _ALL}
 
 
-def specification(name: str, runs: Sequence[str]) -> dict[str, Any]:
+def specification(name: str, runs: Sequence[str], **options: Any) -> dict[str, Any]:
     """One of `CHARTS` for these runs, as Vega-Lite, at container width."""
-    chart: Any = CHARTS[name](runs)
+    chart: Any = CHARTS[name](runs, **options)
     about = (CHARTS[name].__doc__ or "").splitlines()[0]
     return chart.properties(width="container", height=260, description=about).to_dict()

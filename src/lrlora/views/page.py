@@ -65,17 +65,18 @@ def write_page(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "
         raise ValueError(f"Run names must be unique, got {', '.join(run.name for run in runs)}.")
     folder = Path(__file__).parent
     is_curved, is_learned = _is_curved(runs), any(part.linear for run in runs for part in run.report.spectra.values())
+    names = [run.name for run in runs]
+    options = {"loss": {"drawn": [run.name for run in runs if run.shrunk is not None]}}
     parts = {
         "title": html.escape(title),
-        "about": "ΔW = s·φ(BA): the shape of φ, learned for each module, decides how many directions its update uses."
-        if is_curved
-        else "Number of directions that the update of each module uses.",
+        "about": "The smallest LoRA that keeps what was learned, and the directions that each module's update uses."
+        + " LR-LoRA's update is s·φ(BA), with a learned φ for each module." * is_curved,
         "shown": "φ and spectrum" if is_curved else "spectrum",
         "linear": " (solid), and of s·BA, the LoRA update from the same factors (dashed)" if is_learned else "",
         "style": (folder / "page.css").read_text(encoding="utf-8"),
         "vega": _charts_library(),
         "data": _in_script(_content(runs)),
-        "charts": _in_script({name: specification(name, [run.name for run in runs]) for name in CHARTS}),
+        "charts": _in_script({name: specification(name, names, **options.get(name, {})) for name in CHARTS}),
         "script": (folder / "page.js").read_text(encoding="utf-8"),
     }
     template = (folder / "page.html").read_text(encoding="utf-8")
