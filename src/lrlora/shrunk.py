@@ -43,6 +43,7 @@ class Shrunk:
         needed: number of units that would show that a smaller LoRA keeps the share; None if one was found.
         training: share kept on training data; None if not measured.
         metrics: metric of the task → its values before and after, on all held-out data.
+        step: training step of the cut; None for a cut after training.
 
     """
 
@@ -62,6 +63,7 @@ class Shrunk:
     needed: int | None = None
     training: float | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    step: int | None = None
 
     def __post_init__(self) -> None:
         if self.kept is not None:  # JSON has a list
@@ -85,7 +87,8 @@ class Shrunk:
             return f"A LoRA of {size} ({largest}); the adapter has no gain that could be measured ({losses})."
         if self.parameters == self.whole and self.keep is not None:
             return f"No smaller LoRA was found that keeps {self.keep:g} of the adapter's gain ({losses}): {size}."
-        return f"{self.kept} of the adapter's gain ({losses}) is kept in {size}; {largest}."
+        gain = "the adapter's gain" if self.step is None else f"the adapter's gain until step {self.step}"
+        return f"{self.kept} of {gain} ({losses}) is kept in {size}; {largest}."
 
     def __str__(self) -> str:
         lines = [self.sentence]

@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 
-from lrlora.shrunk import SHRUNK_FILE
+from lrlora.shrunk import SHRUNK_FILE, read_shrunk
 from lrlora.train.run import Interrupted, train
 from lrlora.train.settings import TrainConfig, read_run
 from lrlora.views.runs import load_runs
@@ -84,12 +84,12 @@ def test_a_share_of_the_gain_while_training(here: Path) -> None:
     assert "at 1.5 times the learning rate" in said
     match = re.search(r"Ranks learned at step 30: ([\d,]+) to ([\d,]+) parameters", said)
     assert match, said
-    assert "Of the gain so far: " in said
+    assert "of the adapter's gain until step 30" in said
     assert f"{size_of(here / 'out'):,}" == match[2]
     assert PeftConfig.from_pretrained("out").rank_pattern
     assert "0.9 of the gain then" in Path("out/README.md").read_text(encoding="utf-8")
     default = TrainConfig("base", "many.csv", "classify", method="learned", keep=0.9)
-    assert (default.cut_at, default.size, default.filled_by) == (0.3, None, None)
+    assert (default.cut_at, default.size, default.filled_by) == (0.6, None, None)
     assert TrainConfig("base", "many.csv", "classify", keep=0.9).filled_by == "--keep"
     few = lrlora(*options, "--output", "few", "--train-examples", 100, "--validation-examples", 40)
     assert few.exit_code == 1
@@ -169,11 +169,33 @@ def test_an_interrupted_run_resumes_to_the_bit(here: Path) -> None:
     assert json.loads(Path("cut/adapter_config.json").read_text())["r"] == PeftConfig.from_pretrained("alone").r
 
 
-def test_a_run_too_short_to_learn_ranks_has_one(here: Path) -> None:
-    result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", "--steps", 5)
-    assert "Ranks: 5 steps are too few to learn them, so r = 8 in all modules." in result.output, result.output
+def test_by_default_a_run_keeps_99_percent_of_its_gain(here: Path) -> None:
+    reviews(320).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
+    options = ["--steps", 60, "--learning-rate", 1e-2, "--validation-share", 0.35]
+    result = lrlora("train", "--model", "base", "--data", "many.csv", "--task", "classify", *options)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "r = 16 until step 36, then the fewest parameters found that keep 0.99 of the gain so far" in said
+    found = read_shrunk(Path("lrlora-run"))
+    assert found is not None
+    assert (found.keep, found.step) == (0.99, 36)
+    assert size_of(here / "lrlora-run") == found.parameters < found.whole
+    assert found.sentence in said
+    assert found.sentence in " ".join(lrlora("ranks", "lrlora-run").output.split())
+    resumed = lrlora("train", "--resume", "lrlora-run")
+    assert "finished" in resumed.output
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(["--steps", 5], "5 steps"), (["--steps", 12, "--validation-share", 0.1], r"\d+ validation examples")],
+)
+def test_a_run_that_cannot_measure_a_share_is_a_plain_lora(here: Path, options: list[object], why: str) -> None:
+    result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", *options)
+    assert result.exit_code == 0, result.output
+    assert re.search(f"Ranks: {why} are too few to learn them, so r = 16 in all modules.", result.output), result.output
     config = PeftConfig.from_pretrained("lrlora-run")
-    assert (config.r, config.rank_pattern) == (8, {})
+    assert (config.r, config.rank_pattern) == (16, {})
     assert "learned: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")
 
 

@@ -33,9 +33,10 @@ def test_the_expansion_is_a_method_with_its_own_scale() -> None:
 def test_alpha_and_targets_stand_beside_the_rank() -> None:
     config = config_of(method="lora", rank=4, alpha=16.0, targets="query,value")
     assert (config.r, config.lora_alpha, set(config.target_modules)) == (4, 16, {"query", "value"})
-    for size in ({"rank": 4}, {"size": "r4"}):  # before the cut, with the same α/r
-        assert (config_of(**size, alpha=8.0).r, config_of(**size, alpha=8.0).lora_alpha) == (16, 32)
-        assert config_of(**size, adapter={"lora_alpha": 8}).lora_alpha == 32
+    assert (config_of(rank=4, alpha=8.0).r, config_of(rank=4, alpha=8.0).lora_alpha) == (4, 8)
+    # Before the cut, with the same α/r.
+    assert (config_of(size="r4", alpha=8.0).r, config_of(size="r4", alpha=8.0).lora_alpha) == (16, 32)
+    assert config_of(size="r4", adapter={"lora_alpha": 8}).lora_alpha == 32
     assert config_of(size="r4", alpha=8.0, adapter={"use_rslora": True}).lora_alpha == 16
     config = config_of(size="r4", rank=8, alpha=8.0)
     assert (config.r, config.lora_alpha) == (8, 8)
@@ -108,15 +109,16 @@ def test_it_says_which_step_was_kept(encoder: str, tmp_path: Path, rate: str) ->
     assert f"Kept: step {best['step']} of 6, the best by accuracy" in said
 
 
-def test_without_a_method_ranks_are_learned_at_the_size_of_the_rank() -> None:
+def test_without_a_method_the_cut_keeps_a_share_of_the_gain() -> None:
     def config(**settings: Any) -> TrainConfig:
         return TrainConfig("model", "data", "classify", **settings)
 
-    assert (config().method, config().size, config().rank) == ("lora", "r8", None)
-    assert (config(rank=16).size, config(rank=16).rank) == ("r16", None)
-    assert (config(size="200k", rank=16).size, config(size="200k", rank=16).rank) == ("200k", 16)
-    assert (config(adapter={"r": 4, "lora_dropout": 0.1}).size, config(adapter={"r": 4}).adapter) == ("r4", {})
-    assert config(keep=0.99).size is None
+    assert (config().method, config().size, config().learned_share) == ("lora", None, 0.99)
+    assert (config().wide_fields["r"], config(rank=8).wide_fields["r"]) == (16, 8)
+    assert config(adapter={"r": 4, "lora_dropout": 0.1}).wide_fields["r"] == 4
+    assert (config(size="200k", rank=8).learned_size, config(size="200k", rank=8).learned_share) == ("200k", None)
+    assert (config(keep=0.9).learned_share, config(keep=0.9).filled_by) == (None, "--keep")
+    assert not config(start_from="run").learns_ranks
     assert (config(method="lora").size, config(method="lora", rank=4).rank) == (None, 4)
     assert config(method="lr-lora").learned_size is None
     assert TrainConfig.from_dict({**vars(config(rank=16))}) == config(rank=16)  # as a resumed run reads it

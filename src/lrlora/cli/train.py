@@ -17,6 +17,7 @@ from rich.table import Table
 from ..checks import DEFAULT_KEEP
 from ..files import require_no_input, require_writable, write_json, write_whole
 from ..run_folder import METRICS_FILE, RUN_FILE, require_new_run, resume_hint, shown_metrics, which_checkpoint
+from ..shrunk import read_shrunk
 from ..train.settings import TrainConfig, read_run
 from ..train.yaml import parse_assignments, parse_pairs
 from .common import ASSISTANT_ONLY_LOSS, announce, app, console, note, one_clear_error, quiet
@@ -130,7 +131,7 @@ def _measure_smallest(run: TrainConfig, is_wanted: bool) -> bool:
     """Print the smallest size of a finished run's LoRA; returns whether its folder has changed."""
     from ..train.methods import METHODS
 
-    if run.learns_ranks:
+    if run.learned_size is not None or (run.learns_ranks and read_shrunk(Path(run.output)) is not None):
         announce("The adapter is a plain LoRA, which PEFT loads without lrlora.")
         return False
     is_asked_for = run.filled_by is not None

@@ -140,7 +140,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
                     "LearnedRanksCallback. Resume from another."
                 )
             self.learned.load_state_dict(_from_json(stored))
-        self._is_cut = self.learned.ranks is not None
+        self._is_cut, self.shrunk = self.learned.ranks is not None, self.learned.shrunk
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,7 +161,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
         if self._is_cut and state.is_world_process_zero:
             tqdm.write(learned.summary)
             if learned.shrunk is not None:
-                tqdm.write(f"Of the gain so far: {learned.shrunk}")
+                tqdm.write(str(learned.shrunk))
         self.shrunk = learned.shrunk
 
     def on_train_end(

@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -234,6 +235,7 @@ class LearnedRanks:
             **{"size": self._size, "keep": self._keep, "max_rank": self._max_rank, "done": self._done},
             **{"cut_step": self.cut_step, "warm_up": self._warm_up, "ranks": self.ranks},
             **{"wide_rate": self._wide_rate, "rate": self._rate, "wide": self._wide},
+            "shrunk": self.shrunk and asdict(self.shrunk),
             "moments": {path: [*of.to("cpu", copy=True)] for path, of in self._moments.items()},
         }
 
@@ -259,6 +261,7 @@ class LearnedRanks:
         self._done, self._reached = state["done"], None
         self._wide_rate = state.get("wide_rate", 0.5)  # states of before had half the rate, and then the whole
         self._rate, self._wide = state.get("rate", 1.0), state.get("wide", self._wide)
+        self.shrunk = Shrunk(**state["shrunk"]) if state.get("shrunk") else None
         self._watch(None)
         if ranks is None:  # perhaps with other steps than before, or back from after the cut
             self.ranks = self._save.ranks = None
@@ -429,9 +432,10 @@ class LearnedRanks:
                     if trainer is None
                     else LiveLosses.of_trainer(trainer, model, with_gradients=False)
                 )
-                factors, self.shrunk = find_in_place(
+                factors, found = find_in_place(
                     *(model, self._adapter, losses, of_first(curve)), keep=self._keep, max_rank=self._max_rank
                 )
+                self.shrunk = replace(found, step=self._done)
             except Exception as error:  # the training goes on
                 self.summary = f"Nothing was cut at step {self._done}: {error}"
                 if self._ends:

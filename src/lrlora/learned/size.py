@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 CUT_AT = 0.3  # share of the steps before a cut to a size
+KEEP_AT = 0.6  # and to a share of the gain so far
 WIDTH = 4  # rank at the start, as a multiple of that of the size
 WIDE_RANK = 16  # rank at the start for a size in parameters or bytes, and for a share
 _UNITS = {None: ("parameters", 1), "k": ("parameters", 10**3), "M": ("parameters", 10**6)}

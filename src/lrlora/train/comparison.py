@@ -129,8 +129,11 @@ class Comparison:
 
     def run(self, method: str, rate: float, seed: int) -> TrainConfig:
         """Configuration of a job."""
-        sized: dict[str, Any] = {"rank": self.settings.get("rank") or DEFAULT_RANK, "method": method}
-        if method == "full":
+        rank = self.settings.get("rank") or DEFAULT_RANK
+        sized: dict[str, Any] = {"rank": rank, "method": method}
+        if method == LEARNED:
+            sized = {"rank": None, "size": f"r{rank}", "method": method}
+        elif method == "full":
             sized = {"rank": None, "alpha": None, "method": method}
         folder = self.output / f"{method}-{float(rate)!r}-{seed}"
         return TrainConfig.from_dict(

@@ -18,6 +18,8 @@ from transformers import Trainer, TrainerCallback, set_seed
 from ..files import ADAPTER_EXPECTED, read_json, readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
 from ..learned.learned_ranks import FEWEST_STEPS
+from ..learned.live_lora import require_plain_lora
+from ..learned.search import FEWEST_UNITS, PARTS
 from ..learned.size import Size
 from ..ranks.report import read_history
 from ..run_folder import (
@@ -207,8 +209,15 @@ def prepare(
         announce(f"Ranks: {arguments.max_steps} steps are too few to learn them, so r = {rank} in all modules.")
         config = replace(config, size=None, rank=rank, alpha=None, targets=None, adapter=config.fields_at(rank))
         callbacks = [each for each in callbacks if not isinstance(each, LearnedRanksCallback)]
+    why = _why_not_measurable(arguments.max_steps, count) if config.is_default_cut else None
+    if why is not None:
+        of_lora: dict[str, Any] = {"rank": None, "alpha": None, "targets": None, "adapter": config.wide_fields}
+        config = replace(config, keep=None, cut_at=None, cut_rate=None, **of_lora)
     create_repository(config.output, config.training)
     model = _adapted_model(config, inputs, arguments.max_steps)
+    if why is not None:
+        require_plain_lora(model)  # as where ranks are learned
+        announce(f"Ranks: {why} are too few to learn them, so r = {config.adapter['r']} in all modules.")
     for line in plan(config, inputs, model, arguments):
         announce(line)
     trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
@@ -230,6 +239,13 @@ def _rank_of_short(config: TrainConfig, steps: int) -> int | None:
         return None
     size = Size.parse(config.learned_size)
     return int(size.number) if size.unit == "ranks" else None
+
+
+def _why_not_measurable(steps: int, examples: int) -> str | None:
+    """What a share of the gain lacks to be measured while training; None if it has all."""
+    if steps < FEWEST_STEPS:
+        return f"{steps} steps"
+    return f"{examples} validation examples" if examples < PARTS * FEWEST_UNITS else None
 
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:

@@ -29,6 +29,7 @@ from ..locks import only_writer, remove_left
 from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
 from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord, resume_hint
+from ..shrunk import SHRUNK_FILE
 from ..tuner import LrLoraConfig
 from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.model_card import write_card
@@ -239,6 +240,8 @@ def _finish(
         if ranks is not None:  # a sharded model keeps what was cut, as zeros
             report = report.of_ranks(ranks)
         report.to_json(output / REPORT_FILE)
+    if learned is not None and learned.shrunk is not None:
+        write_json(output / SHRUNK_FILE, asdict(learned.shrunk))
     with replacing_files(output) as partial:
         model.save_pretrained(partial, state_dict=state)
         inputs.saved_processor.save_pretrained(partial)

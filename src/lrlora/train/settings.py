@@ -10,11 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..checks import check_truncation, require_known, require_type
+from ..checks import DEFAULT_KEEP, check_truncation, require_known, require_type
 from ..files import readable
-from ..learned.size import CUT_AT, WIDE_RANK, Size
+from ..learned.size import KEEP_AT, WIDE_RANK, Size
 from ..run_folder import RUN_EXPECTED, RUN_FILE, RunRecord, read_record
-from .methods import DEFAULT_RANK, LEARNED, METHODS
+from .methods import LEARNED, METHODS
 
 FROM_TRAIN = "train"  # value of `validation`: split training data even if a validation split exists
 # Run setting → field of TrainingArguments.
@@ -147,17 +147,11 @@ class TrainConfig:
         require_known("task", self.task, KINDS)
         kind = KINDS[self.task]
         if self.method in (AUTO, LEARNED):
-            if self.method == LEARNED and self.keep is not None and self.cut_at is None:
-                object.__setattr__(self, "cut_at", CUT_AT)
-            is_learned = self.method == LEARNED or (self.keep is None and self.start_from is None)
+            is_default = self.method == AUTO and (self.size, self.keep, self.start_from) == (None, None, None)
+            if self.size is None and (self.method == LEARNED or is_default):
+                object.__setattr__(self, "keep", DEFAULT_KEEP if self.keep is None else self.keep)
+                object.__setattr__(self, "cut_at", KEEP_AT if self.cut_at is None else self.cut_at)
             object.__setattr__(self, "method", "lora")
-            if self.size is None and self.keep is None and is_learned:
-                if self.rank is not None:
-                    _require_one("rank", self.rank, "r", self.adapter, "adapter")
-                adapter = dict(self.adapter)
-                rank = self.rank if self.rank is not None else adapter.pop("r", DEFAULT_RANK)
-                for name, value in (("size", f"r{rank}"), ("rank", None), ("adapter", adapter)):
-                    object.__setattr__(self, name, value)
         require_known("method", self.method, (LEARNED, *METHODS))
         for role in self.columns:
             require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
@@ -213,6 +207,11 @@ class TrainConfig:
     def learned_share(self) -> float | None:
         """Share of the gain to which the adapter is cut during training; None if it is not."""
         return self.keep if self.method == "lora" and self.cut_at is not None else None
+
+    @property
+    def is_default_cut(self) -> bool:
+        """Whether the cut during training is that of a run without method, size and share."""
+        return (self.learned_share, self.cut_at) == (DEFAULT_KEEP, KEEP_AT)
 
     @property
     def learns_ranks(self) -> bool:
