@@ -50,7 +50,7 @@ class TrainConfig:
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
         method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion, dora, adalora or full;
-            auto is learned, but lora if `keep` or `start_from` is given.
+            auto is learned, but lora if `keep` or `start_from` is given without `size`.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
             label for classify and regress; image and label for image-classify; question, choices (a list) and label
@@ -68,8 +68,8 @@ class TrainConfig:
         chat_template: template for prompts and chats, for causal-lm: none for plain text, simple, a file FILE.jinja,
             or a name that TRL knows, such as qwen3; default: the model's own, or plain text.
         max_length: maximum number of tokens of an example; default: the 99th percentile, within the model's limit.
-        rank: rank r of BA; default: 8. Where ranks are learned: without size, the size in ranks; with size, the rank
-            before the cut, by default 4 times that of the size.
+        rank: rank r of BA; default: 8. Where ranks are learned, the rank before the cut; default: 16, and 4 times that
+            of a size in ranks.
         alpha: scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion. With a size in ranks
             and no rank, it is that of the size; before the cut, α/r is the same.
         targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
@@ -85,13 +85,13 @@ class TrainConfig:
         start_from: finished run to continue from, as a new run with its own schedule; on the command line, settings
             that are not given are those of that run; default: a new adapter.
         keep: write lora/ as the smallest LoRA that keeps this share of the gain on validation data; with `cut_at` or
-            the method learned, cut the adapter to it while training; default: report the size for 0.99, and write
-            nothing.
+            the method learned, cut the adapter to it while training; default: 0.99 for learned ranks without a size;
+            else report the size for 0.99, and write nothing.
         size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
-            are learned in training; with others, lora/ is filled by importance to the loss; default: without a method
-            that of the rank, with one no limit.
+            are learned in training; with others, lora/ is filled by importance to the loss; default: no limit.
         cut_at: share of the steps after which ranks are learned, in (0, 1): to the size, or to the share `keep` of the
-            gain so far, measured on validation data; default: 0.3 for a size, and a share is kept after training.
+            gain so far, measured on validation data; default: 0.3 for a size; for a share 0.6 with the method
+            learned, and otherwise after training.
         cut_rate: factor of the adapter's learning rate after this cut; default: (parameters before / after it)^½.
         rank_every: steps between records of the ranks.
         seed: random seed of head, factors, data order and dropout.
