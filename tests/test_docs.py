@@ -25,9 +25,11 @@ from lrlora import LrLoraConfig
 from lrlora.adapters import read_updates
 from lrlora.cli import app
 from lrlora.train.settings import TrainConfig
+from lrlora_lab import fleet
 from lrlora_lab.jobs import check, read_comparison
 from lrlora_lab.measure import NAMES, card_speed, measurement, stored_records, updated
 from lrlora_lab.report import write_report
+from lrlora_lab.sections import table, with_section
 from lrlora_lab.suite import Suite
 
 from .adapters.small_diffusion import save_as_kohya, with_lora
@@ -280,6 +282,12 @@ def test_the_tables_of_a_measurement_are_the_stored_ones(name: str) -> None:
     page = ROOT / measured.page
     text = page.read_text(encoding="utf-8")
     assert updated(measured, text, stored_records(page)) == text
+
+
+def test_the_fleet_is_what_the_rules_of_the_servers_give() -> None:
+    page = (ROOT / "docs" / "servers.md").read_text(encoding="utf-8")
+    content = table(["server", "100 adapters", "GiB, own ranks", "GiB, equal ranks"], fleet.rows())
+    assert with_section(page, "fleet", content) == page
 
 
 @pytest.mark.parametrize("suite", [path.parent.name for path in ROOT.glob("docs/compare/*/report.md")])
