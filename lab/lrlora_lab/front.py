@@ -314,7 +314,10 @@ def main(arguments: list[str]) -> None:
     command, output, *of = arguments
     require_known("command", command, ("run", "report"))
     if command == "report":
-        raise NotImplementedError
+        from .front_report import report
+
+        report(Path(output))
+        return
     name, *seeds = of
     require_known("task", name, TASKS)
     for seed in seeds:

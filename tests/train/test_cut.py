@@ -21,10 +21,12 @@ from lrlora.learned import energy_curve, example_losses, mean_loss
 from lrlora.learned.gain import mean_of
 from lrlora.ranks import RankReport
 from lrlora.shrunk import read_shrunk
+from lrlora.straightened import read_straightened
 from lrlora.train.cut import Cut, HeldOut, Subject
 from lrlora.train.inference import evaluate
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
+from lrlora.tuner.layer import LrLoraLayer
 
 from ..cli import run, told
 from .small import reviews, save_decoder, save_encoder, save_image_model, save_pictures, size_of
@@ -425,3 +427,59 @@ def test_a_file_that_loads_as_another_adapter_is_an_error(
     assert result.exit_code == 1
     assert "asloadedbyPEFTitlosesmorethanhalfoftheadapter'sgain,whichthecutdidnot" in squeezed(result.output)
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_what_phi_is_worth_is_the_loss_with_a_line_in_its_place(home: Path, tmp_path: Path) -> None:
+    output = tmp_path / "curved"
+    result = run(
+        *(
+            "train",
+            "--model",
+            home / "encoder",
+            "--data",
+            home / "reviews.csv",
+            "--task",
+            "classify",
+            "--output",
+            output,
+        ),
+        *("--method", "lr-lora", "--rank", 2, "--steps", 60, "--learning-rate", 3e-2, "--validation-share", 0.4),
+    )
+    assert result.exit_code == 0, result.output
+    found = read_straightened(output)
+    assert found is not None
+    said = str(found)
+    assert said in " ".join(result.output.split())
+    assert said in " ".join(run("ranks", output).output.split())
+    assert said in " ".join((output / "README.md").read_text(encoding="utf-8").replace("\\", "").split())
+    assert 0 < found.bent < 1
+    assert found.low <= found.straight - found.loss <= found.high
+
+    # By hand: the base model with W + c·s·BA, and the trained head.
+    cut = Cut(Subject.read(str(output), announce=lambda line: None), announce=lambda line: None)
+    again = cut.straightened()
+    assert again is not None
+    assert again.straight == pytest.approx(found.straight, abs=1e-6)
+    batches = [batch for part in cut.parts for batch in part.batches]
+    base = AutoModelForSequenceClassification.from_pretrained(home / "encoder", num_labels=2)
+    model = PeftModel.from_pretrained(base, output).eval()
+    energy = bent = 0.0
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LrLoraLayer):
+                A, B = (part["default"].weight.double() for part in (layer.lrlora_A, layer.lrlora_B))
+                delta, product = layer.get_delta_weight("default").double(), layer.scaling["default"] * (B @ A)
+                line = (delta * product).sum() / product.square().sum() * product
+                energy, bent = energy + delta.square().sum().item(), bent + (delta - line).square().sum().item()
+                layer.get_base_layer().weight += line.float()
+                layer.enable_adapters(False)  # the head stays
+        losses, count = 0.0, 0
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            logits = model(**inputs).logits
+            losses += torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").item()
+            count += len(batch["labels"])
+    assert found.units == count
+    assert found.straight == pytest.approx(losses / count, abs=1e-5)
+    assert found.straight > found.loss + 1e-4
+    assert found.bent == pytest.approx(bent / energy, rel=1e-3)

@@ -19,6 +19,7 @@ from ..learned.size import Size
 from ..locks import only_writer
 from ..run_folder import RUN_FILE
 from ..shrunk import read_shrunk
+from ..straightened import read_straightened
 from ..train.settings import read_run
 from ..train.yaml import parse_pairs
 from .common import ASSISTANT_ONLY_LOSS, announce, app, as_text, console, one_clear_error, quiet
@@ -67,8 +68,9 @@ def ranks(
         )
         for note in updates.notes:
             announce(note)
-        if shrunk:
-            announce(str(shrunk))
+        for record in (shrunk, read_straightened(Path(source))):
+            if record is not None:
+                announce(str(record))
         if json:
             report.to_json(json)
 

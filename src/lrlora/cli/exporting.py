@@ -14,6 +14,7 @@ from ..checks import DEFAULT_KEEP
 from ..files import write_json
 from ..learned.size import Size
 from ..shrunk import SHRUNK_FILE, Shrunk
+from ..straightened import STRAIGHTENED_FILE
 from .common import announce, as_text, console, one_clear_error
 
 if TYPE_CHECKING:
@@ -156,10 +157,15 @@ def show_smallest(run: TrainConfig) -> None:
     from ..adapters.card import LORA_FOLDER
     from ..locks import remove_left
     from ..train.cut import Cut, Subject, record_shrunk
+    from ..views.model_card import write_card
 
     folder = Path(run.output)
     subject = Subject.read(str(folder), announce=announce)
     cut = Cut(subject, announce=announce, progressbar=True)
+    if (bend := cut.straightened()) is not None:
+        write_json(folder / STRAIGHTENED_FILE, asdict(bend))
+        announce(str(bend))
+        write_card(folder)
     keep = (run.keep or DEFAULT_KEEP) if run.size is None else None
     size = None if run.size is None else Size.parse(run.size, "--size")
     try:

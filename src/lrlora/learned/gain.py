@@ -34,7 +34,7 @@ class Gain:
 
     Attributes:
         nats: mean per loss term.
-        low: its 5 % quantile; the adapter has a measurable gain if this is positive.
+        low, high: its 5 % and 95 % quantiles; the adapter has a measurable gain if `low` is positive.
 
     """
 
@@ -49,7 +49,8 @@ class Gain:
         )
         saved = without[:, 0] - whole[:, 0]
         self.nats = (saved.sum() / whole[:, 1].sum()).item()
-        self.low = (self._draws @ saved / (self._draws @ whole[:, 1])).quantile(_TAIL).item()
+        drawn = self._draws @ saved / (self._draws @ whole[:, 1])
+        self.low, self.high = drawn.quantile(torch.tensor([_TAIL, 1 - _TAIL]).double()).tolist()
 
     def kept(self, cut: Tensor) -> Kept:
         """Share that a smaller adapter keeps.

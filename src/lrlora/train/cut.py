@@ -23,13 +23,14 @@ from ..adapters.update import changes_base
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, write_json
 from ..learned.directions import energy_curve, loss_curve
-from ..learned.gain import at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
+from ..learned.gain import Gain, at_most, constant_losses, example_losses, losses_of, mean_loss, mean_of
 from ..learned.moments import IGNORED, with_sampled_labels
 from ..learned.search import LEARNED, PARTS, PASSES, Part, describe, find_smallest
 from ..progress_bar import progress_bar
 from ..ranks import RankReport
 from ..run_folder import REPORT_FILE, RUN_FILE
 from ..shrunk import SHRUNK_FILE, Shrunk, read_shrunk
+from ..straightened import Straightened
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
 from .inference import LoadedRun
@@ -227,9 +228,10 @@ class HeldOut(Part):
         self.subject, self.batches, self._training, self._progressbar = subject, batches, training, progressbar
         with cached_weights(subject.run.model):
             whole = self.losses_of(subject.run.model)
-        super().__init__(whole, self._unadapted, self._with)
+        super().__init__(whole, self._unadapted, self.measured)
 
-    def _with(self, factors: Sequence[Factors]) -> Tensor:
+    def measured(self, factors: Sequence[Factors]) -> Tensor:
+        """Losses with these factors in place of the adapter."""
         batches = progress_bar(self.batches, desc="Losses", leave=False, disable=not self._progressbar)
         return example_losses(self.subject.on_base, factors, batches, self.subject.loss)
 
@@ -344,6 +346,36 @@ class Cut:
                 )
             raise ValueError(f"{error} {why}") from None
         return factors, replace(found, training=self.training.kept(factors).share)
+
+    @torch.no_grad()
+    def straightened(self) -> Straightened | None:
+        """What φ is worth; None if the adapter has none."""
+        if any(update.learned is None or update.learned.phi is None for update in self.subject.updates):
+            return None
+        lines: list[Factors] = []
+        total = bent = beyond = 0.0
+        for update, whole in zip(self.subject.updates, self.subject.whole, strict=True):
+            assert update.learned is not None
+            U, V = (part.double() for part in update.learned.linear())
+            delta, product = update.matrix().double(), U @ V
+            slope = (delta * product).sum() / product.square().sum().clamp(min=1e-300)
+            lines.append(replace(whole, A=V.float(), B=(slope * U).float()))
+            total += delta.square().sum().item()
+            bent += (delta - slope * product).square().sum().item()
+            beyond += torch.linalg.svdvals(delta)[len(V) :].square().sum().item()
+        with_phi = torch.cat([part.whole for part in self.parts])
+        straight = torch.cat([part.measured(lines) for part in self.parts])
+        rise = Gain(straight, with_phi)
+        return Straightened(
+            r=max(line.rank for line in lines),
+            bent=bent / max(total, 1e-300),
+            beyond=beyond / max(total, 1e-300),
+            loss=mean_of(with_phi),
+            straight=mean_of(straight),
+            low=rise.low,
+            high=rise.high,
+            units=len(with_phi),
+        )
 
     def metric_of(self, model: Any) -> tuple[str, float] | None:
         """Name and value of the main metric of a model on the held-out examples; None if it is the loss."""

@@ -33,6 +33,7 @@ from ..run_folder import (
     which_checkpoint,
 )
 from ..shrunk import Shrunk, read_shrunk
+from ..straightened import read_straightened
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -149,6 +150,7 @@ def _add_training(
             ("task", config.get("task") or adapter_config.get("task_type")),
             ("prompts", PROMPTS.get(record.rendering or "") if record else None),
             ("ranks", _how_learned(config, result.report)),
+            ("worth of φ", read_straightened(folder)),
             ("rank of BA", _ranks(result.report) or adapter_config.get("r")),
             ("adapted modules", len(result.report.rows)),
             ("steps", max((entry["step"] for entry in log if "step" in entry), default=None)),
