@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from scipy.stats import ttest_1samp
 
 from lrlora.files import replacing, write_whole
@@ -168,6 +169,9 @@ def figure(study: Study) -> Figure:
                 when = "at the end" if at == 1 else f"at {100 * at:g} % of the steps"
                 axes.plot(*zip(*cuts, strict=True), style, label=f"cut {when}", markersize=5)
         axes.set(title=task, xscale="log", xlabel="parameters", ylabel="test loss")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0].legend(fontsize=8)
     return picture
 
