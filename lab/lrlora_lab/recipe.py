@@ -42,6 +42,7 @@ ARMS: dict[str, tuple[int, int, float, dict[str, Any]]] = {
     "lora-r16-8e-4": (16, 32, 8e-4, {}),
     "shrink-8e-4": (16, 32, 8e-4, {"keep": 0.99}),
     "keep-95-8e-4": (16, 32, 8e-4, {"keep": 0.95, "at": 0.3}),
+    "keep-99-8e-4": (16, 32, 8e-4, {"keep": 0.99, "at": 0.6}),
 }
 
 

@@ -79,16 +79,16 @@ class Shrunk:
         """Share, size and largest rank, in one sentence."""
         rank = f"LoRA r = {self.parameters / self.parameters_per_rank:.2g}"
         size = f"{self.parameters:,} of {self.whole:,} parameters, as many as {rank}"
-        largest = f"largest rank {max(self.ranks.values())}"
+        largest = f"at most r = {max(self.ranks.values())} in a module"
         if self.equal_rank is not None:
-            largest += f", or equal ranks of {self.equal_rank}"
+            largest += f"; with one rank for all, r = {self.equal_rank} keeps it"
         losses = f"loss {self.base:.4g} to {self.loss:.4g}"
         if self.kept is None:
-            return f"A LoRA of {size} ({largest}); the adapter has no gain that could be measured ({losses})."
+            return f"A LoRA of {size}, {largest}; the adapter has no gain that could be measured ({losses})."
         if self.parameters == self.whole and self.keep is not None:
             return f"No smaller LoRA was found that keeps {self.keep:g} of the adapter's gain ({losses}): {size}."
         gain = "the adapter's gain" if self.step is None else f"the adapter's gain until step {self.step}"
-        return f"{self.kept} of {gain} ({losses}) is kept in {size}; {largest}."
+        return f"{self.kept} of {gain} ({losses}) is kept in {size}, {largest}."
 
     def __str__(self) -> str:
         lines = [self.sentence]
