@@ -14,7 +14,7 @@ from ..checks import printable
 from ..naming import several_stacks, stack_of, type_label
 from ..ranks import MEASURES, RankReport, RankRow
 
-MOST_ROWS = 16  # of a table of modules; larger tables show means by type and layer
+MOST_ROWS = 10  # of a table; more modules are shown as means by type, and by layer if there is room
 _T = TypeVar("_T")
 _COLUMNS = {
     "r": "r",
@@ -37,7 +37,7 @@ _OPTIONAL = {
 
 
 def rank_table(report: RankReport, title: str, *, width: int = 120, every: bool = False) -> Table:
-    """Table of ranks by module (for many modules, means by type and by layer), then by kind.
+    """Table of ranks by module (for many modules, means by type, and by layer if there is room), then by kind.
 
     Args:
         report: the ranks.
@@ -71,9 +71,11 @@ def _sections(rows: list[RankRow], *, every: bool) -> Iterator[dict[str, list[Ra
         yield {row.module: [row] for row in rows}
     else:
         with_stack = several_stacks(row.module for row in rows)
-        yield _grouped(rows, lambda row: type_label(row.module, with_stack=with_stack))
-        if len({row.layer for row in rows}) > 1:
-            yield _grouped(rows, lambda row: _layer_label(row, with_stack=with_stack))
+        types = _grouped(rows, lambda row: type_label(row.module, with_stack=with_stack))
+        yield types
+        layers = _grouped(rows, lambda row: _layer_label(row, with_stack=with_stack))
+        if 1 < len(layers) <= MOST_ROWS - len(types) - len({row.kind for row in rows}):
+            yield layers
     yield _grouped(rows, lambda row: f"all: {row.kind}")
 
 
