@@ -225,3 +225,21 @@ def test_what_cannot_be_learned_is_one_clear_error(here: Path, settings: tuple[o
         assert result.exit_code == 1, result.output
         assert re.search(said, result.output), result.output
         assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("step", [24, 42])  # before and after the cut
+def test_a_run_cut_to_a_share_resumes_to_the_bit(here: Path, step: int) -> None:
+    reviews(320).rename(columns={"review": "text", "verdict": "label"}).to_csv("many.csv", index=False)
+    options = {"model": "./base", "data": "many.csv", "task": "classify", "steps": 60, "learning_rate": 1e-2}
+    options |= {"validation_share": 0.35, "training": {"eval_steps": 6, "save_steps": 6}}
+
+    def stop(line: str) -> None:
+        if line.startswith(f"Step {step}:"):
+            signal.raise_signal(signal.SIGINT)
+
+    train(TrainConfig.from_dict(options | {"output": "alone"}), announce=lambda line: None)
+    with pytest.raises(Interrupted):
+        train(TrainConfig.from_dict(options | {"output": "cut"}), announce=stop)
+    train(TrainConfig.from_dict(options | {"output": "cut"}), resume=True, announce=lambda line: None)
+    for file in ("adapter_model.safetensors", SHRUNK_FILE):
+        assert Path("cut", file).read_bytes() == Path("alone", file).read_bytes()

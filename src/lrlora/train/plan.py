@@ -144,7 +144,8 @@ def learned_in(trainer: Trainer) -> LearnedRanks | None:
 def ranks_line(learned: Mapping[str, int], parameters: int) -> str:
     """Size and ranks of an adapter whose ranks were learned."""
     ranks = sorted(rank for rank in learned.values() if rank)
-    return f"Ranks: {parameters:,} parameters in {len(ranks)} modules, r = {ranks[0]} to {ranks[-1]}."
+    shown = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    return f"Ranks: {parameters:,} parameters in {len(ranks)} modules, r = {shown}."
 
 
 def seconds_per_batch(trainer: Trainer) -> float:
