@@ -32,7 +32,7 @@ class LearnedRanksCallback(TrainerCallback, ExportableState):
 
         trainer = SFTTrainer(..., peft_config=LoraConfig(r=16, target_modules="all-linear"),
                              callbacks=[LearnedRanksCallback("r4")])      # cut to a size while it trains
-        trainer.add_callback(LearnedRanksCallback(keep=0.95, at=0.3, trainer=trainer))  # to a share of the gain so far
+        trainer.add_callback(LearnedRanksCallback(keep=0.99, at=0.6, trainer=trainer))  # to a share of the gain so far
         trainer.add_callback(LearnedRanksCallback(keep=0.99, trainer=trainer))          # at the end of training
 
     At the end, the best checkpoint is shrunk; training is as without the callback, and checkpoints stay whole.
