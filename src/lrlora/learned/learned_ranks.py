@@ -186,7 +186,7 @@ class LearnedRanks:
             self._hooks.append(_StepHook(self._optimizer, self._after_step))
 
     def _watch(self, hook: Callable[..., None] | None) -> None:
-        """Replace the forward hooks on lora_A; None: by no others."""
+        """Remove the forward hooks on lora_A; install `hook` unless None."""
         for watcher in self._watchers:
             watcher.remove()
         self._watchers = []
