@@ -35,6 +35,8 @@ ARMS: dict[str, tuple[int, int, float, dict[str, Any]]] = {
     "shrink": (16, 32, 2e-4, {"keep": 0.99}),
     "size-r4": (16, 32, 2e-4, {"size": "r4"}),
     "keep-95": (16, 32, 2e-4, {"keep": 0.95, "at": 0.3}),
+    "lora-r2-8e-4": (2, 4, 8e-4, {}),
+    "lora-r2-16e-4": (2, 4, 16e-4, {}),
     "lora-r4": (4, 8, 2e-4, {}),
     "lora-r4-4e-4": (4, 8, 4e-4, {}),
     "lora-r4-8e-4": (4, 8, 8e-4, {}),
