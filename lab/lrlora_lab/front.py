@@ -279,6 +279,8 @@ def run(name: str, seed: int, output: Path) -> None:
         for share in SHARES:
             cut = partial(_cut, course, at) if at < 1 else partial(_cut_at_end, course)
             rows.add(f"keep {share:g} at {at:g}", partial(cut, keep=share))
+            if at == AT[1]:
+                rows.add(f"keep {share:g} at {at:g}, same rate", partial(cut, keep=share, rate=1.0))
     rows.add("r16", course.row)
     for share in SHARES:
         rows.add(f"energy {share:g} at 1", partial(_cut_by_energy, course, share))

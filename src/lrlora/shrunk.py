@@ -10,6 +10,7 @@ from typing import NamedTuple
 from .files import read_json
 
 SHRUNK_FILE = "shrunk.json"
+_LESS = 0.002  # than the share asked for that is told
 _FAR = 0.02  # difference of the shares on training and held-out data that is told
 
 
@@ -101,7 +102,11 @@ class Shrunk:
         if self.needed is not None:
             lines.append(f"About {self.needed:,} {self.unit} would show that a smaller LoRA keeps {self.keep:g}.")
         if self.keep is not None:
-            lines.append(f"{self.units} {self.unit} chose this size: report on others.")
+            if self.kept is not None and self.kept.share < self.keep - _LESS:
+                lines.append(
+                    f"That is less than {self.keep:g}: the others chose the size, and the share is of this third."
+                )
+            lines.append(f"{self.units} {self.unit} chose this size, and a third gave these losses: report on others.")
         return " ".join(lines)
 
 

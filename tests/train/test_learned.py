@@ -90,7 +90,7 @@ def test_a_share_of_the_gain_while_training(here: Path) -> None:
     assert "0.9 of the gain then" in Path("out/README.md").read_text(encoding="utf-8")
     default = TrainConfig("base", "many.csv", "classify", method="learned", keep=0.9)
     assert (default.cut_at, default.size, default.filled_by) == (0.6, None, None)
-    assert TrainConfig("base", "many.csv", "classify", keep=0.9).filled_by == "--keep"
+    assert TrainConfig("base", "many.csv", "classify", method="lora", keep=0.9).filled_by == "--keep"
     few = lrlora(*options, "--output", "few", "--train-examples", 100, "--validation-examples", 40)
     assert few.exit_code == 1
     assert "40 held-out examples are too few" in " ".join(few.output.split())
@@ -188,12 +188,15 @@ def test_by_default_a_run_keeps_99_percent_of_its_gain(here: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [(["--steps", 5], "5 steps"), (["--steps", 12, "--validation-share", 0.1], r"\d+ validation examples")],
+    [
+        (["--steps", 5], "5 steps are fewer than 10"),
+        (["--steps", 12, "--validation-share", 0.1], r"\d+ validation examples are fewer than 90"),
+    ],
 )
 def test_a_run_that_cannot_measure_a_share_is_a_plain_lora(here: Path, options: list[object], why: str) -> None:
     result = lrlora("train", "--model", "base", "--data", "reviews.csv", "--task", "classify", *options)
     assert result.exit_code == 0, result.output
-    assert re.search(f"Ranks: {why} are too few to learn them, so r = 16 in all modules.", result.output), result.output
+    assert re.search(f"Ranks: {why}, so they are not learned: r = 16 in all modules.", result.output), result.output
     config = PeftConfig.from_pretrained("lrlora-run")
     assert (config.r, config.rank_pattern) == (16, {})
     assert "learned: LoRA" not in Path("lrlora-run/README.md").read_text(encoding="utf-8")

@@ -117,10 +117,14 @@ def test_without_a_method_the_cut_keeps_a_share_of_the_gain() -> None:
     assert (config().wide_fields["r"], config(rank=8).wide_fields["r"]) == (16, 8)
     assert config(adapter={"r": 4, "lora_dropout": 0.1}).wide_fields["r"] == 4
     assert (config(size="200k", rank=8).learned_size, config(size="200k", rank=8).learned_share) == ("200k", None)
-    assert (config(keep=0.9).learned_share, config(keep=0.9).filled_by) == (None, "--keep")
+    assert (config(keep=0.9).learned_share, config(keep=0.9).filled_by) == (0.9, None)
+    assert (config(method="lora", keep=0.9).learned_share, config(method="lora", keep=0.9).filled_by) == (
+        None,
+        "--keep",
+    )
     assert not config(start_from="run").learns_ranks
     assert (config(method="lora").size, config(method="lora", rank=4).rank) == (None, 4)
     assert config(method="lr-lora").learned_size is None
     assert TrainConfig.from_dict({**vars(config(rank=16))}) == config(rank=16)  # as a resumed run reads it
     assert config(method="learned", rank=4) == config(rank=4)
-    assert (config(method="learned", keep=0.99).learned_share, config(keep=0.99).learned_share) == (0.99, None)
+    assert config(method="learned", keep=0.95) == config(keep=0.95)

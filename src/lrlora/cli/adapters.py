@@ -61,7 +61,8 @@ def ranks(
         report = rank_report(updates, progressbar=True)
         if base is not None and all(row.relative_norm is None for row in report.rows):
             raise ValueError(f"{base} has no weight of the adapter's modules. Pass its base model.")
-        if shrunk := read_shrunk(Path(source)):
+        shrunk = read_shrunk(Path(source))
+        if shrunk is not None and shrunk.step is None:  # else they are the ranks of the adapter
             report = report.with_loss_ranks(shrunk.ranks)
         console.print(
             rank_table(report, as_text(f"Ranks of {source} ({updates.method})"), width=console.width, every=every)

@@ -277,6 +277,7 @@ def find_in_place(
 
     def measure(batches: Sequence[Any], factors: Sequence[Factors]) -> Tensor:
         put(model, adapter, factors)
+        bar.total = max(bar.total, bar.n + len(batches))
         bar.update(len(batches))
         return source.losses(batches)
 
@@ -295,6 +296,7 @@ def find_in_place(
             found = describe(held_out, curve, factors, source.unit)
         if training and training[0].gain.low > 0 and not source.unit.startswith("training"):
             found = replace(found, training=training[0].kept(factors).share)
+        bar.total = bar.n  # the number of passes was an estimate
     return factors, found
 
 

@@ -22,7 +22,7 @@ from ..learned.size import WIDTH
 from ..run_folder import ANSWERS, CHAT, PLAIN, TEXT
 from .chat import format_of, without_answer
 from .inputs import Inputs, examples_per_step
-from .methods import METHODS
+from .methods import LEARNED, METHODS
 from .settings import TrainConfig
 
 _SLOW = 20.0  # seconds of a batch, after which no other is timed
@@ -55,9 +55,10 @@ def plan(config: TrainConfig, inputs: Inputs, model: Any, arguments: TrainingArg
         warm_up = f"{100 * arguments.warmup_steps:g} %"
     longest = inputs.record.max_length
     truncated = f"; {inputs.too_long:,} training examples are truncated to {longest} tokens" if inputs.too_long else ""
+    method = LEARNED if config.learns_ranks else config.method
     epochs = arguments.max_steps / max(1, math.ceil(inputs.rows / examples))
     return [
-        f"Plan: {config.method} on {config.model}, {config.task}: {trainable:,} trainable parameters "
+        f"Plan: {method} on {config.model}, {config.task}: {trainable:,} trainable parameters "
         f"({trainable / sum(count for count, _ in counts):.2%} of all), {arguments.max_steps} steps of {examples} "
         f"examples, {epochs:.2g} epochs.",
         *_adapter_lines(config.method, model),

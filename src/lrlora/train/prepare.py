@@ -6,6 +6,7 @@ Nothing of the run is written yet.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -200,16 +201,17 @@ def prepare(
         examples_per_step=inputs.record.examples_per_step,
     )
     count = len(inputs.data.splits["validation"])
-    if config.filled_by and inputs.kind.has_head and count < FEWEST:
+    fewest = PARTS * FEWEST_UNITS if config.keep is not None else FEWEST if inputs.kind.has_head else 0
+    if config.filled_by and count < fewest:
         raise ValueError(
-            f"{count} validation examples are too few to measure the loss of lora/; at least {FEWEST} are needed. "
+            f"{count} validation examples are too few to measure the loss of lora/; at least {fewest} are needed. "
             "Raise --validation-share, or remove --keep and --size."
         )
     if (rank := _rank_of_short(config, arguments.max_steps)) is not None:
         announce(f"Ranks: {arguments.max_steps} steps are too few to learn them, so r = {rank} in all modules.")
         config = replace(config, size=None, rank=rank, alpha=None, targets=None, adapter=config.fields_at(rank))
         callbacks = [each for each in callbacks if not isinstance(each, LearnedRanksCallback)]
-    why = _why_not_measurable(arguments.max_steps, count) if config.is_default_cut else None
+    why = _why_not_measurable(arguments.max_steps, count, inputs.rows) if config.is_default_cut else None
     if why is not None:
         of_lora: dict[str, Any] = {"rank": None, "alpha": None, "targets": None, "adapter": config.wide_fields}
         config = replace(config, keep=None, cut_at=None, cut_rate=None, **of_lora)
@@ -217,7 +219,7 @@ def prepare(
     model = _adapted_model(config, inputs, arguments.max_steps)
     if why is not None:
         require_plain_lora(model)  # as where ranks are learned
-        announce(f"Ranks: {why} are too few to learn them, so r = {config.adapter['r']} in all modules.")
+        announce(f"Ranks: {why}, so they are not learned: r = {config.adapter['r']} in all modules.")
     for line in plan(config, inputs, model, arguments):
         announce(line)
     trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
@@ -241,11 +243,15 @@ def _rank_of_short(config: TrainConfig, steps: int) -> int | None:
     return int(size.number) if size.unit == "ranks" else None
 
 
-def _why_not_measurable(steps: int, examples: int) -> str | None:
-    """What a share of the gain lacks to be measured while training; None if it has all."""
+def _why_not_measurable(steps: int, examples: int, trained: int) -> str | None:
+    """Why a share of the gain cannot be measured while training, and the remedy; None if it can."""
+    needed, total = PARTS * FEWEST_UNITS, examples + trained
     if steps < FEWEST_STEPS:
-        return f"{steps} steps"
-    return f"{examples} validation examples" if examples < PARTS * FEWEST_UNITS else None
+        return f"{steps} steps are fewer than {FEWEST_STEPS}"
+    if examples >= needed:
+        return None
+    remedy = f" (pass --validation-share {math.ceil(105 * needed / total) / 100:g})" if total > 2 * needed else ""
+    return f"{examples} validation examples are fewer than {needed}{remedy}"
 
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:

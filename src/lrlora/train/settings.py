@@ -50,7 +50,7 @@ class TrainConfig:
             such files or one written by `save_to_disk`, or embedded:NAME.
         task: one of classify, regress, multiple-choice, causal-lm and image-classify.
         method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion, dora, adalora or full;
-            auto is learned, but lora if `keep` or `start_from` is given without `size`.
+            auto is learned, but lora if `start_from` is given without `size`.
         output: folder for adapter, tokenizer, model card, metrics and rank history.
         columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
             label for classify and regress; image and label for image-classify; question, choices (a list) and label
@@ -84,14 +84,13 @@ class TrainConfig:
             ranks are learned, evaluations count from the cut; default: never.
         start_from: finished run to continue from, as a new run with its own schedule; on the command line, settings
             that are not given are those of that run; default: a new adapter.
-        keep: write lora/ as the smallest LoRA that keeps this share of the gain on validation data; with `cut_at` or
-            the method learned, cut the adapter to it while training; default: 0.99 for learned ranks without a size;
-            else report the size for 0.99, and write nothing.
+        keep: share of the gain on validation data that the adapter keeps when it is cut while training; with another
+            method, lora/ is written after training as the smallest LoRA that keeps it; default: 0.99 for learned ranks
+            without a size; else report the size for 0.99, and write nothing.
         size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
             are learned in training; with others, lora/ is filled by importance to the loss; default: no limit.
         cut_at: share of the steps after which ranks are learned, in (0, 1): to the size, or to the share `keep` of the
-            gain so far, measured on validation data; default: 0.3 for a size; for a share 0.6 with the method
-            learned, and otherwise after training.
+            gain so far, measured on validation data; default: 0.3 for a size, 0.6 for a share.
         cut_rate: factor of the adapter's learning rate after this cut; default: (parameters before / after it)^½.
         rank_every: steps between records of the ranks.
         seed: random seed of head, factors, data order and dropout.
@@ -147,8 +146,7 @@ class TrainConfig:
         require_known("task", self.task, KINDS)
         kind = KINDS[self.task]
         if self.method in (AUTO, LEARNED):
-            is_default = self.method == AUTO and (self.size, self.keep, self.start_from) == (None, None, None)
-            if self.size is None and (self.method == LEARNED or is_default):
+            if self.size is None and (self.method == LEARNED or self.start_from is None):
                 object.__setattr__(self, "keep", DEFAULT_KEEP if self.keep is None else self.keep)
                 object.__setattr__(self, "cut_at", KEEP_AT if self.cut_at is None else self.cut_at)
             object.__setattr__(self, "method", "lora")

@@ -230,7 +230,8 @@ def _losses(runs: Sequence[Run]) -> list[dict[str, Any]]:
             ]
             begin, end = _export(run, option)
             found.append({"run": run.name, "points": points, "chosen": record.parameters, "text": str(record)})
-            found[-1]["command"] = f"{begin}{value}{end}"
+            if record.step is None:  # else the run is as small
+                found[-1]["command"] = f"{begin}{value}{end}"
     return found
 
 
