@@ -25,7 +25,8 @@ from lrlora import LrLoraConfig
 from lrlora.adapters import read_updates
 from lrlora.cli import app
 from lrlora.train.settings import TrainConfig
-from lrlora_lab import fleet
+from lrlora_lab import fleet, front_report
+from lrlora_lab.front import read_rows
 from lrlora_lab.jobs import check, read_comparison
 from lrlora_lab.measure import NAMES, card_speed, measurement, stored_records, updated
 from lrlora_lab.report import write_report
@@ -240,10 +241,6 @@ def test_what_is_said_of_learned_ranks_is_what_the_study_found() -> None:
     found = {row["task"]: row for cells in rows if (row := dict(zip(heads, cells, strict=True)))["size"] == "r = 4"}
     assert found.keys() == {"german", "source-code", "news", "labels", "smollm2"}
     assert all(float(row["p"]) < 0.05 and row["difference"].startswith("-") for row in found.values())  # five of five
-    readme = " ".join(README.split())
-    german = found["german"]
-    assert f"Test loss on German text: {german['learned']}; LoRA: {german['LoRA']}" in readme
-    assert f"the loss of LoRA {german['as LoRA at']} (interpolated) on German text" in readme
     guide = " ".join(guide.split())
     for row in found.values():
         assert row["difference"].split()[0].removeprefix("-") in guide
@@ -282,6 +279,35 @@ def test_the_tables_of_a_measurement_are_the_stored_ones(name: str) -> None:
     page = ROOT / measured.page
     text = page.read_text(encoding="utf-8")
     assert updated(measured, text, stored_records(page)) == text
+
+
+def test_the_front_is_what_its_runs_give() -> None:
+    page = (ROOT / "lab" / "studies" / "front.md").read_text(encoding="utf-8")
+    rows = read_rows(ROOT / "lab" / "studies" / "front.jsonl")
+    for name, content in front_report.sections(rows).items():
+        page_again = with_section(page, name, content)
+        assert page_again == page
+    study, arm = front_report.Study(rows), "keep 0.99 at 0.6"
+    cells = study.cells("german", arm)
+    share = 100 * fmean(study.share("german", row) for row in cells)
+    size = 100 * fmean(row["parameters"] for row in cells) / study.cells("german", "r16")[0]["parameters"]
+    ahead = fmean(study.tuned_loss("german", row["seed"], row["parameters"]) - row["loss"] for row in cells)
+    said = (
+        f"on German text, {share:.1f} % of the gain of r = 16 in {size:.0f} % of its parameters, {ahead:.2f} nats ahead"
+    )
+    assert said in " ".join(README.split())
+
+
+def test_the_first_table_is_what_the_study_has() -> None:
+    study = (ROOT / "lab" / "studies" / "rates.md").read_text(encoding="utf-8").partition("### SmolLM2")[2]
+    rows = {
+        tuple(cell.strip() for cell in line.split("|")[2:5]) for line in study.splitlines() if line.startswith("| ")
+    }
+    first = README.partition("| SmolLM2, 150 chats")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(first) >= 5
+    for line in first:
+        _, _, loss, parameters, largest, _ = (cell.strip() for cell in line.split("|"))
+        assert (parameters, largest, loss) in rows, line
 
 
 def test_the_fleet_is_what_the_rules_of_the_servers_give() -> None:
