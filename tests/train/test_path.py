@@ -137,12 +137,8 @@ MESSAGES: dict[tuple[object, ...], str] = {
         *("--head-learning-rate", 0.1),
     ): "to a new head, but decoder answers multiple choice without one",
     ("--max-length", 999): "max_length must be at most 48",
-    (
-        "--keep",
-        "0.99",
-        "--validation-examples",
-        6,
-    ): "6 validation examples are too few to measure the loss of lora/; at least 16 are needed",
+    ("--method", "lora", "--keep", "0.99", "--validation-examples", 6): "6 validation examples are too few",
+    ("--keep", "0.95", "--validation-examples", 6): "6 validation examples are too few",
     (
         "--adapter",
         "learning_rate=1",

@@ -202,10 +202,11 @@ def prepare(
     )
     count = len(inputs.data.splits["validation"])
     fewest = PARTS * FEWEST_UNITS if config.keep is not None else FEWEST if inputs.kind.has_head else 0
-    if config.filled_by and count < fewest:
+    is_measured = config.filled_by or (config.learned_share is not None and not config.is_default_cut)
+    if is_measured and count < fewest:
         raise ValueError(
-            f"{count} validation examples are too few to measure the loss of lora/; at least {fewest} are needed. "
-            "Raise --validation-share, or remove --keep and --size."
+            f"{count} validation examples are too few to measure what a smaller LoRA keeps; at least {fewest} are "
+            "needed. Raise --validation-share, or remove --keep and --size."
         )
     if (rank := _rank_of_short(config, arguments.max_steps)) is not None:
         announce(f"Ranks: {arguments.max_steps} steps are too few to learn them, so r = {rank} in all modules.")
