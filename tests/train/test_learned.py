@@ -93,7 +93,7 @@ def test_a_share_of_the_gain_while_training(here: Path) -> None:
     assert TrainConfig("base", "many.csv", "classify", method="lora", keep=0.9).filled_by == "--keep"
     few = lrlora(*options, "--output", "few", "--train-examples", 100, "--validation-examples", 40)
     assert few.exit_code == 1
-    assert "40 held-out examples are too few" in " ".join(few.output.split())
+    assert "40 validation examples are too few" in " ".join(few.output.split())
 
 
 @pytest.mark.parametrize("step", [4, 14])  # before and after the cut
