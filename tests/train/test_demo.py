@@ -27,7 +27,7 @@ pytestmark = pytest.mark.real
 def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "demo"
     monkeypatch.setattr(demo, "TEST_EXAMPLES", 64)
-    monkeypatch.setattr(demo, "VALIDATION_EXAMPLES", 64)
+    monkeypatch.setattr(demo, "VALIDATION_EXAMPLES", 192)
     train = demo.train
 
     def interrupt(config: TrainConfig, **options: Any) -> Any:
@@ -38,7 +38,7 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(demo, "train", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_demo(output, steps=12)
+            run_demo(output, steps=24)
         assert not output.exists()
     topics = json.loads((tmp_path / "demo.partial" / RESULTS_FILE).read_text())
     assert [result["folder"] for result in topics][:2] == ["topics-lora", "topics-small"]
@@ -46,7 +46,7 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     trained = []
     with monkeypatch.context() as patch:
         patch.setattr(demo, "train", lambda config, **options: (trained.append(config), train(config, **options))[1])
-        results = run_demo(output, steps=12)
+        results = run_demo(output, steps=24)
     assert [config.method for config in trained] == ["lora", "lr-lora"]  # what is done is not done again
     assert not (tmp_path / "demo.partial").exists()
     assert json.loads((output / RESULTS_FILE).read_text()) == [asdict(result) for result in results]
@@ -66,5 +66,5 @@ def test_demo_is_interrupted_resumed_and_read_back(tmp_path: Path, monkeypatch: 
     assert torch.isfinite(model(**tokens).logits).all()
 
     with pytest.raises(FileExistsError, match="overwrite"):
-        run_demo(output, steps=12)
+        run_demo(output, steps=24)
     assert (output / "reviews-lr-lora" / "adapter_model.safetensors").exists()
