@@ -163,7 +163,7 @@ def figure(study: Study) -> Figure:
             cells = study.cells(task, arm)
             return fmean(row["parameters"] for row in cells), fmean(row["loss"] for row in cells)
 
-        lora = [point(arm) for arm in study.tuned(task).values() if study.cells(task, arm)]
+        lora = [point(arm) for arm in ranks[task]]
         axes.plot(*zip(*lora, strict=True), "k-o", label="LoRA at its best rate", markersize=4)
         for at, style in zip(AT, ("C0-s", "C1-^", "C2-D"), strict=True):
             cuts = [point(f"keep {s:g} at {at:g}") for s in SHARES if study.cells(task, f"keep {s:g} at {at:g}")]
