@@ -152,9 +152,8 @@ def gate_table(study: Study) -> str:
 
 def figure(study: Study) -> Figure:
     """Test loss by parameters: a panel a task, tuned LoRA as a line, cuts by moment."""
-    tasks = [
-        task for task in study.tasks if sum(bool(study.cells(task, arm)) for arm in study.tuned(task).values()) > 1
-    ]
+    ranks = {task: [arm for arm in study.tuned(task).values() if study.cells(task, arm)] for task in study.tasks}
+    tasks = [task for task in study.tasks if len(ranks[task]) > 1]
     picture = Figure(figsize=(4.2 * len(tasks), 3.8), layout="constrained")
     panels = picture.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
