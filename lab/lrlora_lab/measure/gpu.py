@@ -68,7 +68,8 @@ def _call(*command: str) -> str:
 
 def doctor(_: Path) -> Record:
     """What `lrlora doctor` prints."""
-    rows = [line.split("│")[1:3] for line in _call(sys.executable, "-m", "lrlora", "doctor").splitlines() if line.startswith("│")]
+    printed = _call(sys.executable, "-m", "lrlora", "doctor")
+    rows = [line.split("│")[1:3] for line in printed.splitlines() if line.startswith("│")]
     return {"facts": [[cell.strip() for cell in row] for row in rows if len(row) == 2]}
 
 
