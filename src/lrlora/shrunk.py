@@ -104,7 +104,7 @@ class Shrunk:
         if self.keep is not None:
             if self.kept is not None and self.kept.share < self.keep - _LESS:
                 lines.append(
-                    f"That is less than {self.keep:g}: the others chose the size, and the share is of this third."
+                    f"That is less than {self.keep:g}, on the third of the {self.unit} that did not choose the size."
                 )
             lines.append(f"{self.units} {self.unit} chose this size, and a third gave these losses: report on others.")
         return " ".join(lines)

@@ -45,7 +45,7 @@ class Straightened:
         advice = (
             "A line costs nothing that they could show: LoRA may do."
             if self.low <= 0
-            else "What of it a LoRA would learn, a run with --method lora shows."
+            else "A LoRA may learn part of it: compare with --method lora."
         )
         return f"{shape} {cost} {advice}"
 
