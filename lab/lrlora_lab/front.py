@@ -4,14 +4,16 @@
     python -m lrlora_lab.front report front.jsonl
 
 All cuts of a seed share the course of the wide LoRA up to their step: the process forks there, and each copy goes on in
-its own way. Rows that the output has already are not computed again.
+its own way. Rows that the output has already are not computed again; `--arms REGEX` computes only the arms that match.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -26,7 +28,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from lrlora.checks import require_known
 from lrlora.learned import LearnedRanks, LossCurve, shrink
 from lrlora.learned.directions import directions
 from lrlora.learned.held_out import LiveLosses, find_in_place
@@ -239,13 +240,13 @@ def _raised(course: Course) -> dict[str, Any]:
 class Rows:
     """Rows in a file; those that it has are not computed again."""
 
-    def __init__(self, path: Path, task: str, seed: int) -> None:
-        self.path, self.key = path, {"task": task, "seed": seed}
+    def __init__(self, path: Path, task: str, seed: int, arms: str) -> None:
+        self.path, self.key, self.arms = path, {"task": task, "seed": seed}, re.compile(arms)
         self.known = {row["arm"] for row in read_rows(path) if row["task"] == task and row["seed"] == seed}
 
     def add(self, arm: str, compute: Callable[[], dict[str, Any]]) -> None:
         """Compute a row in a copy of this process."""
-        if arm in self.known:
+        if arm in self.known or not self.arms.fullmatch(arm):
             return
         if child := os.fork():
             os.waitpid(child, 0)
@@ -260,10 +261,10 @@ class Rows:
         os._exit(0)
 
 
-def run(name: str, seed: int, output: Path) -> None:
+def run(name: str, seed: int, output: Path, arms: str = ".*") -> None:
     """Rows of a task and a seed."""
     task = TASKS[name]
-    rows = Rows(output, name, seed)
+    rows = Rows(output, name, seed, arms)
 
     def none() -> dict[str, Any]:
         data = task.load(seed)
@@ -313,17 +314,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> None:
     """Run a task and seeds, or report."""
-    command, output, *of = arguments
-    require_known("command", command, ("run", "report"))
-    if command == "report":
+    parser = argparse.ArgumentParser(prog="python -m lrlora_lab.front")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "report"):
+        commands.add_parser(name).add_argument("file", type=Path)
+    command = commands.choices["run"]
+    command.add_argument("task", choices=TASKS)
+    command.add_argument("seeds", type=int, nargs="+")
+    command.add_argument("--arms", default=".*")
+    given = parser.parse_args(arguments)
+    if given.command == "report":
         from .front_report import report
 
-        report(Path(output))
+        report(given.file)
         return
-    name, *seeds = of
-    require_known("task", name, TASKS)
-    for seed in seeds:
-        run(name, int(seed), Path(output))
+    for seed in given.seeds:
+        run(given.task, seed, given.file, given.arms)
 
 
 if __name__ == "__main__":
