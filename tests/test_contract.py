@@ -16,7 +16,7 @@ from lrlora.adapters.servers import SERVERS
 from lrlora.cli import app
 from lrlora.train.chat import FORMATS
 from lrlora.train.methods import METHODS
-from lrlora.train.tasks import KINDS
+from lrlora.train.tasks import TASKS
 from lrlora_lab.methods import RIVALS
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_what_is_offered_is_named() -> None:
     names += [
         *COMMANDS,
         *SERVERS,
-        *KINDS,
+        *TASKS,
         *(METHODS.keys() - RIVALS),
         *(each.name for each in FORMATS),
         *(field.name for field in fields(LrLoraConfig) if field.name in LrLoraConfig.__annotations__),

@@ -11,7 +11,7 @@ from typing import Any
 
 from lrlora.locks import only_writer
 from lrlora.train.data import load_examples, load_splits, load_task_data, require_data_path, sampled
-from lrlora.train.tasks import KINDS
+from lrlora.train.tasks import TASKS
 
 from .jobs import Comparison, Job, Record, prepare, read_records, train_config
 from .methods import find_method
@@ -114,7 +114,7 @@ def check_data(comparison: Comparison) -> Iterator[str]:
 
 def _checked(comparison: Comparison, name: str, task: Task) -> Iterator[str]:
     config = train_config(comparison.definition, name, find_method("lora"), 1.0, 1, comparison.r, Path())
-    kind = KINDS[task.task]
+    kind = TASKS[task.task]
     if not task.test_data and task.test not in (there := load_splits(task.data, config)):
         raise ValueError(
             f"{task.data} has no split {task.test}. Available splits: {', '.join(there)}. Select one with test: "

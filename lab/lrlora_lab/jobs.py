@@ -21,7 +21,7 @@ from lrlora.learned.learned_ranks import cut_step
 from lrlora.learned.size import CUT_AT
 from lrlora.train.adapter_config import adapter_config
 from lrlora.train.settings import FROM_TRAIN, TrainConfig, require_settings
-from lrlora.train.tasks import KINDS
+from lrlora.train.tasks import TASKS
 
 from .capacity import CapacityTask
 from .methods import MAIN_METHODS, Method, find_method
@@ -316,7 +316,7 @@ def check(comparison: Comparison, output: Path) -> None:
                 raise ValueError(f"{method} sets {', '.join(known.cut)}, which {task} does not support. Remove it.")
             config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
             require_settings(config.training, "training", settings.task, known.train)
-            head = KINDS[settings.task].adapter_fields
+            head = TASKS[settings.task].adapter_fields
             adapter_config(known.train, head, settings.steps, config.adapter)
     check_folder(comparison, output)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrlora.checks import require_known, require_type
-from lrlora.train.tasks import KINDS, ChoiceByLikelihood
+from lrlora.train.tasks import TASKS, ChoiceByLikelihood
 from lrlora.train.tasks.base import LESS_IS_BETTER
 from lrlora.train.yaml import read_yaml
 
@@ -61,9 +61,9 @@ class Task:
         given = (self.test_data,) if isinstance(self.test_data, str) else tuple(self.test_data)
         object.__setattr__(self, "test_data", given)  # JSON and YAML know lists alone
         require_type(self, Task, "task")
-        require_known("task", self.task, KINDS)
+        require_known("task", self.task, TASKS)
         by_likelihood = ChoiceByLikelihood.metrics if self.task == ChoiceByLikelihood.name else ()
-        known = [name for name in (*KINDS[self.task].metrics, *by_likelihood) if name not in LESS_IS_BETTER]
+        known = [name for name in (*TASKS[self.task].metrics, *by_likelihood) if name not in LESS_IS_BETTER]
         object.__setattr__(self, "metric", self.metric or known[0])
         require_known(f"metric of {self.task} of which more is better", str(self.metric), known)
         for name in ("steps", "batch_size"):
@@ -80,7 +80,7 @@ class Task:
     @property
     def criterion(self) -> str:
         """Metric that selects the learning rate: a pure task loss. Lower is better."""
-        return KINDS[self.task].criterion
+        return TASKS[self.task].criterion
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _task(name: str, content: Any) -> Task | CapacityTask:
     if not isinstance(content, Mapping):
         raise ValueError(f"The task {name} must map names to values, got {content!r}.")
     if "task" in content:
-        require_known("task", content["task"], (*KINDS, *CAPACITY_KINDS))
+        require_known("task", content["task"], (*TASKS, *CAPACITY_KINDS))
     kind: Any = CapacityTask if content.get("task") in CAPACITY_KINDS else Task
     for key in content:
         require_known(f"key of the task {name}", key, [f.name for f in fields(kind)])

@@ -30,7 +30,7 @@ from lrlora.train.inference import evaluate, predict
 from lrlora.train.inputs import Inputs
 from lrlora.train.run import show_plan, train
 from lrlora.train.settings import TrainConfig
-from lrlora.train.tasks import KINDS
+from lrlora.train.tasks import TASKS
 
 from ..cli import run, told
 from ..conftest import TinyModel
@@ -635,7 +635,7 @@ def test_a_group_stays_on_one_side_of_the_split(encoder: str) -> None:
     frame = pd.read_csv("good.csv")
     frame.assign(film=[row // 8 for row in range(len(frame))]).to_csv("films.csv", index=False)
     config = TrainConfig(encoder, "films.csv", "classify", columns={"group": "film"}, validation_share=0.25)
-    splits = load_task_data(config, KINDS["classify"]).splits
+    splits = load_task_data(config, TASKS["classify"]).splits
     training, validation = (set(splits[name]["group"]) for name in ("train", "validation"))
     assert not training & validation
     assert len(validation) == 5

@@ -40,7 +40,7 @@ from lrlora.files import write_json
 from lrlora.ranks.report import read_history
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
-from lrlora.train.tasks import KINDS, ChoiceByLikelihood
+from lrlora.train.tasks import TASKS, ChoiceByLikelihood
 from lrlora.train.tasks.base import plain_metrics
 from lrlora.train.tasks.likelihood import collate_choices, encode_continuations, token_log_likelihoods
 from lrlora.train.yaml import parse_assignments
@@ -791,7 +791,7 @@ def test_data_on_disk_is_counted_and_encoded_once(task: str, tmp_path: Path) -> 
 
     def made() -> dict[Path, int]:
         data = load_dataset("csv", data_files=str(tmp_path / "data.csv"), cache_dir=str(tmp_path / "cache"))["train"]
-        kind = KINDS[task]
+        kind = TASKS[task]
         assert len(kind.lengths(data, tokenizer())) == len(data)
         kind.encode(data, tokenizer(), 8)
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache-*.arrow")}

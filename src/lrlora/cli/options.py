@@ -21,18 +21,14 @@ REQUIRED = ("model", "data", "task")
 
 
 def settings_as_options(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
-    """Replace a command's `**settings` by an option for each setting of a run, with the help of `TrainConfig`.
+    """Replace a command's `**settings` by an option for each setting of a run, with its help and topic.
 
     Options that are not given are None.
     """
-    about, hints = _help(), get_type_hints(TrainConfig)
+    hints = get_type_hints(TrainConfig)
     own = inspect.signature(command, eval_str=True).parameters
     parameters = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
-    options = [
-        _option(field, hints[field.name], about[field.name])
-        for field in fields(TrainConfig)
-        if field.name not in without
-    ]
+    options = [_option(field, hints[field.name]) for field in fields(TrainConfig) if field.name not in without]
     position = 1 + [each.name for each in parameters].index("config")
     signature = inspect.Signature([*parameters[:position], *options, *parameters[position:]])
     vars(command)["__signature__"] = signature
@@ -40,24 +36,16 @@ def settings_as_options(command: Callable[..., None], without: Collection[str] =
     return command
 
 
-def _option(setting: Field[Any], hint: Any, about: str) -> inspect.Parameter:
+def _option(setting: Field[Any], hint: Any) -> inspect.Parameter:
     kind: Any = list[str] | None if "dict" in str(hint) else (bool | None if hint is bool else hint | None)
     flag = f"--{setting.name.replace('_', '-')}"
     names = (flag, "--column") if setting.name == "columns" else (flag,)
     has_default = not any(setting.default is nothing for nothing in (MISSING, None, False))
-    about = f"{about} Required." if setting.name in REQUIRED else about
+    about: str = setting.metadata["help"] + (" Required." if setting.name in REQUIRED else "")
     about = f"{about.rstrip('.')}; default: {setting.default}." if has_default else about
-    option = typer.Option(*names, help=about, show_default=False)
+    option = typer.Option(*names, help=about, show_default=False, rich_help_panel=setting.metadata["topic"])
     annotation = Annotated[kind, option]
     return inspect.Parameter(setting.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
-
-
-def _help() -> dict[str, str]:
-    """Description of each setting in the docstring of `TrainConfig`."""
-    section = (inspect.getdoc(TrainConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    joined = {name: " ".join(text.split()) for name, text in entries}
-    return {name: text[:1].upper() + text[1:] for name, text in joined.items()}
 
 
 def settings_of(file: Path | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -97,10 +85,13 @@ _EXAMPLES = {
 
 def starter(given: dict[str, str]) -> str:
     """YAML file with every setting, its description and its default; settings without one are commented out."""
-    about = _help()
     parts = ["# Settings for `lrlora train THIS_FILE`. Options on the command line override them."]
+    topic = ""
     for setting in fields(TrainConfig):
-        told = re.sub(r"^(ROLE|NAME)=", r"\1: ", about[setting.name])
+        if setting.metadata["topic"] != topic:
+            topic = setting.metadata["topic"]
+            parts.append(f"# {topic}\n# {'-' * len(topic)}")
+        told = re.sub(r"^(ROLE|NAME)=", r"\1: ", setting.metadata["help"])
         lines = [f"# {line}" for line in textwrap.wrap(told, 98)]
         if setting.name in _EXAMPLES:
             lines.append(f"# {setting.name}: {_EXAMPLES[setting.name]}")

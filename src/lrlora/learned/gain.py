@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..shrunk import Kept
-from .moments import Loss, model_loss, thin_updates
+from .moments import IGNORED, Loss, model_loss, thin_updates
 
 _DRAWS = 2_000
 _TAIL = 0.05  # of the bootstrap, on either side
@@ -109,15 +109,27 @@ def losses_of(model: nn.Module, batches: Iterable[Mapping[str, Any]], loss: Loss
     return torch.cat([torch.stack(loss(model, batch), 1).double().cpu() for batch in batches])
 
 
-def constant_losses(labels: Tensor, known: Tensor) -> Tensor:
+def constant_losses(labels: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
     """Losses (examples,) of the best constant answer: the mean of known labels, or their shares, one added to each.
 
     Without an adapter, the answers of a new head are worse than none, and would make any adapter look good.
+
+    Args:
+        labels: of each batch, (examples,), or (examples, …) with a sum over the labels of an example; -100 does not
+            count.
+        known: other labels of the same task.
+
     """
-    if known.is_floating_point():
-        return (labels.double() - known.double().mean()).square()
-    counts = torch.bincount(known, minlength=int(labels.max()) + 1).double() + 1
-    return -(counts / counts.sum()).log()[labels]
+    given = torch.cat([part.flatten() for part in known])
+    if given.is_floating_point():
+        mean = given.double().mean()
+        terms = [(part.double() - mean).square() for part in labels]
+    else:
+        most = max(int(part.max()) for part in labels)
+        counts = torch.bincount(given[given != IGNORED], minlength=most + 1).double() + 1
+        losses = -(counts / counts.sum()).log()
+        terms = [torch.where(part == IGNORED, 0.0, losses[part.clamp(min=0)]) for part in labels]
+    return torch.cat([part.reshape(len(part), -1).sum(1) for part in terms])
 
 
 def at_most(losses: Tensor, constant: Tensor) -> Tensor:

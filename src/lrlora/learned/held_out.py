@@ -283,7 +283,7 @@ def find_in_place(
 
     def without(batches: Sequence[Any]) -> Tensor:
         losses, given = measure(batches, nothing), _answers(batches)
-        return losses if known is None or given is None else at_most(losses, constant_losses(given, known))
+        return losses if known is None or given is None else at_most(losses, constant_losses([given], [known]))
 
     whole = [source.losses(part) for part in batches if part]
     parts = [Part(of, partial(without, part), partial(measure, part)) for of, part in zip(whole, batches, strict=False)]

@@ -34,7 +34,7 @@ from .models import model_source
 from .progress import Announce, DivergedError
 from .run import train
 from .settings import TrainConfig, read_run
-from .tasks import KINDS, Kind, kind_for
+from .tasks import TASKS, Task
 from .tasks.base import LESS_IS_BETTER
 
 _TEST_FILE, _TRAINED_FILE, _DIVERGED_FILE = "test.json", "trained.json", "diverged.txt"
@@ -81,7 +81,7 @@ class Comparison:
                 f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps}. Raise --steps, or leave "
                 f"{LEARNED} out."
             )
-        if self.task in KINDS and KINDS[self.task].generates:
+        if self.task.generates:
             for method in self.methods:
                 if method != LEARNED and METHODS[method].has_penalty:
                     raise ValueError(f"The loss of a language model with {method} has a penalty. Leave {method} out.")
@@ -93,13 +93,9 @@ class Comparison:
     def output(self) -> Path:
         return Path(self.settings["output"])
 
-    @property
-    def task(self) -> str:
-        return str(self.settings.get("task"))
-
     def first_rates(self, method: str) -> tuple[float, ...]:
         """Learning rates to try first."""
-        return tuple(sorted(self.rates)) or tuple(times * self.kind.rates[method == "full"] for times in _GRID)
+        return tuple(sorted(self.rates)) or tuple(times * self.task.rates[method == "full"] for times in _GRID)
 
     @property
     def runs(self) -> int:
@@ -121,11 +117,12 @@ class Comparison:
         )
 
     @functools.cached_property
-    def kind(self) -> Kind:
-        """Task, which for multiple choice depends on the model."""
-        if self.task != "multiple-choice":
-            return KINDS[self.task if self.task in KINDS else "classify"]
-        return kind_for(self.task, AutoConfig.from_pretrained(model_source(str(self.settings.get("model")))))
+    def task(self) -> Task:
+        """Task, as the model does it; without roles for a name that `TrainConfig` refuses."""
+        task = TASKS.get(str(self.settings.get("task")), Task())
+        if not task.depends_on_model:
+            return task
+        return task.for_model(AutoConfig.from_pretrained(model_source(str(self.settings.get("model")))))
 
     def run(self, method: str, rate: float, seed: int) -> TrainConfig:
         """Configuration of a job."""
@@ -259,7 +256,7 @@ def compare(comparison: Comparison, *, announce: Announce = print) -> Outcome:
             if not math.isfinite(_loss(config, data, announce)):
                 raise ValueError(f"{method} diverged with seed {seed} at its best rate, {rate:g}. Pass lower --rates.")
             found = _scored(config, data)
-            metric, examples = metric or _metric(comparison.kind, found), int(found["examples"])
+            metric, examples = metric or _metric(comparison.task, found), int(found["examples"])
             announce(f"{method}, rate {rate:g}, seed {seed}: {metric} {found[metric]:.4g} on {data.shown}.")
             values.append(found[metric])
         trained = parse_json(Path(config.output) / _TRAINED_FILE)
@@ -277,9 +274,9 @@ def _smallest(folder: Path) -> str:
         return f"The smallest LoRA was not chosen: {error}"
 
 
-def _metric(kind: Kind, found: Mapping[str, float]) -> str:
+def _metric(task: Task, found: Mapping[str, float]) -> str:
     """Metric that decides: the loss of a text, else the task's first."""
-    return kind.criterion if kind.generates else next(name for name in kind.metrics if name in found)
+    return task.criterion if task.generates else next(name for name in task.metrics if name in found)
 
 
 class ScoreData(NamedTuple):
@@ -306,8 +303,8 @@ def score_data(comparison: Comparison) -> ScoreData:
         test = config.data, "test", "the split test"
     else:
         raise ValueError(f"{config.data} has no split test, which scores the methods. Pass --test-data.")
-    training = load_task_data(config, comparison.kind)
-    scored, _ = load_examples(config, comparison.kind, test[0], test[1], training.labels, with_label=True)
+    training = load_task_data(config, comparison.task)
+    scored, _ = load_examples(config, comparison.task, test[0], test[1], training.labels, with_label=True)
     return ScoreData(*test, data_sums({**training.splits, "test": scored}))
 
 
@@ -377,7 +374,7 @@ def _loss(config: TrainConfig, data: ScoreData, announce: Announce) -> float:
         del result
         gc.collect()  # the next model needs its memory
     with readable(folder / METRICS_FILE, "Remove the folder to repeat the run."):
-        return float(parse_json(folder / METRICS_FILE)[KINDS[config.task].criterion])
+        return float(parse_json(folder / METRICS_FILE)[TASKS[config.task].criterion])
 
 
 def _scored(config: TrainConfig, data: ScoreData) -> dict[str, float]:

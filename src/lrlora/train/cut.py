@@ -37,7 +37,6 @@ from .inference import LoadedRun
 from .models import model_source
 from .own_text import own_text
 from .progress import Announce
-from .tasks.base import plain_metrics
 
 # Maximum number of examples, and of loss terms after which no further batch is read.
 EXAMPLES, TERMS = 256, 4_096  # for the gradients
@@ -112,7 +111,7 @@ class Subject:
         else:
             run = LoadedRun.of_adapter(source, base=base, task=task, saved=saved, **on_answers)
         run = run.reading(data=data, **reading)
-        if data is None and not is_run and not run.kind.generates:
+        if data is None and not is_run and not run.task.generates:
             raise ValueError(
                 f"An adapter for {run.config.task} cannot be cut by loss without examples. Pass --data, or cut it by "
                 "energy: --energy, or --size with --by energy."
@@ -127,7 +126,7 @@ class Subject:
             announce(f"No data was given: cut by {subject.data}. What is kept there may differ on your task (--data).")
             return subject
         if data is None:
-            splits = load_task_data(run.config, run.kind).splits
+            splits = load_task_data(run.config, run.task).splits
             training, held_out = splits["train"], splits["validation"]
         else:
             training, held_out = _given_examples(run, data, announce)
@@ -173,11 +172,11 @@ class Subject:
         yield from self.run.scored(first)
         scored: Any = self.run.trainer(first).eval_dataset
         for row in scored:  # none, if no answer fits
-            yield self.run.kind.shown(row, self.run.processor, self.run.record.labels)
+            yield self.run.task.shown(row, self.run.processor, self.run.record.labels)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of the loss terms of each example, and their number; both (examples,)."""
-        return self.run.kind.loss(model, batch)
+        return self.run.task.loss(model, batch)
 
     def batches(self, examples: Dataset, count: int, terms: int) -> list[Any]:
         """Batches of at most `count` examples, in random order, until they have this number of loss terms."""
@@ -238,12 +237,10 @@ class HeldOut(Part):
     def _unadapted(self) -> Tensor:
         """Losses without the adapter; trained heads, biases and tokens stay."""
         losses = self.losses([])
-        if not self.subject.run.kind.has_head:
+        if not self.subject.run.task.has_head:
             return losses
-        known, labels = (
-            torch.cat([batch["labels"].cpu() for batch in part]) for part in (self._training, self.batches)
-        )
-        return at_most(losses, constant_losses(labels.flatten(), known.flatten()))
+        known, labels = ([batch["labels"].cpu() for batch in part] for part in (self._training, self.batches))
+        return at_most(losses, constant_losses(labels, known))
 
     def losses_of(self, model: Any) -> Tensor:
         """`example_losses` of a model with its current adapter."""
@@ -291,7 +288,7 @@ class Cut:
             for part in (*(held_out[at::PARTS] for at in range(PARTS)), training)
         )
         self.metric = self.metric_of(subject.run.model) if with_metric and not subject.is_own else None
-        inputs = [subject.run.kind.inputs(batch) for batch in training]
+        inputs = [subject.run.task.inputs(batch) for batch in training]
         if mean_of(self.training.whole) < LEARNED:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
@@ -380,8 +377,8 @@ class Cut:
     def metric_of(self, model: Any) -> tuple[str, float] | None:
         """Name and value of the main metric of a model on the held-out examples; None if it is the loss."""
         run = replace(self.subject.run, model=model)
-        name = next((name for name in run.kind.metrics if name != "loss"), None)
-        metrics = plain_metrics(run.trainer(run.encoded(sampled(self.subject.held_out, HELD_OUT))).evaluate())
+        name = next((name for name in run.task.metrics if name != "loss"), None)
+        metrics = run.task.reported(run.trainer(run.encoded(sampled(self.subject.held_out, HELD_OUT))).evaluate())
         name = name if name in metrics else "mean_token_accuracy" if "mean_token_accuracy" in metrics else None
         return None if name is None else (name, metrics[name])
 

@@ -17,9 +17,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_datase
 from ..checks import require_known
 from ..files import is_hub_name
 from .embedded import EMBEDDED, EMBEDDED_DATA, split_by_group
-from .row_checks import alike, is_filled, is_known, require_rows, shown_rows, with_class_ids
+from .row_checks import alike, is_filled, is_known, require_rows, shown_rows
 from .settings import FROM_TRAIN, TrainConfig
-from .tasks import Kind
+from .tasks import TASKS, Task
 from .untrusted_files import require_local_card, require_own_files, require_own_images
 
 _FEW_EXAMPLES = 16
@@ -29,9 +29,6 @@ _CSV = {"keep_default_na": False, "na_values": [""]}
 
 # File suffix → builder in datasets.
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# Roles whose cells in a CSV file are text, also if they look like numbers.
-_TEXTS = ("text", "text_pair", "prompt", "completion", "instruction", "input", "output", "question", "system")
-_ANSWERS = ("label", "completion", "output")  # roles that data for prediction may lack
 
 
 @dataclass(frozen=True)
@@ -131,8 +128,7 @@ def _load_files(path: Path, config: TrainConfig) -> DatasetDict:
         delimiter = config.delimiter or ("\t" if path.is_file() and path.suffix == ".tsv" else found.sep)
         for file in chain(*found.data_files.values()):
             _check_header(Path(file), delimiter, config.encoding or "utf-8-sig")
-        roles = (*_TEXTS, "label") if config.task == "classify" else _TEXTS
-        texts = {config.columns.get(role, role): _as_text for role in roles}
+        texts = {config.columns.get(role, role): _as_text for role in TASKS[config.task].text_roles}
         source |= _CSV | {"sep": delimiter, "encoding": config.encoding, "converters": texts}
     return load_dataset(**source)
 
@@ -182,7 +178,7 @@ def only_split(splits: DatasetDict, preferred: tuple[str, ...], who: str, remedy
     return next(iter(splits))
 
 
-def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
+def load_task_data(config: TrainConfig, task: Task) -> TaskData:
     """Load and validate the examples of a run, with a validation split.
 
     Raises:
@@ -199,16 +195,16 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
         other = load_splits(config.validation, config)
         splits["validation"] = other[only_split(other, ("validation",), f"{config.validation} has", "a separate file")]
     splits = DatasetDict(
-        {name: select_roles(splits[name], kind, config.columns) for name in ("train", "validation") if name in splits}
+        {name: select_roles(splits[name], task, config.columns) for name in ("train", "validation") if name in splits}
     )
     sources = {"train": config.data, "validation": config.validation or config.data}
     where = {name: _name_of(sources[name], name) for name in splits}
     notes = []
     for name, part in splits.items():
-        splits[name], note = _checked(part, kind, where[name], config.skip_empty)
+        splits[name], note = _checked(part, task, where[name], config.skip_empty)
         notes += note
-    if labels := kind.class_names(splits["train"]):
-        splits = DatasetDict({name: with_class_ids(part, labels, where[name]) for name, part in splits.items()})
+    if labels := task.class_names(splits["train"]):
+        splits = DatasetDict({name: task.with_class_ids(part, labels, where[name]) for name, part in splits.items()})
         if len(labels) == (count := len(splits["train"])):
             notes.append(
                 f"Warning: all {count:,} training examples have different labels. Check that the label column is "
@@ -235,13 +231,13 @@ def load_task_data(config: TrainConfig, kind: Kind) -> TaskData:
 
 
 def load_examples(
-    config: TrainConfig, kind: Kind, data: str | Dataset, split: str | None, labels: list[str], *, with_label: bool
+    config: TrainConfig, task: Task, data: str | Dataset, split: str | None, labels: list[str], *, with_label: bool
 ) -> tuple[Dataset, list[str]]:
     """The checked examples of a split, read as those of a run, and notes on them.
 
     Args:
         config: the run.
-        kind: of its task.
+        task: of its task.
         data: as `TrainConfig.data`, or a data set.
         split: None: `test`, else `validation`, else the only one.
         labels: names of the classes.
@@ -256,12 +252,12 @@ def load_examples(
     splits = load_splits(data, config) if isinstance(data, str) else DatasetDict(test=data)
     chosen = split or only_split(splits, ("test", "validation"), f"{name} has", "--split")
     require_known(f"split of {name}", chosen, splits)
-    examples = select_roles(splits[chosen], kind, config.columns, with_label=with_label)
+    examples = select_roles(splits[chosen], task, config.columns, with_label=with_label)
     where = _name_of(name, chosen)
-    examples, notes = _checked(examples, kind, where, config.skip_empty, with_label=with_label)
+    examples, notes = _checked(examples, task, where, config.skip_empty, with_label=with_label)
     if labels and with_label:
         remedy = "" if len(splits) == 1 else " (--split selects another)"
-        examples = with_class_ids(examples, labels, where + remedy)
+        examples = task.with_class_ids(examples, labels, where + remedy)
     return examples, notes
 
 
@@ -275,7 +271,7 @@ def sampled(data: Dataset, limit: int | None) -> Dataset:
     return data if limit is None or limit >= len(data) else data.shuffle(seed=0).select(range(limit))
 
 
-def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_label: bool = True) -> Dataset:
+def select_roles(data: Dataset, task: Task, columns: dict[str, str], *, with_label: bool = True) -> Dataset:
     """Select the task's columns and rename them by role.
 
     Raises:
@@ -284,30 +280,30 @@ def select_roles(data: Dataset, kind: Kind, columns: dict[str, str], *, with_lab
     """
     there = data.column_names
     for role, name in columns.items():
-        if name not in there and (with_label or role not in _ANSWERS):
+        if name not in there and (with_label or role not in task.answers):
             several = " Repeat --column for each role." if "," in name else ""
             raise ValueError(
                 f"columns maps {role} to {name!r}, which is not in the data. Available columns: {', '.join(there)}."
                 f"{several}"
             )
-    wanted = kind.columns(columns, there, with_label=with_label)
+    wanted = task.columns(columns, there, with_label=with_label)
     if missing := [role for role, name in wanted.items() if name not in there]:
         columns_are = f"column{'s' * (len(missing) > 1)} {' and '.join(missing)}"
         raise ValueError(
-            f"The task {kind.name} needs the {columns_are}, but the data has {', '.join(there)}. Map "
+            f"The task {task.name} needs the {columns_are}, but the data has {', '.join(there)}. Map "
             f"{'them' if len(missing) > 1 else 'it'}: {' '.join(f'--column {role}=NAME' for role in missing)}"
         )
-    optional = {role: columns.get(role, role) for role in kind.optional_roles}
+    optional = {role: columns.get(role, role) for role in task.optional_roles}
     wanted |= {role: name for role, name in optional.items() if name in there}
     if twice := sorted({name for name in wanted.values() if list(wanted.values()).count(name) > 1}):
         roles = " and ".join(role for role, name in wanted.items() if name == twice[0])
         raise ValueError(f"The column {twice[0]!r} is mapped to {roles}. Map each role to a column of its own.")
     selected = data.select_columns(list(dict.fromkeys(wanted.values())))
-    return kind.as_read(selected.rename_columns({name: role for role, name in wanted.items() if name != role}))
+    return task.as_read(selected.rename_columns({name: role for role, name in wanted.items() if name != role}))
 
 
 def _checked(
-    data: Dataset, kind: Kind, where: str, skip_empty: bool, *, with_label: bool = True
+    data: Dataset, task: Task, where: str, skip_empty: bool, *, with_label: bool = True
 ) -> tuple[Dataset, list[str]]:
     """Examples that the task can use, without those with an empty required cell if `skip_empty`, and notes.
 
@@ -317,7 +313,7 @@ def _checked(
     """
     notes = []
     if skip_empty:
-        optional = {*kind.optional_roles, *(() if with_label else _ANSWERS)}
+        optional = {*task.optional_roles, *(() if with_label else task.answers)}
         asked = [name for name in data.column_names if name not in optional]
         secret = {name: -1 for name in asked if isinstance(data.features[name], ClassLabel)}
         columns = [[is_filled(value) and value != secret.get(name) for value in data[name]] for name in asked]
@@ -328,7 +324,7 @@ def _checked(
             data = data.select(rows)
     if len(data) == 0:
         raise ValueError(f"There are no examples in {where}.")
-    kind.check(data, where, with_label=with_label)
+    task.check(data, where, with_label=with_label)
     return data, notes
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
@@ -55,8 +54,8 @@ from .models import (
 )
 from .progress import Announce
 from .settings import TrainConfig, read_run
-from .tasks import KINDS, Kind, kind_for
-from .tasks.base import logits, plain_metrics
+from .tasks import TASKS, Task, task_for, task_stored
+from .tasks.base import logits
 
 # Trainer arguments of a run that inference takes: those of the loss and its tokens, of precision, and of memory. Others
 # may change which examples are read, and in which order.
@@ -68,8 +67,6 @@ _OF_INFERENCE = (
 )
 
 
-_TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "classify"}  # task_type of an adapter → task
-_WITHOUT_TASK_TYPE = ("image-classify", "multiple-choice")  # tasks with a head that PEFT has no task_type for
 _NEW_TOKENS = 256  # default maximum for an adapter from elsewhere
 # Fields of GenerationConfig that only matter for sampling, which they turn on.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -120,10 +117,10 @@ def evaluate(
         raise ValueError(
             f"No example has an answer within its first {loaded.record.max_length} tokens, the run's max_length."
         )
-    wanted = [answer_of(row) for row in encoded] if answers and loaded.kind.generates else []
+    wanted = [answer_of(row) for row in encoded] if answers and loaded.task.generates else []
     asked = encoded.select([number for number, answer in enumerate(wanted) if answer is not None])
     loaded.require_room(asked)
-    metrics = {"examples": len(examples)} | plain_metrics(trainer.evaluate())
+    metrics = {"examples": len(examples)} | loaded.task.reported(trainer.evaluate())
     if len(asked):
         pairs = zip(_with_warning(loaded.answers(asked), announce), asked, strict=True)
         metrics["exact_match"] = float(np.mean([got.strip() == str(answer_of(row)).strip() for got, row in pairs]))
@@ -153,15 +150,17 @@ def predict(
     loaded = loaded.reading(**reading).generating(generation)
     examples = loaded.examples(data, split, announce, with_label=False)
     encoded = loaded.encoded(examples)
-    if loaded.kind.generates:
+    if loaded.task.generates:
         loaded.require_room(encoded)
         for example, answer in zip(examples, _with_warning(loaded.answers(encoded), announce), strict=True):
             yield {**{name: value for name, value in example.items() if name != "completion"}, "completion": answer}
         return
-    encoded = loaded.kind.unlabelled(encoded)
+    encoded = loaded.task.unlabelled(encoded)
     outputs = torch.as_tensor(logits(loaded.trainer(encoded).predict(encoded)))
-    for example, prediction in zip(examples, loaded.kind.predictions(outputs, loaded.record.labels), strict=True):
-        yield {**loaded.kind.described(example), **prediction}
+    for example, prediction in zip(
+        examples, loaded.task.predictions(outputs, encoded, loaded.record.labels), strict=True
+    ):
+        yield {**loaded.task.described(example), **prediction}
 
 
 def predict_texts(
@@ -174,12 +173,12 @@ def predict_texts(
 
     """
     loaded = LoadedRun.read(Path(run))
-    kind = loaded.kind
-    role = "prompt" if kind.generates else "text"
-    if role not in kind.roles:
-        asked = " and ".join(name for name in kind.roles if name != "label")
+    task = loaded.task
+    role = "prompt" if task.generates else "text"
+    if role not in task.roles:
+        asked = " and ".join(name for name in task.roles if name != "label")
         raise ValueError(
-            f"The task {kind.name} needs {asked}, not a single text. Pass data with these columns: --data."
+            f"The task {task.name} needs {asked}, not a single text. Pass data with these columns: --data."
         )
     return predict(loaded, Dataset.from_dict({role: texts}), columns={}, generation=generation, announce=announce)
 
@@ -195,13 +194,6 @@ def _with_warning(answers: Iterable[str], announce: Announce) -> Iterator[str]:
             f"Warning: {empty} of {count} answers are empty. Check that the prompts have the format used in training: "
             "`lrlora predict RUN --text` shows one."
         )
-
-
-def _task_with_head(base_class: str | None) -> str | None:
-    """Task of the transformers class that an adapter was trained on; None if it is none of `_WITHOUT_TASK_TYPE`."""
-    model_class = getattr(transformers, str(base_class), None)
-    found = (KINDS[name] for name in _WITHOUT_TASK_TYPE)
-    return next((kind.name for kind in found if model_class in kind.architectures.values()), None)
 
 
 @dataclass(frozen=True)
@@ -233,21 +225,21 @@ class LoadedRun:
         remedy = "`lrlora train` wrote this folder. Restore it from a copy, or train again."
         saved = None
         with readable(folder, remedy):
-            processor = KINDS[config.task].load_processor(folder)
+            processor = TASKS[config.task].load_processor(folder)
             if record.rendering == CHAT and processor.chat_template != record.chat_template:
                 raise ValueError(
                     f"The chat template in {folder} differs from the one used in training, which is stored in its "
                     f"{RUN_FILE}. Restore that template: with another, the answers are not those that were learned."
                 )
             if config.method == "full":
-                model = kind_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
+                model = task_for(config.task, AutoConfig.from_pretrained(folder)).model_class.from_pretrained(folder)
             else:
                 saved = SavedAdapter.read(folder)  # validate before PEFT reads its patterns
         if saved is not None:
             require_model_folder(config.model)
             source = model_source(config.model)
-            kind = kind_for(config.task, AutoConfig.from_pretrained(source))
-            base, _ = load_model(config.model, source, kind, record.labels, processor, in_float32=False)
+            task = task_for(config.task, AutoConfig.from_pretrained(source))
+            base, _ = load_model(config.model, source, task, record.labels, processor, in_float32=False)
             with readable(folder, remedy):
                 model = PeftModel.from_pretrained(base, folder, is_trainable=METHODS[config.method].has_penalty)
                 require_all_weights(model, saved)
@@ -283,41 +275,43 @@ class LoadedRun:
         if saved is None and not is_full_model(source):
             saved = SavedAdapter.read(source).on_base(base)
         known = None if saved is None else saved.config.task_type
-        if known not in (None, *_TASKS):
-            raise ValueError(f"{source} is a {known} adapter. Supported: {', '.join(_TASKS)}.")
+        types = {name: each.adapter_fields.get("task_type") for name, each in TASKS.items()}
+        if known not in (None, *types.values()):
+            supported = sorted(set(filter(None, types.values())))
+            raise ValueError(f"{source} is a {known} adapter. Supported: {', '.join(supported)}.")
         trained_on = None if saved is None else (saved.config.auto_mapping or {}).get("base_model_class")
-        stored = _TASKS.get(str(known)) or _task_with_head(trained_on)
-        if (task or stored) is None or task not in (None, *_TASKS.values(), "regress"):
+        found = task_stored(known, trained_on) if task is None else TASKS.get(task)
+        if found is None or (task is not None and types[task] is None):
+            *some, last = sorted(name for name, stored in types.items() if stored is not None)
             raise ValueError(
                 f"{source} does not store its task: set task_type in its adapter_config.json. For an export, pass "
-                f"--task {', '.join(_TASKS.values())} or regress."
+                f"--task {', '.join(some)} or {last}."
             )
-        task = task or str(stored)
-        if known is not None and _TASKS[known] != task.replace("regress", "classify"):
-            raise ValueError(f"{source} is a {known} adapter, which does not fit --task {task}. Remove --task.")
+        if known is not None and types[found.name] != known:
+            raise ValueError(f"{source} is a {known} adapter, which does not fit --task {found.name}. Remove --task.")
         name = source if saved is None else saved.base_model
         if not name:
             raise ValueError(f"{source} does not name its base model. Pass it: --base MODEL.")
         require_model_folder(name)
-        kind = kind_for(task, AutoConfig.from_pretrained(name))
+        found = found.for_model(AutoConfig.from_pretrained(name))
         names = class_names(saved) if saved else []
         if saved is not None and (known is not None or base is None):
             model: Any = load_adapted(saved)
         else:
-            model = kind.model_class.from_pretrained(name, **(kind.model_options(names) if names else {}))
+            model = found.model_class.from_pretrained(name, **(found.model_options(names) if names else {}))
             model = PeftModel.from_pretrained(model, source) if saved else model
-        if known is not None and kind.has_head and model.config.num_labels == 1:
-            task, kind = "regress", kind_for("regress", model.config)
+        if known is not None:
+            found = found.with_outputs(model.config.num_labels)
         try:
-            processor = kind.load_processor(source)
+            processor = found.load_processor(source)
         except (OSError, ValueError):  # it has none of its own
-            processor = kind.load_processor(name)
+            processor = found.load_processor(name)
         labels: list[str] = []
-        if task in ("classify", "image-classify"):
+        if found.has_classes:
             unnamed = map(str, range(model.config.num_labels))
             labels = names or [*(unnamed if saved else map(str, model.config.id2label.values()))]
-        config = TrainConfig(name, source, task, method="lora", output=tempfile.gettempdir())
-        limit = max_tokens(processor, model.config) if kind.has_head and kind.reads_text else None
+        config = TrainConfig(name, source, found.name, method="lora", output=tempfile.gettempdir())
+        limit = max_tokens(processor, model.config) if found.has_head and found.reads_text else None
         record = RunRecord({}, labels, limit, {}, {}, loss_on=ANSWERS if on_answers else None)
         return cls(config, record, processor, model)
 
@@ -332,7 +326,7 @@ class LoadedRun:
             ValueError: the run does not generate text, or a setting is unknown.
 
         """
-        if settings and not self.kind.generates:
+        if settings and not self.task.generates:
             raise ValueError(f"Generation settings ({', '.join(settings)}) are for causal-lm, not {self.config.task}.")
         names = [name for name in GenerationConfig().to_dict() if not name.startswith("_")]
         for name in settings or ():
@@ -343,15 +337,15 @@ class LoadedRun:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @property
-    def kind(self) -> Kind:
-        return kind_for(self.config.task, self.model.config)
+    def task(self) -> Task:
+        return task_for(self.config.task, self.model.config)
 
     def examples(self, data: str | Dataset, split: str | None, announce: Announce, *, with_label: bool) -> Dataset:
         """The checked examples of data, named by their roles."""
-        examples, notes = load_examples(self.config, self.kind, data, split, self.record.labels, with_label=with_label)
+        examples, notes = load_examples(self.config, self.task, data, split, self.record.labels, with_label=with_label)
         for note in notes:
             announce(note)
-        if self.kind.generates:
+        if self.task.generates:
             self._require_rendering(examples)
             is_chat = format_of(examples.column_names).name == "text" or holds_chats(examples)
             if self.record.rendering is None and not is_chat and rendering_of(examples, self.processor) == CHAT:
@@ -360,7 +354,7 @@ class LoadedRun:
                     "such an adapter, pass the whole texts in the column text."
                 )
         elif limit := self.record.max_length:
-            count = sum(length > limit for length in self.kind.lengths(examples, self.processor))
+            count = sum(length > limit for length in self.task.lengths(examples, self.processor))
             if count:
                 announce(f"{count:,} of {len(examples):,} examples are truncated to {limit} tokens.")
         return examples
@@ -384,11 +378,11 @@ class LoadedRun:
 
     def encoded(self, examples: Dataset) -> Dataset:
         """Encode the examples as in training."""
-        if self.kind.generates:
+        if self.task.generates:
             is_text = format_of(examples.column_names).name == "text"
             rendering = self.record.rendering or rendering_of(examples, self.processor)
             return as_trl_reads(examples, TEXT if is_text else rendering)
-        return self.kind.encode(examples, self.processor, self.record.max_length)
+        return self.task.encode(examples, self.processor, self.record.max_length)
 
     def marked(self, rows: Dataset) -> Dataset:
         """Restrict the loss of encoded examples as in training.
@@ -410,9 +404,9 @@ class LoadedRun:
 
     def trainer(self, data: Dataset) -> Trainer:
         settings = {name: value for name, value in self.config.arguments.items() if name in _OF_INFERENCE}
-        arguments = training_arguments(self.kind, settings, self.config.output, max_length=self.record.max_length)
+        arguments = training_arguments(self.task, settings, self.config.output, max_length=self.record.max_length)
         data = self.marked(data)
-        return make_trainer(self.kind, self.model, self.processor, arguments, data, data, [])
+        return make_trainer(self.task, self.model, self.processor, arguments, data, data, [])
 
     def answers(self, rows: Dataset) -> Iterator[str]:
         """Yield the continuation of every prompt."""
@@ -486,7 +480,7 @@ class Chat:
 
     def __init__(self, run: str | Path, generation: Mapping[str, Any] | None = None) -> None:
         self._run = LoadedRun.read(Path(run)).generating(generation)
-        if not self._run.kind.generates:
+        if not self._run.task.generates:
             raise ValueError(f"{run} has the task {self._run.config.task} and cannot chat. Use lrlora predict.")
         is_templated = self._run.processor.chat_template is not None
         self._is_chat = (self._run.record.rendering or (CHAT if is_templated else PLAIN)) == CHAT

@@ -25,7 +25,7 @@ from .chat import choose_template, rendering_of, with_answers_marked
 from .data import TaskData, choose_max_length, dataset_name, load_task_data
 from .models import MODEL_EXPECTED, check_model, hub_name, max_tokens, model_source
 from .settings import TrainConfig, read_run
-from .tasks import Kind
+from .tasks import Task
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Inputs:
     """Inputs of a run, loaded and validated.
 
     Attributes:
-        kind: kind of the task.
+        task: task.
         source: path or hub name of the model.
         data: examples.
         processor: tokenizer or image processor.
@@ -44,7 +44,7 @@ class Inputs:
 
     """
 
-    kind: Kind
+    task: Task
     source: str
     data: TaskData
     processor: Any
@@ -57,23 +57,23 @@ class Inputs:
     def read(cls, config: TrainConfig) -> Inputs:
         """Load data and processor, check that they fit task and model, and make the record."""
         source = model_source(config.model)
-        model_config, kind = check_model(config.model, source, config.task)
-        if not kind.has_head and config.head_learning_rate is not None:
+        model_config, task = check_model(config.model, source, config.task)
+        if not task.has_head and config.head_learning_rate is not None:
             raise ValueError(
                 f"head_learning_rate={config.head_learning_rate!r} applies to a new head, but {config.model} answers "
                 "multiple choice without one. Remove it."
             )
-        data = load_task_data(config, kind)
+        data = load_task_data(config, task)
         if (start := config.start_from) is not None and (known := read_run(Path(start))[1].labels) != data.labels:
             raise ValueError(f"The run in {start} was trained with the labels {known}, but the data has {data.labels}.")
         with readable(config.model, MODEL_EXPECTED):
-            processor = kind.load_processor(source)
+            processor = task.load_processor(source)
         choose_template(processor, config.chat_template)
         saved_processor = copy.deepcopy(processor)
         max_length, too_long, rows = None, 0, len(data.splits["train"])
-        if kind.reads_text:
+        if task.reads_text:
             limit = max_tokens(processor, model_config)
-            counts = kind.lengths(data.splits["train"], processor)
+            counts = task.lengths(data.splits["train"], processor)
             max_length = config.max_length or choose_max_length(counts, limit)
             if max_length > limit:
                 raise ValueError(
@@ -81,10 +81,10 @@ class Inputs:
                     f"got {max_length}."
                 )
             too_long = sum(count > max_length for count in counts)
-            rows = kind.rows(counts, max_length, config.training)
-            if kind.has_head:
+            rows = task.rows(counts, max_length, config.training)
+            if task.has_head:
                 saved_processor.model_max_length = max_length  # exports carry it, and whoever serves them truncates so
-        rendering = rendering_of(data.splits["train"], processor) if kind.generates else None
+        rendering = rendering_of(data.splits["train"], processor) if task.generates else None
         on_answers = rendering == CHAT and config.training.get("assistant_only_loss", True)
         modules = (torch, transformers, peft, datasets)
         record = RunRecord(
@@ -100,7 +100,7 @@ class Inputs:
             base_model=hub_name(config.model),
             dataset=dataset_name(config.data),
         )
-        return cls(kind, source, data, processor, saved_processor, too_long, rows, record)
+        return cls(task, source, data, processor, saved_processor, too_long, rows, record)
 
     @property
     def count(self) -> int:
@@ -110,7 +110,7 @@ class Inputs:
     def encoded(self) -> tuple[Dataset, Dataset]:
         """Training and validation examples for the Trainer; TRL tokenizes those of causal-lm."""
         train, validation = (
-            self.kind.encode(self.data.splits[name], self.processor, self.record.max_length)
+            self.task.encode(self.data.splits[name], self.processor, self.record.max_length)
             for name in ("train", "validation")
         )
         if self.record.loss_on == ANSWERS:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import SchedulerType
 from ..checks import require_known, require_type
 from ..files import is_hub_name, readable
 from .embedded import EMBEDDED, EMBEDDED_MODELS, checkpoint
-from .tasks import Kind, kind_for
+from .tasks import Task, task_for
 from .tasks.base import LESS_IS_BETTER
 
 MODEL_EXPECTED = "Expected a model that transformers can load. Download it again, or choose another."
@@ -70,13 +70,13 @@ def hub_name(name: str) -> str | None:
     return None if Path(name).exists() else name
 
 
-def check_model(name: str, source: str, task: str) -> tuple[Any, Kind]:
-    """Configuration of a model, and the kind of its task.
+def check_model(name: str, source: str, task_name: str) -> tuple[Any, Task]:
+    """Configuration of a model, and the task.
 
     Args:
         name: as given by the user.
         source: argument of `from_pretrained`.
-        task: name of the task.
+        task_name: name of the task.
 
     Raises:
         FileNotFoundError: the model does not exist.
@@ -96,20 +96,20 @@ def check_model(name: str, source: str, task: str) -> tuple[Any, Kind]:
                 f"{name} is not a local model folder, and could not be loaded from the hub: "
                 f"{str(error).splitlines()[0]}"
             ) from None
-    kind = kind_for(task, model_config)
-    if type(model_config) not in kind.architectures:
+    task = task_for(task_name, model_config)
+    if type(model_config) not in task.architectures:
         raise ValueError(
-            f"The task {task} does not fit the model {name}: transformers has no such head for "
+            f"The task {task_name} does not fit the model {name}: transformers has no such head for "
             f"{model_config.model_type}. Choose another task or model."
         )
     # transformers also has causal heads for encoders, which look ahead unless configured as decoders.
     looks_ahead = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model_config, "is_decoder", True)
-    if kind.generates and looks_ahead and not model_config.is_encoder_decoder:
+    if task.generates and looks_ahead and not model_config.is_encoder_decoder:
         raise ValueError(
             f"The task causal-lm does not fit the model {name}: {model_config.model_type} is an encoder, "
             "which sees the tokens to predict. Choose a decoder (Llama, Qwen, GPT-2, …)."
         )
-    return model_config, kind
+    return model_config, task
 
 
 # Position ids of these models start after the padding token's id.
@@ -131,14 +131,14 @@ def max_tokens(tokenizer: Any, model_config: Any) -> int:
 
 
 def load_model(
-    name: str, source: str, kind: Kind, labels: list[str], processor: Any, *, in_float32: bool
+    name: str, source: str, task: Task, labels: list[str], processor: Any, *, in_float32: bool
 ) -> tuple[Any, list[str]]:
     """Load the model with the task's head.
 
     Args:
         name: model as given by the user.
         source: argument of `from_pretrained`.
-        kind: kind of its task.
+        task: its task.
         labels: class names.
         processor: the model's tokenizer or image processor.
         in_float32: load in float32 also without a new head.
@@ -148,15 +148,15 @@ def load_model(
 
     """
     # When a new head or the whole model is trained, half precision would lose the optimizer's steps.
-    dtype = torch.float32 if kind.has_head or in_float32 else "auto"
+    dtype = torch.float32 if task.has_head or in_float32 else "auto"
     with readable(name, MODEL_EXPECTED):
-        model, loading = kind.model_class.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **kind.model_options(labels)
+        model, loading = task.model_class.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **task.model_options(labels)
         )
     inside = [key for key, *_ in loading["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
     if inside:
         raise ValueError(f"The weight {inside[0]} of {name} does not fit its config.json. {MODEL_EXPECTED}")
-    if kind.reads_text and model.config.pad_token_id is None:
+    if task.reads_text and model.config.pad_token_id is None:
         model.config.pad_token_id = processor.pad_token_id
     return model, _new_modules(model, {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
 
@@ -169,7 +169,7 @@ def _new_modules(model: Any, weights: set[str]) -> list[str]:
 
 
 def training_arguments(
-    kind: Kind,
+    task: Task,
     given: Mapping[str, Any],
     output: str | Path,
     *,
@@ -181,7 +181,7 @@ def training_arguments(
     """The Trainer's arguments: the task's defaults, overridden by the user.
 
     Args:
-        kind: kind of the task.
+        task: task.
         given: fields set by the user.
         output: output folder.
         rows: rows of an epoch.
@@ -193,12 +193,12 @@ def training_arguments(
         ValueError: a setting is invalid.
 
     """
-    cls = kind.arguments_class()
+    cls = task.arguments_class()
     given = dict(given)
     given.pop("assistant_only_loss", None)  # TRL's needs a template with markers; answers are located without them
     for name in ("eval_do_concat_batches", "batch_eval_metrics"):
         given.pop(name, None)  # metrics take all batches as one
-    batch = given.pop("per_device_train_batch_size", kind.batch_size)
+    batch = given.pop("per_device_train_batch_size", task.batch_size)
     accumulation = given.pop("gradient_accumulation_steps", 1)
     steps, epochs = given.pop("max_steps", -1), given.pop("num_train_epochs", 3)
     # Each of several processes has one GPU; a single process uses all visible ones.
@@ -217,11 +217,11 @@ def training_arguments(
     if steps > _MOST_STEPS:
         raise ValueError(f"Training would take {steps:g} steps, which is too many. Reduce the steps or epochs.")
     every = max(round(steps / 10), min(math.ceil(steps), _FEWEST_STEPS_BETWEEN_EVALUATIONS))
-    metric = given.pop("metric_for_best_model", kind.metrics[0]).removeprefix("eval_")
-    require_known(f"metric of {kind.name}", metric, kind.metrics)
+    metric = given.pop("metric_for_best_model", task.metrics[0]).removeprefix("eval_")
+    require_known(f"metric of {task.name}", metric, task.metrics)
     defaults = {
         "max_steps": math.ceil(steps),
-        "learning_rate": kind.rates[is_full],
+        "learning_rate": task.rates[is_full],
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
         "eval_steps": given.get("save_steps", every),  # the best checkpoint must be a saved one
@@ -236,7 +236,7 @@ def training_arguments(
     if given.get("eval_strategy") == "no":
         defaults["load_best_model_at_end"] = False  # no best checkpoint exists
     try:
-        arguments = cls(**{**_ALWAYS, **defaults, **kind.arguments(max_length, batch), **given})
+        arguments = cls(**{**_ALWAYS, **defaults, **task.arguments(max_length, batch), **given})
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
     options: Any = arguments.lr_scheduler_kwargs
@@ -288,10 +288,10 @@ _LEAST = {
 }
 
 
-def check_arguments(given: Mapping[str, Any], kind: Kind) -> None:
+def check_arguments(given: Mapping[str, Any], task: Task) -> None:
     """Raise ValueError for values that the Trainer rejects late or never."""
-    types = get_type_hints(kind.arguments_class())
-    if given.get("prediction_loss_only") and kind.metrics[0] != "loss":
+    types = get_type_hints(task.arguments_class())
+    if given.get("prediction_loss_only") and task.metrics[0] != "loss":
         raise ValueError(
             "training: prediction_loss_only=True is not supported, because the metrics need predictions. Remove it."
         )
@@ -310,7 +310,7 @@ def check_arguments(given: Mapping[str, Any], kind: Kind) -> None:
 
 
 def make_trainer(
-    kind: Kind,
+    task: Task,
     model: Any,
     processor: Any,
     arguments: TrainingArguments,
@@ -319,7 +319,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> Trainer:
     """Trainer of a task, on encoded examples; TRL encodes them itself."""
-    trainer = kind.trainer(
+    trainer = task.trainer(
         processor, model=model, args=arguments, callbacks=callbacks, train_dataset=train_data, eval_dataset=validation
     )
     trainer.remove_callback(PrinterCallback)

@@ -123,7 +123,7 @@ def describe_encoded(trainer: Trainer, inputs: Inputs) -> Iterator[str]:
             "nothing to compute the loss on."
         )
     first = next(iter(encoded))  # type: ignore[arg-type]
-    yield inputs.kind.shown(first, inputs.processor, inputs.data.labels)
+    yield inputs.task.shown(first, inputs.processor, inputs.data.labels)
 
 
 def _format_line(inputs: Inputs) -> str:

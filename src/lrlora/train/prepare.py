@@ -50,7 +50,7 @@ from .plan import describe_encoded, plan
 from .progress import Announce
 from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
 from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
-from .tasks import KINDS
+from .tasks import TASKS
 
 _MANY_STEPS = 10**6  # for checks of a configuration before the number of steps is known
 
@@ -102,10 +102,10 @@ def require_startable(config: TrainConfig, *, resume: bool = False, overwrite: b
     for place, given in (("training", config.training), ("adapter", config.adapter)):
         require_settings(given, place, config.task, config.method)
     check_sharding(config.method, config.adapter, config.training)
-    check_arguments(config.arguments, KINDS[config.task])
+    check_arguments(config.arguments, TASKS[config.task])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns when training begins
-        adapter_config(config.method, KINDS[config.task].adapter_fields, _MANY_STEPS, config.adapter_fields)
+        adapter_config(config.method, TASKS[config.task].adapter_fields, _MANY_STEPS, config.adapter_fields)
     return resumed
 
 
@@ -192,7 +192,7 @@ def prepare(
 
     """
     arguments = training_arguments(
-        inputs.kind,
+        inputs.task,
         config.arguments,
         config.output,
         rows=inputs.rows,
@@ -201,7 +201,7 @@ def prepare(
         examples_per_step=inputs.record.examples_per_step,
     )
     count = len(inputs.data.splits["validation"])
-    fewest = PARTS * FEWEST_UNITS if config.keep is not None else FEWEST if inputs.kind.has_head else 0
+    fewest = PARTS * FEWEST_UNITS if config.keep is not None else FEWEST if inputs.task.has_head else 0
     is_measured = config.filled_by or (config.learned_share is not None and not config.is_default_cut)
     if is_measured and count < fewest:
         raise ValueError(
@@ -223,7 +223,7 @@ def prepare(
         announce(f"Ranks: {why}, so they are not learned: r = {config.adapter['r']} in all modules.")
     for line in plan(config, inputs, model, arguments):
         announce(line)
-    trainer = make_trainer(inputs.kind, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
+    trainer = make_trainer(inputs.task, model, inputs.processor, arguments, *inputs.encoded(), callbacks)
     if config.learned_share is not None:
         trainer.add_callback(
             LearnedRanksCallback(keep=config.learned_share, at=config.cut_at, rate=config.cut_rate, trainer=trainer)
@@ -257,16 +257,16 @@ def _why_not_measurable(steps: int, examples: int, trained: int) -> str | None:
 
 def _adapted_model(config: TrainConfig, inputs: Inputs, steps: int) -> Any:
     """Model to train, with its adapter, if any."""
-    adapter: Any = adapter_config(config.method, inputs.kind.adapter_fields, steps, config.wide_fields)
-    if adapter is None or inputs.kind.has_head:
+    adapter: Any = adapter_config(config.method, inputs.task.adapter_fields, steps, config.wide_fields)
+    if adapter is None or inputs.task.has_head:
         load_in_every_process()
     set_seed(config.seed)
     is_full = adapter is None
     name, source = (config.start_from,) * 2 if config.start_from and is_full else (config.model, inputs.source)
-    model, new = load_model(name, source, inputs.kind, inputs.data.labels, inputs.processor, in_float32=is_full)
+    model, new = load_model(name, source, inputs.task, inputs.data.labels, inputs.processor, in_float32=is_full)
     if adapter is None:
         return model
-    is_tied = inputs.kind.generates and model.config.get_text_config().tie_word_embeddings
+    is_tied = inputs.task.generates and model.config.get_text_config().tie_word_embeddings
     if is_tied and getattr(adapter, "trainable_token_indices", None):
         raise ValueError(
             f"adapter: trainable_token_indices is not supported for {config.model}, whose embeddings are tied to its "

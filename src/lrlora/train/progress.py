@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..progress_bar import is_live, progress_bar
 from ..run_folder import shown_metrics
 from ..tuner.sharding import local_part
-from .tasks.base import plain_metrics
+from .tasks.base import Task, plain_metrics
 
 Announce = Callable[[str], None]
 
@@ -169,8 +169,8 @@ def _diverged(step: int, what: str, args: TrainingArguments) -> DivergedError:
 class Progress(TrainerCallback):
     """Progress bar with loss, metric and mean rank; one line per evaluation."""
 
-    def __init__(self, announce: Announce) -> None:
-        self.announce = announce
+    def __init__(self, announce: Announce, task: Task) -> None:
+        self.announce, self.task = announce, task
         self.shown: dict[str, str] = {}
         self.bar = tqdm(disable=True)  # until training starts
 
@@ -206,7 +206,7 @@ class Progress(TrainerCallback):
     ) -> None:
         if self.bar.disable:
             return  # evaluation of the best checkpoint, after training
-        values = ", ".join(f"{name} {value:.4g}" for name, value in shown_metrics(plain_metrics(metrics)).items())
+        values = ", ".join(f"{name} {value:.4g}" for name, value in shown_metrics(self.task.reported(metrics)).items())
         rank = f", stable rank {self.shown['stable rank']}" if "stable rank" in self.shown else ""
         self.say(f"Step {state.global_step}: {values}{rank}")
 

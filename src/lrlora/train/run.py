@@ -40,7 +40,7 @@ from .plan import learned_in, ranks_line, seconds_per_batch
 from .prepare import last_checkpoint, prepare, require_same_run, require_startable
 from .progress import Announce, Progress, StepClock, StopOnNonFinite, StopOnSignal, TiesToLowerLoss
 from .settings import TrainConfig
-from .tasks.base import plain_metrics
+from .tasks import TASKS
 
 
 class Interrupted(KeyboardInterrupt):
@@ -101,7 +101,7 @@ def train(
     """
     output = Path(config.output)
     announce = _in_first_process(announce)
-    clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce)
+    clock, stop, progress = StepClock(), StopOnSignal(), Progress(announce, TASKS[config.task])
     with only_writer(output):
         resumed = require_startable(config, resume=resume, overwrite=overwrite)
         inputs = Inputs.read(config)
@@ -224,7 +224,7 @@ def _finish(
     if (best := trainer.state.best_global_step) and arguments.load_best_model_at_end:
         measure = str(arguments.metric_for_best_model).removeprefix("eval_")
         announce(f"Kept: step {best} of {arguments.max_steps}, the best by {measure}.")
-    metrics = plain_metrics(trainer.evaluate())
+    metrics = inputs.task.reported(trainer.evaluate())
     model: Any = trainer.model
     is_first = trainer.is_world_process_zero()
     examples = {name: len(part) for name, part in inputs.data.splits.items()}
@@ -245,7 +245,7 @@ def _finish(
     with replacing_files(output) as partial:
         model.save_pretrained(partial, state_dict=state)
         inputs.saved_processor.save_pretrained(partial)
-        if inputs.kind.has_head and config.method != "full":
+        if inputs.task.has_head and config.method != "full":
             model.get_base_model().config.save_pretrained(partial)  # contains the class names
     # JSON cannot store infinite gradients, which a loss scaler skips.
     log = [

@@ -36,115 +36,223 @@ _ALIASES = {name: setting for setting, name in ARGUMENTS.items()} | {
 }
 
 AUTO = "auto"
+_DATA, _ADAPTER, _SIZE, _TRAINING, _OUTPUT = "Model and data", "Adapter", "Size", "Training", "Output"  # topics
+
+
+def _about(topic: str, text: str) -> dict[str, str]:
+    return {"topic": topic, "help": text}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Configuration of a training run.
+    """Configuration of a training run: `lrlora train --help` describes every setting.
 
-    Every field is also a command-line option and a YAML key of the same name.
-
-    Args:
-        model: model on the hub, local folder, or embedded:NAME (see `lrlora inputs`).
-        data: data set on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a folder of
-            such files or one written by `save_to_disk`, or embedded:NAME.
-        task: one of classify, regress, multiple-choice, causal-lm and image-classify.
-        method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion, dora, adalora or full;
-            auto is learned, but lora if `start_from` is given without `size`.
-        output: folder for adapter, tokenizer, model card, metrics and rank history.
-        columns: ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, text_pair and
-            label for classify and regress; image and label for image-classify; question, choices (a list) and label
-            (the index of the right choice) for multiple-choice, and prompts (a list) to replace the question; for
-            causal-lm messages, or conversations (ShareGPT), or prompt and completion, or instruction, input and output
-            (Alpaca), or text; group, for examples to keep on one side of the split into training and validation.
-        delimiter: delimiter of a CSV file; default: a comma, in a TSV file a tab.
-        encoding: encoding of a CSV file, such as latin-1; default: utf-8.
-        skip_empty: skip examples whose text or label is missing or empty, instead of stopping.
-        validation: validation data, like `data`, or "train" for a part of the training data; default: the validation
-            split of the data, or a part of the training data.
-        validation_share: share of the training data held out for validation, between 0 and 1.
-        train_examples: maximum number of training examples, a fixed random sample; default: all.
-        validation_examples: maximum number of validation examples, a fixed random sample; default: all.
-        chat_template: template for prompts and chats, for causal-lm: none for plain text, simple, a file FILE.jinja,
-            or a name that TRL knows, such as qwen3; default: the model's own, or plain text.
-        max_length: maximum number of tokens of an example; default: the 99th percentile, within the model's limit.
-        rank: rank r of BA; default: 8. Where ranks are learned, the rank before the cut; default: 16, and 4 times that
-            of a size in ranks.
-        alpha: scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion. With a size in ranks
-            and no rank, it is that of the size; before the cut, α/r is the same.
-        targets: modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.
-        learning_rate: peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full
-            fine-tuning 5e-5 and 2e-5.
-        head_learning_rate: peak learning rate of a new head, which usually needs a higher rate than an adapter;
-            default: the same.
-        epochs: number of passes over the data; default: 3.
-        steps: number of optimizer steps, instead of epochs; default: by epochs.
-        batch_size: examples per step and device; default: 16, and 8 for causal-lm.
-        early_stopping: stop after this many evaluations without a better metric, or an equal one at a lower loss; where
-            ranks are learned, evaluations count from the cut; default: never.
-        start_from: finished run to continue from, as a new run with its own schedule; on the command line, settings
-            that are not given are those of that run; default: a new adapter.
-        keep: share of the gain on validation data that the adapter keeps when it is cut while training; with another
-            method, lora/ is written after training as the smallest LoRA that keeps it; default: 0.99 for learned ranks
-            without a size; else report the size for 0.99, and write nothing.
-        size: size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, its ranks
-            are learned in training; with others, lora/ is filled by importance to the loss; default: no limit.
-        cut_at: share of the steps after which ranks are learned, in (0, 1): to the size, or to the share `keep` of the
-            gain so far, measured on validation data; default: 0.3 for a size, 0.6 for a share.
-        cut_rate: factor of the adapter's learning rate after this cut; default: (parameters before / after it)^½.
-        rank_every: steps between records of the ranks.
-        seed: random seed of head, factors, data order and dropout.
-        adapter: NAME=VALUE, field of the method's PEFT configuration; default: PEFT's own, but all linear layers and
-            α = r.
-        training: NAME=VALUE, field of transformers' TrainingArguments, or TRL's SFTConfig for causal-lm; default:
-            theirs, but 6 % warm-up, at most 10 evaluations, and the best checkpoint kept.
+    Each is also a command-line option and a YAML key of the same name. Its metadata are its `topic` and its `help`.
 
     Raises:
         ValueError: a value is not one of the known ones, or out of range.
 
     """
 
-    model: str
-    data: str
-    task: str
-    method: str = AUTO
-    output: str = "lrlora-run"
-    columns: dict[str, str] = field(default_factory=dict)
-    delimiter: str | None = None
-    encoding: str | None = None
-    skip_empty: bool = False
-    validation: str | None = None
-    validation_share: float = 0.1
-    train_examples: int | None = None
-    validation_examples: int | None = None
-    chat_template: str | None = None
-    max_length: int | None = None
-    rank: int | None = None
-    alpha: float | None = None
-    targets: str | None = None
-    learning_rate: float | None = None
-    head_learning_rate: float | None = None
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    early_stopping: int | None = None
-    start_from: str | None = None
-    keep: float | None = None
-    size: str | None = None
-    cut_at: float | None = None
-    cut_rate: float | None = None
-    rank_every: int = 50
-    seed: int = 0
-    adapter: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    model: str = field(
+        metadata=_about(_DATA, "Model on the hub, local folder, or embedded:NAME (see `lrlora inputs`)."),
+    )
+    data: str = field(
+        metadata=_about(
+            _DATA,
+            "Data set on the hub (NAME or NAME:CONFIGURATION), a CSV, TSV, JSON, JSONL or Parquet file, a "
+            "folder of such files or one written by `save_to_disk`, or embedded:NAME.",
+        )
+    )
+    task: str = field(metadata=_about(_DATA, "Task: classify, regress, multiple-choice, causal-lm or image-classify."))
+    columns: dict[str, str] = field(
+        default_factory=dict,
+        metadata=_about(
+            _DATA,
+            "ROLE=NAME, the column that holds a role; default: the column of that name. Roles: text, "
+            "text_pair and label for classify and regress; image and label for image-classify; question, "
+            "choices (a list) and label (the index of the right choice) for multiple-choice, and prompts (a "
+            "list) to replace the question; for causal-lm messages, or conversations (ShareGPT), or prompt "
+            "and completion, or instruction, input and output (Alpaca), or text; group, for examples to keep "
+            "on one side of the split into training and validation.",
+        ),
+    )
+    delimiter: str | None = field(
+        default=None, metadata=_about(_DATA, "Delimiter of a CSV file; default: a comma, in a TSV file a tab.")
+    )
+    encoding: str | None = field(
+        default=None, metadata=_about(_DATA, "Encoding of a CSV file, such as latin-1; default: utf-8.")
+    )
+    skip_empty: bool = field(
+        default=False,
+        metadata=_about(_DATA, "Skip examples whose text or label is missing or empty, instead of stopping."),
+    )
+    validation: str | None = field(
+        default=None,
+        metadata=_about(
+            _DATA,
+            'Validation data, like `data`, or "train" for a part of the training data; default: the '
+            "validation split of the data, or a part of the training data.",
+        ),
+    )
+    validation_share: float = field(
+        default=0.1, metadata=_about(_DATA, "Share of the training data held out for validation, between 0 and 1.")
+    )
+    train_examples: int | None = field(
+        default=None,
+        metadata=_about(_DATA, "Maximum number of training examples, a fixed random sample; default: all."),
+    )
+    validation_examples: int | None = field(
+        default=None,
+        metadata=_about(_DATA, "Maximum number of validation examples, a fixed random sample; default: all."),
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata=_about(
+            _DATA,
+            "Template for prompts and chats, for causal-lm: none for plain text, simple, a file FILE.jinja, "
+            "or a name that TRL knows, such as qwen3; default: the model's own, or plain text.",
+        ),
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata=_about(
+            _DATA, "Maximum number of tokens of an example; default: the 99th percentile, within the model's limit."
+        ),
+    )
+    method: str = field(
+        default=AUTO,
+        metadata=_about(
+            _ADAPTER,
+            "Method: learned (LoRA whose ranks are learned), lora, lr-lora (the paper's), expansion, dora, "
+            "adalora or full; auto is learned, but lora if `start_from` is given without `size`.",
+        ),
+    )
+    rank: int | None = field(
+        default=None,
+        metadata=_about(
+            _ADAPTER,
+            "Rank r of BA; default: 8. Where ranks are learned, the rank before the cut; default: 16, and 4 "
+            "times that of a size in ranks.",
+        ),
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata=_about(
+            _ADAPTER,
+            "Scaling parameter α: the update is scaled by α/r; default: r, and 4·r for expansion. With a size "
+            "in ranks and no rank, it is that of the size; before the cut, α/r is the same.",
+        ),
+    )
+    targets: str | None = field(
+        default=None,
+        metadata=_about(
+            _ADAPTER,
+            "Modules to adapt: names with commas between, a regular expression, or all-linear; default: all-linear.",
+        ),
+    )
+    adapter: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_about(
+            _ADAPTER,
+            "NAME=VALUE, field of the method's PEFT configuration; default: PEFT's own, but all linear layers "
+            "and α = r.",
+        ),
+    )
+    start_from: str | None = field(
+        default=None,
+        metadata=_about(
+            _ADAPTER,
+            "Finished run to continue from, as a new run with its own schedule; on the command line, settings "
+            "that are not given are those of that run; default: a new adapter.",
+        ),
+    )
+    size: str | None = field(
+        default=None,
+        metadata=_about(
+            _SIZE,
+            "Size of the LoRA (250000, 250k, 8MiB, or r4 for that of LoRA of rank 4): with the method lora, "
+            "its ranks are learned in training; with others, lora/ is filled by importance to the loss; "
+            "default: no limit.",
+        ),
+    )
+    keep: float | None = field(
+        default=None,
+        metadata=_about(
+            _SIZE,
+            "Share of the gain on validation data that the adapter keeps when it is cut while training; with "
+            "another method, lora/ is written after training as the smallest LoRA that keeps it; default: "
+            "0.99 for learned ranks without a size; else report the size for 0.99, and write nothing.",
+        ),
+    )
+    cut_at: float | None = field(
+        default=None,
+        metadata=_about(
+            _SIZE,
+            "Share of the steps after which ranks are learned, in (0, 1): to the size, or to the share `keep` "
+            "of the gain so far, measured on validation data; default: 0.3 for a size, 0.6 for a share.",
+        ),
+    )
+    cut_rate: float | None = field(
+        default=None,
+        metadata=_about(
+            _SIZE, "Factor of the adapter's learning rate after this cut; default: (parameters before / after it)^½."
+        ),
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata=_about(
+            _TRAINING,
+            "Peak learning rate; default: 1e-3 for a model with a head, 5e-4 for a language model; for full "
+            "fine-tuning 5e-5 and 2e-5.",
+        ),
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata=_about(
+            _TRAINING,
+            "Peak learning rate of a new head, which usually needs a higher rate than an adapter; default: the same.",
+        ),
+    )
+    epochs: float | None = field(
+        default=None, metadata=_about(_TRAINING, "Number of passes over the data; default: 3.")
+    )
+    steps: int | None = field(
+        default=None, metadata=_about(_TRAINING, "Number of optimizer steps, instead of epochs; default: by epochs.")
+    )
+    batch_size: int | None = field(
+        default=None, metadata=_about(_TRAINING, "Examples per step and device; default: 16, and 8 for causal-lm.")
+    )
+    early_stopping: int | None = field(
+        default=None,
+        metadata=_about(
+            _TRAINING,
+            "Stop after this many evaluations without a better metric, or an equal one at a lower loss; where "
+            "ranks are learned, evaluations count from the cut; default: never.",
+        ),
+    )
+    seed: int = field(default=0, metadata=_about(_TRAINING, "Random seed of head, factors, data order and dropout."))
+    training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_about(
+            _TRAINING,
+            "NAME=VALUE, field of transformers' TrainingArguments, or TRL's SFTConfig for causal-lm; default: "
+            "theirs, but 6 % warm-up, at most 10 evaluations, and the best checkpoint kept.",
+        ),
+    )
+    output: str = field(
+        default="lrlora-run",
+        metadata=_about(_OUTPUT, "Folder for adapter, tokenizer, model card, metrics and rank history."),
+    )
+    rank_every: int = field(default=50, metadata=_about(_OUTPUT, "Steps between records of the ranks."))
 
     def __post_init__(self) -> None:
-        from .tasks import KINDS  # lazy, so that `lrlora train --help` does not import torch
+        from .tasks import TASKS  # lazy, so that `lrlora train --help` does not import torch
 
         for name, hint in get_type_hints(TrainConfig).items():
             require_type(getattr(self, name), hint, name)
-        require_known("task", self.task, KINDS)
-        kind = KINDS[self.task]
+        require_known("task", self.task, TASKS)
+        task = TASKS[self.task]
         if self.method in (AUTO, LEARNED):
             if self.size is None and (self.method == LEARNED or self.start_from is None):
                 object.__setattr__(self, "keep", DEFAULT_KEEP if self.keep is None else self.keep)
@@ -152,7 +260,7 @@ class TrainConfig:
             object.__setattr__(self, "method", "lora")
         require_known("method", self.method, (LEARNED, *METHODS))
         for role in self.columns:
-            require_known("key of columns", role, (*kind.roles, *kind.optional_roles))
+            require_known("key of columns", role, (*task.roles, *task.optional_roles))
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share!r}.")
         for name in ("learning_rate", "head_learning_rate", "epochs", "alpha", "cut_rate"):
@@ -174,9 +282,9 @@ class TrainConfig:
         if self.delimiter is not None and len(self.delimiter) != 1:
             raise ValueError(f"delimiter must be a single character, got {self.delimiter!r}.")
         for name, applies, what in (
-            ("head_learning_rate", kind.has_head, "a new head"),
-            ("max_length", kind.reads_text, "text"),
-            ("chat_template", kind.generates, "causal-lm"),
+            ("head_learning_rate", task.has_head, "a new head"),
+            ("max_length", task.reads_text, "text"),
+            ("chat_template", task.generates, "causal-lm"),
         ):
             if (value := getattr(self, name)) is not None and not applies:
                 raise ValueError(f"{name}={value!r} applies to {what}, but the task is {self.task}. Remove it.")
@@ -337,9 +445,9 @@ def require_settings(given: Iterable[str], place: str, task: str, method: str) -
 
     """
     from .adapter_config import fields_of
-    from .tasks import KINDS
+    from .tasks import TASKS, Task
 
-    arguments = KINDS[task if task in KINDS else "classify"].arguments_class()
+    arguments = TASKS.get(task, Task()).arguments_class()
     adapter = METHODS[method if method in METHODS else "lora"].config
     known = {
         "run": [each.name for each in fields(TrainConfig)],

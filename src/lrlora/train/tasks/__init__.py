@@ -1,24 +1,40 @@
-"""Kinds of tasks. To add one, add a file here, an entry in `KINDS`, and its name in the docstring of `TrainConfig`."""
+"""Tasks. To add one, add a file here, an entry in `TASKS`, and its name in the help of `TrainConfig`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+import transformers
 
-from .base import Kind
+from .base import Task
 from .causal_lm import CausalLm
 from .images import ImageClassify
 from .multiple_choice import ChoiceByLikelihood, MultipleChoice
 from .texts import Classify, Regress
 
-__all__ = ["KINDS", "ChoiceByLikelihood", "Kind", "kind_for"]
+__all__ = ["TASKS", "ChoiceByLikelihood", "Task", "task_for", "task_stored"]
 
-KINDS = {kind.name: kind for kind in (Classify(), Regress(), MultipleChoice(), CausalLm(), ImageClassify())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Classify(), Regress(), MultipleChoice(), CausalLm(), ImageClassify())
+}
 
 
-def kind_for(task: str, model_config: Any) -> Kind:
-    """Kind of a task for a model: decoders answer multiple choice by likelihood."""
-    is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model_config.is_encoder_decoder
-    has_head = type(model_config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING
-    return ChoiceByLikelihood() if task == "multiple-choice" and is_decoder and not has_head else KINDS[task]
+def task_for(name: str, model_config: Any) -> Task:
+    """The task of this name, as a model of this configuration does it."""
+    return TASKS[name].for_model(model_config)
+
+
+def task_stored(task_type: str | None, model_class: str | None) -> Task | None:
+    """Task of an adapter that was not trained by `lrlora train`; None if it does not tell.
+
+    Args:
+        task_type: PEFT's, which the adapter stores for some tasks.
+        model_class: transformers class that it was trained on, for the others.
+
+    """
+    found = getattr(transformers, str(model_class), None)
+    for task in TASKS.values():
+        own = task.adapter_fields.get("task_type")
+        if own == task_type and (own is not None or found in task.architectures.values()):
+            return task
+    return None

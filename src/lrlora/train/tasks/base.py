@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,19 +26,22 @@ from ..chat import shown_tokens
 from ..row_checks import counted, mapped, require_text
 
 LESS_IS_BETTER = ("loss", "log_loss", "rmse", "entropy")  # metrics
-_LARGEST_EXPONENT = 700
 
 
-class Kind:
-    """A kind of task.
+class Task:
+    """A task.
 
     Attributes:
         name: value of `lrlora train --task`.
         roles: contents of the data columns; each column has its role's name unless `columns` says otherwise.
         optional_roles: roles of optional columns.
+        answers: roles that data to predict on may lack.
+        text_roles: roles whose cells in a CSV file are text, also if they look like numbers.
         metrics: metrics that can select the best checkpoint; default: the first.
         criterion: metric that selects the learning rate in a comparison: a pure task loss.
         has_head: whether the model gets a new head.
+        depends_on_model: whether `for_model` returns another task for some models.
+        has_classes: whether an answer is one of several classes.
         reads_text: whether examples are truncated to a number of tokens; False for images.
         generates: whether answers are texts.
         adapter_fields: fields of the PEFT configuration for the head.
@@ -54,9 +56,13 @@ class Kind:
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
     optional_roles: ClassVar[tuple[str, ...]] = ("group",)
+    answers: ClassVar[tuple[str, ...]] = ("label",)
+    text_roles: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     metrics: ClassVar[tuple[str, ...]]
     criterion: ClassVar[str] = "loss"
     has_head: ClassVar[bool] = True
+    depends_on_model: ClassVar[bool] = False
+    has_classes: ClassVar[bool] = False
     reads_text: ClassVar[bool] = True
     generates: ClassVar[bool] = False
     adapter_fields: ClassVar[Mapping[str, Any]] = {"task_type": "SEQ_CLS"}
@@ -66,6 +72,14 @@ class Kind:
     architectures: ClassVar[Any] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     collator: ClassVar[Any] = DataCollatorWithPadding
 
+    def for_model(self, model_config: Any) -> Task:
+        """The task as a model of this configuration does it."""
+        return self
+
+    def with_outputs(self, count: int) -> Task:
+        """The task as a trained head with this number of outputs does it."""
+        return self
+
     def columns(self, given: Mapping[str, str], there: list[str], *, with_label: bool) -> dict[str, str]:
         """Role → required column, given the user's choices.
 
@@ -73,7 +87,7 @@ class Kind:
             ValueError: the data has none of the columns that the task can use.
 
         """
-        return {role: given.get(role, role) for role in self.roles if with_label or role != "label"}
+        return {role: given.get(role, role) for role in self.roles if with_label or role not in self.answers}
 
     def as_read(self, data: Dataset) -> Dataset:
         """Normalize the columns of a split."""
@@ -93,6 +107,15 @@ class Kind:
 
         """
         return []
+
+    def with_class_ids(self, data: Dataset, labels: list[str], where: str) -> Dataset:
+        """Replace class names by their indices in `labels`.
+
+        Raises:
+            ValueError: a label is missing or not in `labels`.
+
+        """
+        return data
 
     def load_processor(self, source: str | Path) -> Any:
         """Load the model's tokenizer or image processor.
@@ -156,6 +179,10 @@ class Kind:
         """Sum of the loss terms of each example, and their number; both (examples,)."""
         return model_loss(model, self.inputs(batch))
 
+    def reported(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of an evaluation by the Trainer, as they are shown and saved."""
+        return plain_metrics(values)
+
     def score(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics except loss."""
         raise NotImplementedError
@@ -173,8 +200,8 @@ class Kind:
         """Example as saved next to its prediction."""
         return example
 
-    def predictions(self, outputs: Tensor, labels: list[str]) -> Iterator[dict[str, Any]]:
-        """Prediction of each example, from outputs (examples, …)."""
+    def predictions(self, outputs: Tensor, encoded: Dataset, labels: list[str]) -> Iterator[dict[str, Any]]:
+        """Prediction of each encoded example, from outputs (examples, …), padded with -100."""
         for row in outputs.softmax(-1).tolist():
             names: list[Any] = list(labels or range(len(row)))
             yield {
@@ -200,17 +227,11 @@ def _leave_eos_out(tokenizer: Any, source: str | Path) -> None:
         )
 
 
-def plain_metrics(values: dict[str, float]) -> dict[str, float]:
-    """Metrics of an evaluation without their prefix and timings.
-
-    The perplexity is the exponential of the mean token loss, omitted on overflow.
-    """
+def plain_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of an evaluation without their prefix and timings."""
     left_out = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "model_preparation_time")
     metrics = {name.removeprefix("eval_"): value for name, value in values.items() if name.startswith("eval_")}
-    metrics = {name: value for name, value in metrics.items() if name not in left_out}
-    if "accuracy" not in metrics and "pearson" not in metrics and metrics["loss"] < _LARGEST_EXPONENT:
-        metrics["perplexity"] = math.exp(metrics["loss"])
-    return metrics
+    return {name: value for name, value in metrics.items() if name not in left_out}
 
 
 def logits(prediction: EvalPrediction | PredictionOutput) -> NDArray[np.float64]:

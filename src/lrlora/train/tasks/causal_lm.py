@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,7 +22,9 @@ from ..chat import (
     shown_tokens,
 )
 from ..row_checks import counted, is_conversation, require_rows, require_text
-from .base import Kind
+from .base import Task, plain_metrics
+
+_LARGEST_EXPONENT = 700
 
 # Common names of columns → role.
 _ROLES = {
@@ -40,12 +43,14 @@ def _hint(columns: list[str]) -> str:
     return " ".join(f"--column {role}={name}" for role, name in likely.items())
 
 
-class CausalLm(Kind):
+class CausalLm(Task):
     """Next-token prediction for texts, answers to prompts, or chats; TRL encodes and trains."""
 
     name = "causal-lm"
     roles = ("messages", "conversations", "prompt", "completion", "instruction", "output", "text")
     optional_roles = ("group", "tools", "chat_template_kwargs", "input", "history", "system")
+    answers = ("completion", "output")
+    text_roles = ("prompt", "completion", "instruction", "input", "output", "system", "text")
     metrics = ("loss", "mean_token_accuracy", "entropy")
     has_head = False
     generates = True
@@ -100,6 +105,12 @@ class CausalLm(Kind):
 
     def encode(self, data: Dataset, processor: Any, max_length: int | None) -> Dataset:
         return as_trl_reads(data, rendering_of(data, processor))
+
+    def reported(self, values: Mapping[str, float]) -> dict[str, float]:
+        """With the perplexity, the exponential of the mean token loss, omitted on overflow."""
+        metrics = plain_metrics(values)
+        has_one = metrics["loss"] < _LARGEST_EXPONENT
+        return metrics | ({"perplexity": math.exp(metrics["loss"])} if has_one else {})
 
     def shown(self, row: dict[str, Any], processor: Any, labels: list[str]) -> str:
         return f"Example, with the loss on the tokens in ⟦ ⟧: {shown_tokens(row, processor, marked=True)!r}"

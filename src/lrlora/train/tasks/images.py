@@ -25,6 +25,7 @@ class ImageClassify(Classify):
     name = "image-classify"
     roles: ClassVar[tuple[str, ...]] = ("image", "label")
     optional_roles: ClassVar[tuple[str, ...]] = ("group",)
+    text_roles: ClassVar[tuple[str, ...]] = ()
     reads_text = False
     adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # unknown to PEFT
     model_class: ClassVar[Any] = AutoModelForImageClassification

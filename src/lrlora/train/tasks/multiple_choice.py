@@ -18,21 +18,28 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ..chat import shown_tokens
 from ..row_checks import counted, mapped, require_rows, require_text
-from .base import Kind, logits
+from .base import Task, logits
 from .likelihood import ChoiceTrainer, encode_continuations, right_choices
 
 
-class MultipleChoice(Kind):
+class MultipleChoice(Task):
     """Multiple choice by an encoder's head."""
 
     name = "multiple-choice"
     roles = ("question", "choices", "label")
+    depends_on_model = True
     optional_roles = ("group", "prompts")
+    text_roles = ("question",)
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
     adapter_fields: ClassVar[Mapping[str, Any]] = {"modules_to_save": ["classifier"]}  # unknown to PEFT
     collator = DataCollatorForMultipleChoice
     model_class: ClassVar[Any] = AutoModelForMultipleChoice
     architectures = MODEL_FOR_MULTIPLE_CHOICE_MAPPING
+
+    def for_model(self, model_config: Any) -> Task:
+        is_decoder = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING and not model_config.is_encoder_decoder
+        has_head = type(model_config) in self.architectures
+        return ChoiceByLikelihood() if is_decoder and not has_head else self
 
     def check(self, data: Dataset, where: str, *, with_label: bool) -> None:
         require_text(data, "question", where)

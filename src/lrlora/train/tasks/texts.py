@@ -14,16 +14,18 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_me
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..row_checks import class_name, in_order, is_finite, is_fraction, known_labels, require_rows
-from .base import Kind, logits
+from ..row_checks import class_name, in_order, is_finite, is_fraction, known_labels, require_rows, with_class_ids
+from .base import Task, logits
 
 
-class Classify(Kind):
+class Classify(Task):
     """Classification of a text or text pair."""
 
     name = "classify"
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
     optional_roles: ClassVar[tuple[str, ...]] = ("text_pair", "group")
+    text_roles: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+    has_classes = True
     metrics = ("accuracy", "macro_f1", "matthews", "log_loss", "loss")
     criterion = "log_loss"
 
@@ -40,6 +42,12 @@ class Classify(Kind):
                 "task regress."
             )
         return [class_name(value) for value in distinct]
+
+    def with_class_ids(self, data: Dataset, labels: list[str], where: str) -> Dataset:
+        return with_class_ids(data, labels, where)
+
+    def with_outputs(self, count: int) -> Task:
+        return Regress() if count == 1 else self
 
     def model_options(self, labels: list[str]) -> dict[str, Any]:
         names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
@@ -63,7 +71,7 @@ class Classify(Kind):
         }
 
 
-class Regress(Kind):
+class Regress(Task):
     """Regression on a text or text pair."""
 
     name = "regress"
@@ -101,5 +109,5 @@ class Regress(Kind):
             "rmse": float(root_mean_squared_error(targets, predicted)),
         }
 
-    def predictions(self, outputs: Tensor, labels: list[str]) -> Iterator[dict[str, Any]]:
+    def predictions(self, outputs: Tensor, encoded: Dataset, labels: list[str]) -> Iterator[dict[str, Any]]:
         return ({"prediction": value} for value in outputs.squeeze(-1).tolist())
