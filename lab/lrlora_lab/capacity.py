@@ -148,9 +148,10 @@ def train_capacity(
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(WARMUP_STEPS, task.steps // 10), task.steps)
     if size := method.size(rank):
-        options = dict(method.cut)
-        learns = RIVALS[options.pop("by")] if "by" in options else LearnedRanks
-        learns(model, optimizer, size=size, steps=task.steps, **options)
+        cut = dict(method.cut)
+        if "by" in cut:
+            cut["criterion"] = RIVALS[cut.pop("by")]
+        LearnedRanks(model, optimizer, size=size, steps=task.steps, **cut)
     started = time.process_time()
     model.train()
     for loss in islice(setting.losses(model), task.steps):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lrlora import LearnedRanks, LearnedRanksCallback
+from lrlora.adapters import Factors
+from lrlora.learned import LossCurve
 
 from ..conftest import TinyModel
 from ..train.small import size_of
@@ -31,7 +33,6 @@ def until(learned: LearnedRanks, tiny: TinyModel, model: Any, optimizer: Any, st
 def test_no_row_of_a_is_smaller_after_the_cut_so_that_b_keeps_its_speed(lr: float) -> None:
     tiny, model = with_lora("llama")
     optimizer = torch.optim.AdamW(trained(model), lr=lr)
-    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS)
 
     def norms(path: str) -> list[Tensor]:
         layer = model.get_base_model().get_submodule(path)
@@ -42,11 +43,12 @@ def test_no_row_of_a_is_smaller_after_the_cut_so_that_b_keeps_its_speed(lr: floa
 
     wide: dict[str, float] = {}
 
-    def noted(curve: Any) -> Any:
-        wide.update({path: norms(path)[0].square().mean().sqrt().item() for path in learned._layers})
-        return chosen(curve)
+    def noted(curve: LossCurve, budget: int, max_rank: int | None) -> list[Factors]:
+        paths = [of.whole.module for of in curve.modules]
+        wide.update({path: norms(path)[0].square().mean().sqrt().item() for path in paths})
+        return curve.within(budget, max_rank)
 
-    chosen, learned._chosen = learned._chosen, noted
+    learned = LearnedRanks(model, optimizer, size="r2", steps=STEPS, criterion=noted)
     until(learned, tiny, model, optimizer, learned.cut_step)
     grown = False
     for path, rank in (learned.ranks or {}).items():

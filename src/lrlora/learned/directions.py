@@ -17,7 +17,7 @@ inputs and output gradients, without an m × n matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +105,12 @@ class LossCurve:
         order = (worth / cost).argsort(descending=True, stable=True)
         total = sum(of.rises.sum() for of in self.modules)
         return cost[order].cumsum(0), (total - worth[order].cumsum(0)).clamp(min=0)
+
+
+# Criterion of the ranks at a cut: `criterion(curve, budget, max_rank)` returns the factors of all modules, in the order
+# of `curve.modules`, with at most `budget` parameters in total and at most `max_rank` directions each (None: no limit).
+# It may read `curve.modules` alone; on several processes, only the first one's result counts.
+Criterion = Callable[[LossCurve, int, int | None], list[Factors]]
 
 
 def energy_curve(factors: Sequence[Factors]) -> LossCurve:

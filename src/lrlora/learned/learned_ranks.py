@@ -32,7 +32,7 @@ from ..adapters import Factors
 from ..checks import check_truncation
 from ..shrunk import Shrunk
 from ..tuner.sharding import is_sharded, local_part
-from .directions import LossCurve, directions
+from .directions import Criterion, LossCurve, directions
 from .held_out import LiveLosses, at_rest, find_in_place
 from .host import WITHOUT_KERNELS, host_of, without_wrapper
 from .live_lora import (
@@ -95,6 +95,8 @@ class LearnedRanks:
         at: share of the steps after which the adapter is cut, in (0, 1).
         rate: factor of the factors' learning rate after the cut; default: (parameters before / after the cut)^½.
         max_rank: largest rank of any module; default: that of the adapter.
+        criterion: of the ranks at a size, see `lrlora.learned.directions.Criterion`; default: the predicted rise of the
+            loss is least.
         scaler: `torch.amp.GradScaler` of a loop of your own in float16; that of accelerate or DeepSpeed is found.
 
     Attributes:
@@ -121,6 +123,7 @@ class LearnedRanks:
         at: float = CUT_AT,
         rate: float | None = None,
         max_rank: int | None = None,
+        criterion: Criterion = LossCurve.within,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._whole_model = without_wrapper(model)
@@ -130,8 +133,11 @@ class LearnedRanks:
         held_out = held_out if hasattr(held_out, "compute_loss") else list(held_out)
         if keep is not None and isinstance(held_out, list) and not held_out:
             raise ValueError("keep is measured on held-out batches, but there are none. Pass held_out, or a size.")
+        if keep is not None and criterion is not LossCurve.within:
+            raise ValueError(f"criterion chooses the ranks at a size, but keep={keep} is given. Pass a size instead.")
         self._size, self._keep, self._held_out, self._loss = size, keep, held_out, loss
         self._steps, self._max_rank, self._done = steps, max_rank, 0
+        self._criterion = criterion
         self.shrunk: Shrunk | None = None
         self.ranks: dict[str, int] | None = None
         self.cut_step = cut_step(at, steps)
@@ -422,7 +428,7 @@ class LearnedRanks:
     def _chosen(self, curve: LossCurve) -> list[Factors] | None:
         """Factors after the cut; None if nothing is to be cut."""
         if self._keep is None:
-            return curve.within(self._budget, self._max_rank)
+            return self._criterion(curve, self._budget, self._max_rank)
         model, held_out = self._model, self._held_out
         trainer = held_out if hasattr(held_out, "compute_loss") else None
         with at_rest(self._whole_model, trainer):
