@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from lrlora.checks import require_known, require_type
 from lrlora.files import parse_json, read_json, readable, write_json
-from lrlora.learned.learned_ranks import cut_step
+from lrlora.learned.schedule import cut_step
 from lrlora.learned.size import CUT_AT
 from lrlora.train.adapter_config import adapter_config
 from lrlora.train.settings import FROM_TRAIN, TrainConfig, require_settings

@@ -18,8 +18,9 @@ from ..checks import check_truncation
 from ..shrunk import Shrunk
 from .held_out import require_measurable
 from .host import host_of
-from .learned_ranks import LearnedRanks, budget_of, cut_step
+from .learned_ranks import LearnedRanks, budget_of
 from .live_lora import pad_state, require_plain_lora
+from .schedule import cut_step
 from .shrinking import shrink
 from .size import CUT_AT, Size
 

@@ -11,21 +11,16 @@ them, to a higher rate, which a smaller LoRA needs and bears. Other parameters, 
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
-import sys
 import warnings
 import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..adapters import Factors
@@ -34,7 +29,7 @@ from ..shrunk import Shrunk
 from ..tuner.sharding import is_sharded, local_part
 from .directions import Criterion, LossCurve, directions
 from .held_out import LiveLosses, at_rest, find_in_place
-from .host import WITHOUT_KERNELS, host_of, without_wrapper
+from .host import host_of, without_wrapper
 from .live_lora import (
     SmallSave,
     costs_of,
@@ -49,18 +44,14 @@ from .live_lora import (
     require_zero,
     weights_of,
 )
-from .moments import Loss, Moments, channel_dim, model_loss, watch
+from .moments import Loss, Moments, model_loss
+from .optimizers import StepHook, loss_scale_of, require_suitable
+from .schedule import Schedule
 from .sharded import full_value, is_deepspeed, of_first, processes, restart, unwrapped, write
 from .size import CUT_AT, Size
+from .window import Window
 
-_WINDOW = 32  # most steps that give moments
-_POWER = 0.5  # of the ratio of sizes, which gives that of the learning rates
-_WARM_UP = 20  # steps after the cut, at most a twentieth of all
-FEWEST_STEPS = 10
-_FIRST_CUT = 3  # B is 0 in the first step, and with a warm-up also in the second
 _CHECKED = (1, 10, 100)  # steps after the cut at which the zeros are checked; some optimizers act every few steps
-_PROBE = 64  # rows and columns of matrices on which an optimizer is tested: 8-bit ones keep small states in 32 bits
-_OPEN = (dict, list, set)  # attributes that a step may change in place
 # Model → what learns its ranks now.
 _LEARNING: weakref.WeakKeyDictionary[Any, weakref.ref[LearnedRanks]] = weakref.WeakKeyDictionary()
 
@@ -101,7 +92,6 @@ class LearnedRanks:
 
     Attributes:
         ranks: module → rank after the cut; None before it.
-        cut_step: optimizer step after which the adapter is cut.
         shrunk: with `keep`, the record of the cut.
 
     Raises:
@@ -140,17 +130,13 @@ class LearnedRanks:
         self._criterion = criterion
         self.shrunk: Shrunk | None = None
         self.ranks: dict[str, int] | None = None
-        self.cut_step = cut_step(at, steps)
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"rate must be a positive factor of the learning rate, got {rate!r}.")
-        self._wide_rate, self._rate = 1.0, rate
-        self._warm_up = max(1, min(_WARM_UP, steps // 20))
-        # The metric of the moments is that of the window's begin: not of the first steps, when B is nearly 0.
-        self._window = min(_WINDOW, (self.cut_step + 1) // 2)
         self._layers = lora_layers(self._model, self._adapter)
         self._costs = costs_of(self._model, self._adapter)
-        self._wide = sum(cost * self._layers[path].r[self._adapter] for path, cost in self._costs.items())
-        self._budget = self._wide if size is None else budget_of(size, self._model, self._adapter)
+        wide = sum(cost * self._layers[path].r[self._adapter] for path, cost in self._costs.items())
+        self._schedule = Schedule.of(at, steps, wide, rate)
+        self._budget = wide if size is None else budget_of(size, self._model, self._adapter)
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank must be an integer ≥ 1, got {max_rank!r}.")
         optimizers = unwrapped(optimizer)
@@ -162,15 +148,10 @@ class LearnedRanks:
                 raise ValueError(
                     f"rate={rate} is not supported for {type(self._inner).__name__}, which averages weights."
                 )
-            self._rate = 1.0
+            self._schedule.rate = 1.0
         self._optimizer = next(filter(is_deepspeed, reversed(optimizers)), self._inner)
-        self._loss_scale = _loss_scale_of(optimizers, scaler)
-        _require_suitable(self._optimizer, self._inner, self._factors)
+        require_suitable(self._optimizer, self._inner, self._factors)
         self._before: list[tuple[Tensor, Tensor]] = []  # values of the factors before a step
-        self._reached: set[str] | None = set()  # modules whose lora_A ran in the first step
-        self._moments: dict[str, Moments] = {}  # of all processes
-        self._own: dict[str, Moments] = {}  # of this process, since its last step
-        self._scale = 1.0  # of the loss in these
         self._ends = True  # with the last step
         self.summary = ""
         if (other := _LEARNING.get(self._model, lambda: None)()) is not None:
@@ -178,8 +159,7 @@ class LearnedRanks:
         _LEARNING[self._model] = weakref.ref(self)
         self._save = SmallSave(self._model, self._adapter, self.cut_step)
         setattr(self._model, "save_pretrained", self._save)  # noqa: B010 (of this model alone)
-        self._watchers: list[Any] = []
-        self._watch(_reach)
+        self._window = Window(self._model, self._adapter, self.cut_step, loss_scale_of(optimizers, scaler))
         self._padding = self._model.register_load_state_dict_pre_hook(partial(pad_state, self._adapter))
         self._hooks: list[Any] = [
             self._padding,
@@ -189,18 +169,7 @@ class LearnedRanks:
         if self._optimizer is self._inner:
             self._hooks.append(self._inner.register_step_post_hook(self._after_step))
         else:
-            self._hooks.append(_StepHook(self._optimizer, self._after_step))
-
-    def _watch(self, hook: Callable[..., None] | None) -> None:
-        """Remove the forward hooks on lora_A; install `hook` unless None."""
-        for watcher in self._watchers:
-            watcher.remove()
-        self._watchers = []
-        if hook is not None:
-            for path, layer in self._layers.items():
-                self._watchers.append(layer.lora_A[self._adapter].register_forward_hook(partial(hook, self, path)))
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # compiled code does not notice hooks that come and go
+            self._hooks.append(StepHook(self._optimizer, self._after_step))
 
     @property
     def _factors(self) -> list[nn.Parameter]:
@@ -213,16 +182,19 @@ class LearnedRanks:
         return self._budget if self.ranks is None else sum(self._costs[path] * r for path, r in self.ranks.items())
 
     @property
+    def cut_step(self) -> int:
+        """Optimizer step after which the adapter is cut."""
+        return self._schedule.cut_step
+
+    @property
     def _rate_factor(self) -> float:
         """Factor of the learning rate at which the factors learn in the next step."""
-        if self.ranks is None:
-            return self._wide_rate
-        return self.rate * min(1.0, (self._done - self.cut_step + 1) / self._warm_up)
+        return self._schedule.factor(self._done, None if self.ranks is None else self.parameters)
 
     @property
     def rate(self) -> float:
         """Factor of the learning rate after the cut; before it, for the size asked for."""
-        return (self._wide / self.parameters) ** _POWER if self._rate is None else self._rate
+        return self._schedule.rate_after(self.parameters)
 
     @property
     def rates(self) -> list[float]:
@@ -239,10 +211,10 @@ class LearnedRanks:
         """Steps, ranks and moments, the same on every process."""
         return {
             **{"size": self._size, "keep": self._keep, "max_rank": self._max_rank, "done": self._done},
-            **{"cut_step": self.cut_step, "warm_up": self._warm_up, "ranks": self.ranks},
-            **{"wide_rate": self._wide_rate, "rate": self._rate, "wide": self._wide},
+            **asdict(self._schedule),
+            "ranks": self.ranks,
             "shrunk": self.shrunk and asdict(self.shrunk),
-            "moments": {path: [*of.to("cpu", copy=True)] for path, of in self._moments.items()},
+            "moments": {path: [*of.to("cpu", copy=True)] for path, of in self._window.moments.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -254,7 +226,7 @@ class LearnedRanks:
         """
         asked = {"size": self._size, "keep": self._keep, "max_rank": self._max_rank}
         if "rate" in state and state["ranks"] is None:
-            asked["rate"] = self._rate
+            asked["rate"] = self._schedule.rate
         for name, value in asked.items():
             if state.get(name) != value:
                 raise ValueError(f"The run has {name}={state.get(name)!r}, got {value!r}. Pass the same.")
@@ -264,16 +236,14 @@ class LearnedRanks:
         has_other = any(wide.get(path) != len(of.h_metric) for path, of in moments.items())
         if has_less or has_other or (ranks is None and self._is_over):
             raise ValueError("The adapter has other ranks than the state. Load the adapter saved with it first.")
-        self._done, self._reached = state["done"], None
-        self._wide_rate = state.get("wide_rate", 0.5)  # states of before had half the rate, and then the whole
-        self._rate, self._wide = state.get("rate", 1.0), state.get("wide", self._wide)
+        self._done, schedule = state["done"], self._schedule
+        schedule.wide_rate = state.get("wide_rate", 0.5)  # states of before had half the rate, and then the whole
+        schedule.rate, schedule.wide = state.get("rate", 1.0), state.get("wide", schedule.wide)
         self.shrunk = Shrunk(**state["shrunk"]) if state.get("shrunk") else None
-        self._watch(None)
         if ranks is None:  # perhaps with other steps than before, or back from after the cut
             self.ranks = self._save.ranks = None
-            self._moments = {path: of.to(self._device(path)) for path, of in moments.items()}
-            self._own = {}
-            self.cut_step = max(self.cut_step, self._done + (1 if self._moments else self._window))
+            self._window.load(moments)
+            schedule.cut_step = max(self.cut_step, self._done + (1 if moments else self._window.length))
             self._save.cut_step = self.cut_step
             self._open_window()
             return
@@ -283,11 +253,8 @@ class LearnedRanks:
                     write(weight, torch.zeros_like(full_value(weight)))
                 fit_state(self._inner, weight, dim)
         self._require_ranks(ranks)
-        self.cut_step, self._warm_up = state["cut_step"], state["warm_up"]
+        schedule.cut_step, schedule.warm_up = state["cut_step"], state["warm_up"]
         self._end_learning({path: ranks.get(path, 0) for path in wide})
-
-    def _device(self, path: str) -> torch.device:
-        return lora_weights(self._layers[path], self._adapter)[0].device
 
     def leave_end_to_caller(self) -> None:
         """Do not `finish` after the last step, nor warn of an adapter saved before the cut, such as a checkpoint."""
@@ -299,50 +266,16 @@ class LearnedRanks:
 
     def _stop(self) -> None:
         """Do nothing any more."""
-        for hook in (*self._watchers, *self._hooks):
+        self._window.close()
+        for hook in self._hooks:
             hook.remove()
 
     def _open_window(self) -> None:
-        """Begin or continue to collect moments of the modules whose update is not zero."""
-        if self.ranks is not None or self._done < self.cut_step - self._window:
-            return
-        if not self._watchers:
-            self._watch(_collect)
-        if len(self._moments) < len(self._layers):
-            for part in lora_factors(self._model, self._adapter):
-                if part.energy and part.module not in self._moments:
-                    self._moments[part.module] = Moments.zeros(part, self._device(part.module))
-        for path, of in self._moments.items():
-            if path not in self._own:
-                self._own[path] = of._replace(sums=torch.zeros_like(of.sums))
-
-    def _sum_moments(self) -> None:
-        """Add the moments of the last step of all processes; each has the gradient of its own mean loss."""
-        if not self._own:
-            return
-        own = torch.cat([of.sums for of in self._own.values()])
-        if processes() > 1:
-            dist.all_reduce(own)
-        parts = own.div_((processes() * self._scale) ** 2).split([of.sums.numel() for of in self._own.values()])
-        for path, part in zip(self._own, parts, strict=True):
-            self._moments[path].sums.add_(part)
-        self._drop_own()
-
-    def _drop_own(self) -> None:
-        for of in self._own.values():
-            of.sums.zero_()
-
-    def _scaled(self) -> None:
-        """Before a module's moments: read the scale of the loss, which changes after a step that was skipped."""
-        if self._loss_scale is not None and (scale := self._loss_scale()) != self._scale:
-            self._drop_own()
-            self._scale = scale
+        if self.ranks is None and self._done >= self.cut_step - self._window.length:
+            self._window.open()
 
     def _before_update(self, optimizer: Any, *args: Any) -> None:
-        if self._reached is not None:
-            self._require_reached(self._reached)
-            self._reached = None
-            self._watch(None)
+        self._window.end_first_step(is_deepspeed=self._is_deepspeed)
         self._before = []  # of a step that failed
         if self._rate_factor == 1:
             return
@@ -361,25 +294,14 @@ class LearnedRanks:
             part.lerp_(before, 1 - self._rate_factor)
         self._before = []
 
-    def _require_reached(self, reached: set[str]) -> None:
-        """Raise ValueError if a kernel trains a module without calling its lora_A, whose values would not be seen."""
-        for path, layer in self._layers.items():
-            gradient = lora_weights(layer, self._adapter)[1].grad  # ZeRO keeps it elsewhere
-            has_gradient = gradient is not None and bool(local_part(gradient).any())
-            if path not in reached and (not reached if self._is_deepspeed else has_gradient):
-                raise ValueError(
-                    f"{path} trains without a call of its lora_A: a fused kernel bypasses PEFT's forward. "
-                    f"{WITHOUT_KERNELS}"
-                )
-
     def _after_step(self, *args: Any) -> None:
         overflow = getattr(self._optimizer, "found_inf", None)  # of a fused optimizer, which then skips the step itself
         if (overflow is not None and overflow.item()) or getattr(self._optimizer, "overflow", False):
-            self._drop_own()
+            self._window.drop_step()
             return
         self._done += 1
         if self.ranks is None:
-            self._sum_moments()
+            self._window.end_step()
             self._open_window()
             if self._done >= self.cut_step:
                 self._cut()
@@ -399,24 +321,24 @@ class LearnedRanks:
         wide = lora_factors(self._model, self._adapter)
         if not all(part.A.isfinite().all() and part.B.isfinite().all() for part in wide):
             raise ValueError(f"The LoRA weights at step {self._done} are not finite. Lower the learning rate.")
-        reached = {path for path, of in self._moments.items() if of.calls}
+        reached = {path for path, of in self._window.moments.items() if of.calls}
         idle = [part.module for part in wide if part.energy and part.module not in reached]
         if idle:
             raise ValueError(
                 f"No gradient passed through lora_A of {idle[0]} ({len(idle)} of {len(wide)} modules) in the last "
-                f"{self._window} steps before the cut: it was not used. Leave it out of target_modules."
+                f"{self._window.length} steps before the cut: it was not used. Leave it out of target_modules."
             )
-        if not any(of.weight for of in self._moments.values()):
+        if not any(of.weight for of in self._window.moments.values()):
             raise ValueError(
                 f"No gradient reached the adapter before its cut at step {self._done}, so its ranks cannot be learned. "
                 "Was the learning rate 0 until then? Shorten its warm-up, or raise at."
             )
-        moments = {path: of.to("cpu") for path, of in self._moments.items()}
+        moments = {path: of.to("cpu") for path, of in self._window.moments.items()}
         curve = LossCurve([directions(part, moments.get(part.module), 1) for part in wide])
-        self.cut_step = self._done
+        self._schedule.cut_step = self._done
         factors = self._chosen(curve)
         if factors is None:
-            self._rate, self._warm_up = 1.0, 1
+            self._schedule.rate, self._schedule.warm_up = 1.0, 1
             self._end_learning({part.module: part.rank for part in wide})
             return
         factors = of_first(factors)  # others may round otherwise
@@ -456,8 +378,7 @@ class LearnedRanks:
 
     def _end_learning(self, ranks: dict[str, int]) -> None:
         self.ranks = self._save.ranks = ranks
-        self._moments, self._own = {}, {}
-        self._watch(None)
+        self._window.close()
 
     @property
     def _is_over(self) -> bool:
@@ -477,45 +398,6 @@ class LearnedRanks:
         self._layers = lora_layers(self._model, self._adapter)
         del self._model.save_pretrained
         self._padding.remove()
-
-
-def _reach(learned: LearnedRanks | None, path: str, *args: Any) -> None:
-    """Forward hook in the first step; without `learned` in a copy of the model."""
-    if learned is None or learned._reached is None:
-        return
-    if args[-1].dtype is torch.float16 and learned._loss_scale is None:
-        raise ValueError(
-            "Learned ranks in float16 need the scaler of the loss, whose scale changes. Pass it: "
-            "LearnedRanks(..., scaler=scaler); without one, scaler=torch.amp.GradScaler(enabled=False)."
-        )
-    learned._reached.add(path)
-
-
-@torch.compiler.disable  # hooks on gradients cannot be traced
-def _collect(learned: LearnedRanks | None, path: str, down: nn.Module, inputs: Any, z: Tensor) -> None:
-    """Forward hook in the steps that give moments."""
-    if learned is not None and z.requires_grad and path in learned._own:
-        learned._scaled()
-        watch(z, learned._own[path], channel_dim(down))
-
-
-class _StepHook:
-    """Calls a function after every step of an optimizer without hooks of its own, such as ZeRO's."""
-
-    def __init__(self, optimizer: Any, function: Callable[[], None]) -> None:
-        self._is_removed, step = False, optimizer.step
-
-        def step_and_call(*args: Any, **options: Any) -> Any:
-            result = step(*args, **options)
-            if not self._is_removed:
-                function()
-            return result
-
-        optimizer.step = step_and_call
-
-    def remove(self) -> None:
-        """Call it no more. The method stays, since others, such as schedulers, may have wrapped it."""
-        self._is_removed = True
 
 
 def _summary(step: int, wide: list[Factors], cut: list[Factors]) -> str:
@@ -538,100 +420,3 @@ def budget_of(size: str, model: Any, adapter: str) -> int:
     whole = sum(cost * layers[path].r[adapter] for path, cost in costs.items())
     (first, *_) = layers.values()
     return Size.parse(size).below(whole, costs.values(), lora_weights(first, adapter)[0].element_size())
-
-
-def cut_step(at: float, steps: int) -> int:
-    """Step of the cut.
-
-    Raises:
-        ValueError: it is not within the steps.
-
-    """
-    if not isinstance(at, float) or not 0 < at < 1:
-        raise ValueError(f"at must be a share of the steps between 0 and 1, got {at!r}.")
-    if not isinstance(steps, int) or steps < FEWEST_STEPS:
-        raise ValueError(
-            f"steps must be at least {FEWEST_STEPS} for ranks to be learned, got {steps!r}. Train longer, or "
-            "train a plain LoRA."
-        )
-    step = max(_FIRST_CUT, round(at * steps))
-    if step >= steps:
-        raise ValueError(f"at={at} leaves no step of {steps} after the cut. Lower it.")
-    return step
-
-
-def _require_suitable(optimizer: Any, inner: Any, factors: list[nn.Parameter]) -> None:
-    """Raise ValueError for an optimizer whose steps the cut cannot take part in."""
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise ValueError(f"Learned ranks need a torch.optim.Optimizer, which {type(inner).__name__} is not. Use AdamW.")
-    stepped = {id(p) for group in inner.param_groups for p in group["params"]}
-    if optimizer is inner and not stepped >= {id(weight) for weight in factors}:
-        raise ValueError("The optimizer must have all LoRA parameters of the model. Create it from this model.")
-    name = type(inner).__name__
-    if isinstance(inner, torch.optim.LBFGS):
-        raise ValueError("Learned ranks do not support LBFGS, whose state spans all parameters. Use AdamW.")
-    if any(group.get("lr") is None for group in inner.param_groups):
-        raise ValueError(f"Learned ranks need a learning rate, but {name} has lr=None. Set it.")
-    try:
-        keeps_zeros = _keeps_zeros(inner, factors[0])
-    except Exception as error:  # of any type: the optimizer is not ours
-        raise ValueError(
-            f"Learned ranks need an optimizer that leaves zeros without a gradient at zero. {name} could not be tested "
-            f"({type(error).__name__}: {error}). Use AdamW."
-        ) from None
-    if not keeps_zeros:
-        raise ValueError(
-            f"Learned ranks need an optimizer that leaves zeros without a gradient at zero, but {name} with these "
-            "settings does not. Use AdamW, without gradient centralization or noise, and with eps > 0."
-        )
-
-
-def _keeps_zeros(optimizer: torch.optim.Optimizer, like: Tensor) -> bool:
-    """Step a copy of the optimizer on matrices with zero rows or columns; raises as its step does."""
-    like = next((parameter for group in optimizer.param_groups for parameter in group["params"]), like)
-    dtype = torch.float32 if like.dtype == torch.float16 else like.dtype  # there, eps may be 0
-    rows = torch.zeros(_PROBE, _PROBE, dtype=dtype, device=like.device)
-    rows[: _PROBE // 2] = 1
-    for mask in (rows, rows.T.contiguous()):
-        parameter = nn.Parameter(mask.clone())
-        twin = _twin(optimizer, parameter)
-        for _ in range(2):
-            parameter.grad = mask.clone()
-            step = type(twin).step
-            step(twin, *[lambda: torch.zeros(())] * ("closure" in inspect.signature(step).parameters))
-        if bool((parameter.detach()[mask == 0] != 0).any()):
-            return False
-    return True
-
-
-def _twin(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
-    """Optimizer with copies of attributes and options, of another parameter; in training mode, where it has modes."""
-
-    def copied(values: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
-        kept = {name: value for name, value in values.items() if name not in without}
-        return {
-            name: value.clone() if isinstance(value, Tensor) else copy.copy(value) if type(value) in _OPEN else value
-            for name, value in kept.items()
-        }
-
-    # `copy.copy` leaves out what subclasses add; and DeepSpeed's destroy what they share with the original.
-    cls = type(type(optimizer).__name__, (type(optimizer),), {"__del__": lambda self: None})
-    twin: Any = object.__new__(cls)
-    hooks = [name for name in vars(optimizer) if name.endswith("_hooks")]
-    vars(twin).update(copied(vars(optimizer), (*hooks, "state", "param_groups")))
-    vars(twin).update({name: OrderedDict() for name in hooks})
-    options = copied(optimizer.param_groups[0], ("params",))
-    options["lr"] = torch.full_like(options["lr"], 1e-3) if isinstance(options["lr"], Tensor) else 1e-3
-    twin.state, twin.param_groups = defaultdict(dict), [options | {"params": [parameter]}]
-    if hasattr(twin, "train"):
-        twin.train()
-    return twin
-
-
-def _loss_scale_of(optimizers: list[Any], scaler: torch.amp.GradScaler | None) -> Callable[[], float] | None:
-    """Function that returns the factor of the loss in the next backward; None without a loss scaler."""
-    for optimizer in optimizers:
-        if is_deepspeed(optimizer):
-            return partial(getattr, optimizer, "loss_scale", 1.0)
-        scaler = scaler or getattr(optimizer, "scaler", None)  # accelerate's wrapper has one
-    return None if scaler is None else scaler.get_scale

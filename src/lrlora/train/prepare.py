@@ -18,8 +18,8 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from ..files import ADAPTER_EXPECTED, read_json, readable, require_no_input
 from ..learned.callback import LearnedRanksCallback
-from ..learned.learned_ranks import FEWEST_STEPS
 from ..learned.live_lora import require_plain_lora
+from ..learned.schedule import FEWEST_STEPS
 from ..learned.search import FEWEST_UNITS, PARTS
 from ..learned.size import Size
 from ..ranks.report import read_history
