@@ -11,8 +11,8 @@ if TYPE_CHECKING or "lrlora_cli" not in sys.modules:
     from .learned import LearnedRanks, LearnedRanksCallback, shrink
     from .rank_logger import RankLogger
     from .ranks import RankReport, rank_report
+    from .sharding import fully_shard_phi
     from .tuner import LrLoraConfig, LrLoraModel, cached_weights
-    from .tuner.sharding import fully_shard_phi
 
 __all__ = [
     "LearnedRanks",

@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from .files import write_whole
 from .ranks.report import RankReport, rank_report, read_history
 from .run_folder import HISTORY_FILE
-from .tuner.sharding import is_sharded
+from .sharding import is_sharded
 
 
 class RankLogger(TrainerCallback):

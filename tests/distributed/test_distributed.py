@@ -23,9 +23,9 @@ from transformers import BertConfig, BertModel
 
 from lrlora import RankReport, rank_report
 from lrlora.shrunk import read_shrunk
+from lrlora.train.launch import check_sharding
 from lrlora.train.run import train as train_run
 from lrlora.train.settings import TrainConfig
-from lrlora.train.sharding import check_sharding
 
 from ..conftest import TinyModel
 from ..learned.test_shrinking import lora, trainer_of
@@ -473,7 +473,7 @@ def test_a_form_without_parameters_of_its_own_is_sharded_like_lora(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("lrlora.train.sharding.find_spec", lambda name: name)
+    monkeypatch.setattr("lrlora.train.launch.find_spec", lambda name: name)
     check_sharding("lr-lora", {**adapter, "form": "expansion"}, settings["training"])
     with pytest.raises(ValueError, match=r"φ|sharing"):
         check_sharding("lr-lora", adapter, settings["training"])
@@ -509,7 +509,7 @@ def test_what_cannot_be_sharded_is_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     is_there = None if "install" in reason else importlib.machinery.ModuleSpec("deepspeed", None)
-    monkeypatch.setattr("lrlora.train.sharding.find_spec", lambda name: is_there)
+    monkeypatch.setattr("lrlora.train.launch.find_spec", lambda name: is_there)
     with pytest.raises(ValueError, match=re.escape(reason)):
         train_run(TrainConfig.from_dict(settings | change))
     assert not Path(settings["output"]).exists()

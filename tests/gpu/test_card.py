@@ -18,7 +18,7 @@ import lrlora
 from lrlora import LearnedRanks, LrLoraConfig
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.self_test import first_failure
-from lrlora.tuner.sharding import is_sharded
+from lrlora.sharding import is_sharded
 
 from ..conftest import relative, save_quantizable
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..naming import PEFT_PREFIX
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
-from ..tuner.sharding import gathered, shard_owners
+from ..sharding import gathered, shard_owners
 from .update import Layout, Learned, Pair, Update
 
 # Methods whose `r` is the rank of a product.

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..progress_bar import progress_bar
+from ..sharding import full_value, process_index, processes, write
 from ..shrunk import Shrunk
 from .directions import LossCurve
 from .gain import at_most, constant_losses, losses_of
 from .live_lora import lora_layers, put, weights_of
 from .moments import IGNORED, Loss, model_loss, with_sampled_labels
 from .search import FEWEST_UNITS, PARTS, PASSES, Part, describe, find_smallest, too_few
-from .sharded import full_value, process_index, processes, write
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without

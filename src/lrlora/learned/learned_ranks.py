@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ..adapters import Factors
 from ..checks import check_truncation
+from ..sharding import full_value, is_sharded, local_part, of_first, processes, write
 from ..shrunk import Shrunk
-from ..tuner.sharding import is_sharded, local_part
 from .directions import Criterion, LossCurve, directions
 from .held_out import LiveLosses, at_rest, find_in_place
 from .host import host_of, without_wrapper
@@ -45,9 +45,8 @@ from .live_lora import (
     weights_of,
 )
 from .moments import Loss, Moments, model_loss
-from .optimizers import StepHook, loss_scale_of, require_suitable
+from .optimizers import StepHook, is_deepspeed, loss_scale_of, require_suitable, restart, unwrapped
 from .schedule import Schedule
-from .sharded import full_value, is_deepspeed, of_first, processes, restart, unwrapped, write
 from .size import CUT_AT, Size
 from .window import Window
 

@@ -23,8 +23,8 @@ from torch.nn.modules.conv import _ConvNd
 from ..adapters import Factors
 from ..adapters.export import config_of_ranks
 from ..adapters.update import Layout, changes_base
+from ..sharding import full_value, write
 from .host import active_adapters, base_of, prefix_of, saves_adapter
-from .sharded import full_value, write
 
 _DOWN = (nn.Linear, _ConvNd)  # supported as lora_A
 # Fields of LoraConfig that a cut does not support.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .sharded import is_deepspeed
+from ..sharding import in_deepspeed
 
 _PROBE = 64  # rows and columns of matrices on which an optimizer is tested: 8-bit ones keep small states in 32 bits
 _OPEN = (dict, list, set)  # attributes that a step may change in place
@@ -112,3 +112,41 @@ class StepHook:
     def remove(self) -> None:
         """Call it no more. The method stays, since others, such as schedulers, may have wrapped it."""
         self._is_removed = True
+
+
+def is_deepspeed(optimizer: Any) -> bool:
+    """Whether DeepSpeed's ZeRO steps: its optimizer holds flat partitions of float32 copies."""
+    return type(optimizer).__module__.startswith("deepspeed.")
+
+
+def unwrapped(optimizer: Any) -> list[Any]:
+    """The optimizer and those inside of it, such as that inside of accelerate's wrapper."""
+    found = [optimizer]
+    while (wrapped := getattr(found[-1], "optimizer", None) or getattr(found[-1], "base_optimizer", None)) is not None:
+        found.append(wrapped)
+    return found
+
+
+@torch.no_grad()
+def restart(optimizer: Any, parameters: Sequence[nn.Parameter], *, are_all: bool) -> None:
+    """Let the optimizer begin anew with parameters; `are_all` if it has no others.
+
+    Where others share ZeRO's partitions, the step of Adam's bias correction goes on, so the second moment becomes its
+    mean instead of 0, which would make the first steps several times too large.
+    """
+    if not any(map(in_deepspeed, parameters)):
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+        return
+    if are_all:
+        for state in optimizer.state.values():
+            for name, value in state.items():
+                state[name] = value.zero_() if isinstance(value, Tensor) else type(value)(0)
+        return
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+
+    for parameter in parameters:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state = safe_get_full_optimizer_state(parameter, name)
+            value = torch.full_like(state, state.mean().item() if name == "exp_avg_sq" else 0.0)
+            safe_set_full_optimizer_state(parameter, value, name)

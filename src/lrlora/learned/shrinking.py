@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..checks import DEFAULT_KEEP, check_truncation
 from ..files import write_json
+from ..sharding import full_value, is_whole, of_first, process_index, processes
 from ..shrunk import SHRUNK_FILE, Shrunk
 from .directions import LossCurve, directions
 from .gain import mean_of
@@ -38,8 +39,8 @@ from .live_lora import (
     weights_of,
 )
 from .moments import Loss, Moments, channel_dim, model_loss, watch
+from .optimizers import restart, unwrapped
 from .search import LEARNED, PASSES
-from .sharded import full_value, is_whole, of_first, process_index, processes, restart, unwrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports `datasets`, which an adapter does without

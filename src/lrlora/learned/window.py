@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..tuner.sharding import local_part
+from ..sharding import local_part, processes
 from .host import WITHOUT_KERNELS
 from .live_lora import lora_factors, lora_layers, lora_weights
 from .moments import Moments, channel_dim, watch
-from .sharded import processes
 
 _MOST = 32  # steps
 

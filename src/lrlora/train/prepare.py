@@ -37,6 +37,7 @@ from .cut import FEWEST
 from .data import require_data_path
 from .hub import create_repository
 from .inputs import Inputs
+from .launch import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .methods import METHODS
 from .models import (
     check_arguments,
@@ -49,7 +50,6 @@ from .models import (
 from .plan import describe_encoded, plan
 from .progress import Announce
 from .settings import FROM_TRAIN, TrainConfig, read_run, require_settings
-from .sharding import check_sharding, load_in_every_process, prepare_sharding, require_same_sharding
 from .tasks import TASKS
 
 _MANY_STEPS = 10**6  # for checks of a configuration before the number of steps is known

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..progress_bar import is_live, progress_bar
 from ..run_folder import shown_metrics
-from ..tuner.sharding import local_part
+from ..sharding import local_part
 from .tasks.base import Task, plain_metrics
 
 Announce = Callable[[str], None]

@@ -29,9 +29,9 @@ from ..locks import only_writer, remove_left
 from ..rank_logger import RankLogger
 from ..ranks import RankReport, rank_report
 from ..run_folder import ANOTHER_CHECKPOINT, LOG_FILE, METRICS_FILE, REPORT_FILE, RUN_FILE, RunRecord, resume_hint
+from ..sharding import is_sharded, trained_parameters
 from ..shrunk import SHRUNK_FILE
 from ..tuner import LrLoraConfig
-from ..tuner.sharding import is_sharded, trained_parameters
 from ..views.model_card import write_card
 from .hub import push
 from .inputs import Inputs, examples_per_step

@@ -1,4 +1,7 @@
-"""FSDP2 and ZeRO-3 support: φ as a separate shard group, and gathering of sharded parameters."""
+"""Parameters wherever a trainer keeps them: whole, sharded by FSDP2, or partitioned by DeepSpeed's ZeRO.
+
+Functions that read or write whole values must be called on every process.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops.form import Form
+from .ops.form import Form
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -53,7 +57,7 @@ def fully_shard_phi(model: nn.Module, **options: Any) -> None:
 def shard_owners(model: nn.Module) -> dict[nn.Module, FSDPModule]:
     """Map each module to the innermost FSDP2 module around it, if any."""
     owners: dict[nn.Module, FSDPModule] = {}
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not dist.is_available() or not dist.is_initialized():
         return owners
     from torch.distributed.fsdp import FSDPModule
 
@@ -82,7 +86,7 @@ def local_part(tensor: Tensor) -> Tensor:
         return part
     # The last ranks' shards end in padding with arbitrary values.
     size = part.ds_tensor.numel()
-    left = part.ds_numel - torch.distributed.get_rank() * size
+    left = part.ds_numel - dist.get_rank() * size
     return part.ds_tensor.flatten()[: max(0, min(size, left))]
 
 
@@ -108,7 +112,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in parameters.items():
         if parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter]):
-                if torch.distributed.get_rank() == 0:
+                if dist.get_rank() == 0:
                     state[name] = parameter.detach().cpu().clone()
     return state
 
@@ -131,3 +135,64 @@ def gathered(layer: nn.Module, owners: dict[nn.Module, FSDPModule]) -> Iterator[
     finally:
         for owner in needed:
             owner.reshard()
+
+
+def processes() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Index of this process among these."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def of_first(value: Any) -> Any:
+    """The first process's value, on all of them."""
+    if processes() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def in_deepspeed(parameter: Tensor) -> bool:
+    """Whether DeepSpeed keeps a float32 copy of a parameter, or partitions it."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether this process alone has the parameters, all of them whole."""
+    return processes() == 1 and not is_sharded(model) and not any(map(in_deepspeed, model.parameters()))
+
+
+@torch.no_grad()
+def full_value(parameter: nn.Parameter) -> Tensor:
+    """Value of a parameter, not sharded, float32; of ZeRO's float32 copy."""
+    value: Any = parameter.detach()
+    if in_deepspeed(parameter):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).float()
+
+
+@torch.no_grad()
+def write(parameter: nn.Parameter, value: Tensor) -> None:
+    """Overwrite a parameter in place."""
+    if in_deepspeed(parameter):
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        # The next forward uses the parameter, and the next step its float32 copy.
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+            parameter.copy_(value)
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))
+        return
+    sharded: Any = parameter
+    value = value.to(parameter)
+    if hasattr(sharded, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
+    parameter.copy_(value)
