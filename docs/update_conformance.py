@@ -42,7 +42,7 @@ def vectors() -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
         phi.amplitude.data = 0.1 * drawn(count)
         phi.bandwidth.data = 0.1 * drawn(count)
         delta = reference_delta_weight(given["A"], given["B"], phi, scaling=SCALING, input_gain=gain)
-        start = {"start": phi.spec.amplitudes(torch.zeros(count))}
+        start = {"start": phi.spec.amplitudes(torch.zeros(2, count))}
         tensors |= _case(form, {**given, **dict(phi.named_parameters())}, delta, drawn, start)
         cases[form] = {"form": form, "s": SCALING, "g": gain, "interval": INTERVAL, "mu": multiplier}
     for shape in ((R, N), (M, R), (TOKENS, N), (M, N), (TOKENS, M)):  # of a form since removed: others keep their draws

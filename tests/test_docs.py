@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 from lrlora import LrLoraConfig
 from lrlora.adapters import read_updates
 from lrlora.cli import app
+from lrlora.ops.phi_forms import FORMS
 from lrlora.train.settings import TrainConfig
+from lrlora.tuner.config import EXPANSION
 from lrlora_lab import fleet, front_report
 from lrlora_lab.front import read_rows
 from lrlora_lab.jobs import check, read_comparison
@@ -194,18 +196,25 @@ def test_the_conformance_vectors_are_those_of_the_reference(tmp_path: Path, monk
     assert ended.value.code == 1
 
 
-@pytest.mark.parametrize("form", ["residual", "sinc", "expansion"])
+@pytest.mark.parametrize("form", [*FORMS, EXPANSION])
+def test_every_form_is_described(form: str) -> None:
+    settings = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert f'"{form}"' in (LrLoraConfig.__doc__ or "")
+    assert f"`{form}`" in settings or f'`form="{form}"`' in settings
+
+
+@pytest.mark.parametrize("form", [*FORMS, EXPANSION])
 def test_the_files_of_an_adapter_are_the_documented_ones(form: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     rows = text.partition("## Files of an adapter, format 2")[2].split("|\n\n")[0].splitlines()[5:]
     keys = [key for row in rows for key in re.findall("`(.lrlora_.+?)`", row)]
-    assert len(keys) == 4
+    parameters = {name: [f".lrlora_phi.{each}" for each in known.parameters] for name, known in FORMS.items()}
+    assert keys == [".lrlora_A.weight", ".lrlora_B.weight", *parameters["residual"]]
     base = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
     config = LrLoraConfig(r=2, target_modules=["0", "2"], form=form, num_basis=5)
     get_peft_model(base, config).save_pretrained(tmp_path)
     shapes = {".lrlora_A.weight": [(2, 27), (2, 8)], ".lrlora_B.weight": [(8, 2), (2, 2)]}
-    if form in ("residual", "sinc"):
-        shapes |= {key: [(5,), (5,)] for key in keys if ".lrlora_phi." in key}
+    shapes |= {key: [(5,), (5,)] for key in parameters.get(form, [])}
     found = {key: tuple(value.shape) for key, value in load_file(tmp_path / "adapter_model.safetensors").items()}
     wanted = {
         f"base_model.model.{i}{key}": shape for key, both in shapes.items() for i, shape in zip("02", both, strict=True)

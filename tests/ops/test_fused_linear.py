@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lrlora import LrLoraConfig
-from lrlora.ops.phi import FORMS, TransferSpec
+from lrlora.ops.phi import TransferSpec
+from lrlora.ops.phi_forms import FORMS
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.table import TransferTable
 from lrlora.ops.transfer import Transfer
@@ -50,9 +51,12 @@ def make_case(
     (m, n), r = shape, 3
     transfer = Transfer(TransferSpec(form, num_basis, 3.0, 10.0))
     with torch.no_grad():
-        # Ten times as large after the multiplier: the bandwidths are then spread over their whole range.
-        for parameter, size in zip(transfer.parameters(), (0.03, 0.3), strict=True):
-            parameter.normal_(0, size)
+        amplitudes, *shapes = transfer.parameters()
+        amplitudes.normal_(0, 0.03)
+        for (
+            shape
+        ) in shapes:  # ten times as large after the multiplier: bandwidths are then spread over their whole range
+            shape.normal_(0, 0.3)
     A, B = torch.randn(r, n, dtype=dtype), torch.randn(m, r, dtype=dtype) * 0.012
     # One entry of g·BA exactly on each end of the interval, and one exactly 0.
     A[:, 0], B[0], B[1], B[2] = torch.tensor([1.0, 0, 0]), A.new_zeros(3), A.new_zeros(3), A.new_zeros(3)
@@ -81,15 +85,15 @@ def formula(case: Case, gain: float | None = GAIN) -> Tensor:
 def interpolated(case: Case) -> Tensor:
     """The formula with φ replaced by its interpolant, everything left to autograd."""
     transfer, z = case.transfer, GAIN * (case.B @ case.A)
-    spec = transfer.spec
-    table = TransferTable(spec, transfer.amplitude, transfer.bandwidth, torch.float64, z.abs().max().item())
-    coefficients = table.interpolate(spec.series(table.points, transfer.amplitude, transfer.bandwidth))
+    spec, learned = transfer.spec, transfer.learned
+    table = TransferTable(spec, learned, torch.float64, z.abs().max().item())
+    coefficients = table.interpolate(spec.series(table.points, learned))
     u = torch.where(z.abs() <= table.reach, z, table.reach * z.sign()) / table.spacing
     cell = u.detach().floor().clamp(max=table.cells_per_side - 1)
     psi = sum(coefficients[(cell + table.cells_per_side).long(), p] * (u - cell) ** p for p in range(6))
-    if not spec.is_clipped:
-        psi = torch.where(z.abs() > table.reach, spec.series(z, transfer.amplitude, transfer.bandwidth), psi)
-    phi = spec.backbone(z) + psi
+    if not spec.phi_form.is_clipped:
+        psi = torch.where(z.abs() > table.reach, spec.series(z, learned), psi)
+    phi = spec.phi_form.backbone * z + psi
     return F.linear(case.x, case.weight + (SCALING / GAIN) * phi, case.bias)
 
 

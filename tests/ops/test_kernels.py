@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lrlora.ops import cpu
-from lrlora.ops.phi import FORMS, TransferSpec
+from lrlora.ops.phi import TransferSpec
+from lrlora.ops.phi_forms import FORMS
 from lrlora.ops.reference import reference_delta_weight
 from lrlora.ops.transfer import Transfer
 
@@ -63,17 +64,18 @@ def test_unit_input_against_the_formula(form: str, size: float) -> None:
         assert relative(got, want) <= 1e-4
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("with_weight", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_against_the_formula(
-    dtype: torch.dtype, with_weight: bool, transposed: bool, path: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, with_weight: bool, transposed: bool, form: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "triton" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies the integers that hold the bits of bfloat16")
     tolerance = torch.finfo(dtype).eps  # weights and sums are rounded to half of it each
     monkeypatch.setattr(cpu, "_CONVERTED_ENTRIES", 500)  # several blocks of rows, the last one smaller
-    case = make_case(dtype=torch.float32, transposed=transposed)
+    case = make_case(form, dtype=torch.float32, transposed=transposed)
     x = case.x.detach().to(dtype).requires_grad_()
     half = case._replace(x=x, weight=case.weight.to(dtype), bias=None, grad_y=case.grad_y.to(dtype))
     half = half if with_weight else half._replace(weight=None)
@@ -123,8 +125,9 @@ def test_thread_count_changes_rounding_only_and_repeats_are_equal(transposed: bo
             assert relative(got, expected) <= 1e-5
 
 
-def test_delta_is_differentiable() -> None:
-    case = make_case("sinc", dtype=torch.float32)
+@pytest.mark.parametrize("form", FORMS)
+def test_delta_is_differentiable(form: str) -> None:
+    case = make_case(form, dtype=torch.float32)
     trainable = case.trainable()[1:]
     weight = torch.randn(37, 53)
 
@@ -139,17 +142,31 @@ def test_delta_is_differentiable() -> None:
 
 @pytest.mark.parametrize(("dtype", "update", "gradient"), [(torch.float32, 1e-5, 1e-4), (torch.float64, 1e-9, 1e-6)])
 @pytest.mark.parametrize("largest", [2.0, 40.0, 1000.0])
-def test_the_natural_tails_at_any_distance(largest: float, dtype: torch.dtype, update: float, gradient: float) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_tails_at_any_distance(form: str, largest: float, dtype: torch.dtype, update: float, gradient: float) -> None:
     """Within the smallest table, within several panels, and beyond the largest one."""
-    case = make_case("sinc", dtype=dtype, shape=(64, 48))
+    case = make_case(form, dtype=dtype, shape=(64, 48))
     with torch.no_grad():
         case.B[:3] = 0  # else an end of the interval, which says nothing here
         case.B.mul_(largest / (GAIN * (case.B @ case.A).abs().max()))
     # Far out, where φ swings 50 radians in a unit, the rounding of z itself counts.
-    rounding = largest * torch.finfo(dtype).eps * case.transfer.spec.max_bandwidth
+    rounding = largest * torch.finfo(dtype).eps * case.transfer.spec.phi_form.band_limit
     assert update_error(case) <= update + rounding
     for got, want in zip(gradients(fused(case), case), gradients(formula(case), case), strict=True):
         assert relative(got, want) <= gradient + rounding
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_slope_at_the_ends_of_the_interval_is_the_inner_one(form: str) -> None:
+    transfer = Transfer(TransferSpec(form, 9, 3.3, 10.0))  # in float32, 3.3 is 504.00003 cells of 504
+    with torch.no_grad():
+        for parameter in transfer.parameters():
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    A, B = torch.tensor([[3.3, -3.3, 1.0]], requires_grad=True), torch.ones(2, 1)
+    delta = transfer.delta(A, B, scaling=SCALING, gain=1.0)
+    expected = reference_delta_weight(A, B, transfer, scaling=SCALING, input_gain=1.0)
+    (got,), (want,) = (torch.autograd.grad(each.sum(), A) for each in (delta, expected))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)

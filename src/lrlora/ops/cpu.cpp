@@ -48,13 +48,12 @@ inline void transpose(Four& a, Four& b, Four& c, Four& d) {
 // std::fma is a slow library call where the CPU has no such instruction; the compiler contracts this where it has.
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
 
-enum Form { RESIDUAL = 0, SINC = 1 };
-
 struct Phi {
     const float* table;      // (2 * side, LINE): of ψ for the weight, of ψ' for the gradient
     int32_t side;            // cells on each side of 0
     float cells_per_unit;
-    int32_t form;
+    float backbone;          // φ(z) = backbone * z + ψ(z)
+    float clip;              // where |z| is larger, ψ' is 0; infinite unless ψ is clipped
     float gain;              // z = gain * (BA)
     float scaling;           // s
 };
@@ -171,14 +170,14 @@ void lrlora_effective_weight(void* out, const void* weight, const float* A, cons
             product(z, B + i * r, A + start, r, n, count, phi.gain);
             locate(cell, t, z, count, phi);
             read_table(psi, phi.table, cell, t, count);
-            if (phi.form == SINC) std::fill(z, z + count, 0.0f);
             float* o = is_bfloat16 ? t : static_cast<float*>(out) + i * n + start;
             if (weight) {
                 const float* w = is_bfloat16 ? widened : static_cast<const float*>(weight) + i * n + start;
                 if (is_bfloat16) load_bfloat16(widened, static_cast<const uint16_t*>(weight) + i * n + start, count);
-                for (int64_t j = 0; j < count; ++j) o[j] = multiply_add(output_scale, z[j] + psi[j], w[j]);
+                for (int64_t j = 0; j < count; ++j)
+                    o[j] = multiply_add(output_scale, multiply_add(phi.backbone, z[j], psi[j]), w[j]);
             } else {
-                for (int64_t j = 0; j < count; ++j) o[j] = output_scale * (z[j] + psi[j]);
+                for (int64_t j = 0; j < count; ++j) o[j] = output_scale * multiply_add(phi.backbone, z[j], psi[j]);
             }
             if (is_bfloat16) store_bfloat16(static_cast<uint16_t*>(out) + i * n + start, o, count);
         }
@@ -191,7 +190,6 @@ void lrlora_effective_weight(void* out, const void* weight, const float* A, cons
 // [-1/2, 1/2], is the distance from the middle of the bin.
 void lrlora_gradient(const void* G, const float* A, const float* B, float* grad_A, float* grad_B, double* moments,
                      float* sums, int64_t m, int64_t n, int64_t r, Phi phi, int32_t threads, int32_t is_bfloat16) {
-    const float side = static_cast<float>(phi.side);
     const int64_t bins = int64_t{2} * phi.side / CELLS_PER_BIN * LINE;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int32_t thread = 0; thread < threads; ++thread) {
@@ -213,11 +211,8 @@ void lrlora_gradient(const void* G, const float* A, const float* B, float* grad_
                 product(z, b, a, r, n, count, phi.gain);
                 locate(cell, t, z, count, phi);
                 read_table(h, phi.table, cell, t, count);
-                // ψ is clipped to the table, save in the form that has no other part: its table holds all entries.
-                if (phi.form == RESIDUAL)
-                    for (int64_t j = 0; j < count; ++j)
-                        h[j] = 1.0f + (std::fabs(z[j]) * phi.cells_per_unit > side ? 0.0f : h[j]);
-                for (int64_t j = 0; j < count; ++j) h[j] *= phi.scaling * g[j];
+                for (int64_t j = 0; j < count; ++j)
+                    h[j] = phi.scaling * g[j] * (phi.backbone + (std::fabs(z[j]) > phi.clip ? 0.0f : h[j]));
                 add_moments(own, bins, cell, t, g, count, phi.scaling / phi.gain);
                 for (int64_t k = 0; k < r; ++k) {
                     const float part = dot_and_add(grad_a + k * n, h, a + k * n, b[k], count);

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -32,7 +33,6 @@ from ..files import cache_folder, flush
 from .table import CELLS_PER_BIN, PhiGradient, TransferTable, is_plain
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_FORMS = {"residual": 0, "sinc": 1}
 _MOMENTS = 4
 _BANKS = 2  # same as in cpu.cpp
 # Each thread clears and reduces its own gradient bins, which does not pay off for fewer entries.
@@ -55,7 +55,8 @@ class _Phi(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("side", ctypes.c_int32),
         ("cells_per_unit", ctypes.c_float),
-        ("form", ctypes.c_int32),
+        ("backbone", ctypes.c_float),
+        ("clip", ctypes.c_float),
         ("gain", ctypes.c_float),
         ("scaling", ctypes.c_float),
     )
@@ -70,9 +71,8 @@ _ARGUMENTS = {
 
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels support this φ and these tensors."""
-    is_known = table.spec.form in _FORMS and table.is_complete
     is_plain_on_cpu = all(t is None or (is_plain(t) and t.device.type == "cpu") for t in tensors)
-    return is_known and is_plain_on_cpu and _library() is not None
+    return table.is_complete and is_plain_on_cpu and _library() is not None
 
 
 def write_weight(
@@ -138,8 +138,10 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
 
 def _phi(table: TransferTable, cubics: Tensor, scaling: float, gain: Tensor) -> tuple[_Phi, Tensor]:
     """Kernel arguments for φ, and the tensor (cells, 4) they point into."""
-    form = _FORMS[table.spec.form]
-    return _Phi(cubics.data_ptr(), table.cells_per_side, 1 / table.spacing, form, gain.item(), scaling), cubics
+    form = table.spec.phi_form
+    grid = cubics.data_ptr(), table.cells_per_side, 1 / table.spacing
+    clip = form.interval if form.is_clipped else math.inf
+    return _Phi(*grid, form.backbone, clip, gain.item(), scaling), cubics
 
 
 @functools.cache

@@ -74,12 +74,10 @@ def _row_blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _tabulate(
-    spec: TransferSpec, A: Tensor, B: Tensor, gain: Tensor, amplitude: Tensor, bandwidth: Tensor
-) -> TransferTable:
+def _tabulate(spec: TransferSpec, A: Tensor, B: Tensor, gain: Tensor, phi: Tensor) -> TransferTable:
     """Table of φ for all entries of g·BA, up to the largest size."""
-    largest = 0.0 if spec.is_clipped else _largest_input(A, B, gain, spec.interval)
-    return TransferTable(spec, amplitude, bandwidth, A.dtype, largest)
+    largest = 0.0 if spec.phi_form.is_clipped else _largest_input(A, B, gain, spec.interval)
+    return TransferTable(spec, phi, A.dtype, largest)
 
 
 def _largest_input(A: Tensor, B: Tensor, gain: Tensor, interval: float) -> float:
@@ -147,8 +145,8 @@ def _factor_gradients(
 @torch.library.custom_op(
     "lrlora::adapted_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor gain, Tensor amplitude, "
-    f"Tensor bandwidth, {_SETTINGS}) -> Tensor",
+    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor gain, Tensor phi, "
+    f"{_SETTINGS}) -> Tensor",
 )
 def adapted_linear(
     x: Tensor,
@@ -157,14 +155,13 @@ def adapted_linear(
     A: Tensor,
     B: Tensor,
     gain: Tensor,
-    amplitude: Tensor,
-    bandwidth: Tensor,
+    phi: Tensor,
     scaling: float,
     *spec: Any,
 ) -> Tensor:
     """`Transfer.fused_linear` of A and B in float32 or float64."""
     with without_autocast(x.device.type):
-        table = _tabulate(TransferSpec(*spec), A, B, gain, amplitude, bandwidth)
+        table = _tabulate(TransferSpec(*spec), A, B, gain, phi)
         effective = _empty_weight(x.dtype, weight, A, B)
         if weight is None or x.dtype not in (torch.bfloat16, torch.float16):
             _write_weight(effective, weight, A, B, gain, table, scaling)
@@ -183,7 +180,7 @@ def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tenso
     "lrlora::adapted_linear_backward",
     mutates_args=(),
     schema="(Tensor grad_y, bool[] needs, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor gain, "
-    f"Tensor amplitude, Tensor bandwidth, {_SETTINGS}) -> Tensor[]",
+    f"Tensor phi, {_SETTINGS}) -> Tensor[]",
 )
 def _adapted_linear_backward(
     grad_y: Tensor,
@@ -193,16 +190,15 @@ def _adapted_linear_backward(
     A: Tensor,
     B: Tensor,
     gain: Tensor,
-    amplitude: Tensor,
-    bandwidth: Tensor,
+    phi: Tensor,
     scaling: float,
     *spec: Any,
 ) -> list[Tensor]:
-    """Gradients of the first eight inputs of `adapted_linear`, restricted to `needs`; there is none of g."""
+    """Gradients of the first seven inputs of `adapted_linear`, restricted to `needs`; there is none of g."""
     needs_x, needs_weight, needs_bias, *needs_update = needs
     gradients: list[Tensor | None] = [None] * len(needs)
     with without_autocast(grad_y.device.type):
-        table = _tabulate(TransferSpec(*spec), A, B, gain, amplitude, bandwidth)
+        table = _tabulate(TransferSpec(*spec), A, B, gain, phi)
         gradient = PhiGradient(table)
         buffer = _empty_weight(x.dtype, weight, A, B)
         flat_y, flat_x = grad_y.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
@@ -221,7 +217,7 @@ def _adapted_linear_backward(
                     torch.mm(flat_y.T, flat_x, out=buffer)
                 gradients[1] = buffer
                 gradients[3:5] = _factor_gradients(buffer, A, B, gain, gradient, scaling)
-            gradients[6:8] = gradient.of_parameters()
+            gradients[6] = gradient.of_parameters()
         if needs_bias:
             gradients[2] = flat_y.sum(0)
     return _needed(needs, gradients)
@@ -232,7 +228,7 @@ def _(
     grad_y: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *others: Any
 ) -> list[Tensor]:
     bias = grad_y.new_empty(B.shape[0])
-    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, *others[:3])]
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, A, B, *others[:2])]
     gradients[1] = None if weight is None else torch.empty_like(weight)  # keeps the layout of a transposed W
     return _needed(needs, gradients)
 
@@ -257,26 +253,25 @@ def _register_gradients(operator: Any, backward: Any, count: int, saved: Sequenc
     operator.register_autograd(differentiate, setup_context=save)
 
 
-_register_gradients(adapted_linear, _adapted_linear_backward, 8, (0, 1, 3, 4, 5, 6, 7))
+_register_gradients(adapted_linear, _adapted_linear_backward, 7, (0, 1, 3, 4, 5, 6))
 
 
 @torch.library.custom_op(
     "lrlora::delta_weight",
     mutates_args=(),
-    schema=f"(Tensor A, Tensor B, Tensor gain, Tensor amplitude, Tensor bandwidth, {_SETTINGS}) -> Tensor",
+    schema=f"(Tensor A, Tensor B, Tensor gain, Tensor phi, {_SETTINGS}) -> Tensor",
 )
 def delta_weight(
     A: Tensor,
     B: Tensor,
     gain: Tensor,
-    amplitude: Tensor,
-    bandwidth: Tensor,
+    phi: Tensor,
     scaling: float,
     *spec: Any,
 ) -> Tensor:
     """`Transfer.delta` of A and B in float32 or float64."""
     with without_autocast(A.device.type):
-        table = _tabulate(TransferSpec(*spec), A, B, gain, amplitude, bandwidth)
+        table = _tabulate(TransferSpec(*spec), A, B, gain, phi)
         delta = A.new_empty(*B.shape[:-1], A.shape[-1])
         for (out, left, right), g in zip(_matrices(delta, A, B), gain.flatten(), strict=True):
             _write_weight(out, None, left, right, g, table, scaling)
@@ -291,8 +286,7 @@ def _(A: Tensor, B: Tensor, *others: Any) -> Tensor:
 @torch.library.custom_op(
     "lrlora::delta_weight_backward",
     mutates_args=(),
-    schema="(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor gain, Tensor amplitude, Tensor bandwidth, "
-    f"{_SETTINGS}) -> Tensor[]",
+    schema=f"(Tensor grad, bool[] needs, Tensor A, Tensor B, Tensor gain, Tensor phi, {_SETTINGS}) -> Tensor[]",
 )
 def _delta_weight_backward(
     grad: Tensor,
@@ -300,14 +294,13 @@ def _delta_weight_backward(
     A: Tensor,
     B: Tensor,
     gain: Tensor,
-    amplitude: Tensor,
-    bandwidth: Tensor,
+    phi: Tensor,
     scaling: float,
     *spec: Any,
 ) -> list[Tensor]:
-    """Gradients of the first five inputs of `delta_weight`, restricted to `needs`; there is none of g."""
+    """Gradients of the first four inputs of `delta_weight`, restricted to `needs`; there is none of g."""
     with without_autocast(grad.device.type):
-        table = _tabulate(TransferSpec(*spec), A, B, gain, amplitude, bandwidth)
+        table = _tabulate(TransferSpec(*spec), A, B, gain, phi)
         gradient = PhiGradient(table)
         parts = [
             _factor_gradients(G, left, right, g, gradient, scaling)
@@ -316,15 +309,15 @@ def _delta_weight_backward(
         grad_A, grad_B = (
             torch.stack(part).view(like.shape) for part, like in zip(zip(*parts, strict=True), (A, B), strict=True)
         )
-        return _needed(needs, [grad_A, grad_B, None, *gradient.of_parameters()])
+        return _needed(needs, [grad_A, grad_B, None, gradient.of_parameters()])
 
 
 @_delta_weight_backward.register_fake
 def _(grad: Tensor, needs: Sequence[bool], *tensors: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in _needed(needs, tensors[:5])]
+    return [t.new_empty(t.shape) for t in _needed(needs, tensors[:4])]
 
 
-_register_gradients(delta_weight, _delta_weight_backward, 5, range(5))
+_register_gradients(delta_weight, _delta_weight_backward, 4, range(4))
 
 
 def _matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

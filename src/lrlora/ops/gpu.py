@@ -40,7 +40,7 @@ _FAILED: set[torch.device] = set()  # devices whose kernels failed
 
 def supports(table: TransferTable, *tensors: Tensor | None) -> bool:
     """Whether the kernels can read this φ and tensors, and are right on their device."""
-    if table.spec.form != "residual" or not all(t is None or is_plain(t) for t in tensors):
+    if not table.spec.phi_form.is_clipped or not all(t is None or is_plain(t) for t in tensors):
         return False
     device = next(t.device for t in tensors if t is not None)
     return device not in _FAILED and is_sound(device)
@@ -128,6 +128,7 @@ def _weight_kernel(
     n,
     side,
     cells_per_unit,
+    backbone,
     r,
     gain,
     scaling,
@@ -139,17 +140,17 @@ def _weight_kernel(
     place, inside = rows[:, None] * n + columns[None, :], (rows[:, None] < m) & (columns[None, :] < n)
     cell, t = _locate(z, side, cells_per_unit)
     psi = _cubic(table, cell, t)
-    value = scaling / tl.load(gain) * (z + psi)
+    value = scaling / tl.load(gain) * (backbone * z + psi)
     if HAS_WEIGHT:
         value += tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _slope(table, z, side, cells_per_unit):
+def _slope(table, z, side, cells_per_unit, clip, backbone):
     """φ′(z): tabulated part plus backbone."""
     cell, t = _locate(z, side, cells_per_unit)
-    return 1.0 + tl.where(tl.abs(z) * cells_per_unit <= side, _cubic(table, cell, t), 0.0)
+    return backbone + tl.where(tl.abs(z) <= clip, _cubic(table, cell, t), 0.0)
 
 
 @triton.jit
@@ -178,8 +179,10 @@ def _gradient_kernel(
     strip,
     side,
     cells_per_unit,
+    clip,
     points_per_unit,
     num_moments,
+    backbone,
     r,
     gain,
     scaling,
@@ -203,7 +206,7 @@ def _gradient_kernel(
         inside = has_row[:, None] & has_column[None, :]
         g = tl.load(Y + rows[:, None] * n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
 
-    h = scaling * _slope(table, z, side, cells_per_unit) * g
+    h = scaling * _slope(table, z, side, cells_per_unit, clip, backbone) * g
     # Shares of ∂L/∂B, (column blocks, r, m), and of ∂L/∂A, (row blocks, r, columns of the strip).
     grad_B += tl.program_id(1).to(tl.int64) * r * m
     width = tl.num_programs(1) * BLOCK_N
@@ -214,8 +217,7 @@ def _gradient_kernel(
         b = tl.load(B + rows * r + k, mask=has_row, other=0.0)
         tl.store(grad_A + k * width + tl.arange(0, BLOCK_N), tl.sum(h * b[:, None], axis=0))
 
-    limit = side / cells_per_unit
-    x = tl.minimum(tl.maximum(z, -limit), limit) * points_per_unit
+    x = tl.minimum(tl.maximum(z, -clip), clip) * points_per_unit
     moments += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * num_moments
     _store_moments(moments, g, x, num_moments)
 
@@ -238,6 +240,7 @@ def write_weight(
             n,
             float(table.cells_per_side),
             1 / table.spacing,
+            table.spec.phi_form.backbone,
             A.shape[0],
             gain,
             scaling,
@@ -306,8 +309,10 @@ def _gradients(
                 strip,
                 float(table.cells_per_side),
                 1 / table.spacing,
+                table.reach,
                 1 / table.points_reach,
                 table.num_points,
+                table.spec.phi_form.backbone,
                 r,
                 gain,
                 scaling,

@@ -43,10 +43,10 @@ def _differences(kernels: Any, device: torch.device) -> Iterator[tuple[str, floa
         return (torch.randn(*shape, generator=generator) * size).to(device)
 
     spec = TransferSpec()
-    phi = normal(spec.num_basis, size=0.03), normal(spec.num_basis, size=0.3)
+    phi = torch.stack([normal(spec.num_basis, size=0.03), normal(spec.num_basis, size=0.3)])
     A, B, W = normal(_R, _N), normal(_M, _R, size=0.01), normal(_M, _N)
     Y, X, gain = normal(_TOKENS, _M), normal(_TOKENS, _N), torch.tensor(_GAIN, device=device)
-    exact, table = (TransferTable(spec, *phi, dtype) for dtype in (torch.float64, torch.float32))
+    exact, table = (TransferTable(spec, phi, dtype) for dtype in (torch.float64, torch.float32))
     z = _GAIN * (B.double() @ A.double())
     delta = _SCALING / _GAIN * exact.value(z)
     for dtype in (torch.float32, torch.bfloat16):

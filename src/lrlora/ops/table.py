@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .phi import TransferSpec, constant
+from .phi import TransferSpec
+from .phi_forms import constant
 
 DEGREE = 5
-# Table cells per radian of the fastest sinc. At this density φ and φ′ both err by less than 1e-6 for unit amplitudes at
-# ω = 2·ω₀ and N = 50, where φ′ itself reaches 100 (tests/ops/test_transfer.py). Degree 5: for the same accuracy of φ′,
-# cubics would need ten times the cells.
+# Table cells per radian of the highest frequency of ψ. At this density φ and φ′ both err by less than 1e-6 for unit
+# amplitudes at ω = 2·ω₀ and N = 50, where φ′ itself reaches 100 (tests/ops/test_transfer.py). Degree 5: for the same
+# accuracy of φ′, cubics would need ten times the cells.
 CELLS_PER_RADIAN = 20
-# ψ has no frequency above 2·ω₀, so it is not sampled at every cell: from samples 8 cells apart, interpolation of degree
-# 11 gives the knots between them to 1e-12, at an eighth of the cost.
+# ψ has no frequency above its band limit, so it is not sampled at every cell: from samples 8 cells apart,
+# interpolation of degree 11 gives the knots between them to 1e-12, at an eighth of the cost.
 CELLS_PER_SAMPLE = 8
 SAMPLES_PER_STENCIL = 12
 # Cells per bin: gradients are summed per bin, and the bins stay in the cache.
@@ -119,7 +120,7 @@ def _samples_to_quintics() -> Tensor:
 def _samples_to_cubics(derivative: bool) -> Tensor:
     """12 samples of ψ → cubics with the knot values and slopes of the quintics or their derivative, (8, 4, 12).
 
-    At this density, within h⁴/384 < 2e-8 of them, for unit amplitude and the fastest sinc.
+    At this density, within h⁴/384 < 2e-8 of them, for unit amplitude at the band limit.
     """
     c = _samples_to_quintics(device=torch.device("cpu"))
     if derivative:
@@ -141,9 +142,9 @@ def _samples_to_central_moments() -> Tensor:
 class TransferTable:
     """Lookup table of φ for one layer: piecewise quintic on a uniform grid with a knot at 0.
 
-    The series ψ is read from the table; the backbone β is computed. A clipped form needs ψ on [−I, I] only. The paper's
-    form (`sinc`) has infinite tails: its table consists of as many panels of that width as its entries need. Entries
-    beyond the largest table are computed by the formula.
+    The series ψ is read from the table; the backbone β·z is computed. A clipped form needs ψ on [−I, I] only. Others,
+    such as the paper's (`sinc`), have infinite tails: their table consists of as many panels of that width as the
+    entries need. Entries beyond the largest table are computed by the formula.
 
     The table is linear in the values of ψ at the Chebyshev points of its panels, the only places where the formula is
     evaluated. The gradient is the interpolant's own: `slope` is the derivative of `value`, and `PhiGradient` sums its
@@ -151,16 +152,15 @@ class TransferTable:
 
     Args:
         spec: the fixed part of φ.
-        amplitude: learned parameter of φ, (N,).
-        bandwidth: learned parameter of φ, (N,).
+        phi: learned parameters of φ, (P, N).
         dtype: dtype of the entries z (float32 or float64).
-        largest: upper bound on |z|, if known; determines how far "sinc" is tabulated.
+        largest: upper bound on |z|, if known; determines how far a form that is not clipped is tabulated.
 
     Attributes:
         reach: ψ is tabulated on [−reach, reach].
         is_complete: whether no entry up to `largest` needs the formula.
         cells_per_side, spacing: the grid; cell i covers z = (i − cells_per_side + t)·spacing for 0 ≤ t ≤ 1.
-        parameters: amplitude and bandwidth.
+        phi: the learned parameters.
         points: Chebyshev points of all panels, (panels · num_points,), float64; each panel's points extend
             `points_reach` to either side of its middle.
 
@@ -169,19 +169,18 @@ class TransferTable:
     def __init__(
         self,
         spec: TransferSpec,
-        amplitude: Tensor,
-        bandwidth: Tensor,
+        phi: Tensor,
         dtype: torch.dtype,
         largest: float = 0.0,
     ) -> None:
-        self.spec = spec
+        self.spec, self.phi = spec, phi
         self._dtype = dtype
         reach = spec.interval
-        samples_per_side = math.ceil(reach * spec.max_bandwidth * CELLS_PER_RADIAN / CELLS_PER_SAMPLE)
+        samples_per_side = math.ceil(reach * spec.phi_form.band_limit * CELLS_PER_RADIAN / CELLS_PER_SAMPLE)
         sample_spacing = reach / samples_per_side
         samples_per_panel = 2 * (samples_per_side + MARGIN) + 1
         panels = 1
-        if not spec.is_clipped:
+        if not spec.phi_form.is_clipped:
             # An odd number of panels makes 0 a Chebyshev point of the middle one, and ψ(0) exact.
             most = MAX_CELLS // (samples_per_panel * CELLS_PER_SAMPLE)
             needed = (2 * (largest / sample_spacing + MARGIN) + 1) / samples_per_panel
@@ -191,20 +190,19 @@ class TransferTable:
         self.cells_per_side = CELLS_PER_SAMPLE * samples_per_side
         self.spacing = sample_spacing / CELLS_PER_SAMPLE
         self.reach = reach
-        self.is_complete = spec.is_clipped or largest <= reach
-        self.parameters = (amplitude, bandwidth)
+        self.is_complete = spec.phi_form.is_clipped or largest <= reach
         self.samples_per_panel = samples_per_panel
         self.points_reach = (samples_per_panel - 1) / 2 * sample_spacing
-        self.num_points = num_chebyshev_points(self.points_reach * spec.max_bandwidth)
+        self.num_points = num_chebyshev_points(self.points_reach * spec.phi_form.band_limit)
         with torch.no_grad():
             points = self.points_reach * self.constant(_chebyshev_points, self.num_points)
             middles = torch.arange(panels, dtype=points.dtype, device=points.device) - panels // 2
             self.points = (middles.unsqueeze(1) * (samples_per_panel * sample_spacing) + points).flatten()
-            self.basis = spec.basis(self.points, bandwidth)
-            self.values = spec.sum(self.basis, amplitude)
+            self.basis = spec.basis(self.points, phi)
+            self.values = spec.sum(self.basis, phi)
 
     def constant(self, matrix: Callable[..., Tensor], *arguments: float) -> Tensor:
-        return matrix(*arguments, device=self.parameters[0].device)
+        return matrix(*arguments, device=self.phi.device)
 
     def to_samples(self) -> Tensor:
         return self.constant(_chebyshev_to_samples, self.num_points, self.samples_per_panel)
@@ -239,26 +237,25 @@ class TransferTable:
         for power in reversed(range(DEGREE)):
             psi = torch.addcmul(self._read(power, cell), psi, t)
         psi = psi.view_as(z)
-        if not self.spec.is_clipped:
+        if not self.spec.phi_form.is_clipped:
             beyond = z.abs() > self.reach
             if beyond.any():
-                psi[beyond] = self.spec.series(z[beyond], *self.parameters).to(z.dtype)
-        return self.spec.backbone(z) + psi
+                psi[beyond] = self.spec.series(z[beyond], self.phi).to(z.dtype)
+        return torch.add(psi, z, alpha=self.spec.phi_form.backbone)
 
     def slope(self, z: Tensor) -> Tensor:
         """φ′(z), with the shape and dtype of z; the inner derivative at z = ±I, where clipping starts."""
-        backbone = self.spec.backbone_slope(z)
         cell, t = self.locate(z.flatten())
         psi = self._read(DEGREE, cell).mul_(DEGREE / self.spacing)
         for power in reversed(range(1, DEGREE)):
             psi = torch.add(psi.mul_(t), self._read(power, cell), alpha=power / self.spacing)
         psi = psi.view_as(z)
         beyond = z.abs() > self.reach
-        if self.spec.is_clipped:
-            return backbone + psi.masked_fill_(beyond, 0)
-        if beyond.any():
-            psi[beyond] = self.spec.tail_slope(z[beyond], *self.parameters).to(z.dtype)
-        return backbone + psi
+        if self.spec.phi_form.is_clipped:
+            psi.masked_fill_(beyond, 0)
+        elif beyond.any():
+            psi[beyond] = self.spec.tail_slope(z[beyond], self.phi).to(z.dtype)
+        return psi.add_(self.spec.phi_form.backbone)
 
     def cubics(self, derivative: bool) -> Tensor:
         """ψ or ψ′ as cubics for the kernels: coefficients in t, (cells, 4). Half the size of the quintics."""
@@ -280,12 +277,12 @@ class PhiGradient:
     def __init__(self, table: TransferTable) -> None:
         self.table = table
         self._grad_values = torch.zeros_like(table.values)
-        self._tail_gradients = [torch.zeros_like(p, dtype=torch.float64) for p in table.parameters]
+        self._tail_gradient = torch.zeros_like(table.phi, dtype=torch.float64)
 
     def add(self, z: Tensor, grad: Tensor) -> None:
         """Add one block of entries z with ∂L/∂φ(z) = `grad`, of the same shape, to the gradient."""
         z, grad = z.flatten(), grad.flatten()
-        if not self.table.spec.is_clipped:
+        if not self.table.spec.phi_form.is_clipped:
             beyond = z.abs() > self.table.reach
             if beyond.any():
                 self._add_tails(z[beyond], grad[beyond])
@@ -309,20 +306,15 @@ class PhiGradient:
         """Add the moments Σ ∂L/∂φ · T_p(clip(z) / points_reach), p < num_points, float64, to the gradient."""
         self._grad_values += moments @ self.table.constant(_chebyshev_coefficients, self.table.num_points)
 
-    def of_parameters(self) -> tuple[Tensor, Tensor]:
-        """∂L/∂amplitude and ∂L/∂bandwidth of all added blocks, in the parameters' dtype."""
-        table, parameters = self.table, self.table.parameters
-        gradients = table.spec.series_gradients(table.points, self._grad_values, table.basis, *parameters)
-        amplitude, bandwidth = (
-            (g + tail).to(p.dtype) for g, tail, p in zip(gradients, self._tail_gradients, parameters, strict=True)
-        )
-        return amplitude, bandwidth
+    def of_parameters(self) -> Tensor:
+        """∂L/∂phi (P, N) of all added blocks, in its dtype."""
+        spec, phi = self.table.spec, self.table.phi
+        gradient = spec.series_gradient(self.table.points, self._grad_values, self.table.basis, phi)
+        return (gradient + self._tail_gradient).to(phi.dtype)
 
     def _add_tails(self, z: Tensor, grad: Tensor) -> None:
-        z, basis = z.double(), self.table.spec.basis(z, self.table.parameters[1])
-        parts = self.table.spec.series_gradients(z, grad.double(), basis, *self.table.parameters)
-        for total, part in zip(self._tail_gradients, parts, strict=True):
-            total += part
+        spec, phi = self.table.spec, self.table.phi
+        self._tail_gradient += spec.series_gradient(z, grad.double(), spec.basis(z, phi), phi)
 
     def _add_adjoint(self, matrix: Tensor, grad: Tensor) -> None:
         """Add the adjoint of `_interpolate` with this matrix to the gradient of ψ at `points`.

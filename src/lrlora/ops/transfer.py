@@ -44,25 +44,27 @@ def input_gain(A: Tensor, B: Tensor, gain: float | None) -> Tensor:
 class Transfer(Form):
     """φ with its learned parameters, which stay float32 when the model is cast.
 
+    They are vectors (N,), named by the form (`amplitude`, `bandwidth`) and initialized to zero.
+
     Attributes:
         spec: the fixed part of φ.
-        amplitude, bandwidth: float32 parameters of shape (N,), initialized to zero.
 
     """
 
     def __init__(self, spec: TransferSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.amplitude = nn.Parameter(torch.zeros(spec.num_basis))
-        self.bandwidth = nn.Parameter(torch.zeros(spec.num_basis))
+        for name in spec.phi_form.parameters:
+            self.register_parameter(name, nn.Parameter(torch.zeros(spec.num_basis)))
 
     def forward(self, z: Tensor) -> Tensor:
         """φ(z) by the formula, float64, with the shape of z, for inspection. Training reads φ from a table."""
-        return self.spec.formula(z, *self._learned(z.device))
+        return self.spec.formula(z, self.learned.to(z.device))
 
-    def _learned(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Amplitude and bandwidth on a device: a φ shared across devices is stored on one of them."""
-        return self.amplitude.to(device), self.bandwidth.to(device)
+    @property
+    def learned(self) -> Tensor:
+        """All learned parameters, (P, N), float32, differentiable."""
+        return torch.stack(tuple(self.parameters()))
 
     def linear(
         self, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, gain: float | None, added_to: Tensor | None = None
@@ -138,11 +140,12 @@ class Transfer(Form):
         is_double = any(t is not None and t.dtype == torch.float64 for t in (x, A, B))
         dtype = torch.float64 if is_double else torch.float32
         spec = self.spec
-        phi = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))
         A, B = A.to(dtype), B.to(dtype)
         g = input_gain(A, B, gain)
         B = B if rows is None else F.embedding(rows, B)
-        return A, B, g, *self._learned(A.device), float(scaling), *phi
+        settings = (spec.form, spec.num_basis, float(spec.interval), float(spec.lr_multiplier))
+        phi = self.learned.to(A.device)  # of a φ shared across devices, stored on one of them
+        return A, B, g, phi, float(scaling), *settings
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transfer:
         # `.to(dtype)`, `.half()` and similar calls move the parameters between devices but keep float32: optimizer

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftConfig, PeftType
 from ..checks import is_type
 from ..ops.expansion import Expansion
 from ..ops.form import Form
-from ..ops.phi import FORMS, TransferSpec
+from ..ops.phi import TransferSpec
+from ..ops.phi_forms import FORMS
 from ..ops.transfer import Transfer
 
 FORMAT_VERSION = 2  # 1 has no input_gain = None
@@ -76,7 +77,7 @@ class LrLoraConfig(PeftConfig):
         interval: I > 0, half-width of the grid of φ.
         input_gain: g > 0. Default: c / rms(BA) with c = 0.5, so that the input of φ has the same size in every module;
             adapters saved by earlier versions have a fixed g.
-        form: the fixed part of φ: "residual" or "sinc" (see `lrlora.ops.phi`). Or "expansion", fixed signs that
+        form: form of φ: "residual" or "sinc" (see `lrlora.ops.phi_forms`). Or "expansion", fixed signs that
             multiply BA in place of φ (see `lrlora.ops.expansion`).
         num_terms: Q ≥ 1, terms of the expansion; the rank of ΔW is at most r·Q.
         pattern_seed: seed of the expansion's random signs.
@@ -115,7 +116,7 @@ class LrLoraConfig(PeftConfig):
     num_basis: int = 8
     interval: float = 3.0
     input_gain: float | None = None
-    form: Literal["residual", "sinc", "expansion"] = "residual"
+    form: str = "residual"
     num_terms: int = 16
     pattern_seed: int = 0
     sharing: Literal["module", "global"] = "module"
