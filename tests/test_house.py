@@ -1,4 +1,7 @@
-"""The structure of the code: its size, and who imports whom. A ceiling is lowered with the code, and raised with a reason."""
+"""The structure of the code: its size, and who imports whom.
+
+A ceiling is lowered with the code, and raised with a reason.
+"""
 
 from __future__ import annotations
 
