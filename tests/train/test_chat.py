@@ -31,7 +31,8 @@ from lrlora.train.chat import (
     shown_tokens,
     with_answers_marked,
 )
-from lrlora.train.inference import Chat, LoadedRun, PromptTooLongError, evaluate, predict, predict_texts
+from lrlora.train.inference import Chat, evaluate, predict, predict_texts
+from lrlora.train.loaded import LoadedRun, PromptTooLongError
 from lrlora.train.run import train
 from lrlora.train.settings import TrainConfig
 

@@ -271,7 +271,8 @@ def chat(
     """Chat with a run or an adapter. /base starts a chat with the base model, /adapter with the run, /quit ends."""
     with one_clear_error("Chat ended."):
         quiet()
-        from ..train.inference import Chat, PromptTooLongError
+        from ..train.inference import Chat
+        from ..train.loaded import PromptTooLongError
 
         talk = Chat(run, parse_assignments(generation or (), "--generation"))
         announce(

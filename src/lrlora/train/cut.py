@@ -33,7 +33,7 @@ from ..shrunk import SHRUNK_FILE, Shrunk, read_shrunk
 from ..straightened import Straightened
 from ..tuner import cached_weights
 from .data import load_splits, load_task_data, only_split, require_data_path, sampled, split_by_groups
-from .inference import LoadedRun
+from .loaded import LoadedRun
 from .models import model_source
 from .own_text import own_text
 from .progress import Announce

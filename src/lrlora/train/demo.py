@@ -19,7 +19,8 @@ from ..locks import only_writer
 from ..run_folder import METRICS_FILE, RUN_FILE
 from ..shrunk import Shrunk, read_shrunk
 from .cut import Cut, Subject, record_shrunk
-from .inference import LoadedRun, evaluate
+from .inference import evaluate
+from .loaded import LoadedRun
 from .progress import Announce
 from .run import train
 from .settings import FROM_TRAIN, TrainConfig

@@ -14,7 +14,7 @@ from datasets import Dataset
 from ..learned.moments import IGNORED
 from ..progress_bar import progress_bar
 from .chat import MARK, render_chat
-from .inference import LoadedRun
+from .loaded import LoadedRun
 from .models import max_positions
 
 _TEXTS, _TOKENS, _AT_ONCE = 192, 64, 32
