@@ -14,53 +14,28 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from lrlora.checks import in_markdown
 from lrlora.files import write_whole
-from lrlora.tuner import LrLoraConfig
 
 from .figures import save_figure, with_legend
 from .jobs import Comparison, Record, read_records
-from .methods import METHODS, find_method
 from .statistics import equivalent_rank
 from .tables import failure_line, final_runs, markdown, ratio, same_hardware
 
-LORA = METHODS["lora"].name
-Cells = Mapping[tuple[str, str], Sequence[Record]]
+LORA = "LoRA"  # label of the curve that the others are compared with
 
 
-def family(method: str) -> str:
-    """Name of a method without rank and terms, the variables of a curve."""
-    name, *options = method.split("+")
-    kept = [option for option in options if option.partition("=")[0] not in ("r", "num_terms")]
-    return find_method("+".join([name, *kept])).name
+def family(label: str) -> str:
+    """Label without rank and terms, the variables of a curve."""
+    return ", ".join(part for part in label.split(", ") if part.partition("=")[0] not in ("r", "num_terms"))
 
 
-def rank_of(method: str, rank: int) -> int | None:
-    """Rank r of BA in a comparison at `rank`, of learned ranks that of their size; None for full fine-tuning."""
-    known = find_method(method)
-    return known.options.get("r", rank) if known.learns_ranks else known.adapter(rank).get("r")
-
-
-def served_rank(method: str, rank: int) -> int | None:
-    """Rank of the equivalent plain LoRA; None if not known in advance."""
-    known, r = find_method(method), rank_of(method, rank)
-    if known.learns_ranks:
-        return None
-    options = known.adapter(rank)
-    if options.get("form") == "expansion":
-        return r * options.get("num_terms", LrLoraConfig.num_terms) if r else None
-    return r if known.train == "lora" else None
-
-
-def _terms(method: str) -> int | None:
-    """Q of a uniform expansion."""
-    options = find_method(method).options
-    return options.get("num_terms", LrLoraConfig.num_terms) if options.get("form") == "expansion" else None
-
-
-def _largest(runs: Sequence[Record]) -> int | None:
-    """Largest learned rank of plain LoRAs, which some servers reserve for every module."""
-    if not find_method(runs[0]["method"]).learns_ranks:
-        return None
-    return max(row["r"] for run in runs for row in run["ranks"])
+def served_rank(runs: Sequence[Record]) -> int | None:
+    """Rank of the equivalent plain LoRA, of learned ranks the largest, which some servers reserve for every module."""
+    run = runs[0]
+    if run["learns_ranks"]:
+        return max(row["r"] for run in runs for row in run["ranks"])
+    if run["terms"]:
+        return round(run["r"] * run["terms"])
+    return run["r"] if run["train"] == "lora" else None
 
 
 def by_seed(runs: Sequence[Record]) -> dict[int, float]:
@@ -68,40 +43,21 @@ def by_seed(runs: Sequence[Record]) -> dict[int, float]:
     return {run["seed"]: run["test"]["loss"] for run in runs}
 
 
-def _plain_lora(cells: Cells, task: str, rank: int) -> dict[int, Sequence[Record]]:
-    """Runs of plain LoRA by r."""
-    found = {}
-    for (other, method), runs in cells.items():
-        known, r = find_method(method), rank_of(method, rank)
-        if other == task and known.train == "lora" and not known.learns_ranks and set(known.options) <= {"r"} and r:
-            found[r] = runs
-    return found
-
-
-def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
-    """One row per method: size, tuned setting, loss, and LoRA's r at equal loss.
-
-    Args:
-        records: of a comparison.
-        task: one of its tasks.
-        rank: the comparison's rank, for method names without one.
-
-    """
-    cells = final_runs(records)
-    lora = _plain_lora(cells, task, rank)
+def losses(records: Mapping[str, Record], task: str) -> pd.DataFrame:
+    """One row per method on a task: size, tuned setting, loss, and LoRA's r at equal loss."""
+    cells = [runs for (other, _), runs in final_runs(records).items() if other == task]
+    lora = {runs[0]["r"]: runs for runs in cells if runs[0]["is_plain_lora"]}
     curve = {r: by_seed(runs) for r, runs in lora.items()}
     rows: list[dict[str, Any]] = []
-    for (other, method), runs in cells.items():
-        if other != task:
-            continue
-        values, r = list(by_seed(runs).values()), rank_of(method, rank)
+    for runs in cells:
+        values, r = list(by_seed(runs).values()), runs[0]["r"]
         base = lora.get(r, []) if r else []
         equal = equivalent_rank(curve, by_seed(runs)) if len(curve) > 1 and runs not in lora.values() else None
         rows.append(
             {
-                "method": family(method),
+                "method": family(runs[0]["label"]),
                 "r": r,
-                "rank when served": served_rank(method, rank) or _largest(runs),
+                "rank when served": served_rank(runs),
                 "parameters": runs[0]["trainable"],
                 "rate": runs[0]["learning_rate"],
                 "scale": runs[0].get("scale", 1.0),
@@ -111,7 +67,7 @@ def losses(records: Mapping[str, Record], task: str, rank: int) -> pd.DataFrame:
                 "LoRA's r for this loss": equal,
                 "seconds": _mean(run["seconds"] for run in runs),
                 "step": ratio(runs, base, "seconds") if same_hardware(runs, base) else math.nan,
-                "terms": _mean(run.get("terms", _terms(method)) for run in runs),
+                "terms": _mean(run["terms"] for run in runs),
                 "stable rank": _mean(row["stable_rank"] for run in runs for row in run["ranks"] or ()),
             }
         )
@@ -164,7 +120,7 @@ def write_capacity_report(comparison: Comparison, output: Path) -> Path:
     if not records:
         raise ValueError(f"No job in {output} is finished, so there is nothing to report.")
     records = comparison.of_all(records).select(records)
-    frames = {task: losses(records, task, comparison.r) for task in tasks}
+    frames = {task: losses(records, task) for task in tasks}
     tables = {task: frame for task, frame in frames.items() if len(frame)}
     parts = [f"# {in_markdown(comparison.suite)}\n"]
     if tables:

@@ -64,7 +64,7 @@ class _Comparing:
         return False
 
     def call(self, job: Job) -> Call:
-        request = {**asdict(job), "rank": self.comparison.r}
+        request = {**asdict(job), "rank": self.comparison.r, **self.comparison.facts(job.task, job.method)}
         return record_of, (asdict(self.comparison.definition), request)
 
     def told(self, job: Job, missing: list[Job], finished: dict[str, Record]) -> str:

@@ -16,22 +16,22 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 from lrlora.files import replacing
 
 from .jobs import Comparison, Record
-from .methods import find_method
-from .tables import loss, score
+from .tables import final_runs, loss, score
 
 
-def parameters_figure(comparison: Comparison, cells: Mapping[tuple[str, str], Sequence[Record]]) -> Figure:
+def parameters_figure(comparison: Comparison, records: Mapping[str, Record]) -> Figure:
     """Test metric and loss by trainable parameters: mean ± standard deviation over seeds."""
+    cells, styles = final_runs(records), _styles(records)
     measures = {"test metric × 100": score, "test loss × 100": loss}
     figure, columns = _panels(list(dict.fromkeys(task for task, _ in cells)), list(measures), "trainable parameters")
-    styles = _styles(comparison)
     for task, column in columns.items():
         sizes = {method: runs[0]["trainable"] for (other, method), runs in cells.items() if other == task}
         for method, aside in _aside(sizes).items():
             for axes, measure in zip(column, measures.values(), strict=True):
-                values = [measure(run, comparison.definition.training_tasks[task]) for run in cells[task, method]]
+                runs = cells[task, method]
+                values = [measure(run, comparison.definition.training_tasks[task]) for run in runs]
                 spread = stdev(values) if len(values) > 1 else 0.0
-                axes.errorbar(sizes[method] * aside, fmean(values), spread, linestyle="", **styles[method])
+                axes.errorbar(sizes[method] * aside, fmean(values), spread, linestyle="", **styles[runs[0]["label"]])
         axis = column[-1].xaxis
         low, high = min(sizes.values()), max(sizes.values())
         column[-1].set_xlim(low / 1.3, high * 1.3)
@@ -51,10 +51,10 @@ def _aside(sizes: Mapping[str, int]) -> dict[str, float]:
     return {method: 1.025 ** (i - (len(group) - 1) / 2) for group in groups for i, method in enumerate(group)}
 
 
-def rates_figure(comparison: Comparison, table: pd.DataFrame) -> Figure:
+def rates_figure(records: Mapping[str, Record], table: pd.DataFrame) -> Figure:
     """Validation loss by learning rate; rates with failed runs at the top."""
     figure, columns = _panels(list(dict.fromkeys(table["task"])), ["validation loss"], "learning rate")
-    styles = {style["label"]: style for style in _styles(comparison).values()}
+    styles = _styles(records)
     rates = [name for name in table.columns if isinstance(name, float)]
     for row in table.to_dict("records"):
         style, axes = styles[row["method"]], columns[row["task"]][0]
@@ -85,7 +85,7 @@ def ranks_figure(places: Mapping[tuple[str, str], Mapping[tuple[str, int | None]
         axes.set_axis_on()
         highest = max(max(places[task, other].values()) for other in methods if (task, other) in places)
         _draw_heat_map(axes, cells, vmin=1, vmax=max(1, highest))  # a zero update has no rank
-        axes.set_title(f"{task}, {find_method(method).name}", fontsize="medium")
+        axes.set_title(f"{task}, {method}", fontsize="medium")
     return figure
 
 
@@ -124,13 +124,12 @@ def _panels(tasks: Sequence[str], ylabels: Sequence[str], xlabel: str) -> tuple[
     return figure, columns
 
 
-def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Drawing style of each method, the same in all panels."""
-    names = {method: find_method(method).name for method in comparison.all_methods}
+def _styles(records: Mapping[str, Record]) -> dict[str, dict[str, Any]]:
+    """Drawing style by label, the same in all panels."""
+    labels = dict.fromkeys(record["label"] for record in records.values())
     # Nine markers and ten colors: unique styles for 90 methods.
     return {
-        method: {"label": name, "color": f"C{i % 10}", "marker": "osD^vPX*<"[i % 9]}
-        for i, (method, name) in enumerate(names.items())
+        label: {"label": label, "color": f"C{i % 10}", "marker": "osD^vPX*<"[i % 9]} for i, label in enumerate(labels)
     }
 
 

@@ -56,6 +56,15 @@ class _Identity(TypedDict):
     learning_rate: float
     seed: int
     wall: float
+    # `Comparison.facts`
+    label: str
+    train: str
+    learns_ranks: bool
+    r: int | None
+    terms: float | None
+    is_plain_lora: bool
+    rates: list[float]
+    scales: list[float]
 
 
 class _Record(_Identity, total=False):
@@ -72,7 +81,6 @@ class _Record(_Identity, total=False):
     validation: dict[str, float]
     criterion: float
     ranks: list[dict[str, Any]] | None
-    terms: float | None
     test: dict[str, float] | None
 
 
@@ -125,8 +133,6 @@ class Comparison:
 
     def __post_init__(self) -> None:
         require_type(self, Comparison, "comparison")
-        for method in self.methods:
-            find_method(method)
         for task in self.tasks:
             require_known(f"task of {self.suite}", task, self.definition.tasks)
         if self.model is not None and self.definition.capacity_tasks:
@@ -164,18 +170,37 @@ class Comparison:
     def reference(self) -> str:
         return "lora" if "lora" in self.all_methods else self.all_methods[0]
 
+    @property
+    def _cells(self) -> list[tuple[str, str]]:
+        return [(task, method) for task in self.task_names for method in self.methods_of(task)]
+
+    def facts(self, task: str, method: str) -> dict[str, Any]:
+        """`Method.facts`, and the `rates` and `scales` with which its tuning on a task begins.
+
+        Raises:
+            ValueError: there is no such method.
+
+        """
+        definition, known = self.definition.tasks[task], find_method(method)
+        if isinstance(definition, CapacityTask):
+            rates, scales = definition.first_rates(known), definition.scales if known.has_scale else (1.0,)
+        else:
+            rates, scales = tuple(definition.rate_scale * rate for rate in known.rates), (1.0,)
+        return {**known.facts(self.r), "rates": [*rates], "scales": [*scales]}
+
     def plan(self, finished: dict[str, Record]) -> list[Job]:
         """All jobs known to be needed, task by task; their results may add more.
 
         First every rate on the tuning seed, extending the grid while the best rate is at its edge; then the seeds at
         the best rate, which alone read the test data.
         """
-        cells = ((task, method) for task in self.task_names for method in self.methods_of(task))
-        return [job for task, method in cells for job in self._of(task, method, finished)]
+        return [job for cell in self._cells for job in self._of(*cell, finished)]
 
     def select(self, records: dict[str, Record]) -> dict[str, Record]:
         """Select the finished jobs of this comparison: a folder may hold other rates and seeds."""
-        return {job.name: records[job.name] for job in self.plan(records) if job.name in records}
+        begun = {(record["task"], record["method"]) for record in records.values()}
+        jobs = [job for cell in self._cells if cell in begun for job in self._of(*cell, records)]
+        return {job.name: records[job.name] for job in jobs if job.name in records}
 
     def of_all(self, records: dict[str, Record]) -> Comparison:
         """Comparison of all methods, tasks and seeds with finished jobs in a folder."""
@@ -190,14 +215,11 @@ class Comparison:
         return [(job.task, job.method) for job in jobs] + [cell for cell in tuned for _ in range(self.seeds)]
 
     def _of(self, task: str, method: str, finished: dict[str, Record]) -> list[Job]:
-        definition, known = self.definition.tasks[task], find_method(method)
-        scales: tuple[float, ...] = (1.0,)
-        is_diagonal = isinstance(definition, CapacityTask) and definition.climbs_diagonally
-        if isinstance(definition, CapacityTask):
-            grid = sorted(self.rates or definition.first_rates(known))
-            scales = definition.scales if known.has_scale else scales
-        else:
-            grid = sorted(self.rates or (definition.rate_scale * rate for rate in known.rates))
+        # A cell goes on as it began, and does not need its method once it is done.
+        begun = (record for record in finished.values() if (record["task"], record["method"]) == (task, method))
+        facts = next(begun, None) or self.facts(task, method)
+        grid, scales = sorted(self.rates or facts["rates"]), facts["scales"]
+        is_diagonal = getattr(self.definition.tasks[task], "climbs_diagonally", False)
         if len(grid) == len(scales) == 1:  # nothing to tune
             return [Job(task, method, grid[0], seed, scales[0]) for seed in range(1, self.seeds + 1)]
         low, high = grid[0] / 2**_GRID_STEPS, grid[-1] * 2**_GRID_STEPS
@@ -259,18 +281,22 @@ def read_records(output: Path) -> dict[str, Record]:
     if (packed := output / PACKED_FILE).exists():
         with readable(packed, remedy), gzip.open(packed, "rt", encoding="utf-8") as file:
             found = {record.pop("job"): record for record in map(json.loads, file)}
-            require_type(found, dict[str, _Record], packed.name)
+            for name, record in found.items():
+                _require_whole(record, f"the job {name}")
     for path in sorted(output.glob("jobs/*.json")):
-        found[path.stem] = read_json(path, _Record, remedy)
-    for name, record in found.items():
-        asked = (*_OF_THE_DONE, *(_OF_THE_TESTED if record.get("test") is not None else ()))
-        missing = [] if record.get("failure") else [key for key in asked if key not in record]
-        if missing:
-            raise ValueError(
-                f"{output / 'jobs' / name}.json is damaged or has an unexpected format (it lacks "
-                f"{', '.join(missing)}). {remedy}"
-            )
+        with readable(path, remedy):
+            found[path.stem] = parse_json(path)
+            _require_whole(found[path.stem], "it")
     return found
+
+
+def _require_whole(record: Any, name: str) -> None:
+    """Raise ValueError unless it has the fields of a failed, finished or tested job."""
+    require_type(record, _Record, name)
+    asked = (*_OF_THE_DONE, *(_OF_THE_TESTED if record.get("test") is not None else ()))
+    missing = [] if record.get("failure") else [key for key in asked if key not in record]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
 
 
 def check_folder(comparison: Comparison, output: Path) -> None:
@@ -286,39 +312,33 @@ def check_folder(comparison: Comparison, output: Path) -> None:
 
 
 def check(comparison: Comparison, output: Path) -> None:
-    """Validate the whole comparison, apart from its data, and the folder for its results.
+    """Validate what is left of a comparison, apart from its data, and the folder for its results.
 
     Raises:
         FileExistsError: the folder holds something else.
         ValueError: an option of a method or setting of a task is invalid.
 
     """
-    for task in comparison.task_names:
-        for method in comparison.methods_of(task):
-            settings, known = comparison.definition.tasks[task], find_method(method)
-            if known.is_gone:
-                records = read_records(output)
-                if any(job.name not in records for job in comparison.plan(records) if job.method == method):
-                    raise ValueError(f"{method} can no longer be trained; its stored results remain. Remove it.")
-                continue
-            if isinstance(settings, CapacityTask):
-                if known.train == "adalora":
-                    raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
-                if "by" in known.cut:
-                    require_known("criterion of learned ranks", known.cut["by"], RIVALS)
-                    if "max_rank" in known.cut:
-                        raise ValueError(f"{method}: by={known.cut['by']} ignores max_rank. Remove one of them.")
-                if known.learns_ranks:
-                    cut_step(known.cut.get("at", CUT_AT), settings.steps)
-                adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
-                continue
-            if known.cut:
-                raise ValueError(f"{method} sets {', '.join(known.cut)}, which {task} does not support. Remove it.")
-            config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
-            require_settings(config.training, "training", settings.task, known.train)
-            head = TASKS[settings.task].adapter_fields
-            adapter_config(known.train, head, settings.steps, config.adapter)
     check_folder(comparison, output)
+    finished = read_records(output)
+    missing = (job for job in comparison.plan(finished) if job.name not in finished)
+    for task, method in dict.fromkeys((job.task, job.method) for job in missing):
+        settings, known = comparison.definition.tasks[task], find_method(method)
+        if isinstance(settings, CapacityTask):
+            if known.train == "adalora":
+                raise ValueError(f"AdaLoRA needs the Trainer, but {task} has its own training loop. Remove it.")
+            if "by" in known.cut:
+                require_known("criterion of learned ranks", known.cut["by"], RIVALS)
+            if known.learns_ranks:
+                cut_step(known.cut.get("at", CUT_AT), settings.steps)
+            adapter_config(known.train, {}, settings.steps, known.adapter(comparison.r))
+            continue
+        if known.cut:
+            raise ValueError(f"{method} sets {', '.join(known.cut)}, which {task} does not support. Remove it.")
+        config = train_config(comparison.definition, task, known, known.rates[0], 1, comparison.r, output)
+        require_settings(config.training, "training", settings.task, known.train)
+        head = TASKS[settings.task].adapter_fields
+        adapter_config(known.train, head, settings.steps, config.adapter)
 
 
 def prepare(comparison: Comparison, output: Path) -> None:

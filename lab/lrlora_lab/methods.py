@@ -11,7 +11,7 @@ from lrlora.learned.size import WIDTH
 from lrlora.train.methods import METHODS as PEFT_METHODS
 from lrlora.train.methods import PeftMethod
 from lrlora.train.yaml import parse_assignments
-from lrlora.tuner.config import PUBLISHED
+from lrlora.tuner.config import PUBLISHED, LrLoraConfig
 
 # Runs go through `lrlora train`, which does not offer these rivals itself.
 RIVALS = {
@@ -43,7 +43,6 @@ class Method:
         learns_ranks: whether it starts at its rank, and ends at the size of LoRA with rank r; its option `r` is that of
             the size.
         tunes_scale: whether s is tuned, if it has one.
-        is_gone: whether it only names stored results and cannot be trained any more.
 
     On tasks on which rank binds, methods that learn ranks also have the options of `CUT`.
 
@@ -56,7 +55,6 @@ class Method:
     rates: tuple[float, ...] = _ADAPTER_RATES
     learns_ranks: bool = False
     tunes_scale: bool = True
-    is_gone: bool = False
 
     def size(self, r: int) -> str | None:
         """Size to which its ranks are learned in a comparison of rank r; None without."""
@@ -101,6 +99,26 @@ class Method:
         divisor = math.sqrt(options["r"]) if options.get("use_rslora") else options["r"]
         return {alpha: scale * divisor, **options}
 
+    def facts(self, r: int) -> dict[str, Any]:
+        """Facts that reports need, in a comparison of rank r. Each job stores them, so that results outlive the method.
+
+        Returns:
+            `label`: name in tables; `train` and `learns_ranks`; `r`: rank of BA, of learned ranks that of their size,
+                None without; `terms` of an expansion, or None; `is_plain_lora`: whether its rank alone differs from
+                LoRA's.
+
+        """
+        adapter = self.adapter(r)
+        is_expansion = adapter.get("form") == "expansion"
+        return {
+            "label": self.name,
+            "train": self.train,
+            "learns_ranks": self.learns_ranks,
+            "r": self.options.get("r", r) if self.learns_ranks else adapter.get("r"),
+            "terms": adapter.get("num_terms", LrLoraConfig.num_terms) if is_expansion else None,
+            "is_plain_lora": self.train == "lora" and not self.learns_ranks and self.options.keys() <= {"r"},
+        }
+
 
 # Module names of RoBERTa, DeBERTa, Llama, Qwen, ViT and similar models.
 _LINEAR = r"\.(query|key|value|dense|(q|k|v|o|query|key|value|gate|up|down)_proj|fc1|fc2)"
@@ -121,7 +139,6 @@ METHODS = {
     "randlora": Method("RandLoRA", "randlora"),
     "loha": Method("LoHa", "loha"),
     "vera": Method("VeRA", "vera"),
-    "sine": Method("fixed sine", "lr-lora", {"form": "sine"}, is_gone=True),
     "lr-lora": Method("LR-LoRA", "lr-lora"),
     "lr-lora-shared": Method("LR-LoRA, one φ for all", "lr-lora", {"sharing": "global"}),
     "lr-lora-frozen": Method("LR-LoRA, φ frozen", "lr-lora", {"phi_lr_multiplier": 1e-9}),

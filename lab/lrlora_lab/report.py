@@ -13,14 +13,12 @@ from lrlora.files import write_whole
 from .capacity_report import write_capacity_report
 from .figures import parameters_figure, ranks_figure, rates_figure, save_figure
 from .jobs import Comparison, Record, check_folder, read_records
-from .methods import find_method
 from .statistics import Interval
 from .tables import (
     SIGNIFICANT,
     against_reference,
     conditions,
     failure_line,
-    final_runs,
     learned_ranks,
     markdown,
     ranks_by_layer,
@@ -57,7 +55,8 @@ def _results(comparison: Comparison, records: dict[str, Record], output: Path) -
     if not len(table):
         return []
     write_whole(output / "results.csv", table.to_csv(index=False))
-    reference = find_method(comparison.reference).name
+    named = (record["label"] for record in records.values() if record["method"] == comparison.reference)
+    reference = next(named, comparison.reference)
     parts = [
         "Training steps, batch size and number of examples of each task.\n",
         markdown(conditions(comparison, records)),
@@ -77,7 +76,7 @@ def _results(comparison: Comparison, records: dict[str, Record], output: Path) -
             "tasks, and do not have those on which a run failed.\n",
             markdown(compared),
         ]
-    save_figure(parameters_figure(comparison, final_runs(records)), output / "parameters.png")
+    save_figure(parameters_figure(comparison, records), output / "parameters.png")
     return [
         *parts,
         "\n![Metric and loss against trainable parameters](parameters.png)\n",
@@ -98,7 +97,7 @@ def _rates(comparison: Comparison, records: dict[str, Record], output: Path) -> 
     shown = rates[rates["task"].isin(measured["task"])]
     if len(shown):
         parts.append("\n![Validation loss by learning rate](rates.png)\n")
-        save_figure(rates_figure(comparison, shown), output / "rates.png")
+        save_figure(rates_figure(records, shown), output / "rates.png")
     return parts
 
 

@@ -15,7 +15,6 @@ from lrlora.checks import in_markdown
 from lrlora.naming import layer_index
 
 from .jobs import TUNING_SEED, Comparison, Record
-from .methods import find_method
 from .statistics import EquivalentRank, Interval, columns_differ, gap, holm, paired_difference, share_between_columns
 from .suite import Task
 
@@ -59,7 +58,7 @@ def results(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFra
         rows.append(
             {
                 "task": name,
-                "method": find_method(method).name,
+                "method": runs[0]["label"],
                 "rate": runs[0]["learning_rate"],
                 "seeds": len(runs),
                 "metric": tasks[name].metric,
@@ -85,12 +84,12 @@ def variants(comparison: Comparison, records: Mapping[str, Record]) -> pd.DataFr
         head, plus, options = method.partition("+")
         like = "lr-lora" if head == "lr-lora" else f"lr-lora{plus}{options}"  # the same options, but for the variant's
         base = cells.get((name, like))
-        if base is None or method == like or find_method(method).train != "lr-lora":
+        if base is None or method == like or runs[0]["train"] != "lr-lora":
             continue
         for measure in (score, loss):
             differences = _difference(runs, base, tasks[name], measure)
             kind = tasks[name].metric if measure is score else "loss"
-            rows.append({"task": name, "method": find_method(method).name, "of": kind, **differences})
+            rows.append({"task": name, "method": runs[0]["label"], "of": kind, **differences})
     return _corrected(pd.DataFrame(rows))
 
 
@@ -169,7 +168,7 @@ def tuning(records: Mapping[str, Record]) -> pd.DataFrame:
     rows = [
         {
             "task": record["task"],
-            "method": find_method(record["method"]).name,
+            "method": record["label"],
             "rate": record["learning_rate"],
             "loss": record.get("criterion", math.inf),
         }
@@ -194,7 +193,7 @@ def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
     One row per task and method. Cells with an interval are `Interval`s.
     """
     rows = []
-    for (task, method), runs in final_runs(records).items():
+    for (task, _), runs in final_runs(records).items():
         stable = stable_ranks(runs)
         if len(runs) < 2 or stable.empty or (stable <= 0).to_numpy().any() or np.ptp(stable.to_numpy()) < 1e-6:
             continue
@@ -210,7 +209,7 @@ def learned_ranks(records: Mapping[str, Record]) -> pd.DataFrame:
         rows.append(
             {
                 "task": task,
-                "method": find_method(method).name,
+                "method": runs[0]["label"],
                 "seeds": len(runs),
                 **_shares("modules", by_seed.to_numpy()),
                 **_shares("layers", grid.to_numpy()),
@@ -243,11 +242,11 @@ def _by_place(ranks: pd.Series, run: Record) -> dict[tuple[str, int | None], flo
 def ranks_by_layer(
     comparison: Comparison, records: Mapping[str, Record]
 ) -> dict[tuple[str, str], dict[tuple[str, int | None], float]]:
-    """(task, method) → (type, layer) → stable rank, mean over seeds; for LR-LoRA, its variants and the reference."""
+    """(task, label) → (type, layer) → stable rank, mean over seeds; for LR-LoRA, its variants and the reference."""
     maps = {
-        (task, method): _by_place(stable_ranks(runs).mean(), runs[0])
+        (task, runs[0]["label"]): _by_place(stable_ranks(runs).mean(), runs[0])
         for (task, method), runs in final_runs(records).items()
-        if method == comparison.reference or find_method(method).train == "lr-lora"
+        if method == comparison.reference or runs[0]["train"] == "lr-lora"
     }
     return {cell: places for cell, places in maps.items() if places}
 

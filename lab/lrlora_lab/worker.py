@@ -37,7 +37,7 @@ def run_job(suite: Suite, request: dict[str, Any], folder: Path) -> dict[str, An
 
     Args:
         suite: suite of the comparison.
-        request: the fields of `Job`, and `rank`.
+        request: the fields of `Job`, and `rank`; others are passed on.
         folder: folder of the run; an interrupted run in it is resumed.
 
     Returns:

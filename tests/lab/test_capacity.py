@@ -24,11 +24,11 @@ from lrlora.learned.directions import Directions
 from lrlora.train.embedded import SMOLLM2, checkpoint
 from lrlora_lab.byte_model import ARCHITECTURES, Corpus
 from lrlora_lab.capacity import CapacityTask, train_capacity
-from lrlora_lab.capacity_report import losses, rank_of, served_rank, write_capacity_report
+from lrlora_lab.capacity_report import losses, write_capacity_report
 from lrlora_lab.cli import app
 from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, Record, check_folder, prepare, read_records
 from lrlora_lab.methods import find_method
-from lrlora_lab.rivals import GradualSqueeze, OwnShare
+from lrlora_lab.rivals import own_share
 from lrlora_lab.smollm2 import LanguageModel, draw_phone_book, phone_book
 from lrlora_lab.statistics import equivalent_rank
 from lrlora_lab.suite import Suite, load_suite
@@ -71,7 +71,7 @@ def test_a_curve_that_rises_is_flattened() -> None:
     assert 1 < found.value < 2
 
 
-def record(task: str, method: str, seed: int, loss: float, **others: Any) -> Record:
+def record(task: str, method: str, seed: int, loss: float, *, rank: int = 4, **others: Any) -> Record:
     found = {"task": task, "method": method, "learning_rate": 1e-2, "seed": seed, "scale": 4.0, "wall": 1.0}
     found |= {
         "criterion": loss,
@@ -81,7 +81,7 @@ def record(task: str, method: str, seed: int, loss: float, **others: Any) -> Rec
         "hardware": "x",
         "ranks": None,
     }
-    return {**found, **others}
+    return {**found, **Comparison("capacity", rank=rank).facts(task, method), **others}
 
 
 def filed(records: list[Record]) -> dict[str, Record]:
@@ -172,13 +172,13 @@ def test_bad_tasks_are_refused(field: str, value: Any, said: str) -> None:
 
 def test_the_report_pairs_seeds_and_names_sizes(tmp_path: Path) -> None:
     records = [record("labels", f"lora+r={r}", seed, CURVE[r][seed]) for r in CURVE for seed in SEEDS]
-    records += [record("labels", "expansion+r=1+num_terms=32", seed, falling(3, seed), terms=30.0) for seed in SEEDS]
-    table = losses(filed(records), "labels", 4).set_index(["method", "r"])
+    records += [record("labels", "expansion+r=1+num_terms=32", seed, falling(3, seed)) for seed in SEEDS]
+    table = losses(filed(records), "labels").set_index(["method", "r"])
     row = table.loc["expansion", 1]
     assert row["LoRA's r for this loss"].value == pytest.approx(3)
-    assert row["rank when served"] == 32 == served_rank("expansion+r=1+num_terms=32", 4)
+    assert row["rank when served"] == 32
     assert row["step"] == pytest.approx(1)
-    assert row["terms"] == 30
+    assert row["terms"] == 32
     comparison = Comparison("capacity", ("lora+r=1",), seeds=5)
     prepare(comparison, tmp_path)
     (tmp_path / "jobs").mkdir()
@@ -193,11 +193,11 @@ def test_the_report_pairs_seeds_and_names_sizes(tmp_path: Path) -> None:
 
 def test_the_report_knows_the_rank_of_a_bare_method_and_the_tuned_setting(tmp_path: Path) -> None:
     comparison = Comparison("capacity", ("lora", "lora+r=1"), 2, rank=2, tasks=("labels",))
-    records = [record("labels", "lora", seed, falling(2, seed)) for seed in (1, 2)]
+    records = [record("labels", "lora", seed, falling(2, seed), rank=2) for seed in (1, 2)]
     records += [record("labels", "lora+r=1", seed, falling(1, seed)) for seed in (1, 2)]
     stray = record("labels", "lora", 1, 9.0, scale=16.0)  # at a setting that is not the best
     found = filed([*records, *trials("lora"), *trials("lora+r=1"), stray])
-    table = losses(comparison.of_all(found).select(found), "labels", 2).set_index("r")
+    table = losses(comparison.of_all(found).select(found), "labels").set_index("r")
     assert table.loc[2, "loss (nats)"] == pytest.approx(fmean(falling(2, seed) for seed in (1, 2)))
     assert table.loc[1, "loss (nats)"] == pytest.approx(fmean(falling(1, seed) for seed in (1, 2)))
 
@@ -206,7 +206,7 @@ def test_learned_ranks_are_no_point_of_loras_curve() -> None:
     records = [record("german", f"lora+r={r}", seed, falling(r, seed)) for r in (2, 4, 8, 16) for seed in SEEDS]
     learned = [{"r": r, "stable_rank": 1.0} for r in (1, 6, 12)]
     records += [record("german", "learned", seed, falling(6, seed), ranks=learned) for seed in SEEDS]
-    table = losses(filed(records), "german", 4).set_index("method")
+    table = losses(filed(records), "german").set_index("method")
     row = table.loc["learned ranks"]
     assert (row["r"], row["rank when served"]) == (4, 12)
     assert row["LoRA's r for this loss"].value == pytest.approx(6, rel=0.2)
@@ -250,7 +250,7 @@ def test_full_fine_tuning_starts_at_lower_rates() -> None:
     "method",
     [
         *("lora+r=2", "learned", "learned+r=2+max_rank=1", "learned+by=own-share", "learned+by=equal"),
-        *("learned+by=gradual+at=0.6", "expansion+r=1", "dora+r=1", "full"),
+        *("learned+by=equal+max_rank=1", "learned+by=own-share+max_rank=1", "expansion+r=1", "dora+r=1", "full"),
     ],
 )
 def test_methods_learn_labels(method: str) -> None:
@@ -262,24 +262,9 @@ def test_methods_learn_labels(method: str) -> None:
         assert found["trainable"] <= 2 * 2 * (384 + 1536)
         ranks = {row.r for row in found["ranks"].rows}
         assert (max(ranks) <= 1) == ("max_rank" in method)
-        assert ranks == {2} or known.cut.get("by") not in ("equal", "gradual")
+        assert len(ranks) == 1 or known.cut.get("by") != "equal"
     again = train_capacity(task, known, 2, 4.0, learning_rate=1e-3 if method == "full" else 1e-2, seed=1)
     assert again["criterion"] == found["criterion"]
-
-
-def test_a_gradual_squeeze_goes_through_three_quarters_and_a_half_of_the_rank() -> None:
-    tiny = TinyModel("llama")
-    model = get_peft_model(tiny.build(), LoraConfig(r=8, target_modules=["q_proj"]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    GradualSqueeze(model, optimizer, size="r2", steps=20, at=0.6)
-    left = []
-    for _ in range(20):
-        tiny.loss(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        factors = [weight for name, weight in model.named_parameters() if "lora_A" in name]
-        left.append({int(weight.any(1).sum()) for weight in factors})
-    assert left == [*[{8}] * 3, *[{6}] * 4, *[{4}] * 4, *[{2}] * 9]
 
 
 def test_learned_ranks_train_in_a_byte_model_of_gpt2_s_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +284,6 @@ def test_learned_ranks_train_in_a_byte_model_of_gpt2_s_architecture(monkeypatch:
     ("method", "said"),
     [
         ("learned+by=energy", "Unknown criterion of learned ranks 'energy'"),
-        ("learned+by=equal+max_rank=2", "by=equal ignores max_rank"),
         ("learned+at=1.5", "at must be a share of the steps"),
     ],
 )
@@ -309,24 +293,24 @@ def test_criteria_and_cuts_that_do_not_exist_are_refused(tmp_path: Path, method:
 
 
 def test_learned_ranks_of_another_size_are_compared_with_lora_of_that_size() -> None:
-    assert (rank_of("learned+r=8", 4), rank_of("learned", 4)) == (8, 4)
     known = find_method("learned+r=8")
+    assert (known.facts(4)["r"], find_method("learned").facts(4)["r"]) == (8, 4)
     assert (known.size(4), known.adapter(4)["r"]) == ("r8", 32)
 
 
 def test_modules_keep_a_share_of_their_own_rise() -> None:
     model = TinyModel("llama").build()
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    learned = OwnShare(model, torch.optim.AdamW(model.parameters()), size="r2", steps=20)
     rises = [torch.tensor([90.0, 5, 4, 1]), torch.tensor([3e-3, 3e-3, 2e-3, 1e-3])]
     factors = factorize(model, energy=1.0)
     curve = LossCurve([Directions(f, f.A, f.B, rises[f.module.endswith("down_proj")].double()) for f in factors])
-    kept = learned._chosen(curve)
-    assert sum(part.parameters for part in kept) <= learned.parameters
+    budget = sum(2 * part.parameters_per_rank for part in factors)
+    kept = own_share(curve, budget, None)
+    assert sum(part.parameters for part in kept) <= budget
     assert {part.rank for part in kept if part.module.endswith("down_proj")} == {2}  # 67 %; a third would not fit
     assert {part.rank for part in kept if part.module.endswith("q_proj")} == {1}  # 90 %
     # By loss, the modules with the larger rises keep more.
-    by_loss = curve.within(learned.parameters)
+    by_loss = curve.within(budget)
     assert {part.rank for part in by_loss if part.module.endswith("q_proj")} == {4}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
@@ -29,14 +30,24 @@ from lrlora.train.adapter_config import adapter_config
 from lrlora_lab import jobs, pool
 from lrlora_lab.cli import app
 from lrlora_lab.figures import parameters_figure, ranks_figure, rates_figure, save_figure
-from lrlora_lab.jobs import TUNING_SEED, Comparison, Job, best_trial, prepare, read_records, train_config
+from lrlora_lab.jobs import (
+    PACKED_FILE,
+    TUNING_SEED,
+    Comparison,
+    Job,
+    best_trial,
+    check,
+    prepare,
+    read_records,
+    train_config,
+)
 from lrlora_lab.methods import METHODS, find_method
+from lrlora_lab.report import write_report
 from lrlora_lab.statistics import columns_differ, gap, holm, paired_difference, share_between_columns
 from lrlora_lab.suite import Suite, load_suite
 from lrlora_lab.tables import (
     against_reference,
     conditions,
-    final_runs,
     learned_ranks,
     markdown,
     ranks_by_layer,
@@ -73,6 +84,14 @@ def command(suite: Path, output: Path, *options: object) -> list[str]:
 run = partial(cli.run, app=app)
 
 
+def facts(method: str) -> dict[str, Any]:
+    """What jobs store of their method; of "sine", they alone know it."""
+    if method == "sine":
+        return {**facts("lr-lora"), "label": "fixed sine"}
+    known = find_method(method)
+    return {**known.facts(4), "rates": [*known.rates], "scales": [1.0]}
+
+
 def record(task: str, method: str, rate: float, seed: int, loss: float, accuracy: float | None = None) -> Any:
     ranks = [
         {
@@ -85,7 +104,8 @@ def record(task: str, method: str, rate: float, seed: int, loss: float, accuracy
         for i, (kind, value) in enumerate([("attention", 2.0), ("mlp", 1.1), ("attention", 2.5), ("mlp", 1.3)])
     ]
     return {
-        **{"task": task, "method": method, "learning_rate": rate, "seed": seed, "trainable": 10, "peak_mib": 100.0},
+        **{"task": task, "method": method, "learning_rate": rate, "seed": seed, **facts(method)},
+        **{"trainable": 10, "peak_mib": 100.0},
         **{
             "validation": {"loss": loss},
             "test": None if accuracy is None else {"accuracy": accuracy, "log_loss": 1 - accuracy},
@@ -246,7 +266,7 @@ def test_runs_at_other_rates_are_no_part_of_a_cell() -> None:
 def test_a_failed_final_run_leaves_no_mean() -> None:
     comparison = Comparison("offline-nlu", ("lora", "lr-lora"), 2, 4, ("r8",))
     good = [record("r8", method, 1e-3, seed, 0.5, 0.8) for method in ("lora", "lr-lora") for seed in (1, 2)]
-    bad = {"task": "r8", "method": "lora", "learning_rate": 1e-3, "seed": 2, "failure": "diverged"}
+    bad = {"task": "r8", "method": "lora", "learning_rate": 1e-3, "seed": 2, "failure": "diverged", **facts("lora")}
     assert list(results(comparison, filed(good) | filed([bad]))["method"]) == ["LR-LoRA"]
 
 
@@ -357,7 +377,7 @@ def test_ranks_are_told_of_modules_that_all_seeds_have() -> None:
             for i in range(4)
             if (i, kind) != (r["seed"], "mlp")
         ]
-    places = ranks_by_layer(comparison, filed(records))["r8", "lora"]
+    places = ranks_by_layer(comparison, filed(records))["r8", "LoRA"]
     assert {layer for kind, layer in places if kind == "layers.mlp"} == {0}
     assert places["layers.attention", 3] == 5.0
     records[0]["ranks"], records[1]["ranks"] = (records[2]["ranks"],) * 2
@@ -374,15 +394,15 @@ def test_modules_of_one_place_are_averaged() -> None:
         for i in (1, 2, 3)
     ]
     comparison = Comparison("offline-nlu", ("lr-lora",), 1, 4, ("r8",))
-    assert ranks_by_layer(comparison, filed([found])) == {("r8", "lr-lora"): {("layers.experts.w1", 0): 2.0}}
+    assert ranks_by_layer(comparison, filed([found])) == {("r8", "LR-LoRA"): {("layers.experts.w1", 0): 2.0}}
 
 
 def test_a_failed_rate_is_told_from_one_that_was_not_tried() -> None:
-    comparison = Comparison("offline-nlu", ("lora",), 1, 4, ("r8",), rates=(1e-3, 1e-2))
-    bad = {"task": "r8", "method": "lora", "learning_rate": 1e-2, "seed": 0, "failure": "diverged"}
-    table = tuning(filed([record("r8", "lora", 1e-3, 0, 0.5)]) | filed([bad]))
+    bad = {"task": "r8", "method": "lora", "learning_rate": 1e-2, "seed": 0, "failure": "diverged", **facts("lora")}
+    records = filed([record("r8", "lora", 1e-3, 0, 0.5)]) | filed([bad])
+    table = tuning(records)
     assert markdown(table).endswith("| r8 | LoRA | 0.5 | failed |")
-    crosses = [line for line in rates_figure(comparison, table).axes[0].lines if line.get_marker() == "x"]
+    crosses = [line for line in rates_figure(records, table).axes[0].lines if line.get_marker() == "x"]
     assert [list(map(float, cross.get_xdata())) for cross in crosses] == [[1e-2]]  # type: ignore[arg-type]
 
 
@@ -424,7 +444,7 @@ def test_a_method_is_drawn_alike_in_all_panels() -> None:
     comparison = Comparison("offline-nlu", ("lora", "sine", "lr-lora"), 2, 2)
     cells = [("r8", "sine"), ("r8", "lora"), ("r8", "lr-lora"), ("20-newsgroups", "lora"), ("20-newsgroups", "lr-lora")]
     records = filed([record(task, method, 1e-3, seed, 0.5, 0.8) for task, method in cells for seed in (0, 1, 2)])
-    figures = (parameters_figure(comparison, final_runs(records)), rates_figure(comparison, tuning(records)))
+    figures = (parameters_figure(comparison, records), rates_figure(records, tuning(records)))
     for figure in figures:
         assert {text.get_text() for text in figure.legends[0].get_texts()} == {"LoRA", "fixed sine", "LR-LoRA"}
         colors: dict[str, set[Any]] = {}
@@ -435,7 +455,7 @@ def test_a_method_is_drawn_alike_in_all_panels() -> None:
         assert {len(own) for own in colors.values()} == {1}
         assert len(set.union(*colors.values())) == 3
     places = ranks_by_layer(comparison, records)
-    assert set(places) == {(task, method) for task, method in cells if method != "sine"}
+    assert set(places) == {(task, facts(method)["label"]) for task, method in cells if method != "sine"}
     assert ranks_figure(places).axes[0].get_title() == "r8, LoRA"
 
 
@@ -445,12 +465,38 @@ def test_a_record_that_lacks_something_is_named(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != "criterion"}))
     with pytest.raises(ValueError, match=r"a\.json is damaged .* \(it lacks criterion\)\. Remove it"):
         read_records(tmp_path)
+    (tmp_path / "jobs" / "a.json").write_text(json.dumps({k: v for k, v in whole.items() if k != "label"}))
+    with pytest.raises(ValueError, match=r"a\.json is damaged .* \(it lacks 'label'\)\. Remove it"):
+        read_records(tmp_path)
     (tmp_path / "jobs" / "a.json").write_text(json.dumps(whole))
     assert read_records(tmp_path) == {"a": whole}
+    packed = json.dumps({"job": "b", **{k: v for k, v in whole.items() if k != "criterion"}})
+    (tmp_path / PACKED_FILE).write_bytes(gzip.compress(packed.encode()))
+    with pytest.raises(ValueError, match=r"jobs\.jsonl\.gz is damaged .* \(the job b lacks criterion\)\. Remove it"):
+        read_records(tmp_path)
+
+
+def test_results_outlive_their_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"lora": 0.5, "dora": 0.4}
+    tried = [record("r8", method, 1e-3 * 2**k, 0, losses[method] + k) for method in losses for k in range(-1, 4)]
+    final = [record("r8", method, 1e-3, seed, 0.5, losses[method]) for method in losses for seed in (1, 2, 3)]
+    comparison = Comparison("offline-nlu", tuple(losses), 3, 4, ("r8",))
+    prepare(comparison, tmp_path)
+    (tmp_path / "jobs").mkdir()
+    for name, found in filed([*tried, *final]).items():
+        (tmp_path / "jobs" / f"{name}.json").write_text(json.dumps(found))
+    before = write_report(comparison, tmp_path).read_text()
+    assert "| r8 | DoRA | 0.001 | 3 |" in before
+    monkeypatch.delitem(METHODS, "dora")
+    assert run("compare", "offline-nlu", "--output", tmp_path, "--report").exit_code == 0
+    assert (tmp_path / "report.md").read_text() == before
+    check(comparison, tmp_path)  # it can go on, too
+    with pytest.raises(ValueError, match="Unknown method 'dora'"):
+        check(replace(comparison, seeds=4), tmp_path)
 
 
 def test_updates_of_zero_are_drawn(tmp_path: Path) -> None:
-    save_figure(ranks_figure({("r8", "lora"): {("query", 0): 0.0}}), tmp_path / "ranks.png")
+    save_figure(ranks_figure({("r8", "LoRA"): {("query", 0): 0.0}}), tmp_path / "ranks.png")
     assert (tmp_path / "ranks.png").stat().st_size > 0
 
 
@@ -473,7 +519,6 @@ def test_wrong_wishes_are_refused(suite: Path, tmp_path: Path) -> None:
         (("compare", suite, "--ablation", "gains"), "Did you mean gain?"),
         (("compare", suite, "--ablation", "gain", "--methods", "lora"), "Remove --methods"),
         (("compare", suite, "--methods", "learned+max_rank=3"), "does not support"),
-        (("compare", suite, "--methods", "lora,sine+r=2"), "sine+r=2 can no longer be trained"),
         (("compare", "capacity", "--methods", "adalora", "--tasks", "labels"), "needs the Trainer"),
         (("compare", "capacity", "--model", "bert"), "have their own models, got model=bert. Remove it"),
         (("compare", suite, "--methods", "lr-lora+num_bases=5"), "Did you mean num_basis?"),
@@ -638,15 +683,14 @@ def test_a_job_has_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_every_method_runs_on_a_real_model(tmp_path: Path) -> None:
     """A few steps of each on MiniLM; tuning and one final run."""
-    trained = [name for name, method in METHODS.items() if not method.is_gone]
-    methods = ",".join(trained)
+    methods = ",".join(METHODS)
     result = run(
         "compare", "smoke", "--methods", methods, "--rates", "1e-3", "--seeds", 1, "--output", tmp_path / "out"
     )
     assert result.exit_code == 0, result.output
     records = read_records(tmp_path / "out").values()
     assert not [r["failure"] for r in records if r.get("failure")]
-    assert {r["method"] for r in records if r["seed"] == 1} == set(trained)
+    assert {r["method"] for r in records if r["seed"] == 1} == set(METHODS)
 
 
 def test_methods_with_other_options() -> None:

@@ -175,6 +175,8 @@ def test_a_loop_is_warned_that_nothing_was_cut() -> None:
     ids = Pairs(16, 0).ids
     with pytest.raises(ValueError, match="Pass held_out, or a size"):
         LearnedRanks(model, optimizer, keep=0.9, steps=20)
+    with pytest.raises(ValueError, match=r"criterion chooses the ranks at a size, but keep=0.9 is given. Pass a size"):
+        LearnedRanks(model, optimizer, keep=0.9, held_out=[ids], steps=20, criterion=lambda curve, *_: curve.within(9))
     LearnedRanks(model, optimizer, keep=0.9, held_out=[{"input_ids": ids, "labels": ids}] * 3, steps=20)
 
     def train() -> None:
