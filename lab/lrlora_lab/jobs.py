@@ -162,17 +162,14 @@ class Comparison:
         definition = self.definition
         return self.methods or getattr(definition.tasks[task], "methods", ()) or definition.methods or MAIN_METHODS
 
-    @functools.cached_property
-    def all_methods(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(method for task in self.task_names for method in self.methods_of(task)))
-
-    @property
-    def reference(self) -> str:
-        return "lora" if "lora" in self.all_methods else self.all_methods[0]
-
     @property
     def _cells(self) -> list[tuple[str, str]]:
         return [(task, method) for task in self.task_names for method in self.methods_of(task)]
+
+    @property
+    def reference(self) -> str:
+        methods = [method for _, method in self._cells]
+        return "lora" if "lora" in methods else methods[0]
 
     def facts(self, task: str, method: str) -> dict[str, Any]:
         """`Method.facts`, and the `rates` and `scales` with which its tuning on a task begins.

@@ -478,7 +478,7 @@ def test_a_record_that_lacks_something_is_named(tmp_path: Path) -> None:
 
 def test_results_outlive_their_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"lora": 0.5, "dora": 0.4}
-    tried = [record("r8", method, 1e-3 * 2**k, 0, losses[method] + k) for method in losses for k in range(-1, 4)]
+    tried = [record("r8", method, 1e-3 * 2**k, 0, losses[method] + abs(k)) for method in losses for k in range(-1, 4)]
     final = [record("r8", method, 1e-3, seed, 0.5, losses[method]) for method in losses for seed in (1, 2, 3)]
     comparison = Comparison("offline-nlu", tuple(losses), 3, 4, ("r8",))
     prepare(comparison, tmp_path)
