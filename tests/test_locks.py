@@ -139,12 +139,11 @@ def test_in_a_mounted_folder_there_may_be_a_merge(inputs: Path, monkeypatch: pyt
 
 
 def test_told_to_end_a_merge_leaves_nothing(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(folder: Path, source: str) -> bool:  # called when the weights have been written
+    def end(*sources: str) -> None:  # called when the weights have been written
         assert list(inputs.glob(".merged-*/model.safetensors"))
         signal.raise_signal(signal.SIGTERM)
-        return True
 
-    monkeypatch.setattr("lrlora.adapters.merge.save_preprocessing", end)
+    monkeypatch.setattr("lrlora.adapters.merge.load_processor", end)
     result = run("merge", "run", "--output", "merged")
     assert result.exit_code == 130
     assert "Nothing was written" in result.output

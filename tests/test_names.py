@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from lrlora.adapters import factorize, read_updates, save_as_lora
 from lrlora.checks import in_markdown, printable
 from lrlora.ranks import rank_report
-from lrlora.views.model_card import model_card
+from lrlora.views.model_card import ranks_card
 from lrlora.views.runs import Run
 from lrlora.views.tables import factors_table, rank_table, shortened
 from lrlora_lab.tables import failure_line, markdown
@@ -70,7 +70,7 @@ def test_the_card_of_an_export_is_valid_with_any_name(nasty: Path) -> None:
 
 def test_the_card_of_a_run_shows_names_as_text(nasty: Path) -> None:
     report = rank_report(read_updates(nasty))
-    card = model_card(Run("x\n# Verified", report, {"method": "LoRA", "data": NASTY}))
+    card = "\n\n".join(ranks_card(Run("x\n# Verified", report, {"method": "LoRA", "data": NASTY})))
     assert r"- data: a\\x1b\[31mred \\u202eabc\\nError: \|\[b\](c)\|\`\<i>\`" in card.splitlines()
     assert "# Verified" not in card.splitlines()
 

@@ -6,12 +6,14 @@ updates = read_updates("my-lora.safetensors")           # or a folder, or base= 
 save(factorize(updates, energy=0.99), updates, "smaller.safetensors")
 """
 
-from .export import lora_config, output_difference, save, save_as_lora
-from .factorize import Factors, factorize
+from .export import save, save_as_lora
+from .factorize import factorize
+from .loading import output_difference
+from .lora_config import lora_config
 from .lora_file import save_single_file
 from .merge import merge_adapter
 from .read import read_updates
-from .update import Layout, Update, Updates
+from .update import Factors, Layout, Update, Updates
 
 __all__ = [
     "Factors",

@@ -1,4 +1,4 @@
-"""Model cards and metadata that accompany adapter weights: base model, class names, loading code."""
+"""Model cards: of a run, of an export, and of a merged model, as the hub reads them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from yaml import YAMLError
 
 from ..checks import in_markdown
-from ..files import is_hub_name, parse_json, readable
+from ..files import is_hub_name
 from ..run_folder import CHAT
+from .full_model import MODELS
 from .peft_folder import SavedAdapter
 
-MODEL_CONFIG = "config.json"  # saved with an adapter: the configuration of its model, with the class names
 LORA_FOLDER = "lora"  # subfolder of a run: its update as a plain LoRA
-MODELS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 # Task → the hub's name.
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -35,12 +28,13 @@ _PIPELINES = {
     "image-classify": "image-classification",
     "multiple-choice": "multiple-choice",
 }
-# Task types of a run that PEFT does not have.
-_MODELS_OF_TASKS = {
+# With the tasks of a run that PEFT does not have.
+_MODELS = MODELS | {
     "multiple-choice": "AutoModelForMultipleChoice",
     "image-classify": "AutoModelForImageClassification",
 }
-ASKING = """## Usage
+_PROCESSOR_FILES = ("tokenizer_config.json", "processor_config.json", IMAGE_PROCESSOR_NAME)
+_ASKING = """## Usage
 
 The model was trained on chats. Format prompts with the chat template of the tokenizer in this folder.
 
@@ -49,42 +43,57 @@ chat = [{"role": "user", "content": "…"}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 tokens = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-"""
+```"""
+
+
+def adapter_card(
+    saved: SavedAdapter | None,
+    tags: list[str],
+    sections: Sequence[str],
+    *,
+    needs_lrlora: bool = False,
+    results: Sequence[EvalResult] = (),
+) -> str:
+    """Model card of an adapter.
+
+    Args:
+        saved: the adapter, or the one that it was made from, for the base model, task, loading code and classes; None
+            if it was made from full models.
+        tags: tags for search.
+        sections: paragraphs of the card.
+        needs_lrlora: whether loading needs lrlora.
+        results: metrics.
+
+    """
+    loading = [] if saved is None else _loading(saved, needs_lrlora=needs_lrlora)
+    return _joined(_header("peft", tags, saved, results), *sections, *loading)
+
+
+def merged_card(saved: SavedAdapter) -> str:
+    """Model card of a merged model."""
+    return _joined(
+        _header("transformers", [], saved),
+        f"# {in_markdown(base_on_hub(saved) or 'A model')}, fine-tuned",
+        "A full model: its base model with the update of an adapter merged into the weights by lrlora "
+        "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers, without lrlora.",
+        *_use(saved),
+    )
 
 
 def base_on_hub(saved: SavedAdapter) -> str | None:
     """Hub name of the base model; None if only a local folder is known."""
-    record = saved.record
-    if record is not None and record.base_model is not None:
-        return record.base_model
+    if saved.record is not None and saved.record.base_model is not None:
+        return saved.record.base_model
     name = saved.base_model
     return name if name and not Path(name).is_absolute() and not Path(name).exists() else None
 
 
-def class_names(saved: SavedAdapter) -> list[str]:
-    """Class names of a classifier, in output order; empty if unnamed."""
-    record = saved.record
-    if record is not None:
-        return record.labels
-    path = Path(saved.name) / MODEL_CONFIG
-    if not path.is_file():
-        return []
-    with readable(path, "Remove it to continue without the class names."):
-        names = parse_json(path).get("id2label", {})
-        return [str(names[key]) for key in sorted(names, key=int)]
+def _joined(*sections: str) -> str:
+    return "\n\n".join(sections) + "\n"
 
 
-def header(library: str, tags: list[str], saved: SavedAdapter | None = None, results: Sequence[EvalResult] = ()) -> str:
-    """Front matter of a model card, as the hub reads it.
-
-    Args:
-        library: peft or transformers.
-        tags: tags for search.
-        saved: adapter, for the task and the base model, which is named only if it has a public name.
-        results: metrics.
-
-    """
+def _header(library: str, tags: list[str], saved: SavedAdapter | None, results: Sequence[EvalResult] = ()) -> str:
+    """Front matter; the base model is named only if it has a public name."""
     base = None if saved is None else base_on_hub(saved)
     of_base = [f"base_model:adapter:{base}"] if base and library == "peft" else []
     data = ModelCardData(
@@ -92,12 +101,12 @@ def header(library: str, tags: list[str], saved: SavedAdapter | None = None, res
         datasets=[saved.record.dataset] if saved and saved.record and saved.record.dataset else None,
         base_model=base,
         library_name=library,
-        pipeline_tag=None if saved is None else _pipeline(saved),
+        pipeline_tag=None if saved is None else _PIPELINES.get(_task(saved)),
         tags=[*tags, *of_base] or None,
         model_name=Path(saved.name).resolve().name if saved and results else None,
         eval_results=list(results) or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n"
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _license_of_base(saved: SavedAdapter) -> str | None:
@@ -114,32 +123,31 @@ def _license_of_base(saved: SavedAdapter) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _pipeline(saved: SavedAdapter) -> str | None:
-    """The hub's name of the adapter's task."""
-    record = saved.record
-    task = None if record is None else _PIPELINES.get(record.config["task"])
-    return task or _PIPELINES.get(str(saved.config.task_type))
+def _task(saved: SavedAdapter) -> str:
+    """Task of the run if PEFT does not have it, else PEFT's task type."""
+    task = "" if saved.record is None else saved.record.config["task"]
+    return task if task in _PIPELINES else str(saved.config.task_type)
 
 
-def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
-    """Loading instructions, with PEFT alone or lrlora, and the class names if any."""
-    classes, record, kind = class_names(saved), saved.record, saved.config.task_type
-    model = MODELS.get(kind, "AutoModel")
-    if kind is None and record is not None:
-        model = _MODELS_OF_TASKS.get(record.config["task"], model)
+def _loading(saved: SavedAdapter, *, needs_lrlora: bool) -> list[str]:
+    """Loading instructions, with PEFT alone or lrlora; class names, if any; and how to chat."""
+    model = _MODELS.get(_task(saved), "AutoModel")
     is_image = (Path(saved.name) / IMAGE_PROCESSOR_NAME).is_file()
     name, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
+    has_own = any((Path(saved.name) / file).is_file() for file in _PROCESSOR_FILES) or not Path(saved.name).is_dir()
     # The head of the base model may be for other classes.
-    of_classes = ", config=AutoConfig.from_pretrained(folder), ignore_mismatched_sizes=True" if classes else ""
+    of_classes = (
+        ", config=AutoConfig.from_pretrained(folder), ignore_mismatched_sizes=True" if saved.class_names else ""
+    )
     lines = [
         *(["import lrlora  # registers the method; without it, PEFT raises KeyError: 'LRLORA'"] * needs_lrlora),
         "from peft import PeftModel",
-        f"from transformers import {'AutoConfig, ' if classes else ''}{model}, {processor}",
+        f"from transformers import {'AutoConfig, ' if of_classes else ''}{model}, {processor}",
         "",
         'folder = "this folder or hub name"',
         f"base = {model}.from_pretrained({json.dumps(base_on_hub(saved) or 'the base model')}{of_classes})",
         "model = PeftModel.from_pretrained(base, folder)",
-        f"{name} = {processor}.from_pretrained({_processor_source(saved)})",
+        f"{name} = {processor}.from_pretrained({'folder' if has_own else 'base.name_or_path'})",
     ]
     install = []
     if needs_lrlora:
@@ -149,36 +157,11 @@ def loading(saved: SavedAdapter, *, needs_lrlora: bool) -> str:
                 f"The folder `{LORA_FOLDER}` contains the update as a plain LoRA, which PEFT and servers load without "
                 "lrlora; its card states how much of the energy it keeps."
             )
-    parts = ["## Loading", *install, "\n".join(["```python", *lines, "```"])]
-    return "\n\n".join(parts) + f"\n{_of_classes(classes)}"
+    return ["## Loading", *install, "\n".join(["```python", *lines, "```"]), *_use(saved)]
 
 
-def _processor_source(saved: SavedAdapter) -> str:
-    """Where a tokenizer or processor is loaded from: the adapter's folder, or the base model."""
-    files = ("tokenizer_config.json", "processor_config.json", IMAGE_PROCESSOR_NAME)
-    has_own = any((Path(saved.name) / file).is_file() for file in files) or not Path(saved.name).is_dir()
-    return "folder" if has_own else "base.name_or_path"
-
-
-def _of_classes(classes: list[str]) -> str:
-    names = ", ".join(map(in_markdown, classes))
-    return f"\nClasses, in output order: {names}.\n" if classes else ""
-
-
-def is_asked_in_chats(saved: SavedAdapter) -> bool:
-    """Whether the adapter was trained on chats."""
-    record = saved.record
-    return record is not None and record.rendering == CHAT
-
-
-def merged_card(saved: SavedAdapter) -> str:
-    """Model card of a merged model."""
-    base, classes = base_on_hub(saved), class_names(saved)
-    parts = [
-        f"{header('transformers', [], saved)}# {in_markdown(base or 'A model')}, fine-tuned",
-        "A full model: its base model with the update of an adapter merged into the weights by lrlora "
-        "([LR-LoRA](https://arxiv.org/abs/2606.04325)). It loads with transformers, without lrlora.",
-        *([_of_classes(classes).strip()] if classes else []),
-        *([ASKING] if is_asked_in_chats(saved) else []),
-    ]
-    return "\n\n".join(parts) + "\n"
+def _use(saved: SavedAdapter) -> list[str]:
+    """Class names of a classifier; how to prompt a model that was trained on chats."""
+    names = ", ".join(map(in_markdown, saved.class_names))
+    is_of_chats = saved.record is not None and saved.record.rendering == CHAT
+    return [f"Classes, in output order: {names}."] * bool(names) + [_ASKING] * is_of_chats

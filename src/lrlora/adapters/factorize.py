@@ -19,7 +19,6 @@ suffices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ from ..checks import check_truncation
 from ..naming import module_type
 from ..progress_bar import progress_bar
 from .layers import updates_of_model
-from .update import PLAIN, Layout, Update, Updates, beyond_factors
+from .lora_config import beyond_factors
+from .update import PLAIN, Factors, Update, Updates
 
 # A randomized SVD costs a few products with ΔW; from a quarter of the full rank on, a full SVD is no slower.
 _FULL_SVD_SIZE = 256
@@ -37,58 +37,6 @@ _FULL_SVD_SHARE = 4
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 2
 _FIRST_RANK = 32
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Low-rank factors of one module's update.
-
-    Attributes:
-        module: path in the base model.
-        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 if the module is omitted.
-        r: trained rank of the product BA; None if there was none.
-        scaling: s used in training.
-        layout: meaning of the matrix in the module.
-        energy: ‖ΔW‖²_F, exact.
-        stable_rank: stable rank of ΔW.
-        kept: the share of `energy` that BA keeps.
-
-    """
-
-    module: str
-    A: Tensor
-    B: Tensor
-    r: int | None
-    scaling: float
-    layout: Layout
-    energy: float
-    stable_rank: float
-    kept: float
-
-    @property
-    def rank(self) -> int:
-        return len(self.A)
-
-    def padded(self, rank: int) -> Factors:
-        """Copy with zero rows of A and columns of B up to `rank`."""
-        missing = max(0, rank - self.rank)
-        A, B = nn.functional.pad(self.A, (0, 0, 0, missing)), nn.functional.pad(self.B, (0, missing))
-        return replace(self, A=A, B=B)
-
-    @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of a module; for a convolution, (k, inputs, …) and (m, k, 1, …)."""
-        if kernel := self.layout.kernel:
-            return self.A.unflatten(1, (-1, *kernel)), self.B.reshape(*self.B.shape, *[1] * len(kernel))
-        return self.A, self.B
-
-    @property
-    def parameters(self) -> int:
-        return self.A.numel() + self.B.numel()
-
-    @property
-    def parameters_per_rank(self) -> int:
-        return self.A.shape[1] + self.B.shape[0]
 
 
 class _Svd:
@@ -112,7 +60,6 @@ class _Svd:
             self.energy = delta.double().square().sum().item()
             self._compute(delta.float(), _FIRST_RANK)
         self.stable_rank = self.energy / self.sigma[0].item() ** 2 if len(self.sigma) else 0.0
-        self.parameters_per_rank = sum(update.shape)
 
     def reach(self, rank: int) -> None:
         """Ensure at least `rank` triples, or all."""
@@ -137,10 +84,6 @@ class _Svd:
         is_real = sigma > min(self.update.shape) ** 0.5 * torch.finfo(torch.float32).eps * sigma[0]
         self.is_complete = is_complete or not bool(is_real.all())
         self._U, self._V, self.sigma = (part.cpu() for part in (U[:, is_real], V[:, is_real], sigma[is_real].double()))
-
-    def truncate(self, rank: int) -> None:
-        """Drop all but the leading `rank` triples, to save memory."""
-        self._U, self._V = self._U[:, :rank].clone(), self._V[:, :rank].clone()
 
     def kept_shares(self) -> Tensor:
         """Share of the energy that the leading 1, 2, … triples keep."""
@@ -218,18 +161,15 @@ def factorize(
 
     """
     check_truncation(energy=energy, budget=budget, max_rank=max_rank)
-    updates, ranks = [], []
-    for each in progress_bar(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar):
-        update = _Svd(each)
-        if budget is None:
-            ranks.append(_for_energy(update, energy or 1.0, max_rank or min(each.shape)))
-            update.truncate(ranks[-1])
-        updates.append(update)
-    if not any(update.energy for update in updates):
+    updates = progress_bar(_updates_of(source, adapter), desc="Decomposing updates", disable=not progressbar)
+    if budget is None:
+        # One at a time: of all but the leading triples, the memory is free before the next.
+        factors = [_with_energy(_Svd(each), energy or 1.0, max_rank or min(each.shape)) for each in updates]
+    else:
+        factors = _within_budget([_Svd(each) for each in updates], budget, max_rank)
+    if not any(part.energy for part in factors):
         raise ValueError("All updates are zero: the adapter has not been trained, so there is nothing to export.")
-    if budget is not None:
-        ranks = _within_budget(updates, budget, max_rank or max(min(each.update.shape) for each in updates))
-    return [update.factors(rank) for update, rank in zip(updates, ranks, strict=True)]
+    return factors
 
 
 def _updates_of(source: nn.Module | Updates, adapter: str | None) -> list[Update]:
@@ -259,28 +199,24 @@ def rank_for(shares: Tensor, share: float) -> int:
     return int((shares < share - 1e-12).sum().item()) + 1
 
 
-def _for_energy(update: _Svd, energy: float, limit: int) -> int:
-    while True:
-        shares = update.kept_shares()
-        rank = rank_for(shares, energy)
-        if rank >= limit or rank <= len(shares) or update.is_complete:
-            update.reach(min(rank, limit))
-            return min(rank, limit, len(update.sigma))
-        update.reach(min(2 * len(shares), limit))
+def _with_energy(update: _Svd, energy: float, limit: int) -> Factors:
+    while (rank := rank_for(update.kept_shares(), energy)) > len(update.sigma) and not update.is_complete:
+        if len(update.sigma) >= limit:
+            break
+        update.reach(min(2 * len(update.sigma), limit))
+    return update.factors(min(rank, limit, len(update.sigma)))
 
 
-def _within_budget(updates: list[_Svd], budget: int, limit: int) -> list[int]:
+def _within_budget(updates: list[_Svd], budget: int, max_rank: int | None) -> list[Factors]:
+    limit = max_rank or max(min(each.update.shape) for each in updates)
     while True:
         worth = [update.sigma[:limit].square() for update in updates]
-        ranks = best_per_parameter(worth, [update.parameters_per_rank for update in updates], budget)
+        ranks = best_per_parameter(worth, [sum(each.update.shape) for each in updates], budget)
+        found = list(zip(updates, ranks, strict=True))
         # A module whose known singular values were all taken may have more to offer.
-        short = [
-            update
-            for update, rank in zip(updates, ranks, strict=True)
-            if rank == len(update.sigma) < limit and not update.is_complete
-        ]
+        short = [each for each, rank in found if rank == len(each.sigma) < limit and not each.is_complete]
         if not short:
-            return ranks
+            return [update.factors(rank) for update, rank in found]
         for update in short:
             update.reach(min(2 * len(update.sigma), limit))
 

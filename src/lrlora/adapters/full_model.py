@@ -6,8 +6,6 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,13 +23,21 @@ from transformers.utils.hub import cached_file
 
 from ..files import is_hub_name, read_json, readable
 from ..naming import PEFT_PREFIX, natural_order
-from .card import MODELS
 from .update import Layout, Update, Updates, common_dtype
 
+# PEFT task type → class of its models.
+MODELS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 _EXPECTED = "Expected a model as written by save_pretrained: model.safetensors, or shards with their index."
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer)_")
 _EMBEDDING = re.compile(r"(^|\.)(embed\w*|wte|wpe|shared|\w*embeddings?)(\.|$)", re.IGNORECASE)
+_WITH_MATRIX = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Checkpoint:
@@ -48,24 +54,18 @@ class Checkpoint:
     def __init__(self, name: str | os.PathLike[str]) -> None:
         self.name = os.fspath(name)
         with readable(self.name, _EXPECTED):
-            file_of = {key: file for file, keys in self._files().items() for key in keys}
-        self._place_of = {self._renamed(key): (file, key) for key, file in file_of.items()}
+            self._place_of = {self._renamed(key): (file, key) for file in self._files() for key in _keys(file)}
 
-    def _files(self) -> dict[str, list[str]]:
-        path = Path(self.name)
-        if path.is_file():
-            return {self.name: _keys(self.name)}
-        is_name = is_hub_name(self.name) and not self.name.endswith(".safetensors")
-        if not path.is_dir() and not is_name:
+    def _files(self) -> list[str]:
+        if Path(self.name).is_file():
+            return [self.name]
+        if not Path(self.name).is_dir() and (self.name.endswith(".safetensors") or not is_hub_name(self.name)):
             raise ValueError(f"There is no model at {self.name}. {_EXPECTED}")
         index = self._find(SAFE_WEIGHTS_INDEX_NAME)
-        if index is not None:
-            shards = sorted(set(read_json(Path(index), dict[str, Any], _EXPECTED)["weight_map"].values()))
-            return {file: _keys(file) for file in (self._find(shard) or self._missing(shard) for shard in shards)}
-        file = self._find(SAFE_WEIGHTS_NAME)
-        if file is None:
-            self._missing(SAFE_WEIGHTS_NAME)
-        return {file: _keys(file)}
+        if index is None:
+            return [self._find(SAFE_WEIGHTS_NAME) or self._missing(SAFE_WEIGHTS_NAME)]
+        shards = set(read_json(Path(index), dict[str, Any], _EXPECTED)["weight_map"].values())
+        return [self._find(shard) or self._missing(shard) for shard in sorted(shards)]
 
     def _find(self, file: str) -> str | None:
         """Path of one of the model's files, or None."""
@@ -76,18 +76,15 @@ class Checkpoint:
 
     def _renamed(self, key: str) -> str:
         """Name of a stored tensor in the model, which newer transformers versions may have renamed."""
-        for renaming in self._renamings:
-            key, _ = renaming.rename_source_key(key)
-        return key
+        return functools.reduce(lambda name, renaming: renaming.rename_source_key(name)[0], self._renamings, key)
 
     @functools.cached_property
-    def _renamings(self) -> list[Any]:
-        if not isinstance(self.on_meta, PreTrainedModel):
-            return []
-        return [each for each in get_model_conversion_mapping(self.on_meta) if isinstance(each, WeightRenaming)]
+    def _renamings(self) -> list[WeightRenaming]:
+        mapping = [] if self.on_meta is None else get_model_conversion_mapping(self.on_meta)
+        return [each for each in mapping if isinstance(each, WeightRenaming)]
 
     @functools.cached_property
-    def on_meta(self) -> nn.Module | None:
+    def on_meta(self) -> PreTrainedModel | None:
         """Model on the meta device; None without a configuration, or if the model class is unknown."""
         try:
             config = AutoConfig.from_pretrained(self.name, trust_remote_code=False)
@@ -96,11 +93,16 @@ class Checkpoint:
         except Exception:  # model code can raise anything on an unexpected configuration
             return None
 
+    @functools.cached_property
+    def layers(self) -> dict[str, nn.Module]:
+        """Modules of the model on the meta device, by path; empty if it is unknown."""
+        return {} if self.on_meta is None else dict(self.on_meta.named_modules())
+
     @property
     def task_type(self) -> str | None:
         """PEFT task type; None if the configuration does not determine it."""
         architecture = type(self.on_meta).__name__
-        if getattr(getattr(self.on_meta, "config", None), "is_encoder_decoder", False):
+        if self.on_meta is not None and self.on_meta.config.is_encoder_decoder:
             return "SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") else None
         known = (task for task, name in MODELS.items() if architecture.endswith(name.removeprefix("AutoModel")))
         return next(known, None)
@@ -125,12 +127,6 @@ class Checkpoint:
         with readable(path, _EXPECTED), safe_open(path, framework="pt") as file:
             return file.get_tensor(stored)
 
-    def first_row(self, key: str) -> Tensor:
-        """First row of a tensor, (1, ...), without reading the others."""
-        path, stored = self._place_of[key]
-        with safe_open(path, framework="pt") as file:
-            return file.get_slice(stored)[:1]
-
     def weight_of(self, module: str) -> str | None:
         """Name of a module's weight; None if missing or ambiguous.
 
@@ -139,7 +135,7 @@ class Checkpoint:
         """
         if "." not in module and (kohya := _KOHYA.match(module)):
             ending = module.removeprefix(kohya[0])
-            found = [key for key in self._place_of if key.removesuffix(".weight").replace(".", "_").endswith(ending)]
+            found = [key for key in self.names if key.removesuffix(".weight").replace(".", "_").endswith(ending)]
             return found[0] if len(found) == 1 else None
         return self.name_of(f"{module}.weight")
 
@@ -160,31 +156,6 @@ class Checkpoint:
 def _keys(file: str) -> list[str]:
     with safe_open(file, framework="pt") as opened:
         return list(opened.keys())
-
-
-def with_weight(update: Update, base: Checkpoint) -> Update:
-    """Add the base weight to an update, and with it the kernel size of a convolution.
-
-    Raises:
-        ValueError: the weight has another shape.
-
-    """
-    key = base.weight_of(update.module)
-    if key is None:
-        return update  # a task head, which a base model lacks
-    shape = base.shape(key)
-    if math.prod(shape) != math.prod(update.shape) or shape[0] not in update.shape:
-        raise ValueError(
-            f"The base model {base.name} does not fit the adapter: {update.module} has shape {shape} in the base "
-            f"model, but {update.shape} in the adapter."
-        )
-
-    def weight() -> Tensor:
-        matrix = base.read(key).flatten(1)
-        return matrix if matrix.shape == update.shape else matrix.T
-
-    layout = Layout(shape[2:]) if len(shape) > 2 else update.layout
-    return replace(update, weight=weight, layout=layout)
 
 
 class FineTuned(NamedTuple):
@@ -216,11 +187,10 @@ class FineTuned(NamedTuple):
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        return common_dtype(map(self.tuned.first_row, self.linear))
+        return common_dtype(map(self.tuned.read, self.linear))
 
     def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
-        keys = [key for keys in self.whole.values() for key in keys]
-        return {f"{PEFT_PREFIX}{key}": self.tuned.read(key) for key in keys}
+        return {f"{PEFT_PREFIX}{key}": self.tuned.read(key) for keys in self.whole.values() for key in keys}
 
 
 def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
@@ -233,7 +203,6 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
         ValueError: no weight of the two has the same name and shape.
 
     """
-    is_linear = _linear_modules(tuned)
     heads = _HEADS.get(tuned.task_type or "", ())
     updates, linear, others = [], [], []
     whole: dict[str, list[str]] = {}
@@ -245,8 +214,8 @@ def updates_between(base: Checkpoint, tuned: Checkpoint) -> Updates:
             whole.setdefault(top, []).append(key)
         elif counterpart is None or base.shape(counterpart) != tuned.shape(key):
             whole.setdefault(module, []).append(key)
-        elif name == "weight" and (kind := is_linear(module, tuned.shape(key))):
-            updates.append(_difference(base, counterpart, tuned, key, is_conv1d=kind == "Conv1D"))
+        elif name == "weight" and _has_matrix(tuned, module, len(tuned.shape(key))):
+            updates.append(_difference(base, counterpart, tuned, module))
             linear.append(key)
         elif not torch.equal(base.read(counterpart), tuned.read(key)):
             others.append(key)
@@ -267,20 +236,28 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _difference(base: Checkpoint, counterpart: str, tuned: Checkpoint, key: str, *, is_conv1d: bool) -> Update:
-    m, *inputs = tuned.shape(key)
+def _has_matrix(checkpoint: Checkpoint, module: str, dimensions: int) -> bool:
+    """Whether a module is linear or a convolution: in the model, or if that is unknown, by its name."""
+    if checkpoint.layers:
+        return isinstance(checkpoint.layers.get(module), _WITH_MATRIX)
+    return dimensions in (2, 4) and not _EMBEDDING.search(module)
+
+
+def _difference(base: Checkpoint, counterpart: str, tuned: Checkpoint, module: str) -> Update:
+    is_transposed = isinstance(tuned.layers.get(module), Conv1D)
+    m, *inputs = tuned.shape(f"{module}.weight")
     n = math.prod(inputs)
 
     def as_matrix(weight: Tensor) -> Tensor:
-        return weight.T if is_conv1d else weight.flatten(1)
+        return weight.T if is_transposed else weight.flatten(1)
 
     def form() -> Tensor:
         # Subtract in float64: the difference of two close float16 numbers may not be representable.
-        return as_matrix(tuned.read(key).double() - base.read(counterpart).double())
+        return as_matrix(tuned.read(f"{module}.weight").double() - base.read(counterpart).double())
 
     return Update(
-        module=key.removesuffix(".weight"),
-        shape=(n, m) if is_conv1d else (m, n),
+        module=module,
+        shape=(n, m) if is_transposed else (m, n),
         form=form,
         is_product=False,
         r=None,
@@ -288,13 +265,3 @@ def _difference(base: Checkpoint, counterpart: str, tuned: Checkpoint, key: str,
         layout=Layout(tuple(inputs[1:])),
         weight=lambda: as_matrix(base.read(counterpart)),
     )
-
-
-def _linear_modules(checkpoint: Checkpoint) -> Callable[[str, tuple[int, ...]], str]:
-    """Function that returns a module's class, "" unless linear or convolution: from the model, else by name."""
-    model = checkpoint.on_meta
-    if model is None:
-        return lambda module, shape: "Linear" if len(shape) in (2, 4) and not _EMBEDDING.search(module) else ""
-    kinds = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    known = {path: type(module).__name__ for path, module in model.named_modules() if isinstance(module, kinds)}
-    return lambda module, shape: known.get(module, "")

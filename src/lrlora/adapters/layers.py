@@ -97,14 +97,23 @@ def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Ten
     weights = getattr(base, "weight", None)
     layout = Layout(() if weights is None else tuple(weights.shape[2:]), isinstance(base, nn.Embedding))
     has_rank = not set(_WITH_RANK).isdisjoint(layer.adapter_layer_names)
-    r: int | None = layer.r.get(adapter) if has_rank else None
+    r: Any = layer.r.get(adapter) if has_rank else None
     scalings = getattr(layer, "scaling", None)
     scaling = scalings.get(adapter, 1.0) if isinstance(scalings, dict) else 1.0
-    m, n = shape = _shape(layer, base, adapter)
-    factors = _factors(layer, adapter) if original is None else None
-    if factors is not None and r is not None:
+    linear = _linear_factors(layer, adapter)
+    if linear is None:
+        m, n = as_matrix(base.weight).shape
+    else:
+        m, n = len(linear[1].weight), linear[0].weight.shape[1]
+    factors: Callable[[], Pair] | None = None
+    if phi is not None and phi.is_product:
+        factors = lambda: layer.thin_factors(adapter)  # noqa: E731
+    elif phi is None and linear is not None:
+        A, B = linear
+        factors = lambda: (layer.scaling[adapter] * at_least_float32(B.weight.detach()), A.weight.detach())  # noqa: E731
+    if original is None and factors is not None:
         num_terms = 1 if phi is None else phi.num_terms
-        return Update(path, shape, factors, True, r, min(r * num_terms, m, n), scaling, layout, weight, learned)
+        return Update(path, (m, n), factors, True, r, min(r * num_terms, m, n), scaling, layout, weight, learned)
 
     def matrix() -> Tensor:
         if original is None and (learned is not None or hasattr(layer, "lora_A")):
@@ -113,16 +122,16 @@ def _of_layer(path: str, layer: Any, adapter: str, original: Callable[[str], Ten
 
     # For LoRA on convolutions and embeddings, PEFT provides only the matrix.
     limit = min(r, m, n) if r is not None and hasattr(layer, "lora_A") else min(m, n)
-    return Update(path, shape, matrix, False, r, limit, scaling, layout, weight, learned)
+    return Update(path, (m, n), matrix, False, r, limit, scaling, layout, weight, learned)
 
 
-def _shape(layer: Any, base: Any, adapter: str) -> tuple[int, int]:
+def _linear_factors(layer: Any, adapter: str) -> tuple[nn.Linear, nn.Linear] | None:
+    """A and B of LoRA or LR-LoRA as linear layers; else None."""
     for method in ("lrlora", "lora"):
         A, B = (getattr(layer, f"{method}_{factor}", {}) for factor in "AB")
-        if adapter in A and isinstance(A[adapter], nn.Linear):
-            return len(B[adapter].weight), A[adapter].weight.shape[1]
-    m, n = len(base.weight), base.weight[0].numel()
-    return (n, m) if isinstance(base, Conv1D) else (m, n)
+        if adapter in A and isinstance(A[adapter], nn.Linear) and isinstance(B[adapter], nn.Linear):
+            return A[adapter], B[adapter]
+    return None
 
 
 def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
@@ -151,17 +160,6 @@ def _of_parameter(path: str, layer: Any, adapter: str) -> Iterator[Update]:
         )
 
     yield from map(expert_update, range(layer.num_experts if is_stack else 1))
-
-
-def _factors(layer: Any, adapter: str) -> Callable[[], Pair] | None:
-    """Function returning U and V of an expansion, or s·B and A of LoRA on a linear layer; else None."""
-    if adapter in getattr(layer, "lrlora_phi", {}):
-        return (lambda: layer.thin_factors(adapter)) if layer.lrlora_phi[adapter].is_product else None
-    A, B = (getattr(layer, name, {}) for name in ("lora_A", "lora_B"))
-    if adapter not in A or not (isinstance(A[adapter], nn.Linear) and isinstance(B[adapter], nn.Linear)):
-        return None
-    A, B = A[adapter], B[adapter]
-    return lambda: (layer.scaling[adapter] * at_least_float32(B.weight.detach()), A.weight.detach())
 
 
 def _difference_by_merging(layer: Any, adapter: str, original: Tensor | None) -> Tensor:

@@ -1,24 +1,27 @@
-"""Loading of a saved adapter onto its base model, through PEFT."""
+"""A saved adapter on its base model: loaded through PEFT, checked against it, and compared with its export."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..files import ADAPTER_EXPECTED, readable, require_present
-from .card import class_names
-from .peft_folder import AdapterSource, SavedAdapter, require_all_weights, require_reproducible_start
-from .update import PLAIN, Updates
+from .lora_config import require_reproducible_start
+from .peft_folder import AdapterSource, SavedAdapter, require_all_weights
+from .update import PLAIN, Update, Updates
+
+_UNLIKELY = re.compile(r"(embed\w*|wte|wpe|shared|conv\w*)$", re.IGNORECASE)
+# Names in transformers of the layer, and in some models its submodule, that outputs the classes.
+_HEADS = re.compile(r"\.(classifier|score|classification_head|logits_proj)(\.out_proj)?\.weight$")
 
 
 def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
@@ -34,28 +37,19 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
 
     """
     saved = SavedAdapter.read(adapter)
-    require_reproducible_start(saved)
-    name, config = saved.name, saved.config
-    base = saved.base_model
+    name, config, base = saved.name, saved.config, saved.base_model
+    require_reproducible_start(config, name)
     if not base:
         raise FileNotFoundError(f"The adapter {name} does not name its base model. Pass it: --base MODEL, or base=.")
+    loader = f"Auto{MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel).__name__}"
     with readable(name, ADAPTER_EXPECTED):
-        if labels := class_names(saved):
-            options["id2label"] = dict(enumerate(labels))
-            options["label2id"] = {label: index for index, label in enumerate(labels)}
-        elif config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (num_labels := _num_labels(saved)) is not None:
-            options["num_labels"] = num_labels
-        if config.modules_to_save and {"id2label", "num_labels"} & options.keys():
-            options["ignore_mismatched_sizes"] = True  # its head replaces the base model's
-        model: Any
-        loader = f"Auto{MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel).__name__}"
+        options |= _classes(saved)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), saved.as_peft_reads_it() as folder:
                 # PEFT looks for a tokenizer with the adapter, and warns if it cannot tell whether there is one.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file")
                 require_present(base)
-                with saved.as_peft_reads_it() as folder:
-                    model = getattr(peft, loader).from_pretrained(folder, **options)
+                model: Any = getattr(peft, loader).from_pretrained(folder, **options)
         except OSError as error:
             raise FileNotFoundError(
                 f"The base model of {name}, {base}, could not be loaded: "
@@ -68,26 +62,83 @@ def load_adapted(adapter: AdapterSource, **options: Any) -> Any:
         require_all_weights(model, saved)
     if config.task_type == "SEQ_CLS" and model.config.pad_token_id is None:
         # A decoder classifies at the last token before the padding, and is trained with the tokenizer's pad token.
-        model.config.pad_token_id = _pad_token(name, base)
+        tokenizer = load_processor(name, base)
+        if tokenizer is not None:
+            model.config.pad_token_id = (
+                tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            )
     return model
 
 
-def check_base(updates: Updates) -> Updates:
+def _classes(saved: SavedAdapter) -> dict[str, Any]:
+    """Options that give the base model the classes of the adapter: their names, or their number in a saved head."""
+    options: dict[str, Any] = {}
+    if labels := saved.class_names:
+        options = {"id2label": dict(enumerate(labels)), "label2id": {name: index for index, name in enumerate(labels)}}
+    elif saved.config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = [tensor for key, tensor in saved.weights.items() if _HEADS.search(key)]
+        options = {"num_labels": len(heads[-1])} if heads else {}
+    # A saved head replaces the base model's.
+    return options | ({"ignore_mismatched_sizes": True} if options and saved.config.modules_to_save else {})
+
+
+def load_processor(*sources: str) -> Any:
+    """Processor or tokenizer of the first model or adapter that has one; None if none has."""
+    for source in sources:
+        for loader in (AutoProcessor, AutoTokenizer):
+            try:
+                loaded: Any = loader.from_pretrained(source)
+            except (
+                OSError,
+                ValueError,
+                ImportError,
+                AttributeError,
+                KeyError,
+                TypeError,
+            ):  # none, or none for this model
+                continue
+            # From a configuration alone, transformers creates a tokenizer with an empty vocabulary.
+            if not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens):
+                return loaded
+    return None
+
+
+def check_layers(updates: Updates, *, by_name: bool = False) -> Updates:
     """Check that the modules of a saved adapter are linear layers of its base model, where its file does not say so.
 
     Reads only the configuration of the base model. Updates of other sources pass.
+
+    Args:
+        updates: updates of any source.
+        by_name: check the names of the modules only, without a base model.
 
     Returns:
         The updates, now known to be of linear layers.
 
     Raises:
         FileNotFoundError: the base model is missing.
-        ValueError: an adapted module is not linear or has another shape.
+        ValueError: an adapted module is not linear or has another shape; or by its name, is probably not linear.
 
     """
+    unknown = [update for update in updates if not update.layout.is_known]
     saved = updates.origin
-    if not isinstance(saved, SavedAdapter) or all(update.layout.is_known for update in updates):
+    if not isinstance(saved, SavedAdapter) or not unknown:
         return updates
+    layers = {} if by_name else _layers_of_base(saved)
+    for update in unknown:
+        if by_name and _UNLIKELY.search(update.module):
+            raise ValueError(
+                f"{update.module} does not look like a linear layer, the only type that can be exported as LoRA. "
+                "Export without --no-check, or merge the adapter into the base model."
+            )
+        if (layer := layers.get(update.module)) is not None:  # not a task head
+            _require_linear(update, layer, str(saved.base_model))
+    known = [each if each.layout.is_known else replace(each, layout=PLAIN) for each in updates]
+    return replace(updates, updates=known)
+
+
+def _layers_of_base(saved: SavedAdapter) -> dict[str, nn.Module]:
+    """Modules of the base model, without weights, by their paths with and without its head."""
     name = saved.base_model
     if not name:
         raise FileNotFoundError(
@@ -105,88 +156,54 @@ def check_base(updates: Updates) -> Updates:
             ) from None
     with torch.device("meta"):
         base = AutoModel.from_config(config)
-    modules = dict(base.named_modules())
-    for update in updates:
-        path = update.module
-        module: Any = modules.get(path.removeprefix(f"{base.base_model_prefix}."))
-        if module is None:
-            continue  # a task head
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            raise ValueError(
-                f"Only linear layers can be exported as LoRA, but {path} is a {type(module).__name__}. Merge the "
-                "adapter into its base model instead."
-            )
-        shape = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
-        if shape != update.shape:
-            raise ValueError(
-                f"The base model {name} does not fit the adapter: {path} has shape {shape} in the base model, but "
-                f"{update.shape} in the adapter."
-            )
-    return _of_linear_layers(updates)
+    layers = dict(base.named_modules())
+    return layers | {f"{base.base_model_prefix}.{path}": layer for path, layer in layers.items()}
 
 
-def check_names(updates: Updates) -> Updates:
-    """`check_base` by name only, without a base model.
+def _require_linear(update: Update, layer: nn.Module, base: str) -> None:
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"Only linear layers can be exported as LoRA, but {update.module} is a {type(layer).__name__}. Merge the "
+            "adapter into its base model instead."
+        )
+    weight: Any = layer.weight
+    shape = tuple(weight.T.shape if isinstance(layer, Conv1D) else weight.shape)
+    if shape != update.shape:
+        raise ValueError(
+            f"The base model {base} does not fit the adapter: {update.module} has shape {shape} in the base model, but "
+            f"{update.shape} in the adapter."
+        )
+
+
+@torch.no_grad()
+def output_difference(adapter: AdapterSource, exported: AdapterSource) -> float:
+    """Share of an adapter's effect that its export loses, on random inputs in float32.
+
+    ‖h − h′‖ / ‖h − h₀‖, with the last hidden states h of the original, h′ of the export and h₀ of the base model.
 
     Raises:
-        ValueError: a module is probably not a linear layer.
+        FileNotFoundError: the base model is missing.
+        ValueError: an adapter does not fit it, or no sample inputs exist for it.
 
     """
-    for update in updates if isinstance(updates.origin, SavedAdapter) else ():
-        if not update.layout.is_known and _UNLIKELY.search(update.module):
-            raise ValueError(
-                f"{update.module} does not look like a linear layer, the only type that can be exported as LoRA. "
-                "Export without --no-check, or merge the adapter into the base model."
-            )
-    return _of_linear_layers(updates)
+    original = load_adapted(adapter, dtype=torch.float32).eval()
+    inputs = _sample_inputs(original.get_base_model())
+    with original.disable_adapter():
+        base = _last_hidden(original, inputs)
+    hidden = _last_hidden(original, inputs)
+    del original
+    again = SavedAdapter.read(exported).on_base(SavedAdapter.read(adapter).base)
+    difference = hidden - _last_hidden(load_adapted(again, dtype=torch.float32).eval(), inputs)
+    effect = (hidden - base).norm().item()
+    return difference.norm().item() / effect if effect > 0 else 0.0
 
 
-def _of_linear_layers(updates: Updates) -> Updates:
-    if not isinstance(updates.origin, SavedAdapter):
-        return updates
-    known = [each if each.layout.is_known else replace(each, layout=PLAIN) for each in updates]
-    return replace(updates, updates=known)
+def _last_hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Output of the model below its head, which may want other inputs."""
+    return model.get_base_model().base_model(**inputs)[0]
 
 
-_UNLIKELY = re.compile(r"(embed\w*|wte|wpe|shared|conv\w*)$", re.IGNORECASE)
-# Names in transformers of the layer, and in some models its submodule, that outputs the classes.
-_HEADS = re.compile(r"\.(classifier|score|classification_head|logits_proj)(\.out_proj)?\.weight$")
-
-
-def _num_labels(saved: SavedAdapter) -> int | None:
-    """Number of classes of the head saved with an adapter; None without a saved head."""
-    heads = [tensor for key, tensor in saved.weights.items() if _HEADS.search(key)]
-    return len(heads[-1]) if heads else None
-
-
-def _pad_token(name: str, base: str) -> int | None:
-    for source in (name, base):
-        if (tokenizer := _preprocessing(AutoTokenizer, source)) is not None:
-            return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return None
-
-
-def save_preprocessing(folder: Path, source: str) -> bool:
-    """Save a model's or adapter's tokenizer or processor in a folder; False if it has none."""
-    for loader in (AutoProcessor, AutoTokenizer):
-        if (loaded := _preprocessing(loader, source)) is not None:
-            loaded.save_pretrained(folder)
-            return True
-    return False
-
-
-def _preprocessing(loader: Any, source: str) -> Any:
-    """Tokenizer or processor of a model or adapter, or None."""
-    try:
-        loaded = loader.from_pretrained(source)
-    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError):  # none, or none for this model
-        return None
-    # From a configuration alone, transformers creates a tokenizer with an empty vocabulary.
-    has_words = not hasattr(loaded, "vocab_size") or loaded.vocab_size > len(loaded.all_special_tokens)
-    return loaded if has_words else None
-
-
-def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
+def _sample_inputs(model: Any) -> dict[str, Tensor]:
     """Random inputs for a model: 4 sequences of 32 tokens, or 2 images; deterministic.
 
     Raises:
@@ -194,22 +211,11 @@ def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
 
     """
     generator = torch.Generator().manual_seed(0)
-    config = model.config
-    size = getattr(config, "image_size", None)
+    config, size = model.config, getattr(model.config, "image_size", None)
     if model.main_input_name == "pixel_values" and isinstance(size, int):
         return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), size, size, generator=generator)}
     if model.main_input_name != "input_ids":
         raise ValueError(f"there are no sample inputs for {type(model).__name__}, which takes {model.main_input_name}")
-    text = config.get_text_config()
-    tokens = torch.randint(text.vocab_size, (4, 32), generator=generator)
-    special = [text.pad_token_id, text.eos_token_id]
-    for token in special:
-        if isinstance(token, int):
-            tokens[tokens == token] = (token + 1) % text.vocab_size
-    if isinstance(text.eos_token_id, int):
-        tokens[:, -1] = text.eos_token_id  # used by some heads
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        tokens = tokens.unsqueeze(0)
+    tokens = torch.randint(config.get_text_config().vocab_size, (4, 32), generator=generator)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
-    return inputs | {"decoder_input_ids": tokens} if config.is_encoder_decoder and not is_classifier else inputs
+    return inputs | {"decoder_input_ids": tokens} if config.is_encoder_decoder else inputs

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from ..files import readable, replacing, require_writable
 from ..naming import PEFT_PREFIX, natural_order
-from .factorize import Factors
-from .full_model import Checkpoint, with_weight
 from .products import rank_of, scaling_of, update_from_parts
-from .update import MAGNITUDES_NOTE, Updates, as_stored, common_dtype, require_finite
+from .update import MAGNITUDES_NOTE, Factors, Updates, as_stored, common_dtype, require_finite
 
 _EXPECTED = "Expected a single-file safetensors LoRA, as written by kohya, ComfyUI, LyCORIS or diffusers."
 # Key suffixes of the two factors; the prefix is the module.
@@ -85,8 +83,7 @@ class SingleFile:
         name = os.fspath(path)
         with readable(name, _EXPECTED), safe_open(name, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-            metadata = dict(file.metadata() or {})
-        found = cls(name, metadata, {}, {}, {}, {})
+            found = cls(name, dict(file.metadata() or {}), {}, {}, {}, {})
         if any(key.startswith(PEFT_PREFIX) for key in tensors):
             raise ValueError(
                 f"{name} is a file of a PEFT adapter, whose scaling is stored in its folder. Pass the folder."
@@ -94,29 +91,11 @@ class SingleFile:
         for key, tensor in tensors.items():
             match = _KEY.fullmatch(key)
             if match and (match[2] != ".diff" or tensor.dim() > 1):  # norms and biases have no rank
-                module, part = match[1], match[2]
-                parts = found.modules.setdefault(module, {})
-                if _NAMES[part] in parts:
-                    raise ValueError(f"{name} contains two tensors for {_NAMES[part]} of {module}. Remove one of them.")
-                if not tensor.dim():
-                    raise ValueError(f"{key} in {name} must be a matrix, got a single number.")
-                parts[_NAMES[part]] = tensor
-                if style := next((style for style in _STYLES if part in style), None):
-                    found.styles[module] = style
+                found._add(match[1], match[2], tensor)
             else:
                 found.others[key] = tensor
-        for module, parts in found.modules.items():
-            kinds = sorted({part.partition("_")[0] for part in parts})
-            if len(kinds) > 1:
-                raise ValueError(
-                    f"{name} contains {' and '.join(kinds)} tensors for {module}. Only one kind can be read."
-                )
-            for key in (f"{module}.alpha", f"{module}.lora.alpha"):
-                if key in found.others:
-                    if found.others[key].numel() != 1:
-                        shape = tuple(found.others[key].shape)
-                        raise ValueError(f"{key} in {name} must be a single number, got shape {shape}.")
-                    found.alphas[module] = key, found.others.pop(key).item()
+        for module in found.modules:
+            found._take_alpha(module)
         if unreadable := sorted(key for key in found.others if _UNREADABLE.search(key)):
             raise ValueError(
                 f"{name} contains updates that depend on the base weight, such as those of OFT ({unreadable[0]}), "
@@ -126,6 +105,29 @@ class SingleFile:
             some = ", ".join(sorted(tensors)[:3]) or "none"
             raise ValueError(f"{name} contains no LoRA. Tensors found: {some}. {_EXPECTED}")
         return found
+
+    def _add(self, module: str, suffix: str, tensor: Tensor) -> None:
+        """Add a tensor to the parts of its module, which must be of one kind."""
+        part, parts = _NAMES[suffix], self.modules.setdefault(module, {})
+        kinds = sorted({name.partition("_")[0] for name in (*parts, part)})
+        if part in parts:
+            raise ValueError(f"{self.name} contains two tensors for {part} of {module}. Remove one of them.")
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{self.name} contains {' and '.join(kinds)} tensors for {module}. Only one kind can be read."
+            )
+        if not tensor.dim():
+            raise ValueError(f"{module}{suffix} in {self.name} must be a matrix, got a single number.")
+        parts[part] = tensor
+        if style := next((style for style in _STYLES if suffix in style), None):
+            self.styles[module] = style
+
+    def _take_alpha(self, module: str) -> None:
+        for key in {f"{module}.alpha", f"{module}.lora.alpha"} & set(self.others):
+            if self.others[key].numel() != 1:
+                shape = tuple(self.others[key].shape)
+                raise ValueError(f"{key} in {self.name} must be a single number, got shape {shape}.")
+            self.alphas[module] = key, self.others.pop(key).item()
 
     @property
     def method(self) -> str:
@@ -165,32 +167,27 @@ class SingleFile:
             raise ValueError(f"{self.name} is damaged: the factors of {module} have no rows.")
         if module in self.alphas:
             return self.alphas[module][1] / r
-        for component, config in self._configs.items():
-            if module.startswith(component):
-                return scaling_of(config, module.removeprefix(component), r)
-        return 1.0
+        component = next((each for each in self._configs if module.startswith(each)), None)
+        return 1.0 if component is None else scaling_of(self._configs[component], module.removeprefix(component), r)
 
     @functools.cached_property
     def _configs(self) -> dict[str, Mapping[str, Any]]:
         """Module name prefix → adapter configuration."""
         with readable(self.name, _EXPECTED):
             content = json.loads(self.metadata.get(METADATA_KEY, "{}"))
-            components = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
-            nearest_first = sorted(components, key=len, reverse=True)
+            found = {key.removesuffix("lora_alpha") for key in content if key.endswith("lora_alpha")}
+            nearest_first = sorted(found, key=len, reverse=True)
             return {
-                component: {
-                    key.removeprefix(component): value for key, value in content.items() if key.startswith(component)
-                }
+                component: {key.removeprefix(component): content[key] for key in content if key.startswith(component)}
                 for component in nearest_first
             }
 
-    def updates(self, base: str | os.PathLike[str] | None = None) -> Updates:
+    def updates(self) -> Updates:
         """Updates of all modules, in natural order of their names."""
-        weights = None if base is None else Checkpoint(base)
-        updates = []
-        for module in sorted(self.modules, key=natural_order):
-            update = update_from_parts(module, self.modules[module], self.scaling(module))
-            updates.append(update if weights is None else with_weight(update, weights))
+        updates = [
+            update_from_parts(module, self.modules[module], self.scaling(module))
+            for module in sorted(self.modules, key=natural_order)
+        ]
         return Updates(self.name, self.method, updates, self, (MAGNITUDES_NOTE,) if self.has_magnitudes else ())
 
 
@@ -227,10 +224,10 @@ def save_single_file(
     path = free_file(output)
     if file.has_magnitudes:
         factors = [part.padded(1) for part in factors]  # the magnitude may be trained even if BA is 0
+    if pad:  # with what was left out, or the next adapter could not take its place
+        largest = max((part.rank for part in factors), default=0)
+        factors = [part.padded(largest) for part in factors]
     exported = [part for part in factors if part.rank]
-    if exported and pad:  # with what was left out, or the next adapter could not take its place
-        largest = max(part.rank for part in exported)
-        exported = [part.padded(largest) for part in factors]
     if not exported:
         raise ValueError("No module has a rank, so there is nothing to export.")
     if unclear := [p.module for p in exported if not p.layout.is_known and _CONVOLUTION.search(p.module)]:

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..files import free_folder, replacing_folder
 from ..tuner import LrLoraLayer
 from .card import merged_card
-from .loading import load_adapted, save_preprocessing
+from .loading import load_adapted, load_processor
 from .peft_folder import AdapterSource, SavedAdapter
 from .update import require_finite
 
@@ -65,10 +65,13 @@ def merge_adapter(
     with replacing_folder(folder) as partial:
         # The names of the model, not of its checkpoint: transformers 5.23 cannot revert a quantizer's conversion.
         merged.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=not is_quantized)
-        source = str(saved.base_model)
-        if not (save_preprocessing(partial, saved.name) or save_preprocessing(partial, source)):
+        processor = load_processor(saved.name, str(saved.base_model))
+        if processor is not None:
+            processor.save_pretrained(partial)
+        else:
             warnings.warn(
-                f"The model is saved without a tokenizer or processor: neither {saved.name} nor {source} has one.",
+                f"The model is saved without a tokenizer or processor: neither {saved.name} nor {saved.base_model} has "
+                "one.",
                 stacklevel=2,
             )
         (partial / "README.md").write_text(merged_card(saved), encoding="utf-8")

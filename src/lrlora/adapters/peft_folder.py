@@ -24,11 +24,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load
 from torch import Tensor
 
 from ..checks import require_float32, require_type
-from ..files import ADAPTER_EXPECTED, read_json, readable, require_adapter, write_json
+from ..files import ADAPTER_EXPECTED, parse_json, read_json, readable, require_adapter, write_json
 from ..run_folder import RUN_FILE, RunRecord, read_record
 from ..tuner import LrLoraConfig as _  # noqa: F401 (registers the method)
-from .update import changes_base, common_dtype
+from .update import common_dtype
 
+MODEL_CONFIG = "config.json"  # saved with an adapter: the configuration of its model, with the class names
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 # Configuration fields used here whose types PEFT does not check.
 _FIELDS = {
@@ -76,9 +77,7 @@ class SavedAdapter:
             return
         folder = Path(self.name) if Path(self.name).is_dir() else Path(snapshot_download(self.name))
         with tempfile.TemporaryDirectory() as scratch:
-            for file in folder.iterdir():
-                if file.is_file():
-                    shutil.copy(file, scratch)
+            shutil.copytree(folder, scratch, ignore=_subfolders, dirs_exist_ok=True)
             config = read_json(folder / CONFIG_NAME, dict[str, Any], ADAPTER_EXPECTED)
             write_json(Path(scratch) / CONFIG_NAME, config | {"base_model_name_or_path": self.base})
             yield scratch
@@ -88,6 +87,18 @@ class SavedAdapter:
         """Record of the run that wrote the adapter, or None."""
         folder = Path(self.name)
         return read_record(folder) if (folder / RUN_FILE).is_file() else None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names of a classifier, in output order; empty if unnamed."""
+        path = Path(self.name) / MODEL_CONFIG
+        if self.record is not None:
+            return self.record.labels
+        if not path.is_file():
+            return []
+        with readable(path, "Remove it to continue without the class names."):
+            names = parse_json(path).get("id2label", {})
+            return [str(names[key]) for key in sorted(names, key=int)]
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -148,18 +159,11 @@ def _require_sound(config: Mapping[str, Any]) -> None:
     require_float32(config, where)
 
 
+def _subfolders(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder, name).is_dir()]
+
+
 AdapterSource = str | os.PathLike[str] | SavedAdapter
-_REPRODUCIBLE_STARTS = ("pissa", "olora")  # "pissa_niter_4" is a randomized SVD, another one each time
-
-
-def require_reproducible_start(saved: SavedAdapter) -> None:
-    """Raise ValueError if training began by changing the base weights in a way that loading cannot repeat."""
-    start = getattr(saved.config, "init_lora_weights", None)
-    if changes_base(saved.config) and start not in _REPRODUCIBLE_STARTS:
-        raise ValueError(
-            f"{saved.name} uses init_lora_weights={start!r}, whose change to the base weights cannot be reproduced. "
-            "Save it as a plain LoRA with PEFT's path_initial_model_for_weight_conversion, or train with 'pissa'."
-        )
 
 
 def require_all_weights(model: PeftModel, saved: SavedAdapter) -> None:

@@ -1,32 +1,30 @@
-"""`read_updates`: read the updates of an adapter or checkpoint.
+"""`read_updates`: read the updates of an adapter or checkpoint, whatever its format.
 
 Adapters in PEFT's format are read from their factors if sufficient, else through PEFT on a skeleton model.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from ..files import ADAPTER_EXPECTED, is_full_model, readable, require_source
 from ..naming import PEFT_PREFIX, natural_order, pattern_key
-from .full_model import Checkpoint, updates_between, with_weight
-from .layers import updates_of_model
+from .full_model import Checkpoint, updates_between
+from .lora_config import beyond_factors
 from .lora_file import SingleFile
-from .peft_folder import AdapterSource, SavedAdapter, require_all_weights, require_reproducible_start
+from .peft_folder import AdapterSource, SavedAdapter
 from .products import rank_of, scaling_of, update_from_parts
-from .update import MAGNITUDES_NOTE, Layout, Update, Updates, beyond_factors
+from .skeleton import updates_of_lrlora, updates_through_peft
+from .update import MAGNITUDES_NOTE, Layout, Update, Updates
 
 _NAMES = {
     "LRLORA": "LR-LoRA",
@@ -40,9 +38,6 @@ _NAMES = {
     "FOURIERFT": "FourierFT",
     "IA3": "(IA)³",
 }
-# Methods that also change a layer's bias.
-_WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
-_BIAS_NOTE = "This method also changes biases, which are included neither in the ranks nor in an exported LoRA."
 _FROM_FACTORS = ("LORA", "LOHA", "LOKR")
 _PART = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.(lora_[AB]|lora_embedding_[AB]|hada_\w+|lokr_\w+)(?:\.weight)?$")
 
@@ -78,9 +73,10 @@ def read_updates(source: AdapterSource, *, base: str | os.PathLike[str] | None =
         return _updates_of_adapter(source, base)
     name = os.fspath(source)
     require_source(name, base)
-    if Path(name).is_file() and (base is None or SingleFile.is_one(name)):
-        return SingleFile.read(name).updates(base)
-    if base is not None and (Path(name).is_file() or is_full_model(name)):
+    is_file = Path(name).is_file()
+    if is_file and (base is None or SingleFile.is_one(name)):
+        return _with_weights(SingleFile.read(name).updates(), base)
+    if base is not None and (is_file or is_full_model(name)):
         return updates_between(Checkpoint(base), Checkpoint(name))
     return _updates_of_adapter(SavedAdapter.read(name), base)
 
@@ -90,38 +86,32 @@ def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
     config = saved.config
     if config.peft_type is None:
         raise ValueError(f"{saved.name} does not contain a readable adapter: it names no method. {ADAPTER_EXPECTED}")
-    method = config.peft_type.value
+    kind, method = config.peft_type.value, method_name(config)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if tuner is None or not issubclass(tuner, BaseTuner):
         raise ValueError(
-            f"{saved.name} is an adapter of type {method}, which adds no matrix to any weight and so has no rank."
+            f"{saved.name} is an adapter of type {kind}, which adds no matrix to any weight and so has no rank."
         )
     if getattr(config, "target_parameters", None):
         raise ValueError(
             f"{saved.name} adapts parameters of modules ({', '.join(config.target_parameters)}), which cannot be told "
             "apart without the base model. Load the adapter on it and call `rank_report(model)`."
         )
+    is_dora = bool(getattr(config, "use_dora", False))
     notes: tuple[str, ...] = ()
-    is_whole = base is not None and getattr(config, "use_dora", False)
-    if method == "LRLORA":
+    if kind == "LRLORA":
         with readable(saved.name, ADAPTER_EXPECTED):
-            # Convolutions and embeddings look like linear layers in its files.
-            linear = updates_of_model(load_on_skeleton(saved))
-            updates = [replace(update, layout=Layout(is_known=False)) for update in linear]
-    elif method in _FROM_FACTORS and not is_whole and beyond_factors(config) is None:
+            updates = updates_of_lrlora(saved)
+    elif kind in _FROM_FACTORS and beyond_factors(config) is None and not (is_dora and base is not None):
         with readable(saved.name, ADAPTER_EXPECTED):
             updates = _from_factors(saved)
-        if getattr(config, "use_dora", False):
-            notes = (MAGNITUDES_NOTE,)
+        notes = (MAGNITUDES_NOTE,) if is_dora else ()
     else:
-        updates, notes = _through_peft(saved, base)
+        updates, notes = updates_through_peft(saved, base, method)
         base = None  # they have their weights
     if not updates:
         raise ValueError(f"{saved.name} contains no adapted layer.")
-    if base is not None:
-        weights = Checkpoint(base)
-        updates = [with_weight(update, weights) for update in updates]
-    return Updates(saved.name, method_name(config), updates, saved, notes)
+    return _with_weights(Updates(saved.name, method, updates, saved, notes), base)
 
 
 def method_name(config: Any) -> str:
@@ -148,123 +138,32 @@ def _from_factors(saved: SavedAdapter) -> list[Update]:
     return updates
 
 
-def load_on_skeleton(saved: SavedAdapter) -> PeftModel:
-    """Load an LR-LoRA adapter onto a model of its adapted layers only, as linear layers.
+def _with_weights(updates: Updates, base: str | None) -> Updates:
+    """Add the weights of the base model, and with them the kernel sizes of convolutions.
 
-    The result can be measured but not run. The skeleton's weights are zeros that take no memory.
+    Raises:
+        ValueError: a weight has another shape.
+
     """
-    weights = saved.weights
-    layers: dict[str, nn.Module] = {}
-    for key in sorted((key for key in weights if key.endswith(".lrlora_A.weight")), key=natural_order):
-        m, n = len(weights[key.replace("_A.", "_B.")]), weights[key].shape[1]
-        with torch.device("meta"):
-            linear = nn.Linear(n, m, bias=False)
-        linear.weight = nn.Parameter(torch.zeros(()).expand(m, n), requires_grad=False)
-        layers[key.removesuffix(".lrlora_A.weight").removeprefix(PEFT_PREFIX)] = linear
-    if not layers:
-        raise ValueError(f"{saved.name} contains no adapted linear layer.")
-    return _on_skeleton(saved, layers)
+    if base is None:
+        return updates
+    weights = Checkpoint(base)
+    return replace(updates, updates=[_with_weight(update, weights) for update in updates])
 
 
-def _on_skeleton(saved: SavedAdapter, layers: dict[str, nn.Module]) -> PeftModel:
-    """Load the adapter onto a model of these layers."""
-    config = copy.deepcopy(saved.config)
-    skeleton = nn.Module()
-    skeleton.name_or_path = config.base_model_name_or_path  # PEFT writes it into the configuration
-    for path, layer in layers.items():
-        _place(skeleton, path, layer)
-    # The skeleton has only the adapted layers, so the original selection no longer applies.
-    chosen = {"target_modules": set(layers), "fan_in_fan_out": any(isinstance(x, Conv1D) for x in layers.values())}
-    nothing = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices")
-    for name, value in (chosen | dict.fromkeys(nothing)).items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    config.task_type = None
-    model = get_peft_model(skeleton, config)
-    # Files may also contain base model weights: embeddings, heads, biases.
-    set_peft_model_state_dict(model, saved.method_weights)
-    require_all_weights(model, saved)
-    return model
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    root.add_module(name, module)
-
-
-def _through_peft(saved: SavedAdapter, base: str | None) -> tuple[list[Update], tuple[str, ...]]:
-    """Updates that depend on the base weight or its shape: PEFT merges each, and ΔW is the difference."""
-    config = saved.config
-    require_reproducible_start(saved)
-    name = base or saved.base_model
-    if not name:
-        raise ValueError(f"{_why(saved)} The adapter does not name one. Pass it (base=, --base).")
-    try:
-        weights = Checkpoint(name)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{_why(saved)} {error}") from None
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
-    adapted = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.{re.escape(prefix)}")
-    matches = (adapted.match(key) for key in sorted(saved.weights, key=natural_order))
-    paths = list(dict.fromkeys(match[1] for match in matches if match))
-    if not paths:
-        raise ValueError(
-            f"{saved.name} does not name its adapted modules, because its method has one tensor for all of them."
-        )
-    originals = {path: _weight_of(path, weights, saved) for path in paths}
-    if weights.on_meta is not None:
-        # Some methods index the modules in model order.
-        order = {name: place for place, (name, _) in enumerate(weights.on_meta.named_parameters())}
-        originals = dict(sorted(originals.items(), key=lambda item: order.get(item[1], len(order))))
-    layers = {path: _layer(weights, key, saved) for path, key in originals.items()}
-    with readable(saved.name, ADAPTER_EXPECTED):
-        model = _on_skeleton(saved, layers)
-        updates = list(updates_of_model(model, original=lambda path: weights.read(originals[path])))
-    has_bias = any(getattr(layer, "bias", None) is not None for layer in layers.values())
-    return updates, (_BIAS_NOTE,) if has_bias and config.peft_type.value in _WITH_BIAS else ()
-
-
-def _weight_of(path: str, base: Checkpoint, saved: SavedAdapter) -> str:
-    """Name of a module's weight in the base model; must be a matrix."""
-    key = base.weight_of(path)
+def _with_weight(update: Update, base: Checkpoint) -> Update:
+    key = base.weight_of(update.module)
     if key is None:
-        raise ValueError(f"{_why(saved)} {base.name} has no weight for {path}.")
-    if len(base.shape(key)) < 2:
-        raise ValueError(f"{saved.name} changes {key}, which is a vector and has no rank.")
-    return key
+        return update  # a task head, which a base model lacks
+    shape = base.shape(key)
+    if math.prod(shape) != math.prod(update.shape) or shape[0] not in update.shape:
+        raise ValueError(
+            f"The base model {base.name} does not fit the adapter: {update.module} has shape {shape} in the base "
+            f"model, but {update.shape} in the adapter."
+        )
 
+    def weight() -> Tensor:
+        matrix = base.read(key).flatten(1)
+        return matrix if matrix.shape == update.shape else matrix.T
 
-def _why(saved: SavedAdapter) -> str:
-    return f"{saved.name} is a {method_name(saved.config)} adapter, whose update depends on the base model."
-
-
-def _layer(base: Checkpoint, key: str, saved: SavedAdapter) -> nn.Module:
-    """Layer for a base model weight, of its class in the model or inferred from its shape."""
-    # float32: subtracting an initial BA from a half-precision weight would round.
-    weight = base.read(key).float()
-    found = None if base.on_meta is None else dict(base.on_meta.named_modules()).get(key.removesuffix(".weight"))
-    module = f".{key.removesuffix('.weight')}."
-    names = [name for name in saved.weights if module in f".{name}"]
-    is_embedding = isinstance(found, nn.Embedding) or any("_embedding_" in name for name in names)
-    is_conv1d = isinstance(found, Conv1D) or (found is None and bool(getattr(saved.config, "fan_in_fan_out", False)))
-    layer: Any
-    first, second, *kernel = weight.shape
-    with torch.device("meta"):
-        if kernel:
-            kinds: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-            layer = kinds[len(kernel) - 1](second, first, tuple(kernel))
-        elif is_embedding:
-            layer = nn.Embedding(first, second)
-        else:
-            layer = Conv1D(second, first) if is_conv1d else nn.Linear(second, first)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if not is_embedding:
-        bias = f"{key.removesuffix('.weight')}.bias"
-        outputs = weight.shape[1] if is_conv1d else len(weight)
-        values = base.read(bias).float() if bias in base else torch.zeros(outputs) if is_conv1d else None
-        layer.bias = None if values is None else nn.Parameter(values, requires_grad=False)
-    return layer
+    return replace(update, weight=weight, layout=Layout(shape[2:]) if len(shape) > 2 else update.layout)

@@ -1,22 +1,17 @@
-"""`Update`: ΔW of one module, of any method; `Updates`: those of one adapter."""
+"""`Update`: ΔW of one module, of any method; `Updates`: those of one adapter; `Factors`: a product near one."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.form import at_least_float32
 from ..ops.transfer import Transfer
-
-if TYPE_CHECKING:
-    from .full_model import FineTuned
-    from .lora_file import SingleFile
-    from .peft_folder import SavedAdapter
 
 Pair = tuple[Tensor, Tensor]
 
@@ -24,26 +19,6 @@ MAGNITUDES_NOTE = (
     "DoRA: the ranks are those of s·BA, the update of the direction. They do not include the trained magnitude of "
     "each output, which rescales a row of W0 + s·BA."
 )
-
-
-# Initializations of LoRA that subtract the initial BA from the base weight: s·BA is not the full update.
-_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def changes_base(config: Any) -> bool:
-    """Whether the initialization of a LoRA changes the base weights."""
-    return str(getattr(config, "init_lora_weights", None)).startswith(_CHANGING_STARTS)
-
-
-# LoRA options whose update is more than s·BA.
-_VARIANTS = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "arrow_config")
-
-
-def beyond_factors(config: Any) -> str | None:
-    """Option by which a LoRA changes its modules by more than s·BA, besides DoRA's magnitudes; None without one."""
-    return (
-        "init_lora_weights" if changes_base(config) else next((n for n in _VARIANTS if getattr(config, n, None)), None)
-    )
 
 
 class Layout(NamedTuple):
@@ -155,6 +130,29 @@ def as_stored(module: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
+class Origin(Protocol):
+    """Source of updates, as far as an export needs it."""
+
+    @property
+    def name(self) -> str:
+        """Folder, file, or hub name."""
+
+    @property
+    def config(self) -> Any:
+        """PEFT configuration: base model, task, and fully trained parts."""
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters trained for the updates; None if these are not counted."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of the factors, or of the weights."""
+
+    def other_weights(self, *, with_magnitudes: bool) -> dict[str, Tensor]:
+        """Trained weights besides the updates, by file key; `with_magnitudes` includes those of DoRA."""
+
+
 @dataclass(frozen=True)
 class Updates:
     """Updates of all modules of one adapter, or between two checkpoints.
@@ -171,7 +169,7 @@ class Updates:
     name: str
     method: str
     updates: list[Update]
-    origin: SavedAdapter | SingleFile | FineTuned
+    origin: Origin
     notes: tuple[str, ...] = ()
 
     @property
@@ -184,6 +182,58 @@ class Updates:
 
     def __len__(self) -> int:
         return len(self.updates)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank factors of one module's update.
+
+    Attributes:
+        module: path in the base model.
+        A, B: (k, n) and (m, k), float32, BA ≈ ΔW; k = 0 if the module is omitted.
+        r: trained rank of the product BA; None if there was none.
+        scaling: s used in training.
+        layout: meaning of the matrix in the module.
+        energy: ‖ΔW‖²_F, exact.
+        stable_rank: stable rank of ΔW.
+        kept: the share of `energy` that BA keeps.
+
+    """
+
+    module: str
+    A: Tensor
+    B: Tensor
+    r: int | None
+    scaling: float
+    layout: Layout
+    energy: float
+    stable_rank: float
+    kept: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    def padded(self, rank: int) -> Factors:
+        """Copy with zero rows of A and columns of B up to `rank`."""
+        missing = max(0, rank - self.rank)
+        A, B = nn.functional.pad(self.A, (0, 0, 0, missing)), nn.functional.pad(self.B, (0, missing))
+        return replace(self, A=A, B=B)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes of a module; for a convolution, (k, inputs, …) and (m, k, 1, …)."""
+        if kernel := self.layout.kernel:
+            return self.A.unflatten(1, (-1, *kernel)), self.B.reshape(*self.B.shape, *[1] * len(kernel))
+        return self.A, self.B
+
+    @property
+    def parameters(self) -> int:
+        return self.A.numel() + self.B.numel()
+
+    @property
+    def parameters_per_rank(self) -> int:
+        return self.A.shape[1] + self.B.shape[0]
 
 
 def require_finite(name: str, *parts: Tensor) -> None:

@@ -329,14 +329,14 @@ def _is_by_loss(
 
 def _read_to_export(source: str, base: str | None, *, check: bool) -> Updates:
     from ..adapters import read_updates
-    from ..adapters.loading import check_base, check_names
+    from ..adapters.loading import check_layers
     from ..adapters.peft_folder import SavedAdapter
 
     is_model = base is not None and not Path(base).is_file()
     is_adapter = not Path(source).is_file() and not is_full_model(source)
     moved = SavedAdapter.read(source).on_base(base) if is_model and is_adapter else source
     updates = read_updates(moved, base=base)
-    return check_base(updates) if check else check_names(updates)
+    return check_layers(updates, by_name=not check)
 
 
 def _print_difference(updates: Updates, factors: Sequence[Factors], output: Path) -> None:

@@ -50,7 +50,7 @@ def write_factors(
     from peft import PeftConfig
 
     from ..adapters import save
-    from ..adapters.export import require_exportable
+    from ..adapters.lora_config import require_exportable
     from ..adapters.peft_folder import SavedAdapter
     from ..adapters.servers import served
     from ..views.tables import factors_table

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..adapters import Factors
-from ..adapters.export import config_of_ranks
-from ..adapters.update import Layout, changes_base
+from ..adapters.lora_config import changes_base, config_of_ranks
+from ..adapters.update import Layout
 from ..sharding import full_value, write
 from .host import active_adapters, base_of, prefix_of, saves_adapter
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import Factors, Updates, factorize, read_updates
-from ..adapters.export import require_exportable
 from ..adapters.full_model import FineTuned
-from ..adapters.loading import check_base
+from ..adapters.loading import check_layers
+from ..adapters.lora_config import changes_base, require_exportable
 from ..adapters.peft_folder import SavedAdapter
-from ..adapters.update import changes_base
 from ..checks import DEFAULT_ENERGY
 from ..files import is_full_model, write_json
 from ..learned.directions import energy_curve, loss_curve
@@ -120,7 +119,7 @@ class Subject:
             base = model_source(run.config.model)
         if saved is not None and base is None and getattr(saved.config, "use_dora", False):
             base = saved.base_model  # required to read an update with its magnitudes
-        updates = check_base(read_updates(source if saved is None else saved, base=base))
+        updates = check_layers(read_updates(source if saved is None else saved, base=base))
         if data is None and not is_run:
             subject = cls(run, updates, Dataset.from_dict({}), Dataset.from_dict({}), "").on_own_text()
             announce(f"No data was given: cut by {subject.data}. What is kept there may differ on your task (--data).")

@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, BatchEncoding, GenerationConfig, Trainer
 
-from ..adapters.card import class_names
 from ..adapters.loading import load_adapted
 from ..adapters.peft_folder import SavedAdapter, require_all_weights
 from ..checks import require_known
@@ -159,7 +158,7 @@ class LoadedRun:
             raise ValueError(f"{source} does not name its base model. Pass it: --base MODEL.")
         require_model_folder(name)
         found = found.for_model(AutoConfig.from_pretrained(name))
-        names = class_names(saved) if saved else []
+        names = saved.class_names if saved else []
         if saved is not None and (known is not None or base is None):
             model: Any = load_adapted(saved)
         else:

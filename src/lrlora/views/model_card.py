@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from ..adapters.card import ASKING, base_on_hub, header, is_asked_in_chats, loading
+from ..adapters.card import adapter_card, base_on_hub
 from ..adapters.peft_folder import SavedAdapter
 from ..checks import in_markdown
 from ..files import write_whole
@@ -36,13 +36,9 @@ def write_card(folder: Path, metrics: dict[str, float] | None = None) -> None:
     saved = SavedAdapter.read(folder)
     run.facts["base model"] = base_on_hub(saved) or Path(run.facts["base model"]).name
     is_ours = run.facts["method"] == "LR-LoRA"
-    parts = [
-        header("peft", ["lrlora", "transformers"] + ["lora"] * (not is_ours), saved, _results(run, metrics or {}))
-        + model_card(run, picture),
-        loading(saved, needs_lrlora=is_ours),
-        *([ASKING] if is_asked_in_chats(saved) else []),
-    ]
-    write_whole(folder / "README.md", "\n\n".join(parts))
+    tags = ["lrlora", "transformers"] + ["lora"] * (not is_ours)
+    sections, results = ranks_card(run, picture), _results(run, metrics or {})
+    write_whole(folder / "README.md", adapter_card(saved, tags, sections, needs_lrlora=is_ours, results=results))
 
 
 def _results(run: Run, metrics: dict[str, float]) -> list[EvalResult]:
@@ -61,8 +57,8 @@ def _results(run: Run, metrics: dict[str, float]) -> list[EvalResult]:
     ]
 
 
-def model_card(run: Run, picture: str | None = None) -> str:
-    """Method, base, data, metrics, ranks by kind of module, and the figure, as Markdown.
+def ranks_card(run: Run, picture: str | None = None) -> list[str]:
+    """Paragraphs of a card: method, base, data, metrics, ranks by kind of module, and the figure, as Markdown.
 
     Args:
         run: the run.
@@ -81,7 +77,7 @@ def model_card(run: Run, picture: str | None = None) -> str:
             ranks = [getattr(row, measure) for row in run.report.rows if row.kind == kind]
             cells.append(f"{min(ranks):.3g} / {sum(ranks) / len(ranks):.3g} / {max(ranks):.3g}")
         lines.append(f"| {MEASURES[measure].label} | " + " | ".join(cells) + " |")
-    parts = [
+    return [
         f"# {in_markdown(run.name)}",
         f"An adapter of the method {method}, trained with lrlora.",
         "\n".join(f"- {name}: {in_markdown(value)}" for name, value in run.facts.items()),
@@ -89,4 +85,3 @@ def model_card(run: Run, picture: str | None = None) -> str:
         "\n".join(lines),
         *([f"![Ranks of ΔW by layer and module type]({picture})"] if picture else []),
     ]
-    return "\n\n".join(parts)

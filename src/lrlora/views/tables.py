@@ -9,7 +9,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ..adapters.factorize import Factors, kept_energy
+from ..adapters import Factors
+from ..adapters.factorize import kept_energy
 from ..checks import printable
 from ..naming import several_stacks, stack_of, type_label
 from ..ranks import MEASURES, RankReport, RankRow

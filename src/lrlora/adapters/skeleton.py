@@ -1,0 +1,144 @@
+"""Saved adapters on a skeleton: a model of the adapted layers only, which can be measured or merged but not run."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..files import ADAPTER_EXPECTED, readable
+from ..naming import PEFT_PREFIX, natural_order
+from .full_model import Checkpoint
+from .layers import updates_of_model
+from .lora_config import require_reproducible_start
+from .peft_folder import SavedAdapter, require_all_weights
+from .update import Layout, Update
+
+# Fields of a configuration that select other modules, which a skeleton has not.
+_SELECTION = (
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices"),
+    *("task_type", "base_model_name_or_path"),
+)
+_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Methods that also change a layer's bias.
+_WITH_BIAS = ("IA3", "GLORA", "BEFT", "ROAD", "OSF")
+_BIAS_NOTE = "This method also changes biases, which are included neither in the ranks nor in an exported LoRA."
+
+
+def updates_of_lrlora(saved: SavedAdapter) -> list[Update]:
+    """Updates of an LR-LoRA adapter, without the base model: all layers as linear ones, of zeros without memory."""
+    layers: dict[str, nn.Module] = {}
+    for key in sorted((key for key in saved.weights if key.endswith(".lrlora_A.weight")), key=natural_order):
+        m, n = len(saved.weights[key.replace("_A.", "_B.")]), saved.weights[key].shape[1]
+        layer = nn.Linear(n, m, bias=False, device="meta")
+        layer.weight = nn.Parameter(torch.zeros(()).expand(m, n), requires_grad=False)
+        layers[key.removesuffix(".lrlora_A.weight").removeprefix(PEFT_PREFIX)] = layer
+    if not layers:
+        raise ValueError(f"{saved.name} contains no adapted linear layer.")
+    linear = updates_of_model(_on_skeleton(saved, layers))
+    # Convolutions and embeddings look like linear layers in its files.
+    return [replace(update, layout=Layout(is_known=False)) for update in linear]
+
+
+def updates_through_peft(saved: SavedAdapter, base: str | None, method: str) -> tuple[list[Update], tuple[str, ...]]:
+    """Updates that depend on the base weight or its shape: PEFT merges each, and ΔW is the difference.
+
+    Args:
+        saved: adapter of any method that PEFT can merge.
+        base: base model; default: the adapter's.
+        method: common name of the method.
+
+    Returns:
+        Updates in model order, and notes.
+
+    Raises:
+        ValueError: the base model is missing or does not fit, or PEFT cannot merge the adapter.
+
+    """
+    require_reproducible_start(saved.config, saved.name)
+    why = f"{saved.name} is a {method} adapter, whose update depends on the base model."
+    name = base or saved.base_model
+    if not name:
+        raise ValueError(f"{why} The adapter does not name one. Pass it (base=, --base).")
+    try:
+        weights = Checkpoint(name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{why} {error}") from None
+    kind = saved.config.peft_type
+    adapted = re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.{re.escape(PEFT_TYPE_TO_PREFIX_MAPPING[kind])}")
+    matches = (adapted.match(key) for key in sorted(saved.weights, key=natural_order))
+    originals: dict[str, str] = {}
+    for path in dict.fromkeys(match[1] for match in matches if match):
+        if (key := weights.weight_of(path)) is None:
+            raise ValueError(f"{why} {name} has no weight for {path}.")
+        if len(weights.shape(key)) < 2:
+            raise ValueError(f"{saved.name} changes {key}, which is a vector and has no rank.")
+        originals[path] = key
+    if not originals:
+        raise ValueError(
+            f"{saved.name} does not name its adapted modules, because its method has one tensor for all of them."
+        )
+    # Some methods index the modules in model order.
+    order = {path: place for place, path in enumerate(weights.layers)}
+    paths = sorted(originals, key=lambda path: order.get(originals[path].removesuffix(".weight"), len(order)))
+    layers = {path: _layer(weights, originals[path].removesuffix(".weight"), saved) for path in paths}
+    with readable(saved.name, ADAPTER_EXPECTED):
+        model = _on_skeleton(saved, layers)
+        updates = list(updates_of_model(model, original=lambda path: weights.read(originals[path])))
+    has_bias = any(getattr(layer, "bias", None) is not None for layer in layers.values())
+    return updates, (_BIAS_NOTE,) if has_bias and kind.value in _WITH_BIAS else ()
+
+
+def _layer(base: Checkpoint, module: str, saved: SavedAdapter) -> nn.Module:
+    """Layer of a base model with its weights, of its class in the model, or inferred from the adapter."""
+    # float32: subtracting an initial BA from a half-precision weight would round.
+    weights = {key: base.read(f"{module}.{key}").float() for key in ("weight", "bias") if f"{module}.{key}" in base}
+    layer: Any = copy.deepcopy(base.layers.get(module))
+    if layer is None:
+        first, second, *kernel = weights["weight"].shape
+        has_bias = "bias" in weights
+        with torch.device("meta"):
+            if kernel:
+                layer = _CONVOLUTIONS[len(kernel) - 1](second, first, tuple(kernel), bias=has_bias)
+            elif any(f".{module}.lora_embedding_" in f".{key}" for key in saved.weights):
+                layer = nn.Embedding(first, second)
+            elif getattr(saved.config, "fan_in_fan_out", False):
+                layer = Conv1D(second, first)
+            else:
+                layer = nn.Linear(second, first, bias=has_bias)
+    for key, weight in weights.items():
+        setattr(layer, key, nn.Parameter(weight, requires_grad=False))
+    return layer
+
+
+def _on_skeleton(saved: SavedAdapter, layers: Mapping[str, nn.Module]) -> PeftModel:
+    """Load the adapter onto a model of these layers."""
+    skeleton = nn.Module()
+    for path, layer in layers.items():
+        _place(skeleton, path, layer)
+    config = copy.deepcopy(saved.config)
+    is_transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
+    fields = {"target_modules": set(layers), "fan_in_fan_out": is_transposed} | dict.fromkeys(_SELECTION)
+    vars(config).update({name: value for name, value in fields.items() if hasattr(config, name)})
+    model = get_peft_model(skeleton, config)
+    # Files may also contain base model weights: embeddings, heads, biases.
+    set_peft_model_state_dict(model, saved.method_weights)
+    require_all_weights(model, saved)
+    return model
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
