@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
@@ -81,8 +80,11 @@ def save_as_lora(
     for part in exported:
         weights |= _tensors(part, dtype or origin.stored_dtype)
     saved = origin if isinstance(origin, SavedAdapter) else None
-    about = _about(written, config, "an adapter" if updates is None else updates.method, server)
-    card = adapter_card(saved, ["lora", "lrlora", "transformers"], about)
+    method = "an adapter" if updates is None else updates.method
+    ranks = [(part.rank, part.parameters_per_rank) for part in factors]
+    line = served(ranks, config, None if server == "peft" else server)
+    sections = ["# LoRA adapter", _made(factors, exported, method), *([line] if line else [])]
+    card = adapter_card(saved, ["lora", "lrlora", "transformers"], sections)
     with replacing_folder(folder) as partial:
         save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if (processor := load_processor(origin.name)) is not None:
@@ -148,14 +150,11 @@ def _tensors(part: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
     return {f"{name}A.weight": A, f"{name}B.weight": B}
 
 
-def _about(factors: Sequence[Factors], config: LoraConfig, method: str, server: str) -> list[str]:
-    """Paragraphs of a card: what the LoRA was made from, what it keeps, and what a server reserves for it."""
-    ranks = [(part.rank, part.parameters_per_rank) for part in factors]
-    made = (
+def _made(factors: Sequence[Factors], exported: Sequence[Factors], method: str) -> str:
+    """Paragraph of a card: what the LoRA was made from, its size, and what it keeps."""
+    return (
         f"Made by lrlora ([LR-LoRA](https://arxiv.org/abs/2606.04325)) from {method}: "
-        f"{sum(part.rank for part in factors)} ranks in {sum(part.rank > 0 for part in factors)} modules,\n"
-        f"{sum(part.parameters for part in factors):,} parameters, {kept_energy(factors):.4%} of the energy of the "
+        f"{sum(part.rank for part in exported)} ranks in {len(exported)} modules,\n"
+        f"{sum(part.parameters for part in exported):,} parameters, {kept_energy(factors):.4%} of the energy of the "
         "update. It is an ordinary LoRA adapter and loads with PEFT\nalone."
     )
-    line = served(ranks, config, None if server == "peft" else server)
-    return ["# LoRA adapter", made, *([line] if line else [])]

@@ -62,9 +62,8 @@ class _Svd:
         self.stable_rank = self.energy / self.sigma[0].item() ** 2 if len(self.sigma) else 0.0
 
     def reach(self, rank: int) -> None:
-        """Ensure at least `rank` triples, or all."""
-        if not self.is_complete and len(self.sigma) < rank:
-            self._compute(self.update.matrix().float(), rank)
+        """Compute more triples, up to `rank` or all."""
+        self._compute(self.update.matrix().float(), rank)
 
     def _compute(self, delta: Tensor, rank: int) -> None:
         smaller = min(delta.shape)

@@ -42,22 +42,22 @@ def updates_of_model(
 
     """
     found = [(path, layer) for path, layer in tuner_layers(model) if layer.adapter_layer_names]
-    active = dict.fromkeys(name for _, layer in found for name in layer.active_adapters)
+    known = sorted({name for _, layer in found for name in layer._get_available_adapters()})
+    active = list(dict.fromkeys(name for _, layer in found for name in layer.active_adapters))
+    if not known:
+        raise ValueError(
+            "The model has no adapter. Wrap it with get_peft_model, or load one with PeftModel.from_pretrained."
+        )
     if adapter is None and len(active) > 1:
         raise ValueError(f"Several adapters are active: {', '.join(active)}. Pass adapter=NAME, or activate one.")
-    layers: list[tuple[str, Any, Any]] = [(path, layer, adapter or next(iter(active), None)) for path, layer in found]
-    with_adapter = [(path, layer, name) for path, layer, name in layers if name in layer._get_available_adapters()]
-    if not with_adapter:
-        known = sorted({name for _, layer, _ in layers for name in layer._get_available_adapters()})
-        if not known:
-            raise ValueError(
-                "The model has no adapter. Wrap it with get_peft_model, or load one with PeftModel.from_pretrained."
-            )
+    name = adapter or next(iter(active), "")
+    layers = [(path, layer) for path, layer in found if name in layer._get_available_adapters()]
+    if not layers:
         raise ValueError(f"No module has an adapter named {adapter!r}. Available adapters: {', '.join(known)}.")
-    if any(layer.merged for _, layer, _ in with_adapter):
+    if any(layer.merged for _, layer in layers):
         raise ValueError("The adapter is merged, but its ranks need the base weights. Call unmerge_adapter() first.")
     owners = shard_owners(model)
-    for path, layer, name in with_adapter:
+    for path, layer in layers:
         with gathered(layer, owners):
             if hasattr(layer, "parameter_name"):
                 yield from _of_parameter(path, layer, name)

@@ -7,9 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 
-from ..naming import pattern_key
 from ..tuner.config import pattern_of
 from .update import Factors
 
@@ -74,7 +72,7 @@ def lora_config(factors: Sequence[Factors], like: Any, *, keep_scaling: bool = F
         keep_scaling: keep each module's α/r and dropout, for training; by default α/r is 1, as the factors require.
 
     Raises:
-        ValueError: no module has a rank, or PEFT cannot tell a module from another by its name.
+        ValueError: no module has a rank.
 
     """
     ranks = {part.module: part.rank for part in factors}
@@ -92,7 +90,7 @@ def config_of_ranks(
     largest = max(adapted, key=adapted.__getitem__)
     alphas: dict[str, Any] = {module: (scaling[module] if scaling else 1.0) * rank for module, rank in adapted.items()}
     bias: Any = getattr(like, "bias", "none")
-    config = LoraConfig(
+    return LoraConfig(
         r=adapted[largest],
         lora_alpha=alphas[largest],
         lora_dropout=getattr(like, "lora_dropout", 0.0) if scaling else 0.0,
@@ -102,8 +100,6 @@ def config_of_ranks(
         bias=bias if bias in ("none", "all") else "lora_only",
         **{name: getattr(like, name) for name in _INHERITED if hasattr(like, name)},
     )
-    _require_found(config, ranks)
-    return config
 
 
 def _targets(kept: Collection[str], modules: Iterable[str], like: Any) -> list[str] | str:
@@ -116,12 +112,3 @@ def _targets(kept: Collection[str], modules: Iterable[str], like: Any) -> list[s
     if is_plain and not any(other[dot.end() :] in kept for other in others for dot in re.finditer(r"\.", other)):
         return list(kept)
     return "|".join(map(re.escape, kept))
-
-
-def _require_found(config: LoraConfig, ranks: Mapping[str, int]) -> None:
-    """Raise ValueError unless PEFT finds just the modules of this configuration, with their ranks."""
-    patterns: dict[str, int] = config.rank_pattern or {}
-    for module, rank in ranks.items():
-        found = patterns.get(pattern_key(patterns, module), config.r)
-        if bool(check_target_module_exists(config, module)) != (rank > 0) or rank not in (0, found):
-            raise ValueError(f"PEFT would not load {module} as it is: its name matches that of another module.")

@@ -123,7 +123,7 @@ class SingleFile:
             self.styles[module] = style
 
     def _take_alpha(self, module: str) -> None:
-        for key in {f"{module}.alpha", f"{module}.lora.alpha"} & set(self.others):
+        for key in [key for key in (f"{module}.alpha", f"{module}.lora.alpha") if key in self.others]:
             if self.others[key].numel() != 1:
                 shape = tuple(self.others[key].shape)
                 raise ValueError(f"{key} in {self.name} must be a single number, got shape {shape}.")

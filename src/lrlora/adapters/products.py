@@ -58,7 +58,7 @@ def update_from_parts(module: str, parts: Parts, scaling: float, *, of_peft: boo
     try:
         # On the meta device, which computes nothing: an update forms its matrix only when used.
         made = _computation({name: part.to("meta") for name, part in parts.items()}, of_peft)[0]()
-        compute, r, layout = _computation(parts, of_peft)
+        compute, layout = _computation(parts, of_peft)
         left, right = made if isinstance(made, tuple) else 2 * (made.flatten(1),)
         (m, k), n = left.shape, right.shape[1]
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
@@ -70,14 +70,15 @@ def update_from_parts(module: str, parts: Parts, scaling: float, *, of_peft: boo
             U, V = compute()
             return scaling * at_least_float32(U), at_least_float32(V)
 
-        return Update(module, (m, n), scaled, True, r, min(k, m, n), scaling, layout)
+        return Update(module, (m, n), scaled, True, rank_of(parts), min(k, m, n), scaling, layout)
     kernel = tuple(made.shape[2:])
     layout = Layout(kernel, is_known=bool(kernel))
-    return Update(module, (m, n), lambda: scaling * compute().flatten(1), False, r, min(m, n), scaling, layout)
+    r, limit = rank_of(parts), min(m, n)
+    return Update(module, (m, n), lambda: scaling * compute().flatten(1), False, r, limit, scaling, layout)
 
 
-# Computes ΔW or its factors without s; its rank r; its layout.
-_Computation = tuple[Callable[[], Any], int | None, Layout]
+# Computes ΔW, or its factors, without s; and the layout of the factors.
+_Computation = tuple[Callable[[], Any], Layout]
 
 
 def _computation(parts: Parts, of_peft: bool) -> _Computation:
@@ -85,12 +86,12 @@ def _computation(parts: Parts, of_peft: bool) -> _Computation:
         return _lora(parts)
     if "lora_embedding_A" in parts:
         A, B = parts["lora_embedding_A"], parts["lora_embedding_B"]
-        return (lambda: (A.T, B.T)), len(A), Layout(is_embedding=True)
+        return (lambda: (A.T, B.T)), Layout(is_embedding=True)
     if "hada_w1_a" in parts:
         return _loha(parts)
     if any(name.startswith("lokr_") for name in parts):
         return _lokr(parts, of_peft)
-    return parts["diff"].float, None, PLAIN
+    return parts["diff"].float, PLAIN
 
 
 def _lora(parts: Parts) -> _Computation:
@@ -100,28 +101,25 @@ def _lora(parts: Parts) -> _Computation:
     if B[0].numel() != len(A):
         why = " (grouped convolutions are not supported)" if A.dim() > 2 else ""
         raise ValueError(f"lora_B has {B[0].numel()} columns, but lora_A has {len(A)} rows{why}")
-    return (lambda: (B.flatten(1), A.flatten(1))), len(A), Layout(tuple(A.shape[2:]))
+    return (lambda: (B.flatten(1), A.flatten(1))), Layout(tuple(A.shape[2:]))
 
 
 def _loha(parts: Parts) -> _Computation:
     (a1, b1), (a2, b2) = ((parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"]) for i in (1, 2))
-    r = len(b1)
     if "hada_t1" in parts:
         cores = parts["hada_t1"], parts["hada_t2"]
-        return (lambda: _tucker(cores[0], a1, b1) * _tucker(cores[1], a2, b2)), r, PLAIN
-    if not _is_thin(r * r, len(a1), b1.shape[1]):
-        return (lambda: (a1.float() @ b1.float()) * (a2.float() @ b2.float())), r, PLAIN
+        return (lambda: _tucker(cores[0], a1, b1) * _tucker(cores[1], a2, b2)), PLAIN
+    if not _is_thin(len(b1) ** 2, len(a1), b1.shape[1]):
+        return (lambda: (a1.float() @ b1.float()) * (a2.float() @ b2.float())), PLAIN
 
     def factors() -> Pair:
         U = (a1[:, :, None].float() * a2[:, None, :].float()).flatten(1)
         return U, (b1[:, None, :].float() * b2[None, :, :].float()).flatten(0, 1)
 
-    return factors, r, Layout(is_known=False)
+    return factors, Layout(is_known=False)
 
 
 def _lokr(parts: Parts, of_peft: bool) -> _Computation:
-    r = rank_of(parts)
-
     def left() -> Tensor:
         whole = parts.get("lokr_w1")
         return parts["lokr_w1_a"].float() @ parts["lokr_w1_b"].float() if whole is None else whole.float()
@@ -139,15 +137,15 @@ def _lokr(parts: Parts, of_peft: bool) -> _Computation:
                 return torch.kron(left(), right.float()).reshape(rows * p, columns * q, *kernel)
             return torch.kron(left().reshape(rows, columns, *[1] * (right.dim() - 2)), right.float())
 
-        return matrix, r, PLAIN
+        return matrix, PLAIN
     a, b = parts["lokr_w2_a"], parts["lokr_w2_b"].flatten(1)
     if not _is_thin(columns * len(b), rows * len(a), columns * b.shape[1]):
-        return (lambda: torch.kron(left(), a.float() @ b.float())), r, PLAIN
+        return (lambda: torch.kron(left(), a.float() @ b.float())), PLAIN
 
     def factors() -> Pair:
         return torch.kron(left(), a.float()), torch.kron(torch.eye(columns, device=b.device), b.float())
 
-    return factors, r, Layout(is_known=False)
+    return factors, Layout(is_known=False)
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -84,8 +84,6 @@ def read_updates(source: AdapterSource, *, base: str | os.PathLike[str] | None =
 def _updates_of_adapter(saved: SavedAdapter, base: str | None) -> Updates:
     """Updates of a saved adapter; `base` is needed only where its weights are, and then defaults to the adapter's."""
     config = saved.config
-    if config.peft_type is None:
-        raise ValueError(f"{saved.name} does not contain a readable adapter: it names no method. {ADAPTER_EXPECTED}")
     kind, method = config.peft_type.value, method_name(config)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if tuner is None or not issubclass(tuner, BaseTuner):
